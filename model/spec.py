@@ -1,0 +1,53 @@
+"""What crosses the seam between the command line and the model: plain, frozen, torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One reference picture of a style; weight −2 … 2 within its style."""
+
+    image: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Style:
+    """A named look; strength −2 … 2 is its influence on the picture, 0 is exactly the picture without it."""
+
+    name: str
+    strength: float
+    references: tuple[Reference, ...] = ()
+    keywords: tuple[str, ...] = ()
+    avoids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RenderSpec:
+    """One picture to render. What is None is the checkpoint's own recommendation."""
+
+    prompt: str
+    width: int | None = None  # pixels, multiples of 16
+    height: int | None = None
+    seed: int = 0
+    negative: str = ""  # takes the empty prompt's place where guidance is on
+    steps: int | None = None
+    guidance: float | None = None  # Krea scale: v + g (v − v_uncond), 0 is off
+    mu: float | None = None  # the time shift is exp(mu)
+    styles: tuple[Style, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A rendered picture and how it was made: everything resolved, in plain values that TOML can hold."""
+
+    image: Image.Image
+    record: Mapping[str, Any] = field(default_factory=dict)
