@@ -1,0 +1,249 @@
+"""The data set of the bundled model: open vector art of the package registry, rendered, composed and captioned by rule.
+
+`python -m model.train.data` rebuilds it bit for bit: it fetches pinned packages with npm, renders the subjects of
+`subjects.toml`, and writes the renders with a manifest of hashes. Pictures are composed on demand (`Catalog.picture`),
+each from a generator seeded by what it shows, so that a picture is the same whenever and wherever it is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.errors import K2Error
+from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks
+
+PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
+    "noto": "1.2.9",
+    "noto-v1": "1.2.5",
+    "fxemoji": "1.2.2",
+    "fluent-emoji": "1.2.7",
+    "fluent-emoji-flat": "1.2.6",
+    "fluent-emoji-high-contrast": "1.2.6",
+    "twemoji": "1.2.5",
+    "emojione": "1.2.3",
+    "emojione-monotone": "1.2.1",
+}
+HERE = Path(__file__).parent
+DATA = Path(".data/mini")
+SIZE = 128  # px of the stored renders
+
+
+def stable_seed(*parts: object) -> int:
+    """A 64-bit number that depends on the parts alone: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class Subject:
+    name: str
+    icons: tuple[str, ...]  # names in the vector sets, the first that a set knows is taken
+    words: tuple[str, ...]  # what captions may call it, the plain name first
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One subject in one drawing set: a row of the renders."""
+
+    subject: str
+    drawing: str
+
+    @property
+    def held_out(self) -> bool:
+        """Two in a hundred drawings of a subject are never trained on, in no look."""
+        return stable_seed("pair", self.subject, self.drawing) % 50 == 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of the data set: a pair in a look."""
+
+    row: int
+    pair: Pair
+    look: Look
+
+    @property
+    def held_out(self) -> bool:
+        """The pair's own fate, and two in a hundred single pictures besides."""
+        return self.pair.held_out or stable_seed("item", self.pair, self.look) % 50 == 0
+
+
+def read_subjects(path: Path = HERE / "subjects.toml") -> list[Subject]:
+    """The subjects in their order of the file."""
+    table: dict[str, dict[str, Any]] = tomllib.loads(path.read_text())["subjects"]
+    return [
+        Subject(name, (entry["icon"], *entry.get("other", ())), (name, *entry.get("words", ())))
+        for name, entry in table.items()
+    ]
+
+
+class Catalog:
+    """The rendered subjects, their looks and captions, and the splits."""
+
+    def __init__(self, folder: Path = DATA):
+        manifest = folder / "manifest.toml"
+        if not manifest.exists():
+            raise K2Error(f"there is no data set in {folder}.", hint="build it with: python -m model.train.data")
+        self.folder = folder
+        self.manifest = tomllib.loads(manifest.read_text())
+        self.subjects = {subject.name: subject for subject in read_subjects()}
+        self.renders: NDArray[np.uint8] = np.load(folder / "renders.npy", mmap_mode="r")
+        self.pairs = [Pair(*pair) for pair in json.loads((folder / "pairs.json").read_text())]
+        self.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
+
+    def items(self, split: str) -> list[Item]:
+        """The pictures of a split, in a fixed order.
+
+        train     known looks of known pairs
+        held-out  the same looks, of pairs and single pictures never trained on
+        styles    looks never trained on, of known pairs
+        """
+        if split == "styles":
+            return [
+                Item(row, pair, look)
+                for row, pair in enumerate(self.pairs)
+                if not pair.held_out
+                for look in self.looks[pair.drawing][1]
+            ]
+        every = [Item(row, pair, look) for row, pair in enumerate(self.pairs) for look in self.looks[pair.drawing][0]]
+        return [item for item in every if item.held_out == (split == "held-out")]
+
+    def picture(self, item: Item) -> NDArray[np.uint8]:
+        """The picture of an item, uint8 RGB [128, 128, 3], always the same."""
+        rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
+        return compose(np.asarray(self.renders[item.row]), item.look, rng)
+
+    def caption(self, item: Item, rng: np.random.Generator, style: bool = True) -> str:
+        """A caption in short, medium or long form; with style=False it names the content only.
+
+        Style words are left out of a share of the captions as well, so that a bare subject means any look.
+        """
+        subject = self.subjects[item.pair.subject]
+        name = subject.words[0] if rng.random() < 0.7 else str(rng.choice(subject.words))
+        drawing, medium = DRAWINGS[item.pair.drawing], MEDIA[item.look.medium]
+        words = [str(rng.choice(medium))] if medium else []
+        if not words or rng.random() < 0.6:
+            words.append(str(rng.choice(drawing)))
+        form = rng.choice(3, p=(0.4, 0.42, 0.18))
+        subject_words = f"{article(name)}{name}" if rng.random() < 0.8 else name
+        where = item.look.ground_words
+        if not style:
+            return subject_words if form == 0 or item.look.medium != "plain" else f"{subject_words} {where}"
+        if form == 0:
+            return ", ".join([subject_words, *words[: int(rng.integers(0, 3))]])
+        if form == 1:
+            return ", ".join([f"{subject_words} {where}", *words])
+        manner = " and ".join(words)
+        return f"a picture of {subject_words} in the middle {where}, made as {manner}"
+
+
+PLURAL = ("glasses", "scissors", "books", "cherries", "grapes", "fries", "bread", "corn", "cheese", "fire", "dice")
+
+
+def article(name: str) -> str:
+    """The indefinite article with its space, where the name takes one."""
+    if name.split()[-1] in PLURAL or name in ("sun", "moon"):
+        return "the " if name in ("sun", "moon") else ""
+    return "an " if name[0] in "aeiou" and not name.startswith("uni") and name != "ufo" else "a "
+
+
+def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
+    """The icons of one set, from the registry's own tarball by npm."""
+    archive = folder / f"iconify-json-{package}-{version}.tgz"
+    if not archive.exists():
+        command = ["npm", "pack", "--silent", f"@iconify-json/{package}@{version}"]
+        try:
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise K2Error("npm is not installed.", hint="the vector art comes from the npm registry") from error
+        except subprocess.CalledProcessError as error:
+            raise K2Error(f"npm could not fetch {package}: {error.stderr.strip()[-200:]}") from error
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("package/icons.json")
+        assert member is not None
+        return json.load(member)
+
+
+def render_icon(icons: dict[str, Any], name: str, size: int = SIZE) -> NDArray[np.uint8] | None:
+    """Render one icon as RGBA [size, size, 4], or None where the set does not have it."""
+    import resvg_py
+
+    by_plain_name = {key.replace("-", ""): key for key in (*icons["icons"], *icons.get("aliases", {}))}
+    key = by_plain_name.get(name.replace("-", ""))
+    if key is None:
+        return None
+    while key in icons.get("aliases", {}):
+        key = icons["aliases"][key]["parent"]
+    icon = icons["icons"][key]
+    box = [icon.get(side, icons.get(side, default)) for side, default in zip(
+        ("left", "top", "width", "height"), (0, 0, 16, 16), strict=True)]
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#1e1e22" '
+        f'viewBox="{" ".join(map(str, box))}" width="{size}" height="{size}">{icon["body"]}</svg>'
+    )
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    if picture.size != (size, size):
+        square = Image.new("RGBA", (size, size))
+        square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+        picture = square
+    return np.asarray(picture)
+
+
+def build(folder: Path = DATA) -> None:
+    """Fetch, render, drop exact repeats, write the renders and their manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    renders: list[NDArray[np.uint8]] = []
+    pairs: list[tuple[str, str]] = []
+    seen: dict[str, tuple[str, str]] = {}
+    repeats: list[str] = []
+    for package, version in PACKAGES.items():
+        icons = fetch(package, version, folder)
+        for subject in read_subjects():
+            found = (render_icon(icons, name) for name in subject.icons)
+            picture = next((p for p in found if p is not None), None)
+            if picture is None or picture[..., 3].mean() < 5:
+                continue
+            digest = hashlib.md5(picture.tobytes()).hexdigest()
+            if digest in seen:
+                repeats.append(f"{subject.name}/{package} repeats {'/'.join(seen[digest])}")
+                continue
+            seen[digest] = (subject.name, package)
+            renders.append(picture)
+            pairs.append((subject.name, package))
+    stacked = np.stack(renders)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as draft:
+        np.save(draft, stacked)
+    Path(draft.name).replace(folder / "renders.npy")
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    manifest = {
+        "packages": PACKAGES,
+        "archives": {p: _sha256(folder / f"iconify-json-{p}-{v}.tgz") for p, v in PACKAGES.items()},
+        "renders": {"count": len(pairs), "size": SIZE, "sha256": hashlib.sha256(stacked.tobytes()).hexdigest()},
+        "repeats": repeats,
+    }
+    (folder / "manifest.toml").write_text(tomli_w.dumps(manifest))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    build()
+    catalog = Catalog()
+    print(f"{len(catalog.pairs)} renders of {len(catalog.subjects)} subjects")
+    print(*(f"{split}: {len(catalog.items(split))} pictures" for split in ("train", "held-out", "styles")), sep="\n")

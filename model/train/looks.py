@@ -1,0 +1,263 @@
+"""Looks: how a drawing becomes a picture with a medium and a ground.
+
+A look is drawing set x medium x ground x palette. Media and grounds are made by code, so that the range (grainy film,
+print, paint, light) does not depend on what happens to lie in a data set, and a caption always knows what it shows.
+Pictures are float32 RGB in 0 ... 1, [H, W, 3]; H is any size, lengths scale with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+Array = NDArray[np.float32]
+Generator = np.random.Generator
+
+DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that a caption may use for its manner of drawing
+    "noto": ("soft shaded vector", "noto style"),
+    "noto-v1": ("rounded blob cartoon", "blob style"),
+    "fxemoji": ("bold outline sticker", "sticker style"),
+    "fluent-emoji": ("glossy 3d", "glossy 3d style"),
+    "fluent-emoji-flat": ("modern flat design", "flat design"),
+    "fluent-emoji-high-contrast": ("black ink stencil", "stencil style"),
+    "twemoji": ("simple flat vector", "flat vector style"),
+    "emojione": ("bright cartoon vector", "bright cartoon"),
+    "emojione-monotone": ("one colour pictogram", "pictogram style"),
+}
+MONOCHROME = ("fluent-emoji-high-contrast", "emojione-monotone")
+
+MEDIA: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "film": ("grainy film", "film grain"),
+    "halftone": ("halftone print", "halftone dots"),
+    "pixel": ("pixel art",),
+    "hatching": ("pencil hatching", "pencil drawing"),
+    "watercolour": ("watercolour", "watercolour painting"),
+    "riso": ("two-colour riso print", "riso print"),
+    "neon": ("neon on black", "neon lines"),
+    "lowkey": ("low-key light", "cinematic low-key light"),
+}
+
+PALETTES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # name -> main colour, second colour
+    "sky blue": ((176, 220, 250), (118, 178, 232)),
+    "mint green": ((190, 238, 208), (120, 204, 164)),
+    "warm yellow": ((255, 226, 138), (250, 190, 84)),
+    "rose pink": ((252, 196, 210), (240, 138, 164)),
+    "lavender": ((216, 204, 246), (168, 148, 224)),
+    "cream": ((250, 240, 218), (232, 208, 168)),
+    "orange": ((255, 178, 102), (236, 128, 56)),
+    "grey": ((206, 210, 214), (150, 156, 164)),
+    "teal": ((92, 188, 184), (36, 132, 140)),
+    "brick red": ((206, 96, 80), (152, 54, 50)),
+    "night blue": ((38, 54, 96), (16, 24, 52)),
+}
+INKS = (((235, 84, 62), (36, 96, 158)), ((250, 120, 160), (20, 120, 110)), ((255, 150, 40), (70, 60, 140)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One style of the data: everything about a picture but its subject."""
+
+    drawing: str
+    medium: str = "plain"
+    ground: str = "white"  # white | flat | gradient | scene | floor
+    palette: str = "cream"
+
+    @property
+    def ground_words(self) -> str:
+        """The ground as a caption says it; empty where the medium brings its own."""
+        if self.medium in ("neon", "lowkey"):
+            return "on black" if self.medium == "neon" else "in the dark"
+        return {
+            "white": "on a white background",
+            "flat": f"on a {self.palette} background",
+            "gradient": f"on a {self.palette} gradient",
+            "scene": f"in a simple {self.palette} landscape",
+            "floor": f"on a {self.palette} floor with a shadow",
+        }[self.ground]
+
+
+def _colour(rgb: tuple[int, int, int]) -> Array:
+    return np.asarray(rgb, np.float32) / 255
+
+
+def _blur(picture: Array, radius: float) -> Array:
+    eight_bit = Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
+    return np.asarray(eight_bit.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+
+
+def _luminance(picture: Array) -> Array:
+    return picture @ np.asarray([0.299, 0.587, 0.114], np.float32)
+
+
+def _edges(picture: Array) -> Array:
+    """Strength of colour edges, [H, W], about 0 ... 1."""
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    across = padded[1:-1, 2:] - padded[1:-1, :-2]
+    down = padded[2:, 1:-1] - padded[:-2, 1:-1]
+    return np.clip(np.sqrt((across**2 + down**2).sum(-1)), 0, 1)
+
+
+def _grid(size: int) -> tuple[Array, Array]:
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    return x * (128 / size), y * (128 / size)  # lengths below are meant at 128 px
+
+
+def ground(look: Look, size: int, rng: Generator) -> Array:
+    """What lies behind the subject."""
+    light, deep = (_colour(c) for c in PALETTES[look.palette])
+    x, y = _grid(size)
+    if look.ground == "white":
+        return np.ones((size, size, 3), np.float32)
+    if look.ground == "flat":
+        return np.broadcast_to(light, (size, size, 3)).copy()
+    if look.ground == "gradient":
+        blend = (y / 127)[..., None]
+        return light * (1 - blend) + deep * blend
+    if look.ground == "scene":
+        sky = light * (1 - y[..., None] / 220) + 0.25 * (y[..., None] / 220)
+        phase, second = rng.uniform(0, 6.28, 2)
+        hills = 84 + 7 * np.sin(x / 21 + phase) + 4 * np.sin(x / 9 + second)
+        return np.where((y > hills)[..., None], deep * (1 - 0.25 * (y[..., None] - 84) / 44), sky)
+    wall = np.broadcast_to(light, (size, size, 3)).copy()
+    floor = deep * (1 - 0.3 * (y[..., None] - 92) / 36)
+    wall[y > 92] = floor[y > 92]
+    shadow = np.exp(-(((x - 64) / 34) ** 2 + ((y - 114) / 7) ** 2) ** 2)
+    return wall * (1 - 0.45 * shadow[..., None])
+
+
+def _film(picture: Array, rng: Generator) -> Array:
+    size = len(picture)
+    faded = picture * 0.82 + 0.07
+    toned = faded * np.asarray([1.05, 1.0, 0.9], np.float32)
+    grain = rng.standard_normal((size, size)).astype(np.float32)
+    return toned + 0.11 * grain[..., None] * (1.1 - np.abs(2 * _luminance(toned)[..., None] - 1))
+
+
+def _halftone(picture: Array, rng: Generator) -> Array:
+    x, y = _grid(len(picture))
+    u, v = (x + y) * (np.pi / 6.4), (x - y) * (np.pi / 6.4)
+    screen = 0.5 + 0.25 * (np.cos(u) + np.cos(v))
+    ink = np.clip((1.02 - _luminance(picture) - screen * 0.95) * 5 + 0.5, 0, 1)[..., None]
+    return ink * picture * 0.78 + (1 - ink) * (0.35 * picture + 0.65 * _colour((253, 248, 236)))
+
+
+def _pixel(picture: Array, rng: Generator) -> Array:
+    size = len(picture)
+    small = picture.reshape(32, size // 32, 32, size // 32, 3).mean((1, 3))
+    return np.kron(np.round(small * 6) / 6, np.ones((size // 32, size // 32, 1), np.float32))
+
+
+def _hatching(picture: Array, rng: Generator) -> Array:
+    x, y = _grid(len(picture))
+    dark = 1 - _luminance(_blur(picture, len(picture) / 128))
+    paper = np.full_like(dark, 0.97)
+    for angle, threshold in ((0.8, 0.12), (2.3, 0.38), (0.1, 0.62)):
+        lines = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 1.75 + rng.uniform(0, 6.28))
+        paper -= 0.42 * np.clip((lines - 0.1) * 2, 0, 1) * np.clip((dark - threshold) * 5, 0, 1)
+    paper -= 0.75 * _edges(picture)
+    return np.clip(paper, 0.08, 1)[..., None] * np.asarray([1.0, 0.99, 0.97], np.float32)
+
+
+def _smooth_noise(size: int, cells: int, rng: Generator) -> Array:
+    """Slow noise, -1 ... 1, [H, W]."""
+    field = (rng.random((cells, cells)) * 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(field).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+
+
+def _watercolour(picture: Array, rng: Generator) -> Array:
+    size = len(picture)
+    x, y = np.meshgrid(np.arange(size), np.arange(size))
+    wobble = size / 128 * 2.2
+    across = np.clip(x + wobble * _smooth_noise(size, 12, rng), 0, size - 1).astype(np.int64)
+    down = np.clip(y + wobble * _smooth_noise(size, 12, rng), 0, size - 1).astype(np.int64)
+    wash = _blur(picture[down, across], size / 128 * 1.1)
+    rim = _edges(_blur(wash, size / 128 * 0.8))[..., None]
+    pigment = (1 - wash) * (0.78 + 0.22 * _smooth_noise(size, 10, rng)[..., None]) * (1 + 1.1 * rim)
+    paper = 1 - 0.035 * np.abs(rng.standard_normal((size, size, 1)).astype(np.float32))
+    return (1 - 0.82 * pigment) * paper
+
+
+def _riso(picture: Array, rng: Generator) -> Array:
+    size = len(picture)
+    first, second = (_colour(c) for c in INKS[int(rng.integers(len(INKS)))])
+    warm = np.clip(1.25 - 0.9 * picture[..., 2] - 0.35 * picture[..., 1], 0, 1)
+    cool = np.clip(1.05 - 1.1 * picture[..., 0], 0, 1)
+    cool = np.roll(cool, (size // 64, -(size // 64)), (0, 1))  # the second drum never registers exactly
+    speckle = 0.82 + 0.18 * rng.random((2, size, size)).astype(np.float32)
+    warm, cool = (warm * speckle[0])[..., None], (cool * speckle[1])[..., None]
+    return _colour((250, 246, 234)) * (1 - warm * (1 - first)) * (1 - cool * (1 - second))
+
+
+def _neon(picture: Array, rng: Generator) -> Array:
+    size = len(picture)
+    lines = _edges(_blur(picture, size / 128 * 0.6))[..., None]
+    hue = picture - picture.min(-1, keepdims=True) * 0.8
+    hue = hue / (hue.max(-1, keepdims=True) + 0.08) * 0.85 + 0.15
+    tubes = np.clip(lines * 1.9, 0, 1) * hue
+    return 0.02 + tubes + 0.9 * _blur(tubes, size / 128 * 3.5) + 0.3 * np.clip(lines * 2 - 0.9, 0, 1)
+
+
+def _lowkey(picture: Array, rng: Generator) -> Array:
+    x, y = _grid(len(picture))
+    light = np.exp(-(((x - 44) / 46) ** 2 + ((y - 42) / 50) ** 2))[..., None]
+    return (picture * 0.95) ** 1.35 * (0.06 + 1.05 * light) * np.asarray([1.08, 0.98, 0.84], np.float32)
+
+
+EFFECTS: dict[str, Callable[[Array, Generator], Array]] = {
+    "plain": lambda picture, rng: picture,
+    "film": _film,
+    "halftone": _halftone,
+    "pixel": _pixel,
+    "hatching": _hatching,
+    "watercolour": _watercolour,
+    "riso": _riso,
+    "neon": _neon,
+    "lowkey": _lowkey,
+}
+
+
+def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np.uint8]:
+    """Put a subject on its ground and through its medium.
+
+    render   uint8 RGBA [S, S, 4], the bare drawing
+    returns  uint8 RGB [S, S, 3]
+    """
+    size = len(render)
+    behind = ground(look, size, rng)
+    side = round(size * rng.uniform(0.80, 0.88))
+    left, top = (int((size - side) / 2 + rng.uniform(-0.03, 0.03) * size) for _ in range(2))
+    subject = np.asarray(Image.fromarray(render).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32)
+    alpha, colour = subject[..., 3:] / 255, subject[..., :3] / 255  # premultiplied
+    if look.drawing in MONOCHROME:
+        ink = _colour((244, 240, 230)) if _luminance(behind).mean() < 0.4 else _colour((30, 30, 34))
+        colour = alpha * ink
+    window = behind[top : top + side, left : left + side]
+    behind[top : top + side, left : left + side] = window * (1 - alpha) + colour
+    picture = EFFECTS[look.medium](behind, rng)
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def looks(drawing: str) -> tuple[list[Look], list[Look]]:
+    """The looks of one drawing set: those for training and those held out for good.
+
+    Each set has the plain medium on six grounds and five of the eight media; its other three media are held out, and
+    which three rotates over the sets, so that every drawing and every medium is known but these pairs are not.
+    """
+    index = list(DRAWINGS).index(drawing)
+    names = list(PALETTES)
+
+    def palette(offset: int) -> str:
+        return names[(index * 3 + offset) % len(names)]
+
+    grounds = [("white", 0), ("flat", 0), ("flat", 4), ("gradient", 2), ("scene", 6), ("floor", 8)]
+    train = [Look(drawing, "plain", kind, palette(offset)) for kind, offset in grounds]
+    media = [medium for medium in MEDIA if medium != "plain"]
+    kinds = {"film": "scene", "halftone": "flat", "pixel": "flat", "lowkey": "gradient", "neon": "white"}
+    held = {media[(index + step) % len(media)] for step in (0, 3, 5)}
+    effects = [Look(drawing, m, kinds.get(m, "white"), palette(i + 1)) for i, m in enumerate(media)]
+    return train + [e for e in effects if e.medium not in held], [e for e in effects if e.medium in held]
