@@ -157,7 +157,8 @@ def article(name: str) -> str:
     """The indefinite article with its space, where the name takes one."""
     if name.split()[-1] in PLURAL or name in ("sun", "moon"):
         return "the " if name in ("sun", "moon") else ""
-    return "an " if name[0] in "aeiou" and not name.startswith("uni") and name != "ufo" else "a "
+    vowel = (name[0] in "aeiou" and not name.startswith(("uni", "ufo"))) or name.startswith("hour")
+    return "an " if vowel else "a "
 
 
 def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
@@ -188,8 +189,10 @@ def render_icon(icons: dict[str, Any], name: str, size: int = SIZE) -> NDArray[n
     while key in icons.get("aliases", {}):
         key = icons["aliases"][key]["parent"]
     icon = icons["icons"][key]
-    box = [icon.get(side, icons.get(side, default)) for side, default in zip(
-        ("left", "top", "width", "height"), (0, 0, 16, 16), strict=True)]
+    box = [
+        icon.get(side, icons.get(side, default))
+        for side, default in zip(("left", "top", "width", "height"), (0, 0, 16, 16), strict=True)
+    ]
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#1e1e22" '
         f'viewBox="{" ".join(map(str, box))}" width="{size}" height="{size}">{icon["body"]}</svg>'

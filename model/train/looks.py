@@ -72,12 +72,13 @@ class Look:
         """The ground as a caption says it; empty where the medium brings its own."""
         if self.medium in ("neon", "lowkey"):
             return "on black" if self.medium == "neon" else "in the dark"
+        article = "an" if self.palette[0] in "aeiou" else "a"
         return {
             "white": "on a white background",
-            "flat": f"on a {self.palette} background",
-            "gradient": f"on a {self.palette} gradient",
+            "flat": f"on {article} {self.palette} background",
+            "gradient": f"on {article} {self.palette} gradient",
             "scene": f"in a simple {self.palette} landscape",
-            "floor": f"on a {self.palette} floor with a shadow",
+            "floor": f"on {article} {self.palette} floor with a shadow",
         }[self.ground]
 
 
@@ -126,7 +127,7 @@ def ground(look: Look, size: int, rng: Generator) -> Array:
     wall = np.broadcast_to(light, (size, size, 3)).copy()
     floor = deep * (1 - 0.3 * (y[..., None] - 92) / 36)
     wall[y > 92] = floor[y > 92]
-    shadow = np.exp(-(((x - 64) / 34) ** 2 + ((y - 114) / 7) ** 2) ** 2)
+    shadow = np.exp(-((((x - 64) / 34) ** 2 + ((y - 114) / 7) ** 2) ** 2))
     return wall * (1 - 0.45 * shadow[..., None])
 
 
@@ -231,7 +232,9 @@ def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np
     behind = ground(look, size, rng)
     side = round(size * rng.uniform(0.80, 0.88))
     left, top = (int((size - side) / 2 + rng.uniform(-0.03, 0.03) * size) for _ in range(2))
-    subject = np.asarray(Image.fromarray(render).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32)
+    subject = np.asarray(
+        Image.fromarray(render).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32
+    )
     alpha, colour = subject[..., 3:] / 255, subject[..., :3] / 255  # premultiplied
     if look.drawing in MONOCHROME:
         ink = _colour((244, 240, 230)) if _luminance(behind).mean() < 0.4 else _colour((30, 30, 34))
