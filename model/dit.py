@@ -1,0 +1,343 @@
+"""The Krea 2 diffusion transformer, whole, top to bottom: one stream of tokens, one kind of block, text and image.
+
+Shape legend
+    B  pictures            T  prompt tokens        L  image tokens = h · w of the token grid, row by row
+    N  tapped text layers  E  text width           S  T + L, the stream [text | image]
+    D  width               H  query heads          K  key-value heads (H is a multiple of K)
+    d  head dim = D / H    C  latent channels      p  patch: a token holds C · p · p numbers
+
+Modules bear the names of the published native checkpoints, so such a state dict loads strictly, as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.latents import position_ids
+
+FUSION_BLOCKS = 2  # of either kind: across the tapped layers, then across the prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The shape of a DiT; everything else follows from it."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    blocks: int
+    text_width: int  # width of the text encoder whose hidden states come in
+    text_taps: int  # how many of its layers are tapped
+    text_heads: int
+    channels: int = 16  # of the latents
+    patch: int = 2
+    multiplier: int = 4  # of the feed-forward's hidden width, before SwiGLU's two thirds
+    time_dim: int = 256
+    rope_base: float = 1000.0
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if min(asdict(self).values()) <= 0:
+            raise ValueError("every number that shapes a DiT is positive")
+        if self.width % self.heads or self.text_width % self.text_heads:
+            raise ValueError("width and text_width must be multiples of their numbers of heads")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly")
+        if self.head_dim % 16:
+            raise ValueError(f"head dim {self.head_dim} must be a multiple of 16 to split over the three rotary axes")
+        if self.time_dim % 2:
+            raise ValueError("time_dim must be even: half cosines, half sines")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in an image token."""
+        return self.channels * self.patch**2
+
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """How many dimensions of a head turn with the frame, the row, the column: 32, 48, 48 of 128."""
+        side = 6 * (self.head_dim // 16)
+        return self.head_dim - 2 * side, side, side
+
+
+def hidden_width(width: int, multiplier: int) -> int:
+    """SwiGLU's hidden width: two thirds of `multiplier · width`, up to the next 128."""
+    return math.ceil(int(2 * width / 3) * multiplier / 128) * 128
+
+
+PRESETS = {
+    "mini": DiTConfig(width=256, heads=4, kv_heads=2, blocks=8, text_width=256, text_taps=4, text_heads=4),
+    # the open 12.9B release
+    "medium": DiTConfig(width=6144, heads=48, kv_heads=12, blocks=28, text_width=2560, text_taps=12, text_heads=20),
+    # Krea's Large is not published beyond "more than twice Medium"; this shape, for FLUX.2's latents, is ours
+    "large": DiTConfig(
+        width=8192, heads=64, kv_heads=16, blocks=36, text_width=2560, text_taps=12, text_heads=20, channels=32
+    ),
+}
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a zero-centred scale, in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.scale.float(), self.eps).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """Queries and keys are normalised per head, so that attention logits stay bounded at any width."""
+
+    def __init__(self, head_dim: int, eps: float):
+        super().__init__()
+        self.qnorm = RMSNorm(head_dim, eps)
+        self.knorm = RMSNorm(head_dim, eps)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn adjacent pairs of x [B, S, heads, d] by the angles of rope [S, 1, d/2], complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; a sigmoid gate of the input decides how much of each head's answer passes."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, eps: float):
+        super().__init__()
+        self.head_dim = width // heads
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wk = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.gate = nn.Linear(width, width, bias=False)
+        self.qknorm = QKNorm(self.head_dim, eps)
+        self.wo = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [B, S, D], rope [S, 1, d/2] or none, mask [B, 1, 1, S] True = attend -> [B, S, D]."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.wq, self.wk, self.wv))
+        q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return self.wo(heads.transpose(1, 2).flatten(2) * torch.sigmoid(self.gate(x)))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x))"""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class TextBlock(nn.Module):
+    """A plain pre-norm block: neither time nor place enters."""
+
+    def __init__(self, width: int, heads: int, multiplier: int, eps: float):
+        super().__init__()
+        self.prenorm = RMSNorm(width, eps)
+        self.attn = Attention(width, heads, heads, eps)
+        self.postnorm = RMSNorm(width, eps)
+        self.mlp = SwiGLU(width, hidden_width(width, multiplier))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, E], mask [B, 1, 1, T] True = attend -> [B, T, E]."""
+        x = x + self.attn(self.prenorm(x), mask=mask)
+        return x + self.mlp(self.postnorm(x))
+
+
+class TextFusion(nn.Module):
+    """Many layers' view of each prompt token become one: look across the layers, weigh them, look across the prompt."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        c = config
+        self.layerwise_blocks = nn.ModuleList(
+            TextBlock(c.text_width, c.text_heads, c.multiplier, c.eps) for _ in range(FUSION_BLOCKS)
+        )
+        self.projector = nn.Linear(c.text_taps, 1, bias=False)
+        self.refiner_blocks = nn.ModuleList(
+            TextBlock(c.text_width, c.text_heads, c.multiplier, c.eps) for _ in range(FUSION_BLOCKS)
+        )
+
+    def forward(self, prompt_embeds: Tensor, mask: Tensor | None) -> Tensor:
+        """prompt_embeds [B, T, N, E], mask [B, 1, 1, T] True = attend -> [B, T, E]."""
+        x = prompt_embeds.flatten(0, 1)
+        for block in self.layerwise_blocks:
+            x = block(x)
+        x = self.projector(x.transpose(1, 2)).squeeze(-1).unflatten(0, prompt_embeds.shape[:2])
+        for block in self.refiner_blocks:
+            x = block(x, mask)
+        return x
+
+
+class Modulation(nn.Module):
+    """What a layer adds to the modulation that all layers share."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.lin = nn.Parameter(torch.zeros(*shape))
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and SwiGLU, each scaled, shifted and gated by the time."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        c = config
+        self.mod = Modulation(6 * c.width)
+        self.prenorm = RMSNorm(c.width, c.eps)
+        self.attn = Attention(c.width, c.heads, c.kv_heads, c.eps)
+        self.postnorm = RMSNorm(c.width, c.eps)
+        self.mlp = SwiGLU(c.width, hidden_width(c.width, c.multiplier))
+
+    def forward(self, x: Tensor, time_mod: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, S, D], time_mod [B or 1, 1, 6D], rope [S, 1, d/2], mask [B, 1, 1, S] True = attend -> [B, S, D]."""
+        a_scale, a_shift, a_gate, m_scale, m_shift, m_gate = (time_mod + self.mod.lin).chunk(6, -1)
+        x = x + a_gate * self.attn((1 + a_scale) * self.prenorm(x) + a_shift, rope, mask)
+        return x + m_gate * self.mlp((1 + m_scale) * self.postnorm(x) + m_shift)
+
+
+class LastLayer(nn.Module):
+    """Norm, modulation by the time embedding itself, and the way out of the width."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.width, config.eps)
+        self.linear = nn.Linear(config.width, config.token_dim)
+        self.modulation = Modulation(2, config.width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, L, D], time [B or 1, 1, D] -> [B, L, C·p·p]."""
+        scale, shift = (time + self.modulation.lin).chunk(2, 1)
+        return self.linear((1 + scale) * self.norm(x) + shift)
+
+
+class Krea2(nn.Module):
+    """Predicts the velocity (noise − image) of image tokens, given the prompt and the noise level.
+
+    `forward` does it in one go, for training. A sampler calls the parts instead, since only `velocity` changes
+    from step to step: `encode_text` once per prompt, `modulate` and `rope` once for all steps.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        c = self.config = config
+        self.first = nn.Linear(c.token_dim, c.width)
+        self.tmlp = nn.Sequential(nn.Linear(c.time_dim, c.width), nn.GELU("tanh"), nn.Linear(c.width, c.width))
+        self.tproj = nn.Sequential(nn.GELU("tanh"), nn.Linear(c.width, 6 * c.width))
+        self.txtfusion = TextFusion(c)
+        self.txtmlp = nn.Sequential(
+            RMSNorm(c.text_width, c.eps),
+            nn.Linear(c.text_width, c.width),
+            nn.GELU("tanh"),
+            nn.Linear(c.width, c.width),
+        )
+        self.blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.blocks))
+        self.last = LastLayer(c)
+
+    def encode_text(self, prompt_embeds: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
+        """What the stream sees of the prompt; the same at every step.
+
+        prompt_embeds [B, T, N, E] tapped hidden states, prompt_mask [B, T] True = a real token -> context [B, T, D]
+        """
+        mask = None if prompt_mask is None else prompt_mask[:, None, None]
+        return self.txtmlp(self.txtfusion(prompt_embeds, mask))
+
+    def modulate(self, sigmas: Tensor) -> Tensor:
+        """What the blocks and the last layer see of the noise levels: all steps in one product.
+
+        sigmas [B] in 0 … 1 -> [B, 1, 7D]: the six parts of the blocks' shared modulation, then the time embedding
+        """
+        half = self.config.time_dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=sigmas.device)
+        angles = 1000 * sigmas.float()[:, None, None] * torch.exp(-math.log(1e4) / half * steps)
+        time = self.tmlp(torch.cat((angles.cos(), angles.sin()), -1).to(self.first.weight.dtype))
+        return torch.cat((self.tproj(time), time), -1)
+
+    def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
+        """Rotary angles of the stream as unit complex numbers, for `text_tokens` and a grid of h × w -> [S, 1, d/2]."""
+        positions = position_ids(text_tokens, *grid).double()
+        angles = [
+            positions[:, axis, None] * self.config.rope_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            for axis, dim in enumerate(self.config.rope_axes)
+        ]
+        angle = torch.cat(angles, -1)[:, None]
+        return torch.polar(torch.ones_like(angle), angle).to(self.first.weight.device, torch.complex64)
+
+    def velocity(
+        self, tokens: Tensor, context: Tensor, step_mod: Tensor, rope: Tensor, prompt_mask: Tensor | None = None
+    ) -> Tensor:
+        """One evaluation of the stream.
+
+        tokens       [B, L, C·p·p]    noisy image tokens
+        context      [B, T, D]        from `encode_text`
+        step_mod     [B or 1, 1, 7D]  from `modulate`
+        rope         [S, 1, d/2]      from `rope`
+        prompt_mask  [B, T]           True = a real token; none where the prompts have one length
+        returns      [B, L, C·p·p]    noise − image
+        """
+        text, width = context.shape[1], self.config.width
+        time_mod, time = step_mod.split((6 * width, width), -1)
+        mask = None if prompt_mask is None else F.pad(prompt_mask, (0, tokens.shape[1]), value=True)[:, None, None]
+        x = torch.cat((context, self.first(tokens)), 1)
+        for block in self.blocks:
+            x = block(x, time_mod, rope, mask)
+        return self.last(x[:, text:], time)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        sigma: Tensor,
+        prompt_embeds: Tensor,
+        grid: tuple[int, int],
+        prompt_mask: Tensor | None = None,
+    ) -> Tensor:
+        """tokens [B, L, C·p·p], sigma [B], prompt_embeds [B, T, N, E], grid (h, w) -> velocity [B, L, C·p·p]."""
+        context = self.encode_text(prompt_embeds, prompt_mask)
+        rope = self.rope(context.shape[1], grid)
+        return self.velocity(tokens, context, self.modulate(sigma), rope, prompt_mask)
+
+    def initialise(self) -> None:
+        """Weights to train from: variance-keeping products, quiet residual branches, a velocity of zero.
+
+        Gates start open at one and `wo`, `down` small instead of the other way round, so that every matrix learns
+        from the second step on.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if name.endswith((".wo", ".down")):
+                    depth = self.config.blocks if name.startswith("blocks.") else 2 * FUSION_BLOCKS
+                    module.weight.data.mul_((2 * depth) ** -0.5)
+            elif isinstance(module, RMSNorm):
+                nn.init.zeros_(module.scale)
+            elif isinstance(module, SingleStreamBlock):
+                nn.init.zeros_(module.mod.lin)
+                module.mod.lin.data.view(6, -1)[2::3] = 1  # the two gates
+            elif isinstance(module, LastLayer):
+                nn.init.zeros_(module.modulation.lin)
+        nn.init.normal_(self.get_parameter("tproj.1.weight"), std=0.1 * self.config.width**-0.5)
+        nn.init.constant_(self.txtfusion.projector.weight, 1 / self.config.text_taps)
+        nn.init.zeros_(self.last.linear.weight)

@@ -1,0 +1,197 @@
+"""The DiT against an independent implementation, and the properties that the sampler relies on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
+from model.latents import position_ids
+
+SIZES = {
+    "mini": PRESETS["mini"],
+    # medium, scaled down in proportion: groups of four heads, twelve taps
+    "small-medium": DiTConfig(width=384, heads=12, kv_heads=3, blocks=3, text_width=160, text_taps=12, text_heads=5),
+}
+
+
+def random_model(config: DiTConfig, seed: int = 0) -> Krea2:
+    """Random everywhere, norms and modulation too, so that no part can hide behind its zero."""
+    torch.manual_seed(seed)
+    model = Krea2(config).eval().requires_grad_(False)
+    model.initialise()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or "mod" in name or name.startswith("last."):
+            parameter.normal_(std=0.3)
+    return model
+
+
+# spelled out a second time, apart from the table that `model.checkpoint` holds
+DIFFUSERS_NAMES = [
+    (r"^first\.", "img_in."),
+    (r"^tmlp\.0", "time_embed.linear_1"),
+    (r"^tmlp\.2", "time_embed.linear_2"),
+    (r"^tproj\.1", "time_mod_proj"),
+    (r"^txtmlp\.0\.scale", "txt_in.norm.weight"),
+    (r"^txtmlp\.1", "txt_in.linear_1"),
+    (r"^txtmlp\.3", "txt_in.linear_2"),
+    (r"^txtfusion\.", "text_fusion."),
+    (r"^blocks\.", "transformer_blocks."),
+    (r"^last\.modulation\.lin", "final_layer.scale_shift_table"),
+    (r"^last\.norm\.scale", "final_layer.norm.weight"),
+    (r"^last\.", "final_layer."),
+    (r"\.prenorm\.scale", ".norm1.weight"),
+    (r"\.postnorm\.scale", ".norm2.weight"),
+    (r"\.mod\.lin", ".scale_shift_table"),
+    (r"\.attn\.qknorm\.qnorm\.scale", ".attn.norm_q.weight"),
+    (r"\.attn\.qknorm\.knorm\.scale", ".attn.norm_k.weight"),
+    (r"\.attn\.w([qkv])\.", r".attn.to_\1."),
+    (r"\.attn\.gate\.", ".attn.to_gate."),
+    (r"\.attn\.wo\.", ".attn.to_out.0."),
+    (r"\.mlp\.", ".ff."),
+]
+
+
+def diffusers_key(native: str) -> str:
+    for pattern, name in DIFFUSERS_NAMES:
+        native = re.sub(pattern, name, native)
+    return native
+
+
+def reference(model: Krea2):
+    """diffusers' network with the same weights."""
+    diffusers = pytest.importorskip("diffusers")
+    c = model.config
+    other = diffusers.Krea2Transformer2DModel(
+        in_channels=c.token_dim,
+        num_layers=c.blocks,
+        attention_head_dim=c.head_dim,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        intermediate_size=hidden_width(c.width, c.multiplier),
+        timestep_embed_dim=c.time_dim,
+        text_hidden_dim=c.text_width,
+        num_text_layers=c.text_taps,
+        text_num_attention_heads=c.text_heads,
+        text_num_key_value_heads=c.text_heads,
+        text_intermediate_size=hidden_width(c.text_width, c.multiplier),
+        axes_dims_rope=c.rope_axes,
+        rope_theta=c.rope_base,
+        norm_eps=c.eps,
+    ).eval()
+    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
+    renamed = {diffusers_key(name): tensor for name, tensor in model.state_dict().items()}
+    other.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in renamed.items()})
+    return other
+
+
+def inputs(config: DiTConfig, batch: int = 2, text: int = 7, grid: tuple[int, int] = (3, 5)):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(batch, grid[0] * grid[1], config.token_dim, generator=generator)
+    embeds = torch.randn(batch, text, config.text_taps, config.text_width, generator=generator)
+    return tokens, torch.tensor([0.9, 0.3])[:batch], embeds, grid
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("padded", [False, True], ids=["natural", "padded"])
+@torch.no_grad()
+def test_agrees_with_diffusers(config, padded):
+    model = random_model(config)
+    tokens, sigma, embeds, grid = inputs(config)
+    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 2 + [True] * 2]) if padded else None
+
+    ours = model(tokens, sigma, embeds, grid, mask)
+    theirs = reference(model)(tokens, embeds, sigma, position_ids(7, *grid), mask, return_dict=False)[0]
+
+    assert theirs.std() > 0.1
+    assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("config", SIZES.values(), ids=SIZES)
+@torch.no_grad()
+def test_leaving_padding_out_changes_nothing(config):
+    model = random_model(config)
+    tokens, sigma, embeds, grid = inputs(config, batch=1)
+    mask = torch.tensor([[True, True, True, False, False, True, True]])
+
+    padded = model(tokens, sigma, embeds, grid, mask)
+    natural = model(tokens, sigma, embeds[:, mask[0]], grid)
+
+    assert relative_error(natural, padded) < 1e-5
+
+
+@torch.no_grad()
+def test_the_order_of_prompt_rows_means_nothing():
+    """They all sit at position zero, so rows may be appended (style tokens) in any order."""
+    model = random_model(SIZES["mini"])
+    tokens, sigma, embeds, grid = inputs(model.config)
+
+    assert relative_error(model(tokens, sigma, embeds.flip(1), grid), model(tokens, sigma, embeds, grid)) < 1e-5
+
+
+@torch.no_grad()
+def test_rope_turns_by_distance_only():
+    """A head's q·k depends on the offset of two image tokens, in rows and columns apart, and text is not turned."""
+    model = random_model(SIZES["mini"])
+    rope = model.rope(2, (6, 6))
+    assert torch.equal(rope[:2], torch.ones_like(rope[:2]))
+
+    image = rope[2:].view(6, 6, -1)
+    torch.testing.assert_close(image[3, 4] * image[1, 1].conj(), image[2, 3] * image[0, 0].conj())
+    assert not torch.allclose(image[3, 4] * image[1, 1].conj(), image[4, 3] * image[1, 1].conj())
+
+
+@torch.no_grad()
+def test_parts_give_what_the_whole_gives():
+    """Text once, all steps' modulation in one product: the sampler's way equals the training forward."""
+    model = random_model(SIZES["mini"])
+    tokens, sigma, embeds, grid = inputs(model.config)
+    mods = model.modulate(sigma)
+
+    one_step = model.velocity(tokens, model.encode_text(embeds), mods[1:], model.rope(7, grid))
+
+    torch.testing.assert_close(one_step, model(tokens, sigma[[1, 1]], embeds, grid), rtol=1e-4, atol=1e-5)
+
+
+def test_training_starts_at_zero_and_every_parameter_learns():
+    torch.manual_seed(0)
+    model = Krea2(replace(PRESETS["mini"], width=64, text_width=64, heads=4, kv_heads=2, blocks=2))
+    model.initialise()
+    tokens, sigma, embeds, grid = inputs(model.config)
+    assert not model(tokens, sigma, embeds, grid).any()
+    shared = model.modulate(sigma)[..., : 6 * 64].unflatten(-1, (6, -1)) + model.blocks[0].mod.lin.view(6, -1)
+    torch.testing.assert_close(shared.mean((0, 1, 3)), torch.tensor([0.0, 0, 1, 0, 0, 1]), rtol=0, atol=0.1)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):  # the first step opens the last linear layer, the second reaches everything
+        optimizer.zero_grad()
+        (model(tokens, sigma, embeds, grid) - torch.randn_like(tokens)).square().mean().backward()
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_preset_sizes():
+    def parameters(name: str) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in Krea2(PRESETS[name]).parameters())
+
+    assert parameters("medium") == pytest.approx(12.9e9, rel=0.01)
+    assert parameters("large") > 2 * parameters("medium")
+    assert PRESETS["large"].token_dim == 128  # what FLUX.2's autoencoder packs
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"heads": 3}, {"kv_heads": 3}, {"width": 96}, {"text_heads": 3}, {"blocks": 0}, {"time_dim": 255}],
+    ids=str,
+)
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ValueError):
+        replace(PRESETS["mini"], **wrong)
