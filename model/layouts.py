@@ -1,0 +1,177 @@
+"""The layouts in which a Krea 2 transformer is published, and how each becomes our network.
+
+Native names (they are this code's module names), ComfyUI's (native under a prefix), and diffusers' (a folder, often in
+shards). The key map is a table, read both ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import AGAIN, Checkpoint, load, open_checkpoint, some
+from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
+from model.errors import K2Error
+
+ATTENTION = {
+    "wq.weight": "to_q.weight",
+    "wk.weight": "to_k.weight",
+    "wv.weight": "to_v.weight",
+    "gate.weight": "to_gate.weight",
+    "wo.weight": "to_out.0.weight",
+    "qknorm.qnorm.scale": "norm_q.weight",
+    "qknorm.knorm.scale": "norm_k.weight",
+}
+BLOCK = {
+    "prenorm.scale": "norm1.weight",
+    "postnorm.scale": "norm2.weight",
+    **{f"attn.{native}": f"attn.{other}" for native, other in ATTENTION.items()},
+    **{f"mlp.{name}.weight": f"ff.{name}.weight" for name in ("gate", "up", "down")},
+}
+OUTSIDE = {
+    **{f"first.{x}": f"img_in.{x}" for x in ("weight", "bias")},
+    **{f"tmlp.0.{x}": f"time_embed.linear_1.{x}" for x in ("weight", "bias")},
+    **{f"tmlp.2.{x}": f"time_embed.linear_2.{x}" for x in ("weight", "bias")},
+    **{f"tproj.1.{x}": f"time_mod_proj.{x}" for x in ("weight", "bias")},
+    "txtmlp.0.scale": "txt_in.norm.weight",
+    **{f"txtmlp.1.{x}": f"txt_in.linear_1.{x}" for x in ("weight", "bias")},
+    **{f"txtmlp.3.{x}": f"txt_in.linear_2.{x}" for x in ("weight", "bias")},
+    "txtfusion.projector.weight": "text_fusion.projector.weight",
+    "last.norm.scale": "final_layer.norm.weight",
+    **{f"last.linear.{x}": f"final_layer.linear.{x}" for x in ("weight", "bias")},
+    "last.modulation.lin": "final_layer.scale_shift_table",
+}
+
+
+def diffusers_names(blocks: int) -> dict[str, str]:
+    """Native name -> diffusers' name, for a network of so many blocks."""
+    table = dict(OUTSIDE)
+    for kind in ("layerwise_blocks", "refiner_blocks"):
+        for i in range(FUSION_BLOCKS):
+            table |= {
+                f"txtfusion.{kind}.{i}.{ours}": f"text_fusion.{kind}.{i}.{other}" for ours, other in BLOCK.items()
+            }
+    for i in range(blocks):
+        table |= {f"blocks.{i}.{ours}": f"transformer_blocks.{i}.{other}" for ours, other in BLOCK.items()}
+        table[f"blocks.{i}.mod.lin"] = f"transformer_blocks.{i}.scale_shift_table"  # flat there, 6 × width here
+    return table
+
+
+def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
+    """A native state dict under diffusers' names, in diffusers' shapes."""
+    table = diffusers_names(config.blocks)
+    return {table[name]: tensor.view(6, -1) if name.endswith(".mod.lin") else tensor for name, tensor in state.items()}
+
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # the latter two are ComfyUI's
+PASSENGERS = (
+    "vae.",
+    "first_stage_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+)  # beside the network in its all-in-one files
+KINDS = {
+    "text": "a text encoder",
+    "vae": "an autoencoder",
+    "style": "a style encoder",
+    "judge": "a judge",
+}
+FOREIGN = {  # what else people keep in .safetensors files
+    r"lora_(A|B|down|up)\b|\.lokr_|\.hada_": "a LoRA, which goes on top of a model",
+    r"^(encoder|decoder)\.(conv_in|conv1|down|up|mid)|^(post_)?quant_conv": "an autoencoder",
+    r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.": "a text encoder",
+    r"(double|single|joint|input|down)_blocks\.|img_mod|add_q_proj|caption_projection": "another kind of image model",
+}
+
+
+def native_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint under native names, whatever its layout. Raises K2Error where it is no Krea 2 transformer."""
+    kind = checkpoint.metadata.get("kind", "dit")
+    if kind != "dit":
+        raise K2Error(f"{checkpoint.path} is {KINDS.get(kind, kind)}, not a Krea 2 transformer.", hint=GIVE)
+    tensors = checkpoint.tensors
+    for prefix in PREFIXES:
+        if f"{prefix}blocks.0.attn.wq.weight" in tensors:
+            rest = {name: s for name, s in tensors.items() if not (prefix and name.startswith(PASSENGERS))}
+            return replace(checkpoint, tensors={name.removeprefix(prefix): stored for name, stored in rest.items()})
+    if "transformer_blocks.0.attn.to_gate.weight" in tensors and "text_fusion.projector.weight" in tensors:
+        back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
+        back |= {other + "_scale": ours + "_scale" for other, ours in back.items()}  # of 8-bit weights
+        native = {back.get(name, name): stored for name, stored in tensors.items()}
+        flat = {name: replace(s, shape=(prod(s.shape),)) for name, s in native.items() if name.endswith(".mod.lin")}
+        return replace(checkpoint, tensors=native | flat)
+    what = next(
+        (what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "something else"
+    )
+    raise K2Error(f"{checkpoint.path} is {what}, not a Krea 2 transformer.", hint=GIVE)
+
+
+GIVE = "Give the file or folder of the diffusion transformer."
+
+
+def count_blocks(names: Iterable[str], stem: str) -> int:
+    found = (re.match(rf"{stem}\.(\d+)\.", name) for name in names)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def dit_config(checkpoint: Checkpoint) -> DiTConfig:
+    """The network's shape: from our metadata, else from the shapes of its tensors (native names). Raises K2Error."""
+    try:
+        config = stated_config(checkpoint) or inferred_config(checkpoint)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise K2Error(f"{checkpoint.path} has a shape that no Krea 2 transformer has: {error}.", hint=AGAIN) from None
+    if config.blocks != (blocks := count_blocks(checkpoint.tensors, "blocks")):
+        raise K2Error(f"{checkpoint.path} holds {blocks} of {config.blocks} blocks.", hint=AGAIN)
+    return config
+
+
+def stated_config(checkpoint: Checkpoint) -> DiTConfig | None:
+    values = checkpoint.metadata.get("config")
+    if values is not None and (unknown := sorted(set(values) - {f.name for f in fields(DiTConfig)})):
+        raise K2Error(f"{checkpoint.path} is of a newer kind: its config has {some(unknown)}.", hint="Update k2.")
+    return None if values is None else DiTConfig(**values)
+
+
+def inferred_config(checkpoint: Checkpoint) -> DiTConfig:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in checkpoint.tensors:
+            raise K2Error(f"{checkpoint.path} lacks {name}, so it is no whole Krea 2 transformer.", hint=AGAIN)
+        return checkpoint.tensors[name].shape
+
+    width, token_dim = shape("first.weight")
+    (head_dim,), (text_head_dim,) = (
+        shape(f"{block}.attn.qknorm.qnorm.scale") for block in ("blocks.0", "txtfusion.refiner_blocks.0")
+    )
+    (text_width,) = shape("txtmlp.0.scale")
+    hidden = shape("blocks.0.mlp.up.weight")[0]
+    return DiTConfig(
+        width=width,
+        heads=width // head_dim,
+        kv_heads=shape("blocks.0.attn.wk.weight")[0] // head_dim,
+        blocks=count_blocks(checkpoint.tensors, "blocks"),
+        text_width=text_width,
+        text_taps=shape("txtfusion.projector.weight")[1],
+        text_heads=text_width // text_head_dim,
+        channels=token_dim // 4,  # in patches of 2 × 2, as in every Krea 2
+        multiplier=next((m for m in (4, *range(1, 17)) if hidden_width(width, m) == hidden), 4),
+        time_dim=shape("tmlp.0.weight")[1],
+        rope_base=float(checkpoint.config.get("rope_theta", 1000.0)),
+        eps=float(checkpoint.config.get("norm_eps", 1e-5)),
+    )
+
+
+def load_dit(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Krea2, Checkpoint]:
+    """A transformer of any layout, ready to infer, and the checkpoint it came from. Raises K2Error."""
+    checkpoint = native_names(open_checkpoint(path))
+    with torch.device("meta"):
+        model = Krea2(dit_config(checkpoint))
+    load(model, checkpoint, device=device, dtype=dtype)
+    return model, checkpoint

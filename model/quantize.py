@@ -1,0 +1,67 @@
+"""Weights in 8 bits on disk: one scale per output row, whole numbers from −127 to 127.
+
+A stored matrix `NAME.weight` is int8 beside `NAME.weight_scale`, fp32 [out]; everything else is bf16. The same reader
+takes the fp8 files of other tools, which carry one scale per tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # ours and most others'; some of ComfyUI's
+NOT_WEIGHTS = re.compile(
+    r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$"
+)  # what 8-bit files add for their own kernels
+
+_SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
+_SMALL = 1 << 14
+
+
+def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Big matrices to int8 rows; to bf16 the rest: first, last, modulation, norms, convolutions, all that is small."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() >= _SMALL
+        if not tensor.is_floating_point():
+            stored[name] = tensor
+        elif not matrix or _SENSITIVE.match(name):
+            stored[name] = tensor.to(torch.bfloat16)
+        else:
+            stored[name], stored[f"{name}_scale"] = to_int8(tensor)
+    return stored
+
+
+def dequantise(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Undo `quantise`, and read fp8 with a scale per tensor: every float in `dtype`, no scales left."""
+    weights = ((name, tensor, scale_of(name, state)) for name, tensor in state.items() if not is_auxiliary(name))
+    return {name: restore(tensor, state[scale] if scale else None, dtype) for name, tensor, scale in weights}
+
+
+def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """matrix [out, in] -> int8 [out, in] and fp32 scale [out]; a row's largest number becomes ±127."""
+    wide = matrix.float()
+    scale = wide.abs().amax(1) / 127
+    rows = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+    return rows, scale
+
+
+def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A stored tensor as floats; the scale holds one number, or one for each row."""
+    if scale is None:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return (tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))).to(dtype)
+
+
+def scale_of(name: str, names: Mapping[str, object]) -> str | None:
+    """The name of a weight's scale among the stored names, if there is one."""
+    stem = name.removesuffix(".weight")
+    return next((stem + suffix for suffix in SCALE_SUFFIXES if stem != name and stem + suffix in names), None)
+
+
+def is_auxiliary(name: str) -> bool:
+    """Whether a stored tensor is no weight of the network but something that 8-bit storage added."""
+    return name.endswith(SCALE_SUFFIXES) or NOT_WEIGHTS.search(name) is not None

@@ -1,0 +1,265 @@
+"""Files on disk: every layout gives the same network, and everything else gives one clear error."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_dit import diffusers_key, random_model, reference
+
+from model.checkpoint import open_checkpoint, read, save
+from model.dit import DiTConfig
+from model.errors import K2Error
+from model.layouts import diffusers_names, load_dit, to_diffusers
+from model.quantize import quantise
+
+TINY = DiTConfig(width=64, heads=4, kv_heads=2, blocks=3, text_width=32, text_taps=3, text_heads=2, channels=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(TINY)
+
+
+@pytest.fixture
+def state(model):
+    return model.state_dict()
+
+
+@pytest.fixture
+def file(tmp_path, state):
+    path = tmp_path / "tiny.safetensors"
+    save(path, state, {"kind": "dit", "variant": "raw", "config": asdict(TINY)})
+    return path
+
+
+def assert_same(loaded: torch.nn.Module, state) -> None:
+    assert list(loaded.state_dict()) == list(state)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_what_is_saved_is_read_back(file, state):
+    loaded, metadata = read(file)
+
+    assert metadata["config"] == asdict(TINY)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert [path.name for path in file.parent.iterdir()] == ["tiny.safetensors"]  # no draft is left
+
+
+def test_a_failed_save_leaves_the_old_file(file, state):
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        save(file, state, {"kind": object()})
+    with pytest.raises(AttributeError):
+        save(file, {"first.weight": "no tensor"}, {})
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == ["tiny.safetensors"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_native_names_under_any_prefix(tmp_path, state, prefix):
+    """Without our metadata the shape follows from the tensors'."""
+    path = tmp_path / "comfy.safetensors"
+    passengers = {"vae.decoder.conv_in.weight": torch.zeros(2)} if prefix else {}
+    save_file({prefix + name: tensor for name, tensor in state.items()} | passengers, path)
+
+    loaded, _ = load_dit(path)
+
+    assert loaded.config == TINY
+    assert_same(loaded, state)
+
+
+def test_diffusers_folder_in_shards(tmp_path, model, state):
+    """Written by diffusers itself, in several files with an index."""
+    reference(model).save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
+
+    loaded, _ = load_dit(tmp_path / "transformer")
+
+    assert loaded.config == TINY
+    assert_same(loaded, state)
+
+
+def test_the_key_map_is_a_bijection_onto_diffusers(model, state):
+    assert {name: diffusers_key(name) for name in state} == diffusers_names(TINY.blocks)
+    theirs = reference(model).state_dict()
+    ours = to_diffusers(state, TINY)
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+def test_int8_files_load_like_any_other(tmp_path, state, layout):
+    stored = quantise(state if layout == "native" else to_diffusers(state, TINY))
+    assert torch.int8 in {tensor.dtype for tensor in stored.values()}
+    path = tmp_path / "int8.safetensors"
+    save(path, stored, {})
+
+    loaded = load_dit(path)[0].state_dict()
+
+    for name, tensor in state.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0.01, atol=0.02 * tensor.abs().max().item())
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "scale_weight"])
+def test_fp8_with_a_scale_per_tensor(tmp_path, state, suffix):
+    name = "blocks.0.mlp.up"
+    weight = state[f"{name}.weight"]
+    stored = dict(state) | {
+        f"{name}.weight": (weight / 0.01).to(torch.float8_e4m3fn),
+        f"{name}.{suffix}": torch.tensor(0.01),
+        f"{name}.scale_input": torch.tensor(1.0),
+        "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+    }
+    path = tmp_path / "fp8.safetensors"
+    save(path, stored, {})
+
+    loaded = load_dit(path)[0].state_dict()[f"{name}.weight"]
+
+    torch.testing.assert_close(loaded, weight, rtol=0.07, atol=1e-3)
+
+
+def test_half_precision_keeps_norms_in_fp32(file):
+    loaded = load_dit(file, dtype=torch.bfloat16)[0]
+    assert loaded.first.weight.dtype == torch.bfloat16
+    assert loaded.last.norm.scale.dtype == torch.float32
+
+
+# ---- what must be refused -----------------------------------------------------------------------
+
+
+def refused(path) -> str:
+    with pytest.raises(K2Error) as error:
+        load_dit(path)
+    assert path.name in str(error.value)
+    assert error.value.hint
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keep", "what"),
+    [(0, "not a safetensors file"), (8, "not a safetensors file"), (40, "cut off"), (0.5, "damaged"), (-1, "damaged")],
+)
+def test_cut_short(file, keep, what):
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
+    assert what in refused(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"PK\x03\x04" + bytes(100), "pickle"),
+        (b"\x80\x02}q\x00." + bytes(100), "pickle"),
+        (b"GGUF" + bytes(100), "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a safetensors file"),
+        (struct.pack("<Q", 3) + b"{]}", "damaged"),
+        (struct.pack("<Q", 2) + b"{}" + bytes(8), "damaged"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "not a safetensors file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_files(tmp_path, content, what):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert what in refused(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+        {"dtype": "PICKLE", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "data_offsets": [0, 8]},
+        [],
+    ],
+    ids=str,
+)
+def test_headers_that_lie(tmp_path, entry):
+    header = json.dumps({"first.weight": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert "damaged" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["decoder.conv_in.weight", "encoder.conv_in.weight"], "an autoencoder"),
+        (["model.language_model.layers.0.self_attn.q_proj.weight"], "a text encoder"),
+        (["diffusion_model.blocks.0.attn.wq.lora_A.weight"], "a LoRA"),
+        (["double_blocks.0.img_mod.lin.weight"], "another kind of image model"),
+        (["weight"], "something else"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_network_in_its_place(tmp_path, names, what):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(2) for name in names}, path)
+    assert what in refused(path)
+
+
+def test_our_own_files_say_what_they_are(tmp_path):
+    path = tmp_path / "mini-text.safetensors"
+    save(path, {"embed_tokens.weight": torch.zeros(2)}, {"kind": "text"})
+    assert "is a text encoder, not a Krea 2 transformer" in refused(path)
+
+
+def test_every_misfit_is_named(tmp_path, state):
+    path = tmp_path / "model.safetensors"
+    wrong = dict(state)
+    del wrong["blocks.1.attn.wq.weight"]
+    wrong["blocks.1.attn.extra"] = torch.zeros(2)
+    wrong["last.linear.bias"] = torch.zeros(3)
+    save(path, wrong, {"kind": "dit", "config": asdict(TINY)})
+
+    message = refused(path)
+
+    assert "1 missing (blocks.1.attn.wq.weight)" in message
+    assert "1 unknown (blocks.1.attn.extra)" in message
+    assert "last.linear.bias is [3] instead of [16]" in message
+
+
+def test_many_misfits_are_counted(tmp_path, state):
+    path = tmp_path / "model.safetensors"
+    save(
+        path, {name: t for name, t in state.items() if "qknorm" not in name or name.startswith(("txt", "blocks.0"))}, {}
+    )
+    assert "4 missing (blocks.1.attn.qknorm.qnorm.scale" in (message := refused(path)) and "and 1 more" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (asdict(TINY) | {"window": 4}, "window"),
+        (asdict(TINY) | {"heads": 3}, "multiples of their numbers of heads"),
+        (asdict(TINY) | {"blocks": 10**9}, "3 of 1000000000 blocks"),
+        ({"width": 64}, "missing"),
+        (5, "shape"),
+    ],
+    ids=["unknown", "impossible", "endless", "lacking", "nothing"],
+)
+def test_metadata_is_not_trusted(tmp_path, state, config, what):
+    path = tmp_path / "model.safetensors"
+    save(path, state, {"kind": "dit", "config": config})
+    assert what in refused(path)
+
+
+def test_folders_without_their_weights(tmp_path):
+    with pytest.raises(K2Error, match=r"no \.safetensors file"):
+        open_checkpoint(tmp_path)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
+    with pytest.raises(K2Error, match=r"lacks part-1\.safetensors"):
+        open_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    with pytest.raises(K2Error, match="its own folder"):
+        open_checkpoint(tmp_path)

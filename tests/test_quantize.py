@@ -1,0 +1,53 @@
+"""Eight-bit storage: small errors, and none where it would hurt."""
+
+from __future__ import annotations
+
+import torch
+from test_dit import SIZES, inputs, random_model, relative_error
+
+from model.quantize import dequantise, quantise
+
+
+def test_rows_have_their_own_scale():
+    """A row's error is bounded by its own largest number, however large its neighbours are."""
+    matrix = torch.randn(256, 128) * torch.logspace(-6, 3, 256)[:, None]
+    matrix[7] = 0
+
+    stored = quantise({"wq.weight": matrix})
+    back = dequantise(stored)["wq.weight"]
+
+    assert stored["wq.weight"].dtype == torch.int8 and stored["wq.weight_scale"].shape == (256,)
+    assert ((back - matrix).abs() <= matrix.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
+
+
+def test_quantising_again_changes_nothing():
+    once = dequantise(quantise({"wq.weight": torch.randn(128, 128)}))
+    torch.testing.assert_close(dequantise(quantise(once)), once, rtol=1e-6, atol=0)
+
+
+def test_what_stays_in_bf16():
+    state = random_model(SIZES["mini"]).state_dict()
+    stored = quantise(state)
+
+    assert list(dequantise(stored)) == list(state)
+    eight = {name for name, tensor in stored.items() if tensor.dtype == torch.int8}
+    assert not [n for n in eight if n.startswith(("first", "last", "tmlp", "tproj")) or "norm" in n or "mod" in n]
+    assert {"blocks.0.attn.wq.weight", "blocks.7.mlp.down.weight", "txtfusion.refiner_blocks.1.attn.wo.weight"} <= eight
+    rest = {n: t.dtype for n, t in stored.items() if n not in eight and not n.endswith("_scale")}
+    assert set(rest.values()) == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_the_network_hardly_notices():
+    model = random_model(SIZES["mini"])
+    tokens, sigma, embeds, grid = inputs(model.config)
+    exact = model(tokens, sigma, embeds, grid)
+
+    model.load_state_dict(dequantise(quantise(model.state_dict())))
+
+    assert relative_error(model(tokens, sigma, embeds, grid), exact) < 0.05
+
+
+def test_whole_numbers_pass_through():
+    counts = {"steps": torch.arange(3)}
+    assert torch.equal(dequantise(quantise(counts))["steps"], counts["steps"])
