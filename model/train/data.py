@@ -126,10 +126,10 @@ class Catalog:
         rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
         return compose(np.asarray(self.renders[item.row]), item.look, rng)
 
-    def caption(self, item: Item, rng: np.random.Generator, style: bool = True) -> str:
+    def caption(self, item: Item, rng: np.random.Generator, form: str = "short", style: bool = True) -> str:
         """A caption in short, medium or long form; with style=False it names the content only.
 
-        Style words are left out of a share of the captions as well, so that a bare subject means any look.
+        Style words are left out of a share of the short captions as well, so that a bare subject means any look.
         """
         subject = self.subjects[item.pair.subject]
         name = subject.words[0] if rng.random() < 0.7 else str(rng.choice(subject.words))
@@ -137,14 +137,14 @@ class Catalog:
         words = [str(rng.choice(medium))] if medium else []
         if not words or rng.random() < 0.6:
             words.append(str(rng.choice(drawing)))
-        form = rng.choice(3, p=(0.4, 0.42, 0.18))
         subject_words = f"{article(name)}{name}" if rng.random() < 0.8 else name
         where = item.look.ground_words
         if not style:
-            return subject_words if form == 0 or item.look.medium != "plain" else f"{subject_words} {where}"
-        if form == 0:
+            bare = form == "short" or item.look.medium != "plain"
+            return subject_words if bare else f"{subject_words} {where}"
+        if form == "short":
             return ", ".join([subject_words, *words[: int(rng.integers(0, 3))]])
-        if form == 1:
+        if form == "medium":
             return ", ".join([f"{subject_words} {where}", *words])
         manner = " and ".join(words)
         return f"a picture of {subject_words} in the middle {where}, made as {manner}"

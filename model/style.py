@@ -1,0 +1,96 @@
+"""Style: pictures in, prompt rows out.
+
+A reference picture becomes K rows in the text features' own space, [K, N, E], which are appended to the prompt's rows
+before text fusion, just where a vision-language encoder's image rows would enter. So the transformer needs no new part.
+Strength and mixing are linear there: rows = S_null + sum_i s_i (S_i - S_null), whatever the order of the references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleConfig:
+    """The shape of a style encoder."""
+
+    text_width: int
+    text_taps: int
+    rows: int = 4  # prompt rows that one style takes
+    channels: int = 16  # of the latents
+    width: int = 128
+    hidden: int = 448
+    vector: int = 64
+
+
+class ResidualConv(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+
+
+class StyleEncoder(nn.Module):
+    """Reference latents to style rows and one style vector.
+
+    Only means and deviations over the picture reach the output, so where things stand, and most of what they are, is
+    lost on the way: a style is what is left of a picture when its content is averaged out.
+    """
+
+    def __init__(self, config: StyleConfig):
+        super().__init__()
+        c = self.config = config
+        self.inward = nn.Conv2d(c.channels, c.width, 2, stride=2)
+        self.blocks = nn.Sequential(*(ResidualConv(c.width) for _ in range(3)))
+        self.trunk = nn.Sequential(nn.Linear(2 * c.width, c.hidden), nn.SiLU())
+        self.to_rows = nn.Linear(c.hidden, c.rows * c.text_taps * c.text_width)
+        self.to_vector = nn.Linear(c.hidden, c.vector)
+        self.null = nn.Parameter(torch.zeros(c.rows, c.text_taps, c.text_width))
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents [B, C, H, W], normalised, H and W even -> rows [B, K, N, E], unit vectors [B, V]."""
+        c = self.config
+        x = self.blocks(self.inward(latents)).flatten(2)
+        trunk = self.trunk(torch.cat((x.mean(-1), x.std(-1)), -1))
+        rows = self.to_rows(trunk).view(-1, c.rows, c.text_taps, c.text_width)
+        return rows, F.normalize(self.to_vector(trunk), dim=-1)
+
+    def initialise(self) -> None:
+        """Rows start as noise of the text rows' own size, so that they are heard but say nothing yet."""
+        nn.init.normal_(self.null, std=0.5)
+        nn.init.normal_(self.to_rows.weight, std=0.7 * self.config.hidden**-0.5)
+
+    def mix(self, rows: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
+        """Several styles' rows [K, N, E] at their strengths (-2 ... 2) as one style's rows [K, N, E].
+
+        Summed in fp64 and in an order that depends on the values alone, so the order of the arguments never matters.
+        """
+        null = self.null.detach().double()
+        parts = [strength * (each.double() - null) for each, strength in zip(rows, strengths, strict=True)]
+        parts.sort(key=lambda part: part.sum().item())
+        return torch.stack([null, *parts]).sum(0).to(self.null.dtype)
+
+
+def destroy_content(latents: Tensor, tile: int, generator: torch.Generator) -> Tensor:
+    """Shuffle a reference's tiles and flip it: its look stays, its subject does not.
+
+    latents [B, C, H, W], tile in latent cells, H and W multiples of it -> the same shape
+    """
+    batch, channels, height, width = latents.shape
+    rows, columns = height // tile, width // tile
+    tiles = latents.view(batch, channels, rows, tile, columns, tile).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = torch.rand(batch, rows * columns, generator=generator).argsort(1)
+    tiles = tiles.gather(1, order[..., None, None, None].expand_as(tiles))
+    if torch.rand((), generator=generator) < 0.5:
+        tiles = tiles.flip(-1)
+    grid = tiles.view(batch, rows, columns, channels, tile, tile).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, channels, height, width)

@@ -1,0 +1,69 @@
+"""Muon for the matrices inside the blocks, AdamW for everything else, and the learning rate's course."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: Newton-Schulz on [G, m, n], all of one shape at once.
+
+    In the dtype that it is given: on a CPU without bf16 products the usual cast to bf16 costs a hundred times more.
+    """
+    a, b, c = QUINTIC
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal. Updates have the root mean square of AdamW's (0.2), so both share a learning rate."""
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
+                momentum.lerp_(param.grad, 1 - group["momentum"])
+                ahead = param.grad.lerp(momentum, group["momentum"])  # Nesterov
+                by_shape[param.shape].append((param, ahead))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalise(torch.stack([ahead for _, ahead in pairs]), group["steps"])
+                scale = 0.2 * max(shape) ** 0.5
+                for (param, _), update in zip(pairs, updates, strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.add_(update, alpha=-group["lr"] * scale)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """(matrices inside the blocks, for Muon; all the rest, for AdamW)."""
+    inside, rest = [], []
+    for name, param in model.named_parameters():
+        (inside if name.startswith("blocks.") and param.ndim == 2 else rest).append(param)
+    return inside, rest
+
+
+def warmup_stable_decay(step: float, total: float, warmup: float = 0.02, decay: float = 0.2) -> float:
+    """Factor of the learning rate: up, flat, and linearly down to zero over the last `decay` of the run."""
+    done = step / total
+    return max(0.0, min(done / warmup if warmup else 1.0, 1.0, (1 - done) / decay if decay else 1.0))

@@ -1,0 +1,284 @@
+"""Pretraining: the transformer and the style encoder together, from words and reference pictures to latents.
+
+`python -m model.train.pretrain RECIPE.toml` runs one stage; it resumes exactly from `.runs/NAME/state.safetensors` when
+that exists. Every step's pictures, captions, references and noise follow from the recipe's seed and the step's number.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+import tomllib
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.dit import PRESETS, DiTConfig, Krea2
+from model.errors import K2Error
+from model.latents import patchify
+from model.style import StyleConfig, StyleEncoder, destroy_content
+from model.text_encoder import TextEncoder
+from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.optim import Muon, split_parameters, warmup_stable_decay
+
+RUNS = Path(".runs")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of pretraining, as its TOML file says it."""
+
+    name: str
+    size: int  # px
+    minutes: float
+    batch: int  # pictures a step
+    repeats: int  # noise levels for each of them: the prompt's part is computed once for all
+    lr: float
+    mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
+    decay: float = 0.0  # share of the run over which the learning rate falls to zero
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    preset: str = "mini"
+    seed: int = 1
+    init: str = ""  # a run whose weights this one starts from
+    references: float = 0.5  # share of the steps that show a style reference
+    style_loss: float = 0.05
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        table = tomllib.loads(path.read_text())
+        unknown = set(table) - {f.name for f in fields(cls)}
+        if unknown:
+            raise K2Error(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
+        return cls(**table)
+
+
+class TrainingSet:
+    """Everything that a step draws from: latents, captions and style references of the train split."""
+
+    def __init__(self, catalog: Catalog, text: TextEncoder, size: int):
+        self.catalog = catalog
+        self.items = catalog.items("train")
+        self.latents = torch.from_numpy(np.load(catalog.folder / f"latents-{size}.npy", mmap_mode="r"))
+        assert len(self.latents) == len(self.items), "latents and catalog differ; encode again"
+        self.text = text
+        self.features: dict[str, Tensor] = {}
+        self.by_look: dict[Any, list[int]] = defaultdict(list)
+        for index, item in enumerate(self.items):
+            self.by_look[item.look].append(index)
+        self.looks = list(self.by_look)
+        self.look_index = {look: i for i, look in enumerate(self.looks)}
+        weights = np.array([_weight(item) for item in self.items])
+        self.weights = weights / weights.sum()
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once."""
+        new = sorted(set(captions) - self.features.keys())
+        if new:
+            embeds, mask = self.text.encode(new)
+            for caption, rows, real in zip(new, embeds, mask, strict=True):
+                self.features[caption] = rows[real].half()
+        rows = [self.features[caption].float() for caption in captions]
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
+
+    def batch(self, recipe: Recipe, step: int) -> dict[str, Any]:
+        """The pictures, prompts and references of one step."""
+        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
+        with_reference = rng.random() < recipe.references
+        form = str(rng.choice(("short", "medium", "long"), p=(0.5, 0.4, 0.1)))
+        captions = []
+        for index in chosen:
+            style = not with_reference or rng.random() < 0.5
+            caption = self.catalog.caption(self.items[index], rng, form, style)
+            captions.append("" if rng.random() < 0.1 else caption)
+        embeds, mask = self.embed(captions)
+        latents = self.latents[chosen].float()
+        references = None
+        if with_reference:
+            others = [self._other(index, rng) for index in chosen]
+            tile = 2 * int(rng.integers(1, 3)) * latents.shape[-1] // 16
+            references = destroy_content(self.latents[others].float(), max(tile, 2), generator)
+        return {
+            "latents": latents,
+            "embeds": embeds,
+            "mask": None if bool(mask.all()) else mask,
+            "references": references,
+            "null": torch.from_numpy(rng.random(recipe.batch) < 0.1),
+            "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]),
+            "generator": generator,
+        }
+
+    def _other(self, index: int, rng: np.random.Generator) -> int:
+        """A picture in the same look of another subject."""
+        peers = self.by_look[self.items[index].look]
+        other = peers[int(rng.integers(len(peers)))]
+        return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
+
+
+def _weight(item: Item) -> float:
+    """Plain pictures come more often than media, and those on white most: subjects are learned there first."""
+    if item.look.medium != "plain":
+        return 1.0
+    return 3.0 if item.look.ground == "white" else 1.7
+
+
+class Trainee(nn.Module):
+    """What is trained together: transformer, style encoder, and a head that tells looks apart by the style vector."""
+
+    def __init__(self, config: DiTConfig, looks: int):
+        super().__init__()
+        self.dit = Krea2(config)
+        self.style = StyleEncoder(StyleConfig(text_width=config.text_width, text_taps=config.text_taps))
+        self.look_head = nn.Linear(self.style.config.vector, looks)
+        self.dit.initialise()
+        self.style.initialise()
+
+    def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+        """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss."""
+        latents, generator, repeats = batch["latents"], batch["generator"], recipe.repeats
+        embeds, mask = batch["embeds"], batch["mask"]
+        style_loss = torch.zeros(())
+        if batch["references"] is not None:
+            rows, vectors = self.style(batch["references"])
+            style_loss = F.cross_entropy(10 * self.look_head(vectors), batch["looks"])
+            rows = torch.where(batch["null"][:, None, None, None], self.style.null, rows)
+            embeds = torch.cat((embeds, rows), 1)
+            mask = None if mask is None else F.pad(mask, (0, rows.shape[1]), value=True)
+        context = self.dit.encode_text(embeds, mask).repeat_interleave(repeats, 0)
+        mask = None if mask is None else mask.repeat_interleave(repeats, 0)
+
+        image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
+        noise = torch.randn(image.shape, generator=generator)
+        # stratified over the step, so that no step sees only easy or only hard noise levels
+        spread = (torch.randperm(len(image), generator=generator) + torch.rand(len(image), generator=generator)) / len(
+            image
+        )
+        sigma = torch.sigmoid(recipe.mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+        noised = torch.lerp(image, noise, sigma[:, None, None])
+        side = latents.shape[-1] // self.dit.config.patch
+        rope = self.dit.rope(context.shape[1], (side, side))
+        velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, mask)
+        return (velocity - (noise - image)).square().mean((1, 2)), sigma, style_loss
+
+
+class Run:
+    """A stage under way: modules, optimisers, averaged weights, and the place where it stands."""
+
+    def __init__(self, recipe: Recipe, looks: int):
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.folder = RUNS / recipe.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model = Trainee(PRESETS[recipe.preset], looks)
+        inside, rest = split_parameters(self.model.dit)
+        rest += [*self.model.style.parameters(), *self.model.look_head.parameters()]
+        self.muon = Muon(inside, recipe.lr, weight_decay=recipe.weight_decay, steps=4)
+        self.adamw = torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.step, self.seconds = 0, 0.0
+        if (self.folder / "state.safetensors").exists():
+            self.load(self.folder / "state.safetensors")
+        elif recipe.init:
+            parent = load_file(RUNS / recipe.init / "state.safetensors")
+            weights = {k.removeprefix("model."): v for k, v in parent.items() if k.startswith("model.")}
+            self.model.load_state_dict(weights)
+            self.ema = {name: parent[f"ema.{name}"].clone() for name in self.ema}
+
+    def advance(self, batch: dict[str, Any]) -> dict[str, float]:
+        """One step of both optimisers."""
+        recipe = self.recipe
+        factor = min(1.0, (self.step + 1) / recipe.warmup_steps) * warmup_stable_decay(
+            self.seconds, recipe.minutes * 60, warmup=0, decay=recipe.decay
+        )
+        for optimiser in (self.muon, self.adamw):
+            optimiser.param_groups[0]["lr"] = recipe.lr * factor
+        flow, sigma, style = self.model.losses(batch, recipe)
+        (flow.mean() + recipe.style_loss * style).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
+        for optimiser in (self.muon, self.adamw):
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        decay = min(0.998, (self.step + 1) / (self.step + 20))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - decay)
+        flow = flow.detach()
+        return {
+            "loss": flow.mean().item(),
+            "low": flow[sigma < 0.4].mean().item(),
+            "high": flow[sigma > 0.7].mean().item(),
+            "style": style.item(),
+            "norm": norm.item(),
+            "lr": factor * recipe.lr,
+        }
+
+    def save(self) -> None:
+        """The whole state, replaced in one move."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for name, optimiser in (("muon", self.muon), ("adamw", self.adamw)):
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+        place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe)}
+        draft = self.folder / "state.draft"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, draft, {"place": json.dumps(place)})
+        draft.replace(self.folder / "state.safetensors")
+
+    def load(self, path: Path) -> None:
+        """Back to where `save` was called, to the last bit."""
+        with safe_open(path, "pt") as file:
+            place = json.loads(file.metadata()["place"])
+        tensors = load_file(path)
+        self.step, self.seconds = place["step"], place["seconds"]
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.ema = {name: tensors[f"ema.{name}"] for name in self.ema}
+        for name, optimiser in (("muon", self.muon), ("adamw", self.adamw)):
+            states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for key, value in tensors.items():
+                if key.startswith(f"{name}."):
+                    _, index, slot = key.split(".")
+                    states[int(index)][slot] = value
+            optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def main(path: Path) -> None:
+    recipe = Recipe.read(path)
+    text = TextEncoder.load(RUNS / "text")
+    data = TrainingSet(Catalog(DATA), text, recipe.size)
+    run = Run(recipe, len(data.looks))
+    log = run.folder / "log.csv"
+    print(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks", flush=True)
+    last_save = started = time.monotonic()
+    before = run.seconds
+    window: list[dict[str, float]] = []
+    while run.seconds < recipe.minutes * 60:
+        window.append(run.advance(data.batch(recipe, run.step)))
+        run.seconds = before + time.monotonic() - started
+        if run.step % 25 == 0:
+            row: dict[str, Any] = {"step": run.step, "seconds": round(run.seconds, 1)}
+            row |= {key: round(float(np.nanmean([w[key] for w in window])), 4) for key in window[0]}
+            seen = run.step * recipe.batch * recipe.repeats
+            print(row, f"{seen / run.seconds:.1f} noised pictures/s", flush=True)
+            with log.open("a", newline="") as file:
+                csv.writer(file).writerow(row.values())
+            window = []
+        if time.monotonic() - last_save > 180:
+            run.save()
+            last_save = time.monotonic()
+    run.save()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
