@@ -1,0 +1,128 @@
+"""Looks and data: pictures are made by rule, and a picture is the same whenever it is made."""
+
+import numpy as np
+import pytest
+
+from model.train import data
+from model.train.data import Catalog, Item, Pair, Subject, article, read_subjects, stable_seed
+from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, compose, looks
+
+
+@pytest.fixture
+def render():
+    """A red disc, RGBA."""
+    y, x = np.mgrid[0:128, 0:128]
+    disc = (x - 64) ** 2 + (y - 64) ** 2 < 40**2
+    return np.where(disc[..., None], np.array([220, 40, 40, 255]), 0).astype(np.uint8)
+
+
+@pytest.fixture
+def catalog(render):
+    """A catalogue of one subject in every drawing set, without files."""
+    made = Catalog.__new__(Catalog)
+    made.subjects = {"ball": Subject("ball", ("ball",), ("ball", "red ball"))}
+    made.pairs = [Pair("ball", drawing) for drawing in DRAWINGS]
+    made.renders = np.stack([render] * len(made.pairs))
+    made.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
+    return made
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+@pytest.mark.parametrize("ground", ["white", "flat", "gradient", "scene", "floor"])
+def test_a_picture_is_the_same_every_time(render, medium, ground):
+    look = Look("noto", medium, ground, "teal")
+
+    first, second = (compose(render, look, np.random.default_rng(3)) for _ in range(2))
+
+    assert first.shape == (128, 128, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, second)
+
+
+def test_every_medium_looks_different_and_keeps_the_subject_in_sight(render):
+    pictures = {m: compose(render, Look("noto", m, "flat", "cream"), np.random.default_rng(0)) for m in MEDIA}
+
+    flat = [p.astype(float) for p in pictures.values()]
+    distances = [np.abs(a - b).mean() for i, a in enumerate(flat) for b in flat[:i]]
+    assert min(distances) > 4
+    for medium, picture in pictures.items():
+        middle, rim = picture[34:94, 34:94].mean((0, 1)), picture[:12].mean((0, 1))
+        assert np.abs(middle - rim).max() > 12, medium
+
+
+def test_grainy_film_has_more_fine_detail_than_plain(render):
+    def top_octave(medium):
+        grey = compose(render, Look("noto", medium, "flat", "cream"), np.random.default_rng(0)).mean(-1)
+        power = np.abs(np.fft.rfft2(grey - grey.mean())) ** 2
+        return power[32:96, 32:].sum()
+
+    assert top_octave("film") > 5 * top_octave("plain")
+
+
+def test_held_out_looks_share_no_medium_with_training_but_every_medium_is_trained():
+    trained = {(look.drawing, look.medium) for d in DRAWINGS for look in looks(d)[0]}
+    held = {(look.drawing, look.medium) for d in DRAWINGS for look in looks(d)[1]}
+
+    assert not trained & held
+    assert len(held) == 3 * len(DRAWINGS)
+    assert {medium for _, medium in trained} == set(MEDIA)
+
+
+def test_splits_are_disjoint_and_complete(catalog):
+    train, held = (set(catalog.items(split)) for split in ("train", "held-out"))
+
+    assert not train & held
+    assert len(train | held) == sum(len(catalog.looks[d][0]) for d in DRAWINGS)
+
+
+def test_captions_say_what_is_there(catalog):
+    rng = np.random.default_rng(0)
+    for item in catalog.items("train"):
+        for form in ("short", "medium", "long"):
+            assert "ball" in catalog.caption(item, rng, form)
+    item = Item(0, catalog.pairs[0], Look("noto", "pixel", "flat", "orange"))
+    assert "pixel art" in catalog.caption(item, rng, "medium")
+    assert "on an orange background" in catalog.caption(item, rng, "medium")
+
+
+def test_content_captions_name_no_style(catalog):
+    style_words = {word for group in (DRAWINGS, MEDIA) for words in group.values() for word in words}
+    rng = np.random.default_rng(0)
+    for item in catalog.items("train"):
+        caption = catalog.caption(item, rng, "long", style=False)
+        assert not any(word in caption for word in style_words)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("fox", "a "), ("owl", "an "), ("unicorn", "a "), ("hourglass", "an "), ("scissors", ""), ("sun", "the ")],
+)
+def test_articles(name, expected):
+    assert article(name) == expected
+
+
+def test_seeds_do_not_depend_on_the_process():
+    assert stable_seed("a", 1) == 0x60AC85A169C5A905
+    assert stable_seed("a", 1) != stable_seed("a", 2)
+
+
+def test_subjects_are_many_and_named_once():
+    subjects = read_subjects()
+
+    assert len(subjects) >= 100
+    assert len({s.icons[0] for s in subjects}) == len(subjects)
+    assert all(name in PALETTES for name in ("cream", "teal"))
+
+
+def test_icons_render_with_their_own_box_and_through_aliases():
+    pytest.importorskip("resvg_py")
+    square = '<rect width="10" height="10" fill="#f00"/>'
+    icons = {
+        "icons": {"red-box": {"body": square, "width": 10, "height": 10}},
+        "aliases": {"box": {"parent": "red-box"}},
+    }
+
+    picture = data.render_icon(icons, "box", 32)
+
+    assert picture.shape == (32, 32, 4)
+    np.testing.assert_array_equal(picture[16, 16], [255, 0, 0, 255])
+    assert data.render_icon(icons, "circle", 32) is None

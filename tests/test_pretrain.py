@@ -1,0 +1,101 @@
+"""The training loop: it learns, and it resumes to the last bit."""
+
+import pytest
+import torch
+
+from model.dit import DiTConfig
+from model.train import optim, pretrain
+from model.train.pretrain import Recipe, Run
+
+TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "RUNS", tmp_path)
+    monkeypatch.setitem(pretrain.PRESETS, "tiny", TINY)
+    return Recipe(name="tiny", size=64, minutes=1e6, batch=4, repeats=2, lr=4e-3, mu=0.0, preset="tiny", warmup_steps=1)
+
+
+def make_batch(seed: int, references: bool) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    masked = torch.ones(4, 5, dtype=torch.bool)
+    masked[1, 3:] = False
+    return {
+        "latents": torch.randn(4, 16, 4, 4, generator=generator),
+        "embeds": torch.randn(4, 5, 2, 32, generator=generator),
+        "mask": masked,
+        "references": torch.randn(4, 16, 4, 4, generator=generator) if references else None,
+        "null": torch.tensor([True, False, False, False]),
+        "looks": torch.tensor([0, 1, 2, 1]),
+        "generator": generator,
+    }
+
+
+def test_one_batch_is_learned(recipe):
+    run = Run(recipe, looks=3)
+
+    losses = [run.advance(make_batch(0, references=True))["loss"] for _ in range(60)]
+
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_resuming_is_exact(recipe):
+    straight = Run(recipe, looks=3)
+    for step in range(4):
+        last = straight.advance(make_batch(step, step % 2 == 0))
+
+    broken = Run(recipe, looks=3)
+    for step in range(2):
+        broken.advance(make_batch(step, step % 2 == 0))
+    broken.save()
+    resumed = Run(recipe, looks=3)
+    assert resumed.step == 2
+    for step in range(2, 4):
+        again = resumed.advance(make_batch(step, step % 2 == 0))
+
+    assert again == last
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+        assert torch.equal(straight.ema[name], resumed.ema[name]), name
+
+
+def test_repeats_share_the_prompt_but_not_the_noise(recipe):
+    run = Run(recipe, looks=3)
+    flow, sigma, _ = run.model.losses(make_batch(0, references=False), recipe)
+
+    assert flow.shape == (8,)
+    assert len(sigma.unique()) == 8
+
+
+def test_a_stage_starts_from_its_parent(recipe):
+    from dataclasses import replace
+
+    parent = Run(recipe, looks=3)
+    parent.advance(make_batch(0, references=True))
+    parent.save()
+
+    child = Run(replace(recipe, name="child", init="tiny"), looks=3)
+
+    assert child.step == 0
+    assert torch.equal(child.model.dit.first.weight, parent.model.dit.first.weight)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(3, 16, 40)))
+
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_muon_updates_have_the_size_of_adamws():
+    weight = torch.nn.Parameter(torch.zeros(64, 192))
+    weight.grad = torch.randn(64, 192)
+    optim.Muon([weight], lr=1.0).step()
+
+    assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    course = [optim.warmup_stable_decay(step, 100, warmup=0.1, decay=0.2) for step in (0, 5, 50, 90, 100)]
+
+    assert course == pytest.approx([0, 0.5, 1, 0.5, 0])

@@ -1,0 +1,73 @@
+"""Style rows: strength and mixing are linear, and order means nothing."""
+
+import pytest
+import torch
+
+from model.style import StyleConfig, StyleEncoder, destroy_content
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    made = StyleEncoder(StyleConfig(text_width=32, text_taps=2, rows=3, width=16, hidden=24, vector=8))
+    made.initialise()
+    return made.eval()
+
+
+@pytest.fixture
+def rows(encoder):
+    with torch.no_grad():
+        return list(encoder(torch.randn(3, 16, 8, 12))[0])
+
+
+def test_shapes_and_unit_vectors(encoder):
+    rows, vectors = encoder(torch.randn(5, 16, 16, 8))
+
+    assert rows.shape == (5, 3, 2, 32)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(5))
+
+
+def test_strength_zero_is_no_style_and_one_is_the_style(encoder, rows):
+    torch.testing.assert_close(encoder.mix(rows[:1], [0.0]), encoder.null.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(encoder.mix(rows[:1], [1.0]), rows[0])
+
+
+def test_negative_strength_mirrors(encoder, rows):
+    up, down = encoder.mix(rows[:1], [0.7]), encoder.mix(rows[:1], [-0.7])
+
+    torch.testing.assert_close(up + down, 2 * encoder.null.detach())
+
+
+def test_parts_of_one_style_add_up_to_it(encoder, rows):
+    torch.testing.assert_close(encoder.mix([rows[0]] * 2, [0.4, 0.6]), rows[0])
+
+
+def test_order_of_the_styles_never_matters(encoder, rows):
+    strengths = [0.3, 1.1, -0.4]
+    orders = [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)]
+
+    mixed = [encoder.mix([rows[i] for i in order], [strengths[i] for i in order]) for order in orders]
+
+    assert all(torch.equal(mixed[0], other) for other in mixed[1:])
+
+
+def test_destroying_content_moves_tiles_and_loses_none():
+    latents = torch.arange(2 * 4 * 4.0).view(2, 1, 4, 4)
+
+    shuffled = destroy_content(latents, 2, torch.Generator().manual_seed(1))
+
+    assert shuffled.shape == latents.shape
+    assert not torch.equal(shuffled, latents)
+    torch.testing.assert_close(shuffled.flatten(1).sort().values, latents.flatten(1))
+
+
+def test_statistics_forget_where_things_are(encoder):
+    """Shuffled tiles as large as the network's reach change the rows far less than another picture does."""
+    torch.manual_seed(1)
+    picture, other = torch.randn(2, 1, 16, 32, 32)
+    picture, other = 0.3 * picture + 1, 1.5 * other - 1
+    with torch.no_grad():
+        shuffled = encoder(destroy_content(picture, 16, torch.Generator().manual_seed(2)))[0]
+        same, different = encoder(picture)[0], encoder(other)[0]
+
+    assert (shuffled - same).norm() < 0.3 * (different - same).norm()
