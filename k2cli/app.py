@@ -1,0 +1,411 @@
+"""The commands: read what was typed, call, print. Whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from k2cli.project import Project, Prompt
+    from k2cli.runs import Job
+
+
+class Group(TyperGroup):
+    """Where a problem that the user can fix ends up: one sentence, a hint, exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except K2Error as error:
+            from k2cli.console import show_error
+
+            show_error(error)
+            raise typer.Exit(1) from None
+
+
+# Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
+app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models_app, name="models", help="What is in the box and on disk.")
+
+ProjectOption = Annotated[
+    Path | None, typer.Option("--project", metavar="DIR", help="The project, if not that of the current folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
+OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]
+EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="k2")
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"k2 {version('k2')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def k2(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Batches of pictures that share a look, made on this machine.
+
+    A project is a folder with a k2.toml: prompts, styles, settings.
+    Every picture gets a record from which it can be made again.
+
+    \b
+    Start:
+      k2 new moody && cd moody
+      k2 render
+      k2 render -p "a red fox" --batch 4
+    """
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
+    quiet: QuietOption = False,
+) -> None:
+    """Make a project that renders at once."""
+    from k2cli.console import near, result, say
+    from k2cli.project import Project
+
+    made = Project.create(folder)
+    result(near(made))
+    if not quiet:
+        say(f"Next: cd {near(made)} && k2 render", "dim")
+
+
+@app.command()
+def render(
+    projects: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROJECT]... [-]", help="Project folders. A - reads prompts from standard input, one a line."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Render the project's prompt of this name.")
+    ] = None,
+    turbo: Annotated[
+        bool, typer.Option("--turbo", help="Take the distilled checkpoint: few steps, no guidance.")
+    ] = False,
+    style: Annotated[
+        list[str] | None, typer.Option("--style", metavar="NAME=W", help="Weigh a style, −2 … 2; 0 leaves it out.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
+    aspect: Annotated[
+        str | None, typer.Option("--aspect", metavar="W:H", help="In the place of a size, like 3:2.")
+    ] = None,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            "--resolution", metavar="R", help="With an aspect: 1K, 2K, or the side of a square of as many pixels."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    project: ProjectOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be rendered.")] = False,
+    no_embed: EmbedOption = False,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Render a project, or single prompts, into its outputs folder.
+
+    Prints the path of each picture as soon as it is on disk.
+
+    \b
+    Examples:
+      k2 render                             the project here, whole
+      k2 render -p "a red fox" --batch 4    one prompt, four seeds
+      k2 render --style dusk=0.6 --seed 40
+      cat prompts.txt | k2 render - --json
+    """
+    from k2cli.runs import Job
+    from k2cli.runs import resume as last_run
+
+    opened = open_projects([name for name in projects or [] if name != "-"], project, allow_outside)
+    settings = {
+        "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
+        "steps": steps, "guidance": guidance, "model": model, "device": device,
+    }  # fmt: skip
+    if resume:
+        if (
+            prompt
+            or only
+            or style
+            or turbo
+            or "-" in (projects or [])
+            or any(value is not None for value in settings.values())
+        ):
+            raise typer.BadParameter(
+                "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
+            )
+        jobs = [last_run(each) for each in opened]
+    else:
+        prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
+        weights = dict(read_style(text) for text in style or [])
+        jobs = []
+        for each in opened:
+            chosen = each.settle(**settings)
+            wanted = prompts if prompts is not None else each.choose(only) if only else None
+            jobs.append(
+                Job(each, each.shots(chosen, wanted, weights), chosen.model, "turbo" if turbo else None, chosen.device)
+            )
+    if dry_run:
+        show_plan(jobs, json)
+    else:
+        carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet)
+
+
+def open_projects(folders: Sequence[str], project: Path | None, allow_outside: bool) -> list[Project]:
+    """The projects named, or the one that the current folder belongs to."""
+    from k2cli.project import Project
+
+    if folders and project:
+        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
+    if folders:
+        return [Project.open(Path(folder), allow_outside=allow_outside) for folder in folders]
+    return [find_project(project, allow_outside)]
+
+
+def find_project(project: Path | None, allow_outside: bool = False) -> Project:
+    from k2cli.project import Project
+
+    return (
+        Project.open(project, allow_outside=allow_outside)
+        if project
+        else Project.find(Path.cwd(), allow_outside=allow_outside)
+    )
+
+
+def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
+    """Prompts of the command line and of standard input; None where neither was used."""
+    from k2cli.project import Prompt
+    from k2cli.tables import plain
+
+    lines = [*texts]
+    if stdin:
+        if sys.stdin.isatty():
+            typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
+        lines += [line for line in sys.stdin.read().splitlines() if line.strip()]
+        if not lines:
+            raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
+    return [Prompt(plain(line, "A prompt")) for line in lines] if texts or stdin else None
+
+
+def read_style(text: str) -> tuple[str, float]:
+    """ "dusk=0.6" → ("dusk", 0.6)."""
+    name, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = float("nan")
+    if not name or not -2 <= value <= 2:
+        raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint="--style")
+    return name.strip(), value
+
+
+def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
+    """What a run would make: a line or an object for each picture."""
+    from k2cli.console import result
+    from k2cli.records import request
+
+    for job in jobs:
+        for shot in job.left:
+            spec = shot.spec
+            if as_json:
+                result(
+                    to_json(
+                        {
+                            "file": f"{shot.stem}.png",
+                            "project": str(job.project.root),
+                            "model": job.model,
+                            **request(shot, job.project.root),
+                        }
+                    )
+                )
+            else:
+                size = f"{spec.width}x{spec.height}" if spec.width else "own size"
+                result(f"{shot.stem}.png\t{size}\tseed {spec.seed}\t{spec.prompt}")
+
+
+def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> None:
+    """Render jobs, print each picture's path, and tell people how it went."""
+    from k2cli.console import meter, near, result, say
+    from k2cli.runs import render
+
+    for job in jobs:
+        total, done, folder = len(job.left), 0, None
+        if not total:
+            say(f"{job.project.name}: every picture of the run is there.")
+            continue
+        try:
+            with meter(total, quiet=quiet) as bar:
+                for saved in render(job, embed=embed, on_step=bar.step):
+                    done, folder = done + 1, saved.path.parent
+                    bar.saved(done)
+                    result(to_json({"file": near(saved.path), **saved.record}) if as_json else near(saved.path))
+        except KeyboardInterrupt:
+            if folder is not None:
+                say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: k2 render --resume")
+            raise typer.Exit(130) from None
+        if not quiet and total > 1 and folder is not None:
+            say(f"{total} pictures and a contact sheet in {near(folder)}", "dim")
+
+
+def to_json(table: Any) -> str:
+    import json
+
+    return json.dumps(table, ensure_ascii=False, default=lambda moment: moment.isoformat())
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
+    json: JsonOption = False,
+) -> None:
+    """Show what a picture was made from."""
+    from k2cli import records
+    from k2cli.console import result
+
+    record = records.read(file).table
+    result(to_json(record) if json else records.describe(record))
+
+
+@app.command()
+def rerun(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", help="Where to write; else a new run of the project."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="DEVICE", help="In the place of the recorded one.")
+    ] = None,
+    project: ProjectOption = None,
+    no_embed: EmbedOption = False,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a picture again from its record, and compare.
+
+    Refuses when the model or a reference is not what it was. Exits with 1 when the pixels differ.
+    """
+    from k2cli.console import meter, near, result, say
+    from k2cli.runs import rerun as make_again
+
+    home = find_home(file, project, allow_outside)
+    with meter(1, quiet=quiet) as bar:
+        saved, identical = make_again(file, home, output=output, device=device, embed=not no_embed, on_step=bar.step)
+    result(to_json({"file": near(saved.path), "identical": identical, **saved.record}) if json else near(saved.path))
+    if not quiet:
+        say(
+            "Identical, pixel for pixel." if identical else "The pixels differ from the recorded ones.",
+            "green" if identical else "yellow",
+        )
+    if not identical:
+        raise typer.Exit(1)
+
+
+def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:
+    """A picture's project: the one named, else the nearest above the picture, else above the current folder."""
+    from k2cli.project import FILE, Project
+
+    if project:
+        return Project.open(project, allow_outside=allow_outside)
+    for start in (file.absolute().parent, Path.cwd()):
+        for folder in (start, *start.parents):
+            if (folder / FILE).is_file():
+                return Project.open(folder, allow_outside=allow_outside)
+    return None
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Look this installation over: device, memory, models, versions, what will be slow and why."""
+    from k2cli.console import result
+    from k2cli.doctor import describe, examine
+
+    found = examine()
+    result(to_json(found) if json else describe(found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
+@models_app.command("list")
+def list_models(json: JsonOption = False) -> None:
+    """List the models of the box: name, variant, size, parameters."""
+    from k2cli.console import result
+    from k2cli.models import inventory
+
+    for each in inventory():
+        result(
+            to_json(each)
+            if json
+            else "{name}\t{variant}\t{native} px\t{parameters:,} parameters\t{megabytes:.1f} MB".format(**each)
+        )
+
+
+@models_app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box, or a .safetensors file.")],
+    json: JsonOption = False,
+) -> None:
+    """Say what a model's files hold: shapes, recommended settings, training, hashes."""
+    from k2cli import models
+    from k2cli.console import result
+
+    entries = models.files(model)
+    result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
+
+
+@models_app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a model as a folder that diffusers.Krea2Pipeline opens."""
+    from k2cli import models
+    from k2cli.console import near, result
+
+    name = models.resolve(model)
+    if folder.exists():
+        raise K2Error(f"{folder} exists already.", hint="Choose another name.")
+    from model.pipeline import Pipeline
+
+    Pipeline.load(name, variant="turbo" if turbo else None, device="cpu").export(folder)
+    result(near(folder))

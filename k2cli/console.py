@@ -1,0 +1,73 @@
+"""What people read: standard error, through rich. Standard output carries results, and only results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from model.errors import K2Error
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str, style: str = "") -> None:
+    """A line for people."""
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def show_error(error: K2Error) -> None:
+    """One sentence, and below it what to do."""
+    console.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+    if error.hint:
+        console.print(Text.assemble(("Hint:  ", "bold cyan"), error.hint), soft_wrap=True)
+
+
+def result(line: str) -> None:
+    """A line of results, at once, so that whoever reads the pipe can begin."""
+    print(line, flush=True)
+
+
+def near(path: Path) -> str:
+    """A path as short as it can be typed here."""
+    full = Path(os.path.abspath(path))
+    return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+
+
+class Meter:
+    """Progress over pictures and steps; a silent one where nobody watches."""
+
+    def __init__(self, progress: Any = None, pictures: Any = None, steps: Any = None):
+        self.progress, self.pictures, self.steps = progress, pictures, steps
+
+    def step(self, done: int, of: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.steps, completed=done, total=of, visible=True)
+
+    def saved(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.pictures, completed=done)
+
+
+@contextmanager
+def meter(total: int, *, quiet: bool) -> Iterator[Meter]:
+    """A bar for the pictures and one for the steps of those in hand, on a terminal only."""
+    if quiet or not console.is_terminal:
+        yield Meter()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    # Rich would send what goes to a piped standard output to the terminal; only where both are one screen may it.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        yield Meter(
+            progress,
+            progress.add_task("pictures", total=total),
+            progress.add_task("   steps", total=None, visible=False),
+        )

@@ -1,0 +1,148 @@
+"""What this machine gives a render, and what is in its way."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from k2cli import models
+from k2cli.project import Project
+from model.errors import K2Error
+
+PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
+
+
+def examine() -> dict[str, Any]:
+    """Everything `k2 doctor` knows. `problems` keep k2 from working, `notes` say what is slow and why."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    mps = torch.backends.mps.is_available()
+    found: dict[str, Any] = {
+        "device": "cuda" if gpus else "mps" if mps else "cpu",
+        "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],
+        "cpu": {
+            "name": cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "kernels": torch.backends.cpu.get_cpu_capability(),
+        },
+        "memory_gb": memory(),
+        "gflops": {name: round(speed(getattr(torch, name)), 1) for name in ("float32", "bfloat16")},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES},
+        "models": [],
+        "notes": [],
+        "problems": [],
+    }
+    for name in models.box():
+        try:
+            found["models"] += [
+                {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.files(name)
+            ]
+        except K2Error as error:
+            found["problems"].append(str(error))
+    if not models.box():
+        found["problems"].append(
+            f"There are no weights in {models.BOX}: nothing can be rendered with the model of the box."
+        )
+    try:
+        project = Project.find(Path.cwd())
+        found["project"] = {
+            "name": project.name,
+            "folder": str(project.root),
+            "prompts": len(project.prompts),
+            "styles": list(project.styles.known),
+        }
+    except K2Error as error:
+        if "There is no k2.toml" not in str(error):
+            found["problems"].append(str(error))
+    found["notes"] = notes(found)
+    return found
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """What will be slow, and why."""
+    cpu, gflops, memory_gb = found["cpu"], found["gflops"], found["memory_gb"]
+    lines = []
+    if found["device"] == "cpu":
+        rate = f"{gflops['float32']:g} GFLOP/s"
+        lines.append(
+            f"No GPU: everything runs on the processor, at {rate}. Mini is made for that, the open weights are not."
+        )
+        if gflops["bfloat16"] < gflops["float32"]:
+            ratio = gflops["float32"] / max(gflops["bfloat16"], 0.1)
+            lines.append(
+                f"bfloat16 is {ratio:.1f} times slower than float32: the processor has no instructions for it."
+            )
+    if cpu["threads"] < (cpu["cores"] or 1):
+        lines.append(f"{cpu['threads']} of {cpu['cores']} cores are used: OMP_NUM_THREADS or the machine says so.")
+    if memory_gb["free"] < 2:
+        lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
+    return lines
+
+
+def speed(dtype: Any, side: int = 512) -> float:
+    """Billions of multiplications and additions a second in a product of two square matrices; the best of a few."""
+    import torch
+
+    a, b = torch.ones(2, side, side, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best / 1e9
+
+
+def memory() -> dict[str, float]:
+    """Gigabytes in all and free; free is unknown, and said to be all, where the system does not tell."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return {
+            name: round(int(lines[key].split()[0]) / 1e6, 1)
+            for name, key in (("total", "MemTotal"), ("free", "MemAvailable"))
+        }
+    except OSError:
+        total = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+        return {"total": total, "free": total}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """The findings for people."""
+    cpu, memory_gb = found["cpu"], found["memory_gb"]
+    rows = [
+        ("device", found["device"] + "".join(f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"])),
+        ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['kernels']} kernels"),
+        ("memory", f"{memory_gb['total']:g} GB, {memory_gb['free']:g} GB free"),
+        ("speed", ", ".join(f"{name} {value:g} GFLOP/s" for name, value in found["gflops"].items())),
+        ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
+        *(("weights", f"{each['sha256'][:12]}  {each['file']}, {each['megabytes']:g} MB") for each in found["models"]),
+    ]
+    if project := found.get("project"):
+        counts = f"{project['prompts']} prompts, {len(project['styles'])} styles"
+        rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
+    rows += [("slow", note) for note in found["notes"]] + [("problem", problem) for problem in found["problems"]]
+    rows += [] if found["problems"] else [("", "Everything is in place.")]
+    return "\n".join(
+        f"{name if i == 0 or rows[i - 1][0] != name else '':<11}{text}" for i, (name, text) in enumerate(rows)
+    )

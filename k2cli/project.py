@@ -1,0 +1,337 @@
+"""A project folder: create, open, validate, resolve into render specs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from k2cli import models
+from k2cli.outputs import writing
+from k2cli.sizes import fit_aspect, parse_resolution, parse_size
+from k2cli.styles import Styles, words
+from k2cli.tables import Place, Toml, between, check_keys, check_value, nearest, plain, read_table, read_weights
+from model.errors import K2Error
+from model.spec import RenderSpec
+
+FILE = "k2.toml"
+LONGEST_NAME = 60
+
+TEMPLATE = """\
+[project]
+name = "{name}"
+
+[render]
+model = "mini"        # the model in the box; or a folder, or a .safetensors file
+batch = 2             # pictures per prompt
+seed = 7              # picture i uses seed + i
+# size = "128x128"    # or aspect = "4:3"; the model's own size where left out
+# steps, guidance, mu: the model's own recommendation where left out
+
+[[prompt]]
+name = "fox"          # file-name stem; made from the text where left out
+text = "a red fox"
+
+[[prompt]]
+name = "owl"
+text = "an owl on a night blue background"
+
+[[prompt]]
+name = "sailboat"
+text = "a sailboat"
+avoid = ""            # what the picture should keep away from
+
+[style]               # how much each style of styles/ counts, −2 … 2
+sticker = 1.0
+"""
+STYLE_TEMPLATE = """\
+# A style: words, and pictures that have the look.
+keywords = ["sticker style"]
+avoids = []
+
+# [[reference]]
+# image = "refs/*.png"
+# weight = 1.0
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """[render], and the options of `k2 render`. None is the checkpoint's own recommendation."""
+
+    model: str = "mini"
+    size: str | None = None
+    aspect: str | None = None
+    resolution: str | int | None = None
+    batch: int = between(1, 1, 1000)
+    seed: int = between(0, 0, 2**63 - 1)
+    steps: int | None = between(None, 1, 1000)
+    guidance: float | None = between(None, 0, 100)
+    mu: float | None = between(None, -10, 10)
+    device: str | None = None
+    cohesion: float = 0.0  # nothing but 0 and "raw" yet
+    creativity: str = "raw"
+
+    def override(self, **given: Any) -> Settings:
+        """These settings with the options of a command line in their place; None means not given."""
+        types, limits = get_type_hints(Settings), {f.name: f.metadata for f in fields(Settings)}
+        given = {k: check_value(k, v, types[k], limits[k], f"--{k}") for k, v in given.items() if v is not None}
+        if "size" in given:
+            given = {"aspect": None, "resolution": None, **given}
+        elif "aspect" in given or "resolution" in given:
+            given = {"size": None, **given}
+        return replace(self, **given)
+
+    def pixels(self, size: str | None, where: Callable[[str], str]) -> tuple[int | None, int | None]:
+        """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
+        if size is not None:
+            return parse_size(size, where("size"))
+        if self.aspect is None and self.resolution is None:
+            return None, None
+        if self.resolution is None:
+            edge = models.native_size(self.model)
+        else:
+            edge = parse_resolution(self.resolution, where("resolution"))
+        return fit_aspect(self.aspect or "1:1", edge, where("aspect"))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One [[prompt]]; None is what [render] says."""
+
+    text: str
+    name: str = ""
+    avoid: str = ""
+    batch: int | None = between(None, 1, 1000)
+    seed: int | None = between(None, 0, 2**63 - 1)
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to make: the stem of its file, the prompt as given, and everything that is known before rendering."""
+
+    stem: str
+    name: str
+    given: str
+    spec: RenderSpec
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with a k2.toml."""
+
+    root: Path
+    name: str
+    settings: Settings
+    prompts: tuple[Prompt, ...]
+    weights: Mapping[str, float]
+    toml: Toml
+    allow_outside: bool = False
+
+    @staticmethod
+    def create(folder: Path) -> Path:
+        """A new project that renders as it stands; it appears whole or not at all."""
+        folder = Path(os.path.abspath(folder))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise K2Error(f"{folder} exists already and is not an empty folder.", hint="Choose another name.")
+        name = plain(folder.name, "The project's name")
+        draft = folder.with_name(f".{folder.name}.draft-{os.getpid()}")
+        try:
+            with writing(folder):
+                for part in ("refs", "styles"):
+                    (draft / part).mkdir(parents=True)
+                quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+                (draft / FILE).write_text(TEMPLATE.format(name=quoted), "utf-8")
+                (draft / "styles" / "sticker.toml").write_text(STYLE_TEMPLATE, "utf-8")
+                os.replace(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
+        """The project of a folder, or of the nearest one above it."""
+        start = start.absolute()
+        for folder in (start, *start.parents):
+            if (folder / FILE).is_file():
+                return cls.open(folder, allow_outside=allow_outside)
+        raise K2Error(f"There is no {FILE} in {start} or above it.", hint="Make a project with: k2 new NAME")
+
+    @classmethod
+    def open(cls, folder: Path, *, allow_outside: bool = False) -> Project:
+        """Read and check k2.toml; styles are read when they are used."""
+        if folder.is_file() and folder.name == FILE:
+            folder = folder.parent
+        if not (folder / FILE).is_file():
+            raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {folder.name}")
+        toml = Toml.read(folder / FILE, FILE)
+        place, table = Place(toml), toml.table
+        refuse_what_is_to_come(table, place)
+        check_keys(table, ("project", "render", "prompt", "style"), place)
+        head = read_table(Head, table.get("project", {}), place.below("project"))
+        settings = read_table(Settings, table.get("render", {}), place.below("render"))
+        if settings.size and (settings.aspect or settings.resolution):
+            at = place.below("render")("size")
+            raise K2Error(f'{at}: "size" excludes "aspect" and "resolution".', hint="Keep the one or the others.")
+        return cls(
+            folder.absolute(),
+            head.name or folder.absolute().name,
+            settings,
+            read_prompts(table.get("prompt", []), place),
+            read_weights(table.get("style", {}), place.below("style")),
+            toml,
+            allow_outside,
+        )
+
+    @cached_property
+    def styles(self) -> Styles:
+        return Styles(self.root, self.inside)
+
+    @property
+    def outputs(self) -> Path:
+        return self.root / "outputs"
+
+    def settle(self, **given: Any) -> Settings:
+        """The project's settings, options of a command line in their place, with the model found."""
+        settings = self.settings.override(**given)
+        shells = given.get("model") is not None  # a path of the shell's, not of the project's
+        return replace(settings, model=models.resolve(settings.model, None if shells else self.inside))
+
+    def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
+        """The project's prompts of these names, in their order of the file."""
+        known = {name: prompt for prompt, name in name_files(self.prompts)}
+        for name in names:
+            if name not in known:
+                raise K2Error(
+                    f'{self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
+                )
+        return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in names)
+
+    def shots(
+        self, settings: Settings, prompts: Sequence[Prompt] | None = None, styles: Mapping[str, float] | None = None
+    ) -> list[Shot]:
+        """Every picture of a run, resolved.
+
+        settings  as settled
+        prompts   in the place of the project's own, if given
+        styles    weights on top of the project's own
+        """
+        place = Place(self.toml, ("render",))
+
+        def where(key: str) -> str:
+            """Where a setting was made: on the command line or in the project."""
+            return place(key) if getattr(settings, key) == getattr(self.settings, key) else f"--{key}"
+
+        if prompts is None and not self.prompts:
+            raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
+        looks = self.styles.resolve({**self.weights, **(styles or {})}, Place(self.toml, ("style",)))
+        shots: list[Shot] = []
+        for prompt, name in name_files(self.prompts if prompts is None else prompts):
+            width, height = settings.pixels(prompt.size or settings.size, where)
+            seed = settings.seed if prompt.seed is None else prompt.seed
+            batch = settings.batch if prompt.batch is None else prompt.batch
+            if seed + batch > 2**63:
+                raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
+            spec = RenderSpec(
+                prompt=", ".join([prompt.text, *words(looks, "keywords", "avoids")]),
+                negative=", ".join([*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]),
+                width=width,
+                height=height,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                mu=settings.mu,
+                styles=looks,
+            )
+            shots += [Shot(f"{name}-{n}", name, prompt.text, replace(spec, seed=n)) for n in range(seed, seed + batch)]
+        return shots
+
+    def inside(self, path: str | Path, where: str = "") -> Path:
+        """A path of the project, absolute. Links count as where they lead."""
+        full = self.root / path
+        if not self.allow_outside and not full.resolve().is_relative_to(self.root.resolve()):
+            raise K2Error(
+                f"{where + ': ' if where else ''}{path} lies outside the project.",
+                hint="Copy it into the project, or allow it: --allow-outside",
+            )
+        return full
+
+
+@dataclass(frozen=True)
+class Head:
+    """[project]"""
+
+    name: str = ""
+
+
+def refuse_what_is_to_come(table: Mapping[str, Any], place: Place) -> None:
+    """Say plainly what this release cannot do, rather than leave it out of the pictures in silence."""
+    render = table.get("render")
+    settings = render if isinstance(render, dict) else {}
+    later = [
+        ("moodboard" in table, place("moodboard"), "moodboards", "Take the [moodboard] table out."),
+        (settings.get("cohesion", 0) != 0, place.below("render")("cohesion"), "cohesion but 0", "Leave it out."),
+        (
+            settings.get("creativity", "raw") != "raw",
+            place.below("render")("creativity"),
+            'creativity but "raw"',
+            "Leave it out.",
+        ),
+    ]
+    for found, where, what, hint in later:
+        if found:
+            raise K2Error(f"{where}: this release knows no {what}.", hint=hint)
+
+
+def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
+    """The [[prompt]] tables: every text there, every name fit for a file and its own."""
+    if not isinstance(entries, list):
+        raise K2Error(f"{place('prompt')}: prompts are a list.", hint="Write [[prompt]], with two brackets.")
+    prompts: list[Prompt] = []
+    for index, entry in enumerate(entries):
+        at = place.below("prompt", index)
+        prompt = read_table(Prompt, entry, at)
+        if not prompt.text:
+            raise K2Error(f"{at('text')}: the prompt is empty.", hint="Say what the picture should show.")
+        if prompt.size is not None:
+            parse_size(prompt.size, at("size"))
+        if prompt.name and any(check_name(prompt.name, at("name")).casefold() == p.name.casefold() for p in prompts):
+            raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
+        prompts.append(prompt)
+    return tuple(prompts)
+
+
+def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    """Every prompt with its file-name stem: its name, or one made from its text, numbered where two would be alike."""
+    taken = {prompt.name.casefold() for prompt in prompts}
+    named = []
+    for prompt in prompts:
+        name = stem = prompt.name or slug(prompt.text)
+        number = 1
+        while not prompt.name and name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        named.append((prompt, name))
+    return named
+
+
+def check_name(name: str, where: str) -> str:
+    """Refuse what cannot be part of a file name everywhere."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > LONGEST_NAME:
+        raise K2Error(
+            f'{where}: "{name[:LONGEST_NAME]}" cannot name files.',
+            hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",
+        )
+    return name
+
+
+def slug(text: str) -> str:
+    """A file-name stem out of a prompt, cut at a word where it is long."""
+    name = re.sub(r"\W+", "-", text.casefold()).strip("-_")
+    return (name if len(name) <= 40 else name[:40].rsplit("-", 1)[0]) or "prompt"

@@ -1,0 +1,343 @@
+"""Records: what a picture was made from, beside it as TOML and inside it as metadata, and the way back to a spec.
+
+A record holds every resolved setting and the sha256 of every file that had a part in the picture. A plan entry of
+run.toml is the same table as far as it is known before rendering, so one reader serves both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+from xml.sax.saxutils import quoteattr
+
+from PIL import Image, PngImagePlugin
+
+from k2cli import models
+from k2cli.outputs import dump
+from k2cli.project import Shot, check_name
+from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, read_table
+from model.errors import K2Error
+from model.spec import Picture, Reference, RenderSpec, Style
+
+SCHEMA = 1
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
+
+SPEC_KEYS = ("seed", "width", "height", "steps", "guidance", "mu")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    text: str  # as given
+    expanded: str  # as the model read it
+    name: str = "picture"
+    avoid: str = ""
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    seed: int = between(0, 0, 2**63 - 1)
+    width: int | None = between(None, 16, 4096)
+    height: int | None = between(None, 16, 4096)
+    steps: int | None = between(None, 1, 1000)
+    guidance: float | None = between(None, 0, 100)
+    mu: float | None = between(None, -10, 10)
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelUsed:
+    name: str
+    variant: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class StyleUsed:
+    name: str
+    strength: float = between(1.0, -2, 2)
+    keywords: list[str] | None = None
+    avoids: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceUsed:
+    image: str
+    sha256: str
+    weight: float = between(1.0, -2, 2)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record, or a plan entry, as read back."""
+
+    table: Mapping[str, Any]
+    shot: Shot
+    model: ModelUsed
+    hashes: Mapping[Path, str]  # of the files that the picture depends on
+    pixels: str | None
+
+
+def request(shot: Shot, root: Path) -> dict[str, Any]:
+    """What is known of a picture before it is rendered; reference paths are relative to the project."""
+    spec = shot.spec
+    return {
+        "prompt": {"name": shot.name, "text": shot.given, "expanded": spec.prompt, "avoid": spec.negative},
+        "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
+        "style": [
+            {
+                "name": style.name,
+                "strength": style.strength,
+                "keywords": list(style.keywords),
+                "avoids": list(style.avoids),
+                "reference": [
+                    {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": sha256_once(r.image)}
+                    for r in style.references
+                ],
+            }
+            for style in spec.styles
+        ]
+        or None,
+    }
+
+
+def sha256_once(path: Path) -> str:
+    """A reference serves every picture of a run; it is read once as long as it does not change."""
+    stat = path.stat()
+    return sha256_of_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def sha256_of_version(path: Path, changed: int, size: int) -> str:
+    return models.sha256(path)
+
+
+def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
+    """The record of a finished picture: what was asked, and what the model made of it."""
+    made, asked = dict(picture.record), request(shot, root)
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).replace(microsecond=0),
+        "seconds": made.pop("seconds", None),
+        "pixels": pixel_hash(picture.image),
+        "prompt": asked["prompt"],
+        "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
+        "model": made["model"],
+        "style": asked.get("style"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("k2", "torch", "safetensors", "pillow")},
+        },
+    }
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """sha256 over the RGB bytes, row by row: the picture itself, whatever file it lies in."""
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+def encode(picture: Image.Image, record: Mapping[str, Any], *, embed: bool = True) -> bytes:
+    """The picture as PNG, with the record in the forms that other tools read."""
+    info = PngImagePlugin.PngInfo()
+    if embed:
+        info.add_text("parameters", parameters(record))
+        info.add_itxt("k2", dump(record).decode())
+        info.add_itxt(XMP, xmp(record))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def parameters(record: Mapping[str, Any]) -> str:
+    """The text that most galleries read, in the form that A1111's web interface gave it; its scale is ours plus one."""
+    prompt, made, used = record["prompt"], record["settings"], record["model"]
+    lines = [prompt["expanded"], f"Negative prompt: {prompt['avoid']}" if prompt["avoid"] else ""]
+    facts = {
+        "Steps": made["steps"],
+        "Sampler": "Euler",
+        "CFG scale": f"{made['guidance'] + 1:g}",
+        "Seed": made["seed"],
+        "Size": f"{made['width']}x{made['height']}",
+        "Model hash": next(iter(used["files"].values()))[:10],
+        "Model": f"{Path(used['name']).stem}-{used['variant']}",
+        "Version": f"k2 {record['versions']['k2']}",
+    }
+    return "\n".join([*filter(None, lines), ", ".join(f"{key}: {value}" for key, value in facts.items())])
+
+
+def xmp(record: Mapping[str, Any]) -> str:
+    """That a machine made this, in the words of IPTC (Photo Metadata Standard 2025.1)."""
+    facts = {
+        "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
+        "Iptc4xmpExt:AISystemUsed": f"k2, {Path(record['model']['name']).stem} {record['model']['variant']}",
+        "Iptc4xmpExt:AISystemVersionUsed": record["versions"]["k2"],
+        "Iptc4xmpExt:AIPromptInformation": record["prompt"]["expanded"],
+        "xmp:CreatorTool": f"k2 {record['versions']['k2']}",
+    }
+    attributes = "\n    ".join(f"{name}={quoteattr(value)}" for name, value in facts.items())
+    return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    {attributes}/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
+
+
+def read(path: Path) -> Toml:
+    """The record of a picture, out of the .toml beside it or out of the picture itself."""
+    if path.suffix == ".toml":
+        return Toml.read(path, path.name)
+    if not path.is_file():
+        raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.text.get("k2") if isinstance(image, PngImagePlugin.PngImageFile) else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise K2Error(
+            f"{path} is not a PNG that can be read.", hint="Name a picture that k2 made, or its record."
+        ) from None
+    if text is not None and len(text) <= LIMIT:
+        return Toml(text, path.name)
+    if path.with_suffix(".toml").is_file():
+        return Toml.read(path.with_suffix(".toml"), path.with_suffix(".toml").name)
+    raise K2Error(
+        f"{path} carries no record, and none stands beside it.", hint="It was made elsewhere, or with --no-embed."
+    )
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A record for people: what it says, a fact a line."""
+    prompt, made, used = (record.get(key, {}) for key in ("prompt", "settings", "model"))
+    looks = [
+        f"{style['name']} {style['strength']:g}"
+        + "".join(f"\n  {reference['image']}" for reference in style.get("reference", []))
+        for style in record.get("style") or []
+    ]
+    facts = {
+        "prompt": prompt.get("text"),
+        "expanded": prompt.get("expanded") if prompt.get("expanded") != prompt.get("text") else None,
+        "avoid": prompt.get("avoid"),
+        "styles": "\n".join(looks),
+        "size": f"{made.get('width')} x {made.get('height')}",
+        **{key: made.get(key) for key in ("seed", "steps", "guidance", "mu")},
+        "model": f"{used.get('name')} {used.get('variant') or ''}",
+        "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in used.get("files", {}).items()),
+        "device": f"{made.get('device')}, {made.get('dtype')}",
+        "made": record.get("created"),
+        "seconds": record.get("seconds"),
+        "pixels": record.get("pixels"),
+        "versions": ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items()),
+    }
+    return "\n".join(
+        f"{name if first else '':<10}{line}"
+        for name, fact in facts.items()
+        if fact not in (None, "")
+        for first, line in (
+            (i == 0, line) for i, line in enumerate(UNPRINTABLE.sub("?", part) for part in str(fact).split("\n"))
+        )
+    )
+
+
+Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside
+
+
+def parse(toml: Toml, inside: Inside | None) -> Record:
+    """A record read back and checked. Without a project to look into there can be no references."""
+    place, table = Place(toml), toml.table
+    if table.get("schema") != SCHEMA:
+        raise K2Error(
+            f"{toml.label} is not a record that this version of k2 can read.", hint=f"It reads schema {SCHEMA}."
+        )
+    shot, hashes = shot_of(table, place, inside)
+    used = part(ModelUsed, table, "model", place)
+    name = models.resolve(used.name, inside)
+    files = read_hashes(table["model"].get("files"), place.below("model", "files"))
+    made = part(MadeWith, table, "settings", place)
+    hashes = {**{models.file_of(name, file): sha for file, sha in files.items()}, **hashes}
+    return Record(
+        table, shot, replace(used, name=name, device=made.device, dtype=made.dtype), hashes, table.get("pixels")
+    )
+
+
+def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tuple[Shot, dict[Path, str]]:
+    """What a record or a plan entry asks for, and the hashes of the references it needs."""
+    prompt, made = part(AskedPrompt, table, "prompt", place), part(MadeWith, table, "settings", place)
+    hashes: dict[Path, str] = {}
+    styles = []
+    for index, entry in enumerate(tables_of(table, "style", place)):
+        at = place.below("style", index)
+        style, references = known_part(StyleUsed, entry, at), []
+        for number, each in enumerate(tables_of(entry, "reference", at)):
+            reference = known_part(ReferenceUsed, each, at.below("reference", number))
+            if inside is None:
+                raise K2Error(
+                    f"{place.toml.label} was made with {reference.image} of its project.",
+                    hint="Say where that is: --project DIR",
+                )
+            path = inside(reference.image)
+            hashes[path] = reference.sha256
+            references.append(Reference(path, reference.weight))
+        styles.append(
+            Style(style.name, style.strength, tuple(references), tuple(style.keywords or ()), tuple(style.avoids or ()))
+        )
+    spec = RenderSpec(
+        prompt=prompt.expanded,
+        negative=prompt.avoid,
+        styles=tuple(styles),
+        **{key: getattr(made, key) for key in SPEC_KEYS},
+    )
+    return Shot(f"{check_name(prompt.name, place())}-{spec.seed}", prompt.name, prompt.text, spec), hashes
+
+
+def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:
+    """One table of a record."""
+    if not isinstance(table, dict) or not isinstance(table.get(key), dict):
+        raise K2Error(f"{place()}: the table [{key}] is missing.", hint="Is it a record that k2 wrote?")
+    return known_part(cls, table[key], place.below(key))
+
+
+def known_part(cls: type[T], table: Any, place: Place) -> T:
+    """A dataclass out of a table of which it knows some keys; the others are for people."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    return read_table(cls, {name: value for name, value in table.items() if name in known}, place)
+
+
+def tables_of(table: Mapping[str, Any], key: str, place: Place) -> list[dict[str, Any]]:
+    """A list of tables, perhaps empty."""
+    found = table.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise K2Error(f"{place(key)}: expected a list of tables.", hint="Is it a record that k2 wrote?")
+    return found
+
+
+def read_hashes(table: Any, place: Place) -> dict[str, str]:
+    if not isinstance(table, dict) or not table or not all(isinstance(sha, str) for sha in table.values()):
+        raise K2Error(f"{place()}: expected a table of file = sha256.", hint="Is it a record that k2 wrote?")
+    return table
+
+
+def verify(hashes: Mapping[Path, str]) -> None:
+    """Refuse, naming the file, when something a picture was made from is gone or has changed."""
+    for path, expected in hashes.items():
+        if not path.is_file():
+            raise K2Error(
+                f"{path} is gone, and the picture was made with it.", hint="Bring it back to make the picture again."
+            )
+        if sha256_once(path) != expected:
+            raise K2Error(
+                f"{path} is not what it was when the picture was made.",
+                hint="Bring the old file back to make the picture again.",
+            )

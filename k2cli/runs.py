@@ -1,0 +1,165 @@
+"""Rendering a project: plan, claim a folder, render, save, and go on where an earlier run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k2cli import records
+from k2cli.outputs import RUN, Run, dump, write, write_toml
+from k2cli.project import Project, Shot
+from k2cli.sheet import Entry, contact_sheets
+from k2cli.tables import Place, Toml
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one project: what to make, with which weights."""
+
+    project: Project
+    shots: Sequence[Shot]
+    model: str
+    variant: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    run: Run | None = None  # an earlier run to go on with
+
+    @property
+    def left(self) -> list[Shot]:
+        """The pictures still to make."""
+        return [shot for shot in self.shots if self.run is None or not self.run.has(shot.stem)]
+
+    @property
+    def title(self) -> str:
+        """What the run's folder is called after its number."""
+        names = list(dict.fromkeys(shot.name for shot in self.shots))
+        return names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}-more"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A picture on disk, and its record."""
+
+    path: Path
+    record: Mapping[str, Any]
+
+
+@lru_cache(maxsize=1)
+def load(model: str, variant: str | None, device: str | None, dtype: str | None) -> Pipeline:
+    """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
+    from model.pipeline import Pipeline  # the only line that imports torch
+
+    return Pipeline.load(model, variant=variant, device=device, dtype=dtype)
+
+
+def render(job: Job, *, embed: bool = True, on_step: OnStep | None = None) -> Iterator[Saved]:
+    """Make a job's pictures one after the other; each is on disk with its record before it is yielded."""
+    with job.run or Run.claim(job.project.outputs, job.title) as run:
+        run.lock()
+        if job.run is None:
+            write_toml(run[RUN], plan(job))
+        pipeline = load(job.model, job.variant, job.device, job.dtype)
+        left = job.left
+        for shot, picture in zip(left, pipeline.stream([shot.spec for shot in left], on_step=on_step), strict=True):
+            record = records.compose(shot, picture, job.project.root)
+            path = run.save(shot.stem, records.encode(picture.image, record, embed=embed), dump(record))
+            yield Saved(path, record)
+        if len(job.shots) > 1:
+            write({run[f"sheet{'' if i == 0 else f'-{i + 1}'}.png"]: png for i, png in enumerate(sheets(job, run))})
+
+
+def sheets(job: Job, run: Run) -> Iterator[bytes]:
+    """The contact sheets of a finished run."""
+    record = Toml.read(run[f"{job.shots[0].stem}.toml"], job.shots[0].stem).table
+    made, used = record["settings"], record["model"]
+    facts = [
+        f"run {run.folder.name[:4]}",
+        f"{Path(used['name']).stem} {used['variant']}",
+        f"{made['steps']} steps",
+        f"guidance {made['guidance']:g}",
+        *(f"{style['name']} {style['strength']:g}" for style in record.get("style") or []),
+        f"{datetime.now():%Y-%m-%d}",
+    ]
+    entries = [Entry(run[f"{shot.stem}.png"], shot.given, f"seed {shot.spec.seed}") for shot in job.shots]
+    return contact_sheets(entries, job.project.name, " · ".join(facts))
+
+
+def plan(job: Job) -> dict[str, Any]:
+    """run.toml: all that a run is going to be, so that it can be finished by another process."""
+    return {
+        "schema": records.SCHEMA,
+        "started": datetime.now(UTC).replace(microsecond=0),
+        "project": job.project.name,
+        "model": {"name": job.model, "variant": job.variant, "device": job.device, "dtype": job.dtype},
+        "picture": [{"file": f"{shot.stem}.png", **records.request(shot, job.project.root)} for shot in job.shots],
+    }
+
+
+def resume(project: Project) -> Job:
+    """The last run of a project, as it was planned. Refuses when weights or references are not what they were."""
+    run = Run.last(project.outputs)
+    if run is None:
+        raise K2Error(f"{project.name} has no run to go on with.", hint="Start one with: k2 render")
+    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}")
+    place = Place(toml)
+    if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
+        raise K2Error(
+            f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"
+        )
+    used = records.part(records.ModelUsed, toml.table, "model", place)
+    planned = [
+        records.shot_of(entry, place.below("picture", i), project.inside)
+        for i, entry in enumerate(toml.table["picture"])
+    ]
+    job = Job(project, [shot for shot, _ in planned], used.name, used.variant, used.device, used.dtype, run)
+    for _, hashes in planned:
+        records.verify(hashes)
+    for shot in job.shots:
+        if run.has(shot.stem):
+            label = f"{run.folder.name}/{shot.stem}.toml"
+            records.verify(records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside).hashes)
+            break
+    return job
+
+
+def rerun(
+    file: Path,
+    home: Project | None,
+    *,
+    output: Path | None,
+    device: str | None,
+    embed: bool,
+    on_step: OnStep | None = None,
+) -> tuple[Saved, bool]:
+    """Make a picture again -> where it is, whether its pixels are the recorded ones. Hashes are verified before."""
+    record = records.parse(records.read(file), home.inside if home else None)
+    records.verify(record.hashes)
+    if output is None and home is None:
+        raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
+    if output is not None and output.suffix != ".png":
+        raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png.")
+    if output is not None and (output.exists() or output.with_suffix(".toml").exists()):
+        raise K2Error(f"{output} exists already.", hint="Choose another name.")
+    used = record.model
+    pipeline = load(used.name, used.variant, device or used.device, used.dtype)
+    (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
+    again = records.compose(record.shot, picture, home.root if home else Path.cwd())
+    png, text = records.encode(picture.image, again, embed=embed), dump(again)
+    if output is not None:
+        path = output
+        write({output.with_suffix(".toml"): text, output: png})
+    else:
+        assert home is not None
+        with Run.claim(home.outputs, record.shot.name) as run:
+            path = run.save(record.shot.stem, png, text)
+    return Saved(path, again), again["pixels"] == record.pixels

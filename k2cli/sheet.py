@@ -1,0 +1,151 @@
+"""Contact sheets: a run at a glance, one labelled strip of pictures per prompt."""
+
+from __future__ import annotations
+
+import io
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#8d8780", "#e4dfd7"
+MARGIN, GAP, BETWEEN = 40, 12, 32  # px: around the sheet, between pictures of a strip, between strips
+TITLE, LABEL, CAPTION = 26, 16, 13  # px of type
+CELL = range(192, 321)  # px that the longer side of a picture is shown at
+PER_SHEET = 120  # pictures; longer runs get several sheets
+WIDER = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf")
+SIGNS = str.maketrans(
+    {"–": "-", "—": "-", "−": "-", "×": "x", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "œ": "oe", "æ": "ae"}
+)
+
+KNOWN = str.maketrans("", "", "·…‘’“”")  # what the plain typeface has beside ASCII
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture on a sheet; neighbours with the same label share a strip."""
+
+    path: Path
+    label: str
+    caption: str
+
+
+def contact_sheets(entries: Sequence[Entry], title: str, subtitle: str) -> Iterator[bytes]:
+    """PNGs of all entries in their order, at most PER_SHEET pictures on each."""
+    for start in range(0, len(entries), PER_SHEET):
+        buffer = io.BytesIO()
+        contact_sheet(entries[start : start + PER_SHEET], title, subtitle).save(buffer, "PNG", optimize=True)
+        yield buffer.getvalue()
+
+
+def contact_sheet(entries: Sequence[Entry], title: str, subtitle: str) -> Image.Image:
+    """One sheet; the strips stand in as many columns as bring it nearest to a landscape page."""
+    strips = [list(strip) for _, strip in groupby(entries, key=lambda entry: entry.label)]
+    with Image.open(entries[0].path) as first:
+        scale = scale_to_cell(max(first.size))
+    sizes = {entry: shown_size(entry.path, scale) for entry in entries}
+    cell_width = max(max(width for width, _ in sizes.values()), CELL[0])
+    cell_height = max(height for _, height in sizes.values())
+    longest = max(map(len, strips))
+    strip_width = longest * cell_width + (longest - 1) * GAP
+
+    lines = 2 if longest == 1 else 1  # a label over one picture has less room
+    label_height = lines * (LABEL + 5) + 8
+    strip_height = label_height + cell_height + CAPTION + 12
+    head = TITLE + CAPTION + 36
+
+    def extent(columns: int) -> tuple[int, int]:
+        rows = math.ceil(len(strips) / columns)
+        return (
+            2 * MARGIN + columns * strip_width + (columns - 1) * BETWEEN,
+            2 * MARGIN + head + rows * strip_height + (rows - 1) * BETWEEN,
+        )
+
+    columns = min(range(1, len(strips) + 1), key=lambda n: abs(math.log(extent(n)[0] / extent(n)[1] / 1.4)))
+    sheet = Image.new("RGB", extent(columns), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    width = sheet.width - 2 * MARGIN
+    text, face = typeset(title, TITLE)
+    draw.text((MARGIN, MARGIN), fit(text, face, width), INK, face)
+    text, face = typeset(subtitle, CAPTION)
+    draw.text((MARGIN, MARGIN + TITLE + 12), fit(text, face, width), FAINT, face)
+
+    for index, strip in enumerate(strips):
+        row, column = divmod(index, columns)
+        left = MARGIN + column * (strip_width + BETWEEN)
+        top = MARGIN + head + row * (strip_height + BETWEEN)
+        text, face = typeset(strip[0].label, LABEL)
+        for number, line in enumerate(wrap(text, face, strip_width, lines)):
+            draw.text((left, top + number * (LABEL + 5)), line, INK, face)
+        for place, entry in enumerate(strip):
+            x, y = left + place * (cell_width + GAP), top + label_height
+            with Image.open(entry.path) as image:
+                shown = image.convert("RGB").resize(sizes[entry], Image.Resampling.LANCZOS)
+            sheet.paste(shown, (x, y))
+            draw.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=EDGE)
+            text, face = typeset(entry.caption, CAPTION)
+            draw.text((x, y + cell_height + 7), text, FAINT, face)
+    return sheet
+
+
+def scale_to_cell(side: int) -> float:
+    """Small pictures grow by a whole factor, large ones shrink to the largest cell."""
+    return max(1, CELL[-1] // side) if side <= CELL[-1] else CELL[-1] / side
+
+
+def shown_size(path: Path, scale: float) -> tuple[int, int]:
+    with Image.open(path) as image:
+        width, height = image.size
+    limit = min(scale, CELL[-1] / max(width, height))
+    return max(1, round(width * limit)), max(1, round(height * limit))
+
+
+@cache
+def font(size: int, latin: bool = True) -> Font:
+    """The typeface that comes with Pillow; it knows plain Latin only, so other writing takes one of the system's."""
+    for name in () if latin else WIDER:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def typeset(text: str, size: int) -> tuple[str, Font]:
+    """The text and a typeface that can show it; accents and signs fall away where there is none."""
+    latin = text.translate(KNOWN).isascii()
+    face = font(size, latin)
+    if latin or face is not font(size):
+        return text, face
+    folded = "".join(c for c in unicodedata.normalize("NFKD", text.translate(SIGNS)) if not unicodedata.combining(c))
+    return folded.encode("ascii", "replace").decode(), face
+
+
+def fit(text: str, face: Font, width: float) -> str:
+    """The text, cut with an ellipsis where it is wider than there is room."""
+    if face.getlength(text) <= width:
+        return text
+    while text and face.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip(" ,.;") + "…"
+
+
+def wrap(text: str, face: Font, width: float, lines: int) -> list[str]:
+    """The text in at most so many lines, set at the foot of their space; the last one is cut where it must be."""
+    words, found = text.split(), [""]
+    for index, word in enumerate(words):
+        longer = f"{found[-1]} {word}".strip()
+        if face.getlength(longer) <= width or not found[-1]:
+            found[-1] = longer
+        elif len(found) == lines:
+            found[-1] = " ".join([found[-1], *words[index:]])
+            break
+        else:
+            found.append(word)
+    return [""] * (lines - len(found)) + [fit(line, face, width) for line in found]

@@ -1,0 +1,48 @@
+"""Picture sizes as people write them: "256x384", "16:9", "1K"."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from model.errors import K2Error
+
+STEP, SMALLEST, LARGEST = 16, 32, 4096  # px
+ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
+
+
+def parse_size(size: str, where: str) -> tuple[int, int]:
+    """ "256x384" → (256, 384)."""
+    match = re.fullmatch(r"(\d{1,6})\s*[x×]\s*(\d{1,6})", size)
+    if not match:
+        raise K2Error(f'{where}: "{size}" is not a size.', hint='Write width x height, like "256x384".')
+    width, height = int(match[1]), int(match[2])
+    if not SMALLEST <= min(width, height) <= max(width, height) <= LARGEST:
+        raise K2Error(
+            f"{where}: {width}x{height} is no size for a picture.",
+            hint=f"Sides go from {SMALLEST} to {LARGEST} pixels.",
+        )
+    if width % STEP or height % STEP:
+        raise K2Error(
+            f"{where}: the sides of {width}x{height} are not multiples of {STEP}.",
+            hint=f"The nearest size is {round(width / STEP) * STEP}x{round(height / STEP) * STEP}.",
+        )
+    return width, height
+
+
+def fit_aspect(aspect: str, edge: int, where: str) -> tuple[int, int]:
+    """ "16:9" with the pixels of a square of side `edge`, each side to the nearest multiple of 16."""
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", aspect)
+    ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
+    if not 1 / 8 <= ratio <= 8:
+        raise K2Error(f'{where}: "{aspect}" is not an aspect.', hint=f"Write width:height, like {ASPECTS}.")
+    width, height = (round(edge * math.sqrt(r) / STEP) * STEP for r in (ratio, 1 / ratio))
+    return parse_size(f"{width}x{height}", where)
+
+
+def parse_resolution(resolution: str | int, where: str) -> int:
+    """ "1K", "1.5K" or a number: the side of a square with as many pixels."""
+    match = re.fullmatch(r"(\d(?:\.\d)?)[kK]|(\d{2,4})", str(resolution))
+    if not match:
+        raise K2Error(f'{where}: "{resolution}" is not a resolution.', hint='Write "1K", "2K", or pixels, like 256.')
+    return round(float(match[1]) * 1024) if match[1] else int(match[2])

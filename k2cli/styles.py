@@ -1,0 +1,167 @@
+"""A project's styles: files of words and reference pictures, mixed by weight into what a render spec takes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from k2cli.tables import Place, Toml, between, check_keys, check_value, nearest, read_table, read_weights
+from model.errors import K2Error
+from model.spec import Reference, Style
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+MOST_REFERENCES = 64  # pictures of one [[reference]]; a glob that finds more is a mistake
+MOST_PIXELS = 64_000_000  # of a reference
+MOST_MIXES = 16  # styles that mix styles that mix styles …
+
+
+@dataclass(frozen=True)
+class StyleFile:
+    """styles/NAME.toml as written, its globs resolved."""
+
+    keywords: tuple[str, ...] = ()
+    avoids: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
+    mix: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReferenceTable:
+    """One [[reference]] of a style file."""
+
+    image: str
+    weight: float = between(1.0, -2, 2)
+
+
+@dataclass(frozen=True)
+class Styles:
+    """The styles folder of a project. `inside` makes a path absolute and refuses what lies outside the project."""
+
+    root: Path
+    inside: Callable[[str, str], Path]
+
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        return tuple(sorted(path.stem for path in (self.root / "styles").glob("*.toml")))
+
+    def read(self, name: str, where: str) -> StyleFile:
+        """styles/NAME.toml, checked; `where` is who asks for it."""
+        if name not in self.known:
+            raise K2Error(
+                f'{where}: there is no style "{name}".',
+                hint=nearest(name, self.known) or f"Write it as styles/{name}.toml.",
+            )
+        label = f"styles/{name}.toml"
+        toml = Toml.read(self.inside(label, where), label)
+        place, table = Place(toml), toml.table
+        if "lora" in table:
+            raise K2Error(f"{place('lora')}: this release knows no LoRA styles.", hint='Take the "lora" line out.')
+        check_keys(table, ("keywords", "avoids", "reference", "mix"), place)
+        entries = table.get("reference", [])
+        if not isinstance(entries, list):
+            raise K2Error(
+                f"{place('reference')}: references come as a list of tables.",
+                hint="Write [[reference]], with two brackets.",
+            )
+        if not any(table.get(key) for key in ("keywords", "reference", "mix")):
+            raise K2Error(
+                f"{label} has no keywords, no [[reference]] and no [mix].", hint="Give the style something to go by."
+            )
+        references: list[Reference] = []
+        for index, entry in enumerate(entries):
+            at = place.below("reference", index)
+            reference = read_table(ReferenceTable, entry, at)
+            references += [Reference(path, reference.weight) for path in self.pictures(reference.image, at("image"))]
+        return StyleFile(
+            keywords=tuple(check_value("keywords", table.get("keywords", []), list[str], {}, place("keywords"))),
+            avoids=tuple(check_value("avoids", table.get("avoids", []), list[str], {}, place("avoids"))),
+            references=tuple(references),
+            mix=read_weights(table.get("mix", {}), place.below("mix")),
+        )
+
+    def pictures(self, pattern: str, where: str) -> list[Path]:
+        """The pictures that a path or a glob names, sorted, each one checked to be a picture."""
+        magic = glob.has_magic(pattern)
+        self.inside(pattern.split("*")[0] if magic else pattern, where)
+        found: list[Path] = []
+        for match in glob.iglob(pattern, root_dir=self.root, recursive=True) if magic else [pattern]:
+            if magic and not match.lower().endswith(PICTURES):
+                continue
+            found.append(self.inside(match, where))
+            if len(found) > MOST_REFERENCES:
+                raise K2Error(
+                    f"{where}: {pattern} names more than {MOST_REFERENCES} pictures.",
+                    hint="Choose those that show the look best.",
+                )
+        if not found:
+            raise K2Error(f"{where}: {pattern} names no picture.", hint="Put png, jpg or webp files there.")
+        for path in found:
+            check_picture(path, where, os.path.relpath(path, self.root))
+        return sorted(found)
+
+    def resolve(self, weights: Mapping[str, float], where: Callable[[str], str]) -> tuple[Style, ...]:
+        """Mixes taken apart, equal styles added up, strongest first; what comes to nothing is left out."""
+        files: dict[str, StyleFile] = {}
+        parts: dict[str, dict[str, float]] = {}
+
+        def take_apart(name: str, trail: tuple[str, ...], asked_by: str) -> dict[str, float]:
+            """What a style comes to, by name: its own content and that of everything mixed into it."""
+            if name in trail:
+                circle = " → ".join((*trail[trail.index(name) :], name))
+                raise K2Error(f"{asked_by}: the styles mix themselves, {circle}.", hint="Break the circle.")
+            if len(trail) > MOST_MIXES:
+                raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles themselves.")
+            if name not in parts:
+                file = files[name] = self.read(name, asked_by)
+                parts[name] = {name: 1.0} if file.keywords or file.references else {}
+                for other, weight in file.mix.items():
+                    mixed = take_apart(other, (*trail, name), f"styles/{name}.toml")
+                    add(parts[name], mixed, weight)
+            return parts[name]
+
+        total: dict[str, float] = {}
+        for name, weight in sorted(weights.items()):
+            add(total, take_apart(name, (), where(name)), weight)
+        for name, strength in total.items():
+            if abs(strength) > 2 + 1e-9:
+                raise K2Error(
+                    f'The weights of style "{name}" add up to {strength:g}, beyond −2 … 2.', hint="Lower them."
+                )
+        strongest = sorted(((round(s, 9), name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
+        return tuple(
+            Style(name, strength, files[name].references, files[name].keywords, files[name].avoids)
+            for strength, name in strongest
+            if strength
+        )
+
+
+def add(total: dict[str, float], more: Mapping[str, float], weight: float) -> None:
+    for name, share in more.items():
+        total[name] = total.get(name, 0.0) + weight * share
+
+
+def words(styles: Sequence[Style], wanted: str, opposite: str) -> Iterator[str]:
+    """The styles' words, each once: what a style wants, and what a style of negative strength does not."""
+    texts = (text for style in styles for text in getattr(style, wanted if style.strength > 0 else opposite))
+    return iter(dict.fromkeys(texts))
+
+
+def check_picture(path: Path, where: str, label: str) -> None:
+    """Refuse what is no picture, without decoding it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            width, height = image.size
+    except FileNotFoundError:
+        raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
+    except Image.DecompressionBombError:
+        raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
+    if width * height > MOST_PIXELS or min(width, height) < 8:
+        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint="8 pixels to 64 megapixels will do.")

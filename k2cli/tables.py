@@ -1,0 +1,191 @@
+"""TOML from people: parsed, checked against dataclasses, and complained about by line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from model.errors import K2Error
+
+LIMIT = 1 << 20  # bytes of a file written by hand; anything larger is a mistake or an attack
+KINDS = {
+    str: "a text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+    list: "a list",
+}
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+T = TypeVar("T")
+
+
+def between(default: Any, low: float, high: float) -> Any:
+    """A dataclass field whose number must lie in low … high."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that does not exist: the closest known one, or all of them."""
+    known = sorted(known)
+    if close := difflib.get_close_matches(name, known, 1, 0.6):
+        return f'Did you mean "{close[0]}"?'
+    return f"Known: {', '.join(known)}." if known else ""
+
+
+def plain(text: str, place: str) -> str:
+    """The text on one line; refuses control characters, which could rewrite a terminal or a file name."""
+    text = " ".join(text.split())
+    if UNPRINTABLE.search(text):
+        raise K2Error(f"{place} holds a control character.", hint="Type the text again, without escapes.")
+    return text
+
+
+class Toml:
+    """A parsed TOML text that can say where a key stands. `label` is what messages call it."""
+
+    def __init__(self, text: str, label: str):
+        self.text, self.label = text, label
+        try:
+            self.table: dict[str, Any] = tomllib.loads(text)
+        except RecursionError:
+            raise K2Error(f"{label} is nested too deeply.") from None
+        except ValueError as error:  # tomllib's own is one
+            raise K2Error(f"{label} is not valid TOML: {UNPRINTABLE.sub('?', str(error))}.") from None
+
+    @classmethod
+    def read(cls, path: Path, label: str) -> Toml:
+        try:
+            if path.stat().st_size > LIMIT:
+                raise K2Error(
+                    f"{label} is larger than {LIMIT >> 20} MB.", hint="Is it the right file? No hand writes that much."
+                )
+            return cls(path.read_bytes().decode(), label)
+        except FileNotFoundError:
+            raise K2Error(f"There is no {label}.", hint="Check the name.") from None
+        except OSError as error:
+            raise K2Error(f"{label} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
+        except UnicodeDecodeError:
+            raise K2Error(f"{label} is not a text.", hint="Save it as UTF-8.") from None
+
+    @cached_property
+    def lines(self) -> dict[tuple[str | int, ...], int]:
+        """Key path -> line number, for everything written as `[table]`, `[[table]]` or `key =` on a line of its own."""
+        found: dict[tuple[str | int, ...], int] = {}
+        prefix: tuple[str | int, ...] = ()
+        counts: dict[str, int] = {}
+        fence = ""  # the quotes of a multi-line text that is open
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if fence:
+                fence = "" if fence in line else fence
+                continue
+            if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", line):
+                prefix = tuple(part.strip("\"' ") for part in header[2].split("."))
+                if header[1] == "[[":
+                    counts[header[2]] = counts.get(header[2], -1) + 1
+                    prefix = (*prefix, counts[header[2]])
+                found.setdefault(prefix, number)
+            elif key := re.match(r"\s*([\w.-]+|\"[^\"]*\"|'[^']*')\s*=", line):
+                name = key[1]
+                parts = (name[1:-1],) if name[0] in "\"'" else tuple(name.split("."))
+                found.setdefault((*prefix, *parts), number)
+            for quotes in ('"""', "'''"):
+                if line.count(quotes) % 2:
+                    fence = quotes
+        return found
+
+    def where(self, *path: str | int) -> str:
+        """The place of a key for a message: "k2.toml, line 7", or the file alone if the line is not to be found."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                return f"{self.label}, line {self.lines[path[:end]]}"
+        return self.label
+
+
+@dataclass(frozen=True)
+class Place:
+    """A table inside a file, for messages."""
+
+    toml: Toml
+    path: tuple[str | int, ...] = ()
+
+    def __call__(self, key: str = "") -> str:
+        return self.toml.where(*self.path, *([key] if key else []))
+
+    def below(self, *path: str | int) -> Place:
+        return Place(self.toml, (*self.path, *path))
+
+    @property
+    def title(self) -> str:
+        """ " in [render]", or nothing for the file itself."""
+        names = [str(part) for part in self.path if isinstance(part, str)]
+        return f" in [{'.'.join(names)}]" if names else ""
+
+
+def read_table(cls: type[T], table: Any, place: Place) -> T:
+    """A dataclass out of a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    check_keys(table, known, place)
+    hints = get_type_hints(cls)
+    for name, each in known.items():
+        if each.default is MISSING and each.default_factory is MISSING and name not in table:
+            raise K2Error(f'{place()}: "{name}" is missing{place.title}.')
+    return cls(**{key: check_value(key, table[key], hints[key], known[key].metadata, place(key)) for key in table})
+
+
+def check_keys(table: Any, known: Iterable[str], place: Place) -> None:
+    """Refuse what is no table, and a table with a key that nothing would read."""
+    if not isinstance(table, dict):
+        raise K2Error(f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below.")
+    for key in table:
+        if key not in known:
+            raise K2Error(
+                f'{place(key)}: unknown key "{UNPRINTABLE.sub("?", key)}"{place.title}.', hint=nearest(key, known)
+            )
+
+
+def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
+    """The value as the field wants it: type, range and text checked."""
+    kinds = [k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None)]
+    kinds = [getattr(k, "__origin__", k) for k in kinds]
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        value = float(value)
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
+        raise K2Error(f'{where}: "{key}" must be {" or ".join(KINDS[k] for k in kinds)}, not {describe(value)}.')
+    if isinstance(value, list) and any(not isinstance(item, str) for item in value):
+        raise K2Error(f'{where}: "{key}" must be a list of texts.', hint=f'Like {key} = ["one", "two"].')
+    if ("low" in limits and not (limits["low"] <= value <= limits["high"])) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
+        raise K2Error(f'{where}: "{key}" must lie between {low} and {high}, not {value}.')
+    if isinstance(value, str):
+        return plain(value, f'{where}: "{key}"')
+    return [plain(item, f'{where}: "{key}"') for item in value] if isinstance(value, list) else value
+
+
+def describe(value: Any) -> str:
+    """A value in a message, short."""
+    if isinstance(value, dict | list):
+        return KINDS[type(value)]
+    text = UNPRINTABLE.sub("?", repr(value) if not isinstance(value, str) else f'"{value}"')
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def read_weights(table: Any, place: Place) -> dict[str, float]:
+    """A table of NAME = weight, each −2 … 2."""
+    if not isinstance(table, dict):
+        raise K2Error(f"{place()}: expected a table{place.title}.", hint='Like [style] and below it "dusk = 0.6".')
+    return {
+        plain(name, place(name)): check_value(name, value, float, {"low": -2, "high": 2}, place(name))
+        for name, value in table.items()
+    }

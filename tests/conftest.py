@@ -1,0 +1,140 @@
+"""A pipeline that paints flat colours, so that everything around the model is tested in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from k2cli import models, runs
+from k2cli.app import app
+from model.errors import K2Error
+from model.spec import Picture, RenderSpec
+
+SIDE = 64
+
+
+class FakePipeline:
+    """Pictures depend on the spec alone. `stop` is called before each picture, to raise what a test wants raised."""
+
+    loaded: list[tuple[Any, ...]] = []
+    seen: list[RenderSpec] = []
+    stop: Callable[[int], None] = staticmethod(lambda index: None)
+
+    @classmethod
+    def load(cls, name: str = "mini", variant: str | None = None, device: str | None = None, dtype: str | None = None):
+        if device not in (None, "cpu"):
+            raise K2Error(f'There is no device "{device}".', hint="Here is: cpu.")
+        cls.loaded.append((name, variant, device, dtype))
+        pipeline = cls()
+        pipeline.name, pipeline.variant = name, variant or "raw"
+        return pipeline
+
+    def stream(self, specs: Sequence[RenderSpec], on_step: Callable[[int, int], None] | None = None) -> Iterator[Picture]:
+        for index, spec in enumerate(specs):
+            type(self).stop(index)
+            type(self).seen.append(spec)
+            for step in range(2):
+                if on_step:
+                    on_step(step + 1, 2)
+            colour = hashlib.sha256(repr((spec.prompt, spec.seed, spec.negative)).encode()).digest()[:3]
+            size = (spec.width or SIDE, spec.height or SIDE)
+            record = {
+                "seed": spec.seed,
+                "width": size[0],
+                "height": size[1],
+                "steps": spec.steps or 28,
+                "guidance": 2.5 if spec.guidance is None else spec.guidance,
+                "mu": 0.5 if spec.mu is None else spec.mu,
+                "device": "cpu",
+                "dtype": "float32",
+                "seconds": 0.25,
+                "model": {
+                    "name": self.name,
+                    "variant": self.variant,
+                    "files": {path.name: models.sha256(path) for path in models.box().get(self.name, [])},
+                },
+            }
+            yield Picture(Image.new("RGB", size, tuple(colour)), record)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakePipeline]]:
+    """The command line with a box of its own and the painting pipeline; torch stays out."""
+    box = tmp_path / "box"
+    box.mkdir()
+    write_weights(box / "mini-raw.safetensors", {"kind": "dit", "variant": "raw", "native": 128})
+    write_weights(box / "mini-vae.safetensors", {"kind": "vae"})
+    monkeypatch.setattr(models, "BOX", box)
+    module = ModuleType("model.pipeline")
+    module.Pipeline = type("Pipeline", (FakePipeline,), {"loaded": [], "seen": []})
+    monkeypatch.setitem(sys.modules, "model.pipeline", module)
+    runs.load.cache_clear()
+    yield module.Pipeline
+    runs.load.cache_clear()
+
+
+def write_weights(path: Path, about: dict[str, Any]) -> None:
+    """The smallest safetensors file that says what it is."""
+    import json
+
+    header = {
+        "__metadata__": {"format": "pt", "k2": json.dumps(about)},
+        "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
+
+
+PROJECT = """\
+[project]
+name = "moody"
+
+[render]
+seed = 7
+
+[[prompt]]
+name = "fox"
+text = "a red fox"
+
+[[prompt]]
+text = "an owl at night"
+"""
+
+
+@pytest.fixture
+def moody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: type[FakePipeline]) -> Path:
+    """A project of two prompts, which is the current folder."""
+    folder = tmp_path / "moody"
+    folder.mkdir()
+    (folder / "k2.toml").write_text(PROJECT)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def k2() -> Callable[..., Any]:
+    """Run a command in this process; exceptions that no user should see come through."""
+
+    def run(*arguments: str, input: str | None = None, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file of a folder with its bytes, every folder with None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
