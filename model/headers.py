@@ -1,0 +1,115 @@
+"""Weights files without their weights: headers of .safetensors files and folders of them, checked. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from model.errors import K2Error
+
+AGAIN = "The download may have been cut short: fetch it again."
+MAGIC = {  # what is given in safetensors' place, by its first bytes
+    b"PK\x03\x04": "a PyTorch pickle",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+MAX_HEADER = 100_000_000  # the format's own limit
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """A safetensors header: {tensor name: {dtype, shape, data_offsets}, …}, every claim of it checked against the file.
+
+    Raises K2Error for a missing, truncated or foreign file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(32)
+            length = int.from_bytes(start[:8], "little")
+            file.seek(8)
+            raw = file.read(length) if size >= 8 and length <= min(size - 8, MAX_HEADER) else b""
+    except FileNotFoundError:
+        raise K2Error(f"There is no file {path}.", hint="`k2 models list` shows the models there are.") from None
+    except OSError as error:
+        raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
+
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            raise K2Error(f"{path} is {what}.", hint="k2 reads weights from .safetensors files only.")
+    if not raw.startswith(b"{"):
+        looks_right = start[8:9] == b"{" and length <= MAX_HEADER
+        problem = "is cut off in its header" if looks_right else "is not a safetensors file"
+        raise K2Error(f"{path} {problem}.", hint=AGAIN)
+    try:
+        header = json.loads(raw)
+        check_header(header, size - 8 - length)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise K2Error(f"{path} is damaged: {error}.", hint=AGAIN) from None
+    return header
+
+
+def check_header(header: dict[str, Any], data: int) -> None:
+    """Tensors must tile the `data` bytes after the header, each as long as its shape says. Raises ValueError."""
+    spans = []
+    if not isinstance(json.loads(header.get("__metadata__", {}).get("k2", "{}")), dict):
+        raise ValueError("its k2 metadata is no table")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+            raise ValueError(f"{name} has a shape of {entry['shape']}")
+        if entry["dtype"] not in BITS or prod(entry["shape"]) * BITS[entry["dtype"]] != 8 * (end - begin):
+            raise ValueError(f"{name} is {entry['dtype']} {entry['shape']} in {end - begin} bytes")
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError(f"a tensor begins at byte {begin}, the one before ends at {position}")
+        position = end
+    if position != data:
+        raise ValueError(f"it should hold {position:,} bytes of tensors and holds {data:,}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise K2Error(f"{path} cannot be read: {error}.", hint=AGAIN) from None
+    if not isinstance(value, dict):
+        raise K2Error(f"{path} is not a table.", hint=AGAIN)
+    return value
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files of a folder: those its index names, else the only ones there are."""
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        names = set(read_json(index).get("weight_map", {}).values())
+        if not names or any(Path(name).name != name for name in names):
+            raise K2Error(f"{index} names no files of its own folder.", hint=AGAIN)
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise K2Error(f"{folder} lacks {some(missing)} of the {len(names)} files its index names.", hint=AGAIN)
+        return [folder / name for name in sorted(names)]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        found = "no .safetensors file" if not files else f"{len(files)} .safetensors files and no index"
+        raise K2Error(f"{folder} holds {found}.", hint="Name the file itself.")
+    return files
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
