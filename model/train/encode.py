@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.train.autoencoder import load as load_autoencoder
 from model.train.data import DATA, Catalog
-from model.vae import QwenImageVAE
 
 RUNS = Path(".runs")
 
@@ -30,7 +30,7 @@ def to_tensor(pictures: list[np.ndarray], size: int) -> Tensor:
 def main(size: int, batch: int = 32) -> None:
     catalog = Catalog(DATA)
     items = catalog.items("train")
-    vae = QwenImageVAE.load(RUNS / "vae" / "vae.safetensors")
+    vae = load_autoencoder(RUNS / "vae" / "vae.safetensors")
     target = DATA / f"latents-{size}.npy"
     draft = target.with_suffix(".draft")
     out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, size // 8, size // 8))

@@ -52,6 +52,7 @@ class Recipe:
     seed: int = 1
     init: str = ""  # a run whose weights this one starts from
     references: float = 0.5  # share of the steps that show a style reference
+    forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
 
     @classmethod
@@ -60,6 +61,8 @@ class Recipe:
         unknown = set(table) - {f.name for f in fields(cls)}
         if unknown:
             raise K2Error(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
+        if "forms" in table:
+            table["forms"] = tuple(table["forms"])
         return cls(**table)
 
 
@@ -69,7 +72,7 @@ class TrainingSet:
     def __init__(self, catalog: Catalog, text: TextEncoder, size: int):
         self.catalog = catalog
         self.items = catalog.items("train")
-        self.latents = torch.from_numpy(np.load(catalog.folder / f"latents-{size}.npy", mmap_mode="r"))
+        self.latents = torch.from_numpy(np.load(catalog.folder / f"latents-{size}.npy"))
         assert len(self.latents) == len(self.items), "latents and catalog differ; encode again"
         self.text = text
         self.features: dict[str, Tensor] = {}
@@ -98,7 +101,7 @@ class TrainingSet:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
         with_reference = rng.random() < recipe.references
-        form = str(rng.choice(("short", "medium", "long"), p=(0.5, 0.4, 0.1)))
+        form = str(rng.choice(("short", "medium", "long"), p=recipe.forms))
         captions = []
         for index in chosen:
             style = not with_reference or rng.random() < 0.5
@@ -255,7 +258,7 @@ class Run:
 
 def main(path: Path) -> None:
     recipe = Recipe.read(path)
-    text = TextEncoder.load(RUNS / "text")
+    text = TextEncoder.load(RUNS / "text" / "text.safetensors")
     data = TrainingSet(Catalog(DATA), text, recipe.size)
     run = Run(recipe, len(data.looks))
     log = run.folder / "log.csv"

@@ -1,0 +1,68 @@
+"""Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
+
+Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`; the text encoder
+is stored by its own training. Each file's metadata says how it came about.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from model.checkpoint import read, save
+from model.dit import PRESETS
+from model.quantize import quantise
+from model.style import StyleConfig
+from model.train.data import DATA, Catalog
+
+RUNS = Path(".runs")
+WEIGHTS = Path(__file__).parents[1] / "weights"
+RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
+
+
+def main(run: str) -> None:
+    path = RUNS / run / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        place = json.loads(file.metadata()["place"])
+    recipe = place["recipe"]
+    config = PRESETS[recipe["preset"]]
+    weights = {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
+    training: dict[str, Any] = {
+        "recipe": recipe,
+        "steps": place["step"],
+        "minutes": round(place["seconds"] / 60, 1),
+        "data": Catalog(DATA).manifest["renders"]["sha256"],
+        "torch": torch.__version__,
+    }
+    shared = {"native": recipe["size"], "training": training}
+    parts: dict[str, tuple[str, dict[str, Any]]] = {
+        "dit.": (
+            "mini-raw",
+            {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED},
+        ),
+        "style.": (
+            "mini-style",
+            {
+                "kind": "style",
+                "config": asdict(StyleConfig(text_width=config.text_width, text_taps=config.text_taps)),
+            },
+        ),
+    }
+    for prefix, (name, metadata) in parts.items():
+        state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        save(WEIGHTS / f"{name}.safetensors", quantise(state), metadata | shared)
+    state, metadata = read(RUNS / "vae" / "vae.safetensors")
+    save(WEIGHTS / "mini-vae.safetensors", quantise(state), metadata)
+    for file in sorted(WEIGHTS.glob("mini-*.safetensors")):
+        print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
