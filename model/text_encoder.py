@@ -1,0 +1,272 @@
+"""The text encoder: a prompt in Krea's template -> hidden states of several layers, one stack for every token.
+
+One class reads Qwen3-VL-4B for the open weights and the small model in the box. Only the language tower is here, and
+only up to the last tapped layer. For text, Qwen3-VL's three rotary axes count the same position, so they are plain RoPE.
+
+B batch, T tokens, P tokens before them, N taps, E width, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.checkpoint import open_checkpoint, read_json
+from model.errors import K2Error
+
+SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:"
+)
+PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+PREFIX_TOKENS, SUFFIX_TOKENS = 34, 5  # the prefix's rows are dropped, the suffix's stay
+PROMPT_TOKENS = 507  # longer prompts are cut
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+KREA_TAPS = tuple(range(2, 36, 3))  # of Qwen3-VL-4B's 36 layers
+PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # before the tower's names, by who saved them
+
+Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The shape of a tower, in transformers' words; tap n is the state after n layers, 0 the embedding."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    taps: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> TextConfig:
+        """Read our metadata or transformers' config.json: its text part may be nested, RoPE's base in two places."""
+        raw = raw.get("text_config", raw)
+        theta = (raw.get("rope_parameters") or raw).get("rope_theta", 5e6)
+        values = {**raw, "rope_theta": theta, "taps": tuple(taps or raw.get("taps", KREA_TAPS))}
+        missing = [f.name for f in fields(cls) if f.name not in values]
+        if missing:
+            raise K2Error(f"The text encoder's config lacks {', '.join(missing)}.", hint="Use a Qwen3-VL text encoder.")
+        config = cls(**{f.name: values[f.name] for f in fields(cls)})
+        if max(config.taps) > config.num_hidden_layers:
+            raise K2Error(
+                f"The text encoder has {config.num_hidden_layers} layers, but layer {max(config.taps)} is wanted.",
+                hint="The open weights need Qwen3-VL-4B.",
+            )
+        return config
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn dimension i together with i + D/2: x [B, H, T, D], cos and sin [T, D]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [B, T, E], mask [T, P + T] True = attend -> [B, T, E] and this layer's keys and values [B, G, P + T, D]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if past is not None:
+            k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), 2) for old, new in zip(past, (k, v), strict=True))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `Attention.forward`."""
+        attended, keys_values = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+
+
+class TextTower(nn.Module):
+    """Qwen3-VL's text model up to its last tap, under transformers' parameter names."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(max(config.taps)))
+        if max(config.taps) == config.num_hidden_layers:  # as in transformers, the very last state is the normed one
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+        """ids [B, T], past of the P tokens before (B or 1 rows) -> taps [B, T, N, E] and the cache of all P + T tokens.
+
+        Attention is causal, so padding after a row's end changes nothing before it.
+        """
+        before = past[0][0].shape[2] if past else 0
+        length = ids.shape[1]
+        x = self.embed_tokens(ids)
+        mask = torch.ones(length, before + length, dtype=torch.bool, device=ids.device).tril(before)
+        rope, states, cache = self.rope(before, length, x), [x], []
+        for index, layer in enumerate(self.layers):
+            x, keys_values = layer(x, rope, mask, past[index] if past else None)
+            states.append(x)
+            cache.append(keys_values)
+        if hasattr(self, "norm"):
+            states[-1] = self.norm(x)
+        return torch.stack([states[tap] for tap in self.config.taps], 2), cache
+
+    def rope(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [T, D] of the positions start … start + length − 1; angles in fp32."""
+        c = self.config
+        frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
+        angles = torch.arange(start, start + length, device=like.device).float().outer(frequencies).repeat(1, 2)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+class TextEncoder:
+    """Tokenizer and tower behind Krea's template."""
+
+    def __init__(self, tower: TextTower, tokenizer: Any):
+        self.tower, self.tokenizer = tower, tokenizer
+        device = tower.embed_tokens.weight.device
+        tokenizer.encode_special_tokens = False
+        prefix, suffix = (tokenizer.encode(text, add_special_tokens=False).ids for text in (PREFIX, SUFFIX))
+        counts, expected = (len(prefix), len(suffix)), (PREFIX_TOKENS, SUFFIX_TOKENS)
+        if counts != expected:
+            raise K2Error(
+                f"This tokenizer splits the template into {counts} tokens instead of {expected}.",
+                hint="Use the tokenizer that came with the text encoder.",
+            )
+        tokenizer.encode_special_tokens = True  # from here on "<|im_end|>" in a prompt is text, not the end of the turn
+        self.suffix, self.prefix_ids = suffix, torch.tensor([prefix], device=device)
+        with torch.no_grad():  # the same for all prompts, and causal attention shows it nothing of them
+            self.prefix = tower(self.prefix_ids)[1]
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        taps: tuple[int, ...] | None = None,
+    ) -> TextEncoder:
+        """Load NAME-text.safetensors (NAME-tokenizer.json beside it), a transformers folder, or a diffusers one.
+
+        From a folder only the tensors needed are read: no vision tower, no head, no layer past the last tap.
+        """
+        from tokenizers import Tokenizer
+
+        path = Path(path)
+        folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+        checkpoint = open_checkpoint(folder)
+        config = TextConfig.from_dict(checkpoint.metadata.get("config") or checkpoint.config, taps or stated_taps(path))
+        with torch.device("meta"):
+            tower = TextTower(config)
+        prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
+        names = {prefix + name: name for name in tower.state_dict()}
+        missing = [name for name in names if name not in checkpoint.tensors]
+        if missing:
+            raise K2Error(f"{path} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
+        state = {names[name]: tensor for name, tensor in checkpoint.read(names, device=device, dtype=dtype)}
+        for name, tensor in tower.state_dict().items():
+            if state[name].shape != tensor.shape:
+                raise K2Error(
+                    f"{name} of {path} is {list(state[name].shape)}, its config asks for {list(tensor.shape)}."
+                )
+        tower.load_state_dict(state, assign=True)
+        return cls(tower.requires_grad_(False).eval(), Tokenizer.from_file(str(tokenizer_file(path))))
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """The prompt's tokens and the suffix; space around the prompt carries no meaning and is dropped."""
+        text = prompt.encode("utf-8", "replace").decode().strip()  # lone surrogates become question marks
+        return self.tokenizer.encode(text, add_special_tokens=False).ids[:PROMPT_TOKENS] + self.suffix
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], *, at_once: int = 1) -> tuple[Tensor, Tensor]:
+        """Prompts -> embeds [B, T, N, E], mask [B, T] True = real; T is the longest prompt's tokens + 5.
+
+        With `at_once` = 1 a prompt's rows are bit for bit the same whatever else is in the list; more is faster.
+        """
+        rows = [self.token_ids(prompt) for prompt in prompts]
+        longest, device = max(map(len, rows)), self.prefix_ids.device
+        mask = torch.arange(longest, device=device) < torch.tensor([len(r) for r in rows], device=device)[:, None]
+        embeds = []
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            width = max(map(len, part))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=device)
+            embeds.append(F.pad(self.tower(ids, self.prefix)[0], (0, 0, 0, 0, 0, longest - width)))
+        return torch.cat(embeds) * mask[..., None, None], mask
+
+
+def stated_taps(path: Path) -> tuple[int, ...] | None:
+    """The taps that a diffusers pipeline folder states."""
+    index = path / "model_index.json"
+    return tuple(read_json(index).get("text_encoder_select_layers") or ()) or None if index.exists() else None
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json that goes with a text encoder's file or folder."""
+    places = [
+        path / "tokenizer.json",
+        path / "tokenizer" / "tokenizer.json",
+        path.parent / "tokenizer" / "tokenizer.json",
+    ]
+    if path.is_file():
+        places = [path.with_name(path.stem.replace("text", "tokenizer") + ".json"), path.with_name("tokenizer.json")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise K2Error(f"There is no tokenizer for {path}.", hint=f"Put it at {places[0]}.")
