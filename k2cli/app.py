@@ -97,7 +97,7 @@ def render(
     projects: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROJECT]... [-]", help="Project folders. A - reads prompts from standard input, one a line."
+            metavar="PROJECT", help="Project folders. A - reads prompts from standard input, one a line."
         ),
     ] = None,
     prompt: Annotated[

@@ -14,9 +14,9 @@ from typing import Any
 import model
 from k2cli.tables import UNPRINTABLE, nearest
 from model.errors import K2Error
+from model.headers import read_header
 
 BOX = Path(model.__file__).parent / "weights"
-MOST_HEADER = 16 << 20  # bytes; the open 12.9B weights' headers take a tenth of a megabyte
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,10 @@ class Weights:
 
 
 def read(path: Path) -> Weights:
-    """The header of a safetensors file; K2Error where it is none, or is cut short."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, MOST_HEADER):
-                raise ValueError
-            header = json.loads(file.read(length))
-        about = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
-        end = max((each["data_offsets"][1] for each in header.values()), default=0)
-        parameters = sum(math.prod(each["shape"]) for name, each in header.items() if not name.endswith("_scale"))
-        if not isinstance(about, dict):
-            raise ValueError
-    except OSError as error:
-        raise K2Error(f"{path} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise K2Error(f"{path} is not a safetensors file.", hint="Weights are read from safetensors only.") from None
-    if size != 8 + length + end:
-        raise K2Error(
-            f"{path} is cut short: {size:,} bytes of {8 + length + end:,}.", hint="Copy or download it again."
-        )
+    """What a weights file says of itself. Raises K2Error where it is none, or is cut short."""
+    header = read_header(path)
+    about = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
+    parameters = sum(math.prod(each["shape"]) for name, each in header.items() if not name.endswith("_scale"))
     return Weights(path, about, parameters)
 
 

@@ -300,7 +300,9 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
             raise K2Error(f"{at('text')}: the prompt is empty.", hint="Say what the picture should show.")
         if prompt.size is not None:
             parse_size(prompt.size, at("size"))
-        if prompt.name and any(check_name(prompt.name, at("name")).casefold() == p.name.casefold() for p in prompts):
+        if prompt.name:
+            check_name(prompt.name, at("name"))
+        if prompt.name and prompt.name.casefold() in [earlier.name.casefold() for earlier in prompts]:
             raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
         prompts.append(prompt)
     return tuple(prompts)

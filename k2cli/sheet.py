@@ -109,22 +109,28 @@ def shown_size(path: Path, scale: float) -> tuple[int, int]:
 
 
 @cache
-def font(size: int, latin: bool = True) -> Font:
-    """The typeface that comes with Pillow; it knows plain Latin only, so other writing takes one of the system's."""
-    for name in () if latin else WIDER:
+def font(size: int) -> Font:
+    """The typeface that comes with Pillow, the same on every machine; it knows little but ASCII."""
+    return ImageFont.load_default(size)
+
+
+@cache
+def wider_font(size: int) -> Font | None:
+    """A typeface of the system's for other writing, if there is one."""
+    for name in WIDER:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+    return None
 
 
 def typeset(text: str, size: int) -> tuple[str, Font]:
     """The text and a typeface that can show it; accents and signs fall away where there is none."""
-    latin = text.translate(KNOWN).isascii()
-    face = font(size, latin)
-    if latin or face is not font(size):
+    if text.translate(KNOWN).isascii():
+        return text, font(size)
+    if face := wider_font(size):
         return text, face
     folded = "".join(c for c in unicodedata.normalize("NFKD", text.translate(SIGNS)) if not unicodedata.combining(c))
-    return folded.encode("ascii", "replace").decode(), face
+    return folded.encode("ascii", "replace").decode(), font(size)
 
 
 def fit(text: str, face: Font, width: float) -> str:

@@ -86,6 +86,8 @@ class Styles:
     def pictures(self, pattern: str, where: str) -> list[Path]:
         """The pictures that a path or a glob names, sorted, each one checked to be a picture."""
         magic = glob.has_magic(pattern)
+        if pattern.count("**") > 1:  # each further one multiplies the folders walked
+            raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
         self.inside(pattern.split("*")[0] if magic else pattern, where)
         found: list[Path] = []
         for match in glob.iglob(pattern, root_dir=self.root, recursive=True) if magic else [pattern]:

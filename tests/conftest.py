@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
@@ -24,8 +24,8 @@ SIDE = 64
 class FakePipeline:
     """Pictures depend on the spec alone. `stop` is called before each picture, to raise what a test wants raised."""
 
-    loaded: list[tuple[Any, ...]] = []
-    seen: list[RenderSpec] = []
+    loaded: ClassVar[list[tuple[Any, ...]]] = []
+    seen: ClassVar[list[RenderSpec]] = []
     stop: Callable[[int], None] = staticmethod(lambda index: None)
 
     @classmethod
@@ -37,7 +37,9 @@ class FakePipeline:
         pipeline.name, pipeline.variant = name, variant or "raw"
         return pipeline
 
-    def stream(self, specs: Sequence[RenderSpec], on_step: Callable[[int, int], None] | None = None) -> Iterator[Picture]:
+    def stream(
+        self, specs: Sequence[RenderSpec], on_step: Callable[[int, int], None] | None = None
+    ) -> Iterator[Picture]:
         for index, spec in enumerate(specs):
             type(self).stop(index)
             type(self).seen.append(spec)
@@ -136,5 +138,6 @@ def k2() -> Callable[..., Any]:
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every file of a folder with its bytes, every folder with None."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
     }

@@ -1,0 +1,295 @@
+"""The commands as a user meets them: results on one stream, words on the other, exit codes, an unchanged project."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT, tree
+from PIL import Image
+
+from k2cli.tables import Toml
+
+K2 = Path(sys.executable).with_name("k2")
+
+
+def test_help_imports_nothing_heavy():
+    code = """if True:
+        import sys
+        from k2cli.app import app
+        try:
+            app(["--help"])
+        except SystemExit:
+            pass
+        heavy = {"torch", "transformers", "numpy", "PIL", "rich.console"} & set(sys.modules)
+        sys.exit(f"imported: {heavy}" if heavy else 0)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_new_then_render(fake, k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert k2("new", "moody").stdout == "moody\n"
+    monkeypatch.chdir(tmp_path / "moody")
+    result = k2("render")
+
+    paths = result.stdout.splitlines()
+    assert paths == [
+        f"outputs/0001-fox-and-2-more/{name}-{seed}.png" for name in ("fox", "owl", "sailboat") for seed in (7, 8)
+    ]
+    assert "6 pictures and a contact sheet in outputs/0001-fox-and-2-more" in result.stderr
+    for path in map(Path, paths):
+        with Image.open(path) as image:
+            image.load()
+        assert Toml.read(path.with_suffix(".toml"), path.name).table["settings"]["seed"] == int(
+            path.stem.split("-")[-1]
+        )
+    with Image.open("outputs/0001-fox-and-2-more/sheet.png") as sheet:
+        assert sheet.width > 6 * 64
+
+
+def test_prompts_come_from_options_and_from_standard_input(moody, k2):
+    k2("render", "-p", "tea", "-p", "a cake", "-", input="a pear\n\n  a plum \n")
+
+    assert sorted(path.name for path in moody.glob("outputs/*/*.png")) == [
+        "a-cake-7.png",
+        "a-pear-7.png",
+        "a-plum-7.png",
+        "sheet.png",
+        "tea-7.png",
+    ]
+
+
+def test_json_is_one_object_a_line(moody, k2):
+    result = k2("render", "--json", "--quiet", "--batch", "2")
+
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["settings"]["seed"] for record in records] == [7, 8, 7, 8]
+    assert all(Path(record["file"]).exists() for record in records)
+    assert result.stderr == ""
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
+    before = tree(moody)
+
+    lines = k2("render", "--dry-run", "--seed", "40").stdout.splitlines()
+    objects = [json.loads(line) for line in k2("render", "--dry-run", "--json").stdout.splitlines()]
+
+    assert lines[0] == "fox-40.png\town size\tseed 40\ta red fox"
+    assert [each["prompt"]["expanded"] for each in objects] == ["a red fox", "an owl at night"]
+    assert tree(moody) == before and fake.loaded == []
+
+
+def test_several_projects_load_the_weights_once(moody, k2, fake, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
+
+    result = k2("render", moody, tmp_path / "other")
+
+    assert len(result.stdout.splitlines()) == 3
+    assert fake.loaded == [("mini", None, None, None)]
+
+
+def test_what_is_typed_reaches_the_model(moody, k2, fake):
+    k2(
+        "render",
+        "--only",
+        "fox",
+        "--turbo",
+        "--device",
+        "cpu",
+        "--steps",
+        "4",
+        "--guidance",
+        "0",
+        "--size",
+        "96x64",
+        "--no-embed",
+    )
+
+    assert fake.loaded == [("mini", "turbo", "cpu", None)]
+    (spec,) = fake.seen
+    assert (spec.steps, spec.guidance, spec.width, spec.height) == (4, 0.0, 96, 64)
+    with Image.open(moody / "outputs" / "0001-fox" / "fox-7.png") as image:
+        assert image.text == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"),
+    [
+        (["render"], 1, 'k2.toml, line 5: unknown key "sed" in [render].', 'Did you mean "seed"?'),
+        (["render", "--batch", "many"], 2, "Invalid value for '--batch' / '-n'", ""),
+        (["render", "--nonsense"], 2, "No such option: --nonsense", ""),
+        (["rendr"], 2, "No such command 'rendr'. Did you mean 'render', 'rerun'?", ""),
+        (["render", "--style", "dusk"], 2, '"dusk" is not NAME=WEIGHT', ""),
+        (["render", "--resume", "--seed", "3"], 2, "no other setting goes with it", ""),
+    ],
+)
+def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "sed = 7") if arguments == ["render"] else PROJECT)
+    before = tree(moody)
+
+    result = k2(*arguments, code=code)
+
+    assert message in result.stderr and hint in result.stderr and result.stdout == ""
+    assert tree(moody) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["--size", "100x100"], "--size: the sides of 100x100 are not multiples of 16.", "The nearest size is 96x96."),
+        (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 32 to 4096 pixels."),
+        (["--device", "tpu"], 'There is no device "tpu".', "Here is: cpu."),
+        (["--model", "minni"], 'There is no model "minni" in the box.', 'Did you mean "mini"?'),
+        (["--style", "dusk=1"], 'there is no style "dusk".', "Write it as styles/dusk.toml."),
+        (["--only", "fux"], 'moody has no prompt named "fux".', 'Did you mean "fox"?'),
+        (["-p", "a\x1b[2Jb"], "A prompt holds a control character.", ""),
+        (["--resume"], "moody has no run to go on with.", "Start one with: k2 render"),
+        (["-"], "Standard input holds no prompt.", "Give one a line"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence_and_a_hint(moody, k2, arguments, message, hint):
+    before = tree(moody)
+
+    result = k2("render", *arguments, code=1)
+
+    assert message in result.stderr and hint in result.stderr
+    assert len(result.stderr.splitlines()) <= 2 and result.stdout == ""
+    assert tree(moody) == before
+
+
+def test_no_project_and_no_prompts(fake, k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert "There is no k2.toml in" in k2("render", code=1).stderr
+    (tmp_path / "k2.toml").write_text("")
+    result = k2("render", code=1)
+    assert "k2.toml has no [[prompt]]." in result.stderr and 'k2 render -p "a red fox"' in result.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("pictures_before", [0, 1])
+def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypatch, pictures_before):
+    before, real, calls = tree(moody), os.fsync, []
+
+    def fsync(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 1 + 2 * pictures_before:  # run.toml, then a record and a picture each
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = k2("render", code=1)
+
+    assert "The disk is full" in result.stderr and len(result.stderr.splitlines()) == 2
+    assert len(result.stdout.splitlines()) == pictures_before
+    if not pictures_before:
+        assert tree(moody) == before
+    else:
+        assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
+        monkeypatch.setattr(os, "fsync", real)
+        assert k2("render", "--resume").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
+
+
+def test_an_unwritable_folder(moody, k2):
+    (moody / "outputs").write_text("in the way")
+    before = tree(moody)
+
+    assert "cannot be written" in k2("render", code=1).stderr
+    assert tree(moody) == before
+
+
+def stop_at(index: int, error: BaseException) -> Callable[[int], None]:
+    def stop(at: int) -> None:
+        if at == index:
+            raise error
+
+    return staticmethod(stop)  # type: ignore[return-value]
+
+
+def interrupt(fake: Any, k2: Any, index: int) -> Any:
+    fake.stop = stop_at(index, KeyboardInterrupt())
+    result = k2("render", "--batch", "2", code=130)
+    fake.stop = staticmethod(lambda at: None)
+    return result
+
+
+def test_resume_finishes_what_was_planned(moody, k2, fake):
+    """Interrupted, edited, resumed: the pictures are those of the undisturbed run."""
+    k2("render", "--batch", "2")
+    undisturbed = moody / "outputs" / "0001-fox-and-1-more"
+    result = interrupt(fake, k2, 3)
+    assert "Interrupted: 3 of 4 pictures" in result.stderr and "k2 render --resume" in result.stderr
+    (moody / "k2.toml").write_text(PROJECT.replace("a red fox", "a blue fox"))
+
+    resumed = k2("render", "--resume").stdout.splitlines()
+
+    folder = moody / "outputs" / "0002-fox-and-1-more"
+    assert resumed == ["outputs/0002-fox-and-1-more/an-owl-at-night-8.png"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
+    for path in undisturbed.glob("*-[78].png"):
+        assert Image.open(path).tobytes() == Image.open(folder / path.name).tobytes()
+    assert "every picture of the run is there" in k2("render", "--resume").stderr
+
+
+def test_resume_refuses_other_weights(moody, k2, fake):
+    interrupt(fake, k2, 3)
+    box = moody.parent / "box" / "mini-vae.safetensors"
+    box.write_bytes(box.read_bytes() + b" ")
+
+    assert "mini-vae.safetensors is not what it was" in k2("render", "--resume", code=1).stderr
+
+
+def test_an_interrupt_before_the_first_picture_leaves_nothing(moody, k2, fake):
+    before = tree(moody)
+
+    interrupt(fake, k2, 0)
+
+    assert tree(moody) == before
+
+
+def test_a_bug_keeps_its_traceback(moody, k2, fake):
+    fake.stop = stop_at(0, ZeroDivisionError())
+
+    with pytest.raises(ZeroDivisionError):
+        k2("render")
+    assert not (moody / "outputs").exists()
+
+
+def test_models_are_listed_and_described(moody, k2):
+    assert k2("models", "list").stdout == "mini\traw\t128 px\t4 parameters\t0.0 MB\n"
+    (listed,) = [json.loads(line) for line in k2("models", "list", "--json").stdout.splitlines()]
+    assert (listed["name"], listed["native"]) == ("mini", 128)
+    assert "native       128" in k2("models", "info", "mini").stdout
+    (moody / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip")
+    assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
+
+
+def test_doctor_finds_what_is_broken(moody, k2):
+    healthy = k2("doctor")
+    assert "Everything is in place." in healthy.stdout and "moody: 2 prompts" in healthy.stdout
+    found = json.loads(k2("doctor", "--json").stdout)
+    assert found["device"] and found["gflops"]["float32"] > 0 and found["versions"]["torch"]
+
+    box = moody.parent / "box" / "mini-raw.safetensors"
+    box.write_bytes(box.read_bytes()[:-3])
+    assert "mini-raw.safetensors is damaged" in k2("doctor", code=1).stdout
+
+
+def test_the_console_script_speaks_to_two_streams(moody):
+    """The real process: errors and version, with nothing patched."""
+    version = subprocess.run([K2, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.startswith("k2 ") and version.stderr == ""
+    (moody / "k2.toml").write_text("[[prompt]\n")
+    failed = subprocess.run([K2, "render"], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr.startswith("Error: k2.toml is not valid TOML") and "Traceback" not in failed.stderr

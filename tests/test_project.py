@@ -1,0 +1,213 @@
+"""k2.toml: what it may say, what it resolves to, and what is said when it is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, tree, write_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2cli import models
+from k2cli.project import Project, Prompt, name_files, slug
+from k2cli.sizes import fit_aspect, parse_resolution, parse_size
+from model.errors import K2Error
+
+
+def shots(project: Project, prompts: list[Prompt] | None = None, styles: dict[str, float] | None = None, **options):
+    return project.shots(project.settle(**options), prompts, styles)
+
+
+def test_a_new_project_resolves_as_it_stands(fake, tmp_path):
+    made = Project.create(tmp_path / "moody")
+
+    planned = shots(Project.open(made))
+
+    assert [shot.stem for shot in planned] == ["fox-7", "fox-8", "owl-7", "owl-8", "sailboat-7", "sailboat-8"]
+    assert planned[0].given == "a red fox"
+    assert planned[0].spec.prompt == "a red fox, sticker style"
+    assert (planned[0].spec.width, planned[0].spec.steps) == (None, None)  # the checkpoint's own
+
+
+def test_a_new_project_never_overwrites(fake, tmp_path):
+    (tmp_path / "moody").mkdir()
+    (tmp_path / "moody" / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+
+    with pytest.raises(K2Error, match="not an empty folder"):
+        Project.create(tmp_path / "moody")
+    assert tree(tmp_path) == before
+
+
+def test_the_nearest_project_above_is_found(moody):
+    deep = moody / "refs" / "board"
+    deep.mkdir(parents=True)
+
+    assert Project.find(deep).root == moody
+
+
+def test_options_take_the_place_of_settings(moody):
+    (spec,) = [
+        shot.spec for shot in shots(Project.open(moody), [Prompt("tea")], seed=3, steps=8, guidance=0, size="96x128")
+    ]
+
+    assert (spec.prompt, spec.seed, spec.steps, spec.guidance, spec.width, spec.height) == ("tea", 3, 8, 0.0, 96, 128)
+
+
+def test_a_prompt_may_differ_from_the_rest(moody):
+    (moody / "k2.toml").write_text(PROJECT + 'seed = 40\nbatch = 2\nsize = "64x96"\navoid = "snow"\n')
+
+    planned = shots(Project.open(moody))
+
+    assert [shot.stem for shot in planned] == ["fox-7", "an-owl-at-night-40", "an-owl-at-night-41"]
+    assert (planned[1].spec.width, planned[1].spec.height, planned[1].spec.negative) == (64, 96, "snow")
+
+
+def test_an_aspect_keeps_the_pixels_of_the_models_own_size(moody):
+    (spec,) = [shot.spec for shot in shots(Project.open(moody), [Prompt("tea")], aspect="16:9")]
+
+    assert (spec.width, spec.height) == (176, 96)  # 128 x 128 in 16:9, in steps of 16
+
+
+def test_prompts_are_chosen_by_name(moody):
+    project = Project.open(moody)
+
+    assert [prompt.text for prompt in project.choose(["an-owl-at-night"])] == ["an owl at night"]
+    with pytest.raises(K2Error, match='no prompt named "fix"') as error:
+        project.choose(["fix"])
+    assert error.value.hint == 'Did you mean "fox"?'
+
+
+@pytest.mark.parametrize(
+    ("toml", "message", "hint"),
+    [
+        ("[render]\nsed = 3\n", 'line 2: unknown key "sed" in [render].', 'Did you mean "seed"?'),
+        ("[rendr]\nseed = 3\n", 'line 1: unknown key "rendr".', 'Did you mean "render"?'),
+        ('[[prompt]]\ntext = "a"\nnmae = "b"\n', 'line 3: unknown key "nmae" in [prompt].', 'Did you mean "name"?'),
+        ('[render]\nbatch = "four"\n', 'line 2: "batch" must be a whole number, not "four".', ""),
+        ("[render]\nbatch = true\n", 'line 2: "batch" must be a whole number, not True.', ""),
+        ("[render]\nseed = 1.5\n", 'line 2: "seed" must be a whole number, not 1.5.', ""),
+        ("[render]\nguidance = nan\n", 'line 2: "guidance" must lie between 0 and 100, not nan.', ""),
+        ("[render]\nbatch = 0\n", 'line 2: "batch" must lie between 1 and 1,000, not 0.', ""),
+        ("[style]\ndusk = 3\n", 'line 2: "dusk" must lie between −2 and 2, not 3.0.', ""),
+        ("render = 3\n", "line 1: expected a table in [render].", "Write [name] on a line, and its keys below."),
+        ('[prompt]\ntext = "a"\n', "line 1: prompts are a list.", "Write [[prompt]], with two brackets."),
+        ('[[prompt]]\nname = "a"\n', 'line 1: "text" is missing in [prompt].', ""),
+        ('[[prompt]]\ntext = " "\n', "line 2: the prompt is empty.", "Say what the picture should show."),
+        ('[[prompt]]\ntext = "a"\nname = "../a"\n', 'line 3: "../a" cannot name files.', "Use letters, digits"),
+        (
+            '[[prompt]]\ntext = "a"\nname = "Fox"\n[[prompt]]\ntext = "b"\nname = "fox"\n',
+            'line 6: another prompt is named "fox".',
+            "Give each its own name.",
+        ),
+        ('[[prompt]]\ntext = "a"\nsize = "9x9"\n', "line 3: 9x9 is no size for a picture.", "Sides go from 32"),
+        ('[render]\nsize = "64x64"\naspect = "1:1"\n', 'line 2: "size" excludes "aspect" and "resolution".', "Keep"),
+        ("[render]\ncohesion = 0.5\n", "line 2: this release knows no cohesion but 0.", "Leave it out."),
+        ('[render]\ncreativity = "high"\n', 'line 2: this release knows no creativity but "raw".', "Leave it out."),
+        ("[moodboard]\n", "line 1: this release knows no moodboards.", "Take the [moodboard] table out."),
+        ("[render\n", "k2.toml is not valid TOML: Expected ']'", ""),
+        ('[[prompt]]\ntext = "a \\u001b[2J"\n', 'line 2: "text" holds a control character.', "without escapes"),
+        ("a = " + "[" * 5000, "k2.toml is nested too deeply.", ""),
+        ("#" * (1 << 20) + "\n", "k2.toml is larger than 1 MB.", "Is it the right file?"),
+    ],
+)
+def test_mistakes_are_named_by_line(tmp_path, toml, message, hint):
+    (tmp_path / "k2.toml").write_text(toml)
+
+    with pytest.raises(K2Error) as error:
+        Project.open(tmp_path)
+
+    assert message in str(error.value) and str(error.value).startswith("k2.toml")
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"),
+    [
+        ({"size": "100x128"}, "--size: the sides of 100x128 are not multiples of 16.", "The nearest size is 96x128."),
+        ({"size": "999999x16"}, "--size: 999999x16 is no size for a picture.", "Sides go from 32 to 4096 pixels."),
+        ({"size": "big"}, '--size: "big" is not a size.', 'Write width x height, like "256x384".'),
+        ({"aspect": "wide"}, '--aspect: "wide" is not an aspect.', None),
+        ({"aspect": "100:1"}, '--aspect: "100:1" is not an aspect.', None),
+        ({"aspect": "1:1", "resolution": "9K"}, "--aspect: 9216x9216 is no size for a picture.", None),
+        ({"aspect": "1:1", "resolution": "lots"}, '--resolution: "lots" is not a resolution.', None),
+        ({"batch": 0}, '--batch: "batch" must lie between 1 and 1,000, not 0.', ""),
+        ({"seed": 2**63 - 1, "batch": 2}, f"Seed {2**63 - 1} leaves no room for 2 pictures.", None),
+        ({"model": "minni"}, 'There is no model "minni" in the box.', 'Did you mean "mini"?'),
+        ({"model": "no/such.safetensors"}, None, "k2 models list shows what is here."),
+    ],
+)
+def test_options_are_checked_like_settings(moody, options, message, hint):
+    with pytest.raises(K2Error) as error:
+        shots(Project.open(moody), **options)
+
+    assert message is None or str(error.value) == message
+    assert hint is None or error.value.hint == hint
+
+
+def test_a_size_in_the_file_is_named_by_its_line(moody):
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'size = "100x100"'))
+
+    with pytest.raises(K2Error, match=r"^k2\.toml, line 5: the sides of 100x100"):
+        shots(Project.open(moody))
+
+
+def test_a_projects_model_stays_inside_it(moody):
+    write_weights(moody.parent / "other.safetensors", {})
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'model = "../other.safetensors"'))
+
+    with pytest.raises(K2Error, match="lies outside the project"):
+        Project.open(moody).settle()
+
+    outside = Project.open(moody, allow_outside=True).settle()
+    typed = Project.open(moody).settle(model="../other.safetensors")  # the shell's own words, relative to its folder
+    assert Path(outside.model).samefile(typed.model)
+
+
+def test_lines_are_found_past_long_texts(tmp_path):
+    (tmp_path / "k2.toml").write_text('[[prompt]]\ntext = """\nseed = 3\n[render]\n"""\n[render]\n"batch" = 0\n')
+
+    with pytest.raises(K2Error, match="line 7"):
+        Project.open(tmp_path)
+
+
+def test_names_come_from_texts_and_never_collide():
+    named = name_files([Prompt("A red fox!"), Prompt("a red fox"), Prompt("x", name="a-red-fox-2"), Prompt("∞")])
+
+    assert [name for _, name in named] == ["a-red-fox", "a-red-fox-3", "a-red-fox-2", "prompt"]
+    assert slug("an astonishingly long prompt about a lighthouse") == "an-astonishingly-long-prompt-about-a"
+
+
+@given(st.text())
+def test_any_text_makes_a_file_name(text):
+    name = slug(text)
+
+    assert name and len(name) <= 40 and name == os.path.basename(name) and not name.startswith((".", "-"))
+
+
+@settings(max_examples=50)
+@given(st.floats(1 / 8, 8), st.integers(64, 1024))
+def test_aspects_keep_area_and_shape(ratio, edge):
+    try:
+        width, height = fit_aspect(f"{ratio:.4f}:1", edge, "here")
+    except K2Error:
+        return  # a side would be too short
+    assert width % 16 == height % 16 == 0
+    assert abs(width - edge * ratio**0.5) <= 8.1 and abs(height - edge / ratio**0.5) <= 8.1
+
+
+def test_sizes_and_resolutions_as_people_write_them():
+    assert parse_size("256×384", "here") == (256, 384)
+    assert [parse_resolution(text, "here") for text in ("1K", "2k", "1.5K", 256, "0.5K")] == [
+        1024,
+        2048,
+        1536,
+        256,
+        512,
+    ]
+
+
+def test_the_native_size_is_read_from_the_weights(moody):
+    assert models.native_size("mini") == 128

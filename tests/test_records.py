@@ -1,0 +1,217 @@
+"""Records: there and back, inside pictures and beside them."""
+
+from __future__ import annotations
+
+import shutil
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, tree
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from k2cli import records
+from k2cli.outputs import dump
+from k2cli.project import Project, Shot
+from k2cli.tables import Toml
+from model.errors import K2Error
+from model.spec import Picture, Reference, RenderSpec, Style
+
+MADE = {
+    "seed": 7,
+    "width": 32,
+    "height": 48,
+    "steps": 8,
+    "guidance": 2.5,
+    "mu": -0.25,
+    "device": "cpu",
+    "dtype": "float32",
+    "seconds": 0.5,
+    "model": {"name": "mini", "variant": "raw", "files": {"mini-raw.safetensors": "ab" * 32}},
+}
+
+
+def picture() -> Picture:
+    image = Image.linear_gradient("L").resize((32, 48)).convert("RGB")
+    return Picture(image, MADE)
+
+
+def shot(**changes) -> Shot:
+    spec = RenderSpec("a red fox, film", 32, 48, 7, "snow", 8, 2.5, -0.25)
+    return Shot("fox-7", "fox", "a red fox", replace(spec, **changes))
+
+
+def test_a_record_leads_back_to_its_spec(moody):
+    reference = moody / "refs" / "a.png"
+    reference.parent.mkdir()
+    picture().image.save(reference)
+    looks = (Style("dusk", -0.6, (Reference(reference, 0.5),), ("film",), ("gloss",)),)
+    asked = shot(styles=looks)
+    text = dump(records.compose(asked, picture(), moody)).decode()
+
+    read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).inside)
+
+    assert read.shot == asked
+    assert read.model == records.ModelUsed("mini", "raw", "cpu", "float32")
+    assert read.pixels == records.pixel_hash(picture().image)
+    assert set(map(lambda path: path.name, read.hashes)) == {"mini-raw.safetensors", "a.png"}
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(codec="utf-8"), min_size=1), st.text(st.characters(codec="utf-8")))
+def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoid):
+    asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 32, 48, 7, avoid, 8, 2.5, 0.5))
+    record = records.compose(asked, picture(), tmp_path)
+    path = tmp_path / "x.png"
+    path.write_bytes(records.encode(picture().image, record))
+
+    table = records.read(path).table
+
+    assert (table["prompt"]["expanded"], table["prompt"]["avoid"]) == (prompt, avoid)
+
+
+def test_pictures_say_what_other_tools_look_for(tmp_path):
+    record = records.compose(shot(), picture(), tmp_path)
+    path = tmp_path / "fox-7.png"
+    path.write_bytes(records.encode(picture().image, record))
+
+    with Image.open(path) as image:
+        text, pixels = dict(image.text), image.tobytes()
+
+    assert pixels == picture().image.tobytes()
+    assert text["parameters"].splitlines()[:2] == ["a red fox, film", "Negative prompt: snow"]
+    assert (
+        text["parameters"]
+        .splitlines()[2]
+        .startswith("Steps: 8, Sampler: Euler, CFG scale: 3.5, Seed: 7, Size: 32x48, Model hash: abababab")
+    )
+    assert Toml(text["k2"], "chunk").table == Toml(dump(record).decode(), "file").table
+    (description,) = ElementTree.fromstring(text["XML:com.adobe.xmp"]).iter(
+        "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
+    )
+    iptc = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+    assert description.attrib[iptc + "DigitalSourceType"].endswith("/trainedAlgorithmicMedia")
+    assert description.attrib[iptc + "AIPromptInformation"] == "a red fox, film"
+
+
+def test_a_private_picture_says_nothing(tmp_path):
+    record = records.compose(shot(), picture(), tmp_path)
+    path = tmp_path / "fox-7.png"
+    path.write_bytes(records.encode(picture().image, record, embed=False))
+
+    with Image.open(path) as image:
+        assert image.text == {}
+    with pytest.raises(K2Error, match="carries no record"):
+        records.read(path)
+    path.with_suffix(".toml").write_bytes(dump(record))
+    assert records.read(path).table["prompt"]["text"] == "a red fox"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("schema = 1", "schema = 2", "not a record that this version"),
+        ("seed = 7", "seed = -7", r'line \d+: "seed" must lie between'),
+        ("seed = 7", 'seed = "7"', '"seed" must be a whole number'),
+        ("[settings]", "[settinsg]", r"the table \[settings\] is missing"),
+        ('name = "mini"', 'name = "/etc/passwd"', "lies outside the project"),
+        ('"mini-raw.safetensors"', '"../mini-raw.safetensors"', "names a file outside its model"),
+        ('name = "fox"', 'name = "../fox"', "cannot name files"),
+    ],
+)
+def test_a_changed_record_is_refused(moody, old, new, message):
+    text = dump(records.compose(shot(), picture(), moody)).decode()
+    assert old in text
+
+    with pytest.raises(K2Error, match=message):
+        records.parse(Toml(text.replace(old, new), "fox-7.toml"), Project.open(moody).inside)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_what_is_no_picture_is_one_sentence(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+
+    with pytest.raises(K2Error, match="not a PNG that can be read"):
+        records.read(tmp_path / "x.png")
+
+
+def test_show_reads_records_and_pictures_alike(moody, k2):
+    k2("render", "-p", "tea")
+    made = moody / "outputs" / "0001-tea" / "tea-7.png"
+    bare = Path(shutil.copy(made, moody / "bare.png"))
+
+    shown = [k2("show", path).stdout for path in (made, made.with_suffix(".toml"), bare)]
+
+    assert shown[0] == shown[1] == shown[2]
+    assert "prompt    tea\n" in shown[0] and "seed      7\n" in shown[0]
+
+
+class TestRerun:
+    """`k2 rerun`: the same pixels, or a reason why not."""
+
+    @pytest.fixture
+    def made(self, moody, k2) -> Path:
+        (moody / "refs").mkdir()
+        (moody / "styles").mkdir()
+        Image.new("RGB", (64, 64), "navy").save(moody / "refs" / "a.png")
+        (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "refs/a.png"\n')
+        k2("render", "--only", "fox", "--style", "dusk=0.5")
+        return moody / "outputs" / "0001-fox" / "fox-7.png"
+
+    @pytest.mark.parametrize("suffix", [".png", ".toml"])
+    def test_the_same_pixels_from_picture_or_record(self, made, k2, suffix):
+        result = k2("rerun", made.with_suffix(suffix))
+
+        assert result.stdout == "outputs/0002-fox/fox-7.png\n"
+        assert "Identical, pixel for pixel." in result.stderr
+        assert Path("outputs/0002-fox/fox-7.png").read_bytes()[:4] == b"\x89PNG"
+
+    def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
+        """Moved out of the project, without its record: the project is named, the picture says the rest."""
+        bare = Path(shutil.copy(made, tmp_path / "moved.png"))
+
+        assert "identical" in k2("rerun", bare, "--project", ".", "--json").stdout
+        asked, again = fake.seen
+        assert replace(again, **{key: getattr(asked, key) for key in records.SPEC_KEYS}) == asked
+
+    def test_the_project_may_have_moved_on(self, made, k2, moody):
+        (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
+
+        assert "Identical" in k2("rerun", made).stderr
+
+    def test_output_goes_where_it_is_told(self, made, k2, tmp_path):
+        k2("rerun", made, "--output", tmp_path / "again.png")
+
+        assert (tmp_path / "again.png").exists() and (tmp_path / "again.toml").exists()
+        k2("rerun", made, "--output", tmp_path / "again.png", code=1)
+
+    @pytest.mark.parametrize("victim", ["refs/a.png", "../box/mini-vae.safetensors"])
+    @pytest.mark.parametrize("gone", [True, False])
+    def test_it_refuses_when_a_file_is_not_what_it_was(self, made, k2, moody, victim, gone):
+        (moody / victim).unlink() if gone else (moody / victim).write_bytes((moody / victim).read_bytes() + b" ")
+        before = tree(moody)
+
+        result = k2("rerun", made, code=1)
+
+        assert Path(victim).name in result.stderr and ("is gone" if gone else "is not what it was") in result.stderr
+        assert tree(moody) == before
+
+    def test_other_pixels_are_told_and_exit_with_1(self, made, k2):
+        record = made.with_suffix(".toml")
+        record.write_text(record.read_text().replace("a red fox", "a blue fox"))
+
+        result = k2("rerun", record, code=1)
+
+        assert "The pixels differ" in result.stderr
+        assert result.stdout == "outputs/0002-fox/fox-7.png\n"
+
+    def test_references_need_their_project(self, made, k2, tmp_path, monkeypatch):
+        bare = Path(shutil.copy(made, tmp_path / "moved.png"))
+        monkeypatch.chdir(tmp_path)
+
+        result = k2("rerun", bare, "--output", "x.png", code=1)
+
+        assert "refs/a.png of its project" in result.stderr and "--project" in result.stderr

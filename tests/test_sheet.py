@@ -1,0 +1,59 @@
+"""Contact sheets: everything on them, nothing on top of anything."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from k2cli import sheet
+from k2cli.sheet import Entry, contact_sheet, contact_sheets, fit, font, typeset, wider_font, wrap
+
+
+def entries(folder: Path, prompts: int, batch: int, size: tuple[int, int] = (64, 64)) -> list[Entry]:
+    made = []
+    for prompt in range(prompts):
+        for seed in range(batch):
+            path = folder / f"{prompt}-{seed}.png"
+            Image.new("RGB", size, (200, 10 + prompt, 10 + seed)).save(path)
+            made.append(Entry(path, f"prompt {prompt}", f"seed {seed}"))
+    return made
+
+
+@pytest.mark.parametrize(("prompts", "batch"), [(1, 1), (8, 1), (3, 4), (1, 9)])
+@pytest.mark.parametrize("size", [(64, 64), (400, 160)])
+def test_every_picture_is_shown_once_and_whole(tmp_path, prompts, batch, size):
+    made = entries(tmp_path, prompts, batch, size)
+
+    page = contact_sheet(made, "moody", "run 0001")
+
+    counts = {colour: count for count, colour in page.getcolors(1 << 24) if colour[0] == 200 and colour[1] < 60}
+    assert len(counts) == prompts * batch
+    assert len(set(counts.values())) == 1  # all in one size, none overlapped
+
+
+def test_long_runs_take_several_sheets(tmp_path, monkeypatch):
+    monkeypatch.setattr(sheet, "PER_SHEET", 4)
+
+    pages = list(contact_sheets(entries(tmp_path, 3, 2), "moody", "run 0001"))
+
+    assert len(pages) == 2 and all(Image.open(io.BytesIO(page)).format == "PNG" for page in pages)
+
+
+def test_text_never_runs_over(tmp_path):
+    face = font(16)
+    long = "a very long prompt about a lighthouse that goes on, and on, and on"
+
+    assert face.getlength(fit(long, face, 150)) <= 150
+    lines = wrap(long, face, 150, 2)
+    assert len(lines) == 2 and lines[1].endswith("…") and all(face.getlength(line) <= 150 for line in lines)
+    assert wrap("short", face, 150, 2) == ["", "short"]
+
+
+def test_no_writing_is_lost_without_a_wider_typeface(monkeypatch):
+    monkeypatch.setattr(sheet, "WIDER", ())
+    wider_font.cache_clear()
+
+    assert typeset("größe – für œuvre", 16)[0] == "grosse - fur oeuvre"

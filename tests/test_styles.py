@@ -1,0 +1,167 @@
+"""Style files: what they hold, how they mix, what they may not reach."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+from PIL import Image
+
+from k2cli.project import Project
+from model.errors import K2Error
+
+
+@pytest.fixture
+def styled(moody: Path) -> Path:
+    """moody with three styles: dusk and riso of their own, blend mixed from them."""
+    (moody / "styles").mkdir()
+    for name, colour in (("a", "navy"), ("b", "black"), ("c", "red")):
+        (moody / "refs" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), colour).save(moody / "refs" / name / f"{name}.png")
+    write(
+        moody,
+        "dusk",
+        'keywords = ["film grain", "low key"]\navoids = ["glossy"]\n'
+        '[[reference]]\nimage = "refs/*/*.png"\nweight = 0.5\n',
+    )
+    write(moody, "riso", 'keywords = ["riso print", "low key"]\n')
+    write(moody, "blend", "[mix]\ndusk = 0.7\nriso = 0.3\n")
+    return moody
+
+
+def write(project: Path, name: str, text: str) -> None:
+    (project / "styles" / f"{name}.toml").write_text(text)
+
+
+def resolve(folder: Path, **weights: float):
+    project = Project.open(folder)
+    return project.shots(project.settle(), None, weights)[0].spec
+
+
+def test_words_join_the_prompt_and_pictures_become_references(styled):
+    spec = resolve(styled, dusk=0.6)
+
+    assert spec.prompt == "a red fox, film grain, low key"
+    assert spec.negative == "glossy"
+    (style,) = spec.styles
+    assert (style.name, style.strength) == ("dusk", 0.6)
+    assert [(reference.image.name, reference.weight) for reference in style.references] == [
+        ("a.png", 0.5),
+        ("b.png", 0.5),
+        ("c.png", 0.5),
+    ]
+
+
+def test_a_weight_of_zero_is_the_prompt_alone(styled):
+    assert resolve(styled, dusk=0) == resolve(styled)
+
+
+def test_a_negative_style_turns_its_words_around(styled):
+    spec = resolve(styled, dusk=-1)
+
+    assert (spec.prompt, spec.negative) == ("a red fox, glossy", "film grain, low key")
+
+
+def test_the_order_of_styles_never_matters(styled):
+    assert resolve(styled, dusk=0.6, riso=0.3) == resolve(styled, riso=0.3, dusk=0.6)
+
+
+def test_a_mix_is_its_parts_by_weight(styled):
+    assert resolve(styled, blend=0.5) == resolve(styled, dusk=0.35, riso=0.15)
+    assert resolve(styled, blend=1, dusk=-0.7) == resolve(styled, riso=0.3)
+
+
+def test_mixes_of_mixes_are_taken_apart_once(styled):
+    """Every level doubles the ways to the bottom; only the names may be walked, not the ways."""
+    for level in range(14):
+        write(styled, f"l{level}", f"[mix]\nl{level + 1} = 0.5\nm{level + 1} = 0.5\n")
+        write(styled, f"m{level}", f"[mix]\nl{level + 1} = 0.5\nm{level + 1} = 0.5\n")
+    write(styled, "l14", "[mix]\ndusk = 1.0\n")
+    write(styled, "m14", "[mix]\ndusk = 1.0\n")
+
+    (style,) = resolve(styled, l0=1).styles
+
+    assert (style.name, style.strength) == ("dusk", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[mix]\nx = 1\n", "styles/x.toml: the styles mix themselves, x → x.", "Break the circle."),
+        ("[mix]\nducks = 1\n", 'styles/x.toml: there is no style "ducks".', 'Did you mean "dusk"?'),
+        ("", "styles/x.toml has no keywords, no [[reference]] and no [mix].", "Give the style something to go by."),
+        ('keyword = ["a"]\n', 'styles/x.toml, line 1: unknown key "keyword".', 'Did you mean "keywords"?'),
+        ("keywords = [1]\n", '1: "keywords" must be a list of texts.', 'Like keywords = ["one", "two"].'),
+        ('keywords = "film"\n', '1: "keywords" must be a list, not "film".', ""),
+        ('lora = "a.safetensors"\n', "1: this release knows no LoRA styles.", 'Take the "lora" line out.'),
+        ('[[reference]]\nimage = "refs/z/*"\n', "2: refs/z/* names no picture.", "Put png, jpg or webp files there."),
+        ('[[reference]]\nimage = "refs/z.png"\n', "2: there is no picture refs/z.png.", "Paths are relative"),
+        (
+            '[[reference]]\nimage = "k2.toml"\n',
+            "2: k2.toml is not a picture that can be read.",
+            "Use png, jpg or webp.",
+        ),
+        ('[[reference]]\nimage = "../*.png"\n', "2: ../ lies outside the project.", "--allow-outside"),
+        ('[[reference]]\nimage = "/etc/passwd"\n', "2: /etc/passwd lies outside the project.", "--allow-outside"),
+        ('[[reference]]\nimage = "**/**/*.png"\n', "2: **/**/*.png has more than one **.", "One walks all folders"),
+        ('[[reference]]\nimage = "refs/a/a.png"\nweight = 9\n', '3: "weight" must lie between −2 and 2, not 9.0.', ""),
+        ("[mix]\ndusk = 2\nblend = 2\n", 'The weights of style "dusk" add up to 3.4, beyond −2 … 2.', "Lower them."),
+    ],
+)
+def test_mistakes_in_style_files_are_named(styled, text, message, hint):
+    write(styled, "x", text)
+
+    with pytest.raises(K2Error) as error:
+        resolve(styled, x=1.0)
+
+    assert str(error.value).endswith(message)
+    assert hint in error.value.hint
+
+
+def test_an_unknown_style_of_the_project_is_named_by_its_line(styled):
+    (styled / "k2.toml").write_text(PROJECT + "\n[style]\ndisk = 1.0\n")
+
+    with pytest.raises(K2Error, match=r'^k2\.toml, line 15: there is no style "disk"') as error:
+        resolve(styled)
+    assert error.value.hint == 'Did you mean "dusk"?'
+
+
+def test_a_circle_over_two_files_is_found(styled):
+    write(styled, "x", "[mix]\ny = 1\n")
+    write(styled, "y", "[mix]\nx = 1\n")
+
+    with pytest.raises(K2Error, match="x → y → x"):
+        resolve(styled, x=1)
+
+
+def test_a_link_out_of_the_project_counts_as_outside(styled, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "secret.png")
+    (styled / "refs" / "a" / "link.png").symlink_to(tmp_path / "secret.png")
+
+    with pytest.raises(K2Error, match=r"refs/a/link\.png lies outside the project"):
+        resolve(styled, dusk=1)
+
+
+def test_a_glob_over_everything_is_stopped(styled):
+    for index in range(65):
+        (styled / "refs" / "a" / f"{index}.png").touch()
+    write(styled, "x", '[[reference]]\nimage = "**/*.png"\n')
+
+    with pytest.raises(K2Error, match="more than 64 pictures"):
+        resolve(styled, x=1)
+
+
+def test_an_image_bomb_is_refused_unopened(styled):
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    start = bytearray(buffer.getvalue())  # the size stands at byte 16 of every PNG, its checksum at 29
+    start[16:24] = struct.pack(">II", 30_000, 30_000)
+    start[29:33] = struct.pack(">I", zlib.crc32(start[12:29]))
+    (styled / "refs" / "a" / "bomb.png").write_bytes(start)
+
+    with pytest.raises(K2Error, match=r"absurdly large|has 30000 x 30000 pixels"):
+        resolve(styled, dusk=1)
