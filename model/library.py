@@ -1,0 +1,266 @@
+"""Models by name: in the box, pulled from the hub, or wherever a path points. Needs no torch and asks no network.
+
+Pulled files lie in the hub client's own cache, in its layout: `models--ORG--NAME/snapshots/COMMIT/…`. A manifest with
+commit, sizes and hashes stands beside them, written before they are fetched; each of them appears once it is verified,
+so a snapshot is whole when all that its manifest lists is there. What other tools fetched counts where `refs` point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from model.errors import K2Error
+from model.headers import read_header
+
+BOX = Path(__file__).parent / "weights"
+OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
+    "krea-2-turbo": "krea/Krea-2-Turbo",
+    "krea-2-raw": "krea/Krea-2-Raw",
+}
+RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings for weights that carry none themselves
+    "raw": {"steps": 52, "guidance": 3.5, "mu": "auto"},
+    "turbo": {"steps": 8, "guidance": 0.0, "mu": 1.15},
+}
+RELEASE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of all that was trained from it
+KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
+
+MANIFEST = "k2-pull.json"
+WEIGHTS = (".safetensors", ".gguf")
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
+SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is here. `path` is a folder, or the file of its transformer."""
+
+    name: str
+    path: Path
+    source: str  # box | hub | path
+    variant: str | None = None  # raw | turbo, where it is known
+    revision: str | None = None  # the hub's commit
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # of the pull; {} where k2 did not pull it
+
+    @property
+    def licence(self) -> str | None:
+        """The licence under which the weights came, as their model card names it."""
+        if self.manifest.get("licence"):
+            return str(self.manifest["licence"])
+        official = self.source == "hub" and self.name.split("@")[0] in OFFICIAL
+        return KREA_2 if official or is_release(self.path) else None
+
+
+def locate(name: str, variant: str | None = None) -> Path | None:
+    """Where a model lies, or None where it is not here. See `find`."""
+    model = find(name, variant)
+    return model.path if model else None
+
+
+def find(name: str, variant: str | None = None) -> Model | None:
+    """A model by a name of the box, `krea-2[-turbo|-raw]`, a path, or a hub id; for the hub's also `NAME@REVISION`.
+
+    A hub id may go on with a file's path in its repository. Raw comes first where no variant is asked for.
+    """
+    wanted = (variant,) if variant else ("raw", "turbo")
+    if name in box():
+        paths = ((each, BOX / f"{name}-{each}.safetensors") for each in wanted)
+        return next((Model(name, path, "box", each) for each, path in paths if path.is_file()), None)
+    short, at, revision = name.partition("@")
+    if short == "krea-2":
+        return next(filter(None, (find(f"krea-2-{each}{at}{revision}") for each in wanted)), None)
+    if short not in OFFICIAL and (path := Path(name).expanduser()).exists():
+        return Model(name, path.absolute(), "path", variant_of(path))
+    repo, revision, file = parse(name) or ("", "", "")
+    snapshot = find_snapshot(repo, revision) if repo else None
+    if snapshot is None:
+        return None
+    path = snapshot / file if file else the_weights(snapshot)
+    manifest = read_manifest(snapshot)
+    return Model(name, path, "hub", variant_of(path), snapshot.name, manifest) if path.exists() else None
+
+
+def list_models() -> list[Model]:
+    """The models of the box and those pulled from the hub; all that can be found without being told a path."""
+    models = [model for name in sorted(box()) for each in ("raw", "turbo") if (model := find(name, each))]
+    names = {repo: name for name, repo in OFFICIAL.items()}
+    for snapshot in snapshots():
+        repo = repo_of(snapshot)
+        newest = find_snapshot(repo) == snapshot
+        name = names.get(repo, repo) + ("" if newest else f"@{snapshot.name[:12]}")
+        path = the_weights(snapshot)
+        models.append(Model(name, path, "hub", variant_of(path), snapshot.name, read_manifest(snapshot)))
+    return models
+
+
+def box() -> dict[str, list[Path]]:
+    """The models of the box: name -> its files."""
+    names = {
+        path.stem.rpartition("-")[0] for path in BOX.glob("*-*.safetensors") if path.stem.endswith(("-raw", "-turbo"))
+    }
+    return {
+        name: sorted(path for path in BOX.glob(f"{name}-*") if path.suffix in (".safetensors", ".json"))
+        for name in sorted(names)
+    }
+
+
+def parse(name: str) -> tuple[str, str, str] | None:
+    """A hub name -> (repository, revision or "", file or ""); None where it is no hub name."""
+    short, at, rest = name.partition("@")
+    match = HUB_NAME.fullmatch(OFFICIAL.get(short, short) + at + rest)
+    if match is None or ".." in name or "--" in match["repo"]:
+        return None
+    return match["repo"], match["revision"] or "", match["file"].lstrip("/")
+
+
+def cache() -> Path:
+    """The hub client's cache of repositories, found as the client finds it."""
+    env = os.environ
+    home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    where = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(where)))
+
+
+def folder_of(repo: str) -> Path:
+    return cache() / f"models--{repo.replace('/', '--')}"
+
+
+def repo_of(snapshot: Path) -> str:
+    return snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
+
+
+def find_snapshot(repo: str, revision: str = "") -> Path | None:
+    """A repository's files at a commit, the beginning of one, a branch or a tag; else at main, else as last pulled."""
+    folder = folder_of(repo)
+    if revision:
+        commit = read_ref(folder, revision)
+        found = [path for path in snapshots(repo) if path.name == commit or path.name.startswith(revision.lower())]
+        return found[0] if len(found) == 1 else None
+    main = folder / "snapshots" / (read_ref(folder, "main") or "none")
+    here = snapshots(repo)
+    return main if main in here else here[-1] if here else None
+
+
+def read_ref(folder: Path, revision: str) -> str | None:
+    try:
+        return (folder / "refs" / revision).read_text("utf-8").strip()
+    except (OSError, ValueError):
+        return None
+
+
+def snapshots(repo: str = "*") -> list[Path]:
+    """The pulled snapshots that are whole, oldest first; of a repository, or of all that hold a Krea 2 model."""
+    folders = [path for path in cache().glob(f"models--{repo.replace('/', '--')}/snapshots/*") if path.is_dir()]
+    names = set(OFFICIAL.values())
+    known = [path for path in folders if read_manifest(path) or repo_of(path) in (names if repo == "*" else {repo})]
+    return sorted((path for path in known if is_whole(path)), key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def is_whole(snapshot: Path) -> bool:
+    """Whether all that the manifest lists is there; without one, whether another tool's ref points here."""
+    if manifest := read_manifest(snapshot):
+        files = manifest["files"].items()
+        return all(
+            (file := snapshot / name).is_file() and file.stat().st_size == entry["bytes"] for name, entry in files
+        )
+    refs = [path for path in (snapshot.parent.parent / "refs").rglob("*") if path.is_file()]
+    return any(path.read_text("utf-8").strip() == snapshot.name for path in refs) and any(weights(snapshot))
+
+
+def read_manifest(snapshot: Path) -> dict[str, Any]:
+    """What k2 pulled, or began to pull, into a snapshot; {} where it did not."""
+    try:
+        manifest = json.loads((snapshot / MANIFEST).read_text("utf-8"))
+        return manifest if isinstance(manifest["files"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def weights(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS and path.is_file())
+
+
+def the_weights(folder: Path) -> Path:
+    """A folder's one weights file where it holds no more than that; the folder itself where it holds a pipeline."""
+    found = list(weights(folder))
+    return found[0] if len(found) == 1 and not (folder / "model_index.json").exists() else folder
+
+
+def variant_of(path: Path) -> str | None:
+    """raw or turbo: by the weights' own metadata, by diffusers' index, by the official names; else None."""
+    if path.is_dir():
+        index = path / "model_index.json"
+        try:
+            return "turbo" if json.loads(index.read_text("utf-8")).get("is_distilled") else "raw"
+        except (OSError, ValueError, AttributeError):
+            return None
+    if path.suffix in WEIGHTS:
+        try:
+            if variant := json.loads(read_header(path).get("__metadata__", {}).get("k2", "{}")).get("variant"):
+                return str(variant)
+        except K2Error:
+            return None
+    words = re.split(r"[-_. ]", path.stem.lower())
+    return next((variant for variant in ("turbo", "raw") if variant in words), None)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
+    header = read_header(path)
+    about = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
+    tensors = {name: entry for name, entry in header.items() if not name.endswith(("_scale", ".scale_weight"))}
+    precision: dict[str, int] = {}
+    for entry in tensors.values():
+        precision[entry["dtype"]] = precision.get(entry["dtype"], 0) + prod(entry["shape"])
+    layout, shape = dit_shape(shapes_of(tensors))
+    found = {
+        "layout": layout,
+        "precision": {name: precision[name] for name in sorted(precision, key=lambda name: -precision[name])},
+        "parameters": sum(precision.values()),
+        "shape": shape,
+    }
+    return {key: value for key, value in found.items() if value} | about
+
+
+ATTENTION = {  # layout -> the blocks' stem, and its attention's query, key and query norm
+    "native": ("blocks", "wq.weight", "wk.weight", "qknorm.qnorm.scale"),
+    "diffusers": ("transformer_blocks", "to_q.weight", "to_k.weight", "norm_q.weight"),
+}
+
+
+def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[str, int]]:
+    """Layout and main numbers of a Krea 2 transformer, as far as this file (it may be a shard) shows them."""
+    for layout, (stem, query, key, norm) in ATTENTION.items():
+        pattern = re.compile(rf"(?P<prefix>(?:model\.)?diffusion_model\.)?{stem}\.\d+\.attn\.{re.escape(query)}")
+        found = [match for name in shapes if (match := pattern.fullmatch(name)) and len(shapes[name]) == 2]
+        if found:
+            attention = found[0][0].removesuffix(query)
+            rows, width = shapes[attention + query]
+            shape = {"width": width, "blocks": len(found)}
+            (head,) = shapes.get(attention + norm) or (0,)
+            if head and attention + key in shapes:
+                shape |= {"heads": rows // head, "kv_heads": shapes[attention + key][0] // head}
+            return "comfyui" if found[0]["prefix"] else layout, shape
+    return None, {}
+
+
+def is_release(path: Path) -> bool:
+    """Whether a file or folder holds the open 12.9B network, or one trained from it: both are under its licence."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    files = [path] if path.is_file() else [each for each in sorted(folder.iterdir()) if each.is_file()]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if file.suffix in WEIGHTS:
+            shapes |= shapes_of(read_header(file))
+    _, shape = dit_shape(shapes)
+    return all(shape.get(key) == value for key, value in RELEASE.items())
+
+
+def shapes_of(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
