@@ -30,7 +30,7 @@ def to_tensor(pictures: list[np.ndarray], size: int) -> Tensor:
 def main(size: int, batch: int = 32) -> None:
     catalog = Catalog(DATA)
     items = catalog.items("train")
-    vae = load_autoencoder(RUNS / "vae" / "vae.safetensors")
+    vae = load_autoencoder(RUNS / "vae" / "encoder-frozen.safetensors")
     target = DATA / f"latents-{size}.npy"
     draft = target.with_suffix(".draft")
     out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, size // 8, size // 8))
