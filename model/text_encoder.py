@@ -1,7 +1,7 @@
 """The text encoder: a prompt in Krea's template -> hidden states of several layers, one stack for every token.
 
 One class reads Qwen3-VL-4B for the open weights and the small model in the box. Only the language tower is here, and
-only up to the last tapped layer. For text, Qwen3-VL's three rotary axes count the same position, so they are plain RoPE.
+only up to the last tapped layer. For text, Qwen3-VL's three rotary axes count the same position: plain RoPE.
 
 B batch, T tokens, P tokens before them, N taps, E width, H query heads, G key/value heads, D head dim.
 """

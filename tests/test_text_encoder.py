@@ -90,7 +90,7 @@ def qwen(tmp_path_factory):
         elif "layers" in name:
             weight.normal_(std=0.2)
     folder = tmp_path_factory.mktemp("qwen")
-    model.save_pretrained(folder, max_shard_size="100KB")
+    model.save_pretrained(folder, max_shard_size="150KB")
     qwen_tokenizer().save(str(folder / "tokenizer.json"))
     return SimpleNamespace(folder=folder, model=model.model, encoder=TextEncoder.load(folder, taps=TAPS))
 

