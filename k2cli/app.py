@@ -96,9 +96,7 @@ def new(
 def render(
     projects: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="PROJECT", help="Project folders. A - reads prompts from standard input, one a line."
-        ),
+        typer.Argument(metavar="PROJECT", help="Project folders. A - reads prompts from standard input, one a line."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
@@ -154,6 +152,7 @@ def render(
     from k2cli.runs import Job
     from k2cli.runs import resume as last_run
 
+    variant = "turbo" if turbo else None
     opened = open_projects([name for name in projects or [] if name != "-"], project, allow_outside)
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
@@ -177,11 +176,9 @@ def render(
         weights = dict(read_style(text) for text in style or [])
         jobs = []
         for each in opened:
-            chosen = each.settle(**settings)
+            chosen = each.settle(variant, **settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            jobs.append(
-                Job(each, each.shots(chosen, wanted, weights), chosen.model, "turbo" if turbo else None, chosen.device)
-            )
+            jobs.append(Job(each, each.shots(chosen, wanted, weights), chosen.model, variant, chosen.device))
     if dry_run:
         show_plan(jobs, json)
     else:
@@ -371,11 +368,8 @@ def list_models(json: JsonOption = False) -> None:
     from k2cli.models import inventory
 
     for each in inventory():
-        result(
-            to_json(each)
-            if json
-            else "{name}\t{variant}\t{native} px\t{parameters:,} parameters\t{megabytes:.1f} MB".format(**each)
-        )
+        line = "{name}\t{variant}\t{native} px\t{parameters:,} parameters\t{megabytes:.1f} MB\t{source}"
+        result(to_json(each) if json else line.format(**each))
 
 
 @models_app.command()
@@ -387,7 +381,7 @@ def info(
     from k2cli import models
     from k2cli.console import result
 
-    entries = models.files(model)
+    entries = models.describe(model)
     result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
 
 

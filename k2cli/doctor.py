@@ -12,6 +12,7 @@ from typing import Any
 
 from k2cli import models
 from k2cli.project import Project
+from model import library
 from model.errors import K2Error
 
 PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
@@ -39,16 +40,16 @@ def examine() -> dict[str, Any]:
         "notes": [],
         "problems": [],
     }
-    for name in models.box():
+    for name in library.box():
         try:
             found["models"] += [
-                {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.files(name)
+                {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.describe(name)
             ]
         except K2Error as error:
             found["problems"].append(str(error))
-    if not models.box():
+    if not library.box():
         found["problems"].append(
-            f"There are no weights in {models.BOX}: nothing can be rendered with the model of the box."
+            f"There are no weights in {library.BOX}: nothing can be rendered with the model of the box."
         )
     try:
         project = Project.find(Path.cwd())

@@ -197,11 +197,11 @@ class Project:
     def outputs(self) -> Path:
         return self.root / "outputs"
 
-    def settle(self, **given: Any) -> Settings:
-        """The project's settings, options of a command line in their place, with the model found."""
+    def settle(self, variant: str | None = None, **given: Any) -> Settings:
+        """The project's settings, options of a command line in their place, with the model found, in this variant."""
         settings = self.settings.override(**given)
         shells = given.get("model") is not None  # a path of the shell's, not of the project's
-        return replace(settings, model=models.resolve(settings.model, None if shells else self.inside))
+        return replace(settings, model=models.resolve(settings.model, None if shells else self.inside, variant))
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, in their order of the file."""

@@ -135,13 +135,18 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "pixels": pixel_hash(picture.image),
         "prompt": asked["prompt"],
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
-        "model": made["model"],
+        "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": asked.get("style"),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("k2", "torch", "safetensors", "pillow")},
         },
     }
+
+
+def portable(name: str, root: Path) -> str:
+    """A model's name; a path within the project is relative to it, so that the project can move."""
+    return str(Path(name).relative_to(root)) if Path(name).is_relative_to(root) else name
 
 
 def pixel_hash(image: Image.Image) -> str:

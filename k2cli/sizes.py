@@ -7,7 +7,7 @@ import re
 
 from model.errors import K2Error
 
-STEP, SMALLEST, LARGEST = 16, 32, 4096  # px
+STEP, SMALLEST, LARGEST = 16, 64, 4096  # px
 ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from k2cli import models, runs
 from k2cli.app import app
+from model import library
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
@@ -61,7 +62,7 @@ class FakePipeline:
                 "model": {
                     "name": self.name,
                     "variant": self.variant,
-                    "files": {path.name: models.sha256(path) for path in models.box().get(self.name, [])},
+                    "files": {path.name: models.sha256(path) for path in library.box().get(self.name, [])},
                 },
             }
             yield Picture(Image.new("RGB", size, tuple(colour)), record)
@@ -74,7 +75,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeP
     box.mkdir()
     write_weights(box / "mini-raw.safetensors", {"kind": "dit", "variant": "raw", "native": 128})
     write_weights(box / "mini-vae.safetensors", {"kind": "vae"})
-    monkeypatch.setattr(models, "BOX", box)
+    monkeypatch.setattr(library, "BOX", box)
     module = ModuleType("model.pipeline")
     module.Pipeline = type("Pipeline", (FakePipeline,), {"loaded": [], "seen": []})
     monkeypatch.setitem(sys.modules, "model.pipeline", module)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, tree
+from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
 from k2cli.tables import Toml
+from model import library
 
 K2 = Path(sys.executable).with_name("k2")
 
@@ -99,6 +100,7 @@ def test_several_projects_load_the_weights_once(moody, k2, fake, tmp_path):
 
 
 def test_what_is_typed_reaches_the_model(moody, k2, fake):
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     k2(
         "render",
         "--only",
@@ -147,9 +149,10 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
     ("arguments", "message", "hint"),
     [
         (["--size", "100x100"], "--size: the sides of 100x100 are not multiples of 16.", "The nearest size is 96x96."),
-        (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 32 to 4096 pixels."),
+        (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
         (["--device", "tpu"], 'There is no device "tpu".', "Here is: cpu."),
-        (["--model", "minni"], 'There is no model "minni" in the box.', 'Did you mean "mini"?'),
+        (["--turbo"], "The box holds no turbo checkpoint of mini.", "Leave --turbo out."),
+        (["--model", "minni"], 'There is no model "minni" here.', 'Did you mean "mini"?'),
         (["--style", "dusk=1"], 'there is no style "dusk".', "Write it as styles/dusk.toml."),
         (["--only", "fux"], 'moody has no prompt named "fux".', 'Did you mean "fox"?'),
         (["-p", "a\x1b[2Jb"], "A prompt holds a control character.", ""),
@@ -266,7 +269,7 @@ def test_a_bug_keeps_its_traceback(moody, k2, fake):
 
 
 def test_models_are_listed_and_described(moody, k2):
-    assert k2("models", "list").stdout == "mini\traw\t128 px\t4 parameters\t0.0 MB\n"
+    assert k2("models", "list").stdout == "mini\traw\t128 px\t4 parameters\t0.0 MB\tbox\n"
     (listed,) = [json.loads(line) for line in k2("models", "list", "--json").stdout.splitlines()]
     assert (listed["name"], listed["native"]) == ("mini", 128)
     assert "native       128" in k2("models", "info", "mini").stdout

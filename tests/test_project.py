@@ -102,7 +102,7 @@ def test_prompts_are_chosen_by_name(moody):
             'line 6: another prompt is named "fox".',
             "Give each its own name.",
         ),
-        ('[[prompt]]\ntext = "a"\nsize = "9x9"\n', "line 3: 9x9 is no size for a picture.", "Sides go from 32"),
+        ('[[prompt]]\ntext = "a"\nsize = "9x9"\n', "line 3: 9x9 is no size for a picture.", "Sides go from 64"),
         ('[render]\nsize = "64x64"\naspect = "1:1"\n', 'line 2: "size" excludes "aspect" and "resolution".', "Keep"),
         ("[render]\ncohesion = 0.5\n", "line 2: this release knows no cohesion but 0.", "Leave it out."),
         ('[render]\ncreativity = "high"\n', 'line 2: this release knows no creativity but "raw".', "Leave it out."),
@@ -127,7 +127,7 @@ def test_mistakes_are_named_by_line(tmp_path, toml, message, hint):
     ("options", "message", "hint"),
     [
         ({"size": "100x128"}, "--size: the sides of 100x128 are not multiples of 16.", "The nearest size is 96x128."),
-        ({"size": "999999x16"}, "--size: 999999x16 is no size for a picture.", "Sides go from 32 to 4096 pixels."),
+        ({"size": "999999x16"}, "--size: 999999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
         ({"size": "big"}, '--size: "big" is not a size.', 'Write width x height, like "256x384".'),
         ({"aspect": "wide"}, '--aspect: "wide" is not an aspect.', None),
         ({"aspect": "100:1"}, '--aspect: "100:1" is not an aspect.', None),
@@ -135,8 +135,8 @@ def test_mistakes_are_named_by_line(tmp_path, toml, message, hint):
         ({"aspect": "1:1", "resolution": "lots"}, '--resolution: "lots" is not a resolution.', None),
         ({"batch": 0}, '--batch: "batch" must lie between 1 and 1,000, not 0.', ""),
         ({"seed": 2**63 - 1, "batch": 2}, f"Seed {2**63 - 1} leaves no room for 2 pictures.", None),
-        ({"model": "minni"}, 'There is no model "minni" in the box.', 'Did you mean "mini"?'),
-        ({"model": "no/such.safetensors"}, None, "k2 models list shows what is here."),
+        ({"model": "minni"}, 'There is no model "minni" here.', 'Did you mean "mini"?'),
+        ({"model": "no/such.safetensors"}, None, "Name a folder or a file that is there."),
     ],
 )
 def test_options_are_checked_like_settings(moody, options, message, hint):
