@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors only, checked before they are read, loaded strictly, written whole or not at all.
+"""Checkpoints on disk: safetensors or GGUF, checked before they are read, loaded strictly; written whole or not at all.
 
 Our own files say in their metadata, under `k2`, what they are: kind, variant, config, recommended settings. What
 others' files hold is told by names and shapes (`model/layouts.py`).
@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.errors import K2Error
+from model.gguf_file import GGUFTensors
 from model.headers import AGAIN, read_header, read_json, shards, some
-from model.quantize import is_auxiliary, restore, scale_of
+from model.quantize import is_auxiliary, marks_of, restore, scale_of, unreadable
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: in which file, under which name, in what shape."""
+    """Where a tensor lies: in which file, under which name, in what shape and number format (the file's own word)."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Checkpoint:
     tensors: dict[str, Stored]
     metadata: dict[str, Any] = field(default_factory=dict)  # ours, `k2`; empty in others' files
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
+    layout: str = ""  # whose names the file uses, once `model/layouts.py` has recognised it
+    unused: tuple[str, ...] = ()  # tensors that lie in the file and are known to be no part of the network
 
     @property
     def files(self) -> list[Path]:
@@ -55,7 +60,7 @@ class Checkpoint:
         """Tensors one by one, in file order, 8-bit ones dequantised; floats in `dtype` (none: as stored)."""
         wanted = set(self.tensors) if names is None else set(names)
         with ExitStack() as stack:
-            opened = {path: stack.enter_context(safe_open(path, "pt", device=str(device))) for path in self.files}
+            opened = {path: stack.enter_context(open_tensors(path, str(device))) for path in self.files}
 
             def fetch(name: str) -> Tensor:
                 stored = self.tensors[name]
@@ -78,7 +83,7 @@ def read(
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Read and check the headers of a .safetensors file, or of a folder of them. Raises K2Error."""
+    """Read and check the headers of a .safetensors or .gguf file, or of a folder of shards. Raises K2Error."""
     path = Path(path)
     if path.is_dir():
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
@@ -87,8 +92,15 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         return Checkpoint(path, tensors, parts[0].metadata, config)
     header = read_header(path)
     metadata = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
-    tensors = {name: Stored(path, name, tuple(entry["shape"])) for name, entry in header.items()}
+    tensors = {name: Stored(path, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
     return Checkpoint(path, tensors, metadata)
+
+
+def open_tensors(path: Path, device: str) -> Any:
+    """A context in which `get_tensor(name)` reads from the file."""
+    with path.open("rb") as file:
+        gguf = file.read(4) == b"GGUF"
+    return GGUFTensors(path, device) if gguf else safe_open(path, "pt", device=device)
 
 
 def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -114,6 +126,7 @@ def load(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str
     Norm scales stay fp32, as the norms compute in it. Raises K2Error that names what does not fit.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    refuse_unreadable(checkpoint)
     stored = {name: s.shape for name, s in checkpoint.tensors.items() if not is_auxiliary(name)}
     misfits = [
         f"{name} is {list(stored[name])} instead of {list(shape)}"
@@ -134,3 +147,25 @@ def load(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str
     }
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False).eval()
+
+
+def refuse_unreadable(checkpoint: Checkpoint) -> None:
+    """Some tools store weights in ways that would load without complaint and mean something else. Raises K2Error."""
+    formats: set[str] = set()
+    for path in checkpoint.files:
+        table = read_header(path).get("__metadata__", {}).get("_quantization_metadata")
+        formats |= {unreadable(how) for how in marks_of(table)} if table else set()
+        with open_tensors(path, "cpu") as file:
+            for name, stored in checkpoint.tensors.items():
+                if stored.path == path and name.endswith(".comfy_quant"):
+                    formats.add(unreadable(bytes(file.get_tensor(stored.name).flatten().tolist())))
+    for name, stored in checkpoint.tensors.items():
+        scale = scale_of(name, checkpoint.tensors)
+        if scale and prod(checkpoint.tensors[scale].shape) not in (1, *stored.shape[:1]):
+            formats.add(f"{stored.dtype} with scales of {list(checkpoint.tensors[scale].shape)}")
+    formats.discard("")
+    if formats:
+        raise K2Error(
+            f"{checkpoint.path} holds weights stored as {some(sorted(formats))}, which k2 does not read.",
+            hint="Take the bf16 or the fp8_scaled file of the same model.",
+        )

@@ -1,4 +1,4 @@
-"""Weights files without their weights: headers of .safetensors files and folders of them, checked. Needs no torch."""
+"""Weights files without their weights: headers of .safetensors and .gguf files and folders, checked. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import K2Error
+from model.gguf_file import read_gguf_header
 
 AGAIN = "The download may have been cut short: fetch it again."
 MAGIC = {  # what is given in safetensors' place, by its first bytes
@@ -16,7 +17,6 @@ MAGIC = {  # what is given in safetensors' place, by its first bytes
     b"\x80\x03": "a pickle",
     b"\x80\x04": "a pickle",
     b"\x80\x05": "a pickle",
-    b"GGUF": "a GGUF file",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself",
     b"<!DOCTYPE": "a web page",
     b"<html": "a web page",
@@ -27,7 +27,7 @@ MAX_HEADER = 100_000_000  # the format's own limit
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """A safetensors header: {tensor name: {dtype, shape, data_offsets}, …}, every claim of it checked against the file.
+    """A weights file's header: {tensor name: {dtype, shape, data_offsets}, …}, every claim checked against the file.
 
     Raises K2Error for a missing, truncated or foreign file.
     """
@@ -43,9 +43,11 @@ def read_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
 
+    if start.startswith(b"GGUF"):
+        return read_gguf_header(path)
     for magic, what in MAGIC.items():
         if start.startswith(magic):
-            raise K2Error(f"{path} is {what}.", hint="k2 reads weights from .safetensors files only.")
+            raise K2Error(f"{path} is {what}.", hint="k2 reads weights from .safetensors and .gguf files only.")
     if not raw.startswith(b"{"):
         looks_right = start[8:9] == b"{" and length <= MAX_HEADER
         problem = "is cut off in its header" if looks_right else "is not a safetensors file"
@@ -53,7 +55,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw)
         check_header(header, size - 8 - length)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise K2Error(f"{path} is damaged: {error}.", hint=AGAIN) from None
     return header
 
@@ -84,7 +86,7 @@ def check_header(header: dict[str, Any], data: int) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise K2Error(f"{path} cannot be read: {error}.", hint=AGAIN) from None
     if not isinstance(value, dict):
         raise K2Error(f"{path} is not a table.", hint=AGAIN)

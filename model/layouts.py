@@ -1,7 +1,7 @@
 """The layouts in which a Krea 2 transformer is published, and how each becomes our network.
 
 Native names (they are this code's module names), ComfyUI's (native under a prefix), and diffusers' (a folder, often in
-shards). The key map is a table, read both ways.
+shards); any of them as safetensors, in 8 bits too, or as GGUF. The key map is a table, read both ways.
 """
 
 from __future__ import annotations
@@ -70,12 +70,10 @@ def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Te
 
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # the latter two are ComfyUI's
-PASSENGERS = (
-    "vae.",
-    "first_stage_model.",
-    "text_encoders.",
-    "cond_stage_model.",
-)  # beside the network in its all-in-one files
+PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # in its all-in-one files
+LEFTOVERS = {"last.down.weight", "last.up.weight"}  # in repacked files; neither the release nor diffusers has them
+NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either tells the layout
+DIFFUSERS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
 KINDS = {
     "text": "a text encoder",
     "vae": "an autoencoder",
@@ -85,27 +83,32 @@ KINDS = {
 FOREIGN = {  # what else people keep in .safetensors files
     r"lora_(A|B|down|up)\b|\.lokr_|\.hada_": "a LoRA, which goes on top of a model",
     r"^(encoder|decoder)\.(conv_in|conv1|down|up|mid)|^(post_)?quant_conv": "an autoencoder",
-    r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.": "a text encoder",
+    r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.|^blk\.\d|^token_embd\.": "a text encoder",
     r"(double|single|joint|input|down)_blocks\.|img_mod|add_q_proj|caption_projection": "another kind of image model",
 }
 
 
 def native_names(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint under native names, whatever its layout. Raises K2Error where it is no Krea 2 transformer."""
-    kind = checkpoint.metadata.get("kind", "dit")
+    kind = str(checkpoint.metadata.get("kind", "dit"))
     if kind != "dit":
         raise K2Error(f"{checkpoint.path} is {KINDS.get(kind, kind)}, not a Krea 2 transformer.", hint=GIVE)
     tensors = checkpoint.tensors
     for prefix in PREFIXES:
-        if f"{prefix}blocks.0.attn.wq.weight" in tensors:
-            rest = {name: s for name, s in tensors.items() if not (prefix and name.startswith(PASSENGERS))}
-            return replace(checkpoint, tensors={name.removeprefix(prefix): stored for name, stored in rest.items()})
-    if "transformer_blocks.0.attn.to_gate.weight" in tensors and "text_fusion.projector.weight" in tensors:
+        if any(prefix + name in tensors for name in NATIVE):
+            beside = PASSENGERS if prefix else ()
+            unused = {n for n in tensors if n.removeprefix(prefix) in LEFTOVERS or n.startswith(beside)}
+            native = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
+            if len(native) + len(unused) < len(tensors):
+                raise K2Error(f"{checkpoint.path} holds the network with and without {prefix}.", hint=GIVE)
+            layout = "ComfyUI" if prefix else "native"
+            return replace(checkpoint, tensors=native, layout=layout, unused=tuple(sorted(unused)))
+    if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         back |= {other + "_scale": ours + "_scale" for other, ours in back.items()}  # of 8-bit weights
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         flat = {name: replace(s, shape=(prod(s.shape),)) for name, s in native.items() if name.endswith(".mod.lin")}
-        return replace(checkpoint, tensors=native | flat)
+        return replace(checkpoint, tensors=native | flat, layout="diffusers")
     what = next(
         (what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "something else"
     )
@@ -116,8 +119,9 @@ GIVE = "Give the file or folder of the diffusion transformer."
 
 
 def count_blocks(names: Iterable[str], stem: str) -> int:
+    """How many different ones there are; a file that names only the billionth has one."""
     found = (re.match(rf"{stem}\.(\d+)\.", name) for name in names)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    return len({match[1] for match in found if match})
 
 
 def dit_config(checkpoint: Checkpoint) -> DiTConfig:
@@ -169,8 +173,12 @@ def inferred_config(checkpoint: Checkpoint) -> DiTConfig:
 def load_dit(
     path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Krea2, Checkpoint]:
-    """A transformer of any layout, ready to infer, and the checkpoint it came from. Raises K2Error."""
-    checkpoint = native_names(open_checkpoint(path))
+    """A transformer of any layout, ready to infer, and the checkpoint it came from. Raises K2Error.
+
+    path: a file, the transformer's folder, or the folder of a whole diffusers pipeline.
+    """
+    inner = Path(path) / "transformer"
+    checkpoint = native_names(open_checkpoint(inner if inner.is_dir() else path))
     with torch.device("meta"):
         model = Krea2(dit_config(checkpoint))
     load(model, checkpoint, device=device, dtype=dtype)

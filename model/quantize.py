@@ -6,6 +6,7 @@ takes the fp8 files of other tools, which carry one scale per tensor.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 
@@ -60,6 +61,31 @@ def scale_of(name: str, names: Mapping[str, object]) -> str | None:
     """The name of a weight's scale among the stored names, if there is one."""
     stem = name.removesuffix(".weight")
     return next((stem + suffix for suffix in SCALE_SUFFIXES if stem != name and stem + suffix in names), None)
+
+
+PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
+HARMLESS = {"format", "full_precision_matrix_mult"}
+
+
+def marks_of(table: str) -> list[str]:
+    """ComfyUI's marks where they stand in the file's metadata: {"layers": {name: mark, …}}."""
+    try:
+        return [json.dumps(mark) for mark in json.loads(table)["layers"].values()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return [""]
+
+
+def unreadable(mark: str | bytes) -> str:
+    """What is strange in ComfyUI's mark of a layer (JSON); empty where number times scale is the weight.
+
+    Others pack two numbers into a byte, scale in blocks, or rotate the weights before they round.
+    """
+    try:
+        how = json.loads(mark)
+        extra = sorted(name for name, value in how.items() if name not in HARMLESS and value)
+        return "" if how["format"] in PLAIN and not extra else " with ".join([str(how["format"]), *extra[:1]])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "something unknown"
 
 
 def is_auxiliary(name: str) -> bool:

@@ -1,0 +1,352 @@
+"""One network in every layout that is found in the wild: the same velocity; and files that lie: one clear error."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_dit import inputs, random_model, reference, relative_error
+from torch import Tensor
+
+from model import gguf_file
+from model.dit import DiTConfig
+from model.errors import K2Error
+from model.headers import read_header
+from model.layouts import load_dit, to_diffusers
+from model.quantize import quantise
+
+# wide enough for GGUF's blocks of 256; the text's matrices are narrower, as some of every real network's are
+TINY = DiTConfig(width=256, heads=4, kv_heads=2, blocks=2, text_width=64, text_taps=3, text_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(TINY)
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    return model.state_dict()
+
+
+@torch.no_grad()
+def velocity(model) -> Tensor:
+    tokens, sigma, embeds, grid = inputs(TINY)
+    return model(tokens, sigma, embeds, grid)
+
+
+# ---- writers of other tools' files --------------------------------------------------------------
+
+
+def native(folder: Path, state, prefix: str = "", **more: Tensor) -> Path:
+    save_file({prefix + name: tensor for name, tensor in state.items()} | more, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def comfy_fp8(folder: Path, state, scale_name: str, mark: str = '{"format": "float8_e4m3fn"}') -> Path:
+    """Matrices as float8 times one scale each, under ComfyUI's prefix; the rest bf16."""
+    stored = {}
+    for name, tensor in state.items():
+        layer = "model.diffusion_model." + name.removesuffix(".weight")
+        if name.endswith(".weight") and tensor.ndim == 2 and name.startswith("blocks."):
+            scale = tensor.abs().max() / 448
+            stored[f"{layer}.weight"] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[f"{layer}.{scale_name}"] = scale if scale_name == "weight_scale" else scale[None]
+            stored[f"{layer}.comfy_quant"] = torch.tensor(list(mark.encode()), dtype=torch.uint8)
+        else:
+            stored["model.diffusion_model." + name] = tensor.bfloat16()
+    if scale_name == "scale_weight":
+        stored["model.diffusion_model.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    return native(folder, stored)
+
+
+def q4_k(rows: np.ndarray) -> np.ndarray:
+    """[n, 256 m] -> bytes [n, 144 m]: 8 runs of 32 numbers, each q · scale − offset with q in 0 … 15."""
+    runs = rows.reshape(-1, 8, 32)
+    low = np.minimum(runs.min(-1), 0)
+    scale, offset = (runs.max(-1) - low) / 15, -low
+    d, dmin = (np.maximum(x.max(-1, keepdims=True) / 63, 1e-8).astype(np.float16) for x in (scale, offset))
+    sc, mn = ((x / y.astype(np.float32)).round().clip(0, 63).astype(np.uint8) for x, y in ((scale, d), (offset, dmin)))
+    step, base = ((y.astype(np.float32) * x)[..., None] for x, y in ((sc, d), (mn, dmin)))
+    q = ((runs + base) / np.maximum(step, 1e-12)).round().clip(0, 15).astype(np.uint8)
+    scales = np.concatenate(
+        [sc[:, :4] | sc[:, 4:] >> 4 << 6, mn[:, :4] | mn[:, 4:] >> 4 << 6, sc[:, 4:] & 15 | (mn[:, 4:] & 15) << 4], -1
+    )
+    packed = (q[:, 0::2] | q[:, 1::2] << 4).reshape(-1, 128)
+    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), scales, packed], -1).reshape(len(rows), -1)
+
+
+def gguf_of(folder: Path, state, kind: str, prefix: str = "") -> Path:
+    """As ComfyUI's converter writes: small tensors in F32, matrices in `kind`, reshaped where rows fill no blocks."""
+    gguf = pytest.importorskip("gguf")
+    path = folder / f"{kind}.gguf"
+    writer = gguf.GGUFWriter(path, "krea2")
+    for name, tensor in state.items():
+        data = tensor.float().numpy()
+        if tensor.ndim < 2 or tensor.numel() < 1024:
+            writer.add_tensor(prefix + name, data)
+            continue
+        dtype = gguf.GGMLQuantizationType[kind]
+        if data.shape[-1] % gguf.GGML_QUANT_SIZES[dtype][0]:
+            writer.add_array(f"comfy.gguf.orig_shape.{prefix}{name}", list(data.shape))
+            data = data.reshape(-1, 256)
+        raw = q4_k(data) if kind == "Q4_K" else gguf.quantize(data, dtype)
+        writer.add_tensor(prefix + name, raw, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def diffusers_folder(folder: Path, model, size: str) -> Path:
+    reference(model).save_pretrained(folder / "transformer", max_shard_size=size)
+    return folder
+
+
+def all_in_one(folder: Path, state) -> Path:
+    beside = {"vae.decoder.conv_in.weight": torch.zeros(2), "text_encoders.q.model.norm.weight": torch.zeros(2)}
+    beside |= {f"model.diffusion_model.last.{x}.weight": torch.zeros(2, 2) for x in ("up", "down")}
+    return native(folder, state, "model.diffusion_model.", **beside)
+
+
+Write = Callable[[Path, torch.nn.Module, dict[str, Tensor]], Path]
+EXACT: dict[str, tuple[str, Write]] = {
+    "native": ("native", lambda folder, _, state: native(folder, state)),
+    "ComfyUI": ("ComfyUI", lambda folder, _, state: native(folder, state, "model.diffusion_model.")),
+    "ComfyUI, short prefix": ("ComfyUI", lambda folder, _, state: native(folder, state, "diffusion_model.")),
+    "ComfyUI, all in one": ("ComfyUI", lambda folder, _, state: all_in_one(folder, state)),
+    "pipeline in shards": ("diffusers", lambda folder, model, _: diffusers_folder(folder, model, "1MB")),
+    "transformer": ("diffusers", lambda folder, model, _: diffusers_folder(folder, model, "1GB") / "transformer"),
+    "diffusers in one file": ("diffusers", lambda folder, _, state: native(folder, to_diffusers(state, TINY))),
+    "GGUF F32": ("native", lambda folder, _, state: gguf_of(folder, state, "F32")),
+    "GGUF, prefix": ("ComfyUI", lambda folder, _, state: gguf_of(folder, state, "F32", "model.diffusion_model.")),
+    "GGUF, diffusers": ("diffusers", lambda folder, _, state: gguf_of(folder, to_diffusers(state, TINY), "F32")),
+}
+# the largest error of a weight, as a part of the tensor's largest; then the velocity's, relative (measured: a half)
+ROUNDED: dict[str, tuple[float, float, Write]] = {
+    "native bf16": (2**-8, 0.006, lambda f, _, s: native(f, {n: t.bfloat16() for n, t in s.items()})),
+    "int8 rows": (1 / 254 + 1e-4, 0.01, lambda f, _, s: native(f, quantise(s))),
+    "fp8_scaled": (2**-4, 0.03, lambda f, _, s: comfy_fp8(f, s, "weight_scale")),
+    "fp8_scaled, older": (2**-4, 0.03, lambda f, _, s: comfy_fp8(f, s, "scale_weight")),
+    "GGUF F16": (2**-11, 0.001, lambda f, _, s: gguf_of(f, s, "F16")),
+    "GGUF BF16": (2**-8, 0.006, lambda f, _, s: gguf_of(f, s, "BF16")),
+    "GGUF Q8_0": (1 / 254 + 2**-10, 0.02, lambda f, _, s: gguf_of(f, s, "Q8_0")),
+    "GGUF Q4_K": (2 / 15, 0.3, lambda f, _, s: gguf_of(f, s, "Q4_K")),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_the_same_velocity_from_every_layout(tmp_path, model, state, case):
+    layout, write = EXACT[case]
+    loaded, checkpoint = load_dit(write(tmp_path, model, state))
+
+    assert loaded.config == TINY
+    assert checkpoint.layout == layout
+    assert relative_error(velocity(loaded), velocity(model)) < 1e-4
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_rounded_layouts_are_off_by_their_rounding(tmp_path, model, state, case):
+    of_weight, of_velocity, write = ROUNDED[case]
+    loaded, _ = load_dit(write(tmp_path, model, state))
+
+    assert loaded.config == TINY
+    for name, tensor in loaded.state_dict().items():
+        assert (tensor - state[name]).abs().max() <= of_weight * state[name].abs().max(), name
+    assert 0 < relative_error(velocity(loaded), velocity(model)) < of_velocity
+
+
+def test_leftovers_are_named(tmp_path, state):
+    _, checkpoint = load_dit(all_in_one(tmp_path, state))
+    assert checkpoint.unused == (
+        "model.diffusion_model.last.down.weight",
+        "model.diffusion_model.last.up.weight",
+        "text_encoders.q.model.norm.weight",
+        "vae.decoder.conv_in.weight",
+    )
+
+
+# ---- what must be refused -----------------------------------------------------------------------
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(K2Error) as error:
+        load_dit(path)
+    assert path.name in str(error.value) and error.value.hint
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", ["native", "ComfyUI", "diffusers in one file", "GGUF F32", "GGUF, prefix"])
+def test_every_tensor_that_is_too_many_or_too_few_is_named(tmp_path, model, state, case):
+    less = {name: tensor for name, tensor in state.items() if name != "blocks.1.mlp.up.weight"}
+    more = {} if "diffusers" in case else {"blocks.1.mlp.extra": torch.zeros(4)}
+    if "diffusers" in case:  # written from a native state dict
+        whole = to_diffusers(state, TINY) | {"transformer_blocks.1.extra": torch.zeros(4)}
+        del whole["transformer_blocks.1.ff.up.weight"]
+        message = refused(native(tmp_path, whole))
+    else:
+        message = refused(EXACT[case][1](tmp_path, model, less | more))
+    assert "1 missing (blocks.1.mlp.up.weight)" in message
+    assert "1 unknown (" in message and "extra)" in message
+
+
+def test_both_prefixed_and_bare(tmp_path, state):
+    extra = {"first.weight": state["first.weight"].clone()}
+    assert "with and without" in refused(native(tmp_path, state, "model.diffusion_model.", **extra))
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["model.language_model.embed_tokens.weight", "model.visual.blocks.0.attn.qkv.weight"], "a text encoder"),
+        (["encoder.downsamples.0.residual.0.gamma", "decoder.conv1.weight"], "an autoencoder"),  # Qwen-Image's own
+        (["bn.running_mean", "encoder.conv_in.weight", "decoder.conv_in.weight"], "an autoencoder"),  # FLUX.2's
+        (["transformer_blocks.0.img_mod.1.weight"], "another kind of image model"),
+    ],
+    ids=["Qwen3-VL", "Qwen-Image VAE", "FLUX.2 VAE", "Qwen-Image"],
+)
+def test_another_network_in_its_place(tmp_path, names, what):
+    assert what in refused(native(tmp_path, {name: torch.zeros(2) for name in names}))
+
+
+def test_a_text_encoder_as_gguf(tmp_path):
+    assert "a text encoder" in refused(gguf_of(tmp_path, {"blk.0.attn_q.weight": torch.zeros(2)}, "F32"))
+
+
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [
+        ('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}', "int8_tensorwise with convrot"),
+        ('{"format": "nvfp4"}', "nvfp4"),
+        ('{"format": ["x"]}', "unknown"),
+        ("[" * 100_000, "unknown"),
+    ],
+    ids=["rotated", "four bits", "nonsense", "deep"],
+)
+def test_weights_that_would_load_as_something_else(tmp_path, state, mark, what):
+    """Rotated int8 has the very shapes of plain int8: only its mark tells."""
+    assert what in refused(comfy_fp8(tmp_path, state, "weight_scale", mark))
+
+
+def test_marks_in_the_metadata(tmp_path, state):
+    layers = {"blocks.0.attn.wq": {"format": "int8_tensorwise", "convrot": True}}
+    path = tmp_path / "model.safetensors"
+    save_file(state, path, {"_quantization_metadata": json.dumps({"layers": layers})})
+    assert "convrot" in refused(path)
+
+
+def test_scales_of_blocks(tmp_path, state):
+    name = "blocks.0.attn.wq.weight"
+    stored = state | {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(256, 8)}
+    assert "F8_E4M3 with scales of [256, 8]" in refused(native(tmp_path, stored))
+
+
+# ---- GGUF headers -------------------------------------------------------------------------------
+
+
+def test_the_header_reads_as_the_package_reads_it(tmp_path, state):
+    gguf = pytest.importorskip("gguf")
+    path = gguf_of(tmp_path, state, "Q4_K")
+    header, loaded = read_header(path), load_dit(path)[0].state_dict()
+
+    for tensor in gguf.GGUFReader(path).tensors:
+        entry = header[tensor.name]
+        assert entry["dtype"] == tensor.tensor_type.name
+        assert entry["data_offsets"] == [tensor.data_offset, tensor.data_offset + tensor.n_bytes]
+        whole = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(entry["shape"])
+        assert np.array_equal(loaded[tensor.name], whole)
+    assert {gguf.GGMLQuantizationType(number).name: gguf.GGML_QUANT_SIZES[number] for number in gguf_file.FORMATS} == {
+        name: (numbers, size) for name, numbers, size in gguf_file.FORMATS.values()
+    }
+
+
+def header(*, version=3, fields=(), tensors=(), counts=None, data=b"") -> bytes:
+    """A GGUF file by hand: fields (name, kind, bytes), tensors (name, dims, format, offset)."""
+    text = lambda name: struct.pack("<Q", len(name)) + name.encode()  # noqa: E731
+    raw = struct.pack("<4sIQQ", b"GGUF", version, *(counts or (len(tensors), len(fields))))
+    for name, kind, value in fields:
+        raw += text(name) + struct.pack("<I", kind) + value
+    for name, dims, dtype, offset in tensors:
+        raw += text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, dtype, offset)
+    return raw + bytes(-len(raw) % 32) + data
+
+
+HUGE = 1 << 60
+LIES = {
+    "fields without end": header(counts=(0, HUGE)),
+    "tensors without end": header(counts=(HUGE, 0)),
+    "a list without end": header(fields=[("list", 9, struct.pack("<IQ", 0, HUGE))]),
+    "a text without end": header(fields=[("text", 8, struct.pack("<Q", HUGE))]),
+    "texts without end": header(fields=[("texts", 9, struct.pack("<IQ", 8, HUGE))]),
+    "lists in lists": header(fields=[("list", 9, struct.pack("<IQ", 9, HUGE))]),
+    "an unknown kind": header(fields=[("odd", 77, b"")]),
+    "a field twice": header(fields=[("a", 0, b"1"), ("a", 0, b"1")]),
+    "no alignment": header(fields=[("general.alignment", 4, bytes(4))]),
+    "an odd alignment": header(fields=[("general.alignment", 4, struct.pack("<I", 33))]),
+    "a version to come": header(version=9),
+    "big-endian": header(version=3 << 24),
+    "a tensor twice": header(tensors=[("t", [8], 0, 0), ("t", [8], 0, 32)], data=bytes(64)),
+    "tensors on each other": header(tensors=[("t", [16], 0, 0), ("u", [8], 0, 32)], data=bytes(64)),
+    "past the end": header(tensors=[("t", [8], 0, 64)], data=bytes(64)),
+    "far past the end": header(tensors=[("t", [8], 0, (1 << 64) - 32)], data=bytes(64)),
+    "dims that overflow": header(tensors=[("t", [1 << 63, 1 << 63], 0, 0)], data=bytes(64)),
+    "no dims": header(tensors=[("t", [], 0, 0)], data=bytes(64)),
+    "an empty dim": header(tensors=[("t", [0], 0, 0)], data=bytes(64)),
+    "half a block": header(tensors=[("t", [16], 8, 0)], data=bytes(64)),
+    "another shape": header(
+        fields=[("comfy.gguf.orig_shape.t", 9, struct.pack("<IQ2i", 5, 2, -2, -4))],
+        tensors=[("t", [8], 0, 0)],
+        data=bytes(32),
+    ),
+    "a name that is no text": header(tensors=[("t", [8], 0, 0)], data=bytes(32)).replace(b"t", b"\xff"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie(tmp_path, lie):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(LIES[lie])
+    assert "damaged GGUF file" in refused(path)
+
+
+def test_number_formats_that_nothing_reads(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(header(tensors=[("t", [256], 19, 0)], data=bytes(64)))
+    assert "number format 19" in refused(path)
+
+
+def test_cut_or_flipped_anywhere(tmp_path, state):
+    """Whatever is broken, it is a K2Error or a file that can be told."""
+    few = {name: tensor for name, tensor in state.items() if name.startswith("blocks.0.attn")}
+    whole = gguf_of(tmp_path, few, "Q8_0").read_bytes()
+    path, dice = tmp_path / "broken.gguf", random.Random(0)
+    errors = 0
+    for _ in range(300):
+        raw = bytearray(whole[: dice.randrange(4, 1200)] if dice.random() < 0.3 else whole)
+        for _ in range(dice.randrange(1, 4)):
+            raw[dice.randrange(min(len(raw), 800))] = dice.randrange(256)
+        path.write_bytes(b"GGUF" + raw[4:])
+        try:
+            read_header(path)
+        except K2Error as error:
+            errors += "broken.gguf" in str(error)
+    assert errors > 100
+
+
+def test_without_the_package(tmp_path, state, monkeypatch):
+    path = gguf_of(tmp_path, state, "F32")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(K2Error) as error:
+        load_dit(path)
+    assert "k2[gguf]" in error.value.hint
+    assert "blocks.0.attn.wq.weight" in read_header(path)  # what is in it can be told all the same
