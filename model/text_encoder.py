@@ -143,7 +143,8 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # drawing numbers on meta would import the compiler
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(max(config.taps)))
         if max(config.taps) == config.num_hidden_layers:  # as in transformers, the very last state is the normed one
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

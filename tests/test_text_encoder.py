@@ -2,6 +2,9 @@
 
 import base64
 import json
+import subprocess
+import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +198,38 @@ def test_a_diffusers_folder_states_its_taps(qwen, tmp_path):
 def test_a_tower_too_shallow_for_krea_is_refused(qwen):
     with pytest.raises(K2Error, match="has 6 layers, but layer 35"):
         TextEncoder.load(qwen.folder)
+
+
+def test_the_published_config_is_read():
+    """Qwen3-VL-4B-Instruct's own spelling of it, older than what transformers writes today."""
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+    }
+
+    config = TextConfig.from_dict({"model_type": "qwen3_vl", "text_config": text})
+
+    assert (config.rope_theta, config.taps) == (5e6, (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35))
+    assert TextConfig.from_dict(asdict(config)) == config
+
+
+def test_loading_brings_in_no_heavy_library():
+    code = (
+        "import sys; from model.text_encoder import TextEncoder; TextEncoder.load(sys.argv[1]);"
+        "sys.exit(any(name in sys.modules for name in ('transformers', 'torch._inductor', 'sympy')))"
+    )
+
+    assert not subprocess.run(
+        [sys.executable, "-c", code, str(WEIGHTS / "mini-text.safetensors")], check=False
+    ).returncode
 
 
 def test_a_foreign_tokenizer_is_refused():
