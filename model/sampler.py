@@ -24,7 +24,7 @@ def shifted_sigmas(steps: int, mu: float) -> list[float]:
     if steps < 1:
         raise ValueError(f"{steps} steps lead nowhere")
     shift = math.exp(mu)
-    return [shift * t / (shift * t + 1 - t) for t in ((steps - i) / steps for i in range(steps + 1))]
+    return [shift * t / (shift * t + (1 - t)) for t in ((steps - i) / steps for i in range(steps + 1))]
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

@@ -1,0 +1,184 @@
+"""The parts of a model: where they lie, what they are loaded into, and the hashes by which a record names them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from model import library
+from model.checkpoint import load, open_checkpoint
+from model.errors import K2Error
+from model.headers import AGAIN
+from model.style import StyleConfig, StyleEncoder
+from model.vae import QwenImageVAE, VAEConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A transformer and what belongs to it: files, or folders in transformers' and diffusers' layout."""
+
+    dit: Path
+    text: Path  # a file, or the folder that holds text_encoder/ and tokenizer/
+    vae: Path
+    style: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Every weights file, the transformer's first."""
+        text = self.text / "text_encoder" if self.text.is_dir() else self.text
+        paths = [self.dit, text, self.vae, *([self.style] if self.style else [])]
+        return [file for path in paths for file in open_checkpoint(path).files]
+
+
+def find_parts(model: library.Model) -> Parts:
+    """A lone transformer file is joined by what stands beside it, else by the pulled release, else by the box."""
+    if model.source == "box":
+        return Parts(model.path, *helpers(model.name))
+    folder = model.path if model.path.is_dir() else model.path.parent
+    inner = model.path / "transformer"
+    dit = inner if inner.is_dir() else model.path
+    release = library.locate("krea-2")
+    for place in (folder, *([release] if release and release.is_dir() else [])):
+        if (place / "text_encoder").is_dir() and (place / "vae").is_dir():
+            return Parts(dit, place, place / "vae")
+    return Parts(dit, *helpers("mini"))
+
+
+def helpers(name: str) -> tuple[Path, Path, Path | None]:
+    """Text encoder, autoencoder and style encoder of a model in the box."""
+    text, vae, style = (library.BOX / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
+    return text, vae, style if style.is_file() else None
+
+
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageVAE:
+    """An autoencoder from our own file or from diffusers' folder. Raises K2Error."""
+    checkpoint = open_checkpoint(path)
+    stated = dict(checkpoint.metadata.get("config") or checkpoint.config)
+    if checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated:
+        raise K2Error(f"{path} is not a Qwen-Image autoencoder.", hint="Give its folder, or a file that k2 wrote.")
+    stated.setdefault("temporal_downsample", stated.get("temperal_downsample"))
+    config = VAEConfig.from_dict({key: stated[key] for key in VAEConfig.__dataclass_fields__ if key in stated})
+    with torch.device("meta"):
+        vae = QwenImageVAE(config)
+    try:
+        vae.load_diffusers(dict(checkpoint.read(device=device, dtype=dtype)))
+    except RuntimeError as error:
+        raise K2Error(f"The tensors of {path} do not fit its config: {error}.", hint=AGAIN) from None
+    for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+        setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
+    return vae.requires_grad_(False).eval()
+
+
+def load_style(path: Path, device: torch.device) -> StyleEncoder:
+    """A style encoder from our own file; small, so always in fp32. Raises K2Error."""
+    checkpoint = open_checkpoint(path)
+    if checkpoint.metadata.get("kind") != "style":
+        raise K2Error(f"{path} is not a style encoder.", hint=AGAIN)
+    with torch.device("meta"):
+        encoder = StyleEncoder(StyleConfig(**checkpoint.metadata["config"]))
+    load(encoder, checkpoint, device=device, dtype=torch.float32)
+    return encoder
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is. Raises K2Error where it is not here."""
+    here = ["cpu"]
+    if torch.backends.mps.is_available():
+        here = ["mps", *here]
+    if torch.cuda.is_available():
+        here = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *here]
+    if name not in (None, *here):
+        raise K2Error(f'There is no device "{name}".', hint=f"Here: {', '.join(here)}.")
+    return torch.device(name or here[0])
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, bfloat16 elsewhere, unless told. Raises K2Error."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise K2Error(f'"{name}" is no number format to render in.', hint=f"Choose {' or '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+# ---- hashes -----------------------------------------------------------------------------------------------------
+
+
+class Hashes:
+    """sha256 of a model's files as they were loaded, worked out beside the loading; the first record waits for them."""
+
+    def __init__(self, files: Iterable[Path], root: Path):
+        """root: the model's folder; names are relative to it."""
+        self._files = {str(file.relative_to(root)) if file.is_relative_to(root) else file.name: file for file in files}
+        self._found: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._found = {name: sha256(file) for name, file in self._files.items()}
+
+    def by_name(self) -> dict[str, str]:
+        """File name -> hash."""
+        self._thread.join()
+        return dict(self._found)
+
+
+def sha256(path: Path) -> str:
+    """A file's hash; not worked out again while the file stays as it is. Raises K2Error."""
+    try:
+        stat = path.stat()
+        return _sha256(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    if size < LARGE:
+        return digest(path)
+    key, known = f"{path.resolve()} {size} {changed}", remembered()
+    if key not in known:
+        known[key] = digest(path)
+        remember(known)
+    return known[key]
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def memory() -> Path:
+    """Where hashes of large files are remembered between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2" / "sha256.json"
+
+
+def remembered() -> dict[str, str]:
+    try:
+        known = json.loads(memory().read_text("utf-8"))
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def remember(known: dict[str, str]) -> None:
+    """Best effort: a home that cannot be written only costs time."""
+    path = memory()
+    draft = path.with_suffix(f".{os.getpid()}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(known), "utf-8")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+"""Latents to tokens and back, positions, and the noise that a seed stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.latents import noise, patchify, position_ids, unpatchify
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 4, 6, 10), (3, 3, 2, 4)])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_there_and_back(shape, patch):
+    latents = torch.randn(shape)
+    tokens = patchify(latents, patch)
+
+    assert tokens.shape == (shape[0], shape[2] * shape[3] // patch**2, shape[1] * patch**2)
+    assert torch.equal(unpatchify(tokens, patch, *shape[2:]), latents)
+
+
+def test_order_inside_and_between_tokens():
+    """Channel, patch row, patch column inside a token; tokens row by row."""
+    latents = torch.arange(2 * 4 * 6).view(1, 2, 4, 6)
+    tokens = patchify(latents, 2)
+
+    assert tokens[0, 0].tolist() == [0, 1, 6, 7, 24, 25, 30, 31]
+    assert tokens[0, 1, :2].tolist() == [2, 3]
+    assert tokens[0, 3, :2].tolist() == [12, 13]
+
+
+def test_positions():
+    ids = position_ids(2, 2, 3)
+    assert ids.tolist() == [[0, 0, 0]] * 2 + [[0, row, column] for row in range(2) for column in range(3)]
+
+
+def test_noise_is_the_seeds_alone():
+    torch.manual_seed(1)
+    first = noise(7, 16, 4, 6)
+    state = torch.get_rng_state()
+
+    assert first.shape == (1, 16, 4, 6) and first.dtype == torch.float32
+    assert torch.equal(noise(7, 16, 4, 6), first)
+    assert not torch.equal(noise(8, 16, 4, 6), first)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are used up
+    assert torch.equal(first, torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(7)))

@@ -1,0 +1,271 @@
+"""From specs to pictures: the same again, the same in company, and what cannot be made is refused in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from tiny import tiny, tiny_box  # noqa: F401
+
+from model import library
+from model import pipeline as module
+from model.checkpoint import read, save
+from model.errors import K2Error
+from model.parts import sha256
+from model.pipeline import Pipeline
+from model.sampler import raw_mu
+from model.spec import Picture, Reference, RenderSpec, Style
+
+FOX = RenderSpec("a red fox", seed=7)
+
+
+@pytest.fixture
+def pipeline(tiny):  # noqa: F811
+    return Pipeline.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def red(tmp_path) -> Path:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def difference(a: Picture, b: Picture) -> int:
+    """Of two pictures' pixels, the largest."""
+    return max(ImageChops.difference(a.image, b.image).tobytes())
+
+
+def pixels(picture: Picture) -> str:
+    return picture.record["pixels"]
+
+
+def test_again_is_the_same_bit_for_bit(tiny, pipeline):  # noqa: F811
+    first, again = pipeline.render([FOX])[0], pipeline.render([FOX])[0]
+    anew = Pipeline.load("tiny", device="cpu").render([FOX])[0]
+
+    assert pixels(first) == pixels(again) == pixels(anew)
+    assert pixels(pipeline.render([replace(FOX, seed=8)])[0]) != pixels(first)
+    assert pixels(pipeline.render([replace(FOX, prompt="a blue owl")])[0]) != pixels(first)
+
+
+def test_a_picture_does_not_depend_on_its_company(pipeline):
+    """Different prompt lengths, seeds and negatives in one batch."""
+    specs = [
+        FOX,
+        replace(FOX, seed=8),
+        replace(FOX, prompt="an owl in flight over a dark forest at night"),
+        replace(FOX, negative="blue", seed=9),
+        replace(FOX, prompt="owl"),
+    ]
+    together = pipeline.render(specs)
+    for spec, picture in zip(specs, together, strict=True):
+        assert difference(pipeline.render([spec])[0], picture) <= 1
+    assert len({pixels(picture) for picture in together}) == len(specs)
+
+
+def test_order_is_kept_whatever_is_batched(pipeline):
+    sizes, steps = [(64, 64), (80, 64)], [1, 2]
+    specs = [
+        replace(FOX, width=w, height=h, steps=s, seed=i)
+        for i, ((w, h), s) in enumerate(itertools.product(sizes, steps))
+    ] * 3
+    for spec, picture in zip(specs, pipeline.render(specs), strict=True):
+        assert (picture.image.size, picture.record["steps"]) == ((spec.width, spec.height), spec.steps)
+        assert picture.record["seed"] == spec.seed
+
+
+def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
+    encoded = []
+    encode = pipeline.text.encode
+
+    def watched(prompts):
+        encoded.extend(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(pipeline.text, "encode", watched)
+
+    for _ in pipeline.stream(replace(FOX, seed=i, steps=1) for i in range(40)):
+        pass
+    assert encoded == ["a red fox", ""]
+
+    for _ in pipeline.stream(replace(FOX, prompt=f"fox {i}", steps=1) for i in range(100)):
+        assert len(pipeline._contexts) <= module.REMEMBERED
+    assert encoded.count("") == 1  # the negative one stays, being asked for all the time
+
+
+def test_streaming_asks_for_specs_only_as_it_goes(pipeline):
+    """Memory cannot grow with the number of prompts, nor must there be an end to them."""
+    count = itertools.count()
+    pictures = list(itertools.islice(pipeline.stream(replace(FOX, seed=i, steps=1) for i in count), 3))
+    assert len(pictures) == 3
+    assert next(count) < 64
+
+
+def test_steps_are_reported(pipeline):
+    seen = []
+    pipeline.render([replace(FOX, steps=3)], on_step=lambda done, steps: seen.append((done, steps)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_checkpoints_own_settings(tiny, pipeline):  # noqa: F811
+    record = pipeline.render([FOX])[0].record
+    assert (record["steps"], record["guidance"], record["width"], record["height"]) == (4, 2.0, 64, 64)
+    assert record["mu"] == raw_mu(16)
+
+    turbo = Pipeline.load("tiny", variant="turbo", device="cpu").render([FOX])[0].record
+    assert (turbo["steps"], turbo["guidance"], turbo["mu"]) == (2, 0.0, 1.15)
+    assert turbo["model"]["variant"] == "turbo"
+
+    given = pipeline.render([replace(FOX, steps=1, guidance=0.0, mu=0.3, width=80)])[0].record
+    assert [given[k] for k in ("steps", "guidance", "mu", "width", "height")] == [1, 0.0, 0.3, 80, 64]
+
+
+def test_guidance(pipeline):
+    """Off it needs no negative prompt; on, the negative prompt counts."""
+    off = [pipeline.render([replace(FOX, guidance=0.0, negative=n)])[0] for n in ("", "blue")]
+    on = [pipeline.render([replace(FOX, guidance=4.0, negative=n)])[0] for n in ("", "blue", "a red fox")]
+    assert pixels(off[0]) == pixels(off[1])
+    assert pixels(on[0]) != pixels(on[1]) != pixels(off[0])
+    assert difference(on[2], off[0]) <= 1  # away from itself leads nowhere else
+
+
+def test_the_record_says_everything(tiny, pipeline, red):  # noqa: F811
+    style = Style("dusk", 0.6, (Reference(red),), keywords=("warm",))
+    record = pipeline.render([replace(FOX, styles=(style,))])[0].record
+
+    assert record["prompt"] == "a red fox" and record["seed"] == 7
+    assert record["device"] == "cpu" and record["dtype"] == "float32"
+    assert record["model"]["name"] == "tiny" and record["model"]["variant"] == "raw"
+    names = ["tiny-raw.safetensors", "tiny-text.safetensors", "tiny-vae.safetensors", "tiny-style.safetensors"]
+    assert record["model"]["files"] == {name: sha256(tiny / name) for name in names}
+    assert record["styles"] == [
+        {
+            "name": "dusk",
+            "strength": 0.6,
+            "keywords": ["warm"],
+            "avoids": [],
+            "references": [{"image": str(red), "weight": 1.0, "sha256": sha256(red)}],
+        }
+    ]
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_styles(pipeline, red, tmp_path):
+    """Strength 0 is the picture without; the order never matters; a changed file is read again."""
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "blue.png")
+
+    def render(*styles: tuple[Path, float]) -> Picture:
+        made = tuple(Style(path.stem, strength, (Reference(path),)) for path, strength in styles)
+        return pipeline.render([replace(FOX, styles=made)])[0]
+
+    blue = tmp_path / "blue.png"
+    assert pixels(render((red, 0.0))) == pixels(render())
+    assert len({pixels(render((red, strength))) for strength in (-1.0, 0.0, 0.5, 1.0, 2.0)}) == 5
+    assert pixels(render((red, 0.7), (blue, 0.3))) == pixels(render((blue, 0.3), (red, 0.7)))
+    before = render((red, 1.0))
+    shutil.copy(blue, red)
+    assert pixels(render((red, 1.0))) == pixels(render((blue, 1.0))) != pixels(before)
+
+
+def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa: F811
+    """A lone transformer file is joined by the box's helpers where it fits them."""
+    for part in ("text", "vae"):
+        shutil.copy(tiny / f"tiny-{part}.safetensors", tiny / f"mini-{part}.safetensors")
+    shutil.copy(tiny / "tiny-tokenizer.json", tiny / "mini-tokenizer.json")
+    shutil.copy(tiny / "tiny-raw.safetensors", tmp_path / "mine.safetensors")
+    try:
+        mine = Pipeline.load(str(tmp_path / "mine.safetensors"), device="cpu")
+    finally:
+        for path in tiny.glob("mini-*"):
+            path.unlink()
+    assert pixels(mine.render([FOX])[0]) == pixels(pipeline.render([FOX])[0])
+
+
+# ---- what must be refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 100},
+        {"width": 0},
+        {"height": -64},
+        {"width": 48},
+        {"width": 8192},
+        {"width": 4096, "height": 4096},
+        {"steps": 0},
+        {"steps": 100_000},
+        {"guidance": -1.0},
+        {"guidance": float("nan")},
+        {"mu": float("inf")},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
+    ids=str,
+)
+def test_absurd_specs(pipeline, wrong):
+    """Refused before anything is rendered, wherever in the list it stands."""
+    seen = []
+    with pytest.raises(K2Error) as error:
+        pipeline.render([FOX, replace(FOX, **wrong)], on_step=lambda *step: seen.append(step))
+    assert error.value.hint and not seen
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"name": "nothing"}, 'no model "nothing"'),
+        ({"name": "tiny", "variant": "fast"}, 'no variant "fast"'),
+        ({"name": "tiny", "device": "tpu"}, 'no device "tpu"'),
+        ({"name": "tiny", "device": "cuda:9"}, 'no device "cuda:9"'),
+        ({"name": "tiny", "device": "meta"}, 'no device "meta"'),
+        ({"name": "tiny", "dtype": "float16"}, '"float16" is no number format'),
+    ],
+    ids=str,
+)
+def test_absurd_models(tiny, asked, what):  # noqa: F811
+    with pytest.raises(K2Error, match=what) as error:
+        Pipeline.load(**asked)
+    assert error.value.hint
+
+
+def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(tiny, tmp_path / "box")
+    (tmp_path / "box" / "tiny-turbo.safetensors").unlink()
+    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    with pytest.raises(K2Error, match='"tiny" has no turbo checkpoint here'):
+        Pipeline.load("tiny", variant="turbo", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "what"),
+    [("text", {"taps": (1, 2)}, "listens to 3 layers of 32 numbers"), ("vae", {"z_dim": 8}, "do not fit its config")],
+)
+def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, config, what):  # noqa: F811
+    shutil.copytree(tiny, tmp_path / "box")
+    file = tmp_path / "box" / f"tiny-{part}.safetensors"
+    state, about = read(file)
+    save(file, state, about | {"config": about["config"] | config})
+    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    with pytest.raises(K2Error, match=what):
+        Pipeline.load("tiny", device="cpu")
+
+
+def test_references_that_cannot_be_read(pipeline, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for path in (tmp_path / "text.png", tmp_path / "missing.png"):
+        spec = replace(FOX, styles=(Style("x", 1.0, (Reference(path),)),))
+        with pytest.raises(K2Error, match="cannot be read"):
+            pipeline.render([spec])
+
+
+def test_overflow_is_said_and_not_painted_black(pipeline):
+    with torch.no_grad():
+        pipeline.dit.last.linear.bias.fill_(float("nan"))
+    with pytest.raises(K2Error, match="not a number"):
+        pipeline.render([FOX])

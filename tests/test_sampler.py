@@ -1,0 +1,67 @@
+"""The schedule against its formula and an independent implementation, and Euler on flows whose end is known."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from model.sampler import euler, guided, raw_mu, shifted_sigmas
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.15])
+def test_straight_flow_lands_on_the_image(mu):
+    """Noise minus image is constant along the path, so Euler is exact for any schedule."""
+    noise, image = torch.randn(2, 1, 4, 8)
+
+    result = euler(lambda tokens, step: noise - image, noise, shifted_sigmas(8, mu))
+
+    torch.testing.assert_close(result, image)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 52])
+@pytest.mark.parametrize("mu", [-1.0, 0.0, 0.5, 1.15])
+def test_sigmas(steps, mu):
+    """From 1 to 0, falling, and shifted as published: e^mu / (e^mu + 1/t − 1)."""
+    sigmas = shifted_sigmas(steps, mu)
+
+    assert len(sigmas) == steps + 1 and sigmas[0] == 1 and sigmas[-1] == 0
+    assert all(a > b for a, b in pairwise(sigmas))
+    for i, sigma in enumerate(sigmas[:-1]):
+        t = 1 - i / steps
+        assert sigma == pytest.approx(math.exp(mu) / (math.exp(mu) + 1 / t - 1))
+
+
+def test_no_shift_is_an_even_grid():
+    assert shifted_sigmas(4, 0.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_sigmas_are_those_of_diffusers_scheduler():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler.set_timesteps(sigmas=[1 - i / 8 for i in range(8)], mu=0.7)
+    assert shifted_sigmas(8, 0.7) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+def test_raw_mu_runs_through_its_two_points_and_on():
+    assert raw_mu(256) == 0.5 and raw_mu(6400) == pytest.approx(1.15)
+    assert raw_mu(64) < 0.5 and raw_mu(16384) > 1.15
+
+
+def test_guidance_zero_is_off_and_one_doubles_the_difference():
+    conditional, unconditional = torch.randn(2, 3)
+    assert torch.equal(guided(conditional, unconditional, 0.0), conditional)
+    torch.testing.assert_close(guided(conditional, unconditional, 1.0), 2 * conditional - unconditional)
+
+
+def test_steps_are_counted_and_reported():
+    asked, done = [], []
+    euler(lambda tokens, step: (asked.append(step), tokens)[1], torch.ones(1), shifted_sigmas(3, 0.0), done.append)
+    assert asked == [0, 1, 2] and done == [1, 2, 3]
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(ValueError):
+        shifted_sigmas(0, 0.5)
