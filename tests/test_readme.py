@@ -1,0 +1,83 @@
+"""What the README tells people to type works, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from k2cli.project import Project
+from model import library
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+INSTALLS = ("pip install -e . && k2 render projects_example/stickers", 'pip install -e ".[test]" && pytest')
+
+needs_weights = pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The part of a fresh clone that commands write into; `k2` itself is installed."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "projects_example", folder / "projects_example", ignore=shutil.ignore_patterns("outputs"))
+    return folder
+
+
+def test_the_first_two_blocks_install():
+    assert tuple(block.strip() for block in blocks("sh")[:2]) == INSTALLS
+
+
+@needs_weights
+def test_every_command_works_in_its_turn(clone):
+    """One shell reads all blocks, as a reader would; what the suite itself stands on is left out."""
+    render = INSTALLS[0].removeprefix("pip install -e . && ")
+    script = "\n".join(["set -eux -o pipefail", render, *blocks("sh")[2:]])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=clone, env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(clone.glob("projects_example/stickers/outputs/*/sheet.png"))) == 1
+    assert "Identical, pixel for pixel." in done.stderr
+
+
+@needs_weights
+def test_the_python_example_works(clone):
+    done = subprocess.run([sys.executable, "-c", *blocks("python")], cwd=clone, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (clone / "fox.png").exists()
+
+
+def test_the_project_it_shows_is_valid(fake, tmp_path):
+    (tmp_path / "styles").mkdir()
+    (tmp_path / "refs" / "dusk").mkdir(parents=True)
+    shutil.copyfile(next(ROOT.glob("projects_example/**/*.png")), tmp_path / "refs" / "dusk" / "a.png")
+    for text in blocks("toml"):
+        name = re.match(r"# (\S+?\.toml)", text)
+        assert name and tomllib.loads(text)
+        (tmp_path / name[1]).write_text(text)
+    (tmp_path / "styles" / "riso.toml").write_text('keywords = ["riso print"]\n')
+
+    project = Project.open(tmp_path)
+    planned = project.shots(project.settle(), None, {"blend": 0.5})
+
+    assert [shot.stem for shot in planned] == ["fox-7", "fox-8"]
+
+
+def test_links_and_pictures_are_there():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
