@@ -1,7 +1,7 @@
 """How long the command line takes, measured as a user feels it: from process start to exit.
 
-`python tests/bench/cli.py [--rounds 5] [--out FILE]`. Each row holds two commands, run in turn, so that whatever else the
-machine does falls on both; figures are medians, ratios are medians of the rounds' ratios.
+`python tests/bench/cli.py [--rounds 5] [--out FILE]`. Each row holds two commands, run in turn, so that whatever else
+the machine does falls on both; figures are medians, ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def main() -> None:
             ours, theirs = (median(side) for side in zip(*pairs, strict=True))
             ratio = median(mine / other for mine, other in pairs)
             print(f"{row.name:<40}{ours:>10.2f}{theirs:>10.2f}{ratio:>8.2f}{row.limit:>8.2f}  {row.what}", flush=True)
-            found.append(
-                asdict(row) | {"ours": ours, "theirs": theirs, "ratio": ratio, "rounds": [list(p) for p in pairs]}
-            )
+            found.append(asdict(row) | {"medians": [ours, theirs], "ratio": ratio, "rounds": [list(p) for p in pairs]})
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(UTC).replace(microsecond=0)
