@@ -296,8 +296,8 @@ def show(
     from k2cli import records
     from k2cli.console import result
 
-    record = records.read(file).table
-    result(to_json(record) if json else records.describe(record))
+    record = records.parse(records.read(file), Path)
+    result(to_json(record.table) if json else records.describe(record))
 
 
 @app.command()
@@ -383,6 +383,38 @@ def info(
 
     entries = models.describe(model)
     result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
+
+
+@models_app.command()
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="krea-2-turbo, krea-2-raw, or a hub id like ORG/NAME.")],
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="A branch, a tag or a commit; else the latest.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Of several models, the files of this one.")
+    ] = None,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
+    ] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fetch weights from the hub, or go on fetching them, and check every file's hash.
+
+    They go into the Hugging Face cache. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
+    Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
+    """
+    from k2cli import hub
+    from k2cli.console import result, say
+
+    try:
+        found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)
+    except KeyboardInterrupt:
+        say(f"Interrupted; what came is kept. Go on with: k2 models pull {model}")
+        raise typer.Exit(130) from None
+    about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
+    result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
 
 
 @models_app.command()

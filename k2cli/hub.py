@@ -1,0 +1,438 @@
+"""Weights from the hub: only the files that are needed, room for them first, every byte verified, and never a pickle.
+
+The hub's client says what there is and who may have it, and its transport brings the bytes. But it forgets a download
+that is cut off, and compares lengths where the hub gives hashes; with files of 26 GB both count. So resuming, checking
+and placing are done here, in the client's own cache and layout, where every tool that uses it finds the files too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from k2cli import licence
+from k2cli.tables import UNPRINTABLE
+from model import library
+from model.errors import K2Error
+from model.headers import some
+
+NEEDED = (
+    "*.safetensors",
+    "*.gguf",
+    "*.json",
+    "*.jinja",
+    "*merges.txt",
+    "*vocab.txt",
+)  # no pickle, no code, no pictures
+TERMS = ("LICEN[CS]E*", "NOTICE*")  # to be kept beside the weights
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's object id of a small one
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MARGIN = 1 << 28  # bytes to leave free on the disk
+
+Watch = Callable[[str, int], None]  # (what is going on, bytes that are here of the whole pull)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a repository. `etag` is its sha256, or git's object id where it is small."""
+
+    name: str
+    size: int
+    etag: str
+
+    def __post_init__(self) -> None:
+        parts = self.name.split("/")
+        if not HASH.fullmatch(self.etag) or any(part in ("", ".", "..") for part in parts) or "\\" in self.name:
+            raise K2Error(f'The hub lists a file that has no place in a repository: "{plain(self.name)}".')
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pull brings: these files of this commit."""
+
+    repo: str
+    revision: str  # as asked for: a branch, a tag or a commit
+    commit: str
+    licence: str | None  # as the model card names it
+    files: tuple[File, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def folder(self) -> Path:
+        return library.folder_of(self.repo)
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshots" / self.commit
+
+
+def look_up(name: str, revision: str | None = None, include: Sequence[str] = ()) -> Plan:
+    """Ask the hub what there is, and choose. `name` is one of the official models' or a hub id; K2Error if neither."""
+    found = library.parse(name)
+    if found is None:
+        known = ", ".join(library.OFFICIAL)
+        raise K2Error(f'"{plain(name)}" is not the name of a model at the hub.', hint=f"Like ORG/NAME, or {known}.")
+    repo, at, file = found
+    revision = revision or at or "main"
+    if ".." in revision or revision.startswith("/"):
+        raise K2Error(f'"{plain(revision)}" is not the name of a revision.', hint="Give a branch, a tag or a commit.")
+    with explained(repo, revision):
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            info = HfApi(library_name="k2").model_info(repo, revision=revision, files_metadata=True)
+            listed = {each.rfilename: each for each in info.siblings or []}
+        except HFValidationError:
+            raise K2Error(f'"{repo}" is not the name of a model at the hub.', hint="Names are like ORG/NAME.") from None
+        except HfHubHTTPError:
+            raise
+        except (ValueError, KeyError, TypeError):
+            raise K2Error(f"{constants.ENDPOINT} does not answer as a hub does.", hint="Check HF_ENDPOINT.") from None
+    sizes = {each.rfilename: each.size or 0 for each in listed.values()}
+    chosen = choose(sizes, [file] if file else include, repo)
+    if not COMMIT.fullmatch(info.sha or ""):
+        raise K2Error(f"{constants.ENDPOINT} does not say which commit it serves.", hint="Check HF_ENDPOINT.")
+    hashes = {name: each.lfs.sha256 if each.lfs else each.blob_id or "" for name, each in listed.items()}
+    files = tuple(File(each, sizes[each], hashes[each]) for each in chosen)
+    return Plan(repo, revision, info.sha or "", licence_of(info), files)
+
+
+def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str]:
+    """The files to pull: those that match `include`, else a pipeline's folders, else the only weights there are."""
+
+    def any_of(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    terms = [name for name in sizes if any_of(name, TERMS)]
+    safe = [name for name in sizes if any_of(name, NEEDED)]
+    weights = [name for name in safe if name.endswith(library.WEIGHTS)]
+    listing = ", ".join(f"{name} ({gigabytes(sizes[name])})" for name in sorted(weights)[:12])
+    if not weights:
+        pickled = any(name.endswith(PICKLES) for name in sizes)
+        raise K2Error(
+            f"{repo} holds no .safetensors file{', only pickles, which can run code' if pickled else ''}.",
+            hint="k2 reads weights from .safetensors and .gguf files only.",
+        )
+    if include:
+        safe = [name for name in safe if any_of(name, include)]
+        if not any(name in weights for name in safe):
+            raise K2Error(f"{repo} has no weights that match {some(list(include))}.", hint=f"It has: {listing}.")
+    elif "model_index.json" in sizes:  # what lies outside the pipeline's folders is the same network once more
+        safe = [name for name in safe if "/" in name or name not in weights]
+    elif len({library.SHARD.sub("", name) for name in weights}) > 1:
+        raise K2Error(f"{repo} holds several models.", hint=f"Choose with --include: {listing}.")
+    return sorted({*terms, *safe})
+
+
+def licence_of(info: Any) -> str | None:
+    """The licence that a model card states; Krea's where the weights are Krea's, or were made from them."""
+    card = info.card_data
+    stated = getattr(card, "license_name", None) or getattr(card, "license", None)
+    bases = getattr(card, "base_model", None) or []
+    kin = {info.id, *([bases] if isinstance(bases, str) else bases)}
+    return library.KREA_2 if kin & set(library.OFFICIAL.values()) else plain(str(stated)) if stated else None
+
+
+def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
+    """Bring a plan's files in, going on where an earlier pull stopped. Returns the model's folder, or its one file.
+
+    A file appears under its name when its hash is right. Raises K2Error with all that came kept, if it was right.
+    """
+    with explained(plan.repo, plan.revision), alone(plan):
+        check_room(plan)
+        write_manifest(plan)
+        here = 0
+        for file in plan.files:
+            blob = plan.folder / "blobs" / file.etag
+            if not (blob.exists() and matches(blob, file, lambda: watch(f"checking {file.name}", here))):  # noqa: B023
+                blob.unlink(missing_ok=True)
+                borrow(blob, file)
+                download(plan, file, blob, watch, here)
+            place(blob, plan.snapshot / file.name)
+            here += file.size
+            watch(file.name, here)
+        if plan.revision != plan.commit:
+            ref = plan.folder / "refs" / plan.revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            put(ref, plan.commit)
+    return library.the_weights(plan.snapshot)
+
+
+def download(plan: Plan, file: File, blob: Path, watch: Watch, before: int) -> None:
+    """One file into the cache, from the byte on that an earlier try came to."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    partial = partial_of(blob)
+    have = partial.stat().st_size if partial.exists() else 0
+    if have > file.size:
+        partial.unlink()
+        have = 0
+    headers = build_hf_headers(library_name="k2") | {"Accept-Encoding": "identity"}
+    with partial.open("ab") as out:
+        counted: Any = Counted(out, lambda size: watch(file.name, before + size))
+        http_get(
+            hf_hub_url(plan.repo, file.name, revision=plan.commit),
+            counted,
+            resume_size=have,
+            headers=headers,
+            expected_size=file.size,
+        )
+        out.flush()
+        os.fsync(out.fileno())
+    if not matches(partial, file, lambda: watch(f"checking {file.name}", before + file.size)):
+        partial.unlink()
+        raise K2Error(
+            f"{file.name} arrived damaged: its hash is not the one that the hub states, and it was thrown away.",
+            hint="Pull again. If it stays so, whoever serves the file (HF_ENDPOINT, a proxy) serves another one.",
+        )
+    partial.replace(blob)
+
+
+class Counted:
+    """A file that tells its size after every write."""
+
+    def __init__(self, file: BinaryIO, tell: Callable[[int], None]):
+        self.file, self.tell_size = file, tell
+
+    def write(self, data: bytes) -> int:
+        written = self.file.write(data)
+        self.tell_size(self.file.tell())
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def matches(path: Path, file: File, before: Callable[[], None]) -> bool:
+    """Whether the bytes are those that the hub states: by sha256, or as git names an object."""
+    if path.stat().st_size != file.size:
+        return False
+    before()
+    digest = hashlib.sha256() if len(file.etag) == 64 else hashlib.sha1(f"blob {file.size}\0".encode())
+    with path.open("rb") as source:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == file.etag
+
+
+def partial_of(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def twins(file: File) -> Iterator[Path]:
+    """The same file in other repositories of the cache: Raw and Turbo share all but the transformer."""
+    for path in library.cache().glob(f"models--*/blobs/{file.etag}"):
+        if path.is_file() and path.stat().st_size == file.size:
+            yield path.resolve()
+
+
+def borrow(blob: Path, file: File) -> None:
+    """Begin with a twin's bytes, if there is one and the file system can share them."""
+    if not partial_of(blob).exists():
+        for twin in twins(file):
+            with suppress(OSError):
+                os.link(twin, partial_of(blob))
+                return
+
+
+def place(blob: Path, path: Path) -> None:
+    """Show a verified file under its name, as the hub's client does: by a link where the file system knows links."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.samefile(blob):
+        return
+    path.unlink(missing_ok=True)
+    try:
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    except OSError:
+        try:
+            os.link(blob, path)
+        except OSError:
+            shutil.copyfile(blob, path)
+
+
+def write_manifest(plan: Plan) -> None:
+    """List what the snapshot is going to hold; what an earlier pull of the same commit brought stays listed."""
+    table = {
+        "repo": plan.repo,
+        "revision": plan.revision,
+        "commit": plan.commit,
+        "licence": plan.licence,
+        "pulled": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": library.read_manifest(plan.snapshot).get("files", {})
+        | {
+            file.name: {"bytes": file.size, "sha256" if len(file.etag) == 64 else "git": file.etag}
+            for file in plan.files
+        },
+    }
+    for folder in (plan.snapshot, plan.folder / "blobs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    put(plan.snapshot / library.MANIFEST, json.dumps(table, indent=1))
+
+
+def put(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)
+
+
+def check_room(plan: Plan) -> None:
+    """Refuse before the first byte what the disk cannot take. What an earlier try brought counts as there."""
+    need = 0
+    for file in plan.files:
+        blob = plan.folder / "blobs" / file.etag
+        here = (path for path in (blob, partial_of(blob), *twins(file)) if path.exists())
+        have = next((path.stat().st_size for path in here), 0)
+        need += max(file.size - have, 0)
+    disk = next(path for path in (plan.folder, *plan.folder.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if need and need + MARGIN > free:
+        raise K2Error(
+            f"{plan.repo} needs {gigabytes(need)} more, and the disk of {disk} has {gigabytes(free)} free.",
+            hint="Make room, or set HF_HOME to a folder on a larger disk.",
+        )
+
+
+@contextmanager
+def alone(plan: Plan) -> Iterator[None]:
+    """Keep two pulls from writing into one file."""
+    from filelock import FileLock, Timeout
+
+    path = library.cache() / ".locks" / plan.folder.name / "k2-pull.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise K2Error(f"Another process is pulling {plan.repo}.", hint="Wait for it, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def explained(repo: str, revision: str) -> Iterator[None]:
+    """Say in one sentence what the hub, the network or the disk refuses, and what to do about it."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()  # k2 shows its own bar and says what went wrong once
+    disable_progress_bars()
+    try:
+        yield
+    except (errors.HTTPError, OSError) as error:
+        raise explain(error, repo, revision) from None
+
+
+GO_ON = "What came so far is kept: pull again to go on."
+
+
+def explain(error: Exception, repo: str, revision: str) -> K2Error:
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    number = getattr(error, "errno", None)
+    if isinstance(error, errors.GatedRepoError) and status == 401:
+        return K2Error(
+            f"{repo} is gated, and the hub does not know who asks for it (401).",
+            hint=f"Accept its licence at {hub}/{repo}, make a token at {hub}/settings/tokens, and set HF_TOKEN to it.",
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return K2Error(
+            f"{repo} is gated, and your account has not been let in ({status}).",
+            hint=f"Accept its licence at {hub}/{repo} with the account of your HF_TOKEN; a fine-grained token"
+            " must be allowed to read gated repositories.",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        hint = f"Give a branch, a tag or a commit: {hub}/{repo}/commits/main lists them."
+        return K2Error(f'{repo} has no revision "{plain(revision)}" (404).', hint=hint)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = f"Check the name at {hub}. For a private model set HF_TOKEN."
+        return K2Error(f"The hub has no model {repo}, or it is private ({status}).", hint=hint)
+    if status in (401, 403):
+        hint = f"Check HF_TOKEN: it may be wrong, expired, or not be allowed to read this ({hub}/settings/tokens)."
+        return K2Error(f"The hub refuses the token for {repo} ({status}).", hint=hint)
+    if status == 404:
+        hint = "If HF_ENDPOINT names a mirror, it may not have everything: try another, or none."
+        return K2Error(f"{hub} does not have a file that it lists for {repo} (404).", hint=hint)
+    if status == 429:
+        hint = f"Wait some minutes. With HF_TOKEN set the limits are wider. {GO_ON}"
+        return K2Error("The hub gets too many requests from here (429).", hint=hint)
+    if status:
+        return K2Error(f"The hub at {hub} is in trouble ({status}).", hint=f"Try again later. {GO_ON}")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return K2Error(f"{repo} is not on this machine, and HF_HUB_OFFLINE is set.", hint="Unset it to pull.")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        hint = f"Make room, or set HF_HOME to a folder on a larger disk. {GO_ON}"
+        return K2Error(f"The disk of {library.cache()} is full.", hint=hint)
+    if isinstance(error, OSError) and error.filename:
+        hint = "Check its permissions, or set HF_HOME to another folder."
+        return K2Error(f"{error.filename} cannot be written: {error.strerror}.", hint=hint)
+    return K2Error(f"The connection to {hub} broke off, or there is none.", hint=f"Check the network. {GO_ON}")
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def pull(
+    name: str, revision: str | None = None, include: Sequence[str] = (), *, accept: bool = False, quiet: bool = False
+) -> library.Model:
+    """`k2 models pull`: from the licence to the last byte, with a bar on a terminal. Raises K2Error."""
+    asked = f"{name}@{revision}" if revision else name
+    if is_offline() and (here := library.find(asked)):
+        licence.require(here.licence, name, yes=accept)
+        return here
+    planned = look_up(name, revision, include)
+    licence.require(planned.licence, name, yes=accept)
+    with bar(planned.size, quiet=quiet) as watch:
+        path = fetch(planned, watch)
+    manifest = library.read_manifest(planned.snapshot)
+    return library.Model(name, path, "hub", library.variant_of(path), planned.commit, manifest)
+
+
+@contextmanager
+def bar(total: int, *, quiet: bool) -> Iterator[Watch]:
+    """Progress in bytes over the whole pull, on a terminal only."""
+    from k2cli.console import console
+
+    if quiet or not console.is_terminal:
+        yield lambda what, done: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(28), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+    with Progress(
+        *columns, TextColumn("{task.description}", markup=False), console=console, transient=True
+    ) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda what, done: progress.update(task, description=what, completed=done)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def plain(text: str) -> str:
+    return UNPRINTABLE.sub("?", text)

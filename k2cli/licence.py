@@ -1,0 +1,94 @@
+"""The licence of the official weights: shown before their first use, its acceptance kept in a file of the user's."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import typer
+
+from k2cli.console import console, say
+from k2cli.outputs import write_toml, writing
+from model import library
+from model.errors import K2Error
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What a user must know before the first use. `terms` sum the text up; the text itself counts."""
+
+    name: str
+    title: str
+    text: str  # where it stands in full
+    policy: str
+    terms: tuple[str, ...]
+
+
+KREA_2 = Licence(
+    name=library.KREA_2,
+    title="Krea 2 Community License, version 1 (22 June 2026)",
+    text="https://krea.ai/krea-2-licensing",
+    policy="https://www.krea.ai/krea-2-use-policy",
+    terms=(
+        "Commercial use is open to companies below a revenue threshold only (1,000,000 US dollars in the last twelve"
+        " months, affiliates included); others need a commercial licence from Krea.",
+        "Whoever deploys the model must filter what is unlawful or what Krea's use policy forbids."
+        " k2 has a place for a filter: the entry point group k2.filters.",
+        "Pictures must be disclosed as made by AI where the law asks for it."
+        " k2 marks every picture's metadata so, unless --no-embed is given.",
+        "Who passes the weights on, changed or not, passes on these duties too.",
+    ),
+)
+LICENCES = {KREA_2.name: KREA_2}
+
+
+def record_file() -> Path:
+    return Path(typer.get_app_dir("k2")) / "licences.toml"
+
+
+def accepted() -> dict[str, datetime]:
+    """Licences accepted on this machine -> when. A file that cannot be read counts as none."""
+    try:
+        table = tomllib.loads(record_file().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: when for name, when in table.items() if isinstance(when, datetime)}
+
+
+def accept(licence: Licence) -> None:
+    file = record_file()
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_toml(file, accepted() | {licence.name: datetime.now(UTC).replace(microsecond=0)})
+
+
+def require(name: str | None, subject: str, *, yes: bool = False) -> None:
+    """See to it that a licence is accepted: from earlier, by `yes`, or asked for on a terminal. Raises K2Error if not.
+
+    `name` is the licence's as model cards have it; one that k2 knows no terms of asks for nothing.
+    """
+    licence = LICENCES.get(name or "")
+    if licence is None or licence.name in accepted():
+        return
+    say(f"{subject} comes under the {licence.title}. In short:")
+    for term in licence.terms:
+        say(f"  • {term}")
+    say(f"The text counts, not this summary: {licence.text}\nUse policy: {licence.policy}")
+    if not yes:
+        hint = f"Read it, then: k2 models pull {subject} --accept-licence"
+        if not (sys.stdin.isatty() and console.is_terminal):
+            raise K2Error(f"The licence of {subject} has not been accepted on this machine.", hint=hint)
+        if not typer.confirm("Have you read it, and do you accept it?", err=True):
+            raise K2Error(f"Without its licence accepted, {subject} is not used.", hint=hint)
+    accept(licence)
+    say(f"Accepted; noted in {record_file()}.", "dim")
+
+
+def require_for(name: str, variant: str | None = None) -> None:
+    """The same for a model that is here, by the name that a render gives it; what is not here asks for nothing."""
+    model = library.find(name, variant)
+    if model is not None and model.source != "box":
+        require(model.licence, name)

@@ -1,0 +1,534 @@
+"""Pulling against a server on this machine that speaks as the hub does, and misbehaves as networks do."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from rich.console import Console
+
+from k2cli import hub, licence
+from model import library
+
+REPO = "krea/Krea-2-Turbo"
+SHARDS = [f"transformer/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+MAIN, OLD = "a" * 40, "b" * 40
+
+
+def weights(seed: int, size: int = 200_000) -> bytes:
+    """A safetensors file of noise."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + Random(seed).randbytes(size)
+
+
+def etag(content: bytes) -> str:
+    """What the hub knows a file by: sha256 of large ones, git's object id of small ones."""
+    if len(content) > 1000:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+PIPELINE = {
+    "README.md": b"# A card",
+    "LICENSE.pdf": b"%PDF the licence",
+    "model_index.json": b'{"_class_name": "Krea2Pipeline", "is_distilled": true}',
+    "transformer/config.json": b'{"_class_name": "Krea2Transformer2DModel"}',
+    SHARDS[0]: weights(1),
+    SHARDS[1]: weights(2),
+    "text_encoder/model.safetensors": weights(3),
+    "text_encoder/pytorch_model.bin": b"\x80\x02a pickle",
+    "tokenizer/merges.txt": b"a b\n",
+    "vae/helper.py": b"print('code')",
+    "turbo.safetensors": weights(1, 400_000),  # the transformer once more
+}
+NEEDED = {"LICENSE.pdf", "model_index.json", "transformer/config.json", *SHARDS} | {
+    "text_encoder/model.safetensors",
+    "tokenizer/merges.txt",
+}
+
+
+@dataclass
+class Hub:
+    """The repositories that a server offers, how it behaves, and what it was asked for."""
+
+    url: str = ""
+    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # repo -> commit -> name -> bytes
+    refs: dict[str, str] = field(default_factory=lambda: {"main": MAIN, "v1": OLD})
+    card: dict[str, Any] = field(default_factory=dict)
+    cut: Counter[str] = field(default_factory=Counter)  # file -> how many answers break off half way
+    damaged: set[str] = field(default_factory=set)
+    refuse: Callable[[str], tuple[int, dict[str, str]] | None] = lambda path: None
+    asked: list[tuple[str, str, str]] = field(default_factory=list)  # (path, Range, Authorization)
+
+    def gets(self, name: str) -> list[str]:
+        """The ranges in which a file was asked for."""
+        return [span for path, span, _ in self.asked if path.endswith(f"/{name}") and "/resolve/" in path]
+
+    @property
+    def files(self) -> set[str]:
+        return {path.split("/", 5)[5] for path, _, _ in self.asked if "/resolve/" in path}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        hub = self.hub
+        hub.asked.append((path, self.headers.get("Range", ""), self.headers.get("Authorization", "")))
+        if refusal := hub.refuse(path):
+            return self.answer(refusal[0], b'{"error": "no"}', refusal[1])
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            return self.info("/".join(parts[2:4]), parts[5] if parts[4:5] == ["revision"] else "main")
+        if parts[2:3] == ["resolve"]:
+            repo, name = "/".join(parts[:2]), "/".join(parts[4:])
+            commit = hub.refs.get(parts[3], parts[3])
+            content = hub.repos[repo][commit][name]
+            about = {"X-Repo-Commit": commit, "ETag": f'"{etag(content)}"'}
+            if len(content) > 1000:  # large files lie elsewhere: another host, to which no token may go
+                other = f"http://localhost:{self.server.server_address[1]}/cdn/{etag(content)}/{name}"
+                about |= {"X-Linked-Etag": about["ETag"], "X-Linked-Size": str(len(content)), "Location": other}
+                return self.answer(302, b"", about)
+            return self.send(name, content, about)
+        if parts[:1] == ["cdn"]:
+            contents = [each for commits in hub.repos.values() for files in commits.values() for each in files.values()]
+            return self.send("/".join(parts[2:]), next(each for each in contents if etag(each) == parts[1]), {})
+        self.answer(404, b"{}")
+
+    do_HEAD = do_GET
+
+    def info(self, repo: str, revision: str) -> None:
+        commits = self.hub.repos.get(repo)
+        if commits is None:
+            return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        commit = self.hub.refs.get(revision, revision)
+        if commit not in commits:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        siblings = []
+        for name, content in commits[commit].items():
+            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": etag(content)}
+            if len(content) > 1000:
+                entry["lfs"] = {"size": len(content), "sha256": etag(content), "pointerSize": 134}
+            siblings.append(entry)
+        about = {"id": repo, "sha": commit, "siblings": siblings, "cardData": self.hub.card, "tags": []}
+        self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+
+    def send(self, name: str, content: bytes, about: dict[str, str]) -> None:
+        if name in self.hub.damaged:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        span = self.headers.get("Range")
+        start = int(span.removeprefix("bytes=").rstrip("-")) if span else 0
+        body = content[start:]
+        headers = about | {"Content-Length": str(len(body))}
+        if span:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.hub.cut[name] > 0:
+            self.hub.cut[name] -= 1
+            body = body[: len(body) // 2]
+            self.close_connection = True
+        self.answer(206 if span else 200, body, headers)
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    state = Hub(repos={REPO: {MAIN: dict(PIPELINE), OLD: PIPELINE | {SHARDS[0]: weights(9)}}})
+    handler = type("Bound", (Handler,), {"hub": state})
+    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    running.daemon_threads = True
+    monkeypatch.setattr(running, "handle_error", lambda *_: None)  # of clients that hang up
+    threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    state.url = f"http://127.0.0.1:{running.server_address[1]}"
+    yield state
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def hf(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """This process's hub client, pointed at the server and at a cache of its own; the licence is accepted."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 12)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    licence.accept(licence.KREA_2)
+    return server
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"HF_HOME": str(folder / "hf"), "XDG_CONFIG_HOME": str(folder / "config"), "HF_TOKEN": "hf_secret"}
+
+
+def cached(repo: str = REPO) -> list[str]:
+    """What lies in a repository's cache under blobs, by the ends of the names."""
+    return sorted(path.name.partition(".")[2] for path in (library.folder_of(repo) / "blobs").iterdir())
+
+
+def test_a_pull_brings_what_is_needed_and_nothing_else(hf: Hub, k2):
+    result = k2("models", "pull", "krea-2-turbo")
+
+    snapshot = Path(result.stdout.strip())
+    assert snapshot == library.locate("krea-2-turbo") == library.locate("krea-2") == library.locate(REPO)
+    assert hf.files == NEEDED
+    assert {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()} == NEEDED | {
+        library.MANIFEST
+    }
+    assert all((snapshot / name).read_bytes() == PIPELINE[name] for name in NEEDED)
+    manifest = library.read_manifest(snapshot)
+    assert (manifest["commit"], manifest["revision"], manifest["licence"]) == (MAIN, "main", library.KREA_2)
+    assert manifest["files"][SHARDS[0]]["sha256"] == etag(PIPELINE[SHARDS[0]])
+    model = library.find("krea-2-turbo")
+    assert (model.variant, model.revision, model.licence) == ("turbo", MAIN, library.KREA_2)
+    assert [each.name for each in library.list_models() if each.source == "hub"] == ["krea-2-turbo"]
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hf: Hub, k2):
+    k2("models", "pull", "krea-2-turbo")
+
+    tokens = {path.startswith("/cdn/"): token for path, _, token in hf.asked}
+    assert tokens == {False: "Bearer hf_secret", True: ""}
+
+
+def test_other_tools_find_what_was_pulled(hf: Hub, k2):
+    k2("models", "pull", "krea-2-turbo")
+
+    cache = library.cache()
+    found = huggingface_hub.hf_hub_download(REPO, SHARDS[1], cache_dir=cache, local_files_only=True)
+    assert Path(found).read_bytes() == PIPELINE[SHARDS[1]]
+    (repo,) = huggingface_hub.scan_cache_dir(cache).repos
+    assert [(revision.commit_hash, revision.refs) for revision in repo.revisions] == [(MAIN, {"main"})]
+
+
+def test_what_another_tool_pulled_is_found(hf: Hub, k2):
+    assert library.find(REPO) is None
+    for name in ("model_index.json", SHARDS[0], SHARDS[1]):
+        huggingface_hub.hf_hub_download(REPO, name, cache_dir=library.cache())
+
+    model = library.find("krea-2-turbo")
+    assert model is not None and model.path.name == MAIN and model.licence == library.KREA_2
+
+
+def test_the_bar_counts_bytes(monkeypatch):
+    screen = Console(file=StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr("k2cli.console.console", screen)
+
+    with hub.bar(2_000_000, quiet=False) as watch:
+        watch("[bold]turbo.safetensors", 1_000_000)
+
+    assert "1.0/2.0 MB" in screen.file.getvalue() and "[bold]turbo.safetensors" in screen.file.getvalue()
+
+
+def test_a_second_pull_fetches_nothing_but_mends_what_rotted(hf: Hub, k2):
+    snapshot = Path(k2("models", "pull", "krea-2-turbo").stdout.strip())
+    hf.asked.clear()
+    assert k2("models", "pull", "krea-2-turbo").stdout.strip() == str(snapshot)
+    assert hf.files == set()
+
+    blob = (snapshot / SHARDS[0]).resolve()
+    blob.write_bytes(bytes(len(PIPELINE[SHARDS[0]])))
+    k2("models", "pull", "krea-2-turbo")
+    assert hf.files == {SHARDS[0]}
+    assert (snapshot / SHARDS[0]).read_bytes() == PIPELINE[SHARDS[0]]
+
+
+def test_a_dropped_connection_is_picked_up_where_it_broke(hf: Hub, k2):
+    hf.cut[SHARDS[0]] = 2
+
+    k2("models", "pull", "krea-2-turbo")
+
+    first, second, third = hf.gets(SHARDS[0])
+    assert first == "" and 0 < int(second[6:-1]) < int(third[6:-1]) < len(PIPELINE[SHARDS[0]])
+    assert library.locate("krea-2-turbo").joinpath(SHARDS[0]).read_bytes() == PIPELINE[SHARDS[0]]
+
+
+def test_a_pull_that_broke_off_goes_on_in_the_next_one(hf: Hub, k2):
+    hf.cut[SHARDS[1]] = 1
+    hf.refuse = lambda path: (503, {}) if path.endswith(SHARDS[1]) and len(hf.gets(SHARDS[1])) > 1 else None
+
+    result = k2("models", "pull", "krea-2-turbo", code=1)
+
+    assert "is in trouble (503)" in result.stderr and "What came so far is kept" in result.stderr
+    assert library.locate("krea-2-turbo") is None and library.list_models() == []
+    (partial,) = library.folder_of(REPO).glob("blobs/*.incomplete")
+    have = partial.stat().st_size
+    assert 0 < have < len(PIPELINE[SHARDS[1]])
+
+    hf.refuse = lambda path: None
+    hf.asked.clear()
+    k2("models", "pull", "krea-2-turbo")
+    assert hf.gets(SHARDS[1]) == [f"bytes={have}-"]
+    assert SHARDS[0] not in hf.files
+    assert library.locate("krea-2-turbo").joinpath(SHARDS[1]).read_bytes() == PIPELINE[SHARDS[1]]
+    assert "incomplete" not in cached()
+
+
+def test_a_wrong_hash_is_thrown_away_and_said(hf: Hub, k2):
+    hf.damaged = {SHARDS[0]}
+
+    result = k2("models", "pull", "krea-2-turbo", code=1)
+
+    assert f"{SHARDS[0]} arrived damaged" in result.stderr and "Pull again" in result.stderr
+    assert library.locate("krea-2-turbo") is None and "incomplete" not in cached()
+    hf.damaged = set()
+    k2("models", "pull", "krea-2-turbo")
+    assert library.locate("krea-2-turbo")
+
+
+def test_a_damaged_beginning_is_found_out(hf: Hub, k2):
+    """What lies there as .incomplete need not be the beginning of this file."""
+    partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * 1000)
+
+    assert "arrived damaged" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+    k2("models", "pull", "krea-2-turbo")
+    assert hf.gets(SHARDS[0]) == ["bytes=1000-", ""]
+
+
+def test_small_files_are_checked_too(hf: Hub, k2):
+    hf.damaged = {"model_index.json"}
+
+    assert "model_index.json arrived damaged" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+
+REFUSALS = {
+    "gated, nobody": ("/resolve/", 401, {"X-Error-Code": "GatedRepo"}, "does not know who asks", "set HF_TOKEN"),
+    "gated, stranger": ("/resolve/", 403, {"X-Error-Code": "GatedRepo"}, "not been let in (403)", "Accept its licence"),
+    "bad token": (
+        "/api/",
+        401,
+        {"X-Error-Message": "Invalid credentials in Authorization header"},
+        "refuses the token",
+        "Check HF_TOKEN",
+    ),
+    "narrow token": ("/resolve/", 403, {}, "refuses the token", "Check HF_TOKEN"),
+    "no repository": (
+        "/api/",
+        404,
+        {"X-Error-Code": "RepoNotFound"},
+        "has no model krea/Krea-2-Turbo",
+        "Check the name",
+    ),
+    "file gone": ("/resolve/", 404, {"X-Error-Code": "EntryNotFound"}, "file that it lists", "mirror"),
+    "server error": ("/api/", 500, {}, "in trouble (500)", "Try again later"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_are_said_in_one_sentence(hf: Hub, k2, case: str):
+    where, status, headers, sentence, hint = REFUSALS[case]
+    hf.refuse = lambda path: (status, headers) if where in path else None
+
+    result = k2("models", "pull", "krea-2-turbo", code=1)
+
+    error, advice = result.stderr.strip().splitlines()[-2:]
+    assert error.startswith("Error: ") and sentence in error
+    assert advice.startswith("Hint: ") and hint in advice
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert library.locate("krea-2-turbo") is None
+
+
+def test_unknown_names_and_revisions(hf: Hub, k2):
+    assert "has no model acme/nothing" in k2("models", "pull", "acme/nothing", code=1).stderr
+    assert 'has no revision "v9"' in k2("models", "pull", "krea-2-turbo", "--revision", "v9", code=1).stderr
+    assert "krea-2-turbo, krea-2-raw" in k2("models", "pull", "turbo", code=1).stderr
+    assert k2("models", "pull", "krea-2-turbo", "--revision", "../../main", code=1)
+
+
+def test_a_revision_is_pinned(hf: Hub, k2):
+    old = Path(k2("models", "pull", "krea-2-turbo", "--revision", "v1").stdout.strip())
+    assert library.locate("krea-2-turbo") == old  # the only one there is
+
+    new = Path(k2("models", "pull", "krea-2-turbo").stdout.strip())
+    assert (old.name, new.name) == (OLD, MAIN)
+    assert library.locate("krea-2-turbo") == library.locate(f"krea-2-turbo@{MAIN}") == new
+    assert library.locate("krea-2-turbo@v1") == library.locate(f"{REPO}@{OLD[:8]}") == old
+    assert library.locate("krea-2-turbo@v2") is None
+    assert (old / SHARDS[0]).read_bytes() == weights(9)
+    assert (old / SHARDS[1]).resolve() == (new / SHARDS[1]).resolve()
+    assert {each.name for each in library.list_models()} >= {"krea-2-turbo", f"krea-2-turbo@{OLD[:12]}"}
+
+
+def test_a_twin_in_another_repository_is_not_fetched_again(hf: Hub, k2):
+    hf.repos["krea/Krea-2-Raw"] = {MAIN: PIPELINE | {SHARDS[0]: weights(4), SHARDS[1]: weights(5)}}
+    k2("models", "pull", "krea-2-turbo")
+    hf.asked.clear()
+
+    k2("models", "pull", "krea-2-raw")
+
+    assert hf.files == set(SHARDS)
+    assert library.locate("krea-2-raw").joinpath("text_encoder/model.safetensors").read_bytes() == weights(3)
+
+
+def test_room_is_looked_for_before_the_first_byte(hf: Hub, k2, monkeypatch):
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000_000))
+    monkeypatch.setattr(hub, "MARGIN", 300_000_000)
+
+    result = k2("models", "pull", "krea-2-turbo", code=1)
+
+    assert "needs 0.6 MB more" in result.stderr and "0.3 GB free" in result.stderr and "HF_HOME" in result.stderr
+    assert hf.files == set()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "words"),
+    [(OSError(errno.ENOSPC, "No space"), 1, "is full"), (KeyboardInterrupt(), 130, "Interrupted; what came is kept")],
+)
+def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: BaseException, code: int, words: str):
+    write = hub.Counted.write
+
+    def stop(self: Any, data: bytes) -> int:
+        if self.file.tell() > 100_000:
+            raise trouble
+        return write(self, data)
+
+    monkeypatch.setattr(hub.Counted, "write", stop)
+    assert words in k2("models", "pull", "krea-2-turbo", code=code).stderr
+    assert library.locate("krea-2-turbo") is None
+
+    monkeypatch.setattr(hub.Counted, "write", write)
+    hf.asked.clear()
+    k2("models", "pull", "krea-2-turbo")
+    assert int(hf.gets("text_encoder/model.safetensors")[0][6:-1]) > 100_000
+
+
+def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    snapshot = k2("models", "pull", "krea-2-turbo").stdout
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hf.asked.clear()
+    assert k2("models", "pull", "krea-2-turbo").stdout == snapshot
+    assert hf.asked == []
+
+
+def test_no_network(hf: Hub, k2, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    assert "The connection to http://127.0.0.1:9 broke off" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+
+def test_what_is_no_hub_is_recognised(hf: Hub, k2, monkeypatch):
+    monkeypatch.setattr(Handler, "info", lambda self, *_: self.answer(200, b"<html>Welcome to this hotel</html>"))
+
+    assert "does not answer as a hub does" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+
+def test_pickles_are_never_pulled(hf: Hub, k2):
+    hf.repos["acme/old"] = {MAIN: {"pytorch_model.bin": b"\x80\x02", "config.json": b"{}"}}
+
+    assert "only pickles" in k2("models", "pull", "acme/old", code=1).stderr
+    assert hf.files == set()
+
+
+def test_of_several_models_one_is_chosen(hf: Hub, k2):
+    files = {f"models/k2_{name}.safetensors": weights(i) for i, name in enumerate(("fp8", "bf16"))}
+    hf.repos["acme/all"] = {MAIN: files}
+
+    result = k2("models", "pull", "acme/all", code=1)
+    assert "several models" in result.stderr and "models/k2_fp8.safetensors" in result.stderr
+    assert "no weights that match" in k2("models", "pull", "acme/all", "--include", "*.gguf", code=1).stderr
+
+    path = Path(k2("models", "pull", "acme/all", "--include", "*fp8*").stdout.strip())
+    assert path.name == "k2_fp8.safetensors" and library.locate("acme/all") == path
+    k2("models", "pull", "acme/all/models/k2_bf16.safetensors")
+    assert library.locate("acme/all/models/k2_bf16.safetensors").read_bytes() == weights(1)
+    assert library.locate("acme/all/models/k2_fp8.safetensors") == path
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/outside.json", "a//b.json", "a\\..\\b.json"])
+def test_files_stay_in_the_cache(hf: Hub, k2, name: str):
+    hf.repos["acme/evil"] = {MAIN: {"model.safetensors": weights(1), name: b"{}"}}
+
+    assert "no place in a repository" in k2("models", "pull", "acme/evil", code=1).stderr
+    assert hf.files == set()
+
+
+def test_two_pulls_do_not_write_one_file(hf: Hub, k2):
+    with hub.alone(hub.look_up("krea-2-turbo")):
+        assert "Another process is pulling" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+
+def test_the_licence_comes_first(hf: Hub, k2):
+    licence.record_file().unlink()
+
+    result = k2("models", "pull", "krea-2-turbo", code=1)
+    for words in ("Krea 2 Community License", "revenue", "filter", "made by AI", licence.KREA_2.text):
+        assert words in result.stderr
+    assert "has not been accepted" in result.stderr and "--accept-licence" in result.stderr
+    assert hf.files == set()
+
+    k2("models", "pull", "krea-2-turbo", "--accept-licence")
+    assert licence.KREA_2.name in licence.accepted()
+    assert "Community License" not in k2("models", "pull", "krea-2-turbo").stderr
+
+
+def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):
+    licence.record_file().unlink()
+    hf.repos["acme/tuned"] = {MAIN: {"model.safetensors": weights(1)}}
+
+    hf.card = {"license": "mit"}
+    k2("models", "pull", "acme/tuned")
+    assert library.find("acme/tuned").licence == "mit"
+
+    hf.card = {"license": "other", "base_model": ["krea/Krea-2-Raw"]}
+    assert "has not been accepted" in k2("models", "pull", "acme/tuned", code=1).stderr
+
+
+def test_the_environment_is_honoured(server: Hub, tmp_path: Path):
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN as a user sets them; the process goes without torch."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | environment(tmp_path)
+    code = """if True:
+        import sys
+        from k2cli.app import app
+        try:
+            app(["models", "pull", "krea-2-turbo", "--accept-licence", "--json"])
+        except SystemExit as end:
+            sys.exit(end.code or ("torch" in sys.modules and "torch was imported") or 0)
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env | {"HF_ENDPOINT": server.url}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["commit"] == MAIN and Path(about["path"]).is_relative_to(tmp_path / "hf" / "hub")
+    assert set(about["files"]) == NEEDED
+    assert {token for path, _, token in server.asked if path.startswith("/api/models/")} == {"Bearer hf_secret"}
