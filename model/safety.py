@@ -1,0 +1,73 @@
+"""The place for an output filter: it sees every finished picture and may keep it from anyone's eyes.
+
+k2 brings no classifier; which one fits is for whoever deploys it to say. A package plugs one in by an entry point,
+
+    [project.entry-points."k2.filters"]
+    nudity = "my_package:check"
+
+with `check(image, record) -> Verdict`; in Python it is `Pipeline.load(..., filters=[check])`. A filter that fails lets
+nothing through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from PIL import Image
+
+from model.errors import K2Error
+from model.spec import Picture
+
+GROUP = "k2.filters"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a filter says of a picture; the reason is for the record and the log."""
+
+    allowed: bool
+    reason: str = ""
+
+
+Filter = Callable[[Image.Image, Mapping[str, Any]], Verdict]
+
+
+def installed() -> dict[str, Filter]:
+    """The filters of installed packages, by name. Raises K2Error for one that cannot be loaded."""
+    filters = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            filters[point.name] = point.load()
+        except Exception as error:  # whatever a foreign package raises while it is imported
+            raise failure(point.name, error) from error
+    return filters
+
+
+def name_of(check: Filter) -> str:
+    return getattr(check, "__name__", type(check).__name__)
+
+
+def review(picture: Picture, filters: Mapping[str, Filter] | Iterable[Filter]) -> Picture:
+    """The picture as it came if every filter allows it; else a black one, whose record says who blocked it and why."""
+    named = filters if isinstance(filters, Mapping) else {name_of(check): check for check in filters}
+    for name, check in named.items():
+        try:
+            verdict = check(picture.image.copy(), picture.record)
+        except Exception as error:  # a classifier's own troubles; the picture stays unseen
+            raise failure(name, error) from error
+        if not isinstance(verdict, Verdict):
+            raise failure(name, TypeError(f"it returned {type(verdict).__name__}, not a Verdict"))
+        if not verdict.allowed:
+            blocked = {"filter": name, "reason": verdict.reason or "no reason given"}
+            return Picture(Image.new("RGB", picture.image.size), {**picture.record, "blocked": blocked})
+    return picture
+
+
+def failure(name: str, error: Exception) -> K2Error:
+    return K2Error(
+        f'The output filter "{name}" failed: {error or type(error).__name__}.',
+        hint="No picture passes unseen. Mend the filter, or uninstall the package that brings it.",
+    )
