@@ -1,0 +1,67 @@
+"""Output filters: what they block is seen by nobody, and a filter that fails blocks everything."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from model import safety
+from model.errors import K2Error
+from model.safety import Verdict, installed, review
+from model.spec import Picture
+
+RED = Picture(Image.new("RGB", (8, 4), "red"), {"prompt": "a rose", "seed": 7})
+
+
+def allow(image, record):
+    return Verdict(True)
+
+
+def no_roses(image, record):
+    return Verdict("rose" not in record["prompt"], "roses are forbidden")
+
+
+def test_what_every_filter_allows_passes_untouched():
+    def vandal(image, record):
+        image.paste("black", (0, 0, 8, 4))
+        return Verdict(True)
+
+    picture = review(RED, [allow, vandal])
+
+    assert picture is RED and picture.image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_blocked_picture_is_black_and_says_why():
+    picture = review(RED, {"first": allow, "botany": no_roses})
+
+    assert picture.image.size == RED.image.size and picture.image.getextrema() == ((0, 0),) * 3
+    assert picture.record == {**RED.record, "blocked": {"filter": "botany", "reason": "roses are forbidden"}}
+
+
+@pytest.mark.parametrize("result", [None, True, "yes"])
+def test_what_is_no_verdict_lets_nothing_through(result):
+    with pytest.raises(K2Error, match="not a Verdict"):
+        review(RED, {"vague": lambda image, record: result})
+
+
+def test_a_filter_that_fails_lets_nothing_through():
+    def broken(image, record):
+        raise RuntimeError("no weights")
+
+    with pytest.raises(K2Error, match='"broken" failed: no weights'):
+        review(RED, [allow, broken])
+
+
+def test_installed_packages_bring_filters(monkeypatch):
+    points = [SimpleNamespace(name="roses", load=lambda: no_roses), SimpleNamespace(name="all", load=lambda: allow)]
+    monkeypatch.setattr(safety, "entry_points", lambda group: points if group == "k2.filters" else [])
+    assert list(installed()) == ["all", "roses"]
+
+    def missing():
+        raise ImportError("no module named nudity")
+
+    points.append(SimpleNamespace(name="nudity", load=missing))
+    with pytest.raises(K2Error, match='"nudity" failed: no module named nudity'):
+        installed()
