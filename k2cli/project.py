@@ -230,7 +230,10 @@ class Project:
 
         if prompts is None and not self.prompts:
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
-        looks = self.styles.resolve({**self.weights, **(styles or {})}, Place(self.toml, ("style",)))
+        typed = dict.fromkeys(styles or {}, "--style")
+        looks = self.styles.resolve(
+            {**self.weights, **(styles or {})}, lambda name: typed.get(name) or self.toml.where("style", name)
+        )
         shots: list[Shot] = []
         for prompt, name in name_files(self.prompts if prompts is None else prompts):
             width, height = settings.pixels(prompt.size or settings.size, where)

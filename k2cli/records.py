@@ -82,13 +82,17 @@ class ReferenceUsed:
 
 @dataclass(frozen=True)
 class Record:
-    """A record, or a plan entry, as read back."""
+    """A record as read back: checked, but not yet whether what it names is there."""
 
-    table: Mapping[str, Any]
     shot: Shot
     model: ModelUsed
-    hashes: Mapping[Path, str]  # of the files that the picture depends on
-    pixels: str | None
+    files: Mapping[str, str]  # of the model: name -> sha256
+    references: Mapping[Path, str]
+    table: Mapping[str, Any]
+
+    @property
+    def pixels(self) -> Any:
+        return self.table.get("pixels")
 
 
 def request(shot: Shot, root: Path) -> dict[str, Any]:
@@ -223,36 +227,31 @@ def read(path: Path) -> Toml:
     )
 
 
-def describe(record: Mapping[str, Any]) -> str:
+def describe(record: Record) -> str:
     """A record for people: what it says, a fact a line."""
-    prompt, made, used = (record.get(key, {}) for key in ("prompt", "settings", "model"))
+    spec, used, table = record.shot.spec, record.model, record.table
     looks = [
-        f"{style['name']} {style['strength']:g}"
-        + "".join(f"\n  {reference['image']}" for reference in style.get("reference", []))
-        for style in record.get("style") or []
+        f"{style.name} {style.strength:g}" + "".join(f"\n  {reference.image}" for reference in style.references)
+        for style in spec.styles
     ]
+    versions = table.get("versions", {})
     facts = {
-        "prompt": prompt.get("text"),
-        "expanded": prompt.get("expanded") if prompt.get("expanded") != prompt.get("text") else None,
-        "avoid": prompt.get("avoid"),
+        "prompt": record.shot.given,
+        "expanded": "" if spec.prompt == record.shot.given else spec.prompt,
+        "avoid": spec.negative,
         "styles": "\n".join(looks),
-        "size": f"{made.get('width')} x {made.get('height')}",
-        **{key: made.get(key) for key in ("seed", "steps", "guidance", "mu")},
-        "model": f"{used.get('name')} {used.get('variant') or ''}",
-        "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in used.get("files", {}).items()),
-        "device": f"{made.get('device')}, {made.get('dtype')}",
-        "made": record.get("created"),
-        "seconds": record.get("seconds"),
-        "pixels": record.get("pixels"),
-        "versions": ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items()),
+        "size": f"{spec.width} x {spec.height}",
+        **{key: getattr(spec, key) for key in ("seed", "steps", "guidance", "mu")},
+        "model": f"{used.name} {used.variant or ''}",
+        "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in record.files.items()),
+        "device": f"{used.device}, {used.dtype}",
+        **{key: table.get(key, "") for key in ("created", "seconds", "pixels")},
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
     }
+    lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
     return "\n".join(
-        f"{name if first else '':<10}{line}"
-        for name, fact in facts.items()
-        if fact not in (None, "")
-        for first, line in (
-            (i == 0, line) for i, line in enumerate(UNPRINTABLE.sub("?", part) for part in str(fact).split("\n"))
-        )
+        f"{name if index == 0 or lines[index - 1][0] != name else '':<10}{UNPRINTABLE.sub('?', line)}"
+        for index, (name, line) in enumerate(lines)
     )
 
 
@@ -262,19 +261,22 @@ Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what l
 def parse(toml: Toml, inside: Inside | None) -> Record:
     """A record read back and checked. Without a project to look into there can be no references."""
     place, table = Place(toml), toml.table
-    if table.get("schema") != SCHEMA:
-        raise K2Error(
-            f"{toml.label} is not a record that this version of k2 can read.", hint=f"It reads schema {SCHEMA}."
-        )
-    shot, hashes = shot_of(table, place, inside)
-    used = part(ModelUsed, table, "model", place)
-    name = models.resolve(used.name, inside)
-    files = read_hashes(table["model"].get("files"), place.below("model", "files"))
-    made = part(MadeWith, table, "settings", place)
-    hashes = {**{models.file_of(name, file): sha for file, sha in files.items()}, **hashes}
-    return Record(
-        table, shot, replace(used, name=name, device=made.device, dtype=made.dtype), hashes, table.get("pixels")
-    )
+    if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
+        raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
+    shot, references = shot_of(table, place, inside)
+    used, made = part(ModelUsed, table, "model", place), part(MadeWith, table, "settings", place)
+    files = table["model"].get("files")
+    if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):
+        at = place.below("model")("files")
+        raise K2Error(f"{at}: expected a table of file = sha256.", hint="Is it a record that k2 wrote?")
+    return Record(shot, replace(used, device=made.device, dtype=made.dtype), files, references, table)
+
+
+def locate(record: Record, inside: Inside | None) -> str:
+    """The record's model, found here. Refuses when a file of it, or a reference, is not what it was."""
+    name = models.resolve(record.model.name, inside, record.model.variant)
+    verify({models.file_of(name, file): sha for file, sha in record.files.items()} | dict(record.references))
+    return name
 
 
 def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tuple[Shot, dict[Path, str]]:
@@ -326,12 +328,6 @@ def tables_of(table: Mapping[str, Any], key: str, place: Place) -> list[dict[str
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise K2Error(f"{place(key)}: expected a list of tables.", hint="Is it a record that k2 wrote?")
     return found
-
-
-def read_hashes(table: Any, place: Place) -> dict[str, str]:
-    if not isinstance(table, dict) or not table or not all(isinstance(sha, str) for sha in table.values()):
-        raise K2Error(f"{place()}: expected a table of file = sha256.", hint="Is it a record that k2 wrote?")
-    return table
 
 
 def verify(hashes: Mapping[Path, str]) -> None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2cli import records
+from k2cli import models, records
 from k2cli.outputs import RUN, Run, dump, write, write_toml
 from k2cli.project import Project, Shot
 from k2cli.sheet import Entry, contact_sheets
@@ -19,6 +19,7 @@ from model.errors import K2Error
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
+MOST_PLAN = 64 << 20  # bytes of a run.toml
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
 
@@ -100,7 +101,12 @@ def plan(job: Job) -> dict[str, Any]:
         "schema": records.SCHEMA,
         "started": datetime.now(UTC).replace(microsecond=0),
         "project": job.project.name,
-        "model": {"name": job.model, "variant": job.variant, "device": job.device, "dtype": job.dtype},
+        "model": {
+            "name": records.portable(job.model, job.project.root),
+            "variant": job.variant,
+            "device": job.device,
+            "dtype": job.dtype,
+        },
         "picture": [{"file": f"{shot.stem}.png", **records.request(shot, job.project.root)} for shot in job.shots],
     }
 
@@ -110,7 +116,7 @@ def resume(project: Project) -> Job:
     run = Run.last(project.outputs)
     if run is None:
         raise K2Error(f"{project.name} has no run to go on with.", hint="Start one with: k2 render")
-    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}")
+    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN)
     place = Place(toml)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
         raise K2Error(
@@ -121,13 +127,14 @@ def resume(project: Project) -> Job:
         records.shot_of(entry, place.below("picture", i), project.inside)
         for i, entry in enumerate(toml.table["picture"])
     ]
-    job = Job(project, [shot for shot, _ in planned], used.name, used.variant, used.device, used.dtype, run)
+    model = models.resolve(used.name, project.inside, used.variant)
+    job = Job(project, [shot for shot, _ in planned], model, used.variant, used.device, used.dtype, run)
     for _, hashes in planned:
         records.verify(hashes)
     for shot in job.shots:
         if run.has(shot.stem):
             label = f"{run.folder.name}/{shot.stem}.toml"
-            records.verify(records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside).hashes)
+            records.locate(records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside), project.inside)
             break
     return job
 
@@ -142,8 +149,9 @@ def rerun(
     on_step: OnStep | None = None,
 ) -> tuple[Saved, bool]:
     """Make a picture again -> where it is, whether its pixels are the recorded ones. Hashes are verified before."""
-    record = records.parse(records.read(file), home.inside if home else None)
-    records.verify(record.hashes)
+    inside = home.inside if home else None
+    record = records.parse(records.read(file), inside)
+    model = records.locate(record, inside)
     if output is None and home is None:
         raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
     if output is not None and output.suffix != ".png":
@@ -151,7 +159,7 @@ def rerun(
     if output is not None and (output.exists() or output.with_suffix(".toml").exists()):
         raise K2Error(f"{output} exists already.", hint="Choose another name.")
     used = record.model
-    pipeline = load(used.name, used.variant, device or used.device, used.dtype)
+    pipeline = load(model, used.variant, device or used.device, used.dtype)
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, home.root if home else Path.cwd())
     png, text = records.encode(picture.image, again, embed=embed), dump(again)

@@ -63,11 +63,11 @@ class Toml:
             raise K2Error(f"{label} is not valid TOML: {UNPRINTABLE.sub('?', str(error))}.") from None
 
     @classmethod
-    def read(cls, path: Path, label: str) -> Toml:
+    def read(cls, path: Path, label: str, limit: int = LIMIT) -> Toml:
         try:
-            if path.stat().st_size > LIMIT:
+            if path.stat().st_size > limit:
                 raise K2Error(
-                    f"{label} is larger than {LIMIT >> 20} MB.", hint="Is it the right file? No hand writes that much."
+                    f"{label} is larger than {limit >> 20} MB.", hint="Is it the right file? No hand writes that much."
                 )
             return cls(path.read_bytes().decode(), label)
         except FileNotFoundError:

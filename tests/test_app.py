@@ -153,7 +153,7 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
         (["--device", "tpu"], 'There is no device "tpu".', "Here is: cpu."),
         (["--turbo"], "The box holds no turbo checkpoint of mini.", "Leave --turbo out."),
         (["--model", "minni"], 'There is no model "minni" here.', 'Did you mean "mini"?'),
-        (["--style", "dusk=1"], 'there is no style "dusk".', "Write it as styles/dusk.toml."),
+        (["--style", "dusk=1"], '--style: there is no style "dusk".', "Write it as styles/dusk.toml."),
         (["--only", "fux"], 'moody has no prompt named "fux".', 'Did you mean "fox"?'),
         (["-p", "a\x1b[2Jb"], "A prompt holds a control character.", ""),
         (["--resume"], "moody has no run to go on with.", "Start one with: k2 render"),

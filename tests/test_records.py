@@ -57,7 +57,8 @@ def test_a_record_leads_back_to_its_spec(moody):
     assert read.shot == asked
     assert read.model == records.ModelUsed("mini", "raw", "cpu", "float32")
     assert read.pixels == records.pixel_hash(picture().image)
-    assert set(map(lambda path: path.name, read.hashes)) == {"mini-raw.safetensors", "a.png"}
+    assert read.files == {"mini-raw.safetensors": "ab" * 32}
+    assert list(read.references) == [reference]
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,7 +114,7 @@ def test_a_private_picture_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("schema = 1", "schema = 2", "not a record that this version"),
+        ("schema = 1", "schema = 2", "no record that this version"),
         ("seed = 7", "seed = -7", r'line \d+: "seed" must lie between'),
         ("seed = 7", 'seed = "7"', '"seed" must be a whole number'),
         ("[settings]", "[settinsg]", r"the table \[settings\] is missing"),
@@ -127,7 +128,8 @@ def test_a_changed_record_is_refused(moody, old, new, message):
     assert old in text
 
     with pytest.raises(K2Error, match=message):
-        records.parse(Toml(text.replace(old, new), "fox-7.toml"), Project.open(moody).inside)
+        inside = Project.open(moody).inside
+        records.locate(records.parse(Toml(text.replace(old, new), "fox-7.toml"), inside), inside)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(50)])
@@ -147,6 +149,15 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
 
     assert shown[0] == shown[1] == shown[2]
     assert "prompt    tea\n" in shown[0] and "seed      7\n" in shown[0]
+
+
+@pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
+def test_what_is_no_record_is_not_shown(moody, k2, file):
+    k2("render", "-p", "tea")
+    (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+
+    assert "Error" in k2("show", file, code=1).stderr
+    assert "Error" in k2("rerun", file, code=1).stderr
 
 
 class TestRerun:
