@@ -20,6 +20,14 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter of the network and its weight, negative too; 0 is exactly the picture without it."""
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Style:
     """A named look; strength −2 … 2 is its influence on the picture, 0 is exactly the picture without it."""
 
@@ -28,6 +36,8 @@ class Style:
     references: tuple[Reference, ...] = ()
     keywords: tuple[str, ...] = ()
     avoids: tuple[str, ...] = ()
+    lora: Path | None = None  # joins at the style's strength
+    triggers: tuple[str, ...] = ()  # words that the LoRA was trained to answer to; whoever writes the prompt adds them
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class RenderSpec:
     guidance: float | None = None  # Krea scale: v + g (v − v_uncond), 0 is off
     mu: float | None = None  # the time shift is exp(mu)
     styles: tuple[Style, ...] = ()
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,285 @@
+"""Low-rank adapters: read in any trainer's layout, checked against the network, laid over it and taken off again.
+
+A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
+it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
+bits that were there. Merged, it costs no time and cannot be taken off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.checkpoint import open_checkpoint
+from model.dit import Krea2
+from model.errors import K2Error
+from model.headers import read_header, read_json, some
+from model.layouts import diffusers_names
+from model.parts import sha256
+
+PREFIXES = (
+    "base_model.model.",  # PEFT
+    "model.diffusion_model.",  # ComfyUI, as the next
+    "diffusion_model.",
+    "transformer.",  # diffusers
+    "lora_unet_",  # kohya, dots as underscores; as the next two
+    "lora_transformer_",
+    "lycoris_",
+)
+PART = re.compile(  # module . half [. the adapter's name] [. weight]
+    r"(?P<module>.+?)\.lora(_|\.)(?P<half>A|B|down|up)(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
+)
+OTHER_KINDS = {  # adapters that are no low-rank sum, or more than one
+    r"\.lokr_": "a LoKr",
+    r"\.hada_": "a LoHa",
+    r"\.(dora_scale|lora_magnitude_vector)": "a DoRA",
+    r"\.(diff|diff_b|set_weight)$": "whole differences beside low-rank ones",
+    r"\.lora_mid": "a LoRA of convolutions",
+    r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
+}
+OTHER_MODELS = {  # whose layers are called so; the first that fits
+    r"(double|single)_blocks|single_transformer_blocks": "FLUX",
+    r"joint_blocks": "Stable Diffusion 3",
+    r"(img|txt)_(mod|mlp)[._]|[._]add_[qkv]_proj": "Qwen-Image or FLUX",
+    r"(^|[._])(down|up|input|output)_blocks|(mid|middle)_block": "SDXL or Stable Diffusion 1",
+    r"blocks[._]\d+[._](self_attn|cross_attn)": "Wan",
+    r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
+}
+TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
+ON_RAW = "Give a LoRA that was trained on Krea 2."
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to one layer at weight 1: scale · up @ down."""
+
+    down: Tensor  # [r, in]
+    up: Tensor  # [out, r]
+    scale: float  # alpha / rank
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file, matched against a network."""
+
+    path: Path
+    sha256: str
+    layers: Mapping[str, LowRank]  # by the layer's native name
+    unmatched: tuple[str, ...]  # layers that the network lacks, as the file calls them
+
+    def report(self, weight: float) -> dict[str, Any]:
+        """For records: matched of modules layers are in use; the others are named."""
+        return {
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "weight": weight,
+            "matched": len(self.layers),
+            "modules": len(self.layers) + len(self.unmatched),
+            "unmatched": list(self.unmatched),
+        }
+
+
+def read_lora(path: Path | str, network: Krea2) -> Adapter:
+    """Read a .safetensors file, or PEFT's folder of one, and match its layers with the network's linear layers.
+
+    Layers that the network lacks (of a text encoder, say) are named in `unmatched`. Raises K2Error where none match,
+    where the file is made for another model or is no plain LoRA, and for shapes that do not fit.
+    """
+    file = weights_file(Path(path))
+    checkpoint = open_checkpoint(file)
+    refuse_others(file, checkpoint.tensors)
+    halves, alphas = sort_out(file, dict(checkpoint.read()))
+    spellings = layer_names(network)
+    known = {module: spellings.get(bare(module)) for module in halves}
+    unmatched = tuple(sorted(module for module, name in known.items() if name is None))
+    refuse_unmatched(file, unmatched, len(known))
+    if len(set(known.values()) - {None}) < len(known) - len(unmatched):
+        raise K2Error(f"{file} holds the same layer twice.", hint=ON_RAW)
+
+    settings = peft_settings(file)
+    layers = {}
+    for module, name in known.items():
+        if name is not None:
+            down, up = halves[module]["down"], halves[module]["up"]
+            check_shapes(
+                file, module, down, up, network.get_submodule(name).get_parameter("weight"), network.config.width
+            )
+            scale = alphas[module] / len(down) if module in alphas else settings.scale(name, bare(module), len(down))
+            layers[name] = LowRank(down, up, scale)
+    return Adapter(Path(path), sha256(file), layers, unmatched)
+
+
+def weights_file(path: Path) -> Path:
+    """PEFT saves a folder."""
+    return path / "adapter_model.safetensors" if path.is_dir() else path
+
+
+@contextmanager
+def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iterator[None]:
+    """Within the context the network answers with the adapters, each at its weight (negative too), in any order.
+
+    Weight 0 adds nothing, not even a rounding. Contexts may be nested: they add.
+    """
+    with ExitStack() as stack:
+        for name, (down, up) in together(adapters).items():
+            layer = network.get_submodule(name)
+            stack.enter_context(layer.register_forward_hook(SecondPath(down, up)))
+        yield
+
+
+@torch.no_grad()
+def merge(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> None:
+    """Add the adapters to the network's own weights, for good. The sum is rounded once, to the weights' dtype."""
+    for name, (down, up) in together(adapters).items():
+        weight = network.get_submodule(name).get_parameter("weight")
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(f"{name} is stored in 8 bits: lay the adapters over instead")
+        weight.copy_(weight.float() + (up.to(weight.device) @ down.to(weight.device)))
+
+
+class SecondPath:
+    """A forward hook: the layer's answer plus up(down(x))."""
+
+    def __init__(self, down: Tensor, up: Tensor):
+        self.down, self.up = down, up
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
+        (x,) = inputs
+        self.down, self.up = self.down.to(x), self.up.to(x)  # x tells where, and how exactly, the layer computes
+        return answer + F.linear(F.linear(x, self.down), self.up)
+
+
+def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Several adapters as one: per layer down [Σr, in] and up [out, Σr], stacked in an order of their own."""
+    in_use = sorted(((a, weight) for a, weight in adapters if weight), key=lambda pair: (pair[0].sha256, pair[1]))
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for adapter, weight in in_use:
+        for name, each in adapter.layers.items():
+            parts.setdefault(name, []).append((each.down.float(), each.up.float() * (each.scale * weight)))
+    return {
+        name: (torch.cat([d for d, _ in pairs]), torch.cat([u for _, u in pairs], 1)) for name, pairs in parts.items()
+    }
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def layer_names(network: Krea2) -> dict[str, str]:
+    """Every spelling of a linear layer -> its native name: native and diffusers', with dots and with underscores."""
+    theirs = diffusers_names(network.config.blocks)
+    names = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear):
+            for spelling in (name, theirs[f"{name}.weight"].removesuffix(".weight")):
+                names[spelling] = names[spelling.replace(".", "_")] = name
+    return names
+
+
+def bare(module: str) -> str:
+    """A layer's name without the prefixes that trainers put before it."""
+    while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
+        module = module.removeprefix(prefix)
+    return module
+
+
+def refuse_others(path: Path, names: Iterable[str]) -> None:
+    """Raises K2Error for adapters of another kind, and for files that hold none."""
+    for pattern, what in OTHER_KINDS.items():
+        if any(re.search(pattern, name) for name in names):
+            raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
+    if not any(PART.fullmatch(name) for name in names):
+        raise K2Error(f"{path} is no LoRA: it holds {some(sorted(names)) or 'nothing'}.", hint=ON_RAW)
+
+
+def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Module -> its two halves, {"down": …, "up": …}; module -> alpha, where it is stated. Raises K2Error."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas, strange = {}, []
+    for name, tensor in state.items():
+        if name.endswith(".alpha") and tensor.numel() == 1:
+            alphas[name.removesuffix(".alpha")] = tensor.item()
+        elif match := PART.fullmatch(name):
+            half = {"A": "down", "B": "up"}.get(match["half"], match["half"])
+            if half in halves.setdefault(match["module"], {}):
+                raise K2Error(f"{path} holds more than one adapter: {name} is there twice.", hint="Give one a file.")
+            halves[match["module"]][half] = tensor
+        else:
+            strange.append(name)
+    strange += [module for module, pair in halves.items() if len(pair) < 2]
+    strange += [f"{module}.alpha" for module in alphas if module not in halves]
+    if strange:
+        raise K2Error(f"{path} holds what belongs to no whole low-rank pair: {some(strange)}.", hint="Fetch it again.")
+    if not all(tensor.float().isfinite().all() for tensor in state.values()):
+        raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
+    return halves, alphas
+
+
+def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:
+    """Raises K2Error with the nearest reason where no layer matches, or where another model's layers are among them."""
+    for pattern, model in OTHER_MODELS.items():
+        if theirs := [module for module in unmatched if re.search(pattern, module)]:
+            raise K2Error(f"{path} is made for {model}: it has layers like {some(theirs, 2)}.", hint=ON_RAW)
+    if len(unmatched) == modules:
+        of_text = all(re.search(TEXT_ENCODER, module) for module in unmatched)
+        why = "is made for a text encoder" if of_text else "matches no layer of this network"
+        raise K2Error(f"{path} {why}: it has layers like {some(list(unmatched), 2)}.", hint=ON_RAW)
+
+
+def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, weight: Tensor, width: int) -> None:
+    """Both halves must share a rank and span the layer's weight [out, in]. Raises K2Error.
+
+    A rank may exceed one side of a small layer (trainers give all layers one rank), but never the network's width.
+    """
+    shapes = f"{list(up.shape)} times {list(down.shape)}"
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not 0 < len(down) <= width:
+        raise K2Error(f"{path} is damaged: {module} is {shapes}.", hint="Fetch it again.")
+    if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+        raise K2Error(
+            f"{path} is made for a network of another size: its {module} turns {down.shape[1]} numbers into "
+            f"{up.shape[0]}, this one {weight.shape[1]} into {weight.shape[0]}.",
+            hint="Give the model that it was trained on.",
+        )
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """What PEFT states apart from the tensors; without it alpha is the rank."""
+
+    alpha: float | None = None
+    alphas: Mapping[str, float] | None = None  # of single layers, by the end of their name
+    by_root: bool = False  # rank-stabilised: alpha / √rank
+
+    def scale(self, native: str, theirs: str, rank: int) -> float:
+        ends = ((end, value) for end, value in (self.alphas or {}).items())
+        own = (value for end, value in ends if any(f".{n}".endswith(f".{end.lstrip('^')}") for n in (native, theirs)))
+        alpha = next(own, self.alpha)
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def peft_settings(path: Path) -> PeftSettings:
+    """From the file's own metadata, as diffusers writes it, or from PEFT's adapter_config.json beside it."""
+    beside = path.with_name("adapter_config.json")
+    try:
+        text = read_header(path).get("__metadata__", {}).get("lora_adapter_metadata")
+        if text:
+            stated = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
+        else:
+            stated = read_json(beside) if path.name == "adapter_model.safetensors" and beside.exists() else {}
+        alpha = stated.get("lora_alpha")
+        alphas = {str(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}
+        numbers = [*alphas.values(), 0.0 if alpha is None else float(alpha)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("an alpha that is no number")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
+    return PeftSettings(None if alpha is None else float(alpha), alphas, bool(stated.get("use_rslora")))
