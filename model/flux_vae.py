@@ -1,0 +1,233 @@
+"""The FLUX.2 autoencoder: factor 8, 32 channels, packed 2 x 2 to 128 and normalised by running statistics.
+
+Parameter names are diffusers' (`AutoencoderKLFlux2`). Shapes: B pictures, H x W pixels; pictures are RGB in -1 ... 1;
+one packed latent cell is 16 x 16 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.tiling import tiled
+
+EPS = 1e-6  # of every group norm
+
+
+@dataclass(frozen=True)
+class FluxVAEConfig:
+    """Shape of a FLUX.2 autoencoder; defaults are the release's. The names are diffusers'."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None  # none: the encoder's
+    layers_per_block: int = 2
+    latent_channels: int = 32
+    norm_num_groups: int = 32
+    batch_norm_eps: float = 1e-4
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FluxVAEConfig:
+        """From JSON values; keys that do not shape the network (as in diffusers' config.json) are left aside."""
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        return cls(**fields)
+
+
+class ResidualBlock(nn.Module):
+    """Group norm, SiLU, 3 x 3 convolution, twice, beside a shortcut."""
+
+    def __init__(self, dim: int, out_dim: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, dim, EPS)
+        self.conv1 = nn.Conv2d(dim, out_dim, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_dim, EPS)
+        self.conv2 = nn.Conv2d(out_dim, out_dim, 3, padding=1)
+        if dim != out_dim:
+            self.conv_shortcut = nn.Conv2d(dim, out_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H, W]."""
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """One head of self-attention over all cells of the smallest grid."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, dim, EPS)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same."""
+        cells = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, C]
+        attended = F.scaled_dot_product_attention(self.to_q(cells), self.to_k(cells), self.to_v(cells))
+        return x + self.to_out[0](attended).squeeze(1).transpose(1, 2).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim, groups), ResidualBlock(dim, dim, groups)])
+        self.attentions = nn.ModuleList([Attention(dim, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Halve the grid; the zero padding sits at the right and bottom edges only."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H/2, W/2]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the grid."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, 2H, 2W]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """The residual blocks of one scale, then the step to the next coarser one."""
+
+    def __init__(self, dim: int, out_dim: int, blocks: int, groups: int, downsample: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(dim if i == 0 else out_dim, out_dim, groups) for i in range(blocks))
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(out_dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', H/2, W/2], or [B, C', H, W] at the coarsest scale."""
+        for layer in (*self.resnets, *getattr(self, "downsamplers", ())):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """The residual blocks of one scale, then the step to the next finer one."""
+
+    def __init__(self, dim: int, out_dim: int, blocks: int, groups: int, upsample: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(dim if i == 0 else out_dim, out_dim, groups) for i in range(blocks))
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(out_dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C', 2H, 2W], or [B, C', H, W] at the finest scale."""
+        for layer in (*self.resnets, *getattr(self, "upsamplers", ())):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pictures to the moments of their latents."""
+
+    def __init__(self, config: FluxVAEConfig):
+        super().__init__()
+        dims, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, dims[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(dims[max(i - 1, 0)], dim, config.layers_per_block, groups, downsample=i < len(dims) - 1)
+            for i, dim in enumerate(dims)
+        )
+        self.mid_block = MidBlock(dims[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, dims[-1], EPS)
+        self.conv_out = nn.Conv2d(dims[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, 3, H, W] -> [B, 64, H/8, W/8]."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pictures."""
+
+    def __init__(self, config: FluxVAEConfig):
+        super().__init__()
+        dims = tuple(reversed(config.decoder_block_out_channels or config.block_out_channels))
+        groups = config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, dims[0], 3, padding=1)
+        self.mid_block = MidBlock(dims[0], groups)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(dims[max(i - 1, 0)], dim, config.layers_per_block + 1, groups, upsample=i < len(dims) - 1)
+            for i, dim in enumerate(dims)
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, dims[-1], EPS)
+        self.conv_out = nn.Conv2d(dims[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [B, 32, h, w] -> [B, 3, 8h, 8w]."""
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class FluxVAE(nn.Module):
+    """Pictures to packed, normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
+
+    def __init__(self, config: FluxVAEConfig, tile: int = 1024, overlap: int = 256):
+        super().__init__()
+        self.config, self.tile, self.overlap = config, tile, overlap
+        z = config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
+        self.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.decoder = Decoder(config)
+        self.bn = nn.BatchNorm2d(4 * z, eps=config.batch_norm_eps, affine=False)  # never trained: a normaliser
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W], H and W multiples of 16 -> packed normalised latents [B, 128, H/16, W/16]."""
+        if images.shape[-2] % 16 or images.shape[-1] % 16:
+            raise ValueError(f"height and width must be multiples of 16, not {tuple(images.shape[-2:])}")
+        mean = tiled(self._mean, images, self.tile, self.overlap, Fraction(1, 8), unit=16)
+        return self._normalise(F.pixel_unshuffle(mean, 2))  # channel, row, column: the order of `patchify`
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Packed normalised latents [B, 128, h, w] -> images [B, 3, 16h, 16w] in -1 ... 1."""
+        std, mean = self._statistics(latents.dtype)
+        z = F.pixel_shuffle(latents * std + mean, 2)
+        images = tiled(self._picture, z, self.tile // 8, self.overlap // 8, Fraction(8))
+        return images.clamp(-1, 1)
+
+    def _mean(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images)).chunk(2, dim=1)[0]
+
+    def _picture(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    def _normalise(self, packed: Tensor) -> Tensor:
+        std, mean = self._statistics(packed.dtype)
+        return (packed - mean) / std
+
+    def _statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Standard deviation and mean of packed latents, [1, 128, 1, 1]."""
+        assert self.bn.running_var is not None and self.bn.running_mean is not None
+        std = (self.bn.running_var.float() + self.config.batch_norm_eps).sqrt()
+        return std.view(1, -1, 1, 1).to(dtype), self.bn.running_mean.view(1, -1, 1, 1).to(dtype)

@@ -1,0 +1,108 @@
+"""The FLUX.2 autoencoder against diffusers' on random weights, and tiles against the whole."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+
+from model.flux_vae import FluxVAE, FluxVAEConfig
+from model.tiling import ramp, starts, tiled
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = FluxVAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Diffusers' autoencoder with random weights and statistics, and ours loaded from it."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLFlux2(
+        block_out_channels=TINY.block_out_channels, layers_per_block=1, norm_num_groups=4
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        theirs.bn.running_mean.normal_()
+        theirs.bn.running_var.uniform_(0.5, 2)
+    ours = FluxVAE(FluxVAEConfig.from_dict(dict(theirs.config))).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def test_config_from_diffusers(pair):
+    assert pair[0].config == TINY
+
+
+@torch.no_grad()
+def test_parity(pair):
+    """Latents, packed and normalised as diffusers' pipeline does it, and pictures agree."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+
+    ours, theirs = pair
+    images = torch.rand(2, 3, 64, 32) * 2 - 1
+    std = (theirs.bn.running_var + TINY.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    mean = theirs.bn.running_mean.view(1, -1, 1, 1)
+
+    packed = (Flux2Pipeline._patchify_latents(theirs.encode(images).latent_dist.mean) - mean) / std
+    assert relative(ours.encode(images), packed) < 1e-4
+
+    latents = torch.randn(2, 128, 4, 2)
+    decoded = theirs.decode(Flux2Pipeline._unpatchify_latents(latents * std + mean)).sample.clamp(-1, 1)
+    assert relative(ours.decode(latents), decoded) < 1e-4
+
+
+@torch.no_grad()
+def test_odd_sizes_are_refused(pair):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        pair[0].encode(torch.zeros(1, 3, 24, 16))
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (65, 64, 16), (200, 64, 16), (129, 32, 31)])
+def test_tiles_cover(length, tile, overlap):
+    """Tiles reach both borders and neighbours overlap by no less than asked."""
+    begin = starts(length, tile, overlap, unit=1)
+    assert begin[0] == 0 and begin[-1] == max(0, length - tile)
+    assert all(after - before <= tile - overlap for before, after in pairwise(begin))
+
+
+def test_blending_is_exact_where_tiles_agree():
+    """A map of single cells gives the same in tiles; weights fade only towards neighbours."""
+    x = torch.randn(2, 3, 40, 72)
+    up = torch.nn.Upsample(scale_factor=8)
+    torch.testing.assert_close(tiled(up, x, 16, 4, Fraction(8)), up(x))
+    down = torch.nn.AvgPool2d(8)
+    torch.testing.assert_close(tiled(down, x, 16, 8, Fraction(1, 8), unit=8), down(x))
+    assert ramp(8, 4, first=True, last=False).tolist() == [1, 1, 1, 1, 1, 0.75, 0.25, 0]
+
+
+@torch.no_grad()
+def test_tiles_against_the_whole(pair):
+    """Group norms and attention see the tile instead of the picture: close to the whole, and no seam.
+
+    Bounds: 10 % of the whole's norm, and the step across a tile's border no more than 1.5 times the whole's own.
+    """
+    ours, _ = pair
+    torch.manual_seed(1)
+    latents = torch.randn(1, 128, 24, 16)  # alike everywhere, so that a tile's statistics resemble the whole's
+    whole = ours.decode(latents)
+    ours.tile, ours.overlap = 192, 64
+    try:
+        parts = ours.decode(latents)
+        tiled_latents = ours.encode(whole)
+    finally:
+        ours.tile, ours.overlap = 1024, 256
+    assert relative(parts, whole) < 0.1
+    assert relative(tiled_latents, ours.encode(whole)) < 0.1
+    step, own = parts.diff(dim=-2).abs().mean((0, 1, 3)), whole.diff(dim=-2).abs().mean((0, 1, 3))
+    assert step[127:320].amax() <= 1.5 * own.amax()
+
+
+def test_impossible_tiles_are_refused():
+    with pytest.raises(ValueError, match="overlap"):
+        tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), 4, 4, Fraction(1))
