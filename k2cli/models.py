@@ -27,8 +27,14 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
     found = library.find(name)
     if found is not None and found.source == "hub":
         return name
-    shown, known = UNPRINTABLE.sub("?", name), [*library.box(), "krea-2"]
-    hint = "Name a folder or a file that is there." if "/" in name or "." in name else nearest(name, known)
+    shown, short = UNPRINTABLE.sub("?", name), name.partition("@")[0]
+    if short == "krea-2" or short in library.OFFICIAL:
+        pulled = shown if short in library.OFFICIAL else f"krea-2-{variant or 'turbo'}"
+        raise K2Error(f"{shown} is not on this machine.", hint=f"Fetch it with: k2 models pull {pulled}")
+    if "/" in name or "." in name:
+        hint = "Name a folder or a file that is there, or fetch it from the hub with: k2 models pull ORG/NAME"
+    else:
+        hint = nearest(name, [*library.box(), *library.OFFICIAL])
     raise K2Error(f'There is no model "{shown}" here.', hint=hint)
 
 
@@ -79,6 +85,8 @@ def inventory() -> list[dict[str, Any]]:
                 "native": next((each["native"] for each in about if "native" in each), None),
                 "parameters": sum(each["parameters"] for each in about),
                 "megabytes": megabytes(*weights),
+                "revision": model.revision,
+                "licence": model.licence,
                 "path": str(model.path),
             }
         )
@@ -86,12 +94,22 @@ def inventory() -> list[dict[str, Any]]:
 
 
 def describe(name: str) -> list[dict[str, Any]]:
-    """What each file of a model says of itself, with its hash."""
-    return [
-        {"file": path.name, "megabytes": megabytes(path), "sha256": sha256(path)}
-        | (library.describe(path) if path.suffix in library.WEIGHTS else {})
-        for path in files(resolve(name))
-    ]
+    """What each file of a model says of itself, with its hash; of a pulled one that which was verified as it came."""
+    name = resolve(name)
+    found = library.find(name)
+    assert found is not None, name
+    verified = {found.root / file: entry.get("sha256") for file, entry in found.manifest.get("files", {}).items()}
+    pulled = {"revision": found.revision} if found.revision else {}
+    entries = []
+    for path in files(name):
+        about = library.describe(path) if path.suffix in library.WEIGHTS else {}
+        if "layout" in about:  # the transformer: what its publisher says, where it does not say it itself
+            variant = about.get("variant") or library.variant_of(path) or found.variant
+            about = {"variant": variant, "recommended": library.RECOMMENDED.get(variant or "", {})} | about
+            about |= {"licence": found.licence} if found.licence else {}
+        file = {"file": str(path.relative_to(found.root)), "megabytes": megabytes(path)}
+        entries.append(file | {"sha256": verified.get(path) or sha256(path)} | pulled | about)
+    return entries
 
 
 def megabytes(*paths: Path) -> float:

@@ -49,11 +49,18 @@ class Model:
     manifest: Mapping[str, Any] = field(default_factory=dict)  # of the pull; {} where k2 did not pull it
 
     @property
+    def root(self) -> Path:
+        """The folder that its files are named from: a pulled one's snapshot, else where its transformer lies."""
+        if self.revision:
+            return next(path for path in (self.path, *self.path.parents) if path.name == self.revision)
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def licence(self) -> str | None:
         """The licence under which the weights came, as their model card names it."""
         if self.manifest.get("licence"):
             return str(self.manifest["licence"])
-        official = self.source == "hub" and self.name.split("@")[0] in OFFICIAL
+        official = self.source == "hub" and (parse(self.name) or ("",))[0] in OFFICIAL.values()
         return KREA_2 if official or is_release(self.path) else None
 
 
@@ -75,7 +82,7 @@ def find(name: str, variant: str | None = None) -> Model | None:
     short, at, revision = name.partition("@")
     if short == "krea-2":
         return next(filter(None, (find(f"krea-2-{each}{at}{revision}") for each in wanted)), None)
-    if short not in OFFICIAL and (path := Path(name).expanduser()).exists():
+    if name and short not in OFFICIAL and (path := Path(name).expanduser()).exists():
         return Model(name, path.absolute(), "path", variant_of(path))
     repo, revision, file = parse(name) or ("", "", "")
     snapshot = find_snapshot(repo, revision) if repo else None

@@ -1,0 +1,193 @@
+"""Models by name, and what headers tell of them without a tensor being read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from model import library
+
+COMMIT = "c" * 40
+
+
+def write(path: Path, shapes: Mapping[str, tuple[int, ...]], about: dict | None = None, dtype: str = "BF16") -> Path:
+    """A safetensors file of these shapes; its numbers are a hole that takes no room on the disk."""
+    header: dict = {"__metadata__": {"k2": json.dumps(about)}} if about else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return path
+
+
+def transformer(width: int = 256, blocks: int = 2, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    names = {}
+    for i in range(blocks):
+        attention = f"{prefix}blocks.{i}.attn"
+        names |= {f"{attention}.wq.weight": (width, width), f"{attention}.wk.weight": (width // 4, width)}
+        names[f"{attention}.qknorm.qnorm.scale"] = (64,)
+    return names | {f"{prefix}txtfusion.refiner_blocks.0.attn.wq.weight": (32, 32)}
+
+
+def diffusers(width: int = 256, blocks: int = 2) -> dict[str, tuple[int, ...]]:
+    table = (("blocks", "transformer_blocks"), ("wq", "to_q"), ("wk", "to_k"), ("qknorm.qnorm.scale", "norm_q.weight"))
+    renamed = {}
+    for name, shape in transformer(width, blocks).items():
+        for ours, theirs in table:
+            name = name.replace(ours, theirs, 1)
+        renamed[name.replace("txtfusion.refiner_transformer_blocks", "text_fusion.refiner_blocks")] = shape
+    return renamed
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A box and a cache of their own."""
+    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def pulled(home: Path) -> Path:
+    """The snapshot of a pipeline that another tool pulled."""
+    snapshot = home / f"hf/hub/models--krea--Krea-2-Turbo/snapshots/{COMMIT}"
+    write(snapshot / "transformer/diffusion_pytorch_model.safetensors", diffusers())
+    (snapshot / "model_index.json").write_text('{"is_distilled": true}')
+    ref = snapshot.parents[1] / "refs/main"
+    ref.parent.mkdir()
+    ref.write_text(COMMIT)
+    return snapshot
+
+
+def test_it_needs_neither_torch_nor_the_hub():
+    code = "import sys, model.library; sys.exit(bool({'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_box(home: Path):
+    for name in ("mini-raw", "mini-turbo", "mini-vae"):
+        write(home / f"box/{name}.safetensors", transformer(), {"variant": name.removeprefix("mini-")})
+
+    assert library.find("mini").variant == "raw"
+    assert library.locate("mini", "turbo").name == "mini-turbo.safetensors"
+    assert library.locate("mini", "large") is None
+    assert [(each.name, each.variant) for each in library.list_models()] == [("mini", "raw"), ("mini", "turbo")]
+    assert library.find("mini").licence is None
+
+
+def test_a_name_of_the_box_is_no_path(home: Path):
+    write(home / "box/mini-raw.safetensors", transformer())
+    (home / "mini").mkdir()
+
+    assert library.find("mini").source == "box"
+
+
+def test_paths(home: Path):
+    file = write(home / "my/tuned.safetensors", transformer(), {"variant": "turbo"})
+
+    model = library.find("my/tuned.safetensors")
+    assert (model.path, model.source, model.variant, model.root) == (file, "path", "turbo", file.parent)
+    assert library.find("my").path == file.parent
+    assert library.find("my/other.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["krea-2", "krea-2-turbo", "krea/Krea-2-Turbo", f"krea-2@{COMMIT[:6]}", "krea-2-turbo@main"]
+)
+def test_the_official_models_by_all_their_names(pulled: Path, name: str):
+    model = library.find(name)
+
+    assert (model.path, model.variant, model.licence, model.revision) == (pulled, "turbo", library.KREA_2, COMMIT)
+    assert model.root == pulled
+
+
+def test_an_official_model_that_is_not_here(pulled: Path):
+    assert library.find("krea-2", "raw") is None
+    assert library.find("krea-2-raw") is None
+    assert library.find("krea-2-turbo@v2") is None
+
+
+def test_what_a_manifest_lists_must_be_there_in_full(pulled: Path):
+    weights = pulled / "transformer/diffusion_pytorch_model.safetensors"
+    size = weights.stat().st_size
+    listed = {"transformer/diffusion_pytorch_model.safetensors": {"bytes": size}}
+
+    (pulled / library.MANIFEST).write_text(json.dumps({"files": listed}))
+    assert library.locate("krea-2-turbo") == pulled
+
+    (pulled / library.MANIFEST).write_text(json.dumps({"files": listed | {"vae/config.json": {"bytes": 2}}}))
+    assert library.locate("krea-2-turbo") is None
+
+    (pulled / library.MANIFEST).write_text("{")  # damaged: as if another tool had pulled it
+    assert library.locate("krea-2-turbo") == pulled
+
+
+def test_without_a_ref_nothing_says_that_a_snapshot_is_whole(pulled: Path):
+    (pulled.parents[1] / "refs/main").unlink()
+
+    assert library.locate("krea-2-turbo") is None and library.list_models() == []
+
+
+@pytest.mark.parametrize("name", ["a/../../etc", "../a/b", "a--b/c", "/a/b", "a/b@../c", "", "a", "a/b\n"])
+def test_what_is_no_hub_name(name: str):
+    assert library.parse(name) is None and library.find(name) is None
+
+
+def test_the_cache_is_where_the_client_has_it(home: Path, monkeypatch):
+    code = "import sys, huggingface_hub.constants as c, model.library as l; sys.exit(c.HF_HUB_CACHE != str(l.cache()))"
+    for name, value in {"HF_HOME": "~/one", "XDG_CACHE_HOME": "/two", "HF_HUB_CACHE": "$HOME/three"}.items():
+        monkeypatch.delenv("HF_HOME", raising=False)
+        monkeypatch.setenv(name, value)
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [
+        ("native", transformer()),
+        ("comfyui", transformer(prefix="model.diffusion_model.")),
+        ("comfyui", transformer(prefix="diffusion_model.")),
+        ("diffusers", diffusers()),
+    ],
+)
+def test_layouts_and_shapes(home: Path, layout: str, shapes: dict):
+    about = library.describe(write(home / "x.safetensors", shapes))
+
+    assert about["layout"] == layout
+    assert about["shape"] == {"width": 256, "blocks": 2, "heads": 4, "kv_heads": 1}
+    assert about["precision"] == {"BF16": about["parameters"]} and about["parameters"] == sum(
+        map(prod, shapes.values())
+    )
+
+
+def test_what_is_no_transformer_has_no_layout(home: Path):
+    about = library.describe(write(home / "x.safetensors", {"encoder.conv_in.weight": (8, 3, 3, 3)}, {"kind": "vae"}))
+
+    assert about == {"precision": {"BF16": 216}, "parameters": 216, "kind": "vae"}
+
+
+@pytest.mark.parametrize("shapes", [transformer(6144, 28), diffusers(6144, 28)])
+def test_the_release_is_known_by_its_shape(home: Path, shapes: dict):
+    """Whatever a file of the 12.9B network is called, Krea's licence came with it."""
+    names = list(shapes)
+    write(home / "shards/a.safetensors", {name: shapes[name] for name in names[:40]})
+    write(home / "shards/b.safetensors", {name: shapes[name] for name in names[40:]})
+    write(home / "pipe/transformer/model.safetensors", shapes)
+
+    assert library.find("shards").licence == library.find("pipe").licence == library.KREA_2
+    assert library.find("pipe/transformer/model.safetensors").licence == library.KREA_2
+    assert library.find("shards/a.safetensors").licence is None  # a lone shard renders nothing
