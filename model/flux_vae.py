@@ -192,7 +192,7 @@ class Decoder(nn.Module):
 class FluxVAE(nn.Module):
     """Pictures to packed, normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
 
-    def __init__(self, config: FluxVAEConfig, tile: int = 1024, overlap: int = 256):
+    def __init__(self, config: FluxVAEConfig, tile: int = 1536, overlap: int = 256):
         super().__init__()
         self.config, self.tile, self.overlap = config, tile, overlap
         z = config.latent_channels

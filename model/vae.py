@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.tiling import tiled
 
 # fmt: off
 QWEN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -218,14 +221,14 @@ class Decoder(nn.Module):
 
 
 class QwenImageVAE(nn.Module):
-    """Pictures to normalised latents and back, factor 8."""
+    """Pictures to normalised latents and back, factor 8. Sides beyond `tile` pixels go through in blended tiles."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig, tile: int = 1536, overlap: int = 256):
         super().__init__()
-        self.config = config
+        self.config, self.tile, self.overlap = config, tile, overlap
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
@@ -242,11 +245,13 @@ class QwenImageVAE(nn.Module):
         """images [B, 3, H, W], H and W multiples of 8 -> normalised latents [B, z_dim, H/8, W/8]."""
         if images.shape[-2] % 8 or images.shape[-1] % 8:
             raise ValueError(f"height and width must be multiples of 8, not {tuple(images.shape[-2:])}")
-        return (self.moments(images)[0] - self.mean) / self.std
+        mean = tiled(lambda part: self.moments(part)[0], images, self.tile, self.overlap, Fraction(1, 8), unit=8)
+        return (mean - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z_dim, h, w] -> images [B, 3, 8h, 8w] in -1 ... 1."""
-        return self.reconstruct(latents * self.std + self.mean).clamp(-1, 1)
+        z = latents * self.std + self.mean
+        return tiled(self.reconstruct, z, self.tile // 8, self.overlap // 8, Fraction(8)).clamp(-1, 1)
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Raw latents [B, z_dim, h, w] -> images [B, 3, 8h, 8w], not clamped: what training compares."""
