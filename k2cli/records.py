@@ -137,6 +137,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "created": datetime.now(UTC).replace(microsecond=0),
         "seconds": made.pop("seconds", None),
         "pixels": pixel_hash(picture.image),
+        "blocked": made.get("blocked"),  # by an output filter, and why
         "prompt": asked["prompt"],
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},

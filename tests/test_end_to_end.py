@@ -1,0 +1,145 @@
+"""The command line with the real pipeline: of random weights always, of those in the box once they are there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import tree
+from PIL import Image, ImageChops
+from tiny import tiny, tiny_box  # noqa: F401
+
+from k2cli import runs
+from k2cli.tables import Toml
+from model import library
+
+ROOT = Path(__file__).parents[1]
+PROJECT = """\
+[render]
+model = "tiny"
+batch = 2
+
+[[prompt]]
+name = "fox"
+text = "a red fox curled up asleep"
+
+[[prompt]]
+name = "owl"
+text = "an owl"
+"""
+
+
+@pytest.fixture
+def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
+    """A project that renders with the tiny model, and is the current folder."""
+    runs.load.cache_clear()
+    (tmp_path / "den").mkdir()
+    (tmp_path / "den" / "k2.toml").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path / "den")
+    return tmp_path / "den"
+
+
+def test_a_run_is_repeated_bit_for_bit(den, k2):
+    first, second = (k2("render", "--quiet").stdout.splitlines() for _ in range(2))
+
+    for one, other in zip(first, second, strict=True):
+        assert Image.open(one).tobytes() == Image.open(other).tobytes()
+        assert record(one)["pixels"] == record(other)["pixels"]
+    assert len({record(path)["pixels"] for path in first}) == 4
+
+
+def test_a_picture_is_the_same_alone_and_in_company(den, k2):
+    in_company = k2("render", "--quiet").stdout.splitlines()[-1]
+    (alone,) = k2("render", "--quiet", "--only", "owl", "--seed", "1", "--batch", "1").stdout.splitlines()
+
+    difference = ImageChops.difference(Image.open(in_company), Image.open(alone))
+    assert max(high for _, high in difference.getextrema()) <= 1
+
+
+def test_rerun_makes_the_same_pixels(den, k2):
+    made = Path(k2("render", "--quiet", "--only", "fox", "--size", "96x64", "--steps", "3").stdout.splitlines()[1])
+    bare = Path(shutil.copy(made, den / "bare.png"))
+
+    for file in (made.with_suffix(".toml"), bare):
+        assert "Identical, pixel for pixel." in k2("rerun", file).stderr
+
+
+def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
+    (path,) = k2("render", "--quiet", "--only", "owl", "--turbo", "--batch", "1").stdout.splitlines()
+
+    found = record(path)
+    assert found["settings"] == {
+        "seed": 0, "width": 64, "height": 64, "steps": 2, "guidance": 0.0, "mu": 1.15,
+        "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    assert found["model"]["variant"] == "turbo"
+    assert "tiny-turbo.safetensors" in found["model"]["files"] and "tiny-vae.safetensors" in found["model"]["files"]
+
+
+def test_references_steer_and_strength_zero_does_not(den, k2):
+    (den / "styles").mkdir()
+    (den / "refs").mkdir()
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(den / "refs" / "a.png")
+    (den / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "refs/a.png"\n')
+
+    def pixels(*options: str) -> str:
+        return record(k2("render", "--quiet", "--only", "fox", "--batch", "1", *options).stdout.strip())["pixels"]
+
+    assert pixels("--style", "dusk=0") == pixels()
+    assert pixels("--style", "dusk=1") != pixels()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda good, bad: bad.write_bytes(good.read_bytes()[:-1000]), "is damaged"),
+        (lambda good, bad: bad.write_bytes(good.read_bytes()[:100]), "is cut off in its header"),
+        (lambda good, bad: bad.write_bytes(b"PK\x03\x04 and so on, and so on"), "is a PyTorch pickle"),
+        (lambda good, bad: bad.write_bytes(b"hello"), "is not a safetensors file"),
+        (lambda good, bad: shutil.copyfile(good.with_name("tiny-vae.safetensors"), bad), "weights.safetensors"),
+        (lambda good, bad: shutil.copyfile(good.with_name("tiny-text.safetensors"), bad), "weights.safetensors"),
+    ],
+    ids=["truncated", "header-only", "pickle", "text", "an-autoencoder", "a-text-encoder"],
+)
+def test_weights_that_are_none_are_one_sentence(den, k2, make, message):
+    for part in ("text.safetensors", "vae.safetensors", "tokenizer.json"):  # lent to a lone transformer
+        shutil.copyfile(library.BOX / f"tiny-{part}", library.BOX / f"mini-{part}")
+    make(library.BOX / "tiny-raw.safetensors", den / "weights.safetensors")
+    before = tree(den)
+
+    result = k2("render", "--model", "weights.safetensors", code=1)
+
+    assert message in result.stderr and len(result.stderr.splitlines()) <= 2
+    assert "Hint:" in result.stderr and result.stdout == ""
+    assert tree(den) == before
+
+
+def test_an_unknown_device_is_one_sentence(den, k2):
+    before = tree(den)
+
+    result = k2("render", "--device", "tpu", code=1)
+
+    assert 'There is no device "tpu".' in result.stderr and "cpu" in result.stderr.splitlines()[1]
+    assert tree(den) == before
+
+
+def record(path: str) -> dict:
+    return Toml.read(Path(path).with_suffix(".toml"), path).table
+
+
+@pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+@pytest.mark.parametrize("name", ["stickers", "cast"])
+def test_the_examples_render_as_they_stand(name, tmp_path, k2):
+    runs.load.cache_clear()
+    project = tmp_path / name
+    shutil.copytree(ROOT / "projects_example" / name, project, ignore=shutil.ignore_patterns("outputs"))
+
+    paths = k2("render", project, "--quiet").stdout.splitlines()
+
+    assert len(paths) == 8
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.size == (128, 128)
+            assert len(image.getcolors(1 << 16) or range(1 << 16)) > 100  # a drawing, not a flat field
+    assert (Path(paths[0]).parent / "sheet.png").exists()
