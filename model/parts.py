@@ -12,9 +12,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from model import library
-from model.checkpoint import load, open_checkpoint
+from model.checkpoint import Checkpoint, load, open_checkpoint
 from model.errors import K2Error
 from model.headers import AGAIN
 from model.style import StyleConfig, StyleEncoder
@@ -61,12 +63,14 @@ def helpers(name: str) -> tuple[Path, Path, Path | None]:
     return text, vae, style if style.is_file() else None
 
 
-def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageVAE:
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageVAE | SpreadFluxVAE:
     """An autoencoder from our own file or from diffusers' folder. Raises K2Error."""
     checkpoint = open_checkpoint(path)
     stated = dict(checkpoint.metadata.get("config") or checkpoint.config)
+    if stated.get("_class_name") == "AutoencoderKLFlux2":
+        return SpreadFluxVAE(checkpoint, device, dtype)
     if checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated:
-        raise K2Error(f"{path} is not a Qwen-Image autoencoder.", hint="Give its folder, or a file that k2 wrote.")
+        raise K2Error(f"{path} is no autoencoder that k2 knows.", hint="Qwen-Image's and FLUX.2's are known.")
     stated.setdefault("temporal_downsample", stated.get("temperal_downsample"))
     config = VAEConfig.from_dict({key: stated[key] for key in VAEConfig.__dataclass_fields__ if key in stated})
     with torch.device("meta"):
@@ -78,6 +82,31 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageV
     for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
         setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
     return vae.requires_grad_(False).eval()
+
+
+class SpreadFluxVAE:
+    """FLUX.2's autoencoder with its packed latents spread out, [B, 32, H/8, W/8], as `patchify` wants them."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        from model.flux_vae import FluxVAE, FluxVAEConfig
+
+        with torch.device("meta"):
+            self.packed = FluxVAE(FluxVAEConfig.from_dict(checkpoint.config))
+        state = dict(checkpoint.read(device=device, dtype=dtype))
+        try:
+            self.packed.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise K2Error(f"The tensors of {checkpoint.path} do not fit its config: {error}.", hint=AGAIN) from None
+        self.packed.requires_grad_(False).eval()
+        self.channels = self.packed.config.latent_channels
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> normalised latents [B, 32, H/8, W/8]."""
+        return F.pixel_shuffle(self.packed.encode(images), 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, 32, H/8, W/8] -> images [B, 3, H, W] in −1 … 1."""
+        return self.packed.decode(F.pixel_unshuffle(latents, 2))
 
 
 def load_style(path: Path, device: torch.device) -> StyleEncoder:

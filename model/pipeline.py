@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from model import library
 from model.errors import K2Error
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
+from model.lora import Adapter, laid_over, read_lora
 from model.parts import Hashes, Parts, find_parts, load_style, load_vae, pick_device, pick_dtype, sha256
+from model.safety import Filter, installed, review
 from model.sampler import euler, guided, raw_mu, shifted_sigmas
-from model.spec import Picture, RenderSpec, Style
+from model.spec import Lora, Picture, RenderSpec, Style
 from model.style import StyleEncoder
 from model.text_encoder import TextEncoder
+from model.vae import QwenImageVAE
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
@@ -38,31 +41,48 @@ MOST_STEPS = 1000
 MOST_REFERENCE_PIXELS = 1 << 26
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
+MOST_ADAPTERS = 8  # kept, of those that the last pictures used
+MOST_WEIGHT = 10  # of an adapter, either way
 
 
 class Pipeline:
     """A text encoder, a transformer and an autoencoder that belong together."""
 
-    def __init__(self, model: library.Model, parts: Parts, device: torch.device, dtype: torch.dtype):
-        self.name, self.device, self.dtype, self.parts = model.name, device, dtype, parts
-        self._hashes = Hashes(parts.files, model.path if model.path.is_dir() else model.path.parent)
+    def __init__(
+        self,
+        model: library.Model,
+        parts: Parts,
+        device: torch.device,
+        dtype: torch.dtype,
+        filters: Sequence[Filter] | Mapping[str, Filter] = (),
+    ):
+        self.name, self.device, self.dtype, self.parts, self.filters = model.name, device, dtype, parts, filters
+        self._hashes = Hashes(parts.files, model.root)
         self.dit, checkpoint = load_dit(parts.dit, device=device, dtype=dtype)
         self.text = TextEncoder.load(parts.text, device, dtype)
         self.vae = load_vae(parts.vae, device, dtype)
+        self.metadata = checkpoint.metadata
         self.variant = checkpoint.metadata.get("variant") or model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
         self._contexts: dict[Hashable, Tensor] = {}
+        self._adapters: dict[Hashable, Adapter] = {}
         self._check_fit()
 
     @classmethod
     def load(
-        cls, name: str = "mini", variant: str | None = None, device: str | None = None, dtype: str | None = None
+        cls,
+        name: str = "mini",
+        variant: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        *,
+        filters: Sequence[Filter] | None = None,
     ) -> Pipeline:
-        """A model by its name in the box, a folder, or a .safetensors file.
+        """A model by its name in the box, a folder, or a .safetensors file. Raises K2Error.
 
         variant: raw or turbo; device: cpu, cuda, cuda:1, mps; dtype: float32 or bfloat16; each chosen where left out.
-        Raises K2Error.
+        filters see every picture before anyone else does (`model/safety.py`); where left out, the installed ones.
         """
         if variant not in (None, "raw", "turbo"):
             raise K2Error(f'There is no variant "{variant}".', hint="There are raw and turbo.")
@@ -72,7 +92,8 @@ class Pipeline:
             raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Leave the variant out.")
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
-        return cls(model, find_parts(model), chosen, pick_dtype(dtype, chosen))
+        checks = installed() if filters is None else filters
+        return cls(model, find_parts(model), chosen, pick_dtype(dtype, chosen), checks)
 
     def render(self, specs: Sequence[RenderSpec], on_step: OnStep | None = None) -> list[Picture]:
         """Pictures in the specs' order. Raises K2Error for what cannot be rendered, before anything is."""
@@ -88,7 +109,8 @@ class Pipeline:
             for spec in specs:
                 self.resolve(spec)
         for batch in self._batches(map(self.resolve, specs)):
-            yield from self._render(batch, on_step)
+            for picture in self._render(batch, on_step):
+                yield review(picture, self.filters)
 
     def export(self, folder: Path | str) -> None:
         """Write the model as a folder that `diffusers.Krea2Pipeline.from_pretrained` opens."""
@@ -120,11 +142,24 @@ class Pipeline:
             )
         if not 0 <= spec.seed < 2**63:
             raise K2Error(f"{spec.seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
-        styles = tuple(style for style in spec.styles if style.strength)
-        return replace(spec, width=width, height=height, steps=int(steps), guidance=guidance, mu=mu, styles=styles)
+        spec = replace(
+            spec,
+            width=width,
+            height=height,
+            steps=int(steps),
+            guidance=guidance,
+            mu=mu,
+            styles=tuple(style for style in spec.styles if style.strength),
+            loras=tuple(lora for lora in spec.loras if lora.weight),
+        )
+        for lora in adapters_of(spec):
+            if not abs(lora.weight) <= MOST_WEIGHT:
+                raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
+            self._adapter(lora)
+        return spec
 
     def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
-        """Neighbours that share size and schedule, as many at once as make it faster."""
+        """Neighbours that share a schedule, as many at once as make it faster."""
         limit = TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
         batch: list[RenderSpec] = []
         for spec in specs:
@@ -138,16 +173,25 @@ class Pipeline:
 
     @torch.inference_mode()
     def _render(self, specs: list[RenderSpec], on_step: OnStep | None) -> list[Picture]:
-        """Pictures of one size and schedule, together."""
+        """Pictures of one schedule, together."""
         started = time.perf_counter()
-        height, width, steps, mu, guidance = schedule(specs[0])
+        adapters = [(self._adapter(lora), lora.weight) for lora in adapters_of(specs[0])]
+        with laid_over(self.dit, adapters):
+            latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
+        images = [to_image(self.vae.decode(each)) for each in latents.split(1)]
+        seconds = (time.perf_counter() - started) / len(specs)
+        return [Picture(image, self._record(spec, image, seconds)) for spec, image in zip(specs, images, strict=True)]
+
+    def _latents(self, specs: list[RenderSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
+        """The network's part of it -> [B, C, H/8, W/8]. Raises K2Error where numbers overflow."""
+        height, width, steps, mu, guidance, _ = schedule(specs[0])
         config = self.dit.config
         rows, columns = height // CELL, width // CELL
         grid = (rows // config.patch, columns // config.patch)
 
-        contexts = [self._context(spec.prompt, spec.styles) for spec in specs]
+        contexts = [self._context(spec.prompt, spec.styles, adapters) for spec in specs]
         if guidance:
-            contexts += [self._context(spec.negative, ()) for spec in specs]
+            contexts += [self._context(spec.negative, (), adapters) for spec in specs]
         groups = [
             (index, torch.cat([contexts[i] for i in index]), self.dit.rope(length, grid))
             for length, index in by_length(contexts).items()
@@ -170,23 +214,32 @@ class Pipeline:
         tokens = euler(velocity, patchify(start, config.patch), sigmas, on_step and (lambda done: on_step(done, steps)))
         if not tokens.isfinite().all():
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
-        latents = unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
-        images = [to_image(self.vae.decode(each)) for each in latents.split(1)]
-        seconds = (time.perf_counter() - started) / len(specs)
-        return [Picture(image, self._record(spec, image, seconds)) for spec, image in zip(specs, images, strict=True)]
+        return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(self, prompt: str, styles: tuple[Style, ...]) -> Tensor:
+    def _context(self, prompt: str, styles: tuple[Style, ...], adapters: Hashable) -> Tensor:
         """What the transformer sees of a prompt and its styles, [1, T, D]; kept for the next picture that asks."""
-        key = (prompt, styles, *(sha256(r.image) for style in styles for r in style.references))
+        references = [r for style in styles for r in style.references if r.weight]
+        key = (prompt, styles, adapters, *(sha256(r.image) for r in references))
         if key not in self._contexts:
             embeds, _ = self.text.encode([prompt])
-            if any(reference.weight for style in styles for reference in style.references):
+            if references:
                 embeds = torch.cat((embeds, self._style_rows(styles)[None].to(embeds)), 1)
             if len(self._contexts) >= REMEMBERED:
                 del self._contexts[next(iter(self._contexts))]
             self._contexts[key] = self.dit.encode_text(embeds)
         self._contexts[key] = self._contexts.pop(key)  # the one asked for last is forgotten last
         return self._contexts[key]
+
+    def _adapter(self, lora: Lora) -> Adapter:
+        """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
+        file = lora.path / "adapter_model.safetensors" if lora.path.is_dir() else lora.path
+        key = (lora.path, sha256(file))
+        if key not in self._adapters:
+            if len(self._adapters) >= MOST_ADAPTERS:
+                del self._adapters[next(iter(self._adapters))]
+            self._adapters[key] = read_lora(lora.path, self.dit)
+        self._adapters[key] = self._adapters.pop(key)
+        return self._adapters[key]
 
     def _style_rows(self, styles: tuple[Style, ...]) -> Tensor:
         """Styles as extra prompt rows [K, N, E]. Within a style its references' weights share its strength."""
@@ -208,10 +261,9 @@ class Pipeline:
 
     def _record(self, spec: RenderSpec, image: Image.Image, seconds: float) -> dict[str, Any]:
         """How a picture was made, in plain values: enough to make it again."""
-        settings = {key: value for key, value in asdict(spec).items() if key != "styles"}
         return {
             "schema": 1,
-            **settings,
+            **{key: value for key, value in vars(spec).items() if key not in ("styles", "loras")},
             "styles": [
                 {
                     "name": style.name,
@@ -224,6 +276,7 @@ class Pipeline:
                 }
                 for style in spec.styles
             ],
+            "loras": [self._adapter(lora).report(lora.weight) for lora in adapters_of(spec)],
             "model": {"name": self.name, "variant": self.variant, "files": self._hashes.by_name()},
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -245,17 +298,24 @@ class Pipeline:
                 f"{self.parts.text} speaks {len(text.taps)} of {text.hidden_size}.",
                 hint="Give the text encoder that the transformer was trained with.",
             )
-        if self.vae.config.z_dim != dit.channels:
+        channels = self.vae.config.z_dim if isinstance(self.vae, QwenImageVAE) else self.vae.channels
+        if channels != dit.channels:
             raise K2Error(
-                f"{self.parts.dit} paints in {dit.channels} channels, {self.parts.vae} reads {self.vae.config.z_dim}.",
+                f"{self.parts.dit} paints in {dit.channels} channels, {self.parts.vae} reads {channels}.",
                 hint="Give the autoencoder that the transformer was trained with.",
             )
 
 
-def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float]:
-    """What pictures must share to be rendered together: height, width, steps, mu, guidance."""
+def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...]]:
+    """What pictures must share to be rendered together: height, width, steps, mu, guidance, adapters."""
     assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
-    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance
+    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec)
+
+
+def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:
+    """The spec's LoRAs and its styles'; their order means nothing."""
+    own = (*spec.loras, *(Lora(style.lora, style.strength) for style in spec.styles if style.lora))
+    return tuple(sorted(own, key=lambda lora: (lora.path, lora.weight)))
 
 
 def by_length(contexts: Sequence[Tensor]) -> dict[int, list[int]]:

@@ -50,11 +50,9 @@ def make_box(folder: Path) -> None:
         rms_norm_eps=1e-6,
         taps=(1, 2, 3),
     )
-    save(
-        folder / "tiny-text.safetensors",
-        random_state(TextTower(text)),
-        {"kind": "text", "config": asdict(text)},
-    )
+    tower = TextTower(text)
+    torch.nn.init.normal_(tower.embed_tokens.weight, std=0.5)
+    save(folder / "tiny-text.safetensors", random_state(tower), {"kind": "text", "config": asdict(text)})
     vae = VAEConfig(
         base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.1, -0.2, 0.3, 0.0), latents_std=(1.1, 0.9, 1.0, 1.2)
     )

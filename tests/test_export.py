@@ -1,0 +1,122 @@
+"""The proof that this is a Krea 2: diffusers opens the exported folder and paints the same picture from the noise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import ImageChops
+from tiny import tiny, tiny_box  # noqa: F401
+
+from model import library
+from model.checkpoint import read, save
+from model.errors import K2Error
+from model.latents import noise, patchify
+from model.pipeline import Pipeline
+from model.spec import RenderSpec
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def assert_same_pictures(pipeline: Pipeline, folder: Path, spec: RenderSpec) -> None:
+    """Ours and diffusers', given the same noise: no pixel further apart than 2 of 255."""
+    diffusers = pytest.importorskip("diffusers")
+    spec = pipeline.resolve(spec)
+    ours = pipeline.render([spec])[0]
+
+    other = diffusers.Krea2Pipeline.from_pretrained(folder)
+    other.set_progress_bar_config(disable=True)
+    start = noise(spec.seed, pipeline.dit.config.channels, spec.height // 8, spec.width // 8)
+    theirs = other(
+        spec.prompt,
+        negative_prompt=spec.negative,
+        height=spec.height,
+        width=spec.width,
+        num_inference_steps=spec.steps,
+        guidance_scale=spec.guidance,
+        latents=patchify(start, pipeline.dit.config.patch),
+    ).images[0]
+
+    assert max(ours.image.tobytes()) - min(ours.image.tobytes()) > 50  # a picture, not a flat field
+    assert max(ImageChops.difference(ours.image, theirs).tobytes()) <= 2
+
+
+@pytest.mark.parametrize("variant", ["raw", "turbo"])
+def test_diffusers_paints_the_same(tiny, tmp_path, variant):  # noqa: F811
+    """Another size, a negative prompt, prompts of different lengths in the two branches."""
+    pipeline = Pipeline.load("tiny", variant=variant, device="cpu")
+    pipeline.export(tmp_path / "out")
+
+    spec = RenderSpec("a red fox in the snow", width=80, height=64, seed=7, negative="blue")
+    assert_same_pictures(pipeline, tmp_path / "out", spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_constant_mu_of_ones_own(tiny, tmp_path, monkeypatch):  # noqa: F811
+    state, about = read(tiny / "tiny-raw.safetensors")
+    for path in tiny.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    save(tmp_path / "tiny-raw.safetensors", state, about | {"recommended": {"steps": 3, "guidance": 0.0, "mu": 0.2}})
+    monkeypatch.setattr(library, "BOX", tmp_path)
+    pipeline = Pipeline.load("tiny", device="cpu")
+    pipeline.export(tmp_path / "out")
+
+    assert_same_pictures(pipeline, tmp_path / "out", RenderSpec("a red fox"))
+
+
+def test_taps_up_to_the_very_last_layer(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """Its state is the normed one there and here."""
+    for path in tiny.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state, about = read(tiny / "tiny-text.safetensors")
+    layer = {
+        name.replace("layers.2.", "layers.3."): t.clone() for name, t in state.items() if name.startswith("layers.2.")
+    }
+    state |= layer | {"norm.weight": torch.rand(32) + 0.5}
+    save(tmp_path / "tiny-text.safetensors", state, about | {"config": about["config"] | {"taps": [0, 2, 4]}})
+    monkeypatch.setattr(library, "BOX", tmp_path)
+    pipeline = Pipeline.load("tiny", device="cpu")
+    pipeline.export(tmp_path / "out")
+
+    assert_same_pictures(pipeline, tmp_path / "out", RenderSpec("a red fox"))
+
+
+def test_k2_reads_its_export(tiny, tmp_path):  # noqa: F811
+    """With the same settings, and exports it again byte for byte."""
+    pipeline = Pipeline.load("tiny", variant="turbo", device="cpu")
+    pipeline.export(tmp_path / "out")
+    again = Pipeline.load(str(tmp_path / "out"), device="cpu")
+
+    assert again.variant == "turbo" and again.recommended == pipeline.recommended and again.native == pipeline.native
+    spec = RenderSpec("a red fox", seed=3)
+    assert again.render([spec])[0].record["pixels"] == pipeline.render([spec])[0].record["pixels"]
+    again.export(tmp_path / "twice")
+    first, second = (sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in ("out", "twice"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_an_existing_folder_is_left_alone(tiny, tmp_path):  # noqa: F811
+    with pytest.raises(K2Error, match="exists already"):
+        Pipeline.load("tiny", device="cpu").export(tmp_path)
+
+
+def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.export.write_tokenizer", full)
+    with pytest.raises(K2Error, match="No space left"):
+        Pipeline.load("tiny", device="cpu").export(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variant", ["raw", "turbo"])
+def test_the_model_in_the_box(tmp_path, variant):
+    if library.find("mini", variant) is None:
+        pytest.skip(f"mini-{variant} is not in the box")
+    pipeline = Pipeline.load("mini", variant=variant, device="cpu")
+    pipeline.export(tmp_path / "mini")
+
+    assert_same_pictures(pipeline, tmp_path / "mini", RenderSpec("a red fox", seed=7, steps=4))
