@@ -52,6 +52,7 @@ class Subject:
     name: str
     icons: tuple[str, ...]  # names in the vector sets, the first that a set knows is taken
     words: tuple[str, ...]  # what captions may call it, the plain name first
+    trained: bool = True  # whether pictures of it are asked for in training
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ def read_subjects(path: Path = HERE / "subjects.toml") -> list[Subject]:
     """The subjects in their order of the file."""
     table: dict[str, dict[str, Any]] = tomllib.loads(path.read_text())["subjects"]
     return [
-        Subject(name, (entry["icon"], *entry.get("other", ())), (name, *entry.get("words", ())))
+        Subject(
+            name,
+            (entry["icon"], *entry.get("other", ())),
+            (name, *entry.get("words", ())),
+            not entry.get("later", False),
+        )
         for name, entry in table.items()
     ]
 

@@ -81,14 +81,15 @@ class TrainingSet:
             self.by_look[item.look].append(index)
         self.looks = list(self.by_look)
         self.look_index = {look: i for i, look in enumerate(self.looks)}
-        weights = np.array([_weight(item) for item in self.items])
+        trained = {name for name, subject in catalog.subjects.items() if subject.trained}
+        weights = np.array([_weight(item) * (item.pair.subject in trained) for item in self.items])
         self.weights = weights / weights.sum()
 
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once."""
         new = sorted(set(captions) - self.features.keys())
         if new:
-            embeds, mask = self.text.encode(new)
+            embeds, mask = self.text.encode(new, at_once=64)
             for caption, rows, real in zip(new, embeds, mask, strict=True):
                 self.features[caption] = rows[real].half()
         rows = [self.features[caption].float() for caption in captions]
