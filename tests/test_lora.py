@@ -1,0 +1,465 @@
+"""LoRA: every trainer's layout means the same, sums are exact, nothing is silent, and what was there comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_dit import inputs, random_model, reference, relative_error
+from tiny import tiny, tiny_box  # noqa: F401
+from torch import Tensor, nn
+
+from model.dit import PRESETS, DiTConfig, Krea2
+from model.errors import K2Error
+from model.latents import position_ids
+from model.layouts import diffusers_names
+from model.lora import Adapter, bare, laid_over, layer_names, merge, read_lora
+from model.pipeline import Pipeline
+from model.spec import Lora, RenderSpec, Style
+
+TINY = DiTConfig(width=64, heads=4, kv_heads=2, blocks=2, text_width=32, text_taps=3, text_heads=2, channels=4)
+RANK = 4
+Pairs = dict[str, tuple[Tensor, Tensor]]  # native layer -> down [r, in], up [out, r]
+
+
+@pytest.fixture(scope="module")
+def model() -> Krea2:
+    return random_model(TINY)
+
+
+def linears(model: Krea2) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def random_pairs(model: Krea2, seed: int = 0, rank: int = RANK) -> Pairs:
+    """For every linear layer there is, loud enough to be heard."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (
+            torch.randn(rank, layer.in_features, generator=generator) * 0.5 * layer.in_features**-0.5,
+            torch.randn(layer.out_features, rank, generator=generator) * 0.5,
+        )
+        for name, layer in linears(model).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def pairs(model) -> Pairs:
+    return random_pairs(model)
+
+
+def dense(model: Krea2, *weighted: tuple[Pairs, float]) -> Krea2:
+    """The network with the full products in its matrices, summed in double precision."""
+    state = model.state_dict()
+    for pairs, weight in weighted:
+        for name, (down, up) in pairs.items():
+            state[f"{name}.weight"] = state[f"{name}.weight"].double() + weight * (up.double() @ down.double())
+    changed = Krea2(model.config).eval().requires_grad_(False)
+    changed.load_state_dict(state)
+    return changed
+
+
+@torch.no_grad()
+def velocity(model: Krea2, *adapters: tuple[Adapter, float]) -> Tensor:
+    tokens, sigma, embeds, grid = inputs(model.config)
+    with laid_over(model, adapters):
+        return model(tokens, sigma, embeds, grid)
+
+
+# ---- trainers' layouts --------------------------------------------------------------------------
+
+THEIRS = {n.removesuffix(".weight"): d.removesuffix(".weight") for n, d in diffusers_names(TINY.blocks).items()}
+
+
+def peft(prefix: str, middle: str, names: Callable[[str], str]) -> Callable[[Pairs], dict[str, Tensor]]:
+    return lambda pairs: {
+        f"{prefix}{names(name)}.lora_{half}{middle}": tensor
+        for name, pair in pairs.items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def kohya(prefix: str, names: Callable[[str], str]) -> Callable[[Pairs], dict[str, Tensor]]:
+    """With an alpha of half the rank, for which the up matrix makes up."""
+
+    def write(pairs: Pairs) -> dict[str, Tensor]:
+        state = {}
+        for name, (down, up) in pairs.items():
+            module = prefix + names(name)
+            state |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": 2 * up}
+            state[f"{module}.alpha"] = torch.tensor(len(down) / 2)
+        return state
+
+    return write
+
+
+def native(name: str) -> str:
+    return name
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+LAYOUTS = {
+    "diffusers": peft("transformer.", ".weight", THEIRS.__getitem__),
+    "diffusers, named adapter": peft("transformer.", ".style-1.weight", THEIRS.__getitem__),
+    "ComfyUI": peft("diffusion_model.", ".weight", native),
+    "ComfyUI, long prefix": peft("model.diffusion_model.", ".weight", native),
+    "ComfyUI, kohya's halves": kohya("diffusion_model.", native),
+    "PEFT": peft("base_model.model.", ".default.weight", native),
+    "PEFT, diffusers names": peft("base_model.model.", ".weight", THEIRS.__getitem__),
+    "PEFT, no weight": peft("base_model.model.", "", native),
+    "PEFT, default but no weight": peft("base_model.model.transformer.", ".default", THEIRS.__getitem__),
+    "kohya": kohya("lora_unet_", flat),
+    "kohya, diffusers names": kohya("lora_unet_", lambda name: flat(THEIRS[name])),
+    "OneTrainer": kohya("lora_transformer_", lambda name: flat(THEIRS[name])),
+    "bare": peft("", ".weight", native),
+}
+
+
+def write(folder: Path, state: dict[str, Tensor], name: str = "lora.safetensors", **metadata: str) -> Path:
+    save_file(
+        {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()},
+        folder / name,
+        metadata or None,
+    )
+    return folder / name
+
+
+@pytest.fixture
+def adapter(tmp_path, model, pairs) -> Adapter:
+    return read_lora(write(tmp_path, LAYOUTS["ComfyUI"](pairs)), model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_matches_every_layer(tmp_path, model, pairs, layout):
+    adapter = read_lora(write(tmp_path, LAYOUTS[layout](pairs)), model)
+
+    assert set(adapter.layers) == set(linears(model)) and not adapter.unmatched
+    assert adapter.report(0.5) == {
+        "path": str(tmp_path / "lora.safetensors"),
+        "sha256": adapter.sha256,
+        "weight": 0.5,
+        "matched": len(pairs),
+        "modules": len(pairs),
+        "unmatched": [],
+    }
+    assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (pairs, 1)))) < 1e-5
+
+
+@pytest.mark.parametrize("config", [TINY, PRESETS["medium"]], ids=["tiny", "medium"])
+def test_no_two_layers_share_a_spelling(config):
+    with torch.device("meta"):
+        network = Krea2(config)
+    names, theirs = layer_names(network), diffusers_names(config.blocks)
+    for name in linears(network):
+        other = theirs[f"{name}.weight"].removesuffix(".weight")
+        assert names[name] == names[flat(name)] == names[other] == names[flat(other)] == name
+        assert bare(f"base_model.model.transformer.{other}") == other
+
+
+# ---- sums ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_delta_of_each_layer_is_the_dense_product(model, pairs, adapter):
+    for name, layer in linears(model).items():
+        down, up = pairs[name]
+        x = torch.randn(5, layer.in_features)
+        before = layer(x)
+        with laid_over(model, [(adapter, -0.7)]):
+            delta = layer(x) - before
+        expected = -0.7 * (x.double() @ (up.double() @ down.double()).T)
+        assert relative_error(delta.double(), expected) < 1e-5, name
+        assert torch.equal(layer(x), before)
+
+
+def test_two_add_in_any_order(tmp_path, model, pairs, adapter):
+    others = random_pairs(model, seed=1, rank=3)
+    other = read_lora(write(tmp_path, LAYOUTS["kohya"](others), "other.safetensors"), model)
+
+    both = velocity(model, (adapter, 0.8), (other, -0.5))
+
+    assert relative_error(both, velocity(dense(model, (pairs, 0.8), (others, -0.5)))) < 1e-5
+    assert torch.equal(both, velocity(model, (other, -0.5), (adapter, 0.8)))
+    assert relative_error(velocity(model, (adapter, 0.3), (adapter, 0.7)), velocity(model, (adapter, 1))) < 1e-5
+    with laid_over(model, [(other, -0.5)]):  # one within the other
+        assert relative_error(velocity(model, (adapter, 0.8)), both) < 1e-5
+
+
+def test_weight_nought_and_taking_off_leave_no_trace(model, adapter):
+    weights = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    before = velocity(model)
+
+    assert torch.equal(velocity(model, (adapter, 0)), before)
+    assert not torch.equal(velocity(model, (adapter, 1e-3)), before)
+    with pytest.raises(RuntimeError), laid_over(model, [(adapter, 1)]):
+        assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == weights  # nothing is copied
+        raise RuntimeError
+    assert torch.equal(velocity(model), before)
+
+
+def test_merged_is_the_same_and_is_rounded_once(model, pairs, adapter):
+    merged = dense(model)
+    merge(merged, [(adapter, -1.5)])
+    assert relative_error(velocity(merged), velocity(model, (adapter, -1.5))) < 1e-5
+
+    name = "blocks.0.attn.wq"
+    half = dense(model).bfloat16()
+    exact = half.get_parameter(f"{name}.weight").float() + 0.3 * (pairs[name][1] @ pairs[name][0])
+    merge(half, [(adapter, 0.3)])
+    assert half.get_parameter(f"{name}.weight").dtype == torch.bfloat16
+    torch.testing.assert_close(half.get_parameter(f"{name}.weight").float(), exact, rtol=2**-8, atol=0)
+
+    merge(half, [(adapter, 0)])
+    half.get_submodule(name).weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="8 bits"):
+        merge(half, [(adapter, 1)])
+
+
+def test_in_half_precision(model, pairs, adapter):
+    half = dense(model).bfloat16()
+    tokens, sigma, embeds, grid = inputs(TINY)
+    with laid_over(half, [(adapter, 1)]), torch.no_grad():
+        ours = half(tokens.bfloat16(), sigma, embeds.bfloat16(), grid).float()
+    assert relative_error(ours, velocity(dense(model, (pairs, 1)))) < 0.05
+
+
+# ---- alpha --------------------------------------------------------------------------------------
+
+
+def scaled(pairs: Pairs, by: float) -> Pairs:
+    return {name: (down, by * up) for name, (down, up) in pairs.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [({"r": RANK, "lora_alpha": 8}, 2.0), ({"lora_alpha": 2, "use_rslora": True}, 1.0), ({"r": RANK}, 1.0)],
+    ids=["alpha", "rank-stabilised", "none"],
+)
+def test_alpha_that_stands_beside_the_tensors(tmp_path, model, pairs, settings, scale):
+    """diffusers writes it into the file's metadata, PEFT into a file of its own."""
+    state = LAYOUTS["diffusers"](pairs)
+    stated = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+    inside = read_lora(write(tmp_path, state, lora_adapter_metadata=stated), model)
+    write(tmp_path, LAYOUTS["PEFT"](pairs), "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    folder = read_lora(tmp_path, model)
+
+    for adapter in (inside, folder):
+        assert {each.scale for each in adapter.layers.values()} == {scale}
+    assert relative_error(velocity(model, (inside, 1)), velocity(dense(model, (scaled(pairs, scale), 1)))) < 1e-5
+
+
+def test_alpha_of_single_layers(tmp_path, model, pairs):
+    stated = json.dumps({"lora_alpha": 4, "alpha_pattern": {"transformer_blocks.1.attn.to_q": 12}})
+    layers = read_lora(write(tmp_path, LAYOUTS["diffusers"](pairs), lora_adapter_metadata=stated), model).layers
+    assert layers["blocks.1.attn.wq"].scale == 3 and layers["blocks.0.attn.wq"].scale == 1
+
+
+# ---- what is named, and what is refused ---------------------------------------------------------
+
+
+def test_layers_that_are_not_there_are_named(tmp_path, model, pairs):
+    """A LoRA of a deeper network, with a text encoder's part."""
+    strange = {"blocks.7.attn.wq": pairs["blocks.0.attn.wq"], "text_encoder.layers.0.mlp": pairs["first"]}
+    state = LAYOUTS["ComfyUI"](pairs) | LAYOUTS["ComfyUI"](strange)
+
+    report = read_lora(write(tmp_path, state), model).report(1)
+
+    assert (report["matched"], report["modules"]) == (len(pairs), len(pairs) + 2)
+    assert report["unmatched"] == ["diffusion_model.blocks.7.attn.wq", "diffusion_model.text_encoder.layers.0.mlp"]
+
+
+def test_one_rank_for_all_may_exceed_the_smallest_layers_sides(tmp_path, model):
+    """The text fusion's projector has one output and as many inputs as there are taps."""
+    wide = random_pairs(model, rank=16)
+    adapter = read_lora(write(tmp_path, LAYOUTS["diffusers"](wide)), model)
+    assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (wide, 1)))) < 1e-5
+
+
+def refused(tmp_path: Path, model: Krea2, state: dict[str, Tensor], **metadata: str) -> str:
+    path = write(tmp_path, state, **metadata)
+    with pytest.raises(K2Error) as error:
+        read_lora(path, model)
+    assert path.name in str(error.value) and error.value.hint
+    return str(error.value)
+
+
+def pair(*modules: str, down: str = "lora_A", up: str = "lora_B", width: int = 3072) -> dict[str, Tensor]:
+    return {
+        f"{m}.{half}.weight": torch.ones(4, width).T if half == up else torch.ones(4, width)
+        for m in modules
+        for half in (down, up)
+    }
+
+
+@pytest.mark.parametrize(
+    ("modules", "what"),
+    [
+        (["transformer.single_transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_q"], "FLUX"),
+        (["lora_unet_double_blocks_0_img_attn_qkv"], "FLUX"),
+        (["transformer.transformer_blocks.0.img_mod.1", "transformer.transformer_blocks.0.attn.to_q"], "Qwen-Image"),
+        (["lora_unet_down_blocks_0_attentions_0_proj_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1"], "SDXL"),
+        (["diffusion_model.joint_blocks.0.x_block.attn.qkv"], "Stable Diffusion 3"),
+        (["diffusion_model.blocks.0.self_attn.q"], "Wan"),
+        (["diffusion_model.layers.0.attention.to_q"], "Z-Image"),
+        (["lora_te_layers_0_self_attn_q_proj"], "a text encoder"),
+        (["transformer.mystery.0.to_q"], "matches no layer of this network: it has layers like transformer.mystery.0"),
+    ],
+    ids=["FLUX", "FLUX kohya", "Qwen-Image", "SDXL", "SD 3", "Wan", "Z-Image", "text encoder", "unknown"],
+)
+def test_made_for_another_model(tmp_path, model, modules, what):
+    """Also where some names are also ours, as diffusers calls its blocks alike in every model."""
+    assert what in refused(tmp_path, model, pair(*modules, width=64))
+
+
+def test_made_for_another_size(tmp_path, model):
+    state = pair("diffusion_model.blocks.0.attn.wq", width=6144)
+    assert "turns 6144 numbers into 6144, this one 64 into 64" in refused(tmp_path, model, state)
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("blocks.0.attn.wq.lokr_w1", "LoKr"),
+        ("blocks.0.attn.wq.hada_w1_a", "LoHa"),
+        ("blocks.0.attn.wq.dora_scale", "DoRA"),
+        ("blocks.0.attn.wq.lora_magnitude_vector.weight", "DoRA"),
+        ("blocks.0.attn.wq.diff_b", "differences"),
+        ("blocks.0.attn.wq.lora_mid.weight", "convolutions"),
+        ("blocks.0.attn.wq.lora_B.bias", "biases"),
+        ("blocks.0.attn.wk.lora_A.weight", "no whole low-rank pair: blocks.0.attn.wk"),
+        ("blocks.0.attn.wk.alpha", "no whole low-rank pair: blocks.0.attn.wk.alpha"),
+        ("blocks.0.attn.wq.lora_down.weight", "more than one adapter"),
+        ("blocks.0.attn.wq.lora_A.second.weight", "more than one adapter"),
+        ("blocks.0.attn.wq.weight", "no whole low-rank pair: blocks.0.attn.wq.weight"),
+    ],
+)
+def test_more_than_a_plain_lora(tmp_path, model, key, what):
+    assert what in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64) | {key: torch.ones(2, 2)})
+
+
+def test_a_layer_under_two_names(tmp_path, model):
+    state = pair("blocks.0.attn.wq", "transformer.transformer_blocks.0.attn.to_q", width=64)
+    assert "same layer twice" in refused(tmp_path, model, state)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [((4, 64), (64, 5)), ((0, 64), (64, 0)), ((65, 64), (64, 65)), ((4, 64, 1), (64, 4)), ((256,), (64, 4))],
+    ids=["two ranks", "no rank", "more rank than width", "three dims", "one dim"],
+)
+def test_absurd_shapes(tmp_path, model, down, up):
+    state = {"blocks.0.attn.wq.lora_A.weight": torch.ones(down), "blocks.0.attn.wq.lora_B.weight": torch.ones(up)}
+    assert "is damaged" in refused(tmp_path, model, state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none(tmp_path, model, value):
+    state = pair("blocks.0.attn.wq", width=64)
+    state["blocks.0.attn.wq.lora_B.weight"][3, 1] = value
+    assert "NaN or infinite" in refused(tmp_path, model, state)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"lora_alpha": "much"}', '{"lora_alpha": NaN}', "[" * 100_000])
+def test_settings_that_cannot_be_read(tmp_path, model, text):
+    assert "settings" in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=text)
+
+
+def test_files_that_hold_no_lora(tmp_path, model):
+    assert "is no LoRA: it holds blocks.0.attn.wq.weight" in refused(
+        tmp_path, model, {"blocks.0.attn.wq.weight": torch.ones(2)}
+    )
+    (tmp_path / "lora.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(K2Error, match="pickle"):
+        read_lora(tmp_path / "lora.pt", model)
+    with pytest.raises(K2Error, match="no file"):
+        read_lora(tmp_path / "missing.safetensors", model)
+
+
+# ---- beside diffusers ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_diffusers_answers_the_same(tmp_path, model, pairs):
+    """The file that its own loader takes, at a strength and with an alpha."""
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft, which is not installed")
+    settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted({THEIRS[name] for name in pairs})}
+    stated = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+    path = write(tmp_path, LAYOUTS["diffusers"](pairs), lora_adapter_metadata=stated)
+    other = reference(model)
+    other.load_lora_adapter(tmp_path, weight_name=path.name, prefix="transformer")
+    other.set_adapters(other.active_adapters(), weights=[0.6])
+
+    tokens, sigma, embeds, grid = inputs(TINY)
+    everything = torch.ones(embeds.shape[:2], dtype=torch.bool)
+    ids = position_ids(embeds.shape[1], *grid)
+    theirs = other(tokens, embeds, sigma, ids, everything, return_dict=False)[0]
+    assert relative_error(velocity(model, (read_lora(path, model), 0.6)), theirs) < 1e-5
+
+
+# ---- in the pipeline ----------------------------------------------------------------------------
+
+FOX = RenderSpec("a red fox", seed=7)
+
+
+@pytest.fixture
+def pipeline(tiny):  # noqa: F811
+    return Pipeline.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def path(tmp_path, pipeline) -> Path:
+    return write(tmp_path, LAYOUTS["kohya"](random_pairs(pipeline.dit)))
+
+
+def pixels(pipeline: Pipeline, *specs: RenderSpec) -> list[str]:
+    return [picture.record["pixels"] for picture in pipeline.render(specs)]
+
+
+def test_pictures_with_and_without(pipeline, path):
+    """In one run, in any order, neighbours have nothing of each other's; as a style's part it is the same."""
+    plain, strong, weak = FOX, replace(FOX, loras=(Lora(path),)), replace(FOX, loras=(Lora(path, -0.5),))
+    apart = [pixels(pipeline, spec)[0] for spec in (plain, strong, weak)]
+
+    assert len(set(apart)) == 3
+    assert pixels(pipeline, weak, plain, strong, strong, plain) == [apart[i] for i in (2, 0, 1, 1, 0)]
+    assert pixels(pipeline, replace(FOX, loras=(Lora(path, 0),))) == [apart[0]]
+    assert pixels(pipeline, replace(FOX, styles=(Style("dusk", -0.5, lora=path),))) == [apart[2]]
+    assert pixels(pipeline, replace(FOX, styles=(Style("dusk", 0, lora=path),))) == [apart[0]]
+
+
+def test_pictures_say_which(pipeline, path, tmp_path):
+    style = Style("dusk", 0.5, lora=path, triggers=("dusk style",))
+    record = pipeline.render([replace(FOX, loras=(Lora(path, 0.25), Lora(path, 0)), styles=(style,))])[0].record
+
+    entries = {entry["weight"]: entry for entry in record["loras"]}
+    assert 0.25 in entries and 0 not in entries
+    assert entries[0.25]["path"] == str(path) and len(entries[0.25]["sha256"]) == 64
+    assert entries[0.25]["matched"] == entries[0.25]["modules"] > 0
+
+
+def test_a_file_that_changes_is_read_again(pipeline, path, tmp_path):
+    spec = replace(FOX, loras=(Lora(path),))
+    before = pixels(pipeline, spec)
+    write(tmp_path, LAYOUTS["diffusers"](random_pairs(pipeline.dit, seed=5)))
+    assert pixels(pipeline, spec) != before
+
+
+@pytest.mark.parametrize("weight", [11, float("nan"), float("-inf")])
+def test_weights_that_lead_nowhere(pipeline, path, weight):
+    with pytest.raises(K2Error, match="weight"):
+        pipeline.resolve(replace(FOX, loras=(Lora(path, weight),)))
+
+
+def test_refused_before_anything_is_painted(pipeline, tmp_path):
+    specs = [FOX, replace(FOX, loras=(Lora(tmp_path / "missing.safetensors"),))]
+    with pytest.raises(K2Error, match="missing"):
+        next(pipeline.stream(specs))
