@@ -195,7 +195,7 @@ class Project:
 
     @property
     def outputs(self) -> Path:
-        return self.root / "outputs"
+        return self.inside("outputs")
 
     def settle(self, variant: str | None = None, **given: Any) -> Settings:
         """The project's settings, options of a command line in their place, with the model found, in this variant."""

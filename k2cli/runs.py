@@ -116,6 +116,7 @@ def resume(project: Project) -> Job:
     run = Run.last(project.outputs)
     if run is None:
         raise K2Error(f"{project.name} has no run to go on with.", hint="Start one with: k2 render")
+    project.inside(run.folder)
     toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN)
     place = Place(toml)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):

@@ -211,6 +211,16 @@ def test_an_unwritable_folder(moody, k2):
     assert tree(moody) == before
 
 
+def test_outputs_that_lead_outside_are_not_written_to(moody, k2, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (moody / "outputs").symlink_to(tmp_path / "elsewhere")
+
+    assert "outputs lies outside the project" in k2("render", code=1).stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+    k2("render", "--allow-outside")
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+
+
 def stop_at(index: int, error: BaseException) -> Callable[[int], None]:
     def stop(at: int) -> None:
         if at == index:
