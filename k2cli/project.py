@@ -149,7 +149,11 @@ class Project:
                 quoted = name.replace("\\", "\\\\").replace('"', '\\"')
                 (draft / FILE).write_text(TEMPLATE.format(name=quoted), "utf-8")
                 (draft / "styles" / "sticker.toml").write_text(STYLE_TEMPLATE, "utf-8")
-                os.replace(draft, folder)
+                if folder.exists():  # a shell may stand in it, so it stays, and k2.toml moves in last
+                    for part in ("refs", "styles", FILE):
+                        os.replace(draft / part, folder / part)
+                else:
+                    os.replace(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return folder

@@ -31,6 +31,17 @@ def test_a_new_project_resolves_as_it_stands(fake, tmp_path):
     assert (planned[0].spec.width, planned[0].spec.steps) == (None, None)  # the checkpoint's own
 
 
+def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch):
+    (tmp_path / "moody").mkdir()
+    monkeypatch.chdir(tmp_path / "moody")
+
+    Project.create(Path("."))
+
+    assert Project.find(Path.cwd()).name == "moody"
+    assert sorted(path.name for path in Path(".").iterdir()) == ["k2.toml", "refs", "styles"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_new_project_never_overwrites(fake, tmp_path):
     (tmp_path / "moody").mkdir()
     (tmp_path / "moody" / "notes.txt").write_text("mine")
