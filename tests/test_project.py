@@ -147,7 +147,7 @@ def test_mistakes_are_named_by_line(tmp_path, toml, message, hint):
         ({"batch": 0}, '--batch: "batch" must lie between 1 and 1,000, not 0.', ""),
         ({"seed": 2**63 - 1, "batch": 2}, f"Seed {2**63 - 1} leaves no room for 2 pictures.", None),
         ({"model": "minni"}, 'There is no model "minni" here.', 'Did you mean "mini"?'),
-        ({"model": "no/such.safetensors"}, None, "Name a folder or a file that is there."),
+        ({"model": "no/such.safetensors"}, None, "Name a folder or a file that is there"),
     ],
 )
 def test_options_are_checked_like_settings(moody, options, message, hint):
