@@ -14,7 +14,18 @@ TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_ta
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "RUNS", tmp_path)
     monkeypatch.setitem(pretrain.PRESETS, "tiny", TINY)
-    return Recipe(name="tiny", size=64, minutes=1e6, batch=4, repeats=2, lr=4e-3, mu=0.0, preset="tiny", warmup_steps=1)
+    return Recipe(
+        name="tiny",
+        size=64,
+        minutes=1e6,
+        batch=4,
+        repeats=2,
+        lr=4e-3,
+        muon_lr=4e-3,
+        mu=0.0,
+        preset="tiny",
+        warmup_steps=1,
+    )
 
 
 def make_batch(seed: int, references: bool) -> dict:

@@ -43,7 +43,8 @@ class Recipe:
     minutes: float
     batch: int  # pictures a step
     repeats: int  # noise levels for each of them: the prompt's part is computed once for all
-    lr: float
+    lr: float  # of AdamW
+    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
     mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
     decay: float = 0.0  # share of the run over which the learning rate falls to zero
     warmup_steps: int = 50
@@ -52,6 +53,8 @@ class Recipe:
     seed: int = 1
     init: str = ""  # a run whose weights this one starts from
     references: float = 0.5  # share of the steps that show a style reference
+    white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
+    grounds: float = 1.7  # the same for plain pictures on other grounds
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
 
@@ -65,14 +68,20 @@ class Recipe:
             table["forms"] = tuple(table["forms"])
         return cls(**table)
 
+    def weight(self, item: Item) -> float:
+        """How often a picture is drawn, next to one with a medium."""
+        if item.look.medium != "plain":
+            return 1.0
+        return self.white if item.look.ground == "white" else self.grounds
+
 
 class TrainingSet:
     """Everything that a step draws from: latents, captions and style references of the train split."""
 
-    def __init__(self, catalog: Catalog, text: TextEncoder, size: int):
+    def __init__(self, catalog: Catalog, text: TextEncoder, recipe: Recipe):
         self.catalog = catalog
         self.items = catalog.items("train")
-        self.latents = torch.from_numpy(np.load(catalog.folder / f"latents-{size}.npy"))
+        self.latents = torch.from_numpy(np.load(catalog.folder / f"latents-{recipe.size}.npy"))
         assert len(self.latents) == len(self.items), "latents and catalog differ; encode again"
         self.text = text
         self.features: dict[str, Tensor] = {}
@@ -82,7 +91,7 @@ class TrainingSet:
         self.looks = list(self.by_look)
         self.look_index = {look: i for i, look in enumerate(self.looks)}
         trained = {name for name, subject in catalog.subjects.items() if subject.trained}
-        weights = np.array([_weight(item) * (item.pair.subject in trained) for item in self.items])
+        weights = np.array([recipe.weight(item) * (item.pair.subject in trained) for item in self.items])
         self.weights = weights / weights.sum()
 
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -130,13 +139,6 @@ class TrainingSet:
         peers = self.by_look[self.items[index].look]
         other = peers[int(rng.integers(len(peers)))]
         return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
-
-
-def _weight(item: Item) -> float:
-    """Plain pictures come more often than media, and those on white most: subjects are learned there first."""
-    if item.look.medium != "plain":
-        return 1.0
-    return 3.0 if item.look.ground == "white" else 1.7
 
 
 class Trainee(nn.Module):
@@ -189,7 +191,7 @@ class Run:
         self.model = Trainee(PRESETS[recipe.preset], looks)
         inside, rest = split_parameters(self.model.dit)
         rest += [*self.model.style.parameters(), *self.model.look_head.parameters()]
-        self.muon = Muon(inside, recipe.lr, weight_decay=recipe.weight_decay, steps=4)
+        self.muon = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
         self.adamw = torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
@@ -207,8 +209,8 @@ class Run:
         factor = min(1.0, (self.step + 1) / recipe.warmup_steps) * warmup_stable_decay(
             self.seconds, recipe.minutes * 60, warmup=0, decay=recipe.decay
         )
-        for optimiser in (self.muon, self.adamw):
-            optimiser.param_groups[0]["lr"] = recipe.lr * factor
+        self.muon.param_groups[0]["lr"] = recipe.muon_lr * factor
+        self.adamw.param_groups[0]["lr"] = recipe.lr * factor
         flow, sigma, style = self.model.losses(batch, recipe)
         (flow.mean() + recipe.style_loss * style).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
@@ -260,7 +262,7 @@ class Run:
 def main(path: Path) -> None:
     recipe = Recipe.read(path)
     text = TextEncoder.load(RUNS / "text" / "text.safetensors")
-    data = TrainingSet(Catalog(DATA), text, recipe.size)
+    data = TrainingSet(Catalog(DATA), text, recipe)
     run = Run(recipe, len(data.looks))
     log = run.folder / "log.csv"
     print(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks", flush=True)
