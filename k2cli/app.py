@@ -42,6 +42,9 @@ ProjectOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
 OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
+]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
 
 
@@ -259,11 +262,14 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
 
 def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> None:
     """Render jobs, print each picture's path, and tell people how it went."""
+    from k2cli import licence
     from k2cli.console import meter, near, result, say
     from k2cli.runs import render
 
     for job in jobs:
-        total, done, folder = len(job.left), 0, None
+        licence.require_for(job.model, job.variant)
+    for job in jobs:
+        total, done, kept_back, folder = len(job.left), 0, 0, None
         if not total:
             say(f"{job.project.name}: every picture of the run is there.")
             continue
@@ -272,13 +278,19 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
                 for saved in render(job, embed=embed, on_step=bar.step):
                     done, folder = done + 1, saved.path.parent
                     bar.saved(done)
-                    result(to_json({"file": near(saved.path), **saved.record}) if as_json else near(saved.path))
+                    if blocked := saved.record["blocked"]:
+                        kept_back += 1
+                        say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
+                    if as_json:
+                        result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
+                    elif not blocked:
+                        result(near(saved.path))
         except KeyboardInterrupt:
             if folder is not None:
                 say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: k2 render --resume")
             raise typer.Exit(130) from None
-        if not quiet and total > 1 and folder is not None:
-            say(f"{total} pictures and a contact sheet in {near(folder)}", "dim")
+        if not quiet and total - kept_back > 1 and folder is not None:
+            say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
 
 
 def to_json(table: Any) -> str:
@@ -374,13 +386,16 @@ def list_models(json: JsonOption = False) -> None:
 
 @models_app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box, or a .safetensors file.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box or the hub, a folder, or a file.")],
+    accept_licence: AcceptOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a model's files hold: shapes, recommended settings, training, hashes."""
-    from k2cli import models
+    """Say what a model's files hold: layout, shapes, precision, recommended settings, training, licence, hashes."""
+    from k2cli import licence, models
     from k2cli.console import result
 
+    if accept_licence:
+        licence.require_for(models.resolve(model), yes=True)
     entries = models.describe(model)
     result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
 
@@ -394,9 +409,7 @@ def pull(
     include: Annotated[
         list[str] | None, typer.Option("--include", metavar="GLOB", help="Of several models, the files of this one.")
     ] = None,
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
-    ] = False,
+    accept_licence: AcceptOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

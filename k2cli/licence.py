@@ -65,10 +65,11 @@ def accept(licence: Licence) -> None:
     write_toml(file, accepted() | {licence.name: datetime.now(UTC).replace(microsecond=0)})
 
 
-def require(name: str | None, subject: str, *, yes: bool = False) -> None:
+def require(name: str | None, subject: str, *, yes: bool = False, command: str = "pull") -> None:
     """See to it that a licence is accepted: from earlier, by `yes`, or asked for on a terminal. Raises K2Error if not.
 
-    `name` is the licence's as model cards have it; one that k2 knows no terms of asks for nothing.
+    `name` is the licence's as model cards have it; one that k2 knows no terms of asks for nothing. `command` is where
+    it can be accepted without a terminal.
     """
     licence = LICENCES.get(name or "")
     if licence is None or licence.name in accepted():
@@ -78,7 +79,7 @@ def require(name: str | None, subject: str, *, yes: bool = False) -> None:
         say(f"  • {term}")
     say(f"The text counts, not this summary: {licence.text}\nUse policy: {licence.policy}")
     if not yes:
-        hint = f"Read it, then: k2 models pull {subject} --accept-licence"
+        hint = f"Read it, then: k2 models {command} {subject} --accept-licence"
         if not (sys.stdin.isatty() and console.is_terminal):
             raise K2Error(f"The licence of {subject} has not been accepted on this machine.", hint=hint)
         if not typer.confirm("Have you read it, and do you accept it?", err=True):
@@ -87,8 +88,8 @@ def require(name: str | None, subject: str, *, yes: bool = False) -> None:
     say(f"Accepted; noted in {record_file()}.", "dim")
 
 
-def require_for(name: str, variant: str | None = None) -> None:
+def require_for(name: str, variant: str | None = None, *, yes: bool = False) -> None:
     """The same for a model that is here, by the name that a render gives it; what is not here asks for nothing."""
     model = library.find(name, variant)
     if model is not None and model.source != "box":
-        require(model.licence, name)
+        require(model.licence, name, yes=yes, command="info")

@@ -20,6 +20,7 @@ except ImportError:  # not on Windows
 
 RUN = "run.toml"
 DRAFT = ".draft"
+BLOCKED = ".blocked.toml"
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
 
@@ -74,7 +75,7 @@ class Run:
     ) -> None:
         if self.handle is not None:
             os.close(self.handle)
-        if kind is not None and self.made and not any(self.folder.glob("*.png")):
+        if kind is not None and self.made and not any((*self.folder.glob("*.png"), *self.folder.glob(f"*{BLOCKED}"))):
             with suppress(OSError):
                 (self.folder / RUN).unlink(missing_ok=True)
                 for folder in reversed(self.made):
@@ -97,13 +98,19 @@ class Run:
         return self.folder / name
 
     def has(self, stem: str) -> bool:
-        """A picture is done when both its files stand there; each of them is whole if it exists."""
-        return self[f"{stem}.png"].exists() and self[f"{stem}.toml"].exists()
+        """A picture is done when both its files stand there, or was blocked; each of them is whole if it exists."""
+        return (self[f"{stem}.png"].exists() and self[f"{stem}.toml"].exists()) or self[f"{stem}{BLOCKED}"].exists()
 
     def save(self, stem: str, picture: bytes, record: bytes) -> Path:
         """A picture and its record. The record takes its place first, so that no picture is ever without one."""
         path = self[f"{stem}.png"]
         write({self[f"{stem}.toml"]: record, path: picture})
+        return path
+
+    def block(self, stem: str, record: bytes) -> Path:
+        """The record alone, of a picture that an output filter keeps back."""
+        path = self[f"{stem}{BLOCKED}"]
+        write({path: record})
         return path
 
     def sweep(self) -> None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2cli import models, records
+from k2cli import licence, models, records
 from k2cli.outputs import RUN, Run, dump, write, write_toml
 from k2cli.project import Project, Shot
 from k2cli.sheet import Entry, contact_sheets
@@ -51,13 +51,14 @@ class Job:
 class Saved:
     """A picture on disk, and its record."""
 
-    path: Path
+    path: Path  # of a blocked picture's record, which then stands alone
     record: Mapping[str, Any]
 
 
 @lru_cache(maxsize=1)
 def load(model: str, variant: str | None, device: str | None, dtype: str | None) -> Pipeline:
     """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
+    licence.require_for(model, variant)
     from model.pipeline import Pipeline  # the only line that imports torch
 
     return Pipeline.load(model, variant=variant, device=device, dtype=dtype)
@@ -73,15 +74,21 @@ def render(job: Job, *, embed: bool = True, on_step: OnStep | None = None) -> It
         left = job.left
         for shot, picture in zip(left, pipeline.stream([shot.spec for shot in left], on_step=on_step), strict=True):
             record = records.compose(shot, picture, job.project.root)
-            path = run.save(shot.stem, records.encode(picture.image, record, embed=embed), dump(record))
+            if record["blocked"]:
+                path = run.block(shot.stem, dump(record))
+            else:
+                path = run.save(shot.stem, records.encode(picture.image, record, embed=embed), dump(record))
             yield Saved(path, record)
         if len(job.shots) > 1:
             write({run[f"sheet{'' if i == 0 else f'-{i + 1}'}.png"]: png for i, png in enumerate(sheets(job, run))})
 
 
 def sheets(job: Job, run: Run) -> Iterator[bytes]:
-    """The contact sheets of a finished run."""
-    record = Toml.read(run[f"{job.shots[0].stem}.toml"], job.shots[0].stem).table
+    """The contact sheets of a finished run, of all pictures that no filter blocked."""
+    shots = [shot for shot in job.shots if run[f"{shot.stem}.png"].exists()]
+    if not shots:
+        return iter(())
+    record = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem).table
     made, used = record["settings"], record["model"]
     facts = [
         f"run {run.folder.name[:4]}",
@@ -91,7 +98,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         *(f"{style['name']} {style['strength']:g}" for style in record.get("style") or []),
         f"{datetime.now():%Y-%m-%d}",
     ]
-    entries = [Entry(run[f"{shot.stem}.png"], shot.given, f"seed {shot.spec.seed}") for shot in job.shots]
+    entries = [Entry(run[f"{shot.stem}.png"], shot.given, f"seed {shot.spec.seed}") for shot in shots]
     return contact_sheets(entries, job.project.name, " · ".join(facts))
 
 
@@ -133,7 +140,7 @@ def resume(project: Project) -> Job:
     for _, hashes in planned:
         records.verify(hashes)
     for shot in job.shots:
-        if run.has(shot.stem):
+        if run[f"{shot.stem}.toml"].exists():
             label = f"{run.folder.name}/{shot.stem}.toml"
             records.locate(records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside), project.inside)
             break
@@ -163,6 +170,8 @@ def rerun(
     pipeline = load(model, used.variant, device or used.device, used.dtype)
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, home.root if home else Path.cwd())
+    if blocked := again["blocked"]:
+        raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
     png, text = records.encode(picture.image, again, embed=embed), dump(again)
     if output is not None:
         path = output

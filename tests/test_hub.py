@@ -502,6 +502,20 @@ def test_the_licence_comes_first(hf: Hub, k2):
     assert "Community License" not in k2("models", "pull", "krea-2-turbo").stderr
 
 
+def test_a_render_asks_for_the_licence_too(hf: Hub, moody: Path, k2):
+    k2("models", "pull", "krea-2-turbo")
+    licence.record_file().unlink()
+    command = ("render", "--model", "krea-2-turbo", "-p", "tea", "--no-embed")
+
+    result = k2(*command, code=1)
+    assert "has not been accepted" in result.stderr and "k2 models info krea-2-turbo --accept-licence" in result.stderr
+    assert not (moody / "outputs").exists()
+
+    about = k2("models", "info", "krea-2-turbo", "--accept-licence", "--json").stdout.splitlines()
+    assert {json.loads(line)["sha256"] for line in about} >= {etag(PIPELINE[name]) for name in SHARDS}
+    assert k2(*command).stdout == "outputs/0001-tea/tea-7.png\n"
+
+
 def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):
     licence.record_file().unlink()
     hf.repos["acme/tuned"] = {MAIN: {"model.safetensors": weights(1)}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -65,3 +67,48 @@ def test_installed_packages_bring_filters(monkeypatch):
     points.append(SimpleNamespace(name="nudity", load=missing))
     with pytest.raises(K2Error, match='"nudity" failed: no module named nudity'):
         installed()
+
+
+@pytest.fixture
+def strict(fake, monkeypatch):
+    """The painting pipeline with a filter that allows what it is told to: one letter a picture, + or -."""
+
+    def use(answers: str) -> None:
+        stream, left = fake.stream, iter(answers)
+        checks = {"eyes": lambda image, record: Verdict(next(left) == "+", "looks odd")}
+        painted = lambda self, specs, on_step=None: (review(each, checks) for each in stream(self, specs, on_step))  # noqa: E731
+        monkeypatch.setattr(fake, "stream", painted)
+
+    return use
+
+
+def test_what_is_blocked_is_recorded_but_not_saved(moody, k2, strict):
+    strict("+-")
+
+    result = k2("render")
+
+    folder = moody / "outputs/0001-fox-and-1-more"
+    assert result.stdout == "outputs/0001-fox-and-1-more/fox-7.png\n"
+    assert 'Blocked by the output filter "eyes"' in result.stderr
+    files = {path.name for path in folder.iterdir()} - {"run.toml", "sheet.png"}
+    assert files == {"fox-7.png", "fox-7.toml", "an-owl-at-night-7.blocked.toml"}
+    record = tomllib.loads((folder / "an-owl-at-night-7.blocked.toml").read_text("utf-8"))
+    assert record["blocked"] == {"filter": "eyes", "reason": "looks odd"} and record["settings"]["seed"] == 7
+    assert "every picture of the run is there" in k2("render", "--resume").stderr
+
+
+def test_a_run_may_be_blocked_whole(moody, k2, strict):
+    strict("--")
+
+    lines = [json.loads(line) for line in k2("render", "--json").stdout.splitlines()]
+
+    assert [line["file"] for line in lines] == [None, None]
+    assert not list(moody.rglob("*.png"))
+
+
+def test_a_rerun_is_filtered_too(moody, k2, strict):
+    strict("++-")
+    path = k2("render").stdout.splitlines()[0]
+
+    assert 'The output filter "eyes" blocked the picture: looks odd.' in k2("rerun", path, code=1).stderr
+    assert not (moody / "outputs/0002-fox").exists()
