@@ -24,6 +24,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from rich.console import Console
+from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import hub, licence
 from model import library
@@ -526,6 +527,25 @@ def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):
 
     hf.card = {"license": "other", "base_model": ["krea/Krea-2-Raw"]}
     assert "has not been accepted" in k2("models", "pull", "acme/tuned", code=1).stderr
+
+
+def test_what_was_pulled_renders(hf: Hub, k2, tiny, tmp_path: Path):  # noqa: F811
+    """A whole pipeline in diffusers' layout, from the hub to a picture: the same as from the box."""
+    from model.pipeline import Pipeline
+    from model.spec import RenderSpec
+
+    boxed = Pipeline.load("tiny", variant="turbo", device="cpu", filters=[])
+    boxed.export(folder := tmp_path / "exported")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hf.repos[REPO] = {MAIN: files | {"turbo.safetensors": weights(1)}}
+
+    k2("models", "pull", "krea-2-turbo")
+
+    pulled = Pipeline.load("krea-2-turbo", device="cpu", filters=[])
+    spec = RenderSpec("a red fox", width=64, height=64, seed=7, steps=2)
+    (ours,), (theirs,) = boxed.render([spec]), pulled.render([spec])
+    assert pulled.variant == "turbo" and ours.image.tobytes() == theirs.image.tobytes()
+    assert pulled.recommended == library.RECOMMENDED["turbo"] | boxed.recommended
 
 
 def test_the_environment_is_honoured(server: Hub, tmp_path: Path):
