@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +19,11 @@ from model import library
 from model import pipeline as module
 from model.checkpoint import read, save
 from model.errors import K2Error
+from model.flux_vae import FluxVAE, FluxVAEConfig
+from model.latents import patchify
 from model.parts import sha256
 from model.pipeline import Pipeline
+from model.safety import Verdict
 from model.sampler import raw_mu
 from model.spec import Picture, Reference, RenderSpec, Style
 
@@ -184,6 +190,51 @@ def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa
         for path in tiny.glob("mini-*"):
             path.unlink()
     assert pixels(mine.render([FOX])[0]) == pixels(pipeline.render([FOX])[0])
+
+
+def test_flux_latents(tiny, tmp_path, pipeline):  # noqa: F811
+    """FLUX.2's autoencoder in the other's place: its packed cells are the transformer's patches."""
+    pipeline.export(tmp_path / "model")
+    torch.manual_seed(0)
+    config = {"latent_channels": 4, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+    vae = FluxVAE(FluxVAEConfig.from_dict(config)).eval()
+    shutil.rmtree(tmp_path / "model" / "vae")
+    (tmp_path / "model" / "vae").mkdir()
+    (tmp_path / "model" / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLFlux2", **config}))
+    save(tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict(), {})
+
+    flux = Pipeline.load(str(tmp_path / "model"), device="cpu")
+    picture = flux.render([replace(FOX, width=80)])[0]
+
+    assert picture.image.size == (80, 64)
+    images = torch.rand(1, 3, 64, 80) * 2 - 1
+    packed = patchify(flux.vae.encode(images), 2).transpose(1, 2).unflatten(-1, (4, 5))
+    torch.testing.assert_close(packed, vae.encode(images).detach())
+    with pytest.raises(K2Error, match="Qwen-Image's autoencoder only"):
+        flux.export(tmp_path / "out")
+
+
+def test_a_picture_that_a_filter_blocks_is_black(tiny):  # noqa: F811
+    strict = Pipeline.load("tiny", device="cpu", filters=[lambda image, record: Verdict(record["seed"] != 7, "seven")])
+    blocked, passed = strict.render([FOX, replace(FOX, seed=8)])
+    assert not any(blocked.image.tobytes()) and blocked.record["blocked"]["reason"] == "seven"
+    assert any(passed.image.tobytes()) and "blocked" not in passed.record
+
+
+def test_rendering_brings_in_no_heavy_library(tiny):  # noqa: F811
+    """Each of them costs as much as the picture."""
+    code = """
+import sys
+from pathlib import Path
+from model import library
+library.BOX = Path(sys.argv[1])
+from model.pipeline import Pipeline
+from model.spec import RenderSpec
+Pipeline.load("tiny", device="cpu").render([RenderSpec("a red fox", steps=1)])
+print(*{"transformers", "diffusers", "sympy", "scipy", "torch._dynamo", "torch._inductor"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tiny)], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
 
 
 # ---- what must be refused -----------------------------------------------------------------------

@@ -55,7 +55,10 @@ def main(run: str, steps: int = 16, guidance: float = 2.5) -> None:
     recipe = place["recipe"]
     dit = Krea2(PRESETS[recipe["preset"]]).eval()
     dit.load_state_dict({k[8:]: v for k, v in load_file(path).items() if k.startswith("ema.dit.")})
-    text, vae = TextEncoder.load(RUNS / "text" / "text.safetensors"), load_autoencoder(RUNS / "vae" / "encoder-frozen.safetensors")
+    text, vae = (
+        TextEncoder.load(RUNS / "text" / "text.safetensors"),
+        load_autoencoder(RUNS / "vae" / "encoder-frozen.safetensors"),
+    )
     (empty, _) = text.encode([""])
     pictures = []
     for index, prompt in enumerate(PROMPTS):
