@@ -1,7 +1,7 @@
 """Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
 
-Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`; the text encoder
-is stored by its own training. Each file's metadata says how it came about.
+Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`; the text
+encoder is stored by its own training. Each file says in its metadata how it came about.
 """
 
 from __future__ import annotations
