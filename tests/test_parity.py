@@ -66,7 +66,7 @@ def test_every_layout_paints_it(pipeline, tmp_path):
         "diffusers in one file": native(made(folder / "single"), to_diffusers(state, pipeline.dit.config)),
     }
     for name in ("comfy", "single"):
-        for part in ("text_encoder", "tokenizer", "vae"):
+        for part in ("model_index.json", "text_encoder", "tokenizer", "vae"):
             (folder / name / part).symlink_to(folder / part)
 
     spec = pipeline.resolve(FOX)

@@ -33,7 +33,8 @@ def interval(values: NDArray, seed: int = 0, draws: int = 2000) -> tuple[float, 
     """Mean and its 95 % bootstrap interval."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    return float(values.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
 
 
 def held_out_prompts(catalog: Catalog, count: int, subjects: int = 100, seed: int = 5) -> list[tuple[Item, str]]:

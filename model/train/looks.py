@@ -2,19 +2,20 @@
 
 A look is drawing set x medium x ground x palette. Media and grounds are made by code, so that the range (grainy film,
 print, paint, light) does not depend on what happens to lie in a data set, and a caption always knows what it shows.
-Pictures are float32 RGB in 0 ... 1, [H, W, 3]; H is any size, lengths scale with it.
+Pictures are float RGB in 0 ... 1, [H, W, 3]; H is any size, lengths scale with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32, or float64 where a product widened it
 Generator = np.random.Generator
 
 DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that a caption may use for its manner of drawing

@@ -57,7 +57,8 @@ class Muon(torch.optim.Optimizer):
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """(matrices inside the blocks, for Muon; all the rest, for AdamW)."""
-    inside, rest = [], []
+    inside: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, param in model.named_parameters():
         (inside if name.startswith("blocks.") and param.ndim == 2 else rest).append(param)
     return inside, rest
