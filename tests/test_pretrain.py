@@ -73,7 +73,7 @@ def test_resuming_is_exact(recipe):
 
 def test_repeats_share_the_prompt_but_not_the_noise(recipe):
     run = Run(recipe, looks=3)
-    flow, sigma, _ = run.model.losses(make_batch(0, references=False), recipe)
+    flow, sigma, _, _ = run.model.losses(make_batch(0, references=False), recipe)
 
     assert flow.shape == (8,)
     assert len(sigma.unique()) == 8

@@ -52,6 +52,7 @@ class Recipe:
     preset: str = "mini"
     seed: int = 1
     init: str = ""  # a run whose weights this one starts from
+    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
     references: float = 0.5  # share of the steps that show a style reference
     white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
     grounds: float = 1.7  # the same for plain pictures on other grounds
@@ -64,9 +65,7 @@ class Recipe:
         unknown = set(table) - {f.name for f in fields(cls)}
         if unknown:
             raise K2Error(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
-        if "forms" in table:
-            table["forms"] = tuple(table["forms"])
-        return cls(**table)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
 
     def weight(self, item: Item) -> float:
         """How often a picture is drawn, next to one with a medium."""
@@ -152,8 +151,9 @@ class Trainee(nn.Module):
         self.dit.initialise()
         self.style.initialise()
 
-    def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
-        """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss."""
+    def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss, and
+        how far the prompts' contexts differ, as a share of their size: near zero means that words are not heard."""
         latents, generator, repeats = batch["latents"], batch["generator"], recipe.repeats
         embeds, mask = batch["embeds"], batch["mask"]
         style_loss = torch.zeros(())
@@ -163,7 +163,9 @@ class Trainee(nn.Module):
             rows = torch.where(batch["null"][:, None, None, None], self.style.null, rows)
             embeds = torch.cat((embeds, rows), 1)
             mask = None if mask is None else F.pad(mask, (0, rows.shape[1]), value=True)
-        context = self.dit.encode_text(embeds, mask).repeat_interleave(repeats, 0)
+        context = self.dit.encode_text(embeds, mask)
+        apart = (context - context.mean(0)).detach().norm() / context.detach().norm()
+        context = context.repeat_interleave(repeats, 0)
         mask = None if mask is None else mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
@@ -177,7 +179,7 @@ class Trainee(nn.Module):
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))
         velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, mask)
-        return (velocity - (noise - image)).square().mean((1, 2)), sigma, style_loss
+        return (velocity - (noise - image)).square().mean((1, 2)), sigma, style_loss, apart
 
 
 class Run:
@@ -199,9 +201,11 @@ class Run:
             self.load(self.folder / "state.safetensors")
         elif recipe.init:
             parent = load_file(RUNS / recipe.init / "state.safetensors")
-            weights = {k.removeprefix("model."): v for k, v in parent.items() if k.startswith("model.")}
-            self.model.load_state_dict(weights)
-            self.ema = {name: parent[f"ema.{name}"].clone() for name in self.ema}
+            begin = self.model.state_dict()
+            for name, value in begin.items():
+                if not name.startswith(recipe.fresh or "-"):
+                    value.copy_(parent[f"ema.{name}"])
+            self.ema = {name: value.clone() for name, value in begin.items()}
 
     def advance(self, batch: dict[str, Any]) -> dict[str, float]:
         """One step of both optimisers."""
@@ -211,7 +215,7 @@ class Run:
         )
         self.muon.param_groups[0]["lr"] = recipe.muon_lr * factor
         self.adamw.param_groups[0]["lr"] = recipe.lr * factor
-        flow, sigma, style = self.model.losses(batch, recipe)
+        flow, sigma, style, apart = self.model.losses(batch, recipe)
         (flow.mean() + recipe.style_loss * style).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         for optimiser in (self.muon, self.adamw):
@@ -226,6 +230,7 @@ class Run:
             "low": flow[sigma < 0.4].mean().item(),
             "high": flow[sigma > 0.7].mean().item(),
             "style": style.item(),
+            "apart": apart.item(),
             "norm": norm.item(),
             "lr": factor * recipe.lr,
         }
