@@ -1,5 +1,7 @@
 """The training loop: it learns, and it resumes to the last bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,17 +81,18 @@ def test_repeats_share_the_prompt_but_not_the_noise(recipe):
     assert len(sigma.unique()) == 8
 
 
-def test_a_stage_starts_from_its_parent(recipe):
-    from dataclasses import replace
-
+def test_a_stage_starts_from_its_parents_average_but_for_what_is_fresh(recipe):
     parent = Run(recipe, looks=3)
     parent.advance(make_batch(0, references=True))
     parent.save()
 
-    child = Run(replace(recipe, name="child", init="tiny"), looks=3)
+    child = Run(replace(recipe, name="child", init="tiny", fresh=("dit.txtmlp",), seed=9), looks=3)
 
     assert child.step == 0
-    assert torch.equal(child.model.dit.first.weight, parent.model.dit.first.weight)
+    weights = child.model.state_dict()
+    assert torch.equal(weights["dit.blocks.0.attn.wq.weight"], parent.ema["dit.blocks.0.attn.wq.weight"])
+    assert not torch.equal(weights["dit.txtmlp.1.weight"], parent.ema["dit.txtmlp.1.weight"])
+    assert all(torch.equal(child.ema[name], value) for name, value in weights.items())
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():

@@ -1,8 +1,8 @@
 """How long pictures take: ours beside diffusers' Krea2Pipeline on the same weights, and beside the arithmetic limit.
 
-`python tests/bench/pipeline.py [--model mini] [--turbo] [--size 128] [--pictures 4] [--rounds 3]`. Both are loaded and
-warm; they render the same prompts in turn, so that whatever else the machine does falls on both. The limit is the time
-that the network's products alone would take at the speed of a large one.
+`python tests/bench/pipeline.py [--model mini] [--turbo] [--size 128] [--steps 28] [--pictures 4] [--rounds 3]`. Both
+are loaded and warm; they render the same prompts in turn, so that whatever else the machine does falls on both. The
+limit is the time that the network's products alone would take at the speed of a large one.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--turbo", action="store_true")
     parser.add_argument("--size", type=int)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -68,7 +69,8 @@ def main() -> None:
 
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(options.pictures)]
     specs = [
-        pipeline.resolve(RenderSpec(prompt, options.size, options.size, seed=i)) for i, prompt in enumerate(prompts)
+        pipeline.resolve(RenderSpec(prompt, options.size, options.size, seed=i, steps=options.steps))
+        for i, prompt in enumerate(prompts)
     ]
     first = specs[0]
 
