@@ -61,11 +61,12 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        table = tomllib.loads(path.read_text())
+        table: dict[str, Any] = tomllib.loads(path.read_text())
         unknown = set(table) - {f.name for f in fields(cls)}
         if unknown:
             raise K2Error(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+        lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
+        return cls(**table | lists)
 
     def weight(self, item: Item) -> float:
         """How often a picture is drawn, next to one with a medium."""
