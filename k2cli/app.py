@@ -278,6 +278,9 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
                 for saved in render(job, embed=embed, on_step=bar.step):
                     done, folder = done + 1, saved.path.parent
                     bar.saved(done)
+                    if done == 1 and not quiet:
+                        for lora in saved.record.get("lora") or ():
+                            say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
                     if blocked := saved.record["blocked"]:
                         kept_back += 1
                         say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")

@@ -96,7 +96,8 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         try:
-            info = HfApi(library_name="k2").model_info(repo, revision=revision, files_metadata=True)
+            api, wait = HfApi(library_name="k2"), constants.HF_HUB_ETAG_TIMEOUT  # seconds
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=wait)
             listed = {each.rfilename: each for each in info.siblings or []}
         except HFValidationError:
             raise K2Error(f'"{repo}" is not the name of a model at the hub.', hint="Names are like ORG/NAME.") from None

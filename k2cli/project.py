@@ -246,7 +246,7 @@ class Project:
             if seed + batch > 2**63:
                 raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
             spec = RenderSpec(
-                prompt=", ".join([prompt.text, *words(looks, "keywords", "avoids")]),
+                prompt=", ".join([prompt.text, *words(looks, "triggers"), *words(looks, "keywords", "avoids")]),
                 negative=", ".join([*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]),
                 width=width,
                 height=height,

@@ -71,6 +71,7 @@ class StyleUsed:
     strength: float = between(1.0, -2, 2)
     keywords: list[str] | None = None
     avoids: list[str] | None = None
+    triggers: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class ReferenceUsed:
     image: str
     sha256: str
     weight: float = between(1.0, -2, 2)
+
+
+@dataclass(frozen=True)
+class LoraUsed:
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,14 @@ def request(shot: Shot, root: Path) -> dict[str, Any]:
                     {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": sha256_once(r.image)}
                     for r in style.references
                 ],
+                **(
+                    {
+                        "triggers": list(style.triggers),
+                        "lora": {"file": os.path.relpath(style.lora, root), "sha256": sha256_once(style.lora)},
+                    }
+                    if style.lora
+                    else {}
+                ),
             }
             for style in spec.styles
         ]
@@ -142,6 +157,11 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": asked.get("style"),
+        "lora": [  # how much of each adapter found its place in the network
+            {"file": os.path.relpath(lora["path"], root), **{key: lora[key] for key in lora if key != "path"}}
+            for lora in made.get("loras", ())
+        ]
+        or None,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("k2", "torch", "safetensors", "pillow")},
@@ -287,7 +307,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     styles = []
     for index, entry in enumerate(tables_of(table, "style", place)):
         at = place.below("style", index)
-        style, references = known_part(StyleUsed, entry, at), []
+        style, references, lora = known_part(StyleUsed, entry, at), [], None
         for number, each in enumerate(tables_of(entry, "reference", at)):
             reference = known_part(ReferenceUsed, each, at.below("reference", number))
             if inside is None:
@@ -298,8 +318,25 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
             path = inside(reference.image)
             hashes[path] = reference.sha256
             references.append(Reference(path, reference.weight))
+        if "lora" in entry:
+            used = part(LoraUsed, entry, "lora", at)
+            if inside is None:
+                raise K2Error(
+                    f"{place.toml.label} was made with {used.file} of its project.",
+                    hint="Say where that is: --project DIR",
+                )
+            lora = inside(used.file)
+            hashes[lora] = used.sha256
         styles.append(
-            Style(style.name, style.strength, tuple(references), tuple(style.keywords or ()), tuple(style.avoids or ()))
+            Style(
+                style.name,
+                style.strength,
+                tuple(references),
+                tuple(style.keywords or ()),
+                tuple(style.avoids or ()),
+                lora,
+                tuple(style.triggers or ()),
+            )
         )
     spec = RenderSpec(
         prompt=prompt.expanded,

@@ -27,6 +27,8 @@ class StyleFile:
     avoids: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     mix: Mapping[str, float] = field(default_factory=dict)
+    lora: Path | None = None
+    triggers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,20 @@ class Styles:
         label = f"styles/{name}.toml"
         toml = Toml.read(self.inside(label, where), label)
         place, table = Place(toml), toml.table
-        if "lora" in table:
-            raise K2Error(f"{place('lora')}: this release knows no LoRA styles.", hint='Take the "lora" line out.')
-        check_keys(table, ("keywords", "avoids", "reference", "mix"), place)
+        check_keys(table, ("keywords", "avoids", "reference", "mix", "lora", "triggers"), place)
         entries = table.get("reference", [])
         if not isinstance(entries, list):
             raise K2Error(
                 f"{place('reference')}: references come as a list of tables.",
                 hint="Write [[reference]], with two brackets.",
             )
-        if not any(table.get(key) for key in ("keywords", "reference", "mix")):
+        if not any(table.get(key) for key in ("keywords", "reference", "mix", "lora")):
             raise K2Error(
-                f"{label} has no keywords, no [[reference]] and no [mix].", hint="Give the style something to go by."
+                f"{label} has no keywords, no [[reference]], no lora and no [mix].",
+                hint="Give the style something to go by.",
             )
+        if table.get("triggers") and not table.get("lora"):
+            raise K2Error(f"{place('triggers')}: triggers without a lora.", hint="Call them keywords.")
         references: list[Reference] = []
         for index, entry in enumerate(entries):
             at = place.below("reference", index)
@@ -81,7 +84,18 @@ class Styles:
             avoids=tuple(check_value("avoids", table.get("avoids", []), list[str], {}, place("avoids"))),
             references=tuple(references),
             mix=read_weights(table.get("mix", {}), place.below("mix")),
+            lora=self.adapter(check_value("lora", table["lora"], str, {}, place("lora")), place("lora"))
+            if "lora" in table
+            else None,
+            triggers=tuple(check_value("triggers", table.get("triggers", []), list[str], {}, place("triggers"))),
         )
+
+    def adapter(self, file: str, where: str) -> Path:
+        """A LoRA's file; what it holds is the model's business."""
+        path = self.inside(file, where)
+        if not path.is_file():
+            raise K2Error(f"{where}: there is no file {file}.", hint="Paths are relative to the project.")
+        return path
 
     def pictures(self, pattern: str, where: str) -> list[Path]:
         """The pictures that a path or a glob names, sorted, each one checked to be a picture."""
@@ -119,7 +133,7 @@ class Styles:
                 raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles themselves.")
             if name not in parts:
                 file = files[name] = self.read(name, asked_by)
-                parts[name] = {name: 1.0} if file.keywords or file.references else {}
+                parts[name] = {name: 1.0} if file.keywords or file.references or file.lora else {}
                 for other, weight in file.mix.items():
                     mixed = take_apart(other, (*trail, name), f"styles/{name}.toml")
                     add(parts[name], mixed, weight)
@@ -135,7 +149,15 @@ class Styles:
                 )
         strongest = sorted(((round(s, 9), name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
         return tuple(
-            Style(name, strength, files[name].references, files[name].keywords, files[name].avoids)
+            Style(
+                name,
+                strength,
+                files[name].references,
+                files[name].keywords,
+                files[name].avoids,
+                files[name].lora,
+                files[name].triggers,
+            )
             for strength, name in strongest
             if strength
         )
@@ -146,10 +168,10 @@ def add(total: dict[str, float], more: Mapping[str, float], weight: float) -> No
         total[name] = total.get(name, 0.0) + weight * share
 
 
-def words(styles: Sequence[Style], wanted: str, opposite: str) -> Iterator[str]:
+def words(styles: Sequence[Style], wanted: str, opposite: str | None = None) -> Iterator[str]:
     """The styles' words, each once: what a style wants, and what a style of negative strength does not."""
-    texts = (text for style in styles for text in getattr(style, wanted if style.strength > 0 else opposite))
-    return iter(dict.fromkeys(texts))
+    sides = ((style, wanted if style.strength > 0 else opposite) for style in styles)
+    return iter(dict.fromkeys(text for style, side in sides if side for text in getattr(style, side)))
 
 
 def check_picture(path: Path, where: str, label: str) -> None:

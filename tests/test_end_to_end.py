@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tree
 from PIL import Image, ImageChops
+from safetensors.torch import save_file
 from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import runs
 from k2cli.tables import Toml
 from model import library
+from model.headers import read_header
 
 ROOT = Path(__file__).parents[1]
 PROJECT = """\
@@ -88,6 +91,28 @@ def test_references_steer_and_strength_zero_does_not(den, k2):
 
     assert pixels("--style", "dusk=0") == pixels()
     assert pixels("--style", "dusk=1") != pixels()
+
+
+def test_a_lora_is_said_recorded_and_made_again(den, k2):
+    width = read_header(library.BOX / "tiny-raw.safetensors")["blocks.0.attn.wq.weight"]["shape"][0]
+    pair = {"lora_A.weight": torch.full((2, width), 0.1), "lora_B.weight": torch.full((width, 2), 0.1)}
+    for name, module in (("ink", "transformer.transformer_blocks.0.attn.to_q"), ("foreign", "unet.mid.to_q")):
+        save_file({f"{module}.{part}": tensor for part, tensor in pair.items()}, den / f"{name}.safetensors")
+        (den / "styles").mkdir(exist_ok=True)
+        (den / "styles" / f"{name}.toml").write_text(f'lora = "{name}.safetensors"\ntriggers = ["inkk"]\n')
+
+    plain, inked = (k2("render", "--only", "fox", "--batch", "1", "--style", f"ink={w}") for w in (0, 1))
+
+    assert "ink.safetensors: 1 of 1 modules matched" in inked.stderr
+    made = record(inked.stdout.strip())
+    assert made["prompt"]["expanded"].endswith(", inkk") and made["lora"][0]["matched"] == 1
+    assert made["pixels"] != record(plain.stdout.strip())["pixels"]
+    assert "Identical, pixel for pixel." in k2("rerun", inked.stdout.strip()).stderr
+    before = tree(den)
+    assert "foreign.safetensors" in k2("render", "--style", "foreign=1", code=1).stderr
+    assert tree(den) == before
+    (den / "ink.safetensors").write_bytes(b"changed")
+    assert "ink.safetensors is not what it was" in k2("rerun", inked.stdout.strip(), code=1).stderr
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,17 @@ def test_words_join_the_prompt_and_pictures_become_references(styled):
     ]
 
 
+def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
+    (styled / "ink.safetensors").write_bytes(b"x")
+    write(styled, "ink", 'lora = "ink.safetensors"\ntriggers = ["in the inkk style"]\nkeywords = ["bold"]\n')
+
+    up, down = resolve(styled, ink=0.8), resolve(styled, ink=-0.8)
+
+    assert up.prompt == "a red fox, in the inkk style, bold"
+    assert (up.styles[0].lora, up.styles[0].strength) == ((styled / "ink.safetensors").resolve(), 0.8)
+    assert down.prompt == "a red fox" and down.styles[0].lora
+
+
 def test_a_weight_of_zero_is_the_prompt_alone(styled):
     assert resolve(styled, dusk=0) == resolve(styled)
 
@@ -93,11 +104,13 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
     [
         ("[mix]\nx = 1\n", "styles/x.toml: the styles mix themselves, x → x.", "Break the circle."),
         ("[mix]\nducks = 1\n", 'styles/x.toml: there is no style "ducks".', 'Did you mean "dusk"?'),
-        ("", "styles/x.toml has no keywords, no [[reference]] and no [mix].", "Give the style something to go by."),
+        ("", "styles/x.toml has no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
         ('keyword = ["a"]\n', 'styles/x.toml, line 1: unknown key "keyword".', 'Did you mean "keywords"?'),
         ("keywords = [1]\n", '1: "keywords" must be a list of texts.', 'Like keywords = ["one", "two"].'),
         ('keywords = "film"\n', '1: "keywords" must be a list, not "film".', ""),
-        ('lora = "a.safetensors"\n', "1: this release knows no LoRA styles.", 'Take the "lora" line out.'),
+        ('lora = "a.safetensors"\n', "1: there is no file a.safetensors.", "Paths are relative to the project."),
+        ('lora = "../a.safetensors"\n', "1: ../a.safetensors lies outside the project.", "--allow-outside"),
+        ('keywords = ["a"]\ntriggers = ["b"]\n', "2: triggers without a lora.", "Call them keywords."),
         ('[[reference]]\nimage = "refs/z/*"\n', "2: refs/z/* names no picture.", "Put png, jpg or webp files there."),
         ('[[reference]]\nimage = "refs/z.png"\n', "2: there is no picture refs/z.png.", "Paths are relative"),
         (
