@@ -1,45 +1,73 @@
 """Encode the data set's pictures once, ahead of training: latents of every training picture at a size.
 
-`python -m model.train.encode SIZE` writes `latents-SIZE.npy`, float16 [pictures, C, SIZE/8, SIZE/8], in the train
-split's own order.
+`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE.npy`, float16 [pictures, C, SIZE/8, SIZE/8], in the
+train split's own order.
 """
 
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from model.train.autoencoder import load as load_autoencoder
-from model.train.data import DATA, Catalog
+from model.train.data import DATA, Catalog, Item
 
-RUNS = Path(".runs")
+BOX = Path(__file__).parents[1] / "weights"
 
 
-def to_tensor(pictures: list[np.ndarray], size: int) -> Tensor:
-    """uint8 RGB pictures -> [B, 3, size, size] in -1 ... 1; smaller sizes by area."""
-    resized = [np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.BOX)) for p in pictures]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """A square picture at another size, by area."""
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
+
+
+def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
+    """uint8 RGB pictures -> [B, 3, size, size] in -1 ... 1."""
+    return scale(np.stack([resize(picture, size) for picture in pictures]))
+
+
+def scale(pictures: NDArray[np.uint8]) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in -1 ... 1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@cache
+def catalog_of_process() -> Catalog:
+    return Catalog(DATA)
+
+
+def compose_all(size: int, items: list[Item]) -> NDArray[np.uint8]:
+    """Pictures of items, uint8 RGB [B, size, size, 3]."""
+    catalog = catalog_of_process()
+    return np.stack([resize(catalog.picture(item), size) for item in items])
 
 
 @torch.inference_mode()
-def main(size: int, batch: int = 32) -> None:
+def main(size: int, device: str = "cpu", *, batch: int = 64) -> None:
+    """Write the latents of the train split at a size. Pictures are composed on all cores."""
     catalog = Catalog(DATA)
     items = catalog.items("train")
-    vae = load_autoencoder(RUNS / "vae" / "encoder-frozen.safetensors")
+    vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
     target = DATA / f"latents-{size}.npy"
     draft = target.with_suffix(".draft")
     out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, size // 8, size // 8))
-    for start in range(0, len(items), batch):
-        pictures = [catalog.picture(item) for item in items[start : start + batch]]
-        out[start : start + batch] = vae.encode(to_tensor(pictures, size)).half().numpy()
+    with ProcessPoolExecutor() as pool:
+        starts = range(0, len(items), batch)
+        work = pool.map(compose_all, repeat(size), (items[start : start + batch] for start in starts))
+        for start, pictures in zip(starts, work, strict=True):
+            latents = vae.encode(scale(pictures).to(device))
+            out[start : start + batch] = latents.half().cpu().numpy()
     out.flush()
     draft.replace(target)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:3])

@@ -1,18 +1,19 @@
 """Pretraining: the transformer and the style encoder together, from words and reference pictures to latents.
 
-`python -m model.train.pretrain RECIPE.toml` runs one stage; it resumes exactly from `.runs/NAME/state.safetensors` when
-that exists. Every step's pictures, captions, references and noise follow from the recipe's seed and the step's number.
+`python -m model.train.pretrain RECIPE.toml` runs one stage; it resumes from `.runs/NAME/state.safetensors` when that
+exists, on the CPU to the last bit. Every step's pictures, captions, references and noise follow from the recipe's seed
+and the step's number.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import sys
 import time
 import tomllib
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.checkpoint import read
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import patchify
@@ -32,6 +34,7 @@ from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.optim import Muon, split_parameters, warmup_stable_decay
 
 RUNS = Path(".runs")
+BOX = Path(__file__).parents[1] / "weights"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Recipe:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     preset: str = "mini"
+    network: dict[str, int] = field(default_factory=dict)  # what differs from the preset, as width or blocks
     seed: int = 1
-    init: str = ""  # a run whose weights this one starts from
+    init: str = ""  # a run whose weights this one starts from, or "box": those of the package
     fresh: tuple[str, ...] = ()  # modules that begin anew all the same
     references: float = 0.5  # share of the steps that show a style reference
     white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
@@ -67,6 +71,10 @@ class Recipe:
             raise K2Error(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
         lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
         return cls(**table | lists)
+
+    @property
+    def config(self) -> DiTConfig:
+        return replace(PRESETS[self.preset], **self.network)
 
     def weight(self, item: Item) -> float:
         """How often a picture is drawn, next to one with a medium."""
@@ -100,7 +108,7 @@ class TrainingSet:
         if new:
             embeds, mask = self.text.encode(new, at_once=64)
             for caption, rows, real in zip(new, embeds, mask, strict=True):
-                self.features[caption] = rows[real].half()
+                self.features[caption] = rows[real].half().cpu()
         rows = [self.features[caption].float() for caption in captions]
         mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True)
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
@@ -155,9 +163,10 @@ class Trainee(nn.Module):
     def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss, and
         how far the prompts' contexts differ, as a share of their size: near zero means that words are not heard."""
-        latents, generator, repeats = batch["latents"], batch["generator"], recipe.repeats
-        embeds, mask = batch["embeds"], batch["mask"]
-        style_loss = torch.zeros(())
+        device, generator, repeats = self.look_head.weight.device, batch["generator"], recipe.repeats
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        latents, embeds, mask = batch["latents"], batch["embeds"], batch["mask"]
+        style_loss = torch.zeros((), device=device)
         if batch["references"] is not None:
             rows, vectors = self.style(batch["references"])
             style_loss = F.cross_entropy(10 * self.look_head(vectors), batch["looks"])
@@ -170,28 +179,27 @@ class Trainee(nn.Module):
         mask = None if mask is None else mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
-        noise = torch.randn(image.shape, generator=generator)
+        noise = torch.randn(image.shape, generator=generator).to(device)
         # stratified over the step, so that no step sees only easy or only hard noise levels
-        spread = (torch.randperm(len(image), generator=generator) + torch.rand(len(image), generator=generator)) / len(
-            image
-        )
-        sigma = torch.sigmoid(recipe.mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+        count = len(image)
+        spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        sigma = torch.sigmoid(recipe.mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4))).to(device)
         noised = torch.lerp(image, noise, sigma[:, None, None])
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))
         velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, mask)
-        return (velocity - (noise - image)).square().mean((1, 2)), sigma, style_loss, apart
+        return (velocity.float() - (noise - image)).square().mean((1, 2)), sigma, style_loss, apart
 
 
 class Run:
     """A stage under way: modules, optimisers, averaged weights, and the place where it stands."""
 
-    def __init__(self, recipe: Recipe, looks: int):
+    def __init__(self, recipe: Recipe, looks: int, device: str = "cpu"):
         torch.manual_seed(recipe.seed)
-        self.recipe = recipe
+        self.recipe, self.device = recipe, torch.device(device)
         self.folder = RUNS / recipe.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = Trainee(PRESETS[recipe.preset], looks)
+        self.model = Trainee(recipe.config, looks).to(self.device)
         inside, rest = split_parameters(self.model.dit)
         rest += [*self.model.style.parameters(), *self.model.look_head.parameters()]
         self.muon = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
@@ -201,11 +209,11 @@ class Run:
         if (self.folder / "state.safetensors").exists():
             self.load(self.folder / "state.safetensors")
         elif recipe.init:
-            parent = load_file(RUNS / recipe.init / "state.safetensors")
+            parent = box() if recipe.init == "box" else averages(RUNS / recipe.init / "state.safetensors")
             begin = self.model.state_dict()
             for name, value in begin.items():
-                if not name.startswith(recipe.fresh or "-"):
-                    value.copy_(parent[f"ema.{name}"])
+                if name in parent and not name.startswith(recipe.fresh or "-"):
+                    value.copy_(parent[name])
             self.ema = {name: value.clone() for name, value in begin.items()}
 
     def advance(self, batch: dict[str, Any]) -> dict[str, float]:
@@ -216,7 +224,8 @@ class Run:
         )
         self.muon.param_groups[0]["lr"] = recipe.muon_lr * factor
         self.adamw.param_groups[0]["lr"] = recipe.lr * factor
-        flow, sigma, style, apart = self.model.losses(batch, recipe)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            flow, sigma, style, apart = self.model.losses(batch, recipe)
         (flow.mean() + recipe.style_loss * style).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         for optimiser in (self.muon, self.adamw):
@@ -252,7 +261,7 @@ class Run:
         """Back to where `save` was called, to the last bit."""
         with safe_open(path, "pt") as file:
             place = json.loads(file.metadata()["place"])
-        tensors = load_file(path)
+        tensors = load_file(path, str(self.device))
         self.step, self.seconds = place["step"], place["seconds"]
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.ema = {name: tensors[f"ema.{name}"] for name in self.ema}
@@ -265,11 +274,23 @@ class Run:
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def main(path: Path) -> None:
-    recipe = Recipe.read(path)
-    text = TextEncoder.load(RUNS / "text" / "text.safetensors")
+def averages(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a run."""
+    return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
+
+
+def box() -> dict[str, Tensor]:
+    """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
+    parts = {"dit.": "mini-raw", "style.": "mini-style"}
+    states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
+    return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
+
+
+def main(recipe: Recipe, device: str = "cpu") -> Run:
+    """Run a stage to its end, from where it stands."""
+    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
     data = TrainingSet(Catalog(DATA), text, recipe)
-    run = Run(recipe, len(data.looks))
+    run = Run(recipe, len(data.looks), device)
     log = run.folder / "log.csv"
     print(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks", flush=True)
     last_save = started = time.monotonic()
@@ -290,7 +311,12 @@ def main(path: Path) -> None:
             run.save()
             last_save = time.monotonic()
     run.save()
+    return run
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Run one stage of pretraining.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    main(Recipe.read(options.recipe), options.device)

@@ -14,26 +14,23 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from model.checkpoint import read, save
-from model.dit import PRESETS
 from model.quantize import quantise
 from model.style import StyleConfig
 from model.train.data import DATA, Catalog
+from model.train.pretrain import BOX, RUNS, Recipe, averages
 
-RUNS = Path(".runs")
-WEIGHTS = Path(__file__).parents[1] / "weights"
 RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
 
-def main(run: str) -> None:
+def main(run: str, folder: Path = BOX) -> None:
     path = RUNS / run / "state.safetensors"
     with safe_open(path, "pt") as file:
         place = json.loads(file.metadata()["place"])
     recipe = place["recipe"]
-    config = PRESETS[recipe["preset"]]
-    weights = {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
+    config = Recipe(**recipe).config
+    weights = averages(path)
     training: dict[str, Any] = {
         "recipe": recipe,
         "steps": place["step"],
@@ -57,10 +54,11 @@ def main(run: str) -> None:
     }
     for prefix, (name, metadata) in parts.items():
         state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        save(WEIGHTS / f"{name}.safetensors", quantise(state), metadata | shared)
-    state, metadata = read(RUNS / "vae" / "vae.safetensors")
-    save(WEIGHTS / "mini-vae.safetensors", quantise(state), metadata)
-    for file in sorted(WEIGHTS.glob("mini-*.safetensors")):
+        save(folder / f"{name}.safetensors", quantise(state), metadata | shared)
+    if (autoencoder := RUNS / "vae" / "vae.safetensors").exists():
+        state, metadata = read(autoencoder)
+        save(folder / "mini-vae.safetensors", quantise(state), metadata)
+    for file in sorted(folder.glob("mini-*.safetensors")):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from model.dit import PRESETS, Krea2
+from model.dit import Krea2
 from model.latents import noise, patchify, unpatchify
 from model.sampler import euler, guided, raw_mu, shifted_sigmas
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
+from model.train.pretrain import BOX, RUNS, Recipe, averages
 
-RUNS = Path(".runs")
 PROMPTS = [
     *("a fox", "a cat", "a penguin", "a red apple", "a banana", "a car", "a sailboat", "a house"),
     *("a rocket", "a rose", "a guitar", "a hamburger", "a frog", "a bicycle", "a crown", "an octopus"),
@@ -52,17 +50,15 @@ def main(run: str, steps: int = 16, guidance: float = 2.5) -> None:
     path = RUNS / run / "state.safetensors"
     with safe_open(path, "pt") as file:
         place = json.loads(file.metadata()["place"])
-    recipe = place["recipe"]
-    dit = Krea2(PRESETS[recipe["preset"]]).eval()
-    dit.load_state_dict({k[8:]: v for k, v in load_file(path).items() if k.startswith("ema.dit.")})
-    text, vae = (
-        TextEncoder.load(RUNS / "text" / "text.safetensors"),
-        load_autoencoder(RUNS / "vae" / "encoder-frozen.safetensors"),
-    )
+    recipe = Recipe(**place["recipe"])
+    dit = Krea2(recipe.config).eval()
+    dit.load_state_dict({k[4:]: v for k, v in averages(path).items() if k.startswith("dit.")})
+    text = TextEncoder.load(BOX / "mini-text.safetensors")
+    vae = load_autoencoder(BOX / "mini-vae.safetensors")
     (empty, _) = text.encode([""])
     pictures = []
     for index, prompt in enumerate(PROMPTS):
-        latents = sample(dit, text.encode([prompt])[0], empty, recipe["size"], steps, guidance, index)
+        latents = sample(dit, text.encode([prompt])[0], empty, recipe.size, steps, guidance, index)
         pixels = ((vae.decode(latents)[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         pictures.append(np.asarray(Image.fromarray(pixels).resize((128, 128), Image.Resampling.LANCZOS)))
     rows = [np.concatenate(pictures[i : i + 8], 1) for i in range(0, len(pictures), 8)]

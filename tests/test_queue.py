@@ -1,0 +1,71 @@
+"""The GPU queue, end to end on the CPU: two tiny stages, from packed renders to 8-bit weights."""
+
+import json
+
+import numpy as np
+import pytest
+
+from model.checkpoint import open_checkpoint
+from model.train import data, encode, pretrain, queue, release, samples
+from model.train.data import DRAWINGS, read_subjects
+
+RECIPE = """
+name = "{name}"
+size = {size}
+minutes = 1
+batch = 2
+repeats = 1
+lr = 1e-3
+muon_lr = 1e-3
+mu = 0.0
+{init}
+[network]
+width = 32
+heads = 2
+kv_heads = 1
+blocks = 1
+"""
+
+
+@pytest.mark.skipif(not (pretrain.BOX / "mini-vae.safetensors").exists(), reason="no weights in the box")
+def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pairs = [(subject.name, drawing) for subject in read_subjects()[:2] for drawing in list(DRAWINGS)[:2]]
+    renders = np.random.default_rng(0).integers(0, 255, (len(pairs), 128, 128, 4), np.uint8)
+    np.savez_compressed(folder / "renders.npz", renders=renders)
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "manifest.toml").write_text('[renders]\nsha256 = "0"\n')
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name, size, init in (("one", 64, ""), ("two", 128, 'init = "one"')):
+        (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=init))
+    for module in (data, encode, pretrain, queue, release):
+        monkeypatch.setattr(module, "DATA", folder)
+    for module in (pretrain, queue, release, samples):
+        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(queue, "PACKED", folder / "renders.npz")
+    monkeypatch.setattr(queue, "RECIPES", recipes)
+    monkeypatch.setattr(queue, "STAGES", (("one", 0.5), ("two", 0.5)))
+    monkeypatch.setattr(samples, "PROMPTS", ["a dog"] * 8)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", InThisProcess)
+    encode.catalog_of_process.cache_clear()
+
+    queue.main(0.02, tmp_path / "out", "cpu")
+
+    made = open_checkpoint(tmp_path / "out" / "mini-raw.safetensors")
+    assert made.metadata["native"] == 128 and made.metadata["config"]["width"] == 32
+    assert made.metadata["training"]["recipe"]["init"] == "one"
+    assert list((tmp_path / "out").glob("samples-*.png"))
+
+
+class InThisProcess:
+    """A pool that needs no other process, so that the folders above hold."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    map = staticmethod(map)
