@@ -107,9 +107,9 @@ class QKNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent pairs of x [B, S, heads, d] by the angles of rope [S, 1, d/2], complex."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines; real, so that it compiles."""
+    (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [B, S, D], rope [S, 1, d/2] or none, mask [B, 1, 1, S] True = attend -> [B, S, D]."""
+        """x [B, S, D], rope [S, 1, d/2, 2] or none, mask [B, 1, 1, S] True = attend -> [B, S, D]."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.wq, self.wk, self.wv))
         q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
         if rope is not None:
@@ -211,7 +211,7 @@ class SingleStreamBlock(nn.Module):
         self.mlp = SwiGLU(c.width, hidden_width(c.width, c.multiplier))
 
     def forward(self, x: Tensor, time_mod: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, S, D], time_mod [B or 1, 1, 6D], rope [S, 1, d/2], mask [B, 1, 1, S] True = attend -> [B, S, D]."""
+        """x [B, S, D], time_mod [B or 1, 1, 6D], rope [S, 1, d/2, 2], mask [B, 1, 1, S] True = attend -> [B, S, D]."""
         a_scale, a_shift, a_gate, m_scale, m_shift, m_gate = (time_mod + self.mod.lin).chunk(6, -1)
         x = x + a_gate * self.attn((1 + a_scale) * self.prenorm(x) + a_shift, rope, mask)
         return x + m_gate * self.mlp((1 + m_scale) * self.postnorm(x) + m_shift)
@@ -275,14 +275,14 @@ class Krea2(nn.Module):
         return torch.cat((self.tproj(time), time), -1)
 
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
-        """Rotary angles of the stream as unit complex numbers, for `text_tokens` and a grid of h × w -> [S, 1, d/2]."""
+        """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2]."""
         positions = position_ids(text_tokens, *grid).double()
         angles = [
             positions[:, axis, None] * self.config.rope_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for axis, dim in enumerate(self.config.rope_axes)
         ]
         angle = torch.cat(angles, -1)[:, None]
-        return torch.polar(torch.ones_like(angle), angle).to(self.first.weight.device, torch.complex64)
+        return torch.stack((angle.cos(), angle.sin()), -1).to(self.first.weight.device, torch.float32)
 
     def velocity(
         self, tokens: Tensor, context: Tensor, step_mod: Tensor, rope: Tensor, prompt_mask: Tensor | None = None
@@ -292,7 +292,7 @@ class Krea2(nn.Module):
         tokens       [B, L, C·p·p]    noisy image tokens
         context      [B, T, D]        from `encode_text`
         step_mod     [B or 1, 1, 7D]  from `modulate`
-        rope         [S, 1, d/2]      from `rope`
+        rope         [S, 1, d/2, 2]   from `rope`
         prompt_mask  [B, T]           True = a real token; none where the prompts have one length
         returns      [B, L, C·p·p]    noise − image
         """

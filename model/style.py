@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+STYLE_ROWS = 4  # prompt rows that one style takes
+
+
 @dataclass(frozen=True, kw_only=True)
 class StyleConfig:
     """The shape of a style encoder."""
 
     text_width: int
     text_taps: int
-    rows: int = 4  # prompt rows that one style takes
+    rows: int = STYLE_ROWS
     channels: int = 16  # of the latents
     width: int = 128
     hidden: int = 448

@@ -140,7 +140,7 @@ def test_the_order_of_prompt_rows_means_nothing():
 def test_rope_turns_by_distance_only():
     """A head's q·k depends on the offset of two image tokens, in rows and columns apart, and text is not turned."""
     model = random_model(SIZES["mini"])
-    rope = model.rope(2, (6, 6))
+    rope = torch.view_as_complex(model.rope(2, (6, 6)))
     assert torch.equal(rope[:2], torch.ones_like(rope[:2]))
 
     image = rope[2:].view(6, 6, -1)

@@ -28,13 +28,14 @@ from model.checkpoint import read
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import patchify
-from model.style import StyleConfig, StyleEncoder, destroy_content
+from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.optim import Muon, split_parameters, warmup_stable_decay
+from model.train.optim import Muon, native_bf16, split_parameters, warmup_stable_decay
 
 RUNS = Path(".runs")
 BOX = Path(__file__).parents[1] / "weights"
+ROUND = 8  # prompts are padded to multiples of it, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,20 @@ class TrainingSet:
         weights = np.array([recipe.weight(item) * (item.pair.subject in trained) for item in self.items])
         self.weights = weights / weights.sum()
 
-    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once."""
+    def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
+        """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
+
+        T is such that `more` rows after it make a multiple of `ROUND`.
+        """
         new = sorted(set(captions) - self.features.keys())
         if new:
             embeds, mask = self.text.encode(new, at_once=64)
             for caption, rows, real in zip(new, embeds, mask, strict=True):
                 self.features[caption] = rows[real].half().cpu()
         rows = [self.features[caption].float() for caption in captions]
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True)
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
+        length = -(-(max(map(len, rows)) + more) // ROUND) * ROUND - more
+        padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, length - len(each))) for each in rows])
+        return padded, torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
 
     def batch(self, recipe: Recipe, step: int) -> dict[str, Any]:
         """The pictures, prompts and references of one step."""
@@ -125,7 +130,7 @@ class TrainingSet:
             style = not with_reference or rng.random() < 0.5
             caption = self.catalog.caption(self.items[index], rng, form, style)
             captions.append("" if rng.random() < 0.1 else caption)
-        embeds, mask = self.embed(captions)
+        embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)
         latents = self.latents[chosen].float()
         references = None
         if with_reference:
@@ -135,7 +140,7 @@ class TrainingSet:
         return {
             "latents": latents,
             "embeds": embeds,
-            "mask": None if bool(mask.all()) else mask,
+            "mask": mask,
             "references": references,
             "null": torch.from_numpy(rng.random(recipe.batch) < 0.1),
             "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]),
@@ -160,6 +165,12 @@ class Trainee(nn.Module):
         self.dit.initialise()
         self.style.initialise()
 
+    def compile(self) -> None:  # type: ignore[override]
+        """Compile the blocks, where nearly all the work is; they share what is compiled."""
+        torch._dynamo.config.recompile_limit = 64
+        for block in (*self.dit.blocks, *self.dit.txtfusion.layerwise_blocks, *self.dit.txtfusion.refiner_blocks):
+            block.compile(dynamic=False)
+
     def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss, and
         how far the prompts' contexts differ, as a share of their size: near zero means that words are not heard."""
@@ -172,11 +183,11 @@ class Trainee(nn.Module):
             style_loss = F.cross_entropy(10 * self.look_head(vectors), batch["looks"])
             rows = torch.where(batch["null"][:, None, None, None], self.style.null, rows)
             embeds = torch.cat((embeds, rows), 1)
-            mask = None if mask is None else F.pad(mask, (0, rows.shape[1]), value=True)
+            mask = F.pad(mask, (0, rows.shape[1]), value=True)
         context = self.dit.encode_text(embeds, mask)
         apart = (context - context.mean(0)).detach().norm() / context.detach().norm()
         context = context.repeat_interleave(repeats, 0)
-        mask = None if mask is None else mask.repeat_interleave(repeats, 0)
+        mask = mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
         noise = torch.randn(image.shape, generator=generator).to(device)
@@ -206,6 +217,7 @@ class Run:
         self.adamw = torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
+        self.bf16 = native_bf16(self.device)
         if (self.folder / "state.safetensors").exists():
             self.load(self.folder / "state.safetensors")
         elif recipe.init:
@@ -224,7 +236,7 @@ class Run:
         )
         self.muon.param_groups[0]["lr"] = recipe.muon_lr * factor
         self.adamw.param_groups[0]["lr"] = recipe.lr * factor
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             flow, sigma, style, apart = self.model.losses(batch, recipe)
         (flow.mean() + recipe.style_loss * style).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
@@ -291,6 +303,8 @@ def main(recipe: Recipe, device: str = "cpu") -> Run:
     text = TextEncoder.load(BOX / "mini-text.safetensors", device)
     data = TrainingSet(Catalog(DATA), text, recipe)
     run = Run(recipe, len(data.looks), device)
+    if recipe.minutes > 2:  # compiling takes one
+        run.model.compile()
     log = run.folder / "log.csv"
     print(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks", flush=True)
     last_save = started = time.monotonic()
