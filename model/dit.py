@@ -12,6 +12,7 @@ Modules bear the names of the published native checkpoints, so such a state dict
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 from model.latents import position_ids
 
 FUSION_BLOCKS = 2  # of either kind: across the tapped layers, then across the prompt
+
+# What takes the place of a block's attention: q [B, H, S, d], k and v [B, K, S, d], normed and turned -> [B, H, S, d].
+# It may look (a reference's keys and values are taken so) or answer otherwise (they are put in so; `model/splice.py`).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +112,14 @@ class QKNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines; real, so that it compiles."""
+    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines; real, so it compiles."""
     (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q [B, H, S, d], k and v [B, K, S', d], mask broadcast to [B, H, S, S'] -> [B, H, S, d]."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
@@ -125,14 +135,16 @@ class Attention(nn.Module):
         self.qknorm = QKNorm(self.head_dim, eps)
         self.wo = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
         """x [B, S, D], rope [S, 1, d/2, 2] or none, mask [B, 1, 1, S] True = attend -> [B, S, D]."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.wq, self.wk, self.wv))
         q, k = self.qknorm.qnorm(q), self.qknorm.knorm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        heads = attention(q, k, v, mask) if attend is None else attend(q, k, v)
         return self.wo(heads.transpose(1, 2).flatten(2) * torch.sigmoid(self.gate(x)))
 
 
@@ -210,10 +222,12 @@ class SingleStreamBlock(nn.Module):
         self.postnorm = RMSNorm(c.width, c.eps)
         self.mlp = SwiGLU(c.width, hidden_width(c.width, c.multiplier))
 
-    def forward(self, x: Tensor, time_mod: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, time_mod: Tensor, rope: Tensor, mask: Tensor | None, attend: Attend | None = None
+    ) -> Tensor:
         """x [B, S, D], time_mod [B or 1, 1, 6D], rope [S, 1, d/2, 2], mask [B, 1, 1, S] True = attend -> [B, S, D]."""
         a_scale, a_shift, a_gate, m_scale, m_shift, m_gate = (time_mod + self.mod.lin).chunk(6, -1)
-        x = x + a_gate * self.attn((1 + a_scale) * self.prenorm(x) + a_shift, rope, mask)
+        x = x + a_gate * self.attn((1 + a_scale) * self.prenorm(x) + a_shift, rope, mask, attend)
         return x + m_gate * self.mlp((1 + m_scale) * self.postnorm(x) + m_shift)
 
 
@@ -285,7 +299,13 @@ class Krea2(nn.Module):
         return torch.stack((angle.cos(), angle.sin()), -1).to(self.first.weight.device, torch.float32)
 
     def velocity(
-        self, tokens: Tensor, context: Tensor, step_mod: Tensor, rope: Tensor, prompt_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        step_mod: Tensor,
+        rope: Tensor,
+        prompt_mask: Tensor | None = None,
+        attend: Sequence[Attend | None] | None = None,
     ) -> Tensor:
         """One evaluation of the stream.
 
@@ -294,14 +314,17 @@ class Krea2(nn.Module):
         step_mod     [B or 1, 1, 7D]  from `modulate`
         rope         [S, 1, d/2, 2]   from `rope`
         prompt_mask  [B, T]           True = a real token; none where the prompts have one length
+        attend       one a block      in the place of its attention, which then knows no mask
         returns      [B, L, C·p·p]    noise − image
         """
+        if attend is not None and prompt_mask is not None:
+            raise ValueError("attention of one's own takes prompts of one length, without a mask")
         text, width = context.shape[1], self.config.width
         time_mod, time = step_mod.split((6 * width, width), -1)
         mask = None if prompt_mask is None else F.pad(prompt_mask, (0, tokens.shape[1]), value=True)[:, None, None]
         x = torch.cat((context, self.first(tokens)), 1)
-        for block in self.blocks:
-            x = block(x, time_mod, rope, mask)
+        for block, own in zip(self.blocks, attend or [None] * len(self.blocks), strict=True):
+            x = block(x, time_mod, rope, mask, own)
         return self.last(x[:, text:], time)
 
     def forward(

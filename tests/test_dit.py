@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
+from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width
 from model.latents import position_ids
 
 SIZES = {
@@ -195,3 +195,23 @@ def test_preset_sizes():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValueError):
         replace(PRESETS["mini"], **wrong)
+
+
+def test_attention_of_ones_own():
+    """The hook sees normed and turned queries and keys of every block, and its answer is the block's."""
+    model = random_model(SIZES["small-medium"])
+    tokens, context = torch.randn(2, 12, 64), torch.randn(2, 5, 384)
+    given = (tokens, context, model.modulate(torch.tensor([0.3])), model.rope(5, (3, 4)))
+    seen = []
+
+    def look(q, k, v):
+        seen.append((q.shape, k.shape, v.shape))
+        return attention(q, k, v)
+
+    plain = model.velocity(*given)
+
+    assert torch.equal(model.velocity(*given, attend=[look, None, look]), plain)
+    assert seen == [((2, 12, 17, 32), (2, 3, 17, 32), (2, 3, 17, 32))] * 2
+    assert not torch.allclose(model.velocity(*given, attend=[None, None, lambda q, k, v: 0 * q]), plain)
+    with pytest.raises(ValueError, match="without a mask"):
+        model.velocity(*given, prompt_mask=torch.ones(2, 5, dtype=torch.bool), attend=[None] * 3)
