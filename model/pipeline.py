@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from model import library
@@ -24,11 +24,13 @@ from model.errors import K2Error
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over, read_lora
-from model.parts import Hashes, Parts, find_parts, load_style, load_vae, pick_device, pick_dtype, sha256
+from model.parts import Hashes, Parts, find_parts, load_style, load_vae, memory, pick_device, pick_dtype, sha256
+from model.references import to_pixels
 from model.safety import Filter, installed, review
-from model.sampler import euler, guided, raw_mu, shifted_sigmas
-from model.spec import Lora, Picture, RenderSpec, Style
-from model.style import StyleEncoder
+from model.sampler import euler, guided, raw_mu, shifted_sigmas, style_guided
+from model.spec import LEAK_GUARDS, METHODS, Lora, Picture, RenderSpec, Style
+from model.splice import LEAK_GUARD, MOST_REFERENCES, NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
+from model.style import StyleEncoder, Weighed, weigh
 from model.text_encoder import TextEncoder
 from model.vae import QwenImageVAE
 
@@ -38,7 +40,6 @@ CELL = 8  # pixels along the side of a latent cell
 SIDES = (64, 4096)
 MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
-MOST_REFERENCE_PIXELS = 1 << 26
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
@@ -149,21 +150,51 @@ class Pipeline:
             steps=int(steps),
             guidance=guidance,
             mu=mu,
-            styles=tuple(style for style in spec.styles if style.strength),
+            styles=tuple(self._with_method(style) for style in spec.styles if style.strength),
             loras=tuple(lora for lora in spec.loras if lora.weight),
         )
+        spec = self._settle_styles(spec)
         for lora in adapters_of(spec):
             if not abs(lora.weight) <= MOST_WEIGHT:
                 raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
             self._adapter(lora)
         return spec
 
+    def _with_method(self, style: Style) -> Style:
+        """The style with `auto` decided. Raises K2Error."""
+        if style.method not in METHODS:
+            raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
+        if style.method == "tokens" and style.references and self.parts.style is None:
+            raise K2Error(f"{self.name} has no style encoder.", hint=f'Give "{style.name}" the method "splice".')
+        return replace(style, method=("tokens" if self.parts.style else "splice")) if style.method == "auto" else style
+
+    def _settle_styles(self, spec: RenderSpec) -> RenderSpec:
+        """What only references have a use for: filled in where there are any, none elsewhere. Raises K2Error."""
+        guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
+        if guard not in LEAK_GUARDS:
+            raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
+        if spec.style_guidance is not None and not 0 <= spec.style_guidance <= 100:
+            raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint="It is 0 to 100.")
+        spliced = [style for style in spec.styles if style.method == "splice" and has_references(style)]
+        if spliced and spec.steps == 1:
+            raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
+        if (count := len({r.image for style in spliced for r in style.references if r.weight})) > MOST_REFERENCES:
+            raise K2Error(
+                f"{count} reference pictures are spliced, and {MOST_REFERENCES} is the most.",
+                hint="Choose those that show the look best.",
+            )
+        return replace(
+            spec,
+            style_guidance=spec.style_guidance if any(map(has_references, spec.styles)) else None,
+            leak_guard=guard if spliced else None,
+        )
+
     def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
         """Neighbours that share a schedule, as many at once as make it faster."""
         limit = TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
         batch: list[RenderSpec] = []
         for spec in specs:
-            rows = (len(batch) + 1) * (2 if spec.guidance else 1)
+            rows = (len(batch) + 1) * (1 + bool(spec.guidance) + (spec.style_guidance is not None))
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > limit):
                 yield batch
                 batch = []
@@ -184,31 +215,49 @@ class Pipeline:
 
     def _latents(self, specs: list[RenderSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
         """The network's part of it -> [B, C, H/8, W/8]. Raises K2Error where numbers overflow."""
-        height, width, steps, mu, guidance, _ = schedule(specs[0])
-        config = self.dit.config
+        height, width, steps, mu, guidance, *_ = schedule(specs[0])
+        config, style_guidance = self.dit.config, specs[0].style_guidance
         rows, columns = height // CELL, width // CELL
         grid = (rows // config.patch, columns // config.patch)
 
-        contexts = [self._context(spec.prompt, spec.styles, adapters) for spec in specs]
+        contexts = [self._context(spec.prompt, self._weigh(spec, "tokens"), adapters) for spec in specs]
+        if style_guidance is not None:
+            contexts += [self._context(spec.prompt, (), adapters) for spec in specs]
         if guidance:
             contexts += [self._context(spec.negative, (), adapters) for spec in specs]
-        groups = [
-            (index, torch.cat([contexts[i] for i in index]), self.dit.rope(length, grid))
-            for length, index in by_length(contexts).items()
-        ]
         sigmas = shifted_sigmas(steps, mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
+        splice = self._splice(specs[0], sigmas, mods, grid, adapters)
+
+        def group(chosen: range) -> list[tuple[list[int], Tensor, Tensor]]:
+            """Rows of one context length, their contexts and their rotary angles."""
+            lengths = by_length([contexts[row] for row in chosen])
+            groups = ((length, [chosen[i] for i in index]) for length, index in lengths.items())
+            return [(rows, torch.cat([contexts[r] for r in rows]), self.dit.rope(n, grid)) for n, rows in groups]
+
+        # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
+        # is the difference between a branch that has it and one that has not.
+        every = range(len(contexts))
+        styled = every if style_guidance is None else range(len(specs))
+        plain, spliced = (group(every), []) if splice is None else (group(every[len(styled) :]), group(styled))
+
+        def evaluate(x: Tensor, groups: list, step: int, attend: Any = None) -> Tensor:
+            """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
+            v = torch.zeros_like(x)
+            for index, context, rope in groups:
+                seen = x[index].to(self.dtype)
+                v[index] = self.dit.velocity(seen, context, mods[step : step + 1], rope, attend=attend).float()
+            return v
 
         def velocity(tokens: Tensor, step: int) -> Tensor:
-            """Integrated in fp32, whatever the network computes in."""
-            x = tokens.repeat(2 if guidance else 1, 1, 1)
-            v = torch.empty_like(x)
-            for index, context, rope in groups:
-                v[index] = self.dit.velocity(x[index].to(self.dtype), context, mods[step : step + 1], rope).float()
-            if not guidance:
-                return v
-            conditional, unconditional = v.chunk(2)
-            return guided(conditional, unconditional, guidance)
+            x = tokens.repeat(len(contexts) // len(specs), 1, 1)
+            v = evaluate(x, plain, step)
+            if splice is not None:
+                v = v + splice.velocity(lambda attend: evaluate(x, spliced, step, attend), step)
+            with_style, *others = v.chunk(len(contexts) // len(specs))
+            conditional = with_style if style_guidance is None else others[0]
+            v = guided(conditional, others[-1], guidance) if guidance else conditional
+            return v if style_guidance is None else style_guided(with_style, conditional, v, style_guidance)
 
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in specs]).to(self.device)
         tokens = euler(velocity, patchify(start, config.patch), sigmas, on_step and (lambda done: on_step(done, steps)))
@@ -216,19 +265,22 @@ class Pipeline:
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(self, prompt: str, styles: tuple[Style, ...], adapters: Hashable) -> Tensor:
-        """What the transformer sees of a prompt and its styles, [1, T, D]; kept for the next picture that asks."""
-        references = [r for style in styles for r in style.references if r.weight]
-        key = (prompt, styles, adapters, *(sha256(r.image) for r in references))
+    def _context(self, prompt: str, references: tuple[Weighed, ...], adapters: Hashable) -> Tensor:
+        """What the transformer sees of a prompt and its style tokens, [1, T, D]; kept for the next that asks."""
+        key = (prompt, tuple((r.sha256, r.weight) for r in references), adapters)
         if key not in self._contexts:
             embeds, _ = self.text.encode([prompt])
             if references:
-                embeds = torch.cat((embeds, self._style_rows(styles)[None].to(embeds)), 1)
+                embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
             if len(self._contexts) >= REMEMBERED:
                 del self._contexts[next(iter(self._contexts))]
             self._contexts[key] = self.dit.encode_text(embeds)
         self._contexts[key] = self._contexts.pop(key)  # the one asked for last is forgotten last
         return self._contexts[key]
+
+    def _weigh(self, spec: RenderSpec, method: str) -> tuple[Weighed, ...]:
+        """The reference pictures that reach the network in this way."""
+        return weigh((style for style in spec.styles if style.method == method), sha256)
 
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
@@ -241,35 +293,73 @@ class Pipeline:
         self._adapters[key] = self._adapters.pop(key)
         return self._adapters[key]
 
-    def _style_rows(self, styles: tuple[Style, ...]) -> Tensor:
-        """Styles as extra prompt rows [K, N, E]. Within a style its references' weights share its strength."""
-        rows, strengths = [], []
-        for style in styles:
-            total = sum(abs(reference.weight) for reference in style.references)
-            for reference in style.references:
-                if reference.weight:
-                    pixels = to_pixels(reference.image, self.native).to(self.device, self.dtype)
-                    rows.append(self._style_encoder(self.vae.encode(pixels).float())[0][0])
-                    strengths.append(style.strength * reference.weight / total)
-        return self._style_encoder.mix(rows, strengths)
+    def _style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
+        """References as extra prompt rows [K, N, E]."""
+        rows = []
+        for reference in references:
+            pixels = to_pixels(reference.image, self.native, self.native).to(self.device, self.dtype)
+            rows.append(self._style_encoder(self.vae.encode(pixels).float())[0][0])
+        return self._style_encoder.mix(rows, [reference.weight for reference in references])
 
     @cached_property
     def _style_encoder(self) -> StyleEncoder:
-        if self.parts.style is None:
-            raise K2Error(f"{self.name} has no style encoder.", hint="Leave the style references out.")
+        assert self.parts.style is not None  # or `resolve` would have refused
         return load_style(self.parts.style, self.device)
+
+    @cached_property
+    def _captures(self) -> CaptureCache:
+        return CaptureCache(memory().with_name("splice"))
+
+    def _splice(
+        self, spec: RenderSpec, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
+    ) -> Splice | None:
+        """The spliced references of pictures of one schedule; each is read once, and passed once a step unless kept."""
+        references = self._weigh(spec, "splice")
+        if not references:
+            return None
+        assert spec.width and spec.height and spec.leak_guard
+        context = self._context(NEUTRAL, (), adapters)
+        rope = self.dit.rope(context.shape[1], grid)
+        patch, shape = self.dit.config.patch, (spec.height // CELL, spec.width // CELL)
+        fixed = noise(SEED, self.dit.config.channels, *shape).to(self.device)
+        pixels = {r.sha256: to_pixels(r.image, spec.width, spec.height) for r in references}
+        latents: dict[str, Tensor] = {}
+        facts = {
+            "model": self._hashes.by_name(),
+            "adapters": adapters,
+            "computed": [str(self.device), str(self.dtype), torch.__version__],
+            "size": [spec.width, spec.height],
+            "prompt": NEUTRAL,
+            "noise": SEED,
+        }
+        images = {key: hashlib.sha256(image.numpy().tobytes()).hexdigest() for key, image in pixels.items()}
+
+        def capture_at(reference: Weighed, step: int) -> Capture:
+            key = reference.sha256
+            about = facts | {"image": images[key], "sigma": sigmas[step]}
+            found = self._captures.get(about, self.device)
+            if found is None:
+                if key not in latents:
+                    latents[key] = self.vae.encode(pixels[key].to(self.device, self.dtype))
+                tokens = noised(latents[key], fixed, sigmas[step], patch).to(self.dtype)
+                found = capture(self.dit, tokens, context, mods[step : step + 1], rope)
+                self._captures.put(about, found, of=len(references) * (len(sigmas) - 1))
+            return found
+
+        return Splice(self.dit, references, capture_at, sigmas, grid[1], spec.leak_guard)
 
     def _record(self, spec: RenderSpec, image: Image.Image, seconds: float) -> dict[str, Any]:
         """How a picture was made, in plain values: enough to make it again."""
         return {
             "schema": 1,
-            **{key: value for key, value in vars(spec).items() if key not in ("styles", "loras")},
+            **{k: v for k, v in vars(spec).items() if k not in ("styles", "loras") and v is not None},
             "styles": [
                 {
                     "name": style.name,
                     "strength": style.strength,
                     "keywords": list(style.keywords),
                     "avoids": list(style.avoids),
+                    "method": style.method,
                     "references": [
                         {"image": str(r.image), "weight": r.weight, "sha256": sha256(r.image)} for r in style.references
                     ],
@@ -306,10 +396,16 @@ class Pipeline:
             )
 
 
-def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...]]:
-    """What pictures must share to be rendered together: height, width, steps, mu, guidance, adapters."""
+def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
+    """What pictures must share to be rendered together: height, width, steps, mu, guidance, adapters, splice."""
     assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
-    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec)
+    spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
+    alike = (spec.style_guidance, spec.leak_guard, tuple(spliced))
+    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec), alike
+
+
+def has_references(style: Style) -> bool:
+    return any(reference.weight for reference in style.references)
 
 
 def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:
@@ -330,19 +426,3 @@ def to_image(pixels: Tensor) -> Image.Image:
     """pixels [1, 3, H, W] in −1 … 1 -> an 8-bit RGB picture."""
     whole = (pixels[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(whole.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def to_pixels(path: Path, side: int) -> Tensor:
-    """A reference picture, cut to a square of `side` pixels -> [1, 3, side, side] in −1 … 1. Raises K2Error."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_REFERENCE_PIXELS:
-                raise K2Error(f"{path} is {image.width}x{image.height} pixels.", hint="Make it smaller.")
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise K2Error(
-            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
-        ) from None
-    on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (side, side)).tobytes()), dtype=torch.uint8)
-    return pixels.view(1, side, side, 3).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -32,6 +32,11 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
     return conditional + guidance * (conditional - unconditional)
 
 
+def style_guided(styled: Tensor, conditional: Tensor, guided: Tensor, style_guidance: float) -> Tensor:
+    """The style's own term on top of the prompt's guidance, on the same scale: 0 adds what the style does, once."""
+    return guided + (1 + style_guidance) * (styled - conditional)
+
+
 @torch.no_grad()
 def euler(
     velocity: Velocity, tokens: Tensor, sigmas: list[float], on_step: Callable[[int], None] | None = None

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+METHODS = ("auto", "tokens", "splice")  # auto: tokens where the model has a style encoder
+LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
+
+
 @dataclass(frozen=True)
 class Reference:
     """One reference picture of a style; weight −2 … 2 within its style."""
@@ -38,6 +42,7 @@ class Style:
     avoids: tuple[str, ...] = ()
     lora: Path | None = None  # joins at the style's strength
     triggers: tuple[str, ...] = ()  # words that the LoRA was trained to answer to; whoever writes the prompt adds them
+    method: str = "auto"  # one of METHODS: how the references reach the network
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class RenderSpec:
     steps: int | None = None
     guidance: float | None = None  # Krea scale: v + g (v − v_uncond), 0 is off
     mu: float | None = None  # the time shift is exp(mu)
+    style_guidance: float | None = (
+        None  # v_0 + (1 + g)(v_c − v_0) + (1 + this)(v_cs − v_c); None: styles go with the prompt
+    )
+    leak_guard: str | None = None  # of spliced styles, one of LEAK_GUARDS
     styles: tuple[Style, ...] = ()
     loras: tuple[Lora, ...] = ()
 

@@ -7,13 +7,17 @@ Strength and mixing are linear there: rows = S_null + sum_i s_i (S_i - S_null), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.spec import Style
 
 STYLE_ROWS = 4  # prompt rows that one style takes
 
@@ -75,12 +79,41 @@ class StyleEncoder(nn.Module):
     def mix(self, rows: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
         """Several styles' rows [K, N, E] at their strengths (-2 ... 2) as one style's rows [K, N, E].
 
-        Summed in fp64 and in an order that depends on the values alone, so the order of the arguments never matters.
+        Summed in fp64 and in the order of the parts' own bytes, so the order of the arguments never matters: parts
+        that cannot be told apart may change places.
         """
-        null = self.null.detach().double()
-        parts = [strength * (each.double() - null) for each, strength in zip(rows, strengths, strict=True)]
-        parts.sort(key=lambda part: part.sum().item())
-        return torch.stack([null, *parts]).sum(0).to(self.null.dtype)
+        null = self.null.detach().cpu().double()
+        parts = [strength * (each.cpu().double() - null) for each, strength in zip(rows, strengths, strict=True)]
+        parts.sort(key=lambda part: part.numpy().tobytes())
+        return torch.stack([null, *parts]).sum(0).to(self.null)
+
+
+class Weighed(NamedTuple):
+    """A reference picture and what all styles' strengths and weights come to for it."""
+
+    sha256: str
+    image: Path
+    weight: float
+
+
+def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weighed, ...]:
+    """Every reference picture of the styles once, in the order of their hashes, never in that of the arguments.
+
+    Within a style its references share its strength by weight. The same picture twice is the picture at the sum of its
+    weights; one whose weights come to nothing is left out.
+    """
+    shares: dict[str, list[float]] = {}
+    images: dict[str, Path] = {}
+    for style in styles:
+        total = math.fsum(abs(reference.weight) for reference in style.references)
+        for reference in style.references:
+            if reference.weight and style.strength:
+                key = sha256(reference.image)
+                images[key] = min(images.get(key, reference.image), reference.image)
+                shares.setdefault(key, []).append(style.strength * reference.weight / total)
+    # fsum rounds once, in whatever order; 0.1 + 0.2 − 0.3 is nothing
+    sums = ((key, round(math.fsum(shares[key]), 12)) for key in sorted(shares))
+    return tuple(Weighed(key, images[key], weight) for key, weight in sums if weight)
 
 
 def destroy_content(latents: Tensor, tile: int, generator: torch.Generator) -> Tensor:

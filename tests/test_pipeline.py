@@ -155,6 +155,7 @@ def test_the_record_says_everything(tiny, pipeline, red):  # noqa: F811
             "strength": 0.6,
             "keywords": ["warm"],
             "avoids": [],
+            "method": "tokens",
             "references": [{"image": str(red), "weight": 1.0, "sha256": sha256(red)}],
         }
     ]

@@ -1,9 +1,12 @@
 """Style rows: strength and mixing are linear, and order means nothing."""
 
+from itertools import permutations
+
 import pytest
 import torch
 
-from model.style import StyleConfig, StyleEncoder, destroy_content
+from model.spec import Reference, Style
+from model.style import StyleConfig, StyleEncoder, Weighed, destroy_content, weigh
 
 
 @pytest.fixture
@@ -49,6 +52,34 @@ def test_order_of_the_styles_never_matters(encoder, rows):
     mixed = [encoder.mix([rows[i] for i in order], [strengths[i] for i in order]) for order in orders]
 
     assert all(torch.equal(mixed[0], other) for other in mixed[1:])
+
+
+def test_parts_of_one_sum_do_not_fall_back_on_the_order_given(encoder):
+    """Rows that sum to the same number, where sorting by that would leave them as they came."""
+    base = torch.randn(3, 2, 32).double()
+    rows = [base.roll(shift, 0) for shift in range(3)] + [base.roll(1, 2), -base]
+
+    mixed = {encoder.mix([rows[i] for i in order], [0.1] * 5).numpy().tobytes() for order in permutations(range(5))}
+
+    assert len(mixed) == 1
+
+
+def test_references_are_weighed_by_content(tmp_path):
+    """The same picture counts once, however often and under whatever name it comes; order is that of the hashes."""
+    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (tmp_path / name for name in "abc")
+    hashed = {a: "1", b: "2", c: "1"}.__getitem__
+    styles = [
+        Style("x", 0.9, (Reference(a), Reference(b, -2.0))),
+        Style("y", 0.3, (Reference(c),)),
+        Style("off", 0.0, (Reference(b),)),
+    ]
+
+    for order in permutations(styles):
+        assert weigh(order, hashed) == (Weighed("1", a, 0.6), Weighed("2", b, -0.6))
+    assert weigh([*styles, Style("z", -0.6, (Reference(c), Reference(c)))], hashed) == (Weighed("2", b, -0.6),)
+    assert weigh([Style("x", 1.0, (Reference(a),) * 3)], hashed) == (Weighed("1", a, 1.0),)
 
 
 def test_destroying_content_moves_tiles_and_loses_none():

@@ -1,0 +1,44 @@
+"""Reference pictures on their way in: whatever a png, jpg or webp may hold becomes plain colour, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from model.errors import K2Error
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+LEAST_SIDE, MOST_PIXELS = 8, 1 << 26
+
+
+def to_pixels(path: Path, width: int, height: int) -> Tensor:
+    """A reference picture, filling width x height from its middle -> [1, 3, height, width] in −1 … 1. Raises K2Error.
+
+    Turned as its camera says, transparency on white, of an animation the first frame, CMYK and 16 bits as the eye
+    would have them.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
+                raise K2Error(
+                    f"{path} has {image.width} x {image.height} pixels.",
+                    hint=f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do.",
+                )
+            rgba = in_eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise K2Error(
+            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
+        ) from None
+    on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (width, height)).tobytes()), dtype=torch.uint8)
+    return pixels.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow cuts 16-bit greys off at 255 when it converts them, so nearly all would be white; scale them instead."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")

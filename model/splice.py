@@ -1,0 +1,269 @@
+"""The key/value splice: a reference's look on any checkpoint, without training.
+
+The reference goes through the transformer at every step's noise level, always with the same noise and an empty prompt.
+Its image tokens' keys and values are taken in the deeper blocks, after the norm and the rotation, and the picture's own
+image tokens attend to them beside their own, with queries and keys pulled towards the reference's statistics. Words
+never see the reference, so it cannot speak through them.
+
+Several references go in together: statistics are those of their weighted mixture, and a bias of log(weight) shares out
+attention, so two equal references are the one, and one pass serves any number of them. (Velocities summed reference by
+reference would cost a pass for each.) A negative weight cannot be a share, so those form a mixture of their own, which
+the velocity is pushed away from: v − s · (v_away − v_native).
+
+K key-value heads, H query heads, L image tokens, d head dim, as in `model/dit.py`; n spliced blocks, R references.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.dit import Attend, DiTConfig, Krea2, attention, rotate
+from model.latents import patchify
+from model.style import Weighed
+
+LEAK_GUARD = "damping"  # where none is asked for
+NEUTRAL = ""  # the prompt of a reference's own pass: what any picture could have
+SEED = 0x57A1E  # of the references' noise
+PULL = 0.85  # how far queries and keys go towards the reference's statistics, at strengths up to 1
+KEY_GAIN = 1.06
+DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
+MOST_REFERENCES = 16  # at once; each lengthens every attention by a picture
+CACHE_BYTES = 8 << 30
+SPARE_BYTES = 2 << 30  # that a disk keeps free of captures
+FORMAT = 1  # of the captures on disk
+
+
+def first_block(blocks: int) -> int:
+    """The first quarter decides what stands where, and stays as it is: 7 of 28."""
+    return blocks // 4
+
+
+class Capture(NamedTuple):
+    """What a reference leaves at one noise level, of the spliced blocks."""
+
+    k: Tensor  # [n, K, L, d]
+    v: Tensor  # [n, K, L, d]
+    q_mean: Tensor  # [n, H, 1, d] over the image tokens, fp32, as the three below
+    q_var: Tensor
+    k_mean: Tensor  # [n, K, 1, d]
+    k_var: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
+
+
+def capture(dit: Krea2, tokens: Tensor, context: Tensor, step_mod: Tensor, rope: Tensor) -> Capture:
+    """One reference's pass: tokens [1, L, C·p·p], noised to the step's level, and the rest as `Krea2.velocity`."""
+    taken: list[tuple[Tensor, ...]] = []
+
+    def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        image = [x[0, :, -tokens.shape[1] :] for x in (q, k, v)]
+        taken.append((image[1], image[2], *moments(image[0]), *moments(image[1])))
+        return attention(q, k, v)
+
+    first = first_block(len(dit.blocks))
+    dit.velocity(tokens, context, step_mod, rope, attend=[None] * first + [look] * (len(dit.blocks) - first))
+    return Capture(*map(torch.stack, zip(*taken, strict=True)))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the tokens of x [..., L, d], in fp32 -> twice [..., 1, d]."""
+    variance, mean = torch.var_mean(x.float(), -2, keepdim=True, correction=0)
+    return mean, variance
+
+
+def mixture(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a mixture of distributions whose shares add up to one."""
+    share = torch.tensor(shares, device=means[0].device).view(-1, *[1] * means[0].dim())
+    each = torch.stack(list(means))
+    mean = (share * each).sum(0)
+    return mean, (share * (torch.stack(list(variances)) + (each - mean) ** 2)).sum(0)
+
+
+def pulled(x: Tensor, mean: Tensor, variance: Tensor, pull: float, eps: float = 1e-6) -> Tensor:
+    """x [B, heads, L, d] with its statistics over the tokens moved towards those given, [heads, 1, d]."""
+    own_mean, own_variance = moments(x)
+    there = (x.float() - own_mean) * ((variance + eps) / (own_variance + eps)).sqrt() + mean
+    return x.float().lerp(there, pull).to(x.dtype)
+
+
+# ---- against leakage: what of a key tells where in the reference something is --------------------------------------
+
+
+def damping(config: DiTConfig, sigma: float) -> Tensor:
+    """A factor for each dimension of a key, [d]. Fast-turning pairs carry the layout, and with it the content; they
+    fade as the picture forms, while slow ones gain a little."""
+    high, low = DAMP_HIGH * sigma, 1 + DAMP_LOW * (1 - sigma)
+    frame, *sides = config.rope_axes
+    ramps = [(high + (low - high) * torch.linspace(0, 1, dim // 2) ** DAMP_POWER) for dim in sides]
+    return torch.cat((torch.ones(frame), *(ramp.repeat_interleave(2) for ramp in ramps)))
+
+
+def shifted(k: Tensor, config: DiTConfig, columns: int) -> Tensor:
+    """Keys [..., L, d] turned on as if the reference hung to the right of the picture: (row, column + columns)."""
+    frame, rows, across = config.rope_axes
+    speeds = config.rope_base ** -(torch.arange(0, across, 2, dtype=torch.float64) / across)
+    angle = torch.cat((torch.zeros((frame + rows) // 2), columns * speeds))
+    return rotate(k, torch.stack((angle.cos(), angle.sin()), -1).to(k.device, torch.float32))
+
+
+def guarded(k: Tensor, config: DiTConfig, guard: str, sigma: float, columns: int) -> Tensor:
+    """A reference's keys [n, K, L, d] as the picture's queries will meet them."""
+    if guard in ("damping", "both"):
+        k = (k.float() * damping(config, sigma).to(k.device)).to(k.dtype)
+    if guard in ("shift", "both"):
+        k = shifted(k, config, columns)
+    return k * KEY_GAIN
+
+
+# ---- into the picture -----------------------------------------------------------------------------------------------
+
+
+def attends(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequence[float]) -> list[Attend]:
+    """Attention of the spliced blocks with references of positive weights mixed in.
+
+    captures, keys  of each reference; the keys guarded, [n, K, L, d]
+    weights         their sum is the strength: up to 1 the spliced answer is blended in, beyond 1 the references draw
+                    more of the attention and their statistics pull harder
+    """
+    strength = math.fsum(weights)
+    shares = [weight / strength for weight in weights]
+    blend, beyond = min(strength, 1.0), max(strength, 1.0)
+    pull = min(1.0, PULL + (1 - PULL) * (beyond - 1))
+    length = captures[0].k.shape[2]
+    biases = [math.log(share * beyond) for share in shares]
+    bias = torch.tensor(biases).repeat_interleave(length) if any(biases) else None
+    q_mean, q_var = mixture([c.q_mean for c in captures], [c.q_var for c in captures], shares)
+    k_mean, k_var = mixture([c.k_mean for c in captures], [c.k_var for c in captures], shares)
+    extra_k, extra_v = torch.cat(list(keys), 2), torch.cat([c.v for c in captures], 2)
+
+    def block(i: int) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            text = q.shape[2] - length
+            k_image = pulled(k[:, :, text:], k_mean[i], k_var[i], pull)
+            more_k, more_v = (x[i].expand(len(q), -1, -1, -1) for x in (extra_k, extra_v))
+            styled = attention(
+                pulled(q[:, :, text:], q_mean[i], q_var[i], pull),
+                torch.cat((k[:, :, :text], k_image, more_k), 2),
+                torch.cat((v, more_v), 2),
+                None if bias is None else F.pad(bias, (q.shape[2], 0)).to(q)[None, None, None],
+            )
+            native = attention(q if blend < 1 else q[:, :, :text], k, v)
+            image = styled if blend == 1 else native[:, :, text:].lerp(styled, blend)
+            return torch.cat((native[:, :, :text], image), 2)
+
+        return attend
+
+    return [block(i) for i in range(extra_k.shape[0])]
+
+
+class Splice:
+    """Spliced references of pictures that are made together: what they share of every step."""
+
+    def __init__(
+        self,
+        dit: Krea2,
+        references: Sequence[Weighed],
+        capture_at: Callable[[Weighed, int], Capture],
+        sigmas: Sequence[float],
+        columns: int,
+        guard: str = LEAK_GUARD,
+    ):
+        """capture_at(reference, step) gives what it left at that step; columns of the token grid."""
+        self.dit, self.capture_at, self.sigmas, self.columns, self.guard = dit, capture_at, sigmas, columns, guard
+        self.toward = [r for r in references if r.weight > 0]
+        self.away = [r for r in references if r.weight < 0]
+        self.push = -math.fsum(r.weight for r in self.away)
+
+    def velocity(self, evaluate: Callable[[list[Attend | None] | None], Tensor], step: int) -> Tensor:
+        """The spliced velocity, of as many evaluations as it takes: one, two with negative weights, three with both.
+
+        Pure noise holds nothing of a reference, so at sigma 1 the picture goes its own way.
+        """
+        if self.sigmas[step] >= 1:
+            return evaluate(None)
+        toward = evaluate(self._attends(self.toward, step)) if self.toward else evaluate(None)
+        if not self.away:
+            return toward
+        native = evaluate(None) if self.toward else toward
+        away = evaluate(self._attends([r._replace(weight=-r.weight / self.push) for r in self.away], step))
+        return toward - self.push * (away - native)
+
+    def _attends(self, references: Sequence[Weighed], step: int) -> list[Attend | None]:
+        captures = [self.capture_at(reference, step) for reference in references]
+        keys = [guarded(c.k, self.dit.config, self.guard, self.sigmas[step], self.columns) for c in captures]
+        return [
+            *[None] * first_block(len(self.dit.blocks)),
+            *attends(captures, keys, [reference.weight for reference in references]),
+        ]
+
+
+def noised(latents: Tensor, noise: Tensor, sigma: float, patch: int) -> Tensor:
+    """A reference at a noise level: latents and noise [1, C, H, W] -> tokens [1, L, C·p·p], fp32."""
+    return patchify((1 - sigma) * latents.float() + sigma * noise, patch)
+
+
+# ---- kept between runs ----------------------------------------------------------------------------------------------
+
+
+class CaptureCache:
+    """Captures on disk, the longest unused forgotten first. A folder that cannot be used only costs time."""
+
+    def __init__(self, folder: Path, limit: int = CACHE_BYTES):
+        self.folder, self.limit = folder, limit
+
+    def get(self, facts: Mapping[str, Any], device: torch.device) -> Capture | None:
+        """What was put under the same facts, bit for bit."""
+        path = self._path(facts)
+        try:
+            found = Capture(**load_file(path, str(device)))
+        except (OSError, SafetensorError, TypeError):
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return found
+
+    def put(self, facts: Mapping[str, Any], capture: Capture, of: int = 1) -> None:
+        """`of`: how many such captures the run makes. If they cannot all stay, none is worth writing."""
+        if capture.nbytes * of > self.limit:
+            return
+        path = self._path(facts)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        with suppress(OSError, SafetensorError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < SPARE_BYTES + capture.nbytes:
+                return
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in capture._asdict().items()}, draft)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
+            self._trim()
+
+    def _trim(self) -> None:
+        files = [(file, file.stat()) for file in self.folder.glob("*.safetensors")]
+        held = sum(stat.st_size for _, stat in files)
+        for file, stat in sorted(files, key=lambda pair: pair[1].st_mtime_ns):
+            if held <= self.limit:
+                break
+            file.unlink(missing_ok=True)
+            held -= stat.st_size
+
+    def _path(self, facts: Mapping[str, Any]) -> Path:
+        text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"

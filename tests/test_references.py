@@ -1,0 +1,125 @@
+"""Reference pictures of every kind that comes along: taken as the eye would have them, or refused in one sentence."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from model.errors import K2Error
+from model.references import to_pixels
+
+
+def colour(path: Path) -> list[int]:
+    """Of the picture's middle, 0 … 255."""
+    pixels = to_pixels(path, 32, 16)
+    assert pixels.shape == (1, 3, 16, 32) and pixels.min() >= -1 and pixels.max() <= 1
+    return ((pixels[0, :, 8, 16] + 1) * 127.5).round().int().tolist()
+
+
+def near(a: list[int], b: tuple[int, int, int]) -> bool:
+    return all(abs(x - y) <= 3 for x, y in zip(a, b, strict=True))
+
+
+def png(path: Path, width: int, height: int, depth: int, kind: int, rows: bytes) -> Path:
+    """A PNG of which Pillow cannot write the like. kind 0 is grey, 2 is colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def test_transparency_lies_on_white(tmp_path):
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (20, 20), (255, 0, 0, 128)).save(tmp_path / "half.webp", lossless=True)
+    palette = Image.new("P", (20, 20), 0)
+    palette.putpalette([0, 0, 255])
+    palette.save(tmp_path / "palette.png", transparency=0)
+
+    assert colour(tmp_path / "clear.png") == [255, 255, 255]
+    assert near(colour(tmp_path / "half.webp"), (255, 127, 127))
+    assert colour(tmp_path / "palette.png") == [255, 255, 255]
+
+
+@pytest.mark.parametrize("suffix", ["webp", "png"])
+def test_of_an_animation_the_first_frame_counts(tmp_path, suffix):
+    frames = [Image.new("RGB", (20, 20), name) for name in ("red", "blue")]
+    frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+
+    assert near(colour(tmp_path / f"moving.{suffix}"), (255, 0, 0))
+
+
+def test_print_colours(tmp_path):
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+
+    assert near(colour(tmp_path / "print.jpg"), (255, 0, 0))
+
+
+def test_sixteen_bits(tmp_path):
+    """Grey in the middle is grey, not white."""
+    grey = b"".join(b"\0" + struct.pack(">H", 0x8080) * 20 for _ in range(20))
+    orange = b"".join(b"\0" + struct.pack(">HHH", 0xFFFF, 0x8080, 0) * 20 for _ in range(20))
+
+    assert near(colour(png(tmp_path / "grey.png", 20, 20, 16, 0, grey)), (128, 128, 128))
+    assert near(colour(png(tmp_path / "orange.png", 20, 20, 16, 2, orange)), (255, 128, 0))
+
+
+def test_other_modes(tmp_path):
+    for mode, fill, expected in (("L", 128, (128,) * 3), ("1", 1, (255,) * 3), ("LA", (0, 255), (0,) * 3)):
+        Image.new(mode, (20, 20), fill).save(tmp_path / f"{mode}.png")
+        assert near(colour(tmp_path / f"{mode}.png"), expected)
+
+
+def test_the_camera_says_which_way_is_up(tmp_path):
+    """Written lying on its side: what the file calls left is the top."""
+    picture = Image.new("RGB", (40, 20), "blue")
+    picture.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise
+    picture.save(tmp_path / "turned.png", exif=exif)
+
+    pixels = to_pixels(tmp_path / "turned.png", 20, 40)
+
+    assert pixels[0, 0, :18].min() > 0.9 and pixels[0, 2, 22:].min() > 0.9
+
+
+def test_long_pictures_are_cut_and_not_squeezed(tmp_path):
+    picture = Image.new("RGB", (300, 20), "black")
+    picture.paste("white", (140, 0, 160, 20))
+    picture.save(tmp_path / "long.png")
+
+    assert to_pixels(tmp_path / "long.png", 16, 16).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text.png", "cannot be read as a picture"),
+        ("missing.png", "cannot be read as a picture"),
+        ("empty.png", "cannot be read as a picture"),
+        ("cut.png", "cannot be read as a picture"),
+        ("a.gif", "cannot be read as a picture"),
+        ("dot.png", "has 1 x 1 pixels"),
+        ("bomb.png", "has 20000 x 20000 pixels|cannot be read"),
+        (".", "cannot be read as a picture"),
+    ],
+)
+def test_what_is_no_reference(tmp_path, name, message):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    Image.effect_noise((64, 64), 80).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.gif")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    png(tmp_path / "bomb.png", 20_000, 20_000, 8, 0, b"")
+
+    with pytest.raises(K2Error, match=message) as error:
+        to_pixels(tmp_path / name, 64, 64)
+    assert error.value.hint and "\n" not in str(error.value)

@@ -1,0 +1,405 @@
+"""The key/value splice on random weights in an open layout: nothing at zero, no order, a push either way, a cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from tiny import DIT, tiny, tiny_box  # noqa: F401
+
+from model import splice as module
+from model.dit import Krea2, attention, rotate
+from model.errors import K2Error
+from model.pipeline import Pipeline
+from model.spec import LEAK_GUARDS, Picture, Reference, RenderSpec, Style
+from model.splice import Capture, CaptureCache, attends, damping, mixture, moments, pulled, shifted
+
+FOX = RenderSpec("a red fox", seed=7, steps=3, guidance=0.0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "k2" / "splice"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_box, tmp_path_factory) -> Path:  # noqa: F811
+    """The tiny model as the open weights come: diffusers' folder, no style encoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.library.BOX", tiny_box)
+        Pipeline.load("tiny", device="cpu").export(made := tmp_path_factory.mktemp("open") / "model")
+    return made
+
+
+@pytest.fixture
+def pipeline(folder) -> Pipeline:
+    return Pipeline.load(str(folder), device="cpu")
+
+
+@pytest.fixture
+def refs(tmp_path) -> list[Path]:
+    """Three pictures that have nothing in common."""
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    Image.linear_gradient("L").convert("RGB").save(paths[0])
+    Image.effect_noise((90, 70), 80).convert("RGB").save(paths[1])
+    Image.new("RGB", (64, 64), "orange").save(paths[2])
+    return paths
+
+
+def styled(*weights: tuple[Path, float], **changes) -> RenderSpec:
+    styles = tuple(Style(path.stem, weight, (Reference(path),)) for path, weight in weights)
+    return replace(FOX, styles=styles, **changes)
+
+
+def pixels(picture: Picture) -> str:
+    return picture.record["pixels"]
+
+
+def difference(a: Picture, b: Picture) -> int:
+    return max(ImageChops.difference(a.image, b.image).tobytes())
+
+
+def latents(pipeline: Pipeline, spec: RenderSpec) -> torch.Tensor:
+    with torch.inference_mode():
+        return pipeline._latents([pipeline.resolve(spec)], (), None)
+
+
+# ---- strength, order, company -----------------------------------------------------------------------------------
+
+
+def test_strength_zero_is_the_picture_without_bit_for_bit(pipeline, refs):
+    plain = pipeline.render([FOX])[0]
+    for spec in (
+        styled((refs[0], 0.0)),
+        replace(FOX, styles=(Style("x", 1.0, (Reference(refs[0], 0.0),)),)),
+        styled((refs[0], 0.7), (refs[0], -0.7)),
+    ):
+        assert pixels(pipeline.render([spec])[0]) == pixels(plain)
+    assert pixels(pipeline.render([styled((refs[0], 1.0))])[0]) != pixels(plain)
+
+
+def test_the_order_of_references_never_matters(pipeline, refs):
+    weights = list(zip(refs, (0.6, 0.3, -0.5), strict=True))
+    made = {pixels(pipeline.render([styled(*order)])[0]) for order in itertools.permutations(weights)}
+    assert len(made) == 1
+
+
+def test_parts_of_one_picture_add_up_to_it(pipeline, refs, tmp_path):
+    """Whether it comes twice, or lies under two names."""
+    (tmp_path / "copy.png").write_bytes(refs[0].read_bytes())
+    one = pipeline.render([styled((refs[0], 0.9))])[0]
+    for spec in (
+        styled((refs[0], 0.3), (tmp_path / "copy.png", 0.6)),
+        replace(FOX, styles=(Style("x", 0.9, (Reference(refs[0]), Reference(refs[0]), Reference(refs[0]))),)),
+    ):
+        assert pixels(pipeline.render([spec])[0]) == pixels(one)
+
+
+def test_influence_rises_with_strength(pipeline, refs):
+    plain = latents(pipeline, FOX)
+    strengths = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    far = [(latents(pipeline, styled((refs[0], s))) - plain).norm().item() for s in strengths]
+    assert far == sorted(far) and far[0] > 0
+
+
+def test_a_negative_weight_pushes_the_opposite_way(pipeline, refs):
+    """From one and the same state it is the mirror image; over a whole picture it still points away."""
+    plain, toward, away = (latents(pipeline, styled((refs[0], s))) for s in (0.0, 1.0, -1.0))
+    assert torch.cosine_similarity((toward - plain).flatten(), (away - plain).flatten(), dim=0) < -0.8
+
+    one_step = {"steps": 2, "mu": -8.0}  # the second step is as good as the end
+    plain, toward, away = (latents(pipeline, styled((refs[0], s), **one_step)) for s in (0.0, 1.0, -1.0))
+    torch.testing.assert_close(toward - plain, plain - away, rtol=1e-3, atol=1e-5)
+
+
+def test_positive_and_negative_go_together(pipeline, refs):
+    both = pipeline.render([styled((refs[0], 1.0), (refs[1], -1.0))])[0]
+    apart = [pipeline.render([styled(pair)])[0] for pair in ((refs[0], 1.0), (refs[1], -1.0))]
+    assert len({pixels(picture) for picture in (both, *apart)}) == 3
+
+
+def test_a_picture_does_not_depend_on_its_company(pipeline, refs):
+    specs = [
+        styled((refs[0], 1.0)),
+        styled((refs[0], 1.0), prompt="an owl in flight over a dark forest", seed=9),
+        FOX,
+        styled((refs[1], -0.5), guidance=2.0),
+    ]
+    for spec, picture in zip(specs, pipeline.render(specs), strict=True):
+        assert difference(pipeline.render([spec])[0], picture) <= 1
+
+
+# ---- guidance ---------------------------------------------------------------------------------------------------
+
+
+def test_the_splice_enters_both_branches(pipeline, refs):
+    """A prompt guided away from itself goes nowhere, with the style as without."""
+    off = pipeline.render([styled((refs[0], 1.0))])[0]
+    on = pipeline.render([styled((refs[0], 1.0), guidance=4.0, negative="a red fox")])[0]
+    assert difference(on, off) <= 1
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_the_styles_own_guidance(pipeline, refs, guidance):
+    """Its term counts the style once at 0, and pushes on from there; without a style it costs and changes nothing."""
+    plain = latents(pipeline, replace(FOX, guidance=guidance))
+    far = [
+        (latents(pipeline, styled((refs[0], 1.0), guidance=guidance, style_guidance=g)) - plain).norm().item()
+        for g in (0.0, 0.5, 1.0)
+    ]
+    assert far == sorted(far)
+    assert torch.equal(latents(pipeline, replace(FOX, guidance=guidance, style_guidance=2.0)), plain)
+    if not guidance:
+        once = latents(pipeline, styled((refs[0], 1.0), style_guidance=0.0))
+        torch.testing.assert_close(once, latents(pipeline, styled((refs[0], 1.0))), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluations_of_the_network(pipeline, refs, monkeypatch):
+    """A step of one picture with cached references is one evaluation of as many rows as without a style."""
+    rows: Counter[int] = Counter()
+    velocity = pipeline.dit.velocity
+
+    def counted(tokens, *args, **kwargs):
+        rows[len(tokens)] += 1
+        return velocity(tokens, *args, **kwargs)
+
+    def count(spec: RenderSpec) -> dict[int, int]:
+        pipeline.render([spec])
+        rows.clear()
+        monkeypatch.setattr(pipeline.dit, "velocity", counted)
+        pipeline.render([spec])
+        monkeypatch.undo()
+        return dict(rows)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(refs[0].parent / "counting"))
+    once = count(FOX)
+    assert count(styled((refs[0], 1.0), (refs[1], 0.5))) == once == {1: 3}
+
+
+# ---- against leakage --------------------------------------------------------------------------------------------
+
+
+def test_every_guard_paints_its_own_picture(pipeline, refs):
+    made = [pipeline.render([styled((refs[0], 1.0), leak_guard=guard)])[0] for guard in LEAK_GUARDS]
+    assert len({pixels(picture) for picture in made}) == len(LEAK_GUARDS)
+    default = pipeline.render([styled((refs[0], 1.0))])[0]
+    assert default.record["leak_guard"] == module.LEAK_GUARD
+    assert pixels(default) == pixels(made[LEAK_GUARDS.index(module.LEAK_GUARD)])
+
+
+def test_damping_spares_what_turns_slowly():
+    frame, side, _ = DIT.rope_axes
+    early, late = damping(DIT, 0.99), damping(DIT, 0.01)
+
+    assert early.shape == (DIT.head_dim,) and torch.equal(late[:frame], torch.ones(frame))
+    rows, columns = late[frame : frame + side], late[frame + side :]
+    assert torch.equal(rows, columns) and torch.equal(rows[0::2], rows[1::2])  # a pair turns together
+    assert rows[0] < 0.05 and 1.05 < rows[-1] < 1.15 and rows.tolist() == sorted(rows.tolist())
+    assert early[frame:].min() > 0.98
+
+
+def test_shifted_keys_are_those_of_a_picture_to_the_right():
+    torch.manual_seed(0)
+    dit = Krea2(DIT)
+    k = torch.randn(DIT.kv_heads, 12, DIT.head_dim)  # before it is turned; a grid of 3 x 4
+    wide = dit.rope(0, (3, 8)).view(3, 8, -1, 2)
+    here, there = (wide[:, part].reshape(12, 1, -1, 2) for part in (slice(4), slice(4, 8)))
+
+    turned = [rotate(k.transpose(0, 1)[None], rope)[0].transpose(0, 1) for rope in (here, there)]
+
+    torch.testing.assert_close(shifted(turned[0], DIT, 4), turned[1])
+
+
+# ---- the mathematics --------------------------------------------------------------------------------------------
+
+
+def take(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> Capture:
+    """A capture of one block."""
+    return Capture(keys[None], values[None], *(m[None] for m in (*moments(queries), *moments(keys))))
+
+
+@pytest.fixture
+def scene():
+    """A stream of 5 words and 12 image tokens, and two references: 4 query heads, 2 key-value heads of 16."""
+    torch.manual_seed(0)
+    stream = torch.randn(1, 4, 17, 16), torch.randn(1, 2, 17, 16), torch.randn(1, 2, 17, 16)
+    references = [
+        take(i + torch.randn(2, 12, 16), i + torch.randn(2, 12, 16), 2 * torch.randn(4, 12, 16) - i) for i in (1, 2)
+    ]
+    return stream, references
+
+
+def test_a_mixture_has_the_moments_of_all_its_tokens():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 12, 16), 3 + 2 * torch.randn(2, 12, 16)
+    mean, variance = mixture(*zip(moments(a), moments(b), strict=True), [0.5, 0.5])
+    for got, expected in zip((mean, variance), moments(torch.cat((a, b), 1)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_pulled_all_the_way_statistics_are_the_references():
+    x, reference = torch.randn(2, 4, 50, 16), 3 + 2 * torch.randn(4, 50, 16)
+    for got, expected in zip(moments(pulled(x, *moments(reference), 1.0)), moments(reference), strict=True):
+        torch.testing.assert_close(got, expected.expand_as(got), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pulled(x, *moments(reference), 0.0), x)
+
+
+def test_words_never_see_the_reference(scene):
+    stream, references = scene
+    for strength in (0.5, 1.0, 2.0):
+        (attend,) = attends(references, [r.k[0][None] for r in references], [strength / 2] * 2)
+        answer = attend(*stream)
+        assert torch.equal(answer[:, :, :5], attention(*stream)[:, :, :5])
+        assert not torch.allclose(answer[:, :, 5:], attention(*stream)[:, :, 5:])
+
+
+def test_equal_references_are_the_one(scene):
+    stream, (one, _) = scene
+    (alone,) = attends([one], [one.k], [1.0])
+    (thrice,) = attends([one] * 3, [one.k] * 3, [0.2, 0.3, 0.5])
+    torch.testing.assert_close(thrice(*stream), alone(*stream), rtol=1e-4, atol=1e-5)
+
+
+def test_a_reference_of_little_weight_hardly_counts(scene):
+    stream, (one, other) = scene
+    (alone,) = attends([one], [one.k], [1.0])
+    far = []
+    for weight in (1e-6, 0.1, 0.5, 0.9):
+        (mixed,) = attends([one, other], [one.k, other.k], [1 - weight, weight])
+        far.append((mixed(*stream) - alone(*stream)).norm().item())
+    assert far == sorted(far) and far[0] < 1e-3
+
+
+def test_strength_has_no_jumps(scene):
+    stream, references = scene
+
+    def answer(strength: float) -> torch.Tensor:
+        (attend,) = attends(references, [r.k for r in references], [strength / 2] * 2)
+        return attend(*stream)
+
+    native = torch.cat((attention(*stream)[:, :, :5], attention(*stream)[:, :, 5:]), 2)
+    torch.testing.assert_close(answer(1e-6), native, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answer(1 - 1e-6), answer(1.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answer(1 + 1e-6), answer(1.0), rtol=1e-4, atol=1e-4)
+
+
+# ---- the cache --------------------------------------------------------------------------------------------------
+
+
+def test_a_hit_is_the_picture_that_a_miss_made(folder, pipeline, refs, cache, monkeypatch):
+    first = pipeline.render([styled((refs[0], 0.8))])[0]
+    assert len(list(cache.iterdir())) == 2  # of three steps the first is pure noise
+
+    anew = Pipeline.load(str(folder), device="cpu")
+    monkeypatch.setattr("model.pipeline.capture", None)  # would fail if it were called
+    again = anew.render([styled((refs[0], 0.8))])[0]
+    assert pixels(again) == pixels(first)
+    assert anew.render([styled((refs[0], -1.5), seed=9, prompt="an owl", leak_guard="shift")])
+
+
+def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache):
+    """Another size, schedule, picture or number format is another capture; the reference's place on disk is not."""
+    steps = 2
+    known = 0
+    for spec in (
+        styled((refs[0], 1.0), steps=steps),
+        styled((refs[0], 1.0), steps=steps, width=80),
+        styled((refs[0], 1.0), steps=steps, mu=0.2),
+        styled((refs[1], 1.0), steps=steps),
+    ):
+        pipeline.render([spec])
+        assert len(list(cache.iterdir())) == known + 1
+        known += 1
+    Pipeline.load(str(folder), device="cpu", dtype="bfloat16").render([styled((refs[0], 1.0), steps=steps)])
+    assert len(list(cache.iterdir())) == known + 1
+
+    refs[0].rename(moved := refs[0].with_name("moved.png"))
+    pipeline.render([styled((moved, 1.0), steps=steps)])
+    assert len(list(cache.iterdir())) == known + 1
+
+
+def test_a_broken_capture_is_made_again(pipeline, refs, cache):
+    first = pipeline.render([styled((refs[0], 1.0))])[0]
+    for file in cache.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert pixels(pipeline.render([styled((refs[0], 1.0))])[0]) == pixels(first)
+    assert all(file.stat().st_size > 100 for file in cache.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(pipeline, refs, cache):
+    first = pipeline.render([styled((refs[0], 1.0))])[0]
+    cache.rename(cache.with_name("old"))
+    cache.write_text("in the way")
+    assert pixels(pipeline.render([styled((refs[0], 1.0))])[0]) == pixels(first)
+
+
+def test_the_longest_unused_is_forgotten_first(tmp_path):
+    made = Capture(*torch.randn(6, 1, 1, 4, 16))
+    cache = CaptureCache(tmp_path / "captures")
+    cache.put({"step": 0}, made)
+    cache.limit = 3 * next(cache.folder.iterdir()).stat().st_size
+    for step in range(3):
+        cache.put({"step": step}, made)
+        assert cache.get({"step": 0}, CPU) is not None  # and so is used
+    cache.put({"step": 3}, made)
+
+    found = [cache.get({"step": step}, CPU) is not None for step in range(4)]
+    assert found[0] and found[3] and not all(found)
+    assert sum(file.stat().st_size for file in cache.folder.iterdir()) <= cache.limit
+
+    cache.put({"step": 4}, made, of=100)  # they cannot all stay, so none is worth the writing
+    assert cache.get({"step": 4}, CPU) is None
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_spliced_is_one_sentence(pipeline, refs, tmp_path):
+    many = []
+    for index in range(17):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"{index}.png")
+        many.append(Reference(tmp_path / f"{index}.png"))
+    style = Style("x", 1.0, (Reference(refs[0]),))
+    for styles, changes, message in (
+        ((replace(style, method="tokens"),), {}, "has no style encoder"),
+        ((replace(style, method="magic"),), {}, 'no style method "magic"'),
+        ((replace(style, references=tuple(many)),), {}, "17 reference pictures are spliced, and 16 is the most"),
+        ((style,), {"steps": 1}, "needs two steps"),
+        ((style,), {"leak_guard": "luck"}, 'no leak guard "luck"'),
+        ((style,), {"style_guidance": -1.0}, "leads nowhere"),
+        ((style,), {"style_guidance": float("nan")}, "leads nowhere"),
+    ):
+        with pytest.raises(K2Error, match=message) as error:
+            pipeline.render([replace(FOX, styles=styles, **changes)])
+        assert error.value.hint
+
+
+def test_tokens_and_splice_in_one_picture(tiny, refs):  # noqa: F811
+    """Where there is a style encoder, auto takes it, and a style may ask for the other way beside it."""
+    pipeline = Pipeline.load("tiny", device="cpu")
+
+    def mixed(*pairs: tuple[Path, str]) -> Picture:
+        styles = tuple(Style(path.stem, 0.5, (Reference(path),), method=method) for path, method in pairs)
+        return pipeline.render([replace(FOX, styles=styles)])[0]
+
+    ways = [
+        mixed(*pairs)
+        for pairs in (
+            [(refs[0], "auto")],
+            [(refs[0], "tokens")],
+            [(refs[0], "splice")],
+            [(refs[0], "tokens"), (refs[1], "splice")],
+            [(refs[1], "splice"), (refs[0], "auto")],
+        )
+    ]
+    assert pixels(ways[0]) == pixels(ways[1]) and pixels(ways[3]) == pixels(ways[4])
+    assert len({pixels(picture) for picture in ways}) == 3
+    assert [style["method"] for style in ways[3].record["styles"]] == ["tokens", "splice"]
+    assert ways[0].record["styles"][0]["method"] == "tokens"
