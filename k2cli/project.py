@@ -15,12 +15,23 @@ from k2cli import models
 from k2cli.outputs import writing
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from k2cli.styles import Styles, words
-from k2cli.tables import Place, Toml, between, check_keys, check_value, nearest, plain, read_table, read_weights
+from k2cli.tables import (
+    Place,
+    Toml,
+    between,
+    check_keys,
+    check_name,
+    check_value,
+    nearest,
+    one_of,
+    plain,
+    read_table,
+    read_weights,
+)
 from model.errors import K2Error
-from model.spec import RenderSpec
+from model.spec import LEAK_GUARDS, RenderSpec
 
 FILE = "k2.toml"
-LONGEST_NAME = 60
 
 TEMPLATE = """\
 [project]
@@ -73,6 +84,8 @@ class Settings:
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
     mu: float | None = between(None, -10, 10)
+    style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt
+    leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     device: str | None = None
     cohesion: float = 0.0  # nothing but 0 and "raw" yet
     creativity: str = "raw"
@@ -80,7 +93,11 @@ class Settings:
     def override(self, **given: Any) -> Settings:
         """These settings with the options of a command line in their place; None means not given."""
         types, limits = get_type_hints(Settings), {f.name: f.metadata for f in fields(Settings)}
-        given = {k: check_value(k, v, types[k], limits[k], f"--{k}") for k, v in given.items() if v is not None}
+        given = {
+            k: check_value(k, v, types[k], limits[k], f"--{k.replace('_', '-')}")
+            for k, v in given.items()
+            if v is not None
+        }
         if "size" in given:
             given = {"aspect": None, "resolution": None, **given}
         elif "aspect" in given or "resolution" in given:
@@ -120,6 +137,8 @@ class Shot:
     name: str
     given: str
     spec: RenderSpec
+    row: str = ""  # over its strip on a contact sheet; the prompt where empty
+    caption: str = ""  # below it; the seed where empty
 
 
 @dataclass(frozen=True)
@@ -253,6 +272,8 @@ class Project:
                 steps=settings.steps,
                 guidance=settings.guidance,
                 mu=settings.mu,
+                style_guidance=settings.style_guidance,
+                leak_guard=settings.leak_guard,
                 styles=looks,
             )
             shots += [Shot(f"{name}-{n}", name, prompt.text, replace(spec, seed=n)) for n in range(seed, seed + batch)]
@@ -328,16 +349,6 @@ def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
         taken.add(name)
         named.append((prompt, name))
     return named
-
-
-def check_name(name: str, where: str) -> str:
-    """Refuse what cannot be part of a file name everywhere."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > LONGEST_NAME:
-        raise K2Error(
-            f'{where}: "{name[:LONGEST_NAME]}" cannot name files.',
-            hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",
-        )
-    return name
 
 
 def slug(text: str) -> str:

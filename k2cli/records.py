@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -23,16 +23,16 @@ from PIL import Image, PngImagePlugin
 
 from k2cli import models
 from k2cli.outputs import dump
-from k2cli.project import Shot, check_name
-from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, read_table
+from k2cli.project import Shot
+from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model.errors import K2Error
-from model.spec import Picture, Reference, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
 
-SPEC_KEYS = ("seed", "width", "height", "steps", "guidance", "mu")
+SPEC_KEYS = ("seed", "width", "height", "steps", "guidance", "mu", "style_guidance", "leak_guard")
 
 T = TypeVar("T")
 
@@ -43,6 +43,8 @@ class AskedPrompt:
     expanded: str  # as the model read it
     name: str = "picture"
     avoid: str = ""
+    row: str = ""  # on a contact sheet, as the caption
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class MadeWith:
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
     mu: float | None = between(None, -10, 10)
+    style_guidance: float | None = between(None, 0, 100)
+    leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     device: str | None = None
     dtype: str | None = None
 
@@ -71,6 +75,7 @@ class StyleUsed:
     strength: float = between(1.0, -2, 2)
     keywords: list[str] | None = None
     avoids: list[str] | None = None
+    method: str = one_of("auto", *METHODS)
     triggers: list[str] | None = None
 
 
@@ -106,30 +111,39 @@ def request(shot: Shot, root: Path) -> dict[str, Any]:
     """What is known of a picture before it is rendered; reference paths are relative to the project."""
     spec = shot.spec
     return {
-        "prompt": {"name": shot.name, "text": shot.given, "expanded": spec.prompt, "avoid": spec.negative},
+        "prompt": {
+            "name": shot.name,
+            "text": shot.given,
+            "expanded": spec.prompt,
+            "avoid": spec.negative,
+            "row": shot.row or None,
+            "caption": shot.caption or None,
+        },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
-        "style": [
+        "style": [style_table(style, root) for style in spec.styles] or None,
+    }
+
+
+def style_table(style: Style, root: Path) -> dict[str, Any]:
+    """A style as records hold it, with the hash of every file it is made of."""
+    return {
+        "name": style.name,
+        "strength": style.strength,
+        "keywords": list(style.keywords),
+        "avoids": list(style.avoids),
+        "method": style.method if style.references else None,
+        "reference": [
+            {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": sha256_once(r.image)}
+            for r in style.references
+        ],
+        **(
             {
-                "name": style.name,
-                "strength": style.strength,
-                "keywords": list(style.keywords),
-                "avoids": list(style.avoids),
-                "reference": [
-                    {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": sha256_once(r.image)}
-                    for r in style.references
-                ],
-                **(
-                    {
-                        "triggers": list(style.triggers),
-                        "lora": {"file": os.path.relpath(style.lora, root), "sha256": sha256_once(style.lora)},
-                    }
-                    if style.lora
-                    else {}
-                ),
+                "triggers": list(style.triggers),
+                "lora": {"file": os.path.relpath(style.lora, root), "sha256": sha256_once(style.lora)},
             }
-            for style in spec.styles
-        ]
-        or None,
+            if style.lora
+            else {}
+        ),
     }
 
 
@@ -156,7 +170,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "prompt": asked["prompt"],
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
-        "style": asked.get("style"),
+        "style": with_methods(asked.get("style"), made.get("styles", ())),
         "lora": [  # how much of each adapter found its place in the network
             {"file": os.path.relpath(lora["path"], root), **{key: lora[key] for key in lora if key != "path"}}
             for lora in made.get("loras", ())
@@ -167,6 +181,14 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
             **{name: version(name) for name in ("k2", "torch", "safetensors", "pillow")},
         },
     }
+
+
+def with_methods(asked: list[dict[str, Any]] | None, made: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """The styles asked for, with the way in which their references in fact reached the network."""
+    used = {style["name"]: style["method"] for style in made}
+    return asked and [
+        style | {"method": style["method"] and used.get(style["name"], style["method"])} for style in asked
+    ]
 
 
 def portable(name: str, root: Path) -> str:
@@ -252,7 +274,8 @@ def describe(record: Record) -> str:
     """A record for people: what it says, a fact a line."""
     spec, used, table = record.shot.spec, record.model, record.table
     looks = [
-        f"{style.name} {style.strength:g}" + "".join(f"\n  {reference.image}" for reference in style.references)
+        f"{style.name} {style.strength:g}{', ' + style.method if style.references else ''}"
+        + "".join(f"\n  {reference.image}" for reference in style.references)
         for style in spec.styles
     ]
     versions = table.get("versions", {})
@@ -263,6 +286,8 @@ def describe(record: Record) -> str:
         "styles": "\n".join(looks),
         "size": f"{spec.width} x {spec.height}",
         **{key: getattr(spec, key) for key in ("seed", "steps", "guidance", "mu")},
+        "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
+        "guard": spec.leak_guard or "",
         "model": f"{used.name} {used.variant or ''}",
         "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in record.files.items()),
         "device": f"{used.device}, {used.dtype}",
@@ -336,6 +361,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
                 tuple(style.avoids or ()),
                 lora,
                 tuple(style.triggers or ()),
+                style.method,
             )
         )
     spec = RenderSpec(
@@ -344,7 +370,8 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
         styles=tuple(styles),
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
-    return Shot(f"{check_name(prompt.name, place())}-{spec.seed}", prompt.name, prompt.text, spec), hashes
+    stem = f"{check_name(prompt.name, place())}-{spec.seed}"
+    return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption), hashes
 
 
 def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:

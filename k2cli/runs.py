@@ -34,6 +34,9 @@ class Job:
     device: str | None = None
     dtype: str | None = None
     run: Run | None = None  # an earlier run to go on with
+    called: str = ""  # the run's folder, where its prompts' names do not say it
+    columns: int | None = None  # of strips on the contact sheet; as many as suit it where left out
+    centred: bool = False  # its strips, as in a triangle
 
     @property
     def left(self) -> list[Shot]:
@@ -43,6 +46,8 @@ class Job:
     @property
     def title(self) -> str:
         """What the run's folder is called after its number."""
+        if self.called:
+            return self.called
         names = list(dict.fromkeys(shot.name for shot in self.shots))
         return names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}-more"
 
@@ -95,11 +100,18 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         f"{Path(used['name']).stem} {used['variant']}",
         f"{made['steps']} steps",
         f"guidance {made['guidance']:g}",
-        *(f"{style['name']} {style['strength']:g}" for style in record.get("style") or []),
+        *(
+            f"{style['name']} {style['strength']:g}"
+            for style in record.get("style") or []
+            if not shots[0].caption  # else the captions tell of each picture's own
+        ),
         f"{datetime.now():%Y-%m-%d}",
     ]
-    entries = [Entry(run[f"{shot.stem}.png"], shot.given, f"seed {shot.spec.seed}") for shot in shots]
-    return contact_sheets(entries, job.project.name, " · ".join(facts))
+    entries = [
+        Entry(run[f"{shot.stem}.png"], shot.row or shot.given, shot.caption or f"seed {shot.spec.seed}")
+        for shot in shots
+    ]
+    return contact_sheets(entries, job.project.name, " · ".join(facts), columns=job.columns, centred=job.centred)
 
 
 def plan(job: Job) -> dict[str, Any]:

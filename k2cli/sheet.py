@@ -38,16 +38,21 @@ class Entry:
     caption: str
 
 
-def contact_sheets(entries: Sequence[Entry], title: str, subtitle: str) -> Iterator[bytes]:
+def contact_sheets(
+    entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
+) -> Iterator[bytes]:
     """PNGs of all entries in their order, at most PER_SHEET pictures on each."""
     for start in range(0, len(entries), PER_SHEET):
         buffer = io.BytesIO()
-        contact_sheet(entries[start : start + PER_SHEET], title, subtitle).save(buffer, "PNG", optimize=True)
+        part = entries[start : start + PER_SHEET]
+        contact_sheet(part, title, subtitle, columns=columns, centred=centred).save(buffer, "PNG", optimize=True)
         yield buffer.getvalue()
 
 
-def contact_sheet(entries: Sequence[Entry], title: str, subtitle: str) -> Image.Image:
-    """One sheet; the strips stand in as many columns as bring it nearest to a landscape page."""
+def contact_sheet(
+    entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
+) -> Image.Image:
+    """One sheet; the strips stand in as many columns as told, or as bring it nearest to a landscape page."""
     strips = [list(strip) for _, strip in groupby(entries, key=lambda entry: entry.label)]
     with Image.open(entries[0].path) as first:
         scale = scale_to_cell(max(first.size))
@@ -69,7 +74,7 @@ def contact_sheet(entries: Sequence[Entry], title: str, subtitle: str) -> Image.
             2 * MARGIN + head + rows * strip_height + (rows - 1) * BETWEEN,
         )
 
-    columns = min(range(1, len(strips) + 1), key=lambda n: abs(math.log(extent(n)[0] / extent(n)[1] / 1.4)))
+    columns = columns or min(range(1, len(strips) + 1), key=lambda n: abs(math.log(extent(n)[0] / extent(n)[1] / 1.4)))
     sheet = Image.new("RGB", extent(columns), PAPER)
     draw = ImageDraw.Draw(sheet)
     width = sheet.width - 2 * MARGIN
@@ -81,6 +86,8 @@ def contact_sheet(entries: Sequence[Entry], title: str, subtitle: str) -> Image.
     for index, strip in enumerate(strips):
         row, column = divmod(index, columns)
         left = MARGIN + column * (strip_width + BETWEEN)
+        if centred:
+            left += (longest - len(strip)) * (cell_width + GAP) // 2
         top = MARGIN + head + row * (strip_height + BETWEEN)
         text, face = typeset(strip[0].label, LABEL)
         for number, line in enumerate(wrap(text, face, strip_width, lines)):
@@ -92,7 +99,7 @@ def contact_sheet(entries: Sequence[Entry], title: str, subtitle: str) -> Image.
             sheet.paste(shown, (x, y))
             draw.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=EDGE)
             text, face = typeset(entry.caption, CAPTION)
-            draw.text((x, y + cell_height + 7), text, FAINT, face)
+            draw.text((x, y + cell_height + 7), fit(text, face, cell_width), FAINT, face)
     return sheet
 
 

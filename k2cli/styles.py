@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from k2cli.tables import Place, Toml, between, check_keys, check_value, nearest, read_table, read_weights
+from k2cli.models import sha256
+from k2cli.outputs import write, write_toml, writing
+from k2cli.tables import (
+    Place,
+    Toml,
+    between,
+    check_keys,
+    check_name,
+    check_value,
+    nearest,
+    plain,
+    read_table,
+    read_weights,
+)
 from model.errors import K2Error
-from model.spec import Reference, Style
+from model.spec import METHODS, Reference, Style
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-MOST_REFERENCES = 64  # pictures of one [[reference]]; a glob that finds more is a mistake
+MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
 MOST_PIXELS = 64_000_000  # of a reference
 MOST_MIXES = 16  # styles that mix styles that mix styles …
 
@@ -29,6 +43,12 @@ class StyleFile:
     mix: Mapping[str, float] = field(default_factory=dict)
     lora: Path | None = None
     triggers: tuple[str, ...] = ()
+    method: str = "auto"
+
+    @property
+    def is_mix_alone(self) -> bool:
+        """Nothing of its own."""
+        return not (self.keywords or self.references or self.lora)
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ class Styles:
         label = f"styles/{name}.toml"
         toml = Toml.read(self.inside(label, where), label)
         place, table = Place(toml), toml.table
-        check_keys(table, ("keywords", "avoids", "reference", "mix", "lora", "triggers"), place)
+        check_keys(table, ("keywords", "avoids", "reference", "method", "mix", "lora", "triggers"), place)
         entries = table.get("reference", [])
         if not isinstance(entries, list):
             raise K2Error(
@@ -74,11 +94,20 @@ class Styles:
             )
         if table.get("triggers") and not table.get("lora"):
             raise K2Error(f"{place('triggers')}: triggers without a lora.", hint="Call them keywords.")
+        if "method" in table and not entries:
+            raise K2Error(
+                f"{place('method')}: a method without a [[reference]].", hint="It says how reference pictures are read."
+            )
         references: list[Reference] = []
         for index, entry in enumerate(entries):
             at = place.below("reference", index)
             reference = read_table(ReferenceTable, entry, at)
             references += [Reference(path, reference.weight) for path in self.pictures(reference.image, at("image"))]
+        if len(references) > MOST_REFERENCES:
+            raise K2Error(
+                f"{label} has {len(references)} reference pictures, and {MOST_REFERENCES} is the most.",
+                hint="Choose those that show the look best.",
+            )
         return StyleFile(
             keywords=tuple(check_value("keywords", table.get("keywords", []), list[str], {}, place("keywords"))),
             avoids=tuple(check_value("avoids", table.get("avoids", []), list[str], {}, place("avoids"))),
@@ -88,7 +117,26 @@ class Styles:
             if "lora" in table
             else None,
             triggers=tuple(check_value("triggers", table.get("triggers", []), list[str], {}, place("triggers"))),
+            method=check_value("method", table.get("method", "auto"), str, {"choices": METHODS}, place("method")),
         )
+
+    def reached(self, names: Iterable[str], where: str) -> set[str]:
+        """These styles and all that they mix."""
+        found: set[str] = set()
+        left = list(names)
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += self.read(name, where).mix
+        return found
+
+    def new_file(self, name: str, *, force: bool) -> Path:
+        """Where a style of this name is written. Refuses what exists already, unless forced."""
+        path = self.inside(f"styles/{check_name(name, 'The style')}.toml", "")
+        if path.exists() and not force:
+            raise K2Error(f"There is a style {name} already.", hint="Choose another name, or replace it: --force")
+        return path
 
     def adapter(self, file: str, where: str) -> Path:
         """A LoRA's file; what it holds is the model's business."""
@@ -133,7 +181,7 @@ class Styles:
                 raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles themselves.")
             if name not in parts:
                 file = files[name] = self.read(name, asked_by)
-                parts[name] = {name: 1.0} if file.keywords or file.references or file.lora else {}
+                parts[name] = {} if file.is_mix_alone else {name: 1.0}
                 for other, weight in file.mix.items():
                     mixed = take_apart(other, (*trail, name), f"styles/{name}.toml")
                     add(parts[name], mixed, weight)
@@ -157,6 +205,7 @@ class Styles:
                 files[name].avoids,
                 files[name].lora,
                 files[name].triggers,
+                files[name].method,
             )
             for strength, name in strongest
             if strength
@@ -174,13 +223,13 @@ def words(styles: Sequence[Style], wanted: str, opposite: str | None = None) -> 
     return iter(dict.fromkeys(text for style, side in sides if side for text in getattr(style, side)))
 
 
-def check_picture(path: Path, where: str, label: str) -> None:
-    """Refuse what is no picture, without decoding it."""
+def check_picture(path: Path, where: str, label: str) -> str:
+    """Refuse what is no picture, without decoding it -> png, jpg or webp, by what is in it."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            width, height = image.size
+            width, height, kind = *image.size, str(image.format)
     except FileNotFoundError:
         raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
     except Image.DecompressionBombError:
@@ -189,3 +238,65 @@ def check_picture(path: Path, where: str, label: str) -> None:
         raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
     if width * height > MOST_PIXELS or min(width, height) < 8:
         raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint="8 pixels to 64 megapixels will do.")
+    return {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
+
+
+def add_style(
+    styles: Styles,
+    name: str,
+    images: Sequence[Path],
+    *,
+    keywords: Sequence[str] = (),
+    avoids: Sequence[str] = (),
+    method: str | None = None,
+    force: bool = False,
+) -> tuple[Path, list[Path]]:
+    """Copy pictures into refs/NAME and write styles/NAME.toml -> that file, the pictures in the project.
+
+    Whatever lies in refs/NAME stays there; a picture that is there already, under whatever name, is not copied again.
+    Everything is checked before anything is written, and the style file comes last.
+    """
+    file = styles.new_file(name, force=force)
+    folder = styles.inside(f"refs/{name}", "")
+    files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
+    kinds = {each: check_picture(each, f'Style "{name}"', plain(str(each), "The picture's path")) for each in files}
+    there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
+    hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
+    if not 1 <= len(hashes) <= MOST_REFERENCES:
+        raise K2Error(
+            f'Style "{name}" would have {len(hashes)} reference pictures.',
+            hint=f"Give 1 to {MOST_REFERENCES}, those that show the look best.",
+        )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
+    for key, image in reversed(hashes.items()):
+        if key not in there:
+            there[key] = free_name(folder, image.stem, kinds[image])
+            write({there[key]: image.read_bytes()})
+    pictures = sorted(there[key] for key in hashes)
+    whole = pictures == in_folder(folder)
+    patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
+    table = {
+        "keywords": [plain(word, "A keyword") for word in keywords],
+        "avoids": [plain(word, "An avoid") for word in avoids],
+        "method": method,
+        "reference": [{"image": pattern, "weight": 1.0} for pattern in patterns],
+    }
+    write_toml(file, table)
+    return file, pictures
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The pictures in a folder, by their names."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())
+
+
+def free_name(folder: Path, stem: str, kind: str) -> Path:
+    """A path in the folder that nothing stands at, numbered where it must be."""
+    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "picture"
+    path, number = folder / f"{stem}.{kind}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.{kind}"
+    return path

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from model.errors import K2Error
 
+LONGEST_NAME = 60
 LIMIT = 1 << 20  # bytes of a file written by hand; anything larger is a mistake or an attack
 KINDS = {
     str: "a text in quotes",
@@ -34,6 +35,11 @@ def between(default: Any, low: float, high: float) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
 
 
+def one_of(default: Any, *choices: str) -> Any:
+    """A dataclass field whose text is one of these."""
+    return field(default=default, metadata={"choices": choices})
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that does not exist: the closest known one, or all of them."""
     known = sorted(known)
@@ -48,6 +54,16 @@ def plain(text: str, place: str) -> str:
     if UNPRINTABLE.search(text):
         raise K2Error(f"{place} holds a control character.", hint="Type the text again, without escapes.")
     return text
+
+
+def check_name(name: str, where: str) -> str:
+    """Refuse what cannot be part of a file name everywhere."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > LONGEST_NAME:
+        raise K2Error(
+            f'{where}: "{name[:LONGEST_NAME]}" cannot name files.',
+            hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",
+        )
+    return name
 
 
 class Toml:
@@ -168,6 +184,8 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
         raise K2Error(f'{where}: "{key}" must lie between {low} and {high}, not {value}.')
+    if value not in limits.get("choices", (value,)):
+        raise K2Error(f'{where}: "{key}" cannot be {describe(value)}.', hint=nearest(str(value), limits["choices"]))
     if isinstance(value, str):
         return plain(value, f'{where}: "{key}"')
     return [plain(item, f'{where}: "{key}"') for item in value] if isinstance(value, list) else value

@@ -67,6 +67,20 @@ def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
     assert down.prompt == "a red fox" and down.styles[0].lora
 
 
+def test_a_style_may_say_how_its_pictures_are_read(styled):
+    write(styled, "cut", 'method = "splice"\n[[reference]]\nimage = "refs/a/a.png"\n')
+
+    assert [resolve(styled, **{name: 1}).styles[0].method for name in ("cut", "dusk")] == ["splice", "auto"]
+
+
+def test_settings_of_styles_reach_every_picture(styled):
+    (styled / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nstyle_guidance = 1.5\nleak_guard = "shift"'))
+
+    spec = resolve(styled, dusk=1)
+
+    assert (spec.style_guidance, spec.leak_guard) == (1.5, "shift")
+
+
 def test_a_weight_of_zero_is_the_prompt_alone(styled):
     assert resolve(styled, dusk=0) == resolve(styled)
 
@@ -122,6 +136,17 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ('[[reference]]\nimage = "/etc/passwd"\n', "2: /etc/passwd lies outside the project.", "--allow-outside"),
         ('[[reference]]\nimage = "**/**/*.png"\n', "2: **/**/*.png has more than one **.", "One walks all folders"),
         ('[[reference]]\nimage = "refs/a/a.png"\nweight = 9\n', '3: "weight" must lie between −2 and 2, not 9.0.', ""),
+        ('keywords = ["a"]\nmethod = "splice"\n', "2: a method without a [[reference]].", "how reference pictures"),
+        (
+            'method = "spice"\n[[reference]]\nimage = "refs/a/a.png"\n',
+            '1: "method" cannot be "spice".',
+            'Did you mean "splice"?',
+        ),
+        (
+            33 * '[[reference]]\nimage = "refs/?/[ab].png"\n',
+            "x.toml has 66 reference pictures, and 64 is the most.",
+            "best",
+        ),
         ("[mix]\ndusk = 2\nblend = 2\n", 'The weights of style "dusk" add up to 3.4, beyond −2 … 2.', "Lower them."),
     ],
 )
