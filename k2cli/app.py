@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from k2cli.options import (
+    AcceptOption,
+    EmbedOption,
+    Group,
+    JsonOption,
+    OutsideOption,
+    ProjectOption,
+    QuietOption,
+    find_project,
+    read_style,
+    to_json,
+)
+from k2cli.style_app import mix_styles, style_app
 from model.errors import K2Error
 
 if TYPE_CHECKING:
@@ -18,34 +30,11 @@ if TYPE_CHECKING:
     from k2cli.runs import Job
 
 
-class Group(TyperGroup):
-    """Where a problem that the user can fix ends up: one sentence, a hint, exit code 1."""
-
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        try:
-            return super().invoke(ctx)
-        except K2Error as error:
-            from k2cli.console import show_error
-
-            show_error(error)
-            raise typer.Exit(1) from None
-
-
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
 app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models", help="What is in the box and on disk.")
-
-ProjectOption = Annotated[
-    Path | None, typer.Option("--project", metavar="DIR", help="The project, if not that of the current folder.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
-OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]
-AcceptOption = Annotated[
-    bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
-]
-EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
+app.add_typer(style_app, name="style", help="The project's styles.")
 
 
 def main() -> None:
@@ -129,6 +118,9 @@ def render(
     guidance: Annotated[
         float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
     ] = None,
+    style_guidance: Annotated[
+        float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
     ] = None,
@@ -159,7 +151,7 @@ def render(
     opened = open_projects([name for name in projects or [] if name != "-"], project, allow_outside)
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
-        "steps": steps, "guidance": guidance, "model": model, "device": device,
+        "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
     }  # fmt: skip
     if resume:
         if (
@@ -199,16 +191,6 @@ def open_projects(folders: Sequence[str], project: Path | None, allow_outside: b
     return [find_project(project, allow_outside)]
 
 
-def find_project(project: Path | None, allow_outside: bool = False) -> Project:
-    from k2cli.project import Project
-
-    return (
-        Project.open(project, allow_outside=allow_outside)
-        if project
-        else Project.find(Path.cwd(), allow_outside=allow_outside)
-    )
-
-
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts of the command line and of standard input; None where neither was used."""
     from k2cli.project import Prompt
@@ -222,18 +204,6 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
         if not lines:
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
     return [Prompt(plain(line, "A prompt")) for line in lines] if texts or stdin else None
-
-
-def read_style(text: str) -> tuple[str, float]:
-    """ "dusk=0.6" → ("dusk", 0.6)."""
-    name, _, weight = text.rpartition("=")
-    try:
-        value = float(weight)
-    except ValueError:
-        value = float("nan")
-    if not name or not -2 <= value <= 2:
-        raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint="--style")
-    return name.strip(), value
 
 
 def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
@@ -260,12 +230,13 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
                 result(f"{shot.stem}.png\t{size}\tseed {spec.seed}\t{spec.prompt}")
 
 
-def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> None:
-    """Render jobs, print each picture's path, and tell people how it went."""
+def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> list[Path]:
+    """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
     from k2cli import licence
     from k2cli.console import meter, near, result, say
     from k2cli.runs import render
 
+    folders: list[Path] = []
     for job in jobs:
         licence.require_for(job.model, job.variant)
     for job in jobs:
@@ -292,14 +263,13 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
             if folder is not None:
                 say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: k2 render --resume")
             raise typer.Exit(130) from None
+        folders += [folder] if folder is not None else []
         if not quiet and total - kept_back > 1 and folder is not None:
             say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
+    return folders
 
 
-def to_json(table: Any) -> str:
-    import json
-
-    return json.dumps(table, ensure_ascii=False, default=lambda moment: moment.isoformat())
+app.command("mix-styles")(mix_styles)
 
 
 @app.command()

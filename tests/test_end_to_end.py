@@ -68,6 +68,29 @@ def test_rerun_makes_the_same_pixels(den, k2):
         assert "Identical, pixel for pixel." in k2("rerun", file).stderr
 
 
+def test_rerun_makes_the_same_pixels_with_styles_of_both_kinds(den, k2, monkeypatch):
+    """The record holds how each reference reached the network, whatever `auto` may come to mean."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(den / "cache"))
+    (den / "refs").mkdir()
+    (den / "styles").mkdir()
+    for name, method in (("red", "auto"), ("navy", "splice")):
+        Image.new("RGB", (64, 64), name).save(den / "refs" / f"{name}.png")
+        text = f'method = "{method}"\n[[reference]]\nimage = "refs/{name}.png"\n'
+        (den / "styles" / f"{name}.toml").write_text(text)
+    options = ("--style", "red=0.8", "--style", "navy=-0.5", "--style-guidance", "1.5", "--quiet", "--only", "owl")
+
+    made = Path(k2("render", *options).stdout.splitlines()[1])
+
+    found = record(made)
+    assert [(s["name"], s["strength"], s["method"]) for s in found["style"]] == [
+        ("red", 0.8, "tokens"),
+        ("navy", -0.5, "splice"),
+    ]
+    assert (found["settings"]["style_guidance"], found["settings"]["leak_guard"]) == (1.5, "damping")
+    assert "Identical, pixel for pixel." in k2("rerun", made).stderr
+    assert "red 0.8, tokens" in k2("show", made).stdout
+
+
 def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
     (path,) = k2("render", "--quiet", "--only", "owl", "--turbo", "--batch", "1").stdout.splitlines()
 

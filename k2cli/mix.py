@@ -1,0 +1,95 @@
+"""Mixes of styles to look at: parts and sum side by side, the way from one to another, the triangle of three."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from k2cli.project import Project, Prompt, Settings, slug
+from k2cli.runs import Job
+from k2cli.sheet import PER_SHEET
+from model.errors import K2Error
+
+Weights = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One picture of a sheet: what each style counts in it, and what is written over its strip and below it."""
+
+    weights: Weights
+    caption: str
+    row: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Points in strips, one below the other."""
+
+    points: tuple[Point, ...]
+    centred: bool = False
+
+
+def preview(weights: Weights) -> Layout:
+    """No style, each part by itself at its weight, and the mix."""
+    parts = [Point({name: weight}, f"{name} {weight:g}") for name, weight in weights.items()]
+    return Layout((Point({}, "no style"), *parts, *([Point(weights, "mix")] if len(parts) > 1 else [])))
+
+
+def sweep(weights: Weights, steps: int) -> Layout:
+    """From style to style in `steps` pictures, each at its own weight where it is alone.
+
+    Two styles are a path, three a triangle with `steps` pictures along each side, more are the paths of every pair.
+    Raises K2Error where that is more than a sheet holds.
+    """
+    names = list(weights)
+    if len(names) < 2:
+        raise K2Error("A sweep goes from one style to another.", hint="Name two or more: dusk=1 riso=1")
+    if steps < 2:
+        raise K2Error(f"A sweep of {steps} pictures leads nowhere.", hint="From 2 on it has both ends.")
+    count = steps * (steps + 1) // 2 if len(names) == 3 else steps * len(list(combinations(names, 2)))
+    if count > PER_SHEET:
+        raise K2Error(
+            f"A sweep of {steps} with {len(names)} styles is {count} pictures, and a sheet holds {PER_SHEET}.",
+            hint="Take fewer.",
+        )
+
+    def point(row: str, shares: Weights) -> Point:
+        parts = {name: round(share * weights[name], 6) for name, share in shares.items()}
+        caption = " · ".join(f"{name} {part:.2g}" for name, part in parts.items() if part)
+        return Point(parts, caption or "no style", row)
+
+    last = steps - 1
+    if len(names) == 3:
+        first, second, third = names
+        triangle = (
+            point(
+                f"{first} {round((last - down) * weights[first] / last, 2):g}",
+                {first: 1 - down / last, second: (down - across) / last, third: across / last},
+            )
+            for down in range(steps)
+            for across in range(down + 1)
+        )
+        return Layout(tuple(triangle), centred=True)
+    paths = (
+        point(f"{one} to {other}", {one: 1 - step / last, other: step / last})
+        for one, other in combinations(names, 2)
+        for step in range(steps)
+    )
+    return Layout(tuple(paths))
+
+
+def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, variant: str | None) -> Job:
+    """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
+    stem = (prompt.name or slug(prompt.text))[:50]
+    shots = []
+    for index, point in enumerate(layout.points, 1):
+        numbered = replace(prompt, name=f"{stem}-{index:02}", batch=1)
+        (shot,) = project.shots(settings, [numbered], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
+        shots.append(replace(shot, row=point.row, caption=point.caption))
+    styles = dict.fromkeys(name for point in layout.points for name in point.weights)
+    called = "mix-" + "-".join(styles)
+    return Job(
+        project, shots, settings.model, variant, settings.device, called=called[:50], columns=1, centred=layout.centred
+    )

@@ -1,0 +1,67 @@
+"""What commands share: options, how they read, and where a problem that the user can fix ends up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    from k2cli.project import Project
+
+
+class Group(TyperGroup):
+    """Where a problem that the user can fix ends up: one sentence, a hint, exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except K2Error as error:
+            from k2cli.console import show_error
+
+            show_error(error)
+            raise typer.Exit(1) from None
+
+
+ProjectOption = Annotated[
+    Path | None, typer.Option("--project", metavar="DIR", help="The project, if not that of the current folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
+OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
+]
+EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
+
+
+def find_project(project: Path | None, allow_outside: bool = False) -> Project:
+    from k2cli.project import Project
+
+    return (
+        Project.open(project, allow_outside=allow_outside)
+        if project
+        else Project.find(Path.cwd(), allow_outside=allow_outside)
+    )
+
+
+def read_style(text: str, option: str = "--style") -> tuple[str, float]:
+    """ "dusk=0.6" → ("dusk", 0.6)."""
+    name, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = float("nan")
+    if not name or not -2 <= value <= 2:
+        raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint=option)
+    return name.strip(), value
+
+
+def to_json(table: Any) -> str:
+    import json
+
+    return json.dumps(table, ensure_ascii=False, default=lambda moment: moment.isoformat())

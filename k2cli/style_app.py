@@ -1,0 +1,241 @@
+"""The commands about styles. As in `app.py`, whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k2cli.options import (
+    EmbedOption,
+    Group,
+    JsonOption,
+    OutsideOption,
+    ProjectOption,
+    QuietOption,
+    find_project,
+    read_style,
+    to_json,
+)
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from k2cli.project import Project, Prompt
+
+style_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a style of this name.")]
+
+
+@style_app.command()
+def add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the style is called.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures that have the look, or folders.")],
+    keyword: Annotated[
+        list[str] | None, typer.Option("--keyword", "-k", metavar="WORDS", help="Joins the prompt; may come again.")
+    ] = None,
+    avoid: Annotated[
+        list[str] | None, typer.Option("--avoid", metavar="WORDS", help="Joins the negative prompt; may come again.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="M", help="How pictures are read: auto, tokens or splice.")
+    ] = None,
+    force: ForceOption = False,
+    project: ProjectOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a style of pictures: copies them into refs/NAME, writes styles/NAME.toml.
+
+    With --force the style file is written anew; pictures that lie in refs/NAME stay there.
+    """
+    from k2cli.console import near, result, say
+    from k2cli.styles import add_style
+    from k2cli.tables import check_value
+    from model.spec import METHODS
+
+    opened = find_project(project)
+    if method is not None:
+        check_value("method", method, str, {"choices": METHODS}, "--method")
+    file, pictures = add_style(
+        opened.styles, name, images, keywords=keyword or [], avoids=avoid or [], method=method, force=force
+    )
+    about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
+    result(to_json(about) if json else near(file))
+    if not quiet:
+        say(f"{count_of(pictures)}. Next: k2 render --style {name}=0.6", "dim")
+
+
+@style_app.command("list")
+def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = False, json: JsonOption = False) -> None:
+    """List the project's styles: file, what it is made of, its words."""
+    from k2cli.console import near, result
+
+    opened = find_project(project, allow_outside)
+    for name in opened.styles.known:
+        style, path = opened.styles.read(name, "k2 style list"), opened.root / "styles" / f"{name}.toml"
+        kinds = [
+            count_of(style.references) if style.references else "",
+            "a mix of " + ", ".join(style.mix) if style.mix else "",
+            f"lora {style.lora.name}" if style.lora else "",
+        ]
+        about = {
+            "name": name,
+            "file": near(path),
+            "references": len(style.references),
+            "keywords": list(style.keywords),
+            "avoids": list(style.avoids),
+            "method": style.method,
+            "mix": dict(style.mix),
+            "lora": near(style.lora) if style.lora else None,
+        }
+        line = "\t".join([near(path), ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
+        result(to_json(about) if json else line.rstrip("\t"))
+
+
+@style_app.command("show")
+def show_style(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A style of the project.")],
+    project: ProjectOption = None,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what a style comes to at weight 1: its mixes taken apart, its words, every reference and its weight."""
+    from k2cli.console import result
+    from k2cli.records import style_table
+
+    opened = find_project(project, allow_outside)
+    parts = opened.styles.resolve({name: 1.0}, lambda name: "k2 style show")
+    if json:
+        result(to_json({"name": name, "parts": [style_table(part, opened.root) for part in parts]}))
+        return
+    for part in parts:
+        result(f"{part.name} {part.strength:g}")
+        facts = {
+            "keywords": ", ".join(part.keywords),
+            "avoids": ", ".join(part.avoids),
+            "triggers": ", ".join(part.triggers),
+            "lora": os.path.relpath(part.lora, opened.root) if part.lora else "",
+            "method": part.method if part.references else "",
+            "pictures": "\n            ".join(
+                f"{reference.weight:<5g} {os.path.relpath(reference.image, opened.root)}"
+                for reference in part.references
+            ),
+        }
+        for key, fact in facts.items():
+            if fact:
+                result(f"  {key:<10}{fact}")
+
+
+def count_of(pictures: Sequence[object]) -> str:
+    return f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'}"
+
+
+def mix_styles(
+    styles: Annotated[list[str], typer.Argument(metavar="NAME=W", help="Styles and how much each counts, −2 … 2.")],
+    save_as: Annotated[
+        str | None, typer.Option("--save-as", metavar="NAME", help="Write the mix as a style of this name.")
+    ] = None,
+    sweep: Annotated[
+        int | None,
+        typer.Option("--sweep", metavar="N", help="Render the way from style to style in N pictures, not the preview."),
+    ] = None,
+    preview: Annotated[bool, typer.Option("--preview/--no-preview", help="Render parts and mix side by side.")] = True,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to paint; else the project's first.")
+    ] = None,
+    turbo: Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same for every picture.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
+    ] = None,
+    style_guidance: Annotated[
+        float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    force: ForceOption = False,
+    project: ProjectOption = None,
+    no_embed: EmbedOption = False,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Mix styles by weight, look at the mix, and keep it as a style.
+
+    Prints the style's file, if it is saved, then the path of each picture, then the sheet that shows them.
+    With --sweep two styles give a path, three a triangle, more the paths of every pair.
+
+    \b
+    Examples:
+      k2 mix-styles dusk=0.7 riso=0.3 --save-as blend
+      k2 mix-styles dusk=1 riso=1 --sweep 8
+      k2 mix-styles dusk=1 riso=1 ink=1 --sweep 4 -p "a lighthouse"
+    """
+    from k2cli import mix
+    from k2cli.app import carry_out
+    from k2cli.console import near, result, say
+
+    opened = find_project(project, allow_outside)
+    weights = read_weights(styles)
+    opened.styles.resolve(weights, lambda name: "k2 mix-styles")
+    if sweep is None and not preview and save_as is None:
+        raise typer.BadParameter("nothing to do without a preview, --sweep or --save-as", param_hint="--no-preview")
+    jobs = []
+    if sweep is not None or preview:
+        settings = opened.settle(
+            "turbo" if turbo else None,
+            **{"seed": seed, "size": size, "steps": steps, "guidance": guidance},
+            **{"style_guidance": style_guidance, "model": model, "device": device},
+        )
+        layout = mix.preview(weights) if sweep is None else mix.sweep(weights, sweep)
+        jobs = [mix.plan(opened, settings, pick_prompt(opened, prompt), layout, "turbo" if turbo else None)]
+    if save_as is not None:
+        from k2cli.outputs import write_toml, writing
+
+        file = opened.styles.new_file(save_as, force=force)
+        if save_as in opened.styles.reached(weights, "k2 mix-styles"):
+            raise K2Error(f"{save_as} is itself part of the mix.", hint="Save it under another name.")
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+        write_toml(file, {"mix": weights})
+        result(to_json({"kind": "style", "name": save_as, "file": near(file), "mix": weights}) if json else near(file))
+        if not quiet and not jobs:
+            say(f"Next: k2 render --style {save_as}=1", "dim")
+    for folder in carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet):
+        if (folder / "sheet.png").exists():
+            sheet = near(folder / "sheet.png")
+            result(to_json({"kind": "sheet", "file": sheet}) if json else sheet)
+
+
+def read_weights(texts: list[str]) -> dict[str, float]:
+    """ "dusk=0.7", "riso=0.3" -> each style and its weight, in the order given."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, weight = read_style(text, "NAME=W")
+        if name in weights:
+            raise typer.BadParameter(f'"{name}" comes twice', param_hint="NAME=W")
+        weights[name] = weight
+    if not any(weights.values()):
+        raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
+    return weights
+
+
+def pick_prompt(project: Project, text: str | None) -> Prompt:
+    """What was typed, or the project's first prompt."""
+    from k2cli.project import Prompt
+    from k2cli.tables import plain
+
+    if text is not None:
+        return Prompt(plain(text, "A prompt"))
+    if not project.prompts:
+        raise K2Error("The project has no [[prompt]].", hint='Give one here: -p "a red fox"')
+    return project.prompts[0]

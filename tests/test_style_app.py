@@ -1,0 +1,279 @@
+"""Styles from the command line: made of pictures, listed, shown, mixed, and looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import tree
+from PIL import Image
+
+from k2cli import mix
+from k2cli.project import Project
+from k2cli.tables import Toml
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder outside the project: three pictures of two contents, and what is no picture."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    Image.new("RGB", (32, 32), "blue").save(folder / "more" / "a.jpg")
+    (folder / "more" / "copy of a.png").write_bytes((folder / "a.png").read_bytes())
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (32, 32)).save(folder / "moving.gif")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def looks(moody: Path) -> Path:
+    """moody with four styles of words."""
+    (moody / "styles").mkdir()
+    for name in ("dusk", "ink", "neon", "riso"):
+        (moody / "styles" / f"{name}.toml").write_text(f'keywords = ["{name} look"]\n')
+    return moody
+
+
+def table(path: Path) -> dict:
+    return Toml.read(path, path.name).table
+
+
+def spec_of(folder: Path, **weights: float):
+    project = Project.open(folder)
+    return project.shots(project.settle(), None, weights)[0].spec
+
+
+# ---- add --------------------------------------------------------------------------------------------------------
+
+
+def test_add_copies_pictures_and_writes_a_style_that_renders(moody, photos, k2):
+    printed = k2("style", "add", "dusk", photos / "a.png", photos / "more", "-k", "low key", "--avoid", "glossy")
+
+    assert printed.stdout == "styles/dusk.toml\n"
+    assert table(moody / "styles" / "dusk.toml") == {
+        "keywords": ["low key"],
+        "avoids": ["glossy"],
+        "reference": [{"image": "refs/dusk/*", "weight": 1.0}],
+    }
+    assert sorted(path.name for path in (moody / "refs" / "dusk").iterdir()) == ["a.jpg", "a.png"]
+    (style,) = spec_of(moody, dusk=0.6).styles
+    assert len(style.references) == 2 and style.keywords == ("low key",)
+
+
+def test_add_refuses_to_overwrite_and_loses_no_picture_when_forced(moody, photos, k2):
+    k2("style", "add", "dusk", photos / "a.png")
+    before = tree(moody)
+
+    refused = k2("style", "add", "dusk", photos / "more" / "a.jpg", code=1)
+    assert "There is a style dusk already." in refused.stderr and "--force" in refused.stderr
+    assert tree(moody) == before
+
+    k2("style", "add", "dusk", photos / "more" / "a.jpg", "--force", "--method", "splice")
+    assert table(moody / "styles" / "dusk.toml")["reference"] == [{"image": "refs/dusk/a.jpg", "weight": 1.0}]
+    assert (moody / "refs" / "dusk" / "a.png").exists()
+    assert spec_of(moody, dusk=1).styles[0].method == "splice"
+
+
+def test_add_takes_pictures_that_are_there_already_as_they_lie(moody, photos, k2):
+    folder = moody / "refs" / "dusk"
+    folder.mkdir(parents=True)
+    for index, source in enumerate((photos / "a.png", photos / "more" / "a.jpg")):
+        (folder / f"[{index}]{source.suffix}").write_bytes(source.read_bytes())
+    before = tree(moody / "refs")
+
+    k2("style", "add", "dusk", folder)
+    k2("style", "add", "half", folder / "[0].png")
+    k2("style", "add", "dusk", folder / "[0].png", "--force")
+
+    assert tree(folder) == {name.removeprefix("dusk/"): data for name, data in before.items() if name != "dusk"}
+    assert (moody / "refs" / "half" / "0.png").exists()
+    assert [reference.image.name for reference in spec_of(moody, dusk=1).styles[0].references] == ["[0].png"]
+
+
+def test_add_with_json(moody, photos, k2):
+    found = json.loads(k2("style", "add", "dusk", photos / "a.png", "--json", "--quiet").stdout)
+
+    assert found == {"name": "dusk", "file": "styles/dusk.toml", "references": ["refs/dusk/a.png"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "message"),
+    [
+        ("dusk", ["notes.txt"], "is not a picture that can be read"),
+        ("dusk", ["moving.gif"], "is not a picture that can be read"),
+        ("dusk", ["dot.png"], "has 1 x 1 pixels"),
+        ("dusk", ["a.png", "missing.png"], "there is no picture"),
+        ("../dusk", ["a.png"], "cannot name files"),
+        ("dusk", ["empty"], "would have 0 reference pictures"),
+        ("dusk", ["many"], "would have 65 reference pictures"),
+    ],
+)
+def test_add_refuses_in_one_sentence_and_writes_nothing(moody, photos, k2, name, pictures, message):
+    (photos / "empty").mkdir()
+    (photos / "many").mkdir()
+    for index in range(65):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(photos / "many" / f"{index}.png")
+    before = tree(moody)
+
+    result = k2("style", "add", name, *(photos / picture for picture in pictures), code=1)
+
+    assert message in result.stderr and "Hint:" in result.stderr and result.stdout == ""
+    assert tree(moody) == before
+
+
+def test_add_stays_in_the_project(moody, photos, k2):
+    (moody / "refs").symlink_to(photos)
+
+    assert "outside the project" in k2("style", "add", "dusk", photos / "a.png", code=1).stderr
+
+
+# ---- list, show -------------------------------------------------------------------------------------------------
+
+
+def test_list_and_show(looks, photos, k2):
+    k2("style", "add", "photo", photos / "a.png", "--method", "tokens")
+    k2("mix-styles", "photo=0.5", "dusk=-0.25", "--save-as", "blend", "--no-preview")
+
+    assert k2("style", "list").stdout.splitlines() == [
+        "styles/blend.toml\ta mix of photo, dusk",
+        "styles/dusk.toml\twords\tdusk look",
+        "styles/ink.toml\twords\tink look",
+        "styles/neon.toml\twords\tneon look",
+        "styles/photo.toml\t1 picture",
+        "styles/riso.toml\twords\triso look",
+    ]
+    listed = [json.loads(line) for line in k2("style", "list", "--json").stdout.splitlines()]
+    assert [each["name"] for each in listed] == ["blend", "dusk", "ink", "neon", "photo", "riso"]
+    assert listed[0]["mix"] == {"photo": 0.5, "dusk": -0.25} and listed[4]["method"] == "tokens"
+
+    assert [line.split() for line in k2("style", "show", "blend").stdout.splitlines()] == [
+        ["photo", "0.5"],
+        ["method", "tokens"],
+        ["pictures", "1", "refs/photo/a.png"],
+        ["dusk", "-0.25"],
+        ["keywords", "dusk", "look"],
+    ]
+    shown = json.loads(k2("style", "show", "blend", "--json").stdout)
+    assert shown["parts"][0]["reference"][0]["sha256"] and shown["parts"][1]["strength"] == -0.25
+    assert 'Did you mean "dusk"?' in k2("style", "show", "disk", code=1).stderr
+
+
+# ---- mix-styles -------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_is_saved_and_looked_at(looks, fake, k2):
+    lines = k2("mix-styles", "dusk=0.7", "riso=0.3", "--save-as", "blend", "--quiet").stdout.splitlines()
+
+    assert lines == [
+        "styles/blend.toml",
+        *(f"outputs/0001-mix-dusk-riso/fox-0{index}-7.png" for index in range(1, 5)),
+        "outputs/0001-mix-dusk-riso/sheet.png",
+    ]
+    assert table(looks / "styles" / "blend.toml") == {"mix": {"dusk": 0.7, "riso": 0.3}}
+    assert [{style.name: style.strength for style in spec.styles} for spec in fake.seen] == [
+        {},
+        {"dusk": 0.7},
+        {"riso": 0.3},
+        {"dusk": 0.7, "riso": 0.3},
+    ]
+    assert {spec.seed for spec in fake.seen} == {7}
+    record = table(looks / "outputs" / "0001-mix-dusk-riso" / "fox-04-7.toml")
+    assert record["prompt"]["caption"] == "mix"
+
+
+def test_the_projects_own_styles_stay_out_of_a_mix(looks, fake, k2):
+    with (looks / "k2.toml").open("a") as file:
+        file.write("\n[style]\nneon = 1.0\ndusk = 1.0\n")
+
+    k2("mix-styles", "dusk=0.5", "-p", "a lighthouse", "--size", "96x64", "--seed", "3", "--steps", "2")
+
+    assert [{style.name: style.strength for style in spec.styles} for spec in fake.seen] == [{}, {"dusk": 0.5}]
+    assert {(s.width, s.height, s.seed, s.steps) for s in fake.seen} == {(96, 64, 3, 2)}
+    assert fake.seen[0].prompt == "a lighthouse"
+
+
+def test_a_sweep_is_a_labelled_path(looks, fake, k2):
+    lines = k2("mix-styles", "dusk=1", "riso=0.8", "--sweep", "5", "--json").stdout.splitlines()
+
+    assert json.loads(lines[-1]) == {"kind": "sheet", "file": "outputs/0001-mix-dusk-riso/sheet.png"}
+    strengths = [{style.name: style.strength for style in spec.styles} for spec in fake.seen]
+    assert [s.get("dusk", 0) for s in strengths] == [1, 0.75, 0.5, 0.25, 0]
+    assert [s.get("riso", 0) for s in strengths] == [0, 0.2, 0.4, 0.6, 0.8]
+    captions = [json.loads(line)["prompt"]["caption"] for line in lines[:-1]]
+    assert captions[0] == "dusk 1" and captions[2] == "dusk 0.5 · riso 0.4"
+
+
+def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
+    three = mix.sweep({"dusk": 1.0, "ink": 1.0, "riso": 1.0}, 4)
+    assert three.centred and len(three.points) == 10
+    assert [len([p for p in three.points if p.row == row]) for row in dict.fromkeys(p.row for p in three.points)] == [
+        1, 2, 3, 4,
+    ]  # fmt: skip
+    corners = [{k: v for k, v in three.points[i].weights.items() if v} for i in (0, 6, 9)]
+    assert corners == [{"dusk": 1.0}, {"ink": 1.0}, {"riso": 1.0}]
+    assert all(abs(sum(point.weights.values()) - 1) < 1e-5 for point in three.points)
+
+    four = mix.sweep(dict.fromkeys(("dusk", "ink", "neon", "riso"), 1.0), 3)
+    assert not four.centred and len(four.points) == 18
+    assert list(dict.fromkeys(point.row for point in four.points))[:2] == ["dusk to ink", "dusk to neon"]
+
+
+def test_the_triangle_is_drawn(looks, k2):
+    line = k2("mix-styles", "dusk=1", "ink=1", "riso=1", "--sweep", "3", "--quiet").stdout.splitlines()[-1]
+
+    with Image.open(line) as sheet:
+        paper = sheet.getpixel((0, 0))
+        top = [x for x in range(sheet.width) if sheet.getpixel((x, 200)) != paper]
+    assert sheet.height > sheet.width * 0.8
+    assert abs((top[0] + top[-1]) / 2 - sheet.width / 2) < 2  # the first style's corner hangs in the middle
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["dusk"], 2, "not NAME=WEIGHT"),
+        (["dusk=3"], 2, "not NAME=WEIGHT"),
+        (["dusk=1", "dusk=0.5"], 2, "comes twice"),
+        (["dusk=0"], 2, "all weights are 0"),
+        (["dusk=1", "--no-preview"], 2, "nothing to do"),
+        (["disk=1"], 1, 'Did you mean "dusk"?'),
+        (["dusk=1", "--sweep", "4"], 1, "from one style to another"),
+        (["dusk=1", "riso=1", "--sweep", "1"], 1, "leads nowhere"),
+        (["dusk=1", "riso=1", "--sweep", "500"], 1, "500 pictures, and a sheet holds 120"),
+        (["dusk=1", "--save-as", "riso"], 1, "There is a style riso already."),
+        (["dusk=1", "--save-as", "dusk", "--force"], 1, "dusk is itself part of the mix."),
+        (["dusk=1", "--save-as", "a/b"], 1, "cannot name files"),
+    ],
+)
+def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
+    before = tree(looks)
+
+    result = k2("mix-styles", *arguments, code=code)
+
+    assert message in result.stderr and result.stdout == ""
+    assert tree(looks) == before
+
+
+def test_a_mix_that_would_come_back_to_itself_is_not_saved(looks, k2):
+    k2("mix-styles", "dusk=1", "riso=1", "--save-as", "blend", "--no-preview")
+
+    assert "riso is itself part" in k2("mix-styles", "blend=1", "--save-as", "riso", "--force", code=1).stderr
+    k2("mix-styles", "dusk=0.5", "--save-as", "blend", "--force", "--no-preview")
+    assert table(looks / "styles" / "blend.toml") == {"mix": {"dusk": 0.5}}
+
+
+def test_an_interrupted_preview_is_finished_with_its_captions(looks, fake, k2):
+    def stop(index: int) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    fake.stop = staticmethod(stop)
+    k2("mix-styles", "dusk=0.7", "riso=0.3", code=130)
+    fake.stop = staticmethod(lambda index: None)
+
+    assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) == 2
+    record = table(looks / "outputs" / "0001-mix-dusk-riso" / "fox-04-7.toml")
+    assert record["prompt"]["caption"] == "mix"
