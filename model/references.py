@@ -12,6 +12,7 @@ from model.errors import K2Error
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_SIDE, MOST_PIXELS = 8, 1 << 26
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on the picture lies on its side
 
 
 def to_pixels(path: Path, width: int, height: int) -> Tensor:
@@ -35,6 +36,21 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
     on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (width, height)).tobytes()), dtype=torch.uint8)
     return pixels.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
+    """Width and height of at most `pixels` in multiples of `unit`, in about a picture's proportions. Raises K2Error."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            lies = image.getexif().get(ORIENTATION, 1) >= 5
+            width, height = image.size[::-1] if lies else image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise K2Error(
+            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
+        ) from None
+    ratio = min(max(width / height, 1 / 4), 4)
+    sides = ((pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5)
+    return max(unit, int(sides[0] / unit) * unit), max(unit, int(sides[1] / unit) * unit)
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:

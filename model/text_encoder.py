@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class TextConfig:
     rope_theta: float
     rms_norm_eps: float
     taps: tuple[int, ...]
+    mrope_section: tuple[int, ...] = (24, 20, 20)  # pairs of a head that turn with time, row and column of a picture
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> TextConfig:
@@ -56,6 +57,8 @@ class TextConfig:
         raw = raw.get("text_config", raw)
         theta = (raw.get("rope_parameters") or raw).get("rope_theta", 5e6)
         values = {**raw, "rope_theta": theta, "taps": tuple(taps or raw.get("taps", KREA_TAPS))}
+        axes = raw.get("rope_parameters") or raw.get("rope_scaling") or raw
+        values["mrope_section"] = tuple(axes.get("mrope_section") or cls.mrope_section)
         missing = [f.name for f in fields(cls) if f.name not in values]
         if missing:
             raise K2Error(f"The text encoder's config lacks {', '.join(missing)}.", hint="Use a Qwen3-VL text encoder.")
@@ -66,6 +69,15 @@ class TextConfig:
                 hint="The open weights need Qwen3-VL-4B.",
             )
         return config
+
+
+class Seen(NamedTuple):
+    """What a vision tower puts into a sequence of T tokens, and where everything in it stands."""
+
+    where: Tensor  # [T] True = a picture's
+    rows: Tensor  # [V, E] in the place of their embeddings
+    deep: list[Tensor]  # [V, E] each, added after the first layers
+    positions: Tensor  # [3, T] in time, row, column
 
 
 class RMSNorm(nn.Module):
@@ -149,7 +161,7 @@ class TextTower(nn.Module):
         if max(config.taps) == config.num_hidden_layers:  # as in transformers, the very last state is the normed one
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, past: Cache | None = None) -> tuple[Tensor, Cache]:
+    def forward(self, ids: Tensor, past: Cache | None = None, seen: Seen | None = None) -> tuple[Tensor, Cache]:
         """ids [B, T], past of the P tokens before (B or 1 rows) -> taps [B, T, N, E] and the cache of all P + T tokens.
 
         Attention is causal, so padding after a row's end changes nothing before it.
@@ -158,11 +170,19 @@ class TextTower(nn.Module):
         length = ids.shape[1]
         x = self.embed_tokens(ids)
         mask = torch.ones(length, before + length, dtype=torch.bool, device=ids.device).tril(before)
-        rope, states, cache = self.rope(before, length, x), [x], []
+        if seen is None:
+            rope = self.rope(before, length, x)
+        else:
+            x[:, seen.where] = seen.rows
+            rope = self.rope_at(seen.positions, x)
+        states, cache = [x], []
         for index, layer in enumerate(self.layers):
             x, keys_values = layer(x, rope, mask, past[index] if past else None)
             states.append(x)
             cache.append(keys_values)
+            if seen is not None and index < len(seen.deep):
+                x = x.clone()  # a tap is the layer's answer, before anything is added
+                x[:, seen.where] += seen.deep[index]
         if hasattr(self, "norm"):
             states[-1] = self.norm(x)
         return torch.stack([states[tap] for tap in self.config.taps], 2), cache
@@ -173,6 +193,19 @@ class TextTower(nn.Module):
         frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
         angles = torch.arange(start, start + length, device=like.device).float().outer(frequencies).repeat(1, 2)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def rope_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [T, D] of positions [3, T]: every third pair turns with the row, every third with the column,
+        for as many as `mrope_section` says, and the others with time."""
+        c = self.config
+        frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
+        angles = positions[..., None].float() * frequencies
+        mixed = angles[0].clone()
+        for axis in (1, 2):
+            pairs = slice(axis, 3 * c.mrope_section[axis], 3)
+            mixed[:, pairs] = angles[axis][:, pairs]
+        mixed = mixed.repeat(1, 2)
+        return mixed.cos().to(like.dtype), mixed.sin().to(like.dtype)
 
 
 class TextEncoder:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from model.errors import K2Error
-from model.references import to_pixels
+from model.references import fitting, to_pixels
 
 
 def colour(path: Path) -> list[int]:
@@ -88,6 +88,23 @@ def test_the_camera_says_which_way_is_up(tmp_path):
     pixels = to_pixels(tmp_path / "turned.png", 20, 40)
 
     assert pixels[0, 0, :18].min() > 0.9 and pixels[0, 2, 22:].min() > 0.9
+
+
+def test_sizes_that_fit_a_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size, options in (
+        ("wide", (400, 200), {}),
+        ("lying", (400, 200), {"exif": exif}),
+        ("thin", (1000, 10), {}),
+    ):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png", **options)
+
+    sizes = {name: fitting(tmp_path / f"{name}.png", 512 * 512, 32) for name in ("wide", "lying", "thin")}
+
+    assert sizes == {"wide": (704, 352), "lying": (352, 704), "thin": (1024, 256)}
+    with pytest.raises(K2Error, match="cannot be read"):
+        fitting(tmp_path / "none.png", 4096, 32)
 
 
 def test_long_pictures_are_cut_and_not_squeezed(tmp_path):

@@ -1,0 +1,318 @@
+"""Qwen3-VL reads references: its vision tower, and what it adds to a prompt's rows.
+
+All pictures stand in one vision span before the prompt (several spans make collages). What they do to the prompt's own
+rows is the difference between reading it with them and without; it is scaled by strength, and a negative one turns it
+around. The vision rows themselves may follow or stay out: without them the style comes through the words alone, the
+strongest guard against a reference's content. Scaling vision rows does nothing, since norms undo it, so their strength
+is information: the less, the nearer each comes to a few statistics of them all.
+
+P patches of a picture, V = P / merge² rows that it becomes, T tokens of prompt and suffix, N taps, E text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.errors import K2Error
+from model.headers import AGAIN
+from model.references import fitting, to_pixels
+from model.text_encoder import Seen, TextEncoder
+
+PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who saved them
+PIXELS = 512 * 512  # that a reference is read at
+SEED = 0x71135  # of the shuffling: a reference is always shuffled alike
+MOST_PICTURES = 16
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The shape of the tower, in transformers' words."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> VisionConfig:
+        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        known["deepstack_visual_indexes"] = tuple(known.get("deepstack_visual_indexes", ()))
+        try:
+            return cls(**known)
+        except TypeError:
+            raise K2Error("The vision tower's config is not whole.", hint="Use a Qwen3-VL text encoder.") from None
+
+    @property
+    def unit(self) -> int:
+        """Pixels along the side of what becomes one row."""
+        return self.patch_size * self.spatial_merge_size
+
+
+class Attention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [P, W], rope twice [P, d] -> [P, W]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+        q, k = (turned(each.float(), *rope).to(x.dtype) for each in (q, k))
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        return self.proj(out.transpose(0, 1).flatten(1))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class MLP(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.linear_fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(c.hidden_size, eps=1e-6)
+        self.attn = Attention(c)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """Neighbouring patches become one row of the language model's width."""
+
+    def __init__(self, c: VisionConfig, *, norm_after: bool):
+        super().__init__()
+        self.width = c.hidden_size * c.spatial_merge_size**2
+        self.norm = nn.LayerNorm(self.width if norm_after else c.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.width, self.width)
+        self.linear_fc2 = nn.Linear(self.width, c.out_hidden_size)
+        self.norm_after = norm_after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[P, W] -> [V, E]."""
+        x = self.norm(x.view(-1, self.width)) if self.norm_after else self.norm(x).view(-1, self.width)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, kernel)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[P, C·t·p·p] -> [P, W]; each patch is the whole of the convolution's kernel, so it is a product."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTower(nn.Module):
+    """Qwen3-VL's vision model, one picture at a time, under transformers' parameter names."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        c = self.config = config
+        self.patch_embed = PatchEmbed(c)
+        empty = torch.empty(c.num_position_embeddings, c.hidden_size)
+        self.pos_embed = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.merger = Merger(c, norm_after=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(c, norm_after=True) for _ in c.deepstack_visual_indexes)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """pixels [1, 3, H, W] in −1 … 1, multiples of `unit` -> rows [V, E], and what deeper layers add to them."""
+        c = self.config
+        grid = pixels.shape[2] // c.patch_size, pixels.shape[3] // c.patch_size
+        x = self.patch_embed(self.patches(pixels)) + self.positions(grid)
+        rope = self.rope(grid, x.device)
+        deep: dict[int, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            x = block(x, rope)
+            if index in c.deepstack_visual_indexes:
+                deep[index] = self.deepstack_merger_list[c.deepstack_visual_indexes.index(index)](x)
+        return self.merger(x), [deep[index] for index in c.deepstack_visual_indexes]
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """[1, 3, H, W] -> [P, C·t·p·p]; a still picture fills both moments of a patch."""
+        c = self.config
+        cells = self.in_order(pixels[0].unfold(1, c.patch_size, c.patch_size).unfold(2, c.patch_size, c.patch_size))
+        return cells[:, :, None].expand(-1, -1, c.temporal_patch_size, -1, -1).flatten(1)
+
+    def in_order(self, cells: Tensor) -> Tensor:
+        """Cells of a grid [C, h, w, …] so that those merged into one row are neighbours -> [P, C, …]."""
+        m = self.config.spatial_merge_size
+        blocks = cells.unflatten(2, (-1, m)).unflatten(1, (-1, m)).transpose(2, 3)
+        return blocks.flatten(1, 4).transpose(0, 1)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The learned square of positions, stretched over the grid -> [P, W]."""
+        side = round(self.config.num_position_embeddings**0.5)
+        square = self.pos_embed.weight.T.unflatten(1, (side, side))[None].float()
+        stretched = F.interpolate(square, grid, mode="bilinear", align_corners=True)[0]
+        return self.in_order(stretched).to(self.pos_embed.weight.dtype)
+
+    def rope(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [P, d]: half of a head turns with the row, half with the column; fp32."""
+        quarter = self.config.hidden_size // self.config.num_heads // 4
+        speeds = 1e4 ** -(torch.arange(quarter, device=device).float() / quarter)
+        places = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
+        angles = (self.in_order(places)[..., None] * speeds).flatten(1).repeat(1, 2)
+        return angles.cos(), angles.sin()
+
+
+def find_tower(path: Path) -> Checkpoint | None:
+    """The files that hold a text encoder's vision tower too; none where there is none, or one without a layer."""
+    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    if not folder.is_dir():
+        return None
+    checkpoint = open_checkpoint(folder)
+    has_tower = any(name.startswith(PREFIXES) for name in checkpoint.tensors)
+    return checkpoint if has_tower and checkpoint.config.get("vision_config", {}).get("depth") else None
+
+
+def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
+    """Raises K2Error where names or shapes are not the tower's."""
+    with torch.device("meta"):
+        tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
+    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors))
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.read(names, device=device, dtype=dtype)}
+    try:
+        tower.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise K2Error(f"The vision tower of {checkpoint.path} does not fit its config: {error}.", hint=AGAIN) from None
+    return tower.requires_grad_(False).eval()
+
+
+class Shown(NamedTuple):
+    """A picture [1, 3, H, W] in −1 … 1 and its weight."""
+
+    pixels: Tensor
+    weight: float
+
+
+class Reader:
+    """A text encoder that also sees."""
+
+    def __init__(self, text: TextEncoder, checkpoint: Checkpoint):
+        weight = text.tower.embed_tokens.weight
+        self.text, self.tower = text, load_tower(checkpoint, weight.device, weight.dtype)
+        ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
+        if None in ids:
+            raise K2Error(f"{checkpoint.path} does not say which tokens stand for pictures.", hint=AGAIN)
+        self.start, self.pad, self.end = ids
+
+    def show(self, path: Path, weight: float, tiles: int) -> Shown:
+        """A reference picture as large as it is read, its tiles shuffled. Raises K2Error."""
+        size = fitting(path, PIXELS, self.tower.config.unit * tiles)
+        return Shown(shuffled(to_pixels(path, *size), tiles), weight)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, pictures: Sequence[Shown], *, keep_rows: bool) -> Tensor:
+        """The prompt's rows as pictures of positive and negative weight leave them -> [1, T or T + V, N, E].
+
+        The sum of the positive weights is the strength, and that of the negative ones; `keep_rows` lets the rows of the
+        positive pictures follow, each with as much information as its weight says.
+        """
+        plain = self.text.encode([prompt])[0]
+        words, rows = plain, []
+        for side in (1, -1):
+            shown = [picture for picture in pictures if picture.weight * side > 0]
+            if not shown:
+                continue
+            strength = sum(picture.weight for picture in shown)
+            read, seen, counts = self.read(prompt, [picture.pixels for picture in shown])
+            words = words + strength * (read - plain)
+            if keep_rows and side > 0:
+                heaviest = max(picture.weight for picture in shown)
+                known = [min(strength, 1.0) * picture.weight / heaviest for picture in shown]
+                rows.append(informed(seen[0], torch.tensor(known).repeat_interleave(torch.tensor(counts)))[None])
+        return torch.cat((words, *rows), 1)
+
+    def read(self, prompt: str, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+        """What the pictures make of prompt and suffix [1, T, N, E]; their own rows [1, V, N, E]; how many each has."""
+        encoder, unit = self.text, self.tower.config.unit
+        looked = [self.tower(pixels.to(encoder.tower.embed_tokens.weight)) for pixels in pictures]
+        counts = [len(rows) for rows, _ in looked]
+        words = encoder.token_ids(prompt)
+        ids = [self.start, *[self.pad] * sum(counts), self.end, *words]
+        where = torch.zeros(len(ids), dtype=torch.bool)
+        where[1 : 1 + sum(counts)] = True
+        before = encoder.prefix_ids.shape[1]
+        grids = [(pixels.shape[2] // unit, pixels.shape[3] // unit) for pixels in pictures]
+        device = encoder.prefix_ids.device
+        seen = Seen(
+            where.to(device),
+            torch.cat([rows for rows, _ in looked]),
+            [torch.cat(parts) for parts in zip(*(deep for _, deep in looked), strict=True)],
+            positions(before, grids, 1 + len(words)).to(device),
+        )
+        taps, _ = encoder.tower(torch.tensor([ids], device=device), encoder.prefix, seen)
+        return taps[:, -len(words) :], taps[:, 1 : 1 + sum(counts)], counts
+
+
+def positions(before: int, grids: Sequence[tuple[int, int]], after: int) -> Tensor:
+    """Time, row and column of everything behind `before` tokens -> [3, tokens].
+
+    First the start of the span, then pictures, each from where the last one ends, then `after` tokens of text.
+    """
+    parts, at = [torch.full((3, 1), before)], before + 1
+    for rows, columns in grids:
+        place = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(columns), indexing="ij"))
+        parts.append(place.flatten(1) + at)
+        at += max(rows, columns)
+    return torch.cat((*parts, torch.arange(at, at + after).expand(3, -1)), 1)
+
+
+def informed(rows: Tensor, known: Tensor) -> Tensor:
+    """Vision rows that know less: each pulled, in every tap, to the nearest of μ − σ, μ and μ + σ of all rows.
+
+    rows [V, N, E], known [V] 0 … 1: what remains of each row's own -> [V, N, E]
+    """
+    wide = rows.float()
+    deviation, mean = torch.std_mean(wide, 0, correction=0)
+    anchors = torch.stack((mean - deviation, mean, mean + deviation))  # [3, N, E]
+    nearest = (wide[:, None] - anchors).square().sum(-1).argmin(1)  # [V, N]
+    anchor = anchors[nearest, torch.arange(rows.shape[1], device=rows.device)]
+    return anchor.lerp(wide, known.to(wide)[:, None, None]).to(rows.dtype)
+
+
+def shuffled(pixels: Tensor, tiles: int) -> Tensor:
+    """A picture [1, 3, H, W] cut into tiles x tiles, none of which stays in its place; H and W multiples of tiles."""
+    if tiles == 1:
+        return pixels
+    count = tiles**2
+    cut = pixels.unflatten(3, (tiles, -1)).unflatten(2, (tiles, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+    moved = cut.clone()
+    moved[:, order] = cut[:, order.roll(1)]  # one round through all places
+    grid = moved.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5)
+    return grid.flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,309 @@
+"""Qwen3-VL reads references: the numbers of transformers, one span, strength as information, words alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from test_text_encoder import TAPS, qwen_tokenizer
+from tiny import random_state, tiny, tiny_box  # noqa: F401
+
+from model import vision
+from model.checkpoint import open_checkpoint, save
+from model.errors import K2Error
+from model.pipeline import Pipeline
+from model.spec import Reference, RenderSpec, Style
+from model.text_encoder import TextEncoder
+from model.vision import (
+    Reader,
+    Shown,
+    VisionConfig,
+    VisionTower,
+    find_tower,
+    informed,
+    load_tower,
+    positions,
+    shuffled,
+)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A small random Qwen3-VL with three deepstack layers, as transformers saves it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 151_646 + 6,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"num_position_embeddings": 49, "deepstack_visual_indexes": [0, 1, 3], "patch_size": 4}
+    ids = {f"{name}_token_id": 151_646 + i for i, name in enumerate(("vision_start", "image", "vision_end", "video"))}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            weight.uniform_(0.5, 1.5)
+        elif weight.ndim == 1 or "layers" in name or "visual" in name:
+            weight.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("qwen")
+    model.save_pretrained(folder, max_shard_size="150KB")
+    qwen_tokenizer().save(str(folder / "tokenizer.json"))
+    encoder = TextEncoder.load(folder, taps=TAPS)
+    return SimpleNamespace(
+        folder=folder, model=model.model, encoder=encoder, reader=Reader(encoder, open_checkpoint(folder)), ids=ids
+    )
+
+
+@pytest.fixture
+def pictures():
+    torch.manual_seed(1)
+    return [torch.rand(1, 3, 16, 24) * 2 - 1, torch.rand(1, 3, 32, 16) * 2 - 1, torch.rand(1, 3, 8, 8) * 2 - 1]
+
+
+def patches(pixels: torch.Tensor, side: int = 4, merge: int = 2) -> torch.Tensor:
+    """Qwen's image processor's arrangement, spelled out as it does it."""
+    rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+    twice = pixels.expand(2, -1, -1, -1)
+    cells = twice.reshape(1, 2, 3, rows // merge, merge, side, columns // merge, merge, side)
+    return cells.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(rows * columns, -1)
+
+
+def grid(pixels: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([[1, pixels.shape[2] // 4, pixels.shape[3] // 4]])
+
+
+def test_the_tower_is_that_of_transformers(qwen, pictures):
+    for pixels in pictures:
+        expected = qwen.model.visual(patches(pixels), grid_thw=grid(pixels))
+        rows, deep = qwen.reader.tower(pixels)
+
+        torch.testing.assert_close(rows, expected.pooler_output, atol=2e-5, rtol=2e-4)
+        for got, other in zip(deep, expected.deepstack_features, strict=True):
+            torch.testing.assert_close(got, other, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_prompt_with_a_picture_has_the_rows_of_transformers(qwen, pictures, which):
+    """Its whole forward: placeholders, three rotary axes, deepstack, taps; the prefix comes from the cache here."""
+    pixels, prompt = pictures[which], "a red fox in the snow"
+    count = pixels.shape[2] * pixels.shape[3] // 64
+    words = qwen.encoder.token_ids(prompt)
+    start, pad, end = (qwen.ids[f"{name}_token_id"] for name in ("vision_start", "image", "vision_end"))
+    ids = [*qwen.encoder.prefix_ids[0].tolist(), start, *[pad] * count, end, *words]
+    states = qwen.model(
+        input_ids=torch.tensor([ids]),
+        pixel_values=patches(pixels),
+        image_grid_thw=grid(pixels),
+        mm_token_type_ids=(torch.tensor([ids]) == pad).int(),
+        output_hidden_states=True,
+    ).hidden_states
+    expected = torch.stack([states[tap] for tap in TAPS], 2)
+
+    read, seen, counts = qwen.reader.read(prompt, [pixels])
+
+    assert counts == [count]
+    torch.testing.assert_close(read, expected[:, -len(words) :], atol=5e-5, rtol=5e-4)
+    torch.testing.assert_close(seen, expected[:, 35 : 35 + count], atol=5e-5, rtol=5e-4)
+
+
+def test_several_pictures_share_one_span(qwen, pictures):
+    """transformers' language model, told where everything stands, as it knows one picture a span only."""
+    words = qwen.encoder.token_ids("an owl")
+    looked = [qwen.model.visual(patches(each), grid_thw=grid(each)) for each in pictures]
+    rows = torch.cat([each.pooler_output for each in looked])
+    deep = [torch.cat(parts) for parts in zip(*(each.deepstack_features for each in looked), strict=True)]
+    start, pad, end = (qwen.ids[f"{name}_token_id"] for name in ("vision_start", "image", "vision_end"))
+    ids = torch.tensor([[*qwen.encoder.prefix_ids[0].tolist(), start, *[pad] * len(rows), end, *words]])
+    embeds = qwen.model.language_model.embed_tokens(ids)
+    where = ids == pad
+    embeds[where] = rows
+    grids = [(each.shape[2] // 8, each.shape[3] // 8) for each in pictures]
+    place = torch.cat((torch.arange(34).expand(3, -1), positions(34, grids, 1 + len(words))), 1)[:, None]
+    states = qwen.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=place,
+        visual_pos_masks=where,
+        deepstack_visual_embeds=deep,
+        output_hidden_states=True,
+    ).hidden_states
+
+    read, _, counts = qwen.reader.read("an owl", pictures)
+
+    assert counts == [6, 8, 1]
+    expected = torch.stack([states[tap] for tap in TAPS], 2)[:, -len(words) :]
+    torch.testing.assert_close(read, expected, atol=5e-5, rtol=5e-4)
+
+
+def test_pictures_stand_one_behind_the_other():
+    place = positions(3, [(2, 3), (1, 1)], 2).T.tolist()
+
+    assert place == [
+        [3, 3, 3],
+        *([4, 4 + row, 4 + column] for row in range(2) for column in range(3)),
+        [7, 7, 7],
+        [8, 8, 8],
+        [9, 9, 9],
+    ]
+
+
+# ---- strength ---------------------------------------------------------------------------------------------------
+
+
+def test_strength_moves_the_words_along_a_line(qwen, pictures):
+    """Nothing at zero, the words as read at one, mirrored below zero; vision rows follow only where they may."""
+    plain = qwen.encoder.encode(["an owl"])[0]
+    read, _, (count,) = qwen.reader.read("an owl", pictures[:1])
+
+    def encode(weight: float, keep_rows: bool = False) -> torch.Tensor:
+        return qwen.reader.encode("an owl", [Shown(pictures[0], weight)], keep_rows=keep_rows)
+
+    assert torch.equal(qwen.reader.encode("an owl", [], keep_rows=True), plain)
+    torch.testing.assert_close(encode(1.0), read)
+    torch.testing.assert_close(encode(0.5) - plain, plain - encode(-0.5))
+    far = [(encode(weight) - plain).norm().item() for weight in (0.25, 0.5, 1.0, 1.5)]
+    assert far == sorted(far)
+    words = plain.shape[1]
+    assert encode(1.0, keep_rows=True).shape[1] == words + count
+    assert encode(-1.0, keep_rows=True).shape[1] == words
+
+
+def test_less_information_brings_rows_to_a_few_statistics():
+    rows = torch.randn(40, 3, 32)
+
+    assert torch.equal(informed(rows, torch.ones(40)), rows)
+    nothing = informed(rows, torch.zeros(40))
+    assert all(len(nothing[:, tap].unique(dim=0)) <= 3 for tap in range(3))
+    far = [(informed(rows, torch.full((40,), known)) - nothing).norm().item() for known in (0.0, 0.3, 0.7, 1.0)]
+    assert far == sorted(far) and far[0] == 0
+    some = informed(rows, torch.tensor([0.0] * 20 + [1.0] * 20))
+    assert torch.equal(some[20:], rows[20:]) and torch.equal(some[:20], nothing[:20])
+
+
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_shuffling_leaves_no_tile_in_its_place_and_loses_none(tiles):
+    pixels = torch.arange(3 * 16 * 32.0).view(1, 3, 16, 32)
+
+    moved = shuffled(pixels, tiles)
+
+    torch.testing.assert_close(moved.flatten().sort().values, pixels.flatten())
+    height, width = 16 // tiles, 32 // tiles
+    for row in range(0, 16, height):
+        for column in range(0, 32, width):
+            here = (..., slice(row, row + height), slice(column, column + width))
+            assert not torch.equal(moved[here], pixels[here])
+    assert torch.equal(shuffled(pixels, tiles), moved) and shuffled(pixels, 1) is pixels
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_encoder_loads_no_vision_tower_until_it_is_asked_to(qwen, tmp_path):
+    assert find_tower(qwen.folder) is not None
+    assert find_tower(tmp_path / "mini-text.safetensors") is None
+    assert not any("visual" in name for name in qwen.encoder.tower.state_dict())
+
+
+def test_a_tower_that_does_not_fit_its_config_is_refused(qwen):
+    checkpoint = open_checkpoint(qwen.folder)
+    checkpoint.config["vision_config"] = checkpoint.config["vision_config"] | {"depth": 5}
+    with pytest.raises(K2Error, match="does not fit its config"):
+        load_tower(checkpoint, torch.device("cpu"), torch.float32)
+    checkpoint.config["vision_config"] = {"depth": 4}
+    with pytest.raises(K2Error, match="not whole"):
+        load_tower(checkpoint, torch.device("cpu"), torch.float32)
+
+
+# ---- in the pipeline --------------------------------------------------------------------------------------------
+
+FOX = RenderSpec("a red fox", seed=7, steps=2, guidance=1.0)
+
+
+@pytest.fixture
+def seeing(tiny, tmp_path) -> Pipeline:  # noqa: F811
+    """The tiny model in diffusers' folder, its text encoder completed by a random vision tower."""
+    Pipeline.load("tiny", device="cpu").export(tmp_path / "model")
+    folder = tmp_path / "model" / "text_encoder"
+    config = VisionConfig(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=32,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=(0, 1),
+    )
+    torch.manual_seed(0)
+    tower = VisionTower(config)
+    torch.nn.init.normal_(tower.pos_embed.weight)
+    file = folder / "model.safetensors"
+    state = {name: tensor for name, tensor in open_checkpoint(file).read() if not name.startswith("visual.")}
+    save(file, state | {f"visual.{name}": tensor for name, tensor in random_state(tower).items()}, {})
+    table = json.loads((folder / "config.json").read_text())
+    table["vision_config"] = asdict(config)
+    table |= {"vision_start_token_id": 10, "image_token_id": 11, "vision_end_token_id": 12}
+    (folder / "config.json").write_text(json.dumps(table))
+    return Pipeline.load(str(tmp_path / "model"), device="cpu")
+
+
+@pytest.fixture
+def refs(tmp_path) -> list[Path]:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    Image.linear_gradient("L").convert("RGB").save(paths[0])
+    Image.effect_noise((90, 70), 80).convert("RGB").save(paths[1])
+    return paths
+
+
+def looking(*weights: tuple[Path, float], **changes) -> RenderSpec:
+    styles = tuple(Style(path.stem, weight, (Reference(path),), method="vision") for path, weight in weights)
+    return replace(FOX, styles=styles, **changes)
+
+
+def pixels_of(pipeline: Pipeline, spec: RenderSpec) -> str:
+    return pipeline.render([spec])[0].record["pixels"]
+
+
+def test_vision_is_a_way_to_read_a_style(seeing, refs, monkeypatch):
+    """Zero is nothing bit for bit, and loads nothing; the order means nothing; every setting paints its own picture."""
+    monkeypatch.setattr(vision, "PIXELS", 128 * 128)
+    plain = pixels_of(seeing, FOX)
+    assert pixels_of(seeing, looking((refs[0], 0.0))) == plain
+    assert "_reader" not in vars(seeing)  # the tower is still on disk
+
+    weights = [(refs[0], 0.8), (refs[1], -0.5)]
+    assert len({pixels_of(seeing, looking(*order)) for order in itertools.permutations(weights)}) == 1
+    made = [
+        looking((refs[0], 1.0), **options)
+        for options in ({}, {"vision_tiles": 1}, {"vision_tiles": 4}, {"vision_rows": False}, {"style_guidance": 2.0})
+    ]
+    assert len({plain, *(pixels_of(seeing, spec) for spec in made)}) == 6
+    record = seeing.render([made[0]])[0].record
+    assert (record["vision_tiles"], record["vision_rows"]) == (2, True)
+    assert record["styles"][0]["method"] == "vision"
+
+
+def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noqa: F811
+    """What k2 exports itself holds an eye for the class to find, and that eye is blind."""
+    Pipeline.load("tiny", device="cpu").export(tmp_path / "blind")
+    for name in ("tiny", str(tmp_path / "blind")):
+        with pytest.raises(K2Error, match="a text encoder that cannot see"):
+            Pipeline.load(name, device="cpu").render([looking((refs[0], 1.0))])
+    with pytest.raises(K2Error, match="No picture is cut into 3 tiles"):
+        seeing.render([looking((refs[0], 1.0), vision_tiles=3)])
