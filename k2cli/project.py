@@ -29,7 +29,7 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
-from model.spec import LEAK_GUARDS, RenderSpec
+from model.spec import LEAK_GUARDS, TILES, RenderSpec
 
 FILE = "k2.toml"
 
@@ -86,6 +86,8 @@ class Settings:
     mu: float | None = between(None, -10, 10)
     style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
+    vision_tiles: int | None = one_of(None, *TILES)
+    vision_rows: bool | None = None
     device: str | None = None
     cohesion: float = 0.0  # nothing but 0 and "raw" yet
     creativity: str = "raw"
@@ -274,6 +276,8 @@ class Project:
                 mu=settings.mu,
                 style_guidance=settings.style_guidance,
                 leak_guard=settings.leak_guard,
+                vision_tiles=settings.vision_tiles,
+                vision_rows=settings.vision_rows,
                 styles=looks,
             )
             shots += [Shot(f"{name}-{n}", name, prompt.text, replace(spec, seed=n)) for n in range(seed, seed + batch)]

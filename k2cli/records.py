@@ -26,13 +26,14 @@ from k2cli.outputs import dump
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model.errors import K2Error
-from model.spec import LEAK_GUARDS, METHODS, Picture, Reference, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, TILES, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
 
-SPEC_KEYS = ("seed", "width", "height", "steps", "guidance", "mu", "style_guidance", "leak_guard")
+SPEC_KEYS = ("seed", "width", "height", "steps", "guidance", "mu")
+SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
 
 T = TypeVar("T")
 
@@ -57,6 +58,8 @@ class MadeWith:
     mu: float | None = between(None, -10, 10)
     style_guidance: float | None = between(None, 0, 100)
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
+    vision_tiles: int | None = one_of(None, *TILES)
+    vision_rows: bool | None = None
     device: str | None = None
     dtype: str | None = None
 

@@ -42,7 +42,7 @@ def add(
         list[str] | None, typer.Option("--avoid", metavar="WORDS", help="Joins the negative prompt; may come again.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", metavar="M", help="How pictures are read: auto, tokens or splice.")
+        str | None, typer.Option("--method", metavar="M", help="How pictures are read: auto, tokens, splice, vision.")
     ] = None,
     force: ForceOption = False,
     project: ProjectOption = None,

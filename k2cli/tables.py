@@ -35,8 +35,8 @@ def between(default: Any, low: float, high: float) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
 
 
-def one_of(default: Any, *choices: str) -> Any:
-    """A dataclass field whose text is one of these."""
+def one_of(default: Any, *choices: str | int) -> Any:
+    """A dataclass field whose value is one of these."""
     return field(default=default, metadata={"choices": choices})
 
 
@@ -184,8 +184,8 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
         raise K2Error(f'{where}: "{key}" must lie between {low} and {high}, not {value}.')
-    if value not in limits.get("choices", (value,)):
-        raise K2Error(f'{where}: "{key}" cannot be {describe(value)}.', hint=nearest(str(value), limits["choices"]))
+    if value not in (choices := limits.get("choices", (value,))):
+        raise K2Error(f'{where}: "{key}" cannot be {describe(value)}.', hint=nearest(str(value), map(str, choices)))
     if isinstance(value, str):
         return plain(value, f'{where}: "{key}"')
     return [plain(item, f'{where}: "{key}"') for item in value] if isinstance(value, list) else value

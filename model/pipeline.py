@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
+from model.checkpoint import Checkpoint
 from model.errors import K2Error
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
@@ -28,11 +29,12 @@ from model.parts import Hashes, Parts, find_parts, load_style, load_vae, memory,
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, guided, raw_mu, shifted_sigmas, style_guided
-from model.spec import LEAK_GUARDS, METHODS, Lora, Picture, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, TILES, Lora, Picture, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES, NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed, weigh
 from model.text_encoder import TextEncoder
 from model.vae import QwenImageVAE
+from model.vision import MOST_PICTURES, Reader, find_tower
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
@@ -42,6 +44,7 @@ MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
+VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
 MOST_WEIGHT = 10  # of an adapter, either way
 
@@ -166,6 +169,10 @@ class Pipeline:
             raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
         if style.method == "tokens" and style.references and self.parts.style is None:
             raise K2Error(f"{self.name} has no style encoder.", hint=f'Give "{style.name}" the method "splice".')
+        if style.method == "vision" and style.references and self._vision_tower is None:
+            raise K2Error(
+                f"{self.name} has a text encoder that cannot see.", hint=f'Give "{style.name}" the method "splice".'
+            )
         return replace(style, method=("tokens" if self.parts.style else "splice")) if style.method == "auto" else style
 
     def _settle_styles(self, spec: RenderSpec) -> RenderSpec:
@@ -175,18 +182,24 @@ class Pipeline:
             raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
         if spec.style_guidance is not None and not 0 <= spec.style_guidance <= 100:
             raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint="It is 0 to 100.")
+        if spec.vision_tiles not in (None, *TILES):
+            raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
+        shown = [style for style in spec.styles if style.method == "vision" and has_references(style)]
         spliced = [style for style in spec.styles if style.method == "splice" and has_references(style)]
         if spliced and spec.steps == 1:
             raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
-        if (count := len({r.image for style in spliced for r in style.references if r.weight})) > MOST_REFERENCES:
-            raise K2Error(
-                f"{count} reference pictures are spliced, and {MOST_REFERENCES} is the most.",
-                hint="Choose those that show the look best.",
-            )
+        for styles, what, most in ((spliced, "spliced", MOST_REFERENCES), (shown, "read by vision", MOST_PICTURES)):
+            if (count := len({r.image for style in styles for r in style.references if r.weight})) > most:
+                raise K2Error(
+                    f"{count} reference pictures are {what}, and {most} is the most.",
+                    hint="Choose those that show the look best.",
+                )
         return replace(
             spec,
             style_guidance=spec.style_guidance if any(map(has_references, spec.styles)) else None,
             leak_guard=guard if spliced else None,
+            vision_tiles=(spec.vision_tiles or VISION_TILES) if shown else None,
+            vision_rows=(spec.vision_rows is not False) if shown else None,
         )
 
     def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
@@ -220,11 +233,11 @@ class Pipeline:
         rows, columns = height // CELL, width // CELL
         grid = (rows // config.patch, columns // config.patch)
 
-        contexts = [self._context(spec.prompt, self._weigh(spec, "tokens"), adapters) for spec in specs]
+        contexts = [self._context(spec.prompt, adapters, spec) for spec in specs]
         if style_guidance is not None:
-            contexts += [self._context(spec.prompt, (), adapters) for spec in specs]
+            contexts += [self._context(spec.prompt, adapters) for spec in specs]
         if guidance:
-            contexts += [self._context(spec.negative, (), adapters) for spec in specs]
+            contexts += [self._context(spec.negative, adapters) for spec in specs]
         sigmas = shifted_sigmas(steps, mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
         splice = self._splice(specs[0], sigmas, mods, grid, adapters)
@@ -265,11 +278,18 @@ class Pipeline:
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(self, prompt: str, references: tuple[Weighed, ...], adapters: Hashable) -> Tensor:
-        """What the transformer sees of a prompt and its style tokens, [1, T, D]; kept for the next that asks."""
-        key = (prompt, tuple((r.sha256, r.weight) for r in references), adapters)
+    def _context(self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None) -> Tensor:
+        """What the transformer sees of a prompt, and of a spec's styles, [1, T, D]; kept for the next that asks."""
+        references, shown = (self._weigh(styled, method) if styled else () for method in ("tokens", "vision"))
+        how = (styled.vision_tiles, styled.vision_rows) if styled and shown else ()
+        key = (prompt, adapters, *(tuple((r.sha256, r.weight) for r in each) for each in (references, shown)), how)
         if key not in self._contexts:
-            embeds, _ = self.text.encode([prompt])
+            if styled and shown:
+                assert styled.vision_tiles
+                pictures = [self._reader.show(r.image, r.weight, styled.vision_tiles) for r in shown]
+                embeds = self._reader.encode(prompt, pictures, keep_rows=bool(styled.vision_rows))
+            else:
+                embeds, _ = self.text.encode([prompt])
             if references:
                 embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
             if len(self._contexts) >= REMEMBERED:
@@ -307,6 +327,17 @@ class Pipeline:
         return load_style(self.parts.style, self.device)
 
     @cached_property
+    def _vision_tower(self) -> Checkpoint | None:
+        """Where it lies; nothing of it is read yet."""
+        return find_tower(self.parts.text)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        """The text encoder with eyes; the tower is loaded when the first picture is shown."""
+        assert self._vision_tower is not None  # or `resolve` would have refused
+        return Reader(self.text, self._vision_tower)
+
+    @cached_property
     def _captures(self) -> CaptureCache:
         return CaptureCache(memory().with_name("splice"))
 
@@ -318,7 +349,7 @@ class Pipeline:
         if not references:
             return None
         assert spec.width and spec.height and spec.leak_guard
-        context = self._context(NEUTRAL, (), adapters)
+        context = self._context(NEUTRAL, adapters)
         rope = self.dit.rope(context.shape[1], grid)
         patch, shape = self.dit.config.patch, (spec.height // CELL, spec.width // CELL)
         fixed = noise(SEED, self.dit.config.channels, *shape).to(self.device)

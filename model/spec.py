@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-METHODS = ("auto", "tokens", "splice")  # auto: tokens where the model has a style encoder
+METHODS = ("auto", "tokens", "splice", "vision")  # auto: tokens where the model has a style encoder, else splice
+TILES = (1, 2, 4)  # along a side, that a reference is cut into and shuffled before a vision tower sees it
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
 
 
@@ -61,6 +62,8 @@ class RenderSpec:
         None  # v_0 + (1 + g)(v_c − v_0) + (1 + this)(v_cs − v_c); None: styles go with the prompt
     )
     leak_guard: str | None = None  # of spliced styles, one of LEAK_GUARDS
+    vision_tiles: int | None = None  # of styles read by vision, one of TILES
+    vision_rows: bool | None = None  # whether their rows follow the prompt's, or speak through the words alone
     styles: tuple[Style, ...] = ()
     loras: tuple[Lora, ...] = ()
 

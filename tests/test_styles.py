@@ -74,11 +74,33 @@ def test_a_style_may_say_how_its_pictures_are_read(styled):
 
 
 def test_settings_of_styles_reach_every_picture(styled):
-    (styled / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nstyle_guidance = 1.5\nleak_guard = "shift"'))
+    (styled / "k2.toml").write_text(
+        PROJECT.replace(
+            "seed = 7", 'seed = 7\nstyle_guidance = 1.5\nleak_guard = "shift"\nvision_tiles = 4\nvision_rows = false'
+        )
+    )
 
     spec = resolve(styled, dusk=1)
 
-    assert (spec.style_guidance, spec.leak_guard) == (1.5, "shift")
+    assert (spec.style_guidance, spec.leak_guard, spec.vision_tiles, spec.vision_rows) == (1.5, "shift", 4, False)
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ('leak_guard = "dampin"', '"leak_guard" cannot be "dampin".', 'Did you mean "damping"?'),
+        ("vision_tiles = 3", '"vision_tiles" cannot be 3.', "Known: 1, 2, 4."),
+        ("style_guidance = -1", '"style_guidance" must lie between 0 and 100', ""),
+        ("vision_rows = 1", '"vision_rows" must be true or false, not 1.', ""),
+    ],
+)
+def test_settings_of_styles_are_checked(styled, line, message, hint):
+    (styled / "k2.toml").write_text(PROJECT.replace("seed = 7", line))
+
+    with pytest.raises(K2Error) as error:
+        resolve(styled)
+    assert str(error.value).startswith("k2.toml, line 5: ") and message in str(error.value)
+    assert error.value.hint == hint
 
 
 def test_a_weight_of_zero_is_the_prompt_alone(styled):
