@@ -176,7 +176,7 @@ class Pipeline:
         return replace(style, method=("tokens" if self.parts.style else "splice")) if style.method == "auto" else style
 
     def _settle_styles(self, spec: RenderSpec) -> RenderSpec:
-        """What only references have a use for: filled in where there are any, none elsewhere. Raises K2Error."""
+        """What only references have a use for: filled in where any count, none elsewhere. Raises K2Error."""
         guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
         if guard not in LEAK_GUARDS:
             raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
@@ -184,19 +184,18 @@ class Pipeline:
             raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint="It is 0 to 100.")
         if spec.vision_tiles not in (None, *TILES):
             raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
-        shown = [style for style in spec.styles if style.method == "vision" and has_references(style)]
-        spliced = [style for style in spec.styles if style.method == "splice" and has_references(style)]
+        tokens, spliced, shown = (self._weigh(spec, method) for method in ("tokens", "splice", "vision"))
         if spliced and spec.steps == 1:
             raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
-        for styles, what, most in ((spliced, "spliced", MOST_REFERENCES), (shown, "read by vision", MOST_PICTURES)):
-            if (count := len({r.image for style in styles for r in style.references if r.weight})) > most:
+        for found, what, most in ((spliced, "spliced", MOST_REFERENCES), (shown, "read by vision", MOST_PICTURES)):
+            if len(found) > most:
                 raise K2Error(
-                    f"{count} reference pictures are {what}, and {most} is the most.",
+                    f"{len(found)} reference pictures are {what}, and {most} is the most.",
                     hint="Choose those that show the look best.",
                 )
         return replace(
             spec,
-            style_guidance=spec.style_guidance if any(map(has_references, spec.styles)) else None,
+            style_guidance=spec.style_guidance if tokens or spliced or shown else None,
             leak_guard=guard if spliced else None,
             vision_tiles=(spec.vision_tiles or VISION_TILES) if shown else None,
             vision_rows=(spec.vision_rows is not False) if shown else None,
@@ -433,10 +432,6 @@ def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora,
     spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
     alike = (spec.style_guidance, spec.leak_guard, tuple(spliced))
     return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec), alike
-
-
-def has_references(style: Style) -> bool:
-    return any(reference.weight for reference in style.references)
 
 
 def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:

@@ -80,6 +80,7 @@ def test_strength_zero_is_the_picture_without_bit_for_bit(pipeline, refs):
         styled((refs[0], 0.0)),
         replace(FOX, styles=(Style("x", 1.0, (Reference(refs[0], 0.0),)),)),
         styled((refs[0], 0.7), (refs[0], -0.7)),
+        styled((refs[0], 0.7), (refs[0], -0.7), style_guidance=2.0),
     ):
         assert pixels(pipeline.render([spec])[0]) == pixels(plain)
     assert pixels(pipeline.render([styled((refs[0], 1.0))])[0]) != pixels(plain)
