@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 STYLE_ROWS = 4  # prompt rows that one style takes
 
 
