@@ -112,7 +112,7 @@ class QKNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines; real, so it compiles."""
+    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines: real numbers compile."""
     (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
