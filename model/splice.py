@@ -10,6 +10,9 @@ attention, so two equal references are the one, and one pass serves any number o
 reference would cost a pass for each.) A negative weight cannot be a share, so those form a mixture of their own, which
 the velocity is pushed away from: v − s · (v_away − v_native).
 
+Keys and values of one reference at 1024 x 1024 are 0.5 GB a step in bf16 for the open 12.9B weights; only the step in
+hand is in memory, together with a guarded copy.
+
 K key-value heads, H query heads, L image tokens, d head dim, as in `model/dit.py`; n spliced blocks, R references.
 """
 
