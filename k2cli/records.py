@@ -32,7 +32,7 @@ SCHEMA = 1
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
 
-SPEC_KEYS = ("seed", "width", "height", "steps", "guidance", "mu")
+SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu")
 SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
 
 T = TypeVar("T")

@@ -165,7 +165,7 @@ class Trainee(nn.Module):
         self.dit.initialise()
         self.style.initialise()
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile(self) -> None:
         """Compile the blocks, where nearly all the work is; they share what is compiled."""
         torch._dynamo.config.recompile_limit = 64
         for block in (*self.dit.blocks, *self.dit.txtfusion.layerwise_blocks, *self.dit.txtfusion.refiner_blocks):
