@@ -1,0 +1,183 @@
+"""Creativity: how far a prompt is led beyond what it says.
+
+Words of looks and settings that the model knows are put behind the prompt, which itself stays as it was written. What
+a prompt, a style or an avoided word has decided is never decided again. Torch-free and a function of its arguments
+alone, so that a plan can show what a run will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LEVELS: dict[str, tuple[str, ...]] = {  # level -> slots that may be filled; each level fills what the one before does
+    "raw": (),
+    "low": ("ground",),
+    "medium": ("ground", "drawing"),
+    "high": ("ground", "drawing", "medium"),
+}
+LOOK = ("drawing", "medium")  # the slots that a style's pictures or its LoRA already fill
+LONGEST = 600  # characters that a language model's expansion may have
+SMALL = frozenset(  # words that tell nothing of a look
+    (
+        "a",
+        "an",
+        "the",
+        "of",
+        "on",
+        "in",
+        "at",
+        "with",
+        "and",
+        "or",
+        "its",
+        "his",
+        "her",
+        "their",
+        "to",
+        "by",
+        "from",
+        "for",
+    )
+)
+
+
+@cache
+def vocabulary() -> Mapping[str, Any]:
+    """`words.toml`: the look words by slot, and the words by which a prompt names a slot itself."""
+    return tomllib.loads(Path(__file__).with_name("words.toml").read_text("utf-8"))
+
+
+def expand(
+    prompt: str, level: str, seed: int, *, styles: Sequence[str] = (), avoids: Sequence[str] = (), look: bool = False
+) -> str:
+    """The prompt with words for what it leaves open, the same for the same arguments; "raw" is the prompt itself.
+
+    level   one of LEVELS: low adds a setting, medium a manner of drawing, high a medium, each on top of the former
+    seed    of the picture; a slot's choice depends on prompt and seed alone, so a higher level keeps a lower one's
+    styles  words that join the prompt anyway: what they name is decided
+    avoids  words that are never added, nor anything else that means the same
+    look    whether a style's pictures or LoRA decide drawing and medium
+    """
+    slots, words = LEVELS[level], vocabulary()
+    decided = {slot for slot, names in words["named"].items() if mentions([prompt, *styles], names)}
+    if look:
+        decided.update(LOOK)
+    open_slots = [slot for slot in slots if slot not in decided]
+    added: dict[str, str] = {}
+    for slot in LOOK:
+        if slot in open_slots:
+            choices = {name: told for name, told in words[slot].items() if not clash(told, avoids)}
+            if slot == "medium" and {"ground", "colour"} & decided:  # theirs would be black
+                choices = {name: told for name, told in choices.items() if name not in words["own_ground"]["media"]}
+            if choices:
+                name = pick(sorted(choices), slot, prompt, seed)
+                added[slot] = pick(choices[name], f"{slot} words", prompt, seed)
+                if name in words["own_ground"]["media"]:
+                    decided.add("ground")
+    if "ground" in open_slots and "ground" not in decided and (setting := ground(prompt, seed, decided, avoids)):
+        added["ground"] = setting
+    return ", ".join([prompt, *(added[slot] for slot in slots if slot in added)])
+
+
+def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> str:
+    """A setting for a prompt that names none, in a colour if the prompt names none; "" where all are avoided."""
+    words = vocabulary()
+    colours = [name for name in sorted(words["palette"]) if not clash([name], avoids)]
+    plain = "colour" in decided or not colours
+    told = [words["ground"][name][plain] for name in sorted(words["ground"])]
+    told = [each for each in told if not clash([each.replace("{}", "")], avoids)]
+    if not told:
+        return ""
+    colour = "" if plain else pick(colours, "colour", prompt, seed)
+    text = pick(told, "ground", prompt, seed).format(colour)
+    return text.replace(" a o", " an o")  # of the colours only orange begins with a vowel
+
+
+def pick(choices: Sequence[str], slot: str, prompt: str, seed: int) -> str:
+    """One of the choices by a hash: the same in every process, independent from slot to slot."""
+    digest = hashlib.sha256("\0".join((slot, prompt, str(seed))).encode("utf-8", "replace")).digest()
+    return choices[int.from_bytes(digest[:8], "little") % len(choices)]
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def mentions(texts: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether any of the texts holds any of the names as whole words."""
+    spaced = [f" {' '.join(words_of(text))} " for text in texts]
+    return any(f" {' '.join(words_of(name))} " in text for name in names for text in spaced)
+
+
+def clash(told: Iterable[str], avoids: Iterable[str]) -> bool:
+    """Whether words share a telling word with what is to be avoided."""
+    avoided = {word for text in avoids for word in words_of(text)} - SMALL
+    return any(word in avoided for text in told for word in words_of(text))
+
+
+# ---- by a language model ----------------------------------------------------------------------------------------
+
+Generate = Callable[[str, int], str]  # (instruction, seed) -> what a language model answers
+
+ASKED = {
+    "low": "Add only where it is.",
+    "medium": "Add where it is and how it is drawn.",
+    "high": "Add where it is, how it is drawn, its medium, light and mood, and be inventive.",
+}
+REFUSALS = re.compile(
+    r"\b(i\W?m sorry|i am sorry|i apologi[sz]e|i can\W?t|i cannot|i can not|i\W?m unable|i am unable|i won\W?t"
+    r"|i will not|as an ai|as a language model|not able to (help|assist|create|generate|provide)"
+    r"|against (my|the) (policy|policies|guidelines)|inappropriate|please provide"
+    r"|could you (please )?(clarify|provide))",
+    re.IGNORECASE,
+)
+
+
+def instruction(prompt: str, level: str, styles: Sequence[str] = (), avoids: Sequence[str] = ()) -> str:
+    """What a language model is asked; the prompt stands in it as material, in quotes."""
+    lines = [
+        "Rewrite this description of a picture as one sentence for an image generator.",
+        "Keep its subject and every detail it names, in its own words. " + ASKED[level],
+        f"It is drawn with: {', '.join(styles)}. Contradict none of it." if styles else "",
+        f"Never mention: {', '.join(avoids)}." if avoids else "",
+        "Answer with the description alone.",
+        f'Description: "{prompt}"',
+    ]
+    return "\n".join(filter(None, lines))
+
+
+def expand_by_language(
+    generate: Generate,
+    prompt: str,
+    level: str,
+    seed: int,
+    *,
+    styles: Sequence[str] = (),
+    avoids: Sequence[str] = (),
+) -> str:
+    """A language model's expansion, or the prompt as it was where there is nothing to trust in its answer.
+
+    Not trusted: nothing, a refusal, a question, more than LONGEST characters, an answer that has lost a word of the
+    prompt or holds an avoided one. "raw" asks nobody.
+    """
+    if level == "raw":
+        return prompt
+    answer = tidy(generate(instruction(prompt, level, styles, avoids), seed))
+    kept = set(words_of(prompt)) - SMALL <= set(words_of(answer))
+    if not answer or not kept or len(answer) > LONGEST or answer.endswith("?") or REFUSALS.search(answer):
+        return prompt
+    return prompt if mentions([answer], avoids) else answer
+
+
+def tidy(answer: str) -> str:
+    """An answer on one line, without its thoughts, its label and its quotes."""
+    answer = re.sub(r"<think>.*?(</think>|$)", " ", answer, flags=re.DOTALL)
+    answer = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", answer)
+    answer = re.sub(r"^\s*(?:rewritten |new )?(?:description|prompt)\s*:", "", answer, flags=re.IGNORECASE)
+    return " ".join(answer.split()).strip("\"'“”‘’ ")

@@ -1,0 +1,195 @@
+"""Creativity: what a prompt leaves open is filled from the model's own words, and what it says stays said."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.expand import LEVELS, LONGEST, clash, expand, expand_by_language, instruction, mentions, vocabulary
+from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look
+
+WORDS = vocabulary()
+FOX = "a fox"
+
+
+def names(slot: str, text: str) -> bool:
+    """Whether a word of the slot is in the text."""
+    return mentions([text], [word for told in WORDS[slot].values() for word in told])
+
+
+# ---- the words ----------------------------------------------------------------------------------
+
+
+def test_the_words_are_those_of_the_training_data():
+    assert {name: tuple(told) for name, told in WORDS["drawing"].items()} == DRAWINGS
+    assert {name: tuple(told) for name, told in WORDS["medium"].items()} | {"plain": ()} == MEDIA
+    colours = {name: tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in pair) for name, pair in PALETTES.items()}
+    assert {name: tuple(told) for name, told in WORDS["palette"].items()} == colours
+    for kind, (coloured, _) in WORDS["ground"].items():
+        assert coloured.format("teal") == Look("noto", ground=kind, palette="teal").ground_words
+
+
+@pytest.mark.parametrize("slot", ["drawing", "medium", "ground", "palette"])
+def test_a_slot_is_recognised_by_its_own_words(slot):
+    """What was added once is never added to again."""
+    told = WORDS[slot] if slot == "palette" else [w.format("teal") for ws in WORDS[slot].values() for w in ws]
+    kind = "colour" if slot == "palette" else slot
+
+    assert [word for word in told if not mentions([word], WORDS["named"][kind])] == []
+
+
+# ---- expanding ----------------------------------------------------------------------------------
+
+
+@given(st.text(), st.integers(0, 2**63 - 1), st.lists(st.text()), st.lists(st.text()))
+def test_raw_is_the_prompt_itself(prompt, seed, styles, avoids):
+    assert expand(prompt, "raw", seed, styles=styles, avoids=avoids) == prompt
+
+
+@given(st.text(), st.sampled_from(sorted(LEVELS)), st.integers(0, 2**63 - 1))
+def test_the_subject_stays_as_it_was_written(prompt, level, seed):
+    assert expand(prompt, level, seed).startswith(prompt)
+
+
+def test_the_same_seed_expands_the_same_in_every_process():
+    code = (
+        "from model.expand import expand; import sys; print(expand('a fox', 'high', 7)); print('torch' in sys.modules)"
+    )
+    run = [sys.executable, "-c", code]
+    first, second = (subprocess.run(run, check=True, capture_output=True, text=True).stdout for _ in range(2))
+
+    assert first == second == f"{expand(FOX, 'high', 7)}\nFalse\n"
+
+
+def test_each_level_adds_to_the_one_before():
+    for seed in range(40):
+        low, medium, high = (expand(FOX, level, seed).split(", ") for level in ("low", "medium", "high"))
+        dark = any(mentions(high, WORDS["medium"][name]) for name in WORDS["own_ground"]["media"])
+
+        assert medium[: len(low)] == low and len(medium) == len(low) + 1
+        assert high[:-1] == medium if not dark else set(high[:-1]) < set(medium)
+
+
+def test_each_level_is_more_varied_than_the_one_before():
+    def variety(level: str) -> float:
+        """Mean share of words in which two seeds differ."""
+        told = [set(expand(FOX, level, seed).replace(",", "").split()) for seed in range(60)]
+        pairs = list(itertools.combinations(told, 2))
+        return sum(len(a ^ b) for a, b in pairs) / len(pairs)
+
+    levels = [variety(level) for level in LEVELS]
+    assert levels == sorted(levels) and len(set(levels)) == 4
+    assert len({expand(FOX, "high", seed) for seed in range(60)}) > 50
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slot"),
+    [
+        ("a fox, watercolour", "medium"),
+        ("a fox in neon", "medium"),
+        ("a fox, glossy 3D", "drawing"),
+        ("a pixelated fox", "medium"),
+        ("a Photograph of a fox", "drawing"),
+        ("a fox on a table", "ground"),
+        ("a fox at night", "ground"),
+        ("a red fox", "palette"),
+    ],
+)
+def test_what_the_prompt_names_is_left_alone(prompt, slot):
+    told = WORDS[slot] if slot == "palette" else [w.replace("{}", "") for ws in WORDS[slot].values() for w in ws]
+    for seed in range(40):
+        added = expand(prompt, "high", seed)[len(prompt) :]
+        assert not mentions([added], told) and ("  " not in added)
+
+
+def test_dark_media_come_without_a_ground():
+    for seed in range(60):
+        text = expand(FOX, "high", seed)
+        if mentions([text], ["neon on black", "neon lines", "low-key light"]):
+            assert not mentions([text], ["background", "gradient", "landscape", "floor"])
+        assert not mentions([expand("a red fox", "high", seed)], ["neon", "low-key light"])
+
+
+def test_styles_and_their_pictures_decide_the_look():
+    for seed in range(40):
+        by_words = expand(FOX, "high", seed, styles=["pencil hatching", "flat design"])
+        by_pictures = expand(FOX, "high", seed, look=True)
+
+        assert not names("drawing", by_words) and not names("medium", by_words)
+        assert not names("drawing", by_pictures) and not names("medium", by_pictures)
+        assert by_pictures != FOX
+
+
+def test_nothing_avoided_is_added():
+    avoids = ["film grain", "glossy", "teal", "landscape"]
+    for seed in range(80):
+        added = expand(FOX, "high", seed, avoids=avoids)[len(FOX) :]
+        assert not mentions([added], ["grainy film", "film grain", "glossy 3d", "teal", "landscape"])
+    everything = [word for slot in ("drawing", "medium", "ground") for told in WORDS[slot].values() for word in told]
+    assert expand(FOX, "high", 1, avoids=everything) == FOX
+    assert clash(["film grain"], ["grainy film"]) and not clash(["on a plain background"], ["on a table"])
+
+
+def test_orange_takes_its_article():
+    texts = [expand(FOX, "low", seed) for seed in range(200)]
+
+    assert any("on an orange" in text for text in texts) and not any(" a orange" in text for text in texts)
+
+
+# ---- by a language model ------------------------------------------------------------------------
+
+
+def by_language(answer: str, prompt: str = FOX, level: str = "high", **words) -> str:
+    return expand_by_language(lambda asked, seed: answer, prompt, level, 7, **words)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("A fox in a birch wood, gouache, soft light", "A fox in a birch wood, gouache, soft light"),
+        ('  "A fox\nin the snow"\n', "A fox in the snow"),
+        ("Description: a fox in the snow", "a fox in the snow"),
+        ("<think>The user wants a fox.</think>\na fox in the snow", "a fox in the snow"),
+    ],
+)
+def test_a_good_answer_is_taken(answer, told):
+    assert by_language(answer) == told
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "", "  \n", '""', "<think>A fox, a fox …",
+        "I'm sorry, but I can't help with a fox.", "I’m sorry, a fox is beyond me.", "As an AI, I cannot draw a fox",
+        "What kind of a fox?", "a dog in the snow", "a fox " * LONGEST,
+    ],
+)  # fmt: skip
+def test_refusals_and_what_is_no_expansion_leave_the_prompt(answer):
+    assert by_language(answer) == FOX
+
+
+def test_an_avoided_word_in_the_answer_leaves_the_prompt():
+    assert by_language("a fox on film grain", avoids=["film grain"]) == FOX
+
+
+def test_raw_asks_nobody():
+    def fail(asked: str, seed: int) -> str:
+        raise AssertionError(asked)
+
+    assert expand_by_language(fail, FOX, "raw", 7) == FOX
+
+
+def test_what_is_asked_holds_prompt_styles_avoids_and_seed():
+    seen = []
+    expand_by_language(
+        lambda asked, seed: seen.append((asked, seed)) or "", FOX, "low", 7, styles=["ink"], avoids=["fog"]
+    )
+
+    ((asked, seed),) = seen
+    assert asked == instruction(FOX, "low", ["ink"], ["fog"]) and seed == 7
+    assert '"a fox"' in asked and "ink" in asked and "Never mention: fog." in asked
