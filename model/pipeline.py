@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
+from model.avoid import SAYS_NOTHING, Avoided, avoided, steer_away
 from model.checkpoint import Checkpoint
 from model.errors import K2Error
 from model.latents import noise, patchify, unpatchify
@@ -232,9 +233,9 @@ class Pipeline:
         rows, columns = height // CELL, width // CELL
         grid = (rows // config.patch, columns // config.patch)
 
-        contexts = [self._context(spec.prompt, adapters, spec) for spec in specs]
+        contexts = [self._context(spec.prompt, adapters, spec, avoided(spec)) for spec in specs]
         if style_guidance is not None:
-            contexts += [self._context(spec.prompt, adapters) for spec in specs]
+            contexts += [self._context(spec.prompt, adapters, away=avoided(spec)) for spec in specs]
         if guidance:
             contexts += [self._context(spec.negative, adapters) for spec in specs]
         sigmas = shifted_sigmas(steps, mu)
@@ -277,11 +278,14 @@ class Pipeline:
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None) -> Tensor:
-        """What the transformer sees of a prompt, and of a spec's styles, [1, T, D]; kept for the next that asks."""
+    def _context(
+        self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None, away: Avoided = ()
+    ) -> Tensor:
+        """What the transformer sees of a prompt and of a spec's styles, led away from what is avoided, [1, T, D]; kept
+        for the next that asks."""
         references, shown = (self._weigh(styled, method) if styled else () for method in ("tokens", "vision"))
         how = (styled.vision_tiles, styled.vision_rows) if styled and shown else ()
-        key = (prompt, adapters, *(tuple((r.sha256, r.weight) for r in each) for each in (references, shown)), how)
+        key = (prompt, adapters, away, *(tuple((r.sha256, r.weight) for r in each) for each in (references, shown)), how)
         if key not in self._contexts:
             if styled and shown:
                 assert styled.vision_tiles
@@ -289,6 +293,9 @@ class Pipeline:
                 embeds = self._reader.encode(prompt, pictures, keep_rows=bool(styled.vision_rows))
             else:
                 embeds, _ = self.text.encode([prompt])
+            if away:
+                told = [(self.text.encode([phrase])[0], weight) for phrase, weight in away]
+                embeds = steer_away(embeds, told, self.text.encode([SAYS_NOTHING])[0])
             if references:
                 embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
             if len(self._contexts) >= REMEMBERED:

@@ -54,7 +54,7 @@ class RenderSpec:
     width: int | None = None  # pixels, multiples of 16
     height: int | None = None
     seed: int = 0
-    negative: str = ""  # takes the empty prompt's place where guidance is on
+    negative: str = ""  # takes the empty prompt's place where guidance is on; else the prompt is led away from it
     steps: int | None = None
     guidance: float | None = None  # Krea scale: v + g (v − v_uncond), 0 is off
     mu: float | None = None  # the time shift is exp(mu)
