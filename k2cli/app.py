@@ -35,6 +35,8 @@ app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty
 models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models", help="What is in the box and on disk.")
 app.add_typer(style_app, name="style", help="The project's styles.")
+moodboard_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(moodboard_app, name="moodboard", help="Many pictures as one direction.")
 
 
 def main() -> None:
@@ -121,6 +123,10 @@ def render(
     style_guidance: Annotated[
         float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
     ] = None,
+    creativity: Annotated[
+        str | None,
+        typer.Option("--creativity", metavar="LEVEL", help="raw, low, medium, high: what may be added to a prompt."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
     ] = None,
@@ -152,6 +158,7 @@ def render(
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
+        "creativity": creativity,
     }  # fmt: skip
     if resume:
         if (
@@ -421,3 +428,53 @@ def export(
 
     Pipeline.load(name, variant="turbo" if turbo else None, device="cpu").export(folder)
     result(near(folder))
+
+
+@moodboard_app.command()
+def analyze(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="Pictures or folders of the project; else those of [moodboard]."),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The style to write.")] = "board",
+    force: Annotated[bool, typer.Option("--force", help="Replace a style of that name.")] = False,
+    project: ProjectOption = None,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find a board's looks, colours and words, and write them as a style to edit.
+
+    Makes styles/NAME.toml, with the pictures that stand for each look, and its colours as styles/NAME.png.
+    """
+    import os
+
+    from k2cli import moodboard
+    from k2cli.console import meter, near, result, say
+    from k2cli.project import check_name
+
+    home = find_project(project, allow_outside)
+    target = home.inside(f"styles/{check_name(name, '--name')}.toml")
+    if not force:
+        for path in (target, target.with_suffix(".png")):
+            if path.exists():
+                raise K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
+    if images:
+        typed = [os.path.relpath(image.absolute(), home.root) for image in images]
+        paths = moodboard.gather(typed, home.root, home.inside, "The board")
+    elif home.board:
+        paths = home.board_pictures(home.board)
+    else:
+        raise K2Error(
+            "There is no board: no picture was named, and k2.toml has no [moodboard].",
+            hint="Name pictures: k2 moodboard analyze refs/board/*",
+        )
+    with meter(len(paths), quiet=quiet) as bar:
+        board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
+    strip = moodboard.save(board, home.root, target)
+    result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
+    if not quiet:
+        for note in board.notes:
+            say(note, "yellow")
+        say(board.profile)
+        say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from k2cli import models
+from k2cli import models, moodboard
 from k2cli.outputs import writing
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from k2cli.styles import Styles, words
@@ -29,7 +29,8 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
-from model.spec import LEAK_GUARDS, TILES, RenderSpec
+from model.expand import LEVELS, expand
+from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style
 
 FILE = "k2.toml"
 
@@ -42,6 +43,7 @@ model = "mini"        # the model in the box; or a folder, or a .safetensors fil
 batch = 2             # pictures per prompt
 seed = 7              # picture i uses seed + i
 # size = "128x128"    # or aspect = "4:3"; the model's own size where left out
+# creativity = "low"  # raw, low, medium, high: how far prompts are led beyond what they say
 # steps, guidance, mu: the model's own recommendation where left out
 
 [[prompt]]
@@ -89,8 +91,8 @@ class Settings:
     vision_tiles: int | None = one_of(None, *TILES)
     vision_rows: bool | None = None
     device: str | None = None
-    cohesion: float = 0.0  # nothing but 0 and "raw" yet
-    creativity: str = "raw"
+    cohesion: float = 0.0  # nothing but 0 yet
+    creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
 
     def override(self, **given: Any) -> Settings:
         """These settings with the options of a command line in their place; None means not given."""
@@ -141,6 +143,7 @@ class Shot:
     spec: RenderSpec
     row: str = ""  # over its strip on a contact sheet; the prompt where empty
     caption: str = ""  # below it; the seed where empty
+    creativity: str = "raw"  # by which the spec's prompt came from the given one
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Project:
     weights: Mapping[str, float]
     toml: Toml
     allow_outside: bool = False
+    board: moodboard.Moodboard | None = None
 
     @staticmethod
     def create(folder: Path) -> Path:
@@ -198,7 +202,7 @@ class Project:
         toml = Toml.read(folder / FILE, FILE)
         place, table = Place(toml), toml.table
         refuse_what_is_to_come(table, place)
-        check_keys(table, ("project", "render", "prompt", "style"), place)
+        check_keys(table, ("project", "render", "prompt", "style", "moodboard"), place)
         head = read_table(Head, table.get("project", {}), place.below("project"))
         settings = read_table(Settings, table.get("render", {}), place.below("render"))
         if settings.size and (settings.aspect or settings.resolution):
@@ -212,6 +216,9 @@ class Project:
             read_weights(table.get("style", {}), place.below("style")),
             toml,
             allow_outside,
+            read_table(moodboard.Moodboard, table["moodboard"], place.below("moodboard"))
+            if "moodboard" in table
+            else None,
         )
 
     @cached_property
@@ -227,6 +234,20 @@ class Project:
         settings = self.settings.override(**given)
         shells = given.get("model") is not None  # a path of the shell's, not of the project's
         return replace(settings, model=models.resolve(settings.model, None if shells else self.inside, variant))
+
+    def board_pictures(self, board: moodboard.Moodboard) -> list[Path]:
+        """The pictures of [moodboard]."""
+        return moodboard.gather(board.images, self.root, self.inside, Place(self.toml, ("moodboard",))("images"))
+
+    def looks(self, settings: Settings, styles: Mapping[str, float]) -> tuple[Style, ...]:
+        """The project's styles with these weights on top of its own, and its moodboard."""
+        typed = dict.fromkeys(styles, "--style")
+        resolved = self.styles.resolve(
+            {**self.weights, **styles}, lambda name: typed.get(name) or self.toml.where("style", name)
+        )
+        if self.board is None:
+            return resolved
+        return (*resolved, *moodboard.as_style(self.board, self.board_pictures(self.board), settings.model))
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, in their order of the file."""
@@ -255,10 +276,10 @@ class Project:
 
         if prompts is None and not self.prompts:
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
-        typed = dict.fromkeys(styles or {}, "--style")
-        looks = self.styles.resolve(
-            {**self.weights, **(styles or {})}, lambda name: typed.get(name) or self.toml.where("style", name)
-        )
+        looks = self.looks(settings, styles or {})
+        joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
+        avoided = [*words(looks, "avoids", "keywords")]
+        shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         shots: list[Shot] = []
         for prompt, name in name_files(self.prompts if prompts is None else prompts):
             width, height = settings.pixels(prompt.size or settings.size, where)
@@ -266,9 +287,10 @@ class Project:
             batch = settings.batch if prompt.batch is None else prompt.batch
             if seed + batch > 2**63:
                 raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
+            avoids = [*filter(None, [prompt.avoid]), *avoided]
             spec = RenderSpec(
-                prompt=", ".join([prompt.text, *words(looks, "triggers"), *words(looks, "keywords", "avoids")]),
-                negative=", ".join([*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]),
+                prompt="",
+                negative=", ".join(avoids),
                 width=width,
                 height=height,
                 steps=settings.steps,
@@ -280,7 +302,10 @@ class Project:
                 vision_rows=settings.vision_rows,
                 styles=looks,
             )
-            shots += [Shot(f"{name}-{n}", name, prompt.text, replace(spec, seed=n)) for n in range(seed, seed + batch)]
+            for n in range(seed, seed + batch):
+                led = expand(prompt.text, settings.creativity, n, styles=joined, avoids=avoids, look=shown)
+                made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
+                shots.append(Shot(f"{name}-{n}", name, prompt.text, made, creativity=settings.creativity))
         return shots
 
     def inside(self, path: str | Path, where: str = "") -> Path:
@@ -305,16 +330,7 @@ def refuse_what_is_to_come(table: Mapping[str, Any], place: Place) -> None:
     """Say plainly what this release cannot do, rather than leave it out of the pictures in silence."""
     render = table.get("render")
     settings = render if isinstance(render, dict) else {}
-    later = [
-        ("moodboard" in table, place("moodboard"), "moodboards", "Take the [moodboard] table out."),
-        (settings.get("cohesion", 0) != 0, place.below("render")("cohesion"), "cohesion but 0", "Leave it out."),
-        (
-            settings.get("creativity", "raw") != "raw",
-            place.below("render")("creativity"),
-            'creativity but "raw"',
-            "Leave it out.",
-        ),
-    ]
+    later = [(settings.get("cohesion", 0) != 0, place.below("render")("cohesion"), "cohesion but 0", "Leave it out.")]
     for found, where, what, hint in later:
         if found:
             raise K2Error(f"{where}: this release knows no {what}.", hint=hint)

@@ -46,6 +46,7 @@ class AskedPrompt:
     avoid: str = ""
     row: str = ""  # on a contact sheet, as the caption
     caption: str = ""
+    creativity: str = "raw"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def request(shot: Shot, root: Path) -> dict[str, Any]:
             "avoid": spec.negative,
             "row": shot.row or None,
             "caption": shot.caption or None,
+            "creativity": shot.creativity,
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
         "style": [style_table(style, root) for style in spec.styles] or None,
@@ -285,6 +287,7 @@ def describe(record: Record) -> str:
     facts = {
         "prompt": record.shot.given,
         "expanded": "" if spec.prompt == record.shot.given else spec.prompt,
+        "creativity": record.shot.creativity if record.shot.creativity != "raw" else "",
         "avoid": spec.negative,
         "styles": "\n".join(looks),
         "size": f"{spec.width} x {spec.height}",
@@ -374,7 +377,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
-    return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption), hashes
+    return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption, prompt.creativity), hashes
 
 
 def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:

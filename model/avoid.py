@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from model.spec import RenderSpec
@@ -66,8 +67,8 @@ def steer_away(embeds: Tensor, away: Sequence[tuple[Tensor, float]], neutral: Te
     parts = [(split(rows.double()), weight) for rows, weight in away]
     parts.sort(key=lambda part: (part[1], part[0][0].sum().item()))  # sums round the same in any order
     shifts = (
-        sum(weight * (rows.mean(1, keepdim=True) - neutral_own.mean(1, keepdim=True)) for (rows, _), weight in parts),
-        sum(weight * (rows - neutral_suffix) for (_, rows), weight in parts),
+        torch.stack([w * (r.mean(1, keepdim=True) - neutral_own.mean(1, keepdim=True)) for (r, _), w in parts]).sum(0),
+        torch.stack([w * (r - neutral_suffix) for (_, r), w in parts]).sum(0),
     )
     moved = embeds.double().clone()
     for rows, shift, place in zip(

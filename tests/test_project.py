@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,8 @@ def test_prompts_are_chosen_by_name(moody):
         ('[[prompt]]\ntext = "a"\nsize = "9x9"\n', "line 3: 9x9 is no size for a picture.", "Sides go from 64"),
         ('[render]\nsize = "64x64"\naspect = "1:1"\n', 'line 2: "size" excludes "aspect" and "resolution".', "Keep"),
         ("[render]\ncohesion = 0.5\n", "line 2: this release knows no cohesion but 0.", "Leave it out."),
-        ('[render]\ncreativity = "high"\n', 'line 2: this release knows no creativity but "raw".', "Leave it out."),
-        ("[moodboard]\n", "line 1: this release knows no moodboards.", "Take the [moodboard] table out."),
+        ('[render]\ncreativity = "hgih"\n', 'line 2: "creativity" cannot be "hgih".', 'Did you mean "high"?'),
+        ("[moodboard]\n", 'line 1: "images" is missing in [moodboard].', ""),
         ("[render\n", "k2.toml is not valid TOML: Expected ']'", ""),
         ('[[prompt]]\ntext = "a \\u001b[2J"\n', 'line 2: "text" holds a control character.', "without escapes"),
         ("a = " + "[" * 5000, "k2.toml is nested too deeply.", ""),
@@ -222,3 +223,22 @@ def test_sizes_and_resolutions_as_people_write_them():
 
 def test_the_native_size_is_read_from_the_weights(moody):
     assert models.native_size("mini") == 128
+
+
+def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):
+    project = Project.open(moody)
+
+    def prompts(level: str | None) -> list[str]:
+        return [shot.spec.prompt for shot in project.shots(project.settle(creativity=level, batch=4))]
+
+    assert prompts("raw") == prompts(None) == ["a red fox"] * 4 + ["an owl at night"] * 4
+    high = prompts("high")
+    assert high == prompts("high") and len(set(high[:4])) == 4
+    assert all(text.startswith("a red fox, ") for text in high[:4])
+    planned = k2("render", "--creativity", "high", "--batch", "4", "--dry-run").stdout
+    assert all(text in planned for text in high)
+    made = Path(k2("render", "--creativity", "high", "--only", "fox", "--batch", "1").stdout.strip())
+    table = tomllib.loads(made.with_suffix(".toml").read_text())["prompt"]
+    assert (table["text"], table["expanded"], table["creativity"]) == ("a red fox", high[0], "high")
+    assert "Identical" in k2("rerun", made).stderr
+    assert '"creativity" cannot be "wild"' in k2("render", "--creativity", "wild", code=1).stderr

@@ -1,0 +1,171 @@
+"""A project's moodboard: which pictures are on it, what they come to, and the style file that this makes.
+
+Looking at a board needs torch and seconds, and rendering it would look again each time, so what was found is kept in
+the cache under the hashes of everything that it depends on. The cache may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k2cli import models
+from k2cli.outputs import write, writing
+from k2cli.tables import between
+from model import library
+from model.errors import K2Error
+from model.spec import Reference, Style
+
+if TYPE_CHECKING:
+    from model.moodboard import Board
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+MOST = 1000  # pictures of a board
+READING = 1  # changes whenever the same pictures would be read in another way
+NAME = "moodboard"  # of the style that the table renders as
+
+Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
+OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
+
+
+@dataclass(frozen=True)
+class Moodboard:
+    """[moodboard]"""
+
+    images: list[str]
+    strength: float = between(0.35, -0.5, 1.5)
+
+
+def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> list[Path]:
+    """The pictures that paths, folders and globs name, each once, sorted. Whether they can be read is seen later."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        magic = glob.has_magic(pattern) and not (root / pattern).exists()
+        if pattern.count("**") > 1:  # each further one multiplies the folders walked
+            raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
+        inside(pattern.split("*")[0] if magic else pattern, where)
+        if not magic and not (root / pattern).exists():
+            raise K2Error(f"{where}: there is no {pattern}.", hint="Check the name.")
+        if (root / pattern).is_dir():
+            pattern, magic = os.path.join(glob.escape(pattern), "*"), True
+        for match in glob.iglob(pattern, root_dir=root, recursive=True) if magic else [pattern]:
+            if not magic or match.lower().endswith(PICTURES):
+                found.add(inside(match, where))
+            if len(found) > MOST:
+                raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
+    if not found:
+        raise K2Error(f"{where}: the board holds no picture.", hint="Name png, jpg or webp files, or put some there.")
+    return sorted(found)
+
+
+def eye_of(model: str) -> str:
+    """The model of the box whose style encoder reads the board: the project's own, or mini's for all that have none."""
+    return model if (library.BOX / f"{model}-style.safetensors").is_file() and model in library.box() else "mini"
+
+
+def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None) -> Board:
+    """What a board comes to."""
+    from model.moodboard import Eye, analyse  # torch
+
+    return analyse(paths, Eye.load(eye_of(model)), on_picture)
+
+
+def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[Style, ...]:
+    """The table as a style: representatives for references, and the board's words. Strength 0 is no style at all."""
+    if not board.strength:
+        return ()
+    hashes = [models.sha256(path) for path in paths]
+    eye = [library.BOX / f"{eye_of(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
+    parts = [READING, *hashes, *(models.sha256(path) if path.is_file() else "" for path in eye)]
+    kept = cache() / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
+    found = recall(kept, len(paths))
+    if found is None:
+        seen = look(paths, model)
+        found = {
+            "references": [[paths.index(path), weight] for path, weight in seen.representatives],
+            "keywords": list(seen.keywords),
+            "avoids": list(seen.avoids),
+        }
+        with suppress(K2Error, OSError):  # a home that cannot be written only costs time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write({kept: json.dumps(found).encode()})
+    references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
+    return (Style(NAME, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),)
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2" / "boards"
+
+
+def recall(path: Path, count: int) -> dict[str, Any] | None:
+    """What was found earlier, if it can be read and speaks of as many pictures."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        fits = all(0 <= int(index) < count and abs(float(weight)) <= 2 for index, weight in found["references"])
+        words = all(isinstance(word, str) for word in [*found["keywords"], *found["avoids"]])
+        return found if fits and words and found["references"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- the style file ---------------------------------------------------------------------------------------------
+
+
+def save(board: Board, root: Path, target: Path) -> Path:
+    """The board as a style file and, beside it, its colours as a picture -> where the picture is."""
+    from model.moodboard import swatches
+
+    strip = target.with_suffix(".png")
+    buffer = io.BytesIO()
+    swatches(board.palette).save(buffer, "PNG")
+    with writing(target):
+        target.parent.mkdir(exist_ok=True)
+    write({strip: buffer.getvalue(), target: style_file(board, root).encode()})
+    return strip
+
+
+def style_file(board: Board, root: Path) -> str:
+    """styles/NAME.toml: what was measured as comments, what counts as keys. Every line may be edited."""
+    import tomli_w
+
+    lines = [f"# {board.profile}", "#"]
+    lines += [f"# {colour.hex}  {colour.share:4.0%}  {colour.name}" for colour in board.palette]
+    lines += ["", tomli_w.dumps({"keywords": list(board.keywords), "avoids": list(board.avoids)}).rstrip()]
+    for number, each in enumerate(board.looks, 1):
+        words = "".join(f", {name} {share:.0%}" for name, share in each.words.values())
+        lines += ["", f"# look {number} of {len(board.looks)}: {each.share:.0%} of the board{words}"]
+        for path, weight in each.representatives:
+            image = os.path.relpath(path, root)
+            entry = {"image": glob.escape(image) if glob.has_magic(image) else image, "weight": weight}
+            lines += ["[[reference]]", tomli_w.dumps(entry)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_table(board: Board, root: Path) -> dict[str, Any]:
+    """The board in plain values."""
+    return {
+        "profile": board.profile,
+        "keywords": list(board.keywords),
+        "avoids": list(board.avoids),
+        "palette": [{"hex": colour.hex, **asdict(colour)} for colour in board.palette],
+        "looks": [
+            {
+                "share": look.share,
+                "pictures": [os.path.relpath(path, root) for path in look.pictures],
+                "representatives": [
+                    {"image": os.path.relpath(path, root), "weight": weight} for path, weight in look.representatives
+                ],
+                "words": {kind: {"name": name, "share": share} for kind, (name, share) in look.words.items()},
+            }
+            for look in board.looks
+        ],
+        "notes": list(board.notes),
+    }

@@ -1,0 +1,290 @@
+"""Moodboards: looks apart, colours, words that were measured, and boards that are none."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny, tiny_box  # noqa: F401
+
+from k2cli import moodboard, runs
+from k2cli.project import Project
+from k2cli.tables import Toml
+from model import library
+from model.checkpoint import save
+from model.errors import K2Error
+from model.moodboard import (
+    APART,
+    Eye,
+    Words,
+    analyse,
+    colour_words,
+    find_looks,
+    find_palette,
+    name_of,
+    oklab,
+    silhouette,
+    speak,
+    spherical_kmeans,
+    swatches,
+)
+from model.parts import sha256
+
+K2 = """\
+[render]
+model = "tiny"
+
+[[prompt]]
+name = "fox"
+text = "a red fox"
+
+[moodboard]
+images = ["refs/board/*"]
+"""
+
+
+def unit(*rows: list[float]) -> np.ndarray:
+    made = np.array(rows, float)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def blobs(*sizes: int, spread: float = 0.15) -> np.ndarray:
+    """Unit vectors around as many axes as there are sizes."""
+    rng = np.random.default_rng(0)
+    axes = np.eye(8)[: len(sizes)]
+    return unit(
+        *(axis + spread * rng.standard_normal(8) for axis, size in zip(axes, sizes, strict=True) for _ in range(size))
+    )
+
+
+# ---- looks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(12,), (15, 15), (20, 8), (9, 7, 5), (40, 30, 20, 10)])
+def test_as_many_looks_as_there_are(sizes):
+    looks = find_looks(blobs(*sizes))
+
+    assert [len(look) for look in looks] == sorted(sizes, reverse=True)
+    for look in looks:
+        starts = np.cumsum((0, *sizes))
+        assert len({int(np.searchsorted(starts, i, "right")) for i in look}) == 1
+
+
+def test_one_picture_and_all_the_same_are_one_look():
+    assert find_looks(unit([1, 0])) == [[0]]
+    assert find_looks(unit(*[[1, 0]] * 6)) == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_the_middle_of_a_look_comes_first():
+    (look,) = find_looks(unit([1, 0.5], [1, 0], [1, -0.5]))
+
+    assert look[0] == 1
+
+
+def test_silhouette_is_that_of_the_paper():
+    """Two pairs: a is the distance within a pair, b the mean one to the other."""
+    vectors = unit([1, 0], [1, 0.1], [0, 1], [0.1, 1])
+    distances = 1 - vectors @ vectors.T
+    a, b = distances[0, 1], distances[0, 2:].mean()
+    c = distances[1, 2:].mean()
+
+    found = silhouette(vectors, np.array([0, 0, 1, 1]))
+
+    assert found == pytest.approx((1 - a / b + 1 - a / c) / 2)
+    assert found > APART > silhouette(vectors, np.array([0, 1, 0, 1]))
+    assert (spherical_kmeans(vectors, 2) == spherical_kmeans(vectors, 2)).all()
+
+
+# ---- colours ------------------------------------------------------------------------------------
+
+
+def test_oklab_of_white_black_and_grey():
+    np.testing.assert_allclose(oklab(np.array([[1.0, 1, 1], [0, 0, 0]])), [[1, 0, 0], [0, 0, 0]], atol=1e-4)
+    assert abs(oklab(np.array([0.5, 0.5, 0.5]))[1:]).max() < 1e-4
+
+
+def test_the_palette_is_what_is_there():
+    picture = np.full((40, 40, 3), (92, 188, 184), np.uint8)
+    picture[:, :10] = (206, 96, 80)
+
+    teal, brick = find_palette([picture])
+
+    assert (teal.name, teal.hex, teal.share) == ("teal", "#5cbcb8", 0.75)
+    assert (brick.name, brick.share) == ("brick red", 0.25)
+    wanted, foreign = colour_words((teal, brick))
+    assert wanted == ["teal"] and foreign and foreign[0] not in ("teal", "brick red")
+    strip = swatches((teal, brick))
+    assert strip.getpixel((0, 0)) == teal.rgb and strip.getpixel((479, 95)) == brick.rgb
+
+
+def test_colours_have_plain_names():
+    assert [name_of(rgb) for rgb in ((255, 255, 255), (0, 0, 0), (38, 54, 96))] == ["white", "black", "night blue"]
+
+
+# ---- words --------------------------------------------------------------------------------------
+
+
+def table(unseen: float) -> Words:
+    """Two media over two numbers: the first speaks for film, the second for neon."""
+    x = torch.eye(2, dtype=torch.float64)
+    zero, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    return Words(
+        {"medium": ("film", "neon")}, {"medium": 20 * x}, {"medium": zero}, zero, one, x, x, 1.0, {"medium": unseen}, {}
+    )
+
+
+def test_words_are_read_from_pictures_that_are_near():
+    words = table(0.9)
+    chances, known = words.read(torch.tensor([[1.0, 0.0], [0.9, 0.1], [9.0, 9.0]]))
+
+    assert known.tolist() == [True, True, False]
+    keywords, avoids, told = speak(words, chances, known)
+    assert keywords == ["grainy film"] and avoids == ["neon on black"]
+    assert told["medium"][0] == "film" and told["medium"][1] > 0.99
+
+
+def test_words_of_a_kind_that_was_wrong_on_unseen_looks_are_not_said():
+    chances, known = table(0.3).read(torch.tensor([[1.0, 0.0]]))
+
+    assert speak(table(0.3), chances, known) == ([], [], {})
+    assert speak(None, {}, known) == ([], [], {})
+    assert speak(table(0.9), chances, np.array([False])) == ([], [], {})
+
+
+# ---- boards -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
+    """A project with a board of two looks, six pictures each: dark stripes and bright squares."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runs.load.cache_clear()
+    folder = tmp_path / "den"
+    (folder / "refs" / "board").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        for name, low, high in (("dark", 0, 60), ("light", 190, 255)):
+            size = 4 if name == "dark" else 16
+            cells = rng.integers(low, high, (size, size, 3)).astype(np.uint8)
+            picture = Image.fromarray(cells).resize((64, 64), Image.Resampling.NEAREST)
+            picture.save(folder / "refs" / "board" / f"{name}-{index}.png")
+    (folder / "k2.toml").write_text(K2)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def board(folder: Path, *names: str):
+    paths = [folder / "refs" / "board" / name for name in names] or sorted((folder / "refs" / "board").iterdir())
+    return analyse(paths, Eye.load("tiny"))
+
+
+def test_a_board_is_read_the_same_again(den):
+    first, again = board(den), board(den)
+
+    assert first == again
+    assert sum(weight for _, weight in first.representatives) == pytest.approx(1, abs=1e-3)
+    assert sum(len(look.pictures) for look in first.looks) == 12
+    assert "No keywords" in first.notes[0] and "python -m model.train.words" in first.notes[0]
+
+
+def test_bad_boards_are_a_sentence_each(den):
+    with pytest.raises(K2Error, match="holds no picture"):
+        analyse([], Eye.load("tiny"))
+    pictures = den / "refs" / "board"
+    assert any("thin board" in note for note in board(den, "dark-0.png").notes)
+    for name in ("a.png", "b.png"):
+        shutil.copy(pictures / "dark-0.png", pictures / name)
+    assert any("All 3 pictures are the same one" in note for note in board(den, "dark-0.png", "a.png", "b.png").notes)
+    (pictures / "c.png").write_text("no picture")
+    whole = board(den)
+    assert any("Left out: c.png cannot be read" in note for note in whole.notes)
+    assert any("2 of them are copies" in note for note in whole.notes)
+    assert sum(len(look.pictures) for look in whole.looks) == 12
+    with pytest.raises(K2Error, match="No picture of the board can be read"):
+        board(den, "c.png")
+
+
+def test_a_table_for_another_encoder_is_not_believed(den, monkeypatch, tmp_path):
+    shutil.copytree(library.BOX, tmp_path / "box")
+    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    state = {"medium.weight": torch.zeros(1, 32), "medium.offset": torch.zeros(1)}
+    state |= {
+        "mean": torch.zeros(32),
+        "deviation": torch.ones(32),
+        "middle": torch.zeros(1, 32),
+        "precision": torch.eye(32),
+    }
+    about = {"kind": "words", "names": {"medium": ["film"]}, "furthest": 1e9, "unseen": {"medium": 0.9}}
+    hashes = {part: sha256(library.BOX / f"tiny-{part}.safetensors") for part in ("style", "vae")}
+    for made_for, keywords in ((hashes, ("grainy film",)), (hashes | {"vae": "other"}, ())):
+        save(library.BOX / "tiny-words.safetensors", state, about | {"made_for": made_for})
+        found = board(den)
+        assert found.keywords[:1] == keywords or (not keywords and "grainy film" not in found.keywords)
+        assert any("another style encoder" in note for note in found.notes) == (not keywords)
+
+
+def test_analyze_writes_a_style_that_renders(den, k2):
+    made = k2("moodboard", "analyze")
+
+    assert made.stdout == "styles/board.toml\n" and "12 pictures in" in made.stderr
+    style = tomllib.loads((den / "styles" / "board.toml").read_text())
+    assert all((den / entry["image"]).is_file() for entry in style["reference"])
+    assert Image.open(den / "styles" / "board.png").size == (480, 96)
+    assert "exists already" in k2("moodboard", "analyze", code=1).stderr
+    assert k2("moodboard", "analyze", "refs/board", "--force", "--quiet").stdout == "styles/board.toml\n"
+    (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
+    assert "There is no board" in k2("moodboard", "analyze", code=1).stderr
+    (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {"board": 0.35})
+    assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
+
+
+def test_the_table_renders_is_recorded_and_made_again(den, k2):
+    with_board = k2("render", "--quiet").stdout.strip()
+    record = Toml.read(Path(with_board).with_suffix(".toml"), "record").table
+
+    (style,) = record["style"]
+    assert (style["name"], style["strength"]) == ("moodboard", 0.35) and style["reference"]
+    assert "Identical, pixel for pixel." in k2("rerun", with_board).stderr
+    (den / "k2.toml").write_text(K2 + "strength = 0\n")
+    off = k2("render", "--quiet").stdout.strip()
+    (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
+    without = k2("render", "--quiet").stdout.strip()
+    pixels = [Toml.read(Path(path).with_suffix(".toml"), "record").table["pixels"] for path in (off, without)]
+    assert pixels[0] == pixels[1] != record["pixels"]
+
+
+def test_a_board_is_looked_at_once(den, monkeypatch):
+    def style():
+        project = Project.open(den)
+        return project.shots(project.settle())[0].spec.styles
+
+    first = style()
+    monkeypatch.setattr(moodboard, "look", None)
+    assert style() == first
+    for kept in moodboard.cache().iterdir():
+        kept.write_text("nonsense")
+    with pytest.raises(TypeError):  # looks again
+        style()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('images = ["refs/none/*"]', "k2.toml, line 2: the board holds no picture"),
+        ('images = ["refs/none.png"]', "k2.toml, line 2: there is no refs/none.png"),
+        ('images = ["../*"]', "lies outside the project"),
+        ("images = []", "the board holds no picture"),
+        ("strength = 1", '"images" is missing in [moodboard]'),
+        ('images = ["refs/*/*"]\nstrength = 1.6', '"strength" must lie between −0.5 and 1.5'),
+        ('images = ["refs/*/*"]\nstrenght = 1', 'unknown key "strenght" in [moodboard]'),
+    ],
+)
+def test_tables_that_are_wrong(den, k2, text, message):
+    (den / "k2.toml").write_text(f"[moodboard]\n{text}\n")
+
+    assert message in k2("render", "-p", "a fox", "--dry-run", code=1).stderr
