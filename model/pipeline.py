@@ -278,14 +278,18 @@ class Pipeline:
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(
-        self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None, away: Avoided = ()
-    ) -> Tensor:
+    def _context(self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None, away: Avoided = ()) -> Tensor:
         """What the transformer sees of a prompt and of a spec's styles, led away from what is avoided, [1, T, D]; kept
         for the next that asks."""
         references, shown = (self._weigh(styled, method) if styled else () for method in ("tokens", "vision"))
         how = (styled.vision_tiles, styled.vision_rows) if styled and shown else ()
-        key = (prompt, adapters, away, *(tuple((r.sha256, r.weight) for r in each) for each in (references, shown)), how)
+        key = (
+            prompt,
+            adapters,
+            away,
+            *(tuple((r.sha256, r.weight) for r in each) for each in (references, shown)),
+            how,
+        )
         if key not in self._contexts:
             if styled and shown:
                 assert styled.vision_tiles
