@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,10 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from model.eight_bit import formats
 from model.errors import K2Error
 from model.gguf_file import GGUFTensors
 from model.headers import AGAIN, read_header, read_json, shards, some
-from model.quantize import is_auxiliary, marks_of, restore, scale_of, unreadable
+from model.quantize import is_auxiliary, marks_of, restore, scale_of, to_rows, unreadable
+
+MOST_MAPPED = 1 << 30  # bytes read through one mapping of a file: until it is closed its pages count as ours
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,54 @@ class Checkpoint:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        eight: Mapping[str, torch.dtype] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Tensors one by one, in file order, 8-bit ones dequantised; floats in `dtype` (none: as stored)."""
-        wanted = set(self.tensors) if names is None else set(names)
-        with ExitStack() as stack:
-            opened = {path: stack.enter_context(open_tensors(path, str(device))) for path in self.files}
+        """Tensors one by one, in file order, 8-bit ones dequantised; floats in `dtype` (none: as stored).
 
-            def fetch(name: str) -> Tensor:
-                stored = self.tensors[name]
-                return opened[stored.path].get_tensor(stored.name)
-
+        eight: matrices that are wanted in 8 bits, and which; a scale for every row follows each, as NAME_scale. They
+        are rounded one at a time, or taken as they are where the file holds the very same format.
+        """
+        wanted, eight = set(self.tensors) if names is None else set(names), eight or {}
+        with Opened(str(device)) as files:
             for name in self.tensors:
                 if name in wanted and not is_auxiliary(name):
                     scale = scale_of(name, self.tensors)
-                    tensor = fetch(name)
-                    target = dtype or (tensor.dtype if scale is None else torch.float32)
-                    yield name, restore(tensor, None if scale is None else fetch(scale), target)
+                    tensor = files.get(self.tensors[name])
+                    factor = None if scale is None else files.get(self.tensors[scale])
+                    if name in eight:
+                        rows, factors = to_rows(tensor, eight[name], factor)
+                        yield name, rows
+                        yield f"{name}_scale", factors
+                    else:
+                        yield name, restore(tensor, factor, dtype or (tensor.dtype if scale is None else torch.float32))
+
+
+class Opened:
+    """Weights files while they are read, each mapped anew once much of it has been touched."""
+
+    def __init__(self, device: str):
+        self.device, self._files, self._read = device, dict[Path, Any](), dict[Path, int]()
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for path in list(self._files):
+            self._close(path)
+
+    def _close(self, path: Path) -> None:
+        self._files.pop(path).__exit__(None, None, None)
+
+    def get(self, stored: Stored) -> Tensor:
+        """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
+        path = stored.path
+        if self._read.get(path, 0) > MOST_MAPPED:
+            self._close(path)
+        if path not in self._files:
+            self._files[path], self._read[path] = open_tensors(path, self.device).__enter__(), 0
+        tensor = self._files[path].get_tensor(stored.name)
+        self._read[path] += tensor.numel() * tensor.element_size()
+        return tensor
 
 
 def read(
@@ -120,12 +154,20 @@ def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, A
         draft.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype) -> None:
+def load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    skip: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Give a model built on the meta device its tensors; names and shapes are compared before any is read.
 
-    Norm scales stay fp32, as the norms compute in it. Raises K2Error that names what does not fit.
+    Norm scales stay fp32, as the norms compute in it. Tensors to skip are compared and stay on meta. Raises K2Error
+    that names what does not fit.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = shapes_of(model)
     refuse_unreadable(checkpoint)
     stored = {name: s.shape for name, s in checkpoint.tensors.items() if not is_auxiliary(name)}
     misfits = [
@@ -141,12 +183,32 @@ def load(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str
     problems = [f"{len(names)} {what} ({some(names)})" for what, names in found.items() if names]
     if problems:
         raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=AGAIN)
-    state = {
-        name: (tensor.float() if name.endswith(".scale") else tensor.to(dtype)).view(expected[name])
-        for name, tensor in checkpoint.read(device=device)
-    }
-    model.load_state_dict(state, strict=True, assign=True)
+    state = reader(model, checkpoint, device=device, dtype=dtype)(name for name in expected if not skip(name))
+    left = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
+    model.load_state_dict(state | left, strict=True, assign=True)
     model.requires_grad_(False).eval()
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors that a checkpoint must hold for a network; the scales of 8-bit layers are made where it has none."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_auxiliary(name)}
+
+
+def reader(
+    model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype
+) -> Callable[[Iterable[str]], dict[str, Tensor]]:
+    """What reads some of a network's tensors, as it wants them: norm scales fp32, 8-bit matrices with their scales."""
+    shapes, eight = shapes_of(model), formats(model)
+
+    def wanted(name: str, tensor: Tensor) -> Tensor:
+        if name.removesuffix("_scale") in eight:
+            return tensor
+        return (tensor.float() if name.endswith(".scale") else tensor.to(dtype)).view(shapes[name])
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: wanted(name, tensor) for name, tensor in checkpoint.read(names, device=device, eight=eight)}
+
+    return read
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import AGAIN, Checkpoint, load, open_checkpoint, some
+from model.checkpoint import AGAIN, Checkpoint, load, open_checkpoint, reader, some
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
+from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
+from model.stream import stream
 
 ATTENTION = {
     "wq.weight": "to_q.weight",
@@ -170,16 +172,42 @@ def inferred_config(checkpoint: Checkpoint) -> DiTConfig:
     )
 
 
-def load_dit(
-    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Krea2, Checkpoint]:
-    """A transformer of any layout, ready to infer, and the checkpoint it came from. Raises K2Error.
+def open_dit(path: Path | str) -> tuple[Krea2, Checkpoint]:
+    """A transformer of any layout on the meta device, and the checkpoint that its weights are to come from.
 
-    path: a file, the transformer's folder, or the folder of a whole diffusers pipeline.
+    path: a file, the transformer's folder, or the folder of a whole diffusers pipeline. Raises K2Error.
     """
     inner = Path(path) / "transformer"
     checkpoint = native_names(open_checkpoint(inner if inner.is_dir() else path))
     with torch.device("meta"):
-        model = Krea2(dit_config(checkpoint))
-    load(model, checkpoint, device=device, dtype=dtype)
+        return Krea2(dit_config(checkpoint)), checkpoint
+
+
+def load_dit(
+    path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    precision: str = "native",
+    streamed: bool = False,
+) -> tuple[Krea2, Checkpoint]:
+    """A transformer ready to infer, and the checkpoint it came from. Raises K2Error.
+
+    path       as of `open_dit`
+    precision  of the blocks' matrices: "native" is `dtype`; "int8", "fp8" have a scale for every row. All that is
+               outside of the blocks stays in `dtype`: few numbers, and every step's error passes through them
+    streamed   the blocks stay on disk, and each is read while the one before it works
+    """
+    model, checkpoint = open_dit(path)
+    if precision != "native":
+        shrink(model.blocks, NUMBERS[precision])
+    load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
+    if streamed:
+        again = precision not in ("native", stored_precision(checkpoint))
+        stream(model, "blocks", reader(model, checkpoint, device="cpu", dtype=dtype), torch.device(device), keep=again)
     return model, checkpoint
+
+
+def stored_precision(checkpoint: Checkpoint) -> str | None:
+    """The 8-bit precision in which the blocks' matrices lie in the file, if it is one that they can be held in."""
+    return {"I8": "int8", "F8_E4M3": "fp8"}.get(checkpoint.tensors["blocks.0.attn.wq.weight"].dtype)

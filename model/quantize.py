@@ -1,7 +1,7 @@
-"""Weights in 8 bits on disk: one scale per output row, whole numbers from −127 to 127.
+"""Weights in 8 bits: one scale per output row, whole numbers from −127 to 127 or fp8's e4m3.
 
 A stored matrix `NAME.weight` is int8 beside `NAME.weight_scale`, fp32 [out]; everything else is bf16. The same reader
-takes the fp8 files of other tools, which carry one scale per tensor.
+takes the fp8 files of other tools, which carry one scale per tensor. `model/eight_bit.py` multiplies by such matrices.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ NOT_WEIGHTS = re.compile(
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14
+_AT_ONCE = 1 << 22  # numbers in hand while a matrix is made 8 bits: working copies stay small, and in the cache
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
 
 
 def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,10 +47,30 @@ def dequantise(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) 
 
 def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """matrix [out, in] -> int8 [out, in] and fp32 scale [out]; a row's largest number becomes ±127."""
-    wide = matrix.float()
-    scale = wide.abs().amax(1) / 127
-    rows = (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
-    return rows, scale
+    return to_rows(matrix, torch.int8)
+
+
+def to_rows(matrix: Tensor, number: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A matrix in 8 bits, a scale a row: matrix [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
+
+    `scale` is that of a matrix which is stored in 8 bits; where those are the bits asked for they are kept as they are.
+    """
+    if scale is not None and matrix.dtype == number:
+        return matrix, scale.float().flatten().expand(len(matrix)).contiguous()
+    rows, scales = torch.empty_like(matrix, dtype=number), matrix.new_empty(len(matrix), dtype=torch.float32)
+    step = max(1, _AT_ONCE // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        part = slice(start, start + step)
+        stored = scale if scale is None or scale.numel() == 1 else scale.flatten()[part]
+        rows[part], scales[part] = round_rows(restore(matrix[part], stored, torch.float32), number)
+    return rows, scales
+
+
+def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
+    """wide [M, K], fp32 -> [M, K] in `number`, and the fp32 scale [M] by which the largest number fills the format."""
+    scale = wide.abs().amax(1) / LARGEST[number]
+    scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return (scaled.round() if number == torch.int8 else scaled).to(number), scale
 
 
 def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,8 @@ B batch, T tokens, P tokens before them, N taps, E width, H query heads, G key/v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.checkpoint import open_checkpoint, read_json
+from model.checkpoint import Checkpoint, open_checkpoint, read_json
 from model.errors import K2Error
+from model.stream import stream
 
 SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -69,6 +71,20 @@ class TextConfig:
                 hint="The open weights need Qwen3-VL-4B.",
             )
         return config
+
+
+QWEN3_VL_4B = TextConfig(
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=5e6,
+    rms_norm_eps=1e-6,
+    taps=KREA_TAPS,
+)
 
 
 class Seen(NamedTuple):
@@ -224,8 +240,12 @@ class TextEncoder:
             )
         tokenizer.encode_special_tokens = True  # from here on "<|im_end|>" in a prompt is text, not the end of the turn
         self.suffix, self.prefix_ids = suffix, torch.tensor([prefix], device=device)
-        with torch.no_grad():  # the same for all prompts, and causal attention shows it nothing of them
-            self.prefix = tower(self.prefix_ids)[1]
+
+    @cached_property
+    @torch.no_grad()
+    def prefix(self) -> Cache:
+        """The template's keys and values: the same for all prompts, as causal attention shows it nothing of them."""
+        return self.tower(self.prefix_ids)[1]
 
     @classmethod
     def load(
@@ -235,32 +255,24 @@ class TextEncoder:
         dtype: torch.dtype = torch.float32,
         *,
         taps: tuple[int, ...] | None = None,
+        streamed: bool = False,
     ) -> TextEncoder:
         """Load NAME-text.safetensors (NAME-tokenizer.json beside it), a transformers folder, or a diffusers one.
 
-        From a folder only the tensors needed are read: no vision tower, no head, no layer past the last tap.
+        From a folder only the tensors needed are read: no vision tower, no head, no layer past the last tap. Streamed,
+        the layers stay on disk, and each is read while the one before it works.
         """
         from tokenizers import Tokenizer
 
         path = Path(path)
-        folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-        checkpoint = open_checkpoint(folder)
-        config = TextConfig.from_dict(checkpoint.metadata.get("config") or checkpoint.config, taps or stated_taps(path))
-        with torch.device("meta"):
-            tower = TextTower(config)
-        prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
-        names = {prefix + name: name for name in tower.state_dict()}
-        missing = [name for name in names if name not in checkpoint.tensors]
-        if missing:
-            raise K2Error(f"{path} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
-        state = {names[name]: tensor for name, tensor in checkpoint.read(names, device=device, dtype=dtype)}
-        for name, tensor in tower.state_dict().items():
-            if state[name].shape != tensor.shape:
-                raise K2Error(
-                    f"{name} of {path} is {list(state[name].shape)}, its config asks for {list(tensor.shape)}."
-                )
-        tower.load_state_dict(state, assign=True)
-        return cls(tower.requires_grad_(False).eval(), Tokenizer.from_file(str(tokenizer_file(path))))
+        tower, checkpoint = open_tower(path, taps)
+        outside = {n: t for n, t in tower.state_dict().items() if not (streamed and n.startswith("layers."))}
+        state = dict(checkpoint.read(outside, device=device, dtype=dtype))
+        tower.load_state_dict(tower.state_dict() | state, assign=True)
+        tower.requires_grad_(False).eval()
+        if streamed:
+            stream(tower, "layers", lambda names: dict(checkpoint.read(names, dtype=dtype)), torch.device(device))
+        return cls(tower, Tokenizer.from_file(str(tokenizer_file(path))))
 
     def token_ids(self, prompt: str) -> list[int]:
         """The prompt's tokens and the suffix; space around the prompt carries no meaning and is dropped."""
@@ -283,6 +295,27 @@ class TextEncoder:
             ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=device)
             embeds.append(F.pad(self.tower(ids, self.prefix)[0], (0, 0, 0, 0, 0, longest - width)))
         return torch.cat(embeds) * mask[..., None, None], mask
+
+
+def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:
+    """A tower on the meta device, and the checkpoint that its weights are to come from, by the tower's own names.
+
+    path: as of `TextEncoder.load`. Raises K2Error where the tensors are not what the config says.
+    """
+    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    checkpoint = open_checkpoint(folder)
+    config = TextConfig.from_dict(checkpoint.metadata.get("config") or checkpoint.config, taps or stated_taps(path))
+    with torch.device("meta"):
+        tower = TextTower(config)
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
+    missing = [prefix + name for name in tower.state_dict() if prefix + name not in checkpoint.tensors]
+    if missing:
+        raise K2Error(f"{path} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
+    for name, tensor in tower.state_dict().items():
+        if (shape := checkpoint.tensors[prefix + name].shape) != tuple(tensor.shape):
+            raise K2Error(f"{name} of {path} is {list(shape)}, its config asks for {list(tensor.shape)}.")
+    own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
+    return tower, replace(checkpoint, tensors=own)
 
 
 def stated_taps(path: Path) -> tuple[int, ...] | None:

@@ -1,0 +1,94 @@
+"""Weights that come block by block: read while the block before works, and gone once their own block has worked.
+
+So a network needs the memory of two blocks and of what stands outside of them. The weights are those that it would
+have held, so its answers are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PAGE = 4096  # bytes; where pages are larger some are touched twice
+
+Read = Callable[[Iterable[str]], dict[str, Tensor]]  # a network's tensors by name, on the CPU
+Arrival = tuple[dict[str, Tensor], Any]  # a block's tensors on the device, and the event of their arrival (CUDA)
+
+
+def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, keep: bool = False) -> None:
+    """Let the blocks that a network holds as the list `stem` be read when they are needed.
+
+    network  its blocks are on the meta device, and return there; adapters may be laid over them all the same
+    read     opens the file anew, so that no page of it stays with us
+    keep     hold in host memory what was once read and worked out; on a CPU that would be no streaming, so not there
+    """
+    blocks = network.get_submodule(stem)
+    names: list[dict[str, str]] = [{} for _ in blocks.children()]
+    for name in network.state_dict():
+        if name.startswith(f"{stem}."):
+            _, index, own = name.removeprefix(stem).split(".", 2)
+            names[int(index)][name] = own
+
+    def read_block(index: int) -> dict[str, Tensor]:
+        return {names[index][name]: tensor for name, tensor in read(names[index]).items()}
+
+    BlockStream(list(blocks.children()), read_block, device, keep and device.type != "cpu")
+
+
+class BlockStream:
+    """Fills blocks and empties them, from hooks before and after each."""
+
+    def __init__(
+        self, blocks: list[nn.Module], read: Callable[[int], dict[str, Tensor]], device: torch.device, keep: bool
+    ):
+        self.blocks, self.read, self.device, self.keep = blocks, read, device, keep
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self.hollow = [block.state_dict() for block in blocks]
+        self.reader = ThreadPoolExecutor(1, "weights")
+        self.coming: tuple[int, Future[Arrival]] | None = None
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.worked: Any = None  # the event after which the block before has worked (CUDA)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._fill, index))
+            block.register_forward_hook(partial(self._empty, index))
+
+    def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
+        expected = self.coming is not None and self.coming[0] == index
+        state, arrived = self.coming[1].result() if expected and self.coming else self._fetch(index)
+        if arrived is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(arrived)
+            for tensor in state.values():
+                tensor.record_stream(here)
+        block.load_state_dict(state, strict=True, assign=True)
+        after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
+        self.coming = after, self.reader.submit(self._fetch, after)
+
+    def _empty(self, index: int, block: nn.Module, inputs: Any, answer: Any) -> None:
+        block.load_state_dict(self.hollow[index], strict=True, assign=True)
+        if self.side is not None:
+            self.worked = torch.cuda.current_stream(self.device).record_event()
+
+    def _fetch(self, index: int) -> Arrival:
+        """A block's tensors, on their way to the device."""
+        if self.worked is not None:
+            self.worked.synchronize()  # or copies would run ahead of the work, and fill the card
+        state = self.kept.get(index) or self.read(index)
+        if self.side is not None:
+            state = {name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in state.items()}
+        if self.keep:
+            self.kept[index] = state
+        if self.side is not None:
+            with torch.cuda.stream(self.side):
+                there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in state.items()}
+                return there, self.side.record_event()
+        if self.device.type == "cpu":
+            for tensor in state.values():  # brings in the pages of a mapped file
+                tensor.flatten().view(torch.uint8)[::PAGE].sum()
+            return state, None
+        return {name: tensor.to(self.device) for name, tensor in state.items()}, None

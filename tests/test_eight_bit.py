@@ -1,0 +1,162 @@
+"""Layers that multiply in 8 bits: right within their rounding, independent of company, and of the file's own bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_dit import inputs, random_model, relative_error
+from test_lora import TINY, dense, linears, random_pairs
+
+from model import eight_bit
+from model.checkpoint import save
+from model.eight_bit import NUMBERS, EightBitLinear, formats, shrink, widened
+from model.layouts import load_dit
+from model.lora import laid_over, merge, read_lora
+from model.quantize import quantise, to_rows
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def layer(matrix: torch.Tensor, precision: str, bias: torch.Tensor | None = None) -> EightBitLinear:
+    made = EightBitLinear(matrix.shape[1], matrix.shape[0], bias is not None, NUMBERS[precision])
+    weight, scale = to_rows(matrix, NUMBERS[precision])
+    state = {"weight": weight, "weight_scale": scale} | ({} if bias is None else {"bias": bias})
+    made.load_state_dict(state, assign=True)
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(params=[True, False], ids=["multiplied in 8 bits", "widened"])
+def way(request, monkeypatch):
+    """Both ways to the product, whatever this processor is good at."""
+    monkeypatch.setattr(eight_bit, "native", lambda number, device: request.param and number == torch.int8)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.01), ("fp8", 0.03)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_are_right_within_the_rounding(way, precision, most, dtype):
+    """Rows and tokens of very different sizes: each has a scale of its own, by which its errors are measured."""
+    matrix = torch.randn(96, 64) * torch.logspace(-3, 2, 96)[:, None]
+    x = torch.randn(2, 21, 64) * torch.logspace(-2, 2, 21)[:, None]
+
+    answer = layer(matrix, precision)(x.to(dtype))
+
+    assert answer.dtype == dtype and answer.shape == (2, 21, 96)
+    error = (answer.float() - F.linear(x, matrix)).abs() / (x.norm(dim=-1)[..., None] * matrix.norm(dim=-1))
+    assert error.max() < most
+    bias = torch.randn(96)
+    assert torch.equal(layer(matrix, precision, bias)(x.to(dtype)), answer + bias.to(dtype))
+
+
+def test_widened_products_are_those_of_the_rounded_matrix(monkeypatch):
+    monkeypatch.setattr(eight_bit, "native", lambda number, device: False)
+    matrix, x = torch.randn(48, 32), torch.randn(5, 32)
+    for precision in NUMBERS:
+        small = layer(matrix, precision)
+        rounded = small.weight.float() * small.weight_scale[:, None]
+        torch.testing.assert_close(small(x), F.linear(x, rounded), rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_does_not_depend_on_its_company(way):
+    small, tokens = layer(torch.randn(64, 128), "int8"), torch.randn(700, 128)
+    alone = small(tokens[300:301])
+    if small.multiplies(tokens):
+        assert torch.equal(small(tokens)[300:301], alone)
+    torch.testing.assert_close(small(tokens)[300:301], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_and_silence():
+    small = layer(torch.zeros(16, 16), "int8")
+    assert small(torch.empty(0, 16)).shape == (0, 16)
+    assert torch.equal(small(torch.zeros(3, 16)), torch.zeros(3, 16))
+    assert torch.equal(small(torch.randn(3, 16)), torch.zeros(3, 16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.05), ("fp8", 0.1)])
+def test_a_whole_network(tmp_path, precision, most):
+    """From a wide file, whose matrices are rounded as they are read; only the blocks' are."""
+    model = random_model(TINY)
+    save(tmp_path / "wide.safetensors", model.state_dict(), {})
+    small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
+
+    eight = formats(small)
+    assert set(eight) == {f"{name}.weight" for name in linears(model) if name.startswith("blocks.")}
+    assert {small.get_parameter(name).dtype for name in eight} == {NUMBERS[precision]}
+    tokens, sigma, embeds, grid = inputs(TINY)
+    assert relative_error(small(tokens, sigma, embeds, grid), model(tokens, sigma, embeds, grid)) < most
+    assert list(widened(small, torch.float32)) == list(model.state_dict())
+
+
+def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
+    """Ours has a scale a row, other tools' one a matrix."""
+    state = random_model(TINY).state_dict()
+    stored, name = quantise(state), "blocks.0.mlp.up.weight"
+    rows, scale = stored[name], stored[f"{name}_scale"]
+    save(tmp_path / "ours.safetensors", stored, {})
+    one = stored | {f"{name}_scale": torch.tensor(0.25)}
+    save(tmp_path / "one.safetensors", one, {})
+    eight = {n: t.to(torch.float8_e4m3fn) if t.dtype == torch.int8 else t for n, t in stored.items()}
+    save(tmp_path / "fp8.safetensors", eight, {})
+
+    def held(file: str, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = load_dit(tmp_path / file, precision=precision)[0].get_submodule(name.removesuffix(".weight"))
+        return layer.weight, layer.weight_scale
+
+    assert torch.equal(held("ours.safetensors", "int8")[0], rows)
+    assert torch.equal(held("ours.safetensors", "int8")[1], scale)
+    assert torch.equal(held("one.safetensors", "int8")[0], rows)
+    assert torch.equal(held("one.safetensors", "int8")[1], torch.full_like(scale, 0.25))
+    weight, factor = held("fp8.safetensors", "fp8")
+    assert torch.equal(weight.float(), eight[name].float()) and torch.equal(factor, scale)
+    weight, factor = held("fp8.safetensors", "int8")  # another format: rounded, once
+    exact = eight[name].float() * scale[:, None]
+    assert ((weight * factor[:, None] - exact).abs() <= factor[:, None] * 0.5001).all()
+
+
+def test_a_matrix_is_rounded_part_by_part(monkeypatch):
+    matrix = torch.randn(37, 64)
+    whole = to_rows(matrix, torch.int8)
+    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
+    for a, b in zip(whole, to_rows(matrix, torch.int8), strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_adapters_lie_over_8_bits(tmp_path):
+    model = random_model(TINY)
+    save(tmp_path / "wide.safetensors", model.state_dict(), {})
+    small, _ = load_dit(tmp_path / "wide.safetensors", precision="int8")
+    pairs = random_pairs(model)
+    lora = {f"{n}.lora_{half}.weight": t for n, pair in pairs.items() for half, t in zip("AB", pair, strict=True)}
+    save(tmp_path / "lora.safetensors", lora, {})
+    adapter = read_lora(tmp_path / "lora.safetensors", small)
+    given = inputs(TINY)
+    before = small(*given)
+
+    with laid_over(small, [(adapter, 0.5)]):
+        changed = small(*given)
+
+    assert len(adapter.layers) == len(pairs) and not adapter.unmatched
+    assert relative_error(changed, dense(model, (pairs, 0.5))(*given)) < 0.05
+    assert relative_error(changed, before) > 0.1
+    assert torch.equal(small(*given), before)
+    with pytest.raises(ValueError, match="8 bits"):
+        merge(small, [(adapter, 0.5)])
+
+
+def test_only_linear_layers_shrink():
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
+    shrink(network, torch.int8)
+    assert formats(network) == {"0.weight": torch.int8, "2.weight": torch.int8}
+    assert network[0].bias is not None and network[2].bias is None
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("precision", NUMBERS)
+def test_on_a_card(precision):
+    matrix, x = torch.randn(512, 256, device="cuda"), torch.randn(100, 256, device="cuda")
+    answer = layer(matrix, precision)(x.bfloat16())
+    assert relative_error(answer.float(), F.linear(x, matrix)) < 0.05
