@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.checkpoint import save
 from model.dit import DiTConfig, hidden_width
+from model.eight_bit import widened
 from model.errors import K2Error
 from model.layouts import to_diffusers
 from model.sampler import TURBO_MU
@@ -44,6 +45,8 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
         raise K2Error(
             "diffusers' Krea2Pipeline paints with Qwen-Image's autoencoder only.", hint="Keep k2's own files."
         )
+    if pipeline.plan.offload != "none":
+        raise K2Error("Weights that are streamed cannot be exported.", hint='Load the model with offload="none".')
     draft = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ def index_of(pipeline: Pipeline) -> dict[str, Any]:
 
 def write_transformer(pipeline: Pipeline, folder: Path) -> None:
     c = pipeline.dit.config
-    write(folder, transformer_config(c), to_diffusers(pipeline.dit.state_dict(), c), pipeline.metadata)
+    write(folder, transformer_config(c), to_diffusers(widened(pipeline.dit, pipeline.dtype), c), pipeline.metadata)
 
 
 def transformer_config(c: DiTConfig) -> dict[str, Any]:

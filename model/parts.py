@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,13 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import library
-from model.checkpoint import Checkpoint, load, open_checkpoint
+from model.checkpoint import Checkpoint, Stored, load, open_checkpoint
+from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
 from model.headers import AGAIN
+from model.layouts import dit_config, native_names, stored_precision
+from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
+from model.text_encoder import QWEN3_VL_4B, TextTower
 from model.vae import QwenImageVAE, VAEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QWEN_VAE_NUMBERS = 127_000_000
 LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
 
 
@@ -55,6 +61,53 @@ def find_parts(model: library.Model) -> Parts:
         if (place / "text_encoder").is_dir() and (place / "vae").is_dir():
             return Parts(dit, place, place / "vae")
     return Parts(dit, *helpers("mini"))
+
+
+def numbers_of(parts: Parts) -> Numbers:
+    """How many numbers the parts hold, by their headers. Raises K2Error where the transformer is none."""
+    dit = native_names(open_checkpoint(parts.dit))
+    text = open_checkpoint(parts.text / "text_encoder" if parts.text.is_dir() else parts.text)
+    tower = {name: stored for name, stored in text.tensors.items() if "visual." not in name}
+    layers = {name: stored for name, stored in tower.items() if ".layers." in f".{name}"}
+    rest = [open_checkpoint(path) for path in (parts.vae, parts.style) if path]
+    blocks = {name: stored for name, stored in dit.tensors.items() if name.startswith("blocks.")}
+    return Numbers(
+        **shape_of(dit_config(dit)),
+        native=int(dit.metadata.get("native", 1024)),
+        inside=count(blocks),
+        outside=count(dit.tensors) - count(blocks),
+        layers=len({name.partition("layers.")[2].partition(".")[0] for name in layers}) or 1,
+        text=count(layers),
+        others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
+        stored=stored_precision(dit),
+    )
+
+
+def count(tensors: Mapping[str, Stored]) -> int:
+    return sum(prod(stored.shape) for stored in tensors.values())
+
+
+def shape_of(config: DiTConfig) -> dict[str, int]:
+    """What the memory at work depends on."""
+    return {"width": config.width, "hidden": hidden_width(config.width, config.multiplier), "blocks": config.blocks}
+
+
+def release_numbers() -> Numbers:
+    """Those of the open 12.9B weights, with the text encoder and the autoencoder that they come with, in bf16."""
+    with torch.device("meta"):
+        dit, tower = Krea2(PRESETS["medium"]), TextTower(QWEN3_VL_4B)
+    inside, text = (sum(p.numel() for p in stack.parameters()) for stack in (dit.blocks, tower.layers))
+    outside = sum(p.numel() for p in dit.parameters()) - inside
+    embedding = sum(p.numel() for p in tower.parameters()) - text
+    return Numbers(
+        **shape_of(dit.config),
+        native=1024,
+        inside=inside,
+        outside=outside,
+        layers=len(tower.layers),
+        text=text,
+        others=embedding + QWEN_VAE_NUMBERS,
+    )
 
 
 def helpers(name: str) -> tuple[Path, Path, Path | None]:
@@ -132,13 +185,16 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or here[0])
 
 
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, bfloat16 elsewhere, unless told. Raises K2Error."""
+def pick_dtype(name: str | None, device: torch.device, width: int) -> str:
+    """The number format to compute in, by its name; what suits the device and a network of this width, unless told.
+
+    Raises K2Error.
+    """
     if name is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return default_dtype(device, width)
     if name not in DTYPES:
         raise K2Error(f'"{name}" is no number format to render in.', hint=f"Choose {' or '.join(DTYPES)}.")
-    return DTYPES[name]
+    return name
 
 
 # ---- hashes -----------------------------------------------------------------------------------------------------

@@ -23,10 +23,24 @@ from model import library
 from model.avoid import SAYS_NOTHING, Avoided, avoided, steer_away
 from model.checkpoint import Checkpoint
 from model.errors import K2Error
+from model.fast import accelerate
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over, read_lora
-from model.parts import Hashes, Parts, find_parts, load_style, load_vae, memory, pick_device, pick_dtype, sha256
+from model.parts import (
+    DTYPES,
+    Hashes,
+    Parts,
+    find_parts,
+    load_style,
+    load_vae,
+    memory,
+    numbers_of,
+    pick_device,
+    pick_dtype,
+    sha256,
+)
+from model.plan import Plan, choose, eight_bits, free_memory
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, guided, raw_mu, shifted_sigmas, style_guided
@@ -44,6 +58,7 @@ SIDES = (64, 4096)
 MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
+TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
 VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
@@ -58,14 +73,20 @@ class Pipeline:
         model: library.Model,
         parts: Parts,
         device: torch.device,
-        dtype: torch.dtype,
+        plan: Plan,
         filters: Sequence[Filter] | Mapping[str, Filter] = (),
     ):
-        self.name, self.device, self.dtype, self.parts, self.filters = model.name, device, dtype, parts, filters
+        self.name, self.device, self.plan, self.parts, self.filters = model.name, device, plan, parts, filters
+        self.dtype = dtype = DTYPES[plan.dtype]
         self._hashes = Hashes(parts.files, model.root)
-        self.dit, checkpoint = load_dit(parts.dit, device=device, dtype=dtype)
-        self.text = TextEncoder.load(parts.text, device, dtype)
+        streamed = plan.offload == "all"
+        self.dit, checkpoint = load_dit(
+            parts.dit, device=device, dtype=dtype, precision=plan.precision, streamed=streamed
+        )
+        self.text = TextEncoder.load(parts.text, device, dtype, streamed=plan.offload != "none")
         self.vae = load_vae(parts.vae, device, dtype)
+        if device.type == "cuda" and not streamed:
+            accelerate(self.dit)
         self.metadata = checkpoint.metadata
         self.variant = checkpoint.metadata.get("variant") or model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
@@ -82,11 +103,14 @@ class Pipeline:
         device: str | None = None,
         dtype: str | None = None,
         *,
+        precision: str | None = None,
+        offload: str | None = None,
         filters: Sequence[Filter] | None = None,
     ) -> Pipeline:
         """A model by its name in the box, a folder, or a .safetensors file. Raises K2Error.
 
         variant: raw or turbo; device: cpu, cuda, cuda:1, mps; dtype: float32 or bfloat16; each chosen where left out.
+        precision, offload: how the weights are held (`model/plan.py`); where left out, the best that fits into memory.
         filters see every picture before anyone else does (`model/safety.py`); where left out, the installed ones.
         """
         if variant not in (None, "raw", "turbo"):
@@ -98,7 +122,17 @@ class Pipeline:
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
         checks = installed() if filters is None else filters
-        return cls(model, find_parts(model), chosen, pick_dtype(dtype, chosen), checks)
+        parts = find_parts(model)
+        numbers = numbers_of(parts)
+        plan = choose(
+            numbers,
+            free_memory(chosen),
+            dtype=pick_dtype(dtype, chosen, numbers.width),
+            eight=eight_bits(chosen),
+            precision=precision,
+            offload=offload,
+        )
+        return cls(model, parts, chosen, plan, checks)
 
     def render(self, specs: Sequence[RenderSpec], on_step: OnStep | None = None) -> list[Picture]:
         """Pictures in the specs' order. Raises K2Error for what cannot be rendered, before anything is."""
@@ -205,6 +239,8 @@ class Pipeline:
     def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
         """Neighbours that share a schedule, as many at once as make it faster."""
         limit = TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
+        if self.plan.offload == "all":
+            limit = max(limit, TOKENS_STREAMED)
         batch: list[RenderSpec] = []
         for spec in specs:
             rows = (len(batch) + 1) * (1 + bool(spec.guidance) + (spec.style_guidance is not None))
@@ -410,7 +446,9 @@ class Pipeline:
             "loras": [self._adapter(lora).report(lora.weight) for lora in adapters_of(spec)],
             "model": {"name": self.name, "variant": self.variant, "files": self._hashes.by_name()},
             "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.plan.dtype,
+            "precision": self.plan.precision,
+            "offload": self.plan.offload,
             "versions": {"torch": torch.__version__},
             "seconds": round(seconds, 3),
             "pixels": hashlib.sha256(image.tobytes()).hexdigest(),

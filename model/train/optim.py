@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.plan import native_bf16
+
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 MUON = ("blocks.", "txtfusion.", "txtmlp.")  # whose matrices it takes
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 numbers itself: elsewhere it is slower than fp32, not faster."""
-    if device.type != "cpu":
-        return device.type == "cuda"
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

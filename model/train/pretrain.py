@@ -28,10 +28,11 @@ from model.checkpoint import read
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import patchify
+from model.plan import native_bf16
 from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.optim import Muon, native_bf16, split_parameters, warmup_stable_decay
+from model.train.optim import Muon, split_parameters, warmup_stable_decay
 
 RUNS = Path(".runs")
 BOX = Path(__file__).parents[1] / "weights"

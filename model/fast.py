@@ -1,0 +1,94 @@
+"""What makes a resident network faster on a CUDA card, with the same answers up to rounding.
+
+A wide network's time goes into kernels: its blocks are compiled, so that norms, modulation, rotation and gates become
+few passes over memory. A narrow one's goes into launching them: they are recorded once for each shape and replayed.
+Whatever changes the network from outside (adapters, attention of one's own) takes the plain path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.dit import Krea2
+from model.parts import memory
+from model.plan import NARROW
+
+MOST_GRAPHS = 8  # shapes kept; each holds its own working memory
+WARM_UP = 3  # runs before a recording, in which libraries choose their kernels
+
+Work = Callable[..., Tensor]
+
+
+def accelerate(dit: Krea2) -> None:
+    """Make `dit.velocity` fast, for good. The network is on a CUDA card, with its weights in place."""
+    compiled = dit.config.width >= NARROW and can_compile()
+    if compiled:
+        # Compiled kernels outlive the process: the next one finds them in a second.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(memory().with_name("inductor")))
+        for block in dit.blocks:
+            block.compile()  # one after the other: they share code, so one compilation serves all
+    dit.velocity = FastVelocity(dit, compiled)  # type: ignore[method-assign]
+
+
+def can_compile() -> bool:
+    """Compiling for a card needs Triton."""
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+class FastVelocity:
+    """Takes the place of `Krea2.velocity`."""
+
+    def __init__(self, dit: Krea2, compiled: bool):
+        self.plain: Work = dit.velocity
+        self.compiled, self.narrow = compiled, dit.config.width < NARROW
+        self.layers = list(dit.modules())
+        self.graphs: dict[tuple[torch.Size, ...], Graph] = {}
+
+    def __call__(self, *inputs: Tensor, **others: Any) -> Tensor:
+        """As `Krea2.velocity`: tokens, context, step_mod, rope; and what is seldom there."""
+        seldom = any(value is not None for value in others.values()) or len(inputs) > 4
+        if seldom or any(layer._forward_hooks for layer in self.layers):  # a recording would not notice either
+            with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                return self.plain(*inputs, **others)
+        return self._replay(*inputs) if self.narrow else self.plain(*inputs)
+
+    def _replay(self, *inputs: Tensor) -> Tensor:
+        key = tuple(each.shape for each in inputs)
+        if key not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = Graph(self.plain, inputs)
+        self.graphs[key] = self.graphs.pop(key)  # the one used last is forgotten last
+        return self.graphs[key](*inputs)
+
+
+class Graph:
+    """All kernels of one call, recorded on inputs of its own; a replay costs one launch."""
+
+    @torch.inference_mode()
+    def __init__(self, work: Work, inputs: tuple[Tensor, ...]):
+        self.inputs = [each.clone() for each in inputs]
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                work(*self.inputs)
+        here.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.answer = work(*self.inputs)
+
+    @torch.inference_mode()
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.answer.clone()

@@ -1,0 +1,160 @@
+"""How a model is held in memory: which numbers, in how many bits, and what stays on disk until it is needed.
+
+Counting needs headers only, choosing needs none: torch is asked about devices, and not before.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("native", "int8", "fp8")  # of the blocks' matrices; native is the numbers that are computed with
+OFFLOADS = ("none", "text", "all")  # what is read block by block as it is needed: the text encoder, all but the ends
+BYTES = {"float32": 4, "bfloat16": 2}
+SMALL = 1 << 30  # bytes of weights up to which a model is held as it is: there is nothing to gain
+NARROW = 1024  # width below which a CPU computes in fp32
+IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
+SPARE = 0.9  # of the memory that is free now may be counted on
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How many numbers a model holds, sorted by what may become of them."""
+
+    width: int
+    hidden: int  # of the feed-forwards
+    native: int  # pixels along the side of the pictures that it is made for
+    blocks: int
+    inside: int  # numbers in all blocks
+    outside: int  # the transformer's others
+    layers: int  # of the text encoder
+    text: int  # numbers in all of them
+    others: int  # embedding, autoencoder, style encoder
+    stored: str | None = None  # the precision of the blocks on disk, where it is one of 8 bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to hold a model, and the bytes that it takes with a picture of the model's own size in the making."""
+
+    dtype: str
+    precision: str
+    offload: str
+    needs: int
+
+    def fits(self, free: int) -> bool:
+        return self.needs <= SPARE * free
+
+
+def choose(
+    numbers: Numbers,
+    free: int,
+    *,
+    dtype: str,
+    eight: str = "int8",
+    precision: str | None = None,
+    offload: str | None = None,
+) -> Plan:
+    """The fastest way to hold a model that fits into `free` bytes; what is given is kept to. Raises K2Error.
+
+    eight: the 8-bit precision that the device is fast in. Where nothing fits, what needs the least is taken.
+    """
+    for value, known, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
+        if value not in (None, *known):
+            raise K2Error(f'There is no {what} "{value}".', hint=f"Choose {', '.join(known[:-1])} or {known[-1]}.")
+    plans = [
+        Plan(dtype, *way, needs(numbers, dtype, *way))
+        for way in ways(numbers, eight, precision)
+        if offload in (None, way[1])
+    ]
+    if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL:
+        return plans[0]
+    return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.needs))
+
+
+def ways(numbers: Numbers, eight: str, precision: str | None = None) -> list[tuple[str, str]]:
+    """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
+    if precision is not None:
+        return [(precision, offload) for offload in OFFLOADS]
+    last = numbers.stored or "native"  # streamed weights are taken as they lie on disk: less to read, or nothing to do
+    return [("native", "none"), ("native", "text"), (eight, "none"), (eight, "text"), (last, "all")]
+
+
+def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
+    """Bytes of weights and of one picture in the making, guidance on."""
+    size, n = BYTES[dtype], numbers
+    inside = n.inside * (size if precision == "native" else 1)
+    text = n.text * size
+    if offload == "all":
+        inside = inside * IN_HAND // n.blocks
+    if offload != "none":
+        text = text * IN_HAND // n.layers
+    tokens = (n.native // 16) ** 2 + 512
+    at_work = 2 * tokens * (2 * n.hidden + 8 * n.width) * size
+    decoding = 400 * n.native**2 * size  # the autoencoder's widest feature maps
+    return inside + text + (n.outside + n.others) * size + at_work + decoding
+
+
+def native_bf16(device: torch.device | str) -> bool:
+    """Whether the device multiplies bf16 numbers itself: elsewhere it is slower than fp32, not faster."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return kind == "cuda"
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def default_dtype(device: torch.device | str, width: int) -> str:
+    """What a model of this width computes in where nobody says: bf16 where that is fast, else fp32.
+
+    Narrow models stay in fp32 on a CPU. There a product's rounding depends on how many rows it has, and in bf16 that
+    reaches the pixels: a picture would no longer be the same alone and in a batch. They gain little, too, as their
+    time goes into everything but the products.
+    """
+    import torch
+
+    if torch.device(device).type == "cpu":
+        return "bfloat16" if width >= NARROW and native_bf16(device) else "float32"
+    return "bfloat16"
+
+
+def eight_bits(device: torch.device | str) -> str:
+    """The 8-bit precision that a device is fastest in, or, where it knows none, that is widened fastest."""
+    import torch
+
+    from model.eight_bit import native
+
+    return "fp8" if native(torch.float8_e4m3fn, torch.device(device).type) else "int8"
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can be had on a device now: a card's own, else the machine's within the limit set for this process."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not told what is free: all that there is
+    return min(free, limit_left(Path("/sys/fs/cgroup"), free))
+
+
+def limit_left(group: Path, free: int) -> int:
+    """What a control group (version 2) still allows, its file cache counted as free; `free` where it sets no limit."""
+    try:
+        most, used = (int((group / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
+        return max(0, most - used + int(stat["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # "max" is no number, and no limit
+        return free

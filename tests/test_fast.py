@@ -1,0 +1,64 @@
+"""On a card: recorded and compiled answers are those of the plain network, adapters are noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_dit import inputs, random_model, relative_error
+from test_lora import TINY, random_pairs
+
+from model import fast
+from model.checkpoint import save
+from model.dit import Krea2
+from model.lora import laid_over, read_lora
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def parts(model: Krea2) -> tuple[torch.Tensor, ...]:
+    """What a sampler gives to `velocity`."""
+    tokens, sigma, embeds, grid = (each.cuda() if isinstance(each, torch.Tensor) else each for each in inputs(TINY))
+    context = model.encode_text(embeds)
+    return tokens, context, model.modulate(sigma), model.rope(context.shape[1], grid)
+
+
+@pytest.mark.gpu
+@gpu
+@torch.no_grad()
+@pytest.mark.parametrize("narrow", [1, 1024], ids=["compiled", "recorded"])
+def test_fast_is_the_same(monkeypatch, tmp_path, narrow):
+    monkeypatch.setattr(fast, "NARROW", narrow)
+    model = random_model(replace(TINY, blocks=2)).cuda()
+    given = parts(model)
+    exact, other = model.velocity(*given), model.velocity(given[0], given[1] * 2, *given[2:])
+
+    fast.accelerate(model)
+
+    for _ in range(2):
+        assert relative_error(model.velocity(*given), exact) < 1e-4
+        assert relative_error(model.velocity(given[0], given[1] * 2, *given[2:]), other) < 1e-4
+    pairs = random_pairs(model)
+    lora = {f"{n}.lora_{half}.weight": t for n, pair in pairs.items() for half, t in zip("AB", pair, strict=True)}
+    save(tmp_path / "lora.safetensors", lora, {})
+    with laid_over(model, [(read_lora(tmp_path / "lora.safetensors", model), 1.0)]):
+        assert relative_error(model.velocity(*given), exact) > 0.01
+    assert relative_error(model.velocity(*given), exact) < 1e-4
+
+
+def test_what_is_laid_over_is_noticed(monkeypatch):
+    """A recording is replayed only where nothing but the network itself answers; needs no card."""
+    model = random_model(TINY)
+    taken: list[str] = []
+    quick = fast.FastVelocity(model, compiled=False)
+    monkeypatch.setattr(quick, "_replay", lambda *inputs: taken.append("replayed"))
+    monkeypatch.setattr(quick, "plain", lambda *inputs, **others: taken.append("plain"))
+
+    quick(*torch.zeros(4, 1))
+    with model.blocks[0].attn.wq.register_forward_hook(lambda *_: None):
+        quick(*torch.zeros(4, 1))
+    quick(*torch.zeros(4, 1), prompt_mask=torch.ones(1))
+    quick(*torch.zeros(4, 1), prompt_mask=None)
+
+    assert taken == ["replayed", "plain", "plain", "replayed"]

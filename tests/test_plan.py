@@ -1,0 +1,109 @@
+"""How a model is held: what fits is taken as it is, what does not is rounded, then streamed; wishes are kept to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny, tiny_box  # noqa: F401
+
+from model import library, plan
+from model.errors import K2Error
+from model.parts import find_parts, numbers_of, pick_dtype, release_numbers
+from model.pipeline import Pipeline
+from model.plan import OFFLOADS, PRECISIONS, choose, default_dtype, limit_left, needs, ways
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def release():
+    return release_numbers()
+
+
+def test_the_open_weights_are_counted_as_they_are_published(release):
+    assert release.inside + release.outside == pytest.approx(12.9e9, rel=0.01)
+    assert release.text + release.others == pytest.approx(4.0e9, rel=0.05)
+    assert (release.blocks, release.layers, release.width) == (28, 35, 6144)
+
+
+@pytest.mark.parametrize(
+    ("free", "way"),
+    [
+        (80, ("native", "none")),
+        (36, ("native", "text")),
+        (30, ("int8", "none")),
+        (24, ("int8", "text")),
+        (16, ("native", "all")),
+    ],
+)
+def test_exact_before_rounded_and_resident_before_streamed(release, free, way):
+    chosen = choose(release, free * GB, dtype="bfloat16")
+    assert (chosen.precision, chosen.offload) == way
+    assert chosen.fits(free * GB)
+
+
+def test_what_is_asked_for_is_kept_to(release):
+    for precision in PRECISIONS:
+        for offload in OFFLOADS:
+            chosen = choose(release, GB, dtype="bfloat16", precision=precision, offload=offload)
+            assert (chosen.precision, chosen.offload) == (precision, offload)
+    assert choose(release, 24 * GB, dtype="bfloat16", precision="native").offload == "all"
+    assert choose(release, 24 * GB, dtype="bfloat16", offload="text").precision == "int8"
+    assert choose(release, 30 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
+
+
+def test_where_nothing_fits_the_least_is_taken(release):
+    chosen = choose(release, GB, dtype="bfloat16")
+    assert chosen.offload == "all" and not chosen.fits(GB)
+    assert chosen.needs == min(needs(release, "bfloat16", *way) for way in ways(release, "int8"))
+
+
+def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
+    stored = replace(release, stored="int8")
+    assert choose(stored, 6 * GB, dtype="bfloat16").precision == "int8"
+
+
+def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
+    numbers = numbers_of(find_parts(library.find("tiny")))
+    chosen = choose(numbers, 0, dtype="float32")
+    assert (chosen.precision, chosen.offload) == ("native", "none")
+    assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
+
+
+def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
+    pipeline, numbers = Pipeline.load("tiny", device="cpu"), numbers_of(find_parts(library.find("tiny")))
+    total = sum(p.numel() for p in pipeline.dit.parameters())
+    inside = sum(p.numel() for p in pipeline.dit.blocks.parameters())
+    assert (numbers.inside, numbers.outside) == (inside, total - inside)
+    assert numbers.layers == 3 and numbers.native == 64 and numbers.stored is None
+
+
+def test_what_there_is_not_is_refused(tiny):  # noqa: F811
+    with pytest.raises(K2Error, match='no precision "int4"') as error:
+        Pipeline.load("tiny", device="cpu", precision="int4")
+    assert error.value.hint == "Choose native, int8 or fp8."
+    with pytest.raises(K2Error, match='no offload "disk"') as error:
+        Pipeline.load("tiny", device="cpu", offload="disk")
+    assert error.value.hint == "Choose none, text or all."
+
+
+def test_number_formats(monkeypatch):
+    """Wide networks in bf16 where the processor multiplies it, narrow ones never, unless told."""
+    for native, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(plan, "native_bf16", lambda device, native=native: native)
+        assert default_dtype("cpu", 6144) == expected
+        assert default_dtype("cpu", 384) == "float32"
+    assert pick_dtype("bfloat16", torch.device("cpu"), 384) == "bfloat16"
+    with pytest.raises(K2Error, match="no number format"):
+        pick_dtype("float64", torch.device("cpu"), 384)
+
+
+def test_a_limit_set_for_the_process_counts(tmp_path):
+    assert limit_left(tmp_path, 5) == 5  # no such control
+    for name, text in (("max", "1000"), ("current", "700"), ("stat", "anon 1\ninactive_file 50\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert limit_left(tmp_path, 5000) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert limit_left(tmp_path, 5000) == 5000
