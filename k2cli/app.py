@@ -131,6 +131,12 @@ def render(
         str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="BITS", help="Of the weights: native, int8 or fp8.")
+    ] = None,
+    offload: Annotated[
+        str | None, typer.Option("--offload", metavar="PART", help="Read as needed: none, text (encoder) or all.")
+    ] = None,
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be rendered.")] = False,
@@ -158,7 +164,7 @@ def render(
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
-        "creativity": creativity,
+        "creativity": creativity, "precision": precision, "offload": offload,
     }  # fmt: skip
     if resume:
         if (
@@ -180,7 +186,8 @@ def render(
         for each in opened:
             chosen = each.settle(variant, **settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            jobs.append(Job(each, each.shots(chosen, wanted, weights), chosen.model, variant, chosen.device))
+            held = {"device": chosen.device, "precision": chosen.precision, "offload": chosen.offload}
+            jobs.append(Job(each, each.shots(chosen, wanted, weights), chosen.model, variant, **held))
     if dry_run:
         show_plan(jobs, json)
     else:
@@ -426,7 +433,8 @@ def export(
         raise K2Error(f"{folder} exists already.", hint="Choose another name.")
     from model.pipeline import Pipeline
 
-    Pipeline.load(name, variant="turbo" if turbo else None, device="cpu").export(folder)
+    variant = "turbo" if turbo else None
+    Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(folder)
     result(near(folder))
 
 

@@ -37,6 +37,7 @@ def examine() -> dict[str, Any]:
         "gflops": {name: round(speed(getattr(torch, name)), 1) for name in ("float32", "bfloat16")},
         "versions": {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES},
         "models": [],
+        "plans": [],
         "notes": [],
         "problems": [],
     }
@@ -62,7 +63,40 @@ def examine() -> dict[str, Any]:
     except K2Error as error:
         if "There is no k2.toml" not in str(error):
             found["problems"].append(str(error))
+    found["plans"] = plans(found["device"])
     found["notes"] = notes(found)
+    return found
+
+
+def plans(device: str) -> list[dict[str, Any]]:
+    """How each model that is here would be held, and the open 12.9B weights even where they are not; and what fits."""
+    from model import parts
+    from model.plan import choose, default_dtype, eight_bits, free_memory, needs, ways
+
+    counted = {"krea-2 (12.9B)": parts.release_numbers()}
+    for model in library.list_models():
+        try:
+            counted = {model.name: parts.numbers_of(parts.find_parts(model))} | counted
+        except K2Error:
+            continue  # `models` tells what is wrong with it
+    free, eight = free_memory(device), eight_bits(device)
+    found = []
+    for name, numbers in counted.items():
+        dtype = default_dtype(device, numbers.width)
+        chosen = choose(numbers, free, dtype=dtype, eight=eight)
+        others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in ways(numbers, eight)}
+        found.append(
+            {
+                "model": name,
+                "dtype": dtype,
+                "precision": chosen.precision,
+                "offload": chosen.offload,
+                "needs_gb": round(chosen.needs / 1e9, 1),
+                "free_gb": round(free / 1e9, 1),
+                "fits": chosen.fits(free),
+                "ways_gb": others,
+            }
+        )
     return found
 
 
@@ -82,6 +116,14 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             )
     if cpu["threads"] < (cpu["cores"] or 1):
         lines.append(f"{cpu['threads']} of {cpu['cores']} cores are used: OMP_NUM_THREADS or the machine says so.")
+    for plan in found["plans"]:
+        if not plan["fits"]:
+            lines.append(
+                f"{plan['model']} does not fit: {plan['needs_gb']:g} GB are needed, nine tenths of the "
+                f"{plan['free_gb']:g} GB free may be used."
+            )
+        elif plan["offload"] == "all":
+            lines.append(f"{plan['model']} is read from disk for every step: for less than that it is too large.")
     if memory_gb["free"] < 2:
         lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
     return lines
@@ -139,6 +181,11 @@ def describe(found: Mapping[str, Any]) -> str:
         ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
         *(("weights", f"{each['sha256'][:12]}  {each['file']}, {each['megabytes']:g} MB") for each in found["models"]),
     ]
+    for plan in found["plans"]:
+        chosen = f"{plan['dtype']}, precision {plan['precision']}, offload {plan['offload']}"
+        ways = "; ".join(f"{way} {gb:g} GB" for way, gb in plan["ways_gb"].items())
+        rows.append(("plan", f"{plan['model']}: {chosen}, {plan['needs_gb']:g} of {plan['free_gb']:g} GB free"))
+        rows += [("plan", f"  could be {ways}")] if plan["needs_gb"] >= 1 else []
     if project := found.get("project"):
         counts = f"{project['prompts']} prompts, {len(project['styles'])} styles"
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))

@@ -30,6 +30,7 @@ from k2cli.tables import (
 )
 from model.errors import K2Error
 from model.expand import LEVELS, expand
+from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style
 
 FILE = "k2.toml"
@@ -91,6 +92,8 @@ class Settings:
     vision_tiles: int | None = one_of(None, *TILES)
     vision_rows: bool | None = None
     device: str | None = None
+    precision: str | None = one_of(None, *PRECISIONS)
+    offload: str | None = one_of(None, *OFFLOADS)
     cohesion: float = 0.0  # nothing but 0 yet
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
 

@@ -26,6 +26,7 @@ from k2cli.outputs import dump
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model.errors import K2Error
+from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, METHODS, TILES, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
@@ -63,6 +64,8 @@ class MadeWith:
     vision_rows: bool | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = one_of(None, *PRECISIONS)
+    offload: str | None = one_of(None, *OFFLOADS)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class ModelUsed:
     variant: str | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = one_of(None, *PRECISIONS)
+    offload: str | None = one_of(None, *OFFLOADS)
 
 
 @dataclass(frozen=True)
@@ -297,6 +302,8 @@ def describe(record: Record) -> str:
         "model": f"{used.name} {used.variant or ''}",
         "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in record.files.items()),
         "device": f"{used.device}, {used.dtype}",
+        "weights": "" if used.precision in (None, "native") else used.precision,
+        "offload": "" if used.offload in (None, "none") else used.offload,
         **{key: table.get(key, "") for key in ("created", "seconds", "pixels")},
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
     }
@@ -321,7 +328,8 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):
         at = place.below("model")("files")
         raise K2Error(f"{at}: expected a table of file = sha256.", hint="Is it a record that k2 wrote?")
-    return Record(shot, replace(used, device=made.device, dtype=made.dtype), files, references, table)
+    held = {key: getattr(made, key) for key in ("device", "dtype", "precision", "offload")}
+    return Record(shot, replace(used, **held), files, references, table)
 
 
 def locate(record: Record, inside: Inside | None) -> str:

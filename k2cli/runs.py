@@ -33,6 +33,8 @@ class Job:
     variant: str | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = None
+    offload: str | None = None
     run: Run | None = None  # an earlier run to go on with
     called: str = ""  # the run's folder, where its prompts' names do not say it
     columns: int | None = None  # of strips on the contact sheet; as many as suit it where left out
@@ -61,12 +63,19 @@ class Saved:
 
 
 @lru_cache(maxsize=1)
-def load(model: str, variant: str | None, device: str | None, dtype: str | None) -> Pipeline:
+def load(
+    model: str,
+    variant: str | None,
+    device: str | None,
+    dtype: str | None,
+    precision: str | None = None,
+    offload: str | None = None,
+) -> Pipeline:
     """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
     licence.require_for(model, variant)
     from model.pipeline import Pipeline  # the only line that imports torch
 
-    return Pipeline.load(model, variant=variant, device=device, dtype=dtype)
+    return Pipeline.load(model, variant=variant, device=device, dtype=dtype, precision=precision, offload=offload)
 
 
 def render(job: Job, *, embed: bool = True, on_step: OnStep | None = None) -> Iterator[Saved]:
@@ -75,7 +84,7 @@ def render(job: Job, *, embed: bool = True, on_step: OnStep | None = None) -> It
         run.lock()
         if job.run is None:
             write_toml(run[RUN], plan(job))
-        pipeline = load(job.model, job.variant, job.device, job.dtype)
+        pipeline = load(job.model, job.variant, job.device, job.dtype, job.precision, job.offload)
         left = job.left
         for shot, picture in zip(left, pipeline.stream([shot.spec for shot in left], on_step=on_step), strict=True):
             record = records.compose(shot, picture, job.project.root)
@@ -125,6 +134,8 @@ def plan(job: Job) -> dict[str, Any]:
             "variant": job.variant,
             "device": job.device,
             "dtype": job.dtype,
+            "precision": job.precision,
+            "offload": job.offload,
         },
         "picture": [{"file": f"{shot.stem}.png", **records.request(shot, job.project.root)} for shot in job.shots],
     }
@@ -148,7 +159,8 @@ def resume(project: Project) -> Job:
         for i, entry in enumerate(toml.table["picture"])
     ]
     model = models.resolve(used.name, project.inside, used.variant)
-    job = Job(project, [shot for shot, _ in planned], model, used.variant, used.device, used.dtype, run)
+    held = {key: getattr(used, key) for key in ("variant", "device", "dtype", "precision", "offload")}
+    job = Job(project, [shot for shot, _ in planned], model, **held, run=run)
     for _, hashes in planned:
         records.verify(hashes)
     for shot in job.shots:
@@ -179,7 +191,7 @@ def rerun(
     if output is not None and (output.exists() or output.with_suffix(".toml").exists()):
         raise K2Error(f"{output} exists already.", hint="Choose another name.")
     used = record.model
-    pipeline = load(model, used.variant, device or used.device, used.dtype)
+    pipeline = load(model, used.variant, device or used.device, used.dtype, used.precision, used.offload)
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, home.root if home else Path.cwd())
     if blocked := again["blocked"]:

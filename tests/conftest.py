@@ -26,15 +26,26 @@ class FakePipeline:
     """Pictures depend on the spec alone. `stop` is called before each picture, to raise what a test wants raised."""
 
     loaded: ClassVar[list[tuple[Any, ...]]] = []
+    held: ClassVar[list[tuple[Any, ...]]] = []
     seen: ClassVar[list[RenderSpec]] = []
     stop: Callable[[int], None] = staticmethod(lambda index: None)
 
     @classmethod
-    def load(cls, name: str = "mini", variant: str | None = None, device: str | None = None, dtype: str | None = None):
+    def load(
+        cls,
+        name: str = "mini",
+        variant: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        precision: str | None = None,
+        offload: str | None = None,
+    ):
         if device not in (None, "cpu"):
             raise K2Error(f'There is no device "{device}".', hint="Here is: cpu.")
         cls.loaded.append((name, variant, device, dtype))
+        cls.held.append((precision, offload))
         pipeline = cls()
+        pipeline.precision, pipeline.offload = precision or "native", offload or "none"
         pipeline.name, pipeline.variant = name, variant or "raw"
         return pipeline
 
@@ -58,6 +69,8 @@ class FakePipeline:
                 "mu": 0.5 if spec.mu is None else spec.mu,
                 "device": "cpu",
                 "dtype": "float32",
+                "precision": self.precision,
+                "offload": self.offload,
                 "seconds": 0.25,
                 "model": {
                     "name": self.name,
@@ -77,7 +90,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeP
     write_weights(box / "mini-vae.safetensors", {"kind": "vae"})
     monkeypatch.setattr(library, "BOX", box)
     module = ModuleType("model.pipeline")
-    module.Pipeline = type("Pipeline", (FakePipeline,), {"loaded": [], "seen": []})
+    module.Pipeline = type("Pipeline", (FakePipeline,), {"loaded": [], "held": [], "seen": []})
     monkeypatch.setitem(sys.modules, "model.pipeline", module)
     runs.load.cache_clear()
     yield module.Pipeline

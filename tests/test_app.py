@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
+from k2cli import runs
 from k2cli.tables import Toml
 from model import library
 
@@ -124,6 +126,37 @@ def test_what_is_typed_reaches_the_model(moody, k2, fake):
         assert image.text == {}
 
 
+def test_how_weights_are_held_reaches_the_model_the_plan_and_the_record(moody, k2, fake):
+    """Where neither file nor command line says it, the model is asked to choose, and the record tells what it chose."""
+    k2("render", "--only", "fox", "--precision", "int8", "--offload", "text")
+    folder = moody / "outputs" / "0001-fox"
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nprecision = "fp8"'))
+    k2("render", "--only", "fox", "--offload", "all")
+    made = Path(k2("render", "-p", "tea", "--project", moody, "--precision", "native").stdout.strip())
+    runs.load.cache_clear()
+    k2("rerun", folder / "fox-7.png", "-o", "again.png")
+
+    assert fake.held == [("int8", "text"), ("fp8", "all"), ("native", None), ("int8", "text")]
+    plan = tomllib.loads((folder / "run.toml").read_text())["model"]
+    assert (plan["precision"], plan["offload"]) == ("int8", "text")
+    used = tomllib.loads((folder / "fox-7.toml").read_text())["settings"]
+    assert (used["precision"], used["offload"]) == ("int8", "text")
+    assert "weights   int8\noffload   text\n" in k2("show", folder / "fox-7.png").stdout
+    assert "weights" not in k2("show", made).stdout
+
+
+def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
+    k2("render", "--precision", "int8", "--offload", "all")
+    (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
+    (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml").unlink()
+    runs.load.cache_clear()
+
+    k2("render", "--resume")
+
+    assert fake.held == [("int8", "all")] * 2
+    assert "--resume" in k2("render", "--resume", "--precision", "int8", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message", "hint"),
     [
@@ -132,6 +165,8 @@ def test_what_is_typed_reaches_the_model(moody, k2, fake):
         (["render", "--nonsense"], 2, "No such option: --nonsense", ""),
         (["rendr"], 2, "No such command 'rendr'. Did you mean 'render', 'rerun'?", ""),
         (["render", "--style", "dusk"], 2, '"dusk" is not NAME=WEIGHT', ""),
+        (["render", "--precision", "int4"], 1, '--precision: "precision" cannot be "int4".', 'Did you mean "int8"?'),
+        (["render", "--offload", "disk"], 1, '--offload: "offload" cannot be "disk".', "Known: all, none, text."),
         (["render", "--resume", "--seed", "3"], 2, "no other setting goes with it", ""),
     ],
 )

@@ -52,6 +52,21 @@ def test_a_run_is_repeated_bit_for_bit(den, k2):
     assert len({record(path)["pixels"] for path in first}) == 4
 
 
+def test_rerun_holds_the_weights_as_they_were_held(den, k2):
+    """Rounded to int8 and streamed, a picture is another one; its record leads back to it."""
+    options = ["--quiet", "--only", "fox", "--batch", "1"]
+    (plain,) = k2("render", *options).stdout.splitlines()
+    (held,) = k2("render", *options, "--precision", "int8", "--offload", "all").stdout.splitlines()
+    runs.load.cache_clear()
+
+    again = k2("rerun", held)
+
+    assert "Identical, pixel for pixel." in again.stderr
+    assert record(held)["settings"]["precision"] == "int8" and record(held)["settings"]["offload"] == "all"
+    assert record(plain)["settings"]["precision"] == "native" and record(plain)["settings"]["offload"] == "none"
+    assert record(plain)["pixels"] != record(held)["pixels"]
+
+
 def test_a_picture_is_the_same_alone_and_in_company(den, k2):
     in_company = k2("render", "--quiet").stdout.splitlines()[-1]
     (alone,) = k2("render", "--quiet", "--only", "owl", "--seed", "1", "--batch", "1").stdout.splitlines()

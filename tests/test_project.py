@@ -96,6 +96,8 @@ def test_prompts_are_chosen_by_name(moody):
     ("toml", "message", "hint"),
     [
         ("[render]\nsed = 3\n", 'line 2: unknown key "sed" in [render].', 'Did you mean "seed"?'),
+        ('[render]\nprecision = "fp16"\n', 'line 2: "precision" cannot be "fp16".', "Known: fp8, int8, native."),
+        ("[render]\noffload = true\n", 'line 2: "offload" must be a text in quotes, not True.', ""),
         ("[rendr]\nseed = 3\n", 'line 1: unknown key "rendr".', 'Did you mean "render"?'),
         ('[[prompt]]\ntext = "a"\nnmae = "b"\n', 'line 3: unknown key "nmae" in [prompt].', 'Did you mean "name"?'),
         ('[render]\nbatch = "four"\n', 'line 2: "batch" must be a whole number, not "four".', ""),

@@ -29,6 +29,8 @@ MADE = {
     "mu": -0.25,
     "device": "cpu",
     "dtype": "float32",
+    "precision": "int8",
+    "offload": "text",
     "seconds": 0.5,
     "model": {"name": "mini", "variant": "raw", "files": {"mini-raw.safetensors": "ab" * 32}},
 }
@@ -55,7 +57,7 @@ def test_a_record_leads_back_to_its_spec(moody):
     read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).inside)
 
     assert read.shot == asked
-    assert read.model == records.ModelUsed("mini", "raw", "cpu", "float32")
+    assert read.model == records.ModelUsed("mini", "raw", "cpu", "float32", "int8", "text")
     assert read.pixels == records.pixel_hash(picture().image)
     assert read.files == {"mini-raw.safetensors": "ab" * 32}
     assert list(read.references) == [reference]
@@ -117,6 +119,7 @@ def test_a_private_picture_says_nothing(tmp_path):
         ("schema = 1", "schema = 2", "no record that this version"),
         ("seed = 7", "seed = -7", r'line \d+: "seed" must lie between'),
         ("seed = 7", 'seed = "7"', '"seed" must be a whole number'),
+        ('precision = "int8"', 'precision = "int3"', r'line \d+: "precision" cannot be "int3"'),
         ("[settings]", "[settinsg]", r"the table \[settings\] is missing"),
         ('name = "mini"', 'name = "/etc/passwd"', "lies outside the project"),
         ('"mini-raw.safetensors"', '"../mini-raw.safetensors"', "names a file outside its model"),
