@@ -1,0 +1,251 @@
+"""What the benchmarks share: clocks, operation counts, networks of random weights, tables and figures."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tomli_w
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from model.dit import PRESETS, DiTConfig, hidden_width
+from model.text_encoder import QWEN3_VL_4B, TextConfig
+
+Work = Callable[[], Any]
+
+MEDIUM = PRESETS["medium"]
+SMALL = DiTConfig(width=256, heads=4, kv_heads=1, blocks=3, text_width=160, text_taps=3, text_heads=5)  # for --smoke
+BLOCKS = 28  # that a step is extrapolated to
+PATTERN = 1 << 22  # random numbers that are laid out again and again: drawing billions takes minutes
+
+
+# ---- clocks -----------------------------------------------------------------------------------------------------
+
+
+def seconds(work: Work) -> float:
+    """Of one call, all of a card's work included."""
+    settle()
+    started = time.perf_counter()
+    work()
+    settle()
+    return time.perf_counter() - started
+
+
+def settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(works: Sequence[Work], rounds: int) -> list[list[float]]:
+    """Each work's seconds in every round; they take turns, so that whatever else the machine does falls on all."""
+    for work in works:
+        work()  # the first time, caches are cold
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for mine, work in zip(times, works, strict=True):
+            mine.append(seconds(work))
+    return times
+
+
+def rate(dtype: torch.dtype, device: str, side: int) -> float:
+    """Operations a second of a large product: what arithmetic alone would allow."""
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    a @ b
+    return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(3))
+
+
+def peak_megabytes(work: Work) -> float:
+    """By how much a call raises resident memory at its height (Linux), or a card's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        settle()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the height so far
+    before = resident()["VmRSS"]
+    work()
+    return (resident()["VmHWM"] - before) / 1e6
+
+
+def resident() -> dict[str, int]:
+    """Bytes: VmRSS now, VmHWM at the most."""
+    lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(value.split()[0]) << 10 for name, value in lines if name in ("VmRSS", "VmHWM")}
+
+
+# ---- operations -------------------------------------------------------------------------------------------------
+
+
+def stream_operations(c: DiTConfig, text: int, image: int, blocks: int | None = None) -> float:
+    """Multiplications and additions of one evaluation of the stream, for one picture."""
+    tokens = text + image
+    matrices = c.width * (3 * c.width + 2 * c.kv_heads * c.head_dim + 3 * hidden_width(c.width, c.multiplier))
+    attention = 2 * tokens * c.width
+    ends = 2 * image * c.token_dim * c.width
+    return 2 * ((c.blocks if blocks is None else blocks) * tokens * (matrices + attention) + ends)
+
+
+def tower_operations(c: TextConfig, tokens: int, layers: int, before: int = 0) -> float:
+    """Of the text encoder, for one prompt; `before` are tokens whose keys are there already."""
+    inner, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    matrices = c.hidden_size * (2 * inner + 2 * shared + 3 * c.intermediate_size)
+    return 2 * layers * tokens * (matrices + 2 * (before + tokens) * inner)
+
+
+# ---- networks ---------------------------------------------------------------------------------------------------
+
+
+def fill(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    """Give a network on the meta device random weights of a trained one's size; norms stay fp32 where they are ours."""
+    state = {}
+    for name, tensor in network.state_dict().items():
+        flat = name.endswith((".scale", "norm.weight")) or tensor.ndim < 2
+        if not tensor.is_floating_point():
+            state[name] = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        else:
+            kind = torch.float32 if name.endswith(".scale") else dtype
+            state[name] = random(tensor.shape, 0.02 if flat else tensor[0].numel() ** -0.5, kind, device)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def random(shape: Sequence[int], std: float, dtype: torch.dtype, device: str) -> Tensor:
+    """Normal numbers, the same few million over and over."""
+    pattern = (torch.randn(PATTERN, generator=torch.Generator().manual_seed(0)) * std).to(dtype).to(device)
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for part in whole.view(-1).split(PATTERN):
+        part.copy_(pattern[: len(part)])
+    return whole
+
+
+def small_tower() -> TextConfig:
+    values = vars(QWEN3_VL_4B) | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 500}
+    return TextConfig(**values | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+
+
+# ---- tables and figures -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """Two ways to the same result. `ratio`: how much longer (or larger) the other way is, the median of the rounds'."""
+
+    name: str
+    ours: float
+    theirs: float
+    ratio: float
+    unit: str = "s"
+    aim: float | None = None  # what the ratio should reach
+    limit: float | None = None  # seconds that the operations alone would take
+    rounds: list[list[float]] = field(default_factory=list)
+
+    def line(self) -> str:
+        share = "" if self.limit is None else f"{self.limit / self.ours:.0%}"
+        aim = "" if self.aim is None else f"{self.aim:.2f}"
+        return (
+            f"{self.name:<52}{self.ours:>10.4g}{self.theirs:>10.4g} {self.unit:<3}{self.ratio:>7.2f}{aim:>7}{share:>7}"
+        )
+
+
+HEAD = f"{'':<52}{'ours':>10}{'other':>10}    {'ratio':>7}{'aim':>7}{'limit':>7}"
+
+
+def row(name: str, ours: Sequence[float], theirs: Sequence[float], **more: Any) -> Row:
+    pairs = list(zip(ours, theirs, strict=True))
+    ratio = median(other / mine for mine, other in pairs)
+    return Row(name, median(ours), median(theirs), ratio, rounds=[list(pair) for pair in pairs], **more)
+
+
+def save(path: Path, title: str, rows: Sequence[Row], **facts: Any) -> None:
+    """rows -> path.toml and path.png."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = [{key: value for key, value in asdict(each).items() if value is not None} for each in rows]
+    write_toml(path.with_suffix(".toml"), row=found, **facts)
+    bars(path.with_suffix(".png"), title, rows)
+    print(f"written to {path.with_suffix('.toml')} and .png")
+
+
+def write_toml(path: Path, **tables: Any) -> None:
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    when = datetime.now(UTC).replace(microsecond=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tomli_w.dumps({"when": when, "machine": machine} | tables))
+
+
+INK, SOFT, OURS, OTHER = "#1d1d1f", "#c8c8cc", "#2f6f5e", "#c9722f"
+
+
+def bars(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A bar a row: how much longer the other way takes. A tick marks the aim."""
+    left, high, wide = 430, 26, 520
+    image = Image.new("RGB", (left + wide + 90, 70 + high * len(rows)), "white")
+    draw, font, large = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(17)
+    draw.text((16, 14), title, INK, large)
+    scale = wide / max([1.5, *(each.ratio for each in rows), *(each.aim or 0 for each in rows)])
+    for index, each in enumerate(rows):
+        y = 50 + high * index
+        draw.text((16, y + 3), each.name, INK, font)
+        draw.rectangle((left, y + 3, left + each.ratio * scale, y + high - 6), OURS if each.ratio >= 1 else OTHER)
+        draw.text((left + each.ratio * scale + 8, y + 3), f"{each.ratio:.2f}", INK, font)
+        if each.aim:
+            draw.line((left + each.aim * scale, y, left + each.aim * scale, y + high - 3), INK, 2)
+    draw.line((left + scale, 44, left + scale, image.height - 12), SOFT, 1)
+    image.save(path)
+
+
+@dataclass
+class Panel:
+    """Seconds against something, and what the operations would lead one to expect."""
+
+    title: str
+    xs: list[float]
+    measured: list[float]  # seconds
+    operations: list[float]
+
+
+def growth(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Log-log panels side by side; operations are scaled to meet the measured seconds at the largest point."""
+    side, gap = 300, 70
+    image = Image.new("RGB", (gap + (side + gap) * len(panels), side + 140), "white")
+    draw, font, large = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(17)
+    draw.text((gap, 14), title, INK, large)
+    for index, panel in enumerate(panels):
+        x0, y0 = gap + index * (side + gap), 60
+        expected = [each * panel.measured[-1] / panel.operations[-1] for each in panel.operations]
+        across, up = scale_of(panel.xs), scale_of([*panel.measured, *expected])
+        draw.rectangle((x0, y0, x0 + side, y0 + side), outline=SOFT)
+        for x in panel.xs:
+            draw.text((x0 + across(x) * side - 8, y0 + side + 4), f"{x:g}", INK, font)
+        for y in (min(panel.measured), max(panel.measured)):
+            draw.text((x0 - gap + 10, y0 + (1 - up(y)) * side - 7), f"{y:.3g} s", INK, font)
+        for values, colour in ((expected, OTHER), (panel.measured, OURS)):
+            points = [(x0 + across(x) * side, y0 + (1 - up(y)) * side) for x, y in zip(panel.xs, values, strict=True)]
+            draw.line(points, colour, 3)
+            for x, y in points:
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+        draw.text((x0, y0 + side + 24), panel.title, INK, font)
+    draw.text((gap, side + 112), "measured", OURS, font)
+    draw.text((gap + 80, side + 112), "operations", OTHER, font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def scale_of(values: Sequence[float]) -> Callable[[float], float]:
+    """From a value to 0.05 … 0.95 of an axis, by its logarithm."""
+    from math import log
+
+    low, high = log(min(values)), log(max(values))
+    return lambda value: 0.05 + 0.9 * ((log(value) - low) / (high - low) if high > low else 0.5)

@@ -1,0 +1,151 @@
+"""The open weights' true size on this machine: loaded in int8, and streamed; memory and time to the first step.
+
+`python tests/bench/true_size.py FOLDER [--stored bf16|int8] [--size 256] [--keep] [--smoke]`. Writes a file of random
+weights into FOLDER, block by block (26 GB, or 13 as int8), and measures each way to hold it in a process of its own:
+its highest resident memory, and the time to the first step beside that of reading the file once. The file's pages are
+dropped from the system's cache before every reading. It is deleted at the end unless kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from measure import MEDIUM, SMALL, random, write_toml
+
+from model.dit import DiTConfig, Krea2
+from model.layouts import load_dit
+from model.plan import NARROW, native_bf16
+from model.quantize import quantise
+
+WAYS = {  # what is measured: precision, streamed, the most GiB that it may take
+    "int8": ("int8", False, 15),
+    "streamed": ("native", True, 6),
+}
+CHUNK = 1 << 24
+GIB = 1 << 30
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}
+
+
+def write(path: Path, config: DiTConfig, stored: str) -> None:
+    """A native checkpoint of random weights; no more than one tensor of it is ever in memory."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Krea2(config).state_dict().items()}
+    header: dict[str, object] = {"__metadata__": {"k2": json.dumps({"kind": "dit", "config": asdict(config)})}}
+    end = 0
+    for name, shape in shapes.items():
+        for part, tensor in made(name, shape, stored, "meta").items():
+            begin, end = end, end + tensor.numel() * tensor.element_size()
+            header[part] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, shape in shapes.items():
+            for tensor in made(name, shape, stored, "cpu").values():
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def made(name: str, shape: tuple[int, ...], stored: str, device: str) -> dict[str, torch.Tensor]:
+    """One tensor as it is stored, alone or with its scales."""
+    std = 0.02 if len(shape) < 2 else shape[-1] ** -0.5
+    if device == "meta":
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        if stored == "int8" and set(quantise({name: torch.empty(shape, device="meta")})) != {name}:
+            return {name: tensor.to(torch.int8), f"{name}_scale": torch.empty(shape[0], device="meta")}
+        return {name: tensor}
+    tensor = random(shape, std, torch.bfloat16, "cpu")
+    return quantise({name: tensor}) if stored == "int8" else {name: tensor}
+
+
+def forget(path: Path) -> None:
+    """Drop a file's pages from the system's cache, so that it is read from the disk again."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+def read_once(path: Path) -> float:
+    forget(path)
+    started, room = time.perf_counter(), bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(room):
+            pass
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def measure(path: Path, way: str, side: int) -> None:
+    """In a process of its own: prints a line of JSON."""
+    precision, streamed, _ = WAYS[way]
+    started = time.perf_counter()
+    wide = torch.float32 if not native_bf16("cpu") else torch.bfloat16
+    dit, _ = load_dit(path, dtype=wide, precision=precision, streamed=streamed)
+    loaded = time.perf_counter() - started
+    c, grid = dit.config, (side // 16, side // 16)
+    context = dit.encode_text(torch.randn(1, 45, c.text_taps, c.text_width).to(wide))
+    tokens, mods = torch.randn(1, grid[0] * grid[1], c.token_dim).to(wide), dit.modulate(torch.tensor([1.0]))
+    rope = dit.rope(45, grid)
+    times = []
+    for _ in range(2):
+        answer = dit.velocity(tokens, context, mods, rope)
+        times.append(time.perf_counter() - started)
+    assert answer.isfinite().all()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 1 << 20)
+    print(json.dumps({"load": loaded, "first": times[0], "second": times[1] - times[0], "peak_gib": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stored", choices=("bf16", "int8"), default="bf16")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path(".cache/bench/true-size.toml"))
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    path = options.folder / f"random-{options.stored}{'-small' * options.smoke}.safetensors"
+    if options.measure:
+        return measure(path, options.measure, options.size)
+    config = replace(SMALL, width=NARROW // 4, blocks=6) if options.smoke else MEDIUM
+    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if not path.exists():
+            write(path, config, options.stored)
+        once, found = read_once(path), []
+        print(f"{path.stat().st_size / 1e9:.1f} GB, read once in {once:.1f} s")
+        for way, (_, _, most) in WAYS.items():
+            forget(path)
+            command = [sys.executable, __file__, str(options.folder), "--stored", options.stored]
+            command += ["--size", str(options.size), "--measure", way, *(["--smoke"] if options.smoke else [])]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row |= {"way": way, "most_gib": most, "over_reading": row["first"] / once}
+            found.append(row)
+            print(
+                f"{way:<9} loaded in {row['load']:.1f} s, first step done at {row['first']:.1f} s "
+                f"({row['over_reading']:.2f} × reading), second {row['second']:.1f} s, "
+                f"peak {row['peak_gib']:.2f} of {most} GiB",
+                flush=True,
+            )
+        write_toml(options.out, way=found, stored=options.stored, read_once=once, bytes=path.stat().st_size)
+        print(f"written to {options.out}")
+    finally:
+        if not options.keep:
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
