@@ -156,6 +156,8 @@ def render(
       k2 render --style dusk=0.6 --seed 40
       cat prompts.txt | k2 render - --json
     """
+    from dataclasses import replace
+
     from k2cli.runs import Job
     from k2cli.runs import resume as last_run
 
@@ -186,8 +188,9 @@ def render(
         for each in opened:
             chosen = each.settle(variant, **settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            held = {"device": chosen.device, "precision": chosen.precision, "offload": chosen.offload}
-            jobs.append(Job(each, each.shots(chosen, wanted, weights), chosen.model, variant, **held))
+            shots = each.shots(chosen, wanted, weights)
+            job = Job(each, shots, chosen.model, variant, chosen.device)
+            jobs.append(replace(job, precision=chosen.precision, offload=chosen.offload))
     if dry_run:
         show_plan(jobs, json)
     else:

@@ -33,7 +33,7 @@ def accelerate(dit: Krea2) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(memory().with_name("inductor")))
         for block in dit.blocks:
             block.compile()  # one after the other: they share code, so one compilation serves all
-    dit.velocity = FastVelocity(dit, compiled)  # type: ignore[method-assign]
+    dit.velocity = FastVelocity(dit, compiled)  # type: ignore[assignment, method-assign]
 
 
 def can_compile() -> bool:

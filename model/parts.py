@@ -72,7 +72,7 @@ def numbers_of(parts: Parts) -> Numbers:
     rest = [open_checkpoint(path) for path in (parts.vae, parts.style) if path]
     blocks = {name: stored for name, stored in dit.tensors.items() if name.startswith("blocks.")}
     return Numbers(
-        **shape_of(dit_config(dit)),
+        *shape_of(dit_config(dit)),
         native=int(dit.metadata.get("native", 1024)),
         inside=count(blocks),
         outside=count(dit.tensors) - count(blocks),
@@ -87,9 +87,9 @@ def count(tensors: Mapping[str, Stored]) -> int:
     return sum(prod(stored.shape) for stored in tensors.values())
 
 
-def shape_of(config: DiTConfig) -> dict[str, int]:
-    """What the memory at work depends on."""
-    return {"width": config.width, "hidden": hidden_width(config.width, config.multiplier), "blocks": config.blocks}
+def shape_of(config: DiTConfig) -> tuple[int, int, int]:
+    """What the memory at work depends on: width, the feed-forwards' width, blocks."""
+    return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
 def release_numbers() -> Numbers:
@@ -100,7 +100,7 @@ def release_numbers() -> Numbers:
     outside = sum(p.numel() for p in dit.parameters()) - inside
     embedding = sum(p.numel() for p in tower.parameters()) - text
     return Numbers(
-        **shape_of(dit.config),
+        *shape_of(dit.config),
         native=1024,
         inside=inside,
         outside=outside,

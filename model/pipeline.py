@@ -404,7 +404,7 @@ class Pipeline:
         facts = {
             "model": self._hashes.by_name(),
             "adapters": adapters,
-            "computed": [str(self.device), str(self.dtype), torch.__version__],
+            "computed": [str(self.device), str(self.dtype), self.plan.precision, torch.__version__],
             "size": [spec.width, spec.height],
             "prompt": NEUTRAL,
             "noise": SEED,

@@ -30,8 +30,8 @@ class Numbers:
 
     width: int
     hidden: int  # of the feed-forwards
-    native: int  # pixels along the side of the pictures that it is made for
     blocks: int
+    native: int  # pixels along the side of the pictures that it is made for
     inside: int  # numbers in all blocks
     outside: int  # the transformer's others
     layers: int  # of the text encoder
