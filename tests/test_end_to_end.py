@@ -113,6 +113,8 @@ def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
     assert found["settings"] == {
         "seed": 0, "width": 64, "height": 64, "steps": 2, "guidance": 0.0, "mu": 1.15,
         "device": "cpu", "dtype": "float32",
+        "precision": "native",
+        "offload": "none",
     }  # fmt: skip
     assert found["model"]["variant"] == "turbo"
     assert "tiny-turbo.safetensors" in found["model"]["files"] and "tiny-vae.safetensors" in found["model"]["files"]

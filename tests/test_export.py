@@ -46,11 +46,15 @@ def assert_same_pictures(pipeline: Pipeline, folder: Path, spec: RenderSpec) -> 
 
 @pytest.mark.parametrize("variant", ["raw", "turbo"])
 def test_diffusers_paints_the_same(tiny, tmp_path, variant):  # noqa: F811
-    """Another size, a negative prompt, prompts of different lengths in the two branches."""
+    """Another size; with guidance a negative prompt, and prompts of different lengths in the two branches.
+
+    Without guidance diffusers drops a negative prompt, and k2 leads the prompt away from it: so there is none here.
+    """
     pipeline = Pipeline.load("tiny", variant=variant, device="cpu")
     pipeline.export(tmp_path / "out")
 
-    spec = RenderSpec("a red fox in the snow", width=80, height=64, seed=7, negative="blue")
+    negative = "blue" if pipeline.recommended["guidance"] else ""
+    spec = RenderSpec("a red fox in the snow", width=80, height=64, seed=7, negative=negative)
     assert_same_pictures(pipeline, tmp_path / "out", spec)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
