@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.models_app import models_app
 from k2cli.options import (
-    AcceptOption,
     EmbedOption,
     Group,
     JsonOption,
@@ -20,7 +20,7 @@ from k2cli.options import (
     read_style,
     to_json,
 )
-from k2cli.style_app import mix_styles, style_app
+from k2cli.style_app import mix_styles, moodboard_app, style_app
 from model.errors import K2Error
 
 if TYPE_CHECKING:
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
 app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models", help="What is in the box and on disk.")
 app.add_typer(style_app, name="style", help="The project's styles.")
-moodboard_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(moodboard_app, name="moodboard", help="Many pictures as one direction.")
 
 
@@ -361,131 +359,3 @@ def doctor(json: JsonOption = False) -> None:
     result(to_json(found) if json else describe(found))
     if found["problems"]:
         raise typer.Exit(1)
-
-
-@models_app.command("list")
-def list_models(json: JsonOption = False) -> None:
-    """List the models of the box: name, variant, size, parameters."""
-    from k2cli.console import result
-    from k2cli.models import inventory
-
-    for each in inventory():
-        line = "{name}\t{variant}\t{native} px\t{parameters:,} parameters\t{megabytes:.1f} MB\t{source}"
-        result(to_json(each) if json else line.format(**each))
-
-
-@models_app.command()
-def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box or the hub, a folder, or a file.")],
-    accept_licence: AcceptOption = False,
-    json: JsonOption = False,
-) -> None:
-    """Say what a model's files hold: layout, shapes, precision, recommended settings, training, licence, hashes."""
-    from k2cli import licence, models
-    from k2cli.console import result
-
-    if accept_licence:
-        licence.require_for(models.resolve(model), yes=True)
-    entries = models.describe(model)
-    result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
-
-
-@models_app.command()
-def pull(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="krea-2-turbo, krea-2-raw, or a hub id like ORG/NAME.")],
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="A branch, a tag or a commit; else the latest.")
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="GLOB", help="Of several models, the files of this one.")
-    ] = None,
-    accept_licence: AcceptOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Fetch weights from the hub, or go on fetching them, and check every file's hash.
-
-    They go into the Hugging Face cache. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
-    Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
-    """
-    from k2cli import hub
-    from k2cli.console import result, say
-
-    try:
-        found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)
-    except KeyboardInterrupt:
-        say(f"Interrupted; what came is kept. Go on with: k2 models pull {model}")
-        raise typer.Exit(130) from None
-    about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
-    result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
-
-
-@models_app.command()
-def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
-    turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Write a model as a folder that diffusers.Krea2Pipeline opens."""
-    from k2cli import models
-    from k2cli.console import near, result
-
-    name = models.resolve(model)
-    if folder.exists():
-        raise K2Error(f"{folder} exists already.", hint="Choose another name.")
-    from model.pipeline import Pipeline
-
-    variant = "turbo" if turbo else None
-    Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(folder)
-    result(near(folder))
-
-
-@moodboard_app.command()
-def analyze(
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Pictures or folders of the project; else those of [moodboard]."),
-    ] = None,
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The style to write.")] = "board",
-    force: Annotated[bool, typer.Option("--force", help="Replace a style of that name.")] = False,
-    project: ProjectOption = None,
-    allow_outside: OutsideOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Find a board's looks, colours and words, and write them as a style to edit.
-
-    Makes styles/NAME.toml, with the pictures that stand for each look, and its colours as styles/NAME.png.
-    """
-    import os
-
-    from k2cli import moodboard
-    from k2cli.console import meter, near, result, say
-    from k2cli.project import check_name
-
-    home = find_project(project, allow_outside)
-    target = home.inside(f"styles/{check_name(name, '--name')}.toml")
-    if not force:
-        for path in (target, target.with_suffix(".png")):
-            if path.exists():
-                raise K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
-    if images:
-        typed = [os.path.relpath(image.absolute(), home.root) for image in images]
-        paths = moodboard.gather(typed, home.root, home.inside, "The board")
-    elif home.board:
-        paths = home.board_pictures(home.board)
-    else:
-        raise K2Error(
-            "There is no board: no picture was named, and k2.toml has no [moodboard].",
-            hint="Name pictures: k2 moodboard analyze refs/board/*",
-        )
-    with meter(len(paths), quiet=quiet) as bar:
-        board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
-    strip = moodboard.save(board, home.root, target)
-    result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
-    if not quiet:
-        for note in board.notes:
-            say(note, "yellow")
-        say(board.profile)
-        say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")

@@ -1,4 +1,4 @@
-"""The commands about styles. As in `app.py`, whatever is heavy is imported by the command that needs it."""
+"""The commands about styles and moodboards. As in `app.py`, what is heavy is imported by the command that needs it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from k2cli.project import Project, Prompt
 
 style_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+moodboard_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a style of this name.")]
 
@@ -239,3 +240,51 @@ def pick_prompt(project: Project, text: str | None) -> Prompt:
     if not project.prompts:
         raise K2Error("The project has no [[prompt]].", hint='Give one here: -p "a red fox"')
     return project.prompts[0]
+
+
+@moodboard_app.command()
+def analyze(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="Pictures or folders of the project; else those of [moodboard]."),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The style to write.")] = "board",
+    force: ForceOption = False,
+    project: ProjectOption = None,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find a board's looks, colours and words, and write them as a style to edit.
+
+    Makes styles/NAME.toml, with the pictures that stand for each look, and its colours as styles/NAME.png.
+    """
+    from k2cli import moodboard
+    from k2cli.console import meter, near, result, say
+    from k2cli.project import check_name
+
+    home = find_project(project, allow_outside)
+    target = home.inside(f"styles/{check_name(name, '--name')}.toml")
+    if not force:
+        for path in (target, target.with_suffix(".png")):
+            if path.exists():
+                raise K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
+    if images:
+        typed = [os.path.relpath(image.absolute(), home.root) for image in images]
+        paths = moodboard.gather(typed, home.root, home.inside, "The board")
+    elif home.board:
+        paths = home.board_pictures(home.board)
+    else:
+        raise K2Error(
+            "There is no board: no picture was named, and k2.toml has no [moodboard].",
+            hint="Name pictures: k2 moodboard analyze refs/board/*",
+        )
+    with meter(len(paths), quiet=quiet) as bar:
+        board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
+    strip = moodboard.save(board, home.root, target)
+    result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
+    if not quiet:
+        for note in board.notes:
+            say(note, "yellow")
+        say(board.profile)
+        say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")

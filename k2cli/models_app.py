@@ -1,0 +1,91 @@
+"""The commands about models. As in `app.py`, whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from k2cli.options import AcceptOption, Group, JsonOption, QuietOption, to_json
+from model.errors import K2Error
+
+models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+
+
+@models_app.command("list")
+def list_models(json: JsonOption = False) -> None:
+    """List the models of the box: name, variant, size, parameters."""
+    from k2cli.console import result
+    from k2cli.models import inventory
+
+    for each in inventory():
+        line = "{name}\t{variant}\t{native} px\t{parameters:,} parameters\t{megabytes:.1f} MB\t{source}"
+        result(to_json(each) if json else line.format(**each))
+
+
+@models_app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box or the hub, a folder, or a file.")],
+    accept_licence: AcceptOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Say what a model's files hold: layout, shapes, precision, recommended settings, training, licence, hashes."""
+    from k2cli import licence, models
+    from k2cli.console import result
+
+    if accept_licence:
+        licence.require_for(models.resolve(model), yes=True)
+    entries = models.describe(model)
+    result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
+
+
+@models_app.command()
+def pull(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="krea-2-turbo, krea-2-raw, or a hub id like ORG/NAME.")],
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REV", help="A branch, a tag or a commit; else the latest.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Of several models, the files of this one.")
+    ] = None,
+    accept_licence: AcceptOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fetch weights from the hub, or go on fetching them, and check every file's hash.
+
+    They go into the Hugging Face cache. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
+    Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
+    """
+    from k2cli import hub
+    from k2cli.console import result, say
+
+    try:
+        found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)
+    except KeyboardInterrupt:
+        say(f"Interrupted; what came is kept. Go on with: k2 models pull {model}")
+        raise typer.Exit(130) from None
+    about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
+    result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
+
+
+@models_app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a model as a folder that diffusers.Krea2Pipeline opens."""
+    from k2cli import models
+    from k2cli.console import near, result
+
+    name = models.resolve(model)
+    if folder.exists():
+        raise K2Error(f"{folder} exists already.", hint="Choose another name.")
+    from model.pipeline import Pipeline
+
+    variant = "turbo" if turbo else None
+    Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(folder)
+    result(near(folder))
