@@ -123,7 +123,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
                 f"{plan['free_gb']:g} GB free may be used."
             )
         elif plan["offload"] == "all":
-            lines.append(f"{plan['model']} is read from disk for every step: for less than that it is too large.")
+            lines.append(f"{plan['model']} is read from disk for every step: it is too large to be held.")
     if memory_gb["free"] < 2:
         lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
     return lines

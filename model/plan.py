@@ -116,9 +116,8 @@ def native_bf16(device: torch.device | str) -> bool:
 def default_dtype(device: torch.device | str, width: int) -> str:
     """What a model of this width computes in where nobody says: bf16 where that is fast, else fp32.
 
-    Narrow models stay in fp32 on a CPU. There a product's rounding depends on how many rows it has, and in bf16 that
-    reaches the pixels: a picture would no longer be the same alone and in a batch. They gain little, too, as their
-    time goes into everything but the products.
+    Narrow models stay in fp32 on a CPU: they are quick either way (bf16 makes mini 1.5 times as fast), and in fp32
+    their pictures are the same, to the last of 8 bits, on every processor and beside diffusers; bf16's are 46 dB away.
     """
     import torch
 

@@ -145,7 +145,7 @@ def main() -> None:
                 accelerate(network)
             label = f"{name}{', compiled' * compiled}"
             compare(
-                f"picture, {size}², {steps} steps, {label}", lambda n=network: picture(n), other, aim=1.3, limit=limit
+                f"picture, {size} px, {steps} steps, {label}", lambda n=network: picture(n), other, aim=1.3, limit=limit
             )
             embedded = text()
             whole = interleaved([lambda n=network, e=embedded: sample(n, e), lambda n=network: picture(n)], rounds)
@@ -154,7 +154,7 @@ def main() -> None:
     compare("decode", lambda: vae.decode(latents), lambda: video.decode(latents[:, :, None]))
     if not options.smoke:
         compare("  encoding the prompt, of a picture", text, lambda: picture(dit))
-    save(options.out, f"{size}², {steps} steps on {device}", found, smoke=options.smoke, steps=steps, size=size)
+    save(options.out, f"{size} px, {steps} steps on {device}", found, smoke=options.smoke, steps=steps, size=size)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,10 +73,11 @@ def peak_megabytes(work: Work) -> float:
         work()
         settle()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the heap would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # forgets the height so far
     before = resident()["VmRSS"]
     work()
-    return (resident()["VmHWM"] - before) / 1e6
+    return max(resident()["VmHWM"] - before, 4096) / 1e6
 
 
 def resident() -> dict[str, int]:
@@ -188,21 +191,29 @@ def write_toml(path: Path, **tables: Any) -> None:
 INK, SOFT, OURS, OTHER = "#1d1d1f", "#c8c8cc", "#2f6f5e", "#c9722f"
 
 
+MOST_SHOWN = 64.0  # a ratio above this is drawn no longer
+
+
 def bars(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """A bar a row: how much longer the other way takes. A tick marks the aim."""
-    left, high, wide = 430, 26, 520
+    """A bar a row, by the ratio's logarithm: right of the line ours is the better way. A tick marks the aim."""
+    left, high, wide = 400, 26, 560
     image = Image.new("RGB", (left + wide + 90, 70 + high * len(rows)), "white")
     draw, font, large = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(17)
     draw.text((16, 14), title, INK, large)
-    scale = wide / max([1.5, *(each.ratio for each in rows), *(each.aim or 0 for each in rows)])
+    across = scale_of([0.5, MOST_SHOWN])
+
+    def at(ratio: float) -> float:
+        return left + wide * across(min(max(ratio, 0.5), MOST_SHOWN))
+
     for index, each in enumerate(rows):
         y = 50 + high * index
         draw.text((16, y + 3), each.name, INK, font)
-        draw.rectangle((left, y + 3, left + each.ratio * scale, y + high - 6), OURS if each.ratio >= 1 else OTHER)
-        draw.text((left + each.ratio * scale + 8, y + 3), f"{each.ratio:.2f}", INK, font)
+        ends = sorted((at(1), at(each.ratio)))
+        draw.rectangle((ends[0], y + 3, ends[1], y + high - 6), OURS if each.ratio >= 1 else OTHER)
+        draw.text((ends[1] + 8, y + 3), f"{each.ratio:.2f}", INK, font)
         if each.aim:
-            draw.line((left + each.aim * scale, y, left + each.aim * scale, y + high - 3), INK, 2)
-    draw.line((left + scale, 44, left + scale, image.height - 12), SOFT, 1)
+            draw.line((at(each.aim), y, at(each.aim), y + high - 3), INK, 2)
+    draw.line((at(1), 44, at(1), image.height - 12), SOFT, 1)
     image.save(path)
 
 
@@ -245,7 +256,5 @@ def growth(path: Path, title: str, panels: Sequence[Panel]) -> None:
 
 def scale_of(values: Sequence[float]) -> Callable[[float], float]:
     """From a value to 0.05 … 0.95 of an axis, by its logarithm."""
-    from math import log
-
     low, high = log(min(values)), log(max(values))
     return lambda value: 0.05 + 0.9 * ((log(value) - low) / (high - low) if high > low else 0.5)

@@ -134,7 +134,7 @@ class Bench:
             )
             work = stream_operations(self.config, PROMPT, tokens.shape[1], BLOCKS)
             yield row(
-                f"step at {side}², {BLOCKS} blocks, 45-token prompt",
+                f"step at {side} px, {BLOCKS} blocks, 45-token prompt",
                 extrapolated(one, three),
                 extrapolated(their_one, their_three),
                 aim=aim,
@@ -158,7 +158,7 @@ class Bench:
 
         works = [(net, count) for net in (small, self.dit) for count in (1, 3)]
         times = interleaved([lambda w=work: run(*w) for work in works], self.rounds)
-        yield row(f"step at {side}², int8 beside bf16", extrapolated(*times[:2]), extrapolated(*times[2:]), aim=1.2)
+        yield row(f"step at {side} px, int8 beside bf16", extrapolated(*times[:2]), extrapolated(*times[2:]), aim=1.2)
         yield self.likeness()
 
     def likeness(self) -> Row:
@@ -198,10 +198,19 @@ class Bench:
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
         }
-        other = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).to(self.dtype)
-        other.language_model.load_state_dict(tower.state_dict(), strict=True, assign=True)
-        other = other.to(self.device).requires_grad_(False).eval()
 
+        def tower_of(count: int) -> nn.Module:
+            """Theirs with so many layers, on our tensors; its vision part stays empty."""
+            short = Qwen3VLConfig(text_config=text | {"num_hidden_layers": count}, vision_config=vision)
+            with torch.device("meta"):
+                model = Qwen3VLModel(short)
+            state = model.language_model.state_dict()
+            model.language_model.load_state_dict({name: tower.state_dict()[name] for name in state}, assign=True)
+            rotary = type(model.language_model.rotary_emb)(short.text_config)  # its angles are no weights
+            model.language_model.rotary_emb = rotary.to(self.device)
+            return model.requires_grad_(False).eval()
+
+        others = {count: tower_of(count) for count in (1, 3)}
         ids = torch.arange(PROMPT, device=self.device)[None] % config.vocab_size
         prefix = tower(torch.arange(TEMPLATE, device=self.device)[None])[1]
         padded = torch.zeros(1, TEMPLATE + PADDED, dtype=torch.long, device=self.device)
@@ -211,8 +220,6 @@ class Bench:
             prompt_template_encode_prefix="",
             prompt_template_encode_suffix="",
             tokenizer=lambda text, **how: Tokens(padded[:, :-5] if "padding" in how else padded[:, -5:]),
-            text_encoder=other,
-            text_encoder_select_layers=config.taps,
         )
 
         def ours(count: int) -> None:
@@ -220,9 +227,8 @@ class Bench:
                 tower(ids, prefix)
 
         def theirs(count: int) -> None:
-            stub.text_encoder_select_layers = config.taps[:count]
-            with fewer(other.language_model, "layers", count):
-                Krea2Pipeline.get_text_hidden_states(stub, "", device=torch.device(self.device))
+            stub.text_encoder, stub.text_encoder_select_layers = others[count], config.taps[:count]
+            Krea2Pipeline.get_text_hidden_states(stub, "", device=torch.device(self.device))
 
         # our tower stacks what it taps: with one layer only the first tap is there
         tower.config = replace(config, taps=(1,))
@@ -249,7 +255,7 @@ class Bench:
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
             setattr(ours, name, torch.tensor(values, device=self.device).view(1, -1, 1, 1))
         dtype = getattr(torch, default_dtype(self.device, self.config.width))
-        return ours.to(dtype), theirs.to(self.device, dtype).requires_grad_(False).eval()
+        return ours.to(dtype), theirs.to(device=self.device, dtype=dtype).requires_grad_(False).eval()
 
     def autoencoder(self) -> Iterator[Row]:
         """Qwen-Image's, of full size: theirs is the video network that it was published as."""
@@ -258,11 +264,11 @@ class Bench:
         latents = random((1, 16, side // 8, side // 8), 1, dtype, self.device)
         images = random((1, 3, side, side), 0.5, dtype, self.device)
         works: list[Callable[[], Any]] = [lambda: ours.decode(latents), lambda: theirs.decode(latents[:, :, None])]
-        yield row(f"autoencoder, decode at {side}²", *interleaved(works, self.rounds), aim=2.5)
+        yield row(f"autoencoder, decode at {side} px", *interleaved(works, self.rounds), aim=2.5)
         megabytes = [[peak_megabytes(work)] for work in works]
         yield row("autoencoder, decode, memory at its height", *megabytes, unit="MB", aim=2.0)
         works = [lambda: ours.encode(images), lambda: theirs.encode(images[:, :, None])]
-        yield row(f"autoencoder, encode at {side}²", *interleaved(works, self.rounds))
+        yield row(f"autoencoder, encode at {side} px", *interleaved(works, self.rounds))
 
     @cached_property
     def mini(self) -> Pipeline:
@@ -304,7 +310,7 @@ class Bench:
                 for text in texts
             )
             limit = work / rate(self.mini.dtype, self.device, 512 if self.smoke else 2048)
-            name = f"{count} picture{'s' * (count > 1)} of mini, {first.width}², {first.steps} steps"
+            name = f"{count} picture{'s' * (count > 1)} of mini, {first.width} px, {first.steps} steps"
             yield row(name, *interleaved([ours, theirs], self.rounds), limit=limit)
 
     def start(self) -> Iterator[Row]:
