@@ -48,6 +48,13 @@ ROWS = [
     ),
     Row("a picture of 16 in one run / alone", [K2, *FOX, "--batch", "16"], [K2, *FOX, "--batch", "1"], 0.5, 16),
     Row(
+        "peak memory of 32 prompts / of 4",
+        [K2, "render", "--quiet", "--steps", "4", *MANY[:64]],
+        [K2, "render", "--quiet", "--steps", "4", *MANY[:8]],
+        1.05,
+        what="megabytes",
+    ),
+    Row(
         "peak memory of 128 prompts / of 64",  # what is kept of a run (contexts, a page of the sheet) is full by then
         [K2, "render", "--quiet", "--steps", "1", *MANY],
         [K2, "render", "--quiet", "--steps", "1", *MANY[:128]],
