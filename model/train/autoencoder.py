@@ -1,7 +1,8 @@
 """Train the small autoencoder: 8 x 8 pixels to 16 numbers, and back, on composed pictures of the data set.
 
 `python -m model.train.autoencoder --minutes 20` trains both halves, measures the latents' statistics and freezes the
-encoder; `--decoder` goes on with the decoder alone. Both follow the clock, stop exactly there, and resume exactly.
+encoder; `--decoder` goes on with the decoder alone, from this run's result or else from the package's autoencoder, so
+that latents stay what they are. Both follow the clock, stop exactly there, and resume exactly.
 The loss is L1 + squared error (fidelity) + L1 of differences (edges) + a small Kullback-Leibler term, and the decoder
 sees noisy latents, so that what a diffusion model gets almost right still decodes well.
 """
@@ -31,6 +32,7 @@ from model.train.optim import orthogonalise
 from model.vae import QwenImageVAE, VAEConfig
 
 RUN = Path(".runs/vae")
+BOX = Path(__file__).parents[1] / "weights" / "mini-vae.safetensors"
 SHAPE = VAEConfig(
     base_dim=8, dim_mult=(1, 2, 6, 12), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16
 )
@@ -263,12 +265,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small autoencoder.")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--lr", type=float, default=Recipe.lr)
+    parser.add_argument("--plain", type=float, default=Recipe.plain, help="share of the pictures without a medium")
     parser.add_argument("--decoder", action="store_true", help="refine the decoder of the finished autoencoder")
     parser.add_argument(
         "--compile", action="store_true", help="fuse norm and SiLU first: a minute that long runs win back"
     )
     options = parser.parse_args()
-    recipe = Recipe(minutes=options.minutes, lr=options.lr, batch=16)
+    recipe = Recipe(minutes=options.minutes, lr=options.lr, plain=options.plain)
     RUN.mkdir(parents=True, exist_ok=True)
     pictures = pool("train", recipe.pictures, recipe.plain, recipe.seed)
     plain, media = pool("held-out", 128, 1.0, 1), pool("held-out", 128, 0.0, 2)
@@ -276,7 +279,7 @@ def main() -> None:
     vae = QwenImageVAE(SHAPE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = RUN / "vae.safetensors"
     if options.decoder:
-        vae = load(result)
+        vae = load(result if result.exists() else BOX)
     else:
         torch.manual_seed(recipe.seed)
         start_linear(vae, torch.from_numpy(np.array(pictures[:40])).permute(0, 3, 1, 2) / 127.5 - 1)
