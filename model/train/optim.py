@@ -13,7 +13,7 @@ from model.plan import native_bf16
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
-MUON = ("blocks.", "txtfusion.", "txtmlp.")  # whose matrices it takes
+MUON = (".blocks.", ".txtfusion.", ".txtmlp.")  # whose matrices it takes, wherever the transformer stands
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -35,7 +35,12 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal. Updates have the root mean square of AdamW's (0.2), so both share a learning rate."""
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        steps: int = 5,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
 
@@ -71,7 +76,7 @@ def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     rest: list[Tensor] = []
     for name, param in model.named_parameters():
         matrix = param.ndim == 2 and min(param.shape) > 1
-        (inside if matrix and name.startswith(MUON) else rest).append(param)
+        (inside if matrix and any(part in f".{name}" for part in MUON) else rest).append(param)
     return inside, rest
 
 

@@ -1,64 +1,48 @@
 """Pretraining: the transformer and the style encoder together, from words and reference pictures to latents.
 
-`python -m model.train.pretrain RECIPE.toml` runs one stage; it resumes from `.runs/NAME/state.safetensors` when that
-exists, on the CPU to the last bit. Every step's pictures, captions, references and noise follow from the recipe's seed
-and the step's number.
+`python -m model.train.pretrain RECIPE.toml` runs one stage by the loop of `model/train/loop.py`. Every step's pictures,
+captions, references and noise follow from the recipe's seed and the step's number.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import time
+import hashlib
 import tomllib
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.checkpoint import read
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import patchify
-from model.plan import native_bf16
 from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
+from model.train import loop
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.optim import Muon, split_parameters, warmup_stable_decay
+from model.train.loop import BOX, RUNS, Batch, Report, averages, box
 
-RUNS = Path(".runs")
-BOX = Path(__file__).parents[1] / "weights"
+__all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
+
 ROUND = 8  # prompts are padded to multiples of it, so that few shapes are compiled
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(loop.Recipe):
     """One stage of pretraining, as its TOML file says it."""
 
-    name: str
     size: int  # px
-    minutes: float
     batch: int  # pictures a step
     repeats: int  # noise levels for each of them: the prompt's part is computed once for all
-    lr: float  # of AdamW
-    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
     mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
-    decay: float = 0.0  # share of the run over which the learning rate falls to zero
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
     preset: str = "mini"
     network: dict[str, int] = field(default_factory=dict)  # what differs from the preset, as width or blocks
-    seed: int = 1
-    init: str = ""  # a run whose weights this one starts from, or "box": those of the package
-    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
     references: float = 0.5  # share of the steps that show a style reference
     white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
     grounds: float = 1.7  # the same for plain pictures on other grounds
@@ -119,9 +103,9 @@ class TrainingSet:
         padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, length - len(each))) for each in rows])
         return padded, torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
 
-    def batch(self, recipe: Recipe, step: int) -> dict[str, Any]:
-        """The pictures, prompts and references of one step."""
-        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step))
+    def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
+        """The pictures, prompts and references of one step, or of one of its parts."""
+        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, *([part] if part else [])))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
         with_reference = rng.random() < recipe.references
@@ -203,129 +187,50 @@ class Trainee(nn.Module):
         return (velocity.float() - (noise - image)).square().mean((1, 2)), sigma, style_loss, apart
 
 
-class Run:
-    """A stage under way: modules, optimisers, averaged weights, and the place where it stands."""
+class Pretraining(loop.Stage):
+    """The stage: all of the trainee learns, from the train split."""
 
-    def __init__(self, recipe: Recipe, looks: int, device: str = "cpu"):
+    def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.device = recipe, torch.device(device)
-        self.folder = RUNS / recipe.name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = Trainee(recipe.config, looks).to(self.device)
-        inside, rest = split_parameters(self.model.dit)
-        rest += [*self.model.style.parameters(), *self.model.look_head.parameters()]
-        self.muon = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
-        self.adamw = torch.optim.AdamW(rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True)
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.step, self.seconds = 0, 0.0
-        self.bf16 = native_bf16(self.device)
-        if (self.folder / "state.safetensors").exists():
-            self.load(self.folder / "state.safetensors")
-        elif recipe.init:
-            parent = box() if recipe.init == "box" else averages(RUNS / recipe.init / "state.safetensors")
-            begin = self.model.state_dict()
-            for name, value in begin.items():
-                if name in parent and not name.startswith(recipe.fresh or "-"):
-                    value.copy_(parent[name])
-            self.ema = {name: value.clone() for name, value in begin.items()}
+        self.recipe: Recipe = recipe
+        self.model: Trainee = Trainee(recipe.config, looks)
+        self.set = data
+        if data is not None:
+            self.data = hashlib.sha256((data.catalog.folder / "manifest.toml").read_bytes()).hexdigest()
 
-    def advance(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One step of both optimisers."""
-        recipe = self.recipe
-        factor = min(1.0, (self.step + 1) / recipe.warmup_steps) * warmup_stable_decay(
-            self.seconds, recipe.minutes * 60, warmup=0, decay=recipe.decay
-        )
-        self.muon.param_groups[0]["lr"] = recipe.muon_lr * factor
-        self.adamw.param_groups[0]["lr"] = recipe.lr * factor
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            flow, sigma, style, apart = self.model.losses(batch, recipe)
-        (flow.mean() + recipe.style_loss * style).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-        for optimiser in (self.muon, self.adamw):
-            optimiser.step()
-            optimiser.zero_grad()
-        self.step += 1
-        decay = min(0.998, (self.step + 1) / (self.step + 20))
-        torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - decay)
-        flow = flow.detach()
-        return {
-            "loss": flow.mean().item(),
-            "low": flow[sigma < 0.4].mean().item(),
-            "high": flow[sigma > 0.7].mean().item(),
-            "style": style.item(),
-            "apart": apart.item(),
-            "norm": norm.item(),
-            "lr": factor * recipe.lr,
-        }
+    def batch(self, step: int, part: int = 0) -> Batch:
+        assert self.set is not None
+        return self.set.batch(self.recipe, step, part)
 
-    def save(self) -> None:
-        """The whole state, replaced in one move."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        for name, optimiser in (("muon", self.muon), ("adamw", self.adamw)):
-            for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
-        place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe)}
-        draft = self.folder / "state.draft"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, draft, {"place": json.dumps(place)})
-        draft.replace(self.folder / "state.safetensors")
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        flow, sigma, style, apart = self.model.losses(batch, self.recipe)
+        seen = flow.detach()
+        figures = {"loss": seen.mean(), "low": seen[sigma < 0.4].mean(), "high": seen[sigma > 0.7].mean()}
+        return flow.mean() + self.recipe.style_loss * style, figures | {"style": style.detach(), "apart": apart}
 
-    def load(self, path: Path) -> None:
-        """Back to where `save` was called, to the last bit."""
-        with safe_open(path, "pt") as file:
-            place = json.loads(file.metadata()["place"])
-        tensors = load_file(path, str(self.device))
-        self.step, self.seconds = place["step"], place["seconds"]
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.ema = {name: tensors[f"ema.{name}"] for name in self.ema}
-        for name, optimiser in (("muon", self.muon), ("adamw", self.adamw)):
-            states: dict[int, dict[str, Tensor]] = defaultdict(dict)
-            for key, value in tensors.items():
-                if key.startswith(f"{name}."):
-                    _, index, slot = key.split(".")
-                    states[int(index)][slot] = value
-            optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
+    def pictures(self) -> int:
+        return self.recipe.batch * self.recipe.repeats
+
+    def compile(self) -> None:
+        self.model.compile()
 
 
-def averages(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a run."""
-    return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
+class Run(loop.Run):
+    """Pretraining under way."""
+
+    stage: Pretraining
+
+    def __init__(self, recipe: Recipe, looks: int, device: str = "cpu", data: TrainingSet | None = None):
+        super().__init__(Pretraining(recipe, looks, data), RUNS / recipe.name, device)
 
 
-def box() -> dict[str, Tensor]:
-    """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
-    parts = {"dit.": "mini-raw", "style.": "mini-style"}
-    states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
-    return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
-
-
-def main(recipe: Recipe, device: str = "cpu") -> Run:
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Run:
     """Run a stage to its end, from where it stands."""
     text = TextEncoder.load(BOX / "mini-text.safetensors", device)
     data = TrainingSet(Catalog(DATA), text, recipe)
-    run = Run(recipe, len(data.looks), device)
-    if recipe.minutes > 2:  # compiling takes one
-        run.model.compile()
-    log = run.folder / "log.csv"
-    print(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks", flush=True)
-    last_save = started = time.monotonic()
-    before = run.seconds
-    window: list[dict[str, float]] = []
-    while run.seconds < recipe.minutes * 60:
-        window.append(run.advance(data.batch(recipe, run.step)))
-        run.seconds = before + time.monotonic() - started
-        if run.step % 25 == 0:
-            row: dict[str, Any] = {"step": run.step, "seconds": round(run.seconds, 1)}
-            row |= {key: round(float(np.nanmean([w[key] for w in window])), 4) for key in window[0]}
-            seen = run.step * recipe.batch * recipe.repeats
-            print(row, f"{seen / run.seconds:.1f} noised pictures/s", flush=True)
-            with log.open("a", newline="") as file:
-                csv.writer(file).writerow(row.values())
-            window = []
-        if time.monotonic() - last_save > 180:
-            run.save()
-            last_save = time.monotonic()
-    run.save()
+    run = Run(recipe, len(data.looks), device, data)
+    report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")
+    loop.train(run, report)
     return run
 
 

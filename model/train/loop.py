@@ -1,0 +1,358 @@
+"""The one loop behind every stage of training: it steps, averages, logs, saves, and resumes to the last bit.
+
+A stage is a recipe, a model, a batch that follows from the recipe's seed and the step's number alone, and a loss. All
+else is here: AdamW and Muon, warmup-stable-decay, gradient accumulation, averaged weights, snapshots for averaging
+afterwards, the log, and a record of the run in its checkpoint's metadata.
+
+`.runs/NAME/state.safetensors` holds `model.*`, `ema.*`, `muon.I.*` and `adamw.I.*`; its metadata holds `place` (where
+the run stands) and `record` (how it came about).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.checkpoint import read
+from model.errors import K2Error
+from model.plan import native_bf16
+from model.train.journal import Journal
+from model.train.optim import Muon, split_parameters, warmup_stable_decay
+
+RUNS = Path(".runs")
+BOX = Path(__file__).parents[1] / "weights"
+SAVE_EVERY = 180.0  # seconds
+
+Batch = dict[str, Any]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every stage's recipe says; each stage adds keys of its own."""
+
+    name: str  # of the run, and of its folder
+    stage: str = "pretrain"
+    minutes: float = 0.0  # how long it runs by the clock ...
+    steps: int = 0  # ... or by count: then the whole course of the run is repeatable, not only each of its steps
+    lr: float  # of AdamW
+    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
+    warmup_steps: int = 50
+    decay: float = 0.0  # share of the run over which the learning rate falls to zero
+    weight_decay: float = 0.01
+    clip: float = 2.0  # of the gradient's norm
+    accumulate: int = 1  # parts of a step, each a batch of its own
+    average: float = 0.998  # decay of the averaged weights, once the run is old enough
+    keep: int = 0  # how many of the last snapshots of the weights stay ...
+    keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
+    every: int = 25  # steps to a line of the log; runs are saved on such steps only
+    seed: int = 1
+    init: str = ""  # a run whose averaged weights this one starts from, or "box": those of the package
+    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
+
+    def __post_init__(self) -> None:
+        if (self.minutes > 0) == (self.steps > 0):
+            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
+        for key in ("accumulate", "every", "warmup_steps"):
+            if getattr(self, key) < 1:
+                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+
+    @property
+    def total(self) -> float:
+        """The run's length, in steps or in seconds."""
+        return self.steps or self.minutes * 60
+
+
+class Stage:
+    """What a kind of training brings to the loop. Build `model` under the recipe's seed."""
+
+    recipe: Recipe
+    model: nn.Module
+    data: str = ""  # hash of the data set's manifest, for the record
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """What one part of a step learns from: a pure function of the recipe, the step and the part."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """The loss to descend, and figures for the log (numbers or tensors of one). Runs under autocast."""
+        raise NotImplementedError
+
+    def rate(self, name: str) -> float:
+        """Factor of a parameter's learning rate; 0 freezes it."""
+        return 1.0
+
+    def after(self, step: int) -> Mapping[str, float]:
+        """What is left to do once the step with this number is taken; what it depends on must lie in `model`."""
+        return {}
+
+    def pictures(self) -> int:
+        """Pictures that one part of a step learns from, for the speed."""
+        return 1
+
+    def compile(self) -> None:
+        """Compile what is worth it; called for runs of more than two minutes."""
+
+
+class Run:
+    """A stage under way: model, optimisers, averaged weights, and the place where it stands."""
+
+    def __init__(self, stage: Stage, folder: Path, device: str = "cpu"):
+        self.stage, self.recipe, self.folder = stage, stage.recipe, folder
+        self.device = torch.device(device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model = stage.model.to(self.device)
+        self.optimisers = self._optimisers()
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.step, self.seconds = 0, 0.0
+        self.figures: dict[str, float] = {}
+        self.changed: list[str] = []  # what the recipe says otherwise than when the run was saved
+        self.bf16 = native_bf16(self.device)
+        if (self.folder / "state.safetensors").exists():
+            self.load(self.folder / "state.safetensors")
+        elif self.recipe.init:
+            start(self.model, parent(self.recipe.init, self.folder.parent), self.recipe.fresh)
+            self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        recipe, rate = self.recipe, self.stage.rate
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        for param, name in names.items():
+            param.requires_grad_(rate(name) > 0)
+
+        def groups(params: list[Tensor], lr: float) -> list[dict[str, Any]]:
+            by_rate: dict[float, list[Tensor]] = defaultdict(list)
+            for param in params:
+                if param.requires_grad:
+                    by_rate[rate(names[param])].append(param)
+            return [{"params": each, "lr": lr * factor, "peak": lr * factor} for factor, each in by_rate.items()]
+
+        inside, rest = split_parameters(self.model)
+        made: dict[str, torch.optim.Optimizer] = {}
+        if muon := groups(inside, recipe.muon_lr):
+            made["muon"] = Muon(muon, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
+        if adamw := groups(rest, recipe.lr):
+            made["adamw"] = torch.optim.AdamW(
+                adamw, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+            )
+        return made
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, in the unit of the recipe's `total`."""
+        return self.step if self.recipe.steps else self.seconds
+
+    @property
+    def done(self) -> bool:
+        return self.progress >= self.recipe.total
+
+    def advance(self, *batches: Batch) -> dict[str, float]:
+        """One step of the optimisers, from the mean gradient of its parts."""
+        recipe = self.recipe
+        factor = min(1.0, (self.step + 1) / recipe.warmup_steps) * warmup_stable_decay(
+            self.progress, recipe.total, warmup=0, decay=recipe.decay
+        )
+        rows: list[dict[str, float]] = []
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss, figures = self.stage.loss(batch)
+            (loss / len(batches)).backward()
+            rows.append({"loss": float(loss.detach())} | {key: float(value) for key, value in figures.items()})
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trained, recipe.clip)
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        decay = min(recipe.average, (self.step + 1) / (self.step + 20))
+        floats = [(self.ema[k], v) for k, v in self.model.state_dict().items() if v.is_floating_point()]
+        torch._foreach_lerp_([mean for mean, _ in floats], [value for _, value in floats], 1 - decay)
+        row = mean_of(rows) | {"norm": float(norm), "lr": factor * recipe.lr}
+        return row | dict(self.stage.after(self.step))
+
+    def save(self) -> None:
+        """The whole state, replaced in one move."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for name, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+        place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe)}
+        write(self.folder, tensors, place, self.record())
+
+    def load(self, path: Path) -> None:
+        """Back to where `save` was called, to the last bit."""
+        place, tensors = place_of(path), load_file(path, str(self.device))
+        self.step, self.seconds = place["step"], place["seconds"]
+        now = asdict(self.recipe)
+        self.changed = [
+            f"{key} {old} → {now[key]}"
+            for key, old in place["recipe"].items()
+            if key in now and (list(now[key]) if isinstance(now[key], tuple) else now[key]) != old
+        ]
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.ema = {name: tensors[f"ema.{name}"] for name in self.ema}
+        for name, optimiser in self.optimisers.items():
+            states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for key, value in tensors.items():
+                if key.startswith(f"{name}."):
+                    _, index, slot = key.split(".")
+                    states[int(index)][slot] = value
+            optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
+
+    def snapshot(self) -> None:
+        """Keep the weights of this step, and of as many before as the recipe says."""
+        recipe = self.recipe
+        stable = self.progress <= (1 - recipe.decay) * recipe.total
+        if not (recipe.keep and recipe.keep_every and stable) or self.step % recipe.keep_every:
+            return
+        path = self.folder / f"snapshot-{self.step:07d}.safetensors"
+        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, path.with_suffix(".draft"))
+        path.with_suffix(".draft").replace(path)
+        for old in snapshots(self.folder)[: -recipe.keep]:
+            old.unlink()
+
+    def record(self) -> dict[str, Any]:
+        """How the weights came about."""
+        return {
+            "recipe": asdict(self.recipe),
+            "data": self.stage.data,
+            "commit": commit(),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "bf16": self.bf16,
+            "steps": self.step,
+            "pictures": self.step * self.recipe.accumulate * self.stage.pictures(),
+            "seconds": round(self.seconds, 1),
+            "figures": self.figures,
+        }
+
+
+def train(run: Run, report: Report = print) -> Run:
+    """Take a run to its end, from where it stands; `report` gets a line now and then."""
+    recipe, stage = run.recipe, run.stage
+    journal = Journal(run.folder / "log.csv", run.step)
+    if run.changed:
+        report(f"{recipe.name} goes on with other settings than before: {', '.join(run.changed)}")
+    if max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
+        stage.compile()
+    last_save = started = time.monotonic()
+    before, first = run.seconds, run.step
+    window: list[dict[str, float]] = []
+    while not run.done:
+        window.append(run.advance(*(stage.batch(run.step, part) for part in range(recipe.accumulate))))
+        run.seconds = before + time.monotonic() - started
+        run.snapshot()
+        if run.step % recipe.every == 0:
+            run.figures = {key: round(value, 4) for key, value in mean_of(window).items()}
+            window = []
+            journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
+            report(line(run, first, before))
+            if time.monotonic() - last_save > SAVE_EVERY:
+                run.save()
+                journal.draw()
+                last_save = time.monotonic()
+    run.save()
+    journal.draw()
+    return run
+
+
+def line(run: Run, first: int, before: float) -> str:
+    """One line on how a run is doing, its speed measured since step `first`, at `before` seconds."""
+    recipe, spent = run.recipe, max(run.seconds - before, 1e-9)
+    speed = (run.step - first) * recipe.accumulate * run.stage.pictures() / spent
+    left = recipe.total - run.progress
+    seconds = left * spent / (run.step - first) if recipe.steps else left
+    figures = ", ".join(f"{key} {value:g}" for key, value in run.figures.items())
+    return f"{recipe.name} {run.step}: {figures}; {speed:.1f} pictures/s, {max(seconds, 0) / 60:.1f} min left"
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Each figure's mean over the rows that have it, as a number."""
+    known: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for key, value in row.items():
+            known[key] += [] if math.isnan(value) else [value]
+    return {key: sum(values) / len(values) if values else math.nan for key, values in known.items()}
+
+
+def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
+    """A state and its record into a run's folder, in one move."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / "state.draft"
+    metadata = {"place": json.dumps(place), "record": json.dumps(record)}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
+    draft.replace(folder / "state.safetensors")
+
+
+def place_of(path: Path) -> dict[str, Any]:
+    """Where a saved run stands: step, seconds, recipe."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["place"])
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """A run's kept snapshots, the oldest first."""
+    return sorted(folder.glob("snapshot-*.safetensors"))
+
+
+def averages(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a run."""
+    return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
+
+
+def box() -> dict[str, Tensor]:
+    """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
+    parts = {"dit.": "mini-raw", "style.": "mini-style"}
+    states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
+    return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
+
+
+def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
+    """The weights that a recipe's `init` names."""
+    if name == "box":
+        return box()
+    path = runs / name / "state.safetensors"
+    if not path.exists():
+        raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that one first.")
+    return averages(path)
+
+
+def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
+    """Copy a parent's weights into a model, but for modules that begin anew and those that the parent lacks."""
+    begin = model.state_dict()
+    shared = [name for name in begin if name in weights and not name.startswith(fresh or "-")]
+    if not shared:
+        raise K2Error("The parent's weights share no name with this model.")
+    for name in shared:
+        if begin[name].shape != weights[name].shape:
+            raise K2Error(f"The parent's {name} is {list(weights[name].shape)}, this one's {list(begin[name].shape)}.")
+        begin[name].copy_(weights[name])
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    try:
+        head, status = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "../.."))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if status else "")

@@ -1,0 +1,194 @@
+"""The loop by itself, on a line to be fitted: kill and resume, parts of a step, snapshots, log and record."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from model.errors import K2Error
+from model.train import loop
+from model.train.data import stable_seed
+from model.train.journal import Journal
+from model.train.loop import Recipe, Run, Stage, train
+
+RECIPE = Recipe(name="line", steps=12, lr=0.05, muon_lr=0.05, warmup_steps=2, decay=0.5, every=3, weight_decay=0.0)
+
+
+class Line(Stage):
+    """y = 2a - b + noise, from eight points a step."""
+
+    def __init__(self, recipe, size=8, die_at=None):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.size, self.die_at = recipe, size, die_at
+        self.model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2)]), "out": nn.Linear(2, 1)})
+
+    def batch(self, step, part=0):
+        if step == self.die_at:
+            raise KeyboardInterrupt
+        generator = torch.Generator().manual_seed(stable_seed(self.recipe.seed, step, part) % 2**63)
+        x = torch.randn(self.size, 2, generator=generator)
+        return {"x": x, "y": 2 * x[:, :1] - x[:, 1:] + 0.1 * torch.randn(self.size, 1, generator=generator)}
+
+    def loss(self, batch):
+        made = self.model["out"](self.model["blocks"][0](batch["x"]))
+        return (made - batch["y"]).square().mean(), {"size": len(batch["x"])}
+
+    def pictures(self):
+        return self.size
+
+
+def run(recipe, folder, **options):
+    return Run(Line(recipe, **options), folder)
+
+
+@pytest.fixture(autouse=True)
+def saves_at_every_line(monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def columns(folder):
+    return {k: v for k, v in Journal(folder / "log.csv", 10**9).read().items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("die_at", [4, 6, 11])
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
+    """Weights, averages, optimisers and log are the same to the last bit, wherever it was stopped."""
+    train(run(RECIPE, tmp_path / "straight"), lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(run(RECIPE, tmp_path / "killed", die_at=die_at), lambda line: None)
+
+    again = run(RECIPE, tmp_path / "killed")
+    assert again.step == die_at // 3 * 3
+    train(again, lambda line: None)
+
+    states = [load_file(tmp_path / name / "state.safetensors") for name in ("straight", "killed")]
+    assert any(name.startswith("muon.") for name in states[0]) and any(name.startswith("adamw.") for name in states[0])
+    assert same(*states)
+    assert columns(tmp_path / "straight") == columns(tmp_path / "killed")
+    assert columns(tmp_path / "killed")["step"] == [3, 6, 9, 12]
+
+
+def test_lines_of_a_past_that_was_not_saved_are_cut(tmp_path):
+    log = Journal(tmp_path / "log.csv")
+    for step in (3, 6, 9):
+        log.add({"step": step, "loss": 1 / step})
+
+    assert Journal(tmp_path / "log.csv", 6).read()["step"] == [3, 6]
+
+
+def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path):
+    whole, halves = run(RECIPE, tmp_path / "a"), run(RECIPE, tmp_path / "b")
+    batch = whole.stage.batch(0)
+    whole.bf16 = halves.bf16 = False
+
+    whole.advance(batch)
+    halves.advance(*({k: v[i : i + 4] for k, v in batch.items()} for i in (0, 4)))
+
+    for name in ("muon", "adamw"):  # first moments are the gradient's; the updates amplify its rounding
+        states = [each.optimisers[name].state_dict()["state"] for each in (whole, halves)]
+        for one, other in zip(states[0].values(), states[1].values(), strict=True):
+            key = "momentum" if name == "muon" else "exp_avg"
+            torch.testing.assert_close(one[key], other[key])
+
+
+def test_a_run_of_parts_sees_each_part_once(tmp_path):
+    seen = []
+
+    class Watched(Line):
+        def batch(self, step, part=0):
+            seen.append((step, part))
+            return super().batch(step, part)
+
+    recipe = Recipe(**{**RECIPE.__dict__, "accumulate": 2, "steps": 3})
+    done = train(Run(Watched(recipe), tmp_path / "a"), lambda line: None)
+
+    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert done.record()["pictures"] == 3 * 2 * 8
+
+
+def test_a_rate_of_zero_freezes_and_another_scales(tmp_path):
+    class Partly(Line):
+        def rate(self, name):
+            return {"blocks.0.weight": 0.0, "out.weight": 0.5}.get(name, 1.0)
+
+    plain, partly = run(RECIPE, tmp_path / "a"), Run(Partly(RECIPE), tmp_path / "b")
+    before = {k: v.clone() for k, v in partly.model.state_dict().items()}
+    for each in (plain, partly):
+        each.advance(each.stage.batch(0))
+
+    moved = {k: (v - before[k]).abs().max().item() for k, v in partly.model.state_dict().items()}
+    full = {k: (v - before[k]).abs().max().item() for k, v in plain.model.state_dict().items()}
+    assert moved["blocks.0.weight"] == 0
+    assert moved["out.weight"] == pytest.approx(full["out.weight"] / 2, rel=1e-3)
+    assert moved["out.bias"] == pytest.approx(full["out.bias"], rel=1e-3)
+
+
+def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_path):
+    recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
+    train(run(recipe, tmp_path / "a"), lambda line: None)
+
+    assert [path.name for path in loop.snapshots(tmp_path / "a")] == [
+        "snapshot-0000004.safetensors",
+        "snapshot-0000006.safetensors",
+    ]
+
+
+def test_the_checkpoint_says_how_it_came_about(tmp_path):
+    train(run(RECIPE, tmp_path / "a"), lambda line: None)
+
+    with safe_open(tmp_path / "a" / "state.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["record"])
+    assert record["recipe"]["name"] == "line" and record["steps"] == 12
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["figures"]["loss"] == pytest.approx(columns(tmp_path / "a")["loss"][-1])
+    assert len(record["commit"].rstrip("+")) in (0, 40)
+
+
+def test_what_is_said_while_it_runs(tmp_path):
+    lines = []
+    train(run(RECIPE, tmp_path / "a"), lines.append)
+    goes_on = Recipe(**{**RECIPE.__dict__, "steps": 15})
+    train(run(goes_on, tmp_path / "a"), lines.append)
+
+    assert "loss" in lines[0] and "pictures/s" in lines[0] and "min left" in lines[0]
+    assert any("steps 12 → 15" in line for line in lines)
+
+
+def test_curves_are_drawn_where_the_log_says(tmp_path):
+    """A figure that falls is a line that falls: the curve's own colour, higher on the left than on the right."""
+    log = Journal(tmp_path / "log.csv")
+    for step in range(1, 6):
+        log.add({"step": step, "seconds": step, "loss": 6 - step, "lr": 1.0, "low": math.nan})
+    log.draw()
+
+    picture = Image.open(tmp_path / "curves.png").convert("RGB")
+    blue = [[y for y in range(40, picture.height) if picture.getpixel((x, y)) == (0x1F, 0x6F, 0xEB)] for x in (60, 840)]
+    assert blue[0] and blue[1] and max(blue[0]) < min(blue[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"steps": 0}, "either minutes or steps"), ({"minutes": 2}, "either minutes or steps"), ({"every": 0}, "every")],
+)
+def test_a_recipe_that_cannot_run_says_why(change, words):
+    with pytest.raises(K2Error, match=words):
+        Recipe(**{**RECIPE.__dict__, **change})
+
+
+def test_a_parent_that_is_not_there_or_does_not_fit(tmp_path):
+    with pytest.raises(K2Error, match='no run "none"'):
+        run(Recipe(**{**RECIPE.__dict__, "init": "none"}), tmp_path / "a")
+    model = nn.Linear(2, 2)
+    with pytest.raises(K2Error, match="share no name"):
+        loop.start(model, {"other": torch.zeros(2)})
+    with pytest.raises(K2Error, match="weight is"):
+        loop.start(model, {"weight": torch.zeros(3, 3)})
