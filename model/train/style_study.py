@@ -1,0 +1,469 @@
+"""What style control does, by the evaluation judge: `python -m model.train.style_study JUDGE OUT [--only agreement …]`.
+
+Every trial is a prompt that names a subject and no look, and a reference picture of another subject in a look that
+neither generator nor judge was trained on. Figures stand between a floor, the same prompts without a reference, and a
+ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over trials.
+
+agreement  is the reference's look the nearest of twenty; is the prompt's subject still the nearest of its names; is
+           the reference's subject seen more often than without it (leakage)
+strength   likeness to the reference's look over strengths
+mixing     likeness to both looks on the way from one to the other
+exact      strength 0 and any order of the styles: the same bits
+strips     pictures of both ways, for the eye
+
+Each figure is written to OUT as TOML when it is done, and all that are there as a table, `figures.md`. A likeness is
+the cosine between the judge's style embedding of a picture and the mean of real pictures in the look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from model.pipeline import Pipeline
+from model.spec import Reference, RenderSpec, Style
+from model.train.data import DATA, Catalog, Item, article, stable_seed
+from model.train.encode import to_tensor
+from model.train.evaluate import candidates
+from model.train.judge import SIZE, Judge
+from model.train.looks import Look
+
+Floats = NDArray[np.floating[Any]]
+
+LOOKS = 20  # held-out looks that agreement chooses from
+PROTOTYPE = 40  # real pictures whose mean stands for a look
+STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+MIX_STEPS = 10
+WAYS: dict[str, dict[str, Any]] = {  # name -> the style's method, the spec's leak guard
+    "tokens": {"method": "tokens"},
+    "damping": {"method": "splice", "leak_guard": "damping"},
+    "shift": {"method": "splice", "leak_guard": "shift"},
+    "both": {"method": "splice", "leak_guard": "both"},
+    "none": {"method": "splice", "leak_guard": "none"},
+}
+
+
+# ---- trials ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A prompt of one subject beside a reference of another."""
+
+    subject: str
+    seed: int
+    look: int  # of the reference, in the study's list
+    reference: Item
+    real: Item  # another picture in that look, of the prompt's subject where there is one: the ceiling
+
+    @property
+    def prompt(self) -> str:
+        return f"{article(self.subject)}{self.subject}"
+
+
+def stands_for_its_look(item: Item) -> bool:
+    """Half of a look's pictures make its prototype; the other half are references and the ceiling."""
+    return stable_seed("prototype", item.pair) % 2 == 0
+
+
+def choose_looks(catalog: Catalog, count: int = LOOKS) -> list[Look]:
+    """Looks that are held out for good, the same ones every time."""
+    held = {item.look for item in catalog.items("styles")}
+    return sorted(held, key=lambda look: stable_seed("study", look))[:count]
+
+
+def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int, seed: int = 11) -> list[Trial]:
+    """Trials that go round the looks; subjects are drawn freely, a reference's is never the prompt's."""
+    rng = np.random.default_rng(seed)
+    subjects = candidates(catalog)
+    pictures: dict[Look, list[Item]] = {look: [] for look in looks}
+    for item in catalog.items("styles"):
+        if item.look in pictures and not stands_for_its_look(item):
+            pictures[item.look].append(item)
+    trials = []
+    for index in range(count):
+        which = index % len(looks)
+        subject = str(rng.choice(subjects))
+        others = [item for item in pictures[looks[which]] if item.pair.subject != subject]
+        reference = others[int(rng.integers(len(others)))]
+        same = [item for item in pictures[looks[which]] if item.pair.subject == subject]
+        real = same[0] if same else others[(others.index(reference) + 1) % len(others)]
+        trials.append(Trial(subject, 4000 + index, which, reference, real))
+    return trials
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+def ranks(values: Floats) -> Floats:
+    """Ranks of values [n], those that are equal sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(x: Floats, y: Floats) -> float:
+    """Spearman's rank correlation of x and y [n]; 0 where one of them does not change."""
+    a, b = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else 0.0
+
+
+def figure(statistic: Callable[..., float], *columns: NDArray[Any], draws: int = 2000) -> dict[str, float]:
+    """A statistic of columns [trials, …] and its 95 % bootstrap interval over trials drawn anew."""
+    rng = np.random.default_rng(0)
+    count = len(columns[0])
+    drawn = (rng.integers(0, count, count) for _ in range(draws))
+    low, high = np.nanquantile([statistic(*(c[index] for c in columns)) for index in drawn], (0.025, 0.975))
+    return {"value": round(float(statistic(*columns)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def mean(x: Floats) -> float:
+    return float(x.mean())
+
+
+def ratio(x: Floats, y: Floats) -> float:
+    return float(x.mean() / y.mean()) if y.any() else float("nan")
+
+
+def difference(x: Floats, y: Floats) -> float:
+    return float(x.mean() - y.mean())
+
+
+# ---- seeing ---------------------------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What the judge makes of one picture: unit embeddings."""
+
+    subject: Floats  # [96]
+    style: Floats  # [48]
+
+
+class Study:
+    """Renders what figures ask for, once each, and shows it to the judge."""
+
+    def __init__(
+        self, pipeline: Pipeline, judge: Judge, catalog: Catalog, folder: Path, *, steps: int | None, count: int
+    ):
+        self.pipeline, self.judge, self.catalog, self.folder, self.steps = pipeline, judge, catalog, folder, steps
+        self.looks = choose_looks(catalog)
+        self.trials = draw_trials(catalog, self.looks, count)
+        self.prototypes = self.see_looks()  # [looks, 48]
+        self.seen: dict[RenderSpec, Seen] = {}
+        self.rendered = 0
+
+    @torch.inference_mode()
+    def look_at(self, pictures: Sequence[NDArray[np.uint8]]) -> list[Seen]:
+        if not pictures:
+            return []
+        parts = [self.judge(to_tensor(list(pictures[i : i + 64]), SIZE)) for i in range(0, len(pictures), 64)]
+        subjects, styles = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+        return [Seen(*pair) for pair in zip(subjects, styles, strict=True)]
+
+    def see_looks(self) -> Floats:
+        made = []
+        for look in self.looks:
+            items = [i for i in self.catalog.items("styles") if i.look == look and stands_for_its_look(i)][:PROTOTYPE]
+            centre = np.mean([seen.style for seen in self.look_at([self.catalog.picture(i) for i in items])], 0)
+            made.append(centre / np.linalg.norm(centre))
+        return np.stack(made)
+
+    def see_real(self) -> list[Seen]:
+        return self.look_at([self.catalog.picture(trial.real) for trial in self.trials])
+
+    def file_of(self, item: Item) -> Path:
+        """A reference picture on disk."""
+        name = f"{item.pair.drawing}-{item.look.medium}-{item.pair.subject}".replace(" ", "-")
+        path = self.folder / "references" / f"{name}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.catalog.picture(item)).save(path)
+        return path
+
+    def spec(self, trial: Trial, weights: Sequence[tuple[Item, float]], way: str = "tokens") -> RenderSpec:
+        """A trial's prompt under references at strengths."""
+        how = dict(WAYS[way])
+        method = how.pop("method")
+        styles = tuple(
+            Style(f"s{i}", weight, (Reference(self.file_of(item)),), method=method)
+            for i, (item, weight) in enumerate(weights)
+            if weight
+        )
+        return RenderSpec(trial.prompt, seed=trial.seed, steps=self.steps, styles=styles, **(how if styles else {}))
+
+    def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
+        """Each spec's picture as the judge sees it; rendered when first asked for."""
+        new = list(dict.fromkeys(spec for spec in specs if spec not in self.seen))
+        started = time.monotonic()
+        for start in range(0, len(new), 64):
+            part = new[start : start + 64]
+            pictures = [np.asarray(picture.image.convert("RGB")) for picture in self.pipeline.stream(part)]
+            self.seen |= zip(part, self.look_at(pictures), strict=True)
+            self.rendered += len(part)
+            done = start + len(part)
+            print(f"  {done} of {len(new)}, {(time.monotonic() - started) / done:.2f} s each", flush=True)
+        return [self.seen[spec] for spec in specs]
+
+    def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
+        """Of each picture to its look, [n]."""
+        return np.array([s.style @ self.prototypes[look] for s, look in zip(seen, looks, strict=True)])
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
+    """Agreement, content kept and leakage of each way at strength 1, beside floor and ceiling."""
+    trials, judge = study.trials, study.judge
+    asked = candidates(study.catalog)
+    every = list(study.catalog.subjects)
+    with torch.inference_mode():
+        names = {"asked": judge.read(asked).numpy(), "every": judge.read(every).numpy()}
+    looks, references = [t.look for t in trials], [t.reference.pair.subject for t in trials]
+
+    def read(seen: Sequence[Seen]) -> dict[str, Floats]:
+        """Right or wrong of every trial."""
+        style, subject = np.stack([s.style for s in seen]), np.stack([s.subject for s in seen])
+        nearest = (style @ study.prototypes.T).argmax(1)
+        named, leaked = (subject @ names["asked"].T).argmax(1), (subject @ names["every"].T).argmax(1)
+        return {
+            "agreement": (nearest == looks).astype(float),
+            "content": np.array([asked[n] == t.subject for n, t in zip(named, trials, strict=True)], float),
+            "leaked": np.array([every[n] == shown for n, shown in zip(leaked, references, strict=True)], float),
+            "likeness": study.likeness(seen, looks),
+        }
+
+    floor = read(study.see([study.spec(trial, []) for trial in trials]))
+    ceiling = read(study.see_real())
+    taught = np.array([study.catalog.subjects[subject].trained for subject in references])
+    found: dict[str, Any] = {
+        "floor": {key: figure(mean, floor[key]) for key in ("agreement", "content", "leaked", "likeness")},
+        "ceiling": {key: figure(mean, ceiling[key]) for key in ("agreement", "content", "likeness")},
+    }
+    for way in ways:
+        print(way, flush=True)
+        got = read(study.see([study.spec(trial, [(trial.reference, 1.0)], way) for trial in trials]))
+        found[way] = {
+            "agreement": figure(mean, got["agreement"]),
+            "agreement_of_ceiling": figure(ratio, got["agreement"], ceiling["agreement"]),
+            "agreement_over_floor": figure(difference, got["agreement"], floor["agreement"]),
+            "content": figure(mean, got["content"]),
+            "content_kept": figure(ratio, got["content"], floor["content"]),
+            "leakage": figure(difference, got["leaked"], floor["leaked"]),
+            # what the generator was never taught it can hardly paint; these it can
+            "leakage_of_taught": figure(difference, got["leaked"][taught], floor["leaked"][taught]),
+            "likeness": figure(mean, got["likeness"]),
+        }
+    return found
+
+
+def strength(study: Study, ways: Sequence[str]) -> dict[str, Any]:
+    """Mean likeness to the reference's look at every strength."""
+    found: dict[str, Any] = {}
+    trials, levels = study.trials, np.array(STRENGTHS)
+    zero = STRENGTHS.index(0.0)
+    for way in ways:
+        print(way, flush=True)
+        curves = []
+        for level in STRENGTHS:
+            seen = study.see([study.spec(trial, [(trial.reference, level)], way) for trial in trials])
+            curves.append(study.likeness(seen, [trial.look for trial in trials]))
+        curve = np.stack(curves, 1)  # [trials, strengths]
+        found[way] = {
+            "rho": figure(lambda c: spearman(levels, c.mean(0)), curve),
+            "below_zero": [figure(difference, curve[:, i], curve[:, zero]) for i in range(zero)],
+            "strengths": [{"strength": s, **figure(mean, curve[:, i])} for i, s in enumerate(STRENGTHS)],
+        }
+    return found
+
+
+def pairs_of(study: Study) -> list[tuple[Trial, Trial]]:
+    """Trials beside another whose look has another medium: what a mix goes to."""
+    found = []
+    for index, trial in enumerate(study.trials):
+        medium = study.looks[trial.look].medium
+        others = [
+            other
+            for other in (*study.trials[index + 1 :], *study.trials[:index])
+            if study.looks[other.look].medium != medium and other.reference.pair.subject != trial.subject
+        ]
+        found.append((trial, others[0]))
+    return found
+
+
+def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
+    """Mean likeness to both looks over ten steps from one reference to another."""
+    found: dict[str, Any] = {}
+    pairs = pairs_of(study)
+    way_there = np.linspace(0, 1, MIX_STEPS + 1)
+    for way in ways:
+        print(way, flush=True)
+        to_one, to_other = [], []
+        for t in way_there.round(6).tolist():
+            specs = [study.spec(a, [(a.reference, round(1 - t, 6)), (b.reference, t)], way) for a, b in pairs]
+            seen = study.see(specs)
+            to_one.append(study.likeness(seen, [a.look for a, _ in pairs]))
+            to_other.append(study.likeness(seen, [b.look for _, b in pairs]))
+        one, other, middle = np.stack(to_one, 1), np.stack(to_other, 1), MIX_STEPS // 2  # [trials, points]
+        found[way] = {
+            "rho_of_first": figure(lambda c: spearman(way_there, c.mean(0)), one),
+            "rho_of_second": figure(lambda c: spearman(way_there, c.mean(0)), other),
+            "middle_over_other_end_of_first": figure(difference, one[:, middle], one[:, -1]),
+            "middle_over_other_end_of_second": figure(difference, other[:, middle], other[:, 0]),
+            "points": [
+                {"second": round(t, 2), "to_first": figure(mean, one[:, i]), "to_second": figure(mean, other[:, i])}
+                for i, t in enumerate(way_there.tolist())
+            ],
+            "five": five(study, way),
+        }
+    return found
+
+
+def five(study: Study, way: str, count: int = 40) -> dict[str, float]:
+    """By how much a mix of five references in equal parts is nearer to their looks than a picture without."""
+    groups = [study.trials[start : start + 5] for start in range(min(count, len(study.trials) - 4))]
+    mixed = study.see([study.spec(group[0], [(t.reference, 0.2) for t in group], way) for group in groups])
+    plain = study.see([study.spec(group[0], []) for group in groups])
+    gain = [
+        study.likeness([with_all] * 5, [t.look for t in group]) - study.likeness([without] * 5, [t.look for t in group])
+        for with_all, without, group in zip(mixed, plain, groups, strict=True)
+    ]
+    return figure(mean, np.stack(gain).mean(1))
+
+
+def exact(study: Study, ways: Sequence[str]) -> dict[str, Any]:
+    """Of a few trials, to the last bit: strength 0 beside no style, and three styles in all six orders."""
+    found: dict[str, Any] = {}
+
+    def pixels(spec: RenderSpec) -> str:
+        return study.pipeline.render([spec])[0].record["pixels"]
+
+    for way in ways:
+        same_at_zero, same_in_any_order = [], []
+        for trial, *others in (
+            study.trials[start : start + 3] for start in range(0, min(len(study.trials) - 2, 12), 3)
+        ):
+            style = Style("s", 0.0, (Reference(study.file_of(trial.reference)),), method=WAYS[way]["method"])
+            bare = study.spec(trial, [])
+            zero = RenderSpec(bare.prompt, seed=bare.seed, steps=bare.steps, styles=(style,))
+            same_at_zero.append(pixels(bare) == pixels(zero))
+            mix = list(zip((t.reference for t in (trial, *others)), (0.6, 0.3, -0.4), strict=True))
+            same_in_any_order.append(len({pixels(study.spec(trial, order, way)) for order in permutations(mix)}) == 1)
+        found[way] = {"strength_zero": all(same_at_zero), "any_order": all(same_in_any_order)}
+    return found
+
+
+# ---- for the eye ----------------------------------------------------------------------------------------------------
+
+
+def strips(study: Study, ways: Sequence[str]) -> dict[str, Any]:
+    """Sheets of four looks over all strengths, and of four mixes: the references stand at the ends."""
+    pairs: dict[str, tuple[Trial, Trial]] = {}
+    for pair in pairs_of(study):
+        pairs.setdefault(study.looks[pair[0].look].medium, pair)
+    chosen = list(pairs.values())[:4]
+    files = []
+    for way in ways:
+        rows = []
+        for trial, _ in chosen:
+            specs = [study.spec(trial, [(trial.reference, level)], way) for level in STRENGTHS]
+            rows.append([study.catalog.picture(trial.reference), *paint(study, specs)])
+        files.append(sheet(study.folder / f"strength-{way}.png", ["reference", *(f"{s:g}" for s in STRENGTHS)], rows))
+        rows, points = [], [round(i / MIX_STEPS, 2) for i in range(MIX_STEPS + 1)]
+        for a, b in chosen:
+            specs = [study.spec(a, [(a.reference, round(1 - t, 2)), (b.reference, t)], way) for t in points]
+            ends = [study.catalog.picture(each.reference) for each in (a, b)]
+            rows.append([ends[0], *paint(study, specs), ends[1]])
+        files.append(sheet(study.folder / f"mixing-{way}.png", ["first", *(f"{t:g}" for t in points), "second"], rows))
+    return {"files": [file.name for file in files]}
+
+
+def paint(study: Study, specs: Sequence[RenderSpec]) -> list[NDArray[np.uint8]]:
+    return [np.asarray(picture.image.convert("RGB")) for picture in study.pipeline.stream(specs)]
+
+
+def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[NDArray[np.uint8]]], side: int = 128) -> Path:
+    """Pictures in rows under one line of labels."""
+    page = Image.new("RGB", (len(heads) * (side + 6) + 6, len(rows) * (side + 6) + 26), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for column, head in enumerate(heads):
+        left = 6 + column * (side + 6)
+        draw.text((left + 2, 5), head, "black", font)
+        for row, pictures in enumerate(rows):
+            page.paste(Image.fromarray(pictures[column]).resize((side, side)), (left, 26 + row * (side + 6)))
+    page.save(path)
+    return path
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+FIGURES = {"agreement": agreement, "strength": strength, "mixing": mixing, "exact": exact, "strips": strips}
+
+
+def lines_of(name: str, value: Any) -> list[str]:
+    """A figure's numbers, one a line, under their dotted names."""
+    if isinstance(value, dict) and "value" in value:
+        label = f"{name}[{value['strength']:g}]" if "strength" in value else name
+        return [f"| {label} | {value['value']:.3f} | {value['low']:.3f} … {value['high']:.3f} |"]
+    if isinstance(value, dict):
+        return [line for key, each in value.items() for line in lines_of(f"{name}.{key}", each)]
+    if isinstance(value, list):
+        return [line for i, each in enumerate(value) for line in lines_of(f"{name}.{i}", each)]
+    return [f"| {name} | {value} | |"]
+
+
+def write_table(folder: Path) -> None:
+    """All figures that are in the folder as one table."""
+    rows = ["| figure | value | 95 % |", "|---|---|---|"]
+    for name in FIGURES:
+        if (file := folder / f"{name}.toml").exists():
+            rows += lines_of(name, tomllib.loads(file.read_text())["found"])
+    (folder / "figures.md").write_text("\n".join(rows) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--variant", choices=("raw", "turbo"))
+    parser.add_argument("--steps", type=int, help="the checkpoint's own number where left out")
+    parser.add_argument("--count", type=int, default=200, help="trials of each figure")
+    parser.add_argument("--only", default=",".join(FIGURES), help=f"of {','.join(FIGURES)}")
+    parser.add_argument("--ways", default="tokens,damping,shift", help=f"of {','.join(WAYS)}")
+    options = parser.parse_args()
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    pipeline = Pipeline.load(options.model, options.variant, filters=())
+    judge, catalog = Judge.load(options.judge), Catalog(DATA)
+    study = Study(pipeline, judge, catalog, options.out, steps=options.steps, count=options.count)
+    for name in options.only.split(","):
+        print(name, flush=True)
+        found = FIGURES[name](study, options.ways.split(","))
+        facts = {
+            "model": {"name": options.model, "variant": pipeline.variant, "files": pipeline._hashes.by_name()},
+            "steps": pipeline.resolve(RenderSpec("", steps=options.steps)).steps,
+            "guidance": pipeline.recommended["guidance"],
+            "trials": options.count,
+            "judge": options.judge.name,
+        }
+        (options.out / f"{name}.toml").write_text(tomli_w.dumps(facts | {"found": found}))
+        write_table(options.out)
+    print((options.out / "figures.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
