@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent / "bench"
-ARGUMENTS = {"speed.py": [], "growth.py": [], "gpu.py": [], "true_size.py": ["scratch", "--stored", "int8"]}
+ARGUMENTS = {
+    "speed.py": [],
+    "growth.py": [],
+    "style.py": [],
+    "gpu.py": [],
+    "true_size.py": ["scratch", "--stored", "int8"],
+}
 
 
 @pytest.mark.slow
