@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from model.errors import K2Error
@@ -21,6 +25,7 @@ except ImportError:  # not on Windows
 RUN = "run.toml"
 DRAFT = ".draft"
 BLOCKED = ".blocked.toml"
+PATIENCE = 10.0  # seconds to wait for another process that claims a number
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
 
@@ -36,36 +41,45 @@ class Run:
         self.handle: int | None = None
 
     @classmethod
-    def claim(cls, outputs: Path, name: str) -> Run:
-        """The next number's folder. Creating NNNN is the lock; whoever holds it looks once more for a named twin.
+    def claim(cls, outputs: Path, name: str, files: Mapping[str, bytes] | None = None) -> Run:
+        """The next number's folder with these files in it, locked by this process. Raises K2Error.
 
-        A process that finds NNNN-other beside its own NNNN came second and moves on; one that finds none may rename.
+        Creating NNNN is the claim, and the folder gets its name when the files are there: a process killed between
+        the two leaves a bare number, which the next one clears away. Where file locks work, claims come one after the
+        other. Where they do not, whoever holds NNNN looks once more for a named twin: a process that finds NNNN-other
+        beside its own NNNN came second and moves on; one that finds none may rename.
         """
-        made = []
-        with writing(outputs):
-            if not outputs.exists():
-                outputs.mkdir()
-                made.append(outputs)
-            number = max(numbers(outputs), default=0)
-            while True:
-                number += 1
-                lock = outputs / f"{number:04d}"
-                try:
-                    lock.mkdir()
-                except FileExistsError:
-                    continue
-                if numbers(outputs).count(number) == 1:
-                    break
-                lock.rmdir()
-            folder = outputs / f"{number:04d}-{name}"
-            lock.rename(folder)
-        return cls(folder, made=[*made, folder])
+        run = cls(outputs)
+        try:
+            with undisturbed(), writing(outputs):
+                if not outputs.exists():
+                    outputs.mkdir(exist_ok=True)
+                    run.made.append(outputs)
+                with alone(outputs) as granted:
+                    if granted:
+                        clear(outputs)
+                    bare = run.folder = next_number(outputs)
+                    run.made.append(bare)
+                    run.lock()
+                    write({bare / file: data for file, data in (files or {}).items()})
+                    run.folder = bare.rename(outputs / f"{bare.name}-{name}")
+                    run.made[-1] = run.folder
+        except BaseException as error:
+            run.__exit__(type(error), error, None)
+            raise
+        return run
 
     @classmethod
     def last(cls, outputs: Path) -> Run | None:
         """The run with the highest number that a plan was written for."""
-        runs = sorted(path.parent for path in outputs.glob(f"*/{RUN}") if NUMBER.match(path.parent.name))
+        runs = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name))
         return cls(max(runs, key=number_of)) if runs else None
+
+    @classmethod
+    def numbered(cls, outputs: Path, number: int) -> Run | None:
+        """The run of this number, if a plan was written for it."""
+        runs = [path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name)]
+        return next((cls(folder) for folder in runs if number_of(folder) == number), None)
 
     def __enter__(self) -> Run:
         return self
@@ -73,26 +87,23 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.handle is not None:
-            os.close(self.handle)
         if kind is not None and self.made and not any((*self.folder.glob("*.png"), *self.folder.glob(f"*{BLOCKED}"))):
             with suppress(OSError):
                 (self.folder / RUN).unlink(missing_ok=True)
                 for folder in reversed(self.made):
                     folder.rmdir()
+        if self.handle is not None:
+            os.close(self.handle)
 
     def lock(self) -> None:
         """Keep other processes from resuming this run; the lock ends with this process, however it ends."""
-        if fcntl is None:
+        if fcntl is None or self.handle is not None:
             return
-        self.handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise K2Error(
-                f"{self.folder} is being rendered by another process.", hint="Wait for it, or stop it."
-            ) from None
-        self.sweep()
+        with writing(self.folder):
+            self.handle = os.open(self.folder, os.O_RDONLY)
+        if hold(self.handle) is False:
+            raise K2Error(f"{self.folder} is being rendered by another process.", hint="Wait for it, or stop it.")
+        sweep(self.folder)
 
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
@@ -113,11 +124,20 @@ class Run:
         write({path: record})
         return path
 
-    def sweep(self) -> None:
-        """Drafts that an interrupted write left behind."""
-        with suppress(OSError):
-            for draft in self.folder.glob(f".*{DRAFT}"):
-                draft.unlink(missing_ok=True)
+
+def next_number(outputs: Path) -> Path:
+    """A new folder NNNN, which no other process has made or named."""
+    number = max(numbers(outputs), default=0)
+    while True:
+        number += 1
+        bare = outputs / f"{number:04d}"
+        try:
+            bare.mkdir()
+        except FileExistsError:
+            continue
+        if numbers(outputs).count(number) == 1:
+            return bare
+        bare.rmdir()
 
 
 def numbers(outputs: Path) -> list[int]:
@@ -131,22 +151,149 @@ def number_of(folder: Path) -> int:
     return int(match[1])
 
 
-def write(files: Mapping[Path, bytes]) -> None:
-    """Write files so that each is whole or absent: drafts, flushed to disk, all put in place once all are there."""
-    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}{DRAFT}") for path in files}
+# ---- what a killed process leaves, and who may take it away -----------------------------------------------------
+
+
+def clear(outputs: Path) -> None:
+    """Drafts of dead processes in all runs, and numbers that they claimed without coming to name them.
+
+    Only for whoever is `alone`: a living process that claims a number holds `outputs` until it has named it.
+    """
+    if fcntl is None:
+        return
+    for folder in [path for path in outputs.iterdir() if NUMBER.match(path.name) and not path.is_symlink()]:
+        sweep(folder)
+        if folder.name.isdigit():
+            with suppress(OSError), opened(folder) as handle:
+                if set(os.listdir(handle)) <= {RUN} and hold(handle):
+                    (folder / RUN).unlink(missing_ok=True)
+                    folder.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts whose writers are dead: a living one holds the lock of its draft."""
+    if fcntl is None:
+        return
+    with suppress(OSError):
+        drafts = [entry.path for entry in os.scandir(folder) if entry.name.endswith(DRAFT)]
+        for draft in drafts:
+            with suppress(OSError), opened(draft, os.O_NOFOLLOW | os.O_NONBLOCK) as handle:
+                if hold(handle):
+                    os.unlink(draft)
+
+
+@contextmanager
+def opened(path: str | Path, flags: int = 0) -> Iterator[int]:
+    """A file or folder, open for reading."""
+    handle = os.open(path, os.O_RDONLY | flags)
     try:
-        for path, data in files.items():
-            with writing(path), drafts[path].open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, draft in drafts.items():
-            with writing(path):
-                os.replace(draft, path)
+        yield handle
     finally:
-        for draft in drafts.values():
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """One process at a time -> whether it is so: not where locks do not work, nor past a holder that stands still."""
+    if fcntl is None:
+        yield False
+        return
+    deadline = time.monotonic() + PATIENCE
+    with opened(folder) as handle:
+        while (granted := hold(handle)) is False and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield bool(granted)
+
+
+def hold(handle: int) -> bool | None:
+    """Lock an open file or folder. False: another process has it; None: this file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if isinstance(error, BlockingIOError) else None
+    return True
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ctrl-C waits until what is in hand is finished; pressed once more, it does not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append((number, frame))
+
+    before = signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed and callable(before):
+            before(*pressed[0])
+        elif pressed and before == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGINT)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def write(files: Mapping[Path, bytes]) -> None:
+    """Write files so that each is whole or absent: drafts, flushed to disk, all put in place once all are there.
+
+    Raises K2Error. Ctrl-C during it comes afterwards.
+    """
+    drafts: dict[Path, Path] = {}
+    handles: list[int] = []
+    with undisturbed():
+        try:
+            for path, data in files.items():
+                with writing(path):
+                    drafts[path], handle = new_draft(path.parent)
+                    handles.append(handle)
+                    with open(handle, "wb", closefd=False) as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(handle)
+            if fcntl is None:  # Windows moves no open file
+                close(handles)
+            for path, draft in drafts.items():
+                with writing(path):
+                    os.replace(draft, path)
+            for folder in {path.parent for path in files}:
+                settle(folder)
+        finally:
+            for draft in drafts.values():
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
+            close(handles)
+
+
+def new_draft(folder: Path) -> tuple[Path, int]:
+    """A new file, locked until it is closed, and never one that was there: that might be a link to anywhere."""
+    while True:
+        draft = folder / f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"
+        try:
+            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        except FileExistsError:
+            continue
+        if fcntl is None or (hold(handle) is not False and os.fstat(handle).st_nlink):
+            return draft, handle
+        os.close(handle)  # swept away in the instant before it was locked
+
+
+def close(handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
+
+
+def settle(folder: Path) -> None:
+    """Names are part of a folder: what was put in place stays there when the power goes."""
+    with suppress(OSError), opened(folder) as handle:
+        os.fsync(handle)
 
 
 def write_toml(path: Path, table: Mapping[str, Any]) -> None:

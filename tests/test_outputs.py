@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import secrets
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import tree
 
-from k2cli.outputs import Run, dump, write
+from k2cli.outputs import Run, dump, new_draft, next_number, undisturbed, write
 from model.errors import K2Error
 
 
@@ -86,15 +89,105 @@ def test_a_folder_without_permission_is_one_sentence(tmp_path):
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path):
-    run = Run.claim(tmp_path, "fox")
-    (run.folder / ".fox-7.png.99.draft").write_bytes(b"half")
-    with run:
-        run.lock()
-        assert not list(run.folder.iterdir())  # drafts of a dead process are swept
-        with pytest.raises(K2Error, match="being rendered by another process"):
-            Run(run.folder).lock()
+    with Run.claim(tmp_path, "fox") as run, pytest.raises(K2Error, match="being rendered by another process"):
+        Run(run.folder).lock()
     with Run(run.folder) as again:
         again.lock()
+
+
+def test_a_plan_is_there_as_soon_as_its_run_has_a_name(tmp_path, monkeypatch):
+    seen = []
+    rename = Path.rename
+
+    def spy(path: Path, target: Path) -> Path:
+        seen.append(tree(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", spy)
+    with Run.claim(tmp_path, "fox", {"run.toml": b"planned"}) as run:
+        assert seen == [{"run.toml": b"planned"}] == [tree(run.folder)]
+
+
+def leave_behind(outputs: Path, half: Path) -> None:
+    """A process that dies between claiming a number and naming its run, with a file half written elsewhere."""
+    draft, handle = new_draft(half)
+    os.write(handle, b"half")
+    assert next_number(outputs).is_dir() and draft.exists()
+    os._exit(9)
+
+
+def test_what_a_dead_process_left_is_gone_at_the_next_start_and_the_living_keep_theirs(tmp_path):
+    run = Run.claim(tmp_path, "fox")
+    mine, handle = new_draft(run.folder)
+    dead = multiprocessing.get_context("fork").Process(target=leave_behind, args=(tmp_path, run.folder))
+    dead.start()
+    dead.join()
+    assert dead.exitcode == 9 and len(list(run.folder.iterdir())) == 2 and (tmp_path / "0002").exists()
+
+    second = Run.claim(tmp_path, "owl")
+
+    assert list(run.folder.iterdir()) == [mine]
+    assert {path.name for path in tmp_path.iterdir()} == {"0001-fox", "0002-owl"} and second.folder.is_dir()
+    os.close(handle)
+
+
+def test_a_folder_with_a_number_and_content_is_left_alone(tmp_path):
+    (tmp_path / "0003").mkdir()
+    (tmp_path / "0003" / "notes.txt").write_text("mine")
+
+    assert Run.claim(tmp_path, "fox").folder.name == "0004-fox"
+    assert (tmp_path / "0003" / "notes.txt").read_text() == "mine"
+
+
+def test_no_draft_follows_a_link(tmp_path, monkeypatch):
+    """A folder from a stranger may hold links under any name that could be guessed."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    names = iter(["guessed", "fresh"])
+    monkeypatch.setattr(secrets, "token_hex", lambda count: next(names))
+    (tmp_path / f".{os.getpid()}-guessed.draft").symlink_to(victim)
+
+    write({tmp_path / "a": b"new"})
+
+    assert victim.read_text() == "precious" and (tmp_path / "a").read_bytes() == b"new"
+
+
+class TestUndisturbed:
+    """Ctrl-C while files are written."""
+
+    def test_it_waits_until_they_are_in_place(self, tmp_path, monkeypatch):
+        replace = os.replace
+
+        def press(draft: Path, path: Path) -> None:
+            signal.raise_signal(signal.SIGINT)
+            replace(draft, path)
+
+        monkeypatch.setattr(os, "replace", press)
+        with pytest.raises(KeyboardInterrupt):
+            write({tmp_path / "a.png": b"picture"})
+
+        assert tree(tmp_path) == {"a.png": b"picture"}
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_twice_insists(self):
+        done = []
+        with pytest.raises(KeyboardInterrupt), undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+            signal.raise_signal(signal.SIGINT)
+            done.append(2)
+
+        assert done == [1]
+
+    def test_it_passes_from_the_inner_to_the_outer(self):
+        done = []
+        with pytest.raises(KeyboardInterrupt), undisturbed():
+            with undisturbed():
+                signal.raise_signal(signal.SIGINT)
+                done.append(1)
+            done.append(2)
+
+        assert done == [1, 2]
 
 
 def test_nothing_is_left_out_of_toml_but_none():
