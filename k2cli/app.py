@@ -137,6 +137,9 @@ def render(
     ] = None,
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
+    run: Annotated[
+        int | None, typer.Option("--run", metavar="N", help="With --resume: the run of this number.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be rendered.")] = False,
     no_embed: EmbedOption = False,
     allow_outside: OutsideOption = False,
@@ -178,7 +181,9 @@ def render(
             raise typer.BadParameter(
                 "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
             )
-        jobs = [last_run(each) for each in opened]
+        jobs = [last_run(each, run) for each in opened]
+    elif run is not None:
+        raise typer.BadParameter("it says which run is resumed, so it goes with --resume", param_hint="--run")
     else:
         prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
         weights = dict(read_style(text) for text in style or [])
@@ -247,6 +252,8 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
 
 def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> list[Path]:
     """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
+    from dataclasses import replace
+
     from k2cli import licence
     from k2cli.console import meter, near, result, say
     from k2cli.runs import render
@@ -255,13 +262,14 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
     for job in jobs:
         licence.require_for(job.model, job.variant)
     for job in jobs:
+        job = replace(job, embed=job.embed and embed)
         total, done, kept_back, folder = len(job.left), 0, 0, None
-        if not total:
+        if not total and not job.lacks_sheet:
             say(f"{job.project.name}: every picture of the run is there.")
             continue
         try:
             with meter(total, quiet=quiet) as bar:
-                for saved in render(job, embed=embed, on_step=bar.step):
+                for saved in render(job, on_step=bar.step):
                     done, folder = done + 1, saved.path.parent
                     bar.saved(done)
                     if done == 1 and not quiet:

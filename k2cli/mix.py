@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from k2cli.project import Project, Prompt, Settings, slug
-from k2cli.runs import Job
+from k2cli.runs import Job, SheetForm
 from k2cli.sheet import PER_SHEET
 from model.errors import K2Error
 
@@ -90,6 +90,5 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, v
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
     called = "mix-" + "-".join(styles)
-    return Job(
-        project, shots, settings.model, variant, settings.device, called=called[:50], columns=1, centred=layout.centred
-    )
+    sheet = SheetForm(columns=1, centred=layout.centred)
+    return Job(project, shots, settings.model, variant, settings.device, called=called[:50], sheet=sheet)

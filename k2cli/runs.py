@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli import licence, models, records
-from k2cli.outputs import RUN, Run, dump, write, write_toml
+from k2cli.outputs import RUN, Run, dump, undisturbed, write
 from k2cli.project import Project, Shot
 from k2cli.sheet import Entry, contact_sheets
-from k2cli.tables import Place, Toml
+from k2cli.tables import Place, Toml, between, read_table
 from model.errors import K2Error
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
+    from model.spec import Picture
 
+SHEET = "sheet.png"
 MOST_PLAN = 64 << 20  # bytes of a run.toml
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
+
+
+@dataclass(frozen=True)
+class SheetForm:
+    """How a run's contact sheet is laid out."""
+
+    columns: int | None = between(None, 1, 1000)  # of strips; as many as suit it where left out
+    centred: bool = False  # the strips, as in a triangle
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,20 @@ class Job:
     offload: str | None = None
     run: Run | None = None  # an earlier run to go on with
     called: str = ""  # the run's folder, where its prompts' names do not say it
-    columns: int | None = None  # of strips on the contact sheet; as many as suit it where left out
-    centred: bool = False  # its strips, as in a triangle
+    sheet: SheetForm = SheetForm()
+    embed: bool = True  # metadata into the pictures
 
     @property
     def left(self) -> list[Shot]:
         """The pictures still to make."""
         return [shot for shot in self.shots if self.run is None or not self.run.has(shot.stem)]
+
+    @property
+    def lacks_sheet(self) -> bool:
+        """Whether an earlier run was stopped between its last picture and its contact sheet."""
+        if self.run is None or len(self.shots) < 2 or self.run[SHEET].exists():
+            return False
+        return any(self.run[f"{shot.stem}.png"].exists() for shot in self.shots)
 
     @property
     def title(self) -> str:
@@ -78,23 +95,30 @@ def load(
     return Pipeline.load(model, variant=variant, device=device, dtype=dtype, precision=precision, offload=offload)
 
 
-def render(job: Job, *, embed: bool = True, on_step: OnStep | None = None) -> Iterator[Saved]:
-    """Make a job's pictures one after the other; each is on disk with its record before it is yielded."""
-    with job.run or Run.claim(job.project.outputs, job.title) as run:
+def render(job: Job, *, on_step: OnStep | None = None) -> Iterator[Saved]:
+    """Make a job's pictures one after the other; each is on disk with its record before it is yielded.
+
+    Ctrl-C while a picture is written waits until the caller has heard of it.
+    """
+    with job.run or Run.claim(job.project.outputs, job.title, {RUN: dump(plan(job))}) as run:
         run.lock()
-        if job.run is None:
-            write_toml(run[RUN], plan(job))
-        pipeline = load(job.model, job.variant, job.device, job.dtype, job.precision, job.offload)
-        left = job.left
-        for shot, picture in zip(left, pipeline.stream([shot.spec for shot in left], on_step=on_step), strict=True):
-            record = records.compose(shot, picture, job.project.root)
-            if record["blocked"]:
-                path = run.block(shot.stem, dump(record))
-            else:
-                path = run.save(shot.stem, records.encode(picture.image, record, embed=embed), dump(record))
-            yield Saved(path, record)
+        if left := job.left:
+            pipeline = load(job.model, job.variant, job.device, job.dtype, job.precision, job.offload)
+            for shot, picture in zip(left, pipeline.stream([shot.spec for shot in left], on_step=on_step), strict=True):
+                record = records.compose(shot, picture, job.project.root)
+                with undisturbed():
+                    yield Saved(save(run, shot, picture, record, embed=job.embed), record)
         if len(job.shots) > 1:
-            write({run[f"sheet{'' if i == 0 else f'-{i + 1}'}.png"]: png for i, png in enumerate(sheets(job, run))})
+            pages = enumerate(sheets(job, run))
+            files = {run[SHEET if i == 0 else f"sheet-{i + 1}.png"]: png for i, png in pages}
+            write(dict(reversed(files.items())))  # whoever finds the first finds them all
+
+
+def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, embed: bool) -> Path:
+    """A picture and its record, or the record alone where an output filter blocked it."""
+    if record["blocked"]:
+        return run.block(shot.stem, dump(record))
+    return run.save(shot.stem, records.encode(picture.image, record, embed=embed), dump(record))
 
 
 def sheets(job: Job, run: Run) -> Iterator[bytes]:
@@ -102,25 +126,28 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     shots = [shot for shot in job.shots if run[f"{shot.stem}.png"].exists()]
     if not shots:
         return iter(())
-    record = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem).table
-    made, used = record["settings"], record["model"]
+    toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
+    record = records.parse(toml, job.project.inside)
+    made, made_on = record.shot.spec, toml.table.get("created")
     facts = [
         f"run {run.folder.name[:4]}",
-        f"{Path(used['name']).stem} {used['variant']}",
-        f"{made['steps']} steps",
-        f"guidance {made['guidance']:g}",
+        f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
+        f"{made.steps} steps",
+        f"guidance {made.guidance or 0:g}",
         *(
-            f"{style['name']} {style['strength']:g}"
-            for style in record.get("style") or []
+            f"{style.name} {style.strength:g}"
+            for style in made.styles
             if not shots[0].caption  # else the captions tell of each picture's own
         ),
-        f"{datetime.now():%Y-%m-%d}",
+        f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",
     ]
     entries = [
         Entry(run[f"{shot.stem}.png"], shot.row or shot.given, shot.caption or f"seed {shot.spec.seed}")
         for shot in shots
     ]
-    return contact_sheets(entries, job.project.name, " · ".join(facts), columns=job.columns, centred=job.centred)
+    return contact_sheets(
+        entries, job.project.name, " · ".join(facts), columns=job.sheet.columns, centred=job.sheet.centred
+    )
 
 
 def plan(job: Job) -> dict[str, Any]:
@@ -129,6 +156,8 @@ def plan(job: Job) -> dict[str, Any]:
         "schema": records.SCHEMA,
         "started": datetime.now(UTC).replace(microsecond=0),
         "project": job.project.name,
+        "embed": job.embed,
+        "sheet": vars(job.sheet),
         "model": {
             "name": records.portable(job.model, job.project.root),
             "variant": job.variant,
@@ -141,11 +170,15 @@ def plan(job: Job) -> dict[str, Any]:
     }
 
 
-def resume(project: Project) -> Job:
-    """The last run of a project, as it was planned. Refuses when weights or references are not what they were."""
-    run = Run.last(project.outputs)
+def resume(project: Project, number: int | None = None) -> Job:
+    """The last run of a project, or that of a number, as it was planned.
+
+    Raises K2Error where there is none, and where weights or references are not what they were.
+    """
+    run = Run.last(project.outputs) if number is None else Run.numbered(project.outputs, number)
     if run is None:
-        raise K2Error(f"{project.name} has no run to go on with.", hint="Start one with: k2 render")
+        which = "run" if number is None else f"run {number:04d}"
+        raise K2Error(f"{project.name} has no {which} to go on with.", hint="Start one with: k2 render")
     project.inside(run.folder)
     toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN)
     place = Place(toml)
@@ -160,7 +193,9 @@ def resume(project: Project) -> Job:
     ]
     model = models.resolve(used.name, project.inside, used.variant)
     held = {key: getattr(used, key) for key in ("variant", "device", "dtype", "precision", "offload")}
-    job = Job(project, [shot for shot, _ in planned], model, **held, run=run)
+    sheet = read_table(SheetForm, toml.table.get("sheet", {}), place.below("sheet"))
+    embed = toml.table.get("embed", True) is True
+    job = Job(project, [shot for shot, _ in planned], model, **held, run=run, sheet=sheet, embed=embed)
     for _, hashes in planned:
         records.verify(hashes)
     for shot in job.shots:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
 import tomllib
@@ -220,7 +222,7 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
     before, real, calls = tree(moody), os.fsync, []
 
     def fsync(handle: int) -> None:
-        calls.append(handle)
+        calls.extend([handle] if stat.S_ISREG(os.fstat(handle).st_mode) else [])
         if len(calls) > 1 + 2 * pictures_before:  # run.toml, then a record and a picture each
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
@@ -287,6 +289,68 @@ def test_resume_finishes_what_was_planned(moody, k2, fake):
     for path in undisturbed.glob("*-[78].png"):
         assert Image.open(path).tobytes() == Image.open(folder / path.name).tobytes()
     assert "every picture of the run is there" in k2("render", "--resume").stderr
+
+
+def test_ctrl_c_while_a_picture_is_written_finishes_it_and_says_so(moody, k2, monkeypatch):
+    replace, placed = os.replace, []
+
+    def press(draft: Path, path: Path) -> None:
+        placed.append(path.name)
+        if path.name == "fox-7.toml":
+            signal.raise_signal(signal.SIGINT)
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "replace", press)
+    result = k2("render", code=130)
+
+    assert result.stdout == "outputs/0001-fox-and-1-more/fox-7.png\n"
+    assert placed == ["run.toml", "fox-7.toml", "fox-7.png"]
+    assert "Interrupted: 1 of 2 pictures are in outputs/0001-fox-and-1-more." in result.stderr
+
+
+def test_a_run_stopped_before_its_sheet_gets_it(moody, k2, fake):
+    k2("render")
+    folder = moody / "outputs" / "0001-fox-and-1-more"
+    undisturbed = tree(folder)
+    (folder / "sheet.png").unlink()
+    runs.load.cache_clear()
+    fake.loaded.clear()
+
+    k2("render", "--resume")
+
+    assert tree(folder) == undisturbed and fake.loaded == []
+
+
+def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
+    """No metadata where none was wanted, and a path of styles is laid out as one."""
+    (moody / "styles").mkdir()
+    for name in ("dusk", "riso"):
+        (moody / "styles" / f"{name}.toml").write_text(f'keywords = ["{name}"]\n')
+    sweep = ("mix-styles", "dusk=1", "riso=1", "--sweep", "4", "-p", "tea", "--no-embed")
+    k2(*sweep)
+    undisturbed = tree(moody / "outputs" / "0001-mix-dusk-riso")
+    fake.stop = stop_at(1, KeyboardInterrupt())
+    k2(*sweep, code=130)
+    fake.stop = staticmethod(lambda at: None)
+
+    k2("render", "--resume")
+
+    folder = moody / "outputs" / "0002-mix-dusk-riso"
+    assert [Image.open(path).text for path in folder.glob("tea-*.png")] == [{}] * 4
+    (folder / "sheet.png").unlink()
+    (moody / "outputs" / "0001-mix-dusk-riso").rename(moody / "elsewhere")
+    folder = folder.rename(moody / "outputs" / "0001-mix-dusk-riso")
+    k2("render", "--resume")
+    assert tree(folder)["sheet.png"] == undisturbed["sheet.png"]
+
+
+def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
+    interrupt(fake, k2, 3)
+    k2("render", "-p", "tea")
+
+    assert k2("render", "--resume", "--run", "1").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-8.png\n"
+    assert "has no run 0007 to go on with" in k2("render", "--resume", "--run", "7", code=1).stderr
+    assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
 
 
 def test_resume_refuses_other_weights(moody, k2, fake):
