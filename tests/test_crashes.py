@@ -1,0 +1,113 @@
+"""A run that dies at every file operation in turn: what stands there is whole, and `--resume` makes the rest."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tree
+from PIL import Image
+
+from k2cli import records
+from k2cli.app import app
+from k2cli.tables import Toml
+
+OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
+FORK = multiprocessing.get_context("fork")  # the child has the painting pipeline of this process
+
+
+def die_at(fatal: int) -> None:
+    """From now on the file operation of this number is the last, and is not done; a file in hand stays half written."""
+    count = 0
+
+    def counted(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == fatal:
+                if name == "fsync":
+                    half(args[0])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **named)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def half(handle: int) -> None:
+    about = os.fstat(handle)
+    if stat.S_ISREG(about.st_mode):  # folders are flushed too
+        os.ftruncate(handle, about.st_size // 2)
+
+
+def render(fatal: int, arguments: tuple[str, ...]) -> None:
+    die_at(fatal)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    app(["render", *arguments])
+
+
+def died(fatal: int, *arguments: str) -> bool:
+    """Whether a render in a process of its own came as far as that operation."""
+    process = FORK.Process(target=render, args=(fatal, arguments))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return bool(process.exitcode)
+
+
+def pictures(outputs: Path) -> dict[str, str]:
+    """Every picture there by its hash, each of them checked against its record."""
+    found = {}
+    for path in outputs.rglob("*-*.png"):
+        with Image.open(path) as image:
+            pixels = records.pixel_hash(image)
+        assert Toml.read(path.with_suffix(".toml"), path.name).table["pixels"] == pixels
+        found[path.name] = pixels
+    return found
+
+
+def test_whatever_operation_is_the_last(moody, k2):
+    k2("render")
+    undisturbed = moody / "outputs" / "0001-fox-and-1-more"
+    expected = pictures(undisturbed)
+    folders, fatal, begun = 1, 0, 0
+    while died(fatal := fatal + 1):
+        left = pictures(moody / "outputs")
+        assert left.items() <= expected.items()
+        runs = sorted(path.name for path in moody.glob("outputs/*-*") if (path / "run.toml").exists())
+        if len(runs) > folders:  # it had a plan: it can be finished
+            begun += 1
+            last = moody / "outputs" / runs[-1]
+            whole = dict(tree(last))
+            k2("render", "--resume")
+            assert pictures(last) == expected
+            assert {name: tree(last)[name] for name in whole if name.endswith(".png")}.items() <= whole.items()
+            assert sorted(tree(last)) == sorted(tree(undisturbed))  # and nothing half written
+            folders = len(runs)
+    assert fatal > 30 and begun > 15
+    k2("render", "-p", "tea")
+    names = [path.name for path in moody.glob("outputs/*")]
+    assert all("-" in name for name in names) and len({name[:4] for name in names}) == len(names)
+    assert not list(moody.rglob(".*"))
+
+
+@pytest.mark.parametrize("first", [13, 18, 25])
+def test_a_resumed_run_may_die_too(moody, k2, first):
+    k2("render")
+    expected = pictures(moody / "outputs" / "0001-fox-and-1-more")
+    assert died(first)
+    fatal = 0
+    while died(fatal := fatal + 1, "--resume"):
+        assert pictures(moody / "outputs").items() <= expected.items()
+    folder = moody / "outputs" / "0002-fox-and-1-more"
+    assert pictures(folder) == expected
+    assert sorted(tree(folder)) == sorted(tree(moody / "outputs" / "0001-fox-and-1-more"))
