@@ -21,6 +21,7 @@ from k2cli.options import (
     to_json,
 )
 from k2cli.style_app import mix_styles, moodboard_app, style_app
+from k2cli.train import train
 from model.errors import K2Error
 
 if TYPE_CHECKING:
@@ -293,6 +294,7 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
 
 
 app.command("mix-styles")(mix_styles)
+app.command("train")(train)
 
 
 @app.command()

@@ -14,7 +14,8 @@ from model.errors import K2Error
 from model.train import loop
 from model.train.data import stable_seed
 from model.train.journal import Journal
-from model.train.loop import Recipe, Run, Stage, train
+from model.train.loop import Run, Stage, train
+from model.train.recipe import Recipe
 
 RECIPE = Recipe(name="line", steps=12, lr=0.05, muon_lr=0.05, warmup_steps=2, decay=0.5, every=3, weight_decay=0.0)
 

@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from model.errors import K2Error
 from model.plan import native_bf16
 from model.train.journal import Journal
 from model.train.optim import Muon, split_parameters, warmup_stable_decay
+from model.train.recipe import Recipe
 
 RUNS = Path(".runs")
 BOX = Path(__file__).parents[1] / "weights"
@@ -38,42 +39,6 @@ SAVE_EVERY = 180.0  # seconds
 
 Batch = dict[str, Any]
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What every stage's recipe says; each stage adds keys of its own."""
-
-    name: str  # of the run, and of its folder
-    stage: str = "pretrain"
-    minutes: float = 0.0  # how long it runs by the clock ...
-    steps: int = 0  # ... or by count: then the whole course of the run is repeatable, not only each of its steps
-    lr: float  # of AdamW
-    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
-    warmup_steps: int = 50
-    decay: float = 0.0  # share of the run over which the learning rate falls to zero
-    weight_decay: float = 0.01
-    clip: float = 2.0  # of the gradient's norm
-    accumulate: int = 1  # parts of a step, each a batch of its own
-    average: float = 0.998  # decay of the averaged weights, once the run is old enough
-    keep: int = 0  # how many of the last snapshots of the weights stay ...
-    keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
-    every: int = 25  # steps to a line of the log; runs are saved on such steps only
-    seed: int = 1
-    init: str = ""  # a run whose averaged weights this one starts from, or "box": those of the package
-    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
-
-    def __post_init__(self) -> None:
-        if (self.minutes > 0) == (self.steps > 0):
-            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
-        for key in ("accumulate", "every", "warmup_steps"):
-            if getattr(self, key) < 1:
-                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
-
-    @property
-    def total(self) -> float:
-        """The run's length, in steps or in seconds."""
-        return self.steps or self.minutes * 60
 
 
 class Stage:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import tomllib
 from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.dit import PRESETS, DiTConfig, Krea2
@@ -49,15 +49,6 @@ class Recipe(loop.Recipe):
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
 
-    @classmethod
-    def read(cls, path: Path) -> Recipe:
-        table: dict[str, Any] = tomllib.loads(path.read_text())
-        unknown = set(table) - {f.name for f in fields(cls)}
-        if unknown:
-            raise K2Error(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
-        lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
-        return cls(**table | lists)
-
     @property
     def config(self) -> DiTConfig:
         return replace(PRESETS[self.preset], **self.network)
@@ -75,8 +66,7 @@ class TrainingSet:
     def __init__(self, catalog: Catalog, text: TextEncoder, recipe: Recipe):
         self.catalog = catalog
         self.items = catalog.items("train")
-        self.latents = torch.from_numpy(np.load(catalog.folder / f"latents-{recipe.size}.npy"))
-        assert len(self.latents) == len(self.items), "latents and catalog differ; encode again"
+        self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items)))
         self.text = text
         self.features: dict[str, Tensor] = {}
         self.by_look: dict[Any, list[int]] = defaultdict(list)
@@ -137,6 +127,17 @@ class TrainingSet:
         peers = self.by_look[self.items[index].look]
         other = peers[int(rng.integers(len(peers)))]
         return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
+
+
+def read_latents(folder: Path, size: int, count: int) -> NDArray[np.float16]:
+    """The train split's latents at a size, float16 [count, C, size/8, size/8]."""
+    path, hint = folder / f"latents-{size}.npy", f"encode them with: python -m model.train.encode {size}"
+    if not path.exists():
+        raise K2Error(f"there are no latents of {size} px in {folder}.", hint=hint)
+    latents = np.load(path)
+    if len(latents) != count:
+        raise K2Error(f"{path} holds {len(latents)} pictures, the data set {count}.", hint=hint)
+    return latents
 
 
 class Trainee(nn.Module):

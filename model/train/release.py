@@ -19,7 +19,8 @@ from model.checkpoint import read, save
 from model.quantize import quantise
 from model.style import StyleConfig
 from model.train.data import DATA, Catalog
-from model.train.pretrain import BOX, RUNS, Recipe, averages
+from model.train.pretrain import BOX, RUNS, averages
+from model.train.recipe import saved
 
 RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
@@ -29,7 +30,7 @@ def main(run: str, folder: Path = BOX) -> None:
     with safe_open(path, "pt") as file:
         place = json.loads(file.metadata()["place"])
     recipe = place["recipe"]
-    config = Recipe(**recipe).config
+    config = saved(recipe).config
     weights = averages(path)
     training: dict[str, Any] = {
         "recipe": recipe,

@@ -16,7 +16,8 @@ from model.latents import noise, patchify, unpatchify
 from model.sampler import euler, guided, raw_mu, shifted_sigmas
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
-from model.train.pretrain import BOX, RUNS, Recipe, averages
+from model.train.pretrain import BOX, RUNS, averages
+from model.train.recipe import saved
 
 PROMPTS = [
     *("a fox", "a cat", "a penguin", "a red apple", "a banana", "a car", "a sailboat", "a house"),
@@ -50,7 +51,7 @@ def main(run: str, steps: int = 16, guidance: float = 2.5) -> None:
     path = RUNS / run / "state.safetensors"
     with safe_open(path, "pt") as file:
         place = json.loads(file.metadata()["place"])
-    recipe = Recipe(**place["recipe"])
+    recipe = saved(place["recipe"])
     dit = Krea2(recipe.config).eval()
     dit.load_state_dict({k[4:]: v for k, v in averages(path).items() if k.startswith("dit.")})
     text = TextEncoder.load(BOX / "mini-text.safetensors")

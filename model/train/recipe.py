@@ -1,0 +1,157 @@
+"""Recipes: what a run of training is to do, as a TOML file says it. Nothing here imports torch.
+
+A recipe names its `stage`; the stage's module holds a `Recipe` (the keys it knows) and `main(recipe, device, report)`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+
+from model.errors import K2Error
+
+FOLDER = Path(__file__).parent / "recipes"
+STAGES = {  # what `stage` may say -> the module
+    "pretrain": "model.train.pretrain",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every stage's recipe says; each stage adds keys of its own."""
+
+    name: str  # of the run, and of its folder
+    stage: str = "pretrain"
+    minutes: float = 0.0  # how long it runs by the clock ...
+    steps: int = 0  # ... or by count: then the whole course of the run is repeatable, not only each of its steps
+    lr: float  # of AdamW
+    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
+    warmup_steps: int = 50
+    decay: float = 0.0  # share of the run over which the learning rate falls to zero
+    weight_decay: float = 0.01
+    clip: float = 2.0  # of the gradient's norm
+    accumulate: int = 1  # parts of a step, each a batch of its own
+    average: float = 0.998  # decay of the averaged weights, once the run is old enough
+    keep: int = 0  # how many of the last snapshots of the weights stay ...
+    keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
+    every: int = 25  # steps to a line of the log; runs are saved on such steps only
+    seed: int = 1
+    init: str = ""  # a run whose averaged weights this one starts from, or "box": those of the package
+    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise K2Error(f'"{self.name}" cannot name a run.', hint="Letters, digits, dots and dashes can.")
+        if (self.minutes > 0) == (self.steps > 0):
+            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
+        for key in ("accumulate", "every", "warmup_steps"):
+            if getattr(self, key) < 1:
+                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+
+    @property
+    def total(self) -> float:
+        """The run's length, in steps or in seconds."""
+        return self.steps or self.minutes * 60
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The recipe in a TOML file. Raises `K2Error` for keys unknown or missing and for values of another kind."""
+        return cls.of(table_of(path), str(path))
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], where: str) -> Self:
+        """A recipe from a table; `where` is what errors call it."""
+        known, hints = {field.name: field for field in fields(cls)}, get_type_hints(cls)
+        for key in table:
+            if key not in known:
+                near = get_close_matches(key, known, 1)
+                raise K2Error(f'{where}: unknown key "{key}".', hint=f'Did you mean "{near[0]}"?' if near else "")
+            if not fits(table[key], hints[key]):
+                raise K2Error(f"{where}: {key} must be {kind(hints[key])}.")
+        for key, field in known.items():
+            if key not in table and field.default is MISSING and field.default_factory is MISSING:
+                raise K2Error(f"{where}: {key} is missing.")
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+        return cls(**values)
+
+
+def table_of(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises `K2Error` where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise K2Error(f"{path} is not valid TOML: {error}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise K2Error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def find(name: str) -> Path:
+    """A recipe by its path, or by its bare name where it comes with the package."""
+    own = FOLDER / f"{name}.toml"
+    path = Path(name)
+    if path.is_file() or not own.is_file():
+        if not path.is_file():
+            names = sorted(each.stem for each in FOLDER.glob("*.toml"))
+            near = get_close_matches(name, names, 1)
+            hint = f'Did you mean "{near[0]}"?' if near else f"With the package come: {', '.join(names)}."
+            raise K2Error(f'There is no recipe "{name}".', hint=hint)
+        return path
+    return own
+
+
+def load(name: str) -> Recipe:
+    """The recipe of a path or name, as its own stage reads it."""
+    path = find(name)
+    table = table_of(path)
+    return module(table.get("stage", "pretrain"), str(path)).Recipe.of(table, str(path))
+
+
+def saved(table: Mapping[str, Any]) -> Any:
+    """The recipe that a saved run was made by, from its `place`."""
+    return module(table.get("stage", "pretrain"), "the run").Recipe.of(table, "the run's recipe")
+
+
+def module(stage: Any, where: str) -> Any:
+    """The module of a stage. Raises `K2Error` where there is none of that name."""
+    if stage not in STAGES:
+        near = get_close_matches(str(stage), STAGES, 1)
+        hint = f'Did you mean "{near[0]}"?' if near else f"Stages: {', '.join(STAGES)}."
+        raise K2Error(f'{where}: there is no stage "{stage}".', hint=hint)
+    return import_module(STAGES[stage])
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a TOML file is what a field of this type takes."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return any(fits(value, each) for each in inner)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(fits(each, inner[0]) for each in value)
+        return len(value) == len(inner) and all(map(fits, value, inner))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def kind(hint: Any) -> str:
+    """What `fits` asks for, in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    if origin is tuple:
+        many = "a list" if inner[-1] is Ellipsis else f"a list of {len(inner)}"
+        return f"{many}, each {plain.get(inner[0], 'of its kind')}"
+    if origin is dict:
+        return f"a table, each value {plain.get(inner[1], 'of its kind')}"
+    return plain.get(hint) or " or ".join(kind(each) for each in inner if each is not type(None))

@@ -1,0 +1,122 @@
+"""`k2 train`: recipes are read strictly, runs go on, and everything wrong is one sentence."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from workshop import TINY, workshop  # noqa: F401
+
+from k2cli import app as commands
+from model.errors import K2Error
+from model.train import recipe as recipes
+from model.train.loop import place_of
+
+README = Path(commands.__file__).parents[1] / "README.md"
+SMALL = """
+name = "small"
+size = 64
+steps = 4
+batch = 2
+repeats = 2
+every = 2
+lr = 1e-3
+muon_lr = 1e-3
+mu = 0.0
+"""
+
+
+def written(folder, text):
+    (folder / "small.toml").write_text(text)
+    return "small.toml"
+
+
+def test_a_recipe_runs_to_its_end_and_goes_on_when_lengthened(k2, workshop):  # noqa: F811
+    path = written(workshop, SMALL + TINY)
+
+    done = k2("train", path)
+    assert done.stdout == ".runs/small/state.safetensors\n"
+    assert "small 4: loss" in done.stderr and "min left" in done.stderr
+    assert place_of(Path(done.stdout.strip()))["step"] == 4
+
+    more = k2("train", path, "--steps", "6")
+    assert "steps 4 → 6" in more.stderr
+    assert place_of(Path(done.stdout.strip()))["step"] == 6
+    with Path(".runs/small/log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2", "4", "6"]
+    assert Path(".runs/small/curves.png").exists()
+    assert k2("train", path, "--quiet").stderr == ""
+
+
+def test_what_the_readme_says_about_training_works(k2, workshop):  # noqa: F811
+    """Each line `k2 train RECIPE` of the README names a recipe of the package; the first runs, cut short."""
+    named = re.findall(r"^\$ k2 train (\S+)", README.read_text("utf-8"), re.MULTILINE)
+    assert named
+    for name in named:
+        recipes.load(name)
+
+    assert k2("train", named[0], "--steps", "1").stdout == f".runs/{named[0]}/state.safetensors\n"
+
+
+@pytest.mark.parametrize("path", sorted(recipes.FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_the_package_are_valid_and_named_as_their_files(path):
+    assert recipes.load(path.stem).name == path.stem
+    assert recipes.load(str(path)) == recipes.load(path.stem)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        (("lr = 1e-3", "lrr = 1e-3"), 'unknown key "lrr"', '"lr"'),
+        (("lr = 1e-3", 'lr = "fast"'), "lr must be a number", ""),
+        (("steps = 4", "steps = 4.5"), "steps must be a whole number", ""),
+        (("steps = 4", "steps = true"), "steps must be a whole number", ""),
+        (("size = 64\n", ""), "size is missing", ""),
+        (("size = 64", 'size = 64\nstage = "pretrian"'), 'no stage "pretrian"', '"pretrain"'),
+        (("size = 64", "size = 64\nstage = 3"), 'no stage "3"', "pretrain"),
+        (("size = 64", "size = 64\nforms = [1, 2]"), "forms must be a list of 3, each a number", ""),
+        (("size = 64", "size = 64\nfresh = [1]"), "fresh must be a list, each text", ""),
+        (("size = 64", "size = 64\nnetwork = {width = 0.5}"), "network must be a table, each value a whole number", ""),
+        (("steps = 4", "steps = 4\nminutes = 2"), "either minutes or steps", ""),
+        (('"small"', '"../small"'), "cannot name a run", "Letters"),
+        (("steps = 4", "steps = ="), "not valid TOML", ""),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_one_sentence(k2, tmp_path, monkeypatch, change, message, hint):
+    monkeypatch.chdir(tmp_path)
+    failed = k2("train", written(tmp_path, SMALL.replace(*change)), code=1)
+
+    sentence, *rest = failed.stderr.splitlines()
+    assert sentence.startswith("Error: ") and message in sentence
+    assert len(rest) <= 1 and hint in "".join(rest)
+    assert not Path(".runs").exists()
+
+
+def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "pretrain-64" in k2("train", "pretrain-46", code=1).stderr
+    assert "cannot be read" not in k2("train", "nowhere.toml", code=1).stderr
+
+
+def test_without_data_it_says_how_to_get_them(k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "python -m model.train.data" in k2("train", "pretrain-64", code=1).stderr
+
+
+def test_without_latents_it_says_how_to_get_them(k2, workshop):  # noqa: F811
+    failed = k2("train", written(workshop, SMALL.replace("size = 64", "size = 128")), code=1)
+    assert "python -m model.train.encode 128" in failed.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(k2, workshop, monkeypatch):  # noqa: F811
+    from model.train import loop
+
+    monkeypatch.setattr(loop.Run, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    stopped = k2("train", written(workshop, SMALL + TINY), code=130)
+
+    assert "k2 train small.toml" in stopped.stderr and stopped.stdout == ""
+
+
+def test_reading_a_recipe_by_the_wrong_stage_is_an_error():
+    with pytest.raises(K2Error, match="no stage"):
+        recipes.module("none", "here")
