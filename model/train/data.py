@@ -52,7 +52,7 @@ class Subject:
     name: str
     icons: tuple[str, ...]  # names in the vector sets, the first that a set knows is taken
     words: tuple[str, ...]  # what captions may call it, the plain name first
-    trained: bool = True  # whether pictures of it are asked for in training
+    later: bool = False  # joined when the others were learned
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_subjects(path: Path = HERE / "subjects.toml") -> list[Subject]:
             name,
             (entry["icon"], *entry.get("other", ())),
             (name, *entry.get("words", ())),
-            not entry.get("later", False),
+            entry.get("later", False),
         )
         for name, entry in table.items()
     ]

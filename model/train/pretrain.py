@@ -46,6 +46,8 @@ class Recipe(loop.Recipe):
     references: float = 0.5  # share of the steps that show a style reference
     white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
     grounds: float = 1.7  # the same for plain pictures on other grounds
+    later: float = 0.0  # how much oftener than the others the subjects marked so come; 0 leaves them out
+    null: float = 0.1  # share of the pictures with style rows whose rows say nothing
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
 
@@ -53,11 +55,12 @@ class Recipe(loop.Recipe):
     def config(self) -> DiTConfig:
         return replace(PRESETS[self.preset], **self.network)
 
-    def weight(self, item: Item) -> float:
-        """How often a picture is drawn, next to one with a medium."""
+    def weight(self, item: Item, later: bool) -> float:
+        """How often a picture is drawn, next to one with a medium; `later` says whether its subject joined late."""
+        share = self.later if later else 1.0
         if item.look.medium != "plain":
-            return 1.0
-        return self.white if item.look.ground == "white" else self.grounds
+            return share
+        return share * (self.white if item.look.ground == "white" else self.grounds)
 
 
 class TrainingSet:
@@ -74,8 +77,8 @@ class TrainingSet:
             self.by_look[item.look].append(index)
         self.looks = list(self.by_look)
         self.look_index = {look: i for i, look in enumerate(self.looks)}
-        trained = {name for name, subject in catalog.subjects.items() if subject.trained}
-        weights = np.array([recipe.weight(item) * (item.pair.subject in trained) for item in self.items])
+        subjects = catalog.subjects
+        weights = np.array([recipe.weight(item, subjects[item.pair.subject].later) for item in self.items])
         self.weights = weights / weights.sum()
 
     def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,9 +103,11 @@ class TrainingSet:
         chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
         with_reference = rng.random() < recipe.references
         form = str(rng.choice(("short", "medium", "long"), p=recipe.forms))
+        null = rng.random(recipe.batch) < recipe.null
         captions = []
-        for index in chosen:
-            style = not with_reference or rng.random() < 0.5
+        for index, silent in zip(chosen, null, strict=True):
+            # rows that say nothing come with the captions of no rows, so that both mean the same
+            style = not with_reference or silent or rng.random() < 0.5
             caption = self.catalog.caption(self.items[index], rng, form, style)
             captions.append("" if rng.random() < 0.1 else caption)
         embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)
@@ -117,7 +122,7 @@ class TrainingSet:
             "embeds": embeds,
             "mask": mask,
             "references": references,
-            "null": torch.from_numpy(rng.random(recipe.batch) < 0.1),
+            "null": torch.from_numpy(null),
             "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]),
             "generator": generator,
         }
