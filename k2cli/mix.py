@@ -8,7 +8,7 @@ from itertools import combinations
 
 from k2cli.project import Project, Prompt, Settings, slug
 from k2cli.runs import Job, SheetForm
-from k2cli.sheet import PER_SHEET
+from k2cli.sheet import PER_GRID
 from model.errors import K2Error
 
 Weights = Mapping[str, float]
@@ -49,9 +49,9 @@ def sweep(weights: Weights, steps: int) -> Layout:
     if steps < 2:
         raise K2Error(f"A sweep of {steps} pictures leads nowhere.", hint="From 2 on it has both ends.")
     count = steps * (steps + 1) // 2 if len(names) == 3 else steps * len(list(combinations(names, 2)))
-    if count > PER_SHEET:
+    if count > PER_GRID:
         raise K2Error(
-            f"A sweep of {steps} with {len(names)} styles is {count} pictures, and a sheet holds {PER_SHEET}.",
+            f"A sweep of {steps} with {len(names)} styles is {count} pictures, and a sheet holds {PER_GRID}.",
             hint="Take fewer.",
         )
 

@@ -18,7 +18,8 @@ PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#8d8780", "#e4dfd7"
 MARGIN, GAP, BETWEEN = 40, 12, 32  # px: around the sheet, between pictures of a strip, between strips
 TITLE, LABEL, CAPTION = 26, 16, 13  # px of type
 CELL = range(192, 321)  # px that the longer side of a picture is shown at
-PER_SHEET = 120  # pictures; longer runs get several sheets
+PER_SHEET = 48  # pictures; longer runs get several sheets, so that what a run holds does not grow with its length
+PER_GRID = 120  # where the columns are told: a sweep is one sheet
 WIDER = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf")
 SIGNS = str.maketrans(
     {"–": "-", "—": "-", "−": "-", "×": "x", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "œ": "oe", "æ": "ae"}
@@ -41,10 +42,11 @@ class Entry:
 def contact_sheets(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Iterator[bytes]:
-    """PNGs of all entries in their order, at most PER_SHEET pictures on each."""
-    for start in range(0, len(entries), PER_SHEET):
+    """PNGs of all entries in their order, at most PER_SHEET pictures on each, or PER_GRID in told columns."""
+    most = PER_GRID if columns else PER_SHEET
+    for start in range(0, len(entries), most):
         buffer = io.BytesIO()
-        part = entries[start : start + PER_SHEET]
+        part = entries[start : start + most]
         contact_sheet(part, title, subtitle, columns=columns, centred=centred).save(buffer, "PNG", optimize=True)
         yield buffer.getvalue()
 
