@@ -1,0 +1,145 @@
+"""Turbo: a few steps without guidance that land where many guided steps do.
+
+Two stages, each a recipe. `guidance` teaches one pass to say what the two passes of guidance say (arXiv 2210.03142, by
+regression on noised pictures). `trajectory` is Trajectory Distribution Matching (arXiv 2503.06674): the student walks its
+K segments; each segment's end is noised further, and there a frozen teacher and a fake-score network, which follows
+the student, say in which direction the student's pictures must move to be the teacher's guided ones.
+
+Times here are noise levels: 1 is noise, 0 a picture; x_t = (1 − t) x₀ + t ε, velocity v = ε − x₀.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t [B]) -> v [B, ...]
+
+
+def level(t: Tensor, like: Tensor) -> Tensor:
+    """t [B] as [B, 1, ...], to be multiplied with `like`."""
+    return t.view(-1, *[1] * (like.dim() - 1))
+
+
+def picture(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x₀ of a point x [B, ...] of the flow at t [B], by its velocity there."""
+    return x - level(t, x) * v
+
+
+def noise_in(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """ε of the same point."""
+    return x + (1 - level(t, x)) * v
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The student's own way from noise to pictures, without gradient."""
+
+    times: tuple[float, ...]  # K + 1 noise levels, 1 … 0
+    points: Tensor  # [K, B, ...] where each segment starts
+    velocities: Tensor  # [K, B, ...] the student's answer there
+
+    def at(self, segment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """segment [B] of 0 … K − 1 -> points and velocities [B, ...], times of the segments' starts and ends [B]."""
+        rows = torch.arange(len(segment), device=self.points.device)
+        times = torch.tensor(self.times, device=self.points.device)
+        segment = segment.to(self.points.device)
+        return self.points[segment, rows], self.velocities[segment, rows], times[segment], times[segment + 1]
+
+
+@torch.no_grad()
+def walk(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Walk:
+    """Follow `velocity` from noise [B, ...] by Euler steps, and keep where it went."""
+    x, points, velocities = noise, [], []
+    for t, end in pairwise(times):
+        v = velocity(x, torch.full((len(x),), t, device=x.device))
+        points.append(x)
+        velocities.append(v)
+        x = x + (end - t) * v
+    return Walk(tuple(times), torch.stack(points), torch.stack(velocities))
+
+
+def noised_on(x0: Tensor, eps: Tensor, s: Tensor, t: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise a segment's end x_s = (1 − s) x₀ + s ε on to t > s with fresh noise -> x_t and the velocity that made it.
+
+    x_t = a x_s + b ε' with a = (1 − t)/(1 − s), b² = t² − a² s²: of x₀ there is as much in it as the flow has at t,
+    and the two noises together have its variance.
+    """
+    s, t = level(s, x0), level(t, x0)
+    a = (1 - t) / (1 - s)
+    noise = (a * s * eps + (t**2 - (a * s) ** 2).clamp_min(0).sqrt() * fresh) / t
+    return (1 - t) * x0 + t * noise, noise - x0
+
+
+def between(s: Tensor, t: Tensor, uniform: Tensor, margin: float = 0.02) -> Tensor:
+    """Noise levels inside (s, t), away from either end by a share of the segment."""
+    return s + (t - s) * (margin + (1 - 2 * margin) * uniform)
+
+
+def matching_loss(
+    x0: Tensor, fake: Tensor, teacher: Tensor, unconditional: Tensor, guidance: float, softness: float = 0.3
+) -> Tensor:
+    """Move the student's pictures x0 [B, ...] by what the teacher's estimate and the fake score's differ in -> [B].
+
+    fake, teacher, unconditional: estimates of x₀ at a noised point, without gradient. Pseudo-Huber distance to the
+    target, bent at `softness`, divided per picture by its distance from the teacher's guided estimate (as in DMD).
+    """
+    push = teacher - fake + guidance * (teacher - unconditional)
+    aim = teacher + guidance * (teacher - unconditional)
+    weight = (x0.detach() - aim).abs().flatten(1).mean(1).clamp_min(0.05)
+    off = x0 - (x0 + push).detach()
+    return ((off.square() + softness**2).sqrt() - softness).flatten(1).mean(1) / weight
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What a loss draws, apart from the student's noise: so that a step is a function of its seed."""
+
+    segment: Tensor  # [B] which of the K
+    uniform: Tensor  # [B] where between its ends
+    fresh: Tensor  # [B, ...] the noise on top
+
+    @classmethod
+    def draw(cls, segments: int, like: Tensor, generator: torch.Generator | None = None) -> Chance:
+        """For pictures of the shape of `like` [B, ...]."""
+        count = len(like)
+        # every segment about as often within a batch
+        segment = (
+            torch.randperm(count, generator=generator) + int(torch.randint(segments, (), generator=generator))
+        ) % segments
+        fresh = torch.randn(like.shape, generator=generator)
+        return cls(segment, torch.rand(count, generator=generator).to(like.device), fresh.to(like.device))
+
+
+def fake_loss(fake: Velocity, way: Walk, chance: Chance) -> Tensor:
+    """The fake score learns the student's pictures: flow matching on what the segments' ends become [B]."""
+    x, v, t, s = way.at(chance.segment)
+    tau = between(s, t, chance.uniform)
+    x_tau, target = noised_on(picture(x, v, t), noise_in(x, v, t), s, tau, chance.fresh)
+    return (fake(x_tau, tau) - target).square().flatten(1).mean(1)
+
+
+def student_loss(
+    student: Velocity,
+    fake: Velocity,
+    teacher: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    way: Walk,
+    chance: Chance,
+    guidance: float,
+) -> Tensor:
+    """One segment of the student's walk, moved towards the teacher's guided pictures -> [B].
+
+    teacher: (x, t) -> its velocities with and without the prompt.
+    """
+    x, _, t, s = way.at(chance.segment)
+    v = student(x, t)
+    x0 = picture(x, v, t)
+    with torch.no_grad():
+        tau = between(s, t, chance.uniform)
+        x_tau, _ = noised_on(x0, noise_in(x, v, t), s, tau, chance.fresh)
+        said = [picture(x_tau, answer, tau) for answer in (fake(x_tau, tau), *teacher(x_tau, tau))]
+    return matching_loss(x0, *said, guidance=guidance)

@@ -1,0 +1,144 @@
+"""Distillation, on mixtures of Gaussians where the answer is known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from model.sampler import shifted_sigmas
+from model.train.distill import (
+    Chance,
+    between,
+    fake_loss,
+    matching_loss,
+    noise_in,
+    noised_on,
+    picture,
+    student_loss,
+    walk,
+)
+
+
+def test_a_point_of_the_flow_falls_into_picture_and_noise():
+    x0, eps, t = torch.randn(5, 7), torch.randn(5, 7), torch.rand(5)
+    x = (1 - t[:, None]) * x0 + t[:, None] * eps
+
+    torch.testing.assert_close(picture(x, eps - x0, t), x0)
+    torch.testing.assert_close(noise_in(x, eps - x0, t), eps)
+
+
+def test_noising_on_from_a_segments_end_gives_the_flows_own_points():
+    """Signal (1 − t), noise of variance t², and the velocity leads straight back to the picture."""
+    x0, eps, fresh = torch.full((200_000, 1), 3.0), torch.randn(200_000, 1), torch.randn(200_000, 1)
+    s, t = torch.full((200_000,), 0.4), torch.full((200_000,), 0.7)
+
+    x, v = noised_on(x0, eps, s, t, fresh)
+
+    assert x.mean().item() == pytest.approx(0.3 * 3, abs=0.01)
+    assert x.std().item() == pytest.approx(0.7, abs=0.01)
+    torch.testing.assert_close(picture(x, v, t), x0, atol=1e-5, rtol=1e-5)
+
+
+def test_noising_on_by_nothing_stays_where_it_is():
+    x0, eps, fresh = torch.randn(3, 4, 8)
+    s = torch.tensor([0.2, 0.5, 0.8, 0.9])
+
+    x, _ = noised_on(x0, eps, s, s, fresh)
+
+    torch.testing.assert_close(x, (1 - s)[:, None] * x0 + s[:, None] * eps)
+
+
+def test_a_walk_keeps_every_segments_start():
+    times = shifted_sigmas(4, 0.5)
+    way = walk(lambda x, t: 0 * x + t[:, None], torch.randn(3, 2), times)
+
+    x, v, start, end = way.at(torch.tensor([0, 1, 3]))
+    assert start.tolist() == pytest.approx([times[0], times[1], times[3]])
+    assert end.tolist() == pytest.approx([times[1], times[2], times[4]])
+    torch.testing.assert_close(v, start[:, None].expand(3, 2))
+    torch.testing.assert_close(way.points[1], way.points[0] + (times[1] - times[0]) * times[0])
+    assert torch.equal(x[2], way.points[3, 2])
+
+
+def test_levels_lie_inside_their_segment():
+    s, t = torch.tensor([0.0, 0.3]), torch.tensor([0.3, 1.0])
+
+    for uniform in (0.0, 1.0):
+        tau = between(s, t, torch.full((2,), uniform))
+        assert (tau > s).all() and (tau < t).all()
+
+
+def test_a_student_that_agrees_is_left_alone():
+    """Teacher and fake score say the same and guidance is off: no gradient, wherever the student is."""
+    x0 = torch.randn(4, 6, requires_grad=True)
+    said = torch.randn(4, 6)
+
+    matching_loss(x0, said, said, torch.randn(4, 6), guidance=0.0).sum().backward()
+
+    assert x0.grad is not None and not x0.grad.any()
+
+
+CENTRES = torch.tensor([[math.cos(a), math.sin(a)] for a in (0.3, 1.9, 3.6, 5.2)]) * 1.5
+SPREAD = 0.08
+
+
+def exact(x, t):
+    """The velocity of the mixture of narrow Gaussians, in closed form."""
+    t = t[:, None].clamp(1e-3, 1)
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2
+    away = x[:, None] - (1 - t)[..., None] * CENTRES
+    share = torch.softmax(-away.square().sum(-1) / (2 * variance), 1)[..., None]
+    x0 = (share * (CENTRES + ((1 - t) * SPREAD**2 / variance)[..., None] * away)).sum(1)
+    return (x - x0) / t
+
+
+class Toy(nn.Module):
+    """A velocity: the teacher's exact one and a learned correction, which starts at nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 2))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x, t):
+        waves = torch.stack([t, torch.sin(3 * t), torch.cos(3 * t), torch.sin(9 * t)], 1)
+        return exact(x, t) + self.layers(torch.cat((x, x.square(), waves), 1))
+
+
+def miss(x):
+    """Mean distance from the nearest centre beyond what the mixture itself has."""
+    return (x[:, None] - CENTRES).norm(dim=-1).min(1).values.mean().item() - SPREAD * math.sqrt(math.pi / 2)
+
+
+def end(way):
+    return way.points[-1] - way.times[-2] * way.velocities[-1]
+
+
+def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
+    """Euler's four steps end between the Gaussians; the student's four end much nearer, and at all of them."""
+    torch.manual_seed(0)
+    times = shifted_sigmas(4, 0.7)
+    student, fake = Toy(), Toy()
+    slow, fast = (torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.95)) for m, lr in ((student, 1e-2), (fake, 2e-2)))
+
+    def teacher(x, t):
+        return exact(x, t), exact(x, t)
+
+    for _ in range(150):
+        way = walk(student, torch.randn(256, 2), times)
+        for _ in range(3):
+            fast.zero_grad()
+            fake_loss(fake, way, Chance.draw(4, way.points[0])).mean().backward()
+            fast.step()
+        slow.zero_grad()
+        student_loss(student, fake, teacher, way, Chance.draw(4, way.points[0]), guidance=0.0).mean().backward()
+        slow.step()
+
+    noise = torch.randn(4000, 2)
+    before, after = (end(walk(velocity, noise, times)) for velocity in (exact, student))
+    assert miss(before) > 0.25
+    assert miss(after) < 0.7 * miss(before)
+    nearest = (after[:, None] - CENTRES).norm(dim=-1).argmin(1)
+    assert torch.bincount(nearest, minlength=4).min() > 0.7 * 1000
