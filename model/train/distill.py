@@ -1,8 +1,8 @@
 """Turbo: a few steps without guidance that land where many guided steps do.
 
 Two stages, each a recipe. `guidance` teaches one pass to say what the two passes of guidance say (arXiv 2210.03142, by
-regression on noised pictures). `trajectory` is Trajectory Distribution Matching (arXiv 2503.06674): the student walks its
-K segments; each segment's end is noised further, and there a frozen teacher and a fake-score network, which follows
+regression on noised pictures). `trajectory` is Trajectory Distribution Matching (arXiv 2503.06674): the student walks
+its K segments; each segment's end is noised further, and there a frozen teacher and a fake-score network, which follows
 the student, say in which direction the student's pictures must move to be the teacher's guided ones.
 
 Times here are noise levels: 1 is noise, 0 a picture; x_t = (1 − t) x₀ + t ε, velocity v = ε − x₀.

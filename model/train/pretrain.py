@@ -157,10 +157,7 @@ class Trainee(nn.Module):
         self.style.initialise()
 
     def compile(self) -> None:
-        """Compile the blocks, where nearly all the work is; they share what is compiled."""
-        torch._dynamo.config.recompile_limit = 64
-        for block in (*self.dit.blocks, *self.dit.txtfusion.layerwise_blocks, *self.dit.txtfusion.refiner_blocks):
-            block.compile(dynamic=False)
+        compile_blocks(self.dit)
 
     def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss, and
@@ -193,6 +190,19 @@ class Trainee(nn.Module):
         return (velocity.float() - (noise - image)).square().mean((1, 2)), sigma, style_loss, apart
 
 
+def compile_blocks(*networks: Krea2) -> None:
+    """Compile the blocks, where nearly all the work is; they share what is compiled."""
+    torch._dynamo.config.recompile_limit = 64
+    for dit in networks:
+        for block in (*dit.blocks, *dit.txtfusion.layerwise_blocks, *dit.txtfusion.refiner_blocks):
+            block.compile(dynamic=False)
+
+
+def fingerprint(catalog: Catalog) -> str:
+    """The hash of the data set's manifest."""
+    return hashlib.sha256((catalog.folder / "manifest.toml").read_bytes()).hexdigest()
+
+
 class Pretraining(loop.Stage):
     """The stage: all of the trainee learns, from the train split."""
 
@@ -202,7 +212,7 @@ class Pretraining(loop.Stage):
         self.model: Trainee = Trainee(recipe.config, looks)
         self.set = data
         if data is not None:
-            self.data = hashlib.sha256((data.catalog.folder / "manifest.toml").read_bytes()).hexdigest()
+            self.data = fingerprint(data.catalog)
 
     def batch(self, step: int, part: int = 0) -> Batch:
         assert self.set is not None

@@ -20,6 +20,7 @@ from model.errors import K2Error
 FOLDER = Path(__file__).parent / "recipes"
 STAGES = {  # what `stage` may say -> the module
     "pretrain": "model.train.pretrain",
+    "turbo": "model.train.turbo",
 }
 
 

@@ -1,0 +1,154 @@
+"""The Turbo stage: a recipe's `method` says which half of `model/train/distill.py` it is.
+
+The teacher is a Raw checkpoint with guidance, frozen; the student starts from `init` and never sees guidance again.
+Prompts are those of the train split, with and without style rows, whose strengths are drawn from all that a user may
+turn them to: so the student keeps the teacher's answer to every strength.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.dit import Krea2
+from model.errors import K2Error
+from model.latents import patchify
+from model.sampler import guided, shifted_sigmas
+from model.style import StyleEncoder
+from model.text_encoder import TextEncoder
+from model.train import loop, pretrain
+from model.train.data import DATA, Catalog
+from model.train.distill import Chance, Velocity, fake_loss, student_loss, walk
+from model.train.loop import BOX, RUNS, Batch, Report
+from model.train.pretrain import Trainee, TrainingSet
+
+METHODS = ("guidance", "trajectory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(pretrain.Recipe):
+    """One half of the distillation, as its TOML file says it."""
+
+    stage: str = "turbo"
+    method: str
+    teacher: str = "box"  # a run, or the package's Raw weights
+    guidance: float = 2.5  # of the teacher, which the student takes in
+    walk_steps: int = 8  # of the student
+    walk_mu: float = 0.5  # shift of their noise levels
+    fakes: int = 2  # points of the walk that the fake score learns from, for each one that the student does
+    fake_rate: float = 5.0  # learning rate of the fake score, in student's
+    strengths: tuple[float, float] = (-1.0, 1.5)  # of the style rows, where there are any
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise K2Error(f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"{' or '.join(METHODS)}.")
+
+
+class Pair(nn.Module):
+    """The student, under the transformer's usual name, and the fake score where there is one."""
+
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.dit = Krea2(recipe.config)
+        self.fake = Krea2(recipe.config) if recipe.method == "trajectory" else None
+
+
+class Turbo(loop.Stage):
+    """Distillation of a frozen teacher into a student that takes few steps without guidance."""
+
+    recipe: Recipe
+    model: Pair
+
+    def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: Trainee, empty: Tensor):
+        """`empty` [1, T, N, E]: text features of no prompt. Raises where the teacher has another shape."""
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.set, self.teacher, self.empty = recipe, data, teacher.eval(), empty
+        self.model = Pair(recipe)
+        for network in (self.model.dit, self.model.fake):
+            if network is not None:
+                network.load_state_dict(teacher.dit.state_dict())
+        if data is not None:
+            self.data = pretrain.fingerprint(data.catalog)
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        assert self.set is not None
+        return self.set.batch(self.recipe, step, part)
+
+    def rate(self, name: str) -> float:
+        return self.recipe.fake_rate if name.startswith("fake.") else 1.0
+
+    def pictures(self) -> int:
+        return self.recipe.batch
+
+    def compile(self) -> None:
+        networks = (self.model.dit, self.model.fake, self.teacher.dit)
+        pretrain.compile_blocks(*(network for network in networks if network is not None))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        generator, device = batch["generator"], self.empty.device
+        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+        image = patchify(tensors["latents"], self.recipe.config.patch)
+        side = tensors["latents"].shape[-1] // self.recipe.config.patch
+        embeds, mask = self.prompts(tensors, generator)
+
+        def flow(dit: Krea2, prompt_embeds: Tensor, prompt_mask: Tensor | None) -> Velocity:
+            context = dit.encode_text(prompt_embeds, prompt_mask)
+            rope = dit.rope(context.shape[1], (side, side))
+            return lambda x, t: dit.velocity(
+                x, context.expand(len(x), -1, -1), dit.modulate(t), rope, prompt_mask
+            ).float()
+
+        student = flow(self.model.dit, embeds, mask)
+        with torch.no_grad():
+            with_prompt, without = flow(self.teacher.dit, embeds, mask), flow(self.teacher.dit, self.empty, None)
+
+        def teacher(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return with_prompt(x, t), without(x, t)
+
+        noise = torch.randn(image.shape, generator=generator).to(device)
+        if self.model.fake is None:
+            spread = torch.rand(len(image), generator=generator).clamp(1e-4, 1 - 1e-4)
+            sigma = torch.sigmoid(self.recipe.mu + 1.3 * torch.special.ndtri(spread)).to(device)
+            x = torch.lerp(image, noise, sigma[:, None, None])
+            with torch.no_grad():
+                target = guided(*teacher(x, sigma), self.recipe.guidance)
+            off = (student(x, sigma) - target).square().mean()
+            return off, {"share": (off / target.square().mean()).detach()}
+
+        times = shifted_sigmas(self.recipe.walk_steps, self.recipe.walk_mu)
+        fake = flow(self.model.fake, embeds, mask)
+        way = walk(student, noise, times)
+        torch.clear_autocast_cache()  # else weights first cast without gradient stay so
+        draws = [Chance.draw(self.recipe.walk_steps, noise, generator) for _ in range(1 + self.recipe.fakes)]
+        follow = torch.cat([fake_loss(fake, way, chance) for chance in draws[1:]]).mean()
+        move = student_loss(student, fake, teacher, way, draws[0], self.recipe.guidance).mean()
+        end = way.points[-1] - times[-2] * way.velocities[-1]
+        return move + follow, {"move": move.detach(), "fake": follow.detach(), "spread": end.std() / image.std()}
+
+    @torch.no_grad()
+    def prompts(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Text features with the style rows behind them, at strengths of their own, and the mask."""
+        embeds, mask = tensors["embeds"], tensors["mask"]
+        if "references" not in tensors:
+            return embeds, mask
+        style: StyleEncoder = self.teacher.style
+        low, high = self.recipe.strengths
+        strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, generator=generator)
+        rows = torch.lerp(style.null, style(tensors["references"])[0].float(), strength.to(embeds.device))
+        return torch.cat((embeds, rows), 1), nn.functional.pad(mask, (0, rows.shape[1]), value=True)
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Run a stage to its end, from where it stands."""
+    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
+    data = TrainingSet(Catalog(DATA), text, recipe)
+    teacher = Trainee(recipe.config, len(data.looks)).to(device)
+    loop.start(teacher, loop.parent(recipe.teacher))
+    run = loop.Run(Turbo(recipe, data, teacher, text.encode([""])[0]), RUNS / recipe.name, device)
+    report(f"{recipe.name}: from step {run.step}, {recipe.method}")
+    return loop.train(run, report)

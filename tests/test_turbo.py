@@ -1,0 +1,115 @@
+"""The Turbo stage: what is trained, what is not, and that it resumes."""
+
+import pytest
+import torch
+
+from model.dit import PRESETS, DiTConfig
+from model.errors import K2Error
+from model.train import loop
+from model.train.pretrain import Trainee
+from model.train.turbo import Recipe, Turbo
+
+TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
+
+
+def recipe(method: str, **more) -> Recipe:
+    plain = {"name": "tiny", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
+    return Recipe(**plain | {"preset": "tiny", "warmup_steps": 1, "method": method, "walk_steps": 3} | more)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+def stage(method: str, **more) -> Turbo:
+    torch.manual_seed(3)
+    teacher = Trainee(TINY, 3)
+    torch.nn.init.normal_(teacher.dit.last.linear.weight, std=0.1)
+    made = Turbo(recipe(method, **more), None, teacher, torch.randn(1, 3, 2, 32))
+    made.batch = batch
+    return made
+
+
+def batch(step: int, part: int = 0, references: bool = True) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    masked = torch.ones(4, 5, dtype=torch.bool)
+    masked[1, 3:] = False
+    return {
+        "latents": torch.randn(4, 16, 4, 4, generator=generator),
+        "embeds": torch.randn(4, 5, 2, 32, generator=generator),
+        "mask": masked,
+        "references": torch.randn(4, 16, 4, 4, generator=generator) if references else None,
+        "generator": generator,
+    }
+
+
+@pytest.mark.parametrize("method", ["guidance", "trajectory"])
+def test_everything_of_the_student_learns_and_nothing_of_the_teacher(method):
+    """In bf16 too, where a weight that was first cast without gradient would stay so."""
+    turbo = stage(method)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = turbo.loss(batch(0))
+    loss.backward()
+
+    assert not [name for name, param in turbo.model.named_parameters() if param.grad is None]
+    assert not [name for name, param in turbo.teacher.named_parameters() if param.grad is not None]
+
+
+def test_the_student_takes_guidance_in():
+    turbo = stage("guidance", lr=3e-3, muon_lr=3e-3)
+    optimiser = torch.optim.Adam(turbo.model.parameters(), 3e-3)
+    shares = []
+    for _ in range(60):
+        loss, figures = turbo.loss(batch(0))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        shares.append(figures["share"].item())
+
+    assert shares[-1] < 0.2 * shares[0]
+
+
+def test_without_guidance_the_teacher_is_its_own_student():
+    turbo = stage("guidance", guidance=0.0)
+
+    assert turbo.loss(batch(0))[0].item() == pytest.approx(0, abs=1e-10)
+
+
+def test_strengths_go_through_nothing_at_zero():
+    turbo = stage("trajectory", strengths=(0.0, 0.0))
+    given = batch(0)
+    tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
+
+    embeds, mask = turbo.prompts(tensors, torch.Generator())
+
+    assert torch.equal(embeds[:, 5:], turbo.teacher.style.null.expand(4, -1, -1, -1))
+    assert mask[:, 5:].all() and embeds.shape[1] == mask.shape[1] == 5 + len(turbo.teacher.style.null)
+
+
+def test_the_fake_score_learns_faster_and_a_run_resumes_exactly(tmp_path):
+    def run(folder):
+        return loop.Run(stage("trajectory"), folder)
+
+    straight = run(tmp_path / "a")
+    for step in range(3):
+        last = straight.advance(batch(step))
+    rates = {group["peak"] for group in straight.optimisers["adamw"].param_groups}
+    assert sorted(rates) == pytest.approx([1e-3, 5e-3])
+
+    broken = run(tmp_path / "b")
+    broken.advance(batch(0))
+    broken.save()
+    resumed = run(tmp_path / "b")
+    for step in (1, 2):
+        again = resumed.advance(batch(step))
+
+    assert again == last
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(K2Error, match='no method "tdm"'):
+        recipe("tdm")
