@@ -73,7 +73,8 @@ def eye_of(model: str) -> str:
 
 def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None) -> Board:
     """What a board comes to."""
-    from model.moodboard import Eye, analyse  # torch
+    from model.moodboard import analyse  # torch
+    from model.seeing import Eye
 
     return analyse(paths, Eye.load(eye_of(model)), on_picture)
 
@@ -121,7 +122,7 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 
 def save(board: Board, root: Path, target: Path) -> Path:
     """The board as a style file and, beside it, its colours as a picture -> where the picture is."""
-    from model.moodboard import swatches
+    from model.colours import swatches
 
     strip = target.with_suffix(".png")
     buffer = io.BytesIO()

@@ -17,23 +17,13 @@ from k2cli.project import Project
 from k2cli.tables import Toml
 from model import library
 from model.checkpoint import save
+from model.clusters import APART, find_looks, silhouette, spherical_kmeans
+from model.colours import colour_words, find_palette, name_of, oklab, swatches
 from model.errors import K2Error
-from model.moodboard import (
-    APART,
-    Eye,
-    Words,
-    analyse,
-    colour_words,
-    find_looks,
-    find_palette,
-    name_of,
-    oklab,
-    silhouette,
-    speak,
-    spherical_kmeans,
-    swatches,
-)
+from model.moodboard import analyse
 from model.parts import sha256
+from model.seeing import Eye
+from model.words import Words, speak
 
 K2 = """\
 [render]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from model import library
 from model.checkpoint import save
-from model.moodboard import Eye
 from model.parts import helpers, sha256
+from model.seeing import Eye
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
 from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, looks

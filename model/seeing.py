@@ -1,0 +1,84 @@
+"""How pictures are looked at: any file as a small square, and a style encoder's view of many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from model import library
+from model.checkpoint import open_checkpoint
+from model.errors import K2Error
+from model.parts import helpers, load_style, load_vae, sha256
+from model.references import FORMATS, LEAST_SIDE, MOST_PIXELS, in_eight_bits
+from model.style import StyleEncoder
+from model.words import Words
+
+Pixels = NDArray[np.uint8]  # RGB [S, S, 3]
+
+
+class Eye:
+    """A style encoder with the autoencoder that it looks through, and its words where it has any."""
+
+    def __init__(self, encoder: StyleEncoder, vae: torch.nn.Module, side: int, words: Words | None, why: str = ""):
+        self.encoder, self.vae, self.side, self.words, self.why = encoder, vae, side, words, why
+
+    @classmethod
+    def load(cls, name: str = "mini", device: str = "cpu") -> Eye:
+        """The eye of a model in the box. Raises K2Error where it has none."""
+        _, vae, style = helpers(name)
+        if style is None:
+            raise K2Error(f"{name} has no style encoder, and moodboards are read by it.", hint="mini has one.")
+        where = torch.device(device)
+        side = int(open_checkpoint(style).metadata.get("native", 128))
+        words, why = None, f"{library.BOX / f'{name}-words.safetensors'} is missing"
+        if (table := library.BOX / f"{name}-words.safetensors").is_file():
+            words = Words.load(table)
+            if words.made_for != {"style": sha256(style), "vae": sha256(vae)}:
+                words, why = None, f"{table.name} was measured for another style encoder"
+        return cls(load_style(style, where), load_vae(vae, where, torch.float32), side, words, why)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [B, 3, S, S] in −1 … 1 -> unit style vectors [B, V], feature statistics [B, 2·width]."""
+        latents = self.vae.encode(pixels)  # type: ignore[operator]
+        features = self.encoder.blocks(self.encoder.inward(latents.float())).flatten(2)
+        return self.encoder(latents.float())[1], torch.cat((features.mean(-1), features.std(-1)), -1)
+
+
+def read_picture(path: Path, side: int) -> Pixels:
+    """A picture's middle square, uint8 RGB [side, side, 3], on white where transparent. Raises K2Error.
+
+    JPEGs are decoded at a fraction of their size where that is enough: a board may hold hundreds of photographs.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
+                raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")
+            image.draft("RGB", (2 * side, 2 * side))
+            upright = in_eight_bits(ImageOps.exif_transpose(image))
+            if upright.mode not in ("RGB", "RGBA"):
+                upright = upright.convert("RGBA")
+            small = ImageOps.fit(upright, (side, side)).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise K2Error(f"{path.name} cannot be read as a picture.") from None
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))
+
+
+def read_all(paths: Sequence[Path], side: int) -> Iterator[Pixels | K2Error]:
+    """Every picture, or what is wrong with it; files are decoded beside each other."""
+
+    def one(path: Path) -> Pixels | K2Error:
+        try:
+            return read_picture(path, side)
+        except K2Error as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(one, paths)

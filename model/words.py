@@ -1,0 +1,112 @@
+"""Words of pictures: linear discriminants over what a style encoder sees of them.
+
+Pictures and words share no space, so the table is measured on training pictures (`model/train/words.py`) and lies
+beside the weights as `NAME-words.safetensors`. A word is said only where its kind was right on looks that the table had
+never seen, and only of pictures that lie as near to the table's as those did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.checkpoint import open_checkpoint
+from model.errors import K2Error
+from model.expand import vocabulary
+
+Array = NDArray[np.float64]
+
+TRUSTED = 0.5  # how often a kind of words must have been right on unseen looks
+SAID, UNSAID = 0.3, 0.05  # share of a board from which a word is a keyword; chance under which it is never seen
+KEYWORDS, AVOIDS = 2, 2  # words of each kind
+AGAIN = "python -m model.train.words"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Linear discriminants of one kind of words each, over standardised statistics x: p = softmax(W x + b).
+
+    `middle` and `precision` hold the classes of the medium and their shared precision: how far a picture lies from
+    everything that the table was measured on. `unseen` is the share of right answers on looks never measured.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    weight: Mapping[str, Tensor]  # kind -> [words, F]
+    offset: Mapping[str, Tensor]  # kind -> [words]
+    mean: Tensor  # [F]
+    deviation: Tensor  # [F]
+    middle: Tensor  # [classes, F]
+    precision: Tensor  # [F, F]
+    furthest: float  # squared distance within which pictures are known
+    unseen: Mapping[str, float]
+    made_for: Mapping[str, str]
+
+    @classmethod
+    def load(cls, path: Path) -> Words:
+        """Raises K2Error where the file is no table of words."""
+        checkpoint = open_checkpoint(path)
+        about = checkpoint.metadata
+        if about.get("kind") != "words":
+            raise K2Error(f"{path} is no table of words.", hint=f"Make it again: {AGAIN}")
+        state = {name: tensor.double() for name, tensor in checkpoint.read()}
+        kinds = about["names"]
+        return cls(
+            {kind: tuple(names) for kind, names in kinds.items()},
+            {kind: state[f"{kind}.weight"] for kind in kinds},
+            {kind: state[f"{kind}.offset"] for kind in kinds},
+            state["mean"],
+            state["deviation"],
+            state["middle"],
+            state["precision"],
+            about["furthest"],
+            about["unseen"],
+            about["made_for"],
+        )
+
+    def read(self, statistics: Tensor) -> tuple[dict[str, Array], NDArray[np.bool_]]:
+        """statistics [B, F] -> kind -> chances [B, words], and which pictures are known well enough to speak of."""
+        x = (statistics.double() - self.mean) / self.deviation
+        chances = {k: torch.softmax(x @ self.weight[k].T + self.offset[k], 1).numpy() for k in self.names}
+        away = x[:, None] - self.middle
+        distance = ((away @ self.precision) * away).sum(-1).min(1).values
+        return chances, (distance <= self.furthest).numpy()
+
+    def trusted(self, kind: str) -> bool:
+        return self.unseen.get(kind, 0.0) >= TRUSTED
+
+
+def speak(
+    words: Words | None, chances: Mapping[str, Array], known: NDArray[np.bool_]
+) -> tuple[list[str], list[str], dict[str, tuple[str, float]]]:
+    """Keywords, avoids, and of each kind the likeliest name with its share, of pictures [B] whose chances were read.
+
+    A keyword's chance makes up `SAID` of the known pictures; an avoided word stays under `UNSAID` in nearly all of
+    them, and those that are furthest from it come first.
+    """
+    keywords: list[str] = []
+    avoids: list[str] = []
+    told: dict[str, tuple[str, float]] = {}
+    if words is None or 2 * known.sum() < len(known):
+        return keywords, avoids, told
+    table = vocabulary()
+    for kind in filter(words.trusted, words.names):
+        names, seen = words.names[kind], chances[kind][known]
+        shares = seen.mean(0)
+        best = int(shares.argmax())
+        told[kind] = (names[best], float(shares[best]))
+        if kind not in ("medium", "drawing"):
+            continue
+        order = sorted(range(len(names)), key=lambda i: (-shares[i], names[i]))
+        keywords += [
+            table[kind][names[i]][0] for i in order[:KEYWORDS] if shares[i] >= SAID and names[i] in table[kind]
+        ]
+        never = np.quantile(seen, 0.95, axis=0) < UNSAID
+        far = sorted(range(len(names)), key=lambda i: (np.log(seen[:, i] + 1e-12).mean(), names[i]))
+        avoids += [table[kind][names[i]][0] for i in far if never[i] and names[i] in table[kind]][:AVOIDS]
+    return keywords, avoids, told
