@@ -122,6 +122,13 @@ def render(
     style_guidance: Annotated[
         float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
     ] = None,
+    cohesion: Annotated[
+        float | None,
+        typer.Option("--cohesion", metavar="C", help="0 every picture by itself … 1 all in the look of the first."),
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option("--scope", metavar="S", help="Whose first: the prompt's own, or that of the run.")
+    ] = None,
     creativity: Annotated[
         str | None,
         typer.Option("--creativity", metavar="LEVEL", help="raw, low, medium, high: what may be added to a prompt."),
@@ -168,7 +175,7 @@ def render(
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
-        "creativity": creativity, "precision": precision, "offload": offload,
+        "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
     }  # fmt: skip
     if resume:
         if (

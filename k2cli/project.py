@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,9 +32,10 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.expand import LEVELS, expand
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style
+from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style, tied
 
 FILE = "k2.toml"
+SCOPES = ("prompt", "run")
 
 TEMPLATE = """\
 [project]
@@ -44,6 +46,7 @@ model = "mini"        # the model in the box; or a folder, or a .safetensors fil
 batch = 2             # pictures per prompt
 seed = 7              # picture i uses seed + i
 # size = "128x128"    # or aspect = "4:3"; the model's own size where left out
+# cohesion = 0.5      # 0 every picture by itself … 1 one look; scope = "run" ties prompts together too
 # creativity = "low"  # raw, low, medium, high: how far prompts are led beyond what they say
 # steps, guidance, mu: the model's own recommendation where left out
 
@@ -94,7 +97,8 @@ class Settings:
     device: str | None = None
     precision: str | None = one_of(None, *PRECISIONS)
     offload: str | None = one_of(None, *OFFLOADS)
-    cohesion: float = 0.0  # nothing but 0 yet
+    cohesion: float = between(0.0, 0, 1)  # how much pictures share with the first of their prompt, or of the run
+    scope: str = one_of("prompt", *SCOPES)  # whose first picture
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
 
     def override(self, **given: Any) -> Settings:
@@ -204,7 +208,6 @@ class Project:
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {folder.name}")
         toml = Toml.read(folder / FILE, FILE)
         place, table = Place(toml), toml.table
-        refuse_what_is_to_come(table, place)
         check_keys(table, ("project", "render", "prompt", "style", "moodboard"), place)
         head = read_table(Head, table.get("project", {}), place.below("project"))
         settings = read_table(Settings, table.get("render", {}), place.below("render"))
@@ -309,7 +312,8 @@ class Project:
                 led = expand(prompt.text, settings.creativity, n, styles=joined, avoids=avoids, look=shown)
                 made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
                 shots.append(Shot(f"{name}-{n}", name, prompt.text, made, creativity=settings.creativity))
-        return shots
+        batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
+        return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
 
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""
@@ -329,14 +333,10 @@ class Head:
     name: str = ""
 
 
-def refuse_what_is_to_come(table: Mapping[str, Any], place: Place) -> None:
-    """Say plainly what this release cannot do, rather than leave it out of the pictures in silence."""
-    render = table.get("render")
-    settings = render if isinstance(render, dict) else {}
-    later = [(settings.get("cohesion", 0) != 0, place.below("render")("cohesion"), "cohesion but 0", "Leave it out.")]
-    for found, where, what, hint in later:
-        if found:
-            raise K2Error(f"{where}: this release knows no {what}.", hint=hint)
+def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:
+    """Shots as pictures that belong together, the first of them leading."""
+    specs = tied([shot.spec for shot in shots], cohesion)
+    return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]
 
 
 def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:

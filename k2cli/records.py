@@ -27,13 +27,13 @@ from k2cli.project import Shot
 from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model.errors import K2Error
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import LEAK_GUARDS, METHODS, TILES, Picture, Reference, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, TILES, Leader, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
 
-SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu")
+SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "cohesion")
 SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ class MadeWith:
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
     mu: float | None = between(None, -10, 10)
+    cohesion: float = between(0.0, 0, 1)
     style_guidance: float | None = between(None, 0, 100)
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)
@@ -102,6 +103,15 @@ class LoraUsed:
 
 
 @dataclass(frozen=True)
+class LedBy:
+    """The picture that this one is tied to, where cohesion is on."""
+
+    prompt: str
+    seed: int = between(0, 0, 2**63 - 1)
+    avoid: str = ""
+
+
+@dataclass(frozen=True)
 class Record:
     """A record as read back: checked, but not yet whether what it names is there."""
 
@@ -118,7 +128,7 @@ class Record:
 
 def request(shot: Shot, root: Path) -> dict[str, Any]:
     """What is known of a picture before it is rendered; reference paths are relative to the project."""
-    spec = shot.spec
+    spec, led = shot.spec, shot.spec.leader
     return {
         "prompt": {
             "name": shot.name,
@@ -130,6 +140,7 @@ def request(shot: Shot, root: Path) -> dict[str, Any]:
             "creativity": shot.creativity,
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
+        "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
         "style": [style_table(style, root) for style in spec.styles] or None,
     }
 
@@ -179,6 +190,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "blocked": made.get("blocked"),  # by an output filter, and why
         "prompt": asked["prompt"],
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
+        "leader": asked["leader"] and asked["leader"] | {"shared": made.get("shared")},
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": with_methods(asked.get("style"), made.get("styles", ())),
         "lora": [  # how much of each adapter found its place in the network
@@ -297,6 +309,9 @@ def describe(record: Record) -> str:
         "styles": "\n".join(looks),
         "size": f"{spec.width} x {spec.height}",
         **{key: getattr(spec, key) for key in ("seed", "steps", "guidance", "mu")},
+        "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
+        if spec.leader
+        else "",
         "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
         "guard": spec.leak_guard or "",
         "model": f"{used.name} {used.variant or ''}",
@@ -378,10 +393,12 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
                 style.method,
             )
         )
+    led = part(LedBy, table, "leader", place) if made.cohesion else None
     spec = RenderSpec(
         prompt=prompt.expanded,
         negative=prompt.avoid,
         styles=tuple(styles),
+        leader=Leader(led.prompt, led.seed, led.avoid) if led else None,
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"

@@ -25,6 +25,7 @@ FUSION_BLOCKS = 2  # of either kind: across the tapped layers, then across the p
 
 # What takes the place of a block's attention: q [B, H, S, d], k and v [B, K, S, d], normed and turned -> [B, H, S, d].
 # It may look (a reference's keys and values are taken so) or answer otherwise (they are put in so; `model/splice.py`).
+# One may work inside another (`model/cohesion.py`), and then find more keys than queries: the others' come first.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

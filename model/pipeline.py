@@ -21,7 +21,9 @@ from torch import Tensor
 
 from model import library
 from model.avoid import SAYS_NOTHING, Avoided, avoided, steer_away
+from model.branches import Branches
 from model.checkpoint import Checkpoint
+from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.errors import K2Error
 from model.fast import accelerate
 from model.latents import noise, patchify, unpatchify
@@ -43,7 +45,7 @@ from model.parts import (
 from model.plan import Plan, choose, eight_bits, free_memory
 from model.references import to_pixels
 from model.safety import Filter, installed, review
-from model.sampler import euler, guided, raw_mu, shifted_sigmas, style_guided
+from model.sampler import euler, raw_mu, shifted_sigmas
 from model.spec import LEAK_GUARDS, METHODS, TILES, Lora, Picture, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES, NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed, weigh
@@ -179,8 +181,13 @@ class Pipeline:
             raise K2Error(
                 f"Guidance {guidance:g} with mu {mu:g} leads nowhere.", hint="Guidance is 0 to 100, mu −10 to 10."
             )
-        if not 0 <= spec.seed < 2**63:
-            raise K2Error(f"{spec.seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
+        for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
+            if not 0 <= seed < 2**63:
+                raise K2Error(f"{seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
+        if not 0 <= spec.cohesion <= 1:
+            raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint="It is 0 to 1.")
+        if spec.cohesion and spec.leader is None:
+            raise K2Error("Cohesion ties pictures to a leader, and none is named.", hint="Set `leader` to the first.")
         spec = replace(
             spec,
             width=width,
@@ -244,7 +251,8 @@ class Pipeline:
         batch: list[RenderSpec] = []
         for spec in specs:
             rows = (len(batch) + 1) * (1 + bool(spec.guidance) + (spec.style_guidance is not None))
-            if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > limit):
+            most = limit * (2 if spec.cohesion else 1)  # in larger company a leader costs less
+            if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
                 yield batch
                 batch = []
             batch.append(spec)
@@ -269,47 +277,33 @@ class Pipeline:
         rows, columns = height // CELL, width // CELL
         grid = (rows // config.patch, columns // config.patch)
 
-        contexts = [self._context(spec.prompt, adapters, spec, avoided(spec)) for spec in specs]
+        leader = leader_of(specs[0])
+        made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
+        contexts = [[self._context(spec.prompt, adapters, spec, avoided(spec)) for spec in made]]
         if style_guidance is not None:
-            contexts += [self._context(spec.prompt, adapters, away=avoided(spec)) for spec in specs]
+            contexts.append([self._context(spec.prompt, adapters, away=avoided(spec)) for spec in made])
         if guidance:
-            contexts += [self._context(spec.negative, adapters) for spec in specs]
+            contexts.append([self._context(spec.negative, adapters) for spec in made])
         sigmas = shifted_sigmas(steps, mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
-        splice = self._splice(specs[0], sigmas, mods, grid, adapters)
-
-        def group(chosen: range) -> list[tuple[list[int], Tensor, Tensor]]:
-            """Rows of one context length, their contexts and their rotary angles."""
-            lengths = by_length([contexts[row] for row in chosen])
-            groups = ((length, [chosen[i] for i in index]) for length, index in lengths.items())
-            return [(rows, torch.cat([contexts[r] for r in rows]), self.dit.rope(n, grid)) for n, rows in groups]
-
-        # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
-        # is the difference between a branch that has it and one that has not.
-        every = range(len(contexts))
-        styled = every if style_guidance is None else range(len(specs))
-        plain, spliced = (group(every), []) if splice is None else (group(every[len(styled) :]), group(styled))
-
-        def evaluate(x: Tensor, groups: list, step: int, attend: Any = None) -> Tensor:
-            """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
-            v = torch.zeros_like(x)
-            for index, context, rope in groups:
-                seen = x[index].to(self.dtype)
-                v[index] = self.dit.velocity(seen, context, mods[step : step + 1], rope, attend=attend).float()
-            return v
-
-        def velocity(tokens: Tensor, step: int) -> Tensor:
-            x = tokens.repeat(len(contexts) // len(specs), 1, 1)
-            v = evaluate(x, plain, step)
-            if splice is not None:
-                v = v + splice.velocity(lambda attend: evaluate(x, spliced, step, attend), step)
-            with_style, *others = v.chunk(len(contexts) // len(specs))
-            conditional = with_style if style_guidance is None else others[0]
-            v = guided(conditional, others[-1], guidance) if guidance else conditional
-            return v if style_guidance is None else style_guided(with_style, conditional, v, style_guidance)
-
-        start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in specs]).to(self.device)
-        tokens = euler(velocity, patchify(start, config.patch), sigmas, on_step and (lambda done: on_step(done, steps)))
+        velocity = Branches(
+            self.dit,
+            contexts,
+            mods,
+            grid,
+            guidance=guidance,
+            style_guidance=style_guidance,
+            splice=self._splice(specs[0], sigmas, mods, grid, adapters),
+            tie=Tie(config, specs[0].cohesion, sigmas, grid) if leader else None,
+        )
+        start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
+        if leader:
+            start = shared_noise(start, specs[0].cohesion)
+        start = patchify(start.to(self.device), config.patch)
+        tokens = euler(velocity, start, sigmas, on_step and (lambda done: on_step(done, steps)))
+        if leader:
+            following = iter(range(1, len(made)))
+            tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]
         if not tokens.isfinite().all():
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
@@ -429,7 +423,8 @@ class Pipeline:
         """How a picture was made, in plain values: enough to make it again."""
         return {
             "schema": 1,
-            **{k: v for k, v in vars(spec).items() if k not in ("styles", "loras") and v is not None},
+            **{k: v for k, v in vars(spec).items() if k not in ("styles", "loras", "leader") and v is not None},
+            **({"leader": vars(spec.leader), "shared": shares(spec)} if leader_of(spec) else {}),
             "styles": [
                 {
                     "name": style.name,
@@ -476,10 +471,10 @@ class Pipeline:
 
 
 def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
-    """What pictures must share to be rendered together: height, width, steps, mu, guidance, adapters, splice."""
+    """What pictures made together have in common: height, width, steps, mu, guidance, adapters, splice and leader."""
     assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
     spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
-    alike = (spec.style_guidance, spec.leak_guard, tuple(spliced))
+    alike = (spec.style_guidance, spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
     return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec), alike
 
 
@@ -487,14 +482,6 @@ def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:
     """The spec's LoRAs and its styles'; their order means nothing."""
     own = (*spec.loras, *(Lora(style.lora, style.strength) for style in spec.styles if style.lora))
     return tuple(sorted(own, key=lambda lora: (lora.path, lora.weight)))
-
-
-def by_length(contexts: Sequence[Tensor]) -> dict[int, list[int]]:
-    """Context length -> the rows that have it."""
-    groups: dict[int, list[int]] = {}
-    for row, context in enumerate(contexts):
-        groups.setdefault(context.shape[1], []).append(row)
-    return groups
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,15 @@ class Style:
 
 
 @dataclass(frozen=True)
+class Leader:
+    """What of the picture that others are tied to is its own; everything else it shares with them."""
+
+    prompt: str
+    seed: int
+    negative: str = ""
+
+
+@dataclass(frozen=True)
 class RenderSpec:
     """One picture to render. What is None is the checkpoint's own recommendation."""
 
@@ -66,6 +75,16 @@ class RenderSpec:
     vision_rows: bool | None = None  # whether their rows follow the prompt's, or speak through the words alone
     styles: tuple[Style, ...] = ()
     loras: tuple[Lora, ...] = ()
+    cohesion: float = 0.0  # 0 … 1: how much is shared with the leader (`model/cohesion.py`); 0 is the picture by itself
+    leader: Leader | None = None
+
+
+def tied(specs: Sequence[RenderSpec], cohesion: float) -> list[RenderSpec]:
+    """Specs as a batch that belongs together: the first one leads."""
+    if not specs or not cohesion:
+        return list(specs)
+    leader = Leader(specs[0].prompt, specs[0].seed, specs[0].negative)
+    return [replace(spec, cohesion=cohesion, leader=leader) for spec in specs]
 
 
 @dataclass(frozen=True)

@@ -158,13 +158,13 @@ def attends(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequen
     def block(i: int) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             text = q.shape[2] - length
-            k_image = pulled(k[:, :, text:], k_mean[i], k_var[i], pull)
+            k_image = pulled(k[:, :, -length:], k_mean[i], k_var[i], pull)
             more_k, more_v = (x[i].expand(len(q), -1, -1, -1) for x in (extra_k, extra_v))
             styled = attention(
                 pulled(q[:, :, text:], q_mean[i], q_var[i], pull),
-                torch.cat((k[:, :, :text], k_image, more_k), 2),
+                torch.cat((k[:, :, :-length], k_image, more_k), 2),
                 torch.cat((v, more_v), 2),
-                None if bias is None else F.pad(bias, (q.shape[2], 0)).to(q)[None, None, None],
+                None if bias is None else F.pad(bias, (k.shape[2], 0)).to(q)[None, None, None],
             )
             native = attention(q if blend < 1 else q[:, :, :text], k, v)
             image = styled if blend == 1 else native[:, :, text:].lerp(styled, blend)

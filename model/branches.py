@@ -1,0 +1,95 @@
+"""Pictures that are made together, as rows through the network: one for each branch of each picture's guidance.
+
+Rows are grouped by the length of their contexts, never padded, so no mask is needed and a picture does not depend on
+its company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.cohesion import Tie
+from model.dit import Attend, Krea2
+from model.sampler import guided, style_guided
+from model.splice import Splice
+
+
+class Group(NamedTuple):
+    """Rows of one context length."""
+
+    rows: list[int]
+    context: Tensor  # [rows, T, D]
+    rope: Tensor
+    leads: bool = False  # the leader's rows, in the presence of which the others are evaluated
+
+
+class Branches:
+    """A velocity for pictures of one schedule, as `model.sampler.euler` wants it.
+
+    The branches are, in this order, the prompt with its styles; the prompt without, where styles have a guidance of
+    their own; and the negative prompt, where there is guidance.
+    """
+
+    def __init__(
+        self,
+        dit: Krea2,
+        contexts: Sequence[Sequence[Tensor]],
+        mods: Tensor,
+        grid: tuple[int, int],
+        *,
+        guidance: float,
+        style_guidance: float | None,
+        splice: Splice | None = None,
+        tie: Tie | None = None,
+    ):
+        """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
+        the first picture is the leader."""
+        self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
+        self.splice, self.tie = splice, tie
+        self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
+        rows = [context for branch in contexts for context in branch]
+        # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
+        # is the difference between a branch that has it and one that has not.
+        styled = range(len(rows) if style_guidance is None else self.pictures)
+        self.spliced = [] if splice is None else self._groups(rows, styled)
+        self.plain = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
+
+    def __call__(self, tokens: Tensor, step: int) -> Tensor:
+        """tokens [B, L, C·p·p], fp32 -> the guided velocity [B, L, C·p·p]."""
+        x = tokens.repeat(self.count, 1, 1)
+        v = self._evaluate(x, self.plain, step)
+        if self.splice is not None:
+            v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
+        with_style, *others = v.chunk(self.count)
+        conditional = with_style if self.style_guidance is None else others[0]
+        v = guided(conditional, others[-1], self.guidance) if self.guidance else conditional
+        return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
+
+    def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
+        """The leader's first."""
+        found: dict[tuple[bool, int], list[int]] = {}
+        for row in rows:
+            leads = self.tie is not None and row % self.pictures == 0
+            found.setdefault((not leads, contexts[row].shape[1]), []).append(row)
+        return [
+            Group(group, torch.cat([contexts[row] for row in group]), self.dit.rope(length, self.grid), not follows)
+            for (follows, length), group in sorted(found.items())
+        ]
+
+    def _evaluate(
+        self, x: Tensor, groups: Sequence[Group], step: int, attend: Sequence[Attend | None] | None = None
+    ) -> Tensor:
+        """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
+        v = torch.zeros_like(x)
+        for rows, context, rope, leads in groups:
+            own = attend
+            if self.tie is not None:
+                branches = [row // self.pictures for row in rows]
+                own = self.tie.listen(attend, branches, step) if leads else self.tie.follow(attend, branches)
+            seen = x[rows].to(context.dtype)
+            v[rows] = self.dit.velocity(seen, context, self.mods[step : step + 1], rope, attend=own).float()
+        return v

@@ -1,0 +1,133 @@
+"""Cohesion: how much the pictures of a batch belong together, from 0 (not at all) to 1.
+
+Every picture is tied to a leader, the picture that one prompt and one seed come to by themselves. The leader goes
+through the network beside those that follow, always ahead of them, and in proportion to c they share with it
+
+    noise       a part of the start: x = √(1 − ρ) ε + √ρ ε_leader, with ρ = NOISE · c
+    statistics  queries and keys of the image tokens are pulled towards the leader's mean and variance by PULL · c
+    attention   a share c of each image token's answer comes from attention that the leader's tokens are part of
+
+in the deeper blocks, as the splice does with a reference (`model/splice.py`; after StyleAligned, arXiv 2312.02133). A
+branch of guidance follows the leader's own branch. Words never see the leader.
+
+A picture so depends on its own spec, which names the leader, and on nothing else: it can be made again by itself, in
+company of any size, and memory does not grow with a batch. The leader of a batch is the picture that it would be alone.
+
+B rows, K key-value heads, H query heads, L image tokens, d head dim, as in `model/dit.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.dit import Attend, DiTConfig, attention
+from model.spec import RenderSpec
+from model.splice import first_block, guarded, moments, pulled
+
+NOISE = 0.2  # of the variance of the start, at c = 1
+PULL = 0.85  # of queries and keys towards the leader's statistics, at c = 1
+GUARD = "damping"  # against the leader's content
+
+
+def leader_of(spec: RenderSpec) -> RenderSpec | None:
+    """The picture that a spec is tied to: its own but for prompt, negative and seed. None where nothing is shared."""
+    if not spec.cohesion or spec.leader is None:
+        return None
+    led = spec.leader
+    return replace(spec, prompt=led.prompt, negative=led.negative, seed=led.seed, cohesion=0.0, leader=None)
+
+
+def leads(spec: RenderSpec) -> bool:
+    """Whether a tied picture is its own leader, and so the picture that it would be alone."""
+    return leader_of(spec) == replace(spec, cohesion=0.0, leader=None)
+
+
+def shares(spec: RenderSpec) -> dict[str, float]:
+    """How much of each is shared, for a record; nothing by the leader itself."""
+    c = 0.0 if leads(spec) else spec.cohesion
+    return {"noise": NOISE * c, "statistics": PULL * c, "attention": c}
+
+
+def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
+    """Starts [B, C, H, W], the leader's first -> the same, all others holding a part of the leader's."""
+    part = NOISE * cohesion
+    followers = (1 - part) ** 0.5 * starts[1:] + part**0.5 * starts[:1]
+    return torch.cat((starts[:1], followers))
+
+
+class Heard(NamedTuple):
+    """What of the leader reaches a block of the others, for each of B rows."""
+
+    k: Tensor  # [B, K, L, d], guarded
+    v: Tensor  # [B, K, L, d]
+    q_mean: Tensor  # [B, H, 1, d] over the image tokens, fp32, as the three below
+    q_var: Tensor
+    k_mean: Tensor  # [B, K, 1, d]
+    k_var: Tensor
+
+
+class Tie:
+    """Listens to the leader in an evaluation of the network, and lets the rows evaluated after it follow."""
+
+    def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], grid: tuple[int, int]):
+        """sigmas of the steps, grid of the image tokens."""
+        self.config, self.cohesion, self.sigmas, self.grid = config, cohesion, sigmas, grid
+        self.first = first_block(config.blocks)
+        self.heard: dict[int, list[Heard]] = {}  # branch -> of each tied block, of one row
+
+    def listen(self, attend: Sequence[Attend | None] | None, branches: Sequence[int], step: int) -> list[Attend | None]:
+        """The attention of the leader's rows, which are of these branches: as it is, and remembered."""
+        tokens, sigma = self.grid[0] * self.grid[1], self.sigmas[step]
+        self.heard |= {branch: [] for branch in branches}
+
+        def listening(inner: Attend, _: int) -> Attend:
+            def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                own_q, own_k, own_v = (x[:, :, -tokens:] for x in (q, k, v))
+                keys = guarded(own_k, self.config, GUARD, sigma, self.grid[1])
+                heard = Heard(keys, own_v, *moments(own_q), *moments(own_k))
+                for row, branch in enumerate(branches):
+                    self.heard[branch].append(Heard(*(x[row] for x in heard)))
+                return inner(q, k, v)
+
+            return block
+
+        return self._deeper(attend, listening)
+
+    def follow(self, attend: Sequence[Attend | None] | None, branches: Sequence[int]) -> list[Attend | None]:
+        """The attention of rows in these branches, tied to what was heard of the leader."""
+
+        def following(inner: Attend, index: int) -> Attend:
+            heard = Heard(*map(torch.stack, zip(*(self.heard[branch][index] for branch in branches), strict=True)))
+            return tied(inner, heard, self.cohesion)
+
+        return self._deeper(attend, following)
+
+    def _deeper(
+        self, attend: Sequence[Attend | None] | None, wrap: Callable[[Attend, int], Attend]
+    ) -> list[Attend | None]:
+        inner = list(attend) if attend is not None else [None] * self.config.blocks
+        return inner[: self.first] + [wrap(each or attention, i) for i, each in enumerate(inner[self.first :])]
+
+
+def tied(inner: Attend, heard: Heard, cohesion: float) -> Attend:
+    """A block's attention, and in the image tokens' answers a share of one that the leader is part of."""
+    tokens, pull = heard.k.shape[2], PULL * cohesion
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own = inner(q, k, v)
+        q_image = pulled(q[:, :, -tokens:], heard.q_mean, heard.q_var, pull)
+        k_image = pulled(k[:, :, -tokens:], heard.k_mean, heard.k_var, pull)
+        together = inner(
+            torch.cat((q[:, :, :-tokens], q_image), 2),
+            torch.cat((heard.k, k[:, :, :-tokens], k_image), 2),
+            torch.cat((heard.v, v), 2),
+        )
+        image = own[:, :, -tokens:].lerp(together[:, :, -tokens:], cohesion)
+        return torch.cat((own[:, :, :-tokens], image), 2)
+
+    return block

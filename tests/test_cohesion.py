@@ -1,0 +1,249 @@
+"""Cohesion: nothing at 0, more with more, a leader that is itself, pictures that can be made again by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from tiny import DIT, tiny, tiny_box  # noqa: F401
+
+from k2cli import runs
+from model.cohesion import Heard, leader_of, leads, shared_noise, tied
+from model.dit import attention
+from model.errors import K2Error
+from model.pipeline import Pipeline
+from model.spec import Leader, Picture, Reference, RenderSpec, Style
+from model.spec import tied as tie
+from model.splice import moments
+
+FOX = RenderSpec("a red fox", seed=7, steps=3)
+OWL = RenderSpec("an owl in flight over a dark forest", seed=9, steps=3)
+BATCH = [FOX, replace(FOX, seed=8), OWL]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(params=["mini's layout", "open layout"])
+def pipeline(request, tiny, tmp_path) -> Pipeline:  # noqa: F811
+    pipeline = Pipeline.load("tiny", device="cpu")
+    if request.param == "open layout":
+        pipeline.export(tmp_path / "model")
+        return Pipeline.load(str(tmp_path / "model"), device="cpu")
+    return pipeline
+
+
+@pytest.fixture
+def board(tmp_path) -> Path:
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "board.png")
+    return tmp_path / "board.png"
+
+
+def pixels(picture: Picture) -> str:
+    return picture.record["pixels"]
+
+
+def difference(a: Picture, b: Picture) -> int:
+    return max(ImageChops.difference(a.image, b.image).tobytes())
+
+
+def latents(pipeline: Pipeline, specs: list[RenderSpec]) -> torch.Tensor:
+    with torch.inference_mode():
+        return pipeline._latents([pipeline.resolve(spec) for spec in specs], (), None)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_at_zero_pictures_are_independent_bit_for_bit(pipeline):
+    free = [pixels(picture) for picture in pipeline.render(BATCH)]
+    assert [pixels(picture) for picture in pipeline.render(tie(BATCH, 0.0))] == free
+    leader = Leader("an owl", 1)
+    assert [pixels(p) for p in pipeline.render([replace(s, leader=leader) for s in BATCH])] == free
+
+
+def test_the_leader_is_the_picture_that_it_is_alone(pipeline):
+    (alone,) = pipeline.render([FOX])
+    first, *others = pipeline.render(tie(BATCH, 1.0))
+    assert difference(first, alone) <= 1
+    assert pixels(pipeline.render(tie([FOX], 1.0))[0]) == pixels(alone)
+    assert all(pixels(tied) != pixels(free) for tied, free in zip(others, pipeline.render(BATCH[1:]), strict=True))
+
+
+def test_influence_rises_with_cohesion_and_begins_at_nothing(pipeline):
+    free = latents(pipeline, BATCH[1:])
+    far = [(latents(pipeline, tie(BATCH, c)[1:]) - free).norm().item() for c in (1e-4, 0.1, 0.3, 0.6, 1.0)]
+    assert far == sorted(far) and far[0] < 0.02 * far[-1]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"guidance": 0.0}, {"style_guidance": 1.0}, {"guidance": 0.0, "negative": "fog"}]
+)
+@pytest.mark.parametrize("method", [None, "splice", "tokens"])
+def test_a_picture_does_not_depend_on_the_company_it_was_made_in(pipeline, board, method, changes):
+    """With a leader as without: alone, in any order, in chunks of any size; styles and guidance as they may be."""
+    if method == "tokens" and pipeline.parts.style is None:
+        method = None
+    styles = (Style("board", 0.7, (Reference(board),), method=method),) if method else ()
+    specs = tie([replace(spec, styles=styles, **changes) for spec in BATCH], 0.7)
+    together = pipeline.render(specs)
+    for spec, picture in zip(specs, together, strict=True):
+        assert difference(pipeline.render([spec])[0], picture) <= 1
+    for picture, other in zip(pipeline.render(specs[::-1])[::-1], together, strict=True):
+        assert difference(picture, other) <= 1
+    assert len({pixels(picture) for picture in together}) == len(specs)
+
+
+def test_many_are_made_in_chunks(pipeline, monkeypatch):
+    specs = tie([replace(FOX, seed=seed) for seed in range(9)], 0.5)
+    whole = pipeline.render(specs)
+    monkeypatch.setattr("model.pipeline.TOKENS_AT_ONCE", {"cpu": 48, "cuda": 48})
+    assert all(difference(a, b) <= 1 for a, b in zip(pipeline.render(specs), whole, strict=True))
+
+
+def test_a_guided_picture_follows_in_every_branch(pipeline):
+    """Guided away from its own prompt it goes nowhere, tied as free, if the leader does so too."""
+    batch = [replace(spec, guidance=3.0, negative=spec.prompt) for spec in BATCH]
+    off = [replace(spec, guidance=0.0, negative="") for spec in BATCH]
+    on = pipeline.render(tie(batch, 0.8))
+    assert all(difference(a, b) <= 1 for a, b in zip(on, pipeline.render(tie(off, 0.8)), strict=True))
+
+
+def test_the_record_says_what_was_shared_with_whom(pipeline):
+    first, second, _ = (picture.record for picture in pipeline.render(tie(BATCH, 0.5)))
+    assert second["cohesion"] == 0.5 and second["leader"] == {"prompt": "a red fox", "seed": 7, "negative": ""}
+    assert second["shared"]["attention"] == 0.5 and all(second["shared"].values())
+    assert first["leader"] == second["leader"] and not any(first["shared"].values())
+    assert "leader" not in pipeline.render([FOX])[0].record
+
+
+def test_what_cannot_be_tied_is_one_sentence(pipeline):
+    leader = Leader("an owl", 1)
+    for changes, message in (
+        ({"cohesion": 1.5, "leader": leader}, "A cohesion of 1.5"),
+        ({"cohesion": float("nan"), "leader": leader}, "A cohesion of nan"),
+        ({"cohesion": 0.5}, "none is named"),
+        ({"cohesion": 0.5, "leader": replace(leader, seed=-1)}, "-1 is no seed"),
+    ):
+        with pytest.raises(K2Error, match=message) as error:
+            pipeline.render([replace(FOX, **changes)])
+        assert error.value.hint
+
+
+# ---- the mathematics --------------------------------------------------------------------------------------------
+
+
+def test_who_leads():
+    first, second, _ = tie(BATCH, 0.5)
+    assert leader_of(FOX) is None and leader_of(first) == leader_of(second) == FOX
+    assert leads(first) and not leads(second)
+
+
+def test_shared_noise_is_still_noise():
+    torch.manual_seed(0)
+    starts = torch.randn(3, 16, 64, 64)
+    for cohesion in (0.0, 0.5, 1.0):
+        noise = shared_noise(starts, cohesion)
+        assert torch.equal(noise[0], starts[0])
+        assert noise.std((1, 2, 3)).sub(1).abs().max() < 0.02
+    assert torch.equal(shared_noise(starts, 0.0), starts)
+
+
+@pytest.fixture
+def scene():
+    """Streams of 5 words and 12 image tokens in two rows, and a leader."""
+    torch.manual_seed(0)
+    stream = torch.randn(2, 4, 17, 16), torch.randn(2, 2, 17, 16), torch.randn(2, 2, 17, 16)
+    keys, values, queries = 1 + torch.randn(2, 2, 12, 16), 2 + torch.randn(2, 2, 12, 16), torch.randn(2, 4, 12, 16) - 1
+    return stream, Heard(keys, values, *moments(queries), *moments(keys))
+
+
+def test_words_never_see_the_leader(scene):
+    stream, heard = scene
+    answer = tied(attention, heard, 0.7)(*stream)
+    assert torch.equal(answer[:, :, :5], attention(*stream)[:, :, :5])
+    assert not torch.allclose(answer[:, :, 5:], attention(*stream)[:, :, 5:])
+
+
+def test_an_answer_has_no_jump_at_nothing(scene):
+    stream, heard = scene
+    torch.testing.assert_close(tied(attention, heard, 1e-6)(*stream), attention(*stream), rtol=1e-4, atol=1e-4)
+
+
+def test_who_follows_itself_stays_as_it_is(scene):
+    """The same keys twice are the same answer, and its own statistics are there already."""
+    q, k, v = (x[:, :, 5:] for x in scene[0])
+    answer = tied(attention, Heard(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
+    torch.testing.assert_close(answer, attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+# ---- the command line -------------------------------------------------------------------------------------------
+
+PROJECT = """\
+[render]
+model = "tiny"
+steps = 2
+batch = 2
+cohesion = 0.5
+
+[[prompt]]
+name = "fox"
+text = "a red fox"
+
+[[prompt]]
+name = "owl"
+text = "an owl"
+avoid = "fog"
+"""
+
+
+@pytest.fixture
+def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
+    runs.load.cache_clear()
+    (folder := tmp_path / "den").mkdir()
+    (folder / "k2.toml").write_text(PROJECT)
+    monkeypatch.chdir(folder)
+    yield folder
+    runs.load.cache_clear()
+
+
+def test_pictures_of_a_project_are_made_again_one_by_one(den, k2):
+    paths = k2("render", "--quiet").stdout.split()
+    assert len(paths) == 4
+    for path in paths:
+        assert "cohesion 0.5, led by seed 0 of:" in " ".join(k2("show", path).stdout.split())
+        k2("rerun", path, "--quiet")
+
+
+def test_a_scope_is_a_prompt_or_the_run(den, k2):
+    import json
+
+    def led(*options: str) -> list[tuple[str, int, str]]:
+        lines = k2("render", "--dry-run", "--json", *options).stdout.splitlines()
+        return [tuple((json.loads(line)["leader"] or {}).values()) for line in lines]
+
+    fox, owl = ("a red fox", 0, ""), ("an owl", 0, "fog")
+    assert led() == [fox, fox, owl, owl]
+    assert led("--scope", "run", "--cohesion", "0.2") == [fox] * 4
+    assert led("--cohesion", "0") == [()] * 4
+    for options, message in (
+        (("--cohesion", "2"), '--cohesion: "cohesion" must lie between 0 and 1, not 2.0.'),
+        (("--scope", "all"), '--scope: "scope" cannot be "all".'),
+    ):
+        assert message in " ".join(k2("render", *options, code=1).stderr.split())
+
+
+def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
+    whole = k2("render", "--quiet").stdout.split()
+    before = [Image.open(path).tobytes() for path in whole]
+    for path in map(Path, whole[1:]):
+        path.unlink()
+        path.with_suffix(".toml").unlink()
+    k2("render", "--resume", "--quiet")
+    after = [Image.open(path).tobytes() for path in whole]
+    assert all(max(abs(a - b) for a, b in zip(x, y, strict=True)) <= 1 for x, y in zip(before, after, strict=True))
