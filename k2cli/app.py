@@ -103,6 +103,10 @@ def render(
     style: Annotated[
         list[str] | None, typer.Option("--style", metavar="NAME=W", help="Weigh a style, −2 … 2; 0 leaves it out.")
     ] = None,
+    moodboard: Annotated[
+        float | None,
+        typer.Option("--moodboard", metavar="S", help="Strength of [moodboard], −0.5 … 1.5; 0 is without."),
+    ] = None,
     batch: Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
@@ -183,6 +187,7 @@ def render(
             or only
             or style
             or turbo
+            or moodboard is not None
             or "-" in (projects or [])
             or any(value is not None for value in settings.values())
         ):
@@ -196,7 +201,7 @@ def render(
         prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
         weights = dict(read_style(text) for text in style or [])
         jobs = []
-        for each in opened:
+        for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             chosen = each.settle(variant, **settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             shots = each.shots(chosen, wanted, weights)

@@ -245,6 +245,16 @@ class Project:
         """The pictures of [moodboard]."""
         return moodboard.gather(board.images, self.root, self.inside, Place(self.toml, ("moodboard",))("images"))
 
+    def with_board(self, strength: float) -> Project:
+        """The project with its moodboard at this strength."""
+        if self.board is None:
+            raise K2Error(
+                f"{self.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard], and images below it."
+            )
+        limits = next(f.metadata for f in fields(self.board) if f.name == "strength")
+        check_value("strength", strength, float, limits, "--moodboard")
+        return replace(self, board=replace(self.board, strength=strength))
+
     def looks(self, settings: Settings, styles: Mapping[str, float]) -> tuple[Style, ...]:
         """The project's styles with these weights on top of its own, and its moodboard."""
         typed = dict.fromkeys(styles, "--style")

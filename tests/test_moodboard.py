@@ -248,6 +248,19 @@ def test_the_table_renders_is_recorded_and_made_again(den, k2):
     assert pixels[0] == pixels[1] != record["pixels"]
 
 
+def test_a_boards_strength_is_an_option(den, k2):
+    def strength(*options: str) -> list[float]:
+        import json
+
+        line = k2("render", "--dry-run", "--json", *options).stdout.splitlines()[0]
+        return [style["strength"] for style in json.loads(line)["style"] or []]
+
+    assert strength() == [0.35] and strength("--moodboard", "1.2") == [1.2] and strength("--moodboard", "0") == []
+    assert "must lie between −0.5 and 1.5" in k2("render", "--moodboard", "2", code=1).stderr
+    (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
+    assert "has no moodboard" in k2("render", "--moodboard", "1", code=1).stderr
+
+
 def test_a_board_is_looked_at_once(den, monkeypatch):
     def style():
         project = Project.open(den)
