@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.complete import complete_model, complete_prompt, complete_weight
+from k2cli.history_app import gallery, log
 from k2cli.models_app import models_app
 from k2cli.options import (
     EmbedOption,
@@ -16,7 +18,7 @@ from k2cli.options import (
     OutsideOption,
     ProjectOption,
     QuietOption,
-    find_project,
+    open_projects,
     read_style,
     to_json,
 )
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
-app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Group, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(models_app, name="models", help="What is in the box and on disk.")
 app.add_typer(style_app, name="style", help="The project's styles.")
 app.add_typer(moodboard_app, name="moodboard", help="Many pictures as one direction.")
@@ -53,6 +55,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def k2(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -67,7 +70,13 @@ def k2(
       k2 new moody && cd moody
       k2 render
       k2 render -p "a red fox" --batch 4
+
+    Without a command, inside a project, it says where you are and what to do next.
     """
+    if context.invoked_subcommand is None:
+        from k2cli.history_app import where_am_i
+
+        typer.echo(where_am_i() or context.get_help())
 
 
 @app.command()
@@ -95,13 +104,25 @@ def render(
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="NAME", help="Render the project's prompt of this name.")
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="NAME",
+            help="Render the project's prompt of this name.",
+            autocompletion=complete_prompt,
+        ),
     ] = None,
     turbo: Annotated[
         bool, typer.Option("--turbo", help="Take the distilled checkpoint: few steps, no guidance.")
     ] = False,
     style: Annotated[
-        list[str] | None, typer.Option("--style", metavar="NAME=W", help="Weigh a style, −2 … 2; 0 leaves it out.")
+        list[str] | None,
+        typer.Option(
+            "--style",
+            metavar="NAME=W",
+            help="Weigh a style, −2 … 2; 0 leaves it out.",
+            autocompletion=complete_weight,
+        ),
     ] = None,
     moodboard: Annotated[
         float | None,
@@ -138,7 +159,13 @@ def render(
         typer.Option("--creativity", metavar="LEVEL", help="raw, low, medium, high: what may be added to a prompt."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A name, a folder, a .safetensors file.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
     precision: Annotated[
@@ -211,17 +238,6 @@ def render(
         show_plan(jobs, json)
     else:
         carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet)
-
-
-def open_projects(folders: Sequence[str], project: Path | None, allow_outside: bool) -> list[Project]:
-    """The projects named, or the one that the current folder belongs to."""
-    from k2cli.project import Project
-
-    if folders and project:
-        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
-    if folders:
-        return [Project.open(Path(folder), allow_outside=allow_outside) for folder in folders]
-    return [find_project(project, allow_outside)]
 
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
@@ -307,6 +323,8 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
 
 app.command("mix-styles")(mix_styles)
 app.command("train")(train)
+app.command()(log)
+app.command()(gallery)
 
 
 @app.command()
@@ -314,11 +332,22 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
     json: JsonOption = False,
 ) -> None:
-    """Show what a picture was made from."""
+    """Show what a picture was made from, and on a terminal the picture itself.
+
+    As well as the terminal can: by the protocols of kitty and iTerm2, as sixels, or in half-blocks. To choose, set
+    K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
+    """
     from k2cli import records
     from k2cli.console import result
 
     record = records.parse(records.read(file), Path)
+    if not json and sys.stdout.isatty():
+        from k2cli.history import PICTURES
+        from k2cli.preview import preview
+
+        picture = next((path for path in map(file.with_suffix, PICTURES) if path.is_file()), None)
+        if picture:
+            preview(picture)
     result(to_json(record.table) if json else records.describe(record))
 
 

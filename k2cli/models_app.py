@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from k2cli.complete import complete_model
 from k2cli.options import AcceptOption, Group, JsonOption, QuietOption, to_json
 from model.errors import K2Error
 
@@ -26,7 +27,12 @@ def list_models(json: JsonOption = False) -> None:
 
 @models_app.command()
 def info(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box or the hub, a folder, or a file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A name of the box or the hub, a folder, or a file.", autocompletion=complete_model
+        ),
+    ],
     accept_licence: AcceptOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -72,7 +78,12 @@ def pull(
 
 @models_app.command()
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.", autocompletion=complete_model
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
     turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
     quiet: QuietOption = False,

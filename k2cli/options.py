@@ -11,6 +11,8 @@ from typer.core import TyperGroup
 from model.errors import K2Error
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from k2cli.project import Project
 
 
@@ -47,6 +49,17 @@ def find_project(project: Path | None, allow_outside: bool = False) -> Project:
         if project
         else Project.find(Path.cwd(), allow_outside=allow_outside)
     )
+
+
+def open_projects(folders: Sequence[str], project: Path | None, allow_outside: bool) -> list[Project]:
+    """The projects named, or the one that the current folder belongs to."""
+    from k2cli.project import Project
+
+    if folders and project:
+        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
+    if folders:
+        return [Project.open(Path(folder), allow_outside=allow_outside) for folder in folders]
+    return [find_project(project, allow_outside)]
 
 
 def read_style(text: str, option: str = "--style") -> tuple[str, float]:

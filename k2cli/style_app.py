@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.complete import complete_model, complete_style, complete_weight
 from k2cli.options import (
     EmbedOption,
     Group,
@@ -100,7 +101,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
 @style_app.command("show")
 def show_style(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A style of the project.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A style of the project.", autocompletion=complete_style)],
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
@@ -137,7 +138,12 @@ def count_of(pictures: Sequence[object]) -> str:
 
 
 def mix_styles(
-    styles: Annotated[list[str], typer.Argument(metavar="NAME=W", help="Styles and how much each counts, −2 … 2.")],
+    styles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=W", help="Styles and how much each counts, −2 … 2.", autocompletion=complete_weight
+        ),
+    ],
     save_as: Annotated[
         str | None, typer.Option("--save-as", metavar="NAME", help="Write the mix as a style of this name.")
     ] = None,
@@ -160,7 +166,13 @@ def mix_styles(
         float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="A name, a folder, a .safetensors file.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="A name, a folder, a .safetensors file.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
     force: ForceOption = False,

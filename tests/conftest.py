@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -155,3 +156,45 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def many_pictures(outputs: Path, count: int, *, per_run: int = 40, text: str = "", png: bytes = b"") -> None:
+    """A history as long as wanted: runs of one prompt each, records as a render writes them, one small picture."""
+    from datetime import UTC, datetime, timedelta
+
+    from k2cli.outputs import dump
+
+    subjects = ("fox", "owl", "teapot", "lighthouse", "cactus")
+    if not png:
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), "teal").save(buffer, "PNG")
+        png = buffer.getvalue()
+    for start in range(0, count, per_run):
+        run = start // per_run
+        name = subjects[run % len(subjects)]
+        folder = outputs / f"{run + 1:04d}-{name}"
+        folder.mkdir(parents=True)
+        style = {"name": "dusk", "strength": 0.6, "keywords": ["film grain"], "avoids": []}
+        for seed in range(start, min(start + per_run, count)):
+            record = {
+                "schema": 1,
+                "created": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=run, seconds=seed - start),
+                "seconds": 1.25 + seed / 1000,
+                "pixels": f"{seed:064x}",
+                "prompt": {
+                    "name": name,
+                    "text": text or f"a red {name}",
+                    "expanded": f"{text or f'a red {name}'}, film grain",
+                    "avoid": "",
+                    "creativity": "raw",
+                },
+                "settings": {
+                    **{"seed": seed, "width": 64, "height": 64, "steps": 28, "guidance": 2.5, "mu": 0.5},
+                    **{"device": "cpu", "dtype": "float32", "precision": "native", "offload": "none"},
+                },
+                "model": {"name": "mini", "variant": "raw", "files": {"mini-raw.safetensors": "ab" * 32}},
+                "style": [style] if run % 2 else None,
+                "versions": {"python": "3.11.7", "k2": "0.1.0", "torch": "2.13.0"},
+            }
+            (folder / f"{name}-{seed}.toml").write_bytes(dump(record))
+            (folder / f"{name}-{seed}.png").write_bytes(png)

@@ -1,0 +1,56 @@
+"""What the shell offers after Tab: names of styles, prompts and models. It never complains and never loads anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer  # Typer looks the annotations below up
+
+if TYPE_CHECKING:
+    from k2cli.project import Project
+
+
+def project_of(context: typer.Context | None) -> Project | None:
+    """The project that the command line so far is about; None where it cannot be read."""
+    from k2cli.project import Project
+
+    given = context.params if context else {}
+    named = given.get("project") or next(iter(given.get("projects") or ()), None)
+    with suppress(Exception):  # a shell in the middle of a line is no place for messages
+        return Project.open(Path(named)) if named else Project.find(Path.cwd())
+    return None
+
+
+def complete_style(context: typer.Context, incomplete: str) -> list[str]:
+    """Style names."""
+    project = project_of(context)
+    return begin(project.styles.known if project else (), incomplete)
+
+
+def complete_weight(context: typer.Context, incomplete: str) -> list[str]:
+    """NAME= for NAME=WEIGHT; the weight is for the hand to type."""
+    return [f"{name}=" for name in complete_style(context, incomplete)]
+
+
+def complete_prompt(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the project's prompts, as --only takes them."""
+    from k2cli.project import name_files
+
+    project = project_of(context)
+    return begin([name for _, name in name_files(project.prompts)] if project else (), incomplete)
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Models of the box, and those that were pulled."""
+    from model import library
+
+    with suppress(Exception):
+        return begin(sorted({model.name for model in library.list_models()}), incomplete)
+    return []
+
+
+def begin(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]

@@ -1,0 +1,218 @@
+"""A project as one static folder: a page, and beside it every picture with its record. Nothing is fetched, ever.
+
+The page stands in `gallery.html`, whole. What is filled in is the title, one block of JSON and the policy that lets
+the page's own script run and no other; a prompt reaches the screen as text only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from k2cli import history
+from k2cli.history import PICTURES, Made
+from k2cli.outputs import write, writing
+from model.errors import K2Error
+
+PAGE, FOLDER = "index.html", "pictures"
+MARK = b'<meta name="generator" content="k2 gallery">'
+
+
+def build(
+    outputs: Path,
+    target: Path,
+    title: str,
+    *,
+    chosen: history.Chosen | None = None,
+    skipped: Callable[[Path], None] | None = None,
+) -> int:
+    """Write the gallery of an outputs folder, or bring it up to date -> the number of pictures in it.
+
+    Pictures and records take no room of their own where the file system knows hard links. The page comes last, so
+    that it never shows a picture that is not there. Raises K2Error where `target` holds something else.
+    """
+    check_target(target)
+    made = list(history.read(outputs, chosen, skipped))
+    with writing(target):
+        (target / FOLDER).mkdir(parents=True, exist_ok=True)
+    wanted: dict[str, set[str]] = {}
+    for each in made:
+        wanted.setdefault(each.run, set()).update((each.path.name, each.path.with_suffix(".toml").name))
+    for run, names in wanted.items():
+        bring(outputs / run, target / FOLDER / run, names)
+    write({target / PAGE: page(title, made).encode()})
+    clear(target / FOLDER, wanted)
+    return len(made)
+
+
+def check_target(target: Path) -> None:
+    """Refuse a folder in which a gallery would write over what somebody keeps there."""
+    pictures = target / FOLDER
+    if not target.exists():
+        return
+    with writing(target):
+        if not target.is_dir():
+            raise K2Error(f"{target} is a file.", hint="Choose another folder: --output DIR")
+        if not any(target.iterdir()):
+            return
+        known = (target / PAGE).is_file() and MARK in (target / PAGE).read_bytes()[:1000]
+    if not known or pictures.is_symlink():
+        raise K2Error(f"{target} holds something that is no gallery of k2.", hint="Choose another: --output DIR")
+
+
+def bring(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """A run's files into the gallery, by hard link where that can be, else as copies; those that are there stay."""
+    with writing(folder):
+        if folder.is_symlink():
+            folder.unlink()
+        folder.mkdir(exist_ok=True)
+        with os.scandir(folder) as entries:
+            there = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+        for name in names:
+            old, new = there.get(name), os.stat(source / name, follow_symlinks=False)
+            if old is not None:
+                if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
+                    continue
+                (folder / name).unlink()
+            try:
+                os.link(source / name, folder / name, follow_symlinks=False)
+            except OSError:  # another disk, or a file system without links
+                shutil.copy2(source / name, folder / name, follow_symlinks=False)
+
+
+def clear(folder: Path, wanted: Mapping[str, set[str]]) -> None:
+    """Drop pictures that the project no longer has. Anything else that lies in the folder stays."""
+    for run in folder.iterdir():
+        if run.is_symlink() or not run.is_dir():
+            continue
+        kept = wanted.get(run.name, set())
+        for path in run.iterdir():
+            if path.name not in kept and path.suffix in (*PICTURES, ".toml"):
+                with writing(path):
+                    path.unlink()
+        if not kept:
+            with suppress(OSError):
+                run.rmdir()
+
+
+def page(title: str, made: Iterable[Made]) -> str:
+    """The page as HTML text."""
+    template = (files("k2cli") / "gallery.html").read_text("utf-8")
+    script, style = (between(template, tag) for tag in ("<script>", "<style>"))
+    policy = (
+        f"default-src 'none'; img-src 'self' file: data:; script-src '{digest(script)}'; style-src '{digest(style)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    # Inside a script element only "</script" and "<!--" end the data; with every < escaped neither can occur.
+    text = json.dumps(describe(title, made), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    fill = {"@POLICY@": html.escape(policy, quote=False), "@TITLE@": html.escape(title), "@DATA@": text}
+    return re.sub("@(?:POLICY|TITLE|DATA)@", lambda match: fill[match[0]], template)
+
+
+def between(template: str, tag: str) -> str:
+    return template.split(tag, 1)[1].split(tag.replace("<", "</"), 1)[0]
+
+
+def digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class Table(dict[Any, int]):
+    """Values numbered in the order in which they first come, so that thousands of pictures share them."""
+
+    def number(self, value: Any) -> int:
+        return self.setdefault(value, len(self))
+
+
+def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
+    """What the page's script reads: runs, pictures, and the tables in which pictures look their words up."""
+    runs: dict[str, dict[str, str]] = {}
+    numbers, strings, looks, facts, pictures = Table(), Table(), Table(), Table(), []
+    for each in made:
+        if each.run not in runs:
+            runs[each.run] = {"name": each.run, "about": about(each)}
+        pictures.append(
+            [
+                numbers.number(each.run),
+                each.path.name,
+                strings.number(each.text("prompt.text")),
+                strings.number(each.text("prompt.name") or each.text("prompt.text")),
+                whole(each["settings.seed"]),
+                whole(each["settings.width"]),
+                whole(each["settings.height"]),
+                looks.number(tuple(each.styles.items())),
+                [facts.number(fact) for fact in record_of(each)],
+            ]
+        )
+    return {
+        "project": title,
+        "runs": list(runs.values()),
+        "strings": list(strings),
+        "looks": list(looks),
+        "facts": list(facts),
+        "pictures": pictures,
+    }
+
+
+def whole(value: Any) -> int | None:
+    """A whole number that JavaScript holds exactly; larger seeds are told in the facts."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else None
+
+
+def about(made: Made) -> str:
+    """What a run has in common, after its name."""
+    local = made.created.astimezone() if made.created else None
+    when = f"{local.day} {local:%b %Y, %H:%M}" if local else ""
+    steps = made.text("settings.steps")
+    return " · ".join(filter(None, [when, model_of(made), f"{steps} steps" if steps else ""]))
+
+
+def model_of(made: Made) -> str:
+    return f"{Path(made.text('model.name')).stem} {made.text('model.variant')}".strip()
+
+
+def record_of(made: Made) -> list[tuple[str, str]]:
+    """A picture's record, a fact a line, as `k2 show` tells it; what says nothing is left out."""
+    expanded = made.text("prompt.expanded")
+    created = made.created.astimezone() if made.created else None
+    facts: list[tuple[str, Any]] = [
+        ("expanded", "" if expanded == made.text("prompt.text") else expanded),
+        ("avoid", made.text("prompt.avoid")),
+        ("styles", "\n".join(f"{name} {strength:g}" for name, strength in made.styles.items())),
+        ("references", "\n".join(references(made))),
+        ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
+        *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance")),
+        ("style guidance", made.text("settings.style_guidance")),
+        ("mu", number(made["settings.mu"])),
+        ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),
+        ("model", model_of(made)),
+        ("device", ", ".join(filter(None, (made.text(f"settings.{key}") for key in ("device", "dtype"))))),
+        ("weights", "" if made["settings.precision"] == "native" else made.text("settings.precision")),
+        ("created", f"{created:%Y-%m-%d %H:%M:%S}" if created else ""),
+        ("seconds", number(made["seconds"])),
+        ("pixels", made.text("pixels")[:16]),
+    ]
+    return [(name, fact) for name, fact in facts if fact]
+
+
+def references(made: Made) -> Iterable[str]:
+    styles = made["style"]
+    for style in styles if isinstance(styles, list) else ():
+        found = style.get("reference") if isinstance(style, Mapping) else None
+        for each in found if isinstance(found, list) else ():
+            if isinstance(each, Mapping):
+                yield " ".join(str(each.get("image", "")).split())
+
+
+def number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else ""

@@ -1,0 +1,234 @@
+"""What a project has made: every picture that stands in its outputs, with its record, read fast enough for thousands.
+
+Records are somebody's files by now, edited or damaged perhaps: what is read here is looked at, never rendered from.
+`records.parse` is the strict reader.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from k2cli.outputs import NUMBER, number_of
+from k2cli.tables import LIMIT, UNPRINTABLE
+from model.errors import K2Error
+
+PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
+SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
+UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
+HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
+KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
+
+
+@dataclass(frozen=True)
+class Made:
+    """One picture on disk and the table of its record. The properties take whatever a record may hold."""
+
+    path: Path
+    table: Mapping[str, Any]
+
+    @property
+    def run(self) -> str:
+        """The name of its run's folder."""
+        return self.path.parent.name
+
+    def __getitem__(self, place: str) -> Any:
+        """made["prompt.text"]: a value of the record, or None."""
+        value: Any = self.table
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    def text(self, place: str) -> str:
+        """A value of the record on one line that no terminal would obey."""
+        value = self[place]
+        return "" if value is None else UNPRINTABLE.sub("?", " ".join(str(value).split()))
+
+    @cached_property
+    def created(self) -> datetime | None:
+        moment = self["created"]
+        if not isinstance(moment, datetime):
+            return None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+    @cached_property
+    def styles(self) -> dict[str, float]:
+        """Name -> strength of every style that had a part in it."""
+        found = self.table.get("style")
+        return {
+            UNPRINTABLE.sub("?", str(style["name"])): float(style["strength"])
+            for style in (found if isinstance(found, list) else ())
+            if isinstance(style, Mapping)
+            and isinstance(style.get("strength"), int | float)
+            and style["strength"]
+            and style.get("name")
+        }
+
+    @property
+    def size(self) -> str:
+        return f"{self.text('settings.width')}x{self.text('settings.height')}"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which pictures are wanted; what is empty leaves all of them in."""
+
+    run: str = ""  # a number, or a part of the folder's name
+    prompt: str = ""  # words that all occur in what was asked
+    style: str = ""
+    since: datetime | None = None
+
+    def __contains__(self, made: Made) -> bool:
+        asked = " ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")).casefold()
+        return (
+            all(word in asked for word in self.prompt.casefold().split())
+            and (not self.style or self.style in made.styles)
+            and (self.since is None or (made.created is not None and made.created >= self.since))
+        )
+
+    def run_folder(self, name: str) -> bool:
+        if not self.run.isdecimal():
+            return self.run in name
+        number = NUMBER.match(name)
+        return number is not None and int(number[1]) == int(self.run)
+
+
+def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:
+    """All pictures of an outputs folder, run after run in the order in which they were made.
+
+    A picture without a record that can be read is handed to `skipped`. Raises K2Error if the folder cannot be listed.
+    """
+    chosen = chosen or Chosen()
+    for run in runs_of(outputs):
+        if chosen.run_folder(run.name):
+            yield from read_run(run, chosen, skipped)
+
+
+def runs_of(outputs: Path) -> list[Path]:
+    """The folders of all runs, the oldest first. Links are passed over: what they lead to was not made here."""
+    try:
+        found = [path for path in outputs.iterdir() if NUMBER.match(path.name)] if outputs.is_dir() else []
+    except OSError as error:
+        raise K2Error(f"{outputs} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
+    runs = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return sorted(runs, key=lambda run: (number_of(run), run.name))
+
+
+def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:
+    """The pictures of one run, as `read` gives them."""
+    with os.scandir(run) as entries:
+        names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    pictures = []
+    for name in names:
+        stem, dot, suffix = name.rpartition(".")
+        if dot + suffix not in PICTURES or f"{stem}.toml" not in names:
+            continue
+        table = load(run / f"{stem}.toml")
+        if table is not None:
+            pictures.append(Made(run / name, table))
+        elif skipped:
+            skipped(run / name)
+    return sorted(
+        (made for made in pictures if chosen is None or made in chosen),
+        key=lambda made: (made.created or LONG_AGO, natural(made.path.name)),
+    )
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """fox-9 before fox-10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A record's table, or None where there is none to be read."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LIMIT + 1)
+        table = parse(raw.decode()) if len(raw) <= LIMIT else None
+    except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
+        return None
+    return table if table and isinstance(table.get("prompt"), dict) else None
+
+
+def parse(text: str) -> dict[str, Any]:
+    """What tomllib reads, several times sooner where the text is as `outputs.dump` writes it.
+
+    Most lines of a project's records are alike, so every `key = value` is parsed once and remembered. Whatever does
+    not look like that goes to tomllib as a whole. Raises ValueError where it is no TOML.
+    """
+    try:
+        return parse_lines(text)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return tomllib.loads(text)
+
+
+def parse_lines(text: str) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    table = root
+    lines = iter(text.split("\n"))
+    for line in lines:
+        if not line:
+            continue
+        if header := HEADER.match(line):
+            *path, name = header[2].split(".")
+            table = root
+            for part in path:
+                found = table[part]
+                table = found[-1] if isinstance(found, list) else found
+            if header[1] == "[[":
+                table.setdefault(name, []).append({})
+                table = table[name][-1]
+            else:
+                if name in table:
+                    raise ValueError("a table twice")
+                table[name] = table = {}
+            continue
+        if not KEY.match(line):
+            raise ValueError("not a line that dump writes")
+        if line.endswith("= ["):
+            rest = []
+            for more in lines:
+                rest.append(more)
+                if more == "]":
+                    break
+            line = "\n".join([line, *rest])
+        key, value = parse_line(line)
+        if key in table:
+            raise ValueError("a key twice")
+        table[key] = list(value) if isinstance(value, list) else value
+    return root
+
+
+@lru_cache(maxsize=1 << 16)
+def parse_line(line: str) -> tuple[str, Any]:
+    ((key, value),) = tomllib.loads(line).items()
+    return key, value
+
+
+def read_since(text: str, now: datetime | None = None) -> datetime:
+    """ "3d", "2h", "2026-11-24" or "2026-11-24 12:00" -> a moment. Raises K2Error where it is none of these."""
+    now = now or datetime.now(UTC)
+    if match := SINCE.fullmatch(text.strip()):
+        try:
+            return now - timedelta(**{UNITS[match[2]]: int(match[1])})
+        except OverflowError:
+            return LONG_AGO
+    if text.strip() in ("today", "yesterday"):
+        midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
+        return midnight - timedelta(days=text.strip() == "yesterday")
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise K2Error(
+            f'--since: "{UNPRINTABLE.sub("?", text)}" is no moment.', hint="Like 3d, 2h, yesterday, 2026-11-24."
+        ) from None
+    return moment.astimezone() if moment.tzinfo is None else moment

@@ -1,0 +1,221 @@
+"""The commands about what has been made. As in `app.py`, whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k2cli.complete import complete_style
+from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, find_project, open_projects, to_json
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from k2cli.history import Made
+
+SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
+
+
+def log(
+    projects: Annotated[list[str] | None, typer.Argument(metavar="PROJECT", help="Project folders.")] = None,
+    run: Annotated[
+        str, typer.Option("--run", metavar="RUN", help="Of this run: its number, or a part of its name.")
+    ] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has all of these words.")
+    ] = "",
+    style: Annotated[
+        str, typer.Option("--style", metavar="NAME", help="Made with this style.", autocompletion=complete_style)
+    ] = "",
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="WHEN", help="Made since: 3d, 2h, yesterday, 2026-11-24.")
+    ] = None,
+    last: Annotated[int | None, typer.Option("--last", "-n", metavar="N", min=1, help="The last N of them.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help=f"All of them on a terminal too, not the last {SCREENFUL}.")
+    ] = False,
+    project: ProjectOption = None,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """List the pictures that were made, the newest last.
+
+    On a terminal as a table; in a pipe a line each, the fields parted by tabs: file, when, seed, size, styles, prompt.
+
+    \b
+    Examples:
+      k2 log --since 2d --style dusk
+      k2 log -p "fox snow" --json | jq -r .file
+      k2 log ~/boards/*/ --run 3
+    """
+    import sys
+    from collections import deque
+    from itertools import chain
+
+    from k2cli import history
+    from k2cli.console import near, result, say
+
+    opened = open_projects(projects or [], project, allow_outside)
+    moment = history.read_since(since) if since is not None else None
+    chosen = history.Chosen(run, prompt, style, moment)
+    unread: list[Path] = []
+    made = chain.from_iterable(history.read(each.outputs, chosen, unread.append) for each in opened)
+    if last is None and not (everything or json) and sys.stdout.isatty():
+        last = SCREENFUL
+    found, count = deque[Made](maxlen=last) if TYPE_CHECKING else deque(maxlen=last), 0
+    for each in made:
+        found.append(each)
+        count += 1
+    if json:
+        for each in found:
+            result(to_json({"file": near(each.path), **each.table}))
+    elif sys.stdout.isatty():
+        show_table(found)
+    else:
+        print("".join(f"{line_of(each)}\n" for each in found), end="")
+    if quiet:
+        return
+    if not count:
+        anything = run or prompt or style or since
+        say("No picture matches." if anything else "No pictures yet. Make some: k2 render", "dim")
+    elif len(found) < count:
+        say(f"The last {len(found)} of {count:,} pictures; --all lists every one.", "dim")
+    if unread:
+        say(f"{len(unread)} left out, whose records cannot be read: {near(unread[0])}", "yellow")
+
+
+def line_of(made: Made) -> str:
+    """A picture in a pipe."""
+    from k2cli.console import near
+
+    created = f"{made.created:%Y-%m-%dT%H:%M:%SZ}" if made.created else ""
+    seed = made.text("settings.seed")
+    return "\t".join([near(made.path), created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
+
+
+def show_table(found: Sequence[Made]) -> None:
+    """Pictures on a terminal: a heading for each run, below it a line for each picture."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from k2cli.console import near
+
+    table = Table(box=None, pad_edge=False, show_header=False, expand=True)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="cyan", overflow="ellipsis", no_wrap=True, max_width=28)
+    table.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
+    before = None
+    for made in found:
+        if made.path.parent != before:
+            if before is not None:
+                table.add_row()
+            before = made.path.parent
+            when = f"{made.created.astimezone():%Y-%m-%d %H:%M}" if made.created else ""
+            about = " · ".join(filter(None, [when, f"{made.text('model.name')} {made.text('model.variant')}".strip()]))
+            table.add_row(Text(near(made.path.parent), "bold"), "", "", "", Text(about, "dim"))
+        seed = made.text("settings.seed")
+        row = ("  " + made.path.name, f"seed {seed}", made.size, styles_of(made, ", "), made.text("prompt.text"))
+        table.add_row(*map(Text, row))
+    Console(highlight=False).print(table)
+
+
+def styles_of(made: Made, joint: str) -> str:
+    return joint.join(f"{name} {strength:g}" for name, strength in made.styles.items())
+
+
+def gallery(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The folder to make; else gallery/ here.")
+    ] = None,
+    project: ProjectOption = None,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a folder that shows the project's pictures in any browser, without a server.
+
+    Runs, styles and prompts to filter by, search, zoom, keys, and each picture's record with the line that makes it
+    again. Run it once more to bring it up to date. The folder can be moved, zipped, or put on a web server.
+    """
+    from k2cli.console import near, result, say
+    from k2cli.gallery import PAGE, build
+
+    opened = find_project(project, allow_outside)
+    target = output or opened.inside("gallery")
+    unread: list[Path] = []
+    count = build(opened.outputs, target, opened.name, skipped=unread.append)
+    result(to_json({"file": near(target / PAGE), "pictures": count}) if json else near(target / PAGE))
+    if not quiet:
+        if unread:
+            say(f"{len(unread)} left out, whose records cannot be read: {near(unread[0])}", "yellow")
+        say(f"{count:,} pictures. Open the page in a browser." if count != 1 else "1 picture.", "dim")
+
+
+def where_am_i() -> str:
+    """The project around the current folder in a few lines, and what to do next; empty where there is none.
+
+    Raises K2Error where its k2.toml cannot be read.
+    """
+    from datetime import UTC, datetime
+
+    from k2cli import history
+    from k2cli.project import FILE, Project, name_files
+
+    root = next((folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / FILE).is_file()), None)
+    if root is None:
+        return ""
+    project = Project.open(root)
+    names = [name for _, name in name_files(project.prompts)]
+    weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
+    unused = [name for name in project.styles.known if not project.weights.get(name)]
+    runs = history.runs_of(project.outputs)
+    newest = next(filter(None, (history.read_run(run)[-1:] for run in reversed(runs))), [])
+    lines = [
+        f"{project.name}  ({root})",
+        f"  prompts   {listed(names) or 'none yet: add a [[prompt]] to k2.toml'}",
+        f"  styles    {listed([*weights, *(f'{name} (off)' for name in unused)]) or 'none'}",
+        f"  model     {project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt",
+        f"  runs      {len(runs) or 'none yet'}"
+        + (f", the last {newest[0].run}, {ago(newest[0].created, datetime.now(UTC))}" if newest else ""),
+        "",
+    ]
+    steps = {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
+    if newest:
+        shown = newest[0].path.relative_to(root) if Path.cwd() == root else newest[0].path
+        steps |= {
+            f"k2 show {shown}": "what it was made from",
+            "k2 log": "all that was made",
+            "k2 gallery": "a page of it for the browser",
+        }
+    else:
+        steps |= {"k2 render --dry-run": "what would be made"}
+    steps |= {"k2 --help": "everything else"}
+    width = max(map(len, steps))
+    return "\n".join(lines + [f"  {step:<{width}}  {what}" for step, what in steps.items()])
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """ "fox, owl and 3 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def count_of(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def ago(moment: datetime | None, now: datetime) -> str:
+    """ "5 minutes ago"."""
+    if moment is None:
+        return "some time ago"
+    seconds = int((now - moment).total_seconds())
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return f"{count_of(seconds // length, unit)} ago"
+    return "just now"

@@ -1,0 +1,262 @@
+"""The gallery: what is written, and the page as a person uses it, clicked through in Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import many_pictures, tree
+
+from k2cli import gallery, history
+from k2cli.outputs import dump
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = (
+    """</script><script>document.title = "taken"</script><img src=x onerror="document.title='taken'"> "a" & 'b' <!--"""
+)
+
+
+def data_of(folder: Path) -> dict:
+    page = (folder / "index.html").read_text("utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_a_folder_that_can_be_taken_along(moody, k2, tmp_path):
+    k2("render", "--batch", "2")
+    result = k2("gallery", "-o", tmp_path / "site")
+
+    assert result.stdout == f"{tmp_path}/site/index.html\n" and "4 pictures" in result.stderr
+    run = "0001-fox-and-1-more"
+    made = tree(tmp_path / "site")
+    assert made[f"pictures/{run}/fox-7.png"] == (moody / "outputs" / run / "fox-7.png").read_bytes()
+    assert made[f"pictures/{run}/fox-7.toml"] == (moody / "outputs" / run / "fox-7.toml").read_bytes()
+    assert len([name for name in made if name.endswith(".png")]) == 4  # no contact sheet among them
+    assert not any(b"://" in text for name, text in made.items() if name.endswith(".html"))
+
+
+def test_once_more_brings_it_up_to_date(moody, k2):
+    k2("render")
+    k2("gallery")
+    first = moody / "gallery" / "pictures" / "0001-fox-and-1-more"
+    (first / "notes.txt").write_text("mine")
+    kept = os.stat(first / "an-owl-at-night-7.png")
+    (moody / "outputs" / first.name / "fox-7.png").unlink()
+    k2("render", "-p", "tea")
+
+    assert json.loads(k2("gallery", "--json").stdout) == {"file": "gallery/index.html", "pictures": 2}
+    assert [each[1] for each in data_of(moody / "gallery")["pictures"]] == ["an-owl-at-night-7.png", "tea-7.png"]
+    assert sorted(path.name for path in first.iterdir()) == [
+        "an-owl-at-night-7.png",
+        "an-owl-at-night-7.toml",
+        "notes.txt",
+    ]
+    assert os.stat(first / "an-owl-at-night-7.png").st_mtime_ns == kept.st_mtime_ns
+
+
+@pytest.mark.parametrize("holds", ["a file of mine", "a page of mine", "a link out of it"])
+def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
+    k2("render")
+    if holds == "a link out of it":
+        k2("gallery")
+        shutil.rmtree("gallery/pictures")
+        (tmp_path / "precious").mkdir()
+        (tmp_path / "precious" / "a.png").write_bytes(b"mine")
+        Path("gallery/pictures").symlink_to(tmp_path / "precious")
+    else:
+        Path("gallery").mkdir()
+        Path("gallery", "index.html" if "page" in holds else "x.txt").write_text("mine")
+    before = tree(tmp_path)
+
+    assert "holds something that is no gallery" in k2("gallery", code=1).stderr
+    assert tree(tmp_path) == before
+
+
+def test_no_hard_links(moody, k2, monkeypatch):
+    """On another disk, or where the file system has none: copies."""
+    k2("render")
+    monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("no links")))
+    k2("gallery")
+
+    assert len(list(moody.glob("gallery/pictures/*/*.png"))) == 2
+
+
+def test_a_project_without_pictures(moody, k2):
+    assert "0 pictures" in k2("gallery").stderr
+    assert data_of(moody / "gallery")["pictures"] == []
+
+
+def test_markup_in_a_prompt_stays_inside_the_data(tmp_path):
+    many_pictures(tmp_path, 1, text=EVIL)
+    page = gallery.page(EVIL, history.read(tmp_path))
+
+    assert page.count("<script") == 2 and page.count("<!--") == 0 and "<img src=x" not in page
+    (tmp_path / "index.html").write_text(page, "utf-8")
+    assert data_of(tmp_path)["strings"][0] == " ".join(EVIL.split())
+
+
+def test_the_policy_lets_only_the_pages_own_script_run():
+    page = gallery.page("moody", [])
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for tag in ("script", "style"):
+        body = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        assert f"{tag}-src '{gallery.digest(body)}'" in policy
+
+
+def test_a_record_of_odd_shapes_is_shown_all_the_same(tmp_path):
+    many_pictures(tmp_path, 1)
+    (path,) = tmp_path.glob("*/*.toml")
+    path.write_bytes(
+        dump({"prompt": {"text": [1]}, "settings": {"seed": 2**63 - 1, "mu": "high"}, "style": {"name": 1}, "model": 2})
+    )
+    ((*_, seed, width, _, _, facts),) = gallery.describe("x", history.read(tmp_path))["pictures"]
+
+    assert seed is None and width is None and facts
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if BROWSER is None:
+        pytest.skip("there is no Chromium on this machine")
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    with api.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=BROWSER, args=[*switches, "--disable-component-update"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """80 pictures in 4 runs, the second of them with a prompt that would take the page over."""
+    root = tmp_path_factory.mktemp("project")
+    many_pictures(root / "outputs", 80, per_run=20)
+    for path in root.glob("outputs/0002-*/*.toml"):
+        table = history.load(path)
+        table["prompt"]["text"] = EVIL
+        path.write_bytes(dump(table))
+    odd = root / "outputs" / "0001-fox"
+    for path in odd.glob("fox-0.*"):
+        path.rename(odd / f"it's #1 100% fox{path.suffix}")
+    gallery.build(root / "outputs", root / "gallery", "moody <b>")
+    return root / "gallery"
+
+
+class TestInABrowser:
+    """Needs Playwright and a Chromium of the system's; every request that the page makes is noted."""
+
+    @pytest.fixture
+    def page(self, chromium, folder):
+        page = chromium.new_page(viewport={"width": 1200, "height": 800})
+        page.asked, page.wrong = [], []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("pageerror", lambda error: page.wrong.append(str(error)))
+        page.on("console", lambda said: page.wrong.append(said.text) if said.type == "error" else None)
+        page.goto((folder / "index.html").as_uri())
+        yield page
+        assert page.wrong == []
+        assert all(url.startswith((folder.as_uri(), "data:")) for url in page.asked)
+        page.close()
+
+    def test_filters_and_search(self, page):
+        def count() -> str:
+            return page.locator("#count").inner_text()
+
+        assert page.title() == "moody <b>" and page.locator("h1").inner_text() == "moody <b>"
+        assert count() == "80 pictures in 4 runs" and page.locator(".tile").count() == 80
+        page.locator("#styles").get_by_role("button", name="dusk").click()
+        assert count() == "showing 40 pictures in 2 runs"
+        page.locator("#styles").get_by_role("button", name="dusk").click()
+        page.get_by_label("Prompt", exact=True).select_option(label="owl (20)")
+        assert count() == "showing 20 pictures in 1 run"
+        page.get_by_label("Prompt", exact=True).select_option(label="All prompts")
+        page.get_by_label("Run").select_option(label="0003-teapot")
+        assert count() == "showing 20 pictures in 1 run"
+        page.keyboard.press("/")
+        page.keyboard.type("teapot 41")
+        page.get_by_text("showing 1 picture in 1 run").wait_for()
+        page.keyboard.press("Escape")
+        page.get_by_label("Run").select_option(label="All runs")
+        assert count() == "80 pictures in 4 runs"
+
+    def test_a_prompt_with_markup_is_text(self, page):
+        page.get_by_label("Run").select_option(label="0002-owl")
+        tile = page.locator(".tile").first
+
+        assert tile.locator("span").first.inner_text() == " ".join(EVIL.split())
+        assert tile.locator("img").get_attribute("alt").startswith("</script><script>")
+        tile.click()
+        assert page.locator("#prompt").inner_text() == " ".join(EVIL.split())
+        assert page.title() == "moody <b>" and page.locator("script").count() == 2
+
+    def test_one_picture_by_mouse_and_by_keys(self, page):
+        page.locator(".tile").nth(1).click()
+        view, picture = page.locator("#view"), page.locator("#picture")
+
+        assert view.is_visible() and page.locator("#place").inner_text() == "2 of 80"
+        assert page.locator("#command").inner_text() == "k2 rerun outputs/0001-fox/fox-1.png"
+        assert "28" in page.locator("dt:text-is('steps') + dd").inner_text()
+        page.keyboard.press("ArrowLeft")
+        assert page.locator("#place").inner_text() == "1 of 80" and page.locator("#back").is_disabled()
+        assert page.locator("#command").inner_text() == ("""k2 rerun 'outputs/0001-fox/it'"'"'s #1 100% fox.png'""")
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+        fit = picture.bounding_box()["width"]
+        page.keyboard.press("+")
+        assert picture.bounding_box()["width"] == pytest.approx(1.5 * fit, rel=0.02)
+        page.keyboard.press("0")
+        assert picture.bounding_box()["width"] == pytest.approx(fit, rel=0.02)
+        picture.click()
+        assert picture.bounding_box()["width"] > 2 * fit
+        page.keyboard.press("Escape")
+        assert not view.is_visible()
+        page.keyboard.press("ArrowRight")  # the tile has the focus again
+        page.keyboard.press("Enter")
+        assert page.locator("#place").inner_text() == "2 of 80"
+        address = page.url
+        page.goto("about:blank")
+        page.goto(address)
+        assert page.locator("#place").inner_text() == "2 of 80"
+
+    def test_the_line_is_copied(self, page):
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.locator(".tile").nth(2).click()
+        page.get_by_role("button", name="Copy").click()
+        page.get_by_role("button", name="Copied").wait_for()
+
+        assert page.evaluate("navigator.clipboard.readText()") == "k2 rerun outputs/0001-fox/fox-2.png"
+
+    def test_every_picture_has_words_and_loads(self, page):
+        alts = page.locator(".tile img").evaluate_all("images => images.map(image => image.alt)")
+
+        assert len(alts) == 80 and all(alts)
+        page.locator(".tile img").last.scroll_into_view_if_needed()
+        assert page.locator(".tile img").last.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
+
+    def test_light_and_dark(self, page):
+        def paper() -> str:
+            return page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+
+        page.emulate_media(color_scheme="dark")
+        assert paper() == "rgb(25, 24, 23)"
+        page.locator("#theme").click()
+        assert page.locator("#theme").inner_text() == "Light" and paper() == "rgb(250, 248, 244)"
+        page.reload()
+        assert paper() == "rgb(250, 248, 244)"
+        page.emulate_media(color_scheme="light")
+        page.locator("#theme").click()
+        assert paper() == "rgb(25, 24, 23)"
+
+    @pytest.mark.parametrize("width", [360, 1200])
+    def test_nothing_is_wider_than_the_window(self, page, width):
+        page.set_viewport_size({"width": width, "height": 740})
+        widest = "document.documentElement.scrollWidth"
+
+        assert page.evaluate(widest) <= width
+        page.get_by_label("Run").select_option(label="0002-owl")
+        page.locator(".tile").first.click()
+        assert page.evaluate(widest) <= width and page.locator("#copy").is_visible()

@@ -1,0 +1,157 @@
+"""What stands in outputs, read back: quickly, exactly, and without trusting it."""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from conftest import many_pictures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from k2cli import history
+from k2cli.history import Chosen
+from k2cli.outputs import dump
+from model.errors import K2Error
+
+values = st.one_of(
+    st.text(st.characters(codec="utf-8")),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.datetimes(timezones=st.just(UTC)),
+    st.lists(st.text(st.characters(codec="utf-8"))),
+)
+keys = st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True) | st.text(st.characters(codec="utf-8"), max_size=5)
+flat = st.dictionaries(keys, values, max_size=4)
+tables = st.dictionaries(
+    keys, values | flat | st.lists(flat, max_size=3) | st.dictionaries(keys, flat | st.lists(flat)), max_size=5
+)
+
+
+@given(tables)
+def test_what_dump_writes_is_read_as_tomllib_reads_it(table):
+    text = dump(table).decode()
+
+    assert history.parse(text) == tomllib.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = 1\na = 2\n",
+        "[a]\nb = 1\n[a]\nc = 2\n",
+        'a = """\nb = 1\n"""\n',
+        "a.b = 1\na.c = 2\n",
+        "  a = 1 # two\n[ b ]\nc = 2\n",
+        "a = [\n  1, # ]\n  2\n]\n",
+        "[[a]]\nb = 1\n[a.c]\nd = 1\n[[a]]\n[a.c]\nd = 2\n",
+        "a = 1\n[a.b]\nc = 1\n",
+        "[a\n",
+        "a = 1\r\nb = 2\r\n",
+    ],
+)
+def test_what_hands_write_is_read_as_tomllib_reads_it(text):
+    """Valid or not: both readers say the same."""
+
+    def outcome(read):
+        try:
+            return read(text)
+        except ValueError:
+            return "no TOML"
+
+    assert outcome(history.parse) == outcome(tomllib.loads)
+
+
+def test_records_of_a_render_take_the_quick_way(moody, k2):
+    """Else the speed that is promised would be tomllib's."""
+    k2("render", "--batch", "2")
+    for path in moody.glob("outputs/*/*-[78].toml"):
+        assert history.parse_lines(path.read_text()) == tomllib.loads(path.read_text())
+
+
+def test_pictures_come_in_the_order_in_which_they_were_made(tmp_path):
+    many_pictures(tmp_path / "outputs", 24, per_run=12)
+
+    made = list(history.read(tmp_path / "outputs"))
+
+    assert [each.path.name for each in made[:12]] == [f"fox-{i}.png" for i in range(12)]
+    assert [each.run for each in made] == ["0001-fox"] * 12 + ["0002-owl"] * 12
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        (Chosen(), 24),
+        (Chosen(run="2"), 12),
+        (Chosen(run="0002"), 12),
+        (Chosen(run="fox"), 12),
+        (Chosen(prompt="FOX red"), 12),
+        (Chosen(prompt="fox green"), 0),
+        (Chosen(style="dusk"), 12),
+        (Chosen(style="dus"), 0),
+        (Chosen(since=datetime(2026, 1, 2, tzinfo=UTC)), 12),
+    ],
+)
+def test_filters(tmp_path, chosen, count):
+    many_pictures(tmp_path, 24, per_run=12)
+
+    assert len(list(history.read(tmp_path, chosen))) == count
+
+
+def test_damaged_and_foreign_files_are_passed_over(tmp_path):
+    many_pictures(tmp_path, 3, per_run=3)
+    run = tmp_path / "0001-fox"
+    (run / "fox-0.toml").write_bytes(b"\xff\x00")
+    (run / "fox-1.toml").write_text("schema = 1\n")
+    (run / "alone.png").write_bytes(b"no record")
+    (tmp_path / "secret.png").write_bytes(b"elsewhere")
+    (tmp_path / "secret.toml").write_text("[prompt]\ntext = 'mine'\n")
+    (run / "link.png").symlink_to(tmp_path / "secret.png")
+    (run / "link.toml").symlink_to(tmp_path / "secret.toml")
+    (tmp_path / "0009-linked").symlink_to(run)
+    unread: list[Path] = []
+
+    made = list(history.read(tmp_path, skipped=unread.append))
+
+    assert [each.path.name for each in made] == ["fox-2.png"]
+    assert sorted(path.name for path in unread) == ["fox-0.png", "fox-1.png"]
+
+
+def test_a_record_of_any_shape_can_be_looked_at(tmp_path):
+    run = tmp_path / "0001-x"
+    run.mkdir()
+    (run / "x.png").write_bytes(b"")
+    (run / "x.toml").write_text(
+        'created = "then"\nseconds = "long"\nstyle = [1, {name = 2, strength = "no"}]\nmodel = 3\n'
+        '[prompt]\ntext = ["\\u001b[2J"]\n[settings]\nseed = "\\u202e"\nwidth = [1]\nmu = {}\n'
+    )
+
+    (made,) = history.read(tmp_path)
+
+    assert made.created is None and made.styles == {}
+    assert made.text("settings.seed") == "?" and "\x1b" not in made.text("prompt.text")
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("3d", datetime(2026, 11, 21, 12, tzinfo=UTC)),
+        ("90m", datetime(2026, 11, 24, 10, 30, tzinfo=UTC)),
+        ("2026-11-01T10:00+00:00", datetime(2026, 11, 1, 10, tzinfo=UTC)),
+        ("2026-11-01", datetime(2026, 11, 1).astimezone()),
+        ("99999999999w", history.LONG_AGO),
+    ],
+)
+def test_since(text, moment):
+    assert history.read_since(text, datetime(2026, 11, 24, 12, tzinfo=UTC)) == moment
+
+
+def test_since_days_of_people():
+    now = datetime.now(UTC)
+
+    assert history.read_since("yesterday", now) <= history.read_since("today", now) - timedelta(hours=22)
+    with pytest.raises(K2Error, match="is no moment"):
+        history.read_since("soon", now)

@@ -1,0 +1,159 @@
+"""`k2 log`, `k2` alone, and what the shell completes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import many_pictures
+
+from k2cli import history_app
+
+K2 = Path(sys.executable).with_name("k2")
+
+
+def test_the_log_in_a_pipe_is_a_line_a_picture(moody, k2):
+    many_pictures(moody / "outputs", 4, per_run=2)
+
+    assert k2("log").stdout.splitlines()[1:3] == [
+        "outputs/0001-fox/fox-1.png\t2026-01-01T00:00:01Z\t1\t64x64\t\ta red fox",
+        "outputs/0002-owl/owl-2.png\t2026-01-02T00:00:00Z\t2\t64x64\tdusk 0.6\ta red owl",
+    ]
+
+
+def test_the_log_filters(moody, k2):
+    many_pictures(moody / "outputs", 6, per_run=2)
+
+    def seeds(*arguments: str) -> list[str]:
+        return [line.split("\t")[2] for line in k2("log", *arguments).stdout.splitlines()]
+
+    assert seeds("--run", "3") == ["4", "5"]
+    assert seeds("-p", "RED owl") == seeds("--style", "dusk") == ["2", "3"]
+    assert seeds("--since", "2026-01-02T12:00+00:00") == ["4", "5"]
+    assert seeds("--last", "3") == ["3", "4", "5"]
+    nothing = k2("log", "--since", "1m")
+    assert nothing.stdout == "" and "No picture matches." in nothing.stderr
+    assert "is no moment" in k2("log", "--since", "soon", code=1).stderr
+
+
+def test_the_log_as_json_is_the_records_of_a_render(moody, k2):
+    rendered = k2("render", "--json").stdout
+
+    def objects(text: str) -> list[dict]:
+        """What TOML leaves out is null in what a render prints."""
+        found = [json.loads(line, object_hook=lambda t: {k: t[k] for k in t if t[k] is not None}) for line in text]
+        return sorted(found, key=lambda each: each["file"])
+
+    assert objects(k2("log", "--json").stdout.splitlines()) == objects(rendered.splitlines())
+
+
+def test_the_log_of_many_projects(moody, k2, tmp_path):
+    many_pictures(moody / "outputs", 1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k2.toml").write_text("")
+    many_pictures(tmp_path / "other" / "outputs", 1)
+
+    lines = k2("log", moody, tmp_path / "other").stdout.splitlines()
+
+    assert [line.split("\t")[0] for line in lines] == [
+        "outputs/0001-fox/fox-0.png",
+        f"{tmp_path}/other/outputs/0001-fox/fox-0.png",
+    ]
+
+
+def test_the_log_on_a_terminal_is_a_table_of_a_screenful(moody, monkeypatch, capsys):
+    """The prompts are cut to the width; one that holds rich's own markup is shown as it stands."""
+    many_pictures(moody / "outputs", 40, per_run=20, text="[bold]a very long prompt[/bold] " + "word " * 40)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    history_app.log()
+    out, err = capsys.readouterr()
+
+    lines = re.sub(r"\x1b\[[\d;]*m", "", out).splitlines()
+    assert "outputs/0001-fox" in lines[0] and "mini raw" in lines[0]
+    assert "fox-10.png" in lines[1] and "seed 10" in lines[1] and "[bold]a very long" in lines[1]
+    assert max(map(len, lines)) <= 100 and len([line for line in lines if "seed" in line]) == history_app.SCREENFUL
+    assert "The last 30 of 40 pictures" in err
+
+
+def test_damaged_records_are_counted(moody, k2):
+    many_pictures(moody / "outputs", 2)
+    (moody / "outputs" / "0001-fox" / "fox-0.toml").write_text("[")
+
+    result = k2("log")
+
+    assert len(result.stdout.splitlines()) == 1 and "1 left out" in result.stderr
+
+
+def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+
+    fresh = k2().stdout
+    many_pictures(moody / "outputs", 3)
+    later = k2().stdout
+
+    assert fresh.startswith(f"moody  ({moody})\n") and "fox, an-owl-at-night" in fresh and "dusk (off)" in fresh
+    assert "runs      none yet" in fresh and "k2 render --dry-run" in fresh
+    assert "runs      1, the last 0001-fox" in later and "k2 show outputs/0001-fox/fox-2.png" in later
+
+
+def test_k2_alone_elsewhere_is_the_help(k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert "Usage:" in k2().stdout
+    (tmp_path / "k2.toml").write_text("[render]\nsed = 1\n")
+    assert 'Did you mean "seed"?' in k2(code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["galery"], "gallery"),
+        (["render", "--styel", "dusk=1"], "--style"),
+        (["render", "--style", "dsuk=1"], 'Did you mean "dusk"?'),
+        (["render", "--only", "fxo"], 'Did you mean "fox"?'),
+        (["style", "shwo", "dusk"], "show"),
+        (["render", "--model", "mni"], 'Did you mean "mini"?'),
+    ],
+)
+def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, arguments, hint):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+
+    assert hint in k2(*arguments, code=1 if "Did" in hint else 2).stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("render --style d", {"dusk="}),
+        ("render --only ", {"fox", "an-owl-at-night"}),
+        ("render --model m", {"mini"}),
+        ("log --style ", {"dusk", "riso"}),
+        ("mix-styles r", {"riso="}),
+        ("gal", {"gallery"}),
+    ],
+)
+def test_the_shell_completes_names(moody, typed, offered):
+    """As bash asks, of the real process."""
+    (moody / "styles").mkdir()
+    for name in ("dusk", "riso"):
+        (moody / "styles" / f"{name}.toml").write_text('keywords = ["x"]\n')
+    words = f"k2 {typed}"
+
+    asked = {"_K2_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    done = subprocess.run([K2], env={"PATH": "/usr/bin:/bin", **asked, **python_path()}, capture_output=True, text=True)
+
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def python_path() -> dict[str, str]:
+    import os
+
+    return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
