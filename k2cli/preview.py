@@ -1,0 +1,176 @@
+"""A picture in the terminal: by kitty's protocol, iTerm2's, as sixels, or as half-blocks of colour. Never into a pipe.
+
+Protocols: kitty graphics protocol; iTerm2 inline images (OSC 1337); DEC STD 070 for sixels; device attributes (DA1),
+in which a terminal that draws sixels counts a 4.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+
+WAYS = ("kitty", "iterm2", "sixel", "blocks", "off")
+WIDEST, TALLEST = 40, 20  # cells that a preview takes at most
+CELL = (8, 16)  # pixels of a cell, where the terminal does not say
+PATIENCE = 0.2  # seconds for a terminal to answer what it can do
+
+
+def preview(path: Path) -> None:
+    """Print a picture where standard output is a terminal that can show one; else, and for what is none, nothing."""
+    if not sys.stdout.isatty():
+        return
+    way = choose(os.environ, draws_sixels)
+    if way == "off":
+        return
+    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            drawn = draw(image.convert("RGB"), way, os.environ)
+        sys.stdout.write(drawn + "\n")
+        sys.stdout.flush()
+
+
+def choose(environ: Mapping[str, str], ask: Callable[[], bool]) -> str:
+    """The best way that this terminal knows. K2_PREVIEW decides where it is one of WAYS; NO_COLOR asks for none."""
+    if (told := environ.get("K2_PREVIEW", "")) in WAYS:
+        return told
+    term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
+    if environ.get("NO_COLOR") or term in ("", "dumb"):
+        return "off"
+    if "TMUX" in environ or term.startswith(("tmux", "screen")):
+        return "blocks"  # what is outside is hidden, and may change
+    if "KITTY_WINDOW_ID" in environ or "kitty" in term or "ghostty" in term or program == "ghostty":
+        return "kitty"
+    if program in ("iTerm.app", "WezTerm") or environ.get("LC_TERMINAL") == "iTerm2":
+        return "iterm2"
+    return "sixel" if ask() else "blocks"
+
+
+def draws_sixels() -> bool:
+    """Ask the terminal for its attributes (DA1), and wait a moment for the answer."""
+    try:
+        import select
+        import termios
+        import tty
+    except ImportError:  # not on Windows
+        return False
+    if not sys.stdin.isatty():
+        return False
+    handle, answer = sys.stdin.fileno(), b""
+    try:
+        before = termios.tcgetattr(handle)
+    except termios.error:
+        return False
+    try:
+        tty.setcbreak(handle, termios.TCSANOW)
+        os.write(sys.stdout.fileno(), b"\x1b[c")
+        while not answer.endswith(b"c") and select.select([handle], [], [], PATIENCE)[0]:
+            answer += os.read(handle, 64)
+    finally:
+        termios.tcsetattr(handle, termios.TCSANOW, before)
+    found = re.search(rb"\x1b\[\?([\d;]*)c", answer)
+    return found is not None and b"4" in found[1].split(b";")
+
+
+def draw(image: Image.Image, way: str, environ: Mapping[str, str]) -> str:
+    """The picture as the characters that draw it, in at most WIDEST x TALLEST cells."""
+    columns, lines = shutil.get_terminal_size()
+    across, down = cells(image.size, min(WIDEST, columns - 1), min(TALLEST, max(lines - 4, 4)))
+    if way == "blocks":
+        return blocks(image.resize((across, 2 * down)), environ.get("COLORTERM", "") in ("truecolor", "24bit"))
+    width, height = cell_size()
+    small = image.resize((across * width, down * height))
+    if way == "sixel":
+        return sixels(small)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return kitty(buffer.getvalue(), across, down) if way == "kitty" else iterm2(buffer.getvalue(), across, down)
+
+
+def cells(size: tuple[int, int], columns: int, lines: int) -> tuple[int, int]:
+    """Columns and lines for a picture, each cell twice as high as wide."""
+    width, height = size
+    scale = min(columns / width, 2 * lines / height)
+    return max(1, round(width * scale)), max(1, round(height * scale / 2))
+
+
+def cell_size() -> tuple[int, int]:
+    """Pixels of a cell, as the terminal tells them."""
+    with suppress(ImportError, OSError):
+        import fcntl
+        import struct
+        import termios
+
+        lines, columns, width, height = struct.unpack("HHHH", fcntl.ioctl(1, termios.TIOCGWINSZ, bytes(8)))
+        if lines and columns and width >= columns and height >= lines:
+            return width // columns, height // lines
+    return CELL
+
+
+def blocks(image: Image.Image, true_colour: bool) -> str:
+    """Two pixels a cell: the upper half-block in one colour on the other's ground."""
+
+    def colour(layer: int, pixel: tuple[int, ...]) -> str:
+        if true_colour:
+            return f"{layer};2;{';'.join(map(str, pixel))}"
+        red, green, blue = (round(value / 255 * 5) for value in pixel)  # the cube of xterm's 256 colours
+        return f"{layer};5;{16 + 36 * red + 6 * green + blue}"
+
+    width, height = image.size
+    pixels = list(zip(*[iter(image.tobytes())] * 3, strict=True))
+    lines = []
+    for top in range(0, height, 2):
+        pairs = zip(pixels[top * width : (top + 1) * width], pixels[(top + 1) * width : (top + 2) * width], strict=True)
+        runs = (
+            f"\x1b[{colour(38, upper)};{colour(48, lower)}m" + "▀" * len([*run])
+            for (upper, lower), run in groupby(pairs)
+        )
+        lines.append("".join(runs) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+def kitty(png: bytes, columns: int, lines: int) -> str:
+    """In pieces of 4096 characters, as the protocol asks."""
+    text = base64.standard_b64encode(png).decode()
+    pieces = [text[i : i + 4096] for i in range(0, len(text), 4096)]
+    return "".join(
+        f"\x1b_G{f'a=T,f=100,q=2,c={columns},r={lines},' if i == 0 else ''}m={int(i + 1 < len(pieces))};{piece}\x1b\\"
+        for i, piece in enumerate(pieces)
+    )
+
+
+def iterm2(png: bytes, columns: int, lines: int) -> str:
+    text = base64.standard_b64encode(png).decode()
+    return f"\x1b]1337;File=inline=1;size={len(png)};width={columns};height={lines};preserveAspectRatio=1:{text}\a"
+
+
+def sixels(image: Image.Image) -> str:
+    """Bands of six rows, one pass for each colour of a band; runs are counted."""
+    small = image.quantize(128)
+    width, height = small.size
+    palette = small.getpalette() or []
+    rows = [small.tobytes()[row * width : (row + 1) * width] for row in range(height)]
+    out = [f'\x1bPq"1;1;{width};{height}']
+    for index in sorted(set().union(*rows)):
+        red, green, blue = (round(value / 255 * 100) for value in palette[3 * index : 3 * index + 3])
+        out.append(f"#{index};2;{red};{green};{blue}")
+    for top in range(0, height, 6):
+        band = rows[top : top + 6]
+        for index in sorted(set().union(*band)):
+            column = (sum((row[x] == index) << bit for bit, row in enumerate(band)) for x in range(width))
+            out.append(f"#{index}")
+            for value, run in groupby(column):
+                count = len([*run])
+                out.append(f"!{count}{chr(63 + value)}" if count > 3 else chr(63 + value) * count)
+            out.append("$")
+        out.append("-")
+    return "".join(out) + "\x1b\\"
