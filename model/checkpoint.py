@@ -137,14 +137,17 @@ def open_tensors(path: Path, device: str) -> Any:
     return GGUFTensors(path, device) if gguf else safe_open(path, "pt", device=device)
 
 
-def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint with its `k2` metadata: into a draft beside it, flushed to disk, then put in place."""
+def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], **beside: str) -> None:
+    """Write a checkpoint with its `k2` metadata: into a draft beside it, flushed to disk, then put in place.
+
+    beside: further entries of the header, for other tools' eyes.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    header = {"format": "pt"} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
+    header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
     try:
         save_file(tensors, draft, header)
         with draft.open("rb+") as file:

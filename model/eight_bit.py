@@ -3,11 +3,15 @@
 Where the hardware multiplies 8-bit numbers, each token is rounded to 8 bits as well, by its own largest number, so a
 token's answer does not depend on its company. Elsewhere the matrix is widened for the length of one product. Either
 way scales are put to the product, not to the matrix. A state dict holds `NAME.weight` and `NAME.weight_scale`.
+
+Gradients pass through to the tokens, never to the matrix: tokens are then not rounded, so they are the dequantised
+matrix's own.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +28,7 @@ class EightBitLinear(nn.Linear):
     """A linear layer (adapters and `isinstance` know it as such) of weight int8 or e4m3 [out, in] and its scales."""
 
     weight_scale: Tensor  # fp32 [out]
+    exact = False  # never round tokens, as where something is learned on top
 
     def __init__(self, inward: int, outward: int, bias: bool, number: torch.dtype):
         """Built on the meta device: there is nothing to draw in 8 bits."""
@@ -34,13 +39,17 @@ class EightBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x.flatten(0, -2)
-        if self.multiplies(tokens):
+        if self.exact or (tokens.requires_grad and torch.is_grad_enabled()):
+            answer = Widened.apply(tokens, self.weight, self.weight_scale)
+        elif self.multiplies(tokens):
             answer = tokens.new_empty(len(tokens), self.out_features)
             for part, room in zip(split(tokens), split(answer), strict=True):
                 product(part, self.weight, self.weight_scale, room)
         else:
-            answer = (F.linear(tokens, self.weight.to(x.dtype)) * self.weight_scale).to(x.dtype)
+            answer = widened_product(tokens, self.weight, self.weight_scale)
         if self.bias is not None:
             answer = answer + self.bias.to(x.dtype)
         return answer.unflatten(0, x.shape[:-1])
@@ -51,6 +60,26 @@ class EightBitLinear(nn.Linear):
             return False
         fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
         return tokens.device.type == "cpu" or (fits and len(tokens) > FEW)
+
+
+class Widened(torch.autograd.Function):
+    """Tokens times a frozen 8-bit matrix, with a gradient. The matrix is widened anew on the way back: autograd would
+    keep the wide copy of every layer, and with it the memory that 8 bits save."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return widened_product(tokens, weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return (gradient * scale).to(gradient.dtype) @ weight.to(gradient.dtype), None, None
+
+
+def widened_product(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """tokens [M, K] times (weight [N, K] · scale [N]) transposed -> [M, N] in the tokens' dtype."""
+    return (F.linear(tokens, weight.to(tokens.dtype)) * scale).to(tokens.dtype)
 
 
 @cache

@@ -1,0 +1,318 @@
+"""LoRA training: a low-rank adapter of any Krea 2 checkpoint, learned from a folder of one's own pictures.
+
+The base is frozen: its weights are read as `k2 render` reads them, in 8 bits where memory is short, and are the same
+code from mini to the 12.9B. What comes out is a file in diffusers' layout, `transformer.NAME.lora_A.weight`, which this
+package, diffusers and ComfyUI read; train on Raw, use on Raw and on Turbo.
+
+Text features and latents are worked out once, and their encoders are gone before the transformer is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model import library
+from model.checkpoint import save
+from model.dit import Krea2
+from model.eight_bit import EightBitLinear
+from model.errors import K2Error
+from model.latents import patchify
+from model.layouts import diffusers_names, load_dit
+from model.lora import LowRank
+from model.parts import DTYPES, find_parts, load_vae, numbers_of, pick_device, pick_dtype, sha256
+from model.pipeline import CELL
+from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
+from model.sampler import raw_mu
+from model.text_encoder import TextEncoder
+from model.train import loop
+from model.train.data import stable_seed
+from model.train.loop import Batch, Report, Stage
+from model.train.pictures import encode, manifest, read_folder
+
+LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
+    "attention": lambda name: name.startswith("blocks.") and ".attn." in name,
+    "blocks": lambda name: name.startswith("blocks."),
+    "all": lambda name: name.startswith(("blocks.", "txtfusion.", "txtmlp.")) and name != "txtfusion.projector",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(loop.Recipe):
+    """A LoRA, as its TOML file says it. All but a name and a folder has a default."""
+
+    stage: str = "lora"
+    pictures: str  # folder; captions are text files beside the pictures, else file names
+    model: str = "mini"  # as `k2 render` takes it
+    variant: str = "raw"  # undistilled; the adapter serves Turbo as well
+    trigger: str = ""  # words that end every caption, and later ask for what was learned
+    rank: int = 16
+    layers: str = "blocks"  # one of LAYERS
+    size: int = 0  # side of a square of as many pixels as a picture gets; 0: the model's own
+    batch: int = 4
+    repeats: int = 1  # noise levels for each picture
+    mu: float | None = None  # shift of the training timesteps; left out: Raw's own for the number of image tokens
+    drop: float = 0.1  # share of the pictures that are shown without their caption, for guidance
+    mirror: bool = False  # show pictures left to right as well
+    precision: str = ""  # of the frozen base: native, int8, fp8; left out: what fits into memory
+    recompute: bool | None = None  # work blocks out again on the way back instead of keeping them; left out: if large
+
+    lr: float = 1e-3
+    muon_lr: float = 0.0  # both halves are thin: AdamW has them
+    warmup_steps: int = 20
+    decay: float = 0.3
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    average: float = 0.98
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {"layers": tuple(LAYERS), "variant": ("raw", "turbo"), "precision": ("", *PRECISIONS)}
+        for key, values in known.items():
+            if getattr(self, key) not in values:
+                raise K2Error(
+                    f'Recipe "{self.name}": {key} is "{getattr(self, key)}".',
+                    hint=f"Choose of {', '.join(value for value in values if value)}.",
+                )
+        for key in ("rank", "batch", "repeats"):
+            if getattr(self, key) < 1:
+                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+        if not 0 <= self.drop <= 1:
+            raise K2Error(f'Recipe "{self.name}": drop is a share, from 0 to 1.')
+
+
+class Halves(nn.Module):
+    """The trainable halves of an adapter: for each of a frozen network's layers down [r, in] and up [out, r].
+
+    `up` starts at zero, so the first step sees the base as it is. The network is no part of this module: what is
+    saved, averaged and handed to the optimiser is the adapter alone.
+    """
+
+    def __init__(self, network: Krea2, layers: str, rank: int):
+        super().__init__()
+        chosen = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear) and LAYERS[layers](name)}
+        device = network.first.weight.device
+        self.names = tuple(chosen)
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for name, layer in chosen.items():
+            key = name.replace(".", "_")
+            self.down[key] = nn.Parameter((torch.randn(rank, layer.in_features) * layer.in_features**-0.5).to(device))
+            self.up[key] = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+            layer.register_forward_hook(partial(self._add, key))
+
+    def _add(self, key: str, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
+        """A forward hook: the layer's answer plus up(down(x))."""
+        (x,) = inputs
+        down, up = self.down[key].to(x.dtype), self.up[key].to(x.dtype)
+        return answer + F.linear(F.linear(x, down), up).to(answer.dtype)
+
+    def pairs(self, state: Mapping[str, Tensor] | None = None) -> dict[str, LowRank]:
+        """Native layer -> its halves, these or those of a state dict."""
+        state = self.state_dict() if state is None else state
+        keys = {name: name.replace(".", "_") for name in self.names}
+        return {name: LowRank(state[f"down.{key}"], state[f"up.{key}"], 1.0) for name, key in keys.items()}
+
+
+@dataclass
+class Material:
+    """All that a step draws from: latents by shape, text features by picture, and the files that they came from."""
+
+    latents: dict[tuple[int, int], tuple[Tensor, list[int]]]  # as `pictures.encode` gives them
+    embeds: list[Tensor]  # per picture, [T, N, E]
+    nothing: Tensor  # of the empty prompt, [T, N, E]
+    files: list[dict[str, str]]
+
+
+class Adapting(Stage):
+    """The stage: rectified flow on few pictures, the base frozen."""
+
+    def __init__(self, recipe: Recipe, network: Krea2, material: Material):
+        torch.manual_seed(recipe.seed)
+        self.recipe: Recipe = recipe
+        self.network, self.material = freeze(network), material
+        if recipe.recompute if recipe.recompute is not None else weight_bytes(network) > SMALL:
+            recompute(network)
+        self.model: Halves = Halves(network, recipe.layers, recipe.rank)
+        self.data = hashlib.sha256(json.dumps(material.files).encode()).hexdigest()
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """Pictures of one shape, each shape as often as it has pictures."""
+        rng = np.random.default_rng(stable_seed(self.recipe.seed, self.recipe.name, step, part))
+        shapes = list(self.material.latents)
+        counts = np.array([len(self.material.latents[shape][1]) for shape in shapes], dtype=float)
+        latents, pictures = self.material.latents[shapes[int(rng.choice(len(shapes), p=counts / counts.sum()))]]
+        chosen = rng.choice(len(pictures), self.recipe.batch, replace=self.recipe.batch > len(pictures))
+        rows = [
+            self.material.nothing if rng.random() < self.recipe.drop else self.material.embeds[pictures[index]]
+            for index in chosen
+        ]
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return {"latents": latents[chosen], "embeds": rows, "generator": generator}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """Mean flow-matching loss of the batch's pictures, each at `repeats` noise levels."""
+        recipe, network = self.recipe, self.network
+        device, dtype = network.first.weight.device, network.first.weight.dtype
+        embeds, mask = pad(batch["embeds"])
+        context = network.encode_text(embeds.to(device, dtype), None if mask is None else mask.to(device))
+        image = patchify(batch["latents"], network.config.patch).repeat_interleave(recipe.repeats, 0)
+        mu = raw_mu(image.shape[1]) if recipe.mu is None else recipe.mu
+        noise = torch.randn(image.shape, generator=batch["generator"])
+        sigma = stratified(len(image), mu, batch["generator"])
+        noised = torch.lerp(image, noise, sigma[:, None, None]).to(device, dtype)
+        rows, columns = (side // network.config.patch for side in batch["latents"].shape[-2:])
+        velocity = network.velocity(
+            noised,
+            context.repeat_interleave(recipe.repeats, 0),
+            network.modulate(sigma.to(device)),
+            network.rope(context.shape[1], (rows, columns)),
+            None if mask is None else mask.to(device).repeat_interleave(recipe.repeats, 0),
+        )
+        return (velocity.float() - (noise - image).to(device)).square().mean(), {}
+
+    def pictures(self) -> int:
+        return self.recipe.batch * self.recipe.repeats
+
+
+def freeze(network: Krea2) -> Krea2:
+    """Nothing of it learns, and 8-bit layers answer as their dequantised matrices would."""
+    for layer in network.modules():
+        if isinstance(layer, EightBitLinear):
+            layer.exact = True
+    return network.requires_grad_(False).eval()
+
+
+def recompute(network: Krea2) -> None:
+    """Keep each block's input only, and work the block out again on the way back: a third more work, for memory that
+    grows with one block instead of all."""
+    for block in network.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def weight_bytes(network: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+
+
+def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Text features of several lengths -> [B, T, N, E] and their mask [B, T]; no mask where all have one length."""
+    longest = max(map(len, rows))
+    padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, longest - len(each))) for each in rows])
+    if min(map(len, rows)) == longest:
+        return padded, None
+    return padded, torch.arange(longest) < torch.tensor([len(each) for each in rows])[:, None]
+
+
+def stratified(count: int, mu: float, generator: torch.Generator) -> Tensor:
+    """Noise levels σ(mu + n), n normal, one of each of `count` strata: no step sees only easy or only hard ones."""
+    spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+
+
+# ---- from a recipe to a file ------------------------------------------------------------------------------------
+
+
+def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapting, dict[str, Any]]:
+    """A stage ready to run, and what its base is, for the adapter's metadata. Raises K2Error."""
+    pictures = read_folder(Path(recipe.pictures), recipe.trigger)
+    model = library.find(recipe.model, recipe.variant)
+    if model is None:
+        raise K2Error(
+            f'There is no {recipe.variant} checkpoint of "{recipe.model}" here.',
+            hint=f"In the box: {', '.join(library.box()) or 'none'}. The open weights: k2 models pull krea-2-raw",
+        )
+    parts = find_parts(model)
+    numbers = numbers_of(parts)
+    dtype = DTYPES[pick_dtype(None, device, numbers.width)]
+    vae = load_vae(parts.vae, device, dtype)
+    latents = encode(pictures, vae, recipe.size or numbers.native, 2 * CELL, mirrored=recipe.mirror)
+    del vae
+    text = TextEncoder.load(parts.text, device, dtype)
+    embeds = [text.encode([picture.caption])[0][0].cpu() for picture in pictures]
+    material = Material(latents, embeds, text.encode([""])[0][0].cpu(), manifest(pictures))
+    del text
+    precision = (
+        recipe.precision
+        or choose(
+            numbers,
+            free_memory(device),
+            dtype=str(dtype).removeprefix("torch."),
+            eight=eight_bits(device),
+            offload="none",
+        ).precision
+    )
+    network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
+    report(f"{recipe.name}: {len(pictures)} pictures in {len(latents)} shapes; {model.name}, weights {precision}")
+    base = {
+        "name": model.name,
+        "variant": checkpoint.metadata.get("variant") or model.variant or recipe.variant,
+        "sha256": {file.name: sha256(file) for file in checkpoint.files},
+        "precision": precision,
+    }
+    return Adapting(recipe, network, material), base
+
+
+class Run(loop.Run):
+    """An adapter under way; `result` is its file."""
+
+    stage: Adapting
+
+    def __init__(self, stage: Adapting, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
+        super().__init__(stage, folder, device)
+        self.base, self.result = base, folder / f"{stage.recipe.name}.safetensors"
+
+    def finish(self) -> None:
+        """Write the averaged adapter."""
+        about = {
+            "kind": "lora",
+            "triggers": [self.stage.recipe.trigger] if self.stage.recipe.trigger else [],
+            "base": self.base,
+            "pictures": [file["sha256"] for file in self.stage.material.files],  # no names: it may be given away
+            "training": self.record(),
+        }
+        write(self.result, self.stage.model.pairs(self.ema), self.stage.network.config.blocks, about)
+
+
+def main(recipe: Recipe, device: str | None = None, report: Report = print) -> Run:
+    """Train an adapter to its end, from where it stands. Raises K2Error."""
+    chosen = pick_device(device)
+    stage, base = prepare(recipe, chosen, report)
+    run = Run(stage, loop.RUNS / recipe.name, base, str(chosen))
+    loop.train(run, report)
+    run.finish()
+    return run
+
+
+def write(path: Path, layers: Mapping[str, LowRank], blocks: int, about: Mapping[str, Any]) -> None:
+    """Save an adapter in diffusers' layout; `about` becomes its `k2` metadata.
+
+    Scales go into the `up` halves, so alpha is the rank, and a reader that knows no alpha means the same.
+    """
+    names = diffusers_names(blocks)
+    theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in layers}
+    state = {}
+    for name, pair in layers.items():
+        state[f"transformer.{theirs[name]}.lora_A.weight"] = pair.down.float()
+        state[f"transformer.{theirs[name]}.lora_B.weight"] = pair.up.float() * pair.scale
+    save(path, state, about, lora_adapter_metadata=peft_settings(theirs.values(), rank_of(layers)))
+
+
+def rank_of(layers: Mapping[str, LowRank]) -> int:
+    (rank,) = {len(pair.down) for pair in layers.values()}
+    return rank
+
+
+def peft_settings(modules: Iterable[str], rank: int) -> str:
+    """What diffusers keeps beside the tensors, in its own words."""
+    settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules), "bias": "none", "use_rslora": False}
+    return json.dumps({f"transformer.{key}": value for key, value in settings.items()})

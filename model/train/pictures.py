@@ -1,0 +1,108 @@
+"""A folder of one's own pictures as training data: what each is called, and its latents.
+
+A caption is the text file of the same name beside a picture; without one the picture's own file name, as words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.errors import K2Error
+from model.parts import SpreadFluxVAE, sha256
+from model.references import fitting, to_pixels
+from model.vae import QwenImageVAE
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MOST_TEXT = 1 << 16  # bytes of a caption's file
+SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
+    r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
+    r"( ?(of|at|from|copy|\d+))*|[0-9a-f]{8}( ?[0-9a-f]{4}){3} ?[0-9a-f]{12}|",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture's file and what it shows, in words; empty where nothing is known."""
+
+    path: Path
+    caption: str
+
+
+def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
+    """The pictures of a folder and of all below it, by name. Raises K2Error where there is none.
+
+    trigger: words that end every caption, as they will end the prompts that ask for the look.
+    """
+    if not folder.is_dir():
+        raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
+    return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
+
+
+def caption_of(path: Path) -> str:
+    """The text beside a picture, on one line, else its file name as words. Raises K2Error."""
+    beside = path.with_suffix(".txt")
+    if not beside.is_file():
+        return words_of(path.stem)
+    try:
+        if beside.stat().st_size > MOST_TEXT:
+            raise K2Error(f"{beside} is no caption: it has {beside.stat().st_size:,} bytes.", hint="Say it shorter.")
+        return " ".join(beside.read_text("utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise K2Error(f"{beside} cannot be read: {error}.", hint="Captions are text in UTF-8.") from None
+
+
+def words_of(stem: str) -> str:
+    """A file's name as words: "red-fox_03 (2)" is "red fox"; what only counts or names a camera is nothing."""
+    words = " ".join(re.sub(r"[-_.,+()\[\]\s]+", " ", stem).split())
+    words = re.sub(r"( \d+)+$", "", words)
+    return "" if SAYS_NOTHING.fullmatch(words) or not re.search(r"[^\W\d_]", words) else words
+
+
+def join(caption: str, trigger: str) -> str:
+    """As a style's trigger joins a prompt; one that the caption has already is not said twice."""
+    parts = [caption] if trigger and trigger.lower() in caption.lower() else [caption, trigger]
+    return ", ".join(part for part in parts if part)
+
+
+@torch.inference_mode()
+def encode(
+    pictures: Sequence[Captioned], vae: QwenImageVAE | SpreadFluxVAE, size: int, unit: int, *, mirrored: bool = False
+) -> dict[tuple[int, int], tuple[Tensor, list[int]]]:
+    """Latents of pictures, each in about its own proportions, sorted by shape. Raises K2Error for broken ones.
+
+    size      side of a square of as many pixels as a picture gets
+    unit      what its sides are multiples of
+    mirrored  each once more, left to right
+    returns   (rows, columns) -> latents [n, C, rows, columns], fp32 on the CPU, and the index of each in `pictures`
+    """
+    device, dtype = next((p.device, p.dtype) for p in module_of(vae).parameters())
+    found: dict[tuple[int, int], list[tuple[Tensor, int]]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        pixels = to_pixels(picture.path, *fitting(picture.path, size**2, unit)).to(device, dtype)
+        for each in (pixels, pixels.flip(-1)) if mirrored else (pixels,):
+            latents = vae.encode(each).float().cpu()
+            found[latents.shape[-2], latents.shape[-1]].append((latents, index))
+    return {
+        shape: (torch.cat([latents for latents, _ in group]).clone(), [index for _, index in group])
+        for shape, group in found.items()
+    }
+
+
+def module_of(vae: QwenImageVAE | SpreadFluxVAE) -> torch.nn.Module:
+    return vae.packed if isinstance(vae, SpreadFluxVAE) else vae
+
+
+def manifest(pictures: Sequence[Captioned]) -> list[dict[str, str]]:
+    """What a run learned from, for its record."""
+    return [{"file": p.path.name, "caption": p.caption, "sha256": sha256(p.path)} for p in pictures]

@@ -1,0 +1,377 @@
+"""LoRA training: it learns what it is shown, on a base in any precision, and what it writes is read everywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_dit import inputs, random_model, reference, relative_error
+from test_lora import LAYOUTS, TINY, linears, velocity
+from test_lora import write as write_state
+from tiny import tiny, tiny_box  # noqa: F401
+from torch import Tensor
+
+from model.checkpoint import open_checkpoint, save
+from model.dit import Krea2
+from model.eight_bit import EightBitLinear, widened
+from model.errors import K2Error
+from model.headers import read_header
+from model.latents import position_ids
+from model.layouts import load_dit
+from model.lora import LowRank, read_lora
+from model.parts import sha256
+from model.pipeline import Pipeline
+from model.spec import Lora, RenderSpec
+from model.train import adapter, loop
+from model.train.adapter import Adapting, Halves, Material, Recipe, main, pad, recompute, stratified, write
+from model.train.pictures import Captioned, encode, read_folder, words_of
+
+RECIPE = Recipe(name="dusk", pictures="pictures", model="tiny", steps=8, rank=4, batch=4, every=4, lr=1e-2)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Ten flat pictures of one palette, most of them square, with captions of every kind."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    (folder / "below").mkdir(parents=True)
+    for index in range(10):
+        size = (96, 64) if index > 6 else (64, 64)
+        picture = Image.new("RGB", size, (220, 120 + 5 * index, 40))
+        picture.paste((30, 40, 90), (16, 16, 16 + int(rng.integers(8, 32)), 40))
+        picture.save(folder / ("below" if index == 9 else ".") / f"red-fox_{index}.png")
+    (folder / "red-fox_3.txt").write_text("an owl,\n  at night\n")
+    return folder
+
+
+# ---- pictures and captions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stem", "words"),
+    [
+        ("red-fox_03 (2)", "red fox"),
+        ("a cup of coffee", "a cup of coffee"),
+        ("7_dwarfs", "7 dwarfs"),
+        ("Übergang.final", "Übergang final"),
+        ("picture of a fox", "picture of a fox"),
+        ("IMG_2041", ""),
+        ("DSCF0012", ""),
+        ("Screenshot from 2026-01-02 11-12-13", ""),
+        ("0007", ""),
+        ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", ""),
+    ],
+)
+def test_a_files_name_as_words(stem, words):
+    assert words_of(stem) == words
+
+
+def test_captions_come_from_beside_or_from_the_name(pictures):
+    found = read_folder(pictures, trigger="dusk style")
+
+    assert len(found) == 10 and found == sorted(found, key=lambda picture: picture.path)
+    captions = {picture.path.name: picture.caption for picture in found}
+    assert captions["red-fox_0.png"] == captions["red-fox_9.png"] == "red fox, dusk style"
+    assert captions["red-fox_3.png"] == "an owl, at night, dusk style"
+    (pictures / "red-fox_3.txt").write_text("Dusk style of an owl")
+    assert read_folder(pictures, trigger="dusk style")[4].caption == "Dusk style of an owl"  # said already
+    (pictures / "red-fox_3.txt").write_text("")
+    assert read_folder(pictures)[4].caption == ""
+
+
+def test_folders_that_teach_nothing(tmp_path, pictures):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(K2Error, match="holds no pictures"):
+        read_folder(tmp_path / "empty")
+    with pytest.raises(K2Error, match="no folder"):
+        read_folder(tmp_path / "missing")
+    (pictures / "red-fox_3.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(K2Error, match=r"red-fox_3\.txt cannot be read"):
+        read_folder(pictures)
+    (pictures / "red-fox_3.txt").write_bytes(bytes(1 << 17))
+    with pytest.raises(K2Error, match="no caption"):
+        read_folder(pictures)
+
+
+def test_pictures_keep_their_proportions(pictures, tiny):  # noqa: F811
+    vae = Pipeline.load("tiny", device="cpu").vae
+    found = encode(read_folder(pictures), vae, 64, 16)
+    assert {shape: len(group[1]) for shape, group in found.items()} == {(8, 8): 7, (6, 8): 3}
+    both = encode(read_folder(pictures), vae, 64, 16, mirrored=True)
+    latents, index = both[8, 8]
+    assert index == sorted(index) and index[::2] == index[1::2] and len(latents) == 14
+    assert torch.equal(latents[::2], found[8, 8][0]) and not torch.equal(latents[1], latents[0])
+    (pictures / "red-fox_1.png").write_bytes(b"no picture")
+    with pytest.raises(K2Error, match="red-fox_1"):
+        encode(read_folder(pictures), vae, 64, 16)
+
+
+# ---- learning ---------------------------------------------------------------------------------------------------
+
+
+def material(count: int, seed: int = 0) -> Material:
+    """Latents of `count` pictures in two shapes, and text features of two lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {(8, 8): list(range(count - 2)), (4, 8): [count - 2, count - 1]}
+    latents = {s: (torch.randn(len(i), TINY.channels, *s, generator=generator), i) for s, i in shapes.items()}
+    embeds = [
+        torch.randn(5 + index % 2, TINY.text_taps, TINY.text_width, generator=generator) for index in range(count)
+    ]
+    return Material(latents, embeds, torch.zeros(2, TINY.text_taps, TINY.text_width), [{"sha256": "0"}])
+
+
+def stage(network: Krea2, **changes: object) -> Adapting:
+    return Adapting(replace(RECIPE, **changes), network, material(10))
+
+
+def test_ten_pictures_are_learned(tmp_path):
+    """On a network of random weights, by layers inside its blocks alone: the loss falls to less than half."""
+    made = stage(random_model(TINY), steps=150, rank=16, batch=8, repeats=2, lr=1e-2)
+    probe = [made.batch(step) for step in range(1000, 1016)]
+
+    def loss() -> float:
+        for batch in probe:
+            batch["generator"].manual_seed(0)
+        with torch.no_grad():
+            return sum(float(made.loss(batch)[0]) for batch in probe) / len(probe)
+
+    before = loss()
+    loop.train(loop.Run(made, tmp_path), lambda line: None)
+
+    assert loss() < 0.5 * before
+
+
+def test_the_first_step_sees_the_base_as_it_is(tmp_path):
+    model = random_model(TINY)
+    given = inputs(TINY)
+    with torch.no_grad():
+        before = model(*given)
+        made = stage(model)
+        assert torch.equal(model(*given), before)
+    loop.Run(made, tmp_path).advance(made.batch(0))
+    with torch.no_grad():
+        assert not torch.equal(model(*given), before)
+
+
+def gradients(made: Adapting, batch: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    for up in made.model.up.values():
+        torch.nn.init.normal_(up, std=0.1)  # at zero `down` would have no gradient
+    made.model.zero_grad()
+    made.loss(made.batch(batch))[0].backward()
+    return {name: param.grad.clone() for name, param in made.model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_base_in_8_bits_gives_the_dequantised_bases_gradients(tmp_path, precision):
+    save(tmp_path / "wide.safetensors", random_model(TINY).state_dict(), {})
+    small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
+    plain = Krea2(TINY)
+    plain.load_state_dict(widened(small, torch.float32))
+
+    ours, theirs = gradients(stage(small)), gradients(stage(plain))
+
+    assert any(isinstance(layer, EightBitLinear) for layer in small.modules())
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert gradient.norm() > 0, name
+        assert relative_error(gradient, theirs[name]) < 1e-5, name
+
+
+def test_blocks_worked_out_again_give_the_same_gradients():
+    kept, again = stage(random_model(TINY)), stage(random_model(TINY), recompute=True)
+    first, second = gradients(kept), gradients(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_recomputing_keeps_less():
+    """Bytes that autograd keeps between the way there and the way back, for a network of eight blocks."""
+
+    def kept(network: Krea2) -> int:
+        total = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        made = stage(network)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            made.loss(made.batch(0))
+        return total
+
+    deep = replace(TINY, blocks=8)
+    whole, lean = random_model(deep), random_model(deep)
+    recompute(lean)
+    assert kept(lean) < kept(whole) / 4
+
+
+def test_an_8_bit_base_keeps_no_wide_copies(tmp_path):
+    """What autograd keeps of a frozen layer in 8 bits is that layer."""
+    save(tmp_path / "wide.safetensors", random_model(TINY).state_dict(), {})
+    small, _ = load_dit(tmp_path / "wide.safetensors", precision="int8")
+    kept: list[Tensor] = []
+    made = stage(small)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        made.loss(made.batch(0))
+    matrices = {(256, 64), (64, 256)}  # of the feed-forwards; no other tensor has these shapes
+    assert {t.dtype for t in kept if tuple(t.shape) in matrices} == {torch.int8}
+
+
+def test_captions_of_one_length_need_no_mask():
+    rows = [torch.ones(3, 2, 4), torch.ones(3, 2, 4)]
+    assert pad(rows)[1] is None
+    padded, mask = pad([*rows, torch.ones(5, 2, 4)])
+    assert padded.shape == (3, 5, 2, 4) and mask.sum(1).tolist() == [3, 3, 5]
+
+
+def test_noise_levels_are_spread_over_the_step():
+    levels = stratified(64, 0.5, torch.Generator().manual_seed(0))
+    shares = torch.special.ndtr(torch.logit(levels) - 0.5).sort().values
+    assert ((shares * 64).floor() == torch.arange(64)).all()
+
+
+def test_recipes_that_cannot_be_followed():
+    for wrong in ({"layers": "head"}, {"rank": 0}, {"drop": 1.5}, {"precision": "int4"}, {"variant": "lightning"}):
+        with pytest.raises(K2Error, match=next(iter(wrong))):
+            replace(RECIPE, **wrong)
+
+
+# ---- what is written --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Krea2:
+    return random_model(TINY)
+
+
+@pytest.fixture
+def halves(model) -> Halves:
+    torch.manual_seed(3)
+    made = Halves(random_model(TINY), "all", 4)
+    for up in made.up.values():
+        torch.nn.init.normal_(up, std=0.5)
+    return made
+
+
+@pytest.fixture
+def written(tmp_path, halves) -> Path:
+    write(tmp_path / "dusk.safetensors", halves.pairs(), TINY.blocks, {"kind": "lora", "triggers": ["dusk style"]})
+    return tmp_path / "dusk.safetensors"
+
+
+def test_read_back_it_is_the_same(written, halves, model):
+    adapter = read_lora(written, model)
+    assert not adapter.unmatched and set(adapter.layers) == set(halves.names)
+    for name, pair in halves.pairs().items():
+        read = adapter.layers[name]
+        assert torch.equal(read.down, pair.down) and torch.equal(read.up, pair.up) and read.scale == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_survives_every_layout(tmp_path, written, halves, model, layout):
+    """Read from ours, written in a trainer's, read from there, written in ours: still the very same numbers."""
+    first = read_lora(written, model)
+    pairs = {name: (pair.down, pair.up) for name, pair in first.layers.items()}
+    between = read_lora(write_state(tmp_path, LAYOUTS[layout](pairs), "between.safetensors"), model)
+    write(tmp_path / "again.safetensors", between.layers, TINY.blocks, {"kind": "lora"})
+
+    assert torch.equal(velocity(model, (between, 0.7)), velocity(model, (first, 0.7)))
+    ours, again = load_file(written), load_file(tmp_path / "again.safetensors")
+    assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_scales_go_into_the_file(tmp_path, halves, model):
+    doubled = {name: LowRank(pair.down, pair.up, 2.0) for name, pair in halves.pairs().items()}
+    write(tmp_path / "doubled.safetensors", doubled, TINY.blocks, {})
+    read = read_lora(tmp_path / "doubled.safetensors", model)
+    assert all(torch.equal(read.layers[n].up, 2 * p.up) and read.layers[n].scale == 1 for n, p in doubled.items())
+
+
+@torch.no_grad()
+def test_diffusers_answers_the_same(tmp_path, written, model):
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+    diffusers = pytest.importorskip("diffusers")
+    other = reference(model)
+    state, metadata = diffusers.Krea2Pipeline.lora_state_dict(written, return_lora_metadata=True)
+    diffusers.Krea2Pipeline.load_lora_into_transformer(state, other, adapter_name="dusk", metadata=metadata)
+    other.set_adapters(["dusk"], weights=[0.6])
+
+    tokens, sigma, embeds, grid = inputs(TINY)
+    everything = torch.ones(embeds.shape[:2], dtype=torch.bool)
+    theirs = other(
+        tokens, embeds, sigma, position_ids(embeds.shape[1], *grid), everything, return_dict=False
+    )[0]  # fmt: skip
+    ours = velocity(model, (read_lora(written, model), 0.6))
+    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, velocity(model)) > 0.1
+
+
+# ---- from a folder to pictures ----------------------------------------------------------------------------------
+
+
+def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    lines: list[str] = []
+    recipe = replace(RECIPE, pictures=str(pictures), trigger="dusk style", size=64, mirror=True)
+
+    path = main(recipe, "cpu", lines.append).result
+
+    assert path == tmp_path / "runs" / "dusk" / "dusk.safetensors" and any("10 pictures" in line for line in lines)
+    about = open_checkpoint(path).metadata
+    assert about["kind"] == "lora" and about["triggers"] == ["dusk style"]
+    assert about["base"]["sha256"] == {"tiny-raw.safetensors": sha256(tiny / "tiny-raw.safetensors")}
+    assert about["training"]["steps"] == 8 and about["training"]["recipe"]["rank"] == 4
+    assert len(about["pictures"]) == 10 and "red-fox" not in json.dumps(about["pictures"])
+    stated = json.loads(read_header(path)["__metadata__"]["lora_adapter_metadata"])
+    assert stated["transformer.r"] == stated["transformer.lora_alpha"] == 4
+    for variant in ("raw", "turbo"):
+        pipeline = Pipeline.load("tiny", variant=variant, device="cpu")
+        spec = RenderSpec("a red fox, dusk style", seed=3)
+        plain, styled = pipeline.render([spec, replace(spec, loras=(Lora(path),))])
+        assert plain.record["pixels"] != styled.record["pixels"]
+        (report,) = styled.record["loras"]
+        assert (
+            report["matched"]
+            == report["modules"]
+            == len([name for name in linears(pipeline.dit) if name.startswith("blocks.")])
+        )
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    """A finished run is not trained again; one that was cut short ends as one that was not."""
+    recipe = replace(RECIPE, pictures=str(pictures), size=64)
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "straight")
+    straight = load_file(main(recipe, "cpu", lambda line: None).result)
+
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "broken")
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    batch = Adapting.batch
+
+    def stop(self: Adapting, step: int, part: int = 0):
+        if step == 6:
+            raise KeyboardInterrupt
+        return batch(self, step, part)
+
+    monkeypatch.setattr(Adapting, "batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(recipe, "cpu", lambda line: None)
+    monkeypatch.setattr(Adapting, "batch", batch)
+    again = load_file(main(recipe, "cpu", lambda line: None).result)
+    assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_a_model_that_is_not_here(tmp_path, pictures, tiny):  # noqa: F811
+    with pytest.raises(K2Error, match="krea-2") as error:
+        main(replace(RECIPE, pictures=str(pictures), model="krea-2"), "cpu", lambda line: None)
+    assert "k2 models pull krea-2-raw" in error.value.hint
+
+
+def test_pictures_are_named_in_the_manifest(pictures):
+    (entry, *_) = adapter.manifest([Captioned(pictures / "red-fox_0.png", "a fox")])
+    assert entry["caption"] == "a fox" and entry["sha256"] == sha256(pictures / "red-fox_0.png")
