@@ -1,8 +1,9 @@
-"""`k2 train`: any stage of the training pipeline, from its recipe."""
+"""`k2 train`: any stage of the training pipeline from its recipe, and a LoRA from a folder of pictures."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +12,11 @@ from k2cli.options import QuietOption
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of a recipe of the package.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A .toml file, the name of one of the package, or a folder of pictures.",
+        ),
     ],
     steps: Annotated[
         int | None, typer.Option("--steps", metavar="N", min=1, help="Run for so many steps, whatever the recipe says.")
@@ -19,21 +24,37 @@ def train(
     device: Annotated[
         str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1; the best there is if left out.")
     ] = None,
+    trigger: Annotated[
+        str | None, typer.Option("--trigger", metavar="WORDS", help="Of a LoRA: words that ask for what it learns.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Of a LoRA: what to train it on; mini if left out.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Run a stage of training to its end, from where it stands.
 
+    A folder of pictures becomes a LoRA: the text file beside a picture says
+    what it shows, else its own name does.
+
     State, log and curves go to .runs/NAME; a run that was stopped goes on by the same command.
-    Prints the path of the trained state.
+    Prints the path of the trained state, or of the LoRA.
     """
     from dataclasses import replace
 
+    from k2cli import licence
     from k2cli.console import near, result, say
     from model.train import recipe as recipes
 
-    chosen = recipes.load(recipe)
+    chosen: Any = recipes.load(recipe)
     if steps is not None:
         chosen = replace(chosen, steps=steps, minutes=0.0)
+    changes = {key: value for key, value in (("trigger", trigger), ("model", model)) if value is not None}
+    if changes and chosen.stage != "lora":
+        raise typer.BadParameter(f'a LoRA has it, and this is "{chosen.stage}"', param_hint=f"--{next(iter(changes))}")
+    chosen = replace(chosen, **changes)
+    if chosen.stage == "lora":
+        licence.require_for(chosen.model, chosen.variant)
 
     from model.parts import pick_device
 
@@ -43,4 +64,9 @@ def train(
     except KeyboardInterrupt:
         say(f"Interrupted; what was saved stays. Go on with: k2 train {recipe}")
         raise typer.Exit(130) from None
-    result(near(run.folder / "state.safetensors"))
+    result(near(run.result))
+    if chosen.stage == "lora" and not quiet:
+        say("Copy it into a project, and give a style of it these lines:", "dim")
+        say(f'lora = "loras/{run.result.name}"', "dim")
+        if chosen.trigger:
+            say(f"triggers = [{json.dumps(chosen.trigger, ensure_ascii=False)}]", "dim")

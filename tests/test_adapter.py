@@ -366,8 +366,30 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, pictures, tiny, monkeypatch):
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
+def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa: F811
+    """A folder is a recipe; what it gives renders under a style's lines as the command prints them."""
+    monkeypatch.chdir(tmp_path)
+    done = k2("train", "pictures", "--model", "tiny", "--trigger", "dusk style", "--steps", "2")
+
+    path = Path(".runs/pictures/pictures.safetensors")
+    assert done.stdout == f"{path}\n" and open_checkpoint(path).metadata["triggers"] == ["dusk style"]
+    assert 'triggers = ["dusk style"]' in done.stderr and 'lora = "loras/pictures.safetensors"' in done.stderr
+    again = k2("train", "pictures", "--model", "tiny", "--steps", "2", code=1)
+    assert "the pictures or their captions differ" in again.stderr and ".runs/pictures" in again.stderr
+    recipe = 'stage = "lora"\nname = "dusk"\npictures = "pictures"\nmodel = "tiny"\nsteps = 2\nmu = 1\n'
+    (tmp_path / "dusk.toml").write_text(recipe)
+    done = k2("train", "dusk.toml", "--quiet")
+    assert done.stdout == ".runs/dusk/dusk.safetensors\n" and done.stderr == ""
+    (tmp_path / "dusk.toml").write_text(recipe + "rank = 2\n")
+    assert "rank differ" in k2("train", "dusk.toml", code=1).stderr
+    assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
+    assert "--trigger" in k2("train", "pretrain-64", "--trigger", "dusk", code=2).stderr
+    (tmp_path / "none").mkdir()
+    assert "holds no pictures" in k2("train", "none", code=1).stderr
+
+
 def test_a_model_that_is_not_here(tmp_path, pictures, tiny):  # noqa: F811
-    with pytest.raises(K2Error, match="krea-2") as error:
+    with pytest.raises(K2Error, match="no raw checkpoint") as error:
         main(replace(RECIPE, pictures=str(pictures), model="krea-2"), "cpu", lambda line: None)
     assert "k2 models pull krea-2-raw" in error.value.hint
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -263,13 +264,17 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
 
 
 class Run(loop.Run):
-    """An adapter under way; `result` is its file."""
+    """An adapter under way."""
 
     stage: Adapting
 
     def __init__(self, stage: Adapting, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
         super().__init__(stage, folder, device)
-        self.base, self.result = base, folder / f"{stage.recipe.name}.safetensors"
+        self.base = base
+
+    @property
+    def result(self) -> Path:
+        return self.folder / f"{self.recipe.name}.safetensors"
 
     def finish(self) -> None:
         """Write the averaged adapter."""
@@ -287,10 +292,27 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
     """Train an adapter to its end, from where it stands. Raises K2Error."""
     chosen = pick_device(device)
     stage, base = prepare(recipe, chosen, report)
+    refuse_another(stage, loop.RUNS / recipe.name / "state.safetensors")
     run = Run(stage, loop.RUNS / recipe.name, base, str(chosen))
     loop.train(run, report)
     run.finish()
     return run
+
+
+def refuse_another(stage: Adapting, saved: Path) -> None:
+    """A run goes on with what it began with. Raises K2Error where pictures, captions or the adapter's shape differ."""
+    if not saved.exists():
+        return
+    with safe_open(saved, "pt") as file:
+        place, record = (json.loads(file.metadata()[key]) for key in ("place", "record"))
+    before, now = place["recipe"], asdict(stage.recipe)
+    changed = [key for key in ("model", "variant", "rank", "layers") if before.get(key) != now[key]]
+    changed += ["the pictures or their captions"] if record["data"] != stage.data else []
+    if changed:
+        raise K2Error(
+            f'The run "{stage.recipe.name}" began otherwise: {", ".join(changed)} differ now.',
+            hint=f"Remove {saved.parent} to begin anew, or give the run another name in a recipe.",
+        )
 
 
 def write(path: Path, layers: Mapping[str, LowRank], blocks: int, about: Mapping[str, Any]) -> None:

@@ -121,6 +121,11 @@ class Run:
         return self.step if self.recipe.steps else self.seconds
 
     @property
+    def result(self) -> Path:
+        """What it leaves behind."""
+        return self.folder / "state.safetensors"
+
+    @property
     def done(self) -> bool:
         return self.progress >= self.recipe.total
 

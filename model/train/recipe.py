@@ -21,7 +21,9 @@ FOLDER = Path(__file__).parent / "recipes"
 STAGES = {  # what `stage` may say -> the module
     "pretrain": "model.train.pretrain",
     "turbo": "model.train.turbo",
+    "lora": "model.train.adapter",
 }
+LORA_STEPS = 300  # of a LoRA that has no recipe but a folder of pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,10 @@ def find(name: str) -> Path:
 
 
 def load(name: str) -> Recipe:
-    """The recipe of a path or name, as its own stage reads it."""
+    """The recipe of a path or name, as its own stage reads it; of a folder of pictures, a LoRA's."""
+    if Path(name).is_dir():
+        own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).strip("-.") or "pictures"
+        return module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
     path = find(name)
     table = table_of(path)
     return module(table.get("stage", "pretrain"), str(path)).Recipe.of(table, str(path))
