@@ -141,5 +141,5 @@ def student_loss(
     with torch.no_grad():
         tau = between(s, t, chance.uniform)
         x_tau, _ = noised_on(x0, noise_in(x, v, t), s, tau, chance.fresh)
-        said = [picture(x_tau, answer, tau) for answer in (fake(x_tau, tau), *teacher(x_tau, tau))]
-    return matching_loss(x0, *said, guidance=guidance)
+        of_fake, with_prompt, without = (picture(x_tau, v, tau) for v in (fake(x_tau, tau), *teacher(x_tau, tau)))
+    return matching_loss(x0, of_fake, with_prompt, without, guidance)

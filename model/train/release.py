@@ -1,7 +1,8 @@
 """Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
 
-Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`; the text
-encoder is stored by its own training. Each file says in its metadata how it came about.
+Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`, or
+`mini-turbo.safetensors` alone where the run is a distillation; the text encoder is stored by its own training. Each
+file says in its metadata how it came about.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from model.checkpoint import read, save
 from model.quantize import quantise
 from model.style import StyleConfig
+from model.train import turbo
 from model.train.data import DATA, Catalog
 from model.train.pretrain import BOX, RUNS, averages
 from model.train.recipe import saved
@@ -30,7 +32,8 @@ def main(run: str, folder: Path = BOX) -> None:
     with safe_open(path, "pt") as file:
         place = json.loads(file.metadata()["place"])
     recipe = place["recipe"]
-    config = saved(recipe).config
+    stage = saved(recipe)
+    config = stage.config
     weights = averages(path)
     training: dict[str, Any] = {
         "recipe": recipe,
@@ -40,11 +43,16 @@ def main(run: str, folder: Path = BOX) -> None:
         "torch": torch.__version__,
     }
     shared = {"native": recipe["size"], "training": training}
+    dit: dict[str, Any] = {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED}
+    if isinstance(stage, turbo.Recipe):
+        own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
+        state = {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")}
+        save(
+            folder / "mini-turbo.safetensors", quantise(state), dit | shared | {"variant": "turbo", "recommended": own}
+        )
+        return
     parts: dict[str, tuple[str, dict[str, Any]]] = {
-        "dit.": (
-            "mini-raw",
-            {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED},
-        ),
+        "dit.": ("mini-raw", dit),
         "style.": (
             "mini-style",
             {
