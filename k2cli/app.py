@@ -128,6 +128,14 @@ def render(
         float | None,
         typer.Option("--moodboard", metavar="S", help="Strength of [moodboard], −0.5 … 1.5; 0 is without."),
     ] = None,
+    matrix: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--matrix",
+            metavar="KEY=V,V",
+            help="Compare: a picture for every combination. style.NAME, seed, size, steps, guidance, creativity.",
+        ),
+    ] = None,
     batch: Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i.")] = None,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
@@ -195,10 +203,12 @@ def render(
       k2 render -p "a red fox" --batch 4    one prompt, four seeds
       k2 render --style dusk=0.6 --seed 40
       cat prompts.txt | k2 render - --json
+      k2 render -p "a {red|blue} fox" --matrix style.dusk=0,0.5,1
     """
     from dataclasses import replace
 
-    from k2cli.runs import Job
+    from k2cli.matrix import read_axes
+    from k2cli.runs import Job, SheetForm
     from k2cli.runs import resume as last_run
 
     variant = "turbo" if turbo else None
@@ -214,6 +224,7 @@ def render(
             or only
             or style
             or turbo
+            or matrix
             or moodboard is not None
             or "-" in (projects or [])
             or any(value is not None for value in settings.values())
@@ -231,8 +242,12 @@ def render(
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             chosen = each.settle(variant, **settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            shots = each.shots(chosen, wanted, weights)
+            axes = [read_axes(matrix)] if matrix else each.matrices if prompts is None else []
+            shots = each.shots(chosen, wanted, weights, axes)
             job = Job(each, shots, chosen.model, variant, chosen.device)
+            if axes and shots:
+                called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
+                job = replace(job, called=called, sheet=SheetForm(columns=1))
             jobs.append(replace(job, precision=chosen.precision, offload=chosen.offload))
     if dry_run:
         show_plan(jobs, json)

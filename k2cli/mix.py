@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from k2cli.matrix import escape, variants
 from k2cli.project import Project, Prompt, Settings, slug
 from k2cli.runs import Job, SheetForm
 from k2cli.sheet import PER_GRID
@@ -82,7 +83,9 @@ def sweep(weights: Weights, steps: int) -> Layout:
 
 def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, variant: str | None) -> Job:
     """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
-    stem = (prompt.name or slug(prompt.text))[:50]
+    text, _ = variants(prompt.text)[0]  # of a prompt with choices the first
+    prompt = replace(prompt, text=escape(text))
+    stem = (prompt.name or slug(text))[:50]
     shots = []
     for index, point in enumerate(layout.points, 1):
         numbered = replace(prompt, name=f"{stem}-{index:02}", batch=1)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from k2cli import models, moodboard
+from k2cli.matrix import AXES, MOST, Cell, Matrix, escape, read_matrices, variants
 from k2cli.outputs import writing
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from k2cli.styles import Styles, words
@@ -35,6 +37,7 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style, tied
 
 FILE = "k2.toml"
+STEM = 50  # characters of a prompt's name that may come of its choices
 SCOPES = ("prompt", "run")
 
 TEMPLATE = """\
@@ -65,6 +68,10 @@ avoid = ""            # what the picture should keep away from
 
 [style]               # how much each style of styles/ counts, −2 … 2
 sticker = 1.0
+
+# [[matrix]]          # every combination in the place of the batch, with the same seeds
+# size = ["128x128", "160x96"]
+# style.sticker = [0, 0.5, 1]
 """
 STYLE_TEMPLATE = """\
 # A style: words, and pictures that have the look.
@@ -165,6 +172,7 @@ class Project:
     toml: Toml
     allow_outside: bool = False
     board: moodboard.Moodboard | None = None
+    matrices: tuple[Matrix, ...] = ()
 
     @staticmethod
     def create(folder: Path) -> Path:
@@ -208,23 +216,25 @@ class Project:
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {folder.name}")
         toml = Toml.read(folder / FILE, FILE)
         place, table = Place(toml), toml.table
-        check_keys(table, ("project", "render", "prompt", "style", "moodboard"), place)
+        check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place)
         head = read_table(Head, table.get("project", {}), place.below("project"))
         settings = read_table(Settings, table.get("render", {}), place.below("render"))
         if settings.size and (settings.aspect or settings.resolution):
             at = place.below("render")("size")
             raise K2Error(f'{at}: "size" excludes "aspect" and "resolution".', hint="Keep the one or the others.")
+        prompts = read_prompts(table.get("prompt", []), place)
         return cls(
             folder.absolute(),
             head.name or folder.absolute().name,
             settings,
-            read_prompts(table.get("prompt", []), place),
+            prompts,
             read_weights(table.get("style", {}), place.below("style")),
             toml,
             allow_outside,
             read_table(moodboard.Moodboard, table["moodboard"], place.below("moodboard"))
             if "moodboard" in table
             else None,
+            read_matrices(table.get("matrix", []), place, {name for _, name in name_files(prompts)}),
         )
 
     @cached_property
@@ -268,6 +278,8 @@ class Project:
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, in their order of the file."""
         known = {name: prompt for prompt, name in name_files(self.prompts)}
+        read = {name: replace(prompt, text=escape(prompt.text)) for prompt, name, _ in spread(self.prompts)}
+        known |= {name: prompt for name, prompt in read.items() if name not in known and name in names}
         for name in names:
             if name not in known:
                 raise K2Error(
@@ -276,54 +288,81 @@ class Project:
         return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in names)
 
     def shots(
-        self, settings: Settings, prompts: Sequence[Prompt] | None = None, styles: Mapping[str, float] | None = None
+        self,
+        settings: Settings,
+        prompts: Sequence[Prompt] | None = None,
+        styles: Mapping[str, float] | None = None,
+        matrices: Sequence[Matrix] = (),
     ) -> list[Shot]:
         """Every picture of a run, resolved.
 
         settings  as settled
-        prompts   in the place of the project's own, if given
+        prompts   in the place of the project's own, if given; what has choices is one prompt for each
         styles    weights on top of the project's own
+        matrices  settings to go through with every prompt, in the place of one batch
         """
+        if prompts is None and not self.prompts:
+            raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
+        named = spread(self.prompts if prompts is None else prompts)
+        settled = {key for key in AXES if getattr(settings, key) != getattr(self.settings, key)}
+        settled |= {f"style.{name}" for name in styles or {}}
+        looks = cache_looks(self, settings, styles or {})
+        shots: list[Shot] = []
+        numbers: Counter[str] = Counter()
+        for matrix in matrices or (None,):
+            cells = matrix.cells(settled) if matrix else [Cell()]
+            for prompt, name, base in named:
+                if matrix and matrix.prompts and base not in matrix.prompts:
+                    continue
+                for cell in cells:
+                    stem = name[:STEM]
+                    numbers[stem] += 1
+                    called = f"{stem}-{numbers[stem]:02}" if matrix else name
+                    made = replace(prompt, **cell.prompt)
+                    shots += self.series(made, called, replace(settings, **cell.settings), looks(cell.styles), cell)
+                if len(shots) > MOST:
+                    raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
+        batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
+        return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
+
+    def series(
+        self, prompt: Prompt, name: str, settings: Settings, looks: tuple[Style, ...], cell: Cell
+    ) -> Iterator[Shot]:
+        """One prompt's pictures, seed by seed."""
         place = Place(self.toml, ("render",))
 
         def where(key: str) -> str:
             """Where a setting was made: on the command line or in the project."""
             return place(key) if getattr(settings, key) == getattr(self.settings, key) else f"--{key}"
 
-        if prompts is None and not self.prompts:
-            raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
-        looks = self.looks(settings, styles or {})
         joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
-        avoided = [*words(looks, "avoids", "keywords")]
+        avoids = [*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        shots: list[Shot] = []
-        for prompt, name in name_files(self.prompts if prompts is None else prompts):
-            width, height = settings.pixels(prompt.size or settings.size, where)
-            seed = settings.seed if prompt.seed is None else prompt.seed
-            batch = settings.batch if prompt.batch is None else prompt.batch
-            if seed + batch > 2**63:
-                raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
-            avoids = [*filter(None, [prompt.avoid]), *avoided]
-            spec = RenderSpec(
-                prompt="",
-                negative=", ".join(avoids),
-                width=width,
-                height=height,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                mu=settings.mu,
-                style_guidance=settings.style_guidance,
-                leak_guard=settings.leak_guard,
-                vision_tiles=settings.vision_tiles,
-                vision_rows=settings.vision_rows,
-                styles=looks,
-            )
-            for n in range(seed, seed + batch):
-                led = expand(prompt.text, settings.creativity, n, styles=joined, avoids=avoids, look=shown)
-                made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
-                shots.append(Shot(f"{name}-{n}", name, prompt.text, made, creativity=settings.creativity))
-        batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
-        return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
+        width, height = settings.pixels(prompt.size or settings.size, where)
+        seed = settings.seed if prompt.seed is None else prompt.seed
+        batch = settings.batch if prompt.batch is None else prompt.batch
+        if seed + batch > 2**63:
+            raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
+        spec = RenderSpec(
+            prompt="",
+            negative=", ".join(avoids),
+            width=width,
+            height=height,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            mu=settings.mu,
+            style_guidance=settings.style_guidance,
+            leak_guard=settings.leak_guard,
+            vision_tiles=settings.vision_tiles,
+            vision_rows=settings.vision_rows,
+            styles=looks,
+        )
+        row = " · ".join(filter(None, [prompt.text, cell.row])) if cell.row else ""
+        for n in range(seed, seed + batch):
+            led = expand(prompt.text, settings.creativity, n, styles=joined, avoids=avoids, look=shown)
+            made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
+            caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
+            yield Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity)
 
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""
@@ -367,6 +406,41 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
             raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
         prompts.append(prompt)
     return tuple(prompts)
+
+
+def cache_looks(
+    project: Project, settings: Settings, styles: Mapping[str, float]
+) -> Callable[[Mapping[str, float]], tuple[Style, ...]]:
+    """A matrix comes back to the same weights; each set of them is resolved once."""
+
+    @cache
+    def looks(weights: tuple[tuple[str, float], ...]) -> tuple[Style, ...]:
+        return project.looks(settings, dict(weights) | dict(styles))
+
+    return lambda weights: looks(tuple(weights.items()))
+
+
+def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
+    """Every reading of every prompt, its file-name stem, and the name of the prompt that it comes from.
+
+    A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
+    """
+    found = []
+    known = [(prompt, base, variants(prompt.text)) for prompt, base in name_files(prompts)]
+    taken = {base.casefold() for _, base, read in known if not read[0][1]}
+    for prompt, base, read in known:
+        for text, chosen in read:
+            name = base
+            if chosen:
+                name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
+                name = stem = name[:STEM].strip("-")
+                number = 1
+                while name.casefold() in taken:
+                    number += 1
+                    name = f"{stem}-{number}"
+                taken.add(name.casefold())
+            found.append((replace(prompt, text=text, name=name), name, base))
+    return found
 
 
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:

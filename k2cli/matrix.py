@@ -1,0 +1,182 @@
+"""Many pictures from few words: choices in prompts, `a {red|blue} fox`, and [[matrix]] tables of settings.
+
+Every choice and every cell is made with the same seeds, so that pictures differ by what is compared and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from k2cli.sizes import parse_size
+from k2cli.tables import Place, check_keys, check_value, nearest, plain
+from model.errors import K2Error
+from model.expand import LEVELS
+
+MOST = 10_000  # pictures that a run may come to
+AXES: dict[str, tuple[Any, Mapping[str, Any]]] = {  # key -> type and limits, as of [render]
+    "seed": (int, {"low": 0, "high": 2**63 - 1}),
+    "size": (str, {}),
+    "steps": (int, {"low": 1, "high": 1000}),
+    "guidance": (float, {"low": 0, "high": 100}),
+    "creativity": (str, {"choices": LEVELS}),
+}
+OF_PROMPT = ("seed", "size")  # what a [[prompt]] may say itself, so a cell says it in its place
+SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: what it says in the place of prompt and settings, and how it is called on a sheet."""
+
+    styles: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    row: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Axes in the order in which they were written; the last one runs along the rows of the sheet."""
+
+    axes: Mapping[str, Sequence[Any]]  # "style.dusk", "seed", … -> its values
+    prompts: Sequence[str] = ()  # names; all where empty
+
+    def cells(self, settled: Collection[str] = ()) -> list[Cell]:
+        """Every combination. Axes that the command line has settled are left out."""
+        axes = {name: values for name, values in self.axes.items() if name not in settled}
+        return [cell(dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
+
+
+def cell(values: Mapping[str, Any]) -> Cell:
+    styles = {name.removeprefix("style."): value for name, value in values.items() if name.startswith("style.")}
+    asked = {name: values[name] for name in OF_PROMPT if name in values}
+    rest = {name: value for name, value in values.items() if name in AXES and name not in OF_PROMPT}
+    called = [f"{name.removeprefix('style.')} {show(value)}" for name, value in values.items()]
+    one = {"batch": 1} if "seed" in asked else {}
+    return Cell(styles, rest, asked | one, " · ".join(called[:-1]), "".join(called[-1:]))
+
+
+def show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple[Matrix, ...]:
+    """The [[matrix]] tables; `prompts` are the names that they may choose from."""
+    if not isinstance(entries, list):
+        raise K2Error(f"{place('matrix')}: matrices are a list.", hint="Write [[matrix]], with two brackets.")
+    found = []
+    for index, table in enumerate(entries):
+        at = place.below("matrix", index)
+        check_keys(table, ("prompt", "style", *AXES), at)
+        axes: dict[str, Sequence[Any]] = {}
+        for key, values in table.items():
+            if key == "style":
+                if not isinstance(values, dict):
+                    raise K2Error(f"{at(key)}: expected a table of styles.", hint="Like style.dusk = [0, 0.5, 1].")
+                axes |= {f"style.{plain(n, at(key))}": axis(f"style.{n}", each, at(key)) for n, each in values.items()}
+            elif key != "prompt":
+                axes[key] = axis(key, values, at(key))
+        if not axes:
+            raise K2Error(f"{at()}: the matrix compares nothing.", hint="Give it an axis, like seed = [1, 2, 3].")
+        chosen = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
+        for name in chosen:
+            if name not in prompts:
+                raise K2Error(f'{at("prompt")}: there is no prompt named "{name}".', hint=nearest(name, prompts))
+        found.append(Matrix(axes, chosen))
+    return tuple(found)
+
+
+def read_axes(texts: Sequence[str]) -> Matrix:
+    """ "style.dusk=0,0.5,1" and "seed=7,8" of a command line."""
+    axes = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        key = key.strip()
+        if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
+            raise K2Error(f'--matrix: "{plain(key, "--matrix")}" is no axis.', hint=nearest(key, [*AXES, "style.NAME"]))
+        axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], "--matrix")
+    return Matrix(axes)
+
+
+def number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def axis(key: str, values: Any, where: str) -> list[Any]:
+    """The values of one axis, each checked as the setting that it stands for."""
+    kind, limits = (float, {"low": -2, "high": 2}) if key.startswith("style.") else AXES[key]
+    if not isinstance(values, list) or not values:
+        raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=f"Like {key} = [1, 2].")
+    checked = [check_value(key, value, kind, limits, where) for value in values]
+    if len(set(checked)) < len(checked):
+        raise K2Error(f'{where}: "{key}" names a value twice.', hint="Once is enough.")
+    if key == "size":
+        for value in checked:
+            parse_size(value, where)
+    return checked
+
+
+def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    r"""Every reading of a prompt with choices, and what was chosen in it; the first choice varies slowest.
+
+    `a {red|blue} fox` is two prompts. Choices nest, and may be empty. Braces without a | between them are braces, and
+    so are \{ and \}. Raises K2Error where it is more than MOST.
+    """
+    parts = parse(text)
+    if (count := many(parts)) > MOST:
+        raise K2Error(f"A prompt with choices is {count:,} prompts, and {MOST:,} are the most.", hint="Take fewer.")
+    return [(" ".join(said.split()), chosen) for said, chosen in readings(parts)]
+
+
+def escape(text: str) -> str:
+    """A text that `variants` reads as it stands."""
+    return re.sub(r"([{|}\\])", r"\\\1", text)
+
+
+def parse(text: str) -> list[Any]:
+    """A prompt as parts: texts, and lists of alternatives, each of which is a list of parts again."""
+    open_: list[list[list[Any]]] = [[[]]]  # of every brace that is open, the alternatives so far
+    end = 0
+    for sign in SIGNS.finditer(text):
+        open_[-1][-1].append(text[end : sign.start()])
+        end = sign.end()
+        if sign[2] == "{":
+            open_.append([[]])
+        elif sign[2] == "|" and len(open_) > 1:
+            open_[-1].append([])
+        elif sign[2] == "}" and len(open_) > 1:
+            found = open_.pop()
+            open_[-1][-1] += [found] if len(found) > 1 else ["{", *found[0], "}"]
+        else:
+            open_[-1][-1].append(sign[1] or sign[2])
+    open_[-1][-1].append(text[end:])
+    while len(open_) > 1:  # a brace that nobody closed is a brace
+        found = open_.pop()
+        open_[-1][-1] += ["{", *found[0], *(part for more in found[1:] for part in ("|", *more))]
+    return open_[0][0]
+
+
+def many(parts: Sequence[Any]) -> int:
+    return math.prod(sum(map(many, part)) for part in parts if not isinstance(part, str))
+
+
+def readings(parts: Sequence[Any]) -> list[tuple[str, tuple[str, ...]]]:
+    found: list[tuple[str, tuple[str, ...]]] = [("", ())]
+    for part in parts:
+        if isinstance(part, str):
+            found = [(said + part, chosen) for said, chosen in found]
+        else:
+            more = [said for alternative in part for said, _ in readings(alternative)]
+            found = [(said + each, (*chosen, each)) for said, chosen in found for each in more]
+    return found

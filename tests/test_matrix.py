@@ -1,0 +1,190 @@
+"""Choices in prompts, and matrices: which pictures they come to, by which seeds, under which names."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+from conftest import PROJECT
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from k2cli.matrix import escape, read_axes, variants
+from model.errors import K2Error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a fox", ["a fox"]),
+        ("a {red|blue} fox", ["a red fox", "a blue fox"]),
+        ("{a|b} {c|d}", ["a c", "a d", "b c", "b d"]),
+        ("a {|very } red fox", ["a red fox", "a very red fox"]),
+        ("a {red|{pale|deep} blue} fox", ["a red fox", "a pale blue fox", "a deep blue fox"]),
+        ("a {curly} brace | bar", ["a {curly} brace | bar"]),
+        ("{a {b} c|d}", ["a {b} c", "d"]),
+        (r"\{a\|b\}", ["{a|b}"]),
+        ("an {open|brace", ["an {open|brace"]),
+        ("a closed} one", ["a closed} one"]),
+        ("{{a|b}|c", ["{a|c", "{b|c"]),
+    ],
+)
+def test_readings(text, said):
+    assert [each for each, _ in variants(text)] == said
+
+
+@given(st.text(alphabet="{|}\\ ab"))
+def test_a_text_that_is_escaped_is_read_as_it_stands(text):
+    assert variants(escape(text)) == [(" ".join(text.split()), ())]
+
+
+@given(st.text(alphabet="{|}\\ ab", max_size=30))
+def test_any_text_has_a_reading(text):
+    assert variants(text)
+
+
+def test_too_many_readings():
+    with pytest.raises(K2Error, match="is 1,048,576 prompts"):
+        variants("{a|b|c|d}" * 10)
+
+
+def plan(k2, *arguments: str) -> list[dict]:
+    return [json.loads(line) for line in k2("render", "--dry-run", "--json", *arguments).stdout.splitlines()]
+
+
+def test_choices_are_prompts_with_the_same_seeds(moody, k2):
+    (moody / "k2.toml").write_text(PROJECT.replace("a red fox", "a {red|blue} fox"))
+
+    assert [(each["file"], each["prompt"]["text"]) for each in plan(k2, "--batch", "2")] == [
+        ("fox-red-7.png", "a red fox"),
+        ("fox-red-8.png", "a red fox"),
+        ("fox-blue-7.png", "a blue fox"),
+        ("fox-blue-8.png", "a blue fox"),
+        ("an-owl-at-night-7.png", "an owl at night"),
+        ("an-owl-at-night-8.png", "an owl at night"),
+    ]
+    assert [each["file"] for each in plan(k2, "--only", "fox")] == ["fox-red-7.png", "fox-blue-7.png"]
+    assert [each["file"] for each in plan(k2, "--only", "fox-blue")] == ["fox-blue-7.png"]
+    assert [each["file"] for each in plan(k2, "-p", "{a|the} cat", "-p", "a cat")] == [
+        "a-cat-2-7.png",
+        "the-cat-7.png",
+        "a-cat-7.png",
+    ]
+
+
+def test_a_mix_takes_the_first_choice(moody, k2):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+
+    k2("mix-styles", "dusk=1", "-p", "a {red|blue} fox")
+
+    texts = {tomllib.loads(path.read_text())["prompt"]["text"] for path in moody.glob("outputs/*/*-7.toml")}
+    assert texts == {"a red fox"}
+
+
+MATRIX = (
+    PROJECT
+    + """
+[[matrix]]
+prompt = ["fox"]
+size = ["64x64", "96x64"]
+style.dusk = [0, 0.5, 1]
+"""
+)
+
+
+@pytest.fixture
+def dusky(moody):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+    (moody / "k2.toml").write_text(MATRIX)
+    return moody
+
+
+def test_a_matrix_is_every_combination_with_the_same_seed(dusky, k2):
+    cells = plan(k2)
+
+    assert [each["file"] for each in cells] == [f"fox-{i:02}-7.png" for i in range(1, 7)]
+    assert [(each["settings"]["width"], each["prompt"]["caption"]) for each in cells] == [
+        (width, f"dusk {weight}") for width in (64, 96) for weight in ("0", "0.5", "1")
+    ]
+    assert {each["settings"]["seed"] for each in cells} == {7}
+    assert [[style["strength"] for style in each.get("style") or []] for each in cells[:3]] == [[], [0.5], [1.0]]
+    assert cells[0]["prompt"]["row"] == "a red fox · size 64x64"
+
+
+def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
+    k2("render")
+    folder = dusky / "outputs" / "0001-matrix-fox"
+    with Image.open(folder / "sheet.png") as sheet:
+        size = sheet.size
+        assert sheet.height > sheet.width * 0.6  # two strips of three, one below the other
+    (folder / "fox-06-7.png").unlink()
+    (folder / "sheet.png").unlink()
+
+    assert k2("render", "--resume").stdout == "outputs/0001-matrix-fox/fox-06-7.png\n"
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.size == size
+    assert "Identical" in k2("rerun", folder / "fox-06-7.png").stderr
+
+
+def test_the_command_line_settles_an_axis(dusky, k2):
+    assert len(plan(k2, "--size", "64x64")) == 3
+    assert len(plan(k2, "--style", "dusk=0.7")) == 2
+    assert [each["file"] for each in plan(k2, "-p", "tea")] == ["tea-7.png"]
+
+
+def test_a_matrix_of_the_command_line(dusky, k2):
+    cells = plan(
+        k2, "-p", "tea", "--matrix", "seed=1,2", "--matrix", "guidance=0,2.5", "--matrix", "steps=4", "-n", "9"
+    )
+
+    assert [(each["settings"]["seed"], each["settings"]["guidance"]) for each in cells] == [
+        (1, 0.0),
+        (1, 2.5),
+        (2, 0.0),
+        (2, 2.5),
+    ]
+    assert {each["settings"]["steps"] for each in cells} == {4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("seed = 7", '"seed" must be a list of values', "Like seed = [1, 2]."),
+        ("seed = []", '"seed" must be a list of values', ""),
+        ("seed = [1, 1]", '"seed" names a value twice', ""),
+        ("seed = [-1]", '"seed" must lie between', ""),
+        ("sede = [1]", 'unknown key "sede"', 'Did you mean "seed"?'),
+        ('size = ["100x100"]', "not multiples of 16", ""),
+        ('creativity = ["lots"]', '"creativity" cannot be "lots"', ""),
+        ("style = [1]", "expected a table of styles", "style.dusk"),
+        ("style.dusk = [3]", "must lie between", ""),
+        ("style.dsuk = [1]", 'there is no style "dsuk"', 'Did you mean "dusk"?'),
+        ('prompt = ["fx"]\nseed = [1]', 'there is no prompt named "fx"', 'Did you mean "fox"?'),
+        ('prompt = ["fox"]', "the matrix compares nothing", ""),
+    ],
+)
+def test_what_is_no_matrix_is_one_sentence(dusky, k2, text, message, hint):
+    (dusky / "k2.toml").write_text(f"{PROJECT}\n[[matrix]]\n{text}\n")
+
+    said = k2("render", code=1).stderr
+
+    assert message in said and hint in said and len(said.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("text", ["sede=1", "seed", "seed=x", "style.=1", "size=1x1", "steps="])
+def test_what_is_no_axis_is_one_sentence(text):
+    with pytest.raises(K2Error, match="--matrix"):
+        read_axes([text])
+
+
+def test_a_matrix_has_an_end(dusky, k2):
+    many = ",".join(map(str, range(200)))
+
+    assert (
+        "more than 10,000 pictures"
+        in k2("render", "--matrix", f"seed={many}", "--matrix", f"steps={many[2:]}", code=1).stderr
+    )
