@@ -1,4 +1,4 @@
-"""The GPU queue, end to end on the CPU: two tiny stages, from packed renders to 8-bit weights."""
+"""The GPU queue, end to end on the CPU: tiny stages, from packed renders to 8-bit weights of Raw and Turbo."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.checkpoint import open_checkpoint
-from model.train import data, encode, pretrain, queue, release, samples
+from model.train import data, encode, pretrain, queue, recipe, release, samples, turbo
 from model.train.data import DRAWINGS, read_subjects
 
 RECIPE = """
@@ -38,15 +38,21 @@ def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
     (folder / "manifest.toml").write_text('[renders]\nsha256 = "0"\n')
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    for name, size, init in (("one", 64, ""), ("two", 128, 'init = "one"')):
-        (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=init))
-    for module in (data, encode, pretrain, queue, release):
+    more = {
+        "two": 'init = "one"',
+        "guidance": 'init = "two"\nteacher = "two"\nstage = "turbo"\nmethod = "guidance"',
+        "three": 'init = "guidance"\nteacher = "two"\nstage = "turbo"\nmethod = "trajectory"\nwalk_steps = 2',
+    }
+    for name, size in (("one", 64), ("two", 128), ("guidance", 128), ("three", 128)):
+        (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=more.get(name, "")))
+    for module in (data, encode, pretrain, queue, release, turbo):
         monkeypatch.setattr(module, "DATA", folder)
-    for module in (pretrain, queue, release, samples):
+    for module in (pretrain, queue, release, samples, turbo):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(queue, "PACKED", folder / "renders.npz")
-    monkeypatch.setattr(queue, "RECIPES", recipes)
-    monkeypatch.setattr(queue, "STAGES", (("one", 0.5), ("two", 0.5)))
+    monkeypatch.setattr(recipe, "FOLDER", recipes)
+    monkeypatch.setattr(queue, "STAGES", (("one", 0.25), ("two", 0.25), ("guidance", 0.25), ("three", 0.25)))
+    monkeypatch.setattr(queue, "RELEASED", ("two", "three"))
     monkeypatch.setattr(samples, "PROMPTS", ["a dog"] * 8)
     monkeypatch.setattr(encode, "ProcessPoolExecutor", InThisProcess)
     encode.catalog_of_process.cache_clear()
@@ -56,6 +62,8 @@ def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
     made = open_checkpoint(tmp_path / "out" / "mini-raw.safetensors")
     assert made.metadata["native"] == 128 and made.metadata["config"]["width"] == 32
     assert made.metadata["training"]["recipe"]["init"] == "one"
+    turbo_made = open_checkpoint(tmp_path / "out" / "mini-turbo.safetensors").metadata
+    assert (turbo_made["variant"], turbo_made["recommended"]["steps"]) == ("turbo", 2)
     assert list((tmp_path / "out").glob("samples-*.png"))
 
 

@@ -1,7 +1,7 @@
 """The next piece of training for a GPU that is lent for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
 
-Unpacks the renders where only their archive travelled, encodes the data set on the device, trains the first stages
-of `STAGES` that are not done, sharing the minutes out, and leaves 8-bit weights and a sheet of samples in the folder.
+Unpacks the renders where only their archive travelled, encodes the data set on the device, trains the stages of
+`STAGES` that are not done, Raw and then Turbo, sharing the minutes out, and leaves 8-bit weights and sheets of samples.
 `python -m model.train.queue --pack` makes the archive: a tenth of the renders' size.
 """
 
@@ -15,12 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.train import encode, pretrain, release, samples
+from model.train import encode, recipe, release, samples
 from model.train.data import DATA
-from model.train.pretrain import RUNS, Recipe
+from model.train.loop import RUNS
 
-RECIPES = Path(__file__).parent / "recipes"
-STAGES = (("gpu-64", 0.3), ("gpu-128", 0.7))  # recipe, share of the minutes
+STAGES = (
+    ("gpu-64", 0.22),
+    ("gpu-128", 0.48),
+    ("gpu-guidance", 0.08),
+    ("gpu-turbo", 0.22),
+)  # recipe, share of the minutes
+RELEASED = ("gpu-128", "gpu-turbo")
 PACKED = DATA / "renders.npz"
 
 
@@ -30,15 +35,16 @@ def main(minutes: float, out: Path, device: str) -> None:
     if not (DATA / "renders.npy").exists():
         np.save(DATA / "renders.npy", np.load(PACKED)["renders"])
     for name, share in STAGES:
-        recipe = replace(Recipe.read(RECIPES / f"{name}.toml"), minutes=minutes * share)
-        if not (DATA / f"latents-{recipe.size}.npy").exists():
-            encode.main(recipe.size, device, batch=256)
-        pretrain.main(recipe, device)
+        stage = replace(recipe.load(name), minutes=minutes * share)
+        if not (DATA / f"latents-{stage.size}.npy").exists():
+            encode.main(stage.size, device, batch=256)
+        recipe.module(stage.stage, name).main(stage, device)
         samples.main(name)
         shutil.copy(max((RUNS / name).glob("samples-*.png"), key=lambda path: path.stat().st_mtime), out)
         for log in (RUNS / name).glob("log.csv"):  # very short runs have none
             shutil.copy(log, out / f"{name}.csv")
-    release.main(STAGES[-1][0], out)
+        if name in RELEASED:
+            release.main(name, out)
 
 
 def pack() -> None:

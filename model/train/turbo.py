@@ -148,7 +148,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     text = TextEncoder.load(BOX / "mini-text.safetensors", device)
     data = TrainingSet(Catalog(DATA), text, recipe)
     teacher = Trainee(recipe.config, len(data.looks)).to(device)
-    loop.start(teacher, loop.parent(recipe.teacher))
+    loop.start(teacher, loop.parent(recipe.teacher, RUNS))
     run = loop.Run(Turbo(recipe, data, teacher, text.encode([""])[0]), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {recipe.method}")
     return loop.train(run, report)
