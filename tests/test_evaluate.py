@@ -1,0 +1,60 @@
+"""The figures that the weights are judged by, where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.train.evaluate import frechet, interval, nearest, retrieval, shown, spread, top_octave
+from model.train.judge import Judge, JudgeConfig
+
+RNG = np.random.default_rng(0)
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    """Between N(0, 1) and N(2, 3²) along one axis, the others alike: 2² + (3 − 1)²."""
+    a, b = RNG.standard_normal((2, 40_000, 3))
+    b = b * [3, 1, 1] + [2, 0, 0]
+
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet(a, b) == pytest.approx(8, rel=0.03)
+    assert frechet(a, b) == pytest.approx(frechet(b, a))
+
+
+def test_frechet_distance_sees_what_hangs_together():
+    """The same spread along every axis, once independent and once not: only the covariance tells."""
+    a = RNG.standard_normal((20_000, 2))
+    b = a[:, [0, 0]]
+
+    assert frechet(a, b) == pytest.approx(4 - 2 * np.sqrt(2), rel=0.05)
+
+
+def test_spread_is_the_mean_distance_within_a_group():
+    found = np.array([[0.0, 0], [3, 4], [1, 1], [1, 1]])
+
+    assert spread(found, 2).tolist() == [5, 0]
+
+
+def test_the_top_octave_holds_grain_and_no_slopes():
+    slope = np.broadcast_to(np.linspace(0, 255, 64)[:, None, None], (64, 64, 3)).astype(np.uint8)
+    slope = np.concatenate([slope, slope[::-1]])
+    noise = RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    assert top_octave(slope) < 0.01 * top_octave(noise)
+
+
+def test_a_picture_is_read_by_its_nearest_name():
+    torch.manual_seed(0)
+    judge = Judge(JudgeConfig(("ant", "bee", "cat"))).eval()
+    with torch.inference_mode():
+        names = judge.read(["ant", "bee", "cat"])
+    found = torch.cat([names[[1, 1, 2]], torch.randn(3, 48)], 1)
+
+    assert nearest(judge, found, ["bee", "ant", "cat"], ["ant", "bee", "cat"]).tolist() == [True, False, True]
+    pictures = RNG.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
+    assert len(retrieval(judge, pictures, ["ant", "bee"], ["ant", "bee"])) == 2
+
+
+def test_an_interval_holds_its_mean_and_is_shown_with_it():
+    mean, low, high = interval(RNG.random(400))
+
+    assert low < mean < high and high - low < 0.08
+    assert shown([0.5, 0.4, 0.6]) == "0.500 (0.400 … 0.600)"
