@@ -16,6 +16,7 @@ ARGUMENTS = {
     "growth.py": [],
     "style.py": [],
     "gpu.py": [],
+    "products.py": [],
     "true_size.py": ["scratch", "--stored", "int8"],
 }
 

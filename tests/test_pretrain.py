@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.dit import DiTConfig
+from model.errors import K2Error
 from model.train import optim, pretrain
 from model.train.pretrain import Recipe, Run
 
@@ -113,3 +114,16 @@ def test_learning_rate_rises_stays_and_falls():
     course = [optim.warmup_stable_decay(step, 100, warmup=0.1, decay=0.2) for step in (0, 5, 50, 90, 100)]
 
     assert course == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_8_bit_products_are_a_key_of_the_recipe(recipe):
+    """The same course, but for the rounding; state dicts are those of any run."""
+    wide = Run(replace(recipe, name="wide"), looks=3)
+    small = Run(replace(recipe, name="small", products="int8-rowwise"), looks=3)
+    losses = [[run.advance(make_batch(0, references=False))["loss"] for _ in range(20)] for run in (wide, small)]
+
+    assert losses[0] != losses[1]
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
+    assert list(small.model.state_dict()) == list(wide.model.state_dict())
+    with pytest.raises(K2Error, match="int9"):
+        Run(replace(recipe, name="none", products="int9"), looks=3)

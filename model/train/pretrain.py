@@ -27,6 +27,7 @@ from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import BOX, RUNS, Batch, Report, averages, box
+from model.train.products import convert, parse
 
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
@@ -50,6 +51,7 @@ class Recipe(loop.Recipe):
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
+    products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
 
     @property
     def config(self) -> DiTConfig:
@@ -206,10 +208,11 @@ def fingerprint(catalog: Catalog) -> str:
 class Pretraining(loop.Stage):
     """The stage: all of the trainee learns, from the train split."""
 
-    def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None):
+    def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None, device: str = "cpu"):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.model: Trainee = Trainee(recipe.config, looks)
+        convert(self.model.dit.blocks, parse(recipe.products, device))
         self.set = data
         if data is not None:
             self.data = fingerprint(data.catalog)
@@ -237,7 +240,7 @@ class Run(loop.Run):
     stage: Pretraining
 
     def __init__(self, recipe: Recipe, looks: int, device: str = "cpu", data: TrainingSet | None = None):
-        super().__init__(Pretraining(recipe, looks, data), RUNS / recipe.name, device)
+        super().__init__(Pretraining(recipe, looks, data, device), RUNS / recipe.name, device)
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Run:

@@ -1,0 +1,181 @@
+"""Training with 8-bit matrix products: both factors of a product are rounded on the way in, weights stay wide.
+
+One autograd function, y = x · wᵀ and its two gradients, over three back ends (whole numbers, e4m3 on hardware that has
+it, e4m3 emulated) and two kinds of scale: one a tensor, or one for every row along what is summed over. A recipe says
+`products = "int8-rowwise"`. Only the blocks' matrices take part: the ends carry few numbers, and every step's error.
+
+Gradients: fp8 rounds all three products, e5m2 for the incoming gradient where it has one scale, as torchao's recipes.
+int8 has no exponent to hold a gradient's range, so its weight gradient stays wide: SwitchBack (arXiv 2304.13013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.eight_bit import FEW
+from model.errors import K2Error
+from model.quantize import LARGEST
+
+MULTIPLE = 16  # that both sides of a matrix must be of: what 8-bit kernels take
+
+WIDE = "wide"  # no 8 bits
+E5M2 = torch.float8_e5m2
+
+
+class Rounded(NamedTuple):
+    """A matrix in 8 bits: numbers [R, K] · scale, fp32 [R, 1] or [1, 1]."""
+
+    numbers: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Products:
+    """How products are taken."""
+
+    number: torch.dtype  # int8 or e4m3
+    rowwise: bool  # a scale for every row, else one for the tensor
+    multiply: Callable[[Rounded, Rounded], Tensor]  # a [M, K], b [N, K] -> a · bᵀ [M, N], scales included
+
+    @property
+    def gradient_number(self) -> torch.dtype:
+        """What an incoming gradient is rounded to."""
+        return E5M2 if self.number == torch.float8_e4m3fn and not self.rowwise else self.number
+
+    @property
+    def wide_weight_gradient(self) -> bool:
+        return self.number == torch.int8
+
+    def round(self, matrix: Tensor, number: torch.dtype | None = None) -> Rounded:
+        """matrix [R, K] -> 8 bits; the largest number of a row, or of all, fills the format."""
+        number = number or self.number
+        size = matrix.abs()
+        largest = size.amax(1, keepdim=True) if self.rowwise else size.amax().view(1, 1)
+        scale = largest.float() / (57344.0 if number == E5M2 else LARGEST[number])
+        scaled = matrix * (1 / scale.clamp(min=torch.finfo(torch.float32).tiny))
+        return Rounded((scaled.round() if number == torch.int8 else scaled).to(number).contiguous(), scale)
+
+    def across(self, rounded: Rounded | None, matrix: Tensor, number: torch.dtype | None = None) -> Rounded:
+        """The transposed matrix, summed over the other way. One scale serves both ways; rows' scales do not."""
+        if self.rowwise or rounded is None:
+            return self.round(matrix.t(), number)
+        return Rounded(rounded.numbers.t().contiguous(), rounded.scale)
+
+
+def whole(a: Rounded, b: Rounded) -> Tensor:
+    """int8 × int8 -> int32, exact; then the scales."""
+    return torch._int_mm(a.numbers, b.numbers.t()).float() * a.scale * b.scale.t()
+
+
+def emulated(a: Rounded, b: Rounded) -> Tensor:
+    """8-bit numbers multiplied in fp32: what hardware would answer, at no gain."""
+    return (a.numbers.float() @ b.numbers.float().t()) * a.scale * b.scale.t()
+
+
+def scaled(a: Rounded, b: Rounded) -> Tensor:
+    """fp8 × fp8 by the hardware, sums in fp32."""
+    rowwise = a.scale.numel() > 1 or b.scale.numel() > 1
+    scales = (
+        (a.scale.expand(len(a.numbers), 1).contiguous(), b.scale.t().expand(1, len(b.numbers)).contiguous())
+        if rowwise
+        else (a.scale.view(()), b.scale.view(()))
+    )
+    return torch._scaled_mm(a.numbers, b.numbers.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16)
+
+
+BACK_ENDS = {
+    "int8": (torch.int8, whole),
+    "fp8": (torch.float8_e4m3fn, scaled),
+    "fp8-emulated": (torch.float8_e4m3fn, emulated),
+}
+NAMES = (WIDE, *(f"{end}-{scales}" for end in BACK_ENDS for scales in ("tensorwise", "rowwise")))
+
+
+def parse(name: str, device: torch.device | str = "cpu") -> Products | None:
+    """What a recipe's `products` means on a device; None is wide. Raises K2Error where it is not known, or not here."""
+    if name not in NAMES:
+        raise K2Error(f'There are no products "{name}".', hint=f"Choose of {', '.join(NAMES)}.")
+    if name == WIDE:
+        return None
+    end, _, scales = name.rpartition("-")
+    if end == "fp8" and not multiplies_fp8(torch.device(device)):
+        raise K2Error(f'Products "{name}" need a card that multiplies fp8.', hint="fp8-emulated runs anywhere, slowly.")
+    number, multiply = BACK_ENDS[end]
+    return Products(number, scales == "rowwise", multiply)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Ada and Hopper on; with a scale a row Hopper on, whose kernels alone know it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class EightBitProduct(torch.autograd.Function):
+    """x [M, K] · wᵀ, w [N, K], in 8 bits, with gradients for both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, how: Products) -> Tensor:
+        left, right = how.round(x), how.round(weight)
+        ctx.how = how
+        # what a second rounding needs is kept wide; where one scale serves both ways the 8 bits are kept instead
+        wide = x if how.rowwise or how.wide_weight_gradient else None
+        ctx.save_for_backward(wide, weight, *(() if how.rowwise else (*left, *right)))
+        return how.multiply(left, right).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        how: Products = ctx.how
+        x, weight, *rest = ctx.saved_tensors
+        left, right = (Rounded(*rest[:2]), Rounded(*rest[2:])) if rest else (None, None)
+        incoming = how.round(gradient, how.gradient_number)
+        for_x = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_x = how.multiply(incoming, how.across(right, weight)).to(gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            if how.wide_weight_gradient:
+                for_weight = gradient.t() @ x
+            else:
+                turned = how.across(incoming, gradient, how.gradient_number)
+                for_weight = how.multiply(turned, how.across(left, x))
+            for_weight = for_weight.to(weight.dtype)
+        return for_x, for_weight, None
+
+
+class TrainedLinear(nn.Linear):
+    """A linear layer whose products are taken in 8 bits; its weight is an ordinary one."""
+
+    how: Products
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype that autocast asks for, else x's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        tokens = x.flatten(0, -2)
+        if len(tokens) <= FEW:  # kernels refuse so few, and there is nothing to gain
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        answer = EightBitProduct.apply(tokens, self.weight, self.how)
+        if self.bias is not None:
+            answer = answer + self.bias.to(x.dtype)
+        return answer.unflatten(0, x.shape[:-1])
+
+
+def convert(network: nn.Module, how: Products | None) -> list[str]:
+    """Give a network's linear layers 8-bit products where their sides fit -> the names of those that have them now.
+
+    Parameters stay the very same objects, so optimisers and state dicts do not notice.
+    """
+    changed = []
+    for name, layer in list(network.named_modules()):
+        if how is None or type(layer) is not nn.Linear or layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+            continue
+        parent, _, own = name.rpartition(".")
+        made = TrainedLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        made.weight, made.bias, made.how = layer.weight, layer.bias, how
+        setattr(network.get_submodule(parent), own, made)
+        changed.append(name)
+    return changed
