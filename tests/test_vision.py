@@ -307,3 +307,13 @@ def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noq
             Pipeline.load(name, device="cpu").render([looking((refs[0], 1.0))])
     with pytest.raises(K2Error, match="No picture is cut into 3 tiles"):
         seeing.render([looking((refs[0], 1.0), vision_tiles=3)])
+
+
+def test_more_pictures_than_one_vision_span_holds(seeing, tmp_path):
+    many = [tmp_path / f"{index}.png" for index in range(vision.MOST_PICTURES + 1)]
+    for index, path in enumerate(many):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
+
+    with pytest.raises(K2Error, match="17 reference pictures are read by vision, and 16 is the most") as error:
+        seeing.render([looking(*((path, 0.1) for path in many))])
+    assert error.value.hint
