@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,6 +178,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     class Loaded(Painter):
         variant = "raw"
         recommended = {"guidance": 2.5}  # noqa: RUF012
+        plan = SimpleNamespace(dtype="float32")
         _hashes = type("", (), {"by_name": staticmethod(lambda: {"mini-raw.safetensors": "1"})})
 
         @cached_property
