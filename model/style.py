@@ -2,7 +2,8 @@
 
 A reference picture becomes K rows in the text features' own space, [K, N, E], which are appended to the prompt's rows
 before text fusion, just where a vision-language encoder's image rows would enter. So the transformer needs no new part.
-Strength and mixing are linear there: rows = S_null + sum_i s_i (S_i - S_null), whatever the order of the references.
+Strength and mixing happen there: rows = S_null + sum_i s_i (S_i - S_null), whatever the order of the references, with
+strengths that are evened out first (`response`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from model.spec import Style
 
 STYLE_ROWS = 4  # prompt rows that one style takes
+STEEPNESS = 3.0  # of what rows do between saying nothing and all: halfway they would have said nearly everything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +81,32 @@ class StyleEncoder(nn.Module):
     def mix(self, rows: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
         """Several styles' rows [K, N, E] at their strengths (-2 ... 2) as one style's rows [K, N, E].
 
-        Summed in fp64 and in the order of the parts' own bytes, so the order of the arguments never matters: parts
-        that cannot be told apart may change places.
+        What is for a style and what is against it answer to `response` by their sums, so that shares of one style, and
+        ways from one to another, stay what they are. Summed in fp64 and in the order of the parts' own bytes, so the
+        order of the arguments never matters: parts that cannot be told apart may change places.
         """
         null = self.null.detach().cpu().double()
-        parts = [strength * (each.cpu().double() - null) for each, strength in zip(rows, strengths, strict=True)]
+        evened = even_out(strengths)
+        parts = [strength * (each.cpu().double() - null) for each, strength in zip(rows, evened, strict=True)]
         parts.sort(key=lambda part: part.numpy().tobytes())
         return torch.stack([null, *parts]).sum(0).to(self.null)
+
+
+def response(strength: float) -> float:
+    """How far rows go from saying nothing towards a style, for a strength: as far at 0, at 1 and beyond, less between.
+
+    The network normalises every row, so what counts is a row's direction. A style's rows are 2.5 times as long as those
+    that say nothing and at right angles to them, and guidance sharpens what they say: the straight way would turn
+    nearly all of its angle in its first third. Odd, so that negative strengths mirror positive ones.
+    """
+    size = abs(strength)
+    return strength if size >= 1 else strength / (size + STEEPNESS * (1 - size))
+
+
+def even_out(strengths: Sequence[float]) -> list[float]:
+    """Strengths as the rows take them: those for a style and those against it each keep their proportions."""
+    sums = {sign: math.fsum(abs(s) for s in strengths if (s > 0) is sign) for sign in (True, False)}
+    return [s * response(total) / total if (total := sums[s > 0]) else 0.0 for s in strengths]
 
 
 class Weighed(NamedTuple):

@@ -1,12 +1,12 @@
 """Style rows: strength and mixing are linear, and order means nothing."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import pytest
 import torch
 
 from model.spec import Reference, Style
-from model.style import StyleConfig, StyleEncoder, Weighed, destroy_content, weigh
+from model.style import StyleConfig, StyleEncoder, Weighed, destroy_content, even_out, response, weigh
 
 
 @pytest.fixture
@@ -43,6 +43,27 @@ def test_negative_strength_mirrors(encoder, rows):
 
 def test_parts_of_one_style_add_up_to_it(encoder, rows):
     torch.testing.assert_close(encoder.mix([rows[0]] * 2, [0.4, 0.6]), rows[0])
+    torch.testing.assert_close(encoder.mix([rows[0]] * 2, [0.2, 0.3]), encoder.mix(rows[:1], [0.5]))
+
+
+def test_strength_is_evened_out_without_jumps():
+    """Fixed at 0, at 1 and beyond, rising everywhere, odd."""
+    strengths = [i / 100 for i in range(-200, 201)]
+    answers = [response(s) for s in strengths]
+
+    assert [response(s) for s in (0, 1, 1.5, -1)] == [0, 1, 1.5, -1]
+    assert answers == sorted(answers) and answers == [-a for a in reversed(answers)]
+    assert max(b - a for a, b in pairwise(answers)) < 0.03
+
+
+def test_what_is_for_a_style_and_what_is_against_it_keep_their_proportions(encoder, rows):
+    made = even_out([0.4, -0.3, 0.2, 0.0])
+
+    assert made[0] == pytest.approx(2 * made[2]) and made[3] == 0
+    assert made[0] + made[2] == pytest.approx(response(0.6)) and made[1] == pytest.approx(response(-0.3))
+    torch.testing.assert_close(
+        encoder.mix(rows[:2], [0.3, 0.7]), 0.3 * rows[0] + 0.7 * rows[1], rtol=1e-5, atol=1e-5
+    )  # the way from one style to another is straight
 
 
 def test_order_of_the_styles_never_matters(encoder, rows):
