@@ -358,7 +358,7 @@ class Pipeline:
         rows = []
         for reference in references:
             pixels = to_pixels(reference.image, self.native, self.native).to(self.device, self.dtype)
-            rows.append(self._style_encoder(self.vae.encode(pixels).float())[0][0])
+            rows.append(self._style_encoder.read(self.vae.encode(pixels).float()))
         return self._style_encoder.mix(rows, [reference.weight for reference in references])
 
     @cached_property

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.spec import Style
 
 STYLE_ROWS = 4  # prompt rows that one style takes
+SHUFFLES = 4  # of a reference, in each of two sizes of tiles
 STEEPNESS = 3.0  # of what rows do between saying nothing and all: halfway they would have said nearly everything
 
 
@@ -72,6 +73,21 @@ class StyleEncoder(nn.Module):
         trunk = self.trunk(torch.cat((x.mean(-1), x.std(-1)), -1))
         rows = self.to_rows(trunk).view(-1, c.rows, c.text_taps, c.text_width)
         return rows, F.normalize(self.to_vector(trunk), dim=-1)
+
+    def read(self, latents: Tensor) -> Tensor:
+        """A reference's rows, latents [1, C, H, W] -> [K, N, E], as training showed references: their tiles shuffled.
+
+        Seams are part of the statistics that the encoder knows, so an untouched picture says less. The mean over some
+        shuffles, always the same ones.
+        """
+        generator = torch.Generator().manual_seed(0)
+        tiles = [
+            tile
+            for tile in (latents.shape[-1] // 8, latents.shape[-1] // 4)
+            if tile > 1 and latents.shape[-1] % tile == 0
+        ]
+        shuffled = [destroy_content(latents, tile, generator) for tile in tiles for _ in range(SHUFFLES)]
+        return self(torch.cat(shuffled) if shuffled else latents)[0].mean(0)
 
     def initialise(self) -> None:
         """Rows start as noise of the text rows' own size, so that they are heard but say nothing yet."""
@@ -145,7 +161,7 @@ def destroy_content(latents: Tensor, tile: int, generator: torch.Generator) -> T
     batch, channels, height, width = latents.shape
     rows, columns = height // tile, width // tile
     tiles = latents.view(batch, channels, rows, tile, columns, tile).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand(batch, rows * columns, generator=generator).argsort(1)
+    order = torch.rand(batch, rows * columns, generator=generator).argsort(1).to(latents.device)
     tiles = tiles.gather(1, order[..., None, None, None].expand_as(tiles))
     if torch.rand((), generator=generator) < 0.5:
         tiles = tiles.flip(-1)

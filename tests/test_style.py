@@ -113,6 +113,21 @@ def test_destroying_content_moves_tiles_and_loses_none():
     torch.testing.assert_close(shuffled.flatten(1).sort().values, latents.flatten(1))
 
 
+def test_a_reference_is_read_in_shuffled_tiles_always_the_same_way(encoder):
+    """So that where things stand in it says hardly anything."""
+    torch.manual_seed(1)
+    picture = torch.randn(1, 16, 16, 16).cumsum(-1).cumsum(-2) / 20
+    with torch.no_grad():
+        read = encoder.read(picture)
+        assert read.shape == (3, 2, 32) and torch.equal(encoder.read(picture), read)
+        moved = [destroy_content(picture, 4, torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+        plainly = encoder(torch.cat(moved))[0]
+        apart = (encoder.read(moved[0]) - encoder.read(moved[1])).norm()
+
+    assert apart < 0.7 * (plainly[0] - plainly[1]).norm()
+    assert encoder.read(torch.randn(1, 16, 4, 4)).isfinite().all()  # too small to be cut
+
+
 def test_statistics_forget_where_things_are(encoder):
     """Shuffled tiles as large as the network's reach change the rows far less than another picture does."""
     torch.manual_seed(1)
