@@ -24,12 +24,13 @@ from k2cli.options import (
 )
 from k2cli.style_app import mix_styles, moodboard_app, style_app
 from k2cli.train import train
+from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from k2cli.project import Project, Prompt
+    from k2cli.project import Project, Prompt, Settings, Shot
     from k2cli.runs import Job
 
 
@@ -82,15 +83,36 @@ def k2(
 @app.command()
 def new(
     folder: Annotated[Path, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="PICTURE", help="Take prompt and settings out of this picture; may come again."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a project that renders at once."""
+    """Make a project that renders at once.
+
+    With --from its prompts are those of pictures made by A1111, ComfyUI, InvokeAI, mflux or k2, as their metadata
+    tells them.
+    """
     from k2cli.console import near, result, say
     from k2cli.project import Project
 
-    made = Project.create(folder)
+    compose, notes = None, []
+    if pictures:
+        from k2cli import origins
+
+        read = {picture: origins.read(picture) for picture in pictures}
+        named = origins.name(read.values())
+        notes = [f"{picture.name}: {lost} stayed behind." for picture, each in read.items() for lost in each.left_out]
+
+        def compose(name: str) -> str:
+            return origins.project_text(name, named)
+
+    made = Project.create(folder, compose)
     result(near(made))
     if not quiet:
+        for note in notes:
+            say(note, "yellow")
         say(f"Next: cd {near(made)} && k2 render", "dim")
 
 
@@ -205,10 +227,7 @@ def render(
       cat prompts.txt | k2 render - --json
       k2 render -p "a {red|blue} fox" --matrix style.dusk=0,0.5,1
     """
-    from dataclasses import replace
-
     from k2cli.matrix import read_axes
-    from k2cli.runs import Job, SheetForm
     from k2cli.runs import resume as last_run
 
     variant = "turbo" if turbo else None
@@ -244,15 +263,25 @@ def render(
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             axes = [read_axes(matrix)] if matrix else each.matrices if prompts is None else []
             shots = each.shots(chosen, wanted, weights, axes)
-            job = Job(each, shots, chosen.model, variant, chosen.device)
-            if axes and shots:
-                called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
-                job = replace(job, called=called, sheet=SheetForm(columns=1))
-            jobs.append(replace(job, precision=chosen.precision, offload=chosen.offload))
+            jobs.append(plan_job(each, chosen, variant, shots, compared=bool(axes)))
     if dry_run:
         show_plan(jobs, json)
     else:
         carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet)
+
+
+def plan_job(
+    project: Project, settings: Settings, variant: str | None, shots: Sequence[Shot], *, compared: bool
+) -> Job:
+    """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
+    from k2cli.runs import Job, SheetForm
+
+    held = {"precision": settings.precision, "offload": settings.offload}
+    if not (compared and shots):
+        return Job(project, shots, settings.model, variant, settings.device, **held)
+    called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
+    form = SheetForm(columns=1)
+    return Job(project, shots, settings.model, variant, settings.device, **held, called=called, sheet=form)
 
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
@@ -338,6 +367,7 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
 
 app.command("mix-styles")(mix_styles)
 app.command("train")(train)
+app.command()(watch)
 app.command()(log)
 app.command()(gallery)
 

@@ -175,8 +175,11 @@ class Project:
     matrices: tuple[Matrix, ...] = ()
 
     @staticmethod
-    def create(folder: Path) -> Path:
-        """A new project that renders as it stands; it appears whole or not at all."""
+    def create(folder: Path, compose: Callable[[str], str] | None = None) -> Path:
+        """A new project that renders as it stands; it appears whole or not at all.
+
+        compose  k2.toml for a project of this name, in the place of the template and its style
+        """
         folder = Path(os.path.abspath(folder))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise K2Error(f"{folder} exists already and is not an empty folder.", hint="Choose another name.")
@@ -187,8 +190,10 @@ class Project:
                 for part in ("refs", "styles"):
                     (draft / part).mkdir(parents=True)
                 quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-                (draft / FILE).write_text(TEMPLATE.format(name=quoted), "utf-8")
-                (draft / "styles" / "sticker.toml").write_text(STYLE_TEMPLATE, "utf-8")
+                text = compose(name) if compose else TEMPLATE.format(name=quoted)
+                (draft / FILE).write_text(text, "utf-8")
+                if not compose:
+                    (draft / "styles" / "sticker.toml").write_text(STYLE_TEMPLATE, "utf-8")
                 if folder.exists():  # a shell may stand in it, so it stays, and k2.toml moves in last
                     for part in ("refs", "styles", FILE):
                         os.replace(draft / part, folder / part)

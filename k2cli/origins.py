@@ -1,0 +1,307 @@
+"""What tools write into their pictures: prompts and settings out of A1111, ComfyUI, InvokeAI, mflux, and k2 itself.
+
+A1111 and its kin: text `parameters`, or the EXIF comment. ComfyUI: text `prompt`, the graph as JSON. InvokeAI: text
+`invokeai_metadata`, earlier `sd-metadata`. mflux: JSON in the EXIF comment. All of it is somebody's text: nothing of it
+is trusted, only read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from k2cli.tables import LIMIT, UNPRINTABLE
+from model.errors import K2Error
+
+LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
+WEIGHT = re.compile(r"\(([^()]+):\s*[\d.]+\s*\)")
+FACT = re.compile(r'\s*([\w ./()-]+?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+STEPS_FIRST = re.compile(r"^\s*Steps: \d+", re.MULTILINE)
+DEEPEST = 50  # links that are followed through a graph
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a picture says of how it was made. What it does not say is None, or empty."""
+
+    tool: str
+    prompt: str
+    avoid: str = ""
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None  # on our scale: what those tools call CFG, less one
+    model: str = ""
+    left_out: tuple[str, ...] = field(default=())  # what has no counterpart here
+
+
+def read(path: Path) -> Origin:
+    """The origin of a picture. Raises K2Error where it is none, or says nothing that can be read."""
+    if not path.is_file():
+        raise K2Error(f"There is no {path}.", hint="Name a picture.")
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            texts = {key: value for key, value in image.info.items() if isinstance(value, str) and len(value) <= LIMIT}
+            comment = read_comment(image.getexif())
+            size = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise K2Error(f"{path} is not a picture that can be read.", hint="PNG, JPEG and WebP can be.") from None
+    for found in readings(texts, comment):
+        if found.prompt:
+            whole = found.width is not None and found.height is not None
+            return found if whole else Origin(**{**vars(found), "width": size[0], "height": size[1]})
+    raise K2Error(
+        f"{path} says nothing of its prompt.",
+        hint="Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out.",
+    )
+
+
+def read_comment(exif: Image.Exif) -> str:
+    """The EXIF comment, in each of the codings that tools use; its first eight bytes say which."""
+    raw = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    if isinstance(raw, str):
+        return raw
+    if not isinstance(raw, bytes) or len(raw) > LIMIT:
+        return ""
+    if raw.startswith(b"UNICODE\0"):
+        little = raw[8:10] == b"\xff\xfe" or (raw[9:10] == b"\0" and raw[8:9] != b"\0")
+        return raw[8:].decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
+    return raw.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace").strip("\0")
+
+
+def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
+    """Every form that is there, the most telling first."""
+    if "k2" in texts:
+        with suppress(ValueError, RecursionError):
+            yield from of_k2(tomllib.loads(texts["k2"]))
+    for key in ("invokeai_metadata", "sd-metadata"):
+        if key in texts:
+            yield from of_invoke(table_of(texts[key]))
+    if "prompt" in texts:
+        yield from of_comfy(table_of(texts["prompt"]))
+    said = table_of(comment)
+    if "prompt" in said:
+        yield from of_mflux(said)
+    for text in (texts.get("parameters", ""), comment):
+        if text and not text.lstrip().startswith("{"):
+            yield of_a1111(text)
+
+
+def table_of(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
+    asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
+    if isinstance(asked, dict) and isinstance(made, dict):
+        found = origin("k2", asked.get("text"), asked.get("avoid"), made, guidance=decimal(made.get("guidance")))
+        name = used.get("name") if isinstance(used, dict) else None
+        yield Origin(**{**vars(found), "model": plain(name)})
+
+
+def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
+    old = table.get("image")
+    if isinstance(old, dict):
+        asked = old.get("prompt")
+        asked = asked[0].get("prompt") if isinstance(asked, list) and asked and isinstance(asked[0], dict) else asked
+        yield origin("InvokeAI", asked, "", old, guidance=scale(old.get("cfg_scale")))
+    model = table.get("model")
+    name = (model.get("name") or model.get("model_name")) if isinstance(model, dict) else model
+    loras = table.get("loras")
+    yield origin(
+        "InvokeAI",
+        table.get("positive_prompt"),
+        table.get("negative_prompt"),
+        table,
+        guidance=scale(table.get("cfg_scale")),
+        model=plain(name),
+        left_out=("LoRAs",) if isinstance(loras, list) and loras else (),
+    )
+
+
+def of_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
+    loras = table.get("lora_paths")
+    yield origin(
+        "mflux" if "mflux_version" in table else "another tool",
+        table.get("prompt"),
+        table.get("negative_prompt"),
+        table,
+        guidance=None,  # of a distilled network, or of another scale: nothing of ours
+        model=plain(table.get("model")),
+        left_out=("LoRAs",) if isinstance(loras, list) and loras else (),
+    )
+
+
+def of_a1111(text: str) -> Origin:
+    """Prompt, `Negative prompt: …`, and a last paragraph that begins with `Steps: `."""
+    facts_at = list(STEPS_FIRST.finditer(text))
+    said, rest = (text[: facts_at[-1].start()], text[facts_at[-1].start() :]) if facts_at else (text, "")
+    facts = {match[1]: match[2].strip('"') for match in FACT.finditer(rest.replace("\n", ", "))}
+    asked, _, avoid = ("\n" + said).partition("\nNegative prompt:")
+    width, _, height = facts.get("Size", "").partition("x")
+    table = {"seed": facts.get("Seed"), "steps": facts.get("Steps"), "width": width, "height": height}
+    tool, model = "A1111", plain(facts.get("Model"))
+    if facts.get("Version", "").startswith("k2 "):  # written here, with the variant behind the model's name
+        tool, model = "k2", model.removesuffix("-raw").removesuffix("-turbo")
+    return origin(tool, asked, avoid, table, guidance=scale(facts.get("CFG scale")), model=model)
+
+
+def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
+    """Every sampler of the graph, the last first, with what its links lead to."""
+
+    def inputs(node: Any) -> Mapping[str, Any]:
+        found = graph.get(node, {}) if isinstance(node, str) else {}
+        found = found.get("inputs") if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def linked(value: Any) -> str | None:
+        """The node that a link comes from; links are [node, output]."""
+        return str(value[0]) if isinstance(value, list) and len(value) == 2 else None
+
+    def find(value: Any, *keys: str, kind: type | tuple[type, ...], left: int = DEEPEST) -> Any:
+        """The first value of one of these keys, at the end of a link or further up."""
+        if isinstance(value, kind) and not isinstance(value, bool | list):
+            return value
+        node = linked(value)
+        if node is None or left <= 0:
+            return None
+        here = inputs(node)
+        for key in keys:
+            if key in here and (found := find(here[key], *keys, kind=kind, left=left - 1)) not in (None, ""):
+                return found
+        for onward in here.values():
+            if linked(onward) and (found := find(onward, *keys, kind=kind, left=left // 2)) not in (None, ""):
+                return found
+        return None
+
+    loras = any("Lora" in str(node.get("class_type")) for node in graph.values() if isinstance(node, dict))
+    said = ("text", "prompt", "string", "value", "text_g", "t5xxl", "clip_l")
+    for node in reversed([key for key, each in graph.items() if isinstance(each, dict)]):
+        here = inputs(node)
+        if not {"positive", "guider"} & set(here) or not {"latent_image", "samples", "latent"} & set(here):
+            continue
+        guider = inputs(linked(here["guider"])) if "guider" in here else here
+        start = next(here[key] for key in ("latent_image", "samples", "latent") if key in here)
+        table = {
+            "seed": find(here.get("seed", here.get("noise_seed", here.get("noise"))), "seed", "noise_seed", kind=int),
+            "steps": find(here.get("steps", here.get("sigmas")), "steps", kind=int),
+            "width": find(start, "width", kind=int),
+            "height": find(start, "height", kind=int),
+        }
+        asked = find(guider.get("positive", guider.get("conditioning")), *said, kind=str)
+        model = find(here.get("model", guider.get("model")), "ckpt_name", "unet_name", kind=str)
+        yield origin(
+            "ComfyUI",
+            asked,
+            find(guider.get("negative"), *said, kind=str),
+            table,
+            guidance=scale(find(guider.get("cfg"), "cfg", kind=(int, float))),
+            model=plain(model),
+            left_out=("LoRAs",) if loras else (),
+        )
+
+
+def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: Any) -> Origin:
+    """An origin of what a tool wrote: texts tidied, numbers only where they are some."""
+    loras = [plain(name) for name in LORA.findall(asked)] if isinstance(asked, str) else []
+    left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
+    numbers = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
+    return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
+
+
+def tidy(text: Any) -> str:
+    """A prompt as plain words: no adapters, no (weights:1.2), one line."""
+    if not isinstance(text, str):
+        return ""
+    text = LORA.sub("", text)
+    while (lighter := WEIGHT.sub(r"\1", text)) != text:
+        text = lighter
+    return plain(text).strip(" ,")
+
+
+def plain(text: Any) -> str:
+    return " ".join(UNPRINTABLE.sub(" ", text).split()) if isinstance(text, str) else ""
+
+
+def whole(value: Any) -> int | None:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if 0 <= number < 2**63 else None
+
+
+def decimal(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def scale(cfg: Any) -> float | None:
+    """Their CFG scale as our guidance."""
+    number = decimal(cfg)
+    return None if number is None else max(0.0, round(number - 1, 6))
+
+
+def name(origins: Iterable[Origin]) -> dict[str, Origin]:
+    """A name for the prompt of each, made of its words, numbered where two would be alike."""
+    from k2cli.project import slug
+
+    named: dict[str, Origin] = {}
+    for each in origins:
+        stem = called = slug(each.prompt)
+        while called in named:
+            called = f"{stem}-{len(named) + 1}"
+        named[called] = each
+    return named
+
+
+def project_text(name: str, origins: Mapping[str, Origin]) -> str:
+    """A k2.toml that asks for these pictures anew; name of a prompt -> origin.
+
+    Seeds, shapes and words are taken over. Steps and guidance are another model's, so they are told and not set,
+    except for pictures of k2's own.
+    """
+    from k2cli.matrix import escape
+
+    def text(value: str) -> str:
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    first = next(iter(origins.values()))
+    own = first.tool == "k2"
+    lines = ["[project]", f"name = {text(name)}", "", "[render]"]
+    known = own and re.fullmatch(r"[\w.-]+", first.model)
+    lines.append(f"model = {text(first.model)}" if known else 'model = "mini"        # the model in the box')
+    if first.width and first.height and 1 / 8 <= first.width / first.height <= 8:
+        if own:
+            lines.append(f'size = "{first.width}x{first.height}"')
+        else:
+            part = math.gcd(first.width, first.height)
+            shape = f'aspect = "{first.width // part}:{first.height // part}"'
+            lines.append(f"{shape:<22}# it was {first.width}x{first.height}")
+    for key in ("steps", "guidance"):
+        if (value := getattr(first, key)) is not None:
+            whose = f"# {key} = {value:g}".ljust(22) + f"# with {first.model or first.tool}"
+            lines.append(f"{key} = {value:g}" if own else whose)
+    for called, each in origins.items():
+        lines += ["", "[[prompt]]".ljust(22) + f"# from a picture of {each.tool}", f"name = {text(called)}"]
+        lines.append(f"text = {text(escape(each.prompt))}")
+        lines += [f"avoid = {text(each.avoid)}"] if each.avoid else []
+        lines += [f"seed = {each.seed}"] if each.seed is not None else []
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,115 @@
+"""`k2 watch`: a project rendered again as its files change, only what the change made different."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from k2cli.complete import complete_prompt
+from k2cli.options import EmbedOption, JsonOption, OutsideOption, QuietOption, find_project, to_json
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    from k2cli.project import Project
+    from k2cli.runs import Job
+
+PASSED_OVER = ("outputs", "gallery")  # of the project's folder: what is made, not what it is made of
+EVERY = 0.4  # seconds between two looks at the files
+
+
+def watch(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="PROJECT", help="The project, if not that of the current folder.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="NAME", help="Watch the prompt of this name alone.", autocompletion=complete_prompt
+        ),
+    ] = None,
+    turbo: Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint.")] = False,
+    batch: Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Fewer are a quicker look.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    no_embed: EmbedOption = False,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Render the project, then again whenever k2.toml, a style or a reference changes.
+
+    Of a change only the pictures are made that it makes different. The weights stay in memory. A mistake in a file is
+    told, and waited out. Ctrl-C ends it.
+    """
+    from k2cli.app import carry_out
+    from k2cli.console import say, show_error
+
+    root = find_project(folder, allow_outside).root
+    settings = {"batch": batch, "steps": steps, "size": size, "device": device}
+    made: set[str] = set()
+    try:
+        while True:
+            before = stamp(root)
+            try:
+                job, keys = look(find_project(root, allow_outside), only, "turbo" if turbo else None, settings, made)
+                if job.shots:
+                    carry_out([job], embed=not no_embed, as_json=json, quiet=quiet)
+                    made |= keys
+                elif not quiet:
+                    say("No picture is different.", "dim")
+            except K2Error as error:
+                show_error(error)
+            if not quiet:
+                say("Waiting for a change; Ctrl-C ends.", "dim")
+            wait(root, before)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def look(
+    project: Project, only: list[str] | None, variant: str | None, settings: Mapping[str, object], made: set[str]
+) -> tuple[Job, set[str]]:
+    """The run of what is not made yet, and what each of its pictures is known by: all that goes into it."""
+    from k2cli.app import plan_job
+    from k2cli.records import request
+
+    chosen = project.settle(variant, **settings)
+    shots = project.shots(chosen, project.choose(only) if only else None, None, project.matrices)
+    known = {to_json([chosen.model, variant, request(shot, project.root)]): shot for shot in shots}
+    left = {key: shot for key, shot in known.items() if key not in made}
+    return plan_job(project, chosen, variant, list(left.values()), compared=bool(project.matrices)), set(left)
+
+
+def stamp(root: Path) -> dict[str, tuple[int, int]]:
+    """When each file that a picture could be made of was changed, and its size."""
+    found = {}
+    for folder, folders, names in os.walk(root):
+        top = Path(folder) == root
+        folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in PASSED_OVER)]
+        for name in names:
+            try:
+                about = os.stat(os.path.join(folder, name))
+            except OSError:  # gone in this moment
+                continue
+            found[os.path.join(folder, name)] = (about.st_mtime_ns, about.st_size)
+    return found
+
+
+def wait(root: Path, before: Mapping[str, tuple[int, int]]) -> None:
+    """Until a file is not what it was, and then until whoever writes has come to an end."""
+    now = before
+    while now == before:
+        time.sleep(EVERY)
+        now = stamp(root)
+    while True:
+        time.sleep(EVERY)
+        later = stamp(root)
+        if later == now:
+            return
+        now = later

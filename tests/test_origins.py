@@ -1,0 +1,191 @@
+"""`k2 new --from PICTURE`: what other tools write into pictures, in the forms in which they write it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, PngImagePlugin
+
+from k2cli import origins
+from k2cli.project import Project
+from model.errors import K2Error
+
+PARAMETERS = """a red fox, (film grain:1.2), <lora:dusk_v2:0.8>
+second line
+Negative prompt: blurry, text
+Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 1234567890, Size: 512x768, Model hash: abc, Model: dreams_v8, \
+Lora hashes: "dusk_v2: 0a1b, other: 2c", Version: v1.10.1"""
+
+GRAPH = {
+    "3": {
+        "class_type": "KSampler",
+        "inputs": {"seed": 99, "steps": 24, "cfg": 5.5, "model": ["10", 0], "positive": ["6", 0],
+                   "negative": ["7", 0], "latent_image": ["5", 0]},
+    },
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd_xl.safetensors"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 832, "height": 1216, "batch_size": 1}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["20", 0], "clip": ["4", 1]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["4", 1]}},
+    "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "x", "model": ["4", 0]}},
+    "20": {"class_type": "PrimitiveString", "inputs": {"value": "a {red} fox"}},
+}  # fmt: skip
+FLUX = {
+    "1": {
+        "class_type": "SamplerCustomAdvanced",
+        "inputs": {"noise": ["2", 0], "guider": ["3", 0], "sampler": ["9", 0], "sigmas": ["4", 0],
+                   "latent_image": ["5", 0]},
+    },
+    "2": {"class_type": "RandomNoise", "inputs": {"noise_seed": 42}},
+    "3": {"class_type": "BasicGuider", "inputs": {"model": ["8", 0], "conditioning": ["6", 0]}},
+    "4": {"class_type": "BasicScheduler", "inputs": {"steps": 28, "model": ["8", 0]}},
+    "5": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 1024, "height": 1024}},
+    "6": {"class_type": "FluxGuidance", "inputs": {"guidance": 3.5, "conditioning": ["7", 0]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "an owl", "clip": ["11", 0]}},
+    "8": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux.safetensors"}},
+}  # fmt: skip
+
+
+def png(path: Path, **texts: str) -> Path:
+    info = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    Image.new("RGB", (64, 96)).save(path, pnginfo=info)
+    return path
+
+
+def with_comment(path: Path, comment: bytes) -> Path:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    Image.new("RGB", (64, 96)).save(path, exif=exif)
+    return path
+
+
+def test_a1111(tmp_path):
+    found = origins.read(png(tmp_path / "a.png", parameters=PARAMETERS))
+
+    assert found == origins.Origin(
+        "A1111", "a red fox, film grain, second line", "blurry, text", 1234567890, 512, 768, 20, 6.0, "dreams_v8",
+        ("LoRA dusk_v2",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"UNICODE\0" + PARAMETERS.encode("utf-16-be"),
+        b"UNICODE\0" + PARAMETERS.encode("utf-16-le"),
+        b"ASCII\0\0\0" + PARAMETERS.encode(),
+        PARAMETERS.encode(),
+    ],
+)
+def test_a1111_in_the_exif_comment(tmp_path, suffix, comment):
+    found = origins.read(with_comment(tmp_path / f"a{suffix}", comment))
+
+    assert (found.prompt, found.seed, found.steps) == ("a red fox, film grain, second line", 1234567890, 20)
+
+
+def test_comfyui(tmp_path):
+    found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(GRAPH), workflow="{}"))
+
+    assert found == origins.Origin(
+        "ComfyUI", "a {red} fox", "blurry", 99, 832, 1216, 24, 4.5, "sd_xl.safetensors", ("LoRAs",)
+    )
+
+
+def test_comfyui_with_a_guider(tmp_path):
+    found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(FLUX)))
+
+    assert (found.prompt, found.seed, found.steps, found.width, found.guidance) == ("an owl", 42, 28, 1024, None)
+    assert found.model == "flux.safetensors"
+
+
+def test_a_graph_that_turns_in_circles_comes_to_an_end(tmp_path):
+    graph = {"1": {"inputs": {"positive": ["2", 0], "latent_image": ["2", 0]}},
+             "2": {"inputs": {f"in{i}": ["2", 0] for i in range(30)} | {"text": ["2", 0]}}}  # fmt: skip
+
+    with pytest.raises(K2Error, match="says nothing of its prompt"):
+        origins.read(png(tmp_path / "a.png", prompt=json.dumps(graph)))
+
+
+def test_invokeai(tmp_path):
+    said = {"positive_prompt": "a red fox", "negative_prompt": "blur", "seed": 7, "steps": 30, "cfg_scale": 7.5,
+            "width": 768, "height": 512, "model": {"name": "juggernaut", "hash": "x"}, "loras": []}  # fmt: skip
+    old = {"image": {"prompt": [{"prompt": "an owl", "weight": 1}], "seed": 3, "steps": 50, "cfg_scale": 7.5}}
+
+    new = origins.read(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
+    assert new == origins.Origin("InvokeAI", "a red fox", "blur", 7, 768, 512, 30, 6.5, "juggernaut")
+    assert origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)})).prompt == "an owl"
+
+
+def test_mflux(tmp_path):
+    said = {"mflux_version": "0.18.0", "model": "krea2", "seed": 5, "steps": 8, "guidance": None, "height": 512,
+            "width": 1024, "prompt": "a red fox", "negative_prompt": None, "lora_paths": ["x.safetensors"]}  # fmt: skip
+    found = origins.read(with_comment(tmp_path / "a.png", b"ASCII\0\0\0" + json.dumps(said).encode()))
+
+    assert found == origins.Origin("mflux", "a red fox", "", 5, 1024, 512, 8, None, "krea2", ("LoRAs",))
+
+
+def test_a_new_project_from_pictures(moody, k2, tmp_path):
+    png(tmp_path / "a.png", parameters=PARAMETERS)
+    png(tmp_path / "b.png", prompt=json.dumps(GRAPH))
+
+    result = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png", "--from", tmp_path / "b.png")
+
+    assert "a.png: LoRA dusk_v2 stayed behind." in result.stderr
+    text = (tmp_path / "taken" / "k2.toml").read_text()
+    assert "# guidance = 6        # with dreams_v8" in text and "# it was 512x768" in text
+    project = Project.open(tmp_path / "taken")
+    shots = project.shots(project.settle())
+    assert [(shot.spec.prompt, shot.spec.negative, shot.spec.seed) for shot in shots] == [
+        ("a red fox, film grain, second line", "blurry, text", 1234567890),
+        ("a {red} fox", "blurry", 99),
+    ]
+    assert shots[0].spec.width < shots[0].spec.height  # the shape, at the model's own size
+    assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("keep", ["k2", "parameters"])
+def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
+    k2("render", "-p", r"a fox in \{a|b\}", "--size", "64x96", "--steps", "5", "--guidance", "1.5")
+    (made,) = moody.glob("outputs/*/*-7.png")
+    with Image.open(made) as image:
+        png(tmp_path / "moved.png", **{keep: image.text[keep]})
+
+    k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
+    project = Project.open(tmp_path / "again")
+    (shot,) = project.shots(project.settle())
+
+    assert shot.spec.prompt == "a fox in {a|b}" and shot.spec.seed == 7
+    assert (shot.spec.width, shot.spec.height, shot.spec.steps, shot.spec.guidance) == (64, 96, 5, 1.5)
+
+
+def test_what_says_nothing_is_one_sentence(k2, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("no picture")
+
+    for name, message in (("bare", "says nothing of its prompt"), ("text", "not a picture"), ("gone", "There is no")):
+        assert message in k2("new", tmp_path / "x", "--from", tmp_path / f"{name}.png", code=1).stderr
+    assert not (tmp_path / "x").exists()
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(["1", 0])
+trees = st.recursive(
+    leaves, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=5), each), max_leaves=8
+)
+nodes = st.dictionaries(
+    st.sampled_from(["positive", "negative", "latent_image", "seed", "text", "guider", "model", "cfg", "steps"]), trees
+)
+
+
+@given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
+def test_whatever_stands_in_a_picture_it_is_only_read(graph, table, text):
+    texts = {"prompt": json.dumps(graph), "invokeai_metadata": json.dumps(table), "parameters": text, "k2": text}
+
+    for found in origins.readings(texts, text):
+        tomllib.loads(origins.project_text("x", origins.name([found])))

@@ -1,0 +1,112 @@
+"""`k2 watch`: what a change makes different is made again, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+from PIL import Image
+
+from k2cli import watch
+
+K2 = Path(sys.executable).with_name("k2")
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """Edits that happen one after the other, each while k2 waits; after the last one somebody presses Ctrl-C."""
+    edits = []
+
+    def wait(root, before):
+        if not edits:
+            raise KeyboardInterrupt
+        edits.pop(0)()
+
+    monkeypatch.setattr(watch, "wait", wait)
+    return edits
+
+
+def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
+    toml = moody / "k2.toml"
+    changes += [
+        lambda: toml.write_text(PROJECT.replace("a red fox", "a blue fox")),
+        lambda: toml.write_text(PROJECT.replace("a red fox", "a blue fox") + "# a remark\n"),
+        lambda: toml.write_text(PROJECT),
+    ]
+
+    result = k2("watch", code=130)
+
+    assert result.stdout.splitlines() == [
+        "outputs/0001-fox-and-1-more/fox-7.png",
+        "outputs/0001-fox-and-1-more/an-owl-at-night-7.png",
+        "outputs/0002-fox/fox-7.png",
+    ]
+    assert result.stderr.count("No picture is different.") == 2
+    assert len(fake.loaded) == 1
+
+
+def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
+    toml = moody / "k2.toml"
+    changes += [lambda: toml.write_text("[render\n"), lambda: toml.write_text(PROJECT.replace("owl", "emu"))]
+
+    result = k2("watch", code=130)
+
+    assert "k2.toml is not valid TOML" in result.stderr
+    assert result.stdout.splitlines()[2:] == ["outputs/0002-an-emu-at-night/an-emu-at-night-7.png"]
+
+
+def test_styles_and_references_count(moody, k2, changes):
+    (moody / "styles").mkdir()
+    (moody / "refs").mkdir()
+    style, picture = moody / "styles" / "dusk.toml", moody / "refs" / "a.png"
+    Image.new("RGB", (64, 64), "navy").save(picture)
+    style.write_text('[[reference]]\nimage = "refs/a.png"\n')
+    (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+    changes += [
+        lambda: Image.new("RGB", (64, 64), "red").save(picture),
+        lambda: style.write_text('keywords = ["film"]\n[[reference]]\nimage = "refs/a.png"\n'),
+    ]
+
+    assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 3
+
+
+def test_what_is_made_is_no_change(tmp_path):
+    before = watch.stamp(tmp_path)
+    for folder in ("outputs/0001-x", "gallery", ".git"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x").write_text("x")
+    assert watch.stamp(tmp_path) == before
+    (tmp_path / "styles").mkdir()
+    (tmp_path / "styles" / "a.toml").write_text("x")
+    assert watch.stamp(tmp_path) != before
+
+
+def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
+    stamps = iter([{}, {"a": (1, 1)}, {"a": (2, 9)}, {"a": (2, 9)}])
+    monkeypatch.setattr(watch, "stamp", lambda root: next(stamps))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    watch.wait(tmp_path, {})
+
+    assert next(stamps, None) is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_real_process_ends_by_ctrl_c(moody):
+    (moody / "k2.toml").write_text("[render]\nsed = 1\n")
+    found = subprocess.run([K2, "watch"], capture_output=True, text=True)
+    assert found.returncode == 1 and 'Did you mean "seed"?' in found.stderr  # at the start it is simply an error
+
+    (moody / "k2.toml").write_text("")
+    process = subprocess.Popen([K2, "watch"], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "Waiting for a change" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
