@@ -204,6 +204,9 @@ def render(
     offload: Annotated[
         str | None, typer.Option("--offload", metavar="PART", help="Read as needed: none, text (encoder) or all.")
     ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", metavar="KIND", help="Of the files: png, webp (lossless) or jpeg.")
+    ] = None,
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
     run: Annotated[
@@ -236,6 +239,7 @@ def render(
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
+        "format": format,
     }  # fmt: skip
     if resume:
         if (
@@ -311,7 +315,7 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
                 result(
                     to_json(
                         {
-                            "file": f"{shot.stem}.png",
+                            "file": shot.file,
                             "project": str(job.project.root),
                             "model": job.model,
                             **request(shot, job.project.root),
@@ -320,7 +324,7 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
                 )
             else:
                 size = f"{spec.width}x{spec.height}" if spec.width else "own size"
-                result(f"{shot.stem}.png\t{size}\tseed {spec.seed}\t{spec.prompt}")
+                result(f"{shot.file}\t{size}\tseed {spec.seed}\t{spec.prompt}")
 
 
 def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> list[Path]:
@@ -387,7 +391,7 @@ def show(
 
     record = records.parse(records.read(file), Path)
     if not json and sys.stdout.isatty():
-        from k2cli.history import PICTURES
+        from k2cli.outputs import PICTURES
         from k2cli.preview import preview
 
         picture = next((path for path in map(file.with_suffix, PICTURES) if path.is_file()), None)
@@ -401,7 +405,7 @@ def rerun(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="PNG", help="Where to write; else a new run of the project."),
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; else a new run of the project."),
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="DEVICE", help="In the place of the recorded one.")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import history
-from k2cli.history import PICTURES, Made
-from k2cli.outputs import write, writing
+from k2cli.history import Made
+from k2cli.outputs import PICTURES, write, writing
 from model.errors import K2Error
 
 PAGE, FOLDER = "index.html", "pictures"

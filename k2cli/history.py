@@ -16,11 +16,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from k2cli.outputs import NUMBER, number_of
+from k2cli.outputs import NUMBER, PICTURES, number_of
 from k2cli.tables import LIMIT, UNPRINTABLE
 from model.errors import K2Error
 
-PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 

@@ -26,7 +26,6 @@ LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
 WEIGHT = re.compile(r"\(([^()]+):\s*[\d.]+\s*\)")
 FACT = re.compile(r'\s*([\w ./()-]+?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 STEPS_FIRST = re.compile(r"^\s*Steps: \d+", re.MULTILINE)
-DEEPEST = 50  # links that are followed through a graph
 
 
 @dataclass(frozen=True)
@@ -172,20 +171,21 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
         """The node that a link comes from; links are [node, output]."""
         return str(value[0]) if isinstance(value, list) and len(value) == 2 else None
 
-    def find(value: Any, *keys: str, kind: type | tuple[type, ...], left: int = DEEPEST) -> Any:
-        """The first value of one of these keys, at the end of a link or further up."""
-        if isinstance(value, kind) and not isinstance(value, bool | list):
-            return value
-        node = linked(value)
-        if node is None or left <= 0:
-            return None
-        here = inputs(node)
-        for key in keys:
-            if key in here and (found := find(here[key], *keys, kind=kind, left=left - 1)) not in (None, ""):
-                return found
-        for onward in here.values():
-            if linked(onward) and (found := find(onward, *keys, kind=kind, left=left // 2)) not in (None, ""):
-                return found
+    def find(value: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
+        """The first value of one of these keys at the end of a link, or further up; every node is asked once."""
+        seen: set[str] = set()
+        left = [value]
+        while left:
+            value = left.pop(0)
+            node = linked(value)
+            if node is None:
+                if isinstance(value, kind) and not isinstance(value, bool) and value != "":
+                    return value
+            elif node not in seen:
+                seen.add(node)
+                here = inputs(node)
+                told = [here[key] for key in keys if key in here]
+                left = [*told, *(each for each in here.values() if linked(each)), *left]
         return None
 
     loras = any("Lora" in str(node.get("class_type")) for node in graph.values() if isinstance(node, dict))

@@ -25,6 +25,7 @@ except ImportError:  # not on Windows
 RUN = "run.toml"
 DRAFT = ".draft"
 BLOCKED = ".blocked.toml"
+PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
 PATIENCE = 10.0  # seconds to wait for another process that claims a number
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
@@ -87,7 +88,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self.made and not any((*self.folder.glob("*.png"), *self.folder.glob(f"*{BLOCKED}"))):
+        if kind is not None and self.made and not any(self.folder.glob(f"*{end}") for end in (*PICTURES, BLOCKED)):
             with suppress(OSError):
                 (self.folder / RUN).unlink(missing_ok=True)
                 for folder in reversed(self.made):
@@ -110,11 +111,16 @@ class Run:
 
     def has(self, stem: str) -> bool:
         """A picture is done when both its files stand there, or was blocked; each of them is whole if it exists."""
-        return (self[f"{stem}.png"].exists() and self[f"{stem}.toml"].exists()) or self[f"{stem}{BLOCKED}"].exists()
+        return (self.picture(stem).exists() and self[f"{stem}.toml"].exists()) or self[f"{stem}{BLOCKED}"].exists()
 
-    def save(self, stem: str, picture: bytes, record: bytes) -> Path:
+    def picture(self, stem: str) -> Path:
+        """Where a picture stands, in whichever format; where there is none, where it would stand as a PNG."""
+        names = [self[f"{stem}{suffix}"] for suffix in PICTURES]
+        return next((path for path in names if path.exists()), names[0])
+
+    def save(self, stem: str, picture: bytes, record: bytes, suffix: str = ".png") -> Path:
         """A picture and its record. The record takes its place first, so that no picture is ever without one."""
-        path = self[f"{stem}.png"]
+        path = self[f"{stem}{suffix}"]
         write({self[f"{stem}.toml"]: record, path: picture})
         return path
 

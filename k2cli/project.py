@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from k2cli import models, moodboard
+from k2cli.formats import SUFFIXES
 from k2cli.matrix import AXES, MOST, Cell, Matrix, escape, read_matrices, variants
 from k2cli.outputs import writing
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
@@ -106,6 +107,7 @@ class Settings:
     offload: str | None = one_of(None, *OFFLOADS)
     cohesion: float = between(0.0, 0, 1)  # how much pictures share with the first of their prompt, or of the run
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
+    format: str = one_of("png", *SUFFIXES)  # of the files; only JPEG loses anything
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
 
     def override(self, **given: Any) -> Settings:
@@ -158,6 +160,11 @@ class Shot:
     row: str = ""  # over its strip on a contact sheet; the prompt where empty
     caption: str = ""  # below it; the seed where empty
     creativity: str = "raw"  # by which the spec's prompt came from the given one
+    format: str = "png"  # of the file
+
+    @property
+    def file(self) -> str:
+        return self.stem + SUFFIXES[self.format]
 
 
 @dataclass(frozen=True)
@@ -367,7 +374,7 @@ class Project:
             led = expand(prompt.text, settings.creativity, n, styles=joined, avoids=avoids, look=shown)
             made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
             caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
-            yield Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity)
+            yield Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity, settings.format)
 
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""

@@ -21,7 +21,7 @@ from xml.sax.saxutils import quoteattr
 
 from PIL import Image, PngImagePlugin
 
-from k2cli import models
+from k2cli import formats, models
 from k2cli.outputs import dump
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
@@ -223,8 +223,11 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
-def encode(picture: Image.Image, record: Mapping[str, Any], *, embed: bool = True) -> bytes:
-    """The picture as PNG, with the record in the forms that other tools read."""
+def encode(picture: Image.Image, record: Mapping[str, Any], *, embed: bool = True, format: str = "png") -> bytes:
+    """The picture as a file of this format, with the record in the forms that other tools read."""
+    if format != "png":
+        texts = {"parameters": parameters(record), "xmp": xmp(record), "record": dump(record).decode()}
+        return formats.encode(picture, format, **(texts if embed else {}))
     info = PngImagePlugin.PngInfo()
     if embed:
         info.add_text("parameters", parameters(record))
@@ -277,11 +280,12 @@ def read(path: Path) -> Toml:
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.text.get("k2") if isinstance(image, PngImagePlugin.PngImageFile) else None
+        with Image.open(path, formats=["PNG", "WEBP", "JPEG"]) as image:
+            png = isinstance(image, PngImagePlugin.PngImageFile)
+            text = image.text.get("k2") if png else formats.record_of(image.info)  # type: ignore[attr-defined]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise K2Error(
-            f"{path} is not a PNG that can be read.", hint="Name a picture that k2 made, or its record."
+            f"{path} is not a picture that can be read.", hint="Name a picture that k2 made, or its record."
         ) from None
     if text is not None and len(text) <= LIMIT:
         return Toml(text, path.name)
@@ -402,7 +406,8 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
-    return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption, prompt.creativity), hashes
+    kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
+    return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption, prompt.creativity, kept), hashes
 
 
 def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli import licence, models, records
+from k2cli.formats import SUFFIXES, format_of
 from k2cli.outputs import RUN, Run, dump, undisturbed, write
 from k2cli.project import Project, Shot
 from k2cli.sheet import Entry, contact_sheets
@@ -60,7 +61,7 @@ class Job:
         """Whether an earlier run was stopped between its last picture and its contact sheet."""
         if self.run is None or len(self.shots) < 2 or self.run[SHEET].exists():
             return False
-        return any(self.run[f"{shot.stem}.png"].exists() for shot in self.shots)
+        return any(self.run.picture(shot.stem).exists() for shot in self.shots)
 
     @property
     def title(self) -> str:
@@ -118,12 +119,13 @@ def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, e
     """A picture and its record, or the record alone where an output filter blocked it."""
     if record["blocked"]:
         return run.block(shot.stem, dump(record))
-    return run.save(shot.stem, records.encode(picture.image, record, embed=embed), dump(record))
+    file = records.encode(picture.image, record, embed=embed, format=shot.format)
+    return run.save(shot.stem, file, dump(record), SUFFIXES[shot.format])
 
 
 def sheets(job: Job, run: Run) -> Iterator[bytes]:
     """The contact sheets of a finished run, of all pictures that no filter blocked."""
-    shots = [shot for shot in job.shots if run[f"{shot.stem}.png"].exists()]
+    shots = [shot for shot in job.shots if run.picture(shot.stem).exists()]
     if not shots:
         return iter(())
     toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
@@ -142,7 +144,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",
     ]
     entries = [
-        Entry(run[f"{shot.stem}.png"], shot.row or shot.given, shot.caption or f"seed {shot.spec.seed}")
+        Entry(run.picture(shot.stem), shot.row or shot.given, shot.caption or f"seed {shot.spec.seed}")
         for shot in shots
     ]
     return contact_sheets(
@@ -166,7 +168,7 @@ def plan(job: Job) -> dict[str, Any]:
             "precision": job.precision,
             "offload": job.offload,
         },
-        "picture": [{"file": f"{shot.stem}.png", **records.request(shot, job.project.root)} for shot in job.shots],
+        "picture": [{"file": shot.file, **records.request(shot, job.project.root)} for shot in job.shots],
     }
 
 
@@ -221,8 +223,9 @@ def rerun(
     model = records.locate(record, inside)
     if output is None and home is None:
         raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
-    if output is not None and output.suffix != ".png":
-        raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png.")
+    kept = format_of(output.name if output is not None else file.name) or "png"
+    if output is not None and format_of(output.name) is None:
+        raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
     if output is not None and (output.exists() or output.with_suffix(".toml").exists()):
         raise K2Error(f"{output} exists already.", hint="Choose another name.")
     used = record.model
@@ -231,12 +234,12 @@ def rerun(
     again = records.compose(record.shot, picture, home.root if home else Path.cwd())
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
-    png, text = records.encode(picture.image, again, embed=embed), dump(again)
+    picture_file, text = records.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
-        write({output.with_suffix(".toml"): text, output: png})
+        write({output.with_suffix(".toml"): text, output: picture_file})
     else:
         assert home is not None
         with Run.claim(home.outputs, record.shot.name) as run:
-            path = run.save(record.shot.stem, png, text)
+            path = run.save(record.shot.stem, picture_file, text, SUFFIXES[kept])
     return Saved(path, again), again["pixels"] == record.pixels

@@ -139,7 +139,7 @@ def test_a_changed_record_is_refused(moody, old, new, message):
 def test_what_is_no_picture_is_one_sentence(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
 
-    with pytest.raises(K2Error, match="not a PNG that can be read"):
+    with pytest.raises(K2Error, match="not a picture that can be read"):
         records.read(tmp_path / "x.png")
 
 

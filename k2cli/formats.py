@@ -1,0 +1,73 @@
+"""The files that pictures are kept in, and what each can say of itself.
+
+PNG carries texts. WebP (lossless) and JPEG carry EXIF, whose comment holds the A1111 text, and XMP, which holds the
+record as well where a PNG has a chunk for it.
+"""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import ExifTags, Image
+
+SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
+QUALITY = 95  # of a JPEG
+SEGMENT = 65_000  # bytes that a JPEG has room for in one place
+RECORD = "urn:k2:record"  # the namespace of the record in XMP
+RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file's name stands for; None where it is none of ours."""
+    suffix = "." + name.rpartition(".")[2].lower()
+    return next((each for each, its in SUFFIXES.items() if suffix in (its, f".{each}")), None)
+
+
+def encode(picture: Image.Image, format: str, *, parameters: str = "", xmp: str = "", record: str = "") -> bytes:
+    """A picture as WebP, without loss, or as JPEG; what is empty is left out, and the record where it has no room."""
+    room = SEGMENT if format == "jpeg" else 1 << 30
+    packets = [with_record(xmp, record).encode(), xmp.encode()] if xmp else []
+    more: dict[str, Any] = {}
+    if fitting := [packet for packet in packets if len(packet) <= room]:
+        more["xmp"] = fitting[0]
+    if parameters and len(comment := exif(parameters)) <= room:
+        more["exif"] = comment
+    buffer = io.BytesIO()
+    if format == "webp":
+        picture.save(buffer, "WEBP", lossless=True, exact=True, **more)
+    else:
+        picture.save(buffer, "JPEG", quality=QUALITY, subsampling=0, **more)
+    return buffer.getvalue()
+
+
+def exif(comment: str) -> bytes:
+    """EXIF with a comment, coded as A1111 and those who read it do: UNICODE, big-endian."""
+    table = Image.Exif()
+    table.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment.encode("utf-16-be")
+    return table.tobytes()
+
+
+def with_record(xmp: str, record: str) -> str:
+    """An XMP packet with the record as one more property."""
+    from xml.sax.saxutils import quoteattr
+
+    if not record:
+        return xmp
+    head, _, rest = xmp.partition(' rdf:about=""')
+    return f'{head} rdf:about="" xmlns:k2="{RECORD}" k2:record={quoteattr(record)}{rest}'
+
+
+def record_of(info: Mapping[str, Any]) -> str | None:
+    """The record in the XMP of an opened picture, if it has one."""
+    packet = info.get("xmp")
+    if not isinstance(packet, bytes) or b"<!" in packet:  # declarations, which no packet needs, can blow a parser up
+        return None
+    try:
+        root = ElementTree.fromstring(packet.decode("utf-8").strip("\ufeff\0 \n"))
+    except (ElementTree.ParseError, ValueError):
+        return None
+    found = (each.get(f"{{{RECORD}}}record") for each in root.iter(f"{{{RDF}}}Description"))
+    return next(filter(None, found), None)

@@ -1,0 +1,91 @@
+"""Pictures as WebP and JPEG: what they say of themselves, and the way back from them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+from PIL import ExifTags, Image
+
+from k2cli import formats, origins, records
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("webp", ".webp"), ("jpeg", ".jpg")])
+def test_pictures_say_what_other_tools_look_for(moody, k2, format, suffix):
+    made = k2("render", "--only", "fox", "--format", format).stdout.strip()
+
+    assert made == f"outputs/0001-fox/fox-7{suffix}"
+    with Image.open(made) as image:
+        assert image.format == format.upper()
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        packet = image.info["xmp"].decode()
+        record = tomllib.loads((moody / "outputs/0001-fox/fox-7.toml").read_text())
+        if format == "webp":
+            assert records.pixel_hash(image) == record["pixels"]
+    assert comment[:8] == b"UNICODE\0" and comment[8:].decode("utf-16-be").startswith("a red fox\nSteps: 28,")
+    assert "trainedAlgorithmicMedia" in packet
+    assert records.read(moody / made).table == record
+    found = origins.read(moody / made)
+    assert (found.tool, found.prompt, found.seed) == ("k2", "a red fox", 7)
+
+
+@pytest.mark.parametrize("format", ["webp", "jpeg"])
+def test_a_run_of_them_is_resumed_and_made_again(moody, k2, format, tmp_path):
+    (moody / "k2.toml").write_text(
+        (moody / "k2.toml").read_text().replace("seed = 7", f'seed = 7\nformat = "{format}"')
+    )
+    first, second = k2("render", "--json").stdout.splitlines()
+    folder = moody / "outputs" / "0001-fox-and-1-more"
+    assert (folder / "sheet.png").exists()
+    second = json.loads(second)["file"]
+    (moody / second).unlink()
+    (folder / "sheet.png").unlink()
+
+    assert k2("render", "--resume").stdout == f"{second}\n" and (folder / "sheet.png").exists()
+    assert "every picture of the run is there" in k2("render", "--resume").stderr
+    again = k2("rerun", json.loads(first)["file"])
+    assert "Identical" in again.stderr and again.stdout.strip().endswith(second[-4:])
+    moved = tmp_path / f"moved{second[second.rindex('.') :]}"
+    (moody / second).rename(moved)
+    assert "Identical" in k2("rerun", moved, "--output", tmp_path / "again.png").stderr
+    assert len(k2("log").stdout.splitlines()) == 2  # the one that is left, and the rerun
+    assert json.loads(k2("gallery", "--json").stdout)["pictures"] == 2
+
+
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_a_private_picture_says_nothing(moody, k2, format):
+    made = k2("render", "--only", "fox", "--format", format, "--no-embed").stdout.strip()
+
+    with Image.open(made) as image:
+        assert not image.getexif() and not {"xmp", "exif", "comment", "parameters", "k2"} & set(image.info)
+    assert "fox" not in (moody / made).read_bytes().decode("latin-1")
+
+
+def test_a_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
+    prompt = "fox " * 20_000
+    made = moody / k2("render", "--format", "jpeg", "-", input=prompt).stdout.strip()
+
+    with Image.open(made) as image:
+        assert formats.record_of(image.info) is None
+    assert "Identical" in k2("rerun", made).stderr
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        b"<x",
+        b"\xff\xfe",
+        b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><x>&b;</x>',
+        b"<x xmlns:k2='urn:k2:record' k2:record='not where it belongs'/>",
+    ],
+)
+def test_a_packet_of_somebody_else_is_no_record(packet):
+    assert formats.record_of({"xmp": packet}) is None
+
+
+def test_unknown_kinds_are_refused(moody, k2):
+    assert 'Did you mean "webp"?' in k2("render", "--format", "wepb", code=1).stderr
+    made = k2("render", "--only", "fox").stdout.strip()
+    assert ".png, .webp or .jpg" in k2("rerun", made, "-o", "x.gif", code=1).stderr
