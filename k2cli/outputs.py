@@ -88,7 +88,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self.made and not any(self.folder.glob(f"*{end}") for end in (*PICTURES, BLOCKED)):
+        if (
+            kind is not None
+            and self.made
+            and not any(made for end in (*PICTURES, BLOCKED) for made in self.folder.glob(f"*{end}"))
+        ):
             with suppress(OSError):
                 (self.folder / RUN).unlink(missing_ok=True)
                 for folder in reversed(self.made):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import hypothesis
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -21,6 +22,9 @@ from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
 SIDE = 64
+
+hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("k2")
 
 
 class FakePipeline:
