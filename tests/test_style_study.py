@@ -69,12 +69,16 @@ class Painter:
     hears: float = 1.0
     copies: bool = False
     exact: bool = True
+    painted: int = 0
+    plan = SimpleNamespace(dtype="float32")
+    _hashes = SimpleNamespace(by_name=lambda: {"mini-raw.safetensors": "1"})
 
     def stream(self, specs):
         yield from self.render(specs)
 
     def render(self, specs: list[RenderSpec]) -> list[Picture]:
         made = []
+        self.painted += len(specs)
         for spec in specs:
             middle = colour(spec.prompt.split(" ", 1)[1])
             rim = colour(spec.seed) if self.hears < 1 else np.full(3, 128.0)
@@ -166,6 +170,15 @@ def test_a_copier_leaks_and_loses_the_subject(study):
     assert found["leakage"]["value"] == 1 and found["content_kept"]["value"] == 0
 
 
+def test_a_picture_is_painted_once_in_one_run_or_two(study):
+    first, second = Painter(), Painter()
+
+    found = style_study.agreement(study(first, 40), ["tokens"])
+    again = style_study.agreement(study(second, 40), ["tokens"])
+
+    assert (first.painted, second.painted) == (80, 0) and again == found
+
+
 def test_bits_that_differ_are_found(study):
     found = style_study.exact(study(Painter(exact=False), 9), ["tokens"])["tokens"]
 
@@ -178,8 +191,6 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     class Loaded(Painter):
         variant = "raw"
         recommended = {"guidance": 2.5}  # noqa: RUF012
-        plan = SimpleNamespace(dtype="float32")
-        _hashes = type("", (), {"by_name": staticmethod(lambda: {"mini-raw.safetensors": "1"})})
 
         @cached_property
         def resolve(self):

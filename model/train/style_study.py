@@ -11,13 +11,15 @@ mixing     likeness to both looks on the way from one to the other
 exact      strength 0 and any order of the styles: the same bits
 strips     pictures of both ways, for the eye
 
-Each figure is written to OUT as TOML when it is done, and all that are there as a table, `figures.md`. A likeness is
-the cosine between the judge's style embedding of a picture and the mean of real pictures in the look.
+Each figure is written to OUT as TOML when it is done, and all that are there as a table, `figures.md`; what the judge
+saw of each picture is kept there too, so that a run goes on where it stood. A likeness is the cosine between the
+judge's style embedding of a picture and the mean of real pictures in the look.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -145,6 +147,10 @@ def difference(x: Floats, y: Floats) -> float:
 # ---- seeing ---------------------------------------------------------------------------------------------------------
 
 
+KEPT = ("key", "subject", "style")
+AT_ONCE = 32  # pictures between two savings
+
+
 class Seen(NamedTuple):
     """What the judge makes of one picture: unit embeddings."""
 
@@ -162,8 +168,11 @@ class Study:
         self.looks = choose_looks(catalog)
         self.trials = draw_trials(catalog, self.looks, count)
         self.prototypes = self.see_looks()  # [looks, 48]
-        self.seen: dict[RenderSpec, Seen] = {}
-        self.rendered = 0
+        self.seen: dict[str, Seen] = {}  # by `key`
+        self.about = repr((pipeline._hashes.by_name(), pipeline.plan.dtype))
+        if (kept := folder / "seen.npz").exists():
+            with np.load(kept) as file:
+                self.seen = {k: Seen(*pair) for k, *pair in zip(*(file[n] for n in KEPT), strict=True)}
 
     @torch.inference_mode()
     def look_at(self, pictures: Sequence[NDArray[np.uint8]]) -> list[Seen]:
@@ -204,18 +213,27 @@ class Study:
         )
         return RenderSpec(trial.prompt, seed=trial.seed, steps=self.steps, styles=styles, **(how if styles else {}))
 
+    def key(self, spec: RenderSpec) -> str:
+        """Of a picture: its spec and the weights that it is made by."""
+        return hashlib.sha256(f"{self.about}{spec}".encode()).hexdigest()
+
     def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
         """Each spec's picture as the judge sees it; rendered when first asked for."""
-        new = list(dict.fromkeys(spec for spec in specs if spec not in self.seen))
+        new = [spec for spec in dict.fromkeys(specs) if self.key(spec) not in self.seen]
         started = time.monotonic()
-        for start in range(0, len(new), 64):
-            part = new[start : start + 64]
+        for start in range(0, len(new), AT_ONCE):
+            part = new[start : start + AT_ONCE]
             pictures = [np.asarray(picture.image.convert("RGB")) for picture in self.pipeline.stream(part)]
-            self.seen |= zip(part, self.look_at(pictures), strict=True)
-            self.rendered += len(part)
+            self.seen |= zip(map(self.key, part), self.look_at(pictures), strict=True)
+            self.keep()
             done = start + len(part)
             print(f"  {done} of {len(new)}, {(time.monotonic() - started) / done:.2f} s each", flush=True)
-        return [self.seen[spec] for spec in specs]
+        return [self.seen[self.key(spec)] for spec in specs]
+
+    def keep(self) -> None:
+        draft = self.folder / "seen.draft.npz"
+        np.savez(draft, **dict(zip(KEPT, (list(self.seen), *zip(*self.seen.values(), strict=True)), strict=True)))
+        draft.replace(self.folder / "seen.npz")
 
     def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
         """Of each picture to its look, [n]."""
