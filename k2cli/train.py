@@ -57,13 +57,17 @@ def train(
         licence.require_for(chosen.model, chosen.variant)
 
     from model.parts import pick_device
+    from model.train import parallel
 
-    report = (lambda line: None) if quiet else say
+    place = parallel.join(str(pick_device(device)))
+    report = (lambda line: None) if quiet or not parallel.world().leads else say
     try:
-        run = recipes.module(chosen.stage, recipe).main(chosen, str(pick_device(device)), report)
+        run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
         say(f"Interrupted; what was saved stays. Go on with: k2 train {recipe}")
         raise typer.Exit(130) from None
+    if not parallel.world().leads:
+        return
     result(near(run.result))
     if chosen.stage == "lora" and not quiet:
         say("Copy it into a project, and give a style of it these lines:", "dim")

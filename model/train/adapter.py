@@ -278,6 +278,8 @@ class Run(loop.Run):
 
     def finish(self) -> None:
         """Write the averaged adapter."""
+        if not self.world.leads:
+            return
         about = {
             "kind": "lora",
             "triggers": [self.stage.recipe.trigger] if self.stage.recipe.trigger else [],

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import time
 from collections import defaultdict
@@ -27,10 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.checkpoint import read
+from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
 from model.plan import native_bf16
+from model.train import parallel
 from model.train.journal import Journal
 from model.train.optim import Muon, split_parameters, warmup_stable_decay
+from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
 
 RUNS = Path(".runs")
@@ -47,6 +51,7 @@ class Stage:
     recipe: Recipe
     model: nn.Module
     data: str = ""  # hash of the data set's manifest, for the record
+    entry: tuple[str, ...] = ()  # methods of the model, all that `loss` calls: then several processes can share it out
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """What one part of a step learns from: a pure function of the recipe, the step and the part."""
@@ -77,20 +82,25 @@ class Run:
 
     def __init__(self, stage: Stage, folder: Path, device: str = "cpu"):
         self.stage, self.recipe, self.folder = stage, stage.recipe, folder
-        self.device = torch.device(device)
+        self.device, self.world = torch.device(device), parallel.world()
+        self.parts = self.world.parts(self.recipe.accumulate)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = stage.model.to(self.device)
+        state = newest_state(self.folder)
+        if self.recipe.init and state is None:
+            start(self.model, parent(self.recipe.init, self.folder.parent), self.recipe.fresh)
+        self.sharded = self.world.size > 1 and bool(stage.entry)
+        if self.sharded:
+            units = [m for m in self.model.modules() if isinstance(m, SingleStreamBlock | TextBlock)]
+            parallel.shard(self.model, units, stage.entry, self.device)
         self.optimisers = self._optimisers()
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.figures: dict[str, float] = {}
         self.changed: list[str] = []  # what the recipe says otherwise than when the run was saved
         self.bf16 = native_bf16(self.device)
-        if (self.folder / "state.safetensors").exists():
-            self.load(self.folder / "state.safetensors")
-        elif self.recipe.init:
-            start(self.model, parent(self.recipe.init, self.folder.parent), self.recipe.fresh)
-            self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if state is not None:
+            self.load(state)
 
     def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
         recipe, rate = self.recipe, self.stage.rate
@@ -130,7 +140,7 @@ class Run:
         return self.progress >= self.recipe.total
 
     def advance(self, *batches: Batch) -> dict[str, float]:
-        """One step of the optimisers, from the mean gradient of its parts."""
+        """One step of the optimisers, from the mean gradient of its parts; `batches` are those of this process."""
         recipe = self.recipe
         factor = min(1.0, (self.step + 1) / recipe.warmup_steps) * warmup_stable_decay(
             self.progress, recipe.total, warmup=0, decay=recipe.decay
@@ -142,7 +152,9 @@ class Run:
             (loss / len(batches)).backward()
             rows.append({"loss": float(loss.detach())} | {key: float(value) for key, value in figures.items()})
         trained = [param for param in self.model.parameters() if param.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trained, recipe.clip)
+        if self.world.size > 1 and not self.sharded:
+            parallel.average_gradients(trained)
+        norm = parallel.whole(nn.utils.clip_grad_norm_(trained, recipe.clip))
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -151,23 +163,38 @@ class Run:
         self.step += 1
         decay = min(recipe.average, (self.step + 1) / (self.step + 20))
         floats = [(self.ema[k], v) for k, v in self.model.state_dict().items() if v.is_floating_point()]
-        torch._foreach_lerp_([mean for mean, _ in floats], [value for _, value in floats], 1 - decay)
-        row = mean_of(rows) | {"norm": float(norm), "lr": factor * recipe.lr}
+        torch._foreach_lerp_([local(mean) for mean, _ in floats], [local(value) for _, value in floats], 1 - decay)
+        row = mean_of(self.world.gather(rows)) | {"norm": float(norm), "lr": factor * recipe.lr}
         return row | dict(self.stage.after(self.step))
 
-    def save(self) -> None:
-        """The whole state, replaced in one move."""
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that a run goes on from, by the names that they are saved under."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for name, optimiser in self.optimisers.items():
             for index, state in optimiser.state_dict()["state"].items():
                 tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def save(self, *, last: bool = False) -> None:
+        """The whole state, replaced in one move; while several processes train, each writes its own part of it."""
         place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe)}
-        write(self.folder, tensors, place, self.record())
+        if self.sharded and not last:
+            parallel.save(self.folder, self.state(), place, self.record())
+            return
+        tensors = parallel.collect(self.state())
+        if self.world.leads:
+            write(self.folder, tensors, place, self.record())
+            for old in parallel.saved(self.folder):
+                shutil.rmtree(old)
+        self.world.wait()
 
     def load(self, path: Path) -> None:
-        """Back to where `save` was called, to the last bit."""
-        place, tensors = place_of(path), load_file(path, str(self.device))
+        """Back to where `save` was called; to the last bit where as many processes go on as were there."""
+        if path.is_dir():
+            place, tensors = parallel.place_of(path), parallel.load(path, self._room)
+        else:
+            place, tensors = place_of(path), load_file(path, str(self.device))
         self.step, self.seconds = place["step"], place["seconds"]
         now = asdict(self.recipe)
         self.changed = [
@@ -175,15 +202,25 @@ class Run:
             for key, old in place["recipe"].items()
             if key in now and (list(now[key]) if isinstance(now[key], tuple) else now[key]) != old
         ]
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.ema = {name: tensors[f"ema.{name}"] for name in self.ema}
+        weights = self.model.state_dict()
+        self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
+        self.ema = {name: as_sharded(tensors[f"ema.{name}"], like) for name, like in weights.items()}
         for name, optimiser in self.optimisers.items():
             states: dict[int, dict[str, Tensor]] = defaultdict(dict)
             for key, value in tensors.items():
                 if key.startswith(f"{name}."):
                     _, index, slot = key.split(".")
-                    states[int(index)][slot] = value
+                    param = params_of(optimiser)[int(index)]
+                    states[int(index)][slot] = as_sharded(value, param) if value.shape == param.shape else value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
+
+    def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Where a tensor of a saved state is to be read into."""
+        kind, _, rest = name.partition(".")
+        if kind in ("model", "ema"):
+            return torch.empty_like(self.model.state_dict()[rest])
+        param = params_of(self.optimisers[kind])[int(rest.partition(".")[0])]
+        return torch.empty_like(param) if param.shape == shape else torch.empty(shape, dtype=dtype)
 
     def snapshot(self) -> None:
         """Keep the weights of this step, and of as many before as the recipe says."""
@@ -192,7 +229,10 @@ class Run:
         if not (recipe.keep and recipe.keep_every and stable) or self.step % recipe.keep_every:
             return
         path = self.folder / f"snapshot-{self.step:07d}.safetensors"
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, path.with_suffix(".draft"))
+        weights = parallel.collect(self.model.state_dict())
+        if not self.world.leads:
+            return
+        save_file({k: v.contiguous() for k, v in weights.items()}, path.with_suffix(".draft"))
         path.with_suffix(".draft").replace(path)
         for old in snapshots(self.folder)[: -recipe.keep]:
             old.unlink()
@@ -206,6 +246,7 @@ class Run:
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "bf16": self.bf16,
+            "processes": self.world.size,
             "steps": self.step,
             "pictures": self.step * self.recipe.accumulate * self.stage.pictures(),
             "seconds": round(self.seconds, 1),
@@ -215,8 +256,9 @@ class Run:
 
 def train(run: Run, report: Report = print) -> Run:
     """Take a run to its end, from where it stands; `report` gets a line now and then."""
-    recipe, stage = run.recipe, run.stage
-    journal = Journal(run.folder / "log.csv", run.step)
+    recipe, stage, here = run.recipe, run.stage, run.world
+    journal = Journal(run.folder / "log.csv", run.step) if here.leads else None
+    report = report if here.leads else lambda line: None
     if run.changed:
         report(f"{recipe.name} goes on with other settings than before: {', '.join(run.changed)}")
     if max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
@@ -225,20 +267,23 @@ def train(run: Run, report: Report = print) -> Run:
     before, first = run.seconds, run.step
     window: list[dict[str, float]] = []
     while not run.done:
-        window.append(run.advance(*(stage.batch(run.step, part) for part in range(recipe.accumulate))))
-        run.seconds = before + time.monotonic() - started
+        window.append(run.advance(*(stage.batch(run.step, part) for part in run.parts)))
+        run.seconds = here.agree(before + time.monotonic() - started)
         run.snapshot()
         if run.step % recipe.every == 0:
             run.figures = {key: round(value, 4) for key, value in mean_of(window).items()}
             window = []
-            journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
+            if journal:
+                journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
             report(line(run, first, before))
-            if time.monotonic() - last_save > SAVE_EVERY:
+            if here.agree(time.monotonic() - last_save) > SAVE_EVERY:
                 run.save()
-                journal.draw()
+                if journal:
+                    journal.draw()
                 last_save = time.monotonic()
-    run.save()
-    journal.draw()
+    run.save(last=True)
+    if journal:
+        journal.draw()
     return run
 
 
@@ -268,6 +313,19 @@ def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], recor
     metadata = {"place": json.dumps(place), "record": json.dumps(record)}
     save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
     draft.replace(folder / "state.safetensors")
+
+
+def newest_state(folder: Path) -> Path | None:
+    """What a run goes on from: the whole state of one process or the parts of several, whichever is further."""
+    file = folder / "state.safetensors"
+    found = [(place_of(file)["step"], file)] if file.exists() else []
+    found += [(parallel.place_of(path)["step"], path) for path in parallel.saved(folder)[-1:]]
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """Its parameters, in the order of its state dict's numbers."""
+    return [param for group in optimiser.param_groups for param in group["params"]]
 
 
 def place_of(path: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model.plan import native_bf16
+from model.train.parallel import local, spread
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -51,19 +53,24 @@ class Muon(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
-                momentum.lerp_(param.grad, 1 - group["momentum"])
-                ahead = param.grad.lerp(momentum, group["momentum"])  # Nesterov
+                gradient = local(param.grad)
+                momentum = local(self.state[param].setdefault("momentum", torch.zeros_like(param)))
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov
                 by_shape[param.shape].append((param, ahead))
-            for shape, pairs in by_shape.items():
-                stacked = torch.stack([ahead for _, ahead in pairs])
+
+            def work(stacked: Tensor, steps: int = group["steps"]) -> Tensor:
                 if native_bf16(stacked.device):
                     stacked = stacked.bfloat16()
-                updates = orthogonalise(stacked, group["steps"]).float()
+                return orthogonalise(stacked, steps).float()
+
+            for shape, pairs in by_shape.items():
+                aheads, sharded = [ahead for _, ahead in pairs], isinstance(pairs[0][0], DTensor)
+                updates = spread(aheads, shape[0], work) if sharded else work(torch.stack(aheads))
                 scale = 0.2 * max(shape) ** 0.5
                 for (param, _), update in zip(pairs, updates, strict=True):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.add_(update, alpha=-group["lr"] * scale)
+                    local(param).mul_(1 - group["lr"] * group["weight_decay"])
+                    local(param).add_(update, alpha=-group["lr"] * scale)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -104,6 +104,9 @@ class TrainingSet:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
         with_reference = rng.random() < recipe.references
+        if recipe.accumulate > 1:  # parts may lie on several processes, which must agree on what takes part
+            shared = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "references"))
+            with_reference = shared.random() < recipe.references
         form = str(rng.choice(("short", "medium", "long"), p=recipe.forms))
         null = rng.random(recipe.batch) < recipe.null
         captions = []
@@ -207,6 +210,8 @@ def fingerprint(catalog: Catalog) -> str:
 
 class Pretraining(loop.Stage):
     """The stage: all of the trainee learns, from the train split."""
+
+    entry = ("losses",)
 
     def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None, device: str = "cpu"):
         torch.manual_seed(recipe.seed)

@@ -1,0 +1,220 @@
+"""Training on several processes: who takes what, shards by FSDP2, checkpoints that any number of processes can read.
+
+`torchrun --nproc-per-node N --no-python k2 train RECIPE`. A step has `accumulate` parts, each a pure function of the
+recipe, the step and the part; process r of N takes the parts r, r + N, … So the recipe's batch, down to its noise, is
+the same whatever N is, as long as N divides `accumulate`. Where a stage says how (`Stage.entry`), parameters,
+gradients, averages and the optimisers' states are sharded; else each process holds all of them, and gradients are
+averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model.errors import K2Error
+
+PLACE = "place.json"  # written last: a saved state without it is not whole
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, as one of them sees them."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this process that writes and reports."""
+        return self.rank == 0
+
+    def parts(self, count: int) -> range:
+        """The parts of a step that are this process's. Raises K2Error where they cannot be dealt out evenly."""
+        if count % self.size:
+            raise K2Error(
+                f"{count} parts of a step cannot be dealt out to {self.size} processes.",
+                hint=f"Set the recipe's accumulate to a multiple of {self.size}.",
+            )
+        return range(self.rank, count, self.size)
+
+    def gather(self, own: list[Any]) -> list[Any]:
+        """Everybody's items, of each process the first, then of each the second, as one process would have had them."""
+        if self.size == 1:
+            return own
+        every: list[list[Any]] = [[]] * self.size
+        dist.all_gather_object(every, own)
+        return [item for row in zip(*every, strict=True) for item in row]
+
+    def agree(self, value: float) -> float:
+        """The leader's value: clocks differ, and whoever stops alone leaves the others waiting."""
+        if self.size == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told)
+        return told[0]
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def world() -> World:
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+def join(device: str) -> str:
+    """Meet the others that torchrun started, if it did -> this process's own device of the kind."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    kind = torch.device(device).type
+    if kind == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device
+
+
+# ---- sharding ---------------------------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], device: torch.device) -> None:
+    """Give every process its share of each parameter: of a unit's where it is called, of the others by `methods`.
+
+    units    modules that are gathered one by one while they work
+    methods  of the model, through which a stage calls it
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if device.type == "cuda":  # fp32 masters travel as the bf16 that autocast would make of them
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share, as a view; all of a tensor that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of many tensors, one after the other, in the leader's main memory; the others keep none."""
+    leads, found = world().leads, {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if leads:
+            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return found
+
+
+def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as another is."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def average_gradients(params: Sequence[Tensor]) -> None:
+    """Of parameters that every process holds whole; those that no process used stay without."""
+    used = torch.tensor([param.grad is not None for param in params], dtype=torch.int32, device=params[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    chosen = [param for param, mark in zip(params, used.tolist(), strict=True) if mark]
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in chosen])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for param, part in zip(chosen, flat.split([param.numel() for param in chosen]), strict=True):
+        param.grad = part.view_as(param).clone()
+
+
+def spread(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Work that needs whole matrices of one shape, each done by one process.
+
+    shards   of each matrix this process's rows, [r, n]; rows are split as `torch.chunk` splits them
+    rows     of a whole matrix
+    work     [1, rows, n] -> the same shape
+    returns  this process's rows of every result
+    """
+    here, columns = world(), shards[0].shape[1]
+    most = -(-rows // here.size)
+    shares = [max(0, min(most, rows - most * rank)) * columns for rank in range(here.size)]
+    results: list[Tensor] = []
+    for start in range(0, len(shards), here.size):
+        group = shards[start : start + here.size]
+        mine = here.rank < len(group)
+        out = [shares[here.rank]] * len(group) + [0] * (here.size - len(group))
+        back = shares if mine else [0] * here.size
+        matrix = shards[0].new_empty(sum(back))
+        dist.all_to_all_single(matrix, torch.cat([each.flatten() for each in group]), back, out)
+        done = work(matrix.view(1, rows, columns)).flatten() if mine else matrix
+        own = done.new_empty(sum(out))
+        dist.all_to_all_single(own, done.contiguous(), out, back)
+        results += [each.view(-1, columns) for each in own.split(out[: len(group)])]
+    return results
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
+    """Each process writes its shares into `folder/state-STEP`; older states go once this one is whole."""
+    import torch.distributed.checkpoint as dcp
+
+    here, target = world(), folder / f"state-{place['step']:08d}"
+    if here.leads and target.exists():
+        shutil.rmtree(target)
+    here.wait()
+    dcp.save(dict(tensors), checkpoint_id=target)
+    if here.leads:
+        (target / PLACE).write_text(json.dumps({"place": place, "record": record}))
+        for old in saved(folder):
+            if old != target:
+                shutil.rmtree(old)
+    here.wait()
+
+
+def saved(folder: Path) -> list[Path]:
+    """The sharded states of a run's folder, the oldest first; broken ones are left out."""
+    return sorted(path for path in folder.glob("state-*") if (path / PLACE).is_file())
+
+
+def place_of(state: Path) -> dict[str, Any]:
+    return json.loads((state / PLACE).read_text())["place"]
+
+
+def load(state: Path, room: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
+    """A sharded state, by however many processes it was written and by however many it is read.
+
+    room: a tensor's name, whole shape and dtype -> what it is to be read into, sharded or not
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(state)
+    tensors = {
+        name: room(name, about.size, about.properties.dtype)
+        for name, about in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader)
+    return tensors

@@ -1,0 +1,102 @@
+"""Several processes train as one does, and each reads what the others wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import together
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from model.errors import K2Error
+from model.train import loop, optim, parallel
+from model.train.parallel import World
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+STEPS = 20
+
+
+def torchrun(*arguments: object, processes: int = 2) -> None:
+    """Run `together.py` on some processes of this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    script = Path(together.__file__)
+    paths = os.pathsep.join([str(script.parent), str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, str(script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """`together.run` sets these for its own process, which here is everybody's."""
+    for module in (loop, optim):
+        monkeypatch.setattr(module, "native_bf16", module.native_bf16)
+
+
+@pytest.fixture(scope="module", params=["sharded", "whole"])
+def both(request, tmp_path_factory) -> tuple[str, Path, dict]:
+    """(kind of stage, the folder of a run by two processes, what they found)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torchrun(folder, request.param, STEPS)
+    return request.param, folder, json.loads((folder / "losses.json").read_text())
+
+
+def test_two_processes_lose_as_much_as_one(both, tmp_path):
+    """20 steps of AdamW and Muon with the same global batch, to 1e-5."""
+    kind, _, found = both
+    alone = together.run(kind, tmp_path)
+    expected = together.losses(alone, STEPS)
+
+    assert found["losses"] == pytest.approx(expected, abs=1e-5)
+    assert min(expected) < 0.95 * expected[0]  # it did learn: equal is not idle
+    if kind == "sharded":
+        numbers = sum(param.numel() for param in alone.model.parameters())
+        assert found["held"] < 0.6 * numbers  # of each parameter one of two processes holds half
+
+
+def test_one_process_goes_on_where_two_stopped(both, tmp_path):
+    """From the state that two wrote half way: every further loss is theirs, and so is all that is saved in the end."""
+    kind, folder, found = both
+    for saved in (*folder.glob("state-*"), *folder.glob("state.safetensors")):
+        (shutil.copytree if saved.is_dir() else shutil.copy)(saved, tmp_path / saved.name)
+    assert bool(parallel.saved(tmp_path)) == (kind == "sharded")
+
+    alone = together.run(kind, tmp_path)
+
+    assert alone.step == STEPS // 2 and not alone.changed
+    assert together.losses(alone, STEPS) == pytest.approx(found["losses"][STEPS // 2 :], abs=1e-5)
+    alone.save(last=True)
+    assert not parallel.saved(tmp_path)
+    state = load_file(tmp_path / "state.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    assert together.run(kind, tmp_path).step == STEPS
+
+
+def test_a_state_that_is_not_whole_is_left_alone(tmp_path):
+    (tmp_path / "state-00000010").mkdir()
+    assert parallel.saved(tmp_path) == [] and loop.newest_state(tmp_path) is None
+
+
+def test_parts_are_dealt_out_evenly():
+    assert [list(World(rank, 2).parts(4)) for rank in range(2)] == [[0, 2], [1, 3]]
+    assert list(World().parts(3)) == [0, 1, 2]
+    with pytest.raises(K2Error, match="3 parts") as error:
+        World(0, 2).parts(3)
+    assert "accumulate" in error.value.hint
+
+
+def test_without_torchrun_nothing_is_joined(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parallel.join("cpu") == "cpu" and parallel.world() == World()
