@@ -29,8 +29,9 @@ from model.parts import sha256
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter, loop
-from model.train.adapter import Adapting, Halves, Material, Recipe, main, pad, recompute, stratified, write
+from model.train.adapter import Adapting, Halves, Material, Recipe, main, pad, stratified, write
 from model.train.pictures import Captioned, encode, read_folder, words_of
+from model.train.pretrain import recompute
 
 RECIPE = Recipe(name="dusk", pictures="pictures", model="tiny", steps=8, rank=4, batch=4, every=4, lr=1e-2)
 

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "style.py": [],
     "gpu.py": [],
     "products.py": [],
+    "modulation.py": ["--seeds", "2"],
     "true_size.py": ["scratch", "--stored", "int8"],
 }
 

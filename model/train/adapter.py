@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model import library
 from model.checkpoint import save
@@ -41,6 +40,7 @@ from model.train import loop
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
+from model.train.pretrain import recompute
 
 LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
     "attention": lambda name: name.startswith("blocks.") and ".attn." in name,
@@ -192,13 +192,6 @@ def freeze(network: Krea2) -> Krea2:
         if isinstance(layer, EightBitLinear):
             layer.exact = True
     return network.requires_grad_(False).eval()
-
-
-def recompute(network: Krea2) -> None:
-    """Keep each block's input only, and work the block out again on the way back: a third more work, for memory that
-    grows with one block instead of all."""
-    for block in network.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def weight_bytes(network: nn.Module) -> int:

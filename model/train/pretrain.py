@@ -10,6 +10,7 @@ import argparse
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
@@ -51,6 +53,7 @@ class Recipe(loop.Recipe):
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
+    recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
     products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
 
     @property
@@ -203,6 +206,13 @@ def compile_blocks(*networks: Krea2) -> None:
             block.compile(dynamic=False)
 
 
+def recompute(dit: Krea2) -> None:
+    """Keep each block's input only, and work the block out again on the way back: a third more work, for memory that
+    grows with one block instead of all."""
+    for block in dit.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def fingerprint(catalog: Catalog) -> str:
     """The hash of the data set's manifest."""
     return hashlib.sha256((catalog.folder / "manifest.toml").read_bytes()).hexdigest()
@@ -218,6 +228,8 @@ class Pretraining(loop.Stage):
         self.recipe: Recipe = recipe
         self.model: Trainee = Trainee(recipe.config, looks)
         convert(self.model.dit.blocks, parse(recipe.products, device))
+        if recipe.recompute:
+            recompute(self.model.dit)
         self.set = data
         if data is not None:
             self.data = fingerprint(data.catalog)
