@@ -1,0 +1,153 @@
+"""What ten pictures teach a LoRA, by the evaluation judge: `python -m model.train.adapter_study JUDGE OUT`.
+
+The pictures are real ones of a look that neither generator nor judge was trained on, captioned by their subject alone.
+Prompts name subjects that are not among them. Three ways to paint each prompt, same seeds: as it is, with the trigger's
+words alone, with the words and the LoRA. A likeness is the cosine between the judge's style embedding of a picture and
+the mean of other real pictures in the look; intervals are 95 %, by bootstrap over prompts. Writes `adapter.toml` and
+`adapter.png`: a row a way, real pictures last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.pipeline import Pipeline
+from model.spec import Lora, RenderSpec
+from model.train import adapter
+from model.train.data import DATA, Catalog, Item, article
+from model.train.encode import resize, to_tensor
+from model.train.evaluate import candidates, retrieval
+from model.train.judge import SIZE, Judge
+from model.train.looks import Look
+from model.train.style_study import PROTOTYPE, choose_looks, difference, figure, mean, stands_for_its_look
+
+TRIGGER = "dusk style"  # words that mean no look of the data set
+PICTURES = 10
+
+
+def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
+    """Write ten pictures of a look with their captions, each of another subject -> the subjects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = set(candidates(catalog, len(catalog.subjects)))
+    items: dict[str, Item] = {}
+    for item in catalog.items("styles"):
+        if item.look == look and not stands_for_its_look(item) and item.pair.subject in known:
+            items.setdefault(item.pair.subject, item)
+    chosen = list(items.items())[:PICTURES]
+    for subject, item in chosen:
+        stem = folder / subject.replace(" ", "-")
+        Image.fromarray(catalog.picture(item)).save(stem.with_suffix(".png"))
+        stem.with_suffix(".txt").write_text(f"{article(subject)}{subject}")
+    return [subject for subject, _ in chosen]
+
+
+@torch.inference_mode()
+def styles_of(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Unit style embeddings [P, 48]."""
+    parts = [judge(to_tensor(list(pictures[i : i + 64]), SIZE))[1] for i in range(0, len(pictures), 64)]
+    return torch.cat(parts).numpy()
+
+
+def centre(judge: Judge, catalog: Catalog, look: Look) -> NDArray[np.float32]:
+    """What stands for a look: the mean of real pictures that taught nothing, of unit length."""
+    items = [item for item in catalog.items("styles") if item.look == look and stands_for_its_look(item)][:PROTOTYPE]
+    whole = styles_of(judge, [catalog.picture(item) for item in items]).mean(0)
+    return whole / np.linalg.norm(whole)
+
+
+def study(
+    judge: Judge, catalog: Catalog, folder: Path, recipe: adapter.Recipe, *, which: int, count: int, steps: int | None
+) -> dict[str, Any]:
+    """Teach, paint, judge -> figures. `which` of the held-out looks, `count` prompts, sampling `steps`."""
+    looks = choose_looks(catalog)
+    look = looks[which]
+    taught = teach(catalog, look, folder / "pictures")
+    started = time.monotonic()
+    run = adapter.main(replace(recipe, pictures=str(folder / "pictures"), trigger=TRIGGER), "cpu")
+    seconds = time.monotonic() - started
+
+    among = candidates(catalog)
+    subjects = [subject for subject in among if subject not in taught][:count]
+    plain = [
+        RenderSpec(f"{article(subject)}{subject}", seed=500 + i, steps=steps) for i, subject in enumerate(subjects)
+    ]
+    said = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
+    ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=(Lora(run.result),)) for spec in said]}
+    pipeline = Pipeline.load(recipe.model, device="cpu")
+    real = [item for item in catalog.items("styles") if item.look == look and not stands_for_its_look(item)]
+    pictures = {
+        name: [np.asarray(p.image.convert("RGB")) for p in pipeline.render(specs)] for name, specs in ways.items()
+    } | {"real": [catalog.picture(item) for item in real if item.pair.subject not in taught][:count]}
+
+    centres = np.stack([centre(judge, catalog, each) for each in looks])
+    likeness = {name: styles_of(judge, made) @ centres.T for name, made in pictures.items()}
+    to_look = {name: values[:, which] for name, values in likeness.items()}
+    nearest = {name: (values.argmax(1) == which).astype(float) for name, values in likeness.items()}
+    told = {name: retrieval(judge, pictures[name], subjects, among).astype(float) for name in ways}
+    rows: list[tuple[str, Callable[..., float], tuple[NDArray[Any], ...]]] = [
+        *((f"likeness, {name}", mean, (values,)) for name, values in to_look.items()),
+        ("likeness, lora − plain", difference, (to_look["lora"], to_look["plain"])),
+        ("likeness, lora − words", difference, (to_look["lora"], to_look["words"])),
+        *((f"look is the nearest of {len(looks)}, {name}", mean, (values,)) for name, values in nearest.items()),
+        *((f"subject is the nearest of {len(among)}, {name}", mean, (values,)) for name, values in told.items()),
+    ]
+    sheet(folder / "adapter.png", list(pictures.values()))
+    return {
+        "look": asdict(look),
+        "taught": taught,
+        "prompts": len(subjects),
+        "steps": run.step,
+        "seconds": round(seconds, 1),
+        "loss": run.figures.get("loss", float("nan")),
+        "figure": [{"name": name} | figure(statistic, *columns) for name, statistic, columns in rows],
+    }
+
+
+def sheet(path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], most: int = 12) -> None:
+    """Rows of pictures as one picture, as many of each as the shortest has."""
+    shown = min(most, *map(len, rows))
+    Image.fromarray(np.concatenate([np.concatenate([resize(p, 128) for p in row[:shown]], 1) for row in rows])).save(
+        path
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--look", type=int, default=0, help="which of the held-out looks")
+    parser.add_argument("--steps", type=int, default=150, help="of training")
+    parser.add_argument("--sampling", type=int, help="steps of sampling; the model's own if left out")
+    parser.add_argument("--count", type=int, default=40, help="prompts")
+    options = parser.parse_args()
+    recipe = adapter.Recipe(
+        name=f"study-{options.look}", pictures="", model=options.model, steps=options.steps, batch=8
+    )  # fmt: skip
+    found = study(
+        Judge.load(options.judge),
+        Catalog(DATA),
+        options.out,
+        recipe,
+        which=options.look,
+        count=options.count,
+        steps=options.sampling,
+    )
+    (options.out / "adapter.toml").write_text(tomli_w.dumps(found))
+    for row in found["figure"]:
+        print(f"{row['name']:<36}{row['value']:>8.3f}  ({row['low']:.3f} … {row['high']:.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The study of LoRA training, from end to end on a toy: who is shown what, and which figures come out."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny, tiny_box  # noqa: F401
+from workshop import make_data
+
+from model.train import adapter, loop
+from model.train.adapter_study import TRIGGER, study, teach
+from model.train.data import Catalog
+from model.train.judge import Judge, JudgeConfig
+from model.train.style_study import choose_looks, stands_for_its_look
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory) -> Catalog:
+    return make_data(tmp_path_factory.mktemp("data") / "mini", subjects=30, drawings=2)
+
+
+def test_ten_pictures_of_as_many_subjects_without_a_word_of_their_look(catalog, tmp_path):
+    look = choose_looks(catalog)[0]
+    taught = teach(catalog, look, tmp_path)
+
+    files = sorted(tmp_path.glob("*.png"))
+    assert 4 <= len(set(taught)) == len(taught) == len(files) <= 10
+    for file in files:
+        subject = file.stem.replace("-", " ")
+        assert file.with_suffix(".txt").read_text().endswith(subject) and TRIGGER not in file.with_suffix(".txt").name
+    shown = {hashlib.sha256(np.asarray(Image.open(file)).tobytes()).digest() for file in files}
+    standing = [i for i in catalog.items("styles") if i.look == look and stands_for_its_look(i)]
+    assert not shown & {hashlib.sha256(catalog.picture(item).tobytes()).digest() for item in standing}
+
+
+def test_figures_of_three_ways_beside_real_pictures(catalog, tmp_path, tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    torch.manual_seed(0)
+    judge = Judge(JudgeConfig(("cat", "fox"))).eval()
+    recipe = adapter.Recipe(name="study", pictures="", model="tiny", steps=4, every=2, size=64, rank=2, lr=0.05)
+
+    found = study(judge, catalog, tmp_path, recipe, which=1, count=3, steps=2)
+
+    assert found["steps"] == 4 and found["prompts"] == 3 and len(found["taught"]) >= 4
+    figures = {row["name"]: row for row in found["figure"]}
+    for way in ("plain", "words", "lora", "real"):
+        assert -1 <= figures[f"likeness, {way}"]["low"] <= figures[f"likeness, {way}"]["high"] <= 1
+    apart = figures["likeness, lora"]["value"] - figures["likeness, plain"]["value"]
+    assert figures["likeness, lora − plain"]["value"] == pytest.approx(apart, abs=2e-4)
+    assert figures["likeness, lora"] != figures["likeness, words"] != figures["likeness, plain"]
+    assert Image.open(tmp_path / "adapter.png").height >= 4 * 64
