@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from k2cli.options import QuietOption
+from model.errors import K2Error
 
 
 def train(
@@ -48,6 +49,8 @@ def train(
 
     chosen: Any = recipes.load(recipe)
     if steps is not None:
+        if not isinstance(chosen, recipes.Recipe):
+            raise K2Error(f'The stage "{chosen.stage}" has no steps.', hint="Leave --steps out.")
         chosen = replace(chosen, steps=steps, minutes=0.0)
     changes = {key: value for key, value in (("trigger", trigger), ("model", model)) if value is not None}
     if changes and chosen.stage != "lora":

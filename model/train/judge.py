@@ -1,7 +1,9 @@
-"""Judges: small image-text dual encoders that read a picture's subject and its look.
+"""Judges: small image-text dual encoders that read a picture's subject and its look, and a critic of what is broken.
 
 A judge is trained on real pictures of the data set only, on a split and a seed of its own. The evaluation judge is
-never used as a reward; its figures always stand beside those of real pictures. `python -m model.train.judge` trains it.
+never used as a reward; its figures always stand beside those of real pictures. The critic beside a judge learns to tell
+real pictures from the same ones broken by rule: doubled, melted, patched, torn, speckled.
+`k2 train` on a recipe of the stage `judge` trains both; `python -m model.train.judge SEED MINUTES` too.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +23,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.train import loop
+from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
-from model.train.optim import warmup_stable_decay
+from model.train.loop import RUNS, Batch, Report
+from model.train.pretrain import fingerprint
 
 SIZE = 64  # px that a judge looks at
-RUNS = Path(".runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(recipes.Recipe):
+    """A judge's training; its seed is also its split's."""
+
+    stage: str = "judge"
+    batch: int = 64
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,9 @@ class Judge(nn.Module):
     def read(self, phrases: Sequence[str]) -> Tensor:
         """Phrases -> unit subject embeddings [P, 96]; words outside the vocabulary count for nothing."""
         bags = [[self.index.get(word, 0) for word in words_of(phrase)] or [0] for phrase in phrases]
-        offsets = torch.tensor([0, *np.cumsum([len(bag) for bag in bags])[:-1]])
-        flat = torch.tensor([index for bag in bags for index in bag])
+        device = self.word.weight.device
+        offsets = torch.tensor([0, *np.cumsum([len(bag) for bag in bags])[:-1]], device=device)
+        flat = torch.tensor([index for bag in bags for index in bag], device=device)
         return F.normalize(self.to_text(self.word(flat, offsets)), dim=-1)
 
     @classmethod
@@ -94,53 +107,134 @@ def judged(item: Item, seed: int) -> bool:
     return not item.held_out and stable_seed("judge", seed, item.pair, item.look) % 10 != 0
 
 
-def train(seed: int, minutes: float, batch: int = 64) -> Judge:
-    """Contrast every picture with the names of all subjects, and every look with all other looks."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    catalog = Catalog(DATA)
-    items = [item for item in catalog.items("train") if judged(item, seed)]
-    subjects = list(catalog.subjects.values())
-    looks = sorted({item.look for item in items}, key=repr)
-    which_subject = {s.name: i for i, s in enumerate(subjects)}
-    which_look = {look: i for i, look in enumerate(looks)}
-    judge = Judge(JudgeConfig(tuple(sorted({w for s in subjects for name in s.words for w in words_of(name)}))))
-    look_head = nn.Linear(judge.config.style, len(looks), bias=False)
-    params = [*judge.parameters(), *look_head.parameters()]
-    optimiser = torch.optim.AdamW(params, 2e-3, weight_decay=0.02, fused=True)
-    pictures: dict[int, Tensor] = {}
-    started, step, total = time.monotonic(), 0, minutes * 60
-    while (elapsed := time.monotonic() - started) < total:
-        optimiser.param_groups[0]["lr"] = 2e-3 * warmup_stable_decay(elapsed, total, 0.03, 0.5)
-        chosen = rng.choice(len(items), batch, replace=False)
+class Critic(nn.Module):
+    """How whole a picture looks: a logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(ConvBlock(a, b) for a, b in ((3, 24), (24, 48), (48, 96))))
+        self.head = nn.Linear(2 * 96, 1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """pictures [B, 3, 64, 64] in -1 ... 1 -> [B]."""
+        x = self.trunk(pictures).flatten(2)
+        return self.head(torch.cat((x.mean(-1), x.amax(-1)), 1))[:, 0]
+
+    @classmethod
+    def load(cls, path: Path) -> Critic:
+        critic = cls()
+        critic.load_state_dict(load_file(path))
+        return critic.eval()
+
+
+def broken(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each picture [B, 3, H, W] broken in one of five ways, none of which polishes its grain away."""
+    out = pictures.clone()
+    side = pictures.shape[-1]
+    for index, picture in enumerate(pictures):
+        way = int(rng.integers(5))
+        row, column = (int(n) for n in rng.integers(side // 8, side // 2, 2))
+        size = int(rng.integers(side // 5, side // 2))
+        window = (slice(None), slice(row, row + size), slice(column, column + size))
+        if way == 0:  # doubled
+            moved = torch.roll(picture, tuple(rng.choice([-9, -6, 6, 9], 2).tolist()), (1, 2))
+            out[index] = torch.minimum(picture, moved) if rng.random() < 0.5 else torch.maximum(picture, moved)
+        elif way == 1:  # melted
+            waves = torch.from_numpy(rng.normal(0, 0.12, (1, 2, 5, 5))).float()
+            bend = F.interpolate(waves, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+            grid = F.affine_grid(torch.eye(2, 3)[None], [1, 3, side, side], align_corners=True) + bend
+            out[index] = F.grid_sample(picture[None], grid, "nearest", "border", align_corners=True)[0]
+        elif way == 2:  # patched with another's piece
+            out[index][window] = pictures[(index + 1) % len(pictures)][window]
+        elif way == 3:  # torn in one place, row by row
+            shifts = rng.integers(-5, 6, size).cumsum()
+            for line, shift in enumerate(shifts.tolist(), row):
+                out[index, :, line, window[2]] = torch.roll(picture[:, line], shift, 1)[:, window[2]]
+        else:  # speckled on the decoder's grid
+            dots = torch.from_numpy(rng.normal(0, 1, (1, 3, side // 4, side // 4))).float()
+            out[index] += float(rng.uniform(0.1, 0.25)) * F.interpolate(dots, (side, side))[0]
+    return out.clamp(-1, 1)
+
+
+class Judging(loop.Stage):
+    """The stage: contrast pictures with the names of all subjects, looks with all others, what is whole with broken."""
+
+    def __init__(self, recipe: Recipe, catalog: Catalog):
+        torch.manual_seed(recipe.seed)
+        self.recipe: Recipe = recipe
+        self.catalog = catalog
+        self.data = fingerprint(catalog)
+        self.items = [item for item in catalog.items("train") if judged(item, recipe.seed)]
+        self.subjects = list(catalog.subjects.values())
+        looks = sorted({item.look for item in self.items}, key=repr)
+        self.which_subject = {subject.name: i for i, subject in enumerate(self.subjects)}
+        self.which_look = {look: i for i, look in enumerate(looks)}
+        words = tuple(sorted({w for s in self.subjects for name in s.words for w in words_of(name)}))
+        judge = Judge(JudgeConfig(words))
+        look_head = nn.Linear(judge.config.style, len(looks), bias=False)
+        self.judge, self.look_head, self.critic = judge, look_head, Critic()
+        self.model = nn.ModuleDict({"judge": judge, "look_head": look_head, "critic": self.critic})
+        self.pictures_by_index: dict[int, Tensor] = {}
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """Pictures, moved and tinted a little, whole and broken; and a name of each subject."""
+        rng = np.random.default_rng(stable_seed(self.recipe.seed, "judge", step, part))
+        chosen = rng.choice(len(self.items), min(self.recipe.batch, len(self.items)), replace=False)
         for index in chosen:
-            if index not in pictures:
-                pictures[index] = to_tensor([catalog.picture(items[index])], SIZE)[0]
-        x = torch.stack([pictures[index] for index in chosen])
-        shift = torch.from_numpy(rng.integers(-3, 4, 2))
-        x = torch.roll(x, tuple(shift.tolist()), (2, 3)) * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
-        x = x + 0.04 * torch.randn_like(x)
-        subject, style = judge.train()(x)
-        names = judge.read([str(rng.choice(s.words)) for s in subjects])
-        target = torch.tensor([which_subject[items[i].pair.subject] for i in chosen])
-        look = torch.tensor([which_look[items[i].look] for i in chosen])
-        by_look = F.linear(style, F.normalize(look_head.weight, dim=-1))
-        loss = F.cross_entropy(16 * subject @ names.T, target) + 0.5 * F.cross_entropy(16 * by_look, look)
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        step += 1
-        if step % 100 == 0:
-            print(step, f"{elapsed:.0f} s, loss {loss.item():.3f}", flush=True)
-    return judge.eval()
+            if index not in self.pictures_by_index:
+                self.pictures_by_index[index] = to_tensor([self.catalog.picture(self.items[index])], SIZE)[0]
+        x = torch.stack([self.pictures_by_index[index] for index in chosen])
+        x = torch.roll(x, tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
+        x = x * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
+        soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders leave pictures
+        x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), soft)
+        grain = torch.from_numpy(rng.normal(0, 0.04, tuple(x.shape))).float()
+        return {
+            "x": x + grain,
+            "broken": broken(x, rng) + grain,
+            "names": [str(rng.choice(subject.words)) for subject in self.subjects],
+            "subjects": torch.tensor([self.which_subject[self.items[i].pair.subject] for i in chosen]),
+            "looks": torch.tensor([self.which_look[self.items[i].look] for i in chosen]),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        subject, style = self.judge(batch["x"])
+        logits = 16 * subject @ self.judge.read(batch["names"]).T
+        by_look = 16 * F.linear(style, F.normalize(self.look_head.weight, dim=-1))
+        whole, wrong = self.critic(torch.cat((batch["x"], batch["broken"]))).float().chunk(2)
+        figures = {
+            "subject": F.cross_entropy(logits.float(), batch["subjects"]),
+            "style": F.cross_entropy(by_look.float(), batch["looks"]),
+            "whole": (F.softplus(-whole) + F.softplus(wrong)).mean() / 2,
+        }
+        right = (logits.argmax(1) == batch["subjects"]).float().mean()
+        told = ((whole > 0).float().mean() + (wrong < 0).float().mean()) / 2
+        total = figures["subject"] + 0.5 * figures["style"] + 0.5 * figures["whole"]
+        return total, {name: value.detach() for name, value in figures.items()} | {"right": right, "told": told}
+
+    def pictures(self) -> int:
+        return self.recipe.batch
 
 
-def main(seed: int, minutes: float, path: Path) -> None:
-    judge = train(seed, minutes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"kind": "judge", "config": asdict(judge.config), "training": {"seed": seed, "minutes": minutes}}
-    save_file(judge.state_dict(), path, {"k2": json.dumps(metadata)})
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number."""
+    if device != "cpu":
+        report("judges are small: trained on the CPU")
+    stage = Judging(recipe, Catalog(DATA))
+    run = loop.Run(stage, RUNS / recipe.name, "cpu")
+    loop.train(run, report)
+    folder = RUNS / "judge"
+    folder.mkdir(parents=True, exist_ok=True)
+    training = {"seed": recipe.seed, "minutes": round(run.seconds / 60, 1), "steps": run.step}
+    for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
+        config = asdict(stage.judge.config) if kind == "judge" else {}
+        metadata = {"kind": kind, "config": config, "training": training}
+        path = folder / f"{kind}-{recipe.seed}.safetensors"
+        save_file(module.state_dict(), path.with_suffix(".draft"), {"k2": json.dumps(metadata)})
+        path.with_suffix(".draft").replace(path)
+    return run
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), RUNS / "judge" / f"judge-{sys.argv[1]}.safetensors")
+    seed = int(sys.argv[1])
+    main(Recipe(name=f"judge-{seed}", seed=seed, minutes=float(sys.argv[2]), lr=2e-3, muon_lr=2e-3, decay=0.5))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,7 @@ from model.train import loop
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import BOX, RUNS, Batch, Report, averages, box
 from model.train.products import convert, parse
+from model.train.rollout import noise_levels
 
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
@@ -43,7 +45,8 @@ class Recipe(loop.Recipe):
     size: int  # px
     batch: int  # pictures a step
     repeats: int  # noise levels for each of them: the prompt's part is computed once for all
-    mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
+    mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n) ...
+    mu_size: int = 0  # ... at this many px, where that is not the run's own size
     preset: str = "mini"
     network: dict[str, int] = field(default_factory=dict)  # what differs from the preset, as width or blocks
     references: float = 0.5  # share of the steps that show a style reference
@@ -59,6 +62,12 @@ class Recipe(loop.Recipe):
     @property
     def config(self) -> DiTConfig:
         return replace(PRESETS[self.preset], **self.network)
+
+    @property
+    def shift(self) -> float:
+        """mu at the run's own size: a picture of k times the side hides k times as much noise (arXiv 2403.03206, eq.
+        23), so ln k is added to the noise level's logit."""
+        return self.mu + (math.log(self.size / self.mu_size) if self.mu_size else 0.0)
 
     def weight(self, item: Item, later: bool) -> float:
         """How often a picture is drawn, next to one with a medium; `later` says whether its subject joined late."""
@@ -187,10 +196,7 @@ class Trainee(nn.Module):
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
         noise = torch.randn(image.shape, generator=generator).to(device)
-        # stratified over the step, so that no step sees only easy or only hard noise levels
-        count = len(image)
-        spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        sigma = torch.sigmoid(recipe.mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4))).to(device)
+        sigma = noise_levels(len(image), recipe.shift, generator).to(device)
         noised = torch.lerp(image, noise, sigma[:, None, None])
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))

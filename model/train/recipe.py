@@ -22,46 +22,26 @@ STAGES = {  # what `stage` may say -> the module
     "pretrain": "model.train.pretrain",
     "turbo": "model.train.turbo",
     "lora": "model.train.adapter",
+    "midtrain": "model.train.midtrain",
+    "sft": "model.train.sft",
+    "merge": "model.train.merge",
+    "judge": "model.train.judge",
+    "stpo": "model.train.stpo",
+    "grpo": "model.train.grpo",
 }
 LORA_STEPS = 300  # of a LoRA that has no recipe but a folder of pictures
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What every stage's recipe says; each stage adds keys of its own."""
+class Table:
+    """A recipe as a strict TOML table."""
 
     name: str  # of the run, and of its folder
     stage: str = "pretrain"
-    minutes: float = 0.0  # how long it runs by the clock ...
-    steps: int = 0  # ... or by count: then the whole course of the run is repeatable, not only each of its steps
-    lr: float  # of AdamW
-    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
-    warmup_steps: int = 50
-    decay: float = 0.0  # share of the run over which the learning rate falls to zero
-    weight_decay: float = 0.01
-    clip: float = 2.0  # of the gradient's norm
-    accumulate: int = 1  # parts of a step, each a batch of its own
-    average: float = 0.998  # decay of the averaged weights, once the run is old enough
-    keep: int = 0  # how many of the last snapshots of the weights stay ...
-    keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
-    every: int = 25  # steps to a line of the log; runs are saved on such steps only
-    seed: int = 1
-    init: str = ""  # a run whose averaged weights this one starts from, or "box": those of the package
-    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise K2Error(f'"{self.name}" cannot name a run.', hint="Letters, digits, dots and dashes can.")
-        if (self.minutes > 0) == (self.steps > 0):
-            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
-        for key in ("accumulate", "every", "warmup_steps"):
-            if getattr(self, key) < 1:
-                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
-
-    @property
-    def total(self) -> float:
-        """The run's length, in steps or in seconds."""
-        return self.steps or self.minutes * 60
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -83,6 +63,41 @@ class Recipe:
                 raise K2Error(f"{where}: {key} is missing.")
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Table):
+    """What the recipe of every stage that runs by the loop says; each stage adds keys of its own."""
+
+    minutes: float = 0.0  # how long it runs by the clock ...
+    steps: int = 0  # ... or by count: then the whole course of the run is repeatable, not only each of its steps
+    lr: float  # of AdamW
+    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
+    warmup_steps: int = 50
+    decay: float = 0.0  # share of the run over which the learning rate falls to zero
+    weight_decay: float = 0.01
+    clip: float = 2.0  # of the gradient's norm
+    accumulate: int = 1  # parts of a step, each a batch of its own
+    average: float = 0.998  # decay of the averaged weights, once the run is old enough
+    keep: int = 0  # how many of the last snapshots of the weights stay ...
+    keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
+    every: int = 25  # steps to a line of the log; runs are saved on such steps only
+    seed: int = 1
+    init: str = ""  # a run whose averaged weights this one starts from, or "box": those of the package
+    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.minutes > 0) == (self.steps > 0):
+            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
+        for key in ("accumulate", "every", "warmup_steps"):
+            if getattr(self, key) < 1:
+                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+
+    @property
+    def total(self) -> float:
+        """The run's length, in steps or in seconds."""
+        return self.steps or self.minutes * 60
 
 
 def table_of(path: Path) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def find(name: str) -> Path:
     return own
 
 
-def load(name: str) -> Recipe:
+def load(name: str) -> Table:
     """The recipe of a path or name, as its own stage reads it; of a folder of pictures, a LoRA's."""
     if Path(name).is_dir():
         own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).strip("-.") or "pictures"

@@ -1,0 +1,140 @@
+"""Rewards: what a picture is worth, 0 … 1, to those who train on it. Never what it is evaluated by.
+
+subject   the judge's probability that the picture shows the subject that was asked for, among all names
+style     the judge's likeness of its style to that of real pictures in the look that was asked for
+artefact  the critic's probability that nothing is broken in it
+grain     the power in the top octave of its spectrum against real pictures of the look: grainy looks must not be
+          polished away, nor smooth ones roughened
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from model.errors import K2Error
+from model.train.autoencoder import load as load_autoencoder
+from model.train.judge import SIZE, Critic, Judge
+from model.train.looks import Look
+from model.train.loop import BOX, RUNS
+from model.train.pretrain import TrainingSet
+from model.train.rollout import Asked, decode
+from model.vae import QwenImageVAE
+
+EVALUATION = 77  # the seed of the judge that only evaluates
+NAMES = ("subject", "style", "artefact", "grain")
+
+Reward = Callable[[Tensor, Sequence[Asked]], Tensor]  # (pictures [B, 3, H, W] in −1 … 1, what was asked) -> [B], 0 … 1
+
+
+def top_octave(pictures: Tensor) -> Tensor:
+    """Mean power of brightness between half and all of the highest frequency along an axis: [B, 3, H, W] -> [B].
+
+    Under a Hann window, so that a picture whose sides differ does not seem to have an edge there.
+    """
+    grey = pictures.float().mean(1)
+    sides = [torch.hann_window(side, device=grey.device) for side in grey.shape[1:]]
+    window = sides[0][:, None] * sides[1]
+    grey = (grey - grey.mean((1, 2), keepdim=True)) * window / window.square().mean().sqrt()
+    power = torch.fft.fft2(grey, norm="ortho").abs().square()
+    rows, columns = (torch.fft.fftfreq(side, device=grey.device).abs() for side in grey.shape[1:])
+    top = (rows[:, None] >= 0.25) | (columns >= 0.25)
+    return power[:, top].mean(1).clamp_min(1e-8)
+
+
+class Rewards:
+    """All rewards of one judge, with what they know of real pictures: those of the train split, through the decoder."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        critic: Critic | None,
+        vae: QwenImageVAE,
+        data: TrainingSet,
+        device: str = "cpu",
+        real: int = 6,
+    ):
+        """`real`: how many real pictures of each look its style and its spectrum are known by."""
+        self.judge, self.critic, self.vae = judge.to(device), critic and critic.to(device), vae.to(device)
+        self.subjects = list(data.catalog.subjects)
+        self.names = judge.read(self.subjects).detach()
+        self.place = {name: index for index, name in enumerate(self.subjects)}
+        self.styles: dict[Look, Tensor] = {}
+        self.octaves: dict[Look, Tensor] = {}
+        chosen = {look: members[:: max(1, len(members) // real)][:real] for look, members in data.by_look.items()}
+        indices = [index for members in chosen.values() for index in members]
+        styles: dict[Look, list[Tensor]] = defaultdict(list)
+        octaves: dict[Look, list[Tensor]] = defaultdict(list)
+        for start in range(0, len(indices), 32):
+            part = indices[start : start + 32]
+            pictures = decode(self.vae, data.latents[part].to(device))
+            for index, style, octave in zip(part, self.see(pictures)[1], top_octave(pictures), strict=True):
+                styles[data.items[index].look].append(style)
+                octaves[data.items[index].look].append(octave.log())
+        for look in chosen:
+            self.styles[look] = F.normalize(torch.stack(styles[look]).mean(0), dim=0)
+            self.octaves[look] = torch.stack(octaves[look]).mean()
+
+    @classmethod
+    def load(cls, name: str, data: TrainingSet, device: str = "cpu") -> Rewards:
+        """The rewards of a judge in `.runs/judge`. Raises `K2Error` for one that is not there, or only evaluates."""
+        path = RUNS / "judge" / f"{name}.safetensors"
+        if not path.exists():
+            raise K2Error(f'There is no judge "{name}" to reward by.', hint="Train one first: k2 train judge-11")
+        with safe_open(path, "pt") as file:
+            seed = json.loads(file.metadata()["k2"])["training"]["seed"]
+        if seed == EVALUATION:
+            raise K2Error(
+                f"Judge {seed} is for evaluation; no training may see it.",
+                hint="Train one of another seed for rewards.",
+            )
+        critic = path.with_name(name.replace("judge", "critic") + ".safetensors")
+        return cls(
+            Judge.load(path),
+            Critic.load(critic) if critic.exists() else None,
+            load_autoencoder(BOX / "mini-vae.safetensors"),
+            data,
+            device,
+        )
+
+    def see(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The judge's subject and style embeddings of pictures of any size."""
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+            return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
+
+    def each(self, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
+        """Every reward by name, [B] each; without a critic there is no `artefact`."""
+        subject, style = self.see(pictures)
+        wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
+        real = torch.stack([self.styles[a.look] for a in asked])
+        octave = torch.stack([self.octaves[a.look] for a in asked])
+        found = {
+            "subject": (16 * subject @ self.names.T).softmax(1).gather(1, wanted[:, None])[:, 0],
+            "style": (1 + (style * real).sum(1)) / 2,
+            "grain": (-(top_octave(pictures).log() - octave).abs()).exp(),
+        }
+        if self.critic is not None:
+            with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+                found["artefact"] = self.critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
+        return found
+
+    def chosen(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """The rewards that `weights` names."""
+        found = self.each(pictures, asked)
+        for name in weights:
+            if name not in found:
+                known = ", ".join(found)
+                reason = "has no critic beside it" if name == "artefact" else "is unknown"
+                raise K2Error(f'The reward "{name}" {reason}.', hint=f"Rewards here: {known}.")
+        return {name: found[name] for name in weights}
+
+    def total(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> Tensor:
+        """The weighted mean of rewards, [B], 0 … 1."""
+        found = self.chosen(pictures, asked, weights)
+        return sum((weights[name] * value for name, value in found.items()), torch.zeros(())) / sum(weights.values())

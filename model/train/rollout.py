@@ -1,0 +1,93 @@
+"""Pictures made while training: prompts of any length in one batch, from the train split's own captions.
+
+What post-training learns from is made by the model itself: groups of pictures of one prompt, judged by rewards. The
+prompts here ask for pictures of the train split, so that what was asked for is known: a subject, and a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.dit import Krea2
+from model.latents import patchify, unpatchify
+from model.sampler import euler, guided, raw_mu, shifted_sigmas
+from model.train.data import stable_seed
+from model.train.looks import Look
+
+if TYPE_CHECKING:
+    from model.train.pretrain import TrainingSet
+    from model.vae import QwenImageVAE
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, L, C·p·p], sigma [B]) -> noise − image, fp32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and what a picture of it has to show."""
+
+    caption: str
+    subject: str
+    look: Look
+
+
+def asked(data: TrainingSet, count: int, *seed: object) -> list[Asked]:
+    """Prompts with style words, of pictures drawn as training draws them."""
+    rng = np.random.default_rng(stable_seed("asked", *seed))
+    chosen = rng.choice(len(data.items), count, p=data.weights)
+    items = [data.items[index] for index in chosen]
+    return [Asked(data.catalog.caption(item, rng, "medium"), item.pair.subject, item.look) for item in items]
+
+
+def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Velocity:
+    """The velocity under prompts: embeds [B, T, N, E], mask [B, T], on the transformer's device."""
+    context = dit.encode_text(embeds, mask)
+    rope = dit.rope(context.shape[1], grid)
+
+    def velocity(tokens: Tensor, sigma: Tensor) -> Tensor:
+        return dit.velocity(tokens, context, dit.modulate(sigma), rope, mask).float()
+
+    return velocity
+
+
+def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
+    """Shifted logit-normal noise levels [count], stratified: no step sees only easy or only hard ones."""
+    spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+
+
+def sigmas_for(steps: int, size: int, dit: Krea2) -> list[float]:
+    """The sampler's noise levels for a square picture of `size` px."""
+    return shifted_sigmas(steps, raw_mu((size // 8 // dit.config.patch) ** 2))
+
+
+@torch.no_grad()
+def sample(dit: Krea2, data: TrainingSet, prompts: Sequence[str], size: int, steps: int, guidance: float, seed: int):
+    """Latents [B, C, size/8, size/8] of the prompts, from noise that depends on `seed` and their place alone."""
+    device, cells, patch = dit.first.weight.device, size // 8, dit.config.patch
+    sigmas = sigmas_for(steps, size, dit)
+    grid = (cells // patch, cells // patch)
+    (embeds, mask), (empty, empty_mask) = data.embed(list(prompts)), data.embed([""] * len(prompts))
+    velocity = conditioned(dit, embeds.to(device), mask.to(device), grid)
+    without = conditioned(dit, empty.to(device), empty_mask.to(device), grid) if guidance else velocity
+    levels = torch.tensor(sigmas, device=device)
+
+    def field(tokens: Tensor, step: int) -> Tensor:
+        sigma = levels[step].expand(len(tokens))
+        conditional = velocity(tokens, sigma)
+        return guided(conditional, without(tokens, sigma), guidance) if guidance else conditional
+
+    noise = torch.randn(len(prompts), dit.config.channels, cells, cells, generator=torch.Generator().manual_seed(seed))
+    return unpatchify(euler(field, patchify(noise, patch).to(device), sigmas), patch, cells, cells)
+
+
+@torch.no_grad()
+def decode(vae: QwenImageVAE, latents: Tensor, at_once: int = 32) -> Tensor:
+    """Latents [B, C, h, w] -> pictures [B, 3, 8h, 8w] in −1 … 1, fp32."""
+    with torch.autocast(latents.device.type, enabled=False):
+        return torch.cat([vae.decode(part.float()).clamp(-1, 1) for part in latents.split(at_once)])

@@ -1,0 +1,91 @@
+"""Rewards: what they must tell apart, on pictures where it is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.errors import K2Error
+from model.train.judge import Critic, Judge, JudgeConfig, broken
+from model.train.looks import Look
+from model.train.rewards import Rewards, top_octave
+from model.train.rollout import Asked
+
+GRAINY, SMOOTH = Look("noto", "film"), Look("noto", "plain")
+
+
+class Decoder(torch.nn.Module):
+    """Latents are pictures already."""
+
+    def decode(self, latents):
+        return latents
+
+
+def pictures(count, grain, seed=0):
+    """Smooth pictures with so much grain."""
+    generator = torch.Generator().manual_seed(seed)
+    smooth = F.interpolate(torch.randn(count, 3, 6, 6, generator=generator), 64, mode="bicubic").clamp(-1, 1) * 0.6
+    return (smooth + grain * torch.randn(count, 3, 64, 64, generator=generator)).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    torch.manual_seed(0)
+    judge = Judge(JudgeConfig(words=("fox", "car"))).eval()
+    data = SimpleNamespace(
+        catalog=SimpleNamespace(subjects={"fox": None, "car": None}),
+        by_look={GRAINY: list(range(8)), SMOOTH: list(range(8, 16))},
+        items=[SimpleNamespace(look=GRAINY)] * 8 + [SimpleNamespace(look=SMOOTH)] * 8,
+        latents=torch.cat((pictures(8, 0.2), pictures(8, 0.0, 1))),
+    )
+    return Rewards(judge, Critic().eval(), Decoder(), data)
+
+
+def test_the_top_octave_is_where_fine_grain_lies():
+    board = torch.arange(64)
+    finest = ((board[:, None] + board) % 2 * 2.0 - 1).expand(1, 3, 64, 64)
+    coarse = torch.sin(board * 2 * torch.pi * 8 / 64).expand(1, 3, 64, 64)
+
+    assert top_octave(finest).item() > 1 and top_octave(coarse).item() < 1e-6
+    assert (top_octave(pictures(4, 0.2)) > 20 * top_octave(pictures(4, 0.0))).all()
+    turned = pictures(4, 0.2)
+    torch.testing.assert_close(top_octave(turned), top_octave(turned.transpose(2, 3)))
+
+
+def test_grain_must_neither_be_polished_away_nor_put_where_none_is(rewards):
+    def grain(amount, look):
+        return rewards.each(pictures(6, amount, 5), [Asked("", "fox", look)] * 6)["grain"].mean().item()
+
+    assert grain(0.2, GRAINY) > 0.7
+    assert grain(0.1, GRAINY) < 0.5 * grain(0.2, GRAINY) and grain(0.0, GRAINY) < 0.1
+    assert grain(0.3, GRAINY) < 0.8 * grain(0.2, GRAINY)
+    assert grain(0.0, SMOOTH) > 2 * grain(0.1, SMOOTH)
+
+
+def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(rewards):
+    asked = [Asked("", "fox", GRAINY), Asked("", "car", GRAINY)]
+    found = rewards.each(pictures(1, 0.1).expand(2, -1, -1, -1), asked)
+
+    assert found.keys() == {"subject", "style", "artefact", "grain"}
+    assert all(value.shape == (2,) and ((value >= 0) & (value <= 1)).all() for value in found.values())
+    assert found["subject"].sum().item() == pytest.approx(1)  # of one picture, over both names
+    total = rewards.total(pictures(1, 0.1).expand(2, -1, -1, -1), asked, {"subject": 3.0, "grain": 1.0})
+    torch.testing.assert_close(total, (3 * found["subject"] + found["grain"]) / 4)
+
+
+def test_a_reward_of_no_such_name_is_refused(rewards):
+    with pytest.raises(K2Error, match="beauty"):
+        rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], {"beauty": 1.0})
+
+
+def test_every_picture_is_broken_and_keeps_its_grain():
+    whole = pictures(60, 0.1, 7)
+    wrong = broken(whole, np.random.default_rng(0))
+
+    assert wrong.isfinite().all() and wrong.abs().max() <= 1
+    assert ((wrong - whole).abs().flatten(1).mean(1) > 0.005).all()
+    assert (top_octave(wrong) > 0.6 * top_octave(whole)).all()
+    assert torch.equal(wrong, broken(whole, np.random.default_rng(0)))
+    assert not torch.equal(wrong, broken(whole, np.random.default_rng(1)))
