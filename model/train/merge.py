@@ -1,0 +1,126 @@
+"""Merging checkpoints: θ = Σ w_i θ_i, of domain runs with weights by validation, or of a run's own last snapshots.
+
+The first makes one checkpoint of runs that were fine-tuned from one parent on different domains. The second is PMA
+(arXiv 2505.12082): the plain mean of the last snapshots of the stable phase, in the place of a running average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.errors import K2Error
+from model.train import loop
+from model.train.loop import RUNS, Report
+from model.train.recipe import Table, saved
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Table):
+    """A merge: of several runs, or of one run's snapshots."""
+
+    stage: str = "merge"
+    runs: tuple[str, ...] = ()  # whose averaged weights are merged, weights chosen on validation
+    snapshots: str = ""  # a run whose snapshots are averaged instead
+    divisions: int = 4  # of each weight's way from 0 to 1 that are tried
+    pictures: int = 128  # that validate
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.snapshots) == bool(self.runs):
+            raise K2Error(f'Recipe "{self.name}" must name either runs or a run\'s snapshots.')
+
+
+def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Σ w_i θ_i, summed in fp64; what is not a floating number is the first state's. All states have the same names."""
+    if len({frozenset(state) for state in states}) > 1:
+        raise K2Error("Checkpoints of different shapes cannot be merged.")
+    merged = {}
+    for name, first in states[0].items():
+        if len({state[name].shape for state in states}) > 1:
+            raise K2Error(f"Checkpoints whose {name} have different shapes cannot be merged.")
+        if first.is_floating_point():
+            parts = [weight * state[name].double() for state, weight in zip(states, weights, strict=True)]
+            merged[name] = torch.stack(parts).sum(0).to(first.dtype)
+        else:
+            merged[name] = first.clone()
+    return merged
+
+
+def simplex(count: int, divisions: int) -> list[tuple[float, ...]]:
+    """Weights that sum to 1 in steps of 1 / divisions, each parent alone and the plain mean among them."""
+    grid = [
+        tuple(part / divisions for part in parts)
+        for parts in product(range(divisions + 1), repeat=count)
+        if sum(parts) == divisions
+    ]
+    mean = (1 / count,) * count
+    return grid if mean in grid else [*grid, mean]
+
+
+def choose(
+    states: Sequence[State], score: Callable[[State], float], divisions: int
+) -> tuple[tuple[float, ...], float, dict[tuple[float, ...], float]]:
+    """The weights of the lowest score, that score, and all scores by weights."""
+    scores = {weights: score(combine(states, weights)) for weights in simplex(len(states), divisions)}
+    best = min(scores, key=lambda weights: scores[weights])
+    return best, scores[best], scores
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
+    """Merge, and leave the result as a run that others start from and that can be released."""
+    from model.train.pretrain import Trainee
+    from model.train.sft import training_set, validation_loss
+
+    parents = list(recipe.runs) or [recipe.snapshots]
+    paths = [RUNS / name / "state.safetensors" for name in parents]
+    for name, path in zip(parents, paths, strict=True):
+        if not path.exists():
+            raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
+    places = [loop.place_of(path) for path in paths]
+    parent = saved(places[0]["recipe"])
+    data = training_set(parent, device)
+    model = Trainee(parent.config, len(data.looks)).to(device)
+    names = set(model.state_dict())
+
+    def score(state: State) -> float:
+        model.load_state_dict({name: tensor for name, tensor in state.items() if name in names})
+        return validation_loss(model, data, parent, recipe.pictures)
+
+    figures: dict[str, Any]
+    if recipe.snapshots:
+        kept = loop.snapshots(RUNS / recipe.snapshots)
+        if not kept:
+            raise K2Error(
+                f'The run "{recipe.snapshots}" kept no snapshots.', hint="Let its recipe say keep and keep_every."
+            )
+        states = [load_file(path) for path in kept]
+        merged = combine(states, [1 / len(states)] * len(states))
+        figures = {"mean": score(merged), "ema": score(loop.averages(paths[0])), "last": score(states[-1])}
+        figures["snapshots"] = len(kept)
+    else:
+        states = [loop.averages(path) for path in paths]
+        best, value, scores = choose(states, score, recipe.divisions)
+        merged = combine(states, best)
+        alone = {name: scores[tuple(float(i == k) for k in range(len(parents)))] for i, name in enumerate(parents)}
+        figures = {"weights": dict(zip(parents, best, strict=True)), "validation": value, "alone": alone}
+        figures["mean"] = scores[(1 / len(parents),) * len(parents)]
+    report(f"{recipe.name}: {figures}")
+    folder = RUNS / recipe.name
+    place = {
+        "step": max(each["step"] for each in places),
+        "seconds": sum(each["seconds"] for each in places),
+        "recipe": asdict(replace(parent, name=recipe.name, init=parents[0])),
+    }
+    record = {"recipe": asdict(recipe), "parents": [each["recipe"] for each in places], "commit": loop.commit()}
+    loop.write(folder, {f"ema.{name}": tensor for name, tensor in merged.items()}, place, record | {"figures": figures})
+    return SimpleNamespace(folder=folder, result=folder / "state.safetensors", figures=figures)

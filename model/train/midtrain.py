@@ -1,0 +1,90 @@
+"""Midtraining: the whole train split once more, balanced over clusters of what pictures show and how they look.
+
+Pictures are clustered by the text encoder's view of their subject beside the style encoder's view of their latents.
+Every cluster is drawn as often as every other, so that what is common does not crowd out what is rare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from model.train import loop, pretrain
+from model.train.loop import RUNS, Report
+from model.train.pretrain import Pretraining, TrainingSet
+from model.train.sft import rest_for_validation, training_set, validation_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(pretrain.Recipe):
+    """A run of midtraining."""
+
+    stage: str = "midtrain"
+    clusters: int = 24
+    balance: float = 1.0  # 1: every cluster alike; 0: as often as its pictures come in pretraining
+
+
+def kmeans(points: NDArray[np.floating], count: int, seed: int = 0, rounds: int = 25) -> NDArray[np.int64]:
+    """Cluster points [N, D] -> the cluster of each [N], 0 … count − 1. Centres start by k-means++, under the seed."""
+    rng = np.random.default_rng(seed)
+    points = points.astype(np.float64)
+    size = (points**2).sum(1)
+
+    def distances(centres: NDArray) -> NDArray:
+        return np.maximum(size[:, None] - 2 * points @ centres.T + (centres**2).sum(1), 0)
+
+    centres = points[rng.integers(len(points))][None]
+    while len(centres) < count:
+        nearest = distances(centres).min(1)
+        if not nearest.sum():  # fewer distinct points than clusters
+            break
+        centres = np.concatenate((centres, points[rng.choice(len(points), p=nearest / nearest.sum())][None]))
+    own = distances(centres).argmin(1)
+    for _ in range(rounds):
+        centres = np.stack([points[own == k].mean(0) if (own == k).any() else centres[k] for k in range(len(centres))])
+        before, own = own, distances(centres).argmin(1)
+        if (own == before).all():
+            break
+    return own
+
+
+def balanced(weights: NDArray[np.floating], clusters: NDArray[np.int64], balance: float) -> NDArray[np.floating]:
+    """Odds of pictures [N] such that cluster c comes with a share of s_c^(1 − balance), s_c its share before."""
+    share = np.bincount(clusters, weights)
+    wanted = np.where(share > 0, np.maximum(share, 1e-300) ** (1 - balance), 0.0)
+    odds = weights * (wanted / np.where(share > 0, share, 1.0))[clusters]
+    return odds / odds.sum()
+
+
+@torch.no_grad()
+def features(data: TrainingSet, model: pretrain.Trainee) -> NDArray[np.float32]:
+    """Unit subject features beside unit style vectors of all pictures [N, N_taps·E + V]."""
+    device = model.look_head.weight.device
+    names = sorted({item.pair.subject for item in data.items})
+    embeds, mask = data.embed(names)
+    pooled = (embeds.flatten(2) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    subjects = dict(zip(names, F.normalize(pooled - pooled.mean(0), dim=-1), strict=True))
+    styles = torch.cat([model.style(part.float().to(device))[1].float().cpu() for part in data.latents.split(256)])
+    return torch.cat((torch.stack([subjects[item.pair.subject] for item in data.items]), styles), 1).numpy()
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Cluster by the parent's style encoder, balance, train."""
+    data = training_set(recipe, device)
+    rest_for_validation(data)
+    stage = Pretraining(recipe, len(data.looks), data)
+    weights = loop.parent(recipe.init)
+    loop.start(stage.model, weights)  # also where a run goes on: its clusters are those that it began with
+    clusters = kmeans(features(data, stage.model.to(device)), recipe.clusters, recipe.seed)
+    data.weights = balanced(data.weights, clusters, recipe.balance)
+    report(f"{recipe.name}: {len(np.unique(clusters))} clusters of {np.bincount(clusters).min()} pictures and more")
+    run = loop.Run(stage, RUNS / recipe.name, device)
+    loop.train(run, report)
+    run.figures["validation"] = validation_loss(stage.model, data, recipe)
+    run.save()
+    report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
+    return run

@@ -1,0 +1,141 @@
+"""Supervised fine-tuning on small curated sub-sets, one run a domain; `merge` makes one checkpoint of them.
+
+A domain is what the recipe lets through: media, drawing sets, grounds. Of that the pictures stay whose subject a judge
+reads best, at most so many of a subject. A twentieth of the train split rests, so that runs can be compared on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.errors import K2Error
+from model.plan import native_bf16
+from model.text_encoder import TextEncoder
+from model.train import loop, pretrain
+from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.looks import DRAWINGS, MEDIA
+from model.train.loop import BOX, RUNS, Report
+from model.train.pretrain import Pretraining, Trainee, TrainingSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(pretrain.Recipe):
+    """A run on one domain; an empty list lets everything through."""
+
+    stage: str = "sft"
+    media: tuple[str, ...] = ()
+    drawings: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()  # grounds
+    judge: str = ""  # whose reading of the subject curates; without one chance chooses
+    per_subject: int = 24  # pictures that stay of each
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for names, known, key in ((self.media, MEDIA, "medium"), (self.drawings, DRAWINGS, "drawing set")):
+            for name in names:
+                if name not in known:
+                    raise K2Error(f'Recipe "{self.name}": there is no {key} "{name}".', hint=f"{', '.join(known)}.")
+
+
+def training_set(recipe: pretrain.Recipe, device: str) -> TrainingSet:
+    return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
+
+
+def rests(item: Item) -> bool:
+    """Whether a picture of the train split is kept for validation by every stage after pretraining."""
+    return stable_seed("validation", item.pair, item.look) % 20 == 0
+
+
+def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
+    """Draw from these pictures only, at the odds that they had."""
+    weights = data.weights * keep
+    if not weights.any():
+        raise K2Error("No picture of the data set is left to train on.", hint="Let the recipe's domain take more in.")
+    data.weights = weights / weights.sum()
+
+
+def rest_for_validation(data: TrainingSet) -> None:
+    """Leave out of training what validates."""
+    only(data, np.array([not rests(item) for item in data.items]))
+
+
+@torch.no_grad()
+def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int = 128) -> float:
+    """Flow loss on pictures that rest, without references, at noise that is always the same."""
+    resting = copy.copy(data)
+    resting.weights = np.array([float(rests(item)) for item in data.items])
+    resting.weights /= resting.weights.sum()
+    batch = min(16, pictures)
+    fixed = replace(recipe, name="validation", seed=0, batch=batch, repeats=2, references=0.0)
+    device = model.look_head.weight.device
+    losses = []
+    for index in range(-(-pictures // batch)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
+            losses.append(model.losses(resting.batch(fixed, index), fixed)[0])
+    return float(torch.cat(losses).mean())
+
+
+def domain(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
+    """Which pictures are of the recipe's media, drawing sets and grounds."""
+    wanted = ((recipe.media, "medium"), (recipe.on, "ground"))
+    return np.array(
+        [
+            (not recipe.drawings or item.pair.drawing in recipe.drawings)
+            and all(not names or getattr(item.look, key) in names for names, key in wanted)
+            for item in items
+        ]
+    )
+
+
+def best_of_each(items: list[Item], keep: NDArray[np.bool_], score: NDArray[np.floating], count: int) -> NDArray:
+    """Of the kept pictures, the `count` of the highest score of every subject."""
+    by_subject: dict[str, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(keep).tolist():
+        by_subject[items[index].pair.subject].append(index)
+    best = np.zeros(len(items), bool)
+    for members in by_subject.values():
+        best[sorted(members, key=lambda index: -score[index])[:count]] = True
+    return best
+
+
+def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
+    """Leave the pictures of the domain that the judge reads best, few enough of each subject, all subjects alike."""
+    from model.train.rewards import Rewards
+    from model.train.rollout import Asked, decode
+
+    keep = domain(data.items, recipe) & (data.weights > 0) & np.array([not rests(item) for item in data.items])
+    score = np.array([stable_seed("sft", recipe.seed, item.pair, item.look) / 2**64 for item in data.items])
+    if recipe.judge:
+        rewards = Rewards.load(recipe.judge, data, device)
+        members = np.flatnonzero(keep).tolist()
+        for start in range(0, len(members), 64):
+            part = members[start : start + 64]
+            asked = [Asked("", data.items[i].pair.subject, data.items[i].look) for i in part]
+            pictures = decode(rewards.vae, data.latents[part].to(device))
+            score[part] = rewards.chosen(pictures, asked, {"subject": 1.0})["subject"].cpu().numpy()
+    only(data, best_of_each(data.items, keep, score, recipe.per_subject))
+    counts: dict[str, float] = defaultdict(float)
+    for item, weight in zip(data.items, data.weights, strict=True):
+        counts[item.pair.subject] += weight
+    even = np.array([1 / counts[item.pair.subject] if counts[item.pair.subject] else 0.0 for item in data.items])
+    data.weights = data.weights * even / (data.weights * even).sum()
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Fine-tune on the recipe's domain."""
+    data = training_set(recipe, device)
+    curate(data, recipe, device)
+    report(f"{recipe.name}: {(data.weights > 0).sum()} curated pictures")
+    stage = Pretraining(recipe, len(data.looks), data)
+    run = loop.Run(stage, RUNS / recipe.name, device)
+    loop.train(run, report)
+    run.figures["validation"] = validation_loss(stage.model, data, recipe)
+    run.save()
+    report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
+    return run

@@ -1,0 +1,198 @@
+"""Merging, balancing and curating, where the answer is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.errors import K2Error
+from model.train.data import Item, Pair
+from model.train.looks import Look
+from model.train.merge import choose, combine, simplex
+from model.train.midtrain import balanced, kmeans
+from model.train.rollout import noise_levels
+from model.train.sft import Recipe, best_of_each, domain
+
+WAVES = 3
+
+
+def net():
+    return nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+
+
+def fit(model, low, high, steps, lr, seed):
+    """Learn a wave on low … high, from noisy points."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(model.parameters(), lr)
+    for _ in range(steps):
+        x = low + (high - low) * torch.rand(64, 1, generator=generator)
+        loss = (model(x) - torch.sin(WAVES * x) - 0.3 * torch.randn(64, 1, generator=generator)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def error(state, seed, count=2000):
+    """Against the wave itself, over both domains."""
+    x = -1 + 2 * torch.rand(count, 1, generator=torch.Generator().manual_seed(seed))
+    model = net()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return (model(x) - torch.sin(WAVES * x)).square().mean().item()
+
+
+@pytest.fixture(scope="module")
+def domains():
+    """A common parent, and two children that each saw one half of the line."""
+    torch.manual_seed(0)
+    model = net()
+    base = fit(model, -1, 1, 150, 3e-3, 0)
+    children = []
+    for seed, (low, high) in enumerate(((-1, 0), (0, 1)), 1):
+        model.load_state_dict(base)
+        children.append(fit(model, low, high, 100, 1e-3, seed))
+    return base, children
+
+
+def test_domain_runs_merged_by_validation_are_better_than_their_mean(domains):
+    _, children = domains
+    weights, value, scores = choose(children, lambda state: error(state, seed=10, count=300), 4)
+    merged = error(combine(children, weights), seed=11)
+    alone = [error(state, seed=11) for state in children]
+
+    assert merged <= sum(alone) / 2
+    assert merged < min(alone)
+    assert value == min(scores.values()) and sum(weights) == pytest.approx(1)
+
+
+def test_a_parent_that_spoils_every_merge_gets_no_weight(domains):
+    base, children = domains
+    spoilt = {name: 10 * torch.randn(value.shape) for name, value in base.items()}
+    weights, _, _ = choose([children[0], spoilt], lambda state: error(state, seed=10, count=300), 4)
+    assert weights == (1.0, 0.0)
+
+
+def test_the_mean_of_noisy_snapshots_is_better_than_the_last():
+    """PMA: at a constant, high learning rate each snapshot wanders about the minimum; their mean lies nearer."""
+    torch.manual_seed(0)
+    model = net()
+    fit(model, -1, 1, 300, 5e-3, 0)
+    snapshots = [fit(model, -1, 1, 20, 5e-3, seed) for seed in range(1, 9)]
+
+    mean = error(combine(snapshots, [1 / 8] * 8), seed=11)
+    assert mean < sum(error(state, seed=11) for state in snapshots) / 8
+    assert mean < error(snapshots[-1], seed=11)
+
+
+def test_merging_is_linear_and_exact_at_the_corners():
+    one, other = ({"w": torch.randn(5), "count": torch.tensor(n)} for n in (3, 4))
+    assert torch.equal(combine([one, other], (1.0, 0.0))["w"], one["w"])
+    torch.testing.assert_close(combine([one, other], (0.25, 0.75))["w"], 0.25 * one["w"] + 0.75 * other["w"])
+    assert combine([one, other], (0.5, 0.5))["count"] == 3
+
+
+def test_what_does_not_belong_together_is_not_merged():
+    for other in ({"v": torch.zeros(2)}, {"w": torch.zeros(3)}):
+        with pytest.raises(K2Error, match="cannot be merged"):
+            combine([{"w": torch.zeros(2)}, other], (0.5, 0.5))
+
+
+@pytest.mark.parametrize(("count", "divisions"), [(2, 4), (3, 4), (3, 3), (4, 2)])
+def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions):
+    grid = simplex(count, divisions)
+    assert all(sum(weights) == pytest.approx(1) for weights in grid) and len(set(grid)) == len(grid)
+    for index in range(count):
+        assert tuple(float(index == k) for k in range(count)) in grid
+    assert (1 / count,) * count in grid
+
+
+def test_clusters_are_found_and_the_same_for_a_seed():
+    rng = np.random.default_rng(0)
+    own = np.repeat([0, 1, 2], [300, 40, 10])
+    points = np.array([[0, 0], [5, 0], [0, 5]])[own] + 0.3 * rng.normal(size=(350, 2))
+
+    found = kmeans(points, 3, seed=1)
+
+    assert np.array_equal(found, kmeans(points, 3, seed=1))
+    assert len({(a, b) for a, b in zip(own, found, strict=True)}) == 3 == len(np.unique(found))
+    assert len(np.unique(kmeans(np.zeros((5, 2)), 3))) == 1
+
+
+def test_balanced_odds_draw_every_cluster_alike_and_keep_the_odds_inside():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat([0, 1, 2], [900, 90, 10])
+    weights = rng.random(1000) + 0.1
+    weights[-1] = 0.0
+    weights /= weights.sum()
+
+    drawn = rng.choice(1000, 6000, p=balanced(weights, clusters, 1.0))
+    shares = np.bincount(clusters[drawn]) / 6000
+    assert np.abs(shares - 1 / 3).max() < 4 * (2 / 9 / 6000) ** 0.5
+    odds = balanced(weights, clusters, 1.0)
+    np.testing.assert_allclose(odds[:900] / odds[0], weights[:900] / weights[0])
+    assert odds[-1] == 0
+    np.testing.assert_allclose(balanced(weights, clusters, 0.0), weights)
+    half = np.bincount(clusters, balanced(weights, clusters, 0.5))
+    before = np.bincount(clusters, weights)
+    np.testing.assert_allclose(half, before**0.5 / (before**0.5).sum())
+
+
+ITEMS = [
+    Item(row, Pair(f"thing {row % 3}", drawing), Look(drawing, medium, ground, "cream"))
+    for row, (drawing, medium, ground) in enumerate(
+        [
+            ("noto", "plain", "white"),
+            ("noto", "film", "flat"),
+            ("twemoji", "film", "flat"),
+            ("twemoji", "plain", "flat"),
+        ]
+        * 3
+    )
+]
+RECIPE = Recipe(name="d", steps=1, size=64, batch=1, repeats=1, lr=0.1, muon_lr=0.1, mu=0.0)
+
+
+def test_a_domain_is_what_its_recipe_lets_through():
+    film = domain(ITEMS, replace(RECIPE, media=("film",)))
+    assert [item.look.medium == "film" for item in ITEMS] == film.tolist()
+    both = domain(ITEMS, replace(RECIPE, media=("plain",), drawings=("noto",), on=("white", "flat")))
+    assert [i.look.medium == "plain" and i.pair.drawing == "noto" for i in ITEMS] == both.tolist()
+    assert domain(ITEMS, RECIPE).all()
+
+
+@pytest.mark.parametrize("domain", [{"media": ("film", "flim")}, {"drawings": ("nothing",)}])
+def test_a_domain_of_nothing_known_is_refused(domain):
+    with pytest.raises(K2Error, match="there is no"):
+        replace(RECIPE, **domain)
+
+
+def test_the_best_of_each_subject_stay():
+    keep = np.array([True] * 11 + [False])
+    score = np.arange(12.0)
+    best = best_of_each(ITEMS, keep, score, 2)
+    assert [sorted(i for i in np.flatnonzero(best) if i % 3 == k) for k in range(3)] == [[6, 9], [7, 10], [5, 8]]
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.5, 0.9])
+def test_the_shift_by_size_hides_a_flat_picture_equally(noise):
+    """Of a flat picture of n pixels σ noise leaves an uncertainty of σ / (1 − σ) / √n: the same at every size."""
+    small, large = replace(RECIPE, mu=0.2), replace(RECIPE, mu=0.2, mu_size=64, size=256)
+    assert small.shift == 0.2
+
+    def uncertainty(recipe):
+        odds = noise / (1 - noise) * np.exp(recipe.shift)
+        return odds / recipe.size
+
+    assert uncertainty(small) == pytest.approx(uncertainty(large))
+
+
+def test_noise_levels_are_stratified_about_their_shift():
+    levels = noise_levels(4000, 0.7, torch.Generator().manual_seed(0))
+    logits = torch.logit(levels)
+    assert logits.mean().item() == pytest.approx(0.7, abs=0.01) and logits.std().item() == pytest.approx(1, abs=0.02)
+    few = torch.logit(noise_levels(8, 0.0, torch.Generator().manual_seed(0))).sort().values
+    edges = torch.special.ndtri(torch.arange(9) / 8)
+    assert ((few >= edges[:-1]) & (few <= edges[1:])).all()
