@@ -1,0 +1,303 @@
+"""STPO: preference optimisation that does not let go of the winner.
+
+The name and the aim are Krea 2's: plain DPO lets the likelihood of both pictures of a pair fall, and drifts into
+high-frequency artefacts. The method is unpublished; this one is ours. With ℓ = mean‖v − (ε − x₀)‖² at one noise level
+and one noise for both pictures, and Δ = (ℓ_w − ℓ_l) − (ℓ_w^ref − ℓ_l^ref):
+
+    dpo        −log σ(−β/2 · Δ)                                    Diffusion-DPO, arXiv 2311.12908
+    dpo+sft    ... + β/2 · anchor · ℓ_w
+    stpo       the loser's gradient scaled by λ so that, to first order, the winner's loss cannot rise (Diffusion-SDPO,
+               arXiv 2511.03317), ... + β/2 · (hinge · max(0, ℓ_w − ℓ_w^ref) + anchor · ℓ_w)
+
+β is set once, when the spread of Δ over pairs held aside is known, so that βΔ/2 has a standard deviation of 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import K2Error
+from model.latents import patchify
+from model.train import loop, pretrain
+from model.train.data import stable_seed
+from model.train.loop import RUNS, Batch, Report
+from model.train.rewards import Rewards, top_octave
+from model.train.rollout import Asked, asked, conditioned, decode, noise_levels, sample
+from model.train.sft import rest_for_validation, training_set, validation_loss
+
+KINDS = ("dpo", "dpo+sft", "stpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(pretrain.Recipe):
+    """A run of preference optimisation; `batch` counts pairs."""
+
+    init: str = "box"
+    stage: str = "stpo"
+    kind: str = "stpo"
+    beta: float = 500.0  # until it is set from the spread of Δ
+    calibrate_at: int = 50  # the step after which it is; 0 leaves it
+    safety: float = 0.1  # by how much of its own size the winner's step outweighs the loser's
+    hinge: float = 0.5  # weights of the auxiliary losses, in units of β/2
+    anchor: float = 0.05
+    prompts: int = 160  # asked to make pairs ...
+    group: int = 4  # ... each for so many pictures, of which the best and the worst make a pair ...
+    margin: float = 0.1  # ... if their rewards, 0 … 1, differ by so much
+    aside: int = 24  # pairs held aside: β is set and the run is watched on them
+    judge: str = "judge-11"
+    weights: dict[str, float]  # of the rewards
+    sample_steps: int = 16
+    guidance: float = 2.0
+    look: int = 12  # prompts that are looked at in the end, beside what they were before
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in KINDS:
+            raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
+
+
+class Both(NamedTuple):
+    """Something of a winner and of its loser, [B, ...] each."""
+
+    winner: Tensor
+    loser: Tensor
+
+
+def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """ℓ [B]."""
+    return (velocity - target).square().flatten(1).mean(1)
+
+
+def safe_scale(made: Both, target: Both, safety: float) -> Tensor:
+    """λ [B] in 0 … 1: what of the loser's gradient leaves the winner's loss falling, seen from the velocities."""
+    toward, away = ((v - u).detach().flatten(1) for v, u in zip(made, target, strict=True))
+    together = (toward * away).sum(1)
+    bound = (1 - safety) * toward.square().sum(1) / together.clamp_min(1e-12)
+    return torch.where(together > 0, bound.clamp(0, 1), 1.0)
+
+
+def preference_loss(
+    made: Both,
+    target: Both,
+    reference: Both,
+    beta: float | Tensor,
+    kind: str = "stpo",
+    *,
+    safety: float = 0.1,
+    hinge: float = 0.5,
+    anchor: float = 0.05,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [B] of velocities [B, ...] against noise − image, beside the frozen reference's; figures to watch, [B] each.
+
+    Winner and loser have noise and noise level in common.
+    """
+    winner, loser = map(squared_error, made, target)
+    winner_before, loser_before = map(squared_error, reference, target)
+    figures = {"winner": winner.detach() - winner_before, "loser": loser.detach() - loser_before}
+    if kind == "stpo":
+        scale = safe_scale(made, target, safety)
+        loser = loser.detach() + scale * (loser - loser.detach())
+        figures["scale"] = scale
+    difference = (winner - loser) - (winner_before - loser_before)
+    loss = -F.logsigmoid(-beta / 2 * difference)
+    if kind == "stpo":
+        loss = loss + beta / 2 * hinge * (winner - winner_before).relu()
+    if kind != "dpo":
+        loss = loss + beta / 2 * anchor * winner
+    return loss, figures | {"right": (difference.detach() < 0).float()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two pictures of each prompt, the first the better: latents [N, C, h, w], float16."""
+
+    captions: list[str]
+    latents: Both
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        draft = path.with_suffix(".draft")
+        metadata = metadata | {"captions": self.captions}
+        save_file(self.latents._asdict(), draft, {"pairs": json.dumps(metadata)})
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Pairs:
+        with safe_open(path, "pt") as file:
+            captions = json.loads(file.metadata()["pairs"])["captions"]
+        return cls(captions, Both(**load_file(path)))
+
+
+def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """reward [P, G] -> indices of the best and the worst in each group, [P] each, and which groups differ enough."""
+    best, worst = reward.argmax(1), reward.argmin(1)
+    apart = reward.gather(1, best[:, None]) - reward.gather(1, worst[:, None])
+    return best, worst, apart[:, 0] >= margin
+
+
+def make_pairs(
+    model: pretrain.Trainee, data: pretrain.TrainingSet, rewards: Rewards, recipe: Recipe, report: Report
+) -> Pairs:
+    """Groups of pictures by the model that the run starts from, judged; the best and the worst of each."""
+    prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
+    captions: list[str] = []
+    winners: list[Tensor] = []
+    losers: list[Tensor] = []
+    at_once = max(1, 32 // recipe.group)
+    for start in range(0, len(prompts), at_once):
+        chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(recipe.group)]
+        seed = stable_seed(recipe.seed, "pairs", start) % 2**62
+        latents = sample(
+            model.dit, data, [p.caption for p in chunk], recipe.size, recipe.sample_steps, recipe.guidance, seed
+        )
+        judged = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, recipe.group)
+        best, worst, enough = best_and_worst(judged, recipe.margin)
+        groups = latents.unflatten(0, (-1, recipe.group)).half().cpu()
+        for index in enough.nonzero()[:, 0].tolist():
+            captions.append(prompts[start + index].caption)
+            winners.append(groups[index, best[index]])
+            losers.append(groups[index, worst[index]])
+        report(f"{recipe.name}: {len(captions)} pairs from {start + len(chunk) // recipe.group} prompts")
+    if len(captions) <= recipe.aside:
+        raise K2Error(
+            f"Only {len(captions)} prompts of {len(prompts)} gave pairs that differ by {recipe.margin:g}.",
+            hint="Ask more prompts, or lower the margin or what is held aside.",
+        )
+    return Pairs(captions, Both(torch.stack(winners), torch.stack(losers)))
+
+
+class Preference(loop.Stage):
+    """The stage: the transformer learns, beside a frozen copy of what it started from."""
+
+    def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor]):
+        torch.manual_seed(recipe.seed)
+        self.recipe: Recipe = recipe
+        self.set = data
+        self.data = pretrain.fingerprint(data.catalog)
+        self.model: pretrain.Trainee = pretrain.Trainee(recipe.config, len(data.looks))
+        self.model.register_buffer("beta", torch.tensor(recipe.beta))
+        self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False)
+        for model in (self.model, self.reference):
+            loop.start(model, weights)
+        self.pairs: Pairs | None = None
+
+    def rate(self, name: str) -> float:
+        return float(name.startswith("dit."))
+
+    def to(self, device: torch.device) -> None:
+        self.reference.to(device)
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """Pairs not held aside; none of them twice in a step, where there are enough."""
+        assert self.pairs is not None
+        rng = np.random.default_rng(stable_seed(self.recipe.seed, self.recipe.name, step, part))
+        known = len(self.pairs) - self.recipe.aside
+        chosen = self.recipe.aside + rng.choice(known, self.recipe.batch, replace=known < self.recipe.batch)
+        return self.of(chosen.tolist(), int(rng.integers(2**62)))
+
+    def of(self, indices: list[int], seed: int) -> Batch:
+        """Some pairs, and the seed of their noise."""
+        assert self.pairs is not None
+        embeds, mask = self.set.embed([self.pairs.captions[index] for index in indices])
+        latents = [each[indices].float() for each in self.pairs.latents]
+        return {"winner": latents[0], "loser": latents[1], "embeds": embeds, "mask": mask, "seed": seed}
+
+    def compare(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`preference_loss` of a batch of pairs."""
+        recipe, dit = self.recipe, self.model.dit
+        device, patch = dit.first.weight.device, dit.config.patch
+        generator = torch.Generator().manual_seed(batch["seed"])
+        images = [patchify(batch[key], patch).to(device) for key in ("winner", "loser")]
+        noise = torch.randn(images[0].shape, generator=generator).to(device)
+        sigma = noise_levels(len(noise), recipe.shift, generator).to(device)
+        both = torch.cat([torch.lerp(image, noise, sigma[:, None, None]) for image in images])
+        embeds, mask = (batch[key].to(device).repeat(2, *[1] * (batch[key].dim() - 1)) for key in ("embeds", "mask"))
+        side = batch["winner"].shape[-1] // patch
+        made = Both(*conditioned(dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
+        with torch.no_grad():
+            before = Both(*conditioned(self.reference.dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))
+        target = Both(*(noise - image for image in images))
+        options = {key: getattr(recipe, key) for key in ("safety", "hinge", "anchor")}
+        return preference_loss(made, target, before, self.model.get_buffer("beta"), recipe.kind, **options)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """In units of β/2, so that a gradient's norm means the same whatever β is."""
+        loss, figures = self.compare(batch)
+        return 2 / self.model.get_buffer("beta") * loss.mean(), {name: value.mean() for name, value in figures.items()}
+
+    @torch.no_grad()
+    def held_aside(self) -> dict[str, Tensor]:
+        """The figures of each pair held aside, at noise that is always the same."""
+        return self.compare(self.of(list(range(self.recipe.aside)), 0))[1]
+
+    def after(self, step: int) -> Mapping[str, float]:
+        recipe = self.recipe
+        if not recipe.aside:
+            return {}
+        if step == recipe.calibrate_at:
+            figures = self.held_aside()
+            spread = float((figures["winner"] - figures["loser"]).std())
+            set_to = min(max(2 / max(spread, 1e-12), recipe.beta / 10), recipe.beta * 10)
+            self.model.get_buffer("beta").fill_(set_to)
+        if step % recipe.every:
+            return {}
+        watched = {f"aside_{name}": float(value.mean()) for name, value in self.held_aside().items()}
+        return watched | {
+            "held": validation_loss(self.model, self.set, recipe, 32),
+            "beta": float(self.model.get_buffer("beta")),
+        }
+
+    @torch.no_grad()
+    def look_over(self, rewards: Rewards, prompts: list[Asked], each: int = 4) -> dict[str, float]:
+        """Pictures of fixed prompts, `each` of one, by the reference and by the model: rewards, win rate, power in the
+        top octave, and how far the pictures of one prompt lie apart."""
+        recipe = self.recipe
+        found: dict[str, float] = {}
+        totals: list[Tensor] = []
+        repeated = [prompt for prompt in prompts for _ in range(each)]
+        for who, model in (("before", self.reference), ("after", self.model)):
+            parts = []
+            for start in range(0, len(repeated), 16):
+                chunk = [prompt.caption for prompt in repeated[start : start + 16]]
+                latents = sample(model.dit, self.set, chunk, recipe.size, recipe.sample_steps, recipe.guidance, start)
+                parts.append(decode(rewards.vae, latents))
+            pictures = torch.cat(parts)
+            totals.append(rewards.total(pictures, repeated, recipe.weights))
+            found[f"reward_{who}"] = float(totals[-1].mean())
+            found[f"top_octave_{who}"] = float(top_octave(pictures).log().mean())
+            found[f"apart_{who}"] = float(pictures.unflatten(0, (-1, each)).std(1).mean())
+        return found | {"win_rate": float((totals[1] > totals[0]).float().mean())}
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Make the pairs, once, then run the stage to its end, from where it stands."""
+    data = training_set(recipe, device)
+    rest_for_validation(data)
+    rewards = Rewards.load(recipe.judge, data, device)
+    stage = Preference(recipe, data, loop.parent(recipe.init))
+    stage.to(torch.device(device))
+    run = loop.Run(stage, RUNS / recipe.name, device)
+    path = run.folder / "pairs.safetensors"
+    if not path.exists():
+        pairs = make_pairs(stage.reference, data, rewards, recipe, report)
+        pairs.save(path, {"recipe": asdict(recipe)})
+    stage.pairs = Pairs.load(path)
+    loop.train(run, report)
+    figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
+    run.figures |= figures
+    run.save()
+    report(f"{recipe.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return run

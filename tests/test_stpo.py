@@ -1,0 +1,119 @@
+"""STPO on points in the plane: it learns the preference, and does not let go of the winner as plain DPO does."""
+
+import pytest
+import torch
+from torch import nn
+
+from model.train.stpo import Both, best_and_worst, preference_loss, safe_scale, squared_error
+
+
+class Plane(nn.Module):
+    """A velocity field over the plane: (x [B, 2], t [B]) -> [B, 2]."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 2))
+
+    def forward(self, x, t):
+        return self.net(torch.cat((x, t[:, None]), 1))
+
+
+def pairs(generator, count=128):
+    """Winners around one point, losers near them: close enough that what pushes a loser away drags its winner along."""
+    winner = torch.tensor([1.0, 0.0]) + 0.3 * torch.randn(count, 2, generator=generator)
+    return winner, winner + torch.tensor([0.25, 0.35]) + 0.1 * torch.randn(count, 2, generator=generator)
+
+
+def velocities(model, images, noise, t):
+    return Both(*(model(torch.lerp(image, noise, t[:, None]), t) for image in images))
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = Plane()
+    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(300):
+        images = torch.cat(pairs(generator))
+        noise, t = torch.randn(images.shape, generator=generator), torch.rand(len(images), generator=generator)
+        loss = squared_error(model(torch.lerp(images, noise, t[:, None]), t), noise - images).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return model.state_dict()
+
+
+def tuned(state, kind):
+    """Mean rise of the winner's and of the loser's loss over the reference's, on fresh pairs, after 300 steps."""
+    model, reference = Plane(), Plane()
+    for each in (model, reference):
+        each.load_state_dict(state)
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def compare(count):
+        images = pairs(generator, count)
+        noise, t = torch.randn(count, 2, generator=generator), torch.rand(count, generator=generator)
+        made = velocities(model, images, noise, t)
+        with torch.no_grad():
+            before = velocities(reference, images, noise, t)
+        target = Both(*(noise - image for image in images))
+        return preference_loss(made, target, before, 10.0, kind)
+
+    for _ in range(300):
+        loss, _ = compare(128)
+        optimiser.zero_grad()
+        loss.mean().backward()
+        optimiser.step()
+    figures = compare(4000)[1]
+    return {name: float(value.mean()) for name, value in figures.items()}
+
+
+def test_it_keeps_the_winners_loss_from_rising_where_plain_dpo_lets_it_rise(pretrained):
+    found = {kind: tuned(pretrained, kind) for kind in ("dpo", "dpo+sft", "stpo")}
+
+    assert found["dpo"]["winner"] > 0.05
+    assert found["stpo"]["winner"] < 0.01 < found["dpo"]["winner"] / 5
+    assert found["stpo"]["winner"] < found["dpo+sft"]["winner"]
+    for figures in found.values():  # and each learns to prefer
+        assert figures["winner"] < figures["loser"] and figures["right"] > 0.55
+
+
+def test_of_equal_models_the_preference_is_even_and_its_gradient_is_dpos():
+    """Where model and reference agree, Δ = 0: the loss is log 2, its slope β/4 of each picture's error."""
+    target = Both(torch.zeros(1, 2), torch.zeros(1, 2))
+    made = Both(*(torch.tensor([[a, b]], requires_grad=True) for a, b in ((1.0, 0.0), (0.0, 1.0))))
+    before = Both(*(each.detach() for each in made))
+
+    loss, _ = preference_loss(made, target, before, 8.0, "dpo")
+    loss.sum().backward()
+
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    torch.testing.assert_close(made.winner.grad, 8 / 4 * made.winner.detach())
+    torch.testing.assert_close(made.loser.grad, -8 / 4 * made.loser.detach())
+
+
+def test_the_scale_leaves_the_winner_falling_whatever_the_two_gradients():
+    """To first order, a step along −(g_w − λ g_l) changes ℓ_w by −⟨g_w, g_w − λ g_l⟩: never up."""
+    generator = torch.Generator().manual_seed(0)
+    made = Both(*(torch.randn(1000, 3, generator=generator) for _ in range(2)))
+    made = Both(made.winner, made.loser * 3)
+    target = Both(torch.zeros(1000, 3), torch.zeros(1000, 3))
+    scale = safe_scale(made, target, 0.1)
+
+    def change(by):
+        return -(made.winner * (made.winner - by[:, None] * made.loser)).sum(1)
+
+    assert (change(torch.ones(1000)) > 0).any(), "without the scale some would rise"
+    assert (change(scale) <= -0.0999 * made.winner.square().sum(1)).all()
+    assert ((scale >= 0) & (scale <= 1)).all()
+    opposed = (made.winner * made.loser).sum(1) <= 0
+    assert (scale[opposed] == 1).all() and (scale[~opposed] < 1).any()
+
+
+def test_pairs_are_the_best_and_the_worst_of_groups_that_differ():
+    best, worst, enough = best_and_worst(torch.tensor([[0.2, 0.9, 0.1], [0.5, 0.52, 0.5]]), 0.1)
+
+    assert best.tolist() == [1, 1] and worst.tolist() == [2, 0]
+    assert enough.tolist() == [True, False]
