@@ -1,0 +1,276 @@
+"""GRPO on flow models: groups of pictures of one prompt, several rewards, no guidance.
+
+Flow-GRPO (arXiv 2505.05470) turns some of the sampler's steps into steps of a stochastic equation with the same
+marginals, whose transitions have probabilities. Times are noise levels t, falling; dt < 0; ε̂ = x + (1 − t) v:
+
+    x' = x + [v + s²/2t · ε̂] dt + s √(−dt) n,    s = a √(t / (1 − t))
+
+Rewards are combined as in GDPO (arXiv 2601.05242): each is normalised within its group, then weighed, then the sum is
+normalised over the batch; groups in which no reward tells pictures apart are dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import K2Error
+from model.latents import patchify, unpatchify
+from model.train import loop, pretrain
+from model.train.data import stable_seed
+from model.train.loop import RUNS, Batch, Report
+from model.train.rewards import Rewards
+from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
+from model.train.sft import rest_for_validation, training_set, validation_loss
+
+FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(pretrain.Recipe):
+    """A run of GRPO; `batch` counts prompts, each painted `group` times."""
+
+    init: str = "box"
+    stage: str = "grpo"
+    group: int = 8
+    sample_steps: int = 8
+    stochastic: int = 2  # of them, chosen at random for each rollout
+    noise: float = 0.7  # a
+    trust: float = 1e-4  # how far a transition's probability ratio may move from 1: log-probabilities are means
+    updates: int = 2  # steps of the optimiser from one rollout
+    judge: str = "judge-11"
+    weights: dict[str, float]  # of the rewards
+    gates: dict[str, str] = field(default_factory=dict)  # a reward that counts only as far as another is won
+    prompts: int = 192  # asked, of which those whose rewards differ most ...
+    pool: int = 64  # ... and are neither won nor hopeless make the pool that is trained on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every % self.updates:
+            raise K2Error(
+                f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."
+            )
+        if not 0 < self.stochastic < self.sample_steps:
+            raise K2Error(f'Recipe "{self.name}": stochastic must be fewer than sample_steps, and not none.')
+
+
+class Transition(NamedTuple):
+    """One stochastic step of a rollout."""
+
+    sigma: float
+    next_sigma: float
+    before: Tensor  # [B, L, D]
+    after: Tensor
+    log_prob: Tensor  # [B], under the policy that made it
+
+
+def sde_step(
+    tokens: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise: float, cap: float = 1.0
+) -> tuple[Tensor, float]:
+    """Mean of the next tokens [B, L, D], and their standard deviation. With noise 0 it is Euler's step, bit for bit.
+
+    s grows without bound towards t = 1, so t stops at `cap` in its denominator, as in Flow-GRPO.
+    """
+    dt = next_sigma - sigma
+    spread = noise * (sigma / max(1 - min(sigma, cap), 1e-6)) ** 0.5
+    drift = velocity + spread**2 / (2 * sigma) * (tokens + (1 - sigma) * velocity)
+    return tokens + dt * drift, spread * (-dt) ** 0.5
+
+
+def log_prob(after: Tensor, mean: Tensor, std: float) -> Tensor:
+    """Gaussian log-probability of [B, L, D], its mean over the numbers of each picture, in fp32: [B]."""
+    error = (after.float() - mean.float()).square().flatten(1).mean(1)
+    return -error / (2 * std**2) - float(np.log(std) + 0.5 * np.log(2 * np.pi))
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity,
+    tokens: Tensor,
+    sigmas: Sequence[float],
+    stochastic: Collection[int],
+    noise: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[Transition]]:
+    """From noise [B, L, D] to pictures, and the transitions at the stochastic steps; the others are Euler's."""
+    made: list[Transition] = []
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
+        v = velocity(tokens, torch.full((len(tokens),), sigma, device=tokens.device))
+        here = noise if step in stochastic else 0.0
+        mean, std = sde_step(tokens, v, sigma, next_sigma, here, sigmas[1])
+        after = mean
+        if here:
+            after = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+            made.append(Transition(sigma, next_sigma, tokens, after, log_prob(after, mean, std)))
+        tokens = after
+    return tokens, made
+
+
+def advantages(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], gates: Mapping[str, str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rewards [P, G] by name, 0 … 1 -> advantages [P, G], at most 5, and which groups count [P].
+
+    A gated reward is multiplied by the one that gates it. Groups that do not count have advantages of 0.
+    """
+    total = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float32)
+    counts = torch.zeros(len(total), dtype=torch.bool, device=total.device)
+    for name, weight in weights.items():
+        reward = rewards[name].float()
+        if gates and name in gates:
+            reward = reward * rewards[gates[name]].float()
+        spread = reward.std(1, keepdim=True)
+        telling = spread >= FLAT
+        counts |= telling[:, 0]
+        total += weight * torch.where(telling, (reward - reward.mean(1, keepdim=True)) / spread.clamp_min(FLAT), 0.0)
+    kept = total[counts]
+    if not len(kept):
+        return torch.zeros_like(total), counts
+    normalised = (total - kept.mean()) / kept.std().clamp_min(1e-6)
+    return torch.where(counts[:, None], normalised.clamp(-5, 5), 0.0), counts
+
+
+def policy_loss(
+    velocity: Velocity, made: Sequence[Transition], advantage: Tensor, noise: float, cap: float, trust: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss of transitions under the velocity as it is now; advantage [B]."""
+    losses, ratios = [], []
+    for move in made:
+        v = velocity(move.before, torch.full((len(move.before),), move.sigma, device=move.before.device))
+        mean, std = sde_step(move.before, v, move.sigma, move.next_sigma, noise, cap)
+        ratio = (log_prob(move.after, mean, std) - move.log_prob).exp()
+        losses.append(torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - trust, 1 + trust)))
+        ratios.append(ratio.detach())
+    ratio = torch.stack(ratios)
+    figures = {"ratio": (ratio - 1).abs().max(), "clipped": ((ratio - 1).abs() > trust).float().mean()}
+    return torch.stack(losses).mean(), figures
+
+
+class Round(NamedTuple):
+    """A rollout, judged: what some steps of the optimiser learn from."""
+
+    number: int
+    made: list[Transition]
+    advantage: Tensor  # [B]
+    figures: dict[str, float]
+
+
+class Policy(loop.Stage):
+    """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
+
+    def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, rewards: Rewards, pool: Sequence[Asked]):
+        torch.manual_seed(recipe.seed)
+        self.recipe: Recipe = recipe
+        self.set, self.rewards, self.pool = data, rewards, pool
+        self.data = pretrain.fingerprint(data.catalog)
+        self.model: pretrain.Trainee = pretrain.Trainee(recipe.config, len(data.looks))
+        self.rounds: dict[int, Round] = {}  # the last of each part
+
+    def rate(self, name: str) -> float:
+        return float(name.startswith("dit."))
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """The prompts of a rollout, each `group` times, and its seed: the same for all its updates."""
+        recipe = self.recipe
+        round_ = step // recipe.updates
+        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, round_, part))
+        chosen = rng.choice(len(self.pool), min(recipe.batch, len(self.pool)), replace=False)
+        wanted = [self.pool[index] for index in chosen for _ in range(recipe.group)]
+        embeds, mask = self.set.embed([each.caption for each in wanted])
+        steps = rng.choice(recipe.sample_steps - 1, recipe.stochastic, replace=False)  # the last ends in the picture
+        return {
+            "asked": wanted,
+            "embeds": embeds,
+            "mask": mask,
+            "stochastic": sorted(steps.tolist()),
+            "seed": int(rng.integers(2**62)),
+            "round": (round_, part),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        recipe, dit = self.recipe, self.model.dit
+        device, patch, cells = dit.first.weight.device, dit.config.patch, recipe.size // 8
+        sigmas = sigmas_for(recipe.sample_steps, recipe.size, dit)
+        grid = (cells // patch, cells // patch)
+        embeds, mask = batch["embeds"].to(device), batch["mask"].to(device)
+        round_, part = batch["round"]
+        if part not in self.rounds or self.rounds[part].number != round_:
+            generator = torch.Generator().manual_seed(batch["seed"])
+            shape = (len(batch["asked"]), dit.config.channels, cells, cells)
+            start = patchify(torch.randn(shape, generator=generator), patch).to(device)
+            with torch.no_grad():
+                velocity = conditioned(dit, embeds, mask, grid)
+            tokens, made = rollout(velocity, start, sigmas, batch["stochastic"], recipe.noise, generator)
+            pictures = decode(self.rewards.vae, unpatchify(tokens, patch, cells, cells))
+            needed = {**recipe.weights, **dict.fromkeys(recipe.gates.values(), 0.0)}
+            found = self.rewards.chosen(pictures, batch["asked"], needed)
+            by_group = {name: value.view(-1, recipe.group) for name, value in found.items()}
+            advantage, counts = advantages(by_group, recipe.weights, recipe.gates)
+            figures = {name: float(value.mean()) for name, value in found.items()}
+            figures["groups"] = float(counts.float().mean())
+            self.rounds[part] = Round(round_, made, advantage.flatten(), figures)
+        known = self.rounds[part]
+        velocity = conditioned(dit, embeds, mask, grid)
+        loss, more = policy_loss(velocity, known.made, known.advantage, recipe.noise, sigmas[1], recipe.trust)
+        return loss, known.figures | more
+
+    def pictures(self) -> int:
+        return self.recipe.batch * self.recipe.group
+
+    def after(self, step: int) -> Mapping[str, float]:
+        """Held-out flow loss now and then: what the rewards do not ask for must not be forgotten."""
+        if step % self.recipe.every:
+            return {}
+        return {"held": validation_loss(self.model, self.set, self.recipe, 32)}
+
+
+def telling_prompts(
+    dit: Any, data: pretrain.TrainingSet, rewards: Rewards, recipe: Recipe, report: Callable[[str], None]
+) -> list[Asked]:
+    """Of many prompts, those whose pictures' rewards differ most, where the reward is neither won nor hopeless."""
+    prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
+    scores: list[tuple[float, float]] = []
+    group, at_once = 4, 8
+    for start in range(0, len(prompts), at_once):
+        chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(group)]
+        seed = stable_seed(recipe.seed, "prompts", start) % 2**62
+        latents = sample(dit, data, [p.caption for p in chunk], recipe.size, recipe.sample_steps, 0.0, seed)
+        reward = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, group)
+        scores += list(zip(reward.std(1).tolist(), reward.mean(1).tolist(), strict=True))
+    order = sorted(range(len(prompts)), key=lambda i: (not 0.05 < scores[i][1] < 0.95, -scores[i][0]))
+    chosen = order[: recipe.pool]
+    spread = float(np.mean([scores[i][0] for i in chosen])), float(np.mean([score for score, _ in scores]))
+    report(
+        f"{recipe.name}: {len(chosen)} prompts whose rewards differ by {spread[0]:.3f}, all of them by {spread[1]:.3f}"
+    )
+    return [prompts[i] for i in chosen]
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Choose the prompts, once, then run the stage to its end, from where it stands."""
+    data = training_set(recipe, device)
+    rest_for_validation(data)
+    rewards = Rewards.load(recipe.judge, data, device)
+    folder = RUNS / recipe.name
+    path = folder / "prompts.json"
+    if path.exists():
+        looks = {str(look): look for look in data.looks}
+        pool = [Asked(c, s, looks[look]) for c, s, look in json.loads(path.read_text())]
+    else:
+        parent = pretrain.Trainee(recipe.config, len(data.looks))
+        loop.start(parent, loop.parent(recipe.init))
+        pool = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in pool]))
+        draft.replace(path)
+    stage = Policy(recipe, data, rewards, pool)
+    run = loop.Run(stage, folder, device)
+    return loop.train(run, report)

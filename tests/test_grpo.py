@@ -1,0 +1,159 @@
+"""GRPO: its sampler, its ratios and its rewards' arithmetic, and a flow whose mean is known and must move."""
+
+import math
+
+import pytest
+import torch
+
+from model.sampler import euler, shifted_sigmas
+from model.train.grpo import advantages, log_prob, policy_loss, rollout, sde_step
+
+SIGMAS = shifted_sigmas(8, 0.5)
+
+
+class Gaussian(torch.nn.Module):
+    """The exact velocity of the flow from noise to N(mean, 0.3²) in the plane; only the mean is learned."""
+
+    def __init__(self, mean=(0.0, 0.0)):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.tensor(mean))
+
+    def forward(self, x, t):
+        t = t.view(-1, 1, 1)
+        variance = (1 - t) ** 2 * 0.09 + t**2
+        away = x - (1 - t) * self.mean
+        return t / variance * away - (self.mean + (1 - t) * 0.09 / variance * away)
+
+
+def noise(count, seed=0):
+    return torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_without_noise_it_is_euler_bit_for_bit():
+    field, levels = Gaussian((0.7, -0.2)), torch.tensor(SIGMAS)
+    start = noise(64)
+    by_euler = euler(lambda tokens, step: field(tokens, levels[step].expand(64)), start, SIGMAS)
+
+    still, made = rollout(field, start, SIGMAS, {1, 4}, 0.0, torch.Generator().manual_seed(1))
+    noisy, _ = rollout(field, start, SIGMAS, {1, 4}, 0.7, torch.Generator().manual_seed(1))
+
+    assert torch.equal(still, by_euler) and made == []
+    assert not torch.equal(noisy, by_euler)
+
+
+def test_stochastic_steps_keep_the_distribution():
+    """The stochastic equation has the flow's marginals: mean and deviation end as the data's, many steps through."""
+    field, start, sigmas = Gaussian((1.0, -1.0)), noise(20_000), shifted_sigmas(80, 0.0)
+    end, made = rollout(field, start, sigmas, range(1, 79), 0.7, torch.Generator().manual_seed(1))
+
+    assert len(made) == 78
+    torch.testing.assert_close(end.mean((0, 1)), torch.tensor([1.0, -1.0]), atol=0.02, rtol=0)
+    assert end.std(0).mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_step_is_the_papers():
+    x, v = torch.tensor([[[0.4]]]), torch.tensor([[[-0.3]]])
+    mean, std = sde_step(x, v, 0.6, 0.5, 0.7)
+
+    s = 0.7 * math.sqrt(0.6 / 0.4)
+    assert std == pytest.approx(s * math.sqrt(0.1))
+    assert mean.item() == pytest.approx(0.4 - 0.1 * (-0.3 + s**2 / 1.2 * (0.4 + 0.4 * -0.3)))
+
+
+def test_the_first_step_is_finite():
+    mean, std = sde_step(noise(4), noise(4, 1), 1.0, SIGMAS[1], 0.7, SIGMAS[1])
+    assert mean.isfinite().all() and 0 < std < 2
+
+
+def test_log_probabilities_are_gaussian_means_over_numbers():
+    after, mean = noise(5), noise(5, 1)
+    expected = torch.distributions.Normal(mean, 0.4).log_prob(after).mean((1, 2))
+    torch.testing.assert_close(log_prob(after, mean, 0.4), expected)
+
+
+def test_on_policy_the_ratio_is_exactly_one():
+    field = Gaussian((0.3, 0.1))
+    _, made = rollout(field, noise(16), SIGMAS, {2, 5}, 0.7, torch.Generator().manual_seed(1))
+    loss, figures = policy_loss(field, made, torch.ones(16), 0.7, SIGMAS[1], 1e-4)
+
+    assert figures["ratio"].item() == 0 and loss.item() == -1
+    with torch.no_grad():
+        field.mean += 0.05
+    assert policy_loss(field, made, torch.ones(16), 0.7, SIGMAS[1], 1e-4)[1]["ratio"].item() > 0
+
+
+def test_beyond_trust_there_is_nothing_more_to_gain():
+    """Once a ratio has moved the way its advantage asks for, further than trusted, its gradient is zero."""
+    field = Gaussian((0.3, 0.1))
+    _, made = rollout(field, noise(16), SIGMAS, {2}, 0.7, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        field.mean += 0.5
+    mean, std = sde_step(made[0].before, field(made[0].before, torch.full((16,), made[0].sigma)), *made[0][:2], 0.7)
+    moved = log_prob(made[0].after, mean, std) - made[0].log_prob
+
+    policy_loss(field, made, moved.detach().sign(), 0.7, SIGMAS[1], 1e-4)[0].backward()
+    assert field.mean.grad.abs().max() == 0
+    policy_loss(field, made, -moved.detach().sign(), 0.7, SIGMAS[1], 1e-4)[0].backward()
+    assert field.mean.grad.abs().max() > 0
+
+
+def test_rewards_of_any_scale_weigh_what_their_weights_say():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.rand(6, 8, generator=generator), torch.rand(6, 8, generator=generator)
+    weights = {"one": 1.0, "other": 0.5}
+
+    plain, counts = advantages({"one": one, "other": other}, weights)
+    scaled, _ = advantages({"one": 0.05 * one + 0.9, "other": other}, weights)
+
+    torch.testing.assert_close(plain, scaled, atol=1e-4, rtol=1e-4)
+    assert counts.all() and plain.mean().abs() < 1e-6
+    assert plain.std().item() == pytest.approx(1, abs=1e-3)
+    alone, _ = advantages({"one": one, "other": other}, {"one": 1.0})
+    assert torch.corrcoef(torch.stack((plain.flatten(), alone.flatten())))[0, 1] > 0.7
+
+
+def test_groups_without_variance_are_dropped():
+    reward = torch.tensor([[0.5] * 4, [0.1, 0.2, 0.3, 0.9]])
+    found, counts = advantages({"one": reward}, {"one": 1.0})
+
+    assert counts.tolist() == [False, True]
+    assert (found[0] == 0).all() and found[1].argmax() == 3
+    none, counts = advantages({"one": reward[:1]}, {"one": 1.0})
+    assert (none == 0).all() and not counts.any()
+
+
+def test_a_gate_makes_a_reward_worth_nothing():
+    style, subject = torch.tensor([[0.9, 0.8, 0.1, 0.2]]), torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+    free, _ = advantages({"style": style, "subject": subject}, {"style": 1.0})
+    gated, _ = advantages({"style": style, "subject": subject}, {"style": 1.0}, {"style": "subject"})
+
+    assert free[0].argmax() == 0 and gated[0].argmin() == 0 and gated[0].argmax() == 1
+
+
+def test_one_lucky_picture_does_not_rule():
+    reward = torch.zeros(200, 8)
+    reward[0, 0] = 1.0
+    reward[1:, 0] = torch.linspace(0.001, 0.004, 199)
+    assert advantages({"one": reward}, {"one": 1.0})[0].abs().max() <= 5
+
+
+def test_what_is_rewarded_comes_more_often():
+    """Rewarded for the nearness of a point, the flow's mean, and nothing else, walks there."""
+    field, goal = Gaussian(), torch.tensor([0.8, -0.6])
+    optimiser = torch.optim.Adam(field.parameters(), 0.03)
+    rewards = []
+    for step in range(60):
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randperm(7, generator=generator)[:2].tolist()
+        end, made = rollout(field, noise(64, 1000 + step), SIGMAS, chosen, 0.7, generator)
+        reward = (-(end[:, 0] - goal).norm(dim=-1)).exp()
+        rewards.append(reward.mean().item())
+        advantage, _ = advantages({"near": reward.view(8, 8)}, {"near": 1.0})
+        for _ in range(2):
+            loss, _ = policy_loss(field, made, advantage.flatten(), 0.7, SIGMAS[1], 0.2)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+    assert (field.mean - goal).norm() < 0.5 * goal.norm()
