@@ -26,6 +26,7 @@ from model.latents import patchify, unpatchify
 from model.train import loop, pretrain
 from model.train.data import stable_seed
 from model.train.loop import RUNS, Batch, Report
+from model.train.recipe import refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.sft import rest_for_validation, training_set, validation_loss
@@ -39,6 +40,7 @@ class Recipe(pretrain.Recipe):
 
     init: str = "box"
     stage: str = "grpo"
+    repeats: int = 1
     group: int = 8
     sample_steps: int = 8
     stochastic: int = 2  # of them, chosen at random for each rollout
@@ -53,6 +55,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse(self, "references", "null", "style_loss", "repeats")
         if self.every % self.updates:
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."
@@ -165,12 +168,14 @@ class Round(NamedTuple):
 class Policy(loop.Stage):
     """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
 
-    def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, rewards: Rewards, pool: Sequence[Asked]):
+    def __init__(
+        self, recipe: Recipe, data: pretrain.TrainingSet, rewards: Rewards, pool: Sequence[Asked], device: str = "cpu"
+    ):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.set, self.rewards, self.pool = data, rewards, pool
         self.data = pretrain.fingerprint(data.catalog)
-        self.model: pretrain.Trainee = pretrain.Trainee(recipe.config, len(data.looks))
+        self.model: pretrain.Trainee = pretrain.Pretraining(recipe, len(data.looks), device=device).model
         self.rounds: dict[int, Round] = {}  # the last of each part
 
     def rate(self, name: str) -> float:
@@ -271,6 +276,6 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         draft = path.with_suffix(".draft")
         draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in pool]))
         draft.replace(path)
-    stage = Policy(recipe, data, rewards, pool)
+    stage = Policy(recipe, data, rewards, pool, device)
     run = loop.Run(stage, folder, device)
     return loop.train(run, report)

@@ -76,7 +76,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Cluster by the parent's style encoder, balance, train."""
     data = training_set(recipe, device)
     rest_for_validation(data)
-    stage = Pretraining(recipe, len(data.looks), data)
+    stage = Pretraining(recipe, len(data.looks), data, device)
     weights = loop.parent(recipe.init)
     loop.start(stage.model, weights)  # also where a run goes on: its clusters are those that it began with
     clusters = kmeans(features(data, stage.model.to(device)), recipe.clusters, recipe.seed)
@@ -85,6 +85,6 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     run = loop.Run(stage, RUNS / recipe.name, device)
     loop.train(run, report)
     run.figures["validation"] = validation_loss(stage.model, data, recipe)
-    run.save()
+    run.save(last=True)
     report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
     return run

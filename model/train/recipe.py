@@ -124,7 +124,7 @@ def find(name: str) -> Path:
     return own
 
 
-def load(name: str) -> Table:
+def load(name: str) -> Any:
     """The recipe of a path or name, as its own stage reads it; of a folder of pictures, a LoRA's."""
     if Path(name).is_dir():
         own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).strip("-.") or "pictures"
@@ -146,6 +146,13 @@ def module(stage: Any, where: str) -> Any:
         hint = f'Did you mean "{near[0]}"?' if near else f"Stages: {', '.join(STAGES)}."
         raise K2Error(f'{where}: there is no stage "{stage}".', hint=hint)
     return import_module(STAGES[stage])
+
+
+def refuse(recipe: Table, *keys: str) -> None:
+    """A stage that takes over another's keys says which of them it has no use for."""
+    for field in fields(recipe):
+        if field.name in keys and getattr(recipe, field.name) != field.default:
+            raise K2Error(f'Recipe "{recipe.name}": {field.name} means nothing to the stage "{recipe.stage}".')
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -72,7 +72,10 @@ def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, 
     resting.weights = np.array([float(rests(item)) for item in data.items])
     resting.weights /= resting.weights.sum()
     batch = min(16, pictures)
-    fixed = replace(recipe, name="validation", seed=0, batch=batch, repeats=2, references=0.0)
+    fixed = pretrain.Recipe(
+        name="validation", steps=1, lr=0.0, muon_lr=0.0, size=recipe.size, mu=recipe.shift, batch=batch, repeats=2,
+        references=0.0, seed=0,
+    )  # fmt: skip
     device = model.look_head.weight.device
     losses = []
     for index in range(-(-pictures // batch)):
@@ -132,10 +135,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     curate(data, recipe, device)
     report(f"{recipe.name}: {(data.weights > 0).sum()} curated pictures")
-    stage = Pretraining(recipe, len(data.looks), data)
+    stage = Pretraining(recipe, len(data.looks), data, device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     loop.train(run, report)
     run.figures["validation"] = validation_loss(stage.model, data, recipe)
-    run.save()
+    run.save(last=True)
     report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
     return run

@@ -32,6 +32,7 @@ from model.latents import patchify
 from model.train import loop, pretrain
 from model.train.data import stable_seed
 from model.train.loop import RUNS, Batch, Report
+from model.train.recipe import refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noise_levels, sample
 from model.train.sft import rest_for_validation, training_set, validation_loss
@@ -45,6 +46,7 @@ class Recipe(pretrain.Recipe):
 
     init: str = "box"
     stage: str = "stpo"
+    repeats: int = 1
     kind: str = "stpo"
     beta: float = 500.0  # until it is set from the spread of Δ
     calibrate_at: int = 50  # the step after which it is; 0 leaves it
@@ -63,6 +65,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse(self, "references", "null", "style_loss", "repeats")
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
 
@@ -182,23 +185,20 @@ def make_pairs(
 class Preference(loop.Stage):
     """The stage: the transformer learns, beside a frozen copy of what it started from."""
 
-    def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor]):
+    def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor], device: str):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.set = data
         self.data = pretrain.fingerprint(data.catalog)
-        self.model: pretrain.Trainee = pretrain.Trainee(recipe.config, len(data.looks))
+        self.model: pretrain.Trainee = pretrain.Pretraining(recipe, len(data.looks), device=device).model
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
-        self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False)
+        self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
             loop.start(model, weights)
         self.pairs: Pairs | None = None
 
     def rate(self, name: str) -> float:
         return float(name.startswith("dit."))
-
-    def to(self, device: torch.device) -> None:
-        self.reference.to(device)
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Pairs not held aside; none of them twice in a step, where there are enough."""
@@ -287,8 +287,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
-    stage = Preference(recipe, data, loop.parent(recipe.init))
-    stage.to(torch.device(device))
+    stage = Preference(recipe, data, loop.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
     if not path.exists():
@@ -298,6 +297,6 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     loop.train(run, report)
     figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
     run.figures |= figures
-    run.save()
+    run.save(last=True)
     report(f"{recipe.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return run

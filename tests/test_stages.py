@@ -1,0 +1,159 @@
+"""Every stage from its recipe, at smoke size: it runs, its parts fit together, and it resumes to the last bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from workshop import TINY, workshop  # noqa: F401
+
+from model.errors import K2Error
+from model.train import loop, recipe
+from model.train.grpo import Policy
+from model.train.loop import place_of
+
+COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
+NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
+WEIGHTS = "weights = {subject = 1.0, style = 0.5, artefact = 0.5, grain = 0.5}\n"
+POST = 'judge = "judge-3"\nsample_steps = 3\nprompts = 8\n' + WEIGHTS
+
+
+def quiet(line):
+    pass
+
+
+def run(name, stage, keys, steps=2, every=2, network=True):
+    """A recipe written and run as the command line does."""
+    text = COMMON.format(name=name, stage=stage, length=f"steps = {steps}", every=every)
+    text += (NETWORK if network else "") + keys + "\n" + (TINY if network else "")
+    path = Path(f"{name}.toml")
+    path.write_text(text)
+    chosen = recipe.load(str(path))
+    return recipe.module(chosen.stage, name).main(chosen, "cpu", quiet)
+
+
+def state(name):
+    return load_file(f".runs/{name}/state.safetensors")
+
+
+def record(name):
+    with safe_open(f".runs/{name}/state.safetensors", "pt") as file:
+        return json.loads(file.metadata()["record"])
+
+
+def base(keep=""):
+    """What the later stages start from: a pretrained network, and a judge of its own seed."""
+    text = (
+        'name = "base"\nsteps = 4\nlr = 1e-3\nmuon_lr = 1e-3\nevery = 2\nsize = 64\nbatch = 2\nrepeats = 2\nmu = 0.2\n'
+    )
+    Path("base.toml").write_text(text + keep + TINY)
+    first = recipe.load("base.toml")
+    recipe.module(first.stage, "base").main(first, "cpu", quiet)
+    run("judge-3", "judge", "batch = 8\nseed = 3\n", network=False)
+
+
+def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
+    """From nothing to rewarded weights, each stage from the one before, and all of it on record."""
+    base("keep = 3\nkeep_every = 1\n")
+    run("middle", "midtrain", "repeats = 2\nclusters = 3")
+    for name, media in (("plain", '["plain"]'), ("film", '["film", "halftone", "pixel"]')):
+        run(f"sft-{name}", "sft", f'media = {media}\njudge = "judge-3"\nper_subject = 3\nrepeats = 2')
+    for name, keys in (("pma", 'snapshots = "base"'), ("sft", 'runs = ["sft-plain", "sft-film"]\ndivisions = 2')):
+        Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\npictures = 4\n{keys}\n')
+        chosen = recipe.load(f"{name}.toml")
+        recipe.module("merge", name).main(chosen, "cpu", quiet)
+    run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1")
+    run("grpo", "grpo", POST + 'group = 3\npool = 4\nstochastic = 1\ngates = {style = "subject"}')
+
+    figures = record("sft")["figures"]
+    assert sum(figures["weights"].values()) == pytest.approx(1)
+    assert figures["validation"] <= min(figures["alone"].values())
+    weighed = sum(w * state(name)["ema.dit.first.weight"] for name, w in figures["weights"].items())
+    torch.testing.assert_close(state("sft")["ema.dit.first.weight"], weighed)
+    assert record("pma")["figures"]["snapshots"] == 3
+    mean = torch.stack([load_file(path)["dit.first.weight"] for path in loop.snapshots(Path(".runs/base"))]).mean(0)
+    torch.testing.assert_close(state("pma")["ema.dit.first.weight"], mean)
+
+    parent = state("base")
+    for name in ("middle", "sft-plain", "stpo", "grpo"):
+        made = state(name)
+        before = {key: parent.get(key.replace("model.", "ema."), made[key]) for key in made if key.startswith("model.")}
+        moved = {key for key, value in before.items() if not torch.equal(made[key], value)}
+        assert any(key.startswith("model.dit.blocks.0") for key in moved), name
+        if name in ("stpo", "grpo"):  # styles are none of their business
+            assert all(key.startswith("model.dit.") for key in moved), name
+        assert record(name)["data"] and record(name)["steps"] == 2
+
+    stpo, grpo = record("stpo")["figures"], record("grpo")["figures"]
+    assert {"aside_winner", "aside_loser", "held", "win_rate", "top_octave_after", "apart_after"} <= stpo.keys()
+    assert 50 <= stpo["beta"] <= 5000 and stpo["beta"] != 500
+    assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
+
+
+def test_a_policy_is_on_policy_in_its_first_step_and_not_in_its_second(workshop, monkeypatch):  # noqa: F811
+    base()
+    ratios = []
+    inner = Policy.loss
+
+    def watched(self, batch):
+        loss, figures = inner(self, batch)
+        ratios.append(float(figures["ratio"]))
+        return loss, figures
+
+    monkeypatch.setattr(Policy, "loss", watched)
+    run("grpo", "grpo", POST + "group = 3\npool = 4\nstochastic = 1", steps=4)
+
+    assert ratios[0] == 0 and ratios[2] == 0
+    assert ratios[1] > 0 and ratios[3] > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        ("stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1"),
+        ("grpo", POST + "group = 3\npool = 4\nstochastic = 1"),
+    ],
+)
+def test_a_killed_run_ends_as_one_that_was_not(workshop, monkeypatch, stage, keys):  # noqa: F811
+    base()
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    run("whole", stage, keys, steps=4)
+    Path(".runs/whole").rename(".runs/straight")
+
+    advance, calls = loop.Run.advance, []
+
+    def dies(self, *batches):
+        calls.append(self.step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return advance(self, *batches)
+
+    monkeypatch.setattr(loop.Run, "advance", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("whole", stage, keys, steps=4)
+    assert place_of(Path(".runs/whole/state.safetensors"))["step"] == 2
+    run("whole", stage, keys, steps=4)
+
+    assert calls == [0, 1, 2, 3, 2, 3]
+    first, second = state("straight"), state("whole")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_evaluates_never_rewards(workshop):  # noqa: F811
+    run("judge-77", "judge", "batch = 8\nseed = 77\n", steps=1, every=1, network=False)
+    keys = POST.replace("judge-3", "judge-77") + "group = 2"
+    with pytest.raises(K2Error, match="evaluation"):
+        run("stpo", "stpo", keys)
+    with pytest.raises(K2Error, match="no judge"):
+        run("stpo", "stpo", keys.replace("judge-77", "judge-5"))
+
+
+def test_keys_that_mean_nothing_to_a_stage_are_refused():
+    keys = {"name": "x", "stage": "stpo", "steps": 1, "lr": 0.1, "muon_lr": 0.1, "size": 64, "batch": 1, "mu": 0.0}
+    table = keys | {"weights": {"subject": 1.0}}
+    recipe.saved(table)
+    for stage in ("stpo", "grpo"):
+        with pytest.raises(K2Error, match="references means nothing"):
+            recipe.saved(table | {"stage": stage, "references": 0.2})
