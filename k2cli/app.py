@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from k2cli.project import Project, Prompt, Settings, Shot
-    from k2cli.runs import Job
+    from k2cli.runs import Hire, Job
 
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
@@ -207,6 +207,9 @@ def render(
     format: Annotated[
         str | None, typer.Option("--format", metavar="KIND", help="Of the files: png, webp (lossless) or jpeg.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=256, metavar="N", help="Render in so many processes at once.")
+    ] = None,
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
     run: Annotated[
@@ -230,6 +233,9 @@ def render(
       cat prompts.txt | k2 render - --json
       k2 render -p "a {red|blue} fox" --matrix style.dusk=0,0.5,1
     """
+    from functools import partial
+
+    from k2cli.hands import Processes
     from k2cli.matrix import read_axes
     from k2cli.runs import resume as last_run
 
@@ -271,7 +277,8 @@ def render(
     if dry_run:
         show_plan(jobs, json)
     else:
-        carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet)
+        hire = partial(Processes, workers) if workers and workers > 1 else None
+        carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
 
 
 def plan_job(
@@ -327,7 +334,7 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
                 result(f"{shot.file}\t{size}\tseed {spec.seed}\t{spec.prompt}")
 
 
-def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -> list[Path]:
+def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:
     """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
     from dataclasses import replace
 
@@ -346,7 +353,7 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool) -
             continue
         try:
             with meter(total, quiet=quiet) as bar:
-                for saved in render(job, on_step=bar.step):
+                for saved in render(job, on_step=bar.step, hire=hire):
                     done, folder = done + 1, saved.path.parent
                     bar.saved(done)
                     if done == 1 and not quiet:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from k2cli import licence, models, records
+from k2cli import models, records
 from k2cli.formats import SUFFIXES, format_of
+from k2cli.hands import Crew, Held, OnStep, load, make_here, spread
 from k2cli.outputs import RUN, Run, dump, undisturbed, write
 from k2cli.project import Project, Shot
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
 from model.errors import K2Error
-
-if TYPE_CHECKING:
-    from model.pipeline import Pipeline
-    from model.spec import Picture
+from model.spec import Picture, RenderSpec
 
 SHEET = "sheet.png"
 MOST_PLAN = 64 << 20  # bytes of a run.toml
-OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
+Hire = Callable[[Sequence[RenderSpec]], Crew]
 
 
 @dataclass(frozen=True)
@@ -80,32 +78,16 @@ class Saved:
     record: Mapping[str, Any]
 
 
-@lru_cache(maxsize=1)
-def load(
-    model: str,
-    variant: str | None,
-    device: str | None,
-    dtype: str | None,
-    precision: str | None = None,
-    offload: str | None = None,
-) -> Pipeline:
-    """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
-    licence.require_for(model, variant)
-    from model.pipeline import Pipeline  # the only line that imports torch
+def render(job: Job, *, on_step: OnStep | None = None, hire: Hire | None = None) -> Iterator[Saved]:
+    """Make a job's pictures; each is on disk with its record before it is yielded.
 
-    return Pipeline.load(model, variant=variant, device=device, dtype=dtype, precision=precision, offload=offload)
-
-
-def render(job: Job, *, on_step: OnStep | None = None) -> Iterator[Saved]:
-    """Make a job's pictures one after the other; each is on disk with its record before it is yielded.
-
-    Ctrl-C while a picture is written waits until the caller has heard of it.
+    Ctrl-C while a picture is written waits until the caller has heard of it. `hire` says who makes them, where it is
+    not this process; they come in the order in which they are finished then.
     """
     with job.run or Run.claim(job.project.outputs, job.title, {RUN: dump(plan(job))}) as run:
         run.lock()
         if left := job.left:
-            pipeline = load(job.model, job.variant, job.device, job.dtype, job.precision, job.offload)
-            for shot, picture in zip(left, pipeline.stream([shot.spec for shot in left], on_step=on_step), strict=True):
+            for shot, picture in make(job, left, on_step, hire):
                 record = records.compose(shot, picture, job.project.root)
                 with undisturbed():
                     yield Saved(save(run, shot, picture, record, embed=job.embed), record)
@@ -113,6 +95,21 @@ def render(job: Job, *, on_step: OnStep | None = None) -> Iterator[Saved]:
             pages = enumerate(sheets(job, run))
             files = {run[SHEET if i == 0 else f"sheet-{i + 1}.png"]: png for i, png in pages}
             write(dict(reversed(files.items())))  # whoever finds the first finds them all
+
+
+def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, hire: Hire | None) -> Iterator[tuple[Shot, Picture]]:
+    """What is left of a job, as it is finished."""
+    held = Held(job.model, job.variant, job.device, job.dtype, job.precision, job.offload)
+    specs = [shot.spec for shot in job.shots]
+    stems = {shot.stem for shot in left}
+    wanted = {index for index, shot in enumerate(job.shots) if shot.stem in stems}
+    if hire is None:
+        made = make_here(held, specs, wanted, on_step)
+        yield from ((job.shots[index], picture) for index, picture in made)
+        return
+    with closing(hire(specs)) as crew:
+        for index, picture in spread(crew, held, wanted):
+            yield job.shots[index], picture
 
 
 def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, embed: bool) -> Path:

@@ -153,6 +153,14 @@ class Pipeline:
             for picture in self._render(batch, on_step):
                 yield review(picture, self.filters)
 
+    def batches(self, specs: Iterable[RenderSpec]) -> list[int]:
+        """How many neighbours each `stream` renders together. Raises K2Error for a spec that cannot be rendered.
+
+        A picture does not depend on its company, but for the last bits of its numbers: kernels add in an order that
+        suits the size of a batch.
+        """
+        return [len(batch) for batch in self._batches(map(self.resolve, specs))]
+
     def export(self, folder: Path | str) -> None:
         """Write the model as a folder that `diffusers.Krea2Pipeline.from_pretrained` opens."""
         from model.export import export_diffusers

@@ -54,6 +54,9 @@ class FakePipeline:
         pipeline.name, pipeline.variant = name, variant or "raw"
         return pipeline
 
+    def batches(self, specs: Sequence[RenderSpec]) -> list[int]:
+        return [len(specs)]
+
     def stream(
         self, specs: Sequence[RenderSpec], on_step: Callable[[int, int], None] | None = None
     ) -> Iterator[Picture]:

@@ -1,0 +1,273 @@
+"""Who makes a run's pictures: this process, processes beside it, or a cluster. What comes back is the same.
+
+A hand is a pipeline somewhere that has all specs of a run and makes the groups it is given; a crew hires hands and
+hears from them. How groups are dealt, and what happens when a hand is lost, is the same for every crew: `spread`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+from k2cli import licence
+from model.errors import K2Error
+from model.spec import Picture, RenderSpec
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+
+TRIES = 3  # of a group whose hands are lost before it is done: something about it kills them
+
+Group = tuple[int, ...]  # places in the run's list of specs
+OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a pipeline is loaded from, and how; None is chosen by the first hand, and kept to by the others."""
+
+    model: str
+    variant: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    precision: str | None = None
+    offload: str | None = None
+
+    def load(self) -> Pipeline:
+        return load(self.model, self.variant, self.device, self.dtype, self.precision, self.offload)
+
+
+@lru_cache(maxsize=1)
+def load(
+    model: str,
+    variant: str | None,
+    device: str | None,
+    dtype: str | None,
+    precision: str | None = None,
+    offload: str | None = None,
+) -> Pipeline:
+    """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
+    licence.require_for(model, variant)
+    from model.pipeline import Pipeline  # the only line that imports torch
+
+    return Pipeline.load(model, variant=variant, device=device, dtype=dtype, precision=precision, offload=offload)
+
+
+class Hand:
+    """The far end: one pipeline, and all specs of a run, each of them checked before the first is rendered."""
+
+    def __init__(self, held: Held, specs: Sequence[RenderSpec]):
+        self.pipeline, self.specs = held.load(), specs
+        self.batches = self.pipeline.batches(specs)
+
+    def make(self, group: Group, on_step: OnStep | None = None) -> Iterator[Picture]:
+        return self.pipeline.stream([self.specs[index] for index in group], on_step=on_step)
+
+    def ready(self, held: Held) -> Ready:
+        """How this pipeline came to be held."""
+        plan, device = self.pipeline.plan, held.device or str(self.pipeline.device)
+        held = replace(held, device=device, dtype=plan.dtype, precision=plan.precision, offload=plan.offload)
+        return Ready(held, self.batches)
+
+
+def groups_of(batches: Sequence[int], wanted: Collection[int]) -> list[Group]:
+    """The batches of a whole run in which something is wanted.
+
+    They are made as they would be in an undisturbed run by one process: with other company a picture may differ in
+    the last bits of its numbers.
+    """
+    ends = list(accumulate(batches))
+    groups = (tuple(range(end - size, end)) for size, end in zip(batches, ends, strict=True))
+    return [group for group in groups if any(index in wanted for index in group)]
+
+
+def make_here(
+    held: Held, specs: Sequence[RenderSpec], wanted: Collection[int], on_step: OnStep | None
+) -> Iterator[tuple[int, Picture]]:
+    """What is wanted of a run, by this process -> pictures with their places."""
+    hand = Hand(held, specs)
+    for group in groups_of(hand.batches, wanted):
+        for index, picture in zip(group, hand.make(group, on_step), strict=True):
+            if index in wanted:
+                yield index, picture
+
+
+# ---- the near end -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A hand has loaded its pipeline, holds it so, and would render the run in these batches."""
+
+    held: Held
+    batches: list[int]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A hand is gone, with whatever it had in work."""
+
+    why: str
+
+
+News = Ready | list[Picture] | Lost | Exception
+
+
+class Crew(Protocol):
+    """Hands of one kind. They are known by numbers; what becomes of each is heard in the order in which it happens."""
+
+    size: int  # hands at work at a time
+    where: str  # for messages
+
+    def hire(self, held: Held) -> int:
+        """Begin to load a pipeline somewhere -> the hand's number."""
+
+    def give(self, hand: int, group: Group) -> None:
+        """To a hand that is ready and has nothing to do."""
+
+    def hear(self) -> tuple[int, News]:
+        """Wait for the next news of any hand."""
+
+    def close(self) -> None:
+        """Dismiss all hands, at once."""
+
+
+def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[int, Picture]]:
+    """What is wanted of a run, by a crew -> pictures with their places, as they are finished; each once.
+
+    The first hand decides how the weights are held and what is rendered together; the others do as it does. What a
+    lost hand had in work is made again by another. Raises K2Error.
+    """
+    left, at_work, losses = deque[Group](), dict[int, Group](), Counter[Group]()
+    idle: list[int] = []
+    agreed: Held | None = None
+    weights: Any = None
+    crew.hire(held)
+    while agreed is None or left or at_work:
+        hand, news = crew.hear()
+        if isinstance(news, Exception):
+            raise news
+        group = at_work.pop(hand, ())
+        if isinstance(news, Lost):
+            idle = [each for each in idle if each != hand]
+            left.extendleft([group] if group else [])
+            losses[group] += 1
+            if losses[group] == TRIES:
+                over = "the same pictures" if group else "loading the model"
+                raise K2Error(
+                    f"{TRIES} workers {crew.where} were lost over {over}: {news.why}.",
+                    hint="Is there memory for so many? Try fewer, or none.",
+                )
+            if agreed is None or (left and not idle):
+                crew.hire(agreed or held)
+        elif isinstance(news, Ready):
+            if agreed is None:
+                agreed = news.held
+                left.extend(groups_of(news.batches, wanted))
+                for _ in range(min(crew.size, len(left)) - 1):
+                    crew.hire(agreed)
+            idle.append(hand)
+        else:
+            for index, picture in zip(group, news, strict=True):
+                weights = weights or picture.record["model"]
+                if picture.record["model"] != weights:
+                    raise K2Error(f"A worker {crew.where} has other weights than the rest.", hint="Install the same.")
+                if index in wanted:
+                    yield index, picture
+            idle.append(hand)
+        while left and idle:
+            hand = idle.pop()
+            at_work[hand] = left.popleft()
+            crew.give(hand, at_work[hand])
+
+
+# ---- processes of this machine ----------------------------------------------------------------------------------
+
+
+class Processes:
+    """Hands that are processes beside this one. They end with it, however it ends."""
+
+    where = "on this machine"
+
+    def __init__(self, size: int, specs: Sequence[RenderSpec]):
+        self.size, self.specs = size, specs
+        methods = multiprocessing.get_all_start_methods()
+        self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:  # torch is imported once for all
+            self.context.set_forkserver_preload(["model.pipeline"])
+        self.hands: dict[int, tuple[Any, Connection]] = {}
+        self.hired = 0
+
+    def hire(self, held: Held) -> int:
+        ours, theirs = self.context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // self.size)
+        process = self.context.Process(target=work, args=(theirs, held, self.specs, threads), daemon=True)
+        process.start()
+        theirs.close()
+        self.hired += 1
+        self.hands[self.hired] = process, ours
+        return self.hired
+
+    def give(self, hand: int, group: Group) -> None:
+        with suppress(OSError):  # it is gone, which will be heard
+            self.hands[hand][1].send(group)
+
+    def hear(self) -> tuple[int, News]:
+        by_pipe = {pipe: hand for hand, (_, pipe) in self.hands.items()}
+        pipe = next(each for each in wait(list(by_pipe)) if isinstance(each, Connection))
+        hand = by_pipe[pipe]
+        try:
+            return hand, pipe.recv()
+        except (EOFError, OSError):
+            process, _ = self.hands.pop(hand)
+            process.join()
+            pipe.close()
+            code = process.exitcode
+            return hand, Lost(f"ended by signal {-code}" if code and code < 0 else f"ended with {code}")
+
+    def close(self) -> None:
+        for process, _ in self.hands.values():
+            process.kill()  # it has nothing of its own to lose
+        for process, pipe in self.hands.values():
+            process.join()
+            pipe.close()
+        self.hands.clear()
+
+
+def work(pipe: Connection, held: Held, specs: Sequence[RenderSpec], threads: int) -> None:
+    """The life of a hand in a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        import torch
+
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads)
+        hand = Hand(held, specs)
+        pipe.send(hand.ready(held))
+        while True:
+            pipe.send(list(hand.make(pipe.recv())))
+    except EOFError:
+        return
+    except K2Error as error:
+        pipe.send(error)
+    except Exception:
+        pipe.send(RuntimeError(f"a worker failed:\n{traceback.format_exc()}"))
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

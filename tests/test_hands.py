@@ -1,0 +1,164 @@
+"""Who makes pictures: dealt out by one rule to hands of every kind, and the same as one process makes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from k2cli import runs
+from k2cli.hands import TRIES, Group, Held, Lost, Processes, Ready, groups_of, spread
+from k2cli.tables import Toml
+from model import library
+from model.errors import K2Error
+from model.spec import Picture
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+class Scripted:
+    """Hands in name only. Which of them has news next, and whether it is a loss, is drawn by lot."""
+
+    size, where = 3, "in this test"
+
+    def __init__(self, batches: list[int], seed: int, losing: float):
+        self.batches, self.random, self.losing = batches, random.Random(seed), losing
+        self.loading: list[int] = []
+        self.at_work: dict[int, Group] = {}
+        self.hired = 0
+        self.held: list[Held] = []
+
+    def hire(self, held: Held) -> int:
+        self.hired += 1
+        self.held.append(held)
+        self.loading.append(self.hired)
+        return self.hired
+
+    def give(self, hand: int, group: Group) -> None:
+        assert hand not in self.at_work and hand not in self.loading
+        self.at_work[hand] = group
+
+    def hear(self):
+        hand = self.random.choice([*self.loading, *self.at_work])
+        lost = self.random.random() < self.losing
+        if hand in self.loading:
+            self.loading.remove(hand)
+            return hand, Lost("struck") if lost else Ready(Held("mini", dtype="float32"), self.batches)
+        group = self.at_work.pop(hand)
+        return hand, Lost("struck") if lost else [Picture(PICTURE, {"model": {}, "seed": index}) for index in group]
+
+    def close(self) -> None:
+        raise AssertionError("whoever hired them dismisses them")
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.sets(st.integers(0, 31), min_size=1), st.integers())
+def test_every_picture_comes_once_whoever_is_lost(batches, wanted, seed):
+    wanted = {index for index in wanted if index < sum(batches)} or {0}
+    crew = Scripted(batches, seed, losing=0.1)
+
+    try:
+        made = list(spread(crew, Held("mini"), wanted))
+    except K2Error as error:
+        assert f"{TRIES} workers in this test were lost over" in str(error)
+        return
+    assert sorted(index for index, _ in made) == sorted(wanted)
+    assert all(picture.record["seed"] == index for index, picture in made)
+    first = 1 + crew.held[1:].count(Held("mini"))
+    assert set(crew.held[first:]) <= {Held("mini", dtype="float32")}  # as the first hand holds the weights
+
+
+def test_what_kills_every_hand_is_given_up():
+    with pytest.raises(K2Error, match=f"{TRIES} workers in this test were lost over loading the model: struck"):
+        list(spread(Scripted([1], 0, losing=1.0), Held("mini"), {0}))
+
+
+def test_groups_are_the_batches_of_the_whole_run():
+    assert groups_of([3, 1, 2], {1, 4}) == [(0, 1, 2), (4, 5)]
+    assert groups_of([3, 1, 2], range(6)) == [(0, 1, 2), (3,), (4, 5)]
+
+
+needs_weights = pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+PROJECT = """\
+[render]
+steps = 1
+batch = 2
+
+[[prompt]]
+text = "a red fox"
+size = "64x64"
+
+[[prompt]]
+text = "an owl"
+size = "64x80"
+
+[[prompt]]
+text = "a sailboat"
+size = "80x64"
+"""
+
+
+@pytest.fixture
+def den(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A project for the model of the box, and one thread wherever it is rendered."""
+    import torch
+
+    (tmp_path / "k2.toml").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    runs.load.cache_clear()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    runs.load.cache_clear()
+
+
+def made(folder: Path) -> dict[str, dict]:
+    """The records of a run, less what a clock says."""
+    tables = {path.name: Toml.read(path, path.name).table for path in folder.glob("*-*.toml")}
+    return {name: {k: v for k, v in table.items() if k not in ("created", "seconds")} for name, table in tables.items()}
+
+
+@needs_weights
+def test_workers_make_what_one_process_makes(den, k2):
+    """Killed ones included: their pictures are made again by others. Pictures of one size are one batch."""
+    k2("render", "--quiet")
+    hire, give, given_to = Processes.hire, Processes.give, []
+
+    def hire_but_kill_the_first(crew: Processes, held: Held) -> int:
+        hand = hire(crew, held)
+        if hand == 1:
+            os.kill(crew.hands[hand][0].pid, signal.SIGKILL)
+        return hand
+
+    def give_but_kill_the_second(crew: Processes, hand: int, group: Group) -> None:
+        give(crew, hand, group)
+        given_to.append(hand)
+        if len(given_to) == 2:
+            os.kill(crew.hands[hand][0].pid, signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processes, "hire", hire_but_kill_the_first)
+        patch.setattr(Processes, "give", give_but_kill_the_second)
+        result = k2("render", "--quiet", "--workers", "2")
+
+    assert len(given_to) == 4  # three batches, one of them twice
+    local, spread_out = sorted((den / "outputs").iterdir())
+    assert made(local) == made(spread_out) and len(made(local)) == 6
+    assert (spread_out / "sheet.png").exists()
+    assert sorted(result.stdout.splitlines()) == sorted(f"outputs/{spread_out.name}/{n[:-5]}.png" for n in made(local))
+
+
+@needs_weights
+def test_a_worker_says_what_is_wrong_in_one_sentence(den, k2):
+    result = k2("render", "--workers", "2", "--device", "tpu", code=1)
+
+    assert 'There is no device "tpu".' in result.stderr and len(result.stderr.splitlines()) == 2
+    assert not (den / "outputs").exists()
