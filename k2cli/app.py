@@ -210,6 +210,9 @@ def render(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, max=256, metavar="N", help="Render in so many processes at once.")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Render on a Ray cluster: HOST:PORT, or auto.")
+    ] = None,
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
     run: Annotated[
@@ -235,6 +238,7 @@ def render(
     """
     from functools import partial
 
+    from k2cli.cluster import Cluster
     from k2cli.hands import Processes
     from k2cli.matrix import read_axes
     from k2cli.runs import resume as last_run
@@ -277,7 +281,9 @@ def render(
     if dry_run:
         show_plan(jobs, json)
     else:
-        hire = partial(Processes, workers) if workers and workers > 1 else None
+        hire: Hire | None = partial(Processes, workers) if workers and workers > 1 else None
+        if ray is not None:
+            hire = partial(Cluster, ray, workers)
         carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
 
 

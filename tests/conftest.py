@@ -7,11 +7,12 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import hypothesis
 import pytest
+from hypothesis import settings
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,6 +21,11 @@ from k2cli.app import app
 from model import library
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
+
+# What takes longer than this hangs. `pytest --hypothesis-profile=long` tries 20,000 cases where no number is given.
+settings.register_profile("suite", deadline=5000)
+settings.register_profile("long", settings.get_profile("suite"), max_examples=20_000)
+settings.load_profile("suite")
 
 SIDE = 64
 
@@ -52,6 +58,8 @@ class FakePipeline:
         pipeline = cls()
         pipeline.precision, pipeline.offload = precision or "native", offload or "none"
         pipeline.name, pipeline.variant = name, variant or "raw"
+        pipeline.device = device or "cpu"
+        pipeline.plan = SimpleNamespace(dtype="float32", precision=pipeline.precision, offload=pipeline.offload)
         return pipeline
 
     def batches(self, specs: Sequence[RenderSpec]) -> list[int]:

@@ -1,0 +1,164 @@
+"""A run's pictures made by the machines of a Ray cluster. Needs the extra `ray`, and k2 installed on every machine.
+
+What a project brings (references, LoRAs) travels with the run; models do not: every machine has its own, by the same
+name, and a picture made with other weights than the rest ends the run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from k2cli.hands import Group, Hand, Held, Lost, News, Ready
+from model.errors import K2Error
+from model.spec import Picture, RenderSpec
+
+PATIENCE = 300.0  # seconds that a cluster may take to find room for the first hand
+VERSIONS = ("k2", "torch", "pillow")  # that pictures depend on
+
+
+class Cluster:
+    """Hands that are actors: one for every GPU of the cluster, or for every processor core where it has none."""
+
+    where = "of the cluster"
+
+    def __init__(self, address: str, most: int | None, specs: Sequence[RenderSpec]):
+        """most: hands at work at a time; as many as there is room for where left out. Raises K2Error."""
+        try:
+            import ray
+        except ImportError:
+            raise K2Error("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
+        self.ray: Any = ray
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+        except Exception as error:  # whatever keeps it from answering
+            raise K2Error(f"No Ray cluster answers at {address}: {error}.", hint="Start one with: ray start") from None
+        room = ray.cluster_resources()
+        gpus = int(room.get("GPU", 0))
+        self.needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+        self.size = max(1, min(gpus or int(room.get("CPU", 1)), most or 1 << 30))
+        self.specs, self.parcel = specs, ray.put(pack(specs))
+        self.actors: dict[int, Any] = {}
+        self.awaited: dict[Any, int] = {}  # what a hand will answer with -> its number
+        self.placed: set[int] = set()  # hands that have found room
+        self.hired = 0
+
+    def hire(self, held: Held) -> int:
+        self.hired += 1
+        options = {**self.needs, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
+        actor = self.ray.remote(FarHand).options(**options).remote(held, self.specs, self.parcel)
+        self.actors[self.hired] = actor
+        self.awaited[actor.here.remote()] = self.hired
+        self.awaited[actor.ready.remote()] = self.hired
+        return self.hired
+
+    def give(self, hand: int, group: Group) -> None:
+        self.awaited[self.actors[hand].make.remote(group)] = hand
+
+    def hear(self) -> tuple[int, News]:
+        done, _ = self.ray.wait(list(self.awaited), num_returns=1, timeout=None if self.placed else PATIENCE)
+        if not done:
+            raise K2Error("The cluster has no room for a single hand.", hint="See what it has with: ray status")
+        hand = self.awaited.pop(done[0])
+        try:
+            news = self.ray.get(done[0])
+        except self.ray.exceptions.RayTaskError as error:
+            return hand, error.cause if isinstance(error.cause, K2Error) else RuntimeError(str(error))
+        except self.ray.exceptions.RayError as error:
+            self.dismiss(hand)
+            return hand, Lost(type(error).__name__)
+        if news is None:  # it has found its place, and begins to load
+            self.placed.add(hand)
+            return self.hear()
+        if isinstance(news, tuple):
+            news, versions = news
+            if versions != own_versions():
+                theirs = ", ".join(f"{name} {number}" for name, number in versions.items())
+                raise K2Error(f"A machine of the cluster has {theirs}.", hint="Install there what is installed here.")
+        return hand, news
+
+    def dismiss(self, hand: int) -> None:
+        """Forget a lost hand, and all that it would have answered."""
+        self.actors.pop(hand)
+        self.placed.discard(hand)
+        self.awaited = {ref: each for ref, each in self.awaited.items() if each != hand}
+
+    def close(self) -> None:
+        for actor in self.actors.values():
+            with suppress(Exception):
+                self.ray.kill(actor)
+        self.ray.shutdown()
+
+
+class FarHand:
+    """A hand in an actor; files of the project lie in a folder of its own."""
+
+    def __init__(self, held: Held, specs: Sequence[RenderSpec], parcel: Mapping[Path, bytes]):
+        self.held = held
+        self.folder = tempfile.TemporaryDirectory(prefix="k2-")
+        self.here_of = unpack(parcel, Path(self.folder.name))
+        self.home_of = {str(here): str(home) for home, here in self.here_of.items()}
+        self.specs = [moved(spec, self.here_of.__getitem__) for spec in specs]
+
+    def here(self) -> None:
+        """Answered as soon as the hand has its place."""
+
+    def ready(self) -> tuple[Ready, dict[str, str]]:
+        self.hand = Hand(self.held, self.specs)
+        return self.hand.ready(self.held), own_versions()
+
+    def make(self, group: Group) -> list[Picture]:
+        return [Picture(each.image, self.as_at_home(each.record)) for each in self.hand.make(group)]
+
+    def as_at_home(self, value: Any) -> Any:
+        """A record, with the paths that its files have where the run was begun."""
+        if isinstance(value, Mapping):
+            return {key: self.as_at_home(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self.as_at_home(each) for each in value]
+        return self.home_of.get(value, value) if isinstance(value, str) else value
+
+
+def own_versions() -> dict[str, str]:
+    return {name: version(name) for name in VERSIONS}
+
+
+def files_of(spec: RenderSpec) -> set[Path]:
+    """The project's files that a picture needs."""
+    found = {reference.image for style in spec.styles for reference in style.references}
+    found |= {style.lora for style in spec.styles if style.lora}
+    return found | {lora.path for lora in spec.loras}
+
+
+def pack(specs: Sequence[RenderSpec]) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for spec in specs for path in files_of(spec)}
+
+
+def unpack(parcel: Mapping[Path, bytes], folder: Path) -> dict[Path, Path]:
+    """Write the files, each under a number -> where each lies now."""
+    places = {}
+    for number, (path, data) in enumerate(sorted(parcel.items())):
+        places[path] = folder / f"{number:05}{path.suffix}"
+        places[path].write_bytes(data)
+    return places
+
+
+def moved(spec: RenderSpec, place: Callable[[Path], Path]) -> RenderSpec:
+    """The spec with its files elsewhere."""
+    return replace(
+        spec,
+        styles=tuple(
+            replace(
+                style,
+                references=tuple(replace(each, image=place(each.image)) for each in style.references),
+                lora=place(style.lora) if style.lora else None,
+            )
+            for style in spec.styles
+        ),
+        loras=tuple(replace(lora, path=place(lora.path)) for lora in spec.loras),
+    )

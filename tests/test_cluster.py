@@ -1,0 +1,172 @@
+"""A run on a Ray cluster: by a stand-in that keeps its actors in this process, and by Ray itself where it is here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_hands import PROJECT, made, needs_weights
+
+from k2cli import cluster, runs
+from k2cli.cluster import files_of, moved, pack, unpack
+from model.errors import K2Error
+from model.spec import Lora, Reference, RenderSpec, Style
+
+
+class RayError(Exception):
+    pass
+
+
+class ActorDiedError(RayError):
+    pass
+
+
+class RayTaskError(RayError):
+    def __init__(self, cause: Exception):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class StandIn(ModuleType):
+    """As much of Ray as is used. A call is made when it is waited for; the calls of some numbers kill their actor."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(self, cores: int, deadly: tuple[int, ...] = ()):
+        super().__init__("ray")
+        self.cores, self.deadly, self.calls, self.dead = cores, deadly, 0, set()
+        self.at: str | None = None
+
+    def init(self, address: str, **options: Any) -> None:
+        if address == "nowhere":
+            raise ConnectionError("no answer")
+        self.at = address
+
+    def shutdown(self) -> None:
+        self.at = None
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.cores}
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def kill(self, actor: Any) -> None:
+        self.dead.add(actor)
+
+    def remote(self, cls: type) -> Any:
+        ray = self
+
+        class Actor:
+            def __init__(self, *arguments: Any):
+                self.inner = cls(*arguments)
+
+            def __getattr__(self, name: str) -> Any:
+                actor = self
+                return SimpleNamespace(remote=lambda *arguments: Call(ray, actor, name, arguments))
+
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=Actor))
+
+    def wait(self, calls: list[Call], num_returns: int, timeout: float | None) -> tuple[list[Call], list[Call]]:
+        return calls[:1], calls[1:]
+
+    def get(self, call: Call) -> Any:
+        self.calls += 1
+        if self.calls in self.deadly:
+            self.dead.add(call.actor)
+        if call.actor in self.dead:
+            raise ActorDiedError
+        try:
+            return getattr(call.actor.inner, call.name)(*call.arguments)
+        except K2Error as error:
+            raise RayTaskError(error) from None
+
+
+class Call:
+    def __init__(self, *parts: Any):
+        self.ray, self.actor, self.name, self.arguments = parts
+
+
+@pytest.fixture
+def painted(moody, fake, monkeypatch) -> Path:
+    """A project whose four pictures are four batches, with a style of a reference."""
+    monkeypatch.setattr(fake, "batches", lambda self, specs: [1] * len(specs))
+    (moody / "styles").mkdir()
+    Image.new("RGB", (64, 64), "navy").save(moody / "a.png")
+    (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "a.png"\n')
+    return moody
+
+
+@pytest.mark.parametrize("deadly", [(), (1,), (2, 5), (7,), (6, 9, 12)])
+def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch, deadly):
+    ray = StandIn(3, deadly)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    options = ("render", "--quiet", "--batch", "2", "--style", "dusk=0.5")
+    k2(*options)
+    runs.load.cache_clear()
+
+    k2(*options, "--ray", "here:6379")
+
+    local, spread_out = sorted((painted / "outputs").iterdir())
+    assert made(local) == made(spread_out) and len(made(local)) == 4
+    assert {path.name for path in local.iterdir()} == {path.name for path in spread_out.iterdir()}
+    assert ray.at is None
+
+
+def test_trouble_is_one_sentence(painted, k2, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", StandIn(2))
+    assert "No Ray cluster answers at nowhere: no answer." in k2("render", "--ray", "nowhere", code=1).stderr
+    assert 'There is no device "tpu".' in k2("render", "--ray", "here", "--device", "tpu", code=1).stderr
+
+    monkeypatch.setattr(cluster, "version", lambda name: "0.1" if len(seen.append(name) or seen) < 4 else "0.2")
+    seen: list[str] = []
+    assert "A machine of the cluster has k2 0.1" in k2("render", "--ray", "here", code=1).stderr
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "Ray is not installed." in k2("render", "--ray", "here", code=1).stderr
+    assert not (painted / "outputs").exists()
+
+
+def test_files_travel_and_their_order_stays(tmp_path):
+    for name in ("a.png", "b.png", "l.safetensors"):
+        (tmp_path / name).write_text(name)
+    references, lora = (Reference(tmp_path / "b.png"), Reference(tmp_path / "a.png")), tmp_path / "l.safetensors"
+    spec = RenderSpec("a fox", styles=(Style("x", 1.0, references, lora=lora),), loras=(Lora(lora),))
+    (tmp_path / "there").mkdir()
+
+    places = unpack(pack([spec]), tmp_path / "there")
+    far = moved(spec, places.__getitem__)
+
+    assert files_of(spec) == set(places) and files_of(far) == set(places.values())
+    assert [each.image.read_text() for each in far.styles[0].references] == ["b.png", "a.png"]
+    assert far.loras[0].path.read_text() == "l.safetensors"
+    assert moved(far, {here: home for home, here in places.items()}.__getitem__) == spec
+
+
+@needs_weights
+def test_ray_itself_with_a_node_that_dies(tmp_path):
+    """Two nodes of this machine; one of them is killed in mid-run."""
+    pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    (tmp_path / "k2.toml").write_text(PROJECT)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    k2 = [sys.executable, "-c", "from k2cli.app import main; main()", "render", "--quiet"]
+    subprocess.run(k2, cwd=tmp_path, env=environment, check=True)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        doomed = nodes.add_node(num_cpus=1)
+        run = subprocess.Popen([*k2, "--ray", nodes.address], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+        assert run.stdout is not None and run.stdout.readline()
+        nodes.remove_node(doomed, allow_graceful=False)
+        assert run.wait() == 0
+    finally:
+        nodes.shutdown()
+    local, spread_out = sorted((tmp_path / "outputs").iterdir())
+    assert made(local) == made(spread_out) and len(made(local)) == 6
