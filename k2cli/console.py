@@ -12,26 +12,32 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from k2cli.tables import UNPRINTABLE
 from model.errors import K2Error
 
 console = Console(stderr=True, highlight=False)
 
 
+def harmless(text: str) -> str:
+    """The text as a terminal may show it: a name in a project may hold what would rewrite the screen."""
+    return "\n".join("\t".join(UNPRINTABLE.sub("?", part) for part in line.split("\t")) for line in text.split("\n"))
+
+
 def say(text: str, style: str = "") -> None:
     """A line for people."""
-    console.print(Text(text, style), soft_wrap=True)
+    console.print(Text(harmless(text), style), soft_wrap=True)
 
 
 def show_error(error: K2Error) -> None:
     """One sentence, and below it what to do."""
-    console.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+    console.print(Text.assemble(("Error: ", "bold red"), harmless(str(error))), soft_wrap=True)
     if error.hint:
-        console.print(Text.assemble(("Hint:  ", "bold cyan"), error.hint), soft_wrap=True)
+        console.print(Text.assemble(("Hint:  ", "bold cyan"), harmless(error.hint)), soft_wrap=True)
 
 
 def result(line: str) -> None:
-    """A line of results, at once, so that whoever reads the pipe can begin."""
-    print(line, flush=True)
+    """A line of results, at once, so that whoever reads the pipe can begin; a pipe gets it as it is."""
+    print(harmless(line) if sys.stdout.isatty() else line, flush=True)
 
 
 def near(path: Path) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli import models
 from k2cli.outputs import write, writing
+from k2cli.pictures import Inside, find
 from k2cli.tables import between
 from model import library
 from model.errors import K2Error
@@ -27,12 +28,10 @@ from model.spec import Reference, Style
 if TYPE_CHECKING:
     from model.moodboard import Board
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MOST = 1000  # pictures of a board
 READING = 1  # changes whenever the same pictures would be read in another way
 NAME = "moodboard"  # of the style that the table renders as
 
-Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 
 
@@ -48,19 +47,15 @@ def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> l
     """The pictures that paths, folders and globs name, each once, sorted. Whether they can be read is seen later."""
     found: set[Path] = set()
     for pattern in patterns:
-        magic = glob.has_magic(pattern) and not (root / pattern).exists()
-        if pattern.count("**") > 1:  # each further one multiplies the folders walked
-            raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
-        inside(pattern.split("*")[0] if magic else pattern, where)
-        if not magic and not (root / pattern).exists():
-            raise K2Error(f"{where}: there is no {pattern}.", hint="Check the name.")
-        if (root / pattern).is_dir():
-            pattern, magic = os.path.join(glob.escape(pattern), "*"), True
-        for match in glob.iglob(pattern, root_dir=root, recursive=True) if magic else [pattern]:
-            if not magic or match.lower().endswith(PICTURES):
-                found.add(inside(match, where))
-            if len(found) > MOST:
-                raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
+        named = find(pattern, root, inside, where, MOST)
+        for path in named:
+            if not path.exists():
+                raise K2Error(f"{where}: there is no {pattern}.", hint="Check the name.")
+            if not path.is_file():
+                raise K2Error(f"{where}: {pattern} is no picture.", hint="Use png, jpg or webp.")
+        found.update(named)
+        if len(found) > MOST:
+            raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
     if not found:
         raise K2Error(f"{where}: the board holds no picture.", hint="Name png, jpg or webp files, or put some there.")
     return sorted(found)

@@ -75,6 +75,10 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
 
 
 def to_json(table: Any) -> str:
+    """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them."""
     import json
 
-    return json.dumps(table, ensure_ascii=False, default=lambda moment: moment.isoformat())
+    from k2cli.tables import UNPRINTABLE
+
+    text = json.dumps(table, ensure_ascii=False, default=lambda moment: moment.isoformat())
+    return UNPRINTABLE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)

@@ -39,6 +39,9 @@ from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style, tied
 
 FILE = "k2.toml"
 STEM = 50  # characters of a prompt's name that may come of its choices
+LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
+MOST_PROMPTS = 20_000  # of a project
+MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
 SCOPES = ("prompt", "run")
 
 TEMPLATE = """\
@@ -226,6 +229,8 @@ class Project:
             folder = folder.parent
         if not (folder / FILE).is_file():
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {folder.name}")
+        if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
+            raise K2Error(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
         toml = Toml.read(folder / FILE, FILE)
         place, table = Place(toml), toml.table
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place)
@@ -349,6 +354,9 @@ class Project:
 
         joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
         avoids = [*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]
+        for said, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
+            if sum(map(len, said)) > MOST_WORDS:
+                raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         width, height = settings.pixels(prompt.size or settings.size, where)
         seed = settings.seed if prompt.seed is None else prompt.seed
@@ -378,10 +386,16 @@ class Project:
 
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""
-        full = self.root / path
-        if not self.allow_outside and not full.resolve().is_relative_to(self.root.resolve()):
+        full, asked = self.root / path, f"{where}: " if where else ""
+        if len(str(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_PART for part in Path(path).parts):
+            raise K2Error(f"{asked}no file can have a name that long: {str(path)[:40]}…", hint="Check the name.")
+        try:
+            leaves = not full.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError):  # Python tells of links in a circle by the latter
+            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.") from None
+        if leaves and not self.allow_outside:
             raise K2Error(
-                f"{where + ': ' if where else ''}{path} lies outside the project.",
+                f"{asked}{path} lies outside the project.",
                 hint="Copy it into the project, or allow it: --allow-outside",
             )
         return full
@@ -404,7 +418,10 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     """The [[prompt]] tables: every text there, every name fit for a file and its own."""
     if not isinstance(entries, list):
         raise K2Error(f"{place('prompt')}: prompts are a list.", hint="Write [[prompt]], with two brackets.")
+    if len(entries) > MOST_PROMPTS:
+        raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
     prompts: list[Prompt] = []
+    taken: set[str] = set()
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
         prompt = read_table(Prompt, entry, at)
@@ -414,8 +431,9 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
             parse_size(prompt.size, at("size"))
         if prompt.name:
             check_name(prompt.name, at("name"))
-        if prompt.name and prompt.name.casefold() in [earlier.name.casefold() for earlier in prompts]:
+        if prompt.name and prompt.name.casefold() in taken:
             raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
+        taken.add(prompt.name.casefold())
         prompts.append(prompt)
     return tuple(prompts)
 
@@ -437,8 +455,13 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
 
     A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
     """
-    found = []
-    known = [(prompt, base, variants(prompt.text)) for prompt, base in name_files(prompts)]
+    found, known, count = [], [], 0
+    last: dict[str, int] = {}  # stem -> the number that was given last
+    for prompt, base in name_files(prompts):
+        known.append((prompt, base, variants(prompt.text)))
+        count += len(known[-1][2])
+        if count > MOST_PROMPTS:
+            raise K2Error(f"With their choices those are more than {MOST_PROMPTS:,} prompts.", hint="Take fewer.")
     taken = {base.casefold() for _, base, read in known if not read[0][1]}
     for prompt, base, read in known:
         for text, chosen in read:
@@ -446,11 +469,12 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
             if chosen:
                 name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
                 name = stem = name[:STEM].strip("-")
-                number = 1
+                number = last.get(stem, 1)
                 while name.casefold() in taken:
                     number += 1
                     name = f"{stem}-{number}"
                 taken.add(name.casefold())
+                last[stem] = number
             found.append((replace(prompt, text=text, name=name), name, base))
     return found
 
@@ -458,14 +482,16 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
     """Every prompt with its file-name stem: its name, or one made from its text, numbered where two would be alike."""
     taken = {prompt.name.casefold() for prompt in prompts}
+    last: dict[str, int] = {}  # stem -> the number that was given last
     named = []
     for prompt in prompts:
         name = stem = prompt.name or slug(prompt.text)
-        number = 1
+        number = last.get(stem, 1)
         while not prompt.name and name in taken:
             number += 1
             name = f"{stem}-{number}"
         taken.add(name)
+        last[stem] = number
         named.append((prompt, name))
     return named
 

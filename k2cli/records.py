@@ -23,6 +23,7 @@ from PIL import Image, PngImagePlugin
 
 from k2cli import formats, models
 from k2cli.outputs import dump
+from k2cli.pictures import MOST_PIXELS, looking
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model.errors import K2Error
@@ -280,10 +281,12 @@ def read(path: Path) -> Toml:
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
-        with Image.open(path, formats=["PNG", "WEBP", "JPEG"]) as image:
+        with looking(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError
             png = isinstance(image, PngImagePlugin.PngImageFile)
             text = image.text.get("k2") if png else formats.record_of(image.info)  # type: ignore[attr-defined]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises anything over a broken file
         raise K2Error(
             f"{path} is not a picture that can be read.", hint="Name a picture that k2 made, or its record."
         ) from None

@@ -13,6 +13,7 @@ from k2cli import models, records
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, Held, OnStep, load, make_here, spread
 from k2cli.outputs import RUN, Run, dump, undisturbed, write
+from k2cli.pictures import check_picture
 from k2cli.project import Project, Shot
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
@@ -20,7 +21,7 @@ from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
 SHEET = "sheet.png"
-MOST_PLAN = 64 << 20  # bytes of a run.toml
+MOST_PLAN = 32 << 20  # bytes of a run.toml
 Hire = Callable[[Sequence[RenderSpec]], Crew]
 
 
@@ -84,7 +85,10 @@ def render(job: Job, *, on_step: OnStep | None = None, hire: Hire | None = None)
     Ctrl-C while a picture is written waits until the caller has heard of it. `hire` says who makes them, where it is
     not this process; they come in the order in which they are finished then.
     """
-    with job.run or Run.claim(job.project.outputs, job.title, {RUN: dump(plan(job))}) as run:
+    planned = b"" if job.run else dump(plan(job))
+    if len(planned) > MOST_PLAN:
+        raise K2Error("The run would be too large to be planned.", hint="Render the prompts in several runs: --only")
+    with job.run or Run.claim(job.project.outputs, job.title, {RUN: planned}) as run:
         run.lock()
         if left := job.left:
             for shot, picture in make(job, left, on_step, hire):
@@ -121,10 +125,16 @@ def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, e
 
 
 def sheets(job: Job, run: Run) -> Iterator[bytes]:
-    """The contact sheets of a finished run, of all pictures that no filter blocked."""
-    shots = [shot for shot in job.shots if run.picture(shot.stem).exists()]
+    """The contact sheets of a finished run, of all pictures that no filter blocked. Raises K2Error.
+
+    Of a resumed run they may be anyone's: they are checked as references are.
+    """
+    shots = [shot for shot in job.shots if run.picture(shot.stem).is_file()]
     if not shots:
         return iter(())
+    for shot in shots:
+        path = run.picture(shot.stem)
+        check_picture(job.project.inside(path), run.folder.name, path.name)
     toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
     record = records.parse(toml, job.project.inside)
     made, made_on = record.shot.spec, toml.table.get("created")
@@ -198,7 +208,7 @@ def resume(project: Project, number: int | None = None) -> Job:
     for _, hashes in planned:
         records.verify(hashes)
     for shot in job.shots:
-        if run[f"{shot.stem}.toml"].exists():
+        if run.has(shot.stem) and project.inside(run[f"{shot.stem}.toml"]).is_file():
             label = f"{run.folder.name}/{shot.stem}.toml"
             records.locate(records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside), project.inside)
             break

@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 from k2cli.models import sha256
-from k2cli.outputs import write, write_toml, writing
+from k2cli.outputs import sweep, write, write_toml, writing
+from k2cli.pictures import check_picture, find, in_folder
 from k2cli.tables import (
+    UNPRINTABLE,
     Place,
     Toml,
     between,
@@ -27,10 +29,9 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.spec import METHODS, Reference, Style
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
-MOST_PIXELS = 64_000_000  # of a reference
 MOST_MIXES = 16  # styles that mix styles that mix styles …
+MOST_STYLES = 256  # that a picture's styles come from, mixes taken apart
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class Styles:
 
     @cached_property
     def known(self) -> tuple[str, ...]:
-        return tuple(sorted(path.stem for path in (self.root / "styles").glob("*.toml")))
+        """The names of the styles there are; what cannot be typed as a name is none."""
+        folder = self.inside("styles", "")
+        found = (path.stem for path in folder.glob("*.toml")) if folder.is_dir() else ()
+        return tuple(sorted(name for name in found if not UNPRINTABLE.search(name)))
 
     def read(self, name: str, where: str) -> StyleFile:
         """styles/NAME.toml, checked; `where` is who asks for it."""
@@ -146,26 +150,13 @@ class Styles:
         return path
 
     def pictures(self, pattern: str, where: str) -> list[Path]:
-        """The pictures that a path or a glob names, sorted, each one checked to be a picture."""
-        magic = glob.has_magic(pattern)
-        if pattern.count("**") > 1:  # each further one multiplies the folders walked
-            raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
-        self.inside(pattern.split("*")[0] if magic else pattern, where)
-        found: list[Path] = []
-        for match in glob.iglob(pattern, root_dir=self.root, recursive=True) if magic else [pattern]:
-            if magic and not match.lower().endswith(PICTURES):
-                continue
-            found.append(self.inside(match, where))
-            if len(found) > MOST_REFERENCES:
-                raise K2Error(
-                    f"{where}: {pattern} names more than {MOST_REFERENCES} pictures.",
-                    hint="Choose those that show the look best.",
-                )
+        """The pictures that a path, a folder or a glob names, sorted, each one checked to be a picture."""
+        found = find(pattern, self.root, self.inside, where, MOST_REFERENCES)
         if not found:
             raise K2Error(f"{where}: {pattern} names no picture.", hint="Put png, jpg or webp files there.")
         for path in found:
             check_picture(path, where, os.path.relpath(path, self.root))
-        return sorted(found)
+        return found
 
     def resolve(self, weights: Mapping[str, float], where: Callable[[str], str]) -> tuple[Style, ...]:
         """Mixes taken apart, equal styles added up, strongest first; what comes to nothing is left out."""
@@ -180,6 +171,8 @@ class Styles:
             if len(trail) > MOST_MIXES:
                 raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles themselves.")
             if name not in parts:
+                if len(files) == MOST_STYLES:
+                    raise K2Error(f"{asked_by}: more than {MOST_STYLES} styles at once.", hint="Mix fewer.")
                 file = files[name] = self.read(name, asked_by)
                 parts[name] = {} if file.is_mix_alone else {name: 1.0}
                 for other, weight in file.mix.items():
@@ -223,24 +216,6 @@ def words(styles: Sequence[Style], wanted: str, opposite: str | None = None) -> 
     return iter(dict.fromkeys(text for style, side in sides if side for text in getattr(style, side)))
 
 
-def check_picture(path: Path, where: str, label: str) -> str:
-    """Refuse what is no picture, without decoding it -> png, jpg or webp, by what is in it."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            width, height, kind = *image.size, str(image.format)
-    except FileNotFoundError:
-        raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
-    except Image.DecompressionBombError:
-        raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
-    if width * height > MOST_PIXELS or min(width, height) < 8:
-        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint="8 pixels to 64 megapixels will do.")
-    return {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
-
-
 def add_style(
     styles: Styles,
     name: str,
@@ -270,6 +245,8 @@ def add_style(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file.parent.mkdir(exist_ok=True)
+    for each in (folder, file.parent):
+        sweep(each)
     for key, image in reversed(hashes.items()):
         if key not in there:
             there[key] = free_name(folder, image.stem, kinds[image])
@@ -285,11 +262,6 @@ def add_style(
     }
     write_toml(file, table)
     return file, pictures
-
-
-def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by their names."""
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())
 
 
 def free_name(folder: Path, stem: str, kind: str) -> Path:

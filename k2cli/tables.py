@@ -8,15 +8,20 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from model.errors import K2Error
+from model.headers import open_file
 
 LONGEST_NAME = 60
 LIMIT = 1 << 20  # bytes of a file written by hand; anything larger is a mistake or an attack
+LONGEST_LINE = 400  # characters of a line in which its key is looked for, when messages place it
+DEEP_KEY = re.compile(  # a.b.c…, where a key may stand: tomllib takes quadratic time over its parts
+    r"""(?m)(?:^|[{,\[])[ \t]*+(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}"""
+)
 KINDS = {
     str: "a text in quotes",
     int: "a whole number",
@@ -72,20 +77,24 @@ class Toml:
     def __init__(self, text: str, label: str):
         self.text, self.label = text, label
         try:
+            if DEEP_KEY.search(text):
+                raise RecursionError
             self.table: dict[str, Any] = tomllib.loads(text)
         except RecursionError:
-            raise K2Error(f"{label} is nested too deeply.") from None
+            raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
         except ValueError as error:  # tomllib's own is one
             raise K2Error(f"{label} is not valid TOML: {UNPRINTABLE.sub('?', str(error))}.") from None
 
     @classmethod
     def read(cls, path: Path, label: str, limit: int = LIMIT) -> Toml:
         try:
-            if path.stat().st_size > limit:
+            with open_file(path) as file:
+                content = file.read(limit + 1)
+            if len(content) > limit:
                 raise K2Error(
                     f"{label} is larger than {limit >> 20} MB.", hint="Is it the right file? No hand writes that much."
                 )
-            return cls(path.read_bytes().decode(), label)
+            return cls(content.decode(), label)
         except FileNotFoundError:
             raise K2Error(f"There is no {label}.", hint="Check the name.") from None
         except OSError as error:
@@ -104,13 +113,14 @@ class Toml:
             if fence:
                 fence = "" if fence in line else fence
                 continue
-            if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", line):
+            start = line[:LONGEST_LINE]  # the patterns take quadratic time over lines that never end
+            if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", start):
                 prefix = tuple(part.strip("\"' ") for part in header[2].split("."))
                 if header[1] == "[[":
                     counts[header[2]] = counts.get(header[2], -1) + 1
                     prefix = (*prefix, counts[header[2]])
                 found.setdefault(prefix, number)
-            elif key := re.match(r"\s*([\w.-]+|\"[^\"]*\"|'[^']*')\s*=", line):
+            elif key := re.match(r"\s*([\w.-]+|\"[^\"]*\"|'[^']*')\s*=", start):
                 name = key[1]
                 parts = (name[1:-1],) if name[0] in "\"'" else tuple(name.split("."))
                 found.setdefault((*prefix, *parts), number)
@@ -151,11 +161,17 @@ def read_table(cls: type[T], table: Any, place: Place) -> T:
     """A dataclass out of a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     check_keys(table, known, place)
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     for name, each in known.items():
         if each.default is MISSING and each.default_factory is MISSING and name not in table:
             raise K2Error(f'{place()}: "{name}" is missing{place.title}.')
     return cls(**{key: check_value(key, table[key], hints[key], known[key].metadata, place(key)) for key in table})
+
+
+@cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """A dataclass's types; there may be thousands of one in a file."""
+    return get_type_hints(cls)
 
 
 def check_keys(table: Any, known: Iterable[str], place: Place) -> None:

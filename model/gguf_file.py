@@ -38,7 +38,7 @@ BLOCKS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 SHAPE = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fill whole blocks
-MAX_HEADER = 1 << 25  # 32 MiB; an image network's is a few dozen KiB
+MAX_HEADER = 1 << 24  # 16 MiB; an image network's is a few dozen KiB
 MAX_LIST = 16  # longer lists are vocabularies: passed over
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from model.errors import K2Error
 from model.gguf_file import read_gguf_header
@@ -23,7 +28,18 @@ MAGIC = {  # what is given in safetensors' place, by its first bytes
 }
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
-MAX_HEADER = 100_000_000  # the format's own limit
+MOST_DIMENSIONS = 8
+MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would come to gigabytes in memory
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file, open for reading. Raises OSError also for what is none: a named pipe would keep its reader for ever."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is not a file", str(path))
+        yield file
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -32,8 +48,8 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises K2Error for a missing, truncated or foreign file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(32)
             length = int.from_bytes(start[:8], "little")
             file.seek(8)
@@ -69,6 +85,8 @@ def check_header(header: dict[str, Any], data: int) -> None:
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
+        if len(entry["shape"]) > MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {len(entry['shape'])} dimensions")
         if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
             raise ValueError(f"{name} has a shape of {entry['shape']}")
         if entry["dtype"] not in BITS or prod(entry["shape"]) * BITS[entry["dtype"]] != 8 * (end - begin):
@@ -85,7 +103,11 @@ def check_header(header: dict[str, Any], data: int) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        with open_file(path) as file:
+            raw = file.read(MAX_HEADER + 1)
+        if len(raw) > MAX_HEADER:
+            raise ValueError(f"it is larger than {MAX_HEADER >> 20} MB")
+        value = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise K2Error(f"{path} cannot be read: {error}.", hint=AGAIN) from None
     if not isinstance(value, dict):

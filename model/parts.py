@@ -125,7 +125,10 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageV
     if checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated:
         raise K2Error(f"{path} is no autoencoder that k2 knows.", hint="Qwen-Image's and FLUX.2's are known.")
     stated.setdefault("temporal_downsample", stated.get("temperal_downsample"))
-    config = VAEConfig.from_dict({key: stated[key] for key in VAEConfig.__dataclass_fields__ if key in stated})
+    try:
+        config = VAEConfig.from_dict({key: stated[key] for key in VAEConfig.__dataclass_fields__ if key in stated})
+    except (TypeError, ValueError) as error:
+        raise K2Error(f"The config of {path} is none: {error}.", hint=AGAIN) from None
     with torch.device("meta"):
         vae = QwenImageVAE(config)
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from model.errors import K2Error
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_SIDE, MOST_PIXELS = 8, 1 << 26
+STRIP = 512  # rows
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on the picture lies on its side
 
 
@@ -21,36 +25,52 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
     Turned as its camera says, transparency on white, of an animation the first frame, CMYK and 16 bits as the eye
     would have them.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
-                raise K2Error(
-                    f"{path} has {image.width} x {image.height} pixels.",
-                    hint=f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do.",
-                )
-            rgba = in_eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise K2Error(
-            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
-        ) from None
-    on_white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    with opened(path) as image:
+        if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
+            raise K2Error(
+                f"{path} has {image.width} x {image.height} pixels.",
+                hint=f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do.",
+            )
+        ImageOps.exif_transpose(image, in_place=True)
+        rgba = in_eight_bits(image).convert("RGBA")
+    del image  # a large one is a quarter of a gigabyte
+    on_white = laid_on_white(rgba).convert("RGB")
     pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (width, height)).tobytes()), dtype=torch.uint8)
     return pixels.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
     """Width and height of at most `pixels` in multiples of `unit`, in about a picture's proportions. Raises K2Error."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            lies = image.getexif().get(ORIENTATION, 1) >= 5
-            width, height = image.size[::-1] if lies else image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise K2Error(
-            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
-        ) from None
+    with opened(path) as image:
+        lies = image.getexif().get(ORIENTATION, 1) >= 5
+        width, height = image.size[::-1] if lies else image.size
     ratio = min(max(width / height, 1 / 4), 4)
     sides = ((pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5)
     return max(unit, int(sides[0] / unit) * unit), max(unit, int(sides[1] / unit) * unit)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture. Raises K2Error whatever goes wrong within the context: Pillow raises anything over a broken one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes and of tags; what matters of either is seen to here
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except K2Error:
+        raise
+    except Exception as error:
+        raise K2Error(
+            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
+        ) from None
+
+
+def laid_on_white(rgba: Image.Image) -> Image.Image:
+    """The picture, opaque: what shone through is white. In place and by strips, as it may be large."""
+    for top in range(0, rgba.height, STRIP):
+        strip = rgba.crop((0, top, rgba.width, min(top + STRIP, rgba.height)))
+        rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip), (0, top))
+    return rgba
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:

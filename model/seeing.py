@@ -66,7 +66,9 @@ def read_picture(path: Path, side: int) -> Pixels:
             if upright.mode not in ("RGB", "RGBA"):
                 upright = upright.convert("RGBA")
             small = ImageOps.fit(upright, (side, side)).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except K2Error:
+        raise
+    except Exception:  # Pillow's decoders raise anything over a broken file
         raise K2Error(f"{path.name} cannot be read as a picture.") from None
     return np.asarray(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))
 

@@ -37,6 +37,9 @@ PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # before 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
 
 
+MOST_SIZE, MOST_LAYERS = 1 << 20, 256  # of what a config may state
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The shape of a tower, in transformers' words; tap n is the state after n layers, 0 the embedding."""
@@ -55,7 +58,28 @@ class TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> TextConfig:
-        """Read our metadata or transformers' config.json: its text part may be nested, RoPE's base in two places."""
+        """Read our metadata or transformers' config.json: its text part may be nested, RoPE's base in two places.
+
+        Raises K2Error, also for sizes that no encoder has: they would be built before any tensor is compared.
+        """
+        try:
+            config = cls._read(raw, taps)
+            sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
+            plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in sizes)
+            plausible &= config.num_hidden_layers <= MOST_LAYERS and all(type(tap) is int for tap in config.taps)
+            if not plausible or not 0 <= min(config.taps) <= max(config.taps):
+                raise ValueError
+        except (TypeError, ValueError, AttributeError):
+            raise K2Error("The text encoder's config is none.", hint="Use a Qwen3-VL text encoder.") from None
+        if max(config.taps) > config.num_hidden_layers:
+            raise K2Error(
+                f"The text encoder has {config.num_hidden_layers} layers, but layer {max(config.taps)} is wanted.",
+                hint="The open weights need Qwen3-VL-4B.",
+            )
+        return config
+
+    @classmethod
+    def _read(cls, raw: Mapping[str, Any], taps: tuple[int, ...] | None) -> TextConfig:
         raw = raw.get("text_config", raw)
         theta = (raw.get("rope_parameters") or raw).get("rope_theta", 5e6)
         values = {**raw, "rope_theta": theta, "taps": tuple(taps or raw.get("taps", KREA_TAPS))}
@@ -64,13 +88,7 @@ class TextConfig:
         missing = [f.name for f in fields(cls) if f.name not in values]
         if missing:
             raise K2Error(f"The text encoder's config lacks {', '.join(missing)}.", hint="Use a Qwen3-VL text encoder.")
-        config = cls(**{f.name: values[f.name] for f in fields(cls)})
-        if max(config.taps) > config.num_hidden_layers:
-            raise K2Error(
-                f"The text encoder has {config.num_hidden_layers} layers, but layer {max(config.taps)} is wanted.",
-                hint="The open weights need Qwen3-VL-4B.",
-            )
-        return config
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 
 QWEN3_VL_4B = TextConfig(

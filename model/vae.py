@@ -42,9 +42,14 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """From JSON values, where sequences are lists. Raises TypeError for unknown keys."""
+        """From JSON values, where sequences are lists. Raises TypeError or ValueError for what no autoencoder is."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        config = cls(**fields)
+        sizes = [(config.base_dim, 4096), (config.z_dim, 1024), (config.num_res_blocks, 64)]
+        sizes += [(factor, 64) for factor in config.dim_mult]
+        if not all(type(size) is int and 0 < size <= most for size, most in sizes) or len(config.dim_mult) > 8:
+            raise ValueError("it states sizes that no autoencoder has")
+        return config
 
     def to_diffusers(self) -> dict[str, Any]:
         """The `config.json` of diffusers' class, whose authors spell `temperal`."""

@@ -1,0 +1,133 @@
+"""Pictures that a project names: found by path or glob, and refused before anything decodes what is none."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from model.errors import K2Error
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 64_000_000  # of a reference
+MOST_SEEN = 100_000  # names that a glob may look at
+LONGEST = 1000  # characters of a pattern
+
+Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
+
+
+def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> list[Path]:
+    """The pictures that a path, a folder or a glob names, sorted. Raises K2Error, also past `most`.
+
+    A path is taken as it is; of a folder and a glob, what is called like a picture.
+    """
+    if pattern.count("**") > 1:  # each further one multiplies the folders walked
+        raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
+    if len(pattern) > LONGEST:
+        raise K2Error(f"{where}: a path of {len(pattern):,} characters.", hint="Name the folder, or use a *.")
+    magic = glob.has_magic(pattern) and not os.path.exists(root / pattern)
+    named = inside(pattern.split("*")[0] if magic else pattern, where)
+    if not magic and named.is_dir():
+        pattern, magic = os.path.join(glob.escape(pattern), "*"), True
+    if not magic:
+        return [named]
+    found: set[Path] = set()
+    for path in matches(root, pattern, inside, where):
+        if path.name.lower().endswith(PICTURES):
+            found.add(inside(os.path.relpath(path, root), where))
+            if len(found) > most:
+                raise K2Error(
+                    f"{where}: {pattern} names more than {most} pictures.",
+                    hint="Choose those that show the look best.",
+                )
+    return sorted(found)
+
+
+def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Path]:
+    """What a glob names, as `glob.glob` reads it. Every folder is looked at once, so that links make no circles."""
+    seen: set[tuple[int, int, tuple[str, ...]]] = set()
+    looked_at, start = 0, Path("/") if pattern.startswith("/") else root
+    left = [(start, tuple(part for part in pattern.split("/") if part not in ("", ".")))]
+    while left:
+        folder, (part, *rest) = left.pop()
+        if not glob.has_magic(part):
+            path = folder / part
+            if not rest and os.path.exists(path):
+                yield path
+            elif rest and path.is_dir():
+                left.append((inside(os.path.relpath(path, root), where), tuple(rest)))
+            continue
+        about = os.stat(folder)
+        key = (about.st_dev, about.st_ino, (part, *rest))
+        if key in seen:
+            continue
+        seen.add(key)
+        if part == "**":  # no folder at all, too
+            left.append((folder, tuple(rest) or ("*",)))
+        like = re.compile(fnmatch.translate(part)).match
+        for entry in names(folder):
+            looked_at += 1
+            if looked_at > MOST_SEEN:
+                raise K2Error(
+                    f"{where}: {pattern} looks at more than {MOST_SEEN:,} files.", hint="Name the folder that it means."
+                )
+            if entry.name.startswith(".") and not part.startswith("."):
+                continue
+            deeper = (part, *rest) if part == "**" else tuple(rest)
+            if part != "**" and not like(entry.name):
+                continue
+            if not deeper:
+                yield folder / entry.name
+            elif entry.is_dir():
+                path = folder / entry.name
+                left.append((inside(os.path.relpath(path, root), where) if entry.is_symlink() else path, deeper))
+
+
+def names(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder; nothing where it may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+@contextmanager
+def looking(path: Path) -> Iterator[Image.Image]:
+    """A picture, opened but not decoded. Pillow's own warning of its size is left to whoever looks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        yield image
+
+
+def check_picture(path: Path, where: str, label: str) -> str:
+    """Refuse what is no picture, without decoding it -> png, jpg or webp, by what is in it."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UnidentifiedImageError  # a named pipe, say, which would be waited for
+        with looking(path) as image:
+            width, height, kind = *image.size, str(image.format)
+    except FileNotFoundError:
+        raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
+    except Image.DecompressionBombError:
+        raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
+    except Exception:  # Pillow's decoders raise anything over a broken file
+        raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
+    if width * height > MOST_PIXELS or min(width, height) < 8:
+        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint="8 pixels to 64 megapixels will do.")
+    return {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The pictures in a folder, by their names."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())

@@ -1,0 +1,412 @@
+"""A project from a stranger: whatever it holds, there is one clear sentence, soon, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+from PIL import Image
+
+from k2cli import pictures
+from k2cli.console import harmless
+from k2cli.options import to_json
+from model.errors import K2Error
+from model.headers import read_header, read_json
+
+PATIENCE = 5.0  # seconds, of the processor: others may be at work too
+
+
+@pytest.fixture
+def refused(moody, k2, tmp_path) -> Callable[..., str]:
+    """A command that ends with one sentence and a hint, soon, leaving everything as it was -> the sentence."""
+
+    def run(*arguments: object) -> str:
+        started = time.process_time()
+        result = k2(*(arguments or ("render",)), code=1)
+        assert time.process_time() - started < PATIENCE
+        assert result.stdout == "" and not (moody / "outputs").exists()
+        first, *hint = result.stderr.splitlines()
+        assert first.startswith("Error: ") and len(hint) <= 1 and all(line.startswith("Hint: ") for line in hint)
+        assert not any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in first + "".join(hint))
+        return first
+
+    return run
+
+
+def style(moody: Path, text: str) -> None:
+    """The project's one style, in use."""
+    (moody / "styles").mkdir(exist_ok=True)
+    (moody / "styles" / "x.toml").write_text(text)
+    (moody / "k2.toml").write_text(PROJECT + "[style]\nx = 1.0\n")
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    """A folder beside the project with what it must not see."""
+    (tmp_path / "secret").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "secret" / "a.png")
+    return tmp_path / "secret"
+
+
+class TestPaths:
+    @pytest.mark.parametrize("path", ["../secret/a.png", "../secret/*", "*/../../secret/*.png", "/etc/*", "refs/../.."])
+    def test_a_reference_stays_inside(self, moody, refused, secret, path):
+        (moody / "refs").mkdir()
+        style(moody, f'[[reference]]\nimage = "{path}"\n')
+
+        assert "outside the project" in refused()
+
+    @pytest.mark.parametrize("key", ["model", "lora", "moodboard"])
+    def test_so_does_all_else(self, moody, refused, secret, key):
+        if key == "lora":
+            style(moody, 'lora = "../secret/a.safetensors"\n')
+        else:
+            text = '[moodboard]\nimages = ["../secret/*"]\n' if key == "moodboard" else ""
+            model = PROJECT.replace("seed = 7", 'seed = 7\nmodel = "../secret"') if key == "model" else PROJECT
+            (moody / "k2.toml").write_text(model + text)
+
+        assert "outside the project" in refused()
+
+    @pytest.mark.parametrize("name", ["n" * 300, "d/" * 1500 + "x", "*a" * 600])
+    def test_a_name_that_no_file_can_have(self, moody, refused, name):
+        style(moody, f'[[reference]]\nimage = "{name}"\n')
+
+        assert "long" in refused() or "characters" in refused()
+
+
+class TestLinks:
+    @pytest.mark.parametrize("what", ["file", "folder", "styles", "k2.toml", "lora"])
+    def test_they_count_as_where_they_lead(self, moody, refused, secret, what):
+        (moody / "refs").mkdir()
+        style(moody, '[[reference]]\nimage = "refs/**/*.png"\n' if what != "lora" else 'lora = "refs/l.safetensors"\n')
+        if what == "file":
+            (moody / "refs" / "a.png").symlink_to(secret / "a.png")
+        elif what == "folder":
+            (moody / "refs" / "all").symlink_to(secret)
+        elif what == "lora":
+            (secret / "l.safetensors").write_bytes(b"precious")
+            (moody / "refs" / "l.safetensors").symlink_to(secret / "l.safetensors")
+        else:
+            (moody / what).rename(secret / what)
+            (moody / what).symlink_to(secret / what)
+
+        assert "outside the project" in refused()
+
+    def test_one_that_leads_to_itself(self, moody, refused):
+        (moody / "a.png").symlink_to(moody / "a.png")
+        style(moody, '[[reference]]\nimage = "a.png"\n')
+
+        assert "leads in a circle" in refused()
+
+    def test_a_record_is_written_over_a_link_and_not_through_it(self, moody, k2, secret):
+        k2("render")
+        folder = moody / "outputs" / "0001-fox-and-1-more"
+        (secret / "precious").write_text("precious")
+        (folder / "fox-7.png").unlink()
+        (folder / "fox-7.toml").unlink()
+        (folder / "fox-7.toml").symlink_to(secret / "precious")
+
+        k2("render", "--resume")
+
+        assert (secret / "precious").read_text() == "precious" and not (folder / "fox-7.toml").is_symlink()
+
+    @pytest.mark.parametrize("kind", ["link", "pipe", "postscript"])
+    def test_a_sheet_shows_no_picture_from_elsewhere(self, moody, k2, secret, kind):
+        k2("render")
+        folder = moody / "outputs" / "0001-fox-and-1-more"
+        for name in ("fox-7.png", "sheet.png"):
+            (folder / name).unlink()
+        if kind == "link":
+            (folder / "fox-7.png").symlink_to(secret / "a.png")
+        elif kind == "pipe":
+            os.mkfifo(folder / "fox-7.png")
+        else:
+            (folder / "fox-7.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n")
+
+        result = k2("render", "--resume", code=0 if kind == "pipe" else 1)
+
+        assert "outside" in result.stderr or "not a picture" in result.stderr or kind == "pipe"
+        assert kind == "pipe" or not (folder / "sheet.png").exists()
+
+
+class TestGlobs:
+    @pytest.mark.parametrize("pattern", ["refs/**/*.png", "refs/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*.png"])
+    def test_links_in_circles_are_walked_once(self, moody, k2, refused, pattern):
+        """Two links to their own folder: as many ways through it as there are numbers of that many bits."""
+        (moody / "refs").mkdir()
+        for name in ("a", "b"):
+            (moody / "refs" / name).symlink_to(moody / "refs")
+        style(moody, f'[[reference]]\nimage = "{pattern}"\n')
+
+        assert "names no picture" in refused()
+        Image.new("RGB", (64, 64)).save(moody / "refs" / "x.png")
+        k2("render", "--dry-run")
+
+    def test_everything_is_too_much(self, moody, refused, monkeypatch):
+        monkeypatch.setattr(pictures, "MOST_SEEN", 50)
+        for number in range(60):
+            (moody / f"{number}.txt").touch()
+        style(moody, '[[reference]]\nimage = "**/*"\n')
+
+        assert "looks at more than 50 files" in refused()
+
+    def test_too_many_pictures(self, moody, refused):
+        for number in range(65):
+            Image.new("RGB", (8, 8)).save(moody / f"{number}.png")
+        style(moody, '[[reference]]\nimage = "*"\n')
+
+        assert "names more than 64 pictures" in refused()
+
+    @pytest.mark.parametrize(
+        "pattern", ["*.png", "*/*.png", "**/*.png", "**", "a/**", "[ab]/?.png", "a/*/../*.png", "a"]
+    )
+    def test_they_mean_what_they_mean_elsewhere(self, tmp_path, pattern):
+        import glob
+
+        for path in ("a/x.png", "a/y.PNG", "b/z.png", "a/deep/w.png", ".hidden/v.png", "u.png", "a/.t.png"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+        pattern_of_files = f"{pattern}/*" if pattern == "a" else pattern
+        expected = {
+            os.path.normpath(path)
+            for path in glob.glob(pattern_of_files, root_dir=tmp_path, recursive=True)
+            if path.lower().endswith(".png") and (tmp_path / path).is_file()
+        }
+
+        found = pictures.find(pattern, tmp_path, lambda path, where: tmp_path / path, "here", 99)
+
+        assert {os.path.normpath(path.relative_to(tmp_path)) for path in found} == expected
+
+
+class TestText:
+    @pytest.mark.parametrize("name", ["k2.toml", "styles/x.toml"])
+    def test_a_hundred_megabytes(self, moody, refused, name):
+        style(moody, 'keywords = ["a"]\n')
+        with (moody / name).open("ab") as file:
+            file.truncate(100 << 20)
+
+        assert "is larger than 1 MB" in refused()
+
+    def test_what_never_ends(self, moody, refused):
+        style(moody, 'keywords = ["a"]\n')
+        (moody / "styles" / "x.toml").unlink()
+        os.mkfifo(moody / "styles" / "x.toml")
+
+        assert "cannot be read" in refused()
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a." * 400_000 + "a = 1\n",
+            "x = {" + "a." * 400_000 + "a = 1}\n",
+            "[" + '"a" . ' * 150_000 + "a]\n",
+            "x = " + "[" * 500_000,
+            "x = " + "{a=" * 200_000,
+        ],
+        ids=["key", "inline", "header", "lists", "tables"],
+    )
+    def test_what_is_nested_absurdly(self, moody, refused, text):
+        (moody / "k2.toml").write_text(PROJECT + text)
+
+        assert "k2.toml is n" in refused()  # … nested too deeply, or not valid
+
+    def test_a_line_that_is_slow_to_search(self, moody, refused):
+        (moody / "k2.toml").write_text(PROJECT + "[x]\ny = [\n [ 1," + " " * 900_000 + "\n 2 ]\n]\n")
+
+        assert 'line 13: unknown key "x"' in refused()
+
+    def test_a_million_pictures(self, moody, refused):
+        (moody / "k2.toml").write_text("[render]\nbatch = 1000\n" + '[[prompt]]\ntext="a"\n' * 30)
+        assert "more than 10,000 pictures" in refused()
+
+        (moody / "k2.toml").write_text('[[prompt]]\ntext="a"\n' * 40_000)
+        assert "more than 20,000 prompts" in refused()
+
+    def test_a_prompt_without_end(self, moody, refused):
+        (moody / "k2.toml").write_text(f'[[prompt]]\nname = "a"\ntext = "{"word " * 150_000}"\n')
+
+        assert "longer than 20,000 characters" in refused()
+
+
+class TestStyles:
+    @pytest.fixture
+    def thousands(self, moody) -> int:
+        (moody / "styles").mkdir()
+        for number in range(10_000):
+            (moody / "styles" / f"s{number}.toml").write_text(f'keywords = ["word {number}"]\n')
+        return 10_000
+
+    def test_ten_thousand(self, moody, k2, refused, thousands):
+        used = "".join(f"s{number} = 0.001\n" for number in range(thousands))
+        (moody / "k2.toml").write_text(PROJECT + "[style]\n" + used)
+        assert "more than 256 styles at once" in refused()
+
+        (moody / "k2.toml").write_text(PROJECT + "[style]\ns17 = 1.0\n")
+        assert k2("render", "--dry-run").stdout.count("word 17") == 2
+
+    def test_all_in_one_mix(self, moody, refused, thousands):
+        style(moody, "[mix]\n" + "".join(f"s{number} = 0.0001\n" for number in range(thousands)))
+
+        assert "more than 256 styles at once" in refused()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that is small on disk."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+    return b"\x89PNG\r\n\x1a\n" + head + data + chunk(b"IEND", b"")
+
+
+class TestPictures:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (bomb(100_000, 100_000), "absurdly large"),
+            (bomb(12_000, 12_000), "has 12000 x 12000 pixels"),
+            (bomb(2**31 - 1, 2**31 - 1), "absurdly large"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n", "not a picture"),
+            (b"\x89PNG\r\n\x1a\n", "not a picture"),
+        ],
+        ids=["bomb", "large", "absurd", "postscript", "empty"],
+    )
+    def test_what_no_reference_can_be(self, moody, refused, content, message):
+        (moody / "a.png").write_bytes(content)
+        style(moody, '[[reference]]\nimage = "a.png"\n')
+
+        assert message in refused()
+
+    def test_a_pipe_is_not_waited_for(self, moody, refused):
+        os.mkfifo(moody / "a.png")
+        style(moody, '[[reference]]\nimage = "a.png"\n')
+        assert "not a picture" in refused()
+
+        (moody / "k2.toml").write_text(PROJECT + '[moodboard]\nimages = ["a.png"]\n')
+        assert "is no picture" in refused()
+
+    def test_a_bomb_is_not_decoded_for_its_record(self, moody, refused):
+        (moody / "a.png").write_bytes(bomb(13_000, 13_000))
+
+        assert "not a picture that can be read" in refused("show", "a.png")
+
+    def test_a_large_one_takes_little_memory(self, tmp_path):
+        """In a process of its own, as memory once taken is not always given back."""
+        import subprocess
+        import sys
+
+        image = Image.new("RGBA", (8000, 8000), (255, 0, 0, 128))
+        image.save(tmp_path / "a.png", compress_level=1)
+        code = """if True:
+            import resource, sys
+            from pathlib import Path
+            from model.references import to_pixels
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            pixels = to_pixels(Path(sys.argv[1]), 64, 64)
+            assert pixels.shape == (1, 3, 64, 64), pixels.shape
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+        """
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], capture_output=True, text=True)
+
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 700  # MiB, of a picture that is 244 decoded
+
+
+def lora(header: dict | bytes, data: int = 0) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + bytes(data)
+
+
+class TestWeights:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            lora({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, 8),
+            lora({"a": {"dtype": "F32", "shape": [-1, -8], "data_offsets": [0, 32]}}, 32),
+            lora({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, 8),
+            lora({"a": {"dtype": "F32", "shape": [[2]], "data_offsets": [0, 8]}}, 8),
+            lora({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, 8),
+            lora({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, 8),
+            lora({"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}, 4),
+            lora({"a": []}),
+            lora({"__metadata__": {"k2": "[" * 100_000}}),
+            lora({"__metadata__": [1]}),
+            lora(b"{" * 100_000),
+            (2**63).to_bytes(8, "little") + b"{}",
+            lora(b"{" + b" " * (17 << 20) + b"}"),
+        ],
+        ids=range(13),
+    )
+    def test_absurd_headers(self, tmp_path, content):
+        (tmp_path / "a.safetensors").write_bytes(content)
+
+        with pytest.raises(K2Error):
+            read_header(tmp_path / "a.safetensors")
+
+    @pytest.mark.parametrize("read", [read_header, read_json])
+    def test_a_pipe_is_not_waited_for(self, tmp_path, read):
+        os.mkfifo(tmp_path / "a")
+
+        with pytest.raises(K2Error, match="cannot be read"):
+            read(tmp_path / "a")
+
+
+ESCAPE = "\x1b[2J\x9b31m\u202eevil"
+
+
+class TestControlCharacters:
+    @pytest.mark.parametrize("key", ["text", "name", "avoid"])
+    def test_in_a_prompt(self, moody, refused, key):
+        table = {"text": "a fox", key: ESCAPE}
+        lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in table.items())
+        (moody / "k2.toml").write_text("[[prompt]]\n" + lines)
+
+        assert "holds a control character" in refused()
+
+    @pytest.mark.parametrize("place", ["key", "table", "style", "keyword", "reference"])
+    def test_in_names(self, moody, refused, place):
+        quoted = json.dumps(ESCAPE)
+        if place in ("keyword", "reference"):
+            style(moody, f"keywords = [{quoted}]\n" if place == "keyword" else f"[[reference]]\nimage = {quoted}\n")
+        else:
+            added = {
+                "key": f"[render]\n{quoted} = 1\n",
+                "table": f"[{quoted}]\n",
+                "style": f"[style]\n{quoted} = 1.0\n",
+            }
+            (moody / "k2.toml").write_text(added[place] + '[[prompt]]\ntext = "a"\n')
+
+        refused()
+
+    def test_in_the_names_of_files(self, moody, k2, refused):
+        (moody / "styles").mkdir()
+        (moody / "styles" / f"{ESCAPE}.toml").write_text('keywords = ["a"]\n')
+        (moody / "refs").mkdir()
+        (moody / "refs" / f"{ESCAPE}.png").write_text("no picture")
+        assert k2("style", "list").stdout == ""
+
+        style(moody, '[[reference]]\nimage = "refs/*.png"\n')
+        assert "?" in refused()
+
+    def test_in_the_name_of_the_project(self, moody, k2, monkeypatch):
+        hostile = moody.rename(moody.with_name(f"{ESCAPE}"))
+        monkeypatch.chdir(hostile)
+        (hostile / "k2.toml").write_text('[[prompt]]\ntext = "a"\n')
+        k2("render")
+
+        assert "\x1b" not in k2("render", "--resume").stderr
+
+    def test_in_what_is_said_and_in_json(self):
+        assert harmless(f"a\tb\n{ESCAPE}") == "a\tb\n?[2J?31m?evil"
+        text = to_json({"a": f"é {ESCAPE}\n"})
+        assert json.loads(text) == {"a": f"é {ESCAPE}\n"}
+        assert text.isprintable()
