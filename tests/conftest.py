@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import hypothesis
 import pytest
-from hypothesis import settings
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,14 +21,10 @@ from model import library
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
-# What takes longer than this hangs. `pytest --hypothesis-profile=long` tries 20,000 cases where no number is given.
-settings.register_profile("suite", deadline=5000)
-settings.register_profile("long", settings.get_profile("suite"), max_examples=20_000)
-settings.load_profile("suite")
-
 SIDE = 64
 
 hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("k2"), max_examples=20_000)
 hypothesis.settings.load_profile("k2")
 
 

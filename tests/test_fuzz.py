@@ -1,0 +1,341 @@
+"""Whatever bytes stand where k2 reads: a value, or a K2Error, within five seconds and within a gigabyte.
+
+`pytest --hypothesis-profile=long tests/test_fuzz.py` tries 20,000 cases of each.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_records import MADE, shot
+
+from k2cli import moodboard, records
+from k2cli.outputs import dump
+from k2cli.pictures import check_picture
+from k2cli.project import Project
+from k2cli.runs import resume
+from k2cli.tables import Toml
+from model.errors import K2Error
+from model.headers import read_header
+from model.library import describe
+from model.references import fitting, to_pixels
+from model.spec import Picture, RenderSpec
+
+PATIENCE = 5.0  # seconds of the processor
+fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@contextmanager
+def nothing_but_k2_errors() -> Iterator[None]:
+    """And soon."""
+    started = time.process_time()
+    try:
+        yield
+    except K2Error as error:
+        assert str(error)
+    assert time.process_time() - started < PATIENCE
+
+
+# ---- texts ------------------------------------------------------------------------------------------------------
+
+NAMES = ("project", "render", "prompt", "style", "moodboard", "name", "model", "size", "aspect", "resolution", "batch")
+NAMES += ("seed", "steps", "guidance", "mu", "cohesion", "scope", "creativity", "text", "avoid", "images", "strength")
+NAMES += ("keywords", "avoids", "reference", "image", "weight", "mix", "lora", "triggers", "method", "dusk", "riso")
+NAMES += ("schema", "created", "pixels", "settings", "expanded", "versions", "files", "sha256", "width", "height")
+NAMES += ("device", "precision", "offload", "leader", "picture", "sheet", "columns", "embed", "row", "caption")
+
+keys = st.sampled_from(NAMES) | st.text(max_size=8)
+words = st.sampled_from(
+    ["mini", "a red fox", "dusk", "64x64", "1K", "3:2", "auto", "raw", "refs/*.png", "../x", "/etc"]
+)
+leaves = (
+    words
+    | st.text(max_size=12)
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats()
+    | st.booleans()
+    | st.dates()
+    | st.integers(0, 9)
+)
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=20
+)
+
+
+def mangled(text: str) -> st.SearchStrategy[bytes]:
+    """A file that was right, with a piece taken out, put in, or put twice; as likely a line as anything."""
+    raw = text.encode()
+
+    @st.composite
+    def change(draw: st.DrawFn) -> bytes:
+        data = raw
+        for _ in range(draw(st.integers(1, 3))):
+            begin = draw(st.integers(0, len(data)))
+            end = min(len(data), begin + draw(st.integers(0, 40)))
+            new = draw(st.binary(max_size=8) | st.sampled_from([b"[", b"]]", b'"', b"=", b"\n", b"-", b"1e999", b"{}"]))
+            data = data[:begin] + new + draw(st.sampled_from([b"", data[begin:end]])) + data[end:]
+        return data
+
+    return change()
+
+
+def written(table: dict) -> bytes:
+    """TOML of any table; what TOML cannot say becomes a text."""
+    try:
+        return dump(table)
+    except (TypeError, ValueError, AttributeError):
+        return dump({"prompt": [{"text": repr(table)}]})
+
+
+tables = st.dictionaries(keys, values, max_size=5).map(written)
+
+EVERYTHING = """\
+[project]
+name = "moody"
+[render]
+model = "mini"
+size = "64x64"
+batch = 2
+seed = 7
+steps = 4
+guidance = 2.5
+cohesion = 0.5
+scope = "run"
+creativity = "low"
+[[prompt]]
+name = "fox"
+text = "a red fox"
+avoid = "snow"
+batch = 3
+[[prompt]]
+text = '''an owl
+at night'''
+[style]
+dusk = 0.6
+riso = -0.3
+[moodboard]
+images = ["refs/*"]
+strength = 0.0
+"""
+STYLE = """\
+keywords = ["film grain"]
+avoids = ["glossy"]
+method = "splice"
+[[reference]]
+image = "refs/*.png"
+weight = 0.5
+[mix]
+riso = 0.5
+"""
+
+
+@pytest.fixture
+def studio(moody, monkeypatch) -> Path:
+    """A project of everything, with no model that would be loaded."""
+
+    def look(*what: object) -> None:
+        raise K2Error("Nobody looks at boards here.")
+
+    monkeypatch.setattr(moodboard, "look", look)
+    for folder in ("refs", "styles"):
+        (moody / folder).mkdir()
+    Image.new("RGB", (16, 16)).save(moody / "refs" / "a.png")
+    (moody / "styles" / "dusk.toml").write_text(STYLE)
+    (moody / "styles" / "riso.toml").write_text('keywords = ["riso"]\n')
+    (moody / "k2.toml").write_text(EVERYTHING)
+    return moody
+
+
+def planned(folder: Path) -> None:
+    project = Project.open(folder)
+    for each in project.shots(project.settle())[:50]:
+        records.request(each, project.root)
+
+
+@fuzz
+@given(mangled(EVERYTHING) | tables | st.binary(max_size=200))
+def test_k2_toml(studio, content):
+    (studio / "k2.toml").write_bytes(content)
+    with nothing_but_k2_errors():
+        planned(studio)
+
+
+@fuzz
+@given(mangled(STYLE) | tables | st.binary(max_size=200))
+def test_style_files(studio, content):
+    (studio / "styles" / "dusk.toml").write_bytes(content)
+    with nothing_but_k2_errors():
+        planned(studio)
+
+
+def a_record(folder: Path) -> str:
+    return dump(records.compose(shot(), Picture(Image.new("RGB", (32, 48)), MADE), folder)).decode()
+
+
+RECORD = a_record(Path("/nowhere"))
+
+
+@fuzz
+@given(mangled(RECORD) | tables)
+def test_records(studio, content):
+    (studio / "fox.toml").write_bytes(content)
+    inside = Project.open(studio).inside
+    with nothing_but_k2_errors():
+        record = records.parse(records.read(studio / "fox.toml"), inside)
+        records.describe(record)
+        records.locate(record, inside)
+
+
+PLAN = dump({"schema": 1, "embed": True, "sheet": {"centred": False}, "model": {"name": "mini"}}).decode()
+PLAN += "\n[[picture]]\n" + "".join(
+    line.replace("[", "[picture.") if line.startswith("[") else line
+    for line in dump({k: v for k, v in Toml(RECORD, "record").table.items() if k in ("prompt", "settings")})
+    .decode()
+    .splitlines(keepends=True)
+)
+
+
+@fuzz
+@given(mangled(PLAN) | tables)
+def test_plans_of_runs(studio, content):
+    folder = studio / "outputs" / "0001-fox"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.toml").write_bytes(content)
+    with nothing_but_k2_errors():
+        resume(Project.open(studio))
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def encoded(kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.linear_gradient("L").resize((24, 16)).convert(str(options.pop("mode", "RGB")))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(buffer, kind, exif=exif, **options)
+    return buffer.getvalue()
+
+
+SEEDS = [
+    *(
+        records.encode(Image.new("RGB", (24, 16)), Toml(RECORD, "record").table, format=kind)
+        for kind in ("png", "webp", "jpeg")
+    ),
+    encoded("PNG", mode="RGBA"),
+    encoded("PNG", mode="P"),
+    encoded("JPEG"),
+    encoded("JPEG", progressive=True, mode="CMYK"),
+    encoded("WEBP"),
+    encoded("WEBP", lossless=True, mode="RGBA"),
+]
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """A file that was right, with some bytes changed, or numbers made absurd, or an end cut off."""
+    data = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(0, 6))):
+        place = draw(st.integers(0, len(data) - 1))
+        new = draw(st.binary(min_size=1, max_size=4) | st.sampled_from([b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff"]))
+        data[place : place + len(new)] = new
+    return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
+
+
+@fuzz
+@given(spoilt(SEEDS) | st.binary(max_size=100))
+def test_pictures(tmp_path, content):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    for read in (
+        lambda: check_picture(path, "here", "a.png"),
+        lambda: to_pixels(path, 32, 32),
+        lambda: fitting(path, 4096, 16),
+        lambda: records.parse(records.read(path), Path),
+    ):
+        with nothing_but_k2_errors():
+            read()
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+numbers = st.integers(-2, 2**64) | st.integers(0, 16) | st.floats() | st.none() | st.text(max_size=3)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "I8", "F4", "X9", "", None, 7]),
+        "shape": st.lists(numbers, max_size=4) | numbers,
+        "data_offsets": st.lists(numbers, max_size=3) | st.sampled_from([[0, 8], [8, 16], [0, 0]]),
+    }
+)
+right = st.sampled_from([(8, [2]), (16, [2, 2]), (0, [0]), (4, [])])
+
+
+@st.composite
+def safetensors(draw: st.DrawFn) -> bytes:
+    header: dict = {}
+    data = 0
+    for name in draw(st.lists(st.sampled_from(["a", "blocks.0.attn.wq.weight", "x.lora_A.weight"]), max_size=3)):
+        size, shape = draw(right)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [data, data + size]}
+        data += size
+    if draw(st.booleans()):
+        header[draw(st.text(max_size=4))] = draw(entries | values.filter(json_says))
+    if draw(st.booleans()):
+        about = st.dictionaries(st.sampled_from(["k2", "format", "lora_adapter_metadata"]), values.filter(json_says))
+        header["__metadata__"] = draw(about | st.text(max_size=5).map(lambda text: {"k2": text}) | st.integers())
+    raw = json.dumps(header).encode()
+    length = draw(st.just(len(raw)) | st.integers(0, 2**64 - 1))
+    return length.to_bytes(8, "little") + raw + bytes(data + draw(st.sampled_from([0, 0, 1])))
+
+
+def json_says(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def gguf() -> bytes:
+    """One tensor, three fields."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    fields = text("general.alignment") + struct.pack("<II", 4, 32)
+    fields += text("general.name") + struct.pack("<I", 8) + text("tiny")
+    fields += text("a.list") + struct.pack("<IIQ3f", 9, 6, 3, 1, 2, 3)
+    tensor = text("w") + struct.pack("<IQQIQ", 2, 32, 2, 8, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 3) + fields + tensor
+    return head + bytes(-len(head) % 32) + bytes(68)
+
+
+def test_the_seeds_are_right(tmp_path):
+    """Or else nothing beyond the first check would be tried."""
+    (tmp_path / "a").write_bytes(gguf())
+    assert read_header(tmp_path / "a")["w"]["shape"] == [2, 32]
+    for content in SEEDS:
+        (tmp_path / "a").write_bytes(content)
+        assert to_pixels(tmp_path / "a", 32, 32).shape == (1, 3, 32, 32)
+    assert records.parse(Toml(RECORD, "record"), Path).shot.spec == RenderSpec(**vars(shot().spec))
+    assert len(Toml(PLAN, "plan").table["picture"]) == 1
+
+
+@fuzz
+@given(safetensors() | spoilt([gguf()]) | st.binary(max_size=100))
+def test_headers_of_weights(tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    for read in (read_header, describe):
+        with nothing_but_k2_errors():
+            read(path)
