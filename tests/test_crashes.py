@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from PIL import Image
 from k2cli import records
 from k2cli.app import app
 from k2cli.tables import Toml
+from model import library
 
 OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "open")
 FORK = multiprocessing.get_context("fork")  # the child has the painting pipeline of this process
@@ -111,3 +115,75 @@ def test_a_resumed_run_may_die_too(moody, k2, first):
     folder = moody / "outputs" / "0002-fox-and-1-more"
     assert pictures(folder) == expected
     assert sorted(tree(folder)) == sorted(tree(moody / "outputs" / "0001-fox-and-1-more"))
+
+
+def test_a_dozen_kills_at_random_moments(tmp_path):
+    """As `tests/bench/kills.py` does 200 times, with the model of the box; in processes that know nothing of pytest."""
+    if "mini" not in library.box():
+        pytest.skip("the box holds no weights yet")
+    bench = Path(__file__).parent / "bench" / "kills.py"
+    done = subprocess.run(
+        [sys.executable, bench, "--kills", "12"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "all whole, all finished" in done.stdout
+
+
+def paint(barrier: Any, number: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    barrier.wait()
+    app(["render", "--quiet", "-p", f"picture {number}", "--batch", "2"])
+
+
+def test_twenty_renders_at_once_lose_and_double_nothing(moody):
+    barrier = FORK.Barrier(20)
+    painters = [FORK.Process(target=paint, args=(barrier, number)) for number in range(20)]
+    for each in painters:
+        each.start()
+    for each in painters:
+        each.join()
+
+    assert [each.exitcode for each in painters] == [0] * 20
+    folders = sorted((moody / "outputs").iterdir())
+    assert [int(folder.name[:4]) for folder in folders] == list(range(1, 21))
+    assert sorted(folder.name[5:] for folder in folders) == sorted(f"picture-{number}" for number in range(20))
+    for folder in folders:
+        names = {f"{folder.name[5:]}-{seed}.{kind}" for seed in (7, 8) for kind in ("png", "toml")}
+        assert {path.name for path in folder.iterdir()} == names | {"run.toml", "sheet.png"}
+    assert len(pictures(moody / "outputs")) == 40
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system with room for little."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "none", disk]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    os.chdir(tmp_path)
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_fills(moody, k2, small_disk, monkeypatch):
+    """Whatever came before it was full is whole; when there is room again, the rest is made."""
+    k2("render", "--batch", "9")
+    expected = pictures(moody / "outputs")
+    shutil.copy(moody / "k2.toml", small_disk)
+    monkeypatch.chdir(small_disk)
+
+    result = k2("render", "--batch", "9", code=1)
+
+    left = pictures(small_disk / "outputs")
+    assert "The disk is full" in result.stderr and 0 < len(left) < 18 and left.items() <= expected.items()
+    assert not list(small_disk.rglob(".*"))
+    assert "The disk is full" in k2("render", "--resume", code=1).stderr
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    k2("render", "--resume")
+    assert pictures(small_disk / "outputs") == expected
