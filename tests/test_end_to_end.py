@@ -111,7 +111,7 @@ def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
 
     found = record(path)
     assert found["settings"] == {
-        "seed": 0, "width": 64, "height": 64, "steps": 2, "guidance": 0.0, "mu": 1.15,
+        "seed": 0, "width": 64, "height": 64, "steps": 2, "guidance": 0.0, "mu": 1.15, "cohesion": 0.0,
         "device": "cpu", "dtype": "float32",
         "precision": "native",
         "offload": "none",
