@@ -76,6 +76,7 @@ class Bench:
             "prompt": self.prompt,
             "autoencoder": self.autoencoder,
             "picture": self.picture,
+            "turbo": self.turbo,
             "start": self.start,
             "saving": self.savings,
         }
@@ -312,6 +313,18 @@ class Bench:
             limit = work / rate(self.mini.dtype, self.device, 512 if self.smoke else 2048)
             name = f"{count} picture{'s' * (count > 1)} of mini, {first.width} px, {first.steps} steps"
             yield row(name, *interleaved([ours, theirs], self.rounds), limit=limit)
+
+    def turbo(self) -> Iterator[Row]:
+        """Turbo's own settings beside Raw's full course of 52 guided steps: both ours."""
+        raw, turbo = (Pipeline.load("mini", variant=variant, device=self.device) for variant in ("raw", "turbo"))
+        few = {"width": 64, "height": 64} if self.smoke else {}
+        long = [
+            RenderSpec(text, seed=i, steps=4 if self.smoke else 52, guidance=3.5, **few)
+            for i, text in enumerate(PROMPTS)
+        ]
+        short = [RenderSpec(text, seed=i, **few) for i, text in enumerate(PROMPTS)]
+        sides = [lambda: turbo.render(short), lambda: raw.render(long)]
+        yield row("4 pictures: Turbo / Raw, 52 guided steps", *interleaved(sides, self.rounds), aim=10.0)
 
     def start(self) -> Iterator[Row]:
         """From nothing to a picture in one step, a process each."""
