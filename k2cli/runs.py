@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,10 @@ def resume(project: Project, number: int | None = None) -> Job:
     for shot in job.shots:
         if run.has(shot.stem) and project.inside(run[f"{shot.stem}.toml"]).is_file():
             label = f"{run.folder.name}/{shot.stem}.toml"
-            records.locate(records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside), project.inside)
-            break
+            record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside)
+            records.locate(record, project.inside)  # what was left to choose is chosen as it was
+            chosen = {key: held[key] or getattr(record.model, key) for key in held}
+            return replace(job, **chosen)
     return job
 
 

@@ -353,6 +353,16 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
     assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
 
 
+def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
+    """How weights are held may depend on the memory that is free; a run's pictures must not."""
+    interrupt(fake, k2, 3)
+    runs.load.cache_clear()
+
+    k2("render", "--resume")
+
+    assert fake.held == [(None, None), ("native", "none")] and fake.loaded[1] == ("mini", "raw", "cpu", "float32")
+
+
 def test_resume_refuses_other_weights(moody, k2, fake):
     interrupt(fake, k2, 3)
     box = moody.parent / "box" / "mini-vae.safetensors"
