@@ -60,6 +60,14 @@ def test_zeros_stay_zeros(name):
         assert torch.equal(*pair)
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_a_turned_matrix_is_rounded_as_the_transposed_one(name):
+    matrix, how = torch.randn(48, 32) * torch.logspace(-2, 2, 32), products(name)
+    turned, plain = how.across(how.round(matrix), matrix), how.round(matrix.t())
+    assert torch.equal(turned.numbers.float(), plain.numbers.float()) and torch.equal(turned.scale, plain.scale)
+    assert turned.numbers.is_contiguous()
+
+
 def test_int8s_weight_gradient_is_wide():
     _, _, (ours, exact) = both("int8-tensorwise", torch.randn(64, 32), torch.randn(32, 32), torch.randn(64, 32))
     assert torch.equal(ours, exact)

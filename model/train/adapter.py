@@ -1,8 +1,8 @@
 """LoRA training: a low-rank adapter of any Krea 2 checkpoint, learned from a folder of one's own pictures.
 
 The base is frozen: its weights are read as `k2 render` reads them, in 8 bits where memory is short, and are the same
-code from mini to the 12.9B. What comes out is a file in diffusers' layout, `transformer.NAME.lora_A.weight`, which this
-package, diffusers and ComfyUI read; train on Raw, use on Raw and on Turbo.
+code from mini to the 12.9B. What comes out is a file in diffusers' layout, `transformer.NAME.lora_A.weight`; train on
+Raw, use on Raw and on Turbo.
 
 Text features and latents are worked out once, and their encoders are gone before the transformer is loaded.
 """

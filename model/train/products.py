@@ -52,19 +52,23 @@ class Products:
     def wide_weight_gradient(self) -> bool:
         return self.number == torch.int8
 
-    def round(self, matrix: Tensor, number: torch.dtype | None = None) -> Rounded:
-        """matrix [R, K] -> 8 bits; the largest number of a row, or of all, fills the format."""
+    def round(self, matrix: Tensor, number: torch.dtype | None = None, *, turned: bool = False) -> Rounded:
+        """matrix [R, K] -> 8 bits; the largest number of a row, or of all, fills the format.
+
+        turned: of the transposed matrix, which is rounded before it is moved: then a quarter of the bytes move.
+        """
         number = number or self.number
         size = matrix.abs()
-        largest = size.amax(1, keepdim=True) if self.rowwise else size.amax().view(1, 1)
+        largest = size.amax(0 if turned else 1, keepdim=True) if self.rowwise else size.amax().view(1, 1)
         scale = largest.float() / (57344.0 if number == E5M2 else LARGEST[number])
         scaled = matrix * (1 / scale.clamp(min=torch.finfo(torch.float32).tiny))
-        return Rounded((scaled.round() if number == torch.int8 else scaled).to(number).contiguous(), scale)
+        numbers = (scaled.round_() if number == torch.int8 else scaled).to(number)
+        return Rounded(numbers.t().contiguous(), scale.t()) if turned else Rounded(numbers.contiguous(), scale)
 
     def across(self, rounded: Rounded | None, matrix: Tensor, number: torch.dtype | None = None) -> Rounded:
         """The transposed matrix, summed over the other way. One scale serves both ways; rows' scales do not."""
         if self.rowwise or rounded is None:
-            return self.round(matrix.t(), number)
+            return self.round(matrix, number, turned=True)
         return Rounded(rounded.numbers.t().contiguous(), rounded.scale)
 
 

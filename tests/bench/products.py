@@ -1,7 +1,7 @@
 """8-bit products in training: seconds a step beside bf16, and the loss curves laid over each other.
 
 `python tests/bench/products.py [--rounds 5] [--steps 500] [--compile] [--out .cache/bench/products] [--smoke]`. A step
-is two blocks of the transformer, there, back and AdamW, on 1,024 tokens; bf16 is autocast as training runs it (fp32
+is two blocks of the transformer, there, back and AdamW, on 4,096 tokens; bf16 is autocast as training runs it (fp32
 where the processor has no bf16). The curves are pretraining at 64 px from one seed on the data set in `.data`, which
 `python -m model.train.data` and `python -m model.train.encode 64` make; the toy of `--smoke` needs none. A ratio above
 1 pays; where it stays below, a recipe had better leave `products` at "wide".
@@ -29,14 +29,14 @@ from model.train.data import DATA, Catalog
 from model.train.pretrain import BOX, Pretraining, Recipe, TrainingSet
 from model.train.products import NAMES, WIDE, convert, multiplies_fp8, parse
 
-WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 1024
+WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # tokens as in a step of pretraining
 AIM = 1.15  # from width 2048 on
 COLOURS = {WIDE: "#1d1d1f", "int8-tensorwise": "#c9722f", "int8-rowwise": "#2f6f5e", "fp8-tensorwise": "#8250df"}
 SMOOTH = 25  # steps that a point of a curve is the mean of
 
 
-def stepper(config: DiTConfig, name: str, device: str, compiled: bool) -> Callable[[], None]:
-    """One step of training of a stack of blocks."""
+def stepper(config: DiTConfig, name: str, tokens: int, device: str, compiled: bool) -> Callable[[], None]:
+    """One step of training of a stack of blocks, on four pictures that have so many tokens together."""
     torch.manual_seed(0)
     blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(BLOCKS)).to(device)
     convert(blocks, parse(name, device))
@@ -44,12 +44,12 @@ def stepper(config: DiTConfig, name: str, device: str, compiled: bool) -> Callab
         for block in blocks:
             block.compile(dynamic=False)
     optimiser = torch.optim.AdamW(blocks.parameters(), 1e-4, fused=True)
-    tokens, width = TOKENS // 4, config.width
+    side, width = tokens // 4, config.width
     with torch.device("meta"):
         network = Krea2(config)
     network.first = nn.Linear(1, 1, device=device)  # where and in what the angles are wanted
-    rope = network.rope(0, (tokens // 16, 16))
-    x = torch.randn(4, tokens, width, device=device)
+    rope = network.rope(0, (side // 16, 16))
+    x = torch.randn(4, side, width, device=device)
     time = torch.randn(4, 1, 6 * width, device=device)
 
     def step() -> None:
@@ -64,7 +64,9 @@ def stepper(config: DiTConfig, name: str, device: str, compiled: bool) -> Callab
     return step
 
 
-def seconds_a_step(names: list[str], widths: tuple[int, ...], rounds: int, device: str, compiled: bool) -> list[Row]:
+def seconds_a_step(
+    names: list[str], widths: tuple[int, ...], tokens: int, rounds: int, device: str, compiled: bool
+) -> list[Row]:
     """A row for each kind of products at each width; wide ones take turns with all."""
     rows = []
     print(HEAD)
@@ -72,7 +74,7 @@ def seconds_a_step(names: list[str], widths: tuple[int, ...], rounds: int, devic
         config = replace(
             PRESETS["medium"], width=width, heads=width // 64, kv_heads=max(1, width // 256), blocks=BLOCKS
         )
-        times = interleaved([stepper(config, name, device, compiled) for name in (WIDE, *names)], rounds)
+        times = interleaved([stepper(config, name, tokens, device, compiled) for name in (WIDE, *names)], rounds)
         for name, ours in zip(names, times[1:], strict=True):
             label = f"width {width}, {name}{', compiled' * compiled}"
             rows.append(row(label, ours, times[0], aim=AIM if width >= 2048 else None))
@@ -140,7 +142,8 @@ def main() -> None:
     names = [name for name in NAMES if name.rpartition("-")[0] in ends]
 
     rounds, widths, steps = (1, (64,), 4) if options.smoke else (options.rounds, WIDTHS, options.steps)
-    rows = seconds_a_step(names, widths, rounds, device, options.compile)
+    tokens = 256 if options.smoke else TOKENS
+    rows = seconds_a_step(names, widths, tokens, rounds, device, options.compile)
     small = {"width": 64, "heads": 1, "kv_heads": 1, "blocks": 1} if options.smoke else {}
     recipe = Recipe(
         name="products", size=64, steps=steps, batch=options.batch, repeats=2, lr=1.5e-3, muon_lr=4e-3, mu=0.2,
