@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.outputs import NUMBER, PICTURES, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE
+from k2cli.tables import DEEP_KEY, LIMIT, UNPRINTABLE
 from model.errors import K2Error
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
@@ -167,6 +167,8 @@ def parse(text: str) -> dict[str, Any]:
     try:
         return parse_lines(text)
     except (ValueError, TypeError, KeyError, AttributeError):
+        if DEEP_KEY.search(text):
+            raise ValueError("nested too deeply") from None
         return tomllib.loads(text)
 
 

@@ -217,6 +217,15 @@ class TestText:
 
         assert "k2.toml is n" in refused()  # … nested too deeply, or not valid
 
+    def test_a_record_of_that_kind_does_not_hold_up_the_log(self, moody, k2):
+        k2("render")
+        record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
+        record.write_text(record.read_text() + "[x]\n" + "a." * 400_000 + "a = 1\n")
+        started = time.process_time()
+
+        assert "owl" in k2("log").stdout and "fox-7" not in k2("log").stdout
+        assert time.process_time() - started < PATIENCE
+
     def test_a_line_that_is_slow_to_search(self, moody, refused):
         (moody / "k2.toml").write_text(PROJECT + "[x]\ny = [\n [ 1," + " " * 900_000 + "\n 2 ]\n]\n")
 
@@ -351,6 +360,25 @@ class TestWeights:
 
         with pytest.raises(K2Error):
             read_header(tmp_path / "a.safetensors")
+
+    def test_absurd_configs(self):
+        """A network is built by its config before its tensors are compared."""
+        from model.text_encoder import QWEN3_VL_4B, TextConfig
+        from model.vae import VAEConfig
+
+        good = vars(QWEN3_VL_4B)
+        assert TextConfig.from_dict(good) == QWEN3_VL_4B
+        for key, value in (
+            ("num_hidden_layers", 10**9),
+            ("hidden_size", 2**40),
+            ("vocab_size", "many"),
+            ("taps", [-1]),
+        ):
+            with pytest.raises(K2Error, match="config is none"):
+                TextConfig.from_dict({**good, key: value})
+        for absurd in ({"num_res_blocks": 10**9}, {"dim_mult": [1] * 10**6}, {"base_dim": -1}, {"z_dim": None}):
+            with pytest.raises(ValueError):
+                VAEConfig.from_dict(absurd)
 
     @pytest.mark.parametrize("read", [read_header, read_json])
     def test_a_pipe_is_not_waited_for(self, tmp_path, read):
