@@ -271,7 +271,7 @@ def train(run: Run, report: Report = print) -> Run:
         run.seconds = here.agree(before + time.monotonic() - started)
         run.snapshot()
         if run.step % recipe.every == 0:
-            run.figures = {key: round(value, 4) for key, value in mean_of(window).items()}
+            run.figures = {key: float(f"{value:.4g}") for key, value in mean_of(window).items()}
             window = []
             if journal:
                 journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
