@@ -6,7 +6,9 @@ before text fusion, and costs nothing per step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,43 +44,75 @@ def phrases(text: str) -> list[str]:
     return [phrase for part in text.split(",") if (phrase := " ".join(part.split()))]
 
 
-def steer_away(embeds: Tensor, away: Sequence[tuple[Tensor, float]], neutral: Tensor) -> Tensor:
-    """A prompt's rows with the directions of avoided phrases subtracted; without phrases, the very same tensor.
+class Direction(NamedTuple):
+    """Where a phrase lies, and how much of it is to be taken."""
 
-    embeds   [1, T, N, E]            the prompt: its own rows, then the template's SUFFIX_TOKENS
-    away     [1, T_a, N, E], weight  the avoided phrases, encoded like prompts
-    neutral  [1, T_0, N, E]          a prompt that says nothing
+    rows: Tensor  # [1, T_a, N, E] its own, as of a prompt
+    adds: Tensor  # [1, SUFFIX_TOKENS, N, E] what it adds to the suffix of the prompt in hand
+    weight: float
+
+
+def directions(encode: Callable[[str], Tensor], prompt: str, away: Avoided) -> list[Direction]:
+    """Avoided phrases beside a prompt. `encode` makes a prompt's rows [1, T, N, E].
+
+    The suffix sums the prompt up, so what a phrase adds to it depends on the others: it is the difference between the
+    prompt with it and without. A prompt may hold the phrase already; then the one without is the shorter.
+    """
+    found = []
+    for phrase, weight in away:
+        without = re.sub(rf"[\s,]*(?<!\w){re.escape(phrase)}(?!\w)", "", prompt, flags=re.IGNORECASE)
+        with_it = prompt if without != prompt else ", ".join(filter(None, (prompt, phrase)))
+        suffixes = [split(encode(text).cpu().double())[1] for text in (with_it, without)]
+        found.append(Direction(split(encode(phrase))[0], suffixes[0] - suffixes[1], weight))
+    return found
+
+
+def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Tensor:
+    """A prompt's rows led away from avoided phrases; without phrases, the very same tensor.
+
+    embeds   [1, T, N, E]  the prompt: its own rows, then the template's SUFFIX_TOKENS
+    neutral  [1, T_0, N, E]  a prompt that says nothing
     returns  [1, T, N, E]
 
-    With m(e) the mean of a prompt's own rows, for every tap n and own row t
+    Tap by tap, with m the mean of the neutral prompt's own rows, R_a − m the avoided phrase's, r_a their mean, P_a the
+    projection onto what they span, g = |P_a (h − m)|² / |h − m|² of an own row h, averaged over the taps, and s(g) =
+    3 g² − 2 g³,
 
-        h'[t, n] = h[t, n] − Σ_a w_a (m(e_a)[n] − m(e_0)[n])
+        h' = h − Σ_a w_a (s(g) (h − m) + (1 − s(g)) r_a)
 
-    and the suffix rows, which stand in the same place in every prompt, likewise row by row, h'[t] = h[t] − Σ_a w_a
-    (e_a[t] − e_0[t]). So at weight 1 a row of an avoided phrase itself becomes about the neutral row, and rows of other
-    words move to the far side of neutral from it. It is linear in the weights, and the order of the phrases means
-    nothing. At no tap is the shift longer than the rows it is taken from are on average: many phrases together would
-    leave only their opposite of a prompt.
+    A row that speaks of what is avoided lies in that span, and at weight 1 is neutral afterwards, word by word. (The
+    mean alone would do so for one word only: of three, two thirds of each would stay.) A row that has nothing to do
+    with it is led away by the mean. The suffix rows lose what the phrase adds to them, so at weight 1 they are those of
+    the prompt without it. All is linear in the weights, and the order of the phrases means nothing. At no tap is a
+    shift longer than from the row to neutral, or than rows are on average: many phrases together would leave only their
+    opposite of a prompt.
     """
     if not away:
         return embeds
-    own, suffix = split(embeds.double())
-    neutral_own, neutral_suffix = split(neutral.double())
-    parts = [(split(rows.double()), weight) for rows, weight in away]
-    parts.sort(key=lambda part: (part[1], part[0][0].sum().item()))  # sums round the same in any order
-    shifts = (
-        torch.stack([w * (r.mean(1, keepdim=True) - neutral_own.mean(1, keepdim=True)) for (r, _), w in parts]).sum(0),
-        torch.stack([w * (r - neutral_suffix) for (_, r), w in parts]).sum(0),
-    )
-    moved = embeds.double().clone()
-    for rows, shift, place in zip(
-        (own, suffix), shifts, (slice(None, -SUFFIX_TOKENS), slice(-SUFFIX_TOKENS, None)), strict=True
-    ):
+    own, suffix = split(embeds.cpu().double())
+    middle = split(neutral.cpu().double())[0].mean(1, keepdim=True)
+    parts = [(away_from(own - middle, rows.cpu().double() - middle), adds, weight) for rows, adds, weight in away]
+    parts.sort(key=lambda part: (part[2], part[1].sum().item()))  # sums round the same in any order
+    moved = []
+    for place, (rows, far) in enumerate(((own, own - middle), (suffix, suffix))):
+        shift = torch.stack([part[2] * part[place] for part in parts]).sum(0)
         if rows.shape[1]:
-            room = rows.norm(dim=-1, keepdim=True).mean(1, keepdim=True)
-            length = shift.norm(dim=-1, keepdim=True)
-            moved[:, place] -= shift * (room / length.clamp(min=1e-12)).clamp(max=1)
-    return moved.to(embeds.dtype)
+            room = torch.maximum(rows.norm(dim=-1, keepdim=True).mean(1, keepdim=True), far.norm(dim=-1, keepdim=True))
+            shift = shift * (room / shift.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        moved.append(rows - shift)
+    return torch.cat(moved, 1).to(embeds)
+
+
+def away_from(rows: Tensor, avoided: Tensor) -> Tensor:
+    """What weight 1 takes from rows [1, T, N, E], for avoided rows [1, T_a, N, E], both from the neutral mean."""
+    by_tap, spanning = rows[0].transpose(0, 1), avoided[0].transpose(0, 1)  # [N, T, E], [N, T_a, E]
+    _, sizes, basis = torch.linalg.svd(spanning, full_matrices=False)
+    basis = basis * (sizes > 1e-3 * sizes[:, :1])[..., None]  # of words that say the same, one direction
+    inside = (by_tap @ basis.transpose(1, 2)).square().sum(-1, keepdim=True)
+    share = (inside / by_tap.square().sum(-1, keepdim=True).clamp(min=1e-12)).mean(0)
+    share = share**2 * (3 - 2 * share)
+    taken = share * by_tap + (1 - share) * spanning.mean(1, keepdim=True)
+    return taken.transpose(0, 1)[None]
 
 
 def split(embeds: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
-from model.avoid import SAYS_NOTHING, Avoided, avoided, steer_away
+from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, steer_away
 from model.branches import Branches
 from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
@@ -336,8 +336,8 @@ class Pipeline:
             else:
                 embeds, _ = self.text.encode([prompt])
             if away:
-                told = [(self.text.encode([phrase])[0], weight) for phrase, weight in away]
-                embeds = steer_away(embeds, told, self.text.encode([SAYS_NOTHING])[0])
+                led = directions(lambda text: self.text.encode([text])[0], prompt, away)
+                embeds = steer_away(embeds, led, self.text.encode([SAYS_NOTHING])[0])
             if references:
                 embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
             if len(self._contexts) >= REMEMBERED:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny, tiny_box  # noqa: F401
 
-from model.avoid import avoided, phrases, steer_away
+from model.avoid import Direction, avoided, directions, phrases, split, steer_away
 from model.pipeline import Pipeline
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
@@ -26,6 +26,15 @@ def rows() -> dict[str, torch.Tensor]:
     return {"fox": prompt(4, 0), "neutral": prompt(2, 1), "ink": 0.1 * prompt(1, 2), "fog": 0.1 * prompt(3, 3)}
 
 
+def middle(rows: torch.Tensor) -> torch.Tensor:
+    return split(rows)[0].mean(1, keepdim=True)
+
+
+def led(rows: torch.Tensor, weight: float) -> Direction:
+    """A phrase by its rows, whose suffix is what it adds."""
+    return Direction(*split(rows), weight)
+
+
 # ---- the mathematics ----------------------------------------------------------------------------
 
 
@@ -33,23 +42,39 @@ def test_without_phrases_it_is_the_very_same_tensor(rows):
     assert steer_away(rows["fox"], [], rows["neutral"]) is rows["fox"]
 
 
-def test_at_weight_one_the_avoided_phrase_says_nothing(rows):
-    """Its own mean row becomes the neutral mean row, its suffix the neutral suffix."""
-    ink = rows["neutral"][:, :-SUFFIX_TOKENS].mean(1, keepdim=True) + 0.1 * prompt(1, 2)
+def test_at_weight_one_the_avoided_words_say_nothing(rows):
+    """As rows of a prompt they become neutral one by one; what stands at right angles to them goes by their mean."""
+    neutral = middle(rows["neutral"])
+    fog = split(rows["fog"])[0]
+    spanned = torch.linalg.qr(torch.cat((fog[0], torch.randn(1, 3, 16))).permute(1, 2, 0))[0]  # [N, E, 4]
+    other = 0.1 * spanned[..., 3][None, None]
+    said = torch.cat((neutral + other, neutral + fog, prompt(0, 7)), 1)
+    phrase = Direction(neutral + fog, torch.zeros(1, SUFFIX_TOKENS, 3, 16), 1.0)
 
-    gone = steer_away(ink, [(ink, 1.0)], rows["neutral"])
+    gone = steer_away(said, [phrase], rows["neutral"])
 
-    neutral = rows["neutral"]
-    torch.testing.assert_close(gone[:, :1], neutral[:, :-SUFFIX_TOKENS].mean(1, keepdim=True))
+    torch.testing.assert_close(gone[:, 1:4], neutral.expand(-1, 3, -1, -1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gone[:, :1], neutral + other - fog.mean(1, keepdim=True), atol=1e-5, rtol=1e-4)
+    assert torch.equal(gone[:, 4:], said[:, 4:])
+
+
+def test_words_that_say_the_same_are_one_direction(rows):
+    neutral, ink = middle(rows["neutral"]), split(rows["ink"])[0]
+    adds = torch.zeros(1, SUFFIX_TOKENS, 3, 16)
+    once, twice = (Direction(neutral + torch.cat([ink] * n, 1), adds, 1.0) for n in (1, 2))
+
+    alike = [steer_away(rows["fox"], [phrase], rows["neutral"]) for phrase in (once, twice)]
+
+    torch.testing.assert_close(*alike)
 
 
 def test_it_is_linear_while_it_is_small(rows):
     fox, neutral = rows["fox"], rows["neutral"]
-    near = {name: neutral.mean(1, keepdim=True) + 0.05 * rows[name] for name in ("ink", "fog")}
-    flat = neutral.mean(1, keepdim=True).expand_as(neutral)
+    near = {name: torch.cat((middle(neutral) + 0.05 * split(rows[name])[0], split(rows[name])[1]), 1) for name in rows}
+    fox = torch.cat((middle(neutral) + 0.05 * split(fox)[0], split(fox)[1]), 1)
 
     def shift(*parts: tuple[str, float]) -> torch.Tensor:
-        return fox - steer_away(fox, [(near[name], weight) for name, weight in parts], flat)
+        return fox - steer_away(fox, [led(near[name], weight) for name, weight in parts], neutral)
 
     torch.testing.assert_close(shift(("ink", 0.8)), 2 * shift(("ink", 0.4)), atol=1e-6, rtol=1e-4)
     both = shift(("ink", 0.5), ("fog", 0.3))
@@ -57,7 +82,7 @@ def test_it_is_linear_while_it_is_small(rows):
 
 
 def test_the_order_means_nothing(rows):
-    parts = [(rows["ink"], 0.7), (rows["fog"], 0.3), (prompt(5, 9), 0.3)]
+    parts = [led(rows["ink"], 0.7), led(rows["fog"], 0.3), led(prompt(5, 9), 0.3)]
     first, second = (steer_away(rows["fox"], order, rows["neutral"]) for order in (parts, parts[::-1]))
 
     assert torch.equal(first, second)
@@ -65,18 +90,44 @@ def test_the_order_means_nothing(rows):
 
 def test_many_phrases_move_no_further_than_the_rows_are_long(rows):
     fox = rows["fox"]
-    moved = steer_away(fox, [(5 * prompt(2, seed), 2.0) for seed in range(20)], rows["neutral"])
+    moved = steer_away(fox, [led(5 * prompt(2, seed), 2.0) for seed in range(20)], rows["neutral"])
 
-    own = slice(None, -SUFFIX_TOKENS)
-    assert (moved - fox)[:, own].norm(dim=-1).max() <= fox[:, own].norm(dim=-1).mean(1).max() + 1e-5
+    before, after = split(fox)[0], split(moved)[0]
+    room = torch.maximum(before.norm(dim=-1).mean(1, keepdim=True), (before - middle(rows["neutral"])).norm(dim=-1))
+    assert ((after - before).norm(dim=-1) <= room + 1e-5).all()
     assert moved.isfinite().all()
 
 
 def test_a_prompt_without_words_of_its_own_still_moves(rows):
     empty = prompt(0, 5)
-    moved = steer_away(empty, [(rows["ink"], 1.0)], rows["neutral"])
+    moved = steer_away(empty, [led(rows["ink"], 1.0)], rows["neutral"])
 
     assert moved.shape == empty.shape and moved.isfinite().all() and not torch.equal(moved, empty)
+
+
+@pytest.mark.parametrize(
+    ("text", "with_it", "without"),
+    [
+        ("a fox", "a fox, ink on fog", "a fox"),
+        ("a fox, ink on fog", "a fox, ink on fog", "a fox"),
+        ("Ink on fog, a fox", "Ink on fog, a fox", ", a fox"),
+        ("a fox in ink on foggy days", "a fox in ink on foggy days, ink on fog", "a fox in ink on foggy days"),
+        ("", "ink on fog", ""),
+    ],
+)
+def test_what_a_phrase_adds_is_told_beside_the_prompt(text, with_it, without):
+    asked = []
+
+    def encode(words: str) -> torch.Tensor:
+        asked.append(words)
+        return prompt(2, len(words))
+
+    ((rows, adds, weight),) = directions(encode, text, (("ink on fog", 0.5),))
+
+    assert asked == [with_it, without, "ink on fog"] and weight == 0.5
+    assert torch.equal(rows, split(prompt(2, 10))[0])
+    suffixes = [split(prompt(2, len(words)).double())[1] for words in (with_it, without)]
+    assert torch.equal(adds, suffixes[0] - suffixes[1])
 
 
 # ---- what is avoided ----------------------------------------------------------------------------
