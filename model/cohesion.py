@@ -3,9 +3,9 @@
 Every picture is tied to a leader, the picture that one prompt and one seed come to by themselves. The leader goes
 through the network beside those that follow, always ahead of them, and in proportion to c they share with it
 
-    noise       a part of the start: x = √(1 − ρ) ε + √ρ ε_leader, with ρ = NOISE · c
+    noise       the mean of each channel at the start goes towards the leader's by NOISE · c, as long as before
     statistics  queries and keys of the image tokens are pulled towards the leader's mean and variance by PULL · c
-    attention   a share c of each image token's answer comes from attention that the leader's tokens are part of
+    attention   a share SHARE · c of each image token's answer is from attention that the leader's tokens are part of
 
 in the deeper blocks, as the splice does with a reference (`model/splice.py`; after StyleAligned, arXiv 2312.02133). A
 branch of guidance follows the leader's own branch. Words never see the leader.
@@ -29,8 +29,7 @@ from model.dit import Attend, DiTConfig, attention
 from model.spec import RenderSpec
 from model.splice import first_block, guarded, moments, pulled
 
-NOISE = 0.2  # of the variance of the start, at c = 1
-PULL = 0.85  # of queries and keys towards the leader's statistics, at c = 1
+NOISE, PULL, SHARE = 1.0, 0.85, 0.9  # at c = 1
 GUARD = "damping"  # against the leader's content
 
 
@@ -50,14 +49,18 @@ def leads(spec: RenderSpec) -> bool:
 def shares(spec: RenderSpec) -> dict[str, float]:
     """How much of each is shared, for a record; nothing by the leader itself."""
     c = 0.0 if leads(spec) else spec.cohesion
-    return {"noise": NOISE * c, "statistics": PULL * c, "attention": c}
+    return {"noise": round(NOISE * c, 6), "statistics": round(PULL * c, 6), "attention": round(SHARE * c, 6)}
 
 
 def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
-    """Starts [B, C, H, W], the leader's first -> the same, all others holding a part of the leader's."""
-    part = NOISE * cohesion
-    followers = (1 - part) ** 0.5 * starts[1:] + part**0.5 * starts[:1]
-    return torch.cat((starts[:1], followers))
+    """Starts [B, C, H, W], the leader's first -> the same, the channels' means of all others in part the leader's.
+
+    What noise holds of the slowest frequencies becomes the colours of the ground and of the whole; all that decides
+    what stands where is left alone.
+    """
+    means, part = starts.mean((2, 3), keepdim=True), NOISE * cohesion
+    mixed = means[1:].lerp(means[:1], part) * ((1 - part) ** 2 + part**2) ** -0.5  # of the same variance
+    return torch.cat((starts[:1], starts[1:] - means[1:] + mixed))
 
 
 class Heard(NamedTuple):
@@ -116,7 +119,7 @@ class Tie:
 
 def tied(inner: Attend, heard: Heard, cohesion: float) -> Attend:
     """A block's attention, and in the image tokens' answers a share of one that the leader is part of."""
-    tokens, pull = heard.k.shape[2], PULL * cohesion
+    tokens, pull, share = heard.k.shape[2], PULL * cohesion, SHARE * cohesion
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = inner(q, k, v)
@@ -127,7 +130,7 @@ def tied(inner: Attend, heard: Heard, cohesion: float) -> Attend:
             torch.cat((heard.k, k[:, :, :-tokens], k_image), 2),
             torch.cat((heard.v, v), 2),
         )
-        image = own[:, :, -tokens:].lerp(together[:, :, -tokens:], cohesion)
+        image = own[:, :, -tokens:].lerp(together[:, :, -tokens:], share)
         return torch.cat((own[:, :, :-tokens], image), 2)
 
     return block

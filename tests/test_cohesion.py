@@ -117,7 +117,7 @@ def test_a_guided_picture_follows_in_every_branch(pipeline):
 def test_the_record_says_what_was_shared_with_whom(pipeline):
     first, second, _ = (picture.record for picture in pipeline.render(tie(BATCH, 0.5)))
     assert second["cohesion"] == 0.5 and second["leader"] == {"prompt": "a red fox", "seed": 7, "negative": ""}
-    assert second["shared"]["attention"] == 0.5 and all(second["shared"].values())
+    assert 0 < second["shared"]["attention"] < 0.5 and all(second["shared"].values())
     assert first["leader"] == second["leader"] and not any(first["shared"].values())
     assert "leader" not in pipeline.render([FOX])[0].record
 
@@ -145,13 +145,17 @@ def test_who_leads():
 
 
 def test_shared_noise_is_still_noise():
+    """Of the same size at any cohesion, the mean of a channel too, and all else of it left alone."""
     torch.manual_seed(0)
-    starts = torch.randn(3, 16, 64, 64)
-    for cohesion in (0.0, 0.5, 1.0):
+    starts = torch.randn(400, 16, 8, 8)
+    for cohesion in (0.0, 0.3, 0.5, 1.0):
         noise = shared_noise(starts, cohesion)
         assert torch.equal(noise[0], starts[0])
-        assert noise.std((1, 2, 3)).sub(1).abs().max() < 0.02
-    assert torch.equal(shared_noise(starts, 0.0), starts)
+        assert 0.9 < noise[1:].mean((2, 3)).std() * 8 < 1.1
+        torch.testing.assert_close(noise.var((2, 3)), starts.var((2, 3)))
+    torch.testing.assert_close(shared_noise(starts, 0.0), starts)
+    led = shared_noise(starts, 1.0).mean((2, 3))
+    torch.testing.assert_close(led, led[:1].expand_as(led))
 
 
 @pytest.fixture
