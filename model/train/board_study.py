@@ -1,0 +1,500 @@
+"""What moodboards and their like do, by the evaluation judge: `python -m model.train.board_study JUDGE OUT [--only …]`.
+
+cohesion    batches of eight, of one prompt and of a run of eight: likeness of looks over the dial, what is kept of
+            subjects and of difference, and whether 0 is bit for bit the independent picture
+moodboard   boards of thirty pictures in looks that are held out for good: are two looks found as two, one as one, with
+            the right members; are pictures made with a board nearer to it than without; seconds for 300 pictures
+creativity  variety of a prompt's pictures, and the subject kept, level by level
+avoids      without guidance: how often an avoided medium or colour is read in pictures whose prompt asks for it
+sheets      a ladder of cohesion, and boards before and after, for the eye
+
+Each figure is written to OUT as TOML when it is done, and all that are there as a table, `figures.md`. A likeness is
+the cosine of the judge's style embeddings; a spread is one minus the mean of it over pairs. Distances between pictures
+are taken of pixels at 64 px (root mean square) and of the judge's last feature map. Intervals are 95 %, by bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tomli_w
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from model.avoid import phrases
+from model.colours import named_colours, oklab
+from model.expand import LEVELS, expand
+from model.moodboard import Board, analyse
+from model.pipeline import Pipeline
+from model.seeing import Eye, Pixels
+from model.spec import Reference, RenderSpec, Style, tied
+from model.train.card import phrase
+from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.encode import to_tensor
+from model.train.evaluate import candidates
+from model.train.judge import SIZE, Judge
+from model.train.looks import MEDIA, PALETTES, Look
+from model.train.style_study import Floats, choose_looks, figure, lines_of, mean, ratio, sheet, spearman
+
+BATCH = 8
+DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
+BOARD = 30  # pictures of a board
+BOARD_STRENGTH = 0.35  # where [moodboard] gives none
+PER_BOARD = 10  # pictures made with each
+
+
+class Seen(NamedTuple):
+    """What the judge makes of one picture."""
+
+    picture: Pixels  # [H, W, 3]
+    subject: Floats  # [96], unit
+    style: Floats  # [48], unit
+    features: Floats  # [F]
+    small: Floats  # [3 · 64 · 64]
+
+
+class Study:
+    """Renders what figures ask for, once each, and shows it to the judge."""
+
+    def __init__(self, pipeline: Pipeline, judge: Judge, catalog: Catalog, folder: Path, steps: int | None, count: int):
+        self.pipeline, self.judge, self.catalog, self.folder = pipeline, judge, catalog, folder
+        self.steps, self.count = steps, count
+        self.subjects = candidates(catalog)
+        with torch.inference_mode():
+            self.names = judge.read(self.subjects).numpy()
+        self.seen: dict[RenderSpec, Seen] = {}
+        self.boards: dict[tuple[Look, ...], tuple[dict[Path, Look], Board]] = {}
+
+    def spec(self, text: str, seed: int, **changes: Any) -> RenderSpec:
+        return RenderSpec(text, seed=seed, steps=self.steps, **changes)
+
+    @torch.inference_mode()
+    def look_at(self, pictures: Sequence[Pixels]) -> list[Seen]:
+        found: list[Seen] = []
+        for start in range(0, len(pictures), 64):
+            part = list(pictures[start : start + 64])
+            pixels = to_tensor(part, SIZE)
+            parts = (*self.judge(pixels), self.judge.trunk(pixels).flatten(1), pixels.flatten(1))
+            found += [Seen(*each) for each in zip(part, *(x.numpy() for x in parts), strict=True)]
+        return found
+
+    def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
+        """Each spec's picture as the judge sees it; rendered when first asked for."""
+        new = list(dict.fromkeys(spec for spec in specs if spec not in self.seen))
+        pictures = [np.asarray(picture.image.convert("RGB")) for picture in self.pipeline.stream(new)]
+        self.seen |= zip(new, self.look_at(pictures), strict=True)
+        return [self.seen[spec] for spec in specs]
+
+    def right(self, seen: Sequence[Seen], subjects: Sequence[str]) -> Floats:
+        """1 where the subject asked for is the nearest of all candidates."""
+        nearest = (np.stack([each.subject for each in seen]) @ self.names.T).argmax(1)
+        return np.array([self.subjects[n] == name for n, name in zip(nearest, subjects, strict=True)], float)
+
+    def media(self, seen: Sequence[Seen]) -> list[str]:
+        """The medium of each picture: that of the nearest training look."""
+        looks, centres = self._looks
+        return [looks[n].medium for n in (np.stack([each.style for each in seen]) @ centres.T).argmax(1)]
+
+    @cached_property
+    def _looks(self) -> tuple[list[Look], Floats]:
+        """Training looks, and the mean style of eight real pictures of each."""
+        by_look: dict[Look, list[Item]] = {}
+        for item in self.catalog.items("train"):
+            by_look.setdefault(item.look, []).append(item)
+        looks = sorted(by_look, key=repr)
+        centres = [
+            middle(self.look_at([self.catalog.picture(item) for item in shuffled(by_look[look])[:8]])) for look in looks
+        ]
+        return looks, np.stack(centres)
+
+
+def shuffled(items: Sequence[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: stable_seed("board", item.pair, item.look))
+
+
+def middle(seen: Sequence[Seen]) -> Floats:
+    """The mean style, of unit length."""
+    centre = np.mean([each.style for each in seen], 0)
+    return centre / np.linalg.norm(centre)
+
+
+def likeness(seen: Sequence[Seen]) -> float:
+    """Mean cosine of styles over all pairs."""
+    style = np.stack([each.style for each in seen])
+    pairs = np.triu_indices(len(seen), 1)
+    return float((style @ style.T)[pairs].mean())
+
+
+def distances(seen: Sequence[Seen]) -> tuple[float, float]:
+    """Mean distance over all pairs: of pixels, of features."""
+    pairs = list(combinations(seen, 2))
+    pixels = [np.sqrt(np.mean((a.small - b.small) ** 2)) for a, b in pairs]
+    return float(np.mean(pixels)), float(np.mean([np.linalg.norm(a.features - b.features) for a, b in pairs]))
+
+
+# ---- cohesion -------------------------------------------------------------------------------------------------------
+
+
+def cohesion(study: Study) -> dict[str, Any]:
+    """The dial, over one prompt's batch and over a run of eight prompts; real pictures of one look are the ceiling."""
+    real = [[study.catalog.picture(item) for item in items] for items in looks_of_eight(study.catalog)]
+    found: dict[str, Any] = {"ceiling": figure(mean, np.array([likeness(study.look_at(each)) for each in real]))}
+    levels = np.array(DIAL)
+    for scope in ("prompt", "run"):
+        drawn = draw_batches(study, scope)
+        table = np.array([[measure(study, batch, c) for c in DIAL] for batch in drawn])  # [batches, levels, 4]
+        alike, right, pixels, features = np.moveaxis(table, 2, 0)
+        found[scope] = {
+            "rho": figure(lambda x: spearman(levels, x.mean(0)), alike),
+            "spread_of_zero": figure(ratio, 1 - alike[:, -1], 1 - alike[:, 0]),
+            "subject_of_zero": figure(ratio, right[:, -1], right[:, 0]),
+            "pixels_of_zero": figure(ratio, pixels[:, -1], pixels[:, 0]),
+            "features_of_zero": figure(ratio, features[:, -1], features[:, 0]),
+            "zero_is_exact": is_exact(study, drawn[0]),
+        }
+        for name, values in (("likeness", alike), ("subject", right), ("pixels", pixels), ("features", features)):
+            found[scope][name] = {f"at_{c:g}": figure(mean, values[:, i]) for i, c in enumerate(DIAL)}
+    return found
+
+
+def draw_batches(study: Study, scope: str) -> list[list[str]]:
+    """Subjects of batches of eight: all the same, or all different."""
+    rng = np.random.default_rng(stable_seed("cohesion", scope))
+    batches = []
+    for _ in range(max(1, study.count // BATCH)):
+        names = [str(name) for name in rng.choice(study.subjects, BATCH, replace=False)]
+        batches.append(names if scope == "run" else names[:1] * BATCH)
+    return batches
+
+
+def specs_of(study: Study, batch: Sequence[str], level: float) -> list[RenderSpec]:
+    first = 1000 + stable_seed(*batch) % 100_000
+    return tied([study.spec(phrase(name), first + i) for i, name in enumerate(batch)], level)
+
+
+def measure(study: Study, batch: Sequence[str], level: float) -> tuple[float, float, float, float]:
+    """Likeness of looks, share of right subjects, distance of pixels, of features."""
+    seen = study.see(specs_of(study, batch, level))
+    return likeness(seen), float(study.right(seen, batch).mean()), *distances(seen)
+
+
+def is_exact(study: Study, batch: Sequence[str]) -> bool:
+    """Whether a batch at 0 is, bit for bit, the same pictures that nothing ties."""
+    free = [study.spec(spec.prompt, spec.seed) for spec in specs_of(study, batch, 0.0)]
+    pairs = zip(study.pipeline.stream(free), study.pipeline.stream(specs_of(study, batch, 0.0)), strict=True)
+    return all(one.record["pixels"] == other.record["pixels"] for one, other in pairs)
+
+
+def looks_of_eight(catalog: Catalog, count: int = 25) -> list[list[Item]]:
+    """Eight real pictures each of training looks."""
+    by_look: dict[Look, list[Item]] = {}
+    for item in catalog.items("train"):
+        by_look.setdefault(item.look, []).append(item)
+    looks = sorted(by_look, key=lambda look: stable_seed("eight", look))[:count]
+    return [shuffled(by_look[look])[:BATCH] for look in looks]
+
+
+# ---- moodboards -----------------------------------------------------------------------------------------------------
+
+
+def moodboard(study: Study) -> dict[str, Any]:
+    """Boards in held-out looks, analysed and rendered with."""
+    eye = Eye.load("mini")
+    looks = choose_looks(study.catalog)
+    two, right = [], []
+    for pair in pairs_of(looks):
+        truth, board = lay_out(study, pair, eye)
+        two.append(float(len(board.looks) == 2))
+        right.append(members(truth, board))
+    one = [float(len(lay_out(study, [look], eye)[1].looks) == 1) for look in looks]
+    found: dict[str, Any] = {
+        "two_read_as_two": figure(mean, np.array(two)),
+        "members_right": figure(mean, np.array(right)),
+        "one_read_as_one": figure(mean, np.array(one)),
+        "seconds_of_300": seconds_of(study, eye),
+    }
+    nearer: dict[str, list[float]] = {"with": [], "without": [], "right": [], "right_without": [], "real": []}
+    for index in range(max(1, study.count // PER_BOARD)):
+        look = looks[index % len(looks)]
+        truth, board = lay_out(study, [look], eye)
+        centre = middle(study.look_at([np.asarray(Image.open(path)) for path in truth]))
+        others = [item for item in study.catalog.items("styles") if item.look == look]
+        real = study.look_at([study.catalog.picture(item) for item in shuffled(others)[BOARD : BOARD + PER_BOARD]])
+        nearer["real"].append(float(np.mean([seen.style @ centre for seen in real])))
+        for way, style in (("with", style_of(board)), ("without", None)):
+            subjects, specs = make_with(study, style, index)
+            seen = study.see(specs)
+            nearer[way].append(float(np.mean([each.style @ centre for each in seen])))
+            nearer["right" if way == "with" else "right_without"].append(float(study.right(seen, subjects).mean()))
+    values = {name: np.array(each) for name, each in nearer.items()}
+    return found | {
+        "likeness": {name: figure(mean, values[name]) for name in ("without", "with", "real")},
+        "nearer": figure(mean, values["with"] - values["without"]),
+        "subject_of_without": figure(ratio, values["right"], values["right_without"]),
+    }
+
+
+def pairs_of(looks: Sequence[Look], count: int = 20) -> list[tuple[Look, Look]]:
+    """Pairs of looks in different media and drawings, the same ones every time."""
+    apart = [(a, b) for a, b in combinations(looks, 2) if a.medium != b.medium and a.drawing != b.drawing]
+    return sorted(apart, key=lambda pair: stable_seed("pair", *pair))[:count]
+
+
+def lay_out(study: Study, looks: Sequence[Look], eye: Eye) -> tuple[dict[Path, Look], Board]:
+    """A board of `BOARD` real pictures in equal parts, as files, and what it is read as."""
+    if tuple(looks) in study.boards:
+        return study.boards[tuple(looks)]
+    folder = study.folder / "boards" / "-and-".join(f"{look.drawing}-{look.medium}" for look in looks)
+    folder.mkdir(parents=True, exist_ok=True)
+    truth: dict[Path, Look] = {}
+    for look in looks:
+        items = [item for item in study.catalog.items("styles") if item.look == look]
+        for item in shuffled(items)[: BOARD // len(looks)]:
+            path = folder / f"{look.drawing}-{look.medium}-{item.pair.subject}.png".replace(" ", "-")
+            if not path.exists():
+                Image.fromarray(study.catalog.picture(item)).save(path)
+            truth[path] = look
+    study.boards[tuple(looks)] = truth, analyse(sorted(truth), eye)
+    return study.boards[tuple(looks)]
+
+
+def members(truth: dict[Path, Look], board: Board) -> float:
+    """The share of pictures in a look that is mostly of their own."""
+    agree = sum(Counter(truth[path] for path in look.pictures).most_common(1)[0][1] for look in board.looks)
+    return agree / len(truth)
+
+
+def seconds_of(study: Study, eye: Eye, count: int = 300) -> float:
+    """Seconds for a board of `count` pictures."""
+    folder = study.folder / "boards" / "large"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, item in enumerate(shuffled(study.catalog.items("styles"))[:count]):
+        paths.append(folder / f"{index}.png")
+        if not paths[-1].exists():
+            Image.fromarray(study.catalog.picture(item)).save(paths[-1])
+    started = time.perf_counter()
+    analyse(paths, eye)
+    return round(time.perf_counter() - started, 1)
+
+
+def style_of(board: Board) -> Style:
+    """A board as the command line makes a style of it."""
+    references = tuple(Reference(path, weight) for path, weight in board.representatives)
+    return Style("moodboard", BOARD_STRENGTH, references, board.keywords, board.avoids)
+
+
+def make_with(study: Study, style: Style | None, index: int) -> tuple[list[str], list[RenderSpec]]:
+    """Subjects and specs of the pictures for one board; the same without it."""
+    rng = np.random.default_rng(stable_seed("board", index))
+    subjects = [str(name) for name in rng.choice(study.subjects, PER_BOARD, replace=False)]
+    words = style.keywords if style else ()
+    more: dict[str, Any] = {"styles": (style,), "negative": ", ".join(style.avoids)} if style else {}
+    return subjects, [
+        study.spec(", ".join([phrase(name), *words]), 5000 + PER_BOARD * index + i, **more)
+        for i, name in enumerate(subjects)
+    ]
+
+
+# ---- creativity -----------------------------------------------------------------------------------------------------
+
+
+def creativity(study: Study, seeds: int = 4) -> dict[str, Any]:
+    """Prompts of a bare subject at every level, each with several seeds."""
+    rng = np.random.default_rng(stable_seed("creativity"))
+    names = [str(name) for name in rng.choice(study.subjects, max(2, study.count // seeds))]
+    table = np.array([[wander(study, name, level, seeds, 100 * i) for level in LEVELS] for i, name in enumerate(names)])
+    right, pixels, features, spread = np.moveaxis(table, 2, 0)  # [prompts, levels] each
+    order = np.arange(float(len(LEVELS)))
+    found: dict[str, Any] = {
+        "rho_of_pixels": figure(lambda x: spearman(order, x.mean(0)), pixels),
+        "rho_of_spread": figure(lambda x: spearman(order, x.mean(0)), spread),
+    }
+    for i, level in enumerate(LEVELS):
+        found[level] = {
+            "pixels": figure(mean, pixels[:, i]),
+            "features": figure(mean, features[:, i]),
+            "spread": figure(mean, spread[:, i]),
+            "subject_of_raw": figure(ratio, right[:, i], right[:, 0]),
+        }
+    return found
+
+
+def wander(study: Study, name: str, level: str, seeds: int, first: int) -> tuple[float, float, float, float]:
+    """Right subjects, distance of pixels, of features, spread of looks of a prompt's pictures."""
+    text = phrase(name)
+    seen = study.see([study.spec(expand(text, level, seed), seed) for seed in range(first, first + seeds)])
+    return float(study.right(seen, [name] * seeds).mean()), *distances(seen), 1 - likeness(seen)
+
+
+# ---- avoids ---------------------------------------------------------------------------------------------------------
+
+
+def avoids(study: Study) -> dict[str, Any]:
+    """Pictures without guidance whose prompt asks for what is avoided: how often it is read with and without avoiding.
+
+    The ceiling of reading are real pictures of it, the floor pictures that nobody asked it of.
+    """
+    media = {told: (name, told) for name, told in ((name, words[0]) for name, words in MEDIA.items() if words)}
+    colours = {f"on a {name} background": (name, name) for name in PALETTES if name[0] not in "aeiou"}
+    found: dict[str, Any] = {}
+    for kind, asked, read in (("media", media, study.media), ("colours", colours, grounds)):
+        each = max(2, study.count // len(asked))
+        rows = [
+            column for i, words in enumerate(asked) for column in avoid_one(study, words, *asked[words], each, i, read)
+        ]
+        names, before, after, right, right_before, floor = (np.array(column) for column in zip(*rows, strict=True))
+        found[kind] = {
+            "read": figure(mean, before.astype(float)),
+            "read_when_avoided": figure(mean, after.astype(float)),
+            "read_of_asked": figure(ratio, after.astype(float), before.astype(float)),
+            "subject_of_asked": figure(ratio, right.astype(float), right_before.astype(float)),
+            "read_unasked": figure(mean, floor.astype(float)),
+            "each": {
+                name: {"read": float(before[names == name].mean()), "avoided": float(after[names == name].mean())}
+                for name in dict.fromkeys(names.tolist())
+            },
+        }
+    return found
+
+
+def avoid_one(
+    study: Study, words: str, name: str, away: str, count: int, index: int, read: Callable[[Sequence[Seen]], list[str]]
+) -> list[tuple[str, bool, bool, float, float, bool]]:
+    """One avoided phrase on several subjects."""
+    rng = np.random.default_rng(stable_seed("avoid", words))
+    subjects = [str(subject) for subject in rng.choice(study.subjects, count, replace=False)]
+    joint = " " if words.startswith("on ") else ", "
+    assert phrases(away) == [away]
+
+    def made(with_words: bool, negative: str) -> list[Seen]:
+        texts = [f"{phrase(subject)}{joint}{words}" if with_words else phrase(subject) for subject in subjects]
+        specs = [study.spec(t, 7000 + 100 * index + i, guidance=0.0, negative=negative) for i, t in enumerate(texts)]
+        return study.see(specs)
+
+    asked, avoided, bare = made(True, ""), made(True, away), made(False, "")
+    right, before = study.right(avoided, subjects), study.right(asked, subjects)
+    readings = zip(read(asked), read(avoided), right, before, read(bare), strict=True)
+    return [(name, a == name, b == name, float(r), float(rb), c == name) for a, b, r, rb, c in readings]
+
+
+def grounds(seen: Sequence[Seen]) -> list[str]:
+    """The named colour that is nearest to the median of each picture's left, right and upper edge."""
+    names, colours = zip(*((name, c) for name, each in named_colours().items() for c in each), strict=True)
+    known = oklab(np.array(colours) / 255)
+    found = []
+    for each in seen:
+        rims = [
+            each.picture[:6].reshape(-1, 3),
+            each.picture[:, :6].reshape(-1, 3),
+            each.picture[:, -6:].reshape(-1, 3),
+        ]
+        ground = oklab(np.median(np.concatenate(rims), 0) / 255)
+        found.append(names[int(np.linalg.norm(known - ground, axis=1).argmin())])
+    return found
+
+
+# ---- for the eye ----------------------------------------------------------------------------------------------------
+
+
+def sheets(study: Study) -> dict[str, Any]:
+    """A ladder of cohesion, one row a level, of a prompt and of a run; boards before and after."""
+    ladder = {"prompt": ["owl"] * BATCH, "run": ["fox", "owl", "car", "house", "rose", "rocket", "guitar", "frog"]}
+    files = []
+    for scope, batch in ladder.items():
+        rows = [[each.picture for each in study.see(specs_of(study, batch, level))] for level in DIAL]
+        heads = ["leader" if i == 0 else f"seed +{i}" if scope == "prompt" else batch[i] for i in range(BATCH)]
+        files.append(labelled(study.folder / f"cohesion-{scope}.png", heads, [f"{c:g}" for c in DIAL], rows))
+    eye, subjects = Eye.load("mini"), ("fox", "house", "guitar")
+    rows = []
+    for look in choose_looks(study.catalog)[:4]:
+        truth, board = lay_out(study, [look], eye)
+        style = style_of(board)
+        plain = [study.spec(phrase(name), 40 + i) for i, name in enumerate(subjects)]
+        after = [
+            study.spec(
+                ", ".join([phrase(name), *style.keywords]),
+                40 + i,
+                styles=(style,),
+                negative=", ".join(style.avoids),
+            )
+            for i, name in enumerate(subjects)
+        ]
+        shown = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(truth)[:3]]
+        rows.append([*shown, *(each.picture for each in study.see([*plain, *after]))])
+    heads = ["of the board", "", "", "without", "", "", "with the board", "", ""]
+    files.append(sheet(study.folder / "board.png", heads, rows))
+    return {"files": [file.name for file in files]}
+
+
+def labelled(
+    path: Path, heads: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[Pixels]], side: int = 128
+) -> Path:
+    """A sheet with a label before every row too."""
+    page = Image.open(sheet(path, heads, rows, side))
+    wide = Image.new("RGB", (page.width + 40, page.height), "white")
+    wide.paste(page, (40, 0))
+    draw, font = ImageDraw.Draw(wide), ImageFont.load_default(16)
+    for row, label in enumerate(labels):
+        draw.text((8, 26 + row * (side + 6) + side // 2 - 9), label, "black", font)
+    wide.save(path)
+    return path
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+FIGURES = {"cohesion": cohesion, "moodboard": moodboard, "creativity": creativity, "avoids": avoids, "sheets": sheets}
+
+
+def write_table(folder: Path) -> None:
+    """All figures that are in the folder as one table."""
+    rows = ["| figure | value | 95 % |", "|---|---|---|"]
+    for name in FIGURES:
+        if (file := folder / f"{name}.toml").exists():
+            rows += lines_of(name, tomllib.loads(file.read_text())["found"])
+    (folder / "figures.md").write_text("\n".join(rows) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--variant", choices=("raw", "turbo"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, help="the checkpoint's own number where left out")
+    parser.add_argument("--count", type=int, default=200, help="pictures of each point of a figure")
+    parser.add_argument("--only", default=",".join(FIGURES), help=f"of {','.join(FIGURES)}")
+    options = parser.parse_args()
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
+    study = Study(pipeline, Judge.load(options.judge), Catalog(DATA), options.out, options.steps, options.count)
+    for name in options.only.split(","):
+        started = time.monotonic()
+        found = FIGURES[name](study)
+        facts = {
+            "model": {"name": options.model, "variant": pipeline.variant, "files": pipeline._hashes.by_name()},
+            "dtype": pipeline.plan.dtype,
+            "steps": pipeline.resolve(RenderSpec("", steps=options.steps)).steps,
+            "guidance": pipeline.recommended["guidance"],
+            "count": options.count,
+            "judge": options.judge.name,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        (options.out / f"{name}.toml").write_text(tomli_w.dumps(facts | {"found": found}))
+        write_table(options.out)
+    print((options.out / "figures.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
