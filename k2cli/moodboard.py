@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from model.moodboard import Board
 
 MOST = 1000  # pictures of a board
-READING = 1  # changes whenever the same pictures would be read in another way
+READING = 2  # changes whenever the same pictures would be read in another way
 NAME = "moodboard"  # of the style that the table renders as
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)

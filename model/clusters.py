@@ -10,8 +10,9 @@ Array = NDArray[np.float64]
 MOST_LOOKS = 8
 APART = 0.25  # silhouette below which a split is no structure (Kaufman & Rousseeuw 1990)
 ONE_LOOK = 0.5  # cosine of two middles from which they are one look: a silhouette alone knows no scale and splits any
-# tight group; with this, 99 in 100 looks of the training data stay whole, and nine in ten pairs of them come apart
-LEAST_LOOK = 0.05  # share of a board that makes a look of its own, and never a single picture
+EVEN = 0.35  # tight group. The more evenly a board falls apart, the less it is by a few odd pictures, so the smallest
+# share of it times this is added: up to 0.675 for two halves
+LEAST_LOOK, LEAST_PICTURES = 0.05, 3  # share of a board, and pictures, that make a look of its own
 
 
 def find_looks(vectors: Array) -> list[list[int]]:
@@ -21,7 +22,7 @@ def find_looks(vectors: Array) -> list[list[int]]:
     strays, the highest mean silhouette wins, and one look is the answer where none reaches `APART`.
     """
     best, labels = APART, np.zeros(len(vectors), int)
-    for count in range(2, min(MOST_LOOKS, len(vectors) // 2) + 1):
+    for count in range(2, min(MOST_LOOKS, len(vectors) // LEAST_PICTURES) + 1):
         found = spherical_kmeans(vectors, count)
         if separate(vectors, found) and (score := silhouette(vectors, found)) > best + 1e-9:
             best, labels = score, found
@@ -39,7 +40,9 @@ def separate(vectors: Array, labels: NDArray[np.intp]) -> bool:
     middles = np.stack([vectors[labels == name].mean(0) for name in names])
     middles /= np.maximum(np.linalg.norm(middles, axis=1, keepdims=True), 1e-12)
     nearest = (middles @ middles.T - 3 * np.eye(len(names))).max()
-    return bool(counts.min() >= max(2, LEAST_LOOK * len(labels)) and nearest < ONE_LOOK)
+    least = counts.min()
+    enough = least >= max(LEAST_PICTURES, LEAST_LOOK * len(labels))
+    return bool(enough and nearest < ONE_LOOK + EVEN * least / len(labels))
 
 
 def spherical_kmeans(vectors: Array, count: int, rounds: int = 50) -> NDArray[np.intp]:
