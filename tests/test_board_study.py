@@ -60,9 +60,8 @@ def study(tmp_path: Path, monkeypatch):
 
 
 def test_a_painter_that_ties_reaches_one_look(study):
-    found = cohesion(study(Painter()))
-    for scope in ("prompt", "run"):
-        each = found[scope]
+    found = {scope: cohesion(study(Painter()), scope) for scope in ("prompt", "run")}
+    for each in found.values():
         assert each["rho"]["value"] == pytest.approx(1) and each["rho"]["low"] > 0.99
         assert each["spread_of_zero"]["value"] < 0.01 and each["likeness"]["at_1"]["value"] > 0.99
         assert each["subject_of_zero"] == {"value": 1, "low": 1, "high": 1}
@@ -71,7 +70,7 @@ def test_a_painter_that_ties_reaches_one_look(study):
 
 
 def test_a_painter_that_ties_nothing_is_found_out(study):
-    found = cohesion(study(Painter(ties=0.0)))["prompt"]
+    found = cohesion(study(Painter(ties=0.0)))
     assert found["rho"]["value"] == 0 and found["spread_of_zero"]["value"] == found["pixels_of_zero"]["value"] == 1
 
 
@@ -82,7 +81,7 @@ def test_bits_that_differ_at_zero_are_found(study):
             for picture in super().stream(specs):
                 yield Picture(picture.image, {"pixels": picture.record["pixels"] + str(self.calls)})
 
-    assert not cohesion(study(Nervous()))["prompt"]["zero_is_exact"]
+    assert not cohesion(study(Nervous()))["zero_is_exact"]
 
 
 def test_levels_of_creativity_are_set_beside_raw(study):

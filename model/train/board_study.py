@@ -20,7 +20,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,25 +144,23 @@ def distances(seen: Sequence[Seen]) -> tuple[float, float]:
 # ---- cohesion -------------------------------------------------------------------------------------------------------
 
 
-def cohesion(study: Study) -> dict[str, Any]:
-    """The dial, over one prompt's batch and over a run of eight prompts; real pictures of one look are the ceiling."""
+def cohesion(study: Study, scope: str = "prompt") -> dict[str, Any]:
+    """The dial, over batches of one prompt or over runs of eight; real pictures of one look are the ceiling."""
     real = [[study.catalog.picture(item) for item in items] for items in looks_of_eight(study.catalog)]
-    found: dict[str, Any] = {"ceiling": figure(mean, np.array([likeness(study.look_at(each)) for each in real]))}
-    levels = np.array(DIAL)
-    for scope in ("prompt", "run"):
-        drawn = draw_batches(study, scope)
-        table = np.array([[measure(study, batch, c) for c in DIAL] for batch in drawn])  # [batches, levels, 4]
-        alike, right, pixels, features = np.moveaxis(table, 2, 0)
-        found[scope] = {
-            "rho": figure(lambda x: spearman(levels, x.mean(0)), alike),
-            "spread_of_zero": figure(ratio, 1 - alike[:, -1], 1 - alike[:, 0]),
-            "subject_of_zero": figure(ratio, right[:, -1], right[:, 0]),
-            "pixels_of_zero": figure(ratio, pixels[:, -1], pixels[:, 0]),
-            "features_of_zero": figure(ratio, features[:, -1], features[:, 0]),
-            "zero_is_exact": is_exact(study, drawn[0]),
-        }
-        for name, values in (("likeness", alike), ("subject", right), ("pixels", pixels), ("features", features)):
-            found[scope][name] = {f"at_{c:g}": figure(mean, values[:, i]) for i, c in enumerate(DIAL)}
+    levels, drawn = np.array(DIAL), draw_batches(study, scope)
+    table = np.array([[measure(study, batch, c) for c in DIAL] for batch in drawn])  # [batches, levels, 4]
+    alike, right, pixels, features = np.moveaxis(table, 2, 0)
+    found: dict[str, Any] = {
+        "rho": figure(lambda x: spearman(levels, x.mean(0)), alike),
+        "spread_of_zero": figure(ratio, 1 - alike[:, -1], 1 - alike[:, 0]),
+        "subject_of_zero": figure(ratio, right[:, -1], right[:, 0]),
+        "pixels_of_zero": figure(ratio, pixels[:, -1], pixels[:, 0]),
+        "features_of_zero": figure(ratio, features[:, -1], features[:, 0]),
+        "zero_is_exact": is_exact(study, drawn[0]),
+        "likeness_ceiling": figure(mean, np.array([likeness(study.look_at(each)) for each in real])),
+    }
+    for name, values in (("likeness", alike), ("subject", right), ("pixels", pixels), ("features", features)):
+        found[name] = {f"at_{c:g}": figure(mean, values[:, i]) for i, c in enumerate(DIAL)}
     return found
 
 
@@ -452,7 +450,14 @@ def labelled(
 
 # ---- what is written ------------------------------------------------------------------------------------------------
 
-FIGURES = {"cohesion": cohesion, "moodboard": moodboard, "creativity": creativity, "avoids": avoids, "sheets": sheets}
+FIGURES: dict[str, Callable[[Study], dict[str, Any]]] = {
+    "cohesion": cohesion,
+    "cohesion_run": partial(cohesion, scope="run"),
+    "moodboard": moodboard,
+    "creativity": creativity,
+    "avoids": avoids,
+    "sheets": sheets,
+}
 
 
 def write_table(folder: Path) -> None:
