@@ -48,6 +48,17 @@ def test_a_recipe_runs_to_its_end_and_goes_on_when_lengthened(k2, workshop):  # 
     assert k2("train", path, "--quiet").stderr == ""
 
 
+def test_sheets_of_samples_are_drawn_while_it_runs(k2, workshop, monkeypatch):  # noqa: F811
+    from model.train import loop, samples
+
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(samples, "PROMPTS", ["a dog"] * 8)
+    done = k2("train", written(workshop, SMALL + "sheets = 1e-6\n" + TINY))
+
+    assert done.stdout == ".runs/small/state.safetensors\n"
+    assert sorted(path.name for path in Path(".runs/small").glob("samples-*")) == ["samples-2.png", "samples-4.png"]
+
+
 def test_what_the_readme_says_about_training_works(k2, workshop):  # noqa: F811
     """Every recipe that the README names is one of the package; the first that it tells to run runs, cut short."""
     text = README.read_text("utf-8").split("## Training")[1].split("\n## ")[0]

@@ -264,7 +264,7 @@ def train(run: Run, report: Report = print) -> Run:
     if max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
         stage.compile()
     last_save = started = time.monotonic()
-    before, first = run.seconds, run.step
+    before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
     while not run.done:
         window.append(run.advance(*(stage.batch(run.step, part) for part in run.parts)))
@@ -280,11 +280,25 @@ def train(run: Run, report: Report = print) -> Run:
                 run.save()
                 if journal:
                     journal.draw()
+                last_sheet = draw_samples(run, last_sheet, report)
                 last_save = time.monotonic()
     run.save(last=True)
     if journal:
         journal.draw()
+    draw_samples(run, -math.inf, report)
     return run
+
+
+def draw_samples(run: Run, last: float, report: Report) -> float:
+    """A sheet of samples by the averaged weights as saved, where one is due -> the run's seconds at the last."""
+    every = 60 * getattr(run.recipe, "sheets", 0.0)
+    if not every or run.seconds - last < every:
+        return last
+    if run.world.leads and (run.folder / "state.safetensors").exists():
+        from model.train import samples
+
+        report(f"{run.recipe.name}: {samples.main(run.recipe.name)}")
+    return run.seconds
 
 
 def line(run: Run, first: int, before: float) -> str:

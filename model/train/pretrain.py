@@ -56,6 +56,7 @@ class Recipe(loop.Recipe):
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
+    sheets: float = 0.0  # minutes from one sheet of samples to the next, as runs are saved; 0 draws none
     recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
     products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
 

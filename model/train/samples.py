@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def sample(
 
 
 @torch.inference_mode()
-def main(run: str, steps: int = 16, guidance: float = 2.5) -> None:
+def main(run: str, steps: int = 16, guidance: float = 2.5) -> Path:
     path = RUNS / run / "state.safetensors"
     with safe_open(path, "pt") as file:
         place = json.loads(file.metadata()["place"])
@@ -79,8 +80,8 @@ def main(run: str, steps: int = 16, guidance: float = 2.5) -> None:
     rows = [np.concatenate(pictures[i : i + 8], 1) for i in range(0, len(pictures), 8)]
     out = RUNS / run / f"samples-{place['step']}.png"
     Image.fromarray(np.concatenate(rows)).save(out)
-    print(out)
+    return out
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(main(sys.argv[1]))
