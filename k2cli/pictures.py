@@ -102,12 +102,11 @@ def names(folder: Path) -> list[os.DirEntry[str]]:
 
 @contextmanager
 def looking(path: Path) -> Iterator[Image.Image]:
-    """A picture, opened but not decoded. Pillow's own warning of its size is left to whoever looks."""
+    """A picture, opened but not decoded. What Pillow warns of, its size and broken tags, is left to whoever looks."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=FORMATS)
-    with image:
-        yield image
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
 
 
 def check_picture(path: Path, where: str, label: str) -> str:
