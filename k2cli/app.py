@@ -291,14 +291,16 @@ def plan_job(
     project: Project, settings: Settings, variant: str | None, shots: Sequence[Shot], *, compared: bool
 ) -> Job:
     """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
+    from dataclasses import replace
+
     from k2cli.runs import Job, SheetForm
 
-    held = {"precision": settings.precision, "offload": settings.offload}
+    job = Job(project, shots, settings.model, variant, settings.device)
+    job = replace(job, precision=settings.precision, offload=settings.offload)
     if not (compared and shots):
-        return Job(project, shots, settings.model, variant, settings.device, **held)
+        return job
     called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
-    form = SheetForm(columns=1)
-    return Job(project, shots, settings.model, variant, settings.device, **held, called=called, sheet=form)
+    return replace(job, called=called, sheet=SheetForm(columns=1))
 
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:

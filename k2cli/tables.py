@@ -161,7 +161,7 @@ def read_table(cls: type[T], table: Any, place: Place) -> T:
     """A dataclass out of a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     check_keys(table, known, place)
-    hints = hints_of(cls)
+    hints = hints_of(cls)  # type: ignore[arg-type]  # a class is hashable
     for name, each in known.items():
         if each.default is MISSING and each.default_factory is MISSING and name not in table:
             raise K2Error(f'{place()}: "{name}" is missing{place.title}.')
