@@ -47,9 +47,9 @@ def test_figures_of_three_ways_beside_real_pictures(catalog, tmp_path, tiny, mon
 
     assert found["steps"] == 4 and found["prompts"] == 3 and len(found["taught"]) >= 4
     figures = {row["name"]: row for row in found["figure"]}
-    for way in ("plain", "words", "lora", "real"):
+    for way in ("plain", "words", "lora", "turbo words", "turbo lora", "real"):
         assert -1 <= figures[f"likeness, {way}"]["low"] <= figures[f"likeness, {way}"]["high"] <= 1
     apart = figures["likeness, lora"]["value"] - figures["likeness, plain"]["value"]
     assert figures["likeness, lora − plain"]["value"] == pytest.approx(apart, abs=2e-4)
     assert figures["likeness, lora"] != figures["likeness, words"] != figures["likeness, plain"]
-    assert Image.open(tmp_path / "adapter.png").height >= 4 * 64
+    assert Image.open(tmp_path / "adapter.png").height == 6 * 128

@@ -2,16 +2,16 @@
 
 The pictures are real ones of a look that neither generator nor judge was trained on, captioned by their subject alone.
 Prompts name subjects that are not among them. Three ways to paint each prompt, same seeds: as it is, with the trigger's
-words alone, with the words and the LoRA. A likeness is the cosine between the judge's style embedding of a picture and
-the mean of other real pictures in the look; intervals are 95 %, by bootstrap over prompts. Writes `adapter.toml` and
-`adapter.png`: a row a way, real pictures last.
+words alone, with the words and the LoRA; the latter two on Turbo as well, where it is there. A likeness is the cosine
+between the judge's style embedding of a picture and the mean of other real pictures in the look; intervals are 95 %, by
+bootstrap over prompts. Writes `adapter.toml` and `adapter.png`: a row a way, real pictures last.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from model import library
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter
@@ -83,12 +84,15 @@ def study(
         RenderSpec(f"{article(subject)}{subject}", seed=500 + i, steps=steps) for i, subject in enumerate(subjects)
     ]
     said = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
-    ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=(Lora(run.result),)) for spec in said]}
-    pipeline = Pipeline.load(recipe.model, device="cpu")
+    taught_by = (Lora(run.result),)
+    ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=taught_by) for spec in said]}
+    pictures = paint(Pipeline.load(recipe.model, "raw", "cpu"), ways)
+    if library.find(recipe.model, "turbo"):
+        quick = {f"turbo {name}": [replace(spec, steps=None) for spec in ways[name]] for name in ("words", "lora")}
+        ways |= quick
+        pictures |= paint(Pipeline.load(recipe.model, "turbo", "cpu"), quick)
     real = [item for item in catalog.items("styles") if item.look == look and not stands_for_its_look(item)]
-    pictures = {
-        name: [np.asarray(p.image.convert("RGB")) for p in pipeline.render(specs)] for name, specs in ways.items()
-    } | {"real": [catalog.picture(item) for item in real if item.pair.subject not in taught][:count]}
+    pictures["real"] = [catalog.picture(item) for item in real if item.pair.subject not in taught][:count]
 
     centres = np.stack([centre(judge, catalog, each) for each in looks])
     likeness = {name: styles_of(judge, made) @ centres.T for name, made in pictures.items()}
@@ -99,6 +103,11 @@ def study(
         *((f"likeness, {name}", mean, (values,)) for name, values in to_look.items()),
         ("likeness, lora − plain", difference, (to_look["lora"], to_look["plain"])),
         ("likeness, lora − words", difference, (to_look["lora"], to_look["words"])),
+        *(
+            [("likeness, turbo lora − words", difference, (to_look["turbo lora"], to_look["turbo words"]))]
+            if "turbo lora" in to_look
+            else []
+        ),
         *((f"look is the nearest of {len(looks)}, {name}", mean, (values,)) for name, values in nearest.items()),
         *((f"subject is the nearest of {len(among)}, {name}", mean, (values,)) for name, values in told.items()),
     ]
@@ -112,6 +121,10 @@ def study(
         "loss": run.figures.get("loss", float("nan")),
         "figure": [{"name": name} | figure(statistic, *columns) for name, statistic, columns in rows],
     }
+
+
+def paint(pipeline: Pipeline, ways: Mapping[str, Sequence[RenderSpec]]) -> dict[str, list[NDArray[np.uint8]]]:
+    return {name: [np.asarray(p.image.convert("RGB")) for p in pipeline.render(each)] for name, each in ways.items()}
 
 
 def sheet(path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], most: int = 12) -> None:
