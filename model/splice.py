@@ -38,7 +38,9 @@ from model.dit import Attend, DiTConfig, Krea2, attention, rotate
 from model.latents import patchify
 from model.style import Weighed
 
-LEAK_GUARD = "damping"  # where none is asked for
+# Where none is asked for. On mini the reference's subject shows under neither guard; "shift" comes nearer to its look
+# (nearest of twenty in 0.50 of 32 pictures, against 0.38), "damping" keeps the prompt's subject (0.91 against 0.75).
+LEAK_GUARD = "damping"
 NEUTRAL = ""  # the prompt of a reference's own pass: what any picture could have
 SEED = 0x57A1E  # of the references' noise
 PULL = 0.85  # how far queries and keys go towards the reference's statistics, at strengths up to 1
