@@ -50,7 +50,8 @@ def read(path: Path) -> Origin:
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            texts = {key: value for key, value in image.info.items() if isinstance(value, str) and len(value) <= LIMIT}
+            said = {str(key): value for key, value in image.info.items()}
+            texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= LIMIT}
             comment = read_comment(image.getexif())
             size = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -219,7 +220,7 @@ def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: 
     """An origin of what a tool wrote: texts tidied, numbers only where they are some."""
     loras = [plain(name) for name in LORA.findall(asked)] if isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
-    numbers = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
+    numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
     return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
 
 

@@ -94,8 +94,10 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
     parts = [(away_from(own - middle, rows.cpu().double() - middle), adds, weight) for rows, adds, weight in away]
     parts.sort(key=lambda part: (part[2], part[1].sum().item()))  # sums round the same in any order
     moved = []
-    for place, (rows, far) in enumerate(((own, own - middle), (suffix, suffix))):
-        shift = torch.stack([part[2] * part[place] for part in parts]).sum(0)
+    from_own = [weight * toward for toward, _, weight in parts]
+    from_suffix = [weight * adds for _, adds, weight in parts]
+    for rows, far, shifts in ((own, own - middle, from_own), (suffix, suffix, from_suffix)):
+        shift = torch.stack(shifts).sum(0)
         if rows.shape[1]:
             room = torch.maximum(rows.norm(dim=-1, keepdim=True).mean(1, keepdim=True), far.norm(dim=-1, keepdim=True))
             shift = shift * (room / shift.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)

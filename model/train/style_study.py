@@ -232,7 +232,10 @@ class Study:
 
     def keep(self) -> None:
         draft = self.folder / "seen.draft.npz"
-        np.savez(draft, **dict(zip(KEPT, (list(self.seen), *zip(*self.seen.values(), strict=True)), strict=True)))
+        columns: dict[str, Any] = dict(
+            zip(KEPT, (list(self.seen), *zip(*self.seen.values(), strict=True)), strict=True)
+        )
+        np.savez(draft, **columns)
         draft.replace(self.folder / "seen.npz")
 
     def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
