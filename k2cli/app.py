@@ -319,27 +319,24 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
 
 
 def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
-    """What a run would make: a line or an object for each picture."""
+    """What a run would make: a line or an object for each picture, the model's own settings filled in."""
     from k2cli.console import result
+    from k2cli.models import recommended
     from k2cli.records import request
 
     for job in jobs:
+        own = recommended(job.model, job.variant) if job.left else {}
         for shot in job.left:
-            spec = shot.spec
+            asked = request(shot, job.project.root)
+            said = {key: value for key, value in asked["settings"].items() if value is not None}
+            asked["settings"] |= own | said
             if as_json:
-                result(
-                    to_json(
-                        {
-                            "file": shot.file,
-                            "project": str(job.project.root),
-                            "model": job.model,
-                            **request(shot, job.project.root),
-                        }
-                    )
-                )
+                about = {"file": shot.file, "project": str(job.project.root), "model": job.model}
+                result(to_json(about | {"variant": job.variant} | asked))
             else:
-                size = f"{spec.width}x{spec.height}" if spec.width else "own size"
-                result(f"{shot.file}\t{size}\tseed {spec.seed}\t{spec.prompt}")
+                made = asked["settings"]
+                size = f"{made['width']}x{made['height']}"
+                result(f"{shot.file}\t{size}\tseed {made['seed']}\t{shot.spec.prompt}")
 
 
 def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:

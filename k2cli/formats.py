@@ -47,7 +47,8 @@ def exif(comment: str) -> bytes:
     """EXIF with a comment, coded as A1111 and those who read it do: UNICODE, big-endian."""
     table = Image.Exif()
     table.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment.encode("utf-16-be")
-    return table.tobytes()
+    # Pillow writes bytes as type 1 (BYTE), and the standard wants 7 (UNDEFINED) here.
+    return table.tobytes().replace(b"\x92\x86\x00\x01", b"\x92\x86\x00\x07", 1)
 
 
 def with_record(xmp: str, record: str) -> str:
@@ -60,7 +61,7 @@ def with_record(xmp: str, record: str) -> str:
     return f'{head} rdf:about="" xmlns:k2="{RECORD}" k2:record={quoteattr(record)}{rest}'
 
 
-def record_of(info: Mapping[str, Any]) -> str | None:
+def record_of(info: Mapping[Any, Any]) -> str | None:
     """The record in the XMP of an opened picture, if it has one."""
     packet = info.get("xmp")
     if not isinstance(packet, bytes) or b"<!" in packet:  # declarations, which no packet needs, can blow a parser up

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +74,8 @@ def log(
         count += 1
     if json:
         for each in found:
-            result(to_json({"file": near(each.path), **each.table}))
+            file = os.path.join(near_folder(each.path.parent, os.getcwd()), each.path.name)
+            result(to_json({"file": file, **each.table}))
     elif sys.stdout.isatty():
         show_table(found)
     else:
@@ -88,13 +91,20 @@ def log(
         say(f"{len(unread)} left out, whose records cannot be read: {near(unread[0])}", "yellow")
 
 
-def line_of(made: Made) -> str:
-    """A picture in a pipe."""
+@cache
+def near_folder(folder: Path, here: str) -> str:
+    """A run's folder as short as it can be typed from `here`; thousands of pictures ask for it."""
     from k2cli.console import near
 
+    return near(folder)
+
+
+def line_of(made: Made) -> str:
+    """A picture in a pipe."""
     created = f"{made.created:%Y-%m-%dT%H:%M:%SZ}" if made.created else ""
     seed = made.text("settings.seed")
-    return "\t".join([near(made.path), created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
+    file = os.path.join(near_folder(made.path.parent, os.getcwd()), made.path.name)
+    return "\t".join([file, created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
 
 
 def show_table(found: Sequence[Made]) -> None:

@@ -64,6 +64,17 @@ def native_size(name: str) -> int:
     return 1024
 
 
+def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
+    """What a model takes where nothing is said: width, height, steps, guidance. Its weights are not read."""
+    found = library.find(name, variant)
+    assert found is not None, name
+    about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
+    own = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
+    best = library.RECOMMENDED[found.variant or "raw"] | own.get("recommended", {})
+    side = native_size(name)
+    return {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
+
+
 def sha256(path: Path) -> str:
     """The hash of a file's bytes."""
     with path.open("rb") as file:

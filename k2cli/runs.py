@@ -141,8 +141,8 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     facts = [
         f"run {run.folder.name[:4]}",
         f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
-        f"{made.steps} steps",
-        f"guidance {made.guidance or 0:g}",
+        *([f"{made.steps} steps"] if len({shot.spec.steps for shot in shots}) == 1 else []),
+        *([f"guidance {made.guidance or 0:g}"] if len({shot.spec.guidance for shot in shots}) == 1 else []),
         *(
             f"{style.name} {style.strength:g}"
             for style in made.styles

@@ -88,7 +88,9 @@ def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
     lines = k2("render", "--dry-run", "--seed", "40").stdout.splitlines()
     objects = [json.loads(line) for line in k2("render", "--dry-run", "--json").stdout.splitlines()]
 
-    assert lines[0] == "fox-40.png\town size\tseed 40\ta red fox"
+    assert lines[0] == "fox-40.png\t128x128\tseed 40\ta red fox"
+    made = objects[0]["settings"]
+    assert (made["width"], made["height"], made["steps"], made["guidance"]) == (128, 128, 52, 3.5)
     assert [each["prompt"]["expanded"] for each in objects] == ["a red fox", "an owl at night"]
     assert tree(moody) == before and fake.loaded == []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import tomllib
 
 import pytest
@@ -28,6 +30,18 @@ def test_pictures_say_what_other_tools_look_for(moody, k2, format, suffix):
     assert records.read(moody / made).table == record
     found = origins.read(moody / made)
     assert (found.tool, found.prompt, found.seed) == ("k2", "a red fox", 7)
+
+
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="there is no exiftool on this machine")
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_exiftool_reads_them(moody, k2, format):
+    made = k2("render", "--only", "fox", "--format", format).stdout.strip()
+    asked = ["exiftool", "-j", "-Parameters", "-UserComment", "-DigitalSourceType", "-Warning", made]
+
+    (said,) = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+    assert said["DigitalSourceType"].endswith("/trainedAlgorithmicMedia") and "Warning" not in said
+    assert said["Parameters" if format == "png" else "UserComment"].startswith("a red fox")
 
 
 @pytest.mark.parametrize("format", ["webp", "jpeg"])
@@ -63,7 +77,7 @@ def test_a_private_picture_says_nothing(moody, k2, format):
 
 
 def test_a_record_too_long_for_a_jpeg_stays_beside_it(moody, k2):
-    prompt = "fox " * 20_000
+    prompt = "狐狐 " * 6_000
     made = moody / k2("render", "--format", "jpeg", "-", input=prompt).stdout.strip()
 
     with Image.open(made) as image:

@@ -1,0 +1,89 @@
+"""How long the history takes: `k2 log` and `k2 gallery` over many pictures, and the gallery's page in Chromium.
+
+`python tests/bench/pictures.py [--pictures 10000] [--page 2000]`. Seconds by the clock, and of processor time beside
+them, which is what a machine that does nothing else would take. The page needs Playwright and the system's Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import many_pictures
+
+K2 = str(Path(sys.executable).with_name("k2"))
+SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
+def project(folder: Path, count: int) -> Path:
+    many_pictures(folder / "outputs", count)
+    (folder / "k2.toml").write_text("")
+    return folder
+
+
+def command(folder: Path, *arguments: str) -> tuple[float, float]:
+    """Seconds by the clock and of the processor for one command."""
+    start, before = time.perf_counter(), os.times()
+    subprocess.run([K2, *arguments, "--project", str(folder), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - start, used
+
+
+def page(folder: Path) -> dict[str, tuple[float, float]]:
+    """Opening the page until it is drawn, and a search until its result is drawn."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=SWITCHES)
+        tab = browser.new_page(viewport={"width": 1280, "height": 860})
+        session = tab.context.new_cdp_session(tab)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+        def busy() -> float:
+            metrics = session.send("Performance.getMetrics")["metrics"]
+            return next(each["value"] for each in metrics if each["name"] == "TaskDuration")
+
+        found = {}
+        start = time.perf_counter()
+        tab.goto((folder / "gallery" / "index.html").as_uri())
+        tab.evaluate(FRAME)
+        found["open"] = (time.perf_counter() - start, busy())
+        start, before = time.perf_counter(), busy()
+        tab.evaluate("document.getElementById('search').value = 'owl'; filter()")
+        tab.evaluate(FRAME)
+        found["search"] = (time.perf_counter() - start, busy() - before)
+        browser.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--page", type=int, default=2_000)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        many = project(Path(scratch) / "many", asked.pictures)
+        rows = {
+            f"k2 log, {asked.pictures:,} pictures": command(many, "log"),
+            f"k2 gallery, {asked.pictures:,} pictures": command(many, "gallery"),
+            f"k2 gallery again, {asked.pictures:,} pictures": command(many, "gallery"),
+        }
+        some = project(Path(scratch) / "some", asked.page)
+        command(some, "gallery")
+        rows |= {f"page of {asked.page:,}: {name}": figures for name, figures in page(some).items()}
+    print(f"{'':42}{'clock s':>10}{'processor s':>13}")
+    for name, (clock, used) in rows.items():
+        print(f"{name:42}{clock:>10.2f}{used:>13.2f}")
+
+
+if __name__ == "__main__":
+    main()
