@@ -285,7 +285,7 @@ def read(path: Path) -> Toml:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError
             png = isinstance(image, PngImagePlugin.PngImageFile)
-            text = image.text.get("k2") if png else formats.record_of(image.info)  # type: ignore[attr-defined, arg-type]
+            text = image.text.get("k2") if png else formats.record_of(image.info)  # type: ignore[attr-defined]
     except Exception:  # Pillow raises anything over a broken file
         raise K2Error(
             f"{path} is not a picture that can be read.", hint="Name a picture that k2 made, or its record."
