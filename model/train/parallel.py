@@ -9,6 +9,7 @@ averaged.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -74,6 +75,12 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
 
 
+def leave() -> None:
+    """Take leave of the other processes: a group that is left to the interpreter's end may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def join(device: str) -> str:
     """Meet the others that torchrun started, if it did -> this process's own device of the kind."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -83,6 +90,7 @@ def join(device: str) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    atexit.register(leave)
     return device
 
 
