@@ -8,16 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.complete import complete_model, complete_prompt, complete_weight
+from k2cli.complete import complete_weight
 from k2cli.history_app import gallery, log
 from k2cli.models_app import models_app
 from k2cli.options import (
+    BatchOption,
+    DeviceOption,
     EmbedOption,
     Group,
+    GuidanceOption,
     JsonOption,
+    ModelOption,
+    OnlyOption,
     OutsideOption,
     ProjectOption,
     QuietOption,
+    SizeOption,
+    StepsOption,
+    StyleGuidanceOption,
+    TurboOption,
     open_projects,
     read_style,
     to_json,
@@ -28,10 +37,10 @@ from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from k2cli.project import Project, Prompt, Settings, Shot
-    from k2cli.runs import Hire, Job
+    from k2cli.project import Project, Prompt
+    from k2cli.runs import Hire
 
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
@@ -125,18 +134,8 @@ def render(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
     ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only",
-            metavar="NAME",
-            help="Render the project's prompt of this name.",
-            autocompletion=complete_prompt,
-        ),
-    ] = None,
-    turbo: Annotated[
-        bool, typer.Option("--turbo", help="Take the distilled checkpoint: few steps, no guidance.")
-    ] = False,
+    only: OnlyOption = None,
+    turbo: TurboOption = False,
     style: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,9 +157,9 @@ def render(
             help="Compare: a picture for every combination. style.NAME, seed, size, steps, guidance, creativity.",
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")] = None,
+    batch: BatchOption = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
+    size: SizeOption = None,
     aspect: Annotated[
         str | None, typer.Option("--aspect", metavar="W:H", help="In the place of a size, like 3:2.")
     ] = None,
@@ -170,13 +169,9 @@ def render(
             "--resolution", metavar="R", help="With an aspect: 1K, 2K, or the side of a square of as many pixels."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
-    ] = None,
-    style_guidance: Annotated[
-        float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
-    ] = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    style_guidance: StyleGuidanceOption = None,
     cohesion: Annotated[
         float | None,
         typer.Option("--cohesion", metavar="C", help="0 every picture by itself … 1 all in the look of the first."),
@@ -188,16 +183,8 @@ def render(
         str | None,
         typer.Option("--creativity", metavar="LEVEL", help="raw, low, medium, high: what may be added to a prompt."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="A name, a folder, a .safetensors file.",
-            autocompletion=complete_model,
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="BITS", help="Of the weights: native, int8 or fp8.")
     ] = None,
@@ -238,6 +225,7 @@ def render(
     """
     from functools import partial
 
+    from k2cli.carry import carry_out, plan_job, show_plan
     from k2cli.cluster import Cluster
     from k2cli.hands import Processes
     from k2cli.matrix import read_axes
@@ -287,22 +275,6 @@ def render(
         carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
 
 
-def plan_job(
-    project: Project, settings: Settings, variant: str | None, shots: Sequence[Shot], *, compared: bool
-) -> Job:
-    """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
-    from dataclasses import replace
-
-    from k2cli.runs import Job, SheetForm
-
-    job = Job(project, shots, settings.model, variant, settings.device)
-    job = replace(job, precision=settings.precision, offload=settings.offload)
-    if not (compared and shots):
-        return job
-    called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
-    return replace(job, called=called, sheet=SheetForm(columns=1))
-
-
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts of the command line and of standard input; None where neither was used."""
     from k2cli.project import Prompt
@@ -316,69 +288,6 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
         if not lines:
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
     return [Prompt(plain(line, "A prompt")) for line in lines] if texts or stdin else None
-
-
-def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
-    """What a run would make: a line or an object for each picture, the model's own settings filled in."""
-    from k2cli.console import result
-    from k2cli.models import recommended
-    from k2cli.records import request
-
-    for job in jobs:
-        own = recommended(job.model, job.variant) if job.left else {}
-        for shot in job.left:
-            asked = request(shot, job.project.root)
-            said = {key: value for key, value in asked["settings"].items() if value is not None}
-            asked["settings"] |= own | said
-            if as_json:
-                about = {"file": shot.file, "project": str(job.project.root), "model": job.model}
-                result(to_json(about | {"variant": job.variant} | asked))
-            else:
-                made = asked["settings"]
-                size = f"{made['width']}x{made['height']}"
-                result(f"{shot.file}\t{size}\tseed {made['seed']}\t{shot.spec.prompt}")
-
-
-def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:
-    """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
-    from dataclasses import replace
-
-    from k2cli import licence
-    from k2cli.console import meter, near, result, say
-    from k2cli.runs import render
-
-    folders: list[Path] = []
-    for job in jobs:
-        licence.require_for(job.model, job.variant)
-    for job in jobs:
-        job = replace(job, embed=job.embed and embed)
-        total, done, kept_back, folder = len(job.left), 0, 0, None
-        if not total and not job.lacks_sheet:
-            say(f"{job.project.name}: every picture of the run is there.")
-            continue
-        try:
-            with meter(total, quiet=quiet) as bar:
-                for saved in render(job, on_step=bar.step, hire=hire):
-                    done, folder = done + 1, saved.path.parent
-                    bar.saved(done)
-                    if done == 1 and not quiet:
-                        for lora in saved.record.get("lora") or ():
-                            say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
-                    if blocked := saved.record["blocked"]:
-                        kept_back += 1
-                        say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
-                    if as_json:
-                        result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
-                    elif not blocked:
-                        result(near(saved.path))
-        except KeyboardInterrupt:
-            if folder is not None:
-                say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: k2 render --resume")
-            raise typer.Exit(130) from None
-        folders += [folder] if folder is not None else []
-        if not quiet and total - kept_back > 1 and folder is not None:
-            say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
-    return folders
 
 
 app.command("mix-styles")(mix_styles)

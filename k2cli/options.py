@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from k2cli.complete import complete_model, complete_prompt
 from model.errors import K2Error
 
 if TYPE_CHECKING:
@@ -38,6 +39,27 @@ OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the pr
 AcceptOption = Annotated[
     bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
 ]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="NAME", help="The project's prompt of this name.", autocompletion=complete_prompt),
+]
+TurboOption = Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint: few steps, no guidance.")]
+BatchOption = Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")]
+SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
+]
+StyleGuidanceOption = Annotated[
+    float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="A name, a folder, a .safetensors file.", autocompletion=complete_model
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
 
 

@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.complete import complete_model, complete_style, complete_weight
+from k2cli.complete import complete_style, complete_weight
 from k2cli.options import (
+    DeviceOption,
     EmbedOption,
     Group,
+    GuidanceOption,
     JsonOption,
+    ModelOption,
     OutsideOption,
     ProjectOption,
     QuietOption,
+    SizeOption,
+    StepsOption,
+    StyleGuidanceOption,
+    TurboOption,
     find_project,
     read_style,
     to_json,
@@ -155,26 +162,14 @@ def mix_styles(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to paint; else the project's first.")
     ] = None,
-    turbo: Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint.")] = False,
+    turbo: TurboOption = False,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same for every picture.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
-    ] = None,
-    style_guidance: Annotated[
-        float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="A name, a folder, a .safetensors file.",
-            autocompletion=complete_model,
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    size: SizeOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    style_guidance: StyleGuidanceOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
     force: ForceOption = False,
     project: ProjectOption = None,
     no_embed: EmbedOption = False,
@@ -194,7 +189,7 @@ def mix_styles(
       k2 mix-styles dusk=1 riso=1 ink=1 --sweep 4 -p "a lighthouse"
     """
     from k2cli import mix
-    from k2cli.app import carry_out
+    from k2cli.carry import carry_out
     from k2cli.console import near, result, say
 
     opened = find_project(project, allow_outside)

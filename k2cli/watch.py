@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.complete import complete_prompt
-from k2cli.options import EmbedOption, JsonOption, OutsideOption, QuietOption, find_project, to_json
+from k2cli.options import (
+    BatchOption,
+    DeviceOption,
+    EmbedOption,
+    JsonOption,
+    OnlyOption,
+    OutsideOption,
+    QuietOption,
+    SizeOption,
+    TurboOption,
+    find_project,
+    to_json,
+)
 from model.errors import K2Error
 
 if TYPE_CHECKING:
@@ -26,17 +37,12 @@ def watch(
     folder: Annotated[
         Path | None, typer.Argument(metavar="PROJECT", help="The project, if not that of the current folder.")
     ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only", metavar="NAME", help="Watch the prompt of this name alone.", autocompletion=complete_prompt
-        ),
-    ] = None,
-    turbo: Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint.")] = False,
-    batch: Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")] = None,
+    only: OnlyOption = None,
+    turbo: TurboOption = False,
+    batch: BatchOption = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Fewer are a quicker look.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")] = None,
-    device: Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")] = None,
+    size: SizeOption = None,
+    device: DeviceOption = None,
     no_embed: EmbedOption = False,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
@@ -47,7 +53,7 @@ def watch(
     Of a change only the pictures are made that it makes different. The weights stay in memory. A mistake in a file is
     told, and waited out. Ctrl-C ends it.
     """
-    from k2cli.app import carry_out
+    from k2cli.carry import carry_out
     from k2cli.console import say, show_error
 
     root = find_project(folder, allow_outside).root
@@ -76,7 +82,7 @@ def look(
     project: Project, only: list[str] | None, variant: str | None, settings: Mapping[str, object], made: set[str]
 ) -> tuple[Job, set[str]]:
     """The run of what is not made yet, and what each of its pictures is known by: all that goes into it."""
-    from k2cli.app import plan_job
+    from k2cli.carry import plan_job
     from k2cli.records import request
 
     chosen = project.settle(variant, **settings)

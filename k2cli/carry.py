@@ -1,0 +1,82 @@
+"""From what a command asks for to pictures on disk: jobs planned, shown, or carried out and told of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+from k2cli import licence
+from k2cli.console import meter, near, result, say
+from k2cli.models import recommended
+from k2cli.options import to_json
+from k2cli.project import Project, Settings, Shot
+from k2cli.records import request
+from k2cli.runs import Hire, Job, SheetForm, render
+
+
+def plan_job(
+    project: Project, settings: Settings, variant: str | None, shots: Sequence[Shot], *, compared: bool
+) -> Job:
+    """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
+    job = Job(project, shots, settings.model, variant, settings.device)
+    job = replace(job, precision=settings.precision, offload=settings.offload)
+    if not (compared and shots):
+        return job
+    called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
+    return replace(job, called=called, sheet=SheetForm(columns=1))
+
+
+def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
+    """What a run would make: a line or an object for each picture, the model's own settings filled in."""
+    for job in jobs:
+        own = recommended(job.model, job.variant) if job.left else {}
+        for shot in job.left:
+            asked = request(shot, job.project.root)
+            said = {key: value for key, value in asked["settings"].items() if value is not None}
+            asked["settings"] |= own | said
+            if as_json:
+                about = {"file": shot.file, "project": str(job.project.root), "model": job.model}
+                result(to_json(about | {"variant": job.variant} | asked))
+            else:
+                made = asked["settings"]
+                size = f"{made['width']}x{made['height']}"
+                result(f"{shot.file}\t{size}\tseed {made['seed']}\t{shot.spec.prompt}")
+
+
+def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:
+    """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
+    folders: list[Path] = []
+    for job in jobs:
+        licence.require_for(job.model, job.variant)
+    for job in jobs:
+        job = replace(job, embed=job.embed and embed)
+        total, done, kept_back, folder = len(job.left), 0, 0, None
+        if not total and not job.lacks_sheet:
+            say(f"{job.project.name}: every picture of the run is there.")
+            continue
+        try:
+            with meter(total, quiet=quiet) as bar:
+                for saved in render(job, on_step=bar.step, hire=hire):
+                    done, folder = done + 1, saved.path.parent
+                    bar.saved(done)
+                    if done == 1 and not quiet:
+                        for lora in saved.record.get("lora") or ():
+                            say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
+                    if blocked := saved.record["blocked"]:
+                        kept_back += 1
+                        say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
+                    if as_json:
+                        result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
+                    elif not blocked:
+                        result(near(saved.path))
+        except KeyboardInterrupt:
+            if folder is not None:
+                say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: k2 render --resume")
+            raise typer.Exit(130) from None
+        folders += [folder] if folder is not None else []
+        if not quiet and total - kept_back > 1 and folder is not None:
+            say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
+    return folders
