@@ -161,6 +161,10 @@ class Pipeline:
         """
         return [len(batch) for batch in self._batches(map(self.resolve, specs))]
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the files that the weights came from, by name."""
+        return self._hashes.by_name()
+
     def export(self, folder: Path | str) -> None:
         """Write the model as a folder that `diffusers.Krea2Pipeline.from_pretrained` opens."""
         from model.export import export_diffusers
@@ -404,7 +408,7 @@ class Pipeline:
         pixels = {r.sha256: to_pixels(r.image, spec.width, spec.height) for r in references}
         latents: dict[str, Tensor] = {}
         facts = {
-            "model": self._hashes.by_name(),
+            "model": self.hashes(),
             "adapters": adapters,
             "computed": [str(self.device), str(self.dtype), self.plan.precision, torch.__version__],
             "size": [spec.width, spec.height],
@@ -447,7 +451,7 @@ class Pipeline:
                 for style in spec.styles
             ],
             "loras": [self._adapter(lora).report(lora.weight) for lora in adapters_of(spec)],
-            "model": {"name": self.name, "variant": self.variant, "files": self._hashes.by_name()},
+            "model": {"name": self.name, "variant": self.variant, "files": self.hashes()},
             "device": str(self.device),
             "dtype": self.plan.dtype,
             "precision": self.plan.precision,

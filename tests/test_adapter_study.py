@@ -15,7 +15,7 @@ from model.train import adapter, loop
 from model.train.adapter_study import TRIGGER, study, teach
 from model.train.data import Catalog
 from model.train.judge import Judge, JudgeConfig
-from model.train.style_study import choose_looks, stands_for_its_look
+from model.train.study import choose_looks, stands_for_its_look
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +52,4 @@ def test_figures_of_three_ways_beside_real_pictures(catalog, tmp_path, tiny, mon
     apart = figures["likeness, lora"]["value"] - figures["likeness, plain"]["value"]
     assert figures["likeness, lora − plain"]["value"] == pytest.approx(apart, abs=2e-4)
     assert figures["likeness, lora"] != figures["likeness, words"] != figures["likeness, plain"]
-    assert Image.open(tmp_path / "adapter.png").height == 6 * 128
+    assert Image.open(tmp_path / "adapter.png").height == 6 * 134 + 26

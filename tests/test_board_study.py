@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ class Painter:
 
     ties: float = 1.0
     jumps: bool = False  # whether a picture at 0 knows that it is in a batch
+    text = SimpleNamespace(token_ids=str.split)
 
     def stream(self, specs: list[RenderSpec]):
         for spec in specs:

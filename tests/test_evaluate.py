@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.train.evaluate import frechet, interval, nearest, retrieval, shown, spread, top_octave
+from model.train.evaluate import frechet, nearest, retrieval, spread
 from model.train.judge import Judge, JudgeConfig
 
 RNG = np.random.default_rng(0)
@@ -34,27 +34,13 @@ def test_spread_is_the_mean_distance_within_a_group():
     assert spread(found, 2).tolist() == [5, 0]
 
 
-def test_the_top_octave_holds_grain_and_no_slopes():
-    slope = np.broadcast_to(np.linspace(0, 255, 64)[:, None, None], (64, 64, 3)).astype(np.uint8)
-    slope = np.concatenate([slope, slope[::-1]])
-    noise = RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    assert top_octave(slope) < 0.01 * top_octave(noise)
-
-
 def test_a_picture_is_read_by_its_nearest_name():
     torch.manual_seed(0)
     judge = Judge(JudgeConfig(("ant", "bee", "cat"))).eval()
     with torch.inference_mode():
         names = judge.read(["ant", "bee", "cat"])
-    found = torch.cat([names[[1, 1, 2]], torch.randn(3, 48)], 1)
+    found = names[[1, 1, 2]].numpy()
 
     assert nearest(judge, found, ["bee", "ant", "cat"], ["ant", "bee", "cat"]).tolist() == [True, False, True]
     pictures = RNG.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
     assert len(retrieval(judge, pictures, ["ant", "bee"], ["ant", "bee"])) == 2
-
-
-def test_an_interval_holds_its_mean_and_is_shown_with_it():
-    mean, low, high = interval(RNG.random(400))
-
-    assert low < mean < high and high - low < 0.08
-    assert shown([0.5, 0.4, 0.6]) == "0.500 (0.400 … 0.600)"

@@ -18,7 +18,8 @@ from model.spec import Picture, RenderSpec, Style
 from model.train import style_study
 from model.train.data import Catalog, Pair, Subject
 from model.train.looks import DRAWINGS, looks
-from model.train.style_study import Study, choose_looks, draw_trials, figure, mean, spearman, stands_for_its_look
+from model.train.study import choose_looks, figure, mean, spearman, stands_for_its_look
+from model.train.style_study import Study, draw_trials
 
 SUBJECTS = ("cat", "fox", "car", "tree", "house", "rose")
 
@@ -71,7 +72,10 @@ class Painter:
     exact: bool = True
     painted: int = 0
     plan = SimpleNamespace(dtype="float32")
-    _hashes = SimpleNamespace(by_name=lambda: {"mini-raw.safetensors": "1"})
+    text = SimpleNamespace(token_ids=str.split)
+
+    def hashes(self):
+        return {"mini-raw.safetensors": "1"}
 
     def stream(self, specs):
         yield from self.render(specs)
@@ -209,6 +213,6 @@ def test_from_the_command_line(tmp_path, monkeypatch):
         "| agreement.tokens.leakage | 0.000 | 0.000 … 0.000 |" in table and "| exact.tokens.any_order | True |" in table
     )
     facts = tomllib.loads((tmp_path / "out" / "agreement.toml").read_text())
-    assert facts["trials"] == 24 and facts["steps"] == 28 and facts["model"]["variant"] == "raw"
+    assert facts["count"] == 24 and facts["steps"] == 28 and facts["model"]["variant"] == "raw"
     with Image.open(tmp_path / "out" / "strength-tokens.png") as sheet:
         assert sheet.size == (9 * 134 + 6, 4 * 134 + 26)

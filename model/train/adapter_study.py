@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,14 +26,24 @@ from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter
 from model.train.data import DATA, Catalog, Item, article
-from model.train.encode import resize, to_tensor
 from model.train.evaluate import candidates, retrieval
-from model.train.judge import SIZE, Judge
+from model.train.judge import Judge
 from model.train.looks import Look
-from model.train.style_study import PROTOTYPE, choose_looks, difference, figure, mean, stands_for_its_look
+from model.train.study import (
+    choose_looks,
+    difference,
+    embed,
+    figure,
+    mean,
+    paint,
+    prototype,
+    sheet,
+    stands_for_its_look,
+)
 
 TRIGGER = "dusk style"  # words that mean no look of the data set
 PICTURES = 10
+SHOWN = 12  # pictures of a row of the sheet
 
 
 def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
@@ -51,20 +60,6 @@ def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
         Image.fromarray(catalog.picture(item)).save(stem.with_suffix(".png"))
         stem.with_suffix(".txt").write_text(f"{article(subject)}{subject}")
     return [subject for subject, _ in chosen]
-
-
-@torch.inference_mode()
-def styles_of(judge: Judge, pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    """Unit style embeddings [P, 48]."""
-    parts = [judge(to_tensor(list(pictures[i : i + 64]), SIZE))[1] for i in range(0, len(pictures), 64)]
-    return torch.cat(parts).numpy()
-
-
-def centre(judge: Judge, catalog: Catalog, look: Look) -> NDArray[np.float32]:
-    """What stands for a look: the mean of real pictures that taught nothing, of unit length."""
-    items = [item for item in catalog.items("styles") if item.look == look and stands_for_its_look(item)][:PROTOTYPE]
-    whole = styles_of(judge, [catalog.picture(item) for item in items]).mean(0)
-    return whole / np.linalg.norm(whole)
 
 
 def study(
@@ -86,16 +81,18 @@ def study(
     said = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
     taught_by = (Lora(run.result),)
     ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=taught_by) for spec in said]}
-    pictures = paint(Pipeline.load(recipe.model, "raw", "cpu"), ways)
+    raw = Pipeline.load(recipe.model, "raw", "cpu")
+    pictures = {name: paint(raw, each) for name, each in ways.items()}
     if library.find(recipe.model, "turbo"):
         quick = {f"turbo {name}": [replace(spec, steps=None) for spec in ways[name]] for name in ("words", "lora")}
         ways |= quick
-        pictures |= paint(Pipeline.load(recipe.model, "turbo", "cpu"), quick)
+        turbo = Pipeline.load(recipe.model, "turbo", "cpu")
+        pictures |= {name: paint(turbo, each) for name, each in quick.items()}
     real = [item for item in catalog.items("styles") if item.look == look and not stands_for_its_look(item)]
     pictures["real"] = [catalog.picture(item) for item in real if item.pair.subject not in taught][:count]
 
-    centres = np.stack([centre(judge, catalog, each) for each in looks])
-    likeness = {name: styles_of(judge, made) @ centres.T for name, made in pictures.items()}
+    centres = np.stack([prototype(judge, catalog, each) for each in looks])
+    likeness = {name: embed(judge, made)[1] @ centres.T for name, made in pictures.items()}
     to_look = {name: values[:, which] for name, values in likeness.items()}
     nearest = {name: (values.argmax(1) == which).astype(float) for name, values in likeness.items()}
     told = {name: retrieval(judge, pictures[name], subjects, among).astype(float) for name in ways}
@@ -111,7 +108,9 @@ def study(
         *((f"look is the nearest of {len(looks)}, {name}", mean, (values,)) for name, values in nearest.items()),
         *((f"subject is the nearest of {len(among)}, {name}", mean, (values,)) for name, values in told.items()),
     ]
-    sheet(folder / "adapter.png", list(pictures.values()))
+    shown = min(SHOWN, *map(len, pictures.values()))
+    rows_of = [each[:shown] for each in pictures.values()]
+    sheet(folder / "adapter.png", [""] * shown, rows_of, list(pictures))
     return {
         "look": asdict(look),
         "taught": taught,
@@ -121,18 +120,6 @@ def study(
         "loss": run.figures.get("loss", float("nan")),
         "figure": [{"name": name} | figure(statistic, *columns) for name, statistic, columns in rows],
     }
-
-
-def paint(pipeline: Pipeline, ways: Mapping[str, Sequence[RenderSpec]]) -> dict[str, list[NDArray[np.uint8]]]:
-    return {name: [np.asarray(p.image.convert("RGB")) for p in pipeline.render(each)] for name, each in ways.items()}
-
-
-def sheet(path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], most: int = 12) -> None:
-    """Rows of pictures as one picture, as many of each as the shortest has."""
-    shown = min(most, *map(len, rows))
-    Image.fromarray(np.concatenate([np.concatenate([resize(p, 128) for p in row[:shown]], 1) for row in rows])).save(
-        path
-    )
 
 
 def main() -> None:

@@ -8,16 +8,14 @@ creativity  variety of a prompt's pictures, and the subject kept, level by level
 avoids      without guidance: how often an avoided medium or colour is read in pictures whose prompt asks for it
 sheets      a ladder of cohesion, and boards before and after, for the eye
 
-Each figure is written to OUT as TOML when it is done, and all that are there as a table, `figures.md`. A likeness is
-the cosine of the judge's style embeddings; a spread is one minus the mean of it over pairs. Distances between pictures
-are taken of pixels at 64 px (root mean square) and of the judge's last feature map. Intervals are 95 %, by bootstrap.
+What is written stands in `study.py`. A likeness is the cosine of the judge's style embeddings; a spread is one minus
+the mean of it over pairs. Distances between pictures are taken of pixels at 64 px (root mean square) and of the judge's
+last feature map.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -26,16 +24,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tomli_w
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from model.avoid import phrases
 from model.colours import named_colours, oklab
 from model.expand import LEVELS, expand
 from model.moodboard import Board, analyse
 from model.pipeline import Pipeline
-from model.seeing import Eye, Pixels
+from model.seeing import Eye
 from model.spec import Reference, RenderSpec, Style, tied
 from model.train.card import phrase
 from model.train.data import DATA, Catalog, Item, stable_seed
@@ -43,7 +40,21 @@ from model.train.encode import to_tensor
 from model.train.evaluate import candidates
 from model.train.judge import SIZE, Judge
 from model.train.looks import MEDIA, PALETTES, Look
-from model.train.style_study import Floats, choose_looks, figure, lines_of, mean, ratio, sheet, spearman
+from model.train.study import (
+    Floats,
+    Pixels,
+    choose_looks,
+    conduct,
+    figure,
+    mean,
+    middle,
+    names_of,
+    paint,
+    parser_of,
+    ratio,
+    sheet,
+    spearman,
+)
 
 BATCH = 8
 DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -69,8 +80,7 @@ class Study:
         self.pipeline, self.judge, self.catalog, self.folder = pipeline, judge, catalog, folder
         self.steps, self.count = steps, count
         self.subjects = candidates(catalog)
-        with torch.inference_mode():
-            self.names = judge.read(self.subjects).numpy()
+        self.names = names_of(judge, self.subjects)
         self.seen: dict[RenderSpec, Seen] = {}
         self.boards: dict[tuple[Look, ...], tuple[dict[Path, Look], Board]] = {}
 
@@ -90,8 +100,7 @@ class Study:
     def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
         """Each spec's picture as the judge sees it; rendered when first asked for."""
         new = list(dict.fromkeys(spec for spec in specs if spec not in self.seen))
-        pictures = [np.asarray(picture.image.convert("RGB")) for picture in self.pipeline.stream(new)]
-        self.seen |= zip(new, self.look_at(pictures), strict=True)
+        self.seen |= zip(new, self.look_at(paint(self.pipeline, new)), strict=True)
         return [self.seen[spec] for spec in specs]
 
     def right(self, seen: Sequence[Seen], subjects: Sequence[str]) -> Floats:
@@ -107,24 +116,30 @@ class Study:
     @cached_property
     def _looks(self) -> tuple[list[Look], Floats]:
         """Training looks, and the mean style of eight real pictures of each."""
-        by_look: dict[Look, list[Item]] = {}
-        for item in self.catalog.items("train"):
-            by_look.setdefault(item.look, []).append(item)
+        by_look = pictures_of_looks(self.catalog)
         looks = sorted(by_look, key=repr)
         centres = [
-            middle(self.look_at([self.catalog.picture(item) for item in shuffled(by_look[look])[:8]])) for look in looks
+            centre_of(self.look_at([self.catalog.picture(item) for item in shuffled(by_look[look])[:8]]))
+            for look in looks
         ]
         return looks, np.stack(centres)
+
+
+def pictures_of_looks(catalog: Catalog) -> dict[Look, list[Item]]:
+    """The pictures of every training look."""
+    found: dict[Look, list[Item]] = {}
+    for item in catalog.items("train"):
+        found.setdefault(item.look, []).append(item)
+    return found
 
 
 def shuffled(items: Sequence[Item]) -> list[Item]:
     return sorted(items, key=lambda item: stable_seed("board", item.pair, item.look))
 
 
-def middle(seen: Sequence[Seen]) -> Floats:
+def centre_of(seen: Sequence[Seen]) -> Floats:
     """The mean style, of unit length."""
-    centre = np.mean([each.style for each in seen], 0)
-    return centre / np.linalg.norm(centre)
+    return middle(np.stack([each.style for each in seen]))
 
 
 def likeness(seen: Sequence[Seen]) -> float:
@@ -194,9 +209,7 @@ def is_exact(study: Study, batch: Sequence[str]) -> bool:
 
 def looks_of_eight(catalog: Catalog, count: int = 25) -> list[list[Item]]:
     """Eight real pictures each of training looks."""
-    by_look: dict[Look, list[Item]] = {}
-    for item in catalog.items("train"):
-        by_look.setdefault(item.look, []).append(item)
+    by_look = pictures_of_looks(catalog)
     looks = sorted(by_look, key=lambda look: stable_seed("eight", look))[:count]
     return [shuffled(by_look[look])[:BATCH] for look in looks]
 
@@ -224,7 +237,7 @@ def moodboard(study: Study) -> dict[str, Any]:
     for index in range(max(1, study.count // PER_BOARD)):
         look = looks[index % len(looks)]
         truth, board = lay_out(study, [look], eye)
-        centre = middle(study.look_at([np.asarray(Image.open(path)) for path in truth]))
+        centre = centre_of(study.look_at([np.asarray(Image.open(path)) for path in truth]))
         others = [item for item in study.catalog.items("styles") if item.look == look]
         real = study.look_at([study.catalog.picture(item) for item in shuffled(others)[BOARD : BOARD + PER_BOARD]])
         nearer["real"].append(float(np.mean([seen.style @ centre for seen in real])))
@@ -411,7 +424,7 @@ def sheets(study: Study) -> dict[str, Any]:
     for scope, batch in ladder.items():
         rows = [[each.picture for each in study.see(specs_of(study, batch, level))] for level in DIAL]
         heads = ["leader" if i == 0 else f"seed +{i}" if scope == "prompt" else batch[i] for i in range(BATCH)]
-        files.append(labelled(study.folder / f"cohesion-{scope}.png", heads, [f"{c:g}" for c in DIAL], rows))
+        files.append(sheet(study.folder / f"cohesion-{scope}.png", heads, rows, [f"{c:g}" for c in DIAL]))
     eye, subjects = Eye.load("mini"), ("fox", "house", "guitar")
     rows = []
     for look in choose_looks(study.catalog)[:4]:
@@ -434,20 +447,6 @@ def sheets(study: Study) -> dict[str, Any]:
     return {"files": [file.name for file in files]}
 
 
-def labelled(
-    path: Path, heads: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[Pixels]], side: int = 128
-) -> Path:
-    """A sheet with a label before every row too."""
-    page = Image.open(sheet(path, heads, rows, side))
-    wide = Image.new("RGB", (page.width + 40, page.height), "white")
-    wide.paste(page, (40, 0))
-    draw, font = ImageDraw.Draw(wide), ImageFont.load_default(16)
-    for row, label in enumerate(labels):
-        draw.text((8, 26 + row * (side + 6) + side // 2 - 9), label, "black", font)
-    wide.save(path)
-    return path
-
-
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 FIGURES: dict[str, Callable[[Study], dict[str, Any]]] = {
@@ -460,45 +459,13 @@ FIGURES: dict[str, Callable[[Study], dict[str, Any]]] = {
 }
 
 
-def write_table(folder: Path) -> None:
-    """All figures that are in the folder as one table."""
-    rows = ["| figure | value | 95 % |", "|---|---|---|"]
-    for name in FIGURES:
-        if (file := folder / f"{name}.toml").exists():
-            rows += lines_of(name, tomllib.loads(file.read_text())["found"])
-    (folder / "figures.md").write_text("\n".join(rows) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--variant", choices=("raw", "turbo"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--steps", type=int, help="the checkpoint's own number where left out")
-    parser.add_argument("--count", type=int, default=200, help="pictures of each point of a figure")
-    parser.add_argument("--only", default=",".join(FIGURES), help=f"of {','.join(FIGURES)}")
-    options = parser.parse_args()
+    options = parser_of(__doc__, list(FIGURES)).parse_args()
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
-    study = Study(pipeline, Judge.load(options.judge), Catalog(DATA), options.out, options.steps, options.count)
-    for name in options.only.split(","):
-        started = time.monotonic()
-        found = FIGURES[name](study)
-        facts = {
-            "model": {"name": options.model, "variant": pipeline.variant, "files": pipeline._hashes.by_name()},
-            "dtype": pipeline.plan.dtype,
-            "steps": pipeline.resolve(RenderSpec("", steps=options.steps)).steps,
-            "guidance": pipeline.recommended["guidance"],
-            "count": options.count,
-            "judge": options.judge.name,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        (options.out / f"{name}.toml").write_text(tomli_w.dumps(facts | {"found": found}))
-        write_table(options.out)
-    print((options.out / "figures.md").read_text())
+    def begin(pipeline: Pipeline, judge: Judge) -> Study:
+        return Study(pipeline, judge, Catalog(DATA), options.out, options.steps, options.count)
+
+    conduct(options, FIGURES, begin)
 
 
 if __name__ == "__main__":

@@ -11,41 +11,48 @@ mixing     likeness to both looks on the way from one to the other
 exact      strength 0 and any order of the styles: the same bits
 strips     pictures of both ways, for the eye
 
-Each figure is written to OUT as TOML when it is done, and all that are there as a table, `figures.md`; what the judge
-saw of each picture is kept there too, so that a run goes on where it stood. A likeness is the cosine between the
-judge's style embedding of a picture and the mean of real pictures in the look.
+What is written stands in `study.py`; what the judge saw of each picture is kept too, so that a run goes on where it
+stood. A likeness is the cosine between the judge's style embedding of a picture and the mean of real ones in the look.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tomli_w
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from model.pipeline import Pipeline
 from model.spec import Reference, RenderSpec, Style
-from model.train.data import DATA, Catalog, Item, article, stable_seed
-from model.train.encode import to_tensor
+from model.train.data import DATA, Catalog, Item, article
 from model.train.evaluate import candidates
-from model.train.judge import SIZE, Judge
+from model.train.judge import Judge
 from model.train.looks import Look
+from model.train.study import (
+    Floats,
+    Pixels,
+    choose_looks,
+    conduct,
+    difference,
+    embed,
+    figure,
+    mean,
+    names_of,
+    paint,
+    parser_of,
+    prototype,
+    ratio,
+    sheet,
+    spearman,
+    stands_for_its_look,
+)
 
-Floats = NDArray[np.floating[Any]]
-
-LOOKS = 20  # held-out looks that agreement chooses from
-PROTOTYPE = 40  # real pictures whose mean stands for a look
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 MIX_STEPS = 10
 WAYS: dict[str, dict[str, Any]] = {  # name -> the style's method, the spec's leak guard
@@ -75,17 +82,6 @@ class Trial:
         return f"{article(self.subject)}{self.subject}"
 
 
-def stands_for_its_look(item: Item) -> bool:
-    """Half of a look's pictures make its prototype; the other half are references and the ceiling."""
-    return stable_seed("prototype", item.pair) % 2 == 0
-
-
-def choose_looks(catalog: Catalog, count: int = LOOKS) -> list[Look]:
-    """Looks that are held out for good, the same ones every time."""
-    held = {item.look for item in catalog.items("styles")}
-    return sorted(held, key=lambda look: stable_seed("study", look))[:count]
-
-
 def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int, seed: int = 11) -> list[Trial]:
     """Trials that go round the looks; subjects are drawn freely, a reference's is never the prompt's."""
     rng = np.random.default_rng(seed)
@@ -104,44 +100,6 @@ def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int, seed: int =
         real = same[0] if same else others[(others.index(reference) + 1) % len(others)]
         trials.append(Trial(subject, 4000 + index, which, reference, real))
     return trials
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------
-
-
-def ranks(values: Floats) -> Floats:
-    """Ranks of values [n], those that are equal sharing the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def spearman(x: Floats, y: Floats) -> float:
-    """Spearman's rank correlation of x and y [n]; 0 where one of them does not change."""
-    a, b = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else 0.0
-
-
-def figure(statistic: Callable[..., float], *columns: NDArray[Any], draws: int = 2000) -> dict[str, float]:
-    """A statistic of columns [trials, …] and its 95 % bootstrap interval over trials drawn anew."""
-    rng = np.random.default_rng(0)
-    count = len(columns[0])
-    drawn = (rng.integers(0, count, count) for _ in range(draws))
-    low, high = np.nanquantile([statistic(*(c[index] for c in columns)) for index in drawn], (0.025, 0.975))
-    return {"value": round(float(statistic(*columns)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
-
-
-def mean(x: Floats) -> float:
-    return float(x.mean())
-
-
-def ratio(x: Floats, y: Floats) -> float:
-    return float(x.mean() / y.mean()) if y.any() else float("nan")
-
-
-def difference(x: Floats, y: Floats) -> float:
-    return float(x.mean() - y.mean())
 
 
 # ---- seeing ---------------------------------------------------------------------------------------------------------
@@ -167,28 +125,15 @@ class Study:
         self.pipeline, self.judge, self.catalog, self.folder, self.steps = pipeline, judge, catalog, folder, steps
         self.looks = choose_looks(catalog)
         self.trials = draw_trials(catalog, self.looks, count)
-        self.prototypes = self.see_looks()  # [looks, 48]
+        self.prototypes = np.stack([prototype(judge, catalog, look) for look in self.looks])  # [looks, 48]
         self.seen: dict[str, Seen] = {}  # by `key`
-        self.about = repr((pipeline._hashes.by_name(), pipeline.plan.dtype))
+        self.about = repr((pipeline.hashes(), pipeline.plan.dtype))
         if (kept := folder / "seen.npz").exists():
             with np.load(kept) as file:
                 self.seen = {k: Seen(*pair) for k, *pair in zip(*(file[n] for n in KEPT), strict=True)}
 
-    @torch.inference_mode()
-    def look_at(self, pictures: Sequence[NDArray[np.uint8]]) -> list[Seen]:
-        if not pictures:
-            return []
-        parts = [self.judge(to_tensor(list(pictures[i : i + 64]), SIZE)) for i in range(0, len(pictures), 64)]
-        subjects, styles = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
-        return [Seen(*pair) for pair in zip(subjects, styles, strict=True)]
-
-    def see_looks(self) -> Floats:
-        made = []
-        for look in self.looks:
-            items = [i for i in self.catalog.items("styles") if i.look == look and stands_for_its_look(i)][:PROTOTYPE]
-            centre = np.mean([seen.style for seen in self.look_at([self.catalog.picture(i) for i in items])], 0)
-            made.append(centre / np.linalg.norm(centre))
-        return np.stack(made)
+    def look_at(self, pictures: Sequence[Pixels]) -> list[Seen]:
+        return [Seen(*pair) for pair in zip(*embed(self.judge, pictures), strict=True)] if pictures else []
 
     def see_real(self) -> list[Seen]:
         return self.look_at([self.catalog.picture(trial.real) for trial in self.trials])
@@ -223,8 +168,7 @@ class Study:
         started = time.monotonic()
         for start in range(0, len(new), AT_ONCE):
             part = new[start : start + AT_ONCE]
-            pictures = [np.asarray(picture.image.convert("RGB")) for picture in self.pipeline.stream(part)]
-            self.seen |= zip(map(self.key, part), self.look_at(pictures), strict=True)
+            self.seen |= zip(map(self.key, part), self.look_at(paint(self.pipeline, part)), strict=True)
             self.keep()
             done = start + len(part)
             print(f"  {done} of {len(new)}, {(time.monotonic() - started) / done:.2f} s each", flush=True)
@@ -251,8 +195,7 @@ def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     trials, judge = study.trials, study.judge
     asked = candidates(study.catalog)
     every = list(study.catalog.subjects)
-    with torch.inference_mode():
-        names = {"asked": judge.read(asked).numpy(), "every": judge.read(every).numpy()}
+    names = {"asked": names_of(judge, asked), "every": names_of(judge, every)}
     looks, references = [t.look for t in trials], [t.reference.pair.subject for t in trials]
 
     def read(seen: Sequence[Seen]) -> dict[str, Floats]:
@@ -398,32 +341,15 @@ def strips(study: Study, ways: Sequence[str]) -> dict[str, Any]:
         rows = []
         for trial, _ in chosen:
             specs = [study.spec(trial, [(trial.reference, level)], way) for level in STRENGTHS]
-            rows.append([study.catalog.picture(trial.reference), *paint(study, specs)])
+            rows.append([study.catalog.picture(trial.reference), *paint(study.pipeline, specs)])
         files.append(sheet(study.folder / f"strength-{way}.png", ["reference", *(f"{s:g}" for s in STRENGTHS)], rows))
         rows, points = [], [round(i / MIX_STEPS, 2) for i in range(MIX_STEPS + 1)]
         for a, b in chosen:
             specs = [study.spec(a, [(a.reference, round(1 - t, 2)), (b.reference, t)], way) for t in points]
             ends = [study.catalog.picture(each.reference) for each in (a, b)]
-            rows.append([ends[0], *paint(study, specs), ends[1]])
+            rows.append([ends[0], *paint(study.pipeline, specs), ends[1]])
         files.append(sheet(study.folder / f"mixing-{way}.png", ["first", *(f"{t:g}" for t in points), "second"], rows))
     return {"files": [file.name for file in files]}
-
-
-def paint(study: Study, specs: Sequence[RenderSpec]) -> list[NDArray[np.uint8]]:
-    return [np.asarray(picture.image.convert("RGB")) for picture in study.pipeline.stream(specs)]
-
-
-def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[NDArray[np.uint8]]], side: int = 128) -> Path:
-    """Pictures in rows under one line of labels."""
-    page = Image.new("RGB", (len(heads) * (side + 6) + 6, len(rows) * (side + 6) + 26), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for column, head in enumerate(heads):
-        left = 6 + column * (side + 6)
-        draw.text((left + 2, 5), head, "black", font)
-        for row, pictures in enumerate(rows):
-            page.paste(Image.fromarray(pictures[column]).resize((side, side)), (left, 26 + row * (side + 6)))
-    page.save(path)
-    return path
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -431,58 +357,15 @@ def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[NDArray[np.u
 FIGURES = {"agreement": agreement, "strength": strength, "mixing": mixing, "exact": exact, "strips": strips}
 
 
-def lines_of(name: str, value: Any) -> list[str]:
-    """A figure's numbers, one a line, under their dotted names."""
-    if isinstance(value, dict) and "value" in value:
-        label = f"{name}[{value['strength']:g}]" if "strength" in value else name
-        return [f"| {label} | {value['value']:.3f} | {value['low']:.3f} … {value['high']:.3f} |"]
-    if isinstance(value, dict):
-        return [line for key, each in value.items() for line in lines_of(f"{name}.{key}", each)]
-    if isinstance(value, list):
-        return [line for i, each in enumerate(value) for line in lines_of(f"{name}.{i}", each)]
-    return [f"| {name} | {value} | |"]
-
-
-def write_table(folder: Path) -> None:
-    """All figures that are in the folder as one table."""
-    rows = ["| figure | value | 95 % |", "|---|---|---|"]
-    for name in FIGURES:
-        if (file := folder / f"{name}.toml").exists():
-            rows += lines_of(name, tomllib.loads(file.read_text())["found"])
-    (folder / "figures.md").write_text("\n".join(rows) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--variant", choices=("raw", "turbo"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--steps", type=int, help="the checkpoint's own number where left out")
-    parser.add_argument("--count", type=int, default=200, help="trials of each figure")
-    parser.add_argument("--only", default=",".join(FIGURES), help=f"of {','.join(FIGURES)}")
+    parser = parser_of(__doc__, list(FIGURES))
     parser.add_argument("--ways", default="tokens,damping,shift", help=f"of {','.join(WAYS)}")
     options = parser.parse_args()
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
-    judge, catalog = Judge.load(options.judge), Catalog(DATA)
-    study = Study(pipeline, judge, catalog, options.out, steps=options.steps, count=options.count)
-    for name in options.only.split(","):
-        print(name, flush=True)
-        found = FIGURES[name](study, options.ways.split(","))
-        facts = {
-            "model": {"name": options.model, "variant": pipeline.variant, "files": pipeline._hashes.by_name()},
-            "steps": pipeline.resolve(RenderSpec("", steps=options.steps)).steps,
-            "guidance": pipeline.recommended["guidance"],
-            "dtype": pipeline.plan.dtype,
-            "trials": options.count,
-            "judge": options.judge.name,
-        }
-        (options.out / f"{name}.toml").write_text(tomli_w.dumps(facts | {"found": found}))
-        write_table(options.out)
-    print((options.out / "figures.md").read_text())
+    def begin(pipeline: Pipeline, judge: Judge) -> Study:
+        return Study(pipeline, judge, Catalog(DATA), options.out, steps=options.steps, count=options.count)
+
+    conduct(options, FIGURES, begin, options.ways.split(","))
 
 
 if __name__ == "__main__":

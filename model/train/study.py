@@ -1,0 +1,208 @@
+"""What studies of the model have in common: looks to study, pictures, the judge's view of them, statistics, sheets.
+
+A study is a set of figures, each a function that renders, judges and counts. `conduct` runs them: every figure is
+written as TOML when it is done, and all that are there as a table, `figures.md`. Intervals are 95 %, by bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from model.spec import RenderSpec
+from model.train.data import Catalog, Item, stable_seed
+from model.train.encode import to_tensor
+from model.train.judge import SIZE, Judge
+from model.train.looks import Look
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+
+Floats = NDArray[np.floating[Any]]
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+
+LOOKS = 20  # held-out looks that are studied
+PROTOTYPE = 40  # real pictures whose mean stands for a look
+
+
+# ---- looks and pictures ---------------------------------------------------------------------------------------------
+
+
+def choose_looks(catalog: Catalog, count: int = LOOKS) -> list[Look]:
+    """Looks that are held out for good, the same ones every time."""
+    held = {item.look for item in catalog.items("styles")}
+    return sorted(held, key=lambda look: stable_seed("study", look))[:count]
+
+
+def stands_for_its_look(item: Item) -> bool:
+    """Half of a look's pictures make its prototype; the other half are references and the ceiling."""
+    return stable_seed("prototype", item.pair) % 2 == 0
+
+
+def prototype(judge: Judge, catalog: Catalog, look: Look) -> Floats:
+    """What stands for a held-out look: the mean style of real pictures, of unit length."""
+    items = [item for item in catalog.items("styles") if item.look == look and stands_for_its_look(item)][:PROTOTYPE]
+    return middle(embed(judge, [catalog.picture(item) for item in items])[1])
+
+
+def middle(styles: Floats) -> Floats:
+    """The mean of unit vectors [N, D], of unit length."""
+    centre = styles.mean(0)
+    return centre / np.linalg.norm(centre)
+
+
+def paint(pipeline: Pipeline, specs: Sequence[RenderSpec]) -> list[Pixels]:
+    """Pictures of specs in their order. Made by the length of their prompts: of one length they go together."""
+    order = sorted(range(len(specs)), key=lambda index: len(pipeline.text.token_ids(specs[index].prompt)))
+    made = pipeline.stream([specs[index] for index in order])
+    found = {index: np.asarray(each.image.convert("RGB")) for index, each in zip(order, made, strict=True)}
+    return [found[index] for index in range(len(specs))]
+
+
+@torch.inference_mode()
+def embed(judge: Judge, pictures: Sequence[Pixels]) -> tuple[Floats, Floats]:
+    """Pictures of one size -> the judge's unit subject [N, 96] and style [N, 48] embeddings."""
+    parts = [judge(to_tensor(list(pictures[start : start + 64]), SIZE)) for start in range(0, len(pictures), 64)]
+    subject, style = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
+    return subject, style
+
+
+@torch.inference_mode()
+def names_of(judge: Judge, subjects: Sequence[str]) -> Floats:
+    """Subjects' names as the judge reads them [S, 96]."""
+    return judge.read(subjects).numpy()
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------------
+
+
+def ranks(values: Floats) -> Floats:
+    """Ranks of values [n], those that are equal sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def spearman(x: Floats, y: Floats) -> float:
+    """Spearman's rank correlation of x and y [n]; 0 where one of them does not change."""
+    a, b = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else 0.0
+
+
+def figure(statistic: Callable[..., float], *columns: NDArray[Any], draws: int = 2000) -> dict[str, float]:
+    """A statistic of columns [trials, …] and its 95 % bootstrap interval over trials drawn anew."""
+    rng = np.random.default_rng(0)
+    count = len(columns[0])
+    drawn = (rng.integers(0, count, count) for _ in range(draws))
+    low, high = np.nanquantile([statistic(*(c[index] for c in columns)) for index in drawn], (0.025, 0.975))
+    return {"value": round(float(statistic(*columns)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def mean(x: Floats) -> float:
+    return float(x.mean())
+
+
+def ratio(x: Floats, y: Floats) -> float:
+    return float(x.mean() / y.mean()) if y.any() else float("nan")
+
+
+def difference(x: Floats, y: Floats) -> float:
+    return float(x.mean() - y.mean())
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def sheet(
+    path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), side: int = 128
+) -> Path:
+    """Pictures in rows under one line of heads, with a label before each row where there are labels."""
+    margin = 46 if labels else 6
+    page = Image.new("RGB", (margin + len(heads) * (side + 6), len(rows) * (side + 6) + 26), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for column, head in enumerate(heads):
+        draw.text((margin + 2 + column * (side + 6), 5), head, "black", font)
+    for row, pictures in enumerate(rows):
+        top = 26 + row * (side + 6)
+        if labels:
+            draw.text((8, top + side // 2 - 9), labels[row], "black", ImageFont.load_default(16))
+        for column, picture in enumerate(pictures):
+            page.paste(Image.fromarray(picture).resize((side, side)), (margin + column * (side + 6), top))
+    page.save(path)
+    return path
+
+
+def lines_of(name: str, value: Any) -> list[str]:
+    """A figure's numbers, one a line, under their dotted names."""
+    if isinstance(value, dict) and "value" in value:
+        label = f"{name}[{value['strength']:g}]" if "strength" in value else name
+        return [f"| {label} | {value['value']:.3f} | {value['low']:.3f} … {value['high']:.3f} |"]
+    if isinstance(value, dict):
+        return [line for key, each in value.items() for line in lines_of(f"{name}.{key}", each)]
+    if isinstance(value, list):
+        return [line for i, each in enumerate(value) for line in lines_of(f"{name}.{i}", each)]
+    return [f"| {name} | {value} | |"]
+
+
+def write_table(folder: Path, names: Sequence[str]) -> None:
+    """All figures that are in the folder as one table."""
+    rows = ["| figure | value | 95 % |", "|---|---|---|"]
+    for name in names:
+        if (file := folder / f"{name}.toml").exists():
+            rows += lines_of(name, tomllib.loads(file.read_text())["found"])
+    (folder / "figures.md").write_text("\n".join(rows) + "\n")
+
+
+def parser_of(about: str | None, figures: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that every study has."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--variant", choices=("raw", "turbo"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, help="the checkpoint's own number where left out")
+    parser.add_argument("--count", type=int, default=200, help="pictures, or trials, of each figure")
+    parser.add_argument("--only", default=",".join(figures), help=f"of {','.join(figures)}")
+    return parser
+
+
+def conduct(
+    options: argparse.Namespace,
+    figures: Mapping[str, Callable[..., dict[str, Any]]],
+    begin: Callable[[Pipeline, Judge], Any],
+    *more: Any,
+) -> None:
+    """Take the figures that the options ask for, each of what `begin` makes and of `more`, and write them."""
+    from model.pipeline import Pipeline
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
+    study = begin(pipeline, Judge.load(options.judge))
+    for name in options.only.split(","):
+        print(name, flush=True)
+        started = time.monotonic()
+        found = figures[name](study, *more)
+        facts = {
+            "model": {"name": options.model, "variant": pipeline.variant, "files": pipeline.hashes()},
+            "dtype": pipeline.plan.dtype,
+            "steps": pipeline.resolve(RenderSpec("", steps=options.steps)).steps,
+            "guidance": pipeline.recommended["guidance"],
+            "count": options.count,
+            "judge": options.judge.name,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        (options.out / f"{name}.toml").write_text(tomli_w.dumps(facts | {"found": found}))
+        write_table(options.out, list(figures))
+    print((options.out / "figures.md").read_text())
