@@ -29,7 +29,7 @@ from model.parts import sha256
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter, loop
-from model.train.adapter import Adapting, Halves, Material, Recipe, main, pad, stratified, write
+from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
 from model.train.pictures import Captioned, encode, read_folder, words_of
 from model.train.pretrain import recompute
 
@@ -222,19 +222,6 @@ def test_an_8_bit_base_keeps_no_wide_copies(tmp_path):
         made.loss(made.batch(0))
     matrices = {(256, 64), (64, 256)}  # of the feed-forwards; no other tensor has these shapes
     assert {t.dtype for t in kept if tuple(t.shape) in matrices} == {torch.int8}
-
-
-def test_captions_of_one_length_need_no_mask():
-    rows = [torch.ones(3, 2, 4), torch.ones(3, 2, 4)]
-    assert pad(rows)[1] is None
-    padded, mask = pad([*rows, torch.ones(5, 2, 4)])
-    assert padded.shape == (3, 5, 2, 4) and mask.sum(1).tolist() == [3, 3, 5]
-
-
-def test_noise_levels_are_spread_over_the_step():
-    levels = stratified(64, 0.5, torch.Generator().manual_seed(0))
-    shares = torch.special.ndtr(torch.logit(levels) - 0.5).sort().values
-    assert ((shares * 64).floor() == torch.arange(64)).all()
 
 
 def test_recipes_that_cannot_be_followed():

@@ -8,7 +8,7 @@ import torch
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.train import optim, pretrain
-from model.train.pretrain import Recipe, Run
+from model.train.pretrain import Recipe, Run, pad
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
@@ -127,3 +127,9 @@ def test_8_bit_products_are_a_key_of_the_recipe(recipe):
     assert list(small.model.state_dict()) == list(wide.model.state_dict())
     with pytest.raises(K2Error, match="int9"):
         Run(replace(recipe, name="none", products="int9"), looks=3)
+
+
+def test_captions_of_several_lengths_are_padded_and_masked():
+    padded, mask = pad([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], 8)
+    assert padded.shape == (2, 8, 2, 4) and padded.sum((2, 3)).tolist() == [[8.0] * n + [0.0] * (8 - n) for n in (3, 5)]
+    assert mask.sum(1).tolist() == [3, 5] and mask[:, :3].all()

@@ -40,7 +40,8 @@ from model.train import loop
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
-from model.train.pretrain import recompute
+from model.train.pretrain import pad, recompute
+from model.train.rollout import noise_levels
 
 LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
     "attention": lambda name: name.startswith("blocks.") and ".attn." in name,
@@ -165,12 +166,13 @@ class Adapting(Stage):
         """Mean flow-matching loss of the batch's pictures, each at `repeats` noise levels."""
         recipe, network = self.recipe, self.network
         device, dtype = network.first.weight.device, network.first.weight.dtype
-        embeds, mask = pad(batch["embeds"])
-        context = network.encode_text(embeds.to(device, dtype), None if mask is None else mask.to(device))
+        embeds, mask = pad(batch["embeds"], max(map(len, batch["embeds"])))
+        alike = bool(mask.all())  # no mask where all have one length
+        context = network.encode_text(embeds.to(device, dtype), None if alike else mask.to(device))
         image = patchify(batch["latents"], network.config.patch).repeat_interleave(recipe.repeats, 0)
         mu = raw_mu(image.shape[1]) if recipe.mu is None else recipe.mu
         noise = torch.randn(image.shape, generator=batch["generator"])
-        sigma = stratified(len(image), mu, batch["generator"])
+        sigma = noise_levels(len(image), mu, batch["generator"])
         noised = torch.lerp(image, noise, sigma[:, None, None]).to(device, dtype)
         rows, columns = (side // network.config.patch for side in batch["latents"].shape[-2:])
         velocity = network.velocity(
@@ -178,7 +180,7 @@ class Adapting(Stage):
             context.repeat_interleave(recipe.repeats, 0),
             network.modulate(sigma.to(device)),
             network.rope(context.shape[1], (rows, columns)),
-            None if mask is None else mask.to(device).repeat_interleave(recipe.repeats, 0),
+            None if alike else mask.to(device).repeat_interleave(recipe.repeats, 0),
         )
         return (velocity.float() - (noise - image).to(device)).square().mean(), {}
 
@@ -196,21 +198,6 @@ def freeze(network: Krea2) -> Krea2:
 
 def weight_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-
-
-def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Text features of several lengths -> [B, T, N, E] and their mask [B, T]; no mask where all have one length."""
-    longest = max(map(len, rows))
-    padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, longest - len(each))) for each in rows])
-    if min(map(len, rows)) == longest:
-        return padded, None
-    return padded, torch.arange(longest) < torch.tensor([len(each) for each in rows])[:, None]
-
-
-def stratified(count: int, mu: float, generator: torch.Generator) -> Tensor:
-    """Noise levels σ(mu + n), n normal, one of each of `count` strata: no step sees only easy or only hard ones."""
-    spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
 
 
 # ---- from a recipe to a file ------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from model.train.loop import RUNS, Batch, Report
 from model.train.recipe import refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
-from model.train.sft import rest_for_validation, training_set, validation_loss
+from model.train.validation import rest_for_validation, validation_loss
 
 FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
 
@@ -246,7 +246,7 @@ def telling_prompts(
     for start in range(0, len(prompts), at_once):
         chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(group)]
         seed = stable_seed(recipe.seed, "prompts", start) % 2**62
-        latents = sample(dit, data, [p.caption for p in chunk], recipe.size, recipe.sample_steps, 0.0, seed)
+        latents = sample(dit, data.embed, [p.caption for p in chunk], recipe.size, recipe.sample_steps, 0.0, seed)
         reward = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, group)
         scores += list(zip(reward.std(1).tolist(), reward.mean(1).tolist(), strict=True))
     order = sorted(range(len(prompts)), key=lambda i: (not 0.05 < scores[i][1] < 0.95, -scores[i][0]))
@@ -260,7 +260,7 @@ def telling_prompts(
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Choose the prompts, once, then run the stage to its end, from where it stands."""
-    data = training_set(recipe, device)
+    data = pretrain.training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     folder = RUNS / recipe.name

@@ -15,6 +15,7 @@ import math
 import shutil
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -45,7 +46,7 @@ Batch = dict[str, Any]
 Report = Callable[[str], None]
 
 
-class Stage:
+class Stage(ABC):
     """What a kind of training brings to the loop. Build `model` under the recipe's seed."""
 
     recipe: Recipe
@@ -53,13 +54,13 @@ class Stage:
     data: str = ""  # hash of the data set's manifest, for the record
     entry: tuple[str, ...] = ()  # methods of the model, all that `loss` calls: then several processes can share it out
 
+    @abstractmethod
     def batch(self, step: int, part: int = 0) -> Batch:
         """What one part of a step learns from: a pure function of the recipe, the step and the part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         """The loss to descend, and figures for the log (numbers or tensors of one). Runs under autocast."""
-        raise NotImplementedError
 
     def rate(self, name: str) -> float:
         """Factor of a parameter's learning rate; 0 freezes it."""
@@ -73,7 +74,7 @@ class Stage:
         """Pictures that one part of a step learns from, for the speed."""
         return 1
 
-    def compile(self) -> None:
+    def compile(self) -> None:  # noqa: B027 - most have nothing to compile
         """Compile what is worth it; called for runs of more than two minutes."""
 
 

@@ -78,8 +78,8 @@ def choose(
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
     """Merge, and leave the result as a run that others start from and that can be released."""
-    from model.train.pretrain import Trainee
-    from model.train.sft import training_set, validation_loss
+    from model.train.pretrain import Trainee, training_set
+    from model.train.validation import validation_loss
 
     parents = list(recipe.runs) or [recipe.snapshots]
     paths = [RUNS / name / "state.safetensors" for name in parents]

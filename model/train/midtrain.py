@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from model.train import loop, pretrain
-from model.train.loop import RUNS, Report
-from model.train.pretrain import Pretraining, TrainingSet
-from model.train.sft import rest_for_validation, training_set, validation_loss
+from model.train.loop import Report
+from model.train.pretrain import Pretraining, TrainingSet, training_set
+from model.train.validation import finish, rest_for_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,4 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     clusters = kmeans(features(data, stage.model.to(device)), recipe.clusters, recipe.seed)
     data.weights = balanced(data.weights, clusters, recipe.balance)
     report(f"{recipe.name}: {len(np.unique(clusters))} clusters of {np.bincount(clusters).min()} pictures and more")
-    run = loop.Run(stage, RUNS / recipe.name, device)
-    loop.train(run, report)
-    run.figures["validation"] = validation_loss(stage.model, data, recipe)
-    run.save(last=True)
-    report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
-    return run
+    return finish(stage, data, device, report)

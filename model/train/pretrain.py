@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -107,9 +108,7 @@ class TrainingSet:
             for caption, rows, real in zip(new, embeds, mask, strict=True):
                 self.features[caption] = rows[real].half().cpu()
         rows = [self.features[caption].float() for caption in captions]
-        length = -(-(max(map(len, rows)) + more) // ROUND) * ROUND - more
-        padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, length - len(each))) for each in rows])
-        return padded, torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
+        return pad(rows, -(-(max(map(len, rows)) + more) // ROUND) * ROUND - more)
 
     def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
         """The pictures, prompts and references of one step, or of one of its parts."""
@@ -150,6 +149,17 @@ class TrainingSet:
         peers = self.by_look[self.items[index].look]
         other = peers[int(rng.integers(len(peers)))]
         return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
+
+
+def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Text features of several lengths, [T, N, E] each -> [B, length, N, E], zeros at the end, and their mask."""
+    padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, length - len(each))) for each in rows])
+    return padded, torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
+
+
+def training_set(recipe: Recipe, device: str) -> TrainingSet:
+    """The package's data and text encoder, as a recipe draws from them."""
+    return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
 
 
 def read_latents(folder: Path, size: int, count: int) -> NDArray[np.float16]:
@@ -269,8 +279,7 @@ class Run(loop.Run):
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Run:
     """Run a stage to its end, from where it stands."""
-    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
-    data = TrainingSet(Catalog(DATA), text, recipe)
+    data = training_set(recipe, device)
     run = Run(recipe, len(data.looks), device, data)
     report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")
     loop.train(run, report)

@@ -7,20 +7,19 @@ file says in its metadata how it came about.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from model.checkpoint import read, save
 from model.quantize import quantise
 from model.style import StyleConfig
 from model.train import turbo
 from model.train.data import DATA, Catalog
+from model.train.loop import place_of
 from model.train.pretrain import BOX, RUNS, averages
 from model.train.recipe import saved
 
@@ -29,8 +28,7 @@ RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
 def main(run: str, folder: Path = BOX) -> None:
     path = RUNS / run / "state.safetensors"
-    with safe_open(path, "pt") as file:
-        place = json.loads(file.metadata()["place"])
+    place = place_of(path)
     recipe = place["recipe"]
     stage = saved(recipe)
     config = stage.config

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from model.vae import QwenImageVAE
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, L, C·p·p], sigma [B]) -> noise − image, fp32
+Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> right-padded text features [B, T, N, E], mask [B, T]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ def asked(data: TrainingSet, count: int, *seed: object) -> list[Asked]:
     return [Asked(data.catalog.caption(item, rng, "medium"), item.pair.subject, item.look) for item in items]
 
 
-def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Velocity:
-    """The velocity under prompts: embeds [B, T, N, E], mask [B, T], on the transformer's device."""
+def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Velocity:
+    """The velocity under prompts: embeds [B or 1, T, N, E], mask [B, T] where lengths differ, where the network is."""
     context = dit.encode_text(embeds, mask)
     rope = dit.rope(context.shape[1], grid)
 
     def velocity(tokens: Tensor, sigma: Tensor) -> Tensor:
-        return dit.velocity(tokens, context, dit.modulate(sigma), rope, mask).float()
+        return dit.velocity(tokens, context.expand(len(tokens), -1, -1), dit.modulate(sigma), rope, mask).float()
 
     return velocity
 
@@ -67,12 +68,21 @@ def sigmas_for(steps: int, size: int, dit: Krea2) -> list[float]:
 
 
 @torch.no_grad()
-def sample(dit: Krea2, data: TrainingSet, prompts: Sequence[str], size: int, steps: int, guidance: float, seed: int):
+def sample(
+    dit: Krea2,
+    embed: Embed,
+    prompts: Sequence[str],
+    size: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    mu: float | None = None,
+) -> Tensor:
     """Latents [B, C, size/8, size/8] of the prompts, from noise that depends on `seed` and their place alone."""
     device, cells, patch = dit.first.weight.device, size // 8, dit.config.patch
-    sigmas = sigmas_for(steps, size, dit)
+    sigmas = sigmas_for(steps, size, dit) if mu is None else shifted_sigmas(steps, mu)
     grid = (cells // patch, cells // patch)
-    (embeds, mask), (empty, empty_mask) = data.embed(list(prompts)), data.embed([""] * len(prompts))
+    (embeds, mask), (empty, empty_mask) = embed(list(prompts)), embed([""] * len(prompts))
     velocity = conditioned(dit, embeds.to(device), mask.to(device), grid)
     without = conditioned(dit, empty.to(device), empty_mask.to(device), grid) if guidance else velocity
     levels = torch.tensor(sigmas, device=device)

@@ -1,27 +1,24 @@
 """Supervised fine-tuning on small curated sub-sets, one run a domain; `merge` makes one checkpoint of them.
 
 A domain is what the recipe lets through: media, drawing sets, grounds. Of that the pictures stay whose subject a judge
-reads best, at most so many of a subject. A twentieth of the train split rests, so that runs can be compared on it.
+reads best, at most so many of a subject.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.errors import K2Error
-from model.plan import native_bf16
-from model.text_encoder import TextEncoder
 from model.train import loop, pretrain
-from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.data import Item, stable_seed
 from model.train.looks import DRAWINGS, MEDIA
-from model.train.loop import BOX, RUNS, Report
-from model.train.pretrain import Pretraining, Trainee, TrainingSet
+from model.train.loop import Report
+from model.train.pretrain import Pretraining, TrainingSet, training_set
+from model.train.validation import finish, only, rests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,47 +38,6 @@ class Recipe(pretrain.Recipe):
             for name in names:
                 if name not in known:
                     raise K2Error(f'Recipe "{self.name}": there is no {key} "{name}".', hint=f"{', '.join(known)}.")
-
-
-def training_set(recipe: pretrain.Recipe, device: str) -> TrainingSet:
-    return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
-
-
-def rests(item: Item) -> bool:
-    """Whether a picture of the train split is kept for validation by every stage after pretraining."""
-    return stable_seed("validation", item.pair, item.look) % 20 == 0
-
-
-def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
-    """Draw from these pictures only, at the odds that they had."""
-    weights = data.weights * keep
-    if not weights.any():
-        raise K2Error("No picture of the data set is left to train on.", hint="Let the recipe's domain take more in.")
-    data.weights = weights / weights.sum()
-
-
-def rest_for_validation(data: TrainingSet) -> None:
-    """Leave out of training what validates."""
-    only(data, np.array([not rests(item) for item in data.items]))
-
-
-@torch.no_grad()
-def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int = 128) -> float:
-    """Flow loss on pictures that rest, without references, at noise that is always the same."""
-    resting = copy.copy(data)
-    resting.weights = np.array([float(rests(item)) for item in data.items])
-    resting.weights /= resting.weights.sum()
-    batch = min(16, pictures)
-    fixed = pretrain.Recipe(
-        name="validation", steps=1, lr=0.0, muon_lr=0.0, size=recipe.size, mu=recipe.shift, batch=batch, repeats=2,
-        references=0.0, seed=0,
-    )  # fmt: skip
-    device = model.look_head.weight.device
-    losses = []
-    for index in range(-(-pictures // batch)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
-            losses.append(model.losses(resting.batch(fixed, index), fixed)[0])
-    return float(torch.cat(losses).mean())
 
 
 def domain(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
@@ -135,10 +91,4 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     curate(data, recipe, device)
     report(f"{recipe.name}: {(data.weights > 0).sum()} curated pictures")
-    stage = Pretraining(recipe, len(data.looks), data, device)
-    run = loop.Run(stage, RUNS / recipe.name, device)
-    loop.train(run, report)
-    run.figures["validation"] = validation_loss(stage.model, data, recipe)
-    run.save(last=True)
-    report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
-    return run
+    return finish(Pretraining(recipe, len(data.looks), data, device), data, device, report)

@@ -35,7 +35,7 @@ from model.train.loop import RUNS, Batch, Report
 from model.train.recipe import refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noise_levels, sample
-from model.train.sft import rest_for_validation, training_set, validation_loss
+from model.train.validation import rest_for_validation, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
 
@@ -164,7 +164,7 @@ def make_pairs(
         chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(recipe.group)]
         seed = stable_seed(recipe.seed, "pairs", start) % 2**62
         latents = sample(
-            model.dit, data, [p.caption for p in chunk], recipe.size, recipe.sample_steps, recipe.guidance, seed
+            model.dit, data.embed, [p.caption for p in chunk], recipe.size, recipe.sample_steps, recipe.guidance, seed
         )
         judged = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, recipe.group)
         best, worst, enough = best_and_worst(judged, recipe.margin)
@@ -272,7 +272,9 @@ class Preference(loop.Stage):
             parts = []
             for start in range(0, len(repeated), 16):
                 chunk = [prompt.caption for prompt in repeated[start : start + 16]]
-                latents = sample(model.dit, self.set, chunk, recipe.size, recipe.sample_steps, recipe.guidance, start)
+                latents = sample(
+                    model.dit, self.set.embed, chunk, recipe.size, recipe.sample_steps, recipe.guidance, start
+                )
                 parts.append(decode(rewards.vae, latents))
             pictures = torch.cat(parts)
             totals.append(rewards.total(pictures, repeated, recipe.weights))
@@ -284,7 +286,7 @@ class Preference(loop.Stage):
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Make the pairs, once, then run the stage to its end, from where it stands."""
-    data = training_set(recipe, device)
+    data = pretrain.training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     stage = Preference(recipe, data, loop.parent(recipe.init), device)

@@ -18,12 +18,11 @@ from model.errors import K2Error
 from model.latents import patchify
 from model.sampler import guided, shifted_sigmas
 from model.style import StyleEncoder
-from model.text_encoder import TextEncoder
 from model.train import loop, pretrain
-from model.train.data import DATA, Catalog
-from model.train.distill import Chance, Velocity, fake_loss, student_loss, walk
-from model.train.loop import BOX, RUNS, Batch, Report
-from model.train.pretrain import Trainee, TrainingSet
+from model.train.distill import Chance, fake_loss, student_loss, walk
+from model.train.loop import RUNS, Batch, Report
+from model.train.pretrain import Trainee, TrainingSet, training_set
+from model.train.rollout import conditioned, noise_levels
 
 METHODS = ("guidance", "trajectory")
 
@@ -93,27 +92,20 @@ class Turbo(loop.Stage):
         generator, device = batch["generator"], self.empty.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
         image = patchify(tensors["latents"], self.recipe.config.patch)
-        side = tensors["latents"].shape[-1] // self.recipe.config.patch
+        grid = (tensors["latents"].shape[-1] // self.recipe.config.patch,) * 2
         embeds, mask = self.prompts(tensors, generator)
 
-        def flow(dit: Krea2, prompt_embeds: Tensor, prompt_mask: Tensor | None) -> Velocity:
-            context = dit.encode_text(prompt_embeds, prompt_mask)
-            rope = dit.rope(context.shape[1], (side, side))
-            return lambda x, t: dit.velocity(
-                x, context.expand(len(x), -1, -1), dit.modulate(t), rope, prompt_mask
-            ).float()
-
-        student = flow(self.model.dit, embeds, mask)
+        student = conditioned(self.model.dit, embeds, mask, grid)
         with torch.no_grad():
-            with_prompt, without = flow(self.teacher.dit, embeds, mask), flow(self.teacher.dit, self.empty, None)
+            with_prompt = conditioned(self.teacher.dit, embeds, mask, grid)
+            without = conditioned(self.teacher.dit, self.empty, None, grid)
 
         def teacher(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return with_prompt(x, t), without(x, t)
 
         noise = torch.randn(image.shape, generator=generator).to(device)
         if self.model.fake is None:
-            spread = torch.rand(len(image), generator=generator).clamp(1e-4, 1 - 1e-4)
-            sigma = torch.sigmoid(self.recipe.mu + 1.3 * torch.special.ndtri(spread)).to(device)
+            sigma = noise_levels(len(image), self.recipe.shift, generator).to(device)
             x = torch.lerp(image, noise, sigma[:, None, None])
             with torch.no_grad():
                 target = guided(*teacher(x, sigma), self.recipe.guidance)
@@ -121,7 +113,7 @@ class Turbo(loop.Stage):
             return off, {"share": (off / target.square().mean()).detach()}
 
         times = shifted_sigmas(self.recipe.walk_steps, self.recipe.walk_mu)
-        fake = flow(self.model.fake, embeds, mask)
+        fake = conditioned(self.model.fake, embeds, mask, grid)
         way = walk(student, noise, times)
         torch.clear_autocast_cache()  # else weights first cast without gradient stay so
         draws = [Chance.draw(self.recipe.walk_steps, noise, generator) for _ in range(1 + self.recipe.fakes)]
@@ -145,10 +137,9 @@ class Turbo(loop.Stage):
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end, from where it stands."""
-    text = TextEncoder.load(BOX / "mini-text.safetensors", device)
-    data = TrainingSet(Catalog(DATA), text, recipe)
+    data = training_set(recipe, device)
     teacher = Trainee(recipe.config, len(data.looks)).to(device)
     loop.start(teacher, loop.parent(recipe.teacher, RUNS))
-    run = loop.Run(Turbo(recipe, data, teacher, text.encode([""])[0]), RUNS / recipe.name, device)
+    run = loop.Run(Turbo(recipe, data, teacher, data.text.encode([""])[0]), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {recipe.method}")
     return loop.train(run, report)

@@ -1,0 +1,66 @@
+"""What rests, so that every stage after pretraining can be compared: a twentieth of the train split.
+
+`finish` runs a stage whose end figure is its loss there.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.errors import K2Error
+from model.plan import native_bf16
+from model.train import loop, pretrain
+from model.train.data import Item, stable_seed
+from model.train.loop import RUNS, Report
+from model.train.pretrain import Pretraining, Trainee, TrainingSet
+
+
+def rests(item: Item) -> bool:
+    """Whether a picture of the train split is kept for validation by every stage after pretraining."""
+    return stable_seed("validation", item.pair, item.look) % 20 == 0
+
+
+def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
+    """Draw from these pictures only, at the odds that they had."""
+    weights = data.weights * keep
+    if not weights.any():
+        raise K2Error("No picture of the data set is left to train on.", hint="Let the recipe's domain take more in.")
+    data.weights = weights / weights.sum()
+
+
+def rest_for_validation(data: TrainingSet) -> None:
+    """Leave out of training what validates."""
+    only(data, np.array([not rests(item) for item in data.items]))
+
+
+@torch.no_grad()
+def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int = 128) -> float:
+    """Flow loss on pictures that rest, without references, at noise that is always the same."""
+    resting = copy.copy(data)
+    resting.weights = np.array([float(rests(item)) for item in data.items])
+    resting.weights /= resting.weights.sum()
+    batch = min(16, pictures)
+    fixed = pretrain.Recipe(
+        name="validation", steps=1, lr=0.0, muon_lr=0.0, size=recipe.size, mu=recipe.shift, batch=batch, repeats=2,
+        references=0.0, seed=0,
+    )  # fmt: skip
+    device = model.look_head.weight.device
+    losses = []
+    for index in range(-(-pictures // batch)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
+            losses.append(model.losses(resting.batch(fixed, index), fixed)[0])
+    return float(torch.cat(losses).mean())
+
+
+def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -> loop.Run:
+    """Run a stage to its end, from where it stands, and validate what came of it."""
+    recipe = stage.recipe
+    run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)
+    run.figures["validation"] = validation_loss(stage.model, data, recipe)
+    run.save(last=True)
+    report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
+    return run
