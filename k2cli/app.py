@@ -39,7 +39,8 @@ from model.errors import K2Error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from k2cli.project import Project, Prompt
+    from k2cli.project import Project
+    from k2cli.prompts import Prompt
     from k2cli.runs import Hire
 
 
@@ -277,7 +278,7 @@ def render(
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts of the command line and of standard input; None where neither was used."""
-    from k2cli.project import Prompt
+    from k2cli.prompts import Prompt
     from k2cli.tables import plain
 
     lines = [*texts]
@@ -359,15 +360,12 @@ def rerun(
 
 def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:
     """A picture's project: the one named, else the nearest above the picture, else above the current folder."""
-    from k2cli.project import FILE, Project
+    from k2cli.project import Project
 
     if project:
         return Project.open(project, allow_outside=allow_outside)
-    for start in (file.absolute().parent, Path.cwd()):
-        for folder in (start, *start.parents):
-            if (folder / FILE).is_file():
-                return Project.open(folder, allow_outside=allow_outside)
-    return None
+    around = (Project.around(start, allow_outside=allow_outside) for start in (file.absolute().parent, Path.cwd()))
+    return next(filter(None, around), None)
 
 
 @app.command()

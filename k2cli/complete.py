@@ -37,7 +37,7 @@ def complete_weight(context: typer.Context, incomplete: str) -> list[str]:
 
 def complete_prompt(context: typer.Context, incomplete: str) -> list[str]:
     """Names of the project's prompts, as --only takes them."""
-    from k2cli.project import name_files
+    from k2cli.prompts import name_files
 
     project = project_of(context)
     return begin([name for _, name in name_files(project.prompts)] if project else (), incomplete)

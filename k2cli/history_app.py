@@ -176,19 +176,19 @@ def where_am_i() -> str:
     from datetime import UTC, datetime
 
     from k2cli import history
-    from k2cli.project import FILE, Project, name_files
+    from k2cli.project import Project
+    from k2cli.prompts import name_files
 
-    root = next((folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / FILE).is_file()), None)
-    if root is None:
+    project = Project.around(Path.cwd())
+    if project is None:
         return ""
-    project = Project.open(root)
     names = [name for _, name in name_files(project.prompts)]
     weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
     unused = [name for name in project.styles.known if not project.weights.get(name)]
     runs = history.runs_of(project.outputs)
     newest = next(filter(None, (history.read_run(run)[-1:] for run in reversed(runs))), [])
     lines = [
-        f"{project.name}  ({root})",
+        f"{project.name}  ({project.root})",
         f"  prompts   {listed(names) or 'none yet: add a [[prompt]] to k2.toml'}",
         f"  styles    {listed([*weights, *(f'{name} (off)' for name in unused)]) or 'none'}",
         f"  model     {project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt",
@@ -198,7 +198,7 @@ def where_am_i() -> str:
     ]
     steps = {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
     if newest:
-        shown = newest[0].path.relative_to(root) if Path.cwd() == root else newest[0].path
+        shown = newest[0].path.relative_to(project.root) if Path.cwd() == project.root else newest[0].path
         steps |= {
             f"k2 show {shown}": "what it was made from",
             "k2 log": "all that was made",

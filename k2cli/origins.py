@@ -262,7 +262,7 @@ def scale(cfg: Any) -> float | None:
 
 def name(origins: Iterable[Origin]) -> dict[str, Origin]:
     """A name for the prompt of each, made of its words, numbered where two would be alike."""
-    from k2cli.project import slug
+    from k2cli.prompts import slug
 
     named: dict[str, Origin] = {}
     for each in origins:

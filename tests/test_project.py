@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2cli import models
-from k2cli.project import Project, Prompt, name_files, slug
+from k2cli.project import Project
+from k2cli.prompts import Prompt, name_files, slug
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from model.errors import K2Error
 

@@ -1,0 +1,104 @@
+"""The prompts of a project: read, every choice in them laid out, each with a name that fits a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from k2cli.matrix import variants
+from k2cli.sizes import parse_size
+from k2cli.tables import Place, between, check_name, read_table
+from model.errors import K2Error
+
+STEM = 50  # characters of a prompt's name that may come of its choices
+MOST_PROMPTS = 20_000  # of a project
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One [[prompt]]; None is what [render] says."""
+
+    text: str
+    name: str = ""
+    avoid: str = ""
+    batch: int | None = between(None, 1, 1000)
+    seed: int | None = between(None, 0, 2**63 - 1)
+    size: str | None = None
+
+
+def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
+    """The [[prompt]] tables: every text there, every name fit for a file and its own."""
+    if not isinstance(entries, list):
+        raise K2Error(f"{place('prompt')}: prompts are a list.", hint="Write [[prompt]], with two brackets.")
+    if len(entries) > MOST_PROMPTS:
+        raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
+    prompts: list[Prompt] = []
+    taken: set[str] = set()
+    for index, entry in enumerate(entries):
+        at = place.below("prompt", index)
+        prompt = read_table(Prompt, entry, at)
+        if not prompt.text:
+            raise K2Error(f"{at('text')}: the prompt is empty.", hint="Say what the picture should show.")
+        if prompt.size is not None:
+            parse_size(prompt.size, at("size"))
+        if prompt.name:
+            check_name(prompt.name, at("name"))
+        if prompt.name and prompt.name.casefold() in taken:
+            raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
+        taken.add(prompt.name.casefold())
+        prompts.append(prompt)
+    return tuple(prompts)
+
+
+def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
+    """Every reading of every prompt, its file-name stem, and the name of the prompt that it comes from.
+
+    A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
+    """
+    found, known, count = [], [], 0
+    last: dict[str, int] = {}  # stem -> the number that was given last
+    for prompt, base in name_files(prompts):
+        known.append((prompt, base, variants(prompt.text)))
+        count += len(known[-1][2])
+        if count > MOST_PROMPTS:
+            raise K2Error(f"With their choices those are more than {MOST_PROMPTS:,} prompts.", hint="Take fewer.")
+    taken = {base.casefold() for _, base, read in known if not read[0][1]}
+    for prompt, base, read in known:
+        for text, chosen in read:
+            name = base
+            if chosen:
+                name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
+                name = stem = name[:STEM].strip("-")
+                number = last.get(stem, 1)
+                while name.casefold() in taken:
+                    number += 1
+                    name = f"{stem}-{number}"
+                taken.add(name.casefold())
+                last[stem] = number
+            found.append((replace(prompt, text=text, name=name), name, base))
+    return found
+
+
+def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    """Every prompt with its file-name stem: its name, or one made from its text, numbered where two would be alike."""
+    taken = {prompt.name.casefold() for prompt in prompts}
+    last: dict[str, int] = {}  # stem -> the number that was given last
+    named = []
+    for prompt in prompts:
+        name = stem = prompt.name or slug(prompt.text)
+        number = last.get(stem, 1)
+        while not prompt.name and name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        last[stem] = number
+        named.append((prompt, name))
+    return named
+
+
+def slug(text: str) -> str:
+    """A file-name stem out of a prompt, cut at a word where it is long."""
+    name = re.sub(r"\W+", "-", text.casefold()).strip("-_")
+    return (name if len(name) <= 40 else name[:40].rsplit("-", 1)[0]) or "prompt"
