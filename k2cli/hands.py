@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 from k2cli import licence
+from k2cli.models import Held
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
@@ -33,42 +34,27 @@ Group = tuple[int, ...]  # places in the run's list of specs
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a pipeline is loaded from, and how; None is chosen by the first hand, and kept to by the others."""
-
-    model: str
-    variant: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    precision: str | None = None
-    offload: str | None = None
-
-    def load(self) -> Pipeline:
-        return load(self.model, self.variant, self.device, self.dtype, self.precision, self.offload)
-
-
 @lru_cache(maxsize=1)
-def load(
-    model: str,
-    variant: str | None,
-    device: str | None,
-    dtype: str | None,
-    precision: str | None = None,
-    offload: str | None = None,
-) -> Pipeline:
+def load(held: Held) -> Pipeline:
     """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
-    licence.require_for(model, variant)
+    licence.require_for(held.name, held.variant)
     from model.pipeline import Pipeline  # the only line that imports torch
 
-    return Pipeline.load(model, variant=variant, device=device, dtype=dtype, precision=precision, offload=offload)
+    return Pipeline.load(
+        held.name,
+        variant=held.variant,
+        device=held.device,
+        dtype=held.dtype,
+        precision=held.precision,
+        offload=held.offload,
+    )
 
 
 class Hand:
     """The far end: one pipeline, and all specs of a run, each of them checked before the first is rendered."""
 
     def __init__(self, held: Held, specs: Sequence[RenderSpec]):
-        self.pipeline, self.specs = held.load(), specs
+        self.pipeline, self.specs = load(held), specs
         self.batches = self.pipeline.batches(specs)
 
     def make(self, group: Group, on_step: OnStep | None = None) -> Iterator[Picture]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from k2cli.matrix import escape, variants
-from k2cli.project import Project, Prompt, Settings, slug
+from k2cli.project import Project, Settings
+from k2cli.prompts import Prompt, slug
 from k2cli.runs import Job, SheetForm
 from k2cli.sheet import PER_GRID
 from model.errors import K2Error
@@ -94,4 +95,4 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, v
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
     called = "mix-" + "-".join(styles)
     sheet = SheetForm(columns=1, centred=layout.centred)
-    return Job(project, shots, settings.model, variant, settings.device, called=called[:50], sheet=sheet)
+    return Job(project, shots, settings.held(variant), called=called[:50], sheet=sheet)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.tables import UNPRINTABLE, nearest
+from k2cli.tables import UNPRINTABLE, nearest, one_of
 from model import library
 from model.errors import K2Error
+from model.plan import OFFLOADS, PRECISIONS
+
+
+@dataclass(frozen=True)
+class Held:
+    """The weights of a run: whose they are, and how they are held. None is chosen when they are loaded."""
+
+    name: str
+    variant: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    precision: str | None = one_of(None, *PRECISIONS)
+    offload: str | None = one_of(None, *OFFLOADS)
 
 
 def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str | None = None) -> str:

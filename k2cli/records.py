@@ -71,16 +71,6 @@ class MadeWith:
 
 
 @dataclass(frozen=True)
-class ModelUsed:
-    name: str
-    variant: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    precision: str | None = one_of(None, *PRECISIONS)
-    offload: str | None = one_of(None, *OFFLOADS)
-
-
-@dataclass(frozen=True)
 class StyleUsed:
     name: str
     strength: float = between(1.0, -2, 2)
@@ -117,7 +107,7 @@ class Record:
     """A record as read back: checked, but not yet whether what it names is there."""
 
     shot: Shot
-    model: ModelUsed
+    model: models.Held
     files: Mapping[str, str]  # of the model: name -> sha256
     references: Mapping[Path, str]
     table: Mapping[str, Any]
@@ -345,7 +335,7 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)
-    used, made = part(ModelUsed, table, "model", place), part(MadeWith, table, "settings", place)
+    used, made = part(models.Held, table, "model", place), part(MadeWith, table, "settings", place)
     files = table["model"].get("files")
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):
         at = place.below("model")("files")

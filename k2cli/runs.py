@@ -11,7 +11,7 @@ from typing import Any
 
 from k2cli import models, records
 from k2cli.formats import SUFFIXES, format_of
-from k2cli.hands import Crew, Held, OnStep, load, make_here, spread
+from k2cli.hands import Crew, OnStep, load, make_here, spread
 from k2cli.outputs import RUN, Run, dump, undisturbed, write
 from k2cli.pictures import check_picture
 from k2cli.project import Project, Shot
@@ -39,12 +39,7 @@ class Job:
 
     project: Project
     shots: Sequence[Shot]
-    model: str
-    variant: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    precision: str | None = None
-    offload: str | None = None
+    model: models.Held
     run: Run | None = None  # an earlier run to go on with
     called: str = ""  # the run's folder, where its prompts' names do not say it
     sheet: SheetForm = SheetForm()
@@ -103,16 +98,15 @@ def render(job: Job, *, on_step: OnStep | None = None, hire: Hire | None = None)
 
 def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, hire: Hire | None) -> Iterator[tuple[Shot, Picture]]:
     """What is left of a job, as it is finished."""
-    held = Held(job.model, job.variant, job.device, job.dtype, job.precision, job.offload)
     specs = [shot.spec for shot in job.shots]
     stems = {shot.stem for shot in left}
     wanted = {index for index, shot in enumerate(job.shots) if shot.stem in stems}
     if hire is None:
-        made = make_here(held, specs, wanted, on_step)
+        made = make_here(job.model, specs, wanted, on_step)
         yield from ((job.shots[index], picture) for index, picture in made)
         return
     with closing(hire(specs)) as crew:
-        for index, picture in spread(crew, held, wanted):
+        for index, picture in spread(crew, job.model, wanted):
             yield job.shots[index], picture
 
 
@@ -167,14 +161,7 @@ def plan(job: Job) -> dict[str, Any]:
         "project": job.project.name,
         "embed": job.embed,
         "sheet": vars(job.sheet),
-        "model": {
-            "name": records.portable(job.model, job.project.root),
-            "variant": job.variant,
-            "device": job.device,
-            "dtype": job.dtype,
-            "precision": job.precision,
-            "offload": job.offload,
-        },
+        "model": vars(job.model) | {"name": records.portable(job.model.name, job.project.root)},
         "picture": [{"file": shot.file, **records.request(shot, job.project.root)} for shot in job.shots],
     }
 
@@ -195,16 +182,15 @@ def resume(project: Project, number: int | None = None) -> Job:
         raise K2Error(
             f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"
         )
-    used = records.part(records.ModelUsed, toml.table, "model", place)
+    used = records.part(models.Held, toml.table, "model", place)
     planned = [
         records.shot_of(entry, place.below("picture", i), project.inside)
         for i, entry in enumerate(toml.table["picture"])
     ]
-    model = models.resolve(used.name, project.inside, used.variant)
-    held = {key: getattr(used, key) for key in ("variant", "device", "dtype", "precision", "offload")}
+    held = replace(used, name=models.resolve(used.name, project.inside, used.variant))
     sheet = read_table(SheetForm, toml.table.get("sheet", {}), place.below("sheet"))
     embed = toml.table.get("embed", True) is True
-    job = Job(project, [shot for shot, _ in planned], model, **held, run=run, sheet=sheet, embed=embed)
+    job = Job(project, [shot for shot, _ in planned], held, run=run, sheet=sheet, embed=embed)
     for _, hashes in planned:
         records.verify(hashes)
     for shot in job.shots:
@@ -212,8 +198,8 @@ def resume(project: Project, number: int | None = None) -> Job:
             label = f"{run.folder.name}/{shot.stem}.toml"
             record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside)
             records.locate(record, project.inside)  # what was left to choose is chosen as it was
-            chosen = {key: held[key] or getattr(record.model, key) for key in held}
-            return replace(job, **chosen)
+            chosen = {key: value for key, value in vars(held).items() if value is not None}
+            return replace(job, model=replace(record.model, **chosen))
     return job
 
 
@@ -237,8 +223,7 @@ def rerun(
         raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
     if output is not None and (output.exists() or output.with_suffix(".toml").exists()):
         raise K2Error(f"{output} exists already.", hint="Choose another name.")
-    used = record.model
-    pipeline = load(model, used.variant, device or used.device, used.dtype, used.precision, used.offload)
+    pipeline = load(replace(record.model, name=model, device=device or record.model.device))
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, home.root if home else Path.cwd())
     if blocked := again["blocked"]:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import records
+from k2cli import models, records
 from k2cli.outputs import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import Toml
@@ -57,7 +57,7 @@ def test_a_record_leads_back_to_its_spec(moody):
     read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).inside)
 
     assert read.shot == asked
-    assert read.model == records.ModelUsed("mini", "raw", "cpu", "float32", "int8", "text")
+    assert read.model == models.Held("mini", "raw", "cpu", "float32", "int8", "text")
     assert read.pixels == records.pixel_hash(picture().image)
     assert read.files == {"mini-raw.safetensors": "ab" * 32}
     assert list(read.references) == [reference]

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from k2cli import records, runs
+from k2cli import hands, records
 from k2cli.app import app
+from k2cli.models import Held
 from k2cli.outputs import DRAFT
 from k2cli.tables import Toml
 
@@ -50,7 +51,7 @@ class Arena:
         self.root.mkdir()
         (self.root / "k2.toml").write_text(PROJECT)
         if not workers:
-            runs.load("mini", None, None, None, None, None)
+            hands.load(Held("mini"))
         started = time.monotonic()
         assert self.wait(self.start("render")) == 0
         self.seconds = time.monotonic() - started
