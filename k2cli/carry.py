@@ -10,6 +10,7 @@ import typer
 
 from k2cli import licence
 from k2cli.console import meter, near, result, say
+from k2cli.expander import forget
 from k2cli.models import recommended
 from k2cli.options import to_json
 from k2cli.project import Project, Settings, Shot
@@ -21,8 +22,7 @@ def plan_job(
     project: Project, settings: Settings, variant: str | None, shots: Sequence[Shot], *, compared: bool
 ) -> Job:
     """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
-    job = Job(project, shots, settings.model, variant, settings.device)
-    job = replace(job, precision=settings.precision, offload=settings.offload)
+    job = Job(project, shots, settings.held(variant))
     if not (compared and shots):
         return job
     called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
@@ -32,14 +32,14 @@ def plan_job(
 def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
     for job in jobs:
-        own = recommended(job.model, job.variant) if job.left else {}
+        own = recommended(job.model.name, job.model.variant) if job.left else {}
         for shot in job.left:
             asked = request(shot, job.project.root)
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said
             if as_json:
-                about = {"file": shot.file, "project": str(job.project.root), "model": job.model}
-                result(to_json(about | {"variant": job.variant} | asked))
+                about = {"file": shot.file, "project": str(job.project.root), "model": job.model.name}
+                result(to_json(about | {"variant": job.model.variant} | asked))
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
@@ -49,8 +49,9 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
 def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:
     """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
     folders: list[Path] = []
+    forget()
     for job in jobs:
-        licence.require_for(job.model, job.variant)
+        licence.require_for(job.model.name, job.model.variant)
     for job in jobs:
         job = replace(job, embed=job.embed and embed)
         total, done, kept_back, folder = len(job.left), 0, 0, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from k2cli import models, moodboard
+from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
-from k2cli.matrix import AXES, MOST, Cell, Matrix, escape, read_matrices, variants
+from k2cli.matrix import AXES, MOST, Cell, Matrix, escape, read_matrices
 from k2cli.outputs import writing
+from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from k2cli.styles import Styles, words
 from k2cli.tables import (
@@ -24,7 +25,6 @@ from k2cli.tables import (
     Toml,
     between,
     check_keys,
-    check_name,
     check_value,
     nearest,
     one_of,
@@ -33,14 +33,12 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
-from model.expand import LEVELS, expand
+from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style, tied
 
 FILE = "k2.toml"
-STEM = 50  # characters of a prompt's name that may come of its choices
 LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
-MOST_PROMPTS = 20_000  # of a project
 MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
 SCOPES = ("prompt", "run")
 
@@ -127,6 +125,10 @@ class Settings:
             given = {"size": None, **given}
         return replace(self, **given)
 
+    def held(self, variant: str | None) -> models.Held:
+        """The weights that these settings ask for, once the model is found."""
+        return models.Held(self.model, variant, device=self.device, precision=self.precision, offload=self.offload)
+
     def pixels(self, size: str | None, where: Callable[[str], str]) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
         if size is not None:
@@ -138,18 +140,6 @@ class Settings:
         else:
             edge = parse_resolution(self.resolution, where("resolution"))
         return fit_aspect(self.aspect or "1:1", edge, where("aspect"))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One [[prompt]]; None is what [render] says."""
-
-    text: str
-    name: str = ""
-    avoid: str = ""
-    batch: int | None = between(None, 1, 1000)
-    seed: int | None = between(None, 0, 2**63 - 1)
-    size: str | None = None
 
 
 @dataclass(frozen=True)
@@ -217,10 +207,16 @@ class Project:
     def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
         """The project of a folder, or of the nearest one above it."""
         start = start.absolute()
-        for folder in (start, *start.parents):
-            if (folder / FILE).is_file():
-                return cls.open(folder, allow_outside=allow_outside)
+        if found := cls.around(start, allow_outside=allow_outside):
+            return found
         raise K2Error(f"There is no {FILE} in {start} or above it.", hint="Make a project with: k2 new NAME")
+
+    @classmethod
+    def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
+        """The same, or None where no folder is a project's."""
+        folders = (folder.absolute(), *folder.absolute().parents)
+        root = next((each for each in folders if (each / FILE).is_file()), None)
+        return None if root is None else cls.open(root, allow_outside=allow_outside)
 
     @classmethod
     def open(cls, folder: Path, *, allow_outside: bool = False) -> Project:
@@ -378,8 +374,9 @@ class Project:
             styles=looks,
         )
         row = " · ".join(filter(None, [prompt.text, cell.row])) if cell.row else ""
+        expand = expander(settings.model, settings.creativity, settings.device)
         for n in range(seed, seed + batch):
-            led = expand(prompt.text, settings.creativity, n, styles=joined, avoids=avoids, look=shown)
+            led = expand(prompt.text, settings.creativity, n, styles=tuple(joined), avoids=tuple(avoids), look=shown)
             made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
             caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
             yield Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity, settings.format)
@@ -414,30 +411,6 @@ def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:
     return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]
 
 
-def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
-    """The [[prompt]] tables: every text there, every name fit for a file and its own."""
-    if not isinstance(entries, list):
-        raise K2Error(f"{place('prompt')}: prompts are a list.", hint="Write [[prompt]], with two brackets.")
-    if len(entries) > MOST_PROMPTS:
-        raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
-    prompts: list[Prompt] = []
-    taken: set[str] = set()
-    for index, entry in enumerate(entries):
-        at = place.below("prompt", index)
-        prompt = read_table(Prompt, entry, at)
-        if not prompt.text:
-            raise K2Error(f"{at('text')}: the prompt is empty.", hint="Say what the picture should show.")
-        if prompt.size is not None:
-            parse_size(prompt.size, at("size"))
-        if prompt.name:
-            check_name(prompt.name, at("name"))
-        if prompt.name and prompt.name.casefold() in taken:
-            raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
-        taken.add(prompt.name.casefold())
-        prompts.append(prompt)
-    return tuple(prompts)
-
-
 def cache_looks(
     project: Project, settings: Settings, styles: Mapping[str, float]
 ) -> Callable[[Mapping[str, float]], tuple[Style, ...]]:
@@ -448,55 +421,3 @@ def cache_looks(
         return project.looks(settings, dict(weights) | dict(styles))
 
     return lambda weights: looks(tuple(weights.items()))
-
-
-def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
-    """Every reading of every prompt, its file-name stem, and the name of the prompt that it comes from.
-
-    A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
-    """
-    found, known, count = [], [], 0
-    last: dict[str, int] = {}  # stem -> the number that was given last
-    for prompt, base in name_files(prompts):
-        known.append((prompt, base, variants(prompt.text)))
-        count += len(known[-1][2])
-        if count > MOST_PROMPTS:
-            raise K2Error(f"With their choices those are more than {MOST_PROMPTS:,} prompts.", hint="Take fewer.")
-    taken = {base.casefold() for _, base, read in known if not read[0][1]}
-    for prompt, base, read in known:
-        for text, chosen in read:
-            name = base
-            if chosen:
-                name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
-                name = stem = name[:STEM].strip("-")
-                number = last.get(stem, 1)
-                while name.casefold() in taken:
-                    number += 1
-                    name = f"{stem}-{number}"
-                taken.add(name.casefold())
-                last[stem] = number
-            found.append((replace(prompt, text=text, name=name), name, base))
-    return found
-
-
-def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
-    """Every prompt with its file-name stem: its name, or one made from its text, numbered where two would be alike."""
-    taken = {prompt.name.casefold() for prompt in prompts}
-    last: dict[str, int] = {}  # stem -> the number that was given last
-    named = []
-    for prompt in prompts:
-        name = stem = prompt.name or slug(prompt.text)
-        number = last.get(stem, 1)
-        while not prompt.name and name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        last[stem] = number
-        named.append((prompt, name))
-    return named
-
-
-def slug(text: str) -> str:
-    """A file-name stem out of a prompt, cut at a word where it is long."""
-    name = re.sub(r"\W+", "-", text.casefold()).strip("-_")
-    return (name if len(name) <= 40 else name[:40].rsplit("-", 1)[0]) or "prompt"

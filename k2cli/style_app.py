@@ -32,7 +32,8 @@ from model.errors import K2Error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from k2cli.project import Project, Prompt
+    from k2cli.project import Project
+    from k2cli.prompts import Prompt
 
 style_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 moodboard_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
@@ -239,7 +240,7 @@ def read_weights(texts: list[str]) -> dict[str, float]:
 
 def pick_prompt(project: Project, text: str | None) -> Prompt:
     """What was typed, or the project's first prompt."""
-    from k2cli.project import Prompt
+    from k2cli.prompts import Prompt
     from k2cli.tables import plain
 
     if text is not None:
@@ -268,7 +269,7 @@ def analyze(
     """
     from k2cli import moodboard
     from k2cli.console import meter, near, result, say
-    from k2cli.project import check_name
+    from k2cli.tables import check_name
 
     home = find_project(project, allow_outside)
     target = home.inside(f"styles/{check_name(name, '--name')}.toml")

@@ -139,11 +139,13 @@ REFUSALS = re.compile(
 )
 
 
-def instruction(prompt: str, level: str, styles: Sequence[str] = (), avoids: Sequence[str] = ()) -> str:
+def instruction(
+    prompt: str, level: str, styles: Sequence[str] = (), avoids: Sequence[str] = (), look: bool = False
+) -> str:
     """What a language model is asked; the prompt stands in it as material, in quotes."""
     lines = [
         "Rewrite this description of a picture as one sentence for an image generator.",
-        "Keep its subject and every detail it names, in its own words. " + ASKED[level],
+        "Keep its subject and every detail it names, in its own words. " + ASKED["low" if look else level],
         f"It is drawn with: {', '.join(styles)}. Contradict none of it." if styles else "",
         f"Never mention: {', '.join(avoids)}." if avoids else "",
         "Answer with the description alone.",
@@ -160,15 +162,16 @@ def expand_by_language(
     *,
     styles: Sequence[str] = (),
     avoids: Sequence[str] = (),
+    look: bool = False,
 ) -> str:
     """A language model's expansion, or the prompt as it was where there is nothing to trust in its answer.
 
     Not trusted: nothing, a refusal, a question, more than LONGEST characters, an answer that has lost a word of the
-    prompt or holds an avoided one. "raw" asks nobody.
+    prompt or holds an avoided one. "raw" asks nobody. The other arguments are those of `expand`.
     """
     if level == "raw":
         return prompt
-    answer = tidy(generate(instruction(prompt, level, styles, avoids), seed))
+    answer = tidy(generate(instruction(prompt, level, styles, avoids, look), seed))
     kept = set(words_of(prompt)) - SMALL <= set(words_of(answer))
     if not answer or not kept or len(answer) > LONGEST or answer.endswith("?") or REFUSALS.search(answer):
         return prompt

@@ -280,17 +280,7 @@ class TextEncoder:
         From a folder only the tensors needed are read: no vision tower, no head, no layer past the last tap. Streamed,
         the layers stay on disk, and each is read while the one before it works.
         """
-        from tokenizers import Tokenizer
-
-        path = Path(path)
-        tower, checkpoint = open_tower(path, taps)
-        outside = {n: t for n, t in tower.state_dict().items() if not (streamed and n.startswith("layers."))}
-        state = dict(checkpoint.read(outside, device=device, dtype=dtype))
-        tower.load_state_dict(tower.state_dict() | state, assign=True)
-        tower.requires_grad_(False).eval()
-        if streamed:
-            stream(tower, "layers", lambda names: dict(checkpoint.read(names, dtype=dtype)), torch.device(device))
-        return cls(tower, Tokenizer.from_file(str(tokenizer_file(path))))
+        return cls(*read_tower(Path(path), device, dtype, taps=taps, streamed=streamed))
 
     def token_ids(self, prompt: str) -> list[int]:
         """The prompt's tokens and the suffix; space around the prompt carries no meaning and is dropped."""
@@ -313,6 +303,22 @@ class TextEncoder:
             ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=device)
             embeds.append(F.pad(self.tower(ids, self.prefix)[0], (0, 0, 0, 0, 0, longest - width)))
         return torch.cat(embeds) * mask[..., None, None], mask
+
+
+def read_tower(
+    path: Path, device: torch.device | str, dtype: torch.dtype, *, taps: tuple[int, ...] | None, streamed: bool
+) -> tuple[TextTower, Any]:
+    """A tower with its weights, and its tokenizer; arguments as of `TextEncoder.load`."""
+    from tokenizers import Tokenizer
+
+    tower, checkpoint = open_tower(path, taps)
+    outside = {n: t for n, t in tower.state_dict().items() if not (streamed and n.startswith("layers."))}
+    state = dict(checkpoint.read(outside, device=device, dtype=dtype))
+    tower.load_state_dict(tower.state_dict() | state, assign=True)
+    tower.requires_grad_(False).eval()
+    if streamed:
+        stream(tower, "layers", lambda names: dict(checkpoint.read(names, dtype=dtype)), torch.device(device))
+    return tower, Tokenizer.from_file(str(tokenizer_file(path)))
 
 
 def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:

@@ -193,3 +193,7 @@ def test_what_is_asked_holds_prompt_styles_avoids_and_seed():
     ((asked, seed),) = seen
     assert asked == instruction(FOX, "low", ["ink"], ["fog"]) and seed == 7
     assert '"a fox"' in asked and "ink" in asked and "Never mention: fog." in asked
+
+
+def test_where_pictures_decide_the_look_only_a_place_is_asked_for():
+    assert instruction(FOX, "high", look=True) == instruction(FOX, "low")

@@ -1,0 +1,100 @@
+"""The text encoder's language side: Qwen3-VL answers an instruction, to lead a prompt further.
+
+The same tower that reads prompts, with all of its layers, its last norm and its head. What the box has is no such
+tower: it was trained to read only.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.parts import DTYPES, pick_device
+from model.plan import SPARE, default_dtype, free_memory
+from model.text_encoder import TextConfig, TextTower, read_tower
+
+ASKS, ANSWERS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+ENDS = ("<|im_end|>", "<|endoftext|>")
+MOST_TOKENS = 200  # of an answer
+TEMPERATURE, TOP_K, TOP_P = 0.7, 20, 0.8  # as Qwen3-VL-Instruct's own generation config has them
+
+
+def speaks(path: Path) -> bool:
+    """Whether a text encoder, as `Parts.text` names it, has a language side: a Qwen3-VL with its last norm and head."""
+    if not path.is_dir():
+        return False
+    checkpoint = open_checkpoint(inner(path))
+    config, names = checkpoint.config, checkpoint.tensors
+    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    headed = bool(tied) or any(name.endswith("lm_head.weight") for name in names)
+    whole = any(name.endswith("language_model.norm.weight") for name in names)
+    return whole and headed and "qwen3_vl" in str(config.get("model_type", ""))
+
+
+def inner(path: Path) -> Path:
+    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
+
+
+class Speaker:
+    """A tower, the head above it, and its tokenizer."""
+
+    def __init__(self, tower: TextTower, head: Tensor, tokenizer: Any):
+        self.tower, self.head, self.tokenizer = tower, head, tokenizer
+        self.ends = {tokenizer.token_to_id(end) for end in ENDS} - {None}
+
+    @classmethod
+    def load(cls, path: Path, device: str | None = None) -> Speaker:
+        """From a text encoder that speaks; layers that do not fit into memory are streamed. Raises K2Error."""
+        place, checkpoint = pick_device(device), open_checkpoint(inner(path))
+        config = TextConfig.from_dict(checkpoint.config, taps=(1,))
+        dtype = DTYPES[default_dtype(place, config.hidden_size)]
+        layers = sum(prod(t.shape) for name, t in checkpoint.tensors.items() if ".layers." in name)
+        streamed = layers * dtype.itemsize > SPARE * free_memory(place)
+        tower, tokenizer = read_tower(path, place, dtype, taps=(config.num_hidden_layers,), streamed=streamed)
+        head = own_head(checkpoint, place, dtype)
+        return cls(tower, tower.embed_tokens.weight if head is None else head, tokenizer)
+
+    def tokens(self, text: str) -> list[int]:
+        """The turn of a user who says this, and the beginning of the answer. No text can end the turn."""
+        parts = []
+        for part, written in ((ASKS, False), (text, True), (ANSWERS, False)):
+            self.tokenizer.encode_special_tokens = written
+            clean = part.encode("utf-8", "replace").decode()
+            parts += self.tokenizer.encode(clean, add_special_tokens=False).ids
+        return parts
+
+    @torch.inference_mode()
+    def answer(self, text: str, seed: int, *, most: int = MOST_TOKENS, temperature: float = TEMPERATURE) -> str:
+        """What the model says to a text; the same for the same seed. Temperature 0 takes the likeliest every time."""
+        generator = torch.Generator().manual_seed(seed)
+        said: list[int] = []
+        given, past = self.tokens(text), None
+        while len(said) < most:
+            states, past = self.tower(torch.tensor([given], device=self.head.device), past)
+            token = choose((states[0, -1, 0] @ self.head.T).float().cpu(), temperature, generator)
+            if token in self.ends:
+                break
+            said.append(token)
+            given = [token]
+        return self.tokenizer.decode(said)
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """A token of logits [V]: of the TOP_K likeliest those that make up TOP_P of what is likely, drawn at random."""
+    if temperature == 0:
+        return int(logits.argmax())
+    best, tokens = logits.topk(min(TOP_K, len(logits)))
+    odds = (best / temperature).softmax(0)
+    odds = torch.where(odds.cumsum(0) - odds < TOP_P, odds, 0.0)  # the first always stays
+    return int(tokens[torch.multinomial(odds, 1, generator=generator)])
+
+
+def own_head(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
+    """The head [V, E], where it is not the embedding once more."""
+    name = next((name for name in checkpoint.tensors if name.endswith("lm_head.weight")), None)
+    return None if name is None else dict(checkpoint.read([name], device=device, dtype=dtype))[name]

@@ -1,0 +1,108 @@
+"""The language side of Qwen3-VL: transformers' answers, seeded choice, and prompts expanded by it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_text_encoder import qwen  # noqa: F401
+
+from k2cli import expander as module
+from k2cli.expander import expander
+from model import speaker
+from model.expand import expand, instruction
+from model.speaker import Speaker, choose, speaks
+
+ASKED = "Say what a fox does."
+
+
+@pytest.fixture
+def spoken(qwen) -> Speaker:  # noqa: F811
+    return Speaker.load(qwen.folder, "cpu")
+
+
+def test_answers_are_those_of_transformers(qwen, spoken):  # noqa: F811
+    """The likeliest token, twenty times over, with their cache and with ours."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
+    ids = torch.tensor([spoken.tokens(ASKED)])
+    made = theirs.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=0)
+
+    assert spoken.answer(ASKED, 0, most=20, temperature=0) == spoken.tokenizer.decode(made[0, ids.shape[1] :].tolist())
+
+
+def test_the_same_seed_says_the_same(spoken):
+    said = [spoken.answer(ASKED, seed, most=12) for seed in (1, 1, 2)]
+
+    assert said[0] == said[1] != said[2]
+
+
+def test_an_answer_ends_where_the_model_ends_it(spoken):
+    assert len(spoken.ends) == 2 and spoken.answer(ASKED, 0, most=3)
+    spoken.ends = set(range(len(spoken.head)))
+    assert spoken.answer(ASKED, 0, most=3) == ""
+
+
+def test_no_text_ends_the_turn(spoken):
+    mark = spoken.tokenizer.token_to_id("<|im_end|>")
+
+    assert spoken.tokens("a fox<|im_end|>").count(mark) == spoken.tokens("a fox").count(mark) == 1
+
+
+def test_the_choice_keeps_to_what_is_likely():
+    def drawn(*logits: float) -> set[int]:
+        return {choose(torch.tensor(logits), 0.7, torch.Generator().manual_seed(seed)) for seed in range(200)}
+
+    assert drawn(5, 4, 0, -50) == {0}  # it alone has more than TOP_P
+    assert drawn(5, 4.9, 0, -50) == {0, 1}
+    assert drawn(0, 0, 0, 0) == {0, 1, 2, 3}
+    assert choose(torch.tensor([0.0, 1.0]), 0, torch.Generator()) == 1
+
+
+def test_who_speaks(qwen, tmp_path):  # noqa: F811
+    """A whole Qwen3-VL does, alone or in a pipeline's folder; not the box's reader, nor one without a head."""
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(qwen.folder, tmp_path / "pipeline" / "text_encoder")
+    headless = tmp_path / "headless"
+    shutil.copytree(qwen.folder, headless)
+    config = (headless / "config.json").read_text()
+    (headless / "config.json").write_text(config.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+
+    assert speaks(qwen.folder) and speaks(tmp_path / "pipeline")
+    assert not speaks(headless)
+    assert not speaks(Path(speaker.__file__).parent / "weights" / "mini-text.safetensors")
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, int]]:
+    """Everything that a language model, which answers with a fox in the snow, is asked."""
+    heard: list[tuple[str, int]] = []
+
+    class Speaking:
+        def answer(self, text: str, seed: int) -> str:
+            heard.append((text, seed))
+            return f"a red fox in the snow, {seed}"
+
+    monkeypatch.setattr(module, "language_of", lambda model: Path("somewhere") if model == "open" else None)
+    monkeypatch.setattr(module, "speaker", lambda text, device: Speaking())
+    module.said.cache_clear()
+    yield heard
+    module.said.cache_clear()
+
+
+def test_models_that_speak_expand_by_themselves(asked):
+    words = {"styles": ("gouache",), "avoids": ("text",), "look": False}
+
+    assert expander("open", "high")("a red fox", "high", 7, **words) == "a red fox in the snow, 7"
+    assert asked == [(instruction("a red fox", "high", ("gouache",), ("text",)), 7)]
+    assert expander("open", "high")("a red fox", "high", 7, **words) == "a red fox in the snow, 7"
+    assert len(asked) == 1  # the same is not asked twice
+
+
+def test_all_others_expand_by_word_lists(asked):
+    assert expander("mini", "high") is expand and expander("silent", "high") is expand
+    assert expander("open", "raw") is expand
+    assert not asked
