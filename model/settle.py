@@ -1,0 +1,147 @@
+"""A spec settled: whether a model can render it, and with every recommendation filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from model.cohesion import leader_of
+from model.errors import K2Error
+from model.parts import sha256
+from model.sampler import raw_mu
+from model.spec import LEAK_GUARDS, METHODS, TILES, Lora, RenderSpec, Style
+from model.splice import LEAK_GUARD, MOST_REFERENCES
+from model.style import Weighed, weigh
+from model.vision import MOST_PICTURES
+
+CELL = 8  # pixels along the side of a latent cell
+SIDES = (64, 4096)
+MOST_PIXELS = 2048 * 2048
+MOST_STEPS = 1000
+MOST_WEIGHT = 10  # of an adapter, either way
+VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
+
+
+@dataclass(frozen=True)
+class Able:
+    """What a model can do and what it recommends, as far as a spec depends on it."""
+
+    name: str
+    native: int  # the side in pixels that it was trained for
+    patch: int  # latent cells along the side of a token
+    recommended: Mapping[str, Any]  # steps, guidance, mu
+    reads: bool  # it has a style encoder
+    sees: bool  # its text encoder has a vision tower
+
+
+def settle(spec: RenderSpec, able: Able) -> RenderSpec:
+    """The spec as this model renders it. Raises K2Error for what it cannot."""
+    width, height = size_of(spec, able)
+    steps = able.recommended["steps"] if spec.steps is None else spec.steps
+    guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)
+    mu = able.recommended["mu"] if spec.mu is None else spec.mu
+    mu = raw_mu(width * height // (CELL * able.patch) ** 2) if mu == "auto" else float(mu)
+    if not 1 <= steps <= MOST_STEPS:
+        raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose 1 to {MOST_STEPS}.")
+    if not (0 <= guidance <= 100 and abs(mu) <= 10):
+        raise K2Error(
+            f"Guidance {guidance:g} with mu {mu:g} leads nowhere.", hint="Guidance is 0 to 100, mu −10 to 10."
+        )
+    check_company(spec)
+    styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
+    loras = tuple(lora for lora in spec.loras if lora.weight)
+    spec = replace(spec, width=width, height=height, steps=int(steps), guidance=guidance, mu=mu)
+    spec = settle_styles(replace(spec, styles=styles, loras=loras))
+    for lora in adapters_of(spec):
+        if not abs(lora.weight) <= MOST_WEIGHT:
+            raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
+    return spec
+
+
+def size_of(spec: RenderSpec, able: Able) -> tuple[int, int]:
+    """Width and height in pixels. Raises K2Error."""
+    width, height = (able.native if side is None else side for side in (spec.width, spec.height))
+    unit = CELL * able.patch
+    if not all(SIDES[0] <= side <= SIDES[1] and side % unit == 0 for side in (width, height)):
+        fitting = "x".join(str(min(max(round(side / unit) * unit, SIDES[0]), SIDES[1])) for side in (width, height))
+        raise K2Error(
+            f"A picture of {width}x{height} cannot be made.",
+            hint=f"Sides are multiples of {unit} from {SIDES[0]} to {SIDES[1]}: {fitting}, say.",
+        )
+    if width * height > MOST_PIXELS:
+        raise K2Error(f"{width}x{height} is more than {MOST_PIXELS:,} pixels.", hint="Choose a smaller size.")
+    return width, height
+
+
+def check_company(spec: RenderSpec) -> None:
+    """Seeds and cohesion. Raises K2Error."""
+    for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
+        if not 0 <= seed < 2**63:
+            raise K2Error(f"{seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
+    if not 0 <= spec.cohesion <= 1:
+        raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint="It is 0 to 1.")
+    if spec.cohesion and spec.leader is None:
+        raise K2Error("Cohesion ties pictures to a leader, and none is named.", hint="Set `leader` to the first.")
+
+
+def with_method(style: Style, able: Able) -> Style:
+    """The style with `auto` decided. Raises K2Error."""
+    if style.method not in METHODS:
+        raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
+    if style.method == "tokens" and style.references and not able.reads:
+        raise K2Error(f"{able.name} has no style encoder.", hint=f'Give "{style.name}" the method "splice".')
+    if style.method == "vision" and style.references and not able.sees:
+        raise K2Error(
+            f"{able.name} has a text encoder that cannot see.", hint=f'Give "{style.name}" the method "splice".'
+        )
+    return replace(style, method="tokens" if able.reads else "splice") if style.method == "auto" else style
+
+
+def settle_styles(spec: RenderSpec) -> RenderSpec:
+    """What only references have a use for: filled in where any count, none elsewhere. Raises K2Error."""
+    guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
+    if guard not in LEAK_GUARDS:
+        raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
+    if spec.style_guidance is not None and not 0 <= spec.style_guidance <= 100:
+        raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint="It is 0 to 100.")
+    if spec.vision_tiles not in (None, *TILES):
+        raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
+    tokens, spliced, shown = (weighed(spec, method) for method in ("tokens", "splice", "vision"))
+    if spliced and spec.steps == 1:
+        raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
+    for found, what, most in ((spliced, "spliced", MOST_REFERENCES), (shown, "read by vision", MOST_PICTURES)):
+        if len(found) > most:
+            raise K2Error(
+                f"{len(found)} reference pictures are {what}, and {most} is the most.",
+                hint="Choose those that show the look best.",
+            )
+    return replace(
+        spec,
+        style_guidance=spec.style_guidance if tokens or spliced or shown else None,
+        leak_guard=guard if spliced else None,
+        vision_tiles=(spec.vision_tiles or VISION_TILES) if shown else None,
+        vision_rows=(spec.vision_rows is not False) if shown else None,
+    )
+
+
+# ---- what a settled spec amounts to ---------------------------------------------------------------------------------
+
+
+def weighed(spec: RenderSpec, method: str) -> tuple[Weighed, ...]:
+    """The reference pictures that reach the network in this way."""
+    return weigh((style for style in spec.styles if style.method == method), sha256)
+
+
+def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
+    """What pictures made together have in common: height, width, steps, mu, guidance, adapters, splice and leader."""
+    assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
+    spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
+    alike = (spec.style_guidance, spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
+    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec), alike
+
+
+def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:
+    """The spec's LoRAs and its styles'; their order means nothing."""
+    own = (*spec.loras, *(Lora(style.lora, style.strength) for style in spec.styles if style.lora))
+    return tuple(sorted(own, key=lambda lora: (lora.path, lora.weight)))
