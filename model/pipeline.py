@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from model.branches import Branches
 from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.errors import K2Error
-from model.fast import accelerate
+from model.fast import accelerate, keep_pages
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over, read_lora
@@ -45,26 +44,21 @@ from model.parts import (
 from model.plan import Plan, choose, eight_bits, free_memory
 from model.references import to_pixels
 from model.safety import Filter, installed, review
-from model.sampler import euler, raw_mu, shifted_sigmas
-from model.spec import LEAK_GUARDS, METHODS, TILES, Lora, Picture, RenderSpec, Style
-from model.splice import LEAK_GUARD, MOST_REFERENCES, NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
-from model.style import StyleEncoder, Weighed, weigh
+from model.sampler import euler, shifted_sigmas
+from model.settle import CELL, Able, adapters_of, schedule, settle, weighed
+from model.spec import Lora, Picture, RenderSpec
+from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
+from model.style import StyleEncoder, Weighed
 from model.text_encoder import TextEncoder
 from model.vae import QwenImageVAE
-from model.vision import MOST_PICTURES, Reader, find_tower
+from model.vision import Reader, find_tower
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
-CELL = 8  # pixels along the side of a latent cell
-SIDES = (64, 4096)
-MOST_PIXELS = 2048 * 2048
-MOST_STEPS = 1000
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
-VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
-MOST_WEIGHT = 10  # of an adapter, either way
 
 
 class Pipeline:
@@ -89,6 +83,8 @@ class Pipeline:
         self.vae = load_vae(parts.vae, device, dtype)
         if device.type == "cuda" and not streamed:
             accelerate(self.dit)
+        elif device.type == "cpu":
+            keep_pages()
         self.metadata = checkpoint.metadata
         self.variant = checkpoint.metadata.get("variant") or model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
@@ -173,87 +169,15 @@ class Pipeline:
 
     def resolve(self, spec: RenderSpec) -> RenderSpec:
         """The spec with every recommendation filled in. Raises K2Error for what cannot be rendered."""
-        width, height = (self.native if side is None else side for side in (spec.width, spec.height))
-        unit = CELL * self.dit.config.patch
-        if not all(SIDES[0] <= side <= SIDES[1] and side % unit == 0 for side in (width, height)):
-            fitting = "x".join(str(min(max(round(side / unit) * unit, SIDES[0]), SIDES[1])) for side in (width, height))
-            raise K2Error(
-                f"A picture of {width}x{height} cannot be made.",
-                hint=f"Sides are multiples of {unit} from {SIDES[0]} to {SIDES[1]}: {fitting}, say.",
-            )
-        if width * height > MOST_PIXELS:
-            raise K2Error(f"{width}x{height} is more than {MOST_PIXELS:,} pixels.", hint="Choose a smaller size.")
-        steps = self.recommended["steps"] if spec.steps is None else spec.steps
-        guidance = float(self.recommended["guidance"] if spec.guidance is None else spec.guidance)
-        mu = self.recommended["mu"] if spec.mu is None else spec.mu
-        mu = raw_mu(width * height // unit**2) if mu == "auto" else float(mu)
-        if not 1 <= steps <= MOST_STEPS:
-            raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose 1 to {MOST_STEPS}.")
-        if not (0 <= guidance <= 100 and abs(mu) <= 10):
-            raise K2Error(
-                f"Guidance {guidance:g} with mu {mu:g} leads nowhere.", hint="Guidance is 0 to 100, mu −10 to 10."
-            )
-        for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
-            if not 0 <= seed < 2**63:
-                raise K2Error(f"{seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
-        if not 0 <= spec.cohesion <= 1:
-            raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint="It is 0 to 1.")
-        if spec.cohesion and spec.leader is None:
-            raise K2Error("Cohesion ties pictures to a leader, and none is named.", hint="Set `leader` to the first.")
-        spec = replace(
-            spec,
-            width=width,
-            height=height,
-            steps=int(steps),
-            guidance=guidance,
-            mu=mu,
-            styles=tuple(self._with_method(style) for style in spec.styles if style.strength),
-            loras=tuple(lora for lora in spec.loras if lora.weight),
-        )
-        spec = self._settle_styles(spec)
+        spec = settle(spec, self._able)
         for lora in adapters_of(spec):
-            if not abs(lora.weight) <= MOST_WEIGHT:
-                raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
             self._adapter(lora)
         return spec
 
-    def _with_method(self, style: Style) -> Style:
-        """The style with `auto` decided. Raises K2Error."""
-        if style.method not in METHODS:
-            raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
-        if style.method == "tokens" and style.references and self.parts.style is None:
-            raise K2Error(f"{self.name} has no style encoder.", hint=f'Give "{style.name}" the method "splice".')
-        if style.method == "vision" and style.references and self._vision_tower is None:
-            raise K2Error(
-                f"{self.name} has a text encoder that cannot see.", hint=f'Give "{style.name}" the method "splice".'
-            )
-        return replace(style, method=("tokens" if self.parts.style else "splice")) if style.method == "auto" else style
-
-    def _settle_styles(self, spec: RenderSpec) -> RenderSpec:
-        """What only references have a use for: filled in where any count, none elsewhere. Raises K2Error."""
-        guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
-        if guard not in LEAK_GUARDS:
-            raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
-        if spec.style_guidance is not None and not 0 <= spec.style_guidance <= 100:
-            raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint="It is 0 to 100.")
-        if spec.vision_tiles not in (None, *TILES):
-            raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
-        tokens, spliced, shown = (self._weigh(spec, method) for method in ("tokens", "splice", "vision"))
-        if spliced and spec.steps == 1:
-            raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
-        for found, what, most in ((spliced, "spliced", MOST_REFERENCES), (shown, "read by vision", MOST_PICTURES)):
-            if len(found) > most:
-                raise K2Error(
-                    f"{len(found)} reference pictures are {what}, and {most} is the most.",
-                    hint="Choose those that show the look best.",
-                )
-        return replace(
-            spec,
-            style_guidance=spec.style_guidance if tokens or spliced or shown else None,
-            leak_guard=guard if spliced else None,
-            vision_tiles=(spec.vision_tiles or VISION_TILES) if shown else None,
-            vision_rows=(spec.vision_rows is not False) if shown else None,
-        )
+    @cached_property
+    def _able(self) -> Able:
+        sees, reads = self._vision_tower is not None, self.parts.style is not None
+        return Able(self.name, self.native, self.dit.config.patch, self.recommended, reads=reads, sees=sees)
 
     def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
         """Neighbours that share a schedule, as many at once as make it faster."""
@@ -323,7 +247,7 @@ class Pipeline:
     def _context(self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None, away: Avoided = ()) -> Tensor:
         """What the transformer sees of a prompt and of a spec's styles, led away from what is avoided, [1, T, D]; kept
         for the next that asks."""
-        references, shown = (self._weigh(styled, method) if styled else () for method in ("tokens", "vision"))
+        references, shown = (weighed(styled, method) if styled else () for method in ("tokens", "vision"))
         how = (styled.vision_tiles, styled.vision_rows) if styled and shown else ()
         key = (
             prompt,
@@ -349,10 +273,6 @@ class Pipeline:
             self._contexts[key] = self.dit.encode_text(embeds)
         self._contexts[key] = self._contexts.pop(key)  # the one asked for last is forgotten last
         return self._contexts[key]
-
-    def _weigh(self, spec: RenderSpec, method: str) -> tuple[Weighed, ...]:
-        """The reference pictures that reach the network in this way."""
-        return weigh((style for style in spec.styles if style.method == method), sha256)
 
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
@@ -397,7 +317,7 @@ class Pipeline:
         self, spec: RenderSpec, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
     ) -> Splice | None:
         """The spliced references of pictures of one schedule; each is read once, and passed once a step unless kept."""
-        references = self._weigh(spec, "splice")
+        references = weighed(spec, "splice")
         if not references:
             return None
         assert spec.width and spec.height and spec.leak_guard
@@ -480,20 +400,6 @@ class Pipeline:
                 f"{self.parts.dit} paints in {dit.channels} channels, {self.parts.vae} reads {channels}.",
                 hint="Give the autoencoder that the transformer was trained with.",
             )
-
-
-def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
-    """What pictures made together have in common: height, width, steps, mu, guidance, adapters, splice and leader."""
-    assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
-    spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
-    alike = (spec.style_guidance, spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
-    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec), alike
-
-
-def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:
-    """The spec's LoRAs and its styles'; their order means nothing."""
-    own = (*spec.loras, *(Lora(style.lora, style.strength) for style in spec.styles if style.lora))
-    return tuple(sorted(own, key=lambda lora: (lora.path, lora.weight)))
 
 
 def to_image(pixels: Tensor) -> Image.Image:

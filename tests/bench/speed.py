@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from model.dit import Krea2
 from model.eight_bit import NUMBERS, formats, shrink
 from model.export import transformer_config
+from model.fast import keep_pages
 from model.latents import position_ids
 from model.layouts import load_dit, to_diffusers
 from model.pipeline import Pipeline
@@ -68,6 +69,8 @@ class Bench:
         self.config = replace(SMALL if smoke else MEDIUM, blocks=3)
         self.dtype = torch.bfloat16
         self.sides = (128, 256) if smoke else (512, 1024)
+        if device == "cpu":
+            keep_pages()  # as loading a pipeline does; here the other side has it too
 
     def rows(self) -> dict[str, Callable[[], Iterator[Row]]]:
         return {
