@@ -7,15 +7,16 @@ others' files hold is told by names and shapes (`model/layouts.py`).
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.eight_bit import formats
@@ -25,6 +26,14 @@ from model.headers import AGAIN, read_header, read_json, shards, some
 from model.quantize import is_auxiliary, marks_of, restore, scale_of, to_rows, unreadable
 
 MOST_MAPPED = 1 << 30  # bytes read through one mapping of a file: until it is closed its pages count as ours
+SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
+NUMBERS = {  # safetensors' names of number formats
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+WIDE = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -63,21 +72,44 @@ class Checkpoint:
         """Tensors one by one, in file order, 8-bit ones dequantised; floats in `dtype` (none: as stored).
 
         eight: matrices that are wanted in 8 bits, and which; a scale for every row follows each, as NAME_scale. They
-        are rounded one at a time, or taken as they are where the file holds the very same format.
+        are rounded one at a time, the next being read meanwhile, or taken as they are where the file holds the very
+        same format.
         """
         wanted, eight = set(self.tensors) if names is None else set(names), eight or {}
-        with Opened(str(device)) as files:
-            for name in self.tensors:
-                if name in wanted and not is_auxiliary(name):
-                    scale = scale_of(name, self.tensors)
-                    tensor = files.get(self.tensors[name])
-                    factor = None if scale is None else files.get(self.tensors[scale])
-                    if name in eight:
-                        rows, factors = to_rows(tensor, eight[name], factor)
-                        yield name, rows
-                        yield f"{name}_scale", factors
-                    else:
-                        yield name, restore(tensor, factor, dtype or (tensor.dtype if scale is None else torch.float32))
+        order = [name for name in self.tensors if name in wanted and not is_auxiliary(name)]
+        passing = {name for name in order if name in eight and self.tensors[name].dtype in WIDE}
+        rooms = [Room(), Room()]  # one is worked on, one is filled
+
+        def fetch(index: int) -> tuple[Tensor, Tensor | None]:
+            name = order[index]
+            scale = scale_of(name, self.tensors)
+            tensor = files.get(self.tensors[name], rooms[index % 2] if name in passing else None)
+            return tensor, None if scale is None else files.get(self.tensors[scale])
+
+        with Opened(str(device)) as files, ThreadPoolExecutor(1, "weights") as reader:
+            coming = reader.submit(fetch, 0) if order else None
+            for index, name in enumerate(order):
+                assert coming is not None
+                tensor, factor = coming.result()
+                coming = reader.submit(fetch, index + 1) if index + 1 < len(order) else None
+                if name in eight:
+                    rows, factors = to_rows(tensor, eight[name], factor)
+                    yield name, rows
+                    yield f"{name}_scale", factors
+                else:
+                    yield name, restore(tensor, factor, dtype or (tensor.dtype if factor is None else torch.float32))
+
+
+class Room:
+    """Memory that tensors pass through, one after the other: fresh pages for each would cost more than reading it."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes[:size]
 
 
 class Opened:
@@ -96,14 +128,18 @@ class Opened:
     def _close(self, path: Path) -> None:
         self._files.pop(path).__exit__(None, None, None)
 
-    def get(self, stored: Stored) -> Tensor:
-        """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
+    def get(self, stored: Stored, room: Room | None = None) -> Tensor:
+        """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does, or of the
+        room that it is read into."""
         path = stored.path
         if self._read.get(path, 0) > MOST_MAPPED:
             self._close(path)
         if path not in self._files:
             self._files[path], self._read[path] = open_tensors(path, self.device).__enter__(), 0
-        tensor = self._files[path].get_tensor(stored.name)
+        file = self._files[path]
+        if room is not None and self.device == "cpu" and isinstance(file, SafeTensors):
+            return file.read_tensor(stored.name, room)
+        tensor = file.get_tensor(stored.name)
         self._read[path] += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -114,6 +150,61 @@ def read(
     """All tensors of a file or folder, dequantised, and the `k2` metadata ({} where there is none)."""
     checkpoint = open_checkpoint(path)
     return dict(checkpoint.read(device=device, dtype=dtype)), checkpoint.metadata
+
+
+class SafeTensors:
+    """The tensors of a .safetensors file by name: views of its pages, which are read when they are touched.
+
+    No more than a window of the file is mapped at a time, and a window lives as long as a tensor of it does: all of a
+    file that is larger than the machine's memory would be refused. Pages that are written to become our own.
+    """
+
+    def __init__(self, path: Path, device: str):
+        self.path, self.device = path, device
+        self.header = {name: entry for name, entry in read_header(path).items() if name != "__metadata__"}
+
+    def __enter__(self) -> SafeTensors:
+        self.file = self.path.open("rb", buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.start = self.size - max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
+        self.first = self.last = 0
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.file.close()
+
+    def place_of(self, name: str) -> tuple[int, int, torch.dtype, list[int]]:
+        """Where a tensor begins and ends in the file, its number format and its shape. Raises K2Error."""
+        entry = self.header[name]
+        begin, end = (self.start + offset for offset in entry["data_offsets"])
+        if entry["dtype"] not in NUMBERS:
+            raise K2Error(f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.")
+        return begin, end, NUMBERS[entry["dtype"]], entry["shape"]
+
+    def read_tensor(self, name: str, room: Room) -> Tensor:
+        """A tensor in a room: it is there until the next one enters. Raises OSError."""
+        begin, end, dtype, shape = self.place_of(name)
+        raw = room.of(end - begin)
+        left = memoryview(raw.numpy())  # type: ignore[arg-type]
+        self.file.seek(begin)
+        while left:
+            if not (count := self.file.readinto(left)):
+                raise OSError(f"{self.path} has become shorter")
+            left = left[count:]
+        return raw.view(dtype).view(shape)
+
+    def get_tensor(self, name: str) -> Tensor:
+        begin, end, dtype, shape = self.place_of(name)
+        if begin == end:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if begin < self.first or end > self.last:
+            self.first = begin - begin % mmap.ALLOCATIONGRANULARITY
+            self.last = min(max(end, self.first + MOST_MAPPED), self.size)
+            length = self.last - self.first
+            self.pages = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=self.first)
+        tensor = torch.frombuffer(self.pages, dtype=dtype, count=prod(shape), offset=begin - self.first)
+        tensor = tensor.clone() if end - begin < SMALL else tensor
+        return tensor.view(shape).to(self.device)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -134,7 +225,7 @@ def open_tensors(path: Path, device: str) -> Any:
     """A context in which `get_tensor(name)` reads from the file."""
     with path.open("rb") as file:
         gguf = file.read(4) == b"GGUF"
-    return GGUFTensors(path, device) if gguf else safe_open(path, "pt", device=device)
+    return GGUFTensors(path, device) if gguf else SafeTensors(path, device)
 
 
 def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], **beside: str) -> None:

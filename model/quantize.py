@@ -20,7 +20,7 @@ NOT_WEIGHTS = re.compile(
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14
-_AT_ONCE = 1 << 22  # numbers in hand while a matrix is made 8 bits: working copies stay small, and in the cache
+_AT_ONCE = 1 << 20  # numbers in hand while a matrix is made 8 bits: larger copies leave the cache, and cost fresh pages
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
+from model import checkpoint
 from model.checkpoint import open_checkpoint, read, save
 from model.dit import DiTConfig
 from model.errors import K2Error
@@ -263,3 +264,39 @@ def test_folders_without_their_weights(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(K2Error, match="its own folder"):
         open_checkpoint(tmp_path)
+
+
+def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch):
+    """Every number format, across the edges of small windows; and what is written to a tensor stays out of the file."""
+    monkeypatch.setattr(checkpoint, "MOST_MAPPED", 4096)
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64)
+    state = {f"{i}.{kind}": torch.randn(3, 700).to(kind) for i in range(3) for kind in kinds}
+    state |= {"empty": torch.empty(0, 4), "one": torch.tensor(7.0)}
+    save_file(state, tmp_path / "kinds.safetensors")
+
+    found = dict(open_checkpoint(tmp_path / "kinds.safetensors").read())
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) if tensor.ndim else True
+    before = (tmp_path / "kinds.safetensors").read_bytes()
+    found["0.torch.float32"].zero_()
+    assert (tmp_path / "kinds.safetensors").read_bytes() == before
+
+
+def test_a_file_larger_than_memory_is_read_from(tmp_path):
+    """One tensor of a terabyte, which the disk need not hold, and one that is wanted."""
+    size, wanted = 1 << 40, torch.arange(6.0)
+    header = {
+        "huge": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+        "wanted": {"dtype": "F32", "shape": [2, 3], "data_offsets": [size, size + 24]},
+    }
+    raw = json.dumps(header).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.seek(size, 1)
+        file.write(wanted.numpy().tobytes())
+
+    (found,) = dict(open_checkpoint(path).read(["wanted"])).values()
+    assert torch.equal(found, wanted.view(2, 3))

@@ -22,6 +22,7 @@ import torch
 from measure import MEDIUM, SMALL, random, write_toml
 
 from model.dit import DiTConfig, Krea2
+from model.fast import keep_pages
 from model.layouts import load_dit
 from model.plan import NARROW, native_bf16
 from model.quantize import quantise
@@ -93,6 +94,7 @@ def measure(path: Path, way: str, side: int) -> None:
     wide = torch.float32 if not native_bf16("cpu") else torch.bfloat16
     dit, _ = load_dit(path, dtype=wide, precision=precision, streamed=streamed)
     loaded = time.perf_counter() - started
+    keep_pages()  # as a pipeline does once it is loaded
     c, grid = dit.config, (side // 16, side // 16)
     context = dit.encode_text(torch.randn(1, 45, c.text_taps, c.text_width).to(wide))
     tokens, mods = torch.randn(1, grid[0] * grid[1], c.token_dim).to(wide), dit.modulate(torch.tensor([1.0]))
@@ -131,7 +133,7 @@ def main() -> None:
             forget(path)
             command = [sys.executable, __file__, str(options.folder), "--stored", options.stored]
             command += ["--size", str(options.size), "--measure", way, *(["--smoke"] if options.smoke else [])]
-            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             row |= {"way": way, "most_gib": most, "over_reading": row["first"] / once}
             found.append(row)
             print(
