@@ -70,6 +70,7 @@ def train(
         say(f"Interrupted; what was saved stays. Go on with: k2 train {recipe}")
         raise typer.Exit(130) from None
     if not parallel.world().leads:
+        parallel.leave()
         return
     result(near(run.result))
     if chosen.stage == "lora" and not quiet:
@@ -77,3 +78,4 @@ def train(
         say(f'lora = "loras/{run.result.name}"', "dim")
         if chosen.trigger:
             say(f"triggers = [{json.dumps(chosen.trigger, ensure_ascii=False)}]", "dim")
+    parallel.leave()

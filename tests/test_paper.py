@@ -65,6 +65,9 @@ class Alone(Stage):
         self.recipe = loop.Recipe(name="alone", steps=1, lr=1e-3, muon_lr=1e-3)
         self.model = nn.ModuleDict({"dit": random_model(SMALL).requires_grad_(True)})
 
+    def batch(self, step, part=0):
+        return {}
+
     def loss(self, batch):
         return self.model["dit"](*inputs(SMALL)).square().mean(), {}
 

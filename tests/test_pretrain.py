@@ -76,7 +76,7 @@ def test_resuming_is_exact(recipe):
 
 def test_repeats_share_the_prompt_but_not_the_noise(recipe):
     run = Run(recipe, looks=3)
-    flow, sigma, _, _ = run.model.losses(make_batch(0, references=False), recipe)
+    flow, sigma, *_ = run.model.losses(make_batch(0, references=False), recipe)
 
     assert flow.shape == (8,)
     assert len(sigma.unique()) == 8
@@ -133,3 +133,52 @@ def test_captions_of_several_lengths_are_padded_and_masked():
     padded, mask = pad([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], 8)
     assert padded.shape == (2, 8, 2, 4) and padded.sum((2, 3)).tolist() == [[8.0] * n + [0.0] * (8 - n) for n in (3, 5)]
     assert mask.sum(1).tolist() == [3, 5] and mask[:, :3].all()
+
+
+# ---- alignment ------------------------------------------------------------------------------------------------------
+
+
+def aligned(step: int, first: bool = True) -> dict:
+    return make_batch(step % 3, references=step % 2 == 0) | {"first": first}
+
+
+def test_the_pupil_comes_to_foretell_its_teacher(recipe):
+    run = Run(replace(recipe, align=0.5), looks=3)
+    rows = [run.advance(aligned(step)) for step in range(60)]
+
+    assert rows[-1]["align"] < 0.6 * rows[0]["align"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_teacher_is_the_average_of_the_weights_that_are_trained(recipe):
+    run = Run(replace(recipe, align=0.5), looks=3)
+    run.advance(aligned(0))
+    teacher = run.stage.taught(aligned(1))
+
+    assert len(teacher.dit.blocks) == 1  # of two: cut after two thirds of them
+    for name, param in teacher.dit.named_parameters():
+        assert torch.equal(param, run.ema[f"dit.{name}"]) and not param.requires_grad
+
+
+def test_only_the_first_epoch_is_aligned(recipe):
+    run = Run(replace(recipe, align=0.5), looks=3)
+
+    assert "align" in run.advance(aligned(0)) and "align" not in run.advance(aligned(1, first=False))
+    assert run.stage.teacher is None
+    assert "align" not in Run(replace(recipe, name="other"), looks=3).advance(aligned(0))
+
+
+def test_an_aligned_run_resumes_exactly_and_hands_on_no_head(recipe):
+    recipe = replace(recipe, align=0.5)
+    straight, broken = Run(recipe, looks=3), Run(recipe, looks=3)
+    for step in range(4):
+        last = straight.advance(aligned(step))
+    for step in range(2):
+        broken.advance(aligned(step))
+    broken.save()
+    resumed = Run(recipe, looks=3)
+    again = [resumed.advance(aligned(step)) for step in range(2, 4)][-1]
+    child = Run(replace(recipe, name="child", init="tiny", align=0.0), looks=3)
+
+    assert again == last
+    assert not any(name.startswith("pupil") for name in child.model.state_dict())

@@ -45,7 +45,7 @@ def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
     }
     for name, size in (("one", 64), ("two", 128), ("guidance", 128), ("three", 128)):
         (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=more.get(name, "")))
-    for module in (data, encode, pretrain, queue, release, turbo):
+    for module in (data, encode, pretrain, queue, release):
         monkeypatch.setattr(module, "DATA", folder)
     for module in (pretrain, queue, release, samples, turbo):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")

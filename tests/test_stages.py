@@ -9,14 +9,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from workshop import TINY, workshop  # noqa: F401
 
+from model.checkpoint import read
 from model.errors import K2Error
 from model.train import loop, recipe
+from model.train.autoencoder import ENCODER
 from model.train.grpo import Policy
 from model.train.loop import place_of
 
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
 NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
 WEIGHTS = "weights = {subject = 1.0, style = 0.5, artefact = 0.5, grain = 0.5}\n"
+VAE = loop.BOX / "mini-vae.safetensors"
 POST = 'judge = "judge-3"\nsample_steps = 3\nprompts = 8\n' + WEIGHTS
 
 
@@ -90,6 +93,20 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert {"aside_winner", "aside_loser", "held", "win_rate", "top_octave_after", "apart_after"} <= stpo.keys()
     assert 50 <= stpo["beta"] <= 5000 and stpo["beta"] != 500
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
+
+
+def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
+    """Both halves from the start; then the decoder of the package's alone, so that latents stay what they are."""
+    sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"
+    run("both", "autoencoder", sizes, network=False)
+    run("half", "autoencoder", sizes + "decoder = true\n", network=False)
+
+    both, half, box = (read(path)[0] for path in (*(f".runs/{name}/vae.safetensors" for name in ("both", "half")), VAE))
+    assert both.keys() == half.keys() == box.keys()
+    for name, tensor in half.items():
+        assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
+    assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])
+    assert Path(".runs/half/sheet.png").exists() and record("half")["data"]
 
 
 def test_a_policy_is_on_policy_in_its_first_step_and_not_in_its_second(workshop, monkeypatch):  # noqa: F811

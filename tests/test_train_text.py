@@ -7,8 +7,11 @@ import torch
 from tokenizers import Tokenizer
 
 from model.text_encoder import TextConfig, TextEncoder
-from model.train.text import TOKENIZER, Corpus, Recipe, batches, build, export, train
+from model.train import text
+from model.train.loop import Run
+from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, batches, build, export
 
+RECIPE = Recipe(name="text", steps=4, lr=2e-3, batch=3, warmup_steps=1, decay=0.5, every=2)
 TINY = TextConfig(8192, 16, 24, 2, 2, 1, 8, 1e4, 1e-6, (1, 2))
 
 
@@ -34,17 +37,41 @@ def one_thread():
 def test_a_broken_off_run_goes_on_as_if_it_had_not(tmp_path):
     towers = []
     for stops in ([4], [2, 4]):
-        folder = tmp_path / str(len(stops))
-        folder.mkdir()
         for stop in stops:
-            encoder, heads, corpus = start()
-            minutes = 1e9 if stop == 4 else -1
-            recipe = Recipe(steps=4, decay=2, batch=3)
-            train(encoder, heads, corpus, recipe, folder, minutes)
-        towers.append(encoder.tower.state_dict())
+            stage = Distilling(RECIPE, *start())
+            run = Run(stage, tmp_path / str(len(stops)))
+            while run.step < stop:
+                run.advance(stage.batch(run.step))
+            run.save()
+        towers.append(stage.encoder.tower.state_dict())
 
     for name, unbroken in towers[0].items():
-        assert (towers[1][name] - unbroken).norm() < 1e-5 * unbroken.norm(), name  # two unbroken runs differ by 1e-7
+        # two unbroken runs differ by 3e-4, as Adam makes whole steps of noise; a step left out would be 3e-2
+        assert (towers[1][name] - unbroken).norm() < 3e-3 * unbroken.norm(), name
+
+
+def test_the_words_learn_at_half_the_rate():
+    run_of = Distilling(RECIPE, *start())
+    assert (run_of.rate("tower.embed_tokens.weight"), run_of.rate("tower.layers.0.mlp.up_proj.weight")) == (0.5, 1)
+
+
+def test_it_runs_from_its_recipe(tmp_path, monkeypatch):
+    """With a random teacher, and a tower as small; what it leaves is a text encoder."""
+    monkeypatch.setattr(text, "RUNS", tmp_path)
+    monkeypatch.setattr(text, "MINI", TINY)
+    monkeypatch.setattr(text, "build", lambda seed, words: build(seed, words, TINY))
+    monkeypatch.setattr(text, "phrases", lambda npm: [f"a {word} fox" for word in ("red", "blue", "old", "new")] * 9)
+    monkeypatch.setattr(
+        text, "teacher_embeddings", lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 20))
+    )
+    monkeypatch.setattr(text, "HELD_OUT", 8)
+    said: list[str] = []
+
+    run = text.main(RECIPE, report=said.append)
+
+    assert run.step == 4 and any(line.startswith("cosine") for line in said)
+    (tmp_path / "text" / "mini-tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    assert TextEncoder.load(tmp_path / "text" / "mini-text.safetensors").encode(["a red fox"])[0].isfinite().all()
 
 
 def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():
@@ -76,7 +103,7 @@ def test_words_start_as_the_teacher_sees_them():
 
 def test_the_8_bit_file_and_the_wide_one_load_alike(tmp_path):
     encoder, _, _ = start()
-    export(encoder.tower, tmp_path, dataclasses.asdict(Recipe()))
+    export(encoder.tower, tmp_path, dataclasses.asdict(RECIPE))
     for name in ("tokenizer.json", "mini-tokenizer.json"):
         (tmp_path / name).write_bytes(TOKENIZER.read_bytes())
 

@@ -86,6 +86,7 @@ def main(folder: Path, kind: str, steps: int) -> None:
     if made.world.leads:
         shares = [param.to_local().numel() for param in made.model.parameters()] if made.sharded else []
         (folder / "losses.json").write_text(json.dumps({"losses": found, "held": sum(shares), "step": made.step}))
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
 from model.parts import DTYPES, find_parts, load_vae, numbers_of, pick_device, pick_dtype, sha256
-from model.pipeline import CELL
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
 from model.sampler import raw_mu
+from model.settle import CELL
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import stable_seed

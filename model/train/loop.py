@@ -34,7 +34,7 @@ from model.errors import K2Error
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.journal import Journal
-from model.train.optim import Muon, split_parameters, warmup_stable_decay
+from model.train.optim import Muon, inside_blocks, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
 
@@ -53,6 +53,7 @@ class Stage(ABC):
     model: nn.Module
     data: str = ""  # hash of the data set's manifest, for the record
     entry: tuple[str, ...] = ()  # methods of the model, all that `loss` calls: then several processes can share it out
+    narrow: bool = True  # products in bf16 where the device multiplies it natively
 
     @abstractmethod
     def batch(self, step: int, part: int = 0) -> Batch:
@@ -62,9 +63,16 @@ class Stage(ABC):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         """The loss to descend, and figures for the log (numbers or tensors of one). Runs under autocast."""
 
+    def muon(self, name: str, param: Tensor) -> bool:
+        """Whether Muon takes a parameter; AdamW has the rest."""
+        return inside_blocks(name, param)
+
     def rate(self, name: str) -> float:
         """Factor of a parameter's learning rate; 0 freezes it."""
         return 1.0
+
+    def begin(self, averages: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have no use for them
+        """Called when a run stands, with its averaged weights by name, which follow the run from then on."""
 
     def after(self, step: int) -> Mapping[str, float]:
         """What is left to do once the step with this number is taken; what it depends on must lie in `model`."""
@@ -99,9 +107,10 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.figures: dict[str, float] = {}
         self.changed: list[str] = []  # what the recipe says otherwise than when the run was saved
-        self.bf16 = native_bf16(self.device)
+        self.bf16 = stage.narrow and native_bf16(self.device)
         if state is not None:
             self.load(state)
+        stage.begin(self.ema)
 
     def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
         recipe, rate = self.recipe, self.stage.rate
@@ -116,7 +125,8 @@ class Run:
                     by_rate[rate(names[param])].append(param)
             return [{"params": each, "lr": lr * factor, "peak": lr * factor} for factor, each in by_rate.items()]
 
-        inside, rest = split_parameters(self.model)
+        taken = {param: self.stage.muon(name, param) for param, name in names.items()}
+        inside, rest = ([param for param, muon in taken.items() if muon == wanted] for wanted in (True, False))
         made: dict[str, torch.optim.Optimizer] = {}
         if muon := groups(inside, recipe.muon_lr):
             made["muon"] = Muon(muon, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)

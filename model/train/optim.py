@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from model.plan import native_bf16
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = local(self.state[param].setdefault("momentum", torch.zeros_like(param)))
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov
-                by_shape[param.shape].append((param, ahead))
+                by_shape[param.shape].append((param, ahead.flatten(1)))  # a kernel [O, I, h, w] is a matrix [O, I·h·w]
 
             def work(stacked: Tensor, steps: int = group["steps"]) -> Tensor:
                 if native_bf16(stacked.device):
@@ -67,24 +67,19 @@ class Muon(torch.optim.Optimizer):
             for shape, pairs in by_shape.items():
                 aheads, sharded = [ahead for _, ahead in pairs], isinstance(pairs[0][0], DTensor)
                 updates = spread(aheads, shape[0], work) if sharded else work(torch.stack(aheads))
-                scale = 0.2 * max(shape) ** 0.5
+                scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
                 for (param, _), update in zip(pairs, updates, strict=True):
                     local(param).mul_(1 - group["lr"] * group["weight_decay"])
-                    local(param).add_(update, alpha=-group["lr"] * scale)
+                    local(param).add_(update.view_as(local(param)), alpha=-group["lr"] * scale)
 
 
-def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """(matrices inside the blocks and on the text's way in, for Muon; all the rest, for AdamW).
+def inside_blocks(name: str, param: Tensor) -> bool:
+    """Whether Muon takes a parameter: the transformer's matrices inside the blocks, and on the text's way in.
 
     The text's way belongs to Muon: AdamW at a rate that suits the rest grows one common direction in all its rows
     within a few hundred steps, until what tells one subject from another is a few hundredths of a row.
     """
-    inside: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, param in model.named_parameters():
-        matrix = param.ndim == 2 and min(param.shape) > 1
-        (inside if matrix and any(part in f".{name}" for part in MUON) else rest).append(param)
-    return inside, rest
+    return param.ndim == 2 and min(param.shape) > 1 and any(part in f".{name}" for part in MUON)
 
 
 def warmup_stable_decay(step: float, total: float, warmup: float = 0.02, decay: float = 0.2) -> float:

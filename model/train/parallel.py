@@ -9,10 +9,10 @@ averaged.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +76,17 @@ def world() -> World:
 
 
 def leave() -> None:
-    """Take leave of the other processes: a group that is left to the interpreter's end may abort it."""
+    """End this process, its work done, where it is one of several; else nothing.
+
+    Not by way of the interpreter's end: a thread of gloo's that wants the interpreter then is stopped in the middle of
+    C++, which aborts the process now and then.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def join(device: str) -> str:
@@ -90,7 +98,6 @@ def join(device: str) -> str:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    atexit.register(leave)
     return device
 
 

