@@ -1,0 +1,110 @@
+"""How the pictures a minute grow with the workers: processes of one thread each, and a Ray cluster of one core each.
+
+`python tests/bench/workers.py [--pictures 192] [--sizes 1,2,4] [--out .cache/bench/workers.toml]`, with the model of
+the box. Counted from the moment when all workers have their weights: loading them is a price that a run pays once.
+More workers than cores cannot be faster; the table says how many cores there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a worker is a core's worth
+
+from measure import write_toml
+
+from k2cli.hands import Crew, Group, News, Processes, Ready, spread
+from k2cli.models import Held
+from model.spec import RenderSpec
+
+SUBJECTS = ("fox", "owl", "cat", "dog", "car", "bus", "tree", "house")
+
+
+class Timed:
+    """A crew, and when each of its pictures was heard of."""
+
+    def __init__(self, crew: Crew):
+        self.crew, self.size, self.where = crew, crew.size, crew.where
+        self.ready, self.heard = 0, 0.0
+        self.made = 0
+
+    def hire(self, held: Held) -> int:
+        return self.crew.hire(held)
+
+    def give(self, hand: int, group: Group) -> None:
+        self.crew.give(hand, group)
+
+    def hear(self) -> tuple[int, News]:
+        hand, news = self.crew.hear()
+        self.ready += isinstance(news, Ready)
+        if self.ready == self.size:
+            self.heard = self.heard or time.perf_counter()
+            self.made += len(news) if isinstance(news, list) else 0
+        return hand, news
+
+    def close(self) -> None:
+        self.crew.close()
+
+
+def rate(make: Callable[[list[RenderSpec]], Crew], count: int) -> float:
+    """Pictures a minute, once everybody is at work."""
+    specs = [RenderSpec(f"a red {SUBJECTS[seed % len(SUBJECTS)]}", seed=seed) for seed in range(count)]
+    crew = Timed(make(specs))
+    try:
+        found = list(spread(crew, Held("mini", "turbo"), range(count)))
+    finally:
+        crew.close()
+    assert len(found) == count
+    return 60 * crew.made / (time.perf_counter() - crew.heard)
+
+
+def clusters(sizes: list[int], count: int) -> dict[int, float]:
+    """The same on Ray, with as many nodes of one core as there are workers."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    from k2cli.cluster import Cluster
+
+    found = {}
+    for size in sizes:
+        nodes = Nodes()
+        for _ in range(size):
+            nodes.add_node(num_cpus=1)
+        try:
+            found[size] = rate(partial(Cluster, nodes.address, size), count)
+        finally:
+            nodes.shutdown()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=192)
+    parser.add_argument("--sizes", default="1,2,4")
+    parser.add_argument("--out", type=Path, default=Path(".cache/bench/workers.toml"))
+    options = parser.parse_args()
+    sizes = [int(size) for size in options.sizes.split(",")]
+
+    found: dict[str, Any] = {}
+    ways = {"processes": lambda: {size: rate(partial(Processes, size), options.pictures) for size in sizes}}
+    try:
+        import ray  # noqa: F401
+
+        ways["ray"] = lambda: clusters(sizes, options.pictures)
+    except ImportError:
+        print("Ray is not installed: processes only")
+    for way, measure in ways.items():
+        rates = measure()
+        found[way] = {str(size): round(each, 1) for size, each in rates.items()}
+        for size, each in rates.items():
+            print(f"{way:<10}{size:>3} {each:8.1f} pictures a minute {each / rates[sizes[0]]:6.2f} ×", flush=True)
+    write_toml(options.out, pictures=options.pictures, **found)
+
+
+if __name__ == "__main__":
+    main()
