@@ -79,7 +79,10 @@ def main() -> None:
         }
         some = project(Path(scratch) / "some", asked.page)
         command(some, "gallery")
-        rows |= {f"page of {asked.page:,}: {name}": figures for name, figures in page(some).items()}
+        try:
+            rows |= {f"page of {asked.page:,}: {name}": figures for name, figures in page(some).items()}
+        except ImportError:
+            print("Playwright is not installed: without the page in Chromium")
     print(f"{'':42}{'clock s':>10}{'processor s':>13}")
     for name, (clock, used) in rows.items():
         print(f"{name:42}{clock:>10.2f}{used:>13.2f}")
