@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,14 @@ SIDE = 64
 hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is no failure
 hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("k2"), max_examples=20_000)
 hypothesis.settings.load_profile("k2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """Shells start what runs in the background deaf to Ctrl-C, and children inherit it; tests press it all the same."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class FakePipeline:
