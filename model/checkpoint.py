@@ -25,7 +25,7 @@ from model.gguf_file import GGUFTensors
 from model.headers import AGAIN, read_header, read_json, shards, some
 from model.quantize import is_auxiliary, marks_of, restore, scale_of, to_rows, unreadable
 
-MOST_MAPPED = 1 << 30  # bytes read through one mapping of a file: until it is closed its pages count as ours
+MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
 SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
 NUMBERS = {  # safetensors' names of number formats
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -113,35 +113,28 @@ class Room:
 
 
 class Opened:
-    """Weights files while they are read, each mapped anew once much of it has been touched."""
+    """Weights files while they are read."""
 
     def __init__(self, device: str):
-        self.device, self._files, self._read = device, dict[Path, Any](), dict[Path, int]()
+        self.device, self._files = device, dict[Path, Any]()
 
     def __enter__(self) -> Opened:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        for path in list(self._files):
-            self._close(path)
-
-    def _close(self, path: Path) -> None:
-        self._files.pop(path).__exit__(None, None, None)
+        for file in self._files.values():
+            file.__exit__(None, None, None)
 
     def get(self, stored: Stored, room: Room | None = None) -> Tensor:
         """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does, or of the
         room that it is read into."""
         path = stored.path
-        if self._read.get(path, 0) > MOST_MAPPED:
-            self._close(path)
         if path not in self._files:
-            self._files[path], self._read[path] = open_tensors(path, self.device).__enter__(), 0
+            self._files[path] = open_tensors(path, self.device).__enter__()
         file = self._files[path]
         if room is not None and self.device == "cpu" and isinstance(file, SafeTensors):
             return file.read_tensor(stored.name, room)
-        tensor = file.get_tensor(stored.name)
-        self._read[path] += tensor.numel() * tensor.element_size()
-        return tensor
+        return file.get_tensor(stored.name)
 
 
 def read(
@@ -311,10 +304,10 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     for path in checkpoint.files:
         table = read_header(path).get("__metadata__", {}).get("_quantization_metadata")
         formats |= {unreadable(how) for how in marks_of(table)} if table else set()
-        with open_tensors(path, "cpu") as file:
-            for name, stored in checkpoint.tensors.items():
-                if stored.path == path and name.endswith(".comfy_quant"):
-                    formats.add(unreadable(bytes(file.get_tensor(stored.name).flatten().tolist())))
+    with Opened("cpu") as files:
+        for name, stored in checkpoint.tensors.items():
+            if name.endswith(".comfy_quant"):
+                formats.add(unreadable(bytes(files.get(stored).flatten().tolist())))
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
         if scale and prod(checkpoint.tensors[scale].shape) not in (1, *stored.shape[:1]):

@@ -144,6 +144,7 @@ class GGUFTensors:
     """The tensors of a file by name, in fp32; opened and read as `safetensors.safe_open` is."""
 
     STEP = 1 << 22  # numbers dequantised at once: the working copies stay small
+    MOST_READ = 1 << 30  # bytes read through one mapping: until it is gone its pages count as ours
 
     def __init__(self, path: Path, device: str = "cpu"):
         try:
@@ -153,7 +154,7 @@ class GGUFTensors:
             raise K2Error(f"{path} is a GGUF file.", hint='To read it: pip install "k2[gguf]".') from None
         self.gguf, self.numpy, self.device = gguf, numpy, device
         self.header = read_gguf_header(path)
-        self.data = numpy.memmap(path, numpy.uint8, "r")
+        self.path, self.data, self.read = path, numpy.memmap(path, numpy.uint8, "r"), 0
 
     def __enter__(self) -> GGUFTensors:
         return self
@@ -168,6 +169,9 @@ class GGUFTensors:
         numbers, size = BLOCKS[entry["dtype"]]
         kind, step = self.gguf.GGMLQuantizationType[entry["dtype"]], self.STEP // numbers
         begin, end = entry["data_offsets"]
+        if self.read > self.MOST_READ:
+            self.data, self.read = self.numpy.memmap(self.path, self.numpy.uint8, "r"), 0
+        self.read += end - begin
         raw, result = self.data[begin:end], self.numpy.empty(prod(entry["shape"]), self.numpy.float32)
         for block in range(0, len(result) // numbers, step):
             piece = raw[block * size : (block + step) * size]

@@ -24,7 +24,7 @@ from model.headers import AGAIN
 from model.layouts import dit_config, native_names, stored_precision
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
-from model.text_encoder import QWEN3_VL_4B, TextTower
+from model.text_encoder import QWEN3_VL_4B, TextTower, weights_of
 from model.vae import QwenImageVAE, VAEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,8 +44,7 @@ class Parts:
     @property
     def files(self) -> list[Path]:
         """Every weights file, the transformer's first."""
-        text = self.text / "text_encoder" if self.text.is_dir() else self.text
-        paths = [self.dit, text, self.vae, *([self.style] if self.style else [])]
+        paths = [self.dit, weights_of(self.text), self.vae, *([self.style] if self.style else [])]
         return [file for path in paths for file in open_checkpoint(path).files]
 
 
@@ -66,7 +65,7 @@ def find_parts(model: library.Model) -> Parts:
 def numbers_of(parts: Parts) -> Numbers:
     """How many numbers the parts hold, by their headers. Raises K2Error where the transformer is none."""
     dit = native_names(open_checkpoint(parts.dit))
-    text = open_checkpoint(parts.text / "text_encoder" if parts.text.is_dir() else parts.text)
+    text = open_checkpoint(weights_of(parts.text))
     tower = {name: stored for name, stored in text.tensors.items() if "visual." not in name}
     layers = {name: stored for name, stored in tower.items() if ".layers." in f".{name}"}
     rest = [open_checkpoint(path) for path in (parts.vae, parts.style) if path]

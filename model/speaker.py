@@ -16,7 +16,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.parts import DTYPES, pick_device
 from model.plan import SPARE, default_dtype, free_memory
-from model.text_encoder import TextConfig, TextTower, read_tower
+from model.text_encoder import TextConfig, TextTower, read_tower, weights_of
 
 ASKS, ANSWERS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ENDS = ("<|im_end|>", "<|endoftext|>")
@@ -28,16 +28,12 @@ def speaks(path: Path) -> bool:
     """Whether a text encoder, as `Parts.text` names it, has a language side: a Qwen3-VL with its last norm and head."""
     if not path.is_dir():
         return False
-    checkpoint = open_checkpoint(inner(path))
+    checkpoint = open_checkpoint(weights_of(path))
     config, names = checkpoint.config, checkpoint.tensors
     tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
     headed = bool(tied) or any(name.endswith("lm_head.weight") for name in names)
     whole = any(name.endswith("language_model.norm.weight") for name in names)
     return whole and headed and "qwen3_vl" in str(config.get("model_type", ""))
-
-
-def inner(path: Path) -> Path:
-    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
 
 
 class Speaker:
@@ -50,7 +46,7 @@ class Speaker:
     @classmethod
     def load(cls, path: Path, device: str | None = None) -> Speaker:
         """From a text encoder that speaks; layers that do not fit into memory are streamed. Raises K2Error."""
-        place, checkpoint = pick_device(device), open_checkpoint(inner(path))
+        place, checkpoint = pick_device(device), open_checkpoint(weights_of(path))
         config = TextConfig.from_dict(checkpoint.config, taps=(1,))
         dtype = DTYPES[default_dtype(place, config.hidden_size)]
         layers = sum(prod(t.shape) for name, t in checkpoint.tensors.items() if ".layers." in name)

@@ -321,13 +321,17 @@ def read_tower(
     return tower, Tokenizer.from_file(str(tokenizer_file(path)))
 
 
+def weights_of(path: Path) -> Path:
+    """Where the weights of a text encoder lie, which may be named by the pipeline's folder that it is in."""
+    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
+
+
 def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:
     """A tower on the meta device, and the checkpoint that its weights are to come from, by the tower's own names.
 
     path: as of `TextEncoder.load`. Raises K2Error where the tensors are not what the config says.
     """
-    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(weights_of(path))
     config = TextConfig.from_dict(checkpoint.metadata.get("config") or checkpoint.config, taps or stated_taps(path))
     with torch.device("meta"):
         tower = TextTower(config)

@@ -24,7 +24,7 @@ from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import K2Error
 from model.headers import AGAIN
 from model.references import fitting, to_pixels
-from model.text_encoder import Seen, TextEncoder
+from model.text_encoder import Seen, TextEncoder, weights_of
 
 PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who saved them
 PIXELS = 512 * 512  # that a reference is read at
@@ -190,7 +190,7 @@ class VisionTower(nn.Module):
 
 def find_tower(path: Path) -> Checkpoint | None:
     """The files that hold a text encoder's vision tower too; none where there is none, or one without a layer."""
-    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    folder = weights_of(path)
     if not folder.is_dir():
         return None
     checkpoint = open_checkpoint(folder)
