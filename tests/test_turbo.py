@@ -78,7 +78,7 @@ def test_without_guidance_the_teacher_is_its_own_student():
 
 
 def test_strengths_go_through_nothing_at_zero():
-    turbo = stage("trajectory", strengths=(0.0, 0.0))
+    turbo = stage("trajectory", strengths=(0.0, 0.0), untouched=0.0)
     given = batch(0)
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
 
@@ -86,6 +86,15 @@ def test_strengths_go_through_nothing_at_zero():
 
     assert torch.equal(embeds[:, 5:], turbo.teacher.style.null.expand(4, -1, -1, -1))
     assert mask[:, 5:].all() and embeds.shape[1] == mask.shape[1] == 5 + len(turbo.teacher.style.null)
+
+
+def test_untouched_styles_stay_at_full_strength():
+    turbo = stage("trajectory", strengths=(0.0, 0.0), untouched=1.0)
+    tensors = {k: v for k, v in batch(0).items() if isinstance(v, torch.Tensor)}
+
+    embeds, _ = turbo.prompts(tensors, torch.Generator())
+
+    assert torch.equal(embeds[:, 5:], turbo.teacher.style(tensors["references"])[0])
 
 
 def test_the_fake_score_learns_faster_and_a_run_resumes_exactly(tmp_path):

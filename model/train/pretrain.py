@@ -56,6 +56,7 @@ class Recipe(loop.Recipe):
     grounds: float = 1.7  # the same for plain pictures on other grounds
     later: float = 0.0  # how much oftener than the others the subjects marked so come; 0 leaves them out
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
+    said: float = 0.5  # share of the others with style rows whose caption says the look too
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
     align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
@@ -126,7 +127,7 @@ class TrainingSet:
         captions = []
         for index, silent in zip(chosen, null, strict=True):
             # rows that say nothing come with the captions of no rows, so that both mean the same
-            style = not with_reference or silent or rng.random() < 0.5
+            style = not with_reference or silent or rng.random() < recipe.said
             caption = self.catalog.caption(self.items[index], rng, form, style)
             captions.append("" if rng.random() < 0.1 else caption)
         embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)

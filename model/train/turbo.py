@@ -1,8 +1,8 @@
 """The Turbo stage: a recipe's `method` says which half of `model/train/distill.py` it is.
 
 The teacher is a Raw checkpoint with guidance, frozen; the student starts from `init` and never sees guidance again.
-Prompts are those of the train split, with and without style rows, whose strengths are drawn from all that a user may
-turn them to: so the student keeps the teacher's answer to every strength.
+Prompts are those of the train split, with and without style rows, whose strengths are drawn from what a user may turn
+them to: so the student keeps the teacher's answer to every strength.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Recipe(pretrain.Recipe):
     walk_mu: float = 0.5  # shift of their noise levels
     fakes: int = 2  # points of the walk that the fake score learns from, for each one that the student does
     fake_rate: float = 5.0  # learning rate of the fake score, in student's
-    strengths: tuple[float, float] = (-1.0, 1.5)  # of the style rows, where there are any
+    strengths: tuple[float, float] = (-1.0, 1.5)  # of the style rows, where there are any ...
+    untouched: float = 0.5  # ... but for this share of them, which stays at 1, as nearly every style does
     repeats: int = 1
 
     def __post_init__(self) -> None:
@@ -131,6 +132,7 @@ class Turbo(loop.Stage):
         style: StyleEncoder = self.teacher.style
         low, high = self.recipe.strengths
         strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, generator=generator)
+        strength = torch.where(torch.rand(strength.shape, generator=generator) < self.recipe.untouched, 1.0, strength)
         rows = torch.lerp(style.null, style(tensors["references"])[0].float(), strength.to(embeds.device))
         return torch.cat((embeds, rows), 1), nn.functional.pad(mask, (0, rows.shape[1]), value=True)
 
