@@ -8,6 +8,8 @@ import torch
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.train import optim, pretrain
+from model.train.data import Item, Pair
+from model.train.looks import Look
 from model.train.pretrain import Recipe, Run, pad
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
@@ -182,3 +184,13 @@ def test_an_aligned_run_resumes_exactly_and_hands_on_no_head(recipe):
 
     assert again == last
     assert not any(name.startswith("pupil") for name in child.model.state_dict())
+
+
+def test_bare_words_may_mean_looks_of_good_taste_only(recipe):
+    stencil, shaded = (Item(0, Pair("fox", name), Look(name)) for name in ("fluent-emoji-high-contrast", "noto"))
+    grainy = Item(0, Pair("fox", "noto"), Look("noto", "film"))
+    choosy = replace(recipe, unasked=("noto",))
+
+    assert [recipe.form(item, "short") for item in (stencil, shaded, grainy)] == ["short"] * 3
+    assert [choosy.form(item, "short") for item in (stencil, shaded, grainy)] == ["medium", "short", "medium"]
+    assert choosy.form(stencil, "long") == "long"

@@ -57,6 +57,7 @@ class Recipe(loop.Recipe):
     later: float = 0.0  # how much oftener than the others the subjects marked so come; 0 leaves them out
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
     said: float = 0.5  # share of the others with style rows whose caption says the look too
+    unasked: tuple[str, ...] = ()  # drawing sets that bare words may mean, without a medium; empty: any look
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
     style_loss: float = 0.05
     align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
@@ -80,6 +81,11 @@ class Recipe(loop.Recipe):
         if item.look.medium != "plain":
             return share
         return share * (self.white if item.look.ground == "white" else self.grounds)
+
+    def form(self, item: Item, form: str) -> str:
+        """The form of a caption that alone says the look: a look that nobody gets unasked is always asked for."""
+        tasteful = not self.unasked or (item.look.medium == "plain" and item.pair.drawing in self.unasked)
+        return form if tasteful or form != "short" else "medium"
 
 
 class TrainingSet:
@@ -128,7 +134,8 @@ class TrainingSet:
         for index, silent in zip(chosen, null, strict=True):
             # rows that say nothing come with the captions of no rows, so that both mean the same
             style = not with_reference or silent or rng.random() < recipe.said
-            caption = self.catalog.caption(self.items[index], rng, form, style)
+            item = self.items[index]
+            caption = self.catalog.caption(item, rng, recipe.form(item, form) if style else form, style)
             captions.append("" if rng.random() < 0.1 else caption)
         embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)
         latents = self.latents[chosen].float()
