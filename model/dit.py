@@ -230,8 +230,11 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         """x [B, S, D], time_mod [B or 1, 1, 6D], rope [S, 1, d/2, 2], mask [B, 1, 1, S] True = attend -> [B, S, D]."""
         a_scale, a_shift, a_gate, m_scale, m_shift, m_gate = (time_mod + self.mod.lin).chunk(6, -1)
-        x = x + a_gate * self.attn((1 + a_scale) * self.prenorm(x) + a_shift, rope, mask, attend)
-        return x + m_gate * self.mlp((1 + m_scale) * self.postnorm(x) + m_shift)
+        # addcmul(c, a, b) is c + a · b, in one pass over memory instead of two
+        attended = self.attn(torch.addcmul(a_shift, 1 + a_scale, self.prenorm(x)), rope, mask, attend)
+        x = torch.addcmul(x, a_gate, attended)
+        fed = self.mlp(torch.addcmul(m_shift, 1 + m_scale, self.postnorm(x)))
+        return torch.addcmul(x, m_gate, fed)
 
 
 class LastLayer(nn.Module):
