@@ -72,9 +72,11 @@ def expand(
     added: dict[str, str] = {}
     for slot in LOOK:
         if slot in open_slots:
-            choices = {name: told for name, told in words[slot].items() if not clash(told, avoids)}
+            unsuitable = set(words["asked_only"][slot])
             if slot == "medium" and {"ground", "colour"} & decided:  # theirs would be black
-                choices = {name: told for name, told in choices.items() if name not in words["own_ground"]["media"]}
+                unsuitable |= set(words["own_ground"]["media"])
+            offered = {name: told for name, told in words[slot].items() if name not in unsuitable}
+            choices = {name: told for name, told in offered.items() if not clash(told, avoids)}
             if choices:
                 name = pick(sorted(choices), slot, prompt, seed)
                 added[slot] = pick(choices[name], f"{slot} words", prompt, seed)
@@ -100,9 +102,17 @@ def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> 
 
 
 def pick(choices: Sequence[str], slot: str, prompt: str, seed: int) -> str:
-    """One of the choices by a hash: the same in every process, independent from slot to slot."""
-    digest = hashlib.sha256("\0".join((slot, prompt, str(seed))).encode("utf-8", "replace")).digest()
-    return choices[int.from_bytes(digest[:8], "little") % len(choices)]
+    """One of the choices by hashes: the same in every process, independent from slot to slot.
+
+    Each round of as many seeds as there are choices has every choice once, so that a batch repeats none before it must.
+    """
+    which_round, place = divmod(seed, len(choices))
+
+    def key(choice: str) -> bytes:
+        text = "\0".join((slot, prompt, str(which_round), choice))
+        return hashlib.sha256(text.encode("utf-8", "replace")).digest()
+
+    return sorted(choices, key=key)[place]
 
 
 def words_of(text: str) -> list[str]:

@@ -110,9 +110,24 @@ def test_what_the_prompt_names_is_left_alone(prompt, slot):
 def test_dark_media_come_without_a_ground():
     for seed in range(60):
         text = expand(FOX, "high", seed)
-        if mentions([text], ["neon on black", "neon lines", "low-key light"]):
+        if mentions([text], ["low-key light"]):
             assert not mentions([text], ["background", "gradient", "landscape", "floor"])
         assert not mentions([expand("a red fox", "high", seed)], ["neon", "low-key light"])
+
+
+def test_a_batch_repeats_nothing_before_it_must():
+    left_out = [*WORDS["asked_only"]["medium"], *WORDS["own_ground"]["media"]]  # the colour is said: nothing dark
+    media = {name: told for name, told in WORDS["medium"].items() if name not in left_out}
+    for first in range(0, 10 * len(media), len(media)):
+        texts = [expand("a red fox", "high", seed) for seed in range(first, first + len(media))]
+        assert {name for text in texts for name, told in media.items() if mentions([text], told)} == set(media)
+
+
+def test_looks_that_cost_the_subject_come_only_when_asked_for():
+    poor = [word for slot, looks in WORDS["asked_only"].items() for look in looks for word in WORDS[slot][look]]
+    assert "neon on black" in poor and "black ink stencil" in poor
+    for seed in range(200):
+        assert not mentions([expand(FOX, "high", seed)], poor)
 
 
 def test_styles_and_their_pictures_decide_the_look():
