@@ -31,7 +31,7 @@ from model.splice import first_block, guarded, moments, pulled
 
 # At c = 1. More attention ties looks more and lets the leader's content through; with less, eight prompts of a run keep
 # more than a third of the spread that they have by themselves. Damping alone lets twice as many subjects go astray.
-NOISE, PULL, SHARE = 1.0, 0.85, 0.8
+NOISE, PULL, SHARE = 1.0, 0.8, 0.75
 GUARD = "both"  # against the leader's content
 
 
