@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,11 @@ from PIL import Image
 from k2cli import pictures
 from k2cli.console import harmless
 from k2cli.options import to_json
+from model import library
 from model.errors import K2Error
 from model.headers import read_header, read_json
 
+ROOT = Path(__file__).parents[1]
 PATIENCE = 5.0  # seconds, of the processor: others may be at work too
 
 
@@ -134,6 +139,43 @@ class TestLinks:
 
         assert "outside" in result.stderr or "not a picture" in result.stderr or kind == "pipe"
         assert kind == "pipe" or not (folder / "sheet.png").exists()
+
+
+class TestCode:
+    @pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+    @pytest.mark.parametrize("way", ["workers", "ray"])
+    def test_a_project_is_no_place_to_import_from(self, tmp_path, way):
+        """multiprocessing and Ray start interpreters that would look into the current folder first."""
+        for name in ("multiprocessing", "random", "struct", "socket", "torch", "numpy", "model", "k2cli"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit(open('ran', 'a').write(f'{__name__}\\n'))\n")
+        (tmp_path / "k2.toml").write_text(PROJECT.replace("[render]", "[render]\nsize = '64x64'\nsteps = 1"))
+        code = f"import os, sys; sys.path[0] = {str(ROOT)!r}; from k2cli.app import main; main()"
+        environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+        with cluster() if way == "ray" else nullcontext() as address:
+            done = subprocess.run(
+                [sys.executable, "-c", code, "render", "--quiet", f"--{way}", address or "2"],
+                cwd=tmp_path,
+                env=os.environ | environment,
+                capture_output=True,
+                text=True,
+            )
+
+        assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+        assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray cluster of one node on this machine -> its address."""
+    pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        yield nodes.address
+    finally:
+        nodes.shutdown()
 
 
 class TestGlobs:
@@ -310,9 +352,6 @@ class TestPictures:
 
     def test_a_large_one_takes_little_memory(self, tmp_path):
         """In a process of its own, as memory once taken is not always given back."""
-        import subprocess
-        import sys
-
         image = Image.new("RGBA", (8000, 8000), (255, 0, 0, 128))
         image.save(tmp_path / "a.png", compress_level=1)
         code = """if True:
