@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from k2cli import pictures
 from k2cli.console import harmless
@@ -23,6 +24,8 @@ from k2cli.options import to_json
 from model import library
 from model.errors import K2Error
 from model.headers import read_header, read_json
+from model.references import to_pixels
+from model.seeing import read_picture
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 5.0  # seconds, of the processor: others may be at work too
@@ -308,15 +311,36 @@ class TestStyles:
         assert "more than 256 styles at once" in refused()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG that is small on disk."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
     return b"\x89PNG\r\n\x1a\n" + head + data + chunk(b"IEND", b"")
+
+
+def stuffed(kind: str) -> bytes:
+    """A picture, and in its file a great many things that are none, or one large one."""
+    buffer = io.BytesIO()
+    image = Image.new("RGB", (64, 64))
+    if kind in ("segments", "scans"):
+        image.save(buffer, "JPEG", progressive=True)
+        data = buffer.getvalue()
+        if kind == "segments":
+            return data[:2] + b"\xff\xe5\x00\x02" * 16_000_000 + data[2:]
+        last = data[data.rindex(b"\xff\xda") : -2]
+        return data[:-2] + last * 100 + data[-2:]
+    if kind == "xmp":
+        image.save(buffer, "WEBP", xmp=b"<a>" + b"<b/>" * (9 << 20) + b"</a>")
+        return buffer.getvalue()
+    image.save(buffer, "PNG")
+    data = buffer.getvalue()
+    more = {"size": b"", "chunks": chunk(b"teSt", b"") * 5_000_000, "metadata": chunk(b"teSt", bytes(200 << 20))}
+    return data[:33] + more[kind] + data[33:]
 
 
 class TestPictures:
@@ -344,6 +368,42 @@ class TestPictures:
 
         (moody / "k2.toml").write_text(PROJECT + '[moodboard]\nimages = ["a.png"]\n')
         assert "is no picture" in refused()
+
+    @pytest.mark.parametrize("kind", ["size", "chunks", "segments", "scans", "metadata", "xmp"])
+    def test_what_would_keep_a_decoder_busy(self, moody, refused, kind):
+        """Each of them is small in an archive, and Pillow would open it."""
+        (moody / "a.png").write_bytes(stuffed(kind))
+        if kind == "size":
+            with (moody / "a.png").open("ab") as file:
+                file.truncate(1 << 42)
+        style(moody, '[[reference]]\nimage = "a.png"\n')
+
+        assert "is not a picture that can be read" in refused()
+        assert "is not a picture that can be read" in refused("show", "a.png")
+        assert "is not a picture that can be read" in refused("new", "other", "--from", "a.png")
+        for read in (lambda path: to_pixels(path, 64, 64), lambda path: read_picture(path, 64)):
+            with pytest.raises(K2Error):
+                read(moody / "a.png")
+
+    def test_whatever_a_camera_writes_is_a_picture(self, tmp_path):
+        """JPEGs with further ones behind them, progressive ones, animations, metadata of some size."""
+        image = Image.effect_noise((300, 200), 50).convert("RGB")
+        image.save(tmp_path / "mpo.jpg", "MPO", save_all=True, append_images=[image])
+        image.save(tmp_path / "progressive.jpg", progressive=True, comment=b"x" * 60_000)
+        image.save(tmp_path / "moves.webp", save_all=True, append_images=[image.rotate(90)])
+        image.save(tmp_path / "moves.png", save_all=True, append_images=[image.rotate(90)])
+        image.save(tmp_path / "more.webp", xmp=b" " * (1 << 20), icc_profile=bytes(1 << 20))
+        for path in sorted(tmp_path.iterdir()):
+            assert pictures.check_picture(path, "here", path.name) == path.suffix[1:]
+            assert to_pixels(path, 64, 64).std() > 0
+
+    def test_an_animation_is_not_played_for_its_record(self, moody, refused, monkeypatch):
+        """A thousand pictures of 64 megapixels each lie in a file of some megabytes."""
+        frames = [Image.new("L", (64, 64), number) for number in range(3)]
+        frames[0].save(moody / "a.png", save_all=True, append_images=frames[1:])
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("it was decoded"))
+
+        assert "carries no record" in refused("show", "a.png")
 
     def test_a_bomb_is_not_decoded_for_its_record(self, moody, refused):
         (moody / "a.png").write_bytes(bomb(13_000, 13_000))
