@@ -289,6 +289,30 @@ class TestText:
         assert "longer than 20,000 characters" in refused()
 
 
+class TestNumbers:
+    """TOML's whole numbers have 64 bits; Python's have as many as there is room for, and may then not be printed."""
+
+    @pytest.mark.parametrize("number", ["0x" + "f" * 5000, "9" * 400, "-" + "9" * 400])
+    @pytest.mark.parametrize("key", ["seed", "guidance", "mu", "model"])
+    def test_without_end(self, moody, refused, number, key):
+        (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"{key} = {number}"))
+
+        assert "more than 64 bits" in refused()
+
+    @pytest.mark.parametrize(
+        "line", ["x = 0x" + "f" * 5000, "x = " + "9" * 400, "created = 0001-01-01T00:00:00+23:59", "created = 07:32:00"]
+    )
+    def test_in_a_record(self, moody, k2, line):
+        k2("render")
+        record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
+        text = "".join(each for each in record.read_text().splitlines(True) if not each.startswith("created"))
+        record.write_text(f"{line}\n{text}")
+
+        for command in (["log"], ["log", "--json"], ["log", "--since", "1d"], [], ["gallery"]):
+            assert "owl" in k2(*command).stdout or command == ["gallery"]
+        k2("show", record, code=1 if line.startswith("x") else 0)
+
+
 class TestStyles:
     @pytest.fixture
     def thousands(self, moody) -> int:
