@@ -21,6 +21,9 @@ from PIL import Image, PngImagePlugin
 from k2cli import pictures
 from k2cli.console import harmless
 from k2cli.options import to_json
+from k2cli.outputs import dump
+from k2cli.runs import parse_plan
+from k2cli.tables import LIMIT, Toml, loads
 from model import library
 from model.errors import K2Error
 from model.headers import read_header, read_json
@@ -311,6 +314,93 @@ class TestNumbers:
         for command in (["log"], ["log", "--json"], ["log", "--since", "1d"], [], ["gallery"]):
             assert "owl" in k2(*command).stdout or command == ["gallery"]
         k2("show", record, code=1 if line.startswith("x") else 0)
+
+
+class TestChoices:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{a|b}" * 3000, "billions of prompts"),
+            ("{" * 15_000, "braces within braces"),
+            ("{a|" * 5000 + "}" * 5000, "braces within braces"),
+            ("{" + "a|" * 900 + "}" + "long " * 3600, "characters"),
+            ("{" * 900_000, "longer than 20,000 characters"),
+        ],
+        ids=["many", "open", "deep", "long", "endless"],
+    )
+    def test_in_a_prompt(self, moody, refused, text, message):
+        (moody / "k2.toml").write_text(f'[[prompt]]\ntext = "{text}"\n')
+
+        assert message in refused()
+
+    def test_in_many_prompts(self, moody, refused):
+        text = "{" + "|".join("abcdefghijklmnopqrst") + "}" + "long " * 3900
+        (moody / "k2.toml").write_text(f'[[prompt]]\ntext = "{text}"\n' * 45)
+
+        assert "come to more than 10,000,000 characters" in refused()
+
+    def test_in_a_matrix(self, moody, refused):
+        axes = "".join(f"style.s{number} = [0, 1]\n" for number in range(40))
+        (moody / "k2.toml").write_text(f"{PROJECT}[[matrix]]\n{axes}")
+
+        assert "more than 10,000 pictures" in refused()
+
+    def test_more_than_a_plan_can_hold(self, moody, refused):
+        """Ten thousand pictures of a style with a thousand references: each by itself is allowed."""
+        Image.new("RGB", (8, 8)).save(moody / "a.png")
+        for number in range(16):
+            (moody / "styles").mkdir(exist_ok=True)
+            text = f'keywords = ["{number}"]\n' + '[[reference]]\nimage = "a.png"\n' * 64
+            (moody / "styles" / f"s{number}.toml").write_text(text)
+        used = "".join(f"s{number} = 0.1\n" for number in range(16))
+        (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "batch = 1000") + "[style]\n" + used)
+
+        assert "too large to be planned" in refused()
+
+
+class TestPlans:
+    @pytest.fixture
+    def plan(self, moody, k2) -> Path:
+        k2("render")
+        return moody / "outputs" / "0001-fox-and-1-more" / "run.toml"
+
+    @pytest.mark.parametrize(
+        "more",
+        ["[[x]]\n" * 2_000_000, "x = [" + "{}," * 3_000_000 + "]\n", 'x = "' + "\\u0041" * 2_000_000 + '"\n'],
+        ids=["tables", "list", "escapes"],
+    )
+    def test_one_that_takes_long_to_read(self, plan, k2, more):
+        plan.write_text(plan.read_text() + more)
+        started = time.process_time()
+
+        assert "long, and not as k2 wrote it" in k2("render", "--resume", code=1).stderr
+        assert time.process_time() - started < PATIENCE
+
+    def test_a_long_one_of_k2s_own_is_read(self, plan):
+        """Lists, short tables in lists, quotes and escapes, many times over."""
+        table = Toml(plan.read_text(), "plan").table
+        words = ["film grain", 'a "b" = {c}', "tab\there", "é", "[x]"]
+        look = {"name": "x", "strength": -1e-7, "keywords": words, "avoids": [], "reference": [{"image": "a", "x": 1}]}
+        table["picture"] = [each | {"style": [look]} for each in table["picture"] * 2500]
+
+        text = dump(table).decode()
+
+        assert len(text) > LIMIT and parse_plan(text) == loads(text)
+
+    def test_a_sheet_is_not_mostly_blank(self, plan, k2):
+        """Sixty strips of one picture and one of sixty would be a sheet of 3,660 places."""
+        table = Toml(plan.read_text(), "plan").table
+        shots = [
+            {"prompt": {"name": f"p{i}", "text": f"p{i}", "expanded": "x"}, "settings": {"seed": i}} for i in range(60)
+        ]
+        shots += [{"prompt": {"name": "q", "text": "q", "expanded": "x"}, "settings": {"seed": i}} for i in range(60)]
+        plan.write_bytes(dump(table | {"picture": shots, "sheet": {"columns": 1000}}))
+
+        k2("render", "--resume")
+
+        for sheet in plan.parent.glob("sheet*.png"):
+            with Image.open(sheet) as image:
+                assert image.width * image.height < 120_000_000
 
 
 class TestStyles:
