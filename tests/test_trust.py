@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -401,6 +402,56 @@ class TestPlans:
         for sheet in plan.parent.glob("sheet*.png"):
             with Image.open(sheet) as image:
                 assert image.width * image.height < 120_000_000
+
+
+class TestFolders:
+    @pytest.mark.parametrize("name", ["outputs", "outputs/0001", "outputs/0001-fox"])
+    def test_a_pipe_in_their_place(self, moody, k2, name):
+        """In a process of its own, as it would wait for ever."""
+        (moody / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(moody / name)
+        code = "from k2cli.outputs import Run; from pathlib import Path; Run.claim(Path('outputs'), 'x')"
+
+        done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+
+        assert done.returncode == 0 or "K2Error: outputs cannot be written: Not a directory" in done.stderr
+        assert (moody / name).is_fifo()
+
+    def test_a_page_without_end_in_the_place_of_a_gallery(self, moody, k2):
+        k2("render")
+        (moody / "gallery").mkdir()
+        with (moody / "gallery" / "index.html").open("wb") as file:
+            file.truncate(1 << 42)
+
+        assert "no gallery of k2" in k2("gallery", code=1).stderr
+
+    @pytest.mark.parametrize("sign", ["\n", "\t", "\x1b[2J", "\udcff"])
+    def test_names_that_are_no_text(self, moody, k2, sign):
+        """A line break would make two lines of one: in a pipe the second might name anything."""
+        k2("render")
+        folder = moody / "outputs" / "0001-fox-and-1-more"
+        for path in list(folder.glob("fox-7.*")):
+            path.rename(folder / f"fox{sign}7{path.suffix}")
+        shutil.copytree(folder, moody / "outputs" / f"0002-a{sign}")
+
+        assert [line.split("\t")[0] for line in k2("log").stdout.splitlines()] == [
+            f"outputs/{folder.name}/an-owl-at-night-7.png"
+        ]
+        assert k2("gallery").stdout == "gallery/index.html\n"
+        assert sign not in k2().stdout.replace("\n", "") or sign == "\n"
+
+    def test_where_one_stands(self, moody, k2, monkeypatch):
+        hostile = moody.rename(moody.with_name(ESCAPE))
+        monkeypatch.chdir(hostile)
+
+        assert "evil" in k2().stdout and "\x1b" not in k2().stdout and "\x9b" not in k2().stdout
+
+    @pytest.mark.parametrize("sign", ["\x1b[2J", "\udcff"])
+    def test_a_reference_whose_name_no_record_can_hold(self, moody, refused, sign):
+        Image.new("RGB", (64, 64)).save(moody / f"a{sign}.png")
+        style(moody, '[[reference]]\nimage = "*.png"\n')
+
+        assert "control character" in refused()
 
 
 class TestStyles:
