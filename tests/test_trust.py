@@ -625,6 +625,26 @@ class TestWeights:
         with pytest.raises(K2Error):
             read_header(tmp_path / "a.safetensors")
 
+    def test_a_lora_of_absurd_shapes(self, moody, refused):
+        absurd = {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}
+        (moody / "a.safetensors").write_bytes(lora({"blocks.0.attn.wq.lora_A.weight": absurd}, 8))
+        style(moody, 'lora = "a.safetensors"\n')
+        assert "is damaged" in refused()
+
+        (moody / "a.safetensors").write_bytes(lora({"\x1b[2J" * 1_000_000: absurd}, 8))
+        assert len(refused()) < 3000
+
+    def test_a_lora_without_end(self, moody, refused):
+        """The file takes no room on the disk, and less in an archive; its header is right."""
+        whole = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+        head = lora({"blocks.0.attn.wq.lora_A.weight": whole})
+        (moody / "a.safetensors").write_bytes(head)
+        os.truncate(moody / "a.safetensors", len(head) + 2**40)
+        assert read_header(moody / "a.safetensors")
+        style(moody, 'lora = "a.safetensors"\n')
+
+        assert "larger than 4 GB" in refused()
+
     def test_absurd_configs(self):
         """A network is built by its config before its tensors are compared."""
         from model.text_encoder import QWEN3_VL_4B, TextConfig
