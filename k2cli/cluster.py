@@ -6,9 +6,11 @@ name, and a picture made with other weights than the rest ends the run.
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +37,8 @@ class Cluster:
             raise K2Error("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
         self.ray: Any = ray
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            with chdir(os.sep):  # Ray's workers import from the folder that they are asked from: not from a project's
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:  # whatever keeps it from answering
             raise K2Error(f"No Ray cluster answers at {address}: {error}.", hint="Start one with: ray start") from None
         room = ray.cluster_resources()

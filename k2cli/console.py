@@ -15,6 +15,8 @@ from rich.text import Text
 from k2cli.tables import UNPRINTABLE
 from model.errors import K2Error
 
+LONGEST = 2000  # characters of an error
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -29,8 +31,9 @@ def say(text: str, style: str = "") -> None:
 
 
 def show_error(error: K2Error) -> None:
-    """One sentence, and below it what to do."""
-    console.print(Text.assemble(("Error: ", "bold red"), harmless(str(error))), soft_wrap=True)
+    """One sentence, and below it what to do. Names in it are a file's own words: they may be a megabyte long."""
+    said = str(error) if len(str(error)) <= LONGEST else f"{str(error)[:LONGEST]}…"
+    console.print(Text.assemble(("Error: ", "bold red"), harmless(said)), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("Hint:  ", "bold cyan"), harmless(error.hint)), soft_wrap=True)
 

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 QUALITY = 95  # of a JPEG
+MOST_XMP = 4 << 20  # bytes; the record is most of what we write, and as an element a byte becomes twenty
 SEGMENT = 65_000  # bytes that a JPEG has room for in one place
 RECORD = "urn:k2:record"  # the namespace of the record in XMP
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -64,7 +65,9 @@ def with_record(xmp: str, record: str) -> str:
 def record_of(info: Mapping[Any, Any]) -> str | None:
     """The record in the XMP of an opened picture, if it has one."""
     packet = info.get("xmp")
-    if not isinstance(packet, bytes) or b"<!" in packet:  # declarations, which no packet needs, can blow a parser up
+    if not isinstance(packet, bytes) or len(packet) > MOST_XMP:
+        return None
+    if b"<!" in packet:  # declarations, which no packet needs, can blow a parser up
         return None
     try:
         root = ElementTree.fromstring(packet.decode("utf-8").strip("\ufeff\0 \n"))

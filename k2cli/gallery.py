@@ -65,9 +65,15 @@ def check_target(target: Path) -> None:
             raise K2Error(f"{target} is a file.", hint="Choose another folder: --output DIR")
         if not any(target.iterdir()):
             return
-        known = (target / PAGE).is_file() and MARK in (target / PAGE).read_bytes()[:1000]
+        known = (target / PAGE).is_file() and MARK in head(target / PAGE)
     if not known or pictures.is_symlink():
         raise K2Error(f"{target} holds something that is no gallery of k2.", hint="Choose another: --output DIR")
+
+
+def head(path: Path, most: int = 1000) -> bytes:
+    """The beginning of a file."""
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def bring(source: Path, folder: Path, names: Iterable[str]) -> None:

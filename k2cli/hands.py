@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -199,7 +199,8 @@ class Processes:
         ours, theirs = self.context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
         process = self.context.Process(target=work, args=(theirs, held, self.specs, threads), daemon=True)
-        process.start()
+        with installed_modules_only():
+            process.start()
         theirs.close()
         self.hired += 1
         self.hands[self.hired] = process, ours
@@ -229,6 +230,23 @@ class Processes:
             process.join()
             pipe.close()
         self.hands.clear()
+
+
+@contextmanager
+def installed_modules_only() -> Iterator[None]:
+    """Interpreters that start meanwhile look for no module in the current folder: a project there may be a stranger's.
+
+    multiprocessing starts them with `-c`, for which Python would look there first, even for its own modules.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def work(pipe: Connection, held: Held, specs: Sequence[RenderSpec], threads: int) -> None:

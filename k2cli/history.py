@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.outputs import NUMBER, PICTURES, number_of
-from k2cli.tables import DEEP_KEY, LIMIT, UNPRINTABLE
+from k2cli.tables import LIMIT, UNPRINTABLE, loads
 from model.errors import K2Error
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
@@ -26,6 +25,11 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
 KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
+SCALAR = r"""(?:"(?:[^"\\]|\\.)*+"|[-+:. \w]{1,40})"""
+PAIR = KEY.pattern + SCALAR
+PLAIN_LINE = re.compile(  # as `dump` writes them, in whose lists stand scalars or short tables
+    rf"|{HEADER.pattern}|{PAIR}|{KEY.pattern}\[\]?|    {SCALAR},|    {{ {PAIR}(?:, {PAIR}){{0,9}} }},|\]"
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,11 @@ class Made:
 
     @cached_property
     def created(self) -> datetime | None:
+        """When it was made, in UTC."""
         moment = self["created"]
-        if not isinstance(moment, datetime):
+        if not isinstance(moment, datetime) or not 1 < moment.year < 9999:  # no zone may lead out of the calendar
             return None
-        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
     @cached_property
     def styles(self) -> dict[str, float]:
@@ -113,11 +118,15 @@ def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
 
 
 def runs_of(outputs: Path) -> list[Path]:
-    """The folders of all runs, the oldest first. Links are passed over: what they lead to was not made here."""
+    """The folders of all runs, the oldest first. Links are passed over: what they lead to was not made here.
+
+    So are names with control characters, which k2 gives to nothing: a line break would make two lines of one in a pipe.
+    """
     try:
-        found = [path for path in outputs.iterdir() if NUMBER.match(path.name)] if outputs.is_dir() else []
+        names = os.listdir(outputs) if outputs.is_dir() else []
     except OSError as error:
         raise K2Error(f"{outputs} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
+    found = [outputs / name for name in names if NUMBER.match(name) and not UNPRINTABLE.search(name)]
     runs = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(runs, key=lambda run: (number_of(run), run.name))
 
@@ -125,7 +134,8 @@ def runs_of(outputs: Path) -> list[Path]:
 def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:
     """The pictures of one run, as `read` gives them."""
     with os.scandir(run) as entries:
-        names = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        found = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+        names = {name for name in found if not UNPRINTABLE.search(name)}
     pictures = []
     for name in names:
         stem, dot, suffix = name.rpartition(".")
@@ -162,14 +172,12 @@ def parse(text: str) -> dict[str, Any]:
     """What tomllib reads, several times sooner where the text is as `outputs.dump` writes it.
 
     Most lines of a project's records are alike, so every `key = value` is parsed once and remembered. Whatever does
-    not look like that goes to tomllib as a whole. Raises ValueError where it is no TOML.
+    not look like that goes to tomllib as a whole. Raises ValueError, and RecursionError as `loads` does.
     """
     try:
         return parse_lines(text)
     except (ValueError, TypeError, KeyError, AttributeError):
-        if DEEP_KEY.search(text):
-            raise ValueError("nested too deeply") from None
-        return tomllib.loads(text)
+        return loads(text)
 
 
 def parse_lines(text: str) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def parse_lines(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1 << 16)
 def parse_line(line: str) -> tuple[str, Any]:
-    ((key, value),) = tomllib.loads(line).items()
+    ((key, value),) = loads(line).items()
     return key, value
 
 

@@ -176,6 +176,7 @@ def where_am_i() -> str:
     from datetime import UTC, datetime
 
     from k2cli import history
+    from k2cli.console import harmless
     from k2cli.project import Project
     from k2cli.prompts import name_files
 
@@ -208,7 +209,7 @@ def where_am_i() -> str:
         steps |= {"k2 render --dry-run": "what would be made"}
     steps |= {"k2 --help": "everything else"}
     width = max(map(len, steps))
-    return "\n".join(lines + [f"  {step:<{width}}  {what}" for step, what in steps.items()])
+    return harmless("\n".join(lines + [f"  {step:<{width}}  {what}" for step, what in steps.items()]))
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

@@ -18,6 +18,9 @@ from model.errors import K2Error
 from model.expand import LEVELS
 
 MOST = 10_000  # pictures that a run may come to
+MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
+MOST_LETTERS = 10_000_000  # characters that the readings of a project's prompts come to, all together
+DEEPEST = 32  # braces within braces
 AXES: dict[str, tuple[Any, Mapping[str, Any]]] = {  # key -> type and limits, as of [render]
     "seed": (int, {"low": 0, "high": 2**63 - 1}),
     "size": (str, {}),
@@ -48,8 +51,10 @@ class Matrix:
     prompts: Sequence[str] = ()  # names; all where empty
 
     def cells(self, settled: Collection[str] = ()) -> list[Cell]:
-        """Every combination. Axes that the command line has settled are left out."""
+        """Every combination. Axes that the command line has settled are left out. Raises K2Error past MOST."""
         axes = {name: values for name, values in self.axes.items() if name not in settled}
+        if math.prod(map(len, axes.values())) > MOST:
+            raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer axes.")
         return [cell(dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
 
 
@@ -131,11 +136,17 @@ def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
     r"""Every reading of a prompt with choices, and what was chosen in it; the first choice varies slowest.
 
     `a {red|blue} fox` is two prompts. Choices nest, and may be empty. Braces without a | between them are braces, and
-    so are \{ and \}. Raises K2Error where it is more than MOST.
+    so are \{ and \}. Raises K2Error where it is more than MOST, or too long.
     """
+    if len(text) > MOST_WORDS:
+        raise K2Error(f"A prompt is longer than {MOST_WORDS:,} characters: {text[:40]}…", hint="Shorten it.")
     parts = parse(text)
-    if (count := many(parts)) > MOST:
-        raise K2Error(f"A prompt with choices is {count:,} prompts, and {MOST:,} are the most.", hint="Take fewer.")
+    count = many(parts)
+    if count > MOST:
+        told = f"{count:,}" if count < 10**9 else "billions of"
+        raise K2Error(f"A prompt with choices is {told} prompts, and {MOST:,} are the most.", hint="Take fewer.")
+    if count * len(text) > MOST_LETTERS:
+        raise K2Error(f"A prompt with choices comes to {count * len(text):,} characters.", hint="Shorten it.")
     return [(" ".join(said.split()), chosen) for said, chosen in readings(parts)]
 
 
@@ -152,6 +163,8 @@ def parse(text: str) -> list[Any]:
         open_[-1][-1].append(text[end : sign.start()])
         end = sign.end()
         if sign[2] == "{":
+            if len(open_) > DEEPEST:
+                raise K2Error(f"A prompt has more than {DEEPEST} braces within braces.", hint="Close some of them.")
             open_.append([[]])
         elif sign[2] == "|" and len(open_) > 1:
             open_[-1].append([])

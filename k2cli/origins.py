@@ -10,22 +10,27 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image
 
-from k2cli.tables import LIMIT, UNPRINTABLE
+from k2cli.tables import UNPRINTABLE, loads
+from model import picture_file
 from model.errors import K2Error
 
 LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
 WEIGHT = re.compile(r"\(([^()]+):\s*[\d.]+\s*\)")
-FACT = re.compile(r'\s*([\w ./()-]+?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-STEPS_FIRST = re.compile(r"^\s*Steps: \d+", re.MULTILINE)
+FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
+MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
+MOST_SAMPLERS, MOST_LINKS = 100, 2000  # of a graph that are looked at; links that are followed for one value
+MOST_WEIGHTS = 8  # weights within weights
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,12 @@ def read(path: Path) -> Origin:
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+        with picture_file.opened(path) as image:
             said = {str(key): value for key, value in image.info.items()}
-            texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= LIMIT}
+            texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= MOST_SAID}
             comment = read_comment(image.getexif())
             size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises anything over a broken file
         raise K2Error(f"{path} is not a picture that can be read.", hint="PNG, JPEG and WebP can be.") from None
     for found in readings(texts, comment):
         if found.prompt:
@@ -71,7 +76,7 @@ def read_comment(exif: Image.Exif) -> str:
     raw = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
     if isinstance(raw, str):
         return raw
-    if not isinstance(raw, bytes) or len(raw) > LIMIT:
+    if not isinstance(raw, bytes) or len(raw) > 2 * MOST_SAID:
         return ""
     if raw.startswith(b"UNICODE\0"):
         little = raw[8:10] == b"\xff\xfe" or (raw[9:10] == b"\0" and raw[8:9] != b"\0")
@@ -83,7 +88,7 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
     """Every form that is there, the most telling first."""
     if "k2" in texts:
         with suppress(ValueError, RecursionError):
-            yield from of_k2(tomllib.loads(texts["k2"]))
+            yield from of_k2(loads(texts["k2"]))
     for key in ("invokeai_metadata", "sd-metadata"):
         if key in texts:
             yield from of_invoke(table_of(texts[key]))
@@ -175,9 +180,11 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
     def find(value: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
         """The first value of one of these keys at the end of a link, or further up; every node is asked once."""
         seen: set[str] = set()
-        left = [value]
-        while left:
-            value = left.pop(0)
+        left = deque([value])
+        for _ in range(MOST_LINKS):
+            if not left:
+                break
+            value = left.popleft()
             node = linked(value)
             if node is None:
                 if isinstance(value, kind) and not isinstance(value, bool) and value != "":
@@ -186,15 +193,18 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
                 seen.add(node)
                 here = inputs(node)
                 told = [here[key] for key in keys if key in here]
-                left = [*told, *(each for each in here.values() if linked(each)), *left]
+                left.extendleft(reversed([*told, *(each for each in here.values() if linked(each))]))
         return None
 
     loras = any("Lora" in str(node.get("class_type")) for node in graph.values() if isinstance(node, dict))
     said = ("text", "prompt", "string", "value", "text_g", "t5xxl", "clip_l")
-    for node in reversed([key for key, each in graph.items() if isinstance(each, dict)]):
+
+    def samples(node: str) -> bool:
         here = inputs(node)
-        if not {"positive", "guider"} & set(here) or not {"latent_image", "samples", "latent"} & set(here):
-            continue
+        return bool({"positive", "guider"} & set(here) and {"latent_image", "samples", "latent"} & set(here))
+
+    for node in islice(filter(samples, reversed([*graph])), MOST_SAMPLERS):
+        here = inputs(node)
         guider = inputs(linked(here["guider"])) if "guider" in here else here
         start = next(here[key] for key in ("latent_image", "samples", "latent") if key in here)
         table = {
@@ -229,8 +239,8 @@ def tidy(text: Any) -> str:
     if not isinstance(text, str):
         return ""
     text = LORA.sub("", text)
-    while (lighter := WEIGHT.sub(r"\1", text)) != text:
-        text = lighter
+    for _ in range(MOST_WEIGHTS):
+        text = WEIGHT.sub(r"\1", text)
     return plain(text).strip(" ,")
 
 

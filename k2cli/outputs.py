@@ -28,6 +28,7 @@ BLOCKED = ".blocked.toml"
 PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
 PATIENCE = 10.0  # seconds to wait for another process that claims a number
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
+FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe, laid where a folder should be, would wait for ever
 
 
 class Run:
@@ -174,7 +175,7 @@ def clear(outputs: Path) -> None:
     for folder in [path for path in outputs.iterdir() if NUMBER.match(path.name) and not path.is_symlink()]:
         sweep(folder)
         if folder.name.isdigit():
-            with suppress(OSError), opened(folder) as handle:
+            with suppress(OSError), opened(folder, FOLDER) as handle:
                 if set(os.listdir(handle)) <= {RUN} and hold(handle):
                     (folder / RUN).unlink(missing_ok=True)
                     folder.rmdir()
@@ -209,7 +210,7 @@ def alone(folder: Path) -> Iterator[bool]:
         yield False
         return
     deadline = time.monotonic() + PATIENCE
-    with opened(folder) as handle:
+    with opened(folder, FOLDER) as handle:
         while (granted := hold(handle)) is False and time.monotonic() < deadline:
             time.sleep(0.01)
         yield bool(granted)

@@ -6,17 +6,16 @@ import fnmatch
 import glob
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from k2cli.tables import UNPRINTABLE
+from model import picture_file
 from model.errors import K2Error
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 64_000_000  # of a reference
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
@@ -42,6 +41,8 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> lis
     found: set[Path] = set()
     for path in matches(root, pattern, inside, where):
         if path.name.lower().endswith(PICTURES):
+            if UNPRINTABLE.search(path.name):
+                raise K2Error(f"{where}: the name of {path.name} holds a control character.", hint="Rename the file.")
             found.add(inside(os.path.relpath(path, root), where))
             if len(found) > most:
                 raise K2Error(
@@ -100,21 +101,10 @@ def names(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-@contextmanager
-def looking(path: Path) -> Iterator[Image.Image]:
-    """A picture, opened but not decoded. What Pillow warns of, its size and broken tags, is left to whoever looks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
-
-
 def check_picture(path: Path, where: str, label: str) -> str:
     """Refuse what is no picture, without decoding it -> png, jpg or webp, by what is in it."""
     try:
-        if path.exists() and not path.is_file():
-            raise UnidentifiedImageError  # a named pipe, say, which would be waited for
-        with looking(path) as image:
+        with picture_file.opened(path) as image:
             width, height, kind = *image.size, str(image.format)
     except FileNotFoundError:
         raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
@@ -124,7 +114,7 @@ def check_picture(path: Path, where: str, label: str) -> str:
         raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
     if width * height > MOST_PIXELS or min(width, height) < 8:
         raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint="8 pixels to 64 megapixels will do.")
-    return {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
+    return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 
 
 def in_folder(folder: Path) -> list[Path]:

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from k2cli.pictures import MOST_PIXELS
+from model import picture_file
+
 WAYS = ("kitty", "iterm2", "sixel", "blocks", "off")
 WIDEST, TALLEST = 40, 20  # cells that a preview takes at most
 CELL = (8, 16)  # pixels of a cell, where the terminal does not say
@@ -32,8 +35,10 @@ def preview(path: Path) -> None:
     way = choose(os.environ, draws_sixels)
     if way == "off":
         return
-    with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+    with suppress(Exception):  # Pillow raises anything over a broken file
+        with picture_file.opened(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                return
             drawn = draw(image.convert("RGB"), way, os.environ)
         sys.stdout.write(drawn + "\n")
         sys.stdout.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import groupby
@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from k2cli import models, moodboard
 from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
-from k2cli.matrix import AXES, MOST, Cell, Matrix, escape, read_matrices
+from k2cli.matrix import AXES, MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices
 from k2cli.outputs import writing
 from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
@@ -38,8 +38,8 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style, tied
 
 FILE = "k2.toml"
+MOST_PLAN = 32 << 20  # bytes of a run.toml
 LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
-MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
 SCOPES = ("prompt", "run")
 
 TEMPLATE = """\
@@ -321,6 +321,7 @@ class Project:
         settled |= {f"style.{name}" for name in styles or {}}
         looks = cache_looks(self, settings, styles or {})
         shots: list[Shot] = []
+        letters = 0
         numbers: Counter[str] = Counter()
         for matrix in matrices or (None,):
             cells = matrix.cells(settled) if matrix else [Cell()]
@@ -332,15 +333,17 @@ class Project:
                     numbers[stem] += 1
                     called = f"{stem}-{numbers[stem]:02}" if matrix else name
                     made = replace(prompt, **cell.prompt)
-                    shots += self.series(made, called, replace(settings, **cell.settings), looks(cell.styles), cell)
+                    series = self.series(made, called, replace(settings, **cell.settings), looks(cell.styles), cell)
+                    shots += series
+                    letters += len(series) * weigh(series[0])
                 if len(shots) > MOST:
                     raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
+                if letters > MOST_PLAN:
+                    raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
         batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
         return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
 
-    def series(
-        self, prompt: Prompt, name: str, settings: Settings, looks: tuple[Style, ...], cell: Cell
-    ) -> Iterator[Shot]:
+    def series(self, prompt: Prompt, name: str, settings: Settings, looks: tuple[Style, ...], cell: Cell) -> list[Shot]:
         """One prompt's pictures, seed by seed."""
         place = Place(self.toml, ("render",))
 
@@ -375,11 +378,16 @@ class Project:
         )
         row = " · ".join(filter(None, [prompt.text, cell.row])) if cell.row else ""
         expand = expander(settings.model, settings.creativity, settings.device)
+        shots: list[Shot] = []
+        whole: dict[str, str] = {}  # a long prompt is kept once, and not once for every seed
         for n in range(seed, seed + batch):
             led = expand(prompt.text, settings.creativity, n, styles=tuple(joined), avoids=tuple(avoids), look=shown)
-            made = replace(spec, seed=n, prompt=", ".join([led, *joined]))
+            made = replace(spec, seed=n, prompt=whole.setdefault(led, ", ".join([led, *joined])))
             caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
-            yield Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity, settings.format)
+            shots.append(
+                Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity, settings.format)
+            )
+        return shots
 
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""
@@ -403,6 +411,19 @@ class Head:
     """[project]"""
 
     name: str = ""
+
+
+def weigh(shot: Shot) -> int:
+    """At least so many characters is a picture in the plan of its run; a reference is its path and its hash."""
+    styles = shot.spec.styles
+    spoken = sum(len(word) for style in styles for word in (*style.keywords, *style.avoids))
+    return (
+        len(shot.given)
+        + len(shot.spec.prompt)
+        + len(shot.spec.negative)
+        + spoken
+        + 100 * sum(1 + len(style.references) for style in styles)
+    )
 
 
 def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:

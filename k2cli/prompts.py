@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from k2cli.matrix import variants
+from k2cli.matrix import MOST_LETTERS, variants
 from k2cli.sizes import parse_size
 from k2cli.tables import Place, between, check_name, read_table
 from model.errors import K2Error
@@ -57,13 +57,16 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
 
     A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
     """
-    found, known, count = [], [], 0
+    found, known, count, letters = [], [], 0, 0
     last: dict[str, int] = {}  # stem -> the number that was given last
     for prompt, base in name_files(prompts):
         known.append((prompt, base, variants(prompt.text)))
         count += len(known[-1][2])
+        letters += len(known[-1][2]) * len(prompt.text)
         if count > MOST_PROMPTS:
             raise K2Error(f"With their choices those are more than {MOST_PROMPTS:,} prompts.", hint="Take fewer.")
+        if letters > MOST_LETTERS:
+            raise K2Error(f"The prompts come to more than {MOST_LETTERS:,} characters.", hint="Take fewer.")
     taken = {base.casefold() for _, base, read in known if not read[0][1]}
     for prompt, base, read in known:
         for text, chosen in read:

@@ -23,9 +23,10 @@ from PIL import Image, PngImagePlugin
 
 from k2cli import formats, models
 from k2cli.outputs import dump
-from k2cli.pictures import MOST_PIXELS, looking
+from k2cli.pictures import MOST_PIXELS
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
+from model import picture_file
 from model.errors import K2Error
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, METHODS, TILES, Leader, Picture, Reference, RenderSpec, Style
@@ -271,11 +272,13 @@ def read(path: Path) -> Toml:
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
-        with looking(path) as image:
+        with picture_file.opened(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError
-            png = isinstance(image, PngImagePlugin.PngImageFile)
-            text = image.text.get("k2") if png else formats.record_of(image.info)  # type: ignore[attr-defined]
+            text = image.info.get("k2") if image.format == "PNG" else formats.record_of(image.info)
+            if text is None and image.format == "PNG" and not getattr(image, "is_animated", False):
+                image.load()  # texts may also stand behind the picture; of an animation that is every frame
+                text = image.info.get("k2")
     except Exception:  # Pillow raises anything over a broken file
         raise K2Error(
             f"{path} is not a picture that can be read.", hint="Name a picture that k2 made, or its record."

@@ -12,16 +12,18 @@ from typing import Any
 from k2cli import models, records
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, load, make_here, spread
+from k2cli.history import PLAIN_LINE, parse_lines
 from k2cli.outputs import RUN, Run, dump, undisturbed, write
 from k2cli.pictures import check_picture
-from k2cli.project import Project, Shot
+from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.sheet import Entry, contact_sheets
-from k2cli.tables import Place, Toml, between, read_table
+from k2cli.tables import LIMIT, Place, Toml, between, loads, read_table
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
 SHEET = "sheet.png"
-MOST_PLAN = 32 << 20  # bytes of a run.toml
+MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # lines of a run.toml; those that are unlike all others
+MOST_ESCAPES = 1_000_000  # in its texts
 Hire = Callable[[Sequence[RenderSpec]], Crew]
 
 
@@ -166,6 +168,22 @@ def plan(job: Job) -> dict[str, Any]:
     }
 
 
+def parse_plan(text: str) -> dict[str, Any]:
+    """A run.toml. One longer than hands write must look as `dump` writes it, which is read many times sooner than TOML
+    at its most intricate. Raises ValueError, and RecursionError as `loads` does."""
+    if len(text) <= LIMIT:
+        return loads(text)
+    lines = text.split("\n")
+    distinct = set(lines)
+    fits = len(lines) <= MOST_LINES and len(distinct) <= MOST_DISTINCT and text.count("\\") <= MOST_ESCAPES
+    if not fits or not all(map(PLAIN_LINE.fullmatch, distinct)):
+        raise ValueError("it is long, and not as k2 wrote it")
+    try:
+        return parse_lines(text)
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("it is long, and not as k2 wrote it") from None
+
+
 def resume(project: Project, number: int | None = None) -> Job:
     """The last run of a project, or that of a number, as it was planned.
 
@@ -176,7 +194,7 @@ def resume(project: Project, number: int | None = None) -> Job:
         which = "run" if number is None else f"run {number:04d}"
         raise K2Error(f"{project.name} has no {which} to go on with.", hint="Start one with: k2 render")
     project.inside(run.folder)
-    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN)
+    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_plan)
     place = Place(toml)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
         raise K2Error(

@@ -20,6 +20,7 @@ TITLE, LABEL, CAPTION = 26, 16, 13  # px of type
 CELL = range(192, 321)  # px that the longer side of a picture is shown at
 PER_SHEET = 48  # pictures; longer runs get several sheets, so that what a run holds does not grow with its length
 PER_GRID = 120  # where the columns are told: a sweep is one sheet
+MOST_CELLS = 1000  # of a sheet, blank ones included; at 320 pixels they are a third of a gigabyte
 WIDER = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf")
 SIGNS = str.maketrans(
     {"–": "-", "—": "-", "−": "-", "×": "x", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "œ": "oe", "æ": "ae"}
@@ -42,13 +43,26 @@ class Entry:
 def contact_sheets(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Iterator[bytes]:
-    """PNGs of all entries in their order, at most PER_SHEET pictures on each, or PER_GRID in told columns."""
-    most = PER_GRID if columns else PER_SHEET
-    for start in range(0, len(entries), most):
-        buffer = io.BytesIO()
+    """PNGs of all entries in their order, at most PER_SHEET pictures on each, or PER_GRID in told columns.
+
+    There are fewer on a sheet where one long strip would leave most of a large sheet blank.
+    """
+    most, start = PER_GRID if columns else PER_SHEET, 0
+    while start < len(entries):
         part = entries[start : start + most]
+        while len(part) > 1 and cells_of(part, columns) > MOST_CELLS:
+            part = part[: len(part) // 2]
+        start += len(part)
+        buffer = io.BytesIO()
         contact_sheet(part, title, subtitle, columns=columns, centred=centred).save(buffer, "PNG", optimize=True)
         yield buffer.getvalue()
+
+
+def cells_of(entries: Sequence[Entry], columns: int | None) -> int:
+    """How many pictures a sheet of these has room for, blank places included."""
+    strips = [len(list(strip)) for _, strip in groupby(entries, key=lambda entry: entry.label)]
+    across = min(columns or 1, len(strips))
+    return max(strips) * across * math.ceil(len(strips) / across)
 
 
 def contact_sheet(
@@ -76,7 +90,8 @@ def contact_sheet(
             2 * MARGIN + head + rows * strip_height + (rows - 1) * BETWEEN,
         )
 
-    columns = columns or min(range(1, len(strips) + 1), key=lambda n: abs(math.log(extent(n)[0] / extent(n)[1] / 1.4)))
+    best = min(range(1, len(strips) + 1), key=lambda n: abs(math.log(extent(n)[0] / extent(n)[1] / 1.4)))
+    columns = min(columns or best, len(strips))
     sheet = Image.new("RGB", extent(columns), PAPER)
     draw = ImageDraw.Draw(sheet)
     width = sheet.width - 2 * MARGIN

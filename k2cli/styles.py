@@ -27,10 +27,12 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
+from model.headers import read_header
 from model.spec import METHODS, Reference, Style
 
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
 MOST_MIXES = 16  # styles that mix styles that mix styles …
+MOST_LORA = 4 << 30  # bytes of a file, which is hashed when a run is planned: in seconds, if it must be
 MOST_STYLES = 256  # that a picture's styles come from, mixes taken apart
 
 
@@ -143,10 +145,13 @@ class Styles:
         return path
 
     def adapter(self, file: str, where: str) -> Path:
-        """A LoRA's file; what it holds is the model's business."""
+        """A LoRA's file, its header checked; whether it fits is the model's business."""
         path = self.inside(file, where)
         if not path.is_file():
             raise K2Error(f"{where}: there is no file {file}.", hint="Paths are relative to the project.")
+        if path.stat().st_size > MOST_LORA:
+            raise K2Error(f"{where}: {file} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
+        read_header(path)
         return path
 
     def pictures(self, pattern: str, where: str) -> list[Path]:

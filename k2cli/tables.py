@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,7 +30,9 @@ KINDS = {
     dict: "a table",
     list: "a list",
 }
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+UNPRINTABLE = re.compile(  # what terminals obey; and surrogates, as which Python keeps bytes of a name that are no text
+    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 T = TypeVar("T")
 
@@ -71,22 +73,43 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
+def loads(text: str) -> dict[str, Any]:
+    """The table of a TOML text from anybody. Raises ValueError, and RecursionError where it is nested absurdly."""
+    if DEEP_KEY.search(text):
+        raise RecursionError
+    table = tomllib.loads(text)
+    check_numbers(table)
+    return table
+
+
+def check_numbers(value: Any) -> None:
+    """Refuse whole numbers beyond TOML's 64 bits: Python takes a megabyte of hexadecimal digits for one, and no float
+    can hold it, nor may it be printed. Raises ValueError."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("a whole number has more than 64 bits")
+
+
 class Toml:
     """A parsed TOML text that can say where a key stands. `label` is what messages call it."""
 
-    def __init__(self, text: str, label: str):
+    def __init__(self, text: str, label: str, parse: Callable[[str], dict[str, Any]] = loads):
         self.text, self.label = text, label
         try:
-            if DEEP_KEY.search(text):
-                raise RecursionError
-            self.table: dict[str, Any] = tomllib.loads(text)
+            self.table = parse(text)
         except RecursionError:
             raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
         except ValueError as error:  # tomllib's own is one
             raise K2Error(f"{label} is not valid TOML: {UNPRINTABLE.sub('?', str(error))}.") from None
 
     @classmethod
-    def read(cls, path: Path, label: str, limit: int = LIMIT) -> Toml:
+    def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
         try:
             with open_file(path) as file:
                 content = file.read(limit + 1)
@@ -94,7 +117,7 @@ class Toml:
                 raise K2Error(
                     f"{label} is larger than {limit >> 20} MB.", hint="Is it the right file? No hand writes that much."
                 )
-            return cls(content.decode(), label)
+            return cls(content.decode(), label, parse)
         except FileNotFoundError:
             raise K2Error(f"There is no {label}.", hint="Check the name.") from None
         except OSError as error:

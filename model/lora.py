@@ -56,6 +56,7 @@ OTHER_MODELS = {  # whose layers are called so; the first that fits
     r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
 }
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
+MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
 ON_RAW = "Give a LoRA that was trained on Krea 2."
 
 
@@ -98,6 +99,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     file = weights_file(Path(path))
     checkpoint = open_checkpoint(file)
     refuse_others(file, checkpoint.tensors)
+    refuse_giants(file, network)
     halves, alphas = sort_out(file, dict(checkpoint.read()))
     spellings = layer_names(network)
     known = {module: spellings.get(bare(module)) for module in halves}
@@ -201,6 +203,13 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
         raise K2Error(f"{path} is no LoRA: it holds {some(sorted(names)) or 'nothing'}.", hint=ON_RAW)
 
 
+def refuse_giants(path: Path, network: Krea2) -> None:
+    """Raises K2Error, before it is read, for a file of more than any LoRA of this network can hold in fp32."""
+    most = MOST_BESIDE + 8 * sum(weight.numel() for weight in network.parameters())  # a rank is the width at most
+    if path.stat().st_size > most:
+        raise K2Error(f"{path} is larger than a LoRA of this network can be.", hint=ON_RAW)
+
+
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
     """Module -> its two halves, {"down": …, "up": …}; module -> alpha, where it is stated. Raises K2Error."""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -280,6 +289,6 @@ def peft_settings(path: Path) -> PeftSettings:
         numbers = [*alphas.values(), 0.0 if alpha is None else float(alpha)]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("an alpha that is no number")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
     return PeftSettings(None if alpha is None else float(alpha), alphas, bool(stated.get("use_rslora")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from model import picture_file
 from model.errors import K2Error
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 LEAST_SIDE, MOST_PIXELS = 8, 1 << 26
 STRIP = 512  # rows
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on the picture lies on its side
@@ -53,10 +52,8 @@ def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
 def opened(path: Path) -> Iterator[Image.Image]:
     """A picture. Raises K2Error whatever goes wrong within the context: Pillow raises anything over a broken one."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes and of tags; what matters of either is seen to here
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+        with picture_file.opened(path) as image:
+            yield image
     except K2Error:
         raise
     except Exception as error:

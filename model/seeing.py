@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -12,15 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from model import library
+from model import library, picture_file
 from model.checkpoint import open_checkpoint
 from model.errors import K2Error
 from model.parts import helpers, load_style, load_vae, sha256
-from model.references import FORMATS, LEAST_SIDE, MOST_PIXELS, in_eight_bits
+from model.references import LEAST_SIDE, MOST_PIXELS, in_eight_bits
 from model.style import StyleEncoder
 from model.words import Words
 
 Pixels = NDArray[np.uint8]  # RGB [S, S, 3]
+LARGE = 1 << 24  # pixels from which pictures are decoded one after another: each may take half a gigabyte
+one_at_a_time = Lock()
 
 
 class Eye:
@@ -58,14 +62,16 @@ def read_picture(path: Path, side: int) -> Pixels:
     JPEGs are decoded at a fraction of their size where that is enough: a board may hold hundreds of photographs.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        picture_file.check(path)
+        with Image.open(path, formats=picture_file.FORMATS) as image:
             if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
                 raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")
             image.draft("RGB", (2 * side, 2 * side))
-            upright = in_eight_bits(ImageOps.exif_transpose(image))
-            if upright.mode not in ("RGB", "RGBA"):
-                upright = upright.convert("RGBA")
-            small = ImageOps.fit(upright, (side, side)).convert("RGBA")
+            with one_at_a_time if image.width * image.height > LARGE else nullcontext():
+                upright = in_eight_bits(ImageOps.exif_transpose(image))
+                if upright.mode not in ("RGB", "RGBA"):
+                    upright = upright.convert("RGBA")
+                small = ImageOps.fit(upright, (side, side)).convert("RGBA")
     except K2Error:
         raise
     except Exception:  # Pillow's decoders raise anything over a broken file

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,18 +34,76 @@ from model.references import fitting, to_pixels
 from model.spec import Picture, RenderSpec
 
 PATIENCE = 5.0  # seconds of the processor
+ROOM = 1 << 30  # bytes beyond what the process holds when a case begins
+PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 here makes the peak of what is resident begin anew
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+class Exceeded(BaseException):
+    """Not an Exception: readers of pictures turn those into K2Errors, a failing assert and a MemoryError too."""
 
 
 @contextmanager
 def nothing_but_k2_errors() -> Iterator[None]:
-    """And soon."""
+    """And soon, and in little room."""
+
+    def alarm(number: int, frame: object) -> None:
+        raise Exceeded(f"{PATIENCE:g} seconds")
+
+    before = signal.signal(signal.SIGPROF, alarm)
     started = time.process_time()
+    held = peak(anew=True)
+    signal.setitimer(signal.ITIMER_PROF, PATIENCE)  # counts the processor's time; others may be at work too
     try:
         yield
     except K2Error as error:
         assert str(error)
-    assert time.process_time() - started < PATIENCE
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        taken = peak() - held
+    if time.process_time() - started > PATIENCE:  # in one call of C code no alarm is heard before its end
+        raise Exceeded(f"{PATIENCE:g} seconds")
+    if taken > ROOM:
+        raise Exceeded(f"{taken >> 20} MiB")
+
+
+def peak(anew: bool = False) -> int:
+    """The most bytes that were resident at a time, by the kernel's own count; since now on, if anew."""
+    if not os.access(PEAK, os.W_OK):
+        return 0
+    if anew:
+        PEAK.write_text("5")
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+
+class TestTheBoundsThemselves:
+    @pytest.mark.skipif(not os.access(PEAK, os.W_OK), reason="this system does not count peaks of memory anew")
+    def test_of_memory(self):
+        """What is taken and given back before the end counts, and so does what ends in an error."""
+        with nothing_but_k2_errors():
+            assert bytearray(b"x") * (ROOM // 2)
+        with pytest.raises(Exceeded, match="MiB"), nothing_but_k2_errors():
+            assert bytearray(b"x") * (ROOM + (64 << 20))
+            raise K2Error("too late")
+        with nothing_but_k2_errors():  # the peak before is forgotten
+            pass
+
+    def test_of_time(self, monkeypatch):
+        monkeypatch.setitem(globals(), "PATIENCE", 0.2)
+        with pytest.raises(Exceeded, match="seconds"), nothing_but_k2_errors():
+            while True:
+                with suppress(Exception):
+                    time.monotonic()
+        with pytest.raises(Exceeded, match="seconds"), nothing_but_k2_errors():
+            sum(bytes(200_000_000))
+            raise K2Error("too late")
+
+    def test_of_errors(self):
+        with nothing_but_k2_errors():
+            raise K2Error("so be it")
+        with pytest.raises(ValueError), nothing_but_k2_errors():
+            raise ValueError
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
@@ -72,6 +132,23 @@ values = st.recursive(
 )
 
 
+PIECES = [
+    b"[",
+    b"]]",
+    b'"',
+    b"=",
+    b"\n",
+    b"-",
+    b"1e999",
+    b"{}",
+    b"9" * 400,
+    b"0x" + b"f" * 5000,
+    b"{a|b}" * 9,
+    b"{" * 99,
+]
+PIECES += [b"0001-01-01T00:00:00+23:59", b"9999-12-31T23:59:59-23:59", b"nan", b"\\ud800", b"\\u001b[2J", b"a." * 20]
+
+
 def mangled(text: str) -> st.SearchStrategy[bytes]:
     """A file that was right, with a piece taken out, put in, or put twice; as likely a line as anything."""
     raw = text.encode()
@@ -82,7 +159,7 @@ def mangled(text: str) -> st.SearchStrategy[bytes]:
         for _ in range(draw(st.integers(1, 3))):
             begin = draw(st.integers(0, len(data)))
             end = min(len(data), begin + draw(st.integers(0, 40)))
-            new = draw(st.binary(max_size=8) | st.sampled_from([b"[", b"]]", b'"', b"=", b"\n", b"-", b"1e999", b"{}"]))
+            new = draw(st.binary(max_size=8) | st.sampled_from(PIECES))
             data = data[:begin] + new + draw(st.sampled_from([b"", data[begin:end]])) + data[end:]
         return data
 

@@ -14,6 +14,7 @@ from test_dit import inputs, random_model, reference, relative_error
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor, nn
 
+from model import lora
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import position_ids
@@ -368,7 +369,20 @@ def test_numbers_that_are_none(tmp_path, model, value):
     assert "NaN or infinite" in refused(tmp_path, model, state)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"lora_alpha": "much"}', '{"lora_alpha": NaN}', "[" * 100_000])
+def test_larger_than_any_of_this_network(tmp_path, model, monkeypatch):
+    """It is told by the file's size, before a tensor is read."""
+    path = write(tmp_path, {"blocks.0.attn.wq.lora_A.weight": torch.ones(4, 64)})
+    monkeypatch.setattr(lora, "MOST_BESIDE", -8 * sum(weight.numel() for weight in model.parameters()))
+    monkeypatch.setattr(lora, "sort_out", lambda *read: pytest.fail("it was read"))
+
+    with pytest.raises(K2Error, match="larger than a LoRA of this network"):
+        read_lora(path, model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", '{"lora_alpha": "much"}', '{"lora_alpha": NaN}', f'{{"lora_alpha": {"9" * 400}}}', "[" * 100_000],
+)
 def test_settings_that_cannot_be_read(tmp_path, model, text):
     assert "settings" in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=text)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,51 @@ def test_whatever_stands_in_a_picture_it_is_only_read(graph, table, text):
 
     for found in origins.readings(texts, text):
         tomllib.loads(origins.project_text("x", origins.name([found])))
+
+
+def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
+    """JSON can say them, and no file can hold them."""
+    monkeypatch.chdir(tmp_path)
+    said = json.dumps({"positive_prompt": "a red\ud800 fox", "model": "\udfff", "width": 64, "height": 64})
+    png(tmp_path / "a.png", invokeai_metadata=said)
+
+    k2("new", "made", "--from", "a.png")
+
+    assert Project.open(tmp_path / "made").prompts[0].text == "a red fox"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"k2": "a." * 400_000 + "a = 1\n"},
+        {"parameters": "\n" * 900_000},
+        {"parameters": "Steps: 1, " + "a" * 900_000},
+        {"parameters": "Steps: 1, " + " " * 900_000},
+        {"parameters": "Steps: 1, " + 'a:"' * 300_000},
+        {"parameters": "(" * 150_000 + "a" + ":1)" * 150_000},
+        {"parameters": "<lora:" * 150_000},
+        {"prompt": json.dumps({"0": {"inputs": {f"x{i}": ["0", 0] for i in range(60_000)}}})},
+        {
+            "prompt": json.dumps(
+                {str(i): {"inputs": {"positive": [str(i + 1), 0], "samples": [str(i + 1), 0]}} for i in range(12_000)}
+            )
+        },
+        {
+            "prompt": json.dumps(
+                {"0": {"inputs": {"positive": ["1", 0], "samples": ["1", 0]}}}
+                | {"1": {"inputs": {f"{i}": [str(i), 0] for i in range(20_000)}}}
+                | {str(i): {"inputs": {"a": [str(i + 1), 0]}} for i in range(2, 12_000)}
+            )
+        },
+        {"prompt": "[" * 500_000},
+        {"prompt": '{"a": ' * 150_000},
+    ],
+    ids=["key", "lines", "fact", "spaces", "quotes", "weights", "loras", "links", "samplers", "fan", "lists", "tables"],
+)
+def test_what_would_take_long_to_read(tmp_path, texts):
+    """Each within what Pillow lets a text be: a megabyte."""
+    path = png(tmp_path / "a.png", **texts)
+    started = time.process_time()
+    with suppress(K2Error):
+        origins.read(path)
+    assert time.process_time() - started < 5

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, write_weights
 from PIL import Image
 
 from k2cli.project import Project
@@ -57,7 +57,7 @@ def test_words_join_the_prompt_and_pictures_become_references(styled):
 
 
 def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
-    (styled / "ink.safetensors").write_bytes(b"x")
+    write_weights(styled / "ink.safetensors", {})
     write(styled, "ink", 'lora = "ink.safetensors"\ntriggers = ["in the inkk style"]\nkeywords = ["bold"]\n')
 
     up, down = resolve(styled, ink=0.8), resolve(styled, ink=-0.8)

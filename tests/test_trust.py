@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from k2cli import pictures
 from k2cli.console import harmless
 from k2cli.options import to_json
+from k2cli.outputs import dump
+from k2cli.runs import parse_plan
+from k2cli.tables import LIMIT, Toml, loads
+from model import library
 from model.errors import K2Error
 from model.headers import read_header, read_json
+from model.references import to_pixels
+from model.seeing import read_picture
 
+ROOT = Path(__file__).parents[1]
 PATIENCE = 5.0  # seconds, of the processor: others may be at work too
 
 
@@ -136,6 +148,43 @@ class TestLinks:
         assert kind == "pipe" or not (folder / "sheet.png").exists()
 
 
+class TestCode:
+    @pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+    @pytest.mark.parametrize("way", ["workers", "ray"])
+    def test_a_project_is_no_place_to_import_from(self, tmp_path, way):
+        """multiprocessing and Ray start interpreters that would look into the current folder first."""
+        for name in ("multiprocessing", "random", "struct", "socket", "torch", "numpy", "model", "k2cli"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit(open('ran', 'a').write(f'{__name__}\\n'))\n")
+        (tmp_path / "k2.toml").write_text(PROJECT.replace("[render]", "[render]\nsize = '64x64'\nsteps = 1"))
+        code = f"import os, sys; sys.path[0] = {str(ROOT)!r}; from k2cli.app import main; main()"
+        environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+        with cluster() if way == "ray" else nullcontext() as address:
+            done = subprocess.run(
+                [sys.executable, "-c", code, "render", "--quiet", f"--{way}", address or "2"],
+                cwd=tmp_path,
+                env=os.environ | environment,
+                capture_output=True,
+                text=True,
+            )
+
+        assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+        assert done.returncode == 0 and len(done.stdout.splitlines()) == 2, done.stderr
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray cluster of one node on this machine -> its address."""
+    pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        yield nodes.address
+    finally:
+        nodes.shutdown()
+
+
 class TestGlobs:
     @pytest.mark.parametrize("pattern", ["refs/**/*.png", "refs/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*/*.png"])
     def test_links_in_circles_are_walked_once(self, moody, k2, refused, pattern):
@@ -244,6 +293,167 @@ class TestText:
         assert "longer than 20,000 characters" in refused()
 
 
+class TestNumbers:
+    """TOML's whole numbers have 64 bits; Python's have as many as there is room for, and may then not be printed."""
+
+    @pytest.mark.parametrize("number", ["0x" + "f" * 5000, "9" * 400, "-" + "9" * 400])
+    @pytest.mark.parametrize("key", ["seed", "guidance", "mu", "model"])
+    def test_without_end(self, moody, refused, number, key):
+        (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"{key} = {number}"))
+
+        assert "more than 64 bits" in refused()
+
+    @pytest.mark.parametrize(
+        "line", ["x = 0x" + "f" * 5000, "x = " + "9" * 400, "created = 0001-01-01T00:00:00+23:59", "created = 07:32:00"]
+    )
+    def test_in_a_record(self, moody, k2, line):
+        k2("render")
+        record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
+        text = "".join(each for each in record.read_text().splitlines(True) if not each.startswith("created"))
+        record.write_text(f"{line}\n{text}")
+
+        for command in (["log"], ["log", "--json"], ["log", "--since", "1d"], [], ["gallery"]):
+            assert "owl" in k2(*command).stdout or command == ["gallery"]
+        k2("show", record, code=1 if line.startswith("x") else 0)
+
+
+class TestChoices:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{a|b}" * 3000, "billions of prompts"),
+            ("{" * 15_000, "braces within braces"),
+            ("{a|" * 5000 + "}" * 5000, "braces within braces"),
+            ("{" + "a|" * 900 + "}" + "long " * 3600, "characters"),
+            ("{" * 900_000, "longer than 20,000 characters"),
+        ],
+        ids=["many", "open", "deep", "long", "endless"],
+    )
+    def test_in_a_prompt(self, moody, refused, text, message):
+        (moody / "k2.toml").write_text(f'[[prompt]]\ntext = "{text}"\n')
+
+        assert message in refused()
+
+    def test_in_many_prompts(self, moody, refused):
+        text = "{" + "|".join("abcdefghijklmnopqrst") + "}" + "long " * 3900
+        (moody / "k2.toml").write_text(f'[[prompt]]\ntext = "{text}"\n' * 45)
+
+        assert "come to more than 10,000,000 characters" in refused()
+
+    def test_in_a_matrix(self, moody, refused):
+        axes = "".join(f"style.s{number} = [0, 1]\n" for number in range(40))
+        (moody / "k2.toml").write_text(f"{PROJECT}[[matrix]]\n{axes}")
+
+        assert "more than 10,000 pictures" in refused()
+
+    def test_more_than_a_plan_can_hold(self, moody, refused):
+        """Ten thousand pictures of a style with a thousand references: each by itself is allowed."""
+        Image.new("RGB", (8, 8)).save(moody / "a.png")
+        for number in range(16):
+            (moody / "styles").mkdir(exist_ok=True)
+            text = f'keywords = ["{number}"]\n' + '[[reference]]\nimage = "a.png"\n' * 64
+            (moody / "styles" / f"s{number}.toml").write_text(text)
+        used = "".join(f"s{number} = 0.1\n" for number in range(16))
+        (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "batch = 1000") + "[style]\n" + used)
+
+        assert "too large to be planned" in refused()
+
+
+class TestPlans:
+    @pytest.fixture
+    def plan(self, moody, k2) -> Path:
+        k2("render")
+        return moody / "outputs" / "0001-fox-and-1-more" / "run.toml"
+
+    @pytest.mark.parametrize(
+        "more",
+        ["[[x]]\n" * 2_000_000, "x = [" + "{}," * 3_000_000 + "]\n", 'x = "' + "\\u0041" * 2_000_000 + '"\n'],
+        ids=["tables", "list", "escapes"],
+    )
+    def test_one_that_takes_long_to_read(self, plan, k2, more):
+        plan.write_text(plan.read_text() + more)
+        started = time.process_time()
+
+        assert "long, and not as k2 wrote it" in k2("render", "--resume", code=1).stderr
+        assert time.process_time() - started < PATIENCE
+
+    def test_a_long_one_of_k2s_own_is_read(self, plan):
+        """Lists, short tables in lists, quotes and escapes, many times over."""
+        table = Toml(plan.read_text(), "plan").table
+        words = ["film grain", 'a "b" = {c}', "tab\there", "é", "[x]"]
+        look = {"name": "x", "strength": -1e-7, "keywords": words, "avoids": [], "reference": [{"image": "a", "x": 1}]}
+        table["picture"] = [each | {"style": [look]} for each in table["picture"] * 2500]
+
+        text = dump(table).decode()
+
+        assert len(text) > LIMIT and parse_plan(text) == loads(text)
+
+    def test_a_sheet_is_not_mostly_blank(self, plan, k2):
+        """Sixty strips of one picture and one of sixty would be a sheet of 3,660 places."""
+        table = Toml(plan.read_text(), "plan").table
+        shots = [
+            {"prompt": {"name": f"p{i}", "text": f"p{i}", "expanded": "x"}, "settings": {"seed": i}} for i in range(60)
+        ]
+        shots += [{"prompt": {"name": "q", "text": "q", "expanded": "x"}, "settings": {"seed": i}} for i in range(60)]
+        plan.write_bytes(dump(table | {"picture": shots, "sheet": {"columns": 1000}}))
+
+        k2("render", "--resume")
+
+        for sheet in plan.parent.glob("sheet*.png"):
+            with Image.open(sheet) as image:
+                assert image.width * image.height < 120_000_000
+
+
+class TestFolders:
+    @pytest.mark.parametrize("name", ["outputs", "outputs/0001", "outputs/0001-fox"])
+    def test_a_pipe_in_their_place(self, moody, k2, name):
+        """In a process of its own, as it would wait for ever."""
+        (moody / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(moody / name)
+        code = "from k2cli.outputs import Run; from pathlib import Path; Run.claim(Path('outputs'), 'x')"
+
+        done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+
+        assert done.returncode == 0 or "K2Error: outputs cannot be written: Not a directory" in done.stderr
+        assert (moody / name).is_fifo()
+
+    def test_a_page_without_end_in_the_place_of_a_gallery(self, moody, k2):
+        k2("render")
+        (moody / "gallery").mkdir()
+        with (moody / "gallery" / "index.html").open("wb") as file:
+            file.truncate(1 << 42)
+
+        assert "no gallery of k2" in k2("gallery", code=1).stderr
+
+    @pytest.mark.parametrize("sign", ["\n", "\t", "\x1b[2J", "\udcff"])
+    def test_names_that_are_no_text(self, moody, k2, sign):
+        """A line break would make two lines of one: in a pipe the second might name anything."""
+        k2("render")
+        folder = moody / "outputs" / "0001-fox-and-1-more"
+        for path in list(folder.glob("fox-7.*")):
+            path.rename(folder / f"fox{sign}7{path.suffix}")
+        shutil.copytree(folder, moody / "outputs" / f"0002-a{sign}")
+
+        assert [line.split("\t")[0] for line in k2("log").stdout.splitlines()] == [
+            f"outputs/{folder.name}/an-owl-at-night-7.png"
+        ]
+        assert k2("gallery").stdout == "gallery/index.html\n"
+        assert sign not in k2().stdout.replace("\n", "") or sign == "\n"
+
+    def test_where_one_stands(self, moody, k2, monkeypatch):
+        hostile = moody.rename(moody.with_name(ESCAPE))
+        monkeypatch.chdir(hostile)
+
+        assert "evil" in k2().stdout and "\x1b" not in k2().stdout and "\x9b" not in k2().stdout
+
+    @pytest.mark.parametrize("sign", ["\x1b[2J", "\udcff"])
+    def test_a_reference_whose_name_no_record_can_hold(self, moody, refused, sign):
+        Image.new("RGB", (64, 64)).save(moody / f"a{sign}.png")
+        style(moody, '[[reference]]\nimage = "*.png"\n')
+
+        assert "control character" in refused()
+
+
 class TestStyles:
     @pytest.fixture
     def thousands(self, moody) -> int:
@@ -266,15 +476,36 @@ class TestStyles:
         assert "more than 256 styles at once" in refused()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG that is small on disk."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
     return b"\x89PNG\r\n\x1a\n" + head + data + chunk(b"IEND", b"")
+
+
+def stuffed(kind: str) -> bytes:
+    """A picture, and in its file a great many things that are none, or one large one."""
+    buffer = io.BytesIO()
+    image = Image.new("RGB", (64, 64))
+    if kind in ("segments", "scans"):
+        image.save(buffer, "JPEG", progressive=True)
+        data = buffer.getvalue()
+        if kind == "segments":
+            return data[:2] + b"\xff\xe5\x00\x02" * 16_000_000 + data[2:]
+        last = data[data.rindex(b"\xff\xda") : -2]
+        return data[:-2] + last * 100 + data[-2:]
+    if kind == "xmp":
+        image.save(buffer, "WEBP", xmp=b"<a>" + b"<b/>" * (9 << 20) + b"</a>")
+        return buffer.getvalue()
+    image.save(buffer, "PNG")
+    data = buffer.getvalue()
+    more = {"size": b"", "chunks": chunk(b"teSt", b"") * 5_000_000, "metadata": chunk(b"teSt", bytes(200 << 20))}
+    return data[:33] + more[kind] + data[33:]
 
 
 class TestPictures:
@@ -303,6 +534,42 @@ class TestPictures:
         (moody / "k2.toml").write_text(PROJECT + '[moodboard]\nimages = ["a.png"]\n')
         assert "is no picture" in refused()
 
+    @pytest.mark.parametrize("kind", ["size", "chunks", "segments", "scans", "metadata", "xmp"])
+    def test_what_would_keep_a_decoder_busy(self, moody, refused, kind):
+        """Each of them is small in an archive, and Pillow would open it."""
+        (moody / "a.png").write_bytes(stuffed(kind))
+        if kind == "size":
+            with (moody / "a.png").open("ab") as file:
+                file.truncate(1 << 42)
+        style(moody, '[[reference]]\nimage = "a.png"\n')
+
+        assert "is not a picture that can be read" in refused()
+        assert "is not a picture that can be read" in refused("show", "a.png")
+        assert "is not a picture that can be read" in refused("new", "other", "--from", "a.png")
+        for read in (lambda path: to_pixels(path, 64, 64), lambda path: read_picture(path, 64)):
+            with pytest.raises(K2Error):
+                read(moody / "a.png")
+
+    def test_whatever_a_camera_writes_is_a_picture(self, tmp_path):
+        """JPEGs with further ones behind them, progressive ones, animations, metadata of some size."""
+        image = Image.effect_noise((300, 200), 50).convert("RGB")
+        image.save(tmp_path / "mpo.jpg", "MPO", save_all=True, append_images=[image])
+        image.save(tmp_path / "progressive.jpg", progressive=True, comment=b"x" * 60_000)
+        image.save(tmp_path / "moves.webp", save_all=True, append_images=[image.rotate(90)])
+        image.save(tmp_path / "moves.png", save_all=True, append_images=[image.rotate(90)])
+        image.save(tmp_path / "more.webp", xmp=b" " * (1 << 20), icc_profile=bytes(1 << 20))
+        for path in sorted(tmp_path.iterdir()):
+            assert pictures.check_picture(path, "here", path.name) == path.suffix[1:]
+            assert to_pixels(path, 64, 64).std() > 0
+
+    def test_an_animation_is_not_played_for_its_record(self, moody, refused, monkeypatch):
+        """A thousand pictures of 64 megapixels each lie in a file of some megabytes."""
+        frames = [Image.new("L", (64, 64), number) for number in range(3)]
+        frames[0].save(moody / "a.png", save_all=True, append_images=frames[1:])
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("it was decoded"))
+
+        assert "carries no record" in refused("show", "a.png")
+
     def test_a_bomb_is_not_decoded_for_its_record(self, moody, refused):
         (moody / "a.png").write_bytes(bomb(13_000, 13_000))
 
@@ -310,9 +577,6 @@ class TestPictures:
 
     def test_a_large_one_takes_little_memory(self, tmp_path):
         """In a process of its own, as memory once taken is not always given back."""
-        import subprocess
-        import sys
-
         image = Image.new("RGBA", (8000, 8000), (255, 0, 0, 128))
         image.save(tmp_path / "a.png", compress_level=1)
         code = """if True:
@@ -360,6 +624,26 @@ class TestWeights:
 
         with pytest.raises(K2Error):
             read_header(tmp_path / "a.safetensors")
+
+    def test_a_lora_of_absurd_shapes(self, moody, refused):
+        absurd = {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}
+        (moody / "a.safetensors").write_bytes(lora({"blocks.0.attn.wq.lora_A.weight": absurd}, 8))
+        style(moody, 'lora = "a.safetensors"\n')
+        assert "is damaged" in refused()
+
+        (moody / "a.safetensors").write_bytes(lora({"\x1b[2J" * 1_000_000: absurd}, 8))
+        assert len(refused()) < 3000
+
+    def test_a_lora_without_end(self, moody, refused):
+        """The file takes no room on the disk, and less in an archive; its header is right."""
+        whole = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+        head = lora({"blocks.0.attn.wq.lora_A.weight": whole})
+        (moody / "a.safetensors").write_bytes(head)
+        os.truncate(moody / "a.safetensors", len(head) + 2**40)
+        assert read_header(moody / "a.safetensors")
+        style(moody, 'lora = "a.safetensors"\n')
+
+        assert "larger than 4 GB" in refused()
 
     def test_absurd_configs(self):
         """A network is built by its config before its tensors are compared."""

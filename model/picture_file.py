@@ -1,0 +1,114 @@
+"""Picture files from anybody, opened by one door: what would keep a decoder busy, or flood it, is refused. No torch.
+
+Pillow guards against pictures of too many pixels and texts that unpack to too much. It walks the parts of a file one by
+one in Python, keeps what it does not know, and takes as many passes over a picture as a JPEG asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from model.headers import open_file
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_BYTES = 256 << 20  # of a file
+MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
+MOST_ASIDE = 32 << 20  # bytes of metadata
+MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
+BLOCK = 1 << 20  # bytes read at once
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture, not decoded yet. Raises ValueError or OSError, and whatever else Pillow raises over a broken file.
+
+    What Pillow warns of, sizes and broken tags, is left to whoever looks.
+    """
+    check(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+
+
+def check(path: Path) -> None:
+    """Count what a file is made of, decoding nothing. Raises OSError, and ValueError for what no camera writes."""
+    with open_file(path) as file:
+        check_parts(file)
+
+
+def check_parts(file: BinaryIO) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MB")
+    head = file.read(12)
+    parts: Iterator[tuple[bytes, int]]
+    pixels: tuple[bytes, ...] = ()
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        parts, pixels = png_chunks(file, size), (b"IDAT", b"fdAT")
+    elif head.startswith(b"\xff\xd8"):
+        parts = jpeg_segments(file, size)
+    elif head.startswith(b"RIFF") and head.endswith(b"WEBP"):
+        parts, pixels = webp_chunks(file, size), (b"VP8 ", b"VP8L", b"ANMF", b"ALPH")
+    else:
+        return
+    aside = 0
+    for number, (kind, length) in enumerate(parts):
+        aside += length if kind not in pixels else 0
+        if number == MOST_PARTS or aside > MOST_ASIDE:
+            raise ValueError("it is mostly something else than a picture")
+    if head.startswith(b"\xff\xd8") and scans(file) > MOST_SCANS:
+        raise ValueError(f"it asks for more than {MOST_SCANS} passes")
+
+
+def png_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of every chunk."""
+    place = 8
+    while place + 8 <= size:
+        file.seek(place)
+        about = file.read(8)
+        length = int.from_bytes(about[:4])
+        yield about[4:], length
+        place += 12 + length
+
+
+def jpeg_segments(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of every segment before the first scan."""
+    place = 2
+    while place + 4 <= size:
+        file.seek(place)
+        about = file.read(4)
+        if about[0] != 0xFF or about[1] == 0xDA:
+            return
+        alone = about[1] in (0x01, 0xFF) or 0xD0 <= about[1] <= 0xD8  # markers without a length, and padding
+        length = 0 if alone else int.from_bytes(about[2:])
+        yield about[1:2], length
+        place += (1 if about[1] == 0xFF else 2) + length
+
+
+def webp_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """Kind and length of every chunk."""
+    place = 12
+    while place + 8 <= size:
+        file.seek(place)
+        about = file.read(8)
+        length = int.from_bytes(about[4:], "little")
+        yield about[:4], length
+        place += 8 + length + length % 2
+
+
+def scans(file: BinaryIO) -> int:
+    """How often a JPEG begins a scan. Within the data of one, no FF is followed by DA."""
+    file.seek(0)
+    count, last = 0, b""
+    while block := file.read(BLOCK):
+        count += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    return count
