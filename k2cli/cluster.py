@@ -6,6 +6,7 @@ name, and a picture made with other weights than the rest ends the run.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -35,7 +36,7 @@ class Cluster:
             raise K2Error("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
         self.ray: Any = ray
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:  # whatever keeps it from answering
             raise K2Error(f"No Ray cluster answers at {address}: {error}.", hint="Start one with: ray start") from None
         room = ray.cluster_resources()
