@@ -245,4 +245,4 @@ def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):
     table = tomllib.loads(made.with_suffix(".toml").read_text())["prompt"]
     assert (table["text"], table["expanded"], table["creativity"]) == ("a red fox", high[0], "high")
     assert "Identical" in k2("rerun", made).stderr
-    assert '"creativity" cannot be "wild"' in k2("render", "--creativity", "wild", code=1).stderr
+    assert '--creativity cannot be "wild"' in k2("render", "--creativity", "wild", code=1).stderr
