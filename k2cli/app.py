@@ -45,11 +45,23 @@ if TYPE_CHECKING:
     from k2cli.runs import Hire
 
 
+# As one comes to need them; what is not named here stands last.
+ORDER = (
+    *("new", "render", "watch", "log", "show", "rerun", "gallery"),
+    *("style", "mix-styles", "moodboard", "models", "train", "doctor"),
+)
+
+
+class Root(Group):
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(super().list_commands(ctx), key=lambda name: (*ORDER, name).index(name))
+
+
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
-app = typer.Typer(cls=Group, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.add_typer(models_app, name="models", help="What is in the box and on disk.")
-app.add_typer(style_app, name="style", help="The project's styles.")
-app.add_typer(moodboard_app, name="moodboard", help="Many pictures as one direction.")
+app = typer.Typer(cls=Root, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(models_app, name="models", help="Weights: what is here, fetch, export.")
+app.add_typer(style_app, name="style", help="Styles of the project: add, list, show.")
+app.add_typer(moodboard_app, name="moodboard", help="A style out of many pictures.")
 
 
 def main() -> None:
@@ -106,6 +118,11 @@ def new(
 
     With --from its prompts are those of pictures made by A1111, ComfyUI, InvokeAI, mflux or k2, as their metadata
     tells them.
+
+    \b
+    Examples:
+      k2 new moody
+      k2 new taken --from fox.png --from owl.jpg
     """
     from k2cli.console import near, result, say
     from k2cli.project import Project
@@ -217,7 +234,7 @@ def render(
 ) -> None:
     """Render a project, or single prompts, into its outputs folder.
 
-    Prints the path of each picture as soon as it is on disk.
+    Prints the path of each picture as soon as it is on disk. -p, --only, --style and --matrix may come several times.
 
     \b
     Examples:
@@ -226,8 +243,10 @@ def render(
       k2 render --style dusk=0.6 --seed 40
       cat prompts.txt | k2 render - --json
       k2 render -p "a {red|blue} fox" --matrix style.dusk=0,0.5,1
+      k2 render --resume                    go on with a run that was stopped
     """
     from functools import partial
+    from shlex import quote
 
     from k2cli.carry import carry_out, plan_job, show_plan
     from k2cli.cluster import Cluster
@@ -236,7 +255,11 @@ def render(
     from k2cli.runs import resume as last_run
 
     variant = "turbo" if turbo else None
-    opened = open_projects([name for name in projects or [] if name != "-"], project, allow_outside)
+    named = [name for name in projects or [] if name != "-"]
+    for name in named:
+        if not Path(name).exists():  # what most people type first
+            raise K2Error(f"There is no project {name}.", hint=f"A prompt goes with -p: k2 render -p {quote(name)}")
+    opened = open_projects(named, project, allow_outside)
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
@@ -306,10 +329,15 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
     json: JsonOption = False,
 ) -> None:
-    """Show what a picture was made from, and on a terminal the picture itself.
+    """Show a picture and what it was made from.
 
-    As well as the terminal can: by the protocols of kitty and iTerm2, as sixels, or in half-blocks. To choose, set
-    K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
+    The picture on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
+    half-blocks. To choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
+
+    \b
+    Examples:
+      k2 show outputs/0001-fox/fox-7.png
+      k2 show outputs/0001-fox/fox-7.png --json | jq .settings
     """
     from k2cli import records
     from k2cli.console import result
@@ -344,6 +372,11 @@ def rerun(
     """Make a picture again from its record, and compare.
 
     Refuses when the model or a reference is not what it was. Exits with 1 when the pixels differ.
+
+    \b
+    Examples:
+      k2 rerun outputs/0001-fox/fox-7.png
+      k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
     """
     from k2cli.console import meter, near, result, say
     from k2cli.runs import rerun as make_again
@@ -373,7 +406,10 @@ def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project 
 
 @app.command()
 def doctor(json: JsonOption = False) -> None:
-    """Look this installation over: device, memory, models, versions, what will be slow and why."""
+    """Look this installation over.
+
+    Device, memory, models, versions, what will be slow and why. Exits with 1 where something is broken.
+    """
     from k2cli.console import result
     from k2cli.doctor import describe, examine
 

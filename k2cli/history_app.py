@@ -149,10 +149,16 @@ def gallery(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a folder that shows the project's pictures in any browser, without a server.
+    """Make a page of the project's pictures for any browser.
 
-    Runs, styles and prompts to filter by, search, zoom, keys, and each picture's record with the line that makes it
-    again. Run it once more to bring it up to date. The folder can be moved, zipped, or put on a web server.
+    A folder that needs no server and no network: runs, styles and prompts to filter by, search, zoom, keys, and each
+    picture's record with the line that makes it again. Run it once more to bring it up to date. The folder can be
+    moved, zipped, or put on a web server.
+
+    \b
+    Examples:
+      k2 gallery
+      k2 gallery --project moody -o ~/public/moody
     """
     from k2cli.console import near, result, say
     from k2cli.gallery import PAGE, build

@@ -92,7 +92,9 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
         chosen = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
         for name in chosen:
             if name not in prompts:
-                raise K2Error(f'{at("prompt")}: there is no prompt named "{name}".', hint=nearest(name, prompts))
+                raise K2Error(
+                    f'{at("prompt")}: there is no prompt named "{name}".', hint=nearest(name, sorted(prompts))
+                )
         found.append(Matrix(axes, chosen))
     return tuple(found)
 
@@ -101,10 +103,12 @@ def read_axes(texts: Sequence[str]) -> Matrix:
     """ "style.dusk=0,0.5,1" and "seed=7,8" of a command line."""
     axes = {}
     for text in texts:
-        key, _, values = text.partition("=")
+        key, equals, values = text.partition("=")
         key = key.strip()
         if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
             raise K2Error(f'--matrix: "{plain(key, "--matrix")}" is no axis.', hint=nearest(key, [*AXES, "style.NAME"]))
+        if not equals:
+            raise K2Error(f'--matrix: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
         axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], "--matrix")
     return Matrix(axes)
 

@@ -16,7 +16,7 @@ models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 @models_app.command("list")
 def list_models(json: JsonOption = False) -> None:
-    """List the models of the box: name, variant, size, parameters."""
+    """List models: name, variant, size, parameters."""
     from k2cli.console import result
     from k2cli.models import inventory
 
@@ -36,7 +36,10 @@ def info(
     accept_licence: AcceptOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a model's files hold: layout, shapes, precision, recommended settings, training, licence, hashes."""
+    """Say what a model's files hold.
+
+    Layout, shapes, precision, recommended settings, training, licence, hashes.
+    """
     from k2cli import licence, models
     from k2cli.console import result
 
@@ -59,10 +62,10 @@ def pull(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Fetch weights from the hub, or go on fetching them, and check every file's hash.
+    """Fetch weights from the hub, and check every file's hash.
 
-    They go into the Hugging Face cache. HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
-    Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
+    They go into the Hugging Face cache; what was interrupted goes on. HF_TOKEN, HF_ENDPOINT, HF_HOME and
+    HF_HUB_OFFLINE are honoured. Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
     """
     from k2cli import hub
     from k2cli.console import result, say
@@ -88,7 +91,12 @@ def export(
     turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model as a folder that diffusers.Krea2Pipeline opens."""
+    """Write a model as a folder for diffusers.Krea2Pipeline.
+
+    \b
+    Example:
+      k2 models export mini mini-diffusers
+    """
     from k2cli import models
     from k2cli.console import near, result
 

@@ -1,8 +1,8 @@
 """What tools write into their pictures: prompts and settings out of A1111, ComfyUI, InvokeAI, mflux, and k2 itself.
 
-A1111 and its kin: text `parameters`, or the EXIF comment. ComfyUI: text `prompt`, the graph as JSON. InvokeAI: text
-`invokeai_metadata`, earlier `sd-metadata`. mflux: JSON in the EXIF comment. All of it is somebody's text: nothing of it
-is trusted, only read.
+A1111 and its kin: text `parameters`, or the EXIF comment. ComfyUI: texts `prompt` and `workflow`, the graph as JSON, in
+a WebP the EXIF tags of camera and maker. InvokeAI: text `invokeai_metadata`, earlier `sd-metadata`. mflux: JSON in the
+EXIF comment, and a file of it beside the picture. All of it is somebody's text: nothing of it is trusted, only read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,17 +19,26 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from k2cli import comfy
+from k2cli.formats import record_of
 from k2cli.tables import UNPRINTABLE, loads
 from model import picture_file
 from model.errors import K2Error
 
+MARKING = ("A1111", "ComfyUI", "InvokeAI")  # tools that read signs in a prompt
 LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
-WEIGHT = re.compile(r"\(([^()]+):\s*[\d.]+\s*\)")
+WEIGHT = re.compile(  # (words:1.2), (words), [words]; in InvokeAI (words)1.2 and (words)++
+    r"\(([^()]+?)(?::\s*[\d.]+\s*)?\)(?:[+-]+|\d*\.?\d+)?|\[([^\[\]:|]+)\]"
+)
+RAISED = re.compile(r"(?<=\w)(?:\++|--+)(?=[\s,.]|$)")  # InvokeAI: word++
+OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 had what to avoid in brackets
 FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
+BRACKETS = "()[]"
+DEEPEST = 8  # brackets in brackets
 MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
-MOST_SAMPLERS, MOST_LINKS = 100, 2000  # of a graph that are looked at; links that are followed for one value
-MOST_WEIGHTS = 8  # weights within weights
+MOST_SAMPLERS = 50  # of a graph that are asked for a prompt
+SIDE = ".metadata.json"
 
 
 @dataclass(frozen=True)
@@ -53,15 +61,24 @@ def read(path: Path) -> Origin:
     """The origin of a picture. Raises K2Error where it is none, or says nothing that can be read."""
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
+    if path.suffix == ".json":
+        return read_side_file(path)
     try:
         with picture_file.opened(path) as image:
             said = {str(key): value for key, value in image.info.items()}
             texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= MOST_SAID}
-            comment = read_comment(image.getexif())
-            size = image.size
+            exif = image.getexif()
+            comment, size = read_comment(exif), image.size
+            for tag in (ExifTags.Base.Model, ExifTags.Base.Make):  # of ComfyUI's WebPs: "prompt:{…}"
+                key, _, rest = str(exif.get(tag, "")).partition(":")
+                if key in ("prompt", "workflow") and len(rest) <= MOST_SAID:
+                    texts.setdefault(key, rest)
+            if record := record_of(said):
+                texts.setdefault("k2", record)
     except Exception:  # Pillow raises anything over a broken file
         raise K2Error(f"{path} is not a picture that can be read.", hint="PNG, JPEG and WebP can be.") from None
-    for found in readings(texts, comment):
+    beside = path.with_suffix(SIDE)
+    for found in (*readings(texts, comment), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
         if found.prompt:
             whole = found.width is not None and found.height is not None
             return found if whole else Origin(**{**vars(found), "width": size[0], "height": size[1]})
@@ -69,6 +86,22 @@ def read(path: Path) -> Origin:
         f"{path} says nothing of its prompt.",
         hint="Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out.",
     )
+
+
+def read_side_file(path: Path) -> Origin:
+    """The origin that mflux writes beside a picture where it is asked to."""
+    found = next(of_mflux(table_in(path)))
+    if not found.prompt:
+        raise K2Error(f"{path} says nothing of a prompt.", hint="The JSON that mflux writes beside a picture does.")
+    return found
+
+
+def table_in(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return table_of(file.read(MOST_SAID).decode())
+    except (OSError, ValueError):
+        return {}
 
 
 def read_comment(exif: Image.Exif) -> str:
@@ -94,6 +127,8 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
             yield from of_invoke(table_of(texts[key]))
     if "prompt" in texts:
         yield from of_comfy(table_of(texts["prompt"]))
+    if "workflow" in texts:
+        yield from of_comfy(comfy.from_workflow(table_of(texts["workflow"])))
     said = table_of(comment)
     if "prompt" in said:
         yield from of_mflux(said)
@@ -123,7 +158,16 @@ def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
     if isinstance(old, dict):
         asked = old.get("prompt")
         asked = asked[0].get("prompt") if isinstance(asked, list) and asked and isinstance(asked[0], dict) else asked
-        yield origin("InvokeAI", asked, "", old, guidance=scale(old.get("cfg_scale")))
+        asked = asked if isinstance(asked, str) else ""
+        avoid = ", ".join(OLD_AVOID.findall(asked))
+        yield origin(
+            "InvokeAI",
+            OLD_AVOID.sub("", asked),
+            avoid,
+            old,
+            guidance=scale(old.get("cfg_scale")),
+            model=plain(table.get("model_weights")),
+        )
     model = table.get("model")
     name = (model.get("name") or model.get("model_name")) if isinstance(model, dict) else model
     loras = table.get("loras")
@@ -155,7 +199,9 @@ def of_a1111(text: str) -> Origin:
     """Prompt, `Negative prompt: …`, and a last paragraph that begins with `Steps: `."""
     facts_at = list(STEPS_FIRST.finditer(text))
     said, rest = (text[: facts_at[-1].start()], text[facts_at[-1].start() :]) if facts_at else (text, "")
-    facts = {match[1]: match[2].strip('"') for match in FACT.finditer(rest.replace("\n", ", "))}
+    facts: dict[str, str] = {}
+    for match in FACT.finditer(rest.replace("\n", ", ")):
+        facts.setdefault(match[1], unquoted(match[2]))  # extensions add their own behind, of the same names
     asked, _, avoid = ("\n" + said).partition("\nNegative prompt:")
     width, _, height = facts.get("Size", "").partition("x")
     table = {"seed": facts.get("Seed"), "steps": facts.get("Steps"), "width": width, "height": height}
@@ -165,83 +211,43 @@ def of_a1111(text: str) -> Origin:
     return origin(tool, asked, avoid, table, guidance=scale(facts.get("CFG scale")), model=model)
 
 
+def unquoted(value: str) -> str:
+    """A value that holds a comma or a colon is written as JSON."""
+    with suppress(ValueError):
+        return str(json.loads(value)) if value.startswith('"') else value
+    return value.strip('"')
+
+
 def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
-    """Every sampler of the graph, the last first, with what its links lead to."""
-
-    def inputs(node: Any) -> Mapping[str, Any]:
-        found = graph.get(node, {}) if isinstance(node, str) else {}
-        found = found.get("inputs") if isinstance(found, dict) else None
-        return found if isinstance(found, dict) else {}
-
-    def linked(value: Any) -> str | None:
-        """The node that a link comes from; links are [node, output]."""
-        return str(value[0]) if isinstance(value, list) and len(value) == 2 else None
-
-    def find(value: Any, *keys: str, kind: type | tuple[type, ...]) -> Any:
-        """The first value of one of these keys at the end of a link, or further up; every node is asked once."""
-        seen: set[str] = set()
-        left = deque([value])
-        for _ in range(MOST_LINKS):
-            if not left:
-                break
-            value = left.popleft()
-            node = linked(value)
-            if node is None:
-                if isinstance(value, kind) and not isinstance(value, bool) and value != "":
-                    return value
-            elif node not in seen:
-                seen.add(node)
-                here = inputs(node)
-                told = [here[key] for key in keys if key in here]
-                left.extendleft(reversed([*told, *(each for each in here.values() if linked(each))]))
-        return None
-
-    loras = any("Lora" in str(node.get("class_type")) for node in graph.values() if isinstance(node, dict))
-    said = ("text", "prompt", "string", "value", "text_g", "t5xxl", "clip_l")
-
-    def samples(node: str) -> bool:
-        here = inputs(node)
-        return bool({"positive", "guider"} & set(here) and {"latent_image", "samples", "latent"} & set(here))
-
-    for node in islice(filter(samples, reversed([*graph])), MOST_SAMPLERS):
-        here = inputs(node)
-        guider = inputs(linked(here["guider"])) if "guider" in here else here
-        start = next(here[key] for key in ("latent_image", "samples", "latent") if key in here)
-        table = {
-            "seed": find(here.get("seed", here.get("noise_seed", here.get("noise"))), "seed", "noise_seed", kind=int),
-            "steps": find(here.get("steps", here.get("sigmas")), "steps", kind=int),
-            "width": find(start, "width", kind=int),
-            "height": find(start, "height", kind=int),
-        }
-        asked = find(guider.get("positive", guider.get("conditioning")), *said, kind=str)
-        model = find(here.get("model", guider.get("model")), "ckpt_name", "unet_name", kind=str)
+    for given in islice(comfy.samplers(graph), MOST_SAMPLERS):
         yield origin(
             "ComfyUI",
-            asked,
-            find(guider.get("negative"), *said, kind=str),
-            table,
-            guidance=scale(find(guider.get("cfg"), "cfg", kind=(int, float))),
-            model=plain(model),
-            left_out=("LoRAs",) if loras else (),
+            given["prompt"],
+            given["avoid"],
+            given,
+            guidance=scale(given["cfg"]),
+            model=plain(given["model"]),
+            left_out=("LoRAs",) if given["loras"] else (),
         )
 
 
 def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: Any) -> Origin:
-    """An origin of what a tool wrote: texts tidied, numbers only where they are some."""
-    loras = [plain(name) for name in LORA.findall(asked)] if isinstance(asked, str) else []
+    """An origin of what a tool wrote: texts without that tool's signs, numbers only where they are some."""
+    tidy = unmarked if tool in MARKING else plain
+    loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
     numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
     return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
 
 
-def tidy(text: Any) -> str:
-    """A prompt as plain words: no adapters, no (weights:1.2), one line."""
-    if not isinstance(text, str):
-        return ""
-    text = LORA.sub("", text)
-    for _ in range(MOST_WEIGHTS):
-        text = WEIGHT.sub(r"\1", text)
-    return plain(text).strip(" ,")
+def unmarked(text: Any) -> str:
+    """A prompt as plain words: no adapters, no weights, no brackets but those that were escaped, one line."""
+    text = LORA.sub("", plain(text)).replace(" BREAK ", ", ")  # by which A1111 begins a new piece
+    text = re.sub(r"\\([()\[\]])", lambda sign: f"\0{BRACKETS.index(sign[1])}", text)
+    for _ in range(DEEPEST):
+        text = WEIGHT.sub(r"\1\2", text)
+    text = re.sub(r"\0([0-3])", lambda sign: BRACKETS[int(sign[1])], RAISED.sub("", text))
+    return re.sub(r" ?,[ ,]*,", ",", plain(text)).strip(" ,")
 
 
 def plain(text: Any) -> str:

@@ -223,6 +223,8 @@ class Project:
         """Read and check k2.toml; styles are read when they are used."""
         if folder.is_file() and folder.name == FILE:
             folder = folder.parent
+        if not folder.exists():
+            raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
         if not (folder / FILE).is_file():
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {folder.name}")
         if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):

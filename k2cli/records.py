@@ -288,7 +288,8 @@ def read(path: Path) -> Toml:
     if path.with_suffix(".toml").is_file():
         return Toml.read(path.with_suffix(".toml"), path.with_suffix(".toml").name)
     raise K2Error(
-        f"{path} carries no record, and none stands beside it.", hint="It was made elsewhere, or with --no-embed."
+        f"{path} carries no record, and none stands beside it.",
+        hint="Made elsewhere? A new project may know its prompt: k2 new NAME --from PICTURE",
     )
 
 
@@ -335,6 +336,8 @@ Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what l
 def parse(toml: Toml, inside: Inside | None) -> Record:
     """A record read back and checked. Without a project to look into there can be no references."""
     place, table = Place(toml), toml.table
+    if "schema" not in table:
+        raise K2Error(f"{toml.label} is no record of a picture.", hint="Name a picture that k2 made, or its record.")
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)

@@ -59,9 +59,15 @@ def add(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a style of pictures: copies them into refs/NAME, writes styles/NAME.toml.
+    """Make a style of pictures.
 
-    With --force the style file is written anew; pictures that lie in refs/NAME stay there.
+    Copies them into refs/NAME and writes styles/NAME.toml. With --force the style file is written anew; pictures that
+    lie in refs/NAME stay there.
+
+    \b
+    Examples:
+      k2 style add dusk ~/Pictures/dusk/*.jpg -k "film grain"
+      k2 style add night outputs/0001-owl/owl-7.png
     """
     from k2cli.console import near, result, say
     from k2cli.styles import add_style
@@ -82,7 +88,7 @@ def add(
 
 @style_app.command("list")
 def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = False, json: JsonOption = False) -> None:
-    """List the project's styles: file, what it is made of, its words."""
+    """List the styles: file, what it is made of, its words."""
     from k2cli.console import near, result
 
     opened = find_project(project, allow_outside)
@@ -114,7 +120,10 @@ def show_style(
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what a style comes to at weight 1: its mixes taken apart, its words, every reference and its weight."""
+    """Show what a style comes to at weight 1.
+
+    Its mixes taken apart, its words, every reference and its weight.
+    """
     from k2cli.console import result
     from k2cli.records import style_table
 
@@ -178,7 +187,7 @@ def mix_styles(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Mix styles by weight, look at the mix, and keep it as a style.
+    """Mix styles by weight, see the mix, keep it as a style.
 
     Prints the style's file, if it is saved, then the path of each picture, then the sheet that shows them.
     With --sweep two styles give a path, three a triangle, more the paths of every pair.
@@ -263,9 +272,15 @@ def analyze(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find a board's looks, colours and words, and write them as a style to edit.
+    """Find a board's looks, colours and words; write a style.
 
-    Makes styles/NAME.toml, with the pictures that stand for each look, and its colours as styles/NAME.png.
+    Makes styles/NAME.toml, to edit as you like, with the pictures that stand for each look, and its colours as
+    styles/NAME.png.
+
+    \b
+    Examples:
+      k2 moodboard analyze refs/board/*
+      k2 moodboard analyze refs/summer refs/sea --name coast
     """
     from k2cli import moodboard
     from k2cli.console import meter, near, result, say

@@ -238,6 +238,11 @@ def add_style(
     """
     file = styles.new_file(name, force=force)
     folder = styles.inside(f"refs/{name}", "")
+    for image in images:
+        if not image.exists():
+            raise K2Error(
+                f"There is no {plain(str(image), 'The picture')}.", hint="Name pictures, or a folder of them."
+            )
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
     kinds = {each: check_picture(each, f'Style "{name}"', plain(str(each), "The picture's path")) for each in files}
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}

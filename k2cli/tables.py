@@ -49,7 +49,7 @@ def one_of(default: Any, *choices: str | int) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that does not exist: the closest known one, or all of them."""
-    known = sorted(known)
+    known = list(known)
     if close := difflib.get_close_matches(name, known, 1, 0.6):
         return f'Did you mean "{close[0]}"?'
     return f"Known: {', '.join(known)}." if known else ""
@@ -210,24 +210,25 @@ def check_keys(table: Any, known: Iterable[str], place: Place) -> None:
 
 def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
     """The value as the field wants it: type, range and text checked."""
+    called = where if where == f"--{key.replace('_', '-')}" else f'{where}: "{key}"'
     kinds = [k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None)]
     kinds = [getattr(k, "__origin__", k) for k in kinds]
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         value = float(value)
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
-        raise K2Error(f'{where}: "{key}" must be {" or ".join(KINDS[k] for k in kinds)}, not {describe(value)}.')
+        raise K2Error(f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.")
     if isinstance(value, list) and any(not isinstance(item, str) for item in value):
-        raise K2Error(f'{where}: "{key}" must be a list of texts.', hint=f'Like {key} = ["one", "two"].')
+        raise K2Error(f"{called} must be a list of texts.", hint=f'Like {key} = ["one", "two"].')
     if ("low" in limits and not (limits["low"] <= value <= limits["high"])) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
-        raise K2Error(f'{where}: "{key}" must lie between {low} and {high}, not {value}.')
+        raise K2Error(f"{called} must lie between {low} and {high}, not {value}.")
     if value not in (choices := limits.get("choices", (value,))):
-        raise K2Error(f'{where}: "{key}" cannot be {describe(value)}.', hint=nearest(str(value), map(str, choices)))
+        raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
     if isinstance(value, str):
-        return plain(value, f'{where}: "{key}"')
-    return [plain(item, f'{where}: "{key}"') for item in value] if isinstance(value, list) else value
+        return plain(value, called)
+    return [plain(item, called) for item in value] if isinstance(value, list) else value
 
 
 def describe(value: Any) -> str:

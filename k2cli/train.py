@@ -33,13 +33,18 @@ def train(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Run a stage of training to its end, from where it stands.
+    """Train a LoRA on a folder of pictures, or run a recipe.
 
-    A folder of pictures becomes a LoRA: the text file beside a picture says
-    what it shows, else its own name does.
+    The text file beside a picture says what it shows, else its own name does. A recipe is a stage of the model's own
+    training.
 
     State, log and curves go to .runs/NAME; a run that was stopped goes on by the same command.
     Prints the path of the trained state, or of the LoRA.
+
+    \b
+    Examples:
+      k2 train refs/night --trigger "night look"
+      k2 train pretrain-64
     """
     from dataclasses import replace
 

@@ -48,10 +48,15 @@ def watch(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Render the project, then again whenever k2.toml, a style or a reference changes.
+    """Render, and again whenever the project's files change.
 
-    Of a change only the pictures are made that it makes different. The weights stay in memory. A mistake in a file is
-    told, and waited out. Ctrl-C ends it.
+    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different. The
+    weights stay in memory. A mistake in a file is told, and waited out. Ctrl-C ends it.
+
+    \b
+    Examples:
+      k2 watch
+      k2 watch moody --turbo --only fox --batch 1
     """
     from k2cli.carry import carry_out
     from k2cli.console import say, show_error

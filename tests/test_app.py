@@ -39,6 +39,15 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_help_says_every_command_in_a_whole_sentence(k2):
+    """What does not fit a screen of 80 columns is cut off there, and ends in dots."""
+    for words in ([], ["style"], ["models"], ["moodboard"]):
+        lines = k2(*words, "--help").stdout.partition("Commands:\n")[2].splitlines()
+
+        assert lines and all(line.endswith(".") and not line.endswith("...") for line in lines)
+        assert words or [line.split()[0] for line in lines][:3] == ["new", "render", "watch"]
+
+
 def test_new_then_render(fake, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -169,8 +178,14 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--nonsense"], 2, "No such option: --nonsense", ""),
         (["rendr"], 2, "No such command 'rendr'. Did you mean 'render', 'rerun'?", ""),
         (["render", "--style", "dusk"], 2, '"dusk" is not NAME=WEIGHT', ""),
-        (["render", "--precision", "int4"], 1, '--precision: "precision" cannot be "int4".', 'Did you mean "int8"?'),
-        (["render", "--offload", "disk"], 1, '--offload: "offload" cannot be "disk".', "Known: all, none, text."),
+        (["render", "--precision", "int4"], 1, '--precision cannot be "int4".', 'Did you mean "int8"?'),
+        (["render", "--offload", "disk"], 1, '--offload cannot be "disk".', "Known: none, text, all."),
+        (["render", "--cohesion", "3"], 1, "--cohesion must lie between 0 and 1, not 3.0.", ""),
+        (["render", "--matrix", "steps"], 1, '--matrix: "steps" has no values to compare.', "Like steps=1,2."),
+        (["render", "a red owl"], 1, "There is no project a red owl.", "k2 render -p 'a red owl'"),
+        (["log", "boards"], 1, "There is no folder boards.", "k2 new NAME"),
+        (["style", "add", "x", "gone.png"], 1, "There is no gone.png.", "Name pictures, or a folder of them."),
+        (["show", "k2.toml"], 1, "k2.toml is no record of a picture.", "Name a picture that k2 made"),
         (["render", "--resume", "--seed", "3"], 2, "no other setting goes with it", ""),
     ],
 )

@@ -236,8 +236,8 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
     assert led("--scope", "run", "--cohesion", "0.2") == [fox] * 4
     assert led("--cohesion", "0") == [()] * 4
     for options, message in (
-        (("--cohesion", "2"), '--cohesion: "cohesion" must lie between 0 and 1, not 2.0.'),
-        (("--scope", "all"), '--scope: "scope" cannot be "all".'),
+        (("--cohesion", "2"), "--cohesion must lie between 0 and 1, not 2.0."),
+        (("--scope", "all"), '--scope cannot be "all".'),
     ):
         assert message in " ".join(k2("render", *options, code=1).stderr.split())
 

@@ -170,19 +170,44 @@ class TestInABrowser:
         assert page.title() == "moody <b>" and page.locator("h1").inner_text() == "moody <b>"
         assert count() == "80 pictures in 4 runs" and page.locator(".tile").count() == 80
         page.locator("#styles").get_by_role("button", name="dusk").click()
-        assert count() == "showing 40 pictures in 2 runs"
+        assert count() == "40 of 80 pictures in 2 runs"
         page.locator("#styles").get_by_role("button", name="dusk").click()
         page.get_by_label("Prompt", exact=True).select_option(label="owl (20)")
-        assert count() == "showing 20 pictures in 1 run"
+        assert count() == "20 of 80 pictures in 1 run"
         page.get_by_label("Prompt", exact=True).select_option(label="All prompts")
         page.get_by_label("Run").select_option(label="0003-teapot")
-        assert count() == "showing 20 pictures in 1 run"
+        assert count() == "20 of 80 pictures in 1 run"
         page.keyboard.press("/")
         page.keyboard.type("teapot 41")
-        page.get_by_text("showing 1 picture in 1 run").wait_for()
+        page.get_by_text("1 of 80 pictures in 1 run").wait_for()
         page.keyboard.press("Escape")
         page.get_by_label("Run").select_option(label="All runs")
-        assert count() == "80 pictures in 4 runs"
+        assert count() == "80 pictures in 4 runs" and not page.locator("#all").is_visible()
+
+    def test_nothing_matches_and_the_way_back(self, page):
+        page.locator("#styles").get_by_role("button", name="dusk").click()
+        page.get_by_label("Prompt", exact=True).select_option(label="owl (20)")
+        page.get_by_label("Search").fill("no such words")
+        page.get_by_text("Nothing matches.").wait_for()
+
+        assert page.locator("#count").inner_text() == "none of 80 pictures" and page.locator(".tile").count() == 0
+        page.locator("#nothing").get_by_role("button", name="Show all").click()
+        assert page.locator("#count").inner_text() == "80 pictures in 4 runs"
+        assert page.locator("#styles button").first.get_attribute("aria-pressed") == "false"
+
+    def test_the_newest_run_comes_first_unless_told_otherwise(self, page):
+        def runs() -> list[str]:
+            return [text[:4] for text in page.locator("h2:visible").all_inner_texts()]
+
+        assert runs() == ["0004", "0003", "0002", "0001"]
+        assert [page.locator(".tile").nth(i).locator("span").nth(1).inner_text()[:7] for i in (0, 1)] == [
+            "seed 60",
+            "seed 61",
+        ]
+        page.get_by_label("Order").select_option(label="Oldest first")
+        assert runs() == ["0001", "0002", "0003", "0004"]
+        page.reload()
+        assert runs() == ["0001", "0002", "0003", "0004"]
 
     def test_a_prompt_with_markup_is_text(self, page):
         page.get_by_label("Run").select_option(label="0002-owl")
@@ -195,6 +220,7 @@ class TestInABrowser:
         assert page.title() == "moody <b>" and page.locator("script").count() == 2
 
     def test_one_picture_by_mouse_and_by_keys(self, page):
+        page.get_by_label("Order").select_option(label="Oldest first")
         page.locator(".tile").nth(1).click()
         view, picture = page.locator("#view"), page.locator("#picture")
 
@@ -224,6 +250,7 @@ class TestInABrowser:
 
     def test_the_line_is_copied(self, page):
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_label("Run").select_option(label="0001-fox")
         page.locator(".tile").nth(2).click()
         page.get_by_role("button", name="Copy").click()
         page.get_by_role("button", name="Copied").wait_for()
@@ -244,7 +271,7 @@ class TestInABrowser:
         page.emulate_media(color_scheme="dark")
         assert paper() == "rgb(25, 24, 23)"
         page.locator("#theme").click()
-        assert page.locator("#theme").inner_text() == "Light" and paper() == "rgb(250, 248, 244)"
+        assert page.locator("#theme").inner_text() == "◐ Light" and paper() == "rgb(250, 248, 244)"
         page.reload()
         assert paper() == "rgb(250, 248, 244)"
         page.emulate_media(color_scheme="light")

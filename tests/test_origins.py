@@ -76,6 +76,25 @@ def test_a1111(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt", "avoid", "seed", "model"),
+    [
+        ("a fox\nSteps: 20, Seed: 5", "a fox", "", 5, ""),
+        ("Steps: the fox\nSteps: 20, Seed: 5", "Steps: the fox", "", 5, ""),
+        ("a fox, <lora:a:1>, <lora:b:0.5:1>, red\nNegative prompt: text,\n((blur))\nSteps: 1, Seed: 5", "a fox, red",
+         "text, blur", 5, ""),
+        (r"((tail)), [ear], hero \(film\) BREAK night, (a:b:1.1), [x:y:0.5]" + "\nSteps: 9, Seed: 5",
+         "tail, ear, hero (film), night, a:b, [x:y:0.5]", "", 5, ""),
+        ('a fox\nSteps: 20, Model: "dreams, \\"v8\\"", Hires prompt: "Seed: 9, x", Seed: 5, Version: f2\n'
+         "Template: a {red|blue} fox, Seed: 8", "a fox", "", 5, 'dreams, "v8"'),
+    ],
+)  # fmt: skip
+def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
+    found = origins.read(png(tmp_path / "a.png", parameters=text))
+
+    assert (found.prompt, found.avoid, found.seed, found.model) == (prompt, avoid, seed, model)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 @pytest.mark.parametrize(
     "comment",
@@ -107,6 +126,68 @@ def test_comfyui_with_a_guider(tmp_path):
     assert found.model == "flux.safetensors"
 
 
+TALL = {  # a ControlNet, two texts joined, a number that is held by a node, nothing in the place of what to avoid
+    "3": {
+        "class_type": "KSampler",
+        "inputs": {"seed": ["21", 0], "steps": 8, "cfg": 1.0, "model": ["4", 0], "positive": ["9", 0],
+                   "negative": ["9", 1], "latent_image": ["5", 0]},
+    },
+    "4": {"class_type": "UNETLoader", "inputs": {"unet_name": "krea2.safetensors"}},
+    "5": {"class_type": "VAEEncode", "inputs": {"pixels": ["14", 0], "vae": ["15", 0]}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["20", 0], "clip": ["4", 1]}},
+    "7": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["6", 0]}},
+    "9": {"class_type": "ControlNetApplyAdvanced", "inputs": {"strength": 1.0, "negative": ["7", 0],
+                                                              "positive": ["6", 0], "image": ["14", 0]}},
+    "20": {"class_type": "StringConcatenate", "inputs": {"string_a": "an owl", "string_b": ["22", 0],
+                                                         "delimiter": ", "}},
+    "21": {"class_type": "PrimitiveInt", "inputs": {"value": 77}},
+    "22": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "at \\(deep\\) night"}},
+}  # fmt: skip
+EDITOR = {  # the editor's form of one sampler behind a node that only leads on
+    "nodes": [
+        {"id": 1, "type": "KSampler", "mode": 0, "widgets_values": [5, "randomize", 12, 4.0, "euler", "simple", 1],
+         "inputs": [{"name": "model", "link": 1}, {"name": "positive", "link": 2}, {"name": "negative", "link": 3},
+                    {"name": "latent_image", "link": 4}]},
+        {"id": 2, "type": "CheckpointLoaderSimple", "widgets_values": ["sd.safetensors"], "inputs": []},
+        {"id": 3, "type": "CLIPTextEncode", "widgets_values": ["a tea pot"], "inputs": [{"name": "clip", "link": 5}]},
+        {"id": 4, "type": "CLIPTextEncode", "widgets_values": ["blurry"], "inputs": []},
+        {"id": 5, "type": "EmptyLatentImage", "widgets_values": [640, 960, 1], "inputs": []},
+        {"id": 6, "type": "Reroute", "inputs": [{"name": "", "link": 6}]},
+        {"id": 7, "type": "KSampler", "mode": 2, "widgets_values": [6, "fixed", 1, 1.0],
+         "inputs": [{"name": "positive", "link": 3}, {"name": "latent_image", "link": 4}]},
+    ],
+    "links": [[1, 2, 0, 1, 0, "MODEL"], [2, 6, 0, 1, 1, "*"], [3, 4, 0, 1, 2, "CONDITIONING"], [5, 2, 1, 3, 0, "CLIP"],
+              {"id": 4, "origin_id": 5, "origin_slot": 0}, [6, 3, 0, 6, 0, "CONDITIONING"]],
+}  # fmt: skip
+
+
+def test_comfyui_nodes_that_pass_on_join_and_hold(tmp_path):
+    found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL)))
+
+    assert found == origins.Origin("ComfyUI", "an owl, at (deep) night", "", 77, 64, 96, 8, 0.0, "krea2.safetensors")
+
+
+def test_comfyui_as_the_editor_keeps_it(tmp_path):
+    found = origins.read(png(tmp_path / "a.png", workflow=json.dumps(EDITOR)))
+
+    assert found == origins.Origin("ComfyUI", "a tea pot", "blurry", 5, 640, 960, 12, 3.0, "sd.safetensors")
+
+
+def test_comfyui_has_a_webp_say_it_in_tags_of_the_camera(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Model], exif[ExifTags.Base.Make] = "prompt:" + json.dumps(GRAPH), "workflow:{}"
+    Image.new("RGB", (64, 96)).save(tmp_path / "a.webp", exif=exif.tobytes())
+
+    assert origins.read(tmp_path / "a.webp").prompt == "a {red} fox"
+
+
+def test_texts_joined_without_end_come_to_an_end(tmp_path):
+    graph = {str(i): {"inputs": {"text_a": "x", "text_b": [str(i + 1), 0]}} for i in range(5000)}
+    graph["s"] = {"inputs": {"positive": ["0", 0], "latent_image": ["0", 0]}}
+
+    assert origins.read(png(tmp_path / "a.png", prompt=json.dumps(graph))).prompt.startswith("x x x")
+
+
 def test_a_graph_that_turns_in_circles_comes_to_an_end(tmp_path):
     graph = {"1": {"inputs": {"positive": ["2", 0], "latent_image": ["2", 0]}},
              "2": {"inputs": {f"in{i}": ["2", 0] for i in range(30)} | {"text": ["2", 0]}}}  # fmt: skip
@@ -118,11 +199,14 @@ def test_a_graph_that_turns_in_circles_comes_to_an_end(tmp_path):
 def test_invokeai(tmp_path):
     said = {"positive_prompt": "a red fox", "negative_prompt": "blur", "seed": 7, "steps": 30, "cfg_scale": 7.5,
             "width": 768, "height": 512, "model": {"name": "juggernaut", "hash": "x"}, "loras": []}  # fmt: skip
-    old = {"image": {"prompt": [{"prompt": "an owl", "weight": 1}], "seed": 3, "steps": 50, "cfg_scale": 7.5}}
+    old = {"model_weights": "stable-diffusion-1.5",
+           "image": {"prompt": [{"prompt": "an owl (at night)++ [blur]", "weight": 1}], "seed": 3, "steps": 50,
+                     "cfg_scale": 7.5}}  # fmt: skip
 
     new = origins.read(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
     assert new == origins.Origin("InvokeAI", "a red fox", "blur", 7, 768, 512, 30, 6.5, "juggernaut")
-    assert origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)})).prompt == "an owl"
+    before = origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
+    assert before == origins.Origin("InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5")
 
 
 def test_mflux(tmp_path):
@@ -131,6 +215,19 @@ def test_mflux(tmp_path):
     found = origins.read(with_comment(tmp_path / "a.png", b"ASCII\0\0\0" + json.dumps(said).encode()))
 
     assert found == origins.Origin("mflux", "a red fox", "", 5, 1024, 512, 8, None, "krea2", ("LoRAs",))
+
+
+def test_mflux_beside_the_picture(tmp_path):
+    said = {"mflux_version": "0.18.0", "model": "krea2", "seed": 5, "steps": 8, "width": 64, "height": 96,
+            "prompt": "a (red) fox"}  # fmt: skip
+    Image.new("RGB", (64, 96)).save(tmp_path / "a.png")
+    (tmp_path / "a.metadata.json").write_text(json.dumps(said))
+    (tmp_path / "other.json").write_text("[1]")
+
+    found = origins.Origin("mflux", "a (red) fox", "", 5, 64, 96, 8, None, "krea2")
+    assert origins.read(tmp_path / "a.png") == found == origins.read(tmp_path / "a.metadata.json")
+    with pytest.raises(K2Error, match="says nothing of a prompt"):
+        origins.read(tmp_path / "other.json")
 
 
 def test_a_new_project_from_pictures(moody, k2, tmp_path):
@@ -187,7 +284,15 @@ nodes = st.dictionaries(
 
 @given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
 def test_whatever_stands_in_a_picture_it_is_only_read(graph, table, text):
-    texts = {"prompt": json.dumps(graph), "invokeai_metadata": json.dumps(table), "parameters": text, "k2": text}
+    nodes = [{"id": key, "type": "KSampler", **each} for key, each in graph.items() if isinstance(each, dict)]
+    editor = json.dumps({"nodes": nodes, "links": table})
+    texts = {
+        "prompt": json.dumps(graph),
+        "workflow": editor,
+        "invokeai_metadata": json.dumps(table),
+        "parameters": text,
+        "k2": text,
+    }
 
     for found in origins.readings(texts, text):
         tomllib.loads(origins.project_text("x", origins.name([found])))

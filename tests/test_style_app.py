@@ -105,7 +105,7 @@ def test_add_with_json(moody, photos, k2):
         ("dusk", ["notes.txt"], "is not a picture that can be read"),
         ("dusk", ["moving.gif"], "is not a picture that can be read"),
         ("dusk", ["dot.png"], "has 1 x 1 pixels"),
-        ("dusk", ["a.png", "missing.png"], "there is no picture"),
+        ("dusk", ["a.png", "missing.png"], "There is no "),
         ("../dusk", ["a.png"], "cannot name files"),
         ("dusk", ["empty"], "would have 0 reference pictures"),
         ("dusk", ["many"], "would have 65 reference pictures"),

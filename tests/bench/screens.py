@@ -1,0 +1,95 @@
+"""The screenshots beside the README: `python tests/bench/screens.py PROJECT [FOLDER]`.
+
+PROJECT has been rendered. Needs Playwright and the system's Chromium. Each command runs on a terminal of its own, so
+that it shows what it shows to people; the gallery is made anew, in a folder that is thrown away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+from rich.text import Text
+
+K2 = str(Path(sys.executable).with_name("k2"))
+HERE = Path(__file__).parents[2] / "projects_example" / "screens"
+SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+COLUMNS, LINES = 96, 48
+PAGE = """<meta charset="utf-8"><style>
+body {{ margin: 0; background: {background}; color: {foreground}; }}
+pre {{ margin: 0; padding: 18px 22px; width: max-content; font: 14px "DejaVu Sans Mono", monospace; }}
+</style><pre>{code}</pre>"""  # the font's own line height, with which half-blocks close up
+
+
+def on_a_terminal(arguments: list[str], project: Path) -> str:
+    """What a command writes where its three streams are a terminal."""
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    own = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "K2_PREVIEW": "blocks"}
+    streams = {"stdin": follower, "stdout": follower, "stderr": follower}
+    running = subprocess.Popen([K2, *arguments], cwd=project, env=os.environ | own, **streams)
+    os.close(follower)
+    written = b""
+    while True:
+        try:
+            some = os.read(leader, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+        if not some:
+            break
+        written += some
+    os.close(leader)
+    assert running.wait() == 0, written.decode()
+    return written.decode().replace("\r\n", "\n").replace(str(project.parent), "~")
+
+
+def as_page(arguments: list[str], project: Path) -> str:
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text("$ ", "bold green"), Text(" ".join(["k2", *arguments]), "bold"), sep="")
+    console.print(Text.from_ansi(on_a_terminal(arguments, project)))
+    return console.export_html(theme=MONOKAI, inline_styles=True, code_format=PAGE)
+
+
+def keep(tab: Page, path: Path, selector: str = "") -> None:
+    raw = tab.locator(selector).screenshot() if selector else tab.screenshot()
+    Image.open(io.BytesIO(raw)).convert("RGB").save(path, quality=84, method=6)
+    print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
+
+
+def main(project: Path, folder: Path = HERE) -> None:
+    project = project.resolve()
+    folder.mkdir(exist_ok=True)
+    newest = subprocess.run([K2, "log", "-n", "1"], cwd=project, check=True, capture_output=True, text=True).stdout
+    commands = {"help": ["--help"], "here": [], "log": ["log"], "show": ["show", newest.split("\t")[0]]}
+    with sync_playwright() as tool, tempfile.TemporaryDirectory() as scratch:
+        browser = tool.chromium.launch(executable_path=shutil.which("chromium"), args=SWITCHES)
+        tab = browser.new_page(viewport={"width": 1000, "height": 700})
+        for name, arguments in commands.items():
+            tab.set_content(as_page(arguments, project))
+            keep(tab, folder / f"{name}.webp", "pre")
+        site = Path(scratch) / "site"
+        subprocess.run([K2, "gallery", "-o", str(site), "-q"], cwd=project, check=True, stdout=subprocess.DEVNULL)
+        for name, scheme in (("gallery", "light"), ("picture", "dark")):
+            tab = browser.new_page(viewport={"width": 1100, "height": 700}, color_scheme=scheme)
+            tab.goto((site / "index.html").as_uri())
+            if name == "picture":
+                tab.locator(".tile").first.click()
+            tab.wait_for_load_state("networkidle")
+            keep(tab, folder / f"{name}.webp")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))
