@@ -325,7 +325,7 @@ def describe(record: Record) -> str:
     }
     lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
     return "\n".join(
-        f"{name if index == 0 or lines[index - 1][0] != name else '':<10}{UNPRINTABLE.sub('?', line)}"
+        f"{name if index == 0 or lines[index - 1][0] != name else '':<12}{UNPRINTABLE.sub('?', line)}"
         for index, (name, line) in enumerate(lines)
     )
 
