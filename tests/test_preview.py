@@ -130,7 +130,7 @@ def test_nothing_into_a_pipe(moody, k2):
     k2("render", "-p", "tea")
     shown = k2("show", "outputs/0001-tea/tea-7.png").stdout
 
-    assert "\x1b" not in shown and shown.startswith("prompt    tea")
+    assert "\x1b" not in shown and shown.startswith("prompt      tea")
 
 
 def in_a_terminal(command: list[str], environ: dict[str, str], answer: bytes = b"") -> str:

@@ -151,7 +151,7 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
     shown = [k2("show", path).stdout for path in (made, made.with_suffix(".toml"), bare)]
 
     assert shown[0] == shown[1] == shown[2]
-    assert "prompt    tea\n" in shown[0] and "seed      7\n" in shown[0]
+    assert "prompt      tea\n" in shown[0] and "seed        7\n" in shown[0]
 
 
 @pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
