@@ -25,6 +25,11 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
 KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
+SIMPLE = re.compile(  # a text without escapes, a whole number, a fraction, a moment
+    r"""([A-Za-z0-9_-]+) = (?:"([^"\\\x00-\x1f\x7f]*+)"|(-?(?:0|[1-9][0-9]{0,17}))|(-?(?:0|[1-9][0-9]{0,17})\.[0-9]+)"""
+    r"""|([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}[+-][0-9]{2}:[0-9]{2}))"""
+)
+VALUE: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each in turn
 SCALAR = r"""(?:"(?:[^"\\]|\\.)*+"|[-+:. \w]{1,40})"""
 PAIR = KEY.pattern + SCALAR
 PLAIN_LINE = re.compile(  # as `dump` writes them, in whose lists stand scalars or short tables
@@ -187,7 +192,10 @@ def parse_lines(text: str) -> dict[str, Any]:
     for line in lines:
         if not line:
             continue
-        if header := HEADER.match(line):
+        if line[0] == "[":
+            header = HEADER.match(line)
+            if not header:
+                raise ValueError("not a line that dump writes")
             *path, name = header[2].split(".")
             table = root
             for part in path:
@@ -219,6 +227,9 @@ def parse_lines(text: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1 << 16)
 def parse_line(line: str) -> tuple[str, Any]:
+    if simple := SIMPLE.fullmatch(line):  # seeds, hashes and moments are new in every record
+        which = simple.lastindex or 0
+        return simple[1], VALUE[which - 2](simple[which])
     ((key, value),) = loads(line).items()
     return key, value
 
