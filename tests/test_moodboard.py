@@ -138,6 +138,13 @@ def test_words_are_read_from_pictures_that_are_near():
     assert told["medium"][0] == "film" and told["medium"][1] > 0.99
 
 
+def test_the_box_speaks_of_what_its_own_style_encoder_sees():
+    """New weights need new words: python -m model.train.words."""
+    eye = Eye.load("mini")
+
+    assert eye.words is not None, eye.why
+
+
 def test_words_of_a_kind_that_was_wrong_on_unseen_looks_are_not_said():
     chances, known = table(0.3).read(torch.tensor([[1.0, 0.0]]))
 

@@ -2,7 +2,7 @@
 
 Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`, or
 `mini-turbo.safetensors` alone where the run is a distillation; the text encoder is stored by its own training. Each
-file says in its metadata how it came about.
+file says in its metadata how it came about. A new style encoder needs new words: `python -m model.train.words`.
 """
 
 from __future__ import annotations
