@@ -324,8 +324,9 @@ def describe(record: Record) -> str:
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
     }
     lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
+    width = 2 + max(map(len, facts))
     return "\n".join(
-        f"{name if index == 0 or lines[index - 1][0] != name else '':<12}{UNPRINTABLE.sub('?', line)}"
+        f"{name if index == 0 or lines[index - 1][0] != name else '':<{width}}{UNPRINTABLE.sub('?', line)}"
         for index, (name, line) in enumerate(lines)
     )
 

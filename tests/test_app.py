@@ -154,7 +154,7 @@ def test_how_weights_are_held_reaches_the_model_the_plan_and_the_record(moody, k
     assert (plan["precision"], plan["offload"]) == ("int8", "text")
     used = tomllib.loads((folder / "fox-7.toml").read_text())["settings"]
     assert (used["precision"], used["offload"]) == ("int8", "text")
-    assert "weights   int8\noffload   text\n" in k2("show", folder / "fox-7.png").stdout
+    assert "weights     int8\noffload     text\n" in k2("show", folder / "fox-7.png").stdout
     assert "weights" not in k2("show", made).stdout
 
 
