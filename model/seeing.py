@@ -62,7 +62,7 @@ def read_picture(path: Path, side: int) -> Pixels:
     JPEGs are decoded at a fraction of their size where that is enough: a board may hold hundreds of photographs.
     """
     try:
-        picture_file.check(path)
+        picture_file.check(path)  # and not its `opened`: what that does to warnings is not for threads
         with Image.open(path, formats=picture_file.FORMATS) as image:
             if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
                 raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")

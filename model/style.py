@@ -113,8 +113,9 @@ def response(strength: float) -> float:
     """How far rows go from saying nothing towards a style, for a strength: as far at 0, at 1 and beyond, less between.
 
     Pictures turn to a look over a short part of the straight way, each at a point of its own between a tenth and a
-    third. `TURNED` is where, by the judge, mean likeness has come a quarter, half and nearly all of its way on Turbo
-    and Raw alike; between these points it is straight. Odd, so that negative strengths mirror positive ones.
+    third. At `STRENGTHS` rows have gone `TURNED`: there, by the judge, mean likeness has come a quarter, half and nine
+    tenths of its way, Turbo being a little ahead of that and Raw behind. Straight between; odd, so that negative
+    strengths mirror positive ones.
     """
     size = abs(strength)
     return strength if size >= 1 else math.copysign(float(np.interp(size, STRENGTHS, TURNED)), strength)
