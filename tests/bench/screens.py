@@ -17,15 +17,14 @@ import tempfile
 import termios
 from pathlib import Path
 
+from pictures import K2, SWITCHES
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-K2 = str(Path(sys.executable).with_name("k2"))
 HERE = Path(__file__).parents[2] / "projects_example" / "screens"
-SWITCHES = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 COLUMNS, LINES = 96, 48
 PAGE = """<meta charset="utf-8"><style>
 body {{ margin: 0; background: {background}; color: {foreground}; }}
