@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2cli.tables import UNPRINTABLE, nearest, one_of
+from k2cli.tables import UNPRINTABLE, check_path, nearest, one_of
 from model import library
 from model.errors import K2Error
 from model.plan import OFFLOADS, PRECISIONS
@@ -65,6 +65,7 @@ def file_of(name: str, file: str) -> Path:
     """Where a file that a record names lies: with its model, or in the box that lends what a lone file lacks."""
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise K2Error(f'The record names a file outside its model: "{UNPRINTABLE.sub("?", file)}".')
+    check_path(file, "The record's model: ")
     found = None if name in library.box() else library.find(name)
     folder = library.BOX if found is None else found.path if found.path.is_dir() else found.path.parent
     return folder / file if (folder / file).is_file() or found is None else library.BOX / file

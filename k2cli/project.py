@@ -25,6 +25,7 @@ from k2cli.tables import (
     Toml,
     between,
     check_keys,
+    check_path,
     check_value,
     nearest,
     one_of,
@@ -39,7 +40,6 @@ from model.spec import LEAK_GUARDS, TILES, RenderSpec, Style, tied
 
 FILE = "k2.toml"
 MOST_PLAN = 32 << 20  # bytes of a run.toml
-LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
 SCOPES = ("prompt", "run")
 
 TEMPLATE = """\
@@ -394,8 +394,7 @@ class Project:
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""
         full, asked = self.root / path, f"{where}: " if where else ""
-        if len(str(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_PART for part in Path(path).parts):
-            raise K2Error(f"{asked}no file can have a name that long: {str(path)[:40]}…", hint="Check the name.")
+        check_path(path, asked)
         try:
             leaves = not full.resolve().is_relative_to(self.root.resolve())
         except (OSError, RuntimeError):  # Python tells of links in a circle by the latter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from model.errors import K2Error
 from model.headers import open_file
 
 LONGEST_NAME = 60
+LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
 LIMIT = 1 << 20  # bytes of a file written by hand; anything larger is a mistake or an attack
 LONGEST_LINE = 400  # characters of a line in which its key is looked for, when messages place it
 DEEP_KEY = re.compile(  # a.b.c…, where a key may stand: tomllib takes quadratic time over its parts
@@ -71,6 +73,12 @@ def check_name(name: str, where: str) -> str:
             hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",
         )
     return name
+
+
+def check_path(path: str | Path, asked: str = "") -> None:
+    """Refuse what no file system takes for a path, before it is looked for. `asked` says by whom, with its colon."""
+    if len(str(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_PART for part in Path(path).parts):
+        raise K2Error(f"{asked}no file can have a name that long: {str(path)[:40]}…", hint="Check the name.")
 
 
 def loads(text: str) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def test_a_private_picture_says_nothing(tmp_path):
         ("[settings]", "[settinsg]", r"the table \[settings\] is missing"),
         ('name = "mini"', 'name = "/etc/passwd"', "lies outside the project"),
         ('"mini-raw.safetensors"', '"../mini-raw.safetensors"', "names a file outside its model"),
+        ('"mini-raw.safetensors"', f'"{"9" * 300}"', "no file can have a name that long"),
         ('name = "fox"', 'name = "../fox"', "cannot name files"),
     ],
 )
