@@ -11,7 +11,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def expand(
     look    whether a style's pictures or LoRA decide drawing and medium
     """
     slots, words = LEVELS[level], vocabulary()
+    if not slots:
+        return prompt
     decided = {slot for slot, names in words["named"].items() if mentions([prompt, *styles], names)}
     if look:
         decided.update(LOOK)
@@ -121,8 +123,14 @@ def words_of(text: str) -> list[str]:
 
 def mentions(texts: Iterable[str], names: Iterable[str]) -> bool:
     """Whether any of the texts holds any of the names as whole words."""
-    spaced = [f" {' '.join(words_of(text))} " for text in texts]
-    return any(f" {' '.join(words_of(name))} " in text for name in names for text in spaced)
+    said = [spaced(text) for text in texts]
+    return any(spaced(name) in text for name in names for text in said)
+
+
+@lru_cache(maxsize=1024)
+def spaced(text: str) -> str:
+    """A text's words, a space around each. The same names are looked for in every prompt, a prompt for every seed."""
+    return f" {' '.join(words_of(text))} "
 
 
 def clash(told: Iterable[str], avoids: Iterable[str]) -> bool:
