@@ -76,9 +76,10 @@ def find(name: str, variant: str | None = None) -> Model | None:
     A hub id may go on with a file's path in its repository. Raw comes first where no variant is asked for.
     """
     wanted = (variant,) if variant else ("raw", "turbo")
-    if name in box():
-        paths = ((each, BOX / f"{name}-{each}.safetensors") for each in wanted)
-        return next((Model(name, path, "box", each) for each, path in paths if path.is_file()), None)
+    if files := box().get(name):
+        held = {path.name: path for path in files}
+        paths = ((each, held.get(f"{name}-{each}.safetensors")) for each in wanted)
+        return next((Model(name, path, "box", each) for each, path in paths if path), None)
     short, at, revision = name.partition("@")
     if short == "krea-2":
         return next(filter(None, (find(f"krea-2-{each}{at}{revision}") for each in wanted)), None)

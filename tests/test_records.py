@@ -124,6 +124,7 @@ def test_a_private_picture_says_nothing(tmp_path):
         ('name = "mini"', 'name = "/etc/passwd"', "lies outside the project"),
         ('"mini-raw.safetensors"', '"../mini-raw.safetensors"', "names a file outside its model"),
         ('"mini-raw.safetensors"', f'"{"9" * 300}"', "no file can have a name that long"),
+        ('variant = "raw"', f'variant = "{"9" * 300}"', "holds no 9+ checkpoint"),
         ('name = "fox"', 'name = "../fox"', "cannot name files"),
     ],
 )
