@@ -15,13 +15,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-LEVELS: dict[str, tuple[str, ...]] = {  # level -> slots that may be filled; each level fills what the one before does
-    "raw": (),
-    "low": ("ground",),
-    "medium": ("ground", "drawing"),
-    "high": ("ground", "drawing", "medium"),
-}
+LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots it fills, each on top of the former's
 LOOK = ("drawing", "medium")  # the slots that a style's pictures or its LoRA already fill
+SLOTS = ("ground", *LOOK)  # in the order of their words
 LONGEST = 600  # characters that a language model's expansion may have
 SMALL = frozenset(  # words that tell nothing of a look
     (
@@ -58,35 +54,40 @@ def expand(
 ) -> str:
     """The prompt with words for what it leaves open, the same for the same arguments; "raw" is the prompt itself.
 
-    level   one of LEVELS: low adds a setting, medium a manner of drawing, high a medium, each on top of the former
-    seed    of the picture; a slot's choice depends on prompt and seed alone, so a higher level keeps a lower one's
+    level   one of LEVELS: low adds a setting, medium a manner of drawing or a medium, high both
+    seed    of the picture; a choice depends on prompt and seed alone, so a higher level keeps a lower one's
     styles  words that join the prompt anyway: what they name is decided
     avoids  words that are never added, nor anything else that means the same
     look    whether a style's pictures or LoRA decide drawing and medium
     """
-    slots, words = LEVELS[level], vocabulary()
-    if not slots:
+    if not (count := LEVELS[level]):
         return prompt
+    words = vocabulary()
     decided = {slot for slot, names in words["named"].items() if mentions([prompt, *styles], names)}
     if look:
         decided.update(LOOK)
-    open_slots = [slot for slot in slots if slot not in decided]
+    # bare words vary in drawings and in media: medium varies less than raw where it adds drawings alone
+    order = LOOK if pick(LOOK, "look", prompt, seed) == LOOK[0] else LOOK[::-1]
     added: dict[str, str] = {}
-    for slot in LOOK:
-        if slot in open_slots:
-            unsuitable = set(words["asked_only"][slot])
-            if slot == "medium" and {"ground", "colour"} & decided:  # theirs would be black
-                unsuitable |= set(words["own_ground"]["media"])
-            offered = {name: told for name, told in words[slot].items() if name not in unsuitable}
-            choices = {name: told for name, told in offered.items() if not clash(told, avoids)}
-            if choices:
-                name = pick(sorted(choices), slot, prompt, seed)
-                added[slot] = pick(choices[name], f"{slot} words", prompt, seed)
-                if name in words["own_ground"]["media"]:
-                    decided.add("ground")
-    if "ground" in open_slots and "ground" not in decided and (setting := ground(prompt, seed, decided, avoids)):
+    for slot in order:
+        choices = suitable(slot, decided, avoids)
+        if len(added) < count - 1 and slot not in decided and choices:
+            name = pick(sorted(choices), slot, prompt, seed)
+            added[slot] = pick(choices[name], f"{slot} words", prompt, seed)
+            if name in words["own_ground"]["media"]:
+                decided.add("ground")
+    if "ground" not in decided and (setting := ground(prompt, seed, decided, avoids)):
         added["ground"] = setting
-    return ", ".join([prompt, *(added[slot] for slot in slots if slot in added)])
+    return ", ".join([prompt, *(added[slot] for slot in SLOTS if slot in added)])
+
+
+def suitable(slot: str, decided: set[str], avoids: Sequence[str]) -> dict[str, list[str]]:
+    """The looks of a slot, each with its words, that may be added unasked to what is decided."""
+    words = vocabulary()
+    left_out = set(words["asked_only"][slot])
+    if slot == "medium" and {"ground", "colour"} & decided:  # theirs would be black
+        left_out |= set(words["own_ground"]["media"])
+    return {name: told for name, told in words[slot].items() if name not in left_out and not clash(told, avoids)}
 
 
 def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> str:

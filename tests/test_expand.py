@@ -69,10 +69,20 @@ def test_the_same_seed_expands_the_same_in_every_process():
 def test_each_level_adds_to_the_one_before():
     for seed in range(40):
         low, medium, high = (expand(FOX, level, seed).split(", ") for level in ("low", "medium", "high"))
-        dark = any(mentions(high, WORDS["medium"][name]) for name in WORDS["own_ground"]["media"])
+        dark = [w for name in WORDS["own_ground"]["media"] for w in WORDS["medium"][name]]  # in the place of a ground
 
-        assert medium[: len(low)] == low and len(medium) == len(low) + 1
-        assert high[:-1] == medium if not dark else set(high[:-1]) < set(medium)
+        assert set(low) < set(medium) or mentions(medium, dark)
+        assert set(medium) < set(high) or mentions(high, dark)
+        assert names("drawing", medium[-1]) != names("medium", medium[-1])
+        assert names("drawing", high[-2]) and names("medium", high[-1])
+
+
+def test_medium_adds_drawings_and_media_in_turns():
+    for first in range(0, 40, 2):
+        texts = [expand(FOX, "medium", seed) for seed in (first, first + 1)]
+        assert sorted(names("drawing", text) for text in texts) == [False, True]
+    for seed in range(40):  # the other where one is decided
+        assert names("drawing", expand("a fox, watercolour", "medium", seed)[len("a fox, watercolour") :])
 
 
 def test_each_level_is_more_varied_than_the_one_before():
