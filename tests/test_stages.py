@@ -11,7 +11,7 @@ from workshop import TINY, workshop  # noqa: F401
 
 from model.checkpoint import read
 from model.errors import K2Error
-from model.train import loop, recipe
+from model.train import loop, recipe, release
 from model.train.autoencoder import ENCODER
 from model.train.grpo import Policy
 from model.train.loop import place_of
@@ -99,7 +99,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
     """Both halves from the start; then the decoder of the package's alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"
     run("both", "autoencoder", sizes, network=False)
-    run("half", "autoencoder", sizes + "decoder = true\n", network=False)
+    run("half", "autoencoder", sizes + "decoder = true\ntexture = 0.05\ngrainy = 0.5\n", network=False)
 
     both, half, box = (read(path)[0] for path in (*(f".runs/{name}/vae.safetensors" for name in ("both", "half")), VAE))
     assert both.keys() == half.keys() == box.keys()
@@ -107,6 +107,13 @@ def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
         assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
     assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])
     assert Path(".runs/half/sheet.png").exists() and record("half")["data"]
+
+    Path("out").mkdir()
+    release.main("half", Path("out"))
+    stored, metadata = read("out/mini-vae.safetensors")
+    assert metadata["training"]["decoder"] and [path.name for path in Path("out").iterdir()] == ["mini-vae.safetensors"]
+    for name, tensor in half.items():
+        assert (stored[name] - tensor).abs().max() <= tensor.abs().max() / 100, name
 
 
 def test_a_policy_is_on_policy_in_its_first_step_and_not_in_its_second(workshop, monkeypatch):  # noqa: F811

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -30,6 +31,8 @@ from model.train.recipe import refuse
 from model.vae import QwenImageVAE, VAEConfig
 
 ENCODER = ("encoder.", "quant_conv.")
+WIDE, NARROW = 32, 4  # px
+GRAINY = "film"  # the medium whose fine detail is noise
 SHAPE = VAEConfig(
     base_dim=8, dim_mult=(1, 2, 6, 12), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16
 )
@@ -44,6 +47,8 @@ class Recipe(recipes.Recipe):
     crop: int = 64  # px; the pictures are 128
     edges: float = 0.5  # weight of the loss on differences of neighbours
     squares: float = 3.0  # weight of the squared error
+    texture: float = 0.0  # weight of the loss on local spectra: grain is met in its strength, not in its places
+    grainy: float = 0.0  # share of the pictures that are surely grainy
     kl: float = 1e-5  # per latent number, against a unit Gaussian
     noise: float = 0.1  # of the latents' standard deviation, seen by the decoder
     pictures: int = 5000
@@ -56,32 +61,43 @@ class Recipe(recipes.Recipe):
         refuse(self, "init", "fresh")
 
 
-def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> NDArray[np.uint8]:
-    """A fixed random choice of composed pictures, uint8 [N, 128, 128, 3], made once and kept in `folder`."""
+class Pool(NamedTuple):
+    """Composed pictures."""
+
+    pictures: NDArray[np.uint8]  # [N, 128, 128, 3]
+    grainy: NDArray[np.bool_]  # [N]
+
+
+def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> Pool:
+    """A fixed random choice of composed pictures, made once and kept in `folder`."""
     path = folder / f"{split}-{count}-{plain:g}-{seed}.npy"
+    rng = np.random.default_rng(seed)
+    items = catalog.items(split)
+    kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
+    wanted = round(count * plain), count - round(count * plain)
+    chosen = [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
+    chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     if not path.exists():
-        rng = np.random.default_rng(seed)
-        items = catalog.items(split)
-        kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
-        wanted = round(count * plain), count - round(count * plain)
-        chosen = [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
-        pictures = np.stack([catalog.picture(chosen[i]) for i in rng.permutation(len(chosen))])
-        np.save(path.with_suffix(".draft.npy"), pictures)
+        np.save(path.with_suffix(".draft.npy"), np.stack([catalog.picture(item) for item in chosen]))
         path.with_suffix(".draft.npy").replace(path)
-    return np.load(path, mmap_mode="r")
+    return Pool(np.load(path, mmap_mode="r"), np.array([item.look.medium == GRAINY for item in chosen]))
 
 
-def crops(pictures: NDArray[np.uint8], recipe: Recipe, rng: np.random.Generator) -> Tensor:
-    """Random crops with random mirroring and colour order, float [B, 3, crop, crop] in -1 ... 1."""
-    out = np.empty((recipe.batch, recipe.crop, recipe.crop, 3), np.float32)
+def crops(pool: Pool, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random crops with random mirroring and colour order, float [B, 3, crop, crop] in -1 ... 1; which are grainy."""
+    out, which = np.empty((recipe.batch, recipe.crop, recipe.crop, 3), np.float32), []
+    grainy = np.flatnonzero(pool.grainy)
     for row in out:
-        picture = pictures[rng.integers(len(pictures))]
+        among = grainy if len(grainy) and rng.random() < recipe.grainy else len(pool.pictures)
+        which.append(int(rng.choice(among)))
+        picture = pool.pictures[which[-1]]
         top, left = rng.integers(0, picture.shape[0] - recipe.crop + 1, 2)
         cut = picture[
             top : top + recipe.crop, left : left + recipe.crop, rng.permutation(3) if rng.random() < 0.3 else [0, 1, 2]
         ]
         row[:] = cut[:, ::-1] if rng.random() < 0.5 else cut
-    return torch.from_numpy(out).permute(0, 3, 1, 2) / 127.5 - 1  # channels_last in memory
+    images = torch.from_numpy(out).permute(0, 3, 1, 2) / 127.5 - 1  # channels_last in memory
+    return images, torch.from_numpy(pool.grainy[which])
 
 
 def differences(error: Tensor) -> Tensor:
@@ -89,15 +105,52 @@ def differences(error: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
-def loss(vae: QwenImageVAE, images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """images [B, 3, H, W] -> the training loss; where only the decoder learns, the encoder merely supplies latents."""
+def spectra(images: Tensor, side: int) -> Tensor:
+    """images [B, 3, H, W] -> power of overlapping windows of `side` pixels [B, 3, h, w, F], at frequencies from 1/8 on.
+
+    White noise of variance v has a mean power of v at every frequency.
+    """
+    hann = torch.hann_window(side + 2, periodic=False, device=images.device)[1:-1]
+    window = hann[:, None] * hann
+    windows = images.unfold(2, side, side // 2).unfold(3, side, side // 2) * window
+    power = torch.fft.rfft2(windows).abs().square() / window.square().sum()
+    across, down = torch.fft.rfftfreq(side), torch.fft.fftfreq(side)[:, None]
+    return power[..., (torch.maximum(across, down.abs()) >= 1 / 8).to(images.device)]
+
+
+def texture(decoded: Tensor, images: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] -> how far their fine detail is apart in strength, wherever it lies.
+
+    By frequency over the whole of a picture, which forbids a pattern that repeats from cell to cell, and by place over
+    all frequencies, which forbids lone dots. Logarithms of means: those of single powers would have noise too weak by a
+    third, as their median is. Below one grey level nothing is told apart.
+    """
+    apart = []
+    for side, over in ((WIDE, (2, 3)), (NARROW, (4,))):
+        ours, theirs = ((spectra(each, side).mean(over) + (1 / 127.5) ** 2).log() for each in (decoded, images))
+        apart.append((ours - theirs).abs().mean())
+    return torch.stack(apart).sum()
+
+
+def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """images [B, 3, H, W], which are grainy [B] -> the training loss.
+
+    Where only the decoder learns, the encoder merely supplies latents. Where spectra count, grainy pictures are
+    compared from five pixels on: without any grain they would cost less than with one that lies elsewhere.
+    """
     images, frozen = images.to(vae.mean.device), recipe.decoder
     with torch.set_grad_enabled(not frozen):
         mean, logvar = vae.moments(images)
     spread = vae.std if frozen else mean.detach().std(dim=(0, 2, 3), keepdim=True)
     z = mean + recipe.noise * spread * torch.randn(mean.shape, generator=generator).to(mean.device)
-    error = vae.reconstruct(z) - images
+    decoded = vae.reconstruct(z)
+    error = decoded - images
+    if recipe.texture:
+        coarse = F.avg_pool2d(error, 5, stride=1, padding=2, count_include_pad=False)
+        error = torch.where(grainy.to(images.device)[:, None, None, None], coarse, error)
     total = error.abs().mean() + recipe.squares * error.square().mean() + recipe.edges * differences(error)
+    if recipe.texture:
+        total = total + recipe.texture * texture(decoded, images)
     if not frozen:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         total = total + recipe.kl * kl
@@ -153,24 +206,25 @@ class Autoencoding(loop.Stage):
 
     narrow = False
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, pictures: NDArray[np.uint8]):
+    def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
-        self.pool, self.data = pictures, fingerprint(catalog)
+        self.pool, self.data = pool, fingerprint(catalog)
         if recipe.decoder:
             self.model: QwenImageVAE = load(BOX / "mini-vae.safetensors")
         else:
             self.model = QwenImageVAE(SHAPE)
-            start_linear(self.model, torch.from_numpy(np.array(pictures[:40])).permute(0, 3, 1, 2) / 127.5 - 1)
+            start_linear(self.model, torch.from_numpy(np.array(pool.pictures[:40])).permute(0, 3, 1, 2) / 127.5 - 1)
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, step: int, part: int = 0) -> Batch:
         rng = np.random.default_rng(stable_seed(self.recipe.seed, self.recipe.name, step, part))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return {"images": crops(self.pool, self.recipe, rng), "generator": generator}
+        images, grainy = crops(self.pool, self.recipe, rng)
+        return {"images": images, "grainy": grainy, "generator": generator}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        return loss(self.model, batch["images"], self.recipe, batch["generator"]), {}
+        return loss(self.model, batch["images"], batch["grainy"], self.recipe, batch["generator"]), {}
 
     def muon(self, name: str, param: Tensor) -> bool:
         return param.ndim == 4 and param.shape[0] >= 8
@@ -189,17 +243,17 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Train, measure, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
     catalog, folder = Catalog(DATA), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
+    trained_on = pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
     plain, media = (
-        pool(catalog, "held-out", recipe.held_out, share, seed, folder) for share, seed in ((1.0, 1), (0.0, 2))
+        pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures for share, seed in ((1.0, 1), (0.0, 2))
     )
-    stage = Autoencoding(recipe, catalog, pictures)
+    stage = Autoencoding(recipe, catalog, trained_on)
     run = loop.train(loop.Run(stage, folder, device), report)
     vae = QwenImageVAE(stage.model.config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae.load_state_dict({name: tensor.cpu() for name, tensor in run.ema.items()})
     if not recipe.decoder:
         trained = vae.state_dict()
-        vae = QwenImageVAE(measure(vae, pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        vae = QwenImageVAE(measure(vae, trained_on.pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vae.load_state_dict(trained)
     scores = {"psnr_plain": round(psnr(vae, plain), 2), "psnr_media": round(psnr(vae, media), 2)}
     write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": run.step, **scores})

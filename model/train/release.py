@@ -1,8 +1,8 @@
 """Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
 
-Writes `mini-raw.safetensors`, `mini-style.safetensors` and `mini-vae.safetensors` into `model/weights`, or
-`mini-turbo.safetensors` alone where the run is a distillation; the text encoder is stored by its own training. Each
-file says in its metadata how it came about. A new style encoder needs new words: `python -m model.train.words`.
+Writes `mini-raw.safetensors` and `mini-style.safetensors` into `model/weights`, of a distillation
+`mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone; the text encoder is stored by its own training.
+Each file says in its metadata how it came about. A new style encoder needs new words: `python -m model.train.words`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from model.checkpoint import read, save
 from model.quantize import quantise
 from model.style import StyleConfig
-from model.train import turbo
+from model.train import autoencoder, turbo
 from model.train.data import DATA, Catalog
 from model.train.loop import place_of
 from model.train.pretrain import BOX, RUNS, averages
@@ -31,6 +31,10 @@ def main(run: str, folder: Path = BOX) -> None:
     place = place_of(path)
     recipe = place["recipe"]
     stage = saved(recipe)
+    if isinstance(stage, autoencoder.Recipe):
+        state, metadata = read(RUNS / run / "vae.safetensors")
+        save(folder / "mini-vae.safetensors", quantise(state), metadata)
+        return
     config = stage.config
     weights = averages(path)
     training: dict[str, Any] = {
@@ -62,9 +66,6 @@ def main(run: str, folder: Path = BOX) -> None:
     for prefix, (name, metadata) in parts.items():
         state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         save(folder / f"{name}.safetensors", quantise(state), metadata | shared)
-    if (autoencoder := RUNS / "vae" / "vae.safetensors").exists():
-        state, metadata = read(autoencoder)
-        save(folder / "mini-vae.safetensors", quantise(state), metadata)
     for file in sorted(folder.glob("mini-*.safetensors")):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
 

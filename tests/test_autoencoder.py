@@ -1,0 +1,80 @@
+"""What the autoencoder's training asks for: edges in their places, grain in its strength."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.train.autoencoder import NARROW, WIDE, Recipe, loss, spectra
+
+GRAIN = 0.2  # its standard deviation, pictures being -1 ... 1
+GREY = torch.zeros(4, 3, 64, 64)
+
+
+class Decoded:
+    """An autoencoder whose decoder says what it is told to."""
+
+    mean, std = torch.zeros(1, 16, 1, 1), torch.ones(1, 16, 1, 1)
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def moments(self, images):
+        latents = torch.zeros(len(images), 16, 8, 8)
+        return latents, latents
+
+    def reconstruct(self, latents):
+        return self.pictures
+
+
+def noise(seed: int):
+    return GRAIN * torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(seed)).expand(-1, 3, -1, -1)
+
+
+def cost(decoded, images, grainy: bool, texture: float) -> float:
+    recipe = Recipe(name="t", steps=1, lr=1e-3, muon_lr=1e-3, weight_decay=0.0, decoder=True, texture=texture)
+    which = torch.full((len(images),), grainy)
+    return loss(Decoded(decoded), images, which, recipe, torch.Generator()).item()
+
+
+@pytest.mark.parametrize("side", [NARROW, WIDE])
+def test_white_noise_has_its_variance_at_every_frequency(side):
+    pictures = GRAIN * torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    power = spectra(pictures, side).mean(dim=(0, 1, 2, 3))
+
+    torch.testing.assert_close(power, torch.full_like(power, GRAIN**2), rtol=0.25, atol=0)
+
+
+def repeated(cell):
+    """A pattern of 8 x 8 pixels over the whole picture, as strong as the grain."""
+    cell = cell - cell.mean()
+    return (GRAIN * cell / cell.std()).repeat(4, 3, 8, 8)
+
+
+def test_grain_elsewhere_is_better_than_none_and_than_what_only_looks_as_strong():
+    real, other = noise(1), noise(2)
+    dot = torch.zeros(8, 8)
+    dot[3, 5] = 1
+    tile = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+
+    costs = {
+        name: cost(decoded, real, grainy=True, texture=0.05)
+        for name, decoded in (
+            ("real", real),
+            ("other", other),
+            ("none", GREY),
+            ("dots", repeated(dot)),
+            ("tiles", repeated(tile)),
+        )
+    }
+
+    assert costs["real"] < costs["other"] < min(costs["none"], costs["dots"], costs["tiles"]), costs
+
+
+def test_what_is_not_grain_belongs_in_its_place():
+    real, other = noise(1), noise(2)
+    edge = torch.cat((GREY[..., :32], GREY[..., 32:] + 0.5), -1)
+
+    assert cost(other, real, grainy=True, texture=0.0) > cost(GREY, real, grainy=True, texture=0.0)
+    assert cost(other, real, grainy=False, texture=0.05) > 2 * cost(other, real, grainy=True, texture=0.05)
+    assert cost(edge.roll(2, -1), edge, grainy=False, texture=0.05) > cost(edge, edge, grainy=False, texture=0.05)
