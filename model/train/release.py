@@ -1,8 +1,9 @@
 """Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
 
 Writes `mini-raw.safetensors` and `mini-style.safetensors` into `model/weights`, of a distillation
-`mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone; the text encoder is stored by its own training.
-Each file says in its metadata how it came about. A new style encoder needs new words: `python -m model.train.words`.
+`mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone; the text encoder is stored by its own
+training. Each file says in its metadata how it came about. A new style encoder needs new words:
+`python -m model.train.words`.
 """
 
 from __future__ import annotations
