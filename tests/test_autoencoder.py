@@ -56,6 +56,7 @@ def test_grain_elsewhere_is_better_than_none_and_than_what_only_looks_as_strong(
     dot = torch.zeros(8, 8)
     dot[3, 5] = 1
     tile = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+    net = (noise(2).abs() - noise(2).abs().mean()) * GRAIN / noise(2).abs().std()  # as white, but no noise
 
     costs = {
         name: cost(decoded, real, grainy=True, texture=0.05)
@@ -65,10 +66,11 @@ def test_grain_elsewhere_is_better_than_none_and_than_what_only_looks_as_strong(
             ("none", GREY),
             ("dots", repeated(dot)),
             ("tiles", repeated(tile)),
+            ("net", net),
         )
     }
 
-    assert costs["real"] < costs["other"] < min(costs["none"], costs["dots"], costs["tiles"]), costs
+    assert costs["real"] < costs["other"] < min(costs[name] for name in ("none", "dots", "tiles", "net")), costs
 
 
 def test_what_is_not_grain_belongs_in_its_place():

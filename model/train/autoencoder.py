@@ -31,7 +31,8 @@ from model.train.recipe import refuse
 from model.vae import QwenImageVAE, VAEConfig
 
 ENCODER = ("encoder.", "quant_conv.")
-WIDE, NARROW = 32, 4  # px
+WIDE, NARROW = 32, 4  # px, of windows
+DIRECTIONS, PATCHES = 48, 12.0  # of patches, and what their distance weighs beside that of the strengths
 GRAINY = "film"  # the medium whose fine detail is noise
 SHAPE = VAEConfig(
     base_dim=8, dim_mult=(1, 2, 6, 12), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16
@@ -47,7 +48,7 @@ class Recipe(recipes.Recipe):
     crop: int = 64  # px; the pictures are 128
     edges: float = 0.5  # weight of the loss on differences of neighbours
     squares: float = 3.0  # weight of the squared error
-    texture: float = 0.0  # weight of the loss on local spectra: grain is met in its strength, not in its places
+    texture: float = 0.0  # weight of the loss on fine detail: grain is met in its strength, not in its places
     grainy: float = 0.0  # share of the pictures that are surely grainy
     kl: float = 1e-5  # per latent number, against a unit Gaussian
     noise: float = 0.1  # of the latents' standard deviation, seen by the decoder
@@ -118,7 +119,7 @@ def spectra(images: Tensor, side: int) -> Tensor:
     return power[..., (torch.maximum(across, down.abs()) >= 1 / 8).to(images.device)]
 
 
-def texture(decoded: Tensor, images: Tensor) -> Tensor:
+def strength(decoded: Tensor, images: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] -> how far their fine detail is apart in strength, wherever it lies.
 
     By frequency over the whole of a picture, which forbids a pattern that repeats from cell to cell, and by place over
@@ -130,6 +131,22 @@ def texture(decoded: Tensor, images: Tensor) -> Tensor:
         ours, theirs = ((spectra(each, side).mean(over) + (1 / 127.5) ** 2).log() for each in (decoded, images))
         apart.append((ours - theirs).abs().mean())
     return torch.stack(apart).sum()
+
+
+def patches(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, H, W] -> how far the distributions of their small patches are apart, in deviations.
+
+    The sliced Wasserstein distance (arXiv 2006.07229) along random directions: nets and worms have the spectrum of
+    noise but not its patches.
+    """
+    apart = []
+    for side in (3, 5):
+        filters = torch.randn(DIRECTIONS, 3, side, side, generator=generator).to(images.device)
+        filters -= filters.mean((2, 3), keepdim=True)
+        filters /= filters.square().sum((1, 2, 3), keepdim=True).sqrt()
+        ours, theirs = (F.conv2d(each, filters).flatten(2).sort(-1).values for each in (decoded, images))
+        apart.append(((ours - theirs).abs().mean(-1) / theirs.std(-1)).mean())
+    return torch.stack(apart).mean()
 
 
 def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -150,7 +167,11 @@ def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, gene
         error = torch.where(grainy.to(images.device)[:, None, None, None], coarse, error)
     total = error.abs().mean() + recipe.squares * error.square().mean() + recipe.edges * differences(error)
     if recipe.texture:
-        total = total + recipe.texture * texture(decoded, images)
+        texture = strength(decoded, images)
+        if grainy.any():
+            share = grainy.float().mean().to(images.device)
+            texture = texture + PATCHES * share * patches(decoded[grainy], images[grainy], generator)
+        total = total + recipe.texture * texture
     if not frozen:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         total = total + recipe.kl * kl

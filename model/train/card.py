@@ -1,8 +1,13 @@
 """Sheets for the model card, from the weights in the box: `python -m model.train.card [FOLDER]`.
 
 subjects.webp  forty subjects of the training list in plain words, one seed each, nothing chosen
-near.webp      words that no caption holds, beside subjects that do
+near.webp      words that no caption holds
 samples.webp   the training's own sheet: subjects, then media and grounds
+scenes.webp    the forty subjects again, each on a ground of a colour and in a medium, all in turn
+prompts.webp   `prompts.txt`: forty prompts by somebody who had the list of subjects and nothing else
+all.webp       every subject of the training list, in one look
+
+Raw paints the first four, Turbo the others.
 """
 
 from __future__ import annotations
@@ -11,11 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
+from model.train.data import article, read_subjects
+from model.train.looks import MEDIA, PALETTES, Look
 from model.train.pretrain import BOX
 from model.train.samples import PROMPTS
 
@@ -25,6 +31,8 @@ SUBJECTS = (
     *("banana", "strawberry", "watermelon", "pineapple", "carrot", "pizza", "hamburger", "doughnut", "car", "bus"),
     *("bicycle", "sailboat", "rocket", "house", "crescent moon", "rainbow", "umbrella", "balloon", "guitar", "ghost"),
 )
+GROUNDS = ("flat", "gradient", "scene", "floor")
+LOOK = "soft shaded vector"  # of the sheet of all subjects
 NEAR = {  # a word of no caption -> the subject in whose neighbourhood it lies
     "hound": "dog",
     "kitten": "cat",
@@ -39,28 +47,48 @@ NEAR = {  # a word of no caption -> the subject in whose neighbourhood it lies
 }
 
 
-def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, seed: int = 0) -> Image.Image:
-    """Pictures of prompts, row by row, in one image."""
-    specs = [RenderSpec(prompt, seed=seed + index) for index, prompt in enumerate(prompts)]
-    pictures = [np.asarray(picture.image.convert("RGB")) for picture in pipeline.stream(specs)]
-    rows = [np.concatenate(pictures[start : start + columns], 1) for start in range(0, len(pictures), columns)]
-    return Image.fromarray(np.concatenate(rows))
+def scenes() -> list[str]:
+    """The subjects, each with the next ground, colour and medium; media that bring a black ground are left out."""
+    media = [told[0] for name, told in MEDIA.items() if told and name not in ("neon", "lowkey")]
+    texts = []
+    for i, name in enumerate(SUBJECTS):
+        look = Look("noto", ground=GROUNDS[i % len(GROUNDS)], palette=list(PALETTES)[i % len(PALETTES)])
+        texts.append(f"{phrase(name)} {look.ground_words}, {media[i % len(media)]}")
+    return texts
+
+
+def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int = 128) -> Image.Image:
+    """Pictures of prompts, seeds from 0 on, row by row in one image."""
+    specs = [RenderSpec(prompt, seed=index) for index, prompt in enumerate(prompts)]
+    page = Image.new("RGB", (columns * side, -(-len(specs) // columns) * side), "white")
+    for index, made in enumerate(pipeline.stream(specs)):
+        picture = made.image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        page.paste(picture, (index % columns * side, index // columns * side))
+    return page
 
 
 def phrase(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{article(name)}{name}"
 
 
 def main(folder: Path = BOX) -> None:
-    pipeline = Pipeline.load("mini")
-    sheets = {
-        "subjects": ([phrase(name) for name in SUBJECTS], 10),
-        "near": ([phrase(name) for name in NEAR], 10),
-        "samples": (PROMPTS, 8),
+    everything = [subject.name for subject in read_subjects()]
+    prompts = Path(__file__).with_name("prompts.txt").read_text("utf-8").splitlines()
+    raw: dict[str, tuple[Sequence[str], int, int]] = {
+        "subjects": ([phrase(name) for name in SUBJECTS], 10, 128),
+        "near": ([phrase(name) for name in NEAR], 10, 128),
+        "samples": (PROMPTS, 8, 128),
+        "scenes": (scenes(), 10, 128),
     }
-    for name, (prompts, columns) in sheets.items():
-        sheet(pipeline, prompts, columns).save(folder / f"{name}.webp", quality=85)
-        print(folder / f"{name}.webp")
+    turbo: dict[str, tuple[Sequence[str], int, int]] = {
+        "prompts": (prompts, 8, 128),
+        "all": ([f"{phrase(name)}, {LOOK}" for name in everything], 15, 96),
+    }
+    for variant, sheets in (("raw", raw), ("turbo", turbo)):
+        pipeline = Pipeline.load("mini", variant)
+        for name, (texts, columns, side) in sheets.items():
+            sheet(pipeline, texts, columns, side).save(folder / f"{name}.webp", quality=85)
+            print(folder / f"{name}.webp")
 
 
 if __name__ == "__main__":
