@@ -1,10 +1,10 @@
 """8-bit products in training: seconds a step beside bf16, and the loss curves laid over each other.
 
-`python tests/bench/products.py [--rounds 5] [--steps 500] [--compile] [--out .cache/bench/products] [--smoke]`. A step
-is two blocks of the transformer, there, back and AdamW, on 4,096 tokens; bf16 is autocast as training runs it (fp32
-where the processor has no bf16). The curves are pretraining at 64 px from one seed on the data set in `.data`, which
-`python -m model.train.data` and `python -m model.train.encode 64` make; the toy of `--smoke` needs none. A ratio above
-1 pays; where it stays below, a recipe had better leave `products` at "wide".
+`python tests/bench/products.py [--rounds 5] [--steps 500] [--batch 32] [--blocks 8] [--compile] [--smoke]`.
+A step is two blocks of the transformer, there, back and AdamW, on 4,096 tokens; bf16 is autocast as training runs it
+(fp32 where the processor has no bf16). The curves are pretraining at 64 px from one seed on the data set in `.data`,
+which `python -m model.train.data` and `python -m model.train.encode 64` make; the toy of `--smoke` needs none. A ratio
+above 1 pays; where it stays below, a recipe had better leave `products` at "wide".
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=PRESETS["mini"].blocks, help="of the network of the curves")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(".cache/bench/products"))
     parser.add_argument("--smoke", action="store_true")
@@ -144,7 +145,7 @@ def main() -> None:
     rounds, widths, steps = (1, (64,), 4) if options.smoke else (options.rounds, WIDTHS, options.steps)
     tokens = 256 if options.smoke else TOKENS
     rows = seconds_a_step(names, widths, tokens, rounds, device, options.compile)
-    small = {"width": 64, "heads": 1, "kv_heads": 1, "blocks": 1} if options.smoke else {}
+    small = {"width": 64, "heads": 1, "kv_heads": 1, "blocks": 1} if options.smoke else {"blocks": options.blocks}
     recipe = Recipe(
         name="products", size=64, steps=steps, batch=options.batch, repeats=2, lr=1.5e-3, muon_lr=4e-3, mu=0.2,
         decay=0.2, network=small, references=0.0,
