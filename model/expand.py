@@ -70,8 +70,7 @@ def expand(
     order = LOOK if pick(LOOK, "look", prompt, seed) == LOOK[0] else LOOK[::-1]
     added: dict[str, str] = {}
     for slot in order:
-        choices = suitable(slot, decided, avoids)
-        if len(added) < count - 1 and slot not in decided and choices:
+        if len(added) < count - 1 and slot not in decided and (choices := suitable(slot, decided, avoids)):
             name = pick(sorted(choices), slot, prompt, seed)
             added[slot] = pick(choices[name], f"{slot} words", prompt, seed)
             if name in words["own_ground"]["media"]:

@@ -71,8 +71,11 @@ def test_each_level_adds_to_the_one_before():
         low, medium, high = (expand(FOX, level, seed).split(", ") for level in ("low", "medium", "high"))
         dark = [w for name in WORDS["own_ground"]["media"] for w in WORDS["medium"][name]]  # in the place of a ground
 
-        assert set(low) < set(medium) or mentions(medium, dark)
-        assert set(medium) < set(high) or mentions(high, dark)
+        assert mentions(medium, dark) or (medium[:-1] == low and len(medium) == len(low) + 1)
+        if mentions(high, dark) and not mentions(medium, dark):
+            assert set(high[:-1]) < set(medium)
+        else:
+            assert set(medium) < set(high) and len(high) == len(medium) + 1
         assert names("drawing", medium[-1]) != names("medium", medium[-1])
         assert names("drawing", high[-2]) and names("medium", high[-1])
 

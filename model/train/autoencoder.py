@@ -3,7 +3,8 @@
 `k2 train autoencoder` trains both halves and measures the latents' statistics; `k2 train decoder` goes on with the
 decoder of the package's autoencoder alone, so that latents stay what they are. The loss is L1 + squared error
 (fidelity) + L1 of differences (edges) + a small Kullback-Leibler term, and the decoder sees noisy latents, so that what
-a diffusion model gets almost right still decodes well.
+a diffusion model gets almost right still decodes well. Asked for texture, it compares fine detail by strength as well:
+by those sums alone grain is best left out.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, gene
     Where only the decoder learns, the encoder merely supplies latents. Where spectra count, grainy pictures are
     compared from five pixels on: without any grain they would cost less than with one that lies elsewhere.
     """
-    images, frozen = images.to(vae.mean.device), recipe.decoder
+    images, grainy, frozen = images.to(vae.mean.device), grainy.to(vae.mean.device), recipe.decoder
     with torch.set_grad_enabled(not frozen):
         mean, logvar = vae.moments(images)
     spread = vae.std if frozen else mean.detach().std(dim=(0, 2, 3), keepdim=True)
@@ -164,13 +165,12 @@ def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, gene
     error = decoded - images
     if recipe.texture:
         coarse = F.avg_pool2d(error, 5, stride=1, padding=2, count_include_pad=False)
-        error = torch.where(grainy.to(images.device)[:, None, None, None], coarse, error)
+        error = torch.where(grainy[:, None, None, None], coarse, error)
     total = error.abs().mean() + recipe.squares * error.square().mean() + recipe.edges * differences(error)
     if recipe.texture:
         texture = strength(decoded, images)
         if grainy.any():
-            share = grainy.float().mean().to(images.device)
-            texture = texture + PATCHES * share * patches(decoded[grainy], images[grainy], generator)
+            texture = texture + PATCHES * grainy.float().mean() * patches(decoded[grainy], images[grainy], generator)
         total = total + recipe.texture * texture
     if not frozen:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()

@@ -2,8 +2,8 @@
 
 Writes `mini-raw.safetensors` and `mini-style.safetensors` into `model/weights`, of a distillation
 `mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone; the text encoder is stored by its own
-training. Each file says in its metadata how it came about. A new style encoder needs new words:
-`python -m model.train.words`.
+training. Each file says in its metadata how it came about. A new style encoder or autoencoder
+needs new words: `python -m model.train.words`.
 """
 
 from __future__ import annotations
