@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.spec import RenderSpec
-from model.train.data import DATA, Catalog, article, stable_seed
+from model.train.card import phrase
+from model.train.data import DATA, Catalog, stable_seed
 from model.train.evaluate import candidates, retrieval
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
@@ -37,7 +38,7 @@ def measure(pipeline: Pipeline, judge: Judge, catalog: Catalog, count: int) -> F
         for j, (medium, told) in enumerate(MEDIA.items()):
             rng = np.random.default_rng(stable_seed("expander", drawing, medium))
             subjects = [str(name) for name in rng.choice(among, count, replace=False)]
-            texts = [", ".join([f"{article(name)}{name}", how[0], *told[:1]]) for name in subjects]
+            texts = [", ".join([phrase(name), how[0], *told[:1]]) for name in subjects]
             first = FIRST_SEED + count * (i * len(MEDIA) + j)
             specs = [RenderSpec(prompt=text, seed=first + k) for k, text in enumerate(texts)]
             table[i, j] = retrieval(judge, paint(pipeline, specs), subjects, among).mean()
