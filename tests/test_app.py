@@ -432,3 +432,11 @@ def test_the_console_script_speaks_to_two_streams(moody):
     failed = subprocess.run([K2, "render"], capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stdout == ""
     assert failed.stderr.startswith("Error: k2.toml is not valid TOML") and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_do_not_spin_unless_asked_to(before: dict[str, str], after: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | before
+    code = "import os; from k2cli import app; app.app = lambda **_: print(os.environ['OMP_WAIT_POLICY']); app.main()"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == after
