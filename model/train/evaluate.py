@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tomli_w
@@ -84,36 +84,71 @@ def candidates(catalog: Catalog, count: int = 100) -> list[str]:
     return list(catalog.subjects)[:count]
 
 
-def specs_of(captions: Sequence[str], seed: int) -> list[RenderSpec]:
-    """A picture of each, each with a seed of its own, at the checkpoint's own settings."""
-    return [RenderSpec(prompt=caption, seed=seed + index) for index, caption in enumerate(captions)]
+def specs_of(captions: Sequence[str], seed: int, **settings: Any) -> list[RenderSpec]:
+    """A picture of each, each with a seed of its own; settings that are not given are the checkpoint's own."""
+    return [RenderSpec(prompt=caption, seed=seed + index, **settings) for index, caption in enumerate(captions)]
+
+
+class Painted(NamedTuple):
+    """A checkpoint's pictures of held-out captions, and what the judge sees in them and in the real ones."""
+
+    prompts: list[tuple[Item, str]]  # what was asked for, and how
+    pictures: list[Pixels]
+    right: NDArray[np.bool_]  # whether the subject's name is the nearest ...
+    real_right: NDArray[np.bool_]  # ... and in the real pictures
+    style: Floats  # [N, 48], unit
+    features: Floats  # [N, 144]: the judge's two views of a picture
+    real_features: Floats
+    apart: Floats  # [PROMPTS] mean distance between pictures of one prompt
+    power: Floats  # [GRAINY] of the top octave
+    real_power: Floats
+
+
+def paint_all(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, **settings: Any) -> Painted:
+    """`count` captions once each, some of them several times, and some of film grain: the same for every checkpoint."""
+    among, prompts = candidates(catalog), held_out_prompts(catalog, count)
+    subjects = [item.pair.subject for item, _ in prompts]
+    pictures = paint(pipeline, specs_of([caption for _, caption in prompts], seed=1000, **settings))
+    made, real = embed(judge, pictures), embed(judge, [catalog.picture(item) for item, _ in prompts])
+    first = list(dict.fromkeys(caption for _, caption in prompts))[:PROMPTS]
+    alike = paint(pipeline, specs_of([each for each in first for _ in range(SEEDS)], seed=5000, **settings))
+    grainy = [item for item in catalog.items("held-out") if item.look.medium == "film"][:GRAINY]
+    rng = np.random.default_rng(7)
+    asked = [catalog.caption(item, rng, "medium") for item in grainy]
+    grain = paint(pipeline, specs_of(asked, seed=9000, **settings))
+    power, real_power = (
+        top_octave(scale(np.stack(side))).numpy() for side in (grain, [catalog.picture(item) for item in grainy])
+    )
+    return Painted(
+        prompts,
+        pictures,
+        nearest(judge, made[0], subjects, among),
+        nearest(judge, real[0], subjects, among),
+        made[1],
+        np.concatenate(made, 1),
+        np.concatenate(real, 1),
+        spread(np.concatenate(embed(judge, alike), 1), SEEDS),
+        power,
+        real_power,
+    )
 
 
 def measure(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, sheet: Path) -> dict[str, Any]:
     """The figures of one checkpoint; each with what real pictures reach where that is known."""
-    among, prompts = candidates(catalog), held_out_prompts(catalog, count)
-    subjects = [item.pair.subject for item, _ in prompts]
-    pictures = paint(pipeline, specs_of([caption for _, caption in prompts], seed=1000))
-    made, real = embed(judge, pictures), embed(judge, [catalog.picture(item) for item, _ in prompts])
-    right = [nearest(judge, found[0], subjects, among) for found in (made, real)]
-    features, wanted = (np.concatenate(found, 1) for found in (made, real))
-
-    first = list(dict.fromkeys(caption for _, caption in prompts))[:PROMPTS]
-    alike = paint(pipeline, specs_of([caption for caption in first for _ in range(SEEDS)], seed=5000))
-    grainy = [item for item in catalog.items("held-out") if item.look.medium == "film"][:GRAINY]
-    rng = np.random.default_rng(7)
-    grain = paint(pipeline, specs_of([catalog.caption(item, rng, "medium") for item in grainy], seed=9000))
-    power, theirs = (
-        top_octave(scale(np.stack(side))).numpy() for side in (grain, [catalog.picture(item) for item in grainy])
-    )
-    small = [resize(picture, 64) for picture in pictures[:200]]
+    painted = paint_all(judge, catalog, pipeline, count)
+    small = [resize(picture, 64) for picture in painted.pictures[:200]]
     rows = [np.concatenate(small[i : i + 20], 1) for i in range(0, len(small) - 19, 20)]
     Image.fromarray(np.concatenate(rows)).save(sheet)
+    real = painted.real_features
     return {
-        "retrieval": {"rendered": figure(mean, right[0]), "real": figure(mean, right[1]), "of": len(among)},
-        "distance": {"rendered": frechet(features, wanted), "halves of real": frechet(wanted[::2], wanted[1::2])},
-        "diversity": {"rendered": figure(mean, spread(np.concatenate(embed(judge, alike), 1), SEEDS))},
-        "grain": {"share of real": figure(ratio, power, theirs)},
+        "retrieval": {
+            "rendered": figure(mean, painted.right),
+            "real": figure(mean, painted.real_right),
+            "of": len(candidates(catalog)),
+        },
+        "distance": {"rendered": frechet(painted.features, real), "halves of real": frechet(real[::2], real[1::2])},
+        "diversity": {"rendered": figure(mean, painted.apart)},
+        "grain": {"share of real": figure(ratio, painted.power, painted.real_power)},
     }
 
 

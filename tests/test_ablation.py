@@ -1,0 +1,95 @@
+"""Before and after a stage: paired figures whose truth is known, and the whole study at smoke size."""
+
+import tomllib
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from test_stages import base
+from workshop import workshop  # noqa: F401
+
+from model.errors import K2Error
+from model.spec import RenderSpec
+from model.train import ablation, evaluate, loop
+from model.train.ablation import Checkpoint, Scores, changes
+from model.train.data import Catalog
+from model.train.evaluate import Painted
+from model.train.loop import RUNS
+from model.train.pretrain import Recipe
+
+RNG = np.random.default_rng(0)
+COLUMNS = ("subject", "style", "whole", "diversity")
+
+
+def scores(columns, features, real, power, real_power):
+    nothing = np.zeros(0)
+    return Scores(
+        Painted([], [], nothing, nothing, nothing, features, real, nothing, power, real_power),
+        dict(zip(COLUMNS, columns, strict=True)),
+    )
+
+
+def test_a_change_is_taken_picture_by_picture():
+    """Pictures differ much from each other and change by 0.1 each: their spread is not the change's."""
+    before, real, right = RNG.normal(0, 1, (4, 200)), RNG.standard_normal((200, 3)), np.array([2.0, 0, 0])
+    features, power = RNG.standard_normal((200, 3)) + right, RNG.random(40)
+    first = scores(before, features, real, power, np.full(40, 2.0))
+    second = scores(before + 0.1, features - right, real, power + 0.5, np.full(40, 2.0))
+    found = changes(first, second)
+
+    for name in COLUMNS:
+        assert found[name] == {"value": 0.1, "low": 0.1, "high": 0.1}
+    assert found["grain"]["value"] == pytest.approx(0.25)
+    assert found["distance"]["value"] == pytest.approx(-4, abs=0.8), "the mean moved by 2 onto that of real pictures"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("raw", ("raw", None, None)),
+        ("a-run:8", ("a-run", 8, None)),
+        ("raw:8:0", ("raw", 8, 0.0)),
+        ("x::2.5", ("x", None, 2.5)),
+    ],
+)
+def test_checkpoints_are_named_with_settings(said, meant):
+    assert Checkpoint.of(said) == meant
+
+
+@pytest.mark.parametrize("said", ["raw:eight", "raw:8:2:1", "raw:8:much"])
+def test_settings_that_are_none_are_told(said):
+    with pytest.raises(K2Error, match="NAME:STEPS:GUIDANCE"):
+        Checkpoint.of(said)
+
+
+def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa: F811
+    base()
+    monkeypatch.setattr(evaluate, "PROMPTS", 2)
+    monkeypatch.setattr(evaluate, "GRAINY", 2)
+    items = Catalog.items
+    monkeypatch.setattr(Catalog, "items", lambda self, split: items(self, "train"))  # so few hold nothing out
+    judge = RUNS / "judge" / "judge-3.safetensors"
+    ablation.main(judge, RUNS / "study", ["raw:2", "base:2", "raw:2"], 6, "float32")
+
+    found = tomllib.loads((RUNS / "study" / "ablation.toml").read_text())
+    assert (RUNS / "study" / "ablation.png").exists()
+    assert {*COLUMNS, "distance", "grain"} < found["base:2"].keys()
+    assert found["base:2"]["change"]["style"]["value"] != 0
+    same = found["raw:2"]["change"]
+    assert all(same[name] == {"value": 0, "low": 0, "high": 0} for name in (*COLUMNS, "grain"))
+
+
+def test_a_run_is_rendered_as_it_would_be_shipped(workshop):  # noqa: F811
+    """The box's own weights as a run: the same bits, through 8 bits and back."""
+    weights = {f"ema.{name}": tensor for name, tensor in loop.box().items()}
+    place = {
+        "step": 1,
+        "seconds": 1.0,
+        "recipe": asdict(Recipe(name="again", size=128, batch=1, repeats=1, mu=0.0, lr=0.0, muon_lr=0.0, steps=1)),
+    }
+    loop.write(RUNS / "again", weights, place, {})
+    spec = RenderSpec("a fox", seed=3, steps=2, guidance=0.0)
+    again, box = (Checkpoint(name).load("float32").render([spec])[0].image for name in ("again", "raw"))
+
+    difference = np.abs(np.asarray(again, float) - np.asarray(box, float))
+    assert difference.max() <= 3
