@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from workshop import make_data
 
+from model.errors import K2Error
 from model.train import data
 from model.train.data import Catalog, Item, Pair, Subject, article, read_subjects, stable_seed
-from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, compose, looks
+from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, compose, looks, resize
 
 
 @pytest.fixture
@@ -22,6 +24,7 @@ def catalog(render):
     made = Catalog.__new__(Catalog)
     made.subjects = {"ball": Subject("ball", ("ball",), ("ball", "red ball"))}
     made.pairs = [Pair("ball", drawing) for drawing in DRAWINGS]
+    made.size = 128
     made.renders = np.stack([render] * len(made.pairs))
     made.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
     return made
@@ -111,6 +114,23 @@ def test_subjects_are_many_and_named_once():
     assert len(subjects) >= 100
     assert len({s.icons[0] for s in subjects}) == len(subjects)
     assert all(name in PALETTES for name in ("cream", "teal"))
+
+
+def test_pictures_come_in_any_size_that_there_are_renders_of(tmp_path):
+    """The same drawing on the same ground, in finer detail."""
+    folder = tmp_path / "data"
+    small = make_data(folder)
+    with pytest.raises(K2Error, match="no renders of 256 px") as told:
+        Catalog(folder, 256)
+    assert "python -m model.train.data 256" in told.value.hint
+    np.save(folder / "renders-256.npy", small.renders.repeat(2, 1).repeat(2, 2))
+    large = Catalog(folder, 256)
+
+    item = next(each for each in small.items("train") if each.look.medium == "plain" and each.look.ground == "scene")
+    fine = large.picture(item)
+    assert fine.shape == (256, 256, 3)
+    off = np.abs(resize(fine, 128).astype(float) - small.picture(item)).mean()
+    assert off < 3
 
 
 def test_icons_render_with_their_own_box_and_through_aliases():

@@ -32,8 +32,9 @@ def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     pairs = [(subject.name, drawing) for subject in read_subjects()[:2] for drawing in list(DRAWINGS)[:2]]
-    renders = np.random.default_rng(0).integers(0, 255, (len(pairs), 128, 128, 4), np.uint8)
-    np.savez_compressed(folder / "renders.npz", renders=renders)
+    for name, side in (("renders.npz", 128), ("renders-256.npz", 256)):
+        renders = np.random.default_rng(0).integers(0, 255, (len(pairs), side, side, 4), np.uint8)
+        np.savez_compressed(folder / name, renders=renders)
     (folder / "pairs.json").write_text(json.dumps(pairs))
     (folder / "manifest.toml").write_text('[renders]\nsha256 = "0"\n')
     recipes = tmp_path / "recipes"
@@ -43,13 +44,12 @@ def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
         "guidance": 'init = "two"\nteacher = "two"\nstage = "turbo"\nmethod = "guidance"',
         "three": 'init = "guidance"\nteacher = "two"\nstage = "turbo"\nmethod = "trajectory"\nwalk_steps = 2',
     }
-    for name, size in (("one", 64), ("two", 128), ("guidance", 128), ("three", 128)):
+    for name, size in (("one", 64), ("two", 256), ("guidance", 256), ("three", 256)):
         (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=more.get(name, "")))
     for module in (data, encode, pretrain, queue, release):
         monkeypatch.setattr(module, "DATA", folder)
     for module in (pretrain, queue, release, samples, turbo):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(queue, "PACKED", folder / "renders.npz")
     monkeypatch.setattr(recipe, "FOLDER", recipes)
     monkeypatch.setattr(queue, "STAGES", (("one", 0.25), ("two", 0.25), ("guidance", 0.25), ("three", 0.25)))
     monkeypatch.setattr(queue, "RELEASED", ("two", "three"))
@@ -60,7 +60,7 @@ def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
     queue.main(0.02, tmp_path / "out", "cpu")
 
     made = open_checkpoint(tmp_path / "out" / "mini-raw.safetensors")
-    assert made.metadata["native"] == 128 and made.metadata["config"]["width"] == 32
+    assert made.metadata["native"] == 256 and made.metadata["config"]["width"] == 32
     assert made.metadata["training"]["recipe"]["init"] == "one"
     turbo_made = open_checkpoint(tmp_path / "out" / "mini-turbo.safetensors").metadata
     assert (turbo_made["variant"], turbo_made["recommended"]["steps"]) == ("turbo", 2)

@@ -128,7 +128,7 @@ def changes(before: Scores, after: Scores) -> dict[str, Any]:
 
 def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: str | None = None) -> dict[str, Any]:
     """Measure checkpoints and what lies between the first and each of the others; print it, and keep it in `out`."""
-    catalog, judge = Catalog(DATA), Judge.load(judge_path)
+    judge = Judge.load(judge_path)
     critic = Critic.load(judge_path.with_name(judge_path.name.replace("judge", "critic")))
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"count": count, "judge": judge_path.name}
@@ -137,6 +137,7 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
     for name in names:
         chosen = Checkpoint.of(name)
         pipeline = chosen.load(dtype)
+        catalog = Catalog(DATA, pipeline.native)
         painted = paint_all(judge, catalog, pipeline, count, steps=chosen.steps, guidance=chosen.guidance)
         rows.append(painted.pictures[:SHOWN])
         scores.append(score(judge, critic, catalog, painted))

@@ -363,7 +363,7 @@ def main() -> None:
     options = parser_of(__doc__, list(FIGURES)).parse_args()
 
     def begin(pipeline: Pipeline, judge: Judge) -> Study:
-        return Study(pipeline, judge, Catalog(DATA), options.out, options.steps, options.count)
+        return Study(pipeline, judge, Catalog(DATA, pipeline.native), options.out, options.steps, options.count)
 
     conduct(options, FIGURES, begin)
 

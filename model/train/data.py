@@ -1,8 +1,9 @@
 """The data set of the bundled model: open vector art of the package registry, rendered, composed and captioned by rule.
 
 `python -m model.train.data` rebuilds it bit for bit: it fetches pinned packages with npm, renders the subjects of
-`subjects.toml`, and writes the renders with a manifest of hashes. Pictures are composed on demand (`Catalog.picture`),
-each from a generator seeded by what it shows, so that a picture is the same whenever and wherever it is made.
+`subjects.toml`, and writes the renders with a manifest of hashes; `python -m model.train.data 256` renders the same
+drawings in that size beside them. Pictures are composed on demand (`Catalog.picture`), each from a generator seeded by
+what it shows, so that a picture is the same whenever and wherever it is made.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 import tempfile
 import tomllib
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.errors import K2Error
-from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks
+from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks, resize
 
 PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
     "noto": "1.2.9",
@@ -39,7 +41,7 @@ PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
 }
 HERE = Path(__file__).parent
 DATA = Path(".data/mini")
-SIZE = 128  # px of the stored renders
+SIZE = 128  # px of the renders that say which drawings there are
 
 
 def stable_seed(*parts: object) -> int:
@@ -99,14 +101,16 @@ def read_subjects(path: Path = HERE / "subjects.toml") -> list[Subject]:
 class Catalog:
     """The rendered subjects, their looks and captions, and the splits."""
 
-    def __init__(self, folder: Path = DATA):
+    def __init__(self, folder: Path = DATA, size: int = SIZE):
+        """`size`: of its pictures in px. Those of more than `SIZE` need renders of theirs, or a `K2Error` is raised."""
         manifest = folder / "manifest.toml"
         if not manifest.exists():
             raise K2Error(f"there is no data set in {folder}.", hint="build it with: python -m model.train.data")
         self.folder = folder
         self.manifest = tomllib.loads(manifest.read_text())
         self.subjects = {subject.name: subject for subject in read_subjects()}
-        self.renders: NDArray[np.uint8] = np.load(folder / "renders.npy", mmap_mode="r")
+        self.size = size
+        self.renders = read_renders(folder, max(size, SIZE))
         self.pairs = [Pair(*pair) for pair in json.loads((folder / "pairs.json").read_text())]
         self.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
 
@@ -128,9 +132,10 @@ class Catalog:
         return [item for item in every if item.held_out == (split == "held-out")]
 
     def picture(self, item: Item) -> NDArray[np.uint8]:
-        """The picture of an item, uint8 RGB [128, 128, 3], always the same."""
+        """The picture of an item, uint8 RGB [size, size, 3], always the same."""
         rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
-        return compose(np.asarray(self.renders[item.row]), item.look, rng)
+        picture = compose(np.asarray(self.renders[item.row]), item.look, rng)
+        return resize(picture, self.size) if self.size < SIZE else picture
 
     def caption(self, item: Item, rng: np.random.Generator, form: str = "short", style: bool = True) -> str:
         """A caption in short, medium or long form; with style=False it names the content only.
@@ -154,6 +159,22 @@ class Catalog:
             return ", ".join([f"{subject_words} {where}", *words])
         manner = " and ".join(words)
         return f"a picture of {subject_words} in the middle {where}, made as {manner}"
+
+
+def renders_path(folder: Path, size: int) -> Path:
+    """Where the renders of a size lie."""
+    return folder / ("renders.npy" if size == SIZE else f"renders-{size}.npy")
+
+
+def read_renders(folder: Path, size: int) -> NDArray[np.uint8]:
+    """RGBA [pairs, size, size, 4], not read before it is asked for."""
+    path = renders_path(folder, size)
+    if not path.exists():
+        raise K2Error(
+            f"there are no renders of {size} px in {folder}.", hint=f"make them with: python -m model.train.data {size}"
+        )
+    renders: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    return renders
 
 
 PLURAL = ("glasses", "scissors", "books", "cherries", "grapes", "fries", "bread", "corn", "cheese", "fire", "dice")
@@ -184,7 +205,7 @@ def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
         return json.load(member)
 
 
-def render_icon(icons: dict[str, Any], name: str, size: int = SIZE) -> NDArray[np.uint8] | None:
+def render_icon(icons: dict[str, Any], name: str, size: int) -> NDArray[np.uint8] | None:
     """Render one icon as RGBA [size, size, 4], or None where the set does not have it."""
     import resvg_py
 
@@ -222,8 +243,7 @@ def build(folder: Path = DATA) -> None:
     for package, version in PACKAGES.items():
         icons = fetch(package, version, folder)
         for subject in read_subjects():
-            found = (render_icon(icons, name) for name in subject.icons)
-            picture = next((p for p in found if p is not None), None)
+            picture = draw(icons, subject, SIZE)
             if picture is None or picture[..., 3].mean() < 5:
                 continue
             digest = hashlib.md5(picture.tobytes()).hexdigest()
@@ -234,9 +254,7 @@ def build(folder: Path = DATA) -> None:
             renders.append(picture)
             pairs.append((subject.name, package))
     stacked = np.stack(renders)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as draft:
-        np.save(draft, stacked)
-    Path(draft.name).replace(folder / "renders.npy")
+    write_renders(folder, stacked)
     (folder / "pairs.json").write_text(json.dumps(pairs))
     manifest = {
         "packages": PACKAGES,
@@ -247,12 +265,38 @@ def build(folder: Path = DATA) -> None:
     (folder / "manifest.toml").write_text(tomli_w.dumps(manifest))
 
 
+def enlarge(size: int, folder: Path = DATA) -> None:
+    """Render the drawings of the data set once more, in another size."""
+    catalog, renders = Catalog(folder), []
+    icons = {package: fetch(package, version, folder) for package, version in PACKAGES.items()}
+    for pair in catalog.pairs:
+        picture = draw(icons[pair.drawing], catalog.subjects[pair.subject], size)
+        assert picture is not None  # or the pair would not be there
+        renders.append(picture)
+    write_renders(folder, np.stack(renders))
+
+
+def draw(icons: dict[str, Any], subject: Subject, size: int) -> NDArray[np.uint8] | None:
+    """A subject in a drawing set, RGBA [size, size, 4], or None where the set has none of its icons."""
+    found = (render_icon(icons, name, size) for name in subject.icons)
+    return next((picture for picture in found if picture is not None), None)
+
+
+def write_renders(folder: Path, renders: NDArray[np.uint8]) -> None:
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as draft:
+        np.save(draft, renders)
+    Path(draft.name).replace(renders_path(folder, renders.shape[1]))
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":
-    build()
+    if len(sys.argv) > 1:
+        enlarge(int(sys.argv[1]))
+    else:
+        build()
     catalog = Catalog()
     print(f"{len(catalog.pairs)} renders of {len(catalog.subjects)} subjects")
     print(*(f"{split}: {len(catalog.items(split))} pictures" for split in ("train", "held-out", "styles")), sep="\n")

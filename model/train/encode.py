@@ -15,18 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import DATA, Catalog, Item
+from model.train.looks import resize
 
 BOX = Path(__file__).parents[1] / "weights"
-
-
-def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """A square picture at another size, by area."""
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
 
 
 def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
@@ -40,14 +35,14 @@ def scale(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 @cache
-def catalog_of_process() -> Catalog:
-    return Catalog(DATA)
+def catalog_of_process(size: int) -> Catalog:
+    return Catalog(DATA, size)
 
 
 def compose_all(size: int, items: list[Item]) -> NDArray[np.uint8]:
     """Pictures of items, uint8 RGB [B, size, size, 3]."""
-    catalog = catalog_of_process()
-    return np.stack([resize(catalog.picture(item), size) for item in items])
+    catalog = catalog_of_process(size)
+    return np.stack([catalog.picture(item) for item in items])
 
 
 @torch.inference_mode()

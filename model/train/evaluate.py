@@ -23,8 +23,9 @@ from PIL import Image
 
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, Item
-from model.train.encode import resize, scale
+from model.train.encode import scale
 from model.train.judge import Judge
+from model.train.looks import resize
 from model.train.rewards import top_octave
 from model.train.study import Floats, Pixels, embed, figure, lines_of, mean, names_of, paint, ratio
 
@@ -156,13 +157,15 @@ def main(judge_path: Path, count: int, variants: Sequence[str], out: Path, dtype
     """Measure checkpoints of the box, print and keep what was found."""
     from model.pipeline import Pipeline
 
-    catalog, judge = Catalog(DATA), Judge.load(judge_path)
+    judge = Judge.load(judge_path)
     found: dict[str, Any] = {"count": count}
     out.parent.mkdir(parents=True, exist_ok=True)
     for variant in variants:
         pipeline = Pipeline.load("mini", variant=variant, dtype=dtype, filters=())
         found["dtype"] = pipeline.plan.dtype
-        found[variant] = measure(judge, catalog, pipeline, count, out.with_name(f"rendered-{variant}.png"))
+        found[variant] = measure(
+            judge, Catalog(DATA, pipeline.native), pipeline, count, out.with_name(f"rendered-{variant}.png")
+        )
         out.write_text(tomli_w.dumps(found))
         print(*lines_of(variant, found[variant]), sep="\n", flush=True)
 

@@ -59,7 +59,7 @@ def main(judge: Path, variant: str, count: int, dtype: str | None) -> None:
     from model.pipeline import Pipeline
 
     pipeline = Pipeline.load("mini", variant, dtype=dtype, filters=())
-    table = measure(pipeline, Judge.load(judge), Catalog(DATA), count)
+    table = measure(pipeline, Judge.load(judge), Catalog(DATA, pipeline.native), count)
     print(f"{'':<28}", *(f"{medium[:8]:>9}" for medium in MEDIA), f"{'mean':>9}")
     for drawing, shares in zip(DRAWINGS, table, strict=True):
         print(f"{drawing:<28}", *(f"{share:9.2f}" for share in (*shares, shares.mean())))

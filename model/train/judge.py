@@ -3,7 +3,7 @@
 A judge is trained on real pictures of the data set only, on a split and a seed of its own. The evaluation judge is
 never used as a reward; its figures always stand beside those of real pictures. The critic beside a judge learns to tell
 real pictures from the same ones broken by rule: doubled, melted, patched, torn, speckled.
-`k2 train` on a recipe of the stage `judge` trains both; `python -m model.train.judge SEED MINUTES` too.
+`k2 train` on a recipe of the stage `judge` trains both; `python -m model.train.judge SEED MINUTES [SIZE]` too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.train import loop
+from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
@@ -39,6 +39,7 @@ class Recipe(recipes.Recipe):
 
     stage: str = "judge"
     batch: int = 64
+    size: int = data.SIZE  # px of the pictures before they are made small: that of the checkpoints to be judged
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,12 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number."""
     if device != "cpu":
         report("judges are small: trained on the CPU")
-    stage = Judging(recipe, Catalog(DATA))
+    stage = Judging(recipe, Catalog(DATA, recipe.size))
     run = loop.Run(stage, RUNS / recipe.name, "cpu")
     loop.train(run, report)
     folder = RUNS / "judge"
     folder.mkdir(parents=True, exist_ok=True)
-    training = {"seed": recipe.seed, "minutes": round(run.seconds / 60, 1), "steps": run.step}
+    training = {"seed": recipe.seed, "minutes": round(run.seconds / 60, 1), "steps": run.step, "size": recipe.size}
     for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
         config = asdict(stage.judge.config) if kind == "judge" else {}
         metadata = {"kind": kind, "config": config, "training": training}
@@ -236,5 +237,5 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
 
 
 if __name__ == "__main__":
-    seed = int(sys.argv[1])
-    main(Recipe(name=f"judge-{seed}", seed=seed, minutes=float(sys.argv[2]), lr=2e-3, muon_lr=2e-3, decay=0.5))
+    seed, minutes, size = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else data.SIZE
+    main(Recipe(name=f"judge-{seed}", seed=seed, minutes=minutes, size=size, lr=2e-3, muon_lr=2e-3, decay=0.5))

@@ -246,6 +246,11 @@ def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """A square picture at another size, by area."""
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
+
+
 def looks(drawing: str) -> tuple[list[Look], list[Look]]:
     """The looks of one drawing set: those for training and those held out for good.
 

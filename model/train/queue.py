@@ -1,8 +1,8 @@
 """The next piece of training for a GPU that is lent for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
 
-Unpacks the renders where only their archive travelled, encodes the data set on the device, trains the stages of
+Unpacks the renders where only their archives travelled, encodes the data set on the device, trains the stages of
 `STAGES` that are not done, Raw and then Turbo, sharing the minutes out, and leaves 8-bit weights and sheets of samples.
-`python -m model.train.queue --pack` makes the archive: a tenth of the renders' size.
+`python -m model.train.queue --pack` makes the archives: a tenth of the renders' size.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ import numpy as np
 import torch
 
 from model.train import encode, recipe, release, samples
-from model.train.data import DATA
+from model.train.data import DATA, SIZE, renders_path
 from model.train.loop import RUNS
 
 STAGES = (
-    ("gpu-64", 0.22),
-    ("gpu-128", 0.48),
-    ("gpu-guidance", 0.08),
-    ("gpu-turbo", 0.22),
+    ("gpu-64", 0.15),
+    ("gpu-128", 0.3),
+    ("gpu-256", 0.25),
+    ("gpu-guidance", 0.07),
+    ("gpu-turbo", 0.23),
 )  # recipe, share of the minutes
-RELEASED = ("gpu-128", "gpu-turbo")
-PACKED = DATA / "renders.npz"
+RELEASED = ("gpu-256", "gpu-turbo")
+SIZES = (SIZE, 2 * SIZE)  # of the renders that they learn from
 
 
 def main(minutes: float, out: Path, device: str) -> None:
     """Train for about so many minutes, encoding included."""
     out.mkdir(parents=True, exist_ok=True)
-    if not (DATA / "renders.npy").exists():
-        np.save(DATA / "renders.npy", np.load(PACKED)["renders"])
+    for size in SIZES:
+        if not renders_path(DATA, size).exists():
+            np.save(renders_path(DATA, size), np.load(packed(size))["renders"])
     for name, share in STAGES:
         stage = replace(recipe.load(name), minutes=minutes * share)
         if not (DATA / f"latents-{stage.size}.npy").exists():
@@ -47,10 +49,16 @@ def main(minutes: float, out: Path, device: str) -> None:
             release.main(name, out)
 
 
+def packed(size: int) -> Path:
+    """Where the archive of the renders of a size lies."""
+    return renders_path(DATA, size).with_suffix(".npz")
+
+
 def pack() -> None:
-    """The renders in an archive that travels."""
-    np.savez_compressed(PACKED, renders=np.load(DATA / "renders.npy"))
-    print(f"{PACKED}: {PACKED.stat().st_size / 1e6:.0f} MB")
+    """The renders in archives that travel."""
+    for size in SIZES:
+        np.savez_compressed(packed(size), renders=np.load(renders_path(DATA, size)))
+        print(f"{packed(size)}: {packed(size).stat().st_size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

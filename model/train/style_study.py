@@ -363,7 +363,9 @@ def main() -> None:
     options = parser.parse_args()
 
     def begin(pipeline: Pipeline, judge: Judge) -> Study:
-        return Study(pipeline, judge, Catalog(DATA), options.out, steps=options.steps, count=options.count)
+        return Study(
+            pipeline, judge, Catalog(DATA, pipeline.native), options.out, steps=options.steps, count=options.count
+        )
 
     conduct(options, FIGURES, begin, options.ways.split(","))
 

@@ -118,7 +118,7 @@ def build(catalog: Catalog, name: str = "mini", count: int = COUNT, unseen: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the words of the box's style encoder.")
     parser.add_argument("--data", type=Path, default=DATA, help="the data set's folder")
-    for kind, share in build(Catalog(parser.parse_args().data)).items():
+    for kind, share in build(Catalog(parser.parse_args().data, Eye.load("mini").side)).items():
         print(f"{kind}: {share:.0%} right on looks never measured")
 
 
