@@ -11,7 +11,8 @@ diversity  mean distance between pictures of one prompt and different seeds, in 
 distance   Fréchet distance to real pictures, in the same features
 grain      power in the top octave of the spectrum of the film-grain look, as a share of real pictures'
 
-Changes are after − before, with intervals drawn over pairs of pictures.
+Real pictures of the same captions stand beside them where that has a meaning. Changes are after − before, with
+intervals drawn over pairs of pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from model.train.data import DATA, Catalog
 from model.train.encode import to_tensor
 from model.train.evaluate import Painted, frechet, paint_all
 from model.train.judge import SIZE, Critic, Judge
-from model.train.study import PROTOTYPE, Floats, difference, embed, figure, lines_of, mean, middle, ratio, sheet
+from model.train.study import PROTOTYPE, Floats, Pixels, difference, embed, figure, lines_of, mean, middle, ratio, sheet
 
 SHOWN = 12  # pictures of each checkpoint on the sheet
 
@@ -78,9 +79,9 @@ def likeness(judge: Judge, catalog: Catalog, painted: Painted) -> Floats:
 
 
 @torch.inference_mode()
-def wholeness(critic: Critic, painted: Painted) -> Floats:
+def wholeness(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
     """What the critic makes of each picture, 0 … 1."""
-    parts = [painted.pictures[start : start + 64] for start in range(0, len(painted.pictures), 64)]
+    parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
     return torch.cat([critic(to_tensor(list(part), SIZE)).sigmoid() for part in parts]).numpy()
 
 
@@ -95,7 +96,7 @@ def score(judge: Judge, critic: Critic, catalog: Catalog, painted: Painted) -> S
     columns = {
         "subject": painted.right.astype(float),
         "style": likeness(judge, catalog, painted),
-        "whole": wholeness(critic, painted),
+        "whole": wholeness(critic, painted.pictures),
         "diversity": painted.apart,
     }
     return Scores(painted, columns)
@@ -140,6 +141,13 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
         catalog = Catalog(DATA, pipeline.native)
         painted = paint_all(judge, catalog, pipeline, count, steps=chosen.steps, guidance=chosen.guidance)
         rows.append(painted.pictures[:SHOWN])
+        if not scores:
+            real = [catalog.picture(item) for item, _ in painted.prompts]
+            found["real"] = {
+                "subject": figure(mean, painted.real_right),
+                "whole": figure(mean, wholeness(critic, real)),
+            }
+            print(*lines_of("real", found["real"]), sep="\n", flush=True)
         scores.append(score(judge, critic, catalog, painted))
         found[name] = itself(scores[-1])
         if len(scores) > 1:
