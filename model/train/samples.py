@@ -40,7 +40,8 @@ def main(run: str, steps: int = 16, guidance: float = 2.5) -> Path:
     vae = load_autoencoder(BOX / "mini-vae.safetensors")
     latents = sample(dit, text.encode, PROMPTS, recipe.size, steps, guidance, 0, mu)
     pixels = ((decode(vae, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    pictures = [np.asarray(Image.fromarray(each).resize((128, 128), Image.Resampling.LANCZOS)) for each in pixels]
+    side = max(128, recipe.size)
+    pictures = [np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.LANCZOS)) for each in pixels]
     rows = [np.concatenate(pictures[i : i + 8], 1) for i in range(0, len(pictures), 8)]
     out = RUNS / run / f"samples-{place['step']}.png"
     Image.fromarray(np.concatenate(rows)).save(out)
