@@ -71,6 +71,7 @@ class Painter:
     copies: bool = False
     exact: bool = True
     painted: int = 0
+    native = 128
     plan = SimpleNamespace(dtype="float32")
     text = SimpleNamespace(token_ids=str.split)
 
