@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model.errors import K2Error
+from model.train import merge
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
@@ -196,3 +197,9 @@ def test_noise_levels_are_stratified_about_their_shift():
     few = torch.logit(noise_levels(8, 0.0, torch.Generator().manual_seed(0))).sort().values
     edges = torch.special.ndtri(torch.arange(9) / 8)
     assert ((few >= edges[:-1]) & (few <= edges[1:])).all()
+
+
+def test_what_one_run_has_learned_is_carried_not_what_two_have():
+    with pytest.raises(K2Error, match="name that one in runs"):
+        merge.Recipe(name="m", runs=("a", "b"), onto="turbo")
+    assert merge.Recipe(name="m", runs=("a",), onto="turbo").since == "box"

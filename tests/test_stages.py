@@ -69,6 +69,10 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
         recipe.module("merge", name).main(chosen, "cpu", quiet)
     run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1")
     run("grpo", "grpo", POST + 'group = 3\npool = 4\nstochastic = 1\ngates = {style = "subject"}')
+    Path("carried.toml").write_text(
+        'name = "carried"\nstage = "merge"\nruns = ["grpo"]\nsince = "base"\nonto = "middle"\n'
+    )
+    recipe.module("merge", "carried").main(recipe.load("carried.toml"), "cpu", quiet)
 
     figures = record("sft")["figures"]
     assert sum(figures["weights"].values()) == pytest.approx(1)
@@ -78,6 +82,12 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert record("pma")["figures"]["snapshots"] == 3
     mean = torch.stack([load_file(path)["dit.first.weight"] for path in loop.snapshots(Path(".runs/base"))]).mean(0)
     torch.testing.assert_close(state("pma")["ema.dit.first.weight"], mean)
+
+    learned = state("grpo")["ema.dit.first.weight"] - state("base")["ema.dit.first.weight"]
+    torch.testing.assert_close(
+        state("carried")["ema.dit.first.weight"], state("middle")["ema.dit.first.weight"] + learned
+    )
+    assert record("carried")["figures"]["moved"] > 0
 
     parent = state("base")
     for name in ("middle", "sft-plain", "stpo", "grpo"):

@@ -203,7 +203,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(style_study.Pipeline, "load", lambda *args, **kwargs: Loaded())
     monkeypatch.setattr(style_study.Judge, "load", lambda path: Rims())
-    monkeypatch.setattr(style_study, "Catalog", lambda path: Drawings())
+    monkeypatch.setattr(style_study, "Catalog", lambda path, size: Drawings())
     for only in ("agreement", "strips,exact"):
         arguments = ["style_study", "judge.safetensors", str(tmp_path / "out"), "--count", "24", "--ways", "tokens"]
         monkeypatch.setattr("sys.argv", [*arguments, "--only", only])

@@ -369,17 +369,17 @@ def averages(path: Path) -> dict[str, Tensor]:
     return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
 
 
-def box() -> dict[str, Tensor]:
+def box(variant: str = "raw") -> dict[str, Tensor]:
     """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
-    parts = {"dit.": "mini-raw", "style.": "mini-style"}
+    parts = {"dit.": f"mini-{variant}", "style.": "mini-style"}
     states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
     return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
 
 def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
-    """The weights that a recipe's `init` names."""
-    if name == "box":
-        return box()
+    """The weights that a recipe's `init` names: of the package's Raw or Turbo, or a run's averages."""
+    if name in ("box", "turbo"):
+        return box("turbo" if name == "turbo" else "raw")
     path = runs / name / "state.safetensors"
     if not path.exists():
         raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that one first.")

@@ -1,7 +1,9 @@
 """Merging checkpoints: θ = Σ w_i θ_i, of domain runs with weights by validation, or of a run's own last snapshots.
 
 The first makes one checkpoint of runs that were fine-tuned from one parent on different domains. The second is PMA
-(arXiv 2505.12082): the plain mean of the last snapshots of the stable phase, in the place of a running average.
+(arXiv 2505.12082): the plain mean of the last snapshots of the stable phase, in the place of a running average. A third
+kind carries what a run has learned over to another child of its parent (task arithmetic, arXiv 2212.04089):
+θ = onto + run − since, so that a distillation need not begin anew when its teacher has learned more.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class Recipe(Table):
     stage: str = "merge"
     runs: tuple[str, ...] = ()  # whose averaged weights are merged, weights chosen on validation
     snapshots: str = ""  # a run whose snapshots are averaged instead
+    onto: str = ""  # what takes over the difference of one run ...
+    since: str = "box"  # ... from what that run started from
     divisions: int = 4  # of each weight's way from 0 to 1 that are tried
     pictures: int = 128  # that validate
 
@@ -38,6 +42,8 @@ class Recipe(Table):
         super().__post_init__()
         if bool(self.snapshots) == bool(self.runs):
             raise K2Error(f'Recipe "{self.name}" must name either runs or a run\'s snapshots.')
+        if self.onto and len(self.runs) != 1:
+            raise K2Error(f'Recipe "{self.name}": onto takes over what one run has learned; name that one in runs.')
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -97,7 +103,13 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         return validation_loss(model, data, parent, recipe.pictures)
 
     figures: dict[str, Any]
-    if recipe.snapshots:
+    states: list[State]
+    if recipe.onto:
+        base, before, after = loop.parent(recipe.onto), loop.parent(recipe.since), loop.averages(paths[0])
+        states = [{name: state[name] for name in base if name in state} for state in (base, after, before)]
+        merged = combine(states, [1, 1, -1])
+        figures = {"moved": sum(float((after[name] - before[name]).square().sum()) for name in base) ** 0.5}
+    elif recipe.snapshots:
         kept = loop.snapshots(RUNS / recipe.snapshots)
         if not kept:
             raise K2Error(

@@ -85,7 +85,7 @@ class Recipe(Table):
     keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
     every: int = 25  # steps to a line of the log; runs are saved on such steps only
     seed: int = 1
-    init: str = ""  # a run whose averaged weights this one starts from, or "box": those of the package
+    init: str = ""  # a run whose averaged weights this one starts from, or "box", "turbo": those of the package
     fresh: tuple[str, ...] = ()  # modules that begin anew all the same
 
     def __post_init__(self) -> None:
