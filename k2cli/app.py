@@ -67,7 +67,7 @@ app.add_typer(moodboard_app, name="moodboard", help="A style out of many picture
 
 def main() -> None:
     """The console script."""
-    # Before torch: threads that spin while they wait are seven times slower beside other work, and no faster without.
+    # Before torch: threads that spin while they wait are several times slower beside other work, and no faster without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be text; it goes out as it came in

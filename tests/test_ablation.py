@@ -13,7 +13,6 @@ from model.spec import RenderSpec
 from model.train import ablation, evaluate, loop
 from model.train.ablation import Checkpoint, Scores, changes
 from model.train.data import Catalog
-from model.train.evaluate import Painted
 from model.train.loop import RUNS
 from model.train.pretrain import Recipe
 
@@ -22,11 +21,7 @@ COLUMNS = ("subject", "style", "whole", "diversity")
 
 
 def scores(columns, features, real, power, real_power):
-    nothing = np.zeros(0)
-    return Scores(
-        Painted([], [], nothing, nothing, nothing, features, real, nothing, power, real_power),
-        dict(zip(COLUMNS, columns, strict=True)),
-    )
+    return Scores(dict(zip(COLUMNS, columns, strict=True)), features, real, power, real_power)
 
 
 def test_a_change_is_taken_picture_by_picture():

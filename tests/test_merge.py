@@ -201,5 +201,7 @@ def test_noise_levels_are_stratified_about_their_shift():
 
 def test_what_one_run_has_learned_is_carried_not_what_two_have():
     with pytest.raises(K2Error, match="name that one in runs"):
-        merge.Recipe(name="m", runs=("a", "b"), onto="turbo")
-    assert merge.Recipe(name="m", runs=("a",), onto="turbo").since == "box"
+        merge.Recipe(name="m", runs=("a", "b"), onto="turbo", since="box")
+    for keys in ({"onto": "turbo"}, {"since": "box"}):
+        with pytest.raises(K2Error, match="go together"):
+            merge.Recipe(name="m", runs=("a",), **keys)

@@ -32,9 +32,10 @@ from model.pipeline import Pipeline
 from model.train import release
 from model.train.data import DATA, Catalog
 from model.train.encode import to_tensor
-from model.train.evaluate import Painted, frechet, paint_all
+from model.train.evaluate import Task, carry_out, frechet
 from model.train.judge import SIZE, Critic, Judge
 from model.train.study import PROTOTYPE, Floats, Pixels, difference, embed, figure, lines_of, mean, middle, ratio, sheet
+from model.train.viewing import pictures_of_looks
 
 SHOWN = 12  # pictures of each checkpoint on the sheet
 
@@ -70,14 +71,6 @@ class Checkpoint(NamedTuple):
             return Pipeline.load(str(file), dtype=dtype, filters=())
 
 
-def likeness(judge: Judge, catalog: Catalog, painted: Painted) -> Floats:
-    """How like each picture's style is to what stands for its look: the mean of real pictures of the train split."""
-    looks = {item.look for item, _ in painted.prompts}
-    known = {look: [item for item in catalog.items("train") if item.look == look][:PROTOTYPE] for look in looks}
-    centres = {look: middle(embed(judge, [catalog.picture(i) for i in items])[1]) for look, items in known.items()}
-    return (painted.style * np.stack([centres[item.look] for item, _ in painted.prompts])).sum(1)
-
-
 @torch.inference_mode()
 def wholeness(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
     """What the critic makes of each picture, 0 … 1."""
@@ -85,74 +78,80 @@ def wholeness(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
     return torch.cat([critic(to_tensor(list(part), SIZE)).sigmoid() for part in parts]).numpy()
 
 
+def looks_of(task: Task, judge: Judge, catalog: Catalog) -> Floats:
+    """What stands for the look of each picture that is asked for: the mean style of real ones of the train split."""
+    known, wanted = pictures_of_looks(catalog), {item.look for item in task.items}
+    real = {look: [catalog.picture(item) for item in known[look][:PROTOTYPE]] for look in wanted}
+    centres = {look: middle(embed(judge, pictures)[1]) for look, pictures in real.items()}
+    return np.stack([centres[item.look] for item in task.items])
+
+
 class Scores(NamedTuple):
-    """What the judge and the critic make of a checkpoint."""
+    """A checkpoint's numbers: a column for each figure that is a mean, and what the other two are taken of."""
 
-    painted: Painted
-    columns: dict[str, Floats]  # of the figures that are means over pictures or prompts
-
-
-def score(judge: Judge, critic: Critic, catalog: Catalog, painted: Painted) -> Scores:
-    columns = {
-        "subject": painted.right.astype(float),
-        "style": likeness(judge, catalog, painted),
-        "whole": wholeness(critic, painted.pictures),
-        "diversity": painted.apart,
-    }
-    return Scores(painted, columns)
+    columns: dict[str, Floats]
+    features: Floats
+    real_features: Floats
+    power: Floats
+    real_power: Floats
 
 
 def itself(scores: Scores) -> dict[str, Any]:
     """A checkpoint's own figures."""
-    painted = scores.painted
     return {name: figure(mean, column) for name, column in scores.columns.items()} | {
-        "distance": round(frechet(painted.features, painted.real_features), 4),
-        "grain": figure(ratio, painted.power, painted.real_power),
+        "distance": round(frechet(scores.features, scores.real_features), 4),
+        "grain": figure(ratio, scores.power, scores.real_power),
     }
 
 
 def changes(before: Scores, after: Scores) -> dict[str, Any]:
     """after − before of every figure, over the same pictures."""
-    a, b = after.painted, before.painted
+    a, b = after, before
 
-    def distance(x: Floats, y: Floats, real: Floats) -> float:
-        return frechet(x, real) - frechet(y, real)
+    def distance(x: Floats, x_real: Floats, y: Floats, y_real: Floats) -> float:
+        return frechet(x, x_real) - frechet(y, y_real)
 
-    def grain(x: Floats, y: Floats, real: Floats) -> float:
-        return ratio(x, real) - ratio(y, real)
+    def grain(x: Floats, x_real: Floats, y: Floats, y_real: Floats) -> float:
+        return ratio(x, x_real) - ratio(y, y_real)
 
-    return {name: figure(difference, after.columns[name], before.columns[name]) for name in before.columns} | {
-        "distance": figure(distance, a.features, b.features, a.real_features, draws=200),
-        "grain": figure(grain, a.power, b.power, a.real_power),
+    return {name: figure(difference, a.columns[name], b.columns[name]) for name in b.columns} | {
+        "distance": figure(distance, a.features, a.real_features, b.features, b.real_features, draws=200),
+        "grain": figure(grain, a.power, a.real_power, b.power, b.real_power),
     }
 
 
 def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: str | None = None) -> dict[str, Any]:
     """Measure checkpoints and what lies between the first and each of the others; print it, and keep it in `out`."""
+    checkpoints = [Checkpoint.of(name) for name in names]
     judge = Judge.load(judge_path)
     critic = Critic.load(judge_path.with_name(judge_path.name.replace("judge", "critic")))
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"count": count, "judge": judge_path.name}
-    scores: list[Scores] = []
+    tasks: dict[int, tuple[Task, Floats]] = {}  # by the checkpoints' size
+    before: Scores | None = None
     rows = []
-    for name in names:
-        chosen = Checkpoint.of(name)
+    for name, chosen in zip(names, checkpoints, strict=True):
         pipeline = chosen.load(dtype)
-        catalog = Catalog(DATA, pipeline.native)
-        painted = paint_all(judge, catalog, pipeline, count, steps=chosen.steps, guidance=chosen.guidance)
-        rows.append(painted.pictures[:SHOWN])
-        if not scores:
-            real = [catalog.picture(item) for item, _ in painted.prompts]
-            found["real"] = {
-                "subject": figure(mean, painted.real_right),
-                "whole": figure(mean, wholeness(critic, real)),
-            }
-            print(*lines_of("real", found["real"]), sep="\n", flush=True)
-        scores.append(score(judge, critic, catalog, painted))
-        found[name] = itself(scores[-1])
-        if len(scores) > 1:
-            found[name]["change"] = changes(scores[0], scores[-1])
+        if pipeline.native not in tasks:
+            catalog = Catalog(DATA, pipeline.native)
+            task = Task.of(judge, catalog, count)
+            tasks[pipeline.native] = task, looks_of(task, judge, catalog)
+            real = {"subject": figure(mean, task.right), "whole": figure(mean, wholeness(critic, task.pictures))}
+            found[f"real {pipeline.native}"] = real
+            print(*lines_of(f"real {pipeline.native}", real), sep="\n")
+        task, looks = tasks[pipeline.native]
+        painted = carry_out(task, judge, pipeline, steps=chosen.steps, guidance=chosen.guidance)
+        columns = {
+            "subject": painted.right.astype(float),
+            "style": (painted.style * looks).sum(1),
+            "whole": wholeness(critic, painted.pictures),
+            "diversity": painted.apart,
+        }
+        scores = Scores(columns, painted.features, task.features, painted.power, task.power)
+        found[name] = itself(scores) | ({"change": changes(before, scores)} if before else {})
+        before = before or scores
         found["dtype"] = pipeline.plan.dtype
+        rows.append(painted.pictures[:SHOWN])
         (out / "ablation.toml").write_text(tomli_w.dumps(found))
         sheet(out / "ablation.png", [""] * SHOWN, rows)
         print(*lines_of(name, found[name]), sep="\n", flush=True)

@@ -110,8 +110,8 @@ class Catalog:
         self.manifest = tomllib.loads(manifest.read_text())
         self.subjects = {subject.name: subject for subject in read_subjects()}
         self.size = size
-        self.renders = read_renders(folder, max(size, SIZE))
         self.pairs = [Pair(*pair) for pair in json.loads((folder / "pairs.json").read_text())]
+        self.renders = read_renders(folder, max(size, SIZE), len(self.pairs))
         self.looks = {drawing: looks(drawing) for drawing in DRAWINGS}
 
     def items(self, split: str) -> list[Item]:
@@ -166,14 +166,14 @@ def renders_path(folder: Path, size: int) -> Path:
     return folder / ("renders.npy" if size == SIZE else f"renders-{size}.npy")
 
 
-def read_renders(folder: Path, size: int) -> NDArray[np.uint8]:
-    """RGBA [pairs, size, size, 4], not read before it is asked for."""
-    path = renders_path(folder, size)
+def read_renders(folder: Path, size: int, count: int) -> NDArray[np.uint8]:
+    """RGBA [count, size, size, 4], not read before it is asked for. Raises `K2Error` where they are not there."""
+    path, hint = renders_path(folder, size), f"make them with: python -m model.train.data {size}"
     if not path.exists():
-        raise K2Error(
-            f"there are no renders of {size} px in {folder}.", hint=f"make them with: python -m model.train.data {size}"
-        )
+        raise K2Error(f"there are no renders of {size} px in {folder}.", hint=hint)
     renders: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    if len(renders) != count:
+        raise K2Error(f"{path} holds {len(renders)} renders, the data set {count}.", hint=hint)
     return renders
 
 

@@ -90,66 +90,82 @@ def specs_of(captions: Sequence[str], seed: int, **settings: Any) -> list[Render
     return [RenderSpec(prompt=caption, seed=seed + index, **settings) for index, caption in enumerate(captions)]
 
 
-class Painted(NamedTuple):
-    """A checkpoint's pictures of held-out captions, and what the judge sees in them and in the real ones."""
+class Task(NamedTuple):
+    """What every checkpoint of one size is asked for, and what the judge sees in the real pictures of it."""
 
-    prompts: list[tuple[Item, str]]  # what was asked for, and how
-    pictures: list[Pixels]
-    right: NDArray[np.bool_]  # whether the subject's name is the nearest ...
-    real_right: NDArray[np.bool_]  # ... and in the real pictures
-    style: Floats  # [N, 48], unit
+    items: list[Item]
+    captions: list[str]
+    subjects: list[str]  # that are asked for
+    among: list[str]  # whose names are compared with
+    grainy: list[str]  # captions of film grain
+    pictures: list[Pixels]  # real ones of the items
+    right: NDArray[np.bool_]  # whether the subject's name is the nearest
     features: Floats  # [N, 144]: the judge's two views of a picture
-    real_features: Floats
+    power: Floats  # [GRAINY] of the top octave, in the real pictures of film grain
+
+    @classmethod
+    def of(cls, judge: Judge, catalog: Catalog, count: int) -> Task:
+        """`count` captions of pictures that were never trained on."""
+        among, prompts = candidates(catalog), held_out_prompts(catalog, count)
+        items, captions = [item for item, _ in prompts], [caption for _, caption in prompts]
+        subjects, pictures = [item.pair.subject for item in items], [catalog.picture(item) for item in items]
+        grainy = [item for item in catalog.items("held-out") if item.look.medium == "film"][:GRAINY]
+        rng = np.random.default_rng(7)
+        seen = embed(judge, pictures)
+        return cls(
+            items,
+            captions,
+            subjects,
+            among,
+            [catalog.caption(item, rng, "medium") for item in grainy],
+            pictures,
+            nearest(judge, seen[0], subjects, among),
+            np.concatenate(seen, 1),
+            top_octave(scale(np.stack([catalog.picture(item) for item in grainy]))).numpy(),
+        )
+
+
+class Painted(NamedTuple):
+    """A checkpoint's pictures of a task, and what the judge sees in them."""
+
+    pictures: list[Pixels]
+    right: NDArray[np.bool_]
+    style: Floats  # [N, 48], unit
+    features: Floats
     apart: Floats  # [PROMPTS] mean distance between pictures of one prompt
-    power: Floats  # [GRAINY] of the top octave
-    real_power: Floats
+    power: Floats
 
 
-def paint_all(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, **settings: Any) -> Painted:
-    """`count` captions once each, some of them several times, and some of film grain: the same for every checkpoint."""
-    among, prompts = candidates(catalog), held_out_prompts(catalog, count)
-    subjects = [item.pair.subject for item, _ in prompts]
-    pictures = paint(pipeline, specs_of([caption for _, caption in prompts], seed=1000, **settings))
-    made, real = embed(judge, pictures), embed(judge, [catalog.picture(item) for item, _ in prompts])
-    first = list(dict.fromkeys(caption for _, caption in prompts))[:PROMPTS]
+def carry_out(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> Painted:
+    """All captions once, some of them several times, and those of film grain; from the same seeds every time."""
+    pictures = paint(pipeline, specs_of(task.captions, seed=1000, **settings))
+    first = list(dict.fromkeys(task.captions))[:PROMPTS]
     alike = paint(pipeline, specs_of([each for each in first for _ in range(SEEDS)], seed=5000, **settings))
-    grainy = [item for item in catalog.items("held-out") if item.look.medium == "film"][:GRAINY]
-    rng = np.random.default_rng(7)
-    asked = [catalog.caption(item, rng, "medium") for item in grainy]
-    grain = paint(pipeline, specs_of(asked, seed=9000, **settings))
-    power, real_power = (
-        top_octave(scale(np.stack(side))).numpy() for side in (grain, [catalog.picture(item) for item in grainy])
-    )
+    grain = paint(pipeline, specs_of(task.grainy, seed=9000, **settings))
+    seen = embed(judge, pictures)
     return Painted(
-        prompts,
         pictures,
-        nearest(judge, made[0], subjects, among),
-        nearest(judge, real[0], subjects, among),
-        made[1],
-        np.concatenate(made, 1),
-        np.concatenate(real, 1),
+        nearest(judge, seen[0], task.subjects, task.among),
+        seen[1],
+        np.concatenate(seen, 1),
         spread(np.concatenate(embed(judge, alike), 1), SEEDS),
-        power,
-        real_power,
+        top_octave(scale(np.stack(grain))).numpy(),
     )
 
 
 def measure(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, sheet: Path) -> dict[str, Any]:
     """The figures of one checkpoint; each with what real pictures reach where that is known."""
-    painted = paint_all(judge, catalog, pipeline, count)
+    task = Task.of(judge, catalog, count)
+    painted = carry_out(task, judge, pipeline)
     small = [resize(picture, 64) for picture in painted.pictures[:200]]
     rows = [np.concatenate(small[i : i + 20], 1) for i in range(0, len(small) - 19, 20)]
     Image.fromarray(np.concatenate(rows)).save(sheet)
-    real = painted.real_features
+    real = task.features
     return {
-        "retrieval": {
-            "rendered": figure(mean, painted.right),
-            "real": figure(mean, painted.real_right),
-            "of": len(candidates(catalog)),
-        },
+        "retrieval": {"rendered": figure(mean, painted.right), "real": figure(mean, task.right), "of": len(task.among)},
         "distance": {"rendered": frechet(painted.features, real), "halves of real": frechet(real[::2], real[1::2])},
         "diversity": {"rendered": figure(mean, painted.apart)},
-        "grain": {"share of real": figure(ratio, painted.power, painted.real_power)},
+        "grain": {"share of real": figure(ratio, painted.power, task.power)},
     }
 
 

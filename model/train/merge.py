@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ class Recipe(Table):
     runs: tuple[str, ...] = ()  # whose averaged weights are merged, weights chosen on validation
     snapshots: str = ""  # a run whose snapshots are averaged instead
     onto: str = ""  # what takes over the difference of one run ...
-    since: str = "box"  # ... from what that run started from
+    since: str = ""  # ... from what that run started from
     divisions: int = 4  # of each weight's way from 0 to 1 that are tried
     pictures: int = 128  # that validate
 
@@ -44,6 +45,8 @@ class Recipe(Table):
             raise K2Error(f'Recipe "{self.name}" must name either runs or a run\'s snapshots.')
         if self.onto and len(self.runs) != 1:
             raise K2Error(f'Recipe "{self.name}": onto takes over what one run has learned; name that one in runs.')
+        if bool(self.onto) != bool(self.since):
+            raise K2Error(f'Recipe "{self.name}": onto and since go together.')
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -82,18 +85,18 @@ def choose(
     return best, scores[best], scores
 
 
-def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
-    """Merge, and leave the result as a run that others start from and that can be released."""
+def carried(onto: State, after: State, before: State) -> tuple[State, dict[str, Any]]:
+    """onto + after − before, and how far that moves it."""
+    states = [{name: state[name] for name in onto if name in state} for state in (onto, after, before)]
+    merged = combine(states, [1, 1, -1])
+    return merged, {"moved": sum(float((after[name] - before[name]).square().sum()) for name in onto) ** 0.5}
+
+
+def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
+    """The mean of a run's snapshots, or of runs by the weights that validate best, and what was found on the way."""
     from model.train.pretrain import Trainee, training_set
     from model.train.validation import validation_loss
 
-    parents = list(recipe.runs) or [recipe.snapshots]
-    paths = [RUNS / name / "state.safetensors" for name in parents]
-    for name, path in zip(parents, paths, strict=True):
-        if not path.exists():
-            raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
-    places = [loop.place_of(path) for path in paths]
-    parent = saved(places[0]["recipe"])
     data = training_set(parent, device)
     model = Trainee(parent.config, len(data.looks)).to(device)
     names = set(model.state_dict())
@@ -102,14 +105,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         model.load_state_dict({name: tensor for name, tensor in state.items() if name in names})
         return validation_loss(model, data, parent, recipe.pictures)
 
-    figures: dict[str, Any]
-    states: list[State]
-    if recipe.onto:
-        base, before, after = loop.parent(recipe.onto), loop.parent(recipe.since), loop.averages(paths[0])
-        states = [{name: state[name] for name in base if name in state} for state in (base, after, before)]
-        merged = combine(states, [1, 1, -1])
-        figures = {"moved": sum(float((after[name] - before[name]).square().sum()) for name in base) ** 0.5}
-    elif recipe.snapshots:
+    if recipe.snapshots:
         kept = loop.snapshots(RUNS / recipe.snapshots)
         if not kept:
             raise K2Error(
@@ -117,15 +113,35 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
             )
         states = [load_file(path) for path in kept]
         merged = combine(states, [1 / len(states)] * len(states))
-        figures = {"mean": score(merged), "ema": score(loop.averages(paths[0])), "last": score(states[-1])}
-        figures["snapshots"] = len(kept)
+        mean, ema, last = score(merged), score(loop.averages(paths[0])), score(states[-1])
+        return merged, {"mean": mean, "ema": ema, "last": last, "snapshots": len(kept)}
+    states = [loop.averages(path) for path in paths]
+    count = len(states)
+    best, value, scores = choose(states, score, recipe.divisions)
+    alone = {name: scores[tuple(float(i == k) for k in range(count))] for i, name in enumerate(recipe.runs)}
+    return combine(states, best), {
+        "weights": dict(zip(recipe.runs, best, strict=True)),
+        "validation": value,
+        "alone": alone,
+        "mean": scores[(1 / count,) * count],
+    }
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
+    """Merge, and leave the result as a run that others start from and that can be released."""
+    parents = list(recipe.runs) or [recipe.snapshots]
+    paths = [RUNS / name / "state.safetensors" for name in parents]
+    for name, path in zip(parents, paths, strict=True):
+        if not path.exists():
+            raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
+    places = [loop.place_of(path) for path in paths]
+    parent = saved(places[0]["recipe"])
+    figures: dict[str, Any]
+    merged: State
+    if recipe.onto:
+        merged, figures = carried(loop.parent(recipe.onto), loop.averages(paths[0]), loop.parent(recipe.since))
     else:
-        states = [loop.averages(path) for path in paths]
-        best, value, scores = choose(states, score, recipe.divisions)
-        merged = combine(states, best)
-        alone = {name: scores[tuple(float(i == k) for k in range(len(parents)))] for i, name in enumerate(parents)}
-        figures = {"weights": dict(zip(parents, best, strict=True)), "validation": value, "alone": alone}
-        figures["mean"] = scores[(1 / len(parents),) * len(parents)]
+        merged, figures = weighed(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")
     folder = RUNS / recipe.name
     place = {

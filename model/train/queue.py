@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model.train import encode, recipe, release, samples
-from model.train.data import DATA, SIZE, renders_path
+from model.train.data import DATA, SIZE, Catalog, renders_path
 from model.train.loop import RUNS
 
 STAGES = (
@@ -57,7 +57,7 @@ def packed(size: int) -> Path:
 def pack() -> None:
     """The renders in archives that travel."""
     for size in SIZES:
-        np.savez_compressed(packed(size), renders=np.load(renders_path(DATA, size)))
+        np.savez_compressed(packed(size), renders=Catalog(DATA, size).renders)
         print(f"{packed(size)}: {packed(size).stat().st_size / 1e6:.0f} MB")
 
 
