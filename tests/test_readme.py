@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 INSTALLS = ("pip install -e . && k2 render projects_example/stickers", 'pip install -e ".[test]" && pytest')
 
+SMALL = r"sed -i 's/^\[render\]$/&\nresolution = 128/' k2.toml"  # typed as it stands, painted in less time
+
 needs_weights = pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
 
 
@@ -43,7 +45,8 @@ def test_the_first_two_blocks_install():
 def test_every_command_works_in_its_turn(clone):
     """One shell reads all blocks, as a reader would; what the suite itself stands on is left out."""
     render = INSTALLS[0].removeprefix("pip install -e . && ")
-    script = "\n".join(["set -eux -o pipefail", render, *blocks("sh")[2:]])
+    tour = "\n".join(blocks("sh")[2:]).replace("\ncd moody\n", f"\ncd moody\n{SMALL}\n", 1)
+    script = "\n".join(["set -eux -o pipefail", render, tour])
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
     done = subprocess.run(
