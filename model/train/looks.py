@@ -97,10 +97,12 @@ def _luminance(picture: Array) -> Array:
 
 
 def _edges(picture: Array) -> Array:
-    """Strength of colour edges, [H, W], about 0 ... 1."""
-    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    across = padded[1:-1, 2:] - padded[1:-1, :-2]
-    down = padded[2:, 1:-1] - padded[:-2, 1:-1]
+    """Strength of colour edges, [H, W], about 0 ... 1, as wide as a pixel of 128 px on either side."""
+    reach = max(1, len(picture) // 128)
+    inside, far = slice(reach, -reach), 2 * reach
+    padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    across = padded[inside, far:] - padded[inside, :-far]
+    down = padded[far:, inside] - padded[:-far, inside]
     return np.clip(np.sqrt((across**2 + down**2).sum(-1)), 0, 1)
 
 
@@ -223,11 +225,11 @@ EFFECTS: dict[str, Callable[[Array, Generator], Array]] = {
 }
 
 
-def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np.uint8]:
-    """Put a subject on its ground and through its medium.
+def place(render: NDArray[np.uint8], look: Look, rng: Generator) -> Array:
+    """A subject on its ground, before its medium.
 
     render   uint8 RGBA [S, S, 4], the bare drawing
-    returns  uint8 RGB [S, S, 3]
+    returns  float32 RGB [S, S, 3], 0 ... 1
     """
     size = len(render)
     behind = ground(look, size, rng)
@@ -242,8 +244,18 @@ def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np
         colour = alpha * ink
     window = behind[top : top + side, left : left + side]
     behind[top : top + side, left : left + side] = window * (1 - alpha) + colour
-    picture = EFFECTS[look.medium](behind, rng)
+    return behind
+
+
+def finish(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
+    """What `place` made, through its medium: uint8 RGB [S, S, 3]."""
+    picture = EFFECTS[look.medium](placed, rng)
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np.uint8]:
+    """Put a subject on its ground and through its medium: uint8 RGBA [S, S, 4] -> uint8 RGB [S, S, 3]."""
+    return finish(place(render, look, rng), look, rng)
 
 
 def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
