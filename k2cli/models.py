@@ -79,6 +79,14 @@ def native_size(name: str) -> int:
     return 1024
 
 
+def step(name: str) -> int:
+    """What the sides of a model's pictures are multiples of, in pixels: a token, which is two latent cells wide."""
+    for path in sorted(files(name), key=lambda path: "vae" not in path.name):  # one header to read, mostly
+        if path.suffix == ".safetensors" and (about := library.describe(path)).get("kind") == "vae":
+            return 2 ** len(about.get("config", {}).get("dim_mult", range(4)))
+    return 16
+
+
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     """What a model takes where nothing is said: width, height, steps, guidance. Its weights are not read."""
     found = library.find(name, variant)

@@ -45,7 +45,7 @@ OnlyOption = Annotated[
 ]
 TurboOption = Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint: few steps, no guidance.")]
 BatchOption = Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")]
-SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16.")]
+SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16, mini's of 32.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
 GuidanceOption = Annotated[
     float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")

@@ -132,14 +132,14 @@ class Settings:
     def pixels(self, size: str | None, where: Callable[[str], str]) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
         if size is not None:
-            return parse_size(size, where("size"))
+            return parse_size(size, where("size"), models.step(self.model))
         if self.aspect is None and self.resolution is None:
             return None, None
         if self.resolution is None:
             edge = models.native_size(self.model)
         else:
             edge = parse_resolution(self.resolution, where("resolution"))
-        return fit_aspect(self.aspect or "1:1", edge, where("aspect"))
+        return fit_aspect(self.aspect or "1:1", edge, where("aspect"), models.step(self.model))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import re
 
 from model.errors import K2Error
 
-STEP, SMALLEST, LARGEST = 16, 64, 4096  # px
+STEP, SMALLEST, LARGEST = 16, 64, 4096  # px; some models take larger steps
 ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
 
-def parse_size(size: str, where: str) -> tuple[int, int]:
-    """ "256x384" → (256, 384)."""
+def parse_size(size: str, where: str, step: int = STEP) -> tuple[int, int]:
+    """ "256x384" → (256, 384), both multiples of `step`."""
     match = re.fullmatch(r"(\d{1,6})\s*[x×]\s*(\d{1,6})", size)
     if not match:
         raise K2Error(f'{where}: "{size}" is not a size.', hint='Write width x height, like "256x384".')
@@ -22,22 +22,22 @@ def parse_size(size: str, where: str) -> tuple[int, int]:
             f"{where}: {width}x{height} is no size for a picture.",
             hint=f"Sides go from {SMALLEST} to {LARGEST} pixels.",
         )
-    if width % STEP or height % STEP:
+    if width % step or height % step:
         raise K2Error(
-            f"{where}: the sides of {width}x{height} are not multiples of {STEP}.",
-            hint=f"The nearest size is {round(width / STEP) * STEP}x{round(height / STEP) * STEP}.",
+            f"{where}: the sides of {width}x{height} are not multiples of {step}.",
+            hint=f"The nearest size is {round(width / step) * step}x{round(height / step) * step}.",
         )
     return width, height
 
 
-def fit_aspect(aspect: str, edge: int, where: str) -> tuple[int, int]:
-    """ "16:9" with the pixels of a square of side `edge`, each side to the nearest multiple of 16."""
+def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[int, int]:
+    """ "16:9" with the pixels of a square of side `edge`, each side to the nearest multiple of `step`."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", aspect)
     ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
     if not 1 / 8 <= ratio <= 8:
         raise K2Error(f'{where}: "{aspect}" is not an aspect.', hint=f"Write width:height, like {ASPECTS}.")
-    width, height = (round(edge * math.sqrt(r) / STEP) * STEP for r in (ratio, 1 / ratio))
-    return parse_size(f"{width}x{height}", where)
+    width, height = (round(edge * math.sqrt(r) / step) * step for r in (ratio, 1 / ratio))
+    return parse_size(f"{width}x{height}", where, step)
 
 
 def parse_resolution(resolution: str | int, where: str) -> int:

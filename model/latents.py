@@ -1,4 +1,4 @@
-"""Between latents [B, C, H, W], one cell of which is 8 × 8 pixels, and the tokens that the transformer reads."""
+"""Between latents [B, C, H, W], one cell of which is a square of pixels, and the tokens that the transformer reads."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class SpreadFluxVAE:
         except RuntimeError as error:
             raise K2Error(f"The tensors of {checkpoint.path} do not fit its config: {error}.", hint=AGAIN) from None
         self.packed.requires_grad_(False).eval()
-        self.channels = self.packed.config.latent_channels
+        self.channels, self.factor = self.packed.config.latent_channels, 8
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> normalised latents [B, 32, H/8, W/8]."""

@@ -45,7 +45,7 @@ from model.plan import Plan, choose, eight_bits, free_memory
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import CELL, Able, adapters_of, schedule, settle, weighed
+from model.settle import Able, adapters_of, schedule, settle, weighed
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -177,7 +177,7 @@ class Pipeline:
     @cached_property
     def _able(self) -> Able:
         sees, reads = self._vision_tower is not None, self.parts.style is not None
-        return Able(self.name, self.native, self.dit.config.patch, self.recommended, reads=reads, sees=sees)
+        return Able(self.name, self.native, self._unit, self.recommended, reads=reads, sees=sees)
 
     def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
         """Neighbours that share a schedule, as many at once as make it faster."""
@@ -207,10 +207,10 @@ class Pipeline:
         return [Picture(image, self._record(spec, image, seconds)) for spec, image in zip(specs, images, strict=True)]
 
     def _latents(self, specs: list[RenderSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
-        """The network's part of it -> [B, C, H/8, W/8]. Raises K2Error where numbers overflow."""
+        """The network's part of it -> [B, C, H/f, W/f]. Raises K2Error where numbers overflow."""
         height, width, steps, mu, guidance, *_ = schedule(specs[0])
         config, style_guidance = self.dit.config, specs[0].style_guidance
-        rows, columns = height // CELL, width // CELL
+        rows, columns = height // self.vae.factor, width // self.vae.factor
         grid = (rows // config.patch, columns // config.patch)
 
         leader = leader_of(specs[0])
@@ -323,7 +323,7 @@ class Pipeline:
         assert spec.width and spec.height and spec.leak_guard
         context = self._context(NEUTRAL, adapters)
         rope = self.dit.rope(context.shape[1], grid)
-        patch, shape = self.dit.config.patch, (spec.height // CELL, spec.width // CELL)
+        patch, shape = self.dit.config.patch, (spec.height // self.vae.factor, spec.width // self.vae.factor)
         fixed = noise(SEED, self.dit.config.channels, *shape).to(self.device)
         pixels = {r.sha256: to_pixels(r.image, spec.width, spec.height) for r in references}
         latents: dict[str, Tensor] = {}
@@ -383,7 +383,12 @@ class Pipeline:
 
     def _image_tokens(self, spec: RenderSpec) -> int:
         assert spec.width and spec.height
-        return spec.width * spec.height // (CELL * self.dit.config.patch) ** 2
+        return spec.width * spec.height // self._unit**2
+
+    @property
+    def _unit(self) -> int:
+        """The side of a token in pixels."""
+        return self.vae.factor * self.dit.config.patch
 
     def _check_fit(self) -> None:
         """The parts must speak of the same numbers. Raises K2Error."""

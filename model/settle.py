@@ -15,7 +15,6 @@ from model.splice import LEAK_GUARD, MOST_REFERENCES
 from model.style import Weighed, weigh
 from model.vision import MOST_PICTURES
 
-CELL = 8  # pixels along the side of a latent cell
 SIDES = (64, 4096)
 MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
@@ -29,7 +28,7 @@ class Able:
 
     name: str
     native: int  # the side in pixels that it was trained for
-    patch: int  # latent cells along the side of a token
+    unit: int  # pixels along the side of a token
     recommended: Mapping[str, Any]  # steps, guidance, mu
     reads: bool  # it has a style encoder
     sees: bool  # its text encoder has a vision tower
@@ -41,7 +40,7 @@ def settle(spec: RenderSpec, able: Able) -> RenderSpec:
     steps = able.recommended["steps"] if spec.steps is None else spec.steps
     guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
-    mu = raw_mu(width * height // (CELL * able.patch) ** 2) if mu == "auto" else float(mu)
+    mu = raw_mu(width * height // able.unit**2) if mu == "auto" else float(mu)
     if not 1 <= steps <= MOST_STEPS:
         raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose 1 to {MOST_STEPS}.")
     if not (0 <= guidance <= 100 and abs(mu) <= 10):
@@ -62,7 +61,7 @@ def settle(spec: RenderSpec, able: Able) -> RenderSpec:
 def size_of(spec: RenderSpec, able: Able) -> tuple[int, int]:
     """Width and height in pixels. Raises K2Error."""
     width, height = (able.native if side is None else side for side in (spec.width, spec.height))
-    unit = CELL * able.patch
+    unit = able.unit
     if not all(SIDES[0] <= side <= SIDES[1] and side % unit == 0 for side in (width, height)):
         fitting = "x".join(str(min(max(round(side / unit) * unit, SIDES[0]), SIDES[1])) for side in (width, height))
         raise K2Error(

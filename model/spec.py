@@ -60,7 +60,7 @@ class RenderSpec:
     """One picture to render. What is None is the checkpoint's own recommendation."""
 
     prompt: str
-    width: int | None = None  # pixels, multiples of 16
+    width: int | None = None  # pixels, multiples of a token's side: 16, mini's 32
     height: int | None = None
     seed: int = 0
     negative: str = ""  # takes the empty prompt's place where guidance is on; else the prompt is led away from it

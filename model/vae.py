@@ -4,7 +4,8 @@ The published network is a causal 3-D convolutional video autoencoder. For one f
 every 3-D kernel acts as its last temporal slice, and temporal resampling is skipped. Here the kernels are 2-D from the
 start: the same numbers for a third of the work. Parameter names are diffusers' (`AutoencoderKLQwenImage`).
 
-Shapes: B pictures, H x W pixels, C channels. Pictures are RGB in -1 ... 1; one latent cell is 8 x 8 pixels.
+Shapes: B pictures, H x W pixels, C channels. Pictures are RGB in -1 ... 1; one latent cell is f x f pixels, f the
+factor: 8 in the release, twice that with one scale more.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = QWEN_MEAN
     latents_std: tuple[float, ...] = QWEN_STD
 
+    @property
+    def factor(self) -> int:
+        """The side of a latent cell in pixels."""
+        return 2 ** (len(self.dim_mult) - 1)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
         """From JSON values, where sequences are lists. Raises TypeError or ValueError for what no autoencoder is."""
@@ -49,6 +55,8 @@ class VAEConfig:
         sizes += [(factor, 64) for factor in config.dim_mult]
         if not all(type(size) is int and 0 < size <= most for size, most in sizes) or len(config.dim_mult) > 8:
             raise ValueError("it states sizes that no autoencoder has")
+        if len(config.temporal_downsample) != len(config.dim_mult) - 1:
+            raise ValueError("it does not say of each scale whether time is halved there")
         return config
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -194,7 +202,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(dim, 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] -> [B, 2*z_dim, H/8, W/8]."""
+        """x [B, 3, H, W] -> [B, 2*z_dim, H/f, W/f]."""
         x = self.conv_in(x)
         for layer in self.down_blocks:
             x = layer(x)
@@ -218,7 +226,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(dims[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [B, z_dim, h, w] -> [B, 3, 8h, 8w]."""
+        """z [B, z_dim, h, w] -> [B, 3, f*h, f*w]."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -226,7 +234,7 @@ class Decoder(nn.Module):
 
 
 class QwenImageVAE(nn.Module):
-    """Pictures to normalised latents and back, factor 8. Sides beyond `tile` pixels go through in blended tiles."""
+    """Pictures to normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
 
     mean: Tensor
     std: Tensor
@@ -234,6 +242,7 @@ class QwenImageVAE(nn.Module):
     def __init__(self, config: VAEConfig, tile: int = 1536, overlap: int = 256):
         super().__init__()
         self.config, self.tile, self.overlap = config, tile, overlap
+        self.factor = config.factor  # pixels along the side of a latent cell
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
@@ -242,24 +251,26 @@ class QwenImageVAE(nn.Module):
         self.register_buffer("std", torch.tensor(config.latents_std).view(1, -1, 1, 1), persistent=False)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] -> mean and log-variance of the raw latents, each [B, z_dim, H/8, W/8]."""
+        """images [B, 3, H, W] -> mean and log-variance of the raw latents, each [B, z_dim, H/f, W/f]."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], H and W multiples of 8 -> normalised latents [B, z_dim, H/8, W/8]."""
-        if images.shape[-2] % 8 or images.shape[-1] % 8:
-            raise ValueError(f"height and width must be multiples of 8, not {tuple(images.shape[-2:])}")
-        mean = tiled(lambda part: self.moments(part)[0], images, self.tile, self.overlap, Fraction(1, 8), unit=8)
+        """images [B, 3, H, W], H and W multiples of f -> normalised latents [B, z_dim, H/f, W/f]."""
+        f = self.config.factor
+        if images.shape[-2] % f or images.shape[-1] % f:
+            raise ValueError(f"height and width must be multiples of {f}, not {tuple(images.shape[-2:])}")
+        mean = tiled(lambda part: self.moments(part)[0], images, self.tile, self.overlap, Fraction(1, f), unit=f)
         return (mean - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, z_dim, h, w] -> images [B, 3, 8h, 8w] in -1 ... 1."""
+        """Normalised latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w] in -1 ... 1."""
         z = latents * self.std + self.mean
-        return tiled(self.reconstruct, z, self.tile // 8, self.overlap // 8, Fraction(8)).clamp(-1, 1)
+        f = self.config.factor
+        return tiled(self.reconstruct, z, self.tile // f, self.overlap // f, Fraction(f)).clamp(-1, 1)
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Raw latents [B, z_dim, h, w] -> images [B, 3, 8h, 8w], not clamped: what training compares."""
+        """Raw latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w], not clamped: what training compares."""
         return self.decoder(self.post_quant_conv(z))
 
     def load_diffusers(self, state: Mapping[str, Tensor]) -> None:

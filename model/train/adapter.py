@@ -34,7 +34,6 @@ from model.lora import LowRank
 from model.parts import DTYPES, find_parts, load_vae, numbers_of, pick_device, pick_dtype, sha256
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
 from model.sampler import raw_mu
-from model.settle import CELL
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import stable_seed
@@ -216,7 +215,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     numbers = numbers_of(parts)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     vae = load_vae(parts.vae, device, dtype)
-    latents = encode(pictures, vae, recipe.size or numbers.native, 2 * CELL, mirrored=recipe.mirror)
+    latents = encode(pictures, vae, recipe.size or numbers.native, 2 * vae.factor, mirrored=recipe.mirror)
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
     embeds = [text.encode([picture.caption])[0][0].cpu() for picture in pictures]

@@ -1,7 +1,7 @@
 """Encode the data set's pictures once, ahead of training: latents of every training picture at a size.
 
-`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE.npy`, float16 [pictures, C, SIZE/8, SIZE/8], in the
-train split's own order.
+`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE.npy`, float16 [pictures, C, SIZE/f, SIZE/f] for an
+autoencoder of factor f, in the train split's own order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(size: int, device: str = "cpu", *, batch: int = 64) -> None:
     vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
     target = DATA / f"latents-{size}.npy"
     draft = target.with_suffix(".draft")
-    out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, size // 8, size // 8))
+    out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *2 * (size // vae.factor,)))
     with ProcessPoolExecutor() as pool:
         starts = range(0, len(items), batch)
         work = pool.map(compose_all, repeat(size), (items[start : start + batch] for start in starts))

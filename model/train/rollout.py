@@ -62,9 +62,9 @@ def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
 
 
-def sigmas_for(steps: int, size: int, dit: Krea2) -> list[float]:
-    """The sampler's noise levels for a square picture of `size` px."""
-    return shifted_sigmas(steps, raw_mu((size // 8 // dit.config.patch) ** 2))
+def sigmas_for(steps: int, cells: int, dit: Krea2) -> list[float]:
+    """The sampler's noise levels for a square picture of so many latent cells a side."""
+    return shifted_sigmas(steps, raw_mu((cells // dit.config.patch) ** 2))
 
 
 @torch.no_grad()
@@ -72,15 +72,15 @@ def sample(
     dit: Krea2,
     embed: Embed,
     prompts: Sequence[str],
-    size: int,
+    cells: int,
     steps: int,
     guidance: float,
     seed: int,
     mu: float | None = None,
 ) -> Tensor:
-    """Latents [B, C, size/8, size/8] of the prompts, from noise that depends on `seed` and their place alone."""
-    device, cells, patch = dit.first.weight.device, size // 8, dit.config.patch
-    sigmas = sigmas_for(steps, size, dit) if mu is None else shifted_sigmas(steps, mu)
+    """Latents [B, C, cells, cells] of the prompts, from noise that depends on `seed` and their place alone."""
+    device, patch = dit.first.weight.device, dit.config.patch
+    sigmas = sigmas_for(steps, cells, dit) if mu is None else shifted_sigmas(steps, mu)
     grid = (cells // patch, cells // patch)
     (embeds, mask), (empty, empty_mask) = embed(list(prompts)), embed([""] * len(prompts))
     velocity = conditioned(dit, embeds.to(device), mask.to(device), grid)
@@ -98,6 +98,6 @@ def sample(
 
 @torch.no_grad()
 def decode(vae: QwenImageVAE, latents: Tensor, at_once: int = 32) -> Tensor:
-    """Latents [B, C, h, w] -> pictures [B, 3, 8h, 8w] in −1 … 1, fp32."""
+    """Latents [B, C, h, w] -> pictures [B, 3, f·h, f·w] in −1 … 1, fp32."""
     with torch.autocast(latents.device.type, enabled=False):
         return torch.cat([vae.decode(part.float()).clamp(-1, 1) for part in latents.split(at_once)])

@@ -38,7 +38,7 @@ def main(run: str, steps: int = 16, guidance: float = 2.5) -> Path:
     dit.load_state_dict({k[4:]: v for k, v in averages(path).items() if k.startswith("dit.")})
     text = TextEncoder.load(BOX / "mini-text.safetensors")
     vae = load_autoencoder(BOX / "mini-vae.safetensors")
-    latents = sample(dit, text.encode, PROMPTS, recipe.size, steps, guidance, 0, mu)
+    latents = sample(dit, text.encode, PROMPTS, recipe.size // vae.factor, steps, guidance, 0, mu)
     pixels = ((decode(vae, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     side = max(128, recipe.size)
     pictures = [np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.LANCZOS)) for each in pixels]
