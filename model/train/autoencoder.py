@@ -1,10 +1,10 @@
 """Training the small autoencoder: 8 x 8 pixels to 16 numbers, and back, on composed pictures of the data set.
 
-`k2 train autoencoder` trains both halves and measures the latents' statistics; `k2 train decoder` goes on with the
-decoder of the package's autoencoder alone, so that latents stay what they are. The loss is L1 + squared error
-(fidelity) + L1 of differences (edges) + a small Kullback-Leibler term, and the decoder sees noisy latents, so that what
-a diffusion model gets almost right still decodes well. Asked for texture, it compares fine detail by strength as well:
-by those sums alone grain is best left out.
+`k2 train autoencoder` trains both halves and measures the latents' statistics; `k2 train finer` takes it to cells of
+16 x 16 (`finer.py`); `k2 train decoder` goes on with the decoder of the package's autoencoder alone, so that latents
+stay what they are. The loss is L1 + squared error (fidelity) + L1 of differences (edges) + a small Kullback-Leibler
+term, and the decoder sees noisy latents, so that what a diffusion model gets almost right still decodes well. Asked for
+texture, it compares fine detail by strength as well: by those sums alone grain is best left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import model.vae
 from model.checkpoint import read, save
-from model.train import loop
+from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, stable_seed
 from model.train.linear_start import start_linear
@@ -46,7 +46,8 @@ class Recipe(recipes.Recipe):
 
     stage: str = "autoencoder"
     batch: int = 16
-    crop: int = 64  # px; the pictures are 128
+    size: int = data.SIZE  # px of the pictures
+    crop: int = 64  # px of what is cut out of them
     edges: float = 0.5  # weight of the loss on differences of neighbours
     squares: float = 3.0  # weight of the squared error
     texture: float = 0.0  # weight of the loss on fine detail: grain is met in its strength, not in its places
@@ -66,7 +67,7 @@ class Recipe(recipes.Recipe):
 class Pool(NamedTuple):
     """Composed pictures."""
 
-    pictures: NDArray[np.uint8]  # [N, 128, 128, 3]
+    pictures: NDArray[np.uint8]  # [N, size, size, 3]
     grainy: NDArray[np.bool_]  # [N]
 
 
@@ -150,18 +151,12 @@ def patches(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tens
     return torch.stack(apart).mean()
 
 
-def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """images [B, 3, H, W], which are grainy [B] -> the training loss.
+def infidelity(decoded: Tensor, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, H, W], which are grainy [B] -> how far they are from what they should be.
 
-    Where only the decoder learns, the encoder merely supplies latents. Where spectra count, grainy pictures are
-    compared from five pixels on: without any grain they would cost less than with one that lies elsewhere.
+    Where spectra count, grainy pictures are compared from five pixels on: without any grain they would cost less than
+    with one that lies elsewhere.
     """
-    images, grainy, frozen = images.to(vae.mean.device), grainy.to(vae.mean.device), recipe.decoder
-    with torch.set_grad_enabled(not frozen):
-        mean, logvar = vae.moments(images)
-    spread = vae.std if frozen else mean.detach().std(dim=(0, 2, 3), keepdim=True)
-    z = mean + recipe.noise * spread * torch.randn(mean.shape, generator=generator).to(mean.device)
-    decoded = vae.reconstruct(z)
     error = decoded - images
     if recipe.texture:
         coarse = F.avg_pool2d(error, 5, stride=1, padding=2, count_include_pad=False)
@@ -172,6 +167,20 @@ def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, gene
         if grainy.any():
             texture = texture + PATCHES * grainy.float().mean() * patches(decoded[grainy], images[grainy], generator)
         total = total + recipe.texture * texture
+    return total
+
+
+def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """images [B, 3, H, W], which are grainy [B] -> the training loss.
+
+    Where only the decoder learns, the encoder merely supplies latents.
+    """
+    images, grainy, frozen = images.to(vae.mean.device), grainy.to(vae.mean.device), recipe.decoder
+    with torch.set_grad_enabled(not frozen):
+        mean, logvar = vae.moments(images)
+    spread = vae.std if frozen else mean.detach().std(dim=(0, 2, 3), keepdim=True)
+    z = mean + recipe.noise * spread * torch.randn(mean.shape, generator=generator).to(mean.device)
+    total = infidelity(vae.reconstruct(z), images, grainy, recipe, generator)
     if not frozen:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         total = total + recipe.kl * kl
@@ -216,9 +225,9 @@ def measure(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
     return replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
 
 
-def write(vae: QwenImageVAE, path: Path, training: dict[str, Any]) -> None:
-    """The finished autoencoder as a checkpoint of its own kind."""
-    metadata = {"kind": "vae", "config": asdict(vae.config), "native": 128, "training": training}
+def write(vae: QwenImageVAE, path: Path, training: dict[str, Any], size: int) -> None:
+    """The finished autoencoder as a checkpoint of its own kind, meant for pictures of this size in px."""
+    metadata = {"kind": "vae", "config": asdict(vae.config), "native": size, "training": training}
     save(path, {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, metadata)
 
 
@@ -262,7 +271,7 @@ class Autoencoding(loop.Stage):
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Train, measure, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
-    catalog, folder = Catalog(DATA), RUNS / recipe.name
+    catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     trained_on = pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
     plain, media = (
@@ -277,7 +286,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         vae = QwenImageVAE(measure(vae, trained_on.pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vae.load_state_dict(trained)
     scores = {"psnr_plain": round(psnr(vae, plain), 2), "psnr_media": round(psnr(vae, media), 2)}
-    write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": run.step, **scores})
+    write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": run.step, **scores}, recipe.size)
     sheet(vae, np.concatenate([plain[:24], media[:24]]), folder / "sheet.png")
     report(f"{recipe.name}: {scores['psnr_plain']} dB plain, {scores['psnr_media']} dB with media, held out")
     return run

@@ -28,6 +28,7 @@ STAGES = {  # what `stage` may say -> the module
     "judge": "model.train.judge",
     "text": "model.train.text",
     "autoencoder": "model.train.autoencoder",
+    "finer": "model.train.finer",
     "stpo": "model.train.stpo",
     "grpo": "model.train.grpo",
 }

@@ -1,0 +1,252 @@
+"""One scale more for a small autoencoder: a latent cell goes from 8 to 16 pixels, and says what it said before.
+
+`k2 train finer` takes a finished autoencoder, the teacher, and twins of every picture: 256 px to see and to draw, and
+128 px as the teacher saw them. The new encoder learns to say of the fine twin what the teacher says of the coarse one,
+the new decoder to draw the fine twin from it. So whatever was trained on the teacher's latents goes on as it is, in
+four times the pixels for the same work.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.errors import K2Error
+from model.train import autoencoder, data, looks, loop
+from model.train.autoencoder import GRAINY, infidelity
+from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.loop import RUNS, Batch, Report
+from model.train.pretrain import fingerprint
+from model.train.recipe import refuse
+from model.vae import QwenImageVAE
+
+TOP = 2  # the new scale's width, in `base_dim`s
+Pixels = NDArray[np.uint8]
+FIRST, LAST = "encoder.conv_in.", ("decoder.norm_out.", "decoder.conv_out.")
+DOWN = re.compile(r"(encoder\.down_blocks\.)(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(autoencoder.Recipe):
+    """The training of one more scale."""
+
+    stage: str = "finer"
+    size: int = data.NATIVE  # px of the fine twins
+    teacher: str = "autoencoder"  # the run whose autoencoder it is
+    crop: int = 128  # px of the fine twin, a multiple of 16
+    pictures: int = 2000
+    match: float = 0.3  # weight of the squared error of latents, in deviations of the teacher's
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self, "decoder", "kl")
+
+
+# ---- twins ----------------------------------------------------------------------------------------------------------
+
+
+class Tape:
+    """A generator that keeps what it drew, so that a twin of half the side can be made with the same."""
+
+    def __init__(self, rng: Generator):
+        self.rng, self.drawn = rng, []  # type: tuple[Generator, list[Any]]
+
+    def __getattr__(self, name: str) -> Any:
+        def draw(*wanted: Any) -> Any:
+            self.drawn.append((name, getattr(self.rng, name)(*wanted)))
+            return self.drawn[-1][1]
+
+        return draw
+
+    def coarse(self) -> Generator:
+        """What gives the same again, noise of every pixel as that of cells of 2 x 2, as strong as theirs was."""
+        left = iter(self.drawn)
+
+        def draw(name: str, *wanted: Any) -> Any:
+            said, value = next(left)
+            assert said == name
+            if np.ndim(value) < 2 or np.shape(value) == np.shape(np.empty(wanted[0])):
+                return value
+            middle = 0.5 if name == "random" else 0.0
+            axes = [axis for axis, side in enumerate(value.shape) if side > 3]
+            cells = value - middle
+            for axis in axes:
+                cells = cells.reshape(*cells.shape[:axis], -1, 2, *cells.shape[axis + 1 :]).mean(axis + 1)
+            wide = middle + 2 * cells  # a mean of four has half the deviation
+            return wide.clip(0, 1) if name == "random" else wide
+
+        return cast(Generator, Replay(draw))
+
+
+class Replay:
+    def __init__(self, draw: Any):
+        self.draw = draw
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *wanted: self.draw(name, *wanted)
+
+
+def halve(picture: NDArray[Any]) -> NDArray[Any]:
+    """[H, W, C] -> the means of 2 x 2 cells."""
+    height, width, channels = picture.shape
+    return picture.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
+
+
+def twins(catalog: Catalog, item: Item) -> tuple[Pixels, Pixels]:
+    """An item's picture, and the same in half the side, with a grain as strong, of its own pixels."""
+    rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
+    placed = looks.place(np.asarray(catalog.renders[item.row]), item.look, rng)
+    tape = Tape(rng)
+    fine = looks.finish(placed, item.look, cast(Generator, tape))
+    return fine, looks.finish(halve(placed).astype(np.float32), item.look, tape.coarse())
+
+
+class Pool(NamedTuple):
+    """Twins of composed pictures."""
+
+    fine: Pixels  # [N, 256, 256, 3]
+    coarse: Pixels  # [N, 128, 128, 3]
+    grainy: NDArray[np.bool_]  # [N]
+
+
+def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
+    """A fixed random choice of twins of the train split, made once and kept in `folder`."""
+    rng = np.random.default_rng(recipe.seed)
+    items = catalog.items("train")
+    kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
+    plain = round(recipe.pictures * recipe.plain)
+    wanted = plain, recipe.pictures - plain
+    chosen = [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
+    files = [folder / f"{kind}-{recipe.pictures}-{recipe.plain:g}-{recipe.seed}.npy" for kind in ("fine", "coarse")]
+    if not all(file.exists() for file in files):
+        made = [twins(catalog, item) for item in chosen]
+        for file, pictures in zip(files, zip(*made, strict=True), strict=True):
+            np.save(file.with_suffix(".draft.npy"), np.stack(pictures))
+            file.with_suffix(".draft.npy").replace(file)
+    fine, coarse = (np.load(file, mmap_mode="r") for file in files)
+    return Pool(fine, coarse, np.array([item.look.medium == GRAINY for item in chosen]))
+
+
+# ---- the network ----------------------------------------------------------------------------------------------------
+
+
+def grown(teacher: QwenImageVAE) -> QwenImageVAE:
+    """The teacher with one scale more outside of all others; what is new begins at random."""
+    old = teacher.config
+    vae = QwenImageVAE(
+        replace(old, dim_mult=(TOP, *old.dim_mult), temporal_downsample=(False, *old.temporal_downsample))
+    )
+    layers = old.num_res_blocks + 1  # of a scale on the way down
+    moved = {}
+    for name, tensor in teacher.state_dict().items():
+        if not name.startswith((FIRST, *LAST)):  # now a scale further out
+            moved[DOWN.sub(lambda found: f"{found[1]}{int(found[2]) + layers}.", name)] = tensor
+    entry = f"encoder.down_blocks.{layers}."  # it takes the new scale's channels, and looks for the old ones first
+    outside, inside = TOP * old.base_dim, old.base_dim * old.dim_mult[0]
+    for name in (f"{entry}norm1.gamma", f"{entry}conv1.weight"):  # [C, 1, 1] and [O, C, 3, 3], C the channels taken
+        moved[name] = F.pad(moved[name], (0, 0, 0, 0, 0, outside - old.base_dim))
+    moved[f"{entry}norm1.gamma"] *= (old.base_dim / outside) ** 0.5  # as if the others were zero
+    moved[f"{entry}conv_shortcut.weight"] = torch.eye(inside, outside)[..., None, None]
+    moved[f"{entry}conv_shortcut.bias"] = torch.zeros(inside)
+    vae.load_state_dict(vae.state_dict() | moved)
+    return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class Growing(loop.Stage):
+    """The stage: both halves at once, each by what the teacher says of the coarse twin."""
+
+    narrow = False
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool, teacher: QwenImageVAE):
+        torch.manual_seed(recipe.seed)
+        self.recipe: Recipe = recipe
+        self.pool, self.data, self.teacher = pool, fingerprint(catalog), teacher.requires_grad_(False)
+        self.model: QwenImageVAE = grown(teacher)
+        layers = teacher.config.num_res_blocks + 1
+        self.new = (FIRST, *(f"encoder.down_blocks.{i}." for i in range(layers)), *LAST)
+        last = len(teacher.config.dim_mult)
+        self.new += (f"decoder.up_blocks.{last}.", f"decoder.up_blocks.{last - 1}.upsamplers.")
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """Crops of twins, mirrored and with the colours in another order now and then."""
+        recipe = self.recipe
+        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, part))
+        grainy, every = np.flatnonzero(self.pool.grainy), len(self.pool.fine)
+        fine: list[Pixels] = []
+        coarse: list[Pixels] = []
+        which: list[bool] = []
+        for _ in range(recipe.batch):
+            index = int(rng.choice(grainy if len(grainy) and rng.random() < recipe.grainy else every))
+            top, left = 8 * rng.integers(0, (recipe.size - recipe.crop) // 16 + 1, 2)
+            order = rng.permutation(3) if rng.random() < 0.3 else np.arange(3)
+            turn = slice(None, None, -1 if rng.random() < 0.5 else 1)
+            for out, pictures, scale in ((fine, self.pool.fine, 2), (coarse, self.pool.coarse, 1)):
+                side = recipe.crop // 2 * scale
+                cut = pictures[index, scale * top : scale * top + side, scale * left : scale * left + side]
+                out.append(cut[:, turn, order])
+            which.append(bool(self.pool.grainy[index]))
+        return {
+            "fine": torch.from_numpy(np.stack(fine)).permute(0, 3, 1, 2) / 127.5 - 1,
+            "coarse": torch.from_numpy(np.stack(coarse)).permute(0, 3, 1, 2) / 127.5 - 1,
+            "grainy": torch.tensor(which),
+            "generator": torch.Generator().manual_seed(int(rng.integers(2**62))),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        vae, recipe, generator = self.model, self.recipe, batch["generator"]
+        fine, coarse, grainy = (batch[name].to(vae.mean.device) for name in ("fine", "coarse", "grainy"))
+        with torch.no_grad():
+            asked = self.teacher.to(vae.mean.device).moments(coarse)[0]
+        said = vae.moments(fine)[0]
+        off = ((said - asked) / vae.std).square().mean()
+        noisy = asked + recipe.noise * vae.std * torch.randn(asked.shape, generator=generator).to(asked.device)
+        drawn = infidelity(vae.reconstruct(noisy), fine, grainy, recipe, generator)
+        return drawn + recipe.match * off, {"drawn": drawn.detach(), "off": off.detach()}
+
+    def muon(self, name: str, param: Tensor) -> bool:
+        return param.ndim == 4 and param.shape[0] >= 8
+
+    def rate(self, name: str) -> float:
+        return 1.0 if name.startswith(self.new) else 0.3
+
+    def pictures(self) -> int:
+        return self.recipe.batch
+
+    def compile(self) -> None:
+        autoencoder.Autoencoding.compile(self)  # type: ignore[arg-type]
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Train, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
+    source = RUNS / recipe.teacher / "vae.safetensors"
+    if not source.exists():
+        raise K2Error(
+            f'There is no autoencoder of a run "{recipe.teacher}".', hint="Train one first: k2 train autoencoder"
+        )
+    catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Growing(recipe, catalog, pool(catalog, recipe, folder), autoencoder.load(source))
+    run = loop.train(loop.Run(stage, folder, device), report)
+    vae = QwenImageVAE(stage.model.config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.load_state_dict({name: tensor.cpu() for name, tensor in run.ema.items()})
+    plain, media = (
+        autoencoder.pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures
+        for share, seed in ((1.0, 1), (0.0, 2))
+    )
+    scores = {
+        "psnr_plain": round(autoencoder.psnr(vae, plain), 2),
+        "psnr_media": round(autoencoder.psnr(vae, media), 2),
+    }
+    autoencoder.write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": run.step, **scores}, recipe.size)
+    autoencoder.sheet(vae, np.concatenate([plain[:12], media[:12]]), folder / "sheet.png")
+    report(f"{recipe.name}: {scores['psnr_plain']} dB plain, {scores['psnr_media']} dB with media, held out")
+    return run

@@ -1,0 +1,108 @@
+"""One scale more for the autoencoder: twins of one picture, and a network that begins as its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from workshop import make_data
+
+from model.train import finer, loop
+from model.train.autoencoder import SHAPE
+from model.train.data import Catalog
+from model.train.finer import Growing, Recipe, grown, halve, pool, twins
+from model.vae import QwenImageVAE
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory) -> Catalog:
+    """Drawings of 256 px, and every look of theirs."""
+    folder = tmp_path_factory.mktemp("twins") / "data"
+    small = make_data(folder)
+    np.save(folder / "renders-256.npy", small.renders.repeat(2, 1).repeat(2, 2))
+    return Catalog(folder, 256)
+
+
+def of_medium(catalog: Catalog, medium: str):
+    return next(item for item in catalog.items("train") if item.look.medium == medium)
+
+
+@pytest.mark.parametrize("medium", ["plain", "halftone", "pixel", "neon", "hatching", "watercolour", "riso", "lowkey"])
+def test_twins_show_the_same(catalog, medium):
+    item = of_medium(catalog, medium)
+    fine, coarse = twins(catalog, item)
+
+    assert (fine == catalog.picture(item)).all() and coarse.shape == (128, 128, 3)
+    assert np.abs(halve(fine.astype(float)) - coarse).mean() < 6
+
+
+def test_the_grain_of_the_coarse_twin_is_as_strong_and_lies_where_the_fine_ones_does(catalog):
+    fine, coarse = (picture.astype(float) for picture in twins(catalog, of_medium(catalog, "film")))
+    corner = (slice(0, 24), slice(0, 24))  # nothing but ground
+    small = halve(fine)[corner].mean(-1)
+
+    assert coarse[corner].mean(-1).std() == pytest.approx(fine[:48, :48].mean(-1).std(), rel=0.15)
+    assert np.corrcoef(small.ravel(), coarse[corner].mean(-1).ravel())[0, 1] > 0.95
+
+
+def test_looks_are_the_same_looks_at_both_sizes(catalog):
+    """Lines as wide and as bright: mean and spread of a picture do not change with its size."""
+    small = Catalog(catalog.folder)
+    for medium in ("neon", "hatching", "watercolour"):
+        item = of_medium(catalog, medium)
+        fine, coarse = halve(catalog.picture(item).astype(float)), small.picture(item).astype(float)
+        assert fine.mean() == pytest.approx(coarse.mean(), rel=0.1)
+        assert fine.std() == pytest.approx(coarse.std(), rel=0.15)
+
+
+def teacher() -> QwenImageVAE:
+    torch.manual_seed(0)
+    return QwenImageVAE(SHAPE).requires_grad_(False)
+
+
+def test_it_begins_as_its_teacher():
+    """What the teacher's inner scales make of a coarse picture's features, the grown one's do too, exactly."""
+    old = teacher()
+    new = grown(old)
+    coarse = torch.randn(2, 8, 32, 32)
+
+    assert (old.factor, new.factor) == (8, 16)
+    with torch.no_grad():
+        expected, found = coarse, torch.cat((coarse, torch.zeros_like(coarse)), 1)  # the new channels say nothing yet
+        for index, layer in enumerate(old.encoder.down_blocks):
+            expected, found = layer(expected), new.encoder.down_blocks[index + 2](found)
+        torch.testing.assert_close(found, expected)
+        z = torch.randn(1, 16, 4, 4)
+        expected = found = old.decoder.mid_block(old.decoder.conv_in(z))
+        for ours, theirs in zip(new.decoder.up_blocks, old.decoder.up_blocks[:3], strict=False):
+            expected, found = theirs(expected), ours(found)
+        torch.testing.assert_close(found, expected)
+        assert new.decode(new.encode(torch.rand(1, 3, 64, 96) * 2 - 1)).shape == (1, 3, 64, 96)
+
+
+def test_both_halves_learn(catalog, tmp_path):
+    recipe = Recipe(
+        name="t", steps=12, lr=2e-3, muon_lr=2e-3, weight_decay=0.0, clip=1e6, every=4, batch=2, crop=64, pictures=6,
+        warmup_steps=1,
+    )  # fmt: skip
+    stage = Growing(recipe, catalog, pool(catalog, recipe, tmp_path), teacher())
+    first = stage.batch(0)
+    assert first["fine"].shape == (2, 3, 64, 64) and first["coarse"].shape == (2, 3, 32, 32)
+    apart = torch.nn.functional.avg_pool2d(first["fine"], 2) - first["coarse"]
+    assert apart.abs().mean() < 0.15  # the same place of both twins
+    _, before = stage.loss(stage.batch(100))
+    run = loop.train(loop.Run(stage, tmp_path / "run"), lambda line: None)
+
+    _, after = run.stage.loss(stage.batch(100))
+    assert after["drawn"] < before["drawn"] and after["off"] < before["off"]
+
+
+def test_a_teacher_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(name="t", steps=1, lr=1e-3, muon_lr=1e-3)
+    with pytest.raises(finer.K2Error, match='autoencoder of a run "autoencoder"'):
+        finer.main(recipe)
+    with pytest.raises(finer.K2Error, match="decoder means nothing"):
+        replace(recipe, decoder=True)
