@@ -86,6 +86,41 @@ def test_lines_of_a_past_that_was_not_saved_are_cut(tmp_path):
     assert Journal(tmp_path / "log.csv", 6).read()["step"] == [3, 6]
 
 
+def test_figures_that_join_late_have_columns_of_their_own(tmp_path):
+    log = Journal(tmp_path / "log.csv")
+    log.add({"step": 1, "loss": 2.0, "align": 0.5, "norm": 7.0})
+    log.add({"step": 2, "loss": 1.0, "norm": 6.0})
+    log.add({"step": 3, "loss": 0.5, "norm": 5.0, "held": 0.25})
+
+    read = log.read()
+    assert read["norm"] == [7, 6, 5] and read["align"][0] == 0.5 and read["held"][2] == 0.25
+    assert [math.isnan(value) for value in read["align"]] == [False, True, True]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp_path):
+    one = run(RECIPE, tmp_path)
+    one.advance(one.stage.batch(0))
+    one.save()
+    kept = (tmp_path / "state.safetensors").read_bytes()
+    loss = one.stage.loss
+    one.stage.loss = lambda batch: (loss(batch)[0] * math.nan, {})
+
+    with pytest.raises(K2Error, match="gradient of step 2 is no number"):
+        loop.train(one, lambda line: None)
+    assert (tmp_path / "state.safetensors").read_bytes() == kept
+    assert all(tensor.isfinite().all() for tensor in one.model.state_dict().values())
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    done = loop.train(run(RECIPE, tmp_path), lambda line: None)
+    written = (tmp_path / "state.safetensors").read_bytes()
+
+    again = loop.train(run(RECIPE, tmp_path), lambda line: None)
+
+    assert (again.step, again.figures) == (done.step, done.figures) and again.figures
+    assert (tmp_path / "state.safetensors").read_bytes() == written
+
+
 def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path):
     whole, halves = run(RECIPE, tmp_path / "a"), run(RECIPE, tmp_path / "b")
     batch = whole.stage.batch(0)

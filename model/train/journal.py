@@ -25,23 +25,30 @@ class Journal:
             path.write_text("".join(line + "\n" for line in kept))
 
     def add(self, row: Mapping[str, float]) -> None:
-        new = not self.path.exists() or not self.path.stat().st_size
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(row)
-            writer.writerow(row.values())
+        """A line; figures that were not there before get columns of their own, those that are missing stay empty."""
+        names, rows = self._table()
+        joined = [name for name in row if name not in names]
+        with self.path.open("w" if joined else "a", newline="") as file:
+            writer = csv.DictWriter(file, names + joined)
+            if joined:
+                writer.writeheader()
+                writer.writerows(rows)
+            writer.writerow(row)
+
+    def _table(self) -> tuple[list[str], list[dict[str, str]]]:
+        """Names and rows of the log."""
+        if not self.path.exists():
+            return [], []
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or ()), list(reader)
 
     def read(self) -> dict[str, list[float]]:
-        """Columns by name; none where the log has no names."""
-        if not self.path.exists():
+        """Columns by name, not a number where a figure is missing; none where the log has no names."""
+        names, rows = self._table()
+        if not rows or names[0] != "step":
             return {}
-        with self.path.open(newline="") as file:
-            rows = list(csv.reader(file))
-        if len(rows) < 2 or rows[0][0] != "step":
-            return {}
-        full = [row for row in rows[1:] if len(row) == len(rows[0])]
-        return {name: [float(row[i]) for row in full] for i, name in enumerate(rows[0])}
+        return {name: [float(row[name] or "nan") for row in rows] for name in names}
 
     def draw(self, size: tuple[int, int] = (900, 300)) -> None:
         """`curves.png` beside the log: every figure over the steps, each on its own scale, its range in the legend."""

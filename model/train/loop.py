@@ -166,6 +166,11 @@ class Run:
         if self.world.size > 1 and not self.sharded:
             parallel.average_gradients(trained)
         norm = parallel.whole(nn.utils.clip_grad_norm_(trained, recipe.clip))
+        if not math.isfinite(norm):
+            raise K2Error(
+                f"{recipe.name}: the gradient of step {self.step + 1} is no number.",
+                hint=f"Lower the learning rate. The run goes on from where it was last saved in {self.folder}.",
+            )
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -189,7 +194,7 @@ class Run:
 
     def save(self, *, last: bool = False) -> None:
         """The whole state, replaced in one move; while several processes train, each writes its own part of it."""
-        place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe)}
+        place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe), "figures": self.figures}
         if self.sharded and not last:
             parallel.save(self.folder, self.state(), place, self.record())
             return
@@ -207,6 +212,7 @@ class Run:
         else:
             place, tensors = place_of(path), load_file(path, str(self.device))
         self.step, self.seconds = place["step"], place["seconds"]
+        self.figures = place.get("figures", {})
         now = asdict(self.recipe)
         self.changed = [
             f"{key} {old} → {now[key]}"
@@ -272,6 +278,8 @@ def train(run: Run, report: Report = print) -> Run:
     report = report if here.leads else lambda line: None
     if run.changed:
         report(f"{recipe.name} goes on with other settings than before: {', '.join(run.changed)}")
+    if run.done and newest_state(run.folder) == run.result:  # nothing is left to do, or to write
+        return run
     if max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
         stage.compile()
     last_save = started = time.monotonic()

@@ -54,7 +54,9 @@ class Muon(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 gradient = local(param.grad)
-                momentum = local(self.state[param].setdefault("momentum", torch.zeros_like(param)))
+                if "momentum" not in self.state[param]:
+                    self.state[param]["momentum"] = torch.zeros_like(param)
+                momentum = local(self.state[param]["momentum"])
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov
                 by_shape[param.shape].append((param, ahead.flatten(1)))  # a kernel [O, I, h, w] is a matrix [O, I·h·w]

@@ -109,7 +109,11 @@ class Rewards:
             return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
 
     def each(self, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        """Every reward by name, [B] each; without a critic there is no `artefact`."""
+        """Every reward by name, [B] each, in fp32; without a critic there is no `artefact`."""
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+            return self._each(pictures, asked)
+
+    def _each(self, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
         subject, style = self.see(pictures)
         wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
         real = torch.stack([self.styles[a.look] for a in asked])
@@ -120,8 +124,7 @@ class Rewards:
             "grain": (-(top_octave(pictures).log() - octave).abs()).exp(),
         }
         if self.critic is not None:
-            with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-                found["artefact"] = self.critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
+            found["artefact"] = self.critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
         return found
 
     def chosen(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> dict[str, Tensor]:

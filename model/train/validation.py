@@ -45,14 +45,15 @@ def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, 
     resting.weights /= resting.weights.sum()
     batch = min(16, pictures)
     fixed = pretrain.Recipe(
-        name="validation", steps=1, lr=0.0, muon_lr=0.0, size=recipe.size, mu=recipe.shift, batch=batch, repeats=2,
+        name="validation", steps=1, lr=0.0, muon_lr=0.0, size=recipe.size, mu=recipe.mu, batch=batch, repeats=2,
         references=0.0, seed=0,
     )  # fmt: skip
     device = model.look_head.weight.device
     losses = []
     for index in range(-(-pictures // batch)):
+        part = resting.batch(fixed, index)  # outside of autocast, as the loop's are: features are kept
         with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
-            losses.append(model.losses(resting.batch(fixed, index), fixed)[0])
+            losses.append(model.losses(part, fixed)[0])
     return float(torch.cat(losses).mean())
 
 
