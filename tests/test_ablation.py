@@ -21,7 +21,7 @@ COLUMNS = ("subject", "style", "whole", "diversity")
 
 
 def scores(columns, features, real, power, real_power):
-    return Scores(dict(zip(COLUMNS, columns, strict=True)), features, real, power, real_power)
+    return Scores(dict(zip(COLUMNS, columns, strict=True)), range(len(features)), features, real, power, real_power)
 
 
 def test_a_change_is_taken_picture_by_picture():
@@ -35,7 +35,8 @@ def test_a_change_is_taken_picture_by_picture():
     for name in COLUMNS:
         assert found[name] == {"value": 0.1, "low": 0.1, "high": 0.1}
     assert found["grain"]["value"] == pytest.approx(0.25)
-    assert found["distance"]["value"] == pytest.approx(-4, abs=0.8), "the mean moved by 2 onto that of real pictures"
+    assert found["distance"] == pytest.approx(-4, abs=0.8), "the mean moved by 2 onto that of real pictures"
+    assert found["kernel"] < 0
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa:
 
     found = tomllib.loads((RUNS / "study" / "ablation.toml").read_text())
     assert (RUNS / "study" / "ablation.png").exists()
-    assert {*COLUMNS, "distance", "grain"} < found["base:2"].keys()
+    assert {*COLUMNS, "distance", "kernel", "grain"} < found["base:2"].keys()
     assert found["base:2"]["change"]["style"]["value"] != 0
     same = found["raw:2"]["change"]
     assert all(same[name] == {"value": 0, "low": 0, "high": 0} for name in (*COLUMNS, "grain"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.train.evaluate import frechet, nearest, retrieval, spread
+from model.train.evaluate import frechet, kernel_distance, nearest, retrieval, spread
 from model.train.judge import Judge, JudgeConfig
 
 RNG = np.random.default_rng(0)
@@ -26,6 +26,16 @@ def test_frechet_distance_sees_what_hangs_together():
     b = a[:, [0, 0]]
 
     assert frechet(a, b) == pytest.approx(4 - 2 * np.sqrt(2), rel=0.05)
+
+
+def test_the_kernel_distance_of_small_sets_is_unbiased():
+    """Of one kind it is 0 in the mean, where the Fréchet distance is as large as the sets are small."""
+    sets = RNG.standard_normal((40, 2, 60, 24))
+    same = np.array([kernel_distance(a, b) for a, b in sets])
+    moved = np.array([kernel_distance(a, b + 0.3) for a, b in sets])
+
+    assert abs(same.mean()) < 3 * same.std() / 40**0.5 and moved.mean() > 10 * same.std() / 40**0.5
+    assert np.mean([frechet(a, b) for a, b in sets]) > 5
 
 
 def test_spread_is_the_mean_distance_within_a_group():

@@ -141,6 +141,16 @@ def test_intervals_hold_the_mean_and_narrow():
     assert many["high"] - many["low"] < 0.3 * (few["high"] - few["low"])
 
 
+def test_trials_that_hang_together_are_drawn_as_wholes():
+    """Twenty of each of ten kinds, alike within a kind: as uncertain as ten."""
+    kinds = np.random.default_rng(3).normal(size=10)
+    alone, alike = figure(mean, kinds), figure(mean, kinds.repeat(20), groups=np.arange(10).repeat(20).tolist())
+    apart = figure(mean, kinds.repeat(20))
+
+    assert alike["high"] - alike["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
+    assert apart["high"] - apart["low"] < 0.4 * (alike["high"] - alike["low"])
+
+
 def test_a_perfect_painter_reaches_the_ceiling(study):
     perfect = study(Painter())
 

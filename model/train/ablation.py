@@ -8,18 +8,20 @@ subject    share of pictures whose subject is the nearest of 100 names
 style      cosine of the judge's style embedding to that of real pictures in the look that was asked for
 whole      the critic's probability that nothing in a picture is broken
 diversity  mean distance between pictures of one prompt and different seeds, in the judge's features
-distance   Fréchet distance to real pictures, in the same features
+distance   Fréchet distance to as many real pictures, in the same features
+kernel     squared kernel distance to them, whose expectation is 0 where nothing is different
 grain      power in the top octave of the spectrum of the film-grain look, as a share of real pictures'
 
 Real pictures of the same captions stand beside them where that has a meaning. Changes are after − before, with
-intervals drawn over pairs of pictures.
+intervals drawn over drawings, as held-out pictures share them; distances have none, since a sample drawn anew from
+itself is further away.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,7 @@ from model.pipeline import Pipeline
 from model.train import release
 from model.train.data import DATA, Catalog
 from model.train.encode import to_tensor
-from model.train.evaluate import Task, carry_out, frechet
+from model.train.evaluate import Task, carry_out, frechet, kernel_distance
 from model.train.judge import SIZE, Critic, Judge
 from model.train.study import PROTOTYPE, Floats, Pixels, difference, embed, figure, lines_of, mean, middle, ratio, sheet
 from model.train.viewing import pictures_of_looks
@@ -87,19 +89,25 @@ def looks_of(task: Task, judge: Judge, catalog: Catalog) -> Floats:
 
 
 class Scores(NamedTuple):
-    """A checkpoint's numbers: a column for each figure that is a mean, and what the other two are taken of."""
+    """A checkpoint's numbers: a column for each figure that is a mean, and what the others are taken of."""
 
     columns: dict[str, Floats]
+    drawings: Sequence[Hashable]  # of the pictures; prompts of the diversity have each their own
     features: Floats
     real_features: Floats
     power: Floats
     real_power: Floats
 
+    def groups(self, name: str) -> Sequence[Hashable]:
+        """What a figure's rows are drawn by."""
+        return () if name == "diversity" else self.drawings
+
 
 def itself(scores: Scores) -> dict[str, Any]:
     """A checkpoint's own figures."""
-    return {name: figure(mean, column) for name, column in scores.columns.items()} | {
+    return {name: figure(mean, column, groups=scores.groups(name)) for name, column in scores.columns.items()} | {
         "distance": round(frechet(scores.features, scores.real_features), 4),
+        "kernel": round(kernel_distance(scores.features, scores.real_features), 5),
         "grain": figure(ratio, scores.power, scores.real_power),
     }
 
@@ -108,16 +116,19 @@ def changes(before: Scores, after: Scores) -> dict[str, Any]:
     """after − before of every figure, over the same pictures."""
     a, b = after, before
 
-    def distance(x: Floats, x_real: Floats, y: Floats, y_real: Floats) -> float:
-        return frechet(x, x_real) - frechet(y, y_real)
-
     def grain(x: Floats, x_real: Floats, y: Floats, y_real: Floats) -> float:
         return ratio(x, x_real) - ratio(y, y_real)
 
-    return {name: figure(difference, a.columns[name], b.columns[name]) for name in b.columns} | {
-        "distance": figure(distance, a.features, a.real_features, b.features, b.real_features, draws=200),
-        "grain": figure(grain, a.power, a.real_power, b.power, b.real_power),
-    }
+    return (
+        {name: figure(difference, a.columns[name], b.columns[name], groups=b.groups(name)) for name in b.columns}
+        | {
+            name: round(of(a.features, a.real_features) - of(b.features, b.real_features), 5)
+            for name, of in (("distance", frechet), ("kernel", kernel_distance))
+        }
+        | {
+            "grain": figure(grain, a.power, a.real_power, b.power, b.real_power),
+        }
+    )
 
 
 def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: str | None = None) -> dict[str, Any]:
@@ -136,7 +147,10 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
             catalog = Catalog(DATA, pipeline.native)
             task = Task.of(judge, catalog, count)
             tasks[pipeline.native] = task, looks_of(task, judge, catalog)
-            real = {"subject": figure(mean, task.right), "whole": figure(mean, wholeness(critic, task.pictures))}
+            real = {
+                name: figure(mean, column, groups=task.drawings)
+                for name, column in (("subject", task.right), ("whole", wholeness(critic, task.pictures)))
+            }
             found[f"real {pipeline.native}"] = real
             print(*lines_of(f"real {pipeline.native}", real), sep="\n")
         task, looks = tasks[pipeline.native]
@@ -147,7 +161,7 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
             "whole": wholeness(critic, painted.pictures),
             "diversity": painted.apart,
         }
-        scores = Scores(columns, painted.features, task.features, painted.power, task.power)
+        scores = Scores(columns, task.drawings, painted.features, task.features, painted.power, task.power)
         found[name] = itself(scores) | ({"change": changes(before, scores)} if before else {})
         before = before or scores
         found["dtype"] = pipeline.plan.dtype

@@ -4,9 +4,12 @@
 never trained on, and says for each checkpoint in the box:
 
 retrieval  is the subject that was asked for the nearest among the names of all candidates
-distance   Fréchet distance to real pictures in the judge's features; its floor is that between two halves of real ones
+distance   Fréchet distance to as many real pictures in the judge's features, which only compares with others of as many
+kernel     squared kernel distance in the same features: 0 where nothing is different, whatever the number
 diversity  mean distance between pictures of one prompt and different seeds, in the same features
 grain      power in the top octave of the spectrum of the film-grain look, as a share of real pictures'
+
+Intervals of retrieval are drawn over drawings (a subject in a drawing set): held-out pictures share them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.spec import RenderSpec
-from model.train.data import DATA, Catalog, Item
+from model.train.data import DATA, Catalog, Item, Pair
 from model.train.encode import scale
 from model.train.judge import Judge
 from model.train.looks import resize
@@ -60,6 +63,25 @@ def frechet(a: Floats, b: Floats) -> float:
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     between = np.sqrt(np.linalg.eigvalsh(root @ second @ root).clip(0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * between)
+
+
+def kernel_distance(a: Floats, b: Floats) -> float:
+    """Squared maximum mean discrepancy of two sets of features [N, D], unbiased (Bińkowski et al. 2018).
+
+    By the kernel (a·b / D + 1)³ of features scaled to a mean square of 1. Its expectation is 0 for two sets of one
+    kind, however small, which the Fréchet distance's is not: that grows as sets shrink.
+    """
+    dim = a.shape[1]
+    a, b = (each.astype(np.float64) * np.sqrt(dim / np.square(a).sum(1).mean()) for each in (a, b))
+
+    def kernel(x: Floats, y: Floats) -> Floats:
+        return (x @ y.T / dim + 1) ** 3
+
+    def apart(x: Floats) -> float:
+        of = kernel(x, x)
+        return float((of.sum() - np.trace(of)) / (len(x) * (len(x) - 1)))
+
+    return apart(a) + apart(b) - 2 * float(kernel(a, b).mean())
 
 
 def spread(found: Floats, group: int) -> Floats:
@@ -102,6 +124,11 @@ class Task(NamedTuple):
     right: NDArray[np.bool_]  # whether the subject's name is the nearest
     features: Floats  # [N, 144]: the judge's two views of a picture
     power: Floats  # [GRAINY] of the top octave, in the real pictures of film grain
+
+    @property
+    def drawings(self) -> list[Pair]:
+        """The drawing of each picture: those of one drawing are no independent trials."""
+        return [item.pair for item in self.items]
 
     @classmethod
     def of(cls, judge: Judge, catalog: Catalog, count: int) -> Task:
@@ -162,8 +189,13 @@ def measure(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, shee
     Image.fromarray(np.concatenate(rows)).save(sheet)
     real = task.features
     return {
-        "retrieval": {"rendered": figure(mean, painted.right), "real": figure(mean, task.right), "of": len(task.among)},
-        "distance": {"rendered": frechet(painted.features, real), "halves of real": frechet(real[::2], real[1::2])},
+        "retrieval": {
+            "rendered": figure(mean, painted.right, groups=task.drawings),
+            "real": figure(mean, task.right, groups=task.drawings),
+            "of": len(task.among),
+        },
+        "distance": {"rendered": frechet(painted.features, real)},
+        "kernel": {"rendered": kernel_distance(painted.features, real)},
         "diversity": {"rendered": figure(mean, painted.apart)},
         "grain": {"share of real": figure(ratio, painted.power, task.power)},
     }

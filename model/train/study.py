@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,11 +101,20 @@ def spearman(x: Floats, y: Floats) -> float:
     return float(a @ b) / size if size else 0.0
 
 
-def figure(statistic: Callable[..., float], *columns: NDArray[Any], draws: int = 2000) -> dict[str, float]:
-    """A statistic of columns [trials, …] and its 95 % bootstrap interval over trials drawn anew."""
+def figure(
+    statistic: Callable[..., float], *columns: NDArray[Any], groups: Sequence[Hashable] = (), draws: int = 2000
+) -> dict[str, float]:
+    """A statistic of columns [trials, …] and its 95 % bootstrap interval over trials drawn anew.
+
+    groups  of trials that are not independent, as pictures of one drawing: drawn as wholes
+    """
     rng = np.random.default_rng(0)
-    count = len(columns[0])
-    drawn = (rng.integers(0, count, count) for _ in range(draws))
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for index in range(len(columns[0])):
+        places[groups[index] if groups else index].append(index)
+    members = [np.array(each) for each in places.values()]
+    count = len(members)
+    drawn = (np.concatenate([members[i] for i in rng.integers(0, count, count)]) for _ in range(draws))
     low, high = np.nanquantile([statistic(*(c[index] for c in columns)) for index in drawn], (0.025, 0.975))
     return {"value": round(float(statistic(*columns)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 

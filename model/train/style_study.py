@@ -2,7 +2,7 @@
 
 Every trial is a prompt that names a subject and no look, and a reference picture of another subject in a look that
 neither generator nor judge was trained on. Figures stand between a floor, the same prompts without a reference, and a
-ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over trials.
+ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over trials, of agreement over looks.
 
 agreement  is the reference's look the nearest of twenty; is the prompt's subject still the nearest of its names; is
            the reference's subject seen more often than without it (leakage)
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -198,6 +198,10 @@ def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     names = {"asked": names_of(judge, asked), "every": names_of(judge, every)}
     looks, references = [t.look for t in trials], [t.reference.pair.subject for t in trials]
 
+    def by_look(statistic: Callable[..., float], *columns: Floats) -> dict[str, float]:
+        """Trials of one look are no independent ones: their references are alike."""
+        return figure(statistic, *columns, groups=looks)
+
     def read(seen: Sequence[Seen]) -> dict[str, Floats]:
         """Right or wrong of every trial."""
         style, subject = np.stack([s.style for s in seen]), np.stack([s.subject for s in seen])
@@ -213,20 +217,20 @@ def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     floor = read(study.see([study.spec(trial, []) for trial in trials]))
     ceiling = read(study.see_real())
     found: dict[str, Any] = {
-        "floor": {key: figure(mean, floor[key]) for key in ("agreement", "content", "leaked", "likeness")},
-        "ceiling": {key: figure(mean, ceiling[key]) for key in ("agreement", "likeness")},
+        "floor": {key: by_look(mean, floor[key]) for key in ("agreement", "content", "leaked", "likeness")},
+        "ceiling": {key: by_look(mean, ceiling[key]) for key in ("agreement", "likeness")},
     }
     for way in ways:
         print(way, flush=True)
         got = read(study.see([study.spec(trial, [(trial.reference, 1.0)], way) for trial in trials]))
         found[way] = {
-            "agreement": figure(mean, got["agreement"]),
-            "agreement_of_ceiling": figure(ratio, got["agreement"], ceiling["agreement"]),
-            "agreement_over_floor": figure(difference, got["agreement"], floor["agreement"]),
-            "content": figure(mean, got["content"]),
-            "content_kept": figure(ratio, got["content"], floor["content"]),
-            "leakage": figure(difference, got["leaked"], floor["leaked"]),
-            "likeness": figure(mean, got["likeness"]),
+            "agreement": by_look(mean, got["agreement"]),
+            "agreement_of_ceiling": by_look(ratio, got["agreement"], ceiling["agreement"]),
+            "agreement_over_floor": by_look(difference, got["agreement"], floor["agreement"]),
+            "content": by_look(mean, got["content"]),
+            "content_kept": by_look(ratio, got["content"], floor["content"]),
+            "leakage": by_look(difference, got["leaked"], floor["leaked"]),
+            "likeness": by_look(mean, got["likeness"]),
         }
     return found
 
@@ -295,7 +299,8 @@ def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
 
 def five(study: Study, way: str, count: int = 40) -> dict[str, float]:
     """By how much a mix of five references in equal parts is nearer to their looks than a picture without."""
-    groups = [study.trials[start : start + 5] for start in range(min(count, len(study.trials) - 4))]
+    starts = range(0, len(study.trials) - 4, 5)[:count]  # no trial in two of them: the interval takes them as apart
+    groups = [study.trials[start : start + 5] for start in starts]
     mixed = study.see([study.spec(group[0], [(t.reference, 0.2) for t in group], way) for group in groups])
     plain = study.see([study.spec(group[0], []) for group in groups])
     gain = [
