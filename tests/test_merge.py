@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from model.errors import K2Error
-from model.train import merge
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
@@ -177,19 +176,6 @@ def test_the_best_of_each_subject_stay():
     assert [sorted(i for i in np.flatnonzero(best) if i % 3 == k) for k in range(3)] == [[6, 9], [7, 10], [5, 8]]
 
 
-@pytest.mark.parametrize("noise", [0.2, 0.5, 0.9])
-def test_the_shift_by_size_hides_a_flat_picture_equally(noise):
-    """Of a flat picture of n pixels σ noise leaves an uncertainty of σ / (1 − σ) / √n: the same at every size."""
-    small, large = replace(RECIPE, mu=0.2), replace(RECIPE, mu=0.2, mu_size=64, size=256)
-    assert small.shift == 0.2
-
-    def uncertainty(recipe):
-        odds = noise / (1 - noise) * np.exp(recipe.shift)
-        return odds / recipe.size
-
-    assert uncertainty(small) == pytest.approx(uncertainty(large))
-
-
 def test_noise_levels_are_stratified_about_their_shift():
     levels = noise_levels(4000, 0.7, torch.Generator().manual_seed(0))
     logits = torch.logit(levels)
@@ -197,11 +183,3 @@ def test_noise_levels_are_stratified_about_their_shift():
     few = torch.logit(noise_levels(8, 0.0, torch.Generator().manual_seed(0))).sort().values
     edges = torch.special.ndtri(torch.arange(9) / 8)
     assert ((few >= edges[:-1]) & (few <= edges[1:])).all()
-
-
-def test_what_one_run_has_learned_is_carried_not_what_two_have():
-    with pytest.raises(K2Error, match="name that one in runs"):
-        merge.Recipe(name="m", runs=("a", "b"), onto="turbo", since="box")
-    for keys in ({"onto": "turbo"}, {"since": "box"}):
-        with pytest.raises(K2Error, match="go together"):
-            merge.Recipe(name="m", runs=("a",), **keys)

@@ -54,7 +54,7 @@ def base(keep=""):
     Path("base.toml").write_text(text + keep + TINY)
     first = recipe.load("base.toml")
     recipe.module(first.stage, "base").main(first, "cpu", quiet)
-    run("judge-3", "judge", "batch = 8\nseed = 3\n", network=False)
+    run("judge-3", "judge", "batch = 8\nseed = 3\nsize = 128\n", network=False)
 
 
 def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
@@ -69,10 +69,6 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
         recipe.module("merge", name).main(chosen, "cpu", quiet)
     run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1")
     run("grpo", "grpo", POST + 'group = 3\npool = 4\nstochastic = 1\ngates = {style = "subject"}')
-    Path("carried.toml").write_text(
-        'name = "carried"\nstage = "merge"\nruns = ["grpo"]\nsince = "base"\nonto = "middle"\n'
-    )
-    recipe.module("merge", "carried").main(recipe.load("carried.toml"), "cpu", quiet)
 
     figures = record("sft")["figures"]
     assert sum(figures["weights"].values()) == pytest.approx(1)
@@ -82,12 +78,6 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert record("pma")["figures"]["snapshots"] == 3
     mean = torch.stack([load_file(path)["dit.first.weight"] for path in loop.snapshots(Path(".runs/base"))]).mean(0)
     torch.testing.assert_close(state("pma")["ema.dit.first.weight"], mean)
-
-    learned = state("grpo")["ema.dit.first.weight"] - state("base")["ema.dit.first.weight"]
-    torch.testing.assert_close(
-        state("carried")["ema.dit.first.weight"], state("middle")["ema.dit.first.weight"] + learned
-    )
-    assert record("carried")["figures"]["moved"] > 0
 
     parent = state("base")
     for name in ("middle", "sft-plain", "stpo", "grpo"):
@@ -176,7 +166,7 @@ def test_a_killed_run_ends_as_one_that_was_not(workshop, monkeypatch, stage, key
 
 
 def test_what_evaluates_never_rewards(workshop):  # noqa: F811
-    run("judge-77", "judge", "batch = 8\nseed = 77\n", steps=1, every=1, network=False)
+    run("judge-77", "judge", "batch = 8\nseed = 77\nsize = 128\n", steps=1, every=1, network=False)
     keys = POST.replace("judge-3", "judge-77") + "group = 2"
     with pytest.raises(K2Error, match="evaluation"):
         run("stpo", "stpo", keys)

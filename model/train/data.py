@@ -1,9 +1,9 @@
 """The data set of the bundled model: open vector art of the package registry, rendered, composed and captioned by rule.
 
 `python -m model.train.data` rebuilds it bit for bit: it fetches pinned packages with npm, renders the subjects of
-`subjects.toml`, and writes the renders with a manifest of hashes; `python -m model.train.data 256` renders the same
-drawings in that size beside them. Pictures are composed on demand (`Catalog.picture`), each from a generator seeded by
-what it shows, so that a picture is the same whenever and wherever it is made.
+`subjects.toml` in 128 px, writes the renders with a manifest of hashes, and renders the same drawings in 256 px beside
+them; `python -m model.train.data SIZE` adds another size. Pictures are composed on demand (`Catalog.picture`), each
+from a generator seeded by what it shows, so that a picture is the same whenever and wherever it is made.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
 HERE = Path(__file__).parent
 DATA = Path(".data/mini")
 SIZE = 128  # px of the renders that say which drawings there are
+NATIVE = 256  # px of the pictures that the model is to make
 
 
 def stable_seed(*parts: object) -> int:
@@ -297,6 +298,7 @@ if __name__ == "__main__":
         enlarge(int(sys.argv[1]))
     else:
         build()
+        enlarge(NATIVE)
     catalog = Catalog()
     print(f"{len(catalog.pairs)} renders of {len(catalog.subjects)} subjects")
     print(*(f"{split}: {len(catalog.items(split))} pictures" for split in ("train", "held-out", "styles")), sep="\n")

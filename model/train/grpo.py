@@ -201,8 +201,8 @@ class Policy(loop.Stage):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         recipe, dit = self.recipe, self.model.dit
-        device, patch, cells = dit.first.weight.device, dit.config.patch, recipe.size // 8
-        sigmas = sigmas_for(recipe.sample_steps, recipe.size, dit)
+        device, patch, cells = dit.first.weight.device, dit.config.patch, self.set.cells
+        sigmas = sigmas_for(recipe.sample_steps, cells, dit)
         grid = (cells // patch, cells // patch)
         embeds, mask = batch["embeds"].to(device), batch["mask"].to(device)
         round_, part = batch["round"]
@@ -246,7 +246,7 @@ def telling_prompts(
     for start in range(0, len(prompts), at_once):
         chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(group)]
         seed = stable_seed(recipe.seed, "prompts", start) % 2**62
-        latents = sample(dit, data.embed, [p.caption for p in chunk], recipe.size, recipe.sample_steps, 0.0, seed)
+        latents = sample(dit, data.embed, [p.caption for p in chunk], data.cells, recipe.sample_steps, 0.0, seed)
         reward = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, group)
         scores += list(zip(reward.std(1).tolist(), reward.mean(1).tolist(), strict=True))
     order = sorted(range(len(prompts)), key=lambda i: (not 0.05 < scores[i][1] < 0.95, -scores[i][0]))

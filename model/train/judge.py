@@ -39,7 +39,7 @@ class Recipe(recipes.Recipe):
 
     stage: str = "judge"
     batch: int = 64
-    size: int = data.SIZE  # px of the pictures before they are made small: that of the checkpoints to be judged
+    size: int = data.NATIVE  # px of the pictures before they are made small: that of the checkpoints to be judged
 
 
 @dataclass(frozen=True)
@@ -217,13 +217,8 @@ class Judging(loop.Stage):
         return self.recipe.batch
 
 
-def named(kind: str, seed: int, size: int) -> str:
-    """What a judge or its critic is called: those of different sizes lie side by side."""
-    return f"{kind}-{seed}" if size == data.SIZE else f"{kind}-{seed}-{size}"
-
-
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number (`named`)."""
+    """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number."""
     if device != "cpu":
         report("judges are small: trained on the CPU")
     stage = Judging(recipe, Catalog(DATA, recipe.size))
@@ -235,13 +230,12 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
         config = asdict(stage.judge.config) if kind == "judge" else {}
         metadata = {"kind": kind, "config": config, "training": training}
-        path = folder / f"{named(kind, recipe.seed, recipe.size)}.safetensors"
+        path = folder / f"{kind}-{recipe.seed}.safetensors"
         save_file(module.state_dict(), path.with_suffix(".draft"), {"k2": json.dumps(metadata)})
         path.with_suffix(".draft").replace(path)
     return run
 
 
 if __name__ == "__main__":
-    seed, minutes, size = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else data.SIZE
-    name = named("judge", seed, size)
-    main(Recipe(name=name, seed=seed, minutes=minutes, size=size, lr=2e-3, muon_lr=2e-3, decay=0.5))
+    seed, minutes, size = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else data.NATIVE
+    main(Recipe(name=f"judge-{seed}", seed=seed, minutes=minutes, size=size, lr=2e-3, muon_lr=2e-3, decay=0.5))

@@ -1,9 +1,7 @@
 """Merging checkpoints: θ = Σ w_i θ_i, of domain runs with weights by validation, or of a run's own last snapshots.
 
 The first makes one checkpoint of runs that were fine-tuned from one parent on different domains. The second is PMA
-(arXiv 2505.12082): the plain mean of the last snapshots of the stable phase, in the place of a running average. A third
-kind carries what a run has learned over to another child of its parent (task arithmetic, arXiv 2212.04089):
-θ = onto + run − since, so that a distillation need not begin anew when its teacher has learned more.
+(arXiv 2505.12082): the plain mean of the last snapshots of the stable phase, in the place of a running average.
 """
 
 from __future__ import annotations
@@ -34,8 +32,6 @@ class Recipe(Table):
     stage: str = "merge"
     runs: tuple[str, ...] = ()  # whose averaged weights are merged, weights chosen on validation
     snapshots: str = ""  # a run whose snapshots are averaged instead
-    onto: str = ""  # what takes over the difference of one run ...
-    since: str = ""  # ... from what that run started from
     divisions: int = 4  # of each weight's way from 0 to 1 that are tried
     pictures: int = 128  # that validate
 
@@ -43,10 +39,6 @@ class Recipe(Table):
         super().__post_init__()
         if bool(self.snapshots) == bool(self.runs):
             raise K2Error(f'Recipe "{self.name}" must name either runs or a run\'s snapshots.')
-        if self.onto and len(self.runs) != 1:
-            raise K2Error(f'Recipe "{self.name}": onto takes over what one run has learned; name that one in runs.')
-        if bool(self.onto) != bool(self.since):
-            raise K2Error(f'Recipe "{self.name}": onto and since go together.')
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -83,13 +75,6 @@ def choose(
     scores = {weights: score(combine(states, weights)) for weights in simplex(len(states), divisions)}
     best = min(scores, key=lambda weights: scores[weights])
     return best, scores[best], scores
-
-
-def carried(onto: State, after: State, before: State) -> tuple[State, dict[str, Any]]:
-    """onto + after − before, and how far that moves it."""
-    states = [{name: state[name] for name in onto if name in state} for state in (onto, after, before)]
-    merged = combine(states, [1, 1, -1])
-    return merged, {"moved": sum(float((after[name] - before[name]).square().sum()) for name in onto) ** 0.5}
 
 
 def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
@@ -136,12 +121,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
             raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
     places = [loop.place_of(path) for path in paths]
     parent = saved(places[0]["recipe"])
-    figures: dict[str, Any]
-    merged: State
-    if recipe.onto:
-        merged, figures = carried(loop.parent(recipe.onto), loop.averages(paths[0]), loop.parent(recipe.since))
-    else:
-        merged, figures = weighed(recipe, parent, paths, device)
+    merged, figures = weighed(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")
     folder = RUNS / recipe.name
     place = {

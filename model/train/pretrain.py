@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,7 @@ from model.train.rollout import noise_levels
 
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
+KEPT = 20_000  # captions whose features are kept: most of a gigabyte
 ROUND = 8  # prompts are padded to multiples of it, so that few shapes are compiled
 
 
@@ -47,8 +47,7 @@ class Recipe(loop.Recipe):
     size: int  # px
     batch: int  # pictures a step
     repeats: int  # noise levels for each of them: the prompt's part is computed once for all
-    mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n) ...
-    mu_size: int = 0  # ... at this many px, where that is not the run's own size
+    mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
     preset: str = "mini"
     network: dict[str, int] = field(default_factory=dict)  # what differs from the preset, as width or blocks
     references: float = 0.5  # share of the steps that show a style reference
@@ -68,12 +67,6 @@ class Recipe(loop.Recipe):
     @property
     def config(self) -> DiTConfig:
         return replace(PRESETS[self.preset], **self.network)
-
-    @property
-    def shift(self) -> float:
-        """mu at the run's own size: a picture of k times the side hides k times as much noise (arXiv 2403.03206, eq.
-        23), so ln k is added to the noise level's logit."""
-        return self.mu + (math.log(self.size / self.mu_size) if self.mu_size else 0.0)
 
     def weight(self, item: Item, later: bool) -> float:
         """How often a picture is drawn, next to one with a medium; `later` says whether its subject joined late."""
@@ -95,6 +88,7 @@ class TrainingSet:
         self.catalog = catalog
         self.items = catalog.items("train")
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items)))
+        self.cells = self.latents.shape[-1]  # along a side
         self.text = text
         self.features: dict[str, Tensor] = {}
         self.by_look: dict[Any, list[int]] = defaultdict(list)
@@ -117,6 +111,8 @@ class TrainingSet:
             for caption, rows, real in zip(new, embeds, mask, strict=True):
                 self.features[caption] = rows[real].half().cpu()
         rows = [self.features[caption].float() for caption in captions]
+        for caption in list(self.features)[: max(0, len(self.features) - KEPT)]:
+            del self.features[caption]
         return pad(rows, -(-(max(map(len, rows)) + more) // ROUND) * ROUND - more)
 
     def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
@@ -173,7 +169,7 @@ def training_set(recipe: Recipe, device: str) -> TrainingSet:
 
 
 def read_latents(folder: Path, size: int, count: int) -> NDArray[np.float16]:
-    """The train split's latents at a size, float16 [count, C, size/8, size/8]."""
+    """The train split's latents at a size, float16 [count, C, size/f, size/f]."""
     path, hint = folder / f"latents-{size}.npy", f"encode them with: python -m model.train.encode {size}"
     if not path.exists():
         raise K2Error(f"there are no latents of {size} px in {folder}.", hint=hint)
@@ -230,7 +226,7 @@ class Trainee(nn.Module):
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
         noise = torch.randn(image.shape, generator=generator).to(device)
-        sigma = noise_levels(len(image), recipe.shift, generator).to(device)
+        sigma = noise_levels(len(image), recipe.mu, generator).to(device)
         noised = torch.lerp(image, noise, sigma[:, None, None])
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))

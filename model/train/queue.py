@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from model.train import encode, recipe, release, samples
-from model.train.data import DATA, SIZE, Catalog, renders_path
+from model.train.data import DATA, NATIVE, SIZE, Catalog, renders_path
 from model.train.loop import RUNS
 
 STAGES = (
-    ("gpu-64", 0.15),
-    ("gpu-128", 0.3),
-    ("gpu-256", 0.25),
+    ("gpu-128", 0.15),
+    ("gpu-256", 0.3),
+    ("gpu-styles", 0.25),
     ("gpu-guidance", 0.07),
     ("gpu-turbo", 0.23),
 )  # recipe, share of the minutes
-RELEASED = ("gpu-256", "gpu-turbo")
-SIZES = (SIZE, 2 * SIZE)  # of the renders that they learn from
+RELEASED = ("gpu-styles", "gpu-turbo")
+SIZES = (SIZE, NATIVE)  # of the renders that they learn from
 
 
 def main(minutes: float, out: Path, device: str) -> None:

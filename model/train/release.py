@@ -47,8 +47,11 @@ def main(run: str, folder: Path = BOX) -> None:
     }
     shared = {"native": recipe["size"], "training": training}
     dit: dict[str, Any] = {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED}
-    if isinstance(stage, turbo.Recipe):
-        own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
+    distilled = isinstance(stage, turbo.Recipe)
+    if distilled or stage.init == "turbo":  # what began as Turbo stays one
+        own = read(BOX / "mini-turbo.safetensors")[1]["recommended"]
+        if distilled:
+            own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
         state = {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")}
         save(
             folder / "mini-turbo.safetensors", quantise(state), dit | shared | {"variant": "turbo", "recommended": own}

@@ -164,7 +164,7 @@ def make_pairs(
         chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(recipe.group)]
         seed = stable_seed(recipe.seed, "pairs", start) % 2**62
         latents = sample(
-            model.dit, data.embed, [p.caption for p in chunk], recipe.size, recipe.sample_steps, recipe.guidance, seed
+            model.dit, data.embed, [p.caption for p in chunk], data.cells, recipe.sample_steps, recipe.guidance, seed
         )
         judged = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, recipe.group)
         best, worst, enough = best_and_worst(judged, recipe.margin)
@@ -194,7 +194,7 @@ class Preference(loop.Stage):
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
         self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
-            loop.start(model, weights)
+            loop.start(model, {name: tensor for name, tensor in weights.items() if name != "beta"})
         self.pairs: Pairs | None = None
 
     def rate(self, name: str) -> float:
@@ -222,7 +222,7 @@ class Preference(loop.Stage):
         generator = torch.Generator().manual_seed(batch["seed"])
         images = [patchify(batch[key], patch).to(device) for key in ("winner", "loser")]
         noise = torch.randn(images[0].shape, generator=generator).to(device)
-        sigma = noise_levels(len(noise), recipe.shift, generator).to(device)
+        sigma = noise_levels(len(noise), recipe.mu, generator).to(device)
         both = torch.cat([torch.lerp(image, noise, sigma[:, None, None]) for image in images])
         embeds, mask = (batch[key].to(device).repeat(2, *[1] * (batch[key].dim() - 1)) for key in ("embeds", "mask"))
         side = batch["winner"].shape[-1] // patch
@@ -273,7 +273,7 @@ class Preference(loop.Stage):
             for start in range(0, len(repeated), 16):
                 chunk = [prompt.caption for prompt in repeated[start : start + 16]]
                 latents = sample(
-                    model.dit, self.set.embed, chunk, recipe.size, recipe.sample_steps, recipe.guidance, start
+                    model.dit, self.set.embed, chunk, self.set.cells, recipe.sample_steps, recipe.guidance, start
                 )
                 parts.append(decode(rewards.vae, latents))
             pictures = torch.cat(parts)

@@ -106,7 +106,7 @@ class Turbo(loop.Stage):
 
         noise = torch.randn(image.shape, generator=generator).to(device)
         if self.model.fake is None:
-            sigma = noise_levels(len(image), self.recipe.shift, generator).to(device)
+            sigma = noise_levels(len(image), self.recipe.mu, generator).to(device)
             x = torch.lerp(image, noise, sigma[:, None, None])
             with torch.no_grad():
                 target = guided(*teacher(x, sigma), self.recipe.guidance)
