@@ -44,7 +44,7 @@ def train(
     \b
     Examples:
       k2 train refs/night --trigger "night look"
-      k2 train pretrain-64
+      k2 train pretrain-128
     """
     from dataclasses import replace
 

@@ -371,7 +371,7 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
     (tmp_path / "dusk.toml").write_text(recipe + "rank = 2\n")
     assert "rank differ" in k2("train", "dusk.toml", code=1).stderr
     assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
-    assert "--trigger" in k2("train", "pretrain-64", "--trigger", "dusk", code=2).stderr
+    assert "--trigger" in k2("train", "pretrain-128", "--trigger", "dusk", code=2).stderr
     (tmp_path / "none").mkdir()
     assert "holds no pictures" in k2("train", "none", code=1).stderr
 

@@ -15,6 +15,7 @@ from k2cli import models
 from k2cli.project import Project
 from k2cli.prompts import Prompt, name_files, slug
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
+from model import library
 from model.errors import K2Error
 
 
@@ -227,6 +228,20 @@ def test_sizes_and_resolutions_as_people_write_them():
 
 def test_the_native_size_is_read_from_the_weights(moody):
     assert models.native_size("mini") == 128
+
+
+def test_sides_are_multiples_of_what_the_autoencoder_makes_of_a_token(moody):
+    """Two cells of 16 pixels, where its scales say so: shapes are rounded to that, and other sizes refused."""
+    about = {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}}
+    assert models.step("mini") == 16
+
+    write_weights(library.BOX / "mini-vae.safetensors", about)
+    assert models.step("mini") == 32
+    project = Project.open(moody)
+    sizes = {(shot.spec.width, shot.spec.height) for shot in shots(project, aspect="3:2")}
+    assert sizes == {(160, 96)}
+    with pytest.raises(K2Error, match="the sides of 80x96 are not multiples of 32"):
+        shots(project, size="80x96")
 
 
 def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):

@@ -106,18 +106,18 @@ def test_what_is_wrong_with_a_recipe_is_one_sentence(k2, tmp_path, monkeypatch, 
 
 def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "pretrain-64" in k2("train", "pretrain-46", code=1).stderr
+    assert "pretrain-128" in k2("train", "pretrain-218", code=1).stderr
     assert "cannot be read" not in k2("train", "nowhere.toml", code=1).stderr
 
 
 def test_without_data_it_says_how_to_get_them(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "python -m model.train.data" in k2("train", "pretrain-64", code=1).stderr
+    assert "python -m model.train.data" in k2("train", "pretrain-128", code=1).stderr
 
 
 def test_without_latents_it_says_how_to_get_them(k2, workshop):  # noqa: F811
-    failed = k2("train", written(workshop, SMALL.replace("size = 64", "size = 128")), code=1)
-    assert "python -m model.train.encode 128" in failed.stderr
+    failed = k2("train", written(workshop, SMALL.replace("size = 64", "size = 256")), code=1)
+    assert "python -m model.train.encode 256" in failed.stderr
 
 
 def test_an_interrupted_run_says_how_to_go_on(k2, workshop, monkeypatch):  # noqa: F811

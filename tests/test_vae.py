@@ -9,22 +9,27 @@ from model.vae import QwenImageVAE, VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
 
-TINY = VAEConfig(base_dim=8, dim_mult=(1, 2, 4, 4), num_res_blocks=1)
+SHAPES = {
+    8: VAEConfig(base_dim=8, dim_mult=(1, 2, 4, 4), num_res_blocks=1),
+    16: VAEConfig(
+        base_dim=8, dim_mult=(2, 1, 2, 4, 4), num_res_blocks=1, temporal_downsample=(False, False, True, True)
+    ),
+}
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.fixture(scope="module")
-def pair():
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request):
     """Diffusers' autoencoder with random weights, temporal ones included, and ours loaded from it."""
     torch.manual_seed(0)
-    theirs = diffusers.AutoencoderKLQwenImage.from_config(TINY.to_diffusers()).eval()
+    theirs = diffusers.AutoencoderKLQwenImage.from_config(SHAPES[request.param].to_diffusers()).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    ours = QwenImageVAE(TINY).eval()
+    ours = QwenImageVAE(SHAPES[request.param]).eval()
     ours.load_diffusers(theirs.state_dict())
     return ours, theirs
 
@@ -33,7 +38,7 @@ def pair():
 def test_qwen_parity(pair):
     """Encoding and decoding one frame agree, whatever the temporal weights are."""
     ours, theirs = pair
-    images, latents = torch.rand(2, 3, 48, 32) * 2 - 1, torch.randn(2, 16, 6, 4)
+    images, latents = torch.rand(2, 3, 6 * ours.factor, 4 * ours.factor) * 2 - 1, torch.randn(2, 16, 6, 4)
 
     moments = theirs.encode(images.unsqueeze(2)).latent_dist
     assert relative(ours.moments(images)[0], moments.mean.squeeze(2)) < 1e-4
@@ -48,14 +53,14 @@ def test_qwen_export_round_trip(pair):
     """An export loads strictly into diffusers, gives the same picture, and comes back unchanged."""
     ours, _ = pair
     exported = ours.to_diffusers()
-    theirs = diffusers.AutoencoderKLQwenImage.from_config(TINY.to_diffusers()).eval()
+    theirs = diffusers.AutoencoderKLQwenImage.from_config(ours.config.to_diffusers()).eval()
     theirs.load_state_dict(exported, strict=True)
     latents = torch.randn(1, 16, 4, 4)
 
     decoded = theirs.decode((latents * ours.std + ours.mean).unsqueeze(2)).sample.squeeze(2)
     assert relative(ours.decode(latents), decoded) < 1e-4
 
-    back = QwenImageVAE(TINY)
+    back = QwenImageVAE(ours.config)
     back.load_diffusers(exported)
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in ours.state_dict().items())
 
@@ -68,7 +73,7 @@ def test_qwen_tiles_against_the_whole(pair):
     latents = torch.randn(1, 16, 32, 16)
     whole = ours.decode(latents)
     again = ours.encode(whole)
-    ours.tile, ours.overlap = 192, 96
+    ours.tile, ours.overlap = 24 * ours.factor, 12 * ours.factor
     try:
         assert relative(ours.decode(latents), whole) < 0.05
         assert relative(ours.encode(whole), again) < 0.05
@@ -97,4 +102,4 @@ def test_linear_start_reconstructs():
 
 def test_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 8"):
-        QwenImageVAE(TINY).encode(torch.zeros(1, 3, 20, 16))
+        QwenImageVAE(SHAPES[8]).encode(torch.zeros(1, 3, 20, 16))

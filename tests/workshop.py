@@ -11,7 +11,8 @@ import pytest
 from model import library
 from model.train.data import DATA, DRAWINGS, Catalog, read_subjects
 
-SIZES = (64,)
+SIZES = (64, 128)
+FACTOR = 16  # pixels to a latent cell, as in the box
 TINY = "[network]\nwidth = 32\nheads = 2\nkv_heads = 1\nblocks = 1\n"  # at the end of a recipe: the smallest network
 
 
@@ -31,8 +32,8 @@ def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
     catalog = Catalog(folder)
     items = catalog.items("train")
     for size in SIZES:
-        centres = rng.normal(size=(len(pairs), 16, size // 8, size // 8))
-        noise = rng.normal(size=(len(items), 16, size // 8, size // 8))
+        centres = rng.normal(size=(len(pairs), 16, size // FACTOR, size // FACTOR))
+        noise = rng.normal(size=(len(items), 16, size // FACTOR, size // FACTOR))
         np.save(
             folder / f"latents-{size}.npy",
             np.stack([centres[item.row] + 0.5 * n for item, n in zip(items, noise, strict=True)]).astype(np.float16),

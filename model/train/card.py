@@ -57,7 +57,7 @@ def scenes() -> list[str]:
     return texts
 
 
-def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int = 128) -> Image.Image:
+def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int = 160) -> Image.Image:
     """Pictures of prompts, seeds from 0 on, row by row in one image."""
     specs = [RenderSpec(prompt, seed=index) for index, prompt in enumerate(prompts)]
     page = Image.new("RGB", (columns * side, -(-len(specs) // columns) * side), "white")
@@ -75,13 +75,13 @@ def main(folder: Path = BOX) -> None:
     everything = [subject.name for subject in read_subjects()]
     prompts = Path(__file__).with_name("prompts.txt").read_text("utf-8").splitlines()
     raw: dict[str, tuple[Sequence[str], int, int]] = {
-        "subjects": ([phrase(name) for name in SUBJECTS], 10, 128),
-        "near": ([phrase(name) for name in NEAR], 10, 128),
-        "samples": (PROMPTS, 8, 128),
-        "scenes": (scenes(), 10, 128),
+        "subjects": ([phrase(name) for name in SUBJECTS], 10, 160),
+        "near": ([phrase(name) for name in NEAR], 10, 160),
+        "samples": (PROMPTS, 8, 192),
+        "scenes": (scenes(), 10, 160),
     }
     turbo: dict[str, tuple[Sequence[str], int, int]] = {
-        "prompts": (prompts, 8, 128),
+        "prompts": (prompts, 8, 192),
         "all": ([f"{phrase(name)}, {LOOK}" for name in everything], 15, 96),
     }
     for variant, sheets in (("raw", raw), ("turbo", turbo)):
