@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model.errors import K2Error
 from model.latents import patchify, unpatchify
-from model.train import loop, pretrain
+from model.train import loop, parallel, pretrain
 from model.train.data import stable_seed
 from model.train.loop import RUNS, Batch, Report
 from model.train.recipe import refuse
@@ -265,17 +265,18 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     rewards = Rewards.load(recipe.judge, data, device)
     folder = RUNS / recipe.name
     path = folder / "prompts.json"
-    if path.exists():
-        looks = {str(look): look for look in data.looks}
-        pool = [Asked(c, s, looks[look]) for c, s, look in json.loads(path.read_text())]
-    else:
+    here = parallel.world()
+    if here.leads and not path.exists():
         parent = pretrain.Trainee(recipe.config, len(data.looks))
         loop.start(parent, loop.parent(recipe.init))
-        pool = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
+        chosen = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
         folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in pool]))
+        draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in chosen]))
         draft.replace(path)
+    here.wait()
+    looks = {str(look): look for look in data.looks}
+    pool = [Asked(caption, subject, looks[look]) for caption, subject, look in json.loads(path.read_text())]
     stage = Policy(recipe, data, rewards, pool, device)
     run = loop.Run(stage, folder, device)
     return loop.train(run, report)

@@ -292,9 +292,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     stage = Preference(recipe, data, loop.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
-    if not path.exists():
+    if run.world.leads and not path.exists():
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
         pairs.save(path, {"recipe": asdict(recipe)})
+    run.world.wait()
     stage.pairs = Pairs.load(path)
     loop.train(run, report)
     figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
