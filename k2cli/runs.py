@@ -94,7 +94,7 @@ def render(job: Job, *, on_step: OnStep | None = None, hire: Hire | None = None)
                     yield Saved(save(run, shot, picture, record, embed=job.embed), record)
         if len(job.shots) > 1:
             pages = enumerate(sheets(job, run))
-            files = {run[SHEET if i == 0 else f"sheet-{i + 1}.png"]: png for i, png in pages}
+            files = {run[SHEET if i == 0 else f"sheet.{i + 1}.png"]: png for i, png in pages}  # pictures are NAME-SEED
             write(dict(reversed(files.items())))  # whoever finds the first finds them all
 
 

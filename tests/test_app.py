@@ -18,7 +18,7 @@ import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
-from k2cli import runs
+from k2cli import runs, sheet
 from k2cli.tables import Toml
 from model import library
 
@@ -336,6 +336,18 @@ def test_a_run_stopped_before_its_sheet_gets_it(moody, k2, fake):
     k2("render", "--resume")
 
     assert tree(folder) == undisturbed and fake.loaded == []
+
+
+def test_no_page_of_a_sheet_is_called_as_a_picture_may_be(moody, k2, monkeypatch):
+    monkeypatch.setattr(sheet, "PER_SHEET", 2)
+    k2("render", "-p", "sheet", "--seed", "1", "--batch", "5", "--size", "64x96")
+
+    (folder,) = moody.glob("outputs/*")
+    pictures = [f"sheet-{seed}.png" for seed in range(1, 6)]
+    assert sorted(path.name for path in folder.glob("*.png")) == sorted(
+        [*pictures, "sheet.png", "sheet.2.png", "sheet.3.png"]
+    )
+    assert {Image.open(folder / name).size for name in pictures} == {(64, 96)}
 
 
 def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
