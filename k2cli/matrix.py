@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -28,7 +28,7 @@ AXES: dict[str, tuple[Any, Mapping[str, Any]]] = {  # key -> type and limits, as
     "guidance": (float, {"low": 0, "high": 100}),
     "creativity": (str, {"choices": LEVELS}),
 }
-OF_PROMPT = ("seed", "size")  # what a [[prompt]] may say itself, so a cell says it in its place
+OF_PROMPT = ("batch", "seed", "size")  # what a [[prompt]] may say itself, so a cell says it in its place
 SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
 
 
@@ -56,6 +56,11 @@ class Matrix:
         if math.prod(map(len, axes.values())) > MOST:
             raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer axes.")
         return [cell(dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
+
+
+def settled_by(given: Iterable[str], styles: Iterable[str] = ()) -> set[str]:
+    """The axes about which nothing is left to compare, once a command line has said these settings and styles."""
+    return {"size" if key in ("aspect", "resolution") else key for key in given} | {f"style.{name}" for name in styles}
 
 
 def cell(values: Mapping[str, Any]) -> Cell:

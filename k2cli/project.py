@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from k2cli import models, moodboard
 from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
-from k2cli.matrix import AXES, MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices
+from k2cli.matrix import MOST, MOST_WORDS, OF_PROMPT, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.outputs import writing
 from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
@@ -28,6 +28,7 @@ from k2cli.tables import (
     check_path,
     check_value,
     nearest,
+    no_key,
     one_of,
     plain,
     read_table,
@@ -110,20 +111,25 @@ class Settings:
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
     format: str = one_of("png", *SUFFIXES)  # of the files; only JPEG loses anything
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
+    given: frozenset[str] = no_key(frozenset())  # the keys that a command line has said
 
     def override(self, **given: Any) -> Settings:
-        """These settings with the options of a command line in their place; None means not given."""
+        """These settings with the options of a command line in their place; None means not given.
+
+        No [[prompt]] and no [[matrix]] says again what was given.
+        """
         types, limits = get_type_hints(Settings), {f.name: f.metadata for f in fields(Settings)}
         given = {
             k: check_value(k, v, types[k], limits[k], f"--{k.replace('_', '-')}")
             for k, v in given.items()
             if v is not None
         }
+        said = self.given | given.keys()
         if "size" in given:
             given = {"aspect": None, "resolution": None, **given}
         elif "aspect" in given or "resolution" in given:
             given = {"size": None, **given}
-        return replace(self, **given)
+        return replace(self, **given, given=said)
 
     def held(self, variant: str | None) -> models.Held:
         """The weights that these settings ask for, once the model is found."""
@@ -319,8 +325,8 @@ class Project:
         if prompts is None and not self.prompts:
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
         named = spread(self.prompts if prompts is None else prompts)
-        settled = {key for key in AXES if getattr(settings, key) != getattr(self.settings, key)}
-        settled |= {f"style.{name}" for name in styles or {}}
+        settled = settled_by(settings.given, styles or {})
+        taken = {key: None for key in OF_PROMPT if key in settled}  # of a prompt's own
         looks = cache_looks(self, settings, styles or {})
         shots: list[Shot] = []
         letters = 0
@@ -334,7 +340,7 @@ class Project:
                     stem = name[:STEM]
                     numbers[stem] += 1
                     called = f"{stem}-{numbers[stem]:02}" if matrix else name
-                    made = replace(prompt, **cell.prompt)
+                    made = replace(prompt, **{**taken, **cell.prompt})
                     series = self.series(made, called, replace(settings, **cell.settings), looks(cell.styles), cell)
                     shots += series
                     letters += len(series) * weigh(series[0])
@@ -350,8 +356,10 @@ class Project:
         place = Place(self.toml, ("render",))
 
         def where(key: str) -> str:
-            """Where a setting was made: on the command line or in the project."""
-            return place(key) if getattr(settings, key) == getattr(self.settings, key) else f"--{key}"
+            """Where a setting was made: by the prompt or its matrix, on the command line, or in [render]."""
+            if key == "size" and prompt.size is not None:
+                return f'The size of "{name}"'
+            return f"--{key}" if key in settings.given else place(key)
 
         joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
         avoids = [*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]

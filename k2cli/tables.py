@@ -49,6 +49,11 @@ def one_of(default: Any, *choices: str | int) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+def no_key(default: Any) -> Any:
+    """A dataclass field that no table may say."""
+    return field(default=default, metadata={"key": False})
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that does not exist: the closest known one, or all of them."""
     known = list(known)
@@ -190,7 +195,7 @@ class Place:
 
 def read_table(cls: type[T], table: Any, place: Place) -> T:
     """A dataclass out of a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls) if f.metadata.get("key", True)}  # type: ignore[arg-type]
     check_keys(table, known, place)
     hints = hints_of(cls)  # type: ignore[arg-type]  # a class is hashable
     for name, each in known.items():

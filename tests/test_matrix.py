@@ -134,6 +134,15 @@ def test_the_command_line_settles_an_axis(dusky, k2):
     assert len(plan(k2, "--size", "64x64")) == 3
     assert len(plan(k2, "--style", "dusk=0.7")) == 2
     assert [each["file"] for each in plan(k2, "-p", "tea")] == ["tea-7.png"]
+    assert [each["settings"]["width"] for each in plan(k2, "--aspect", "2:1", "--style", "dusk=1")] == [176]
+
+
+def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(moody, k2):
+    """PROJECT's [render] has seed 7."""
+    (moody / "k2.toml").write_text(PROJECT + "[[matrix]]\nseed = [1, 2]\nsteps = [3, 4]\n")
+
+    seeds = [each["settings"]["seed"] for each in plan(k2, "--seed", "7", "--only", "fox")]
+    assert seeds == [7, 7] and len(plan(k2)) == 8
 
 
 def test_a_matrix_of_the_command_line(dusky, k2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -68,6 +69,45 @@ def test_options_take_the_place_of_settings(moody):
     ]
 
     assert (spec.prompt, spec.seed, spec.steps, spec.guidance, spec.width, spec.height) == ("tea", 3, 8, 0.0, 96, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "seeds", "size"),
+    [
+        ({}, [40, 41], (64, 96)),
+        ({"seed": 7}, [7, 8], (64, 96)),
+        ({"batch": 1}, [40], (64, 96)),
+        ({"size": "128x128"}, [40, 41], (128, 128)),
+        ({"aspect": "2:1"}, [40, 41], (176, 96)),
+        ({"resolution": 256}, [40, 41], (256, 256)),
+    ],
+)
+def test_the_command_line_goes_before_what_a_prompt_says(moody, options, seeds, size):
+    (moody / "k2.toml").write_text(PROJECT + 'seed = 40\nbatch = 2\nsize = "64x96"\n')
+
+    specs = [shot.spec for shot in shots(Project.open(moody), **options) if shot.name != "fox"]
+
+    assert [spec.seed for spec in specs] == seeds
+    assert {(spec.width, spec.height) for spec in specs} == {size}
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "place"),
+    [
+        ('size = "112x64"', {}, "k2.toml, line 6: the sides"),
+        ('size = "112x64"', {"size": "112x64"}, "--size: the sides"),
+        ("seed = 8", {"size": "112x64"}, "--size: the sides"),
+    ],
+)
+def test_a_size_that_is_not_the_models_is_blamed_on_whoever_said_it(moody, text, options, place):
+    write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [1, 2, 4, 4, 4]}})
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"seed = 7\n{text}" if "size" in text else text))
+
+    with pytest.raises(K2Error, match=re.escape(place)):
+        shots(Project.open(moody), **options)
+    (moody / "k2.toml").write_text(PROJECT + 'size = "112x64"\n')
+    with pytest.raises(K2Error, match='The size of "an-owl-at-night": the sides'):
+        shots(Project.open(moody))
 
 
 def test_a_prompt_may_differ_from_the_rest(moody):
