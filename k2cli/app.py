@@ -30,6 +30,7 @@ from k2cli.options import (
     StyleGuidanceOption,
     TurboOption,
     open_projects,
+    read_matrix,
     read_style,
     to_json,
 )
@@ -254,7 +255,7 @@ def render(
     from k2cli.carry import carry_out, plan_job, show_plan
     from k2cli.cluster import Cluster
     from k2cli.hands import Processes
-    from k2cli.matrix import read_axes
+    from k2cli.matrix import settled_by
     from k2cli.runs import resume as last_run
 
     variant = "turbo" if turbo else None
@@ -287,13 +288,19 @@ def render(
     elif run is not None:
         raise typer.BadParameter("it says which run is resumed, so it goes with --resume", param_hint="--run")
     else:
-        prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
+        if only and (prompt or "-" in (projects or [])):
+            raise typer.BadParameter(
+                "it chooses of the project's prompts, so no other goes with it", param_hint="--only"
+            )
         weights = dict(read_style(text) for text in style or [])
+        settled = settled_by((key for key, value in settings.items() if value is not None), weights)
+        compared = [read_matrix(matrix, settled)] if matrix else []
+        prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             chosen = each.settle(variant, **settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            axes = [read_axes(matrix)] if matrix else each.matrices if prompts is None else []
+            axes = compared or (each.matrices if prompts is None else ())
             shots = each.shots(chosen, wanted, weights, axes)
             jobs.append(plan_job(each, chosen, variant, shots, compared=bool(axes)))
     if dry_run:

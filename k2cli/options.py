@@ -12,8 +12,9 @@ from k2cli.complete import complete_model, complete_prompt
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
+    from k2cli.matrix import Matrix
     from k2cli.project import Project
 
 
@@ -94,6 +95,21 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     if not name or not -2 <= value <= 2:
         raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint=option)
     return name.strip(), value
+
+
+def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
+    """The axes of --matrix, each of them once, and none about which another option has decided."""
+    from k2cli.matrix import read_axes
+
+    names = [text.partition("=")[0].strip() for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise typer.BadParameter(
+                f'"{name}" comes twice; give its values at once: {name}=1,2', param_hint="--matrix"
+            )
+        if name in settled:
+            raise typer.BadParameter(f'"{name}" is settled by another option', param_hint="--matrix")
+    return read_axes(texts)
 
 
 def to_json(table: Any) -> str:
