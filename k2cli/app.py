@@ -131,12 +131,13 @@ def new(
     from k2cli.console import near, result, say
     from k2cli.project import Project
 
-    compose, notes = None, []
+    compose, notes, turbo = None, [], ""
     if pictures:
         from k2cli import origins
 
         read = {picture: origins.read(picture) for picture in pictures}
         named = origins.name(read.values())
+        turbo = " --turbo" if all(each.turbo for each in read.values()) else ""
         notes = [f"{picture.name}: {lost} stayed behind." for picture, each in read.items() for lost in each.left_out]
 
         def compose(name: str) -> str:
@@ -147,7 +148,7 @@ def new(
     if not quiet:
         for note in notes:
             say(note, "yellow")
-        say(f"Next: cd {near(made)} && k2 render", "dim")
+        say(f"Next: cd {near(made)} && k2 render{turbo}", "dim")
 
 
 @app.command()

@@ -19,8 +19,9 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from k2cli import comfy
+from k2cli import comfy, models
 from k2cli.formats import record_of
+from k2cli.sizes import fit_aspect, parse_size
 from k2cli.tables import UNPRINTABLE, loads
 from model import picture_file
 from model.errors import K2Error
@@ -55,6 +56,7 @@ class Origin:
     guidance: float | None = None  # on our scale: what those tools call CFG, less one
     model: str = ""
     left_out: tuple[str, ...] = field(default=())  # what has no counterpart here
+    turbo: bool = False  # made by k2's distilled checkpoint
 
 
 def read(path: Path) -> Origin:
@@ -149,8 +151,17 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
     asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
     if isinstance(asked, dict) and isinstance(made, dict):
         found = origin("k2", asked.get("text"), asked.get("avoid"), made, guidance=decimal(made.get("guidance")))
-        name = used.get("name") if isinstance(used, dict) else None
-        yield Origin(**{**vars(found), "model": plain(name)})
+        used = used if isinstance(used, dict) else {}
+        styles = [f"style {plain(name)}" for name in values(table, "style", "name")]
+        loras = [f"LoRA {plain(file)}" for file in values(table, "lora", "file")]
+        of = {"model": plain(used.get("name")), "turbo": used.get("variant") == "turbo"}
+        yield Origin(**{**vars(found), **of, "left_out": (*styles, *loras)})
+
+
+def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:
+    """What each table of a list says under a key."""
+    found = table.get(key)
+    return [each.get(of) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
@@ -205,10 +216,11 @@ def of_a1111(text: str) -> Origin:
     asked, _, avoid = ("\n" + said).partition("\nNegative prompt:")
     width, _, height = facts.get("Size", "").partition("x")
     table = {"seed": facts.get("Seed"), "steps": facts.get("Steps"), "width": width, "height": height}
-    tool, model = "A1111", plain(facts.get("Model"))
+    tool, model, turbo = "A1111", plain(facts.get("Model")), False
     if facts.get("Version", "").startswith("k2 "):  # written here, with the variant behind the model's name
-        tool, model = "k2", model.removesuffix("-raw").removesuffix("-turbo")
-    return origin(tool, asked, avoid, table, guidance=scale(facts.get("CFG scale")), model=model)
+        tool, turbo = "k2", model.endswith("-turbo")
+        model = model.removesuffix("-raw").removesuffix("-turbo")
+    return origin(tool, asked, avoid, table, guidance=scale(facts.get("CFG scale")), model=model, turbo=turbo)
 
 
 def unquoted(value: str) -> str:
@@ -293,7 +305,7 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
     """A k2.toml that asks for these pictures anew; name of a prompt -> origin.
 
     Seeds, shapes and words are taken over. Steps and guidance are another model's, so they are told and not set,
-    except for pictures of k2's own.
+    except for pictures of k2's own; and those of --turbo are its own.
     """
     from k2cli.matrix import escape
 
@@ -302,17 +314,13 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
 
     first = next(iter(origins.values()))
     own = first.tool == "k2"
+    model = first.model if own and re.fullmatch(r"\w[\w.-]*", first.model) else ""
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]
-    known = own and re.fullmatch(r"[\w.-]+", first.model)
-    lines.append(f"model = {text(first.model)}" if known else 'model = "mini"        # the model in the box')
-    if first.width and first.height and 1 / 8 <= first.width / first.height <= 8:
-        if own:
-            lines.append(f'size = "{first.width}x{first.height}"')
-        else:
-            part = math.gcd(first.width, first.height)
-            shape = f'aspect = "{first.width // part}:{first.height // part}"'
-            lines.append(f"{shape:<22}# it was {first.width}x{first.height}")
-    for key in ("steps", "guidance"):
+    lines.append(f"model = {text(model)}" if model else 'model = "mini"        # the model in the box')
+    if size := size_of(first, model or "mini"):
+        shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
+        lines.append(shape if own else told(shape, first))
+    for key in () if first.turbo else ("steps", "guidance"):
         if (value := getattr(first, key)) is not None:
             whose = f"# {key} = {value:g}".ljust(22) + f"# with {first.model or first.tool}"
             lines.append(f"{key} = {value:g}" if own else whose)
@@ -321,4 +329,29 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
         lines.append(f"text = {text(escape(each.prompt))}")
         lines += [f"avoid = {text(each.avoid)}"] if each.avoid else []
         lines += [f"seed = {each.seed}"] if each.seed is not None else []
+        if (other := size_of(each, model or "mini")) and other != size:
+            shape = f'size = "{other}"'
+            lines.append(shape if each.tool == "k2" else told(shape, each))
     return "\n".join(lines) + "\n"
+
+
+def told(shape: str, origin: Origin) -> str:
+    return f"{shape:<22}# it was {origin.width}x{origin.height}"
+
+
+def aspect_of(origin: Origin) -> str:
+    part = math.gcd(origin.width or 1, origin.height or 1)
+    return f"{(origin.width or 1) // part}:{(origin.height or 1) // part}"
+
+
+def size_of(origin: Origin, model: str) -> str:
+    """The size of a picture of k2's, and of another tool's what its shape comes to with this model; "" is none."""
+    if not origin.width or not origin.height:
+        return ""
+    with suppress(K2Error):
+        if origin.tool == "k2":
+            width, height = parse_size(f"{origin.width}x{origin.height}", "")
+        else:
+            width, height = fit_aspect(aspect_of(origin), models.native_size(model), "", models.step(model))
+        return f"{width}x{height}"
+    return ""

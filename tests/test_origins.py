@@ -9,12 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import write_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
 from k2cli import origins
 from k2cli.project import Project
+from model import library
 from model.errors import K2Error
 
 PARAMETERS = """a red fox, (film grain:1.2), <lora:dusk_v2:0.8>
@@ -262,6 +264,46 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
 
     assert shot.spec.prompt == "a fox in {a|b}" and shot.spec.seed == 7
     assert (shot.spec.width, shot.spec.height, shot.spec.steps, shot.spec.guidance) == (64, 96, 5, 1.5)
+
+
+@pytest.mark.parametrize("keep", ["k2", "parameters"])
+def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep):
+    """Its steps and guidance are the distilled checkpoint's own, and the others' would do with neither."""
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    k2("render", "-p", "a fox", "--turbo", "--steps", "5", "--guidance", "0")
+    (made,) = moody.glob("outputs/*/*-7.png")
+    with Image.open(made) as image:
+        png(tmp_path / "moved.png", **{keep: image.text[keep]})
+
+    result = k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
+    project = Project.open(tmp_path / "again")
+
+    assert "&& k2 render --turbo" in result.stderr
+    assert (project.settings.model, project.settings.steps, project.settings.guidance) == ("mini", None, None)
+
+
+def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
+    k2("render", "-p", "a fox", "--style", "dusk=0.5")
+    (made,) = moody.glob("outputs/*/*-7.png")
+
+    result = k2("new", tmp_path / "again", "--from", made)
+
+    assert f"{made.name}: style dusk stayed behind." in result.stderr and "&& k2 render\n" in result.stderr
+
+
+def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
+    k2("render", "-p", "a fox", "--size", "64x96")
+    k2("render", "-p", "an owl", "--size", "96x64")
+    png(tmp_path / "wide.png", parameters="tea\nSteps: 20, Size: 1024x512")
+    fox, owl = moody.glob("outputs/*/*-7.png")
+
+    k2("new", tmp_path / "again", *(word for path in (fox, owl, tmp_path / "wide.png") for word in ("--from", path)))
+    project = Project.open(tmp_path / "again")
+
+    sizes = {shot.given: (shot.spec.width, shot.spec.height) for shot in project.shots(project.settle())}
+    assert sizes == {"a fox": (64, 96), "an owl": (96, 64), "tea": (176, 96)}
 
 
 def test_what_says_nothing_is_one_sentence(k2, tmp_path):
