@@ -87,10 +87,11 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, v
     text, _ = variants(prompt.text)[0]  # of a prompt with choices the first
     prompt = replace(prompt, text=escape(text))
     stem = (prompt.name or slug(text))[:50]
+    bare = replace(project, board=None)
     shots = []
     for index, point in enumerate(layout.points, 1):
         numbered = replace(prompt, name=f"{stem}-{index:02}", batch=1)
-        (shot,) = project.shots(settings, [numbered], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
+        (shot,) = bare.shots(settings, [numbered], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
     called = "mix-" + "-".join(styles)

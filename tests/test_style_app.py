@@ -186,7 +186,7 @@ def test_a_mix_is_saved_and_looked_at(looks, fake, k2):
 
 def test_the_projects_own_styles_stay_out_of_a_mix(looks, fake, k2):
     with (looks / "k2.toml").open("a") as file:
-        file.write("\n[style]\nneon = 1.0\ndusk = 1.0\n")
+        file.write('\n[style]\nneon = 1.0\ndusk = 1.0\n[moodboard]\nimages = ["refs/not-even-there.png"]\n')
 
     k2("mix-styles", "dusk=0.5", "-p", "a lighthouse", "--size", "96x64", "--seed", "3", "--steps", "2")
 
