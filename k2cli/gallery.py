@@ -21,7 +21,7 @@ from typing import Any
 
 from k2cli import history
 from k2cli.history import Made
-from k2cli.outputs import PICTURES, write, writing
+from k2cli.outputs import DRAFT, PICTURES, write, writing
 from model.errors import K2Error
 
 PAGE, FOLDER = "index.html", "pictures"
@@ -39,12 +39,17 @@ def build(
     """Write the gallery of an outputs folder, or bring it up to date -> the number of pictures in it.
 
     Pictures and records take no room of their own where the file system knows hard links. The page comes last, so
-    that it never shows a picture that is not there. Raises K2Error where `target` holds something else.
+    that it never shows a picture that is not there; before it an empty one, by which a build that was stopped is known
+    for a gallery. Raises K2Error where `target` holds something else.
     """
     check_target(target)
     made = list(history.read(outputs, chosen, skipped))
     with writing(target):
-        (target / FOLDER).mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+    if not (target / PAGE).exists():
+        write({target / PAGE: page(title, ()).encode()})
+    with writing(target):
+        (target / FOLDER).mkdir(exist_ok=True)
     wanted: dict[str, set[str]] = {}
     for each in made:
         wanted.setdefault(each.run, set()).update((each.path.name, each.path.with_suffix(".toml").name))
@@ -63,7 +68,7 @@ def check_target(target: Path) -> None:
     with writing(target):
         if not target.is_dir():
             raise K2Error(f"{target} is a file.", hint="Choose another folder: --output DIR")
-        if not any(target.iterdir()):
+        if all(path.name.startswith(".") and path.name.endswith(DRAFT) for path in target.iterdir()):
             return
         known = (target / PAGE).is_file() and MARK in head(target / PAGE)
     if not known or pictures.is_symlink():

@@ -75,6 +75,26 @@ def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("stopped", ["scandir", "replace"])
+def test_a_first_build_that_was_stopped_can_be_begun_again(moody, k2, monkeypatch, stopped):
+    """At its pictures, or at the page of its own."""
+    k2("render")
+    real = getattr(os, stopped)
+
+    def stop(path, *rest):
+        if "gallery" in str(path):
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, stopped, stop)
+    k2("gallery", code=130)
+    monkeypatch.undo()
+    monkeypatch.chdir(moody)
+    (moody / "gallery" / ".1-0abc.draft").write_text("half a page, of a process that was killed")
+
+    assert json.loads(k2("gallery", "--json").stdout)["pictures"] == 2
+
+
 def test_no_hard_links(moody, k2, monkeypatch):
     """On another disk, or where the file system has none: copies."""
     k2("render")
