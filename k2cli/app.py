@@ -315,8 +315,7 @@ def render(
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts of the command line and of standard input; None where neither was used."""
-    from k2cli.prompts import Prompt
-    from k2cli.tables import plain
+    from k2cli.prompts import typed
 
     lines = [*texts]
     if stdin:
@@ -325,7 +324,7 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
         lines += [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not lines:
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
-    return [Prompt(plain(line, "A prompt")) for line in lines] if texts or stdin else None
+    return [typed(line) for line in lines] if texts or stdin else None
 
 
 app.command("mix-styles")(mix_styles)

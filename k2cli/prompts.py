@@ -9,11 +9,12 @@ from typing import Any
 
 from k2cli.matrix import MOST_LETTERS, variants
 from k2cli.sizes import parse_size
-from k2cli.tables import Place, between, check_name, read_table
+from k2cli.tables import Place, between, check_name, plain, read_table
 from model.errors import K2Error
 
 STEM = 50  # characters of a prompt's name that may come of its choices
 MOST_PROMPTS = 20_000  # of a project
+SAY = "Say what the picture should show."
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Prompt:
     size: str | None = None
 
 
+def typed(text: str) -> Prompt:
+    """A prompt of the command line, or a line of standard input."""
+    said = plain(text, "A prompt")
+    if not said:
+        raise K2Error("A prompt is empty.", hint=SAY)
+    return Prompt(said)
+
+
 def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     """The [[prompt]] tables: every text there, every name fit for a file and its own."""
     if not isinstance(entries, list):
@@ -40,7 +49,7 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
         at = place.below("prompt", index)
         prompt = read_table(Prompt, entry, at)
         if not prompt.text:
-            raise K2Error(f"{at('text')}: the prompt is empty.", hint="Say what the picture should show.")
+            raise K2Error(f"{at('text')}: the prompt is empty.", hint=SAY)
         if prompt.size is not None:
             parse_size(prompt.size, at("size"))
         if prompt.name:

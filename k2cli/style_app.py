@@ -249,11 +249,10 @@ def read_weights(texts: list[str]) -> dict[str, float]:
 
 def pick_prompt(project: Project, text: str | None) -> Prompt:
     """What was typed, or the project's first prompt."""
-    from k2cli.prompts import Prompt
-    from k2cli.tables import plain
+    from k2cli.prompts import typed
 
     if text is not None:
-        return Prompt(plain(text, "A prompt"))
+        return typed(text)
     if not project.prompts:
         raise K2Error("The project has no [[prompt]].", hint='Give one here: -p "a red fox"')
     return project.prompts[0]

@@ -237,6 +237,7 @@ def add_style(
     Everything is checked before anything is written, and the style file comes last.
     """
     file = styles.new_file(name, force=force)
+    said = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
@@ -265,13 +266,20 @@ def add_style(
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
     table = {
-        "keywords": [plain(word, "A keyword") for word in keywords],
-        "avoids": [plain(word, "An avoid") for word in avoids],
+        **said,
         "method": method,
         "reference": [{"image": pattern, "weight": 1.0} for pattern in patterns],
     }
     write_toml(file, table)
     return file, pictures
+
+
+def spoken(texts: Sequence[str], what: str) -> list[str]:
+    """Words as a style file holds them."""
+    words = [plain(text, what) for text in texts]
+    if not all(words):
+        raise K2Error(f"{what} is empty.", hint="Leave it out, or say a word.")
+    return words
 
 
 def free_name(folder: Path, stem: str, kind: str) -> Path:

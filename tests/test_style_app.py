@@ -124,6 +124,14 @@ def test_add_refuses_in_one_sentence_and_writes_nothing(moody, photos, k2, name,
     assert tree(moody) == before
 
 
+@pytest.mark.parametrize("option", ["--keyword", "--avoid"])
+def test_add_writes_no_empty_word(moody, photos, k2, option):
+    before = tree(moody)
+
+    assert " is empty." in k2("style", "add", "dusk", photos / "a.png", option, " ", code=1).stderr
+    assert tree(moody) == before
+
+
 def test_add_stays_in_the_project(moody, photos, k2):
     (moody / "refs").symlink_to(photos)
 
@@ -246,6 +254,7 @@ def test_the_triangle_is_drawn(looks, k2):
         (["dusk=1", "--save-as", "riso"], 1, "There is a style riso already."),
         (["dusk=1", "--save-as", "dusk", "--force"], 1, "dusk is itself part of the mix."),
         (["dusk=1", "--save-as", "a/b"], 1, "cannot name files"),
+        (["dusk=1", "-p", " "], 1, "A prompt is empty."),
     ],
 )
 def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
