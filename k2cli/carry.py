@@ -56,7 +56,8 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
         job = replace(job, embed=job.embed and embed)
         total, done, kept_back, folder = len(job.left), 0, 0, None
         if not total and not job.lacks_sheet:
-            say(f"{job.project.name}: every picture of the run is there.")
+            if not quiet:
+                say(f"{job.project.name}: every picture of the run is there.")
             continue
         try:
             with meter(total, quiet=quiet) as bar:

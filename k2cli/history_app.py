@@ -185,6 +185,7 @@ def where_am_i() -> str:
     from k2cli.console import harmless
     from k2cli.project import Project
     from k2cli.prompts import name_files
+    from k2cli.tables import listed
 
     project = Project.around(Path.cwd())
     if project is None:
@@ -216,11 +217,6 @@ def where_am_i() -> str:
     steps |= {"k2 --help": "everything else"}
     width = max(map(len, steps))
     return harmless("\n".join(lines + [f"  {step:<{width}}  {what}" for step, what in steps.items()]))
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """ "fox, owl and 3 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def count_of(number: int, word: str) -> str:

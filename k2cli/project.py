@@ -27,6 +27,7 @@ from k2cli.tables import (
     check_keys,
     check_path,
     check_value,
+    listed,
     nearest,
     no_key,
     one_of,
@@ -348,6 +349,11 @@ class Project:
                     raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
                 if letters > MOST_PLAN:
                     raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
+        if not shots:
+            about = listed(list(dict.fromkeys(base for *_, base in named)))
+            raise K2Error(
+                f"No [[matrix]] is about {about}.", hint="Name it in one, or compare here: --matrix steps=4,8"
+            )
         batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
         return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
 

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -55,11 +55,16 @@ def no_key(default: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that does not exist: the closest known one, or all of them."""
+    """A hint for a name that does not exist: the closest known one, or those there are, of many the first ten."""
     known = list(known)
     if close := difflib.get_close_matches(name, known, 1, 0.6):
         return f'Did you mean "{close[0]}"?'
-    return f"Known: {', '.join(known)}." if known else ""
+    return f"Known: {listed(known, 20 if len(known) <= 20 else 10)}." if known else ""
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """ "fox, owl and 3 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def plain(text: str, place: str) -> str:

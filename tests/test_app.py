@@ -218,6 +218,8 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
         (["-p", "a\x1b[2Jb"], "A prompt holds a control character.", ""),
         (["--resume"], "moody has no run to go on with.", "Start one with: k2 render"),
         (["-"], "Standard input holds no prompt.", "Give one a line"),
+        (["-p", ""], "A prompt is empty.", "Say what the picture should show."),
+        (["-p", "tea", "-p", "   "], "A prompt is empty.", "Say what the picture should show."),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence_and_a_hint(moody, k2, arguments, message, hint):
@@ -312,6 +314,7 @@ def test_resume_finishes_what_was_planned(moody, k2, fake):
     for path in undisturbed.glob("*-[78].png"):
         assert Image.open(path).tobytes() == Image.open(folder / path.name).tobytes()
     assert "every picture of the run is there" in k2("render", "--resume").stderr
+    assert k2("render", "--resume", "--quiet").stderr == ""
 
 
 def test_ctrl_c_while_a_picture_is_written_finishes_it_and_says_so(moody, k2, monkeypatch):

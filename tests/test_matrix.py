@@ -145,6 +145,12 @@ def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(mood
     assert seeds == [7, 7] and len(plan(k2)) == 8
 
 
+def test_what_no_matrix_is_about_is_told(dusky, k2):
+    said = k2("render", "--only", "an-owl-at-night", code=1).stderr
+
+    assert "No [[matrix]] is about an-owl-at-night." in said and not (dusky / "outputs").exists()
+
+
 def test_a_matrix_of_the_command_line(dusky, k2):
     cells = plan(
         k2, "-p", "tea", "--matrix", "seed=1,2", "--matrix", "guidance=0,2.5", "--matrix", "steps=4", "-n", "9"

@@ -110,6 +110,14 @@ def test_a_size_that_is_not_the_models_is_blamed_on_whoever_said_it(moody, text,
         shots(Project.open(moody))
 
 
+def test_of_many_names_a_hint_has_ten(moody):
+    (moody / "k2.toml").write_text("".join(f'[[prompt]]\nname = "p{i}"\ntext = "tea"\n' for i in range(500)))
+
+    with pytest.raises(K2Error) as caught:
+        Project.open(moody).choose(["typo"])
+    assert caught.value.hint.endswith("p8, p9 and 490 more.")
+
+
 def test_a_prompt_may_differ_from_the_rest(moody):
     (moody / "k2.toml").write_text(PROJECT + 'seed = 40\nbatch = 2\nsize = "64x96"\navoid = "snow"\n')
 
