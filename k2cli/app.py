@@ -128,7 +128,7 @@ def new(
       k2 new moody
       k2 new taken --from fox.png --from owl.jpg
     """
-    from k2cli.console import near, result, say
+    from k2cli.console import near, result, say, typed
     from k2cli.project import Project
 
     compose, notes, turbo = None, [], ""
@@ -148,7 +148,7 @@ def new(
     if not quiet:
         for note in notes:
             say(note, "yellow")
-        say(f"Next: cd {near(made)} && k2 render{turbo}", "dim")
+        say(f"Next: cd {typed(made)} && k2 render{turbo}", "dim")
 
 
 @app.command()

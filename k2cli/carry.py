@@ -9,13 +9,15 @@ from pathlib import Path
 import typer
 
 from k2cli import licence
-from k2cli.console import meter, near, result, say
+from k2cli.console import meter, near, result, say, typed
 from k2cli.expander import forget
 from k2cli.models import recommended
 from k2cli.options import to_json
-from k2cli.project import Project, Settings, Shot
+from k2cli.outputs import DiskFull, Run, number_of
+from k2cli.project import FILE, Project, Settings, Shot
 from k2cli.records import request
 from k2cli.runs import Hire, Job, SheetForm, render
+from model.errors import K2Error
 
 
 def plan_job(
@@ -76,9 +78,24 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
                         result(near(saved.path))
         except KeyboardInterrupt:
             if folder is not None:
-                say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: k2 render --resume")
+                say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: {go_on(job, folder)}")
             raise typer.Exit(130) from None
+        except DiskFull as error:
+            stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
+            hint = f"Make room, then go on with: {go_on(job, stands)}" if stands else error.hint
+            raise K2Error(str(error), hint=hint) from None
         folders += [folder] if folder is not None else []
         if not quiet and total - kept_back > 1 and folder is not None:
             say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
     return folders
+
+
+def go_on(job: Job, folder: Path) -> str:
+    """The command that finishes a run, as short as it can be typed here."""
+    root, last = job.project.root, Run.last(job.project.outputs)
+    here = next((each for each in (Path.cwd(), *Path.cwd().parents) if (each / FILE).is_file()), None)
+    words = ["k2 render --resume"]
+    words += [] if last and last.folder == folder else [f"--run {number_of(folder)}"]
+    words += [] if here and here.samefile(root) else [f"--project {typed(root)}"]
+    words += ["--allow-outside"] if job.project.allow_outside else []
+    return " ".join(words)

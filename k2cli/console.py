@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +48,11 @@ def near(path: Path) -> str:
     """A path as short as it can be typed here."""
     full = Path(os.path.abspath(path))
     return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+
+
+def typed(path: Path) -> str:
+    """The same, as a shell takes it."""
+    return quote(near(path))
 
 
 class Meter:

@@ -180,6 +180,7 @@ def where_am_i() -> str:
     Raises K2Error where its k2.toml cannot be read.
     """
     from datetime import UTC, datetime
+    from shlex import quote
 
     from k2cli import history
     from k2cli.console import harmless
@@ -208,7 +209,7 @@ def where_am_i() -> str:
     if newest:
         shown = newest[0].path.relative_to(project.root) if Path.cwd() == project.root else newest[0].path
         steps |= {
-            f"k2 show {shown}": "what it was made from",
+            f"k2 show {quote(str(shown))}": "what it was made from",
             "k2 log": "all that was made",
             "k2 gallery": "a page of it for the browser",
         }

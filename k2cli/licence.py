@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 
 import typer
 
@@ -79,7 +80,7 @@ def require(name: str | None, subject: str, *, yes: bool = False, command: str =
         say(f"  • {term}")
     say(f"The text counts, not this summary: {licence.text}\nUse policy: {licence.policy}")
     if not yes:
-        hint = f"Read it, then: k2 models {command} {subject} --accept-licence"
+        hint = f"Read it, then: k2 models {command} {quote(subject)} --accept-licence"
         if not (sys.stdin.isatty() and console.is_terminal):
             raise K2Error(f"The licence of {subject} has not been accepted on this machine.", hint=hint)
         if not typer.confirm("Have you read it, and do you accept it?", err=True):

@@ -67,13 +67,15 @@ def pull(
     They go into the Hugging Face cache; what was interrupted goes on. HF_TOKEN, HF_ENDPOINT, HF_HOME and
     HF_HUB_OFFLINE are honoured. Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
     """
+    from shlex import quote
+
     from k2cli import hub
     from k2cli.console import result, say
 
     try:
         found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)
     except KeyboardInterrupt:
-        say(f"Interrupted; what came is kept. Go on with: k2 models pull {model}")
+        say(f"Interrupted; what came is kept. Go on with: k2 models pull {quote(model)}")
         raise typer.Exit(130) from None
     about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
     result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))

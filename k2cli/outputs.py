@@ -31,6 +31,10 @@ NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe, laid where a folder should be, would wait for ever
 
 
+class DiskFull(K2Error):
+    """Something could not be written for want of room."""
+
+
 class Run:
     """outputs/0003-fox: claimed by one process, and gone again if nothing came of it.
 
@@ -330,9 +334,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise K2Error(
-                f"The disk is full: {path} was not written.", hint="Make room, then go on with: k2 render --resume"
-            ) from None
+            raise DiskFull(f"The disk is full: {path} was not written.", hint="Make room, and try again.") from None
         reason = {errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only"}.get(error.errno or 0)
         raise K2Error(
             f"{path} cannot be written: {reason or error.strerror}.", hint="Check the folder's permissions."

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Any, get_type_hints
 
 from k2cli import models, moodboard
@@ -233,7 +234,9 @@ class Project:
         if not folder.exists():
             raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
         if not (folder / FILE).is_file():
-            raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {folder.name}")
+            raise K2Error(
+                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {quote(folder.name)}"
+            )
         if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
             raise K2Error(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
         toml = Toml.read(folder / FILE, FILE)

@@ -239,8 +239,11 @@ def rerun(
     kept = format_of(output.name if output is not None else file.name) or "png"
     if output is not None and format_of(output.name) is None:
         raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
-    if output is not None and (output.exists() or output.with_suffix(".toml").exists()):
-        raise K2Error(f"{output} exists already.", hint="Choose another name.")
+    for path in (output, output.with_suffix(".toml")) if output is not None else ():
+        if path.exists():
+            raise K2Error(f"{path} exists already.", hint="Choose another name: a record stands beside each picture.")
+    if output is not None and not output.parent.is_dir():
+        raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, home.root if home else Path.cwd())

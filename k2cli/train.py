@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -72,7 +73,7 @@ def train(
     try:
         run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
-        say(f"Interrupted; what was saved stays. Go on with: k2 train {recipe}")
+        say(f"Interrupted; what was saved stays. Go on with: k2 train {quote(recipe)}")
         raise typer.Exit(130) from None
     if not parallel.world().leads:
         parallel.leave()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -68,6 +69,29 @@ def test_new_then_render(fake, k2, tmp_path, monkeypatch):
         )
     with Image.open("outputs/0001-fox-and-2-more/sheet.png") as sheet:
         assert sheet.width > 6 * 64
+
+
+def test_printed_commands_can_be_typed(fake, k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "Next: cd 'my mood' && k2 render\n" in k2("new", "my mood").stderr
+    (tmp_path / "my mood" / "refs" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "my mood" / "refs" / "deep")
+    k2("render", "-p", "tea")
+
+    assert f"k2 show '{tmp_path}/my mood/outputs/" in k2().stdout
+
+
+@pytest.mark.parametrize(
+    ("there", "output", "message"),
+    [("cu.toml", "cu.png", "cu.toml exists already."), ("cu.png", "cu.png", "cu.png exists already."),
+     ("x", "nodir/cu.png", "There is no folder nodir.")],
+)  # fmt: skip
+def test_a_rerun_looks_first_whether_it_can_write(moody, k2, fake, there, output, message):
+    (made,) = k2("render", "-p", "tea").stdout.splitlines()
+    (moody / there).write_text("mine")
+    fake.seen.clear()
+
+    assert message in k2("rerun", made, "-o", output, code=1).stderr and fake.seen == []
 
 
 def test_prompts_come_from_options_and_from_standard_input(moody, k2):
@@ -257,10 +281,11 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
 
     assert "The disk is full" in result.stderr and len(result.stderr.splitlines()) == 2
     assert len(result.stdout.splitlines()) == pictures_before
-    if not pictures_before:
-        assert tree(moody) == before
+    if not pictures_before:  # the run is gone
+        assert tree(moody) == before and "Hint:  Make room, and try again." in result.stderr
     else:
         assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
+        assert "Make room, then go on with: k2 render --resume\n" in result.stderr
         monkeypatch.setattr(os, "fsync", real)
         assert k2("render", "--resume").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
@@ -296,6 +321,31 @@ def interrupt(fake: Any, k2: Any, index: int) -> Any:
     result = k2("render", "--batch", "2", code=130)
     fake.stop = staticmethod(lambda at: None)
     return result
+
+
+def test_an_interrupted_run_is_gone_on_with_by_the_line_that_is_printed(moody, k2, fake, monkeypatch):
+    """From wherever it is typed, and whatever the project's folder is called."""
+    project = moody.rename(moody.parent / "my mood")
+    monkeypatch.chdir(moody.parent)
+
+    later = project / "outputs" / "0009-later"
+
+    def told(stop: Callable[[int], None]) -> str:
+        fake.stop = stop
+        said = k2("render", "my mood", code=130).stderr
+        fake.stop = staticmethod(lambda at: None)
+        return said.partition("Go on with: ")[2].strip()
+
+    def begin_another(at: int) -> None:
+        if at == 1:
+            later.mkdir()
+            (later / "run.toml").touch()
+            raise KeyboardInterrupt
+
+    assert told(stop_at(1, KeyboardInterrupt())) == "k2 render --resume --project 'my mood'"
+    line = told(staticmethod(begin_another))
+    assert line == "k2 render --resume --run 2 --project 'my mood'"
+    assert k2(*shlex.split(line)[1:]).stdout == "my mood/outputs/0002-fox-and-1-more/an-owl-at-night-7.png\n"
 
 
 def test_resume_finishes_what_was_planned(moody, k2, fake):
