@@ -36,7 +36,13 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
             raise K2Error(f"The box holds no {variant} checkpoint of {name}.", hint=f"Leave --{variant} out.")
         return name
     path = inside(name) if inside else Path(name).absolute()
-    if path.exists():
+    if name and path.exists():
+        if not any(library.weights(path) if path.is_dir() else [path.suffix in library.WEIGHTS]):
+            kinds = " or ".join(library.WEIGHTS)
+            raise K2Error(
+                f"{UNPRINTABLE.sub('?', name)} holds no weights: no {kinds}.",
+                hint="Name a folder or a file that does; `k2 models list` shows the models there are.",
+            )
         return str(path)
     found = library.find(name)
     if found is not None and found.source == "hub":
