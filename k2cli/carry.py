@@ -15,7 +15,7 @@ from k2cli.models import recommended
 from k2cli.options import to_json
 from k2cli.outputs import DiskFull, Run, number_of
 from k2cli.project import FILE, Project, Settings, Shot
-from k2cli.records import request
+from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, SheetForm, render
 from model.errors import K2Error
 
@@ -40,8 +40,9 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said
             if as_json:
-                about = {"file": shot.file, "project": str(job.project.root), "model": job.model.name}
-                result(to_json(about | {"variant": job.model.variant} | asked))
+                about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
+                used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
+                result(to_json(about | asked | {"model": used}))
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"

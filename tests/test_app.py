@@ -125,6 +125,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
     made = objects[0]["settings"]
     assert (made["width"], made["height"], made["steps"], made["guidance"]) == (128, 128, 52, 3.5)
     assert [each["prompt"]["expanded"] for each in objects] == ["a red fox", "an owl at night"]
+    assert objects[0]["model"] == {"name": "mini", "variant": None} and objects[0]["variant"] is None
     assert tree(moody) == before and fake.loaded == []
 
 
