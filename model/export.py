@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model.checkpoint import save
@@ -48,6 +50,7 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
     if pipeline.plan.offload != "none":
         raise K2Error("Weights that are streamed cannot be exported.", hint='Load the model with offload="none".')
     draft = None
+    missing = [path for path in folder.parents if not path.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -66,11 +69,15 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
             write(draft / "vae", pipeline.vae.config.to_diffusers(), pipeline.vae.to_diffusers())
         write_json(draft / "model_index.json", index_of(pipeline))
         draft.rename(folder)
-    except OSError as error:
-        raise K2Error(f"{folder} cannot be written: {error.strerror or error}.") from None
+    except (OSError, SafetensorError) as error:
+        raise K2Error(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
+        if not folder.exists():
+            with suppress(OSError):  # that they hold something by now
+                for path in missing:
+                    path.rmdir()
 
 
 def index_of(pipeline: Pipeline) -> dict[str, Any]:

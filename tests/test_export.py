@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import ImageChops
+from safetensors import SafetensorError
 from tiny import tiny, tiny_box  # noqa: F401
 
 from model import library
@@ -121,6 +122,16 @@ def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):  # noqa: F
     monkeypatch.setattr("model.export.write_tokenizer", full)
     with pytest.raises(K2Error, match="No space left"):
         Pipeline.load("tiny", device="cpu").export(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_with_weights_leaves_not_even_the_folders_above(tiny, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("model.export.save", full)
+    with pytest.raises(K2Error, match=r"cannot be written: .*No space left"):
+        Pipeline.load("tiny", device="cpu").export(tmp_path / "no" / "such" / "folder")
     assert not list(tmp_path.iterdir())
 
 
