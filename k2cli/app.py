@@ -31,6 +31,7 @@ from k2cli.options import (
     TurboOption,
     open_projects,
     read_matrix,
+    read_prompts,
     read_style,
     to_json,
 )
@@ -40,10 +41,7 @@ from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from k2cli.project import Project
-    from k2cli.prompts import Prompt
     from k2cli.runs import Hire
 
 
@@ -311,20 +309,6 @@ def render(
         if ray is not None:
             hire = partial(Cluster, ray, workers)
         carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
-
-
-def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
-    """Prompts of the command line and of standard input; None where neither was used."""
-    from k2cli.prompts import typed
-
-    lines = [*texts]
-    if stdin:
-        if sys.stdin.isatty():
-            typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
-        lines += [line for line in sys.stdin.read().splitlines() if line.strip()]
-        if not lines:
-            raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
-    return [typed(line) for line in lines] if texts or stdin else None
 
 
 app.command("mix-styles")(mix_styles)

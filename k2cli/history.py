@@ -167,7 +167,7 @@ def load(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             raw = file.read(LIMIT + 1)
-        table = parse(raw.decode()) if len(raw) <= LIMIT else None
+        table = parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
         return None
     return table if table and isinstance(table.get("prompt"), dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from k2cli.matrix import Matrix
     from k2cli.project import Project
+    from k2cli.prompts import Prompt
 
 
 class Group(TyperGroup):
@@ -95,6 +97,30 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     if not name or not -2 <= value <= 2:
         raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint=option)
     return name.strip(), value
+
+
+def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
+    """Prompts of the command line and of standard input; None where neither was used."""
+    from k2cli.prompts import typed
+
+    lines = [*texts]
+    if stdin:
+        if sys.stdin.isatty():
+            typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
+        lines += [line for line in read_input().splitlines() if line.strip()]
+        if not lines:
+            raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
+    return [typed(line) for line in lines] if texts or stdin else None
+
+
+def read_input() -> str:
+    """All of standard input, without the mark that some editors begin a text with."""
+    try:
+        text = sys.stdin.read()
+        text.encode()  # in some locales Python keeps bytes that are no text
+    except UnicodeError:
+        raise K2Error("Standard input is not a text.", hint="Save it as UTF-8.") from None
+    return text.removeprefix("\ufeff")
 
 
 def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:

@@ -135,7 +135,7 @@ class Toml:
                 raise K2Error(
                     f"{label} is larger than {limit >> 20} MB.", hint="Is it the right file? No hand writes that much."
                 )
-            return cls(content.decode(), label, parse)
+            return cls(content.decode("utf-8-sig"), label, parse)
         except FileNotFoundError:
             raise K2Error(f"There is no {label}.", hint="Check the name.") from None
         except OSError as error:

@@ -106,6 +106,20 @@ def test_prompts_come_from_options_and_from_standard_input(moody, k2):
     ]
 
 
+def test_a_byte_order_mark_is_no_part_of_anything(moody, k2, fake):
+    """Some editors begin every text with one."""
+    (moody / "k2.toml").write_text(PROJECT, "utf-8-sig")
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n', "utf-8-sig")
+
+    (made,) = k2("render", "-", "--style", "dusk=1", input="\ufeffa pear\n").stdout.splitlines()
+    record = Path(made).with_suffix(".toml")
+    record.write_bytes(b"\xef\xbb\xbf" + record.read_bytes())
+
+    assert fake.seen[0].prompt == "a pear, dusk" and made.endswith("/a-pear-7.png")
+    assert k2("log").stdout.startswith(made)
+
+
 def test_json_is_one_object_a_line(moody, k2):
     result = k2("render", "--json", "--quiet", "--batch", "2")
 
