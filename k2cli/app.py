@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -68,9 +69,22 @@ def main() -> None:
     """The console script."""
     # Before torch: threads that spin while they wait are several times slower beside other work, and no faster without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path need not be text; it goes out as it came in
+        codecs.register_error("k2", as_it_came)
+        sys.stdout.reconfigure(errors="k2")
     app(prog_name="k2")
+
+
+def as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What an encoding has no sign for: of a path, which need not be text, its bytes; else a character's number."""
+    assert isinstance(error, UnicodeEncodeError)
+    start = error.start
+    byte = "\udc80" <= error.object[start] <= "\udcff"
+    one = UnicodeEncodeError(error.encoding, error.object, start, start + 1, error.reason)
+    return codecs.lookup_error("surrogateescape" if byte else "backslashreplace")(one)
 
 
 def show_version(wanted: bool) -> None:
@@ -102,9 +116,10 @@ def k2(
     Without a command, inside a project, it says where you are and what to do next.
     """
     if context.invoked_subcommand is None:
+        from k2cli.console import result
         from k2cli.history_app import where_am_i
 
-        typer.echo(where_am_i() or context.get_help())
+        result(where_am_i() or context.get_help())
 
 
 @app.command()

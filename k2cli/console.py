@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,22 @@ def show_error(error: K2Error) -> None:
 
 def result(line: str) -> None:
     """A line of results, at once, so that whoever reads the pipe can begin; a pipe gets it as it is."""
-    print(harmless(line) if sys.stdout.isatty() else line, flush=True)
+    with delivering():
+        print(harmless(line) if sys.stdout.isatty() else line, flush=True)
+
+
+@contextmanager
+def delivering() -> Iterator[None]:
+    """Turn what keeps standard output from taking results into one sentence; a reader who has left is Typer's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
+        raise K2Error(
+            f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else."
+        ) from None
 
 
 def near(path: Path) -> str:

@@ -251,4 +251,7 @@ def read_since(text: str, now: datetime | None = None) -> datetime:
         raise K2Error(
             f'--since: "{UNPRINTABLE.sub("?", text)}" is no moment.', hint="Like 3d, 2h, yesterday, 2026-11-24."
         ) from None
-    return moment.astimezone() if moment.tzinfo is None else moment
+    try:
+        return moment.astimezone() if moment.tzinfo is None else moment
+    except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock
+        return moment.replace(tzinfo=UTC)

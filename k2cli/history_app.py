@@ -59,7 +59,7 @@ def log(
     from itertools import chain
 
     from k2cli import history
-    from k2cli.console import near, result, say
+    from k2cli.console import delivering, near, result, say
 
     opened = open_projects(projects or [], project, allow_outside)
     moment = history.read_since(since) if since is not None else None
@@ -79,7 +79,8 @@ def log(
     elif sys.stdout.isatty():
         show_table(found)
     else:
-        print("".join(f"{line_of(each)}\n" for each in found), end="")
+        with delivering():
+            print("".join(f"{line_of(each)}\n" for each in found), end="", flush=True)
     if quiet:
         return
     if not count:

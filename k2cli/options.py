@@ -31,6 +31,22 @@ class Group(TyperGroup):
 
             show_error(error)
             raise typer.Exit(1) from None
+        except FileNotFoundError:
+            if is_somewhere():
+                raise
+            from k2cli.console import show_error
+
+            show_error(K2Error("The current folder is gone.", hint="Go to another one: cd ~"))
+            raise typer.Exit(1) from None
+
+
+def is_somewhere() -> bool:
+    """Whether the current folder is there: its path may have been deleted behind the shell's back."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 ProjectOption = Annotated[

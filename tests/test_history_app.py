@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,55 @@ def test_the_log_filters(moody, k2):
     nothing = k2("log", "--since", "1m")
     assert nothing.stdout == "" and "No picture matches." in nothing.stderr
     assert "is no moment" in k2("log", "--since", "soon", code=1).stderr
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01", "9999-12-31T23:59:59"])
+def test_moments_at_the_ends_of_the_calendar(moody, k2, moment):
+    many_pictures(moody / "outputs", 1)
+
+    assert len(k2("log", "--since", moment).stdout.splitlines()) == (moment < "2026")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("words", ["log", "log --json", "models list", ""])
+def test_results_that_find_no_room(moody, words, buffered):
+    many_pictures(moody / "outputs", 1)
+    environment = os.environ | {"PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([K2, *words.split()], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Standard output cannot be written: No space left on device.\nHint: ")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("k2 render - <&-", 1, "Standard input holds no prompt."),
+        ("k2 log >&-", 0, ""),
+        ("k2 log --since soon 2>&-", 1, ""),
+        (r"printf '\377\376' | PYTHONIOENCODING=utf-8 k2 render -", 1, "Standard input is not a text."),
+        (r"printf '\377\376' | PYTHONIOENCODING=utf-8:surrogateescape k2 render -", 1, "Standard input is not a text."),
+        ("mkdir gone && cd gone && rmdir ../gone && k2", 1, "The current folder is gone."),
+        ("mkdir gone && cd gone && rmdir ../gone && k2 models info x", 1, "The current folder is gone."),
+    ],
+)
+def test_odd_surroundings_are_one_sentence(moody, line, code, said):
+    path = os.pathsep.join([str(K2.parent), os.environ["PATH"]])
+    many_pictures(moody / "outputs", 1)
+    done = subprocess.run(["bash", "-c", line], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_the_encoding_lacks_is_said_by_its_number(moody):
+    line = [K2, "render", "-p", "caf\xe9 東京", "--dry-run", "--json"]
+    done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True)
+
+    assert b"caf\xe9 \\u6771\\u4eac" in done.stdout
+    assert json.loads(done.stdout.decode("latin-1"))["prompt"]["text"] == "café 東京"
 
 
 def test_the_log_as_json_is_the_records_of_a_render(moody, k2):
