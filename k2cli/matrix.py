@@ -49,6 +49,7 @@ class Matrix:
 
     axes: Mapping[str, Sequence[Any]]  # "style.dusk", "seed", … -> its values
     prompts: Sequence[str] = ()  # names; all where empty
+    where: str = "--matrix"  # it was written, for messages
 
     def cells(self, settled: Collection[str] = ()) -> list[Cell]:
         """Every combination. Axes that the command line has settled are left out. Raises K2Error past MOST."""
@@ -100,7 +101,7 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
                 raise K2Error(
                     f'{at("prompt")}: there is no prompt named "{name}".', hint=nearest(name, sorted(prompts))
                 )
-        found.append(Matrix(axes, chosen))
+        found.append(Matrix(axes, chosen, at()))
     return tuple(found)
 
 

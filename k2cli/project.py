@@ -290,9 +290,14 @@ class Project:
         check_value("strength", strength, float, limits, "--moodboard")
         return replace(self, board=replace(self.board, strength=strength))
 
-    def looks(self, settings: Settings, styles: Mapping[str, float]) -> tuple[Style, ...]:
-        """The project's styles with these weights on top of its own, and its moodboard."""
-        typed = dict.fromkeys(styles, "--style")
+    def looks(
+        self, settings: Settings, styles: Mapping[str, float], asked: Mapping[str, str] | None = None
+    ) -> tuple[Style, ...]:
+        """The project's styles with these weights on top of its own, and its moodboard.
+
+        asked  where those of the weights were asked for that are not of --style, for messages
+        """
+        typed = dict.fromkeys(styles, "--style") | dict(asked or {})
         resolved = self.styles.resolve(
             {**self.weights, **styles}, lambda name: typed.get(name) or self.toml.where("style", name)
         )
@@ -345,7 +350,8 @@ class Project:
                     numbers[stem] += 1
                     called = f"{stem}-{numbers[stem]:02}" if matrix else name
                     made = replace(prompt, **{**taken, **cell.prompt})
-                    series = self.series(made, called, replace(settings, **cell.settings), looks(cell.styles), cell)
+                    worn = looks(cell.styles, matrix)
+                    series = self.series(made, called, replace(settings, **cell.settings), worn, cell)
                     shots += series
                     letters += len(series) * weigh(series[0])
                 if len(shots) > MOST:
@@ -452,11 +458,11 @@ def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:
 
 def cache_looks(
     project: Project, settings: Settings, styles: Mapping[str, float]
-) -> Callable[[Mapping[str, float]], tuple[Style, ...]]:
+) -> Callable[[Mapping[str, float], Matrix | None], tuple[Style, ...]]:
     """A matrix comes back to the same weights; each set of them is resolved once."""
 
     @cache
-    def looks(weights: tuple[tuple[str, float], ...]) -> tuple[Style, ...]:
-        return project.looks(settings, dict(weights) | dict(styles))
+    def looks(weights: tuple[tuple[str, float], ...], where: str) -> tuple[Style, ...]:
+        return project.looks(settings, dict(weights) | dict(styles), {name: where for name, _ in weights})
 
-    return lambda weights: looks(tuple(weights.items()))
+    return lambda weights, matrix: looks(tuple(weights.items()), matrix.where if matrix else "")

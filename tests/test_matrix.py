@@ -151,6 +151,12 @@ def test_what_no_matrix_is_about_is_told(dusky, k2):
     assert "No [[matrix]] is about an-owl-at-night." in said and not (dusky / "outputs").exists()
 
 
+def test_a_style_that_is_not_there_is_blamed_on_its_matrix(dusky, k2):
+    assert '--matrix: there is no style "dsuk".' in k2("render", "--matrix", "style.dsuk=1", code=1).stderr
+    (dusky / "k2.toml").write_text(MATRIX.replace("dusk", "dsuk"))
+    assert 'k2.toml, line 14: there is no style "dsuk".' in k2("render", code=1).stderr
+
+
 def test_a_matrix_of_the_command_line(dusky, k2):
     cells = plan(
         k2, "-p", "tea", "--matrix", "seed=1,2", "--matrix", "guidance=0,2.5", "--matrix", "steps=4", "-n", "9"
