@@ -335,7 +335,9 @@ class Project:
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
         named = spread(self.prompts if prompts is None else prompts)
         settled = settled_by(settings.given, styles or {})
-        taken = {key: None for key in OF_PROMPT if key in settled}  # of a prompt's own
+        taken: dict[str, Any] = {key: None for key in OF_PROMPT if key in settled}  # of a prompt's own
+        if matrices and "batch" not in settled:
+            taken["batch"] = 1  # a cell is one picture, unless more are asked for here and now
         looks = cache_looks(self, settings, styles or {})
         shots: list[Shot] = []
         letters = 0

@@ -151,6 +151,15 @@ def test_what_no_matrix_is_about_is_told(dusky, k2):
     assert "No [[matrix]] is about an-owl-at-night." in said and not (dusky / "outputs").exists()
 
 
+def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
+    """That of [render], and that of a prompt; one that is typed is asked for."""
+    text = MATRIX.replace('text = "a red fox"', 'text = "a red fox"\nbatch = 3')
+    (dusky / "k2.toml").write_text(text.replace("seed = 7", "seed = 7\nbatch = 2"))
+
+    assert len(plan(k2)) == 6 and len(plan(k2, "--batch", "2")) == 12
+    assert len(plan(k2, "-p", "tea", "--matrix", "steps=4,8")) == 2 and len(plan(k2, "-p", "tea")) == 2
+
+
 def test_a_style_that_is_not_there_is_blamed_on_its_matrix(dusky, k2):
     assert '--matrix: there is no style "dsuk".' in k2("render", "--matrix", "style.dsuk=1", code=1).stderr
     (dusky / "k2.toml").write_text(MATRIX.replace("dusk", "dsuk"))
