@@ -37,7 +37,7 @@ def log(
     ] = None,
     last: Annotated[int | None, typer.Option("--last", "-n", metavar="N", min=1, help="The last N of them.")] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help=f"All of them on a terminal too, not the last {SCREENFUL}.")
+        bool, typer.Option("--all", help=f"All of them; a terminal is shown the last {SCREENFUL} otherwise.")
     ] = False,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
@@ -66,7 +66,9 @@ def log(
     chosen = history.Chosen(run, prompt, style, moment)
     unread: list[Path] = []
     made = chain.from_iterable(history.read(each.outputs, chosen, unread.append) for each in opened)
-    if last is None and not (everything or json) and sys.stdout.isatty():
+    if everything:
+        last = None
+    elif last is None and not json and sys.stdout.isatty():
         last = SCREENFUL
     found, count = deque[Made](maxlen=last) if TYPE_CHECKING else deque(maxlen=last), 0
     for each in made:

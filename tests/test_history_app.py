@@ -36,6 +36,7 @@ def test_the_log_filters(moody, k2):
     assert seeds("-p", "RED owl") == seeds("--style", "dusk") == ["2", "3"]
     assert seeds("--since", "2026-01-02T12:00+00:00") == ["4", "5"]
     assert seeds("--last", "3") == ["3", "4", "5"]
+    assert len(seeds("--last", "1", "--all")) == 6  # as what is said of the rest tells to
     nothing = k2("log", "--since", "1m")
     assert nothing.stdout == "" and "No picture matches." in nothing.stderr
     assert "is no moment" in k2("log", "--since", "soon", code=1).stderr
