@@ -267,8 +267,10 @@ def xmp(record: Mapping[str, Any]) -> str:
 
 def read(path: Path) -> Toml:
     """The record of a picture, out of the .toml beside it or out of the picture itself."""
-    if path.suffix == ".toml":
+    if path.suffix == ".toml" and not path.is_dir():
         return Toml.read(path, path.name)
+    if path.is_dir():
+        raise K2Error(f"{path} is a folder.", hint="Name a picture in it, or a record; `k2 log` lists all there are.")
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:

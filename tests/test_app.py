@@ -231,6 +231,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["log", "boards"], 1, "There is no folder boards.", "k2 new NAME"),
         (["style", "add", "x", "gone.png"], 1, "There is no gone.png.", "Name pictures, or a folder of them."),
         (["show", "k2.toml"], 1, "k2.toml is no record of a picture.", "Name a picture that k2 made"),
+        (["show", "."], 1, ". is a folder.", "k2 log"),
         (["render", "--resume", "--seed", "3"], 2, "no other setting goes with it", ""),
     ],
 )
