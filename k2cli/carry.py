@@ -14,7 +14,7 @@ from k2cli.expander import forget
 from k2cli.models import recommended
 from k2cli.options import to_json
 from k2cli.outputs import DiskFull, Run, number_of
-from k2cli.project import FILE, Project, Settings, Shot
+from k2cli.project import Project, Settings, Shot, root_above
 from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, SheetForm, render
 from model.errors import K2Error
@@ -94,7 +94,7 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
 def go_on(job: Job, folder: Path) -> str:
     """The command that finishes a run, as short as it can be typed here."""
     root, last = job.project.root, Run.last(job.project.outputs)
-    here = next((each for each in (Path.cwd(), *Path.cwd().parents) if (each / FILE).is_file()), None)
+    here = root_above(Path.cwd())
     words = ["k2 render --resume"]
     words += [] if last and last.folder == folder else [f"--run {number_of(folder)}"]
     words += [] if here and here.samefile(root) else [f"--project {typed(root)}"]

@@ -222,8 +222,7 @@ class Project:
     @classmethod
     def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
         """The same, or None where no folder is a project's."""
-        folders = (folder.absolute(), *folder.absolute().parents)
-        root = next((each for each in folders if (each / FILE).is_file()), None)
+        root = root_above(folder)
         return None if root is None else cls.open(root, allow_outside=allow_outside)
 
     @classmethod
@@ -437,6 +436,12 @@ class Head:
     """[project]"""
 
     name: str = ""
+
+
+def root_above(folder: Path) -> Path | None:
+    """The nearest folder with a k2.toml, this one or above it; whether that can be read is another question."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    return next((each for each in folders if (each / FILE).is_file()), None)
 
 
 def weigh(shot: Shot) -> int:

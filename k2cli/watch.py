@@ -61,7 +61,7 @@ def watch(
     from k2cli.carry import carry_out
     from k2cli.console import say, show_error
 
-    root = find_project(folder, allow_outside).root
+    root = root_of(folder, allow_outside)
     settings = {"batch": batch, "steps": steps, "size": size, "device": device}
     made: set[str] = set()
     try:
@@ -81,6 +81,15 @@ def watch(
             wait(root, before)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def root_of(folder: Path | None, allow_outside: bool) -> Path:
+    """The project's folder, whatever its k2.toml says. Raises K2Error where there is none."""
+    from k2cli.project import FILE, root_above
+
+    named = folder.parent if folder and folder.is_file() else folder
+    root = named.absolute() if named else root_above(Path.cwd())
+    return root if root and (root / FILE).is_file() else find_project(folder, allow_outside).root
 
 
 def look(

@@ -99,14 +99,21 @@ def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_a_real_process_ends_by_ctrl_c(moody):
+    """A mistake that is there at the start is waited out too."""
     (moody / "k2.toml").write_text("[render]\nsed = 1\n")
-    found = subprocess.run([K2, "watch"], capture_output=True, text=True)
-    assert found.returncode == 1 and 'Did you mean "seed"?' in found.stderr  # at the start it is simply an error
-
-    (moody / "k2.toml").write_text("")
     process = subprocess.Popen([K2, "watch"], stderr=subprocess.PIPE, text=True)
+    said = ""
     for line in process.stderr:
+        said += line
         if "Waiting for a change" in line:
             break
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and "Traceback" not in process.stderr.read()
+    assert 'Did you mean "seed"?' in said
+
+
+def test_what_is_no_project_is_not_waited_for(k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert "There is no k2.toml in" in k2("watch", code=1).stderr
+    assert "is not a project" in k2("watch", tmp_path, code=1).stderr
