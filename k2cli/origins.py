@@ -350,7 +350,7 @@ def size_of(origin: Origin, model: str) -> str:
         return ""
     with suppress(K2Error):
         if origin.tool == "k2":
-            width, height = parse_size(f"{origin.width}x{origin.height}", "")
+            width, height = parse_size(f"{origin.width}x{origin.height}", "", models.step(model))
         else:
             width, height = fit_aspect(aspect_of(origin), models.native_size(model), "", models.step(model))
         return f"{width}x{height}"
