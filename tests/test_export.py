@@ -30,7 +30,8 @@ def assert_same_pictures(pipeline: Pipeline, folder: Path, spec: RenderSpec) -> 
 
     other = diffusers.Krea2Pipeline.from_pretrained(folder)
     other.set_progress_bar_config(disable=True)
-    start = noise(spec.seed, pipeline.dit.config.channels, spec.height // 8, spec.width // 8)
+    cells = [side // pipeline.vae.factor for side in (spec.height, spec.width)]
+    start = noise(spec.seed, pipeline.dit.config.channels, *cells)
     theirs = other(
         spec.prompt,
         negative_prompt=spec.negative,

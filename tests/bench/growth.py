@@ -59,7 +59,7 @@ class Growth:
             total += tower_operations(tower, self.length(prompt), max(tower.taps), PREFIX_TOKENS)
         for spec in map(self.pipeline.resolve, specs):
             assert spec.width and spec.height and spec.steps
-            image = spec.width * spec.height // (8 * self.pipeline.dit.config.patch) ** 2
+            image = spec.width * spec.height // (self.pipeline.vae.factor * self.pipeline.dit.config.patch) ** 2
             total += spec.steps * stream_operations(self.pipeline.dit.config, self.length(spec.prompt), image)
             total += self.decoding(spec.width, spec.height)
         return total
@@ -69,7 +69,7 @@ class Growth:
 
     @cache  # noqa: B019, one object lives as long as the program
     def decoding(self, width: int, height: int) -> float:
-        shape = (1, self.pipeline.dit.config.channels, height // 8, width // 8)
+        shape = (1, self.pipeline.dit.config.channels, *(side // self.pipeline.vae.factor for side in (height, width)))
         latents = torch.zeros(shape, device=self.pipeline.device, dtype=self.pipeline.dtype)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.pipeline.vae.decode(latents)
