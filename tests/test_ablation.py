@@ -6,13 +6,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from test_stages import base
-from workshop import workshop  # noqa: F401
+from workshop import enlarge, workshop  # noqa: F401
 
 from model.errors import K2Error
 from model.spec import RenderSpec
 from model.train import ablation, evaluate, loop
 from model.train.ablation import Checkpoint, Scores, changes
-from model.train.data import Catalog
+from model.train.data import DATA, Catalog
 from model.train.loop import RUNS
 from model.train.pretrain import Recipe
 
@@ -59,6 +59,7 @@ def test_settings_that_are_none_are_told(said):
 
 
 def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa: F811
+    enlarge(workshop / DATA)
     base()
     monkeypatch.setattr(evaluate, "PROMPTS", 2)
     monkeypatch.setattr(evaluate, "GRAINY", 2)
@@ -81,7 +82,7 @@ def test_a_run_is_rendered_as_it_would_be_shipped(workshop):  # noqa: F811
     place = {
         "step": 1,
         "seconds": 1.0,
-        "recipe": asdict(Recipe(name="again", size=128, batch=1, repeats=1, mu=0.0, lr=0.0, muon_lr=0.0, steps=1)),
+        "recipe": asdict(Recipe(name="again", size=256, batch=1, repeats=1, mu=0.0, lr=0.0, muon_lr=0.0, steps=1)),
     }
     loop.write(RUNS / "again", weights, place, {})
     spec = RenderSpec("a fox", seed=3, steps=2, guidance=0.0)

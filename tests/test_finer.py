@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from workshop import make_data
+from workshop import enlarge, make_data
 
 from model.train import finer, loop
 from model.train.autoencoder import SHAPE
@@ -20,8 +20,8 @@ from model.vae import QwenImageVAE
 def catalog(tmp_path_factory) -> Catalog:
     """Drawings of 256 px, and every look of theirs."""
     folder = tmp_path_factory.mktemp("twins") / "data"
-    small = make_data(folder)
-    np.save(folder / "renders-256.npy", small.renders.repeat(2, 1).repeat(2, 2))
+    make_data(folder)
+    enlarge(folder)
     return Catalog(folder, 256)
 
 

@@ -96,11 +96,11 @@ size = "64x64"
 
 [[prompt]]
 text = "an owl"
-size = "64x80"
+size = "64x96"
 
 [[prompt]]
 text = "a sailboat"
-size = "80x64"
+size = "96x64"
 """
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from workshop import TINY, workshop  # noqa: F401
+from workshop import TINY, enlarge, workshop  # noqa: F401
 
 from model.checkpoint import read
 from model.errors import K2Error
 from model.train import loop, recipe, release
 from model.train.autoencoder import ENCODER
+from model.train.data import DATA
 from model.train.grpo import Policy
 from model.train.loop import place_of
 
@@ -96,13 +97,19 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
 
 
 def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
-    """Both halves from the start; then the decoder of the package's alone, so that latents stay what they are."""
+    """Both halves, and a scale more; then the package's decoder alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"
     run("both", "autoencoder", sizes, network=False)
     run("half", "autoencoder", sizes + "decoder = true\ntexture = 0.05\ngrainy = 0.5\n", network=False)
 
-    both, half, box = (read(path)[0] for path in (*(f".runs/{name}/vae.safetensors" for name in ("both", "half")), VAE))
-    assert both.keys() == half.keys() == box.keys()
+    enlarge(workshop / DATA)
+    finer = 'teacher = "both"\n' + sizes.replace("crop = 32", "crop = 64").replace("held_out = 12", "held_out = 24")
+    run("more", "finer", finer, network=False)
+
+    paths = [f".runs/{name}/vae.safetensors" for name in ("both", "more", "half")]
+    both, more, half, box = (read(path)[0] for path in (*paths, VAE))
+    assert more.keys() == half.keys() == box.keys() > both.keys()
+    assert read(paths[1])[1]["native"] == 256 and Path(".runs/more/sheet.png").exists()
     for name, tensor in half.items():
         assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
     assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])

@@ -41,6 +41,11 @@ def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
     return catalog
 
 
+def enlarge(folder: Path) -> None:
+    """The same renders in 256 px."""
+    np.save(folder / "renders-256.npy", np.load(folder / "renders.npy").repeat(2, 1).repeat(2, 2))
+
+
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the data set where training looks for it."""
