@@ -307,7 +307,7 @@ class Bench:
                 self.mini._contexts.clear()  # or only the first round would encode
                 self.mini.render(specs)
 
-            image = first.height * first.width // (8 * self.mini.dit.config.patch) ** 2
+            image = first.height * first.width // (self.mini.vae.factor * self.mini.dit.config.patch) ** 2
             texts = [*prompts, *([""] * count if first.guidance else [])]
             work = sum(
                 first.steps * stream_operations(self.mini.dit.config, len(self.mini.text.token_ids(text)), image)
