@@ -14,9 +14,10 @@ from k2cli.expander import forget
 from k2cli.models import recommended
 from k2cli.options import to_json
 from k2cli.outputs import DiskFull, Run, number_of
-from k2cli.project import Project, Settings, Shot, root_above
+from k2cli.project import Project, Shot, root_above
 from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, SheetForm, render
+from k2cli.settings import Settings
 from model.errors import K2Error
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from k2cli.matrix import escape, variants
-from k2cli.project import Project, Settings
+from k2cli.project import Project
 from k2cli.prompts import Prompt, slug
 from k2cli.runs import Job, SheetForm
+from k2cli.settings import Settings
 from k2cli.sheet import PER_GRID
 from model.errors import K2Error
 
