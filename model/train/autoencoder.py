@@ -9,6 +9,7 @@ texture, it compares fine detail by strength as well: by those sums alone grain 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import model.vae
 from model.checkpoint import read, save
 from model.train import data, loop
 from model.train import recipe as recipes
-from model.train.data import DATA, Catalog, stable_seed
+from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.linear_start import start_linear
 from model.train.loop import BOX, RUNS, Batch, Report
 from model.train.pretrain import fingerprint
@@ -71,14 +72,18 @@ class Pool(NamedTuple):
     grainy: NDArray[np.bool_]  # [N]
 
 
+def draw(items: Sequence[Item], count: int, plain: float, rng: np.random.Generator) -> list[Item]:
+    """So many items, this share of them without a medium: first those, then the others."""
+    kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
+    wanted = round(count * plain), count - round(count * plain)
+    return [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
+
+
 def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> Pool:
     """A fixed random choice of composed pictures, made once and kept in `folder`."""
     path = folder / f"{split}-{count}-{plain:g}-{seed}.npy"
     rng = np.random.default_rng(seed)
-    items = catalog.items(split)
-    kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
-    wanted = round(count * plain), count - round(count * plain)
-    chosen = [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
+    chosen = draw(catalog.items(split), count, plain, rng)
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     if not path.exists():
         np.save(path.with_suffix(".draft.npy"), np.stack([catalog.picture(item) for item in chosen]))

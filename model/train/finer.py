@@ -74,7 +74,7 @@ class Tape:
         def draw(name: str, *wanted: Any) -> Any:
             said, value = next(left)
             assert said == name
-            if np.ndim(value) < 2 or np.shape(value) == np.shape(np.empty(wanted[0])):
+            if np.ndim(value) < 2 or value.shape == wanted[0]:
                 return value
             middle = 0.5 if name == "random" else 0.0
             axes = [axis for axis, side in enumerate(value.shape) if side > 3]
@@ -121,11 +121,7 @@ class Pool(NamedTuple):
 def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
     """A fixed random choice of twins of the train split, made once and kept in `folder`."""
     rng = np.random.default_rng(recipe.seed)
-    items = catalog.items("train")
-    kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
-    plain = round(recipe.pictures * recipe.plain)
-    wanted = plain, recipe.pictures - plain
-    chosen = [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
+    chosen = autoencoder.draw(catalog.items("train"), recipe.pictures, recipe.plain, rng)
     files = [folder / f"{kind}-{recipe.pictures}-{recipe.plain:g}-{recipe.seed}.npy" for kind in ("fine", "coarse")]
     if not all(file.exists() for file in files):
         made = [twins(catalog, item) for item in chosen]
