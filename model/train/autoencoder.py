@@ -274,27 +274,39 @@ class Autoencoding(loop.Stage):
         model.vae.norm_silu = torch.compile(model.vae.norm_silu, dynamic=True)
 
 
+def conclude(vae: QwenImageVAE, catalog: Catalog, recipe: Recipe, steps: int, report: Report) -> None:
+    """Measure a finished autoencoder, and leave `vae.safetensors` and a sheet of held-out pictures in its folder."""
+    folder = RUNS / recipe.name
+    plain, media = (
+        pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures for share, seed in ((1.0, 1), (0.0, 2))
+    )
+    scores = {"psnr_plain": round(psnr(vae, plain), 2), "psnr_media": round(psnr(vae, media), 2)}
+    write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": steps, **scores}, recipe.size)
+    sheet(vae, np.concatenate([plain[:24], media[:24]]), folder / "sheet.png")
+    report(f"{recipe.name}: {scores['psnr_plain']} dB plain, {scores['psnr_media']} dB with media, held out")
+
+
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Train, measure, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     trained_on = pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
-    plain, media = (
-        pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures for share, seed in ((1.0, 1), (0.0, 2))
-    )
     stage = Autoencoding(recipe, catalog, trained_on)
     run = loop.train(loop.Run(stage, folder, device), report)
-    vae = QwenImageVAE(stage.model.config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vae.load_state_dict({name: tensor.cpu() for name, tensor in run.ema.items()})
+    vae = averaged(run, stage.model.config)
     if not recipe.decoder:
         trained = vae.state_dict()
         vae = QwenImageVAE(measure(vae, trained_on.pictures[:3000])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         vae.load_state_dict(trained)
-    scores = {"psnr_plain": round(psnr(vae, plain), 2), "psnr_media": round(psnr(vae, media), 2)}
-    write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": run.step, **scores}, recipe.size)
-    sheet(vae, np.concatenate([plain[:24], media[:24]]), folder / "sheet.png")
-    report(f"{recipe.name}: {scores['psnr_plain']} dB plain, {scores['psnr_media']} dB with media, held out")
+    conclude(vae, catalog, recipe, run.step, report)
     return run
+
+
+def averaged(run: loop.Run, config: VAEConfig) -> QwenImageVAE:
+    """The autoencoder of a run's averaged weights."""
+    vae = QwenImageVAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.load_state_dict({name: tensor.cpu() for name, tensor in run.ema.items()})
+    return vae
 
 
 def load(path: Path) -> QwenImageVAE:

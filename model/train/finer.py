@@ -9,7 +9,7 @@ four times the pixels for the same work.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -232,17 +232,5 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     folder.mkdir(parents=True, exist_ok=True)
     stage = Growing(recipe, catalog, pool(catalog, recipe, folder), autoencoder.load(source))
     run = loop.train(loop.Run(stage, folder, device), report)
-    vae = QwenImageVAE(stage.model.config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vae.load_state_dict({name: tensor.cpu() for name, tensor in run.ema.items()})
-    plain, media = (
-        autoencoder.pool(catalog, "held-out", recipe.held_out, share, seed, folder).pictures
-        for share, seed in ((1.0, 1), (0.0, 2))
-    )
-    scores = {
-        "psnr_plain": round(autoencoder.psnr(vae, plain), 2),
-        "psnr_media": round(autoencoder.psnr(vae, media), 2),
-    }
-    autoencoder.write(vae, folder / "vae.safetensors", {**asdict(recipe), "steps": run.step, **scores}, recipe.size)
-    autoencoder.sheet(vae, np.concatenate([plain[:12], media[:12]]), folder / "sheet.png")
-    report(f"{recipe.name}: {scores['psnr_plain']} dB plain, {scores['psnr_media']} dB with media, held out")
+    autoencoder.conclude(autoencoder.averaged(run, stage.model.config), catalog, recipe, run.step, report)
     return run
