@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.tiling import tiled
+from model.upsample import doubled
 
 EPS = 1e-6  # of every group norm
 
@@ -107,7 +108,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled(x, self.conv)
 
 
 class DownBlock(nn.Module):
