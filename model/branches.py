@@ -1,7 +1,7 @@
 """Pictures that are made together, as rows through the network: one for each branch of each picture's guidance.
 
 Rows are grouped by the length of their contexts, never padded, so no mask is needed and a picture does not depend on
-its company.
+its company. Where it pays all groups are one stream, which only attention takes apart: every weight is read once.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ class Branches:
         style_guidance: float | None,
         splice: Splice | None = None,
         tie: Tie | None = None,
+        pack: bool = False,
     ):
         """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
-        the first picture is the leader."""
+        the first picture is the leader. `pack`: all groups as one stream; not with a tie, whose leader goes ahead."""
         self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
-        self.splice, self.tie = splice, tie
+        self.splice, self.tie, self.pack = splice, tie, pack and tie is None
         self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
         rows = [context for branch in contexts for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
@@ -85,6 +86,12 @@ class Branches:
     ) -> Tensor:
         """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
         v = torch.zeros_like(x)
+        if self.pack and len(groups) > 1:
+            streams = [(x[rows].to(context.dtype), context, rope) for rows, context, rope, _ in groups]
+            answers = self.dit.velocities(streams, self.mods[step : step + 1], attend)
+            for group, answer in zip(groups, answers, strict=True):
+                v[group.rows] = answer.float()
+            return v
         for rows, context, rope, leads in groups:
             own = attend
             if self.tie is not None:

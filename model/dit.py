@@ -91,6 +91,20 @@ PRESETS = {
 }
 
 
+def unfused(x: Tensor) -> bool:
+    """Whether every small operation on x is a pass over memory: on a processor, where nothing is compiled."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] with a mean square of 1 over D, times weight [D], in fp32."""
+    x32 = x.float()
+    if unfused(x):  # three passes instead of PyTorch's five
+        length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        return (x32 * (length.square() / x.shape[-1] + eps).rsqrt()).mul_(weight).to(x.dtype)
+    return F.rms_norm(x32, x.shape[-1:], weight, eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a zero-centred scale, in fp32."""
 
@@ -100,7 +114,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.scale.float(), self.eps).to(x.dtype)
+        return rms_norm(x, 1 + self.scale.float(), self.eps)
 
 
 class QKNorm(nn.Module):
@@ -113,9 +127,14 @@ class QKNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines: real numbers compile."""
-    (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
+    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if unfused(x):  # one pass instead of seven; compilers want real numbers
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    else:
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -123,6 +142,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel walks over heads: every stride costs it
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def apart(attend: Attend, shapes: Sequence[Sequence[int]]) -> Attend:
+    """Attention over a stream of groups of rows, [n, S] each, in which every row sees itself only."""
+
+    def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        split = (x[0].split([count * length for count, length in shapes], 1) for x in (q, k, v))  # [H, n*S, d]
+        rows = (
+            (part.unflatten(1, shape).transpose(0, 1) for part in group)
+            for shape, group in zip(shapes, zip(*split, strict=True), strict=True)
+        )
+        return torch.cat([attend(*group).transpose(1, 2).flatten(0, 1) for group in rows])[None].transpose(1, 2)
+
+    return each
 
 
 class Attention(nn.Module):
@@ -332,6 +365,30 @@ class Krea2(nn.Module):
         for block, own in zip(self.blocks, attend or [None] * len(self.blocks), strict=True):
             x = block(x, time_mod, rope, mask, own)
         return self.last(x[:, text:], time)
+
+    def velocities(
+        self,
+        groups: Sequence[tuple[Tensor, Tensor, Tensor]],
+        step_mod: Tensor,
+        attend: Sequence[Attend | None] | None = None,
+    ) -> list[Tensor]:
+        """`velocity` for groups of rows, each of (tokens, context, rope) and a prompt length of its own, as one stream.
+
+        step_mod [1, 1, 7D], the same for all; every weight is read once for all groups, and nothing is padded
+        """
+        width = self.config.width
+        time_mod, time = step_mod.split((6 * width, width), -1)
+        parts = [torch.cat((context, self.first(tokens)), 1) for tokens, context, _ in groups]
+        shapes = [part.shape[:2] for part in parts]
+        x = torch.cat([part.flatten(0, 1) for part in parts])[None]
+        rope = torch.cat([rope.repeat(count, 1, 1, 1) for (count, _), (*_, rope) in zip(shapes, groups, strict=True)])
+        for block, own in zip(self.blocks, attend or [None] * len(self.blocks), strict=True):
+            x = block(x, time_mod, rope, None, apart(own or attention, shapes))
+        answers = self.last(x, time)[0].split([count * length for count, length in shapes])
+        return [
+            answer.unflatten(0, shape)[:, context.shape[1] :]
+            for answer, shape, (_, context, _) in zip(answers, shapes, groups, strict=True)
+        ]
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width
+from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width, rms_norm, rotate
 from model.latents import position_ids
 
 SIZES = {
@@ -215,3 +215,29 @@ def test_attention_of_ones_own():
     assert not torch.allclose(model.velocity(*given, attend=[None, None, lambda q, k, v: 0 * q]), plain)
     with pytest.raises(ValueError, match="without a mask"):
         model.velocity(*given, prompt_mask=torch.ones(2, 5, dtype=torch.bool), attend=[None] * 3)
+
+
+def test_rows_of_several_prompt_lengths_are_one_stream():
+    """As if every group had gone through by itself, an attention of one's own included."""
+    model = random_model(SIZES["small-medium"])
+    mods = model.modulate(torch.tensor([0.3]))
+    shapes = ((2, 5), (1, 9), (3, 1))
+    groups = [(torch.randn(n, 12, 64), torch.randn(n, t, 384), model.rope(t, (3, 4))) for n, t in shapes]
+    twice = [None, lambda q, k, v: 2 * attention(q, k, v), None]
+
+    for attend in (None, twice):
+        for found, (tokens, context, rope) in zip(model.velocities(groups, mods, attend), groups, strict=True):
+            torch.testing.assert_close(found, model.velocity(tokens, context, mods, rope, attend=attend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_passes_give_the_same_numbers(dtype, monkeypatch):
+    """What a processor does in its own way, beside what is compiled."""
+    x, rope = torch.randn(2, 7, 3, 32).to(dtype), Krea2(SIZES["small-medium"]).rope(3, (2, 2))
+    ways = []
+    for own in (True, False):
+        monkeypatch.setattr("model.dit.unfused", lambda x, own=own: own)
+        ways.append((rotate(x, rope), rms_norm(x, torch.linspace(-1, 2, 32), 1e-5)))
+
+    for ours, theirs in zip(*ways, strict=True):
+        torch.testing.assert_close(ours, theirs)
