@@ -55,6 +55,7 @@ from model.vision import Reader, find_tower
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
+PIXELS_AT_ONCE = 2**19  # decoded: eight pictures of 256 px, less memory than one of 1024
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
@@ -202,7 +203,8 @@ class Pipeline:
         adapters = [(self._adapter(lora), lora.weight) for lora in adapters_of(specs[0])]
         with laid_over(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
-        images = [to_image(self.vae.decode(each)) for each in latents.split(1)]
+        at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.vae.factor**2))
+        images = [to_image(picture) for some in latents.split(at_once) for picture in self.vae.decode(some)]
         seconds = (time.perf_counter() - started) / len(specs)
         return [Picture(image, self._record(spec, image, seconds)) for spec, image in zip(specs, images, strict=True)]
 
@@ -231,6 +233,8 @@ class Pipeline:
             style_guidance=style_guidance,
             splice=self._splice(specs[0], sigmas, mods, grid, adapters),
             tie=Tie(config, specs[0].cohesion, sigmas, grid) if leader else None,
+            # on a card compiled kernels are worth more, unless the weights are on their way
+            pack=self.device.type == "cpu" or self.plan.offload == "all",
         )
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
         if leader:
@@ -408,6 +412,6 @@ class Pipeline:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """pixels [1, 3, H, W] in −1 … 1 -> an 8-bit RGB picture."""
-    whole = (pixels[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    """pixels [3, H, W] in −1 … 1 -> an 8-bit RGB picture."""
+    whole = (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(whole.permute(1, 2, 0).contiguous().cpu().numpy())
