@@ -62,15 +62,18 @@ def teacher() -> QwenImageVAE:
     return QwenImageVAE(SHAPE).requires_grad_(False)
 
 
-def test_it_begins_as_its_teacher():
+@pytest.mark.parametrize("top", [1, 2])
+def test_it_begins_as_its_teacher(top, monkeypatch):
     """What the teacher's inner scales make of a coarse picture's features, the grown one's do too, exactly."""
+    monkeypatch.setattr(finer, "TOP", top)
     old = teacher()
     new = grown(old)
     coarse = torch.randn(2, 8, 32, 32)
 
     assert (old.factor, new.factor) == (8, 16)
     with torch.no_grad():
-        expected, found = coarse, torch.cat((coarse, torch.zeros_like(coarse)), 1)  # the new channels say nothing yet
+        silent = torch.zeros(2, 8 * (top - 1), 32, 32)
+        expected, found = coarse, torch.cat((coarse, silent), 1)  # the new channels say nothing yet
         for index, layer in enumerate(old.encoder.down_blocks):
             expected, found = layer(expected), new.encoder.down_blocks[index + 2](found)
         torch.testing.assert_close(found, expected)

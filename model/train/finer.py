@@ -29,7 +29,7 @@ from model.train.pretrain import fingerprint
 from model.train.recipe import refuse
 from model.vae import QwenImageVAE
 
-TOP = 2  # the new scale's width, in `base_dim`s
+TOP = 1  # the new scale's width, in `base_dim`s: as wide as the next, for it works on four times as many pixels
 Pixels = NDArray[np.uint8]
 FIRST, LAST = "encoder.conv_in.", ("decoder.norm_out.", "decoder.conv_out.")
 DOWN = re.compile(r"(encoder\.down_blocks\.)(\d+)\.")
@@ -151,8 +151,9 @@ def grown(teacher: QwenImageVAE) -> QwenImageVAE:
     for name in (f"{entry}norm1.gamma", f"{entry}conv1.weight"):  # [C, 1, 1] and [O, C, 3, 3], C the channels taken
         moved[name] = F.pad(moved[name], (0, 0, 0, 0, 0, outside - old.base_dim))
     moved[f"{entry}norm1.gamma"] *= (old.base_dim / outside) ** 0.5  # as if the others were zero
-    moved[f"{entry}conv_shortcut.weight"] = torch.eye(inside, outside)[..., None, None]
-    moved[f"{entry}conv_shortcut.bias"] = torch.zeros(inside)
+    if outside != inside:
+        moved[f"{entry}conv_shortcut.weight"] = torch.eye(inside, outside)[..., None, None]
+        moved[f"{entry}conv_shortcut.bias"] = torch.zeros(inside)
     vae.load_state_dict(vae.state_dict() | moved)
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
