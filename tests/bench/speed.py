@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import log10
 from pathlib import Path
 from statistics import median
@@ -55,6 +55,7 @@ from model.plan import default_dtype
 from model.quantize import to_rows
 from model.spec import RenderSpec
 from model.text_encoder import QWEN3_VL_4B, TextTower
+from model.upsample import doubled
 from model.vae import QwenImageVAE, VAEConfig
 
 PROMPT, PADDED, TEMPLATE = 45, 512, 34  # tokens of the prompt, as diffusers pads it, and before it
@@ -321,13 +322,12 @@ class Bench:
         """Turbo's own settings beside Raw's full course of 52 guided steps: both ours."""
         raw, turbo = (Pipeline.load("mini", variant=variant, device=self.device) for variant in ("raw", "turbo"))
         few = {"width": 64, "height": 64} if self.smoke else {}
-        long = [
-            RenderSpec(text, seed=i, steps=4 if self.smoke else 52, guidance=3.5, **few)
-            for i, text in enumerate(PROMPTS)
-        ]
-        short = [RenderSpec(text, seed=i, **few) for i, text in enumerate(PROMPTS)]
-        sides = [lambda: turbo.render(short), lambda: raw.render(long)]
-        yield row("4 pictures: Turbo / Raw, 52 guided steps", *interleaved(sides, self.rounds), aim=10.0)
+        short = [RenderSpec(text, seed=i, **few) for i, text in enumerate(2 * PROMPTS)]
+        long = [replace(spec, steps=4 if self.smoke else 52, guidance=3.5) for spec in short]
+        for count in (1, 4, 8):  # one is a narrow network's worst case; eight are a full batch
+            sides = [partial(turbo.render, short[:count]), partial(raw.render, long[:count])]
+            name = f"{count} picture{'s' * (count > 1)}: Turbo / Raw, 52 guided steps"
+            yield row(name, *interleaved(sides, self.rounds), aim=10.0 if count == 8 else None)
 
     def start(self) -> Iterator[Row]:
         """From nothing to a picture in one step, a process each."""
@@ -415,6 +415,21 @@ class Bench:
             "both sides of guidance in one batch (mini)",
             lambda: net.velocity(both, text.expand(2, -1, -1), one_step, turn),
             lambda: [net.velocity(each, text, one_step, turn) for each in both.split(1)],
+        )
+
+        embeds = [self.mini._context(text, (), ()) for text in PROMPTS]
+        groups = [(both[:1], context, net.rope(context.shape[1], grid)) for context in embeds]
+        yield compare(
+            "prompts of several lengths as one stream (mini)",
+            lambda: net.velocities(groups, one_step),
+            lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
+        )
+        conv = torch.nn.Conv2d(384, 192, 3, padding=1).to(self.device).requires_grad_(False)
+        cells = random((1, 384, side // 8, side // 8), 1, torch.float32, self.device)
+        yield compare(
+            "a grid doubled and convolved in one product",
+            lambda: doubled(cells, conv),
+            lambda: conv(F.interpolate(cells, scale_factor=2.0, mode="nearest")),
         )
 
         def anew() -> None:
