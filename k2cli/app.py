@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import sys
@@ -75,7 +76,16 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("k2", as_it_came)
         sys.stdout.reconfigure(errors="k2")
-    app(prog_name="k2")
+    try:
+        app(prog_name="k2")
+    except OSError as error:  # of what no command writes: help, the version
+        if error.errno != errno.ENOSPC:
+            raise
+        from k2cli.console import show_error
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
+        show_error(K2Error(f"{error.strerror}.", hint="Make some, or send the results somewhere else."))
+        sys.exit(1)
 
 
 def as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:

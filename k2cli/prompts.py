@@ -79,6 +79,8 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
     taken = {base.casefold() for _, base, read in known if not read[0][1]}
     for prompt, base, read in known:
         for text, chosen in read:
+            if not text:
+                raise K2Error(f'A reading of "{prompt.text}" is empty.', hint="Write a word outside of the choices.")
             name = base
             if chosen:
                 name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)

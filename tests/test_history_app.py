@@ -63,6 +63,16 @@ def test_results_that_find_no_room(moody, words, buffered):
     assert len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("words", ["--help", "render --help", "--version"])
+def test_help_that_finds_no_room(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([K2, *words.split()], stdout=full, stderr=subprocess.PIPE, text=True)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: No space left on device.\nHint: ") and len(done.stderr.splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [

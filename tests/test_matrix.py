@@ -50,6 +50,11 @@ def test_too_many_readings():
         variants("{a|b|c|d}" * 10)
 
 
+def test_a_reading_that_says_nothing(moody, k2):
+    refused = k2("render", "--dry-run", "-p", "a fox", "-p", "{|red}", code=1)
+    assert 'A reading of "{|red}" is empty.' in refused.stderr and "outside of the choices" in refused.stderr
+
+
 def plan(k2, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in k2("render", "--dry-run", "--json", *arguments).stdout.splitlines()]
 
