@@ -45,12 +45,13 @@ class Branches:
         style_guidance: float | None,
         splice: Splice | None = None,
         tie: Tie | None = None,
-        pack: bool = False,
+        pack: int = 0,
     ):
         """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
-        the first picture is the leader. `pack`: all groups as one stream; not with a tie, whose leader goes ahead."""
+        the first picture is the leader. `pack`: up to so many image tokens all groups are one stream; not with a tie,
+        whose leader goes ahead."""
         self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
-        self.splice, self.tie, self.pack = splice, tie, pack and tie is None
+        self.splice, self.tie, self.pack = splice, tie, 0 if tie else pack
         self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
         rows = [context for branch in contexts for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
@@ -86,7 +87,7 @@ class Branches:
     ) -> Tensor:
         """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
         v = torch.zeros_like(x)
-        if self.pack and len(groups) > 1:
+        if len(groups) > 1 and sum(len(group.rows) for group in groups) * x.shape[1] <= self.pack:
             streams = [(x[rows].to(context.dtype), context, rope) for rows, context, rope, _ in groups]
             answers = self.dit.velocities(streams, self.mods[step : step + 1], attend)
             for group, answer in zip(groups, answers, strict=True):

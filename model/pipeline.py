@@ -8,6 +8,7 @@ grouped, never padded, so no mask is needed and a picture does not depend on its
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -57,6 +58,7 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the picture
 
 PIXELS_AT_ONCE = 2**19  # decoded: eight pictures of 256 px, less memory than one of 1024
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
+TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
@@ -233,8 +235,7 @@ class Pipeline:
             style_guidance=style_guidance,
             splice=self._splice(specs[0], sigmas, mods, grid, adapters),
             tie=Tie(config, specs[0].cohesion, sigmas, grid) if leader else None,
-            # on a card compiled kernels are worth more, unless the weights are on their way
-            pack=self.device.type == "cpu" or self.plan.offload == "all",
+            pack=self._one_stream,
         )
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
         if leader:
@@ -388,6 +389,13 @@ class Pipeline:
     def _image_tokens(self, spec: RenderSpec) -> int:
         assert spec.width and spec.height
         return spec.width * spec.height // self._unit**2
+
+    @property
+    def _one_stream(self) -> int:
+        """How many image tokens at most share every reading of the weights, whatever their prompts' lengths."""
+        if self.plan.offload == "all":
+            return sys.maxsize
+        return TOKENS_SHARED if self.device.type == "cpu" else 0  # on a card compiled kernels are worth more
 
     @property
     def _unit(self) -> int:

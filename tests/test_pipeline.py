@@ -74,6 +74,22 @@ def test_a_picture_does_not_depend_on_its_company(pipeline):
     assert len({pixels(picture) for picture in together}) == len(specs)
 
 
+def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline, monkeypatch):
+    """One stream while that is small; the groups one by one give the same."""
+    specs = [FOX, replace(FOX, prompt="an owl in flight over a dark forest at night", seed=8)]
+    streams = []
+    velocities = pipeline.dit.velocities
+    monkeypatch.setattr(
+        pipeline.dit, "velocities", lambda groups, *more: streams.append(groups) or velocities(groups, *more)
+    )
+    together = pipeline.render(specs)
+    assert len(streams) == pipeline.resolve(FOX).steps
+    monkeypatch.setattr("model.pipeline.TOKENS_SHARED", 1)
+    for ours, one in zip(together, pipeline.render(specs), strict=True):
+        assert difference(ours, one) <= 1
+    assert len(streams) == pipeline.resolve(FOX).steps
+
+
 def test_order_is_kept_whatever_is_batched(pipeline):
     sizes, steps = [(64, 64), (80, 64)], [1, 2]
     specs = [
