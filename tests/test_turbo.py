@@ -119,6 +119,18 @@ def test_the_fake_score_learns_faster_and_a_run_resumes_exactly(tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+def test_a_run_that_goes_on_with_another_teacher_or_other_data_says_so(tmp_path):
+    begun = stage("trajectory")
+    begun.data = "one"
+    loop.Run(begun, tmp_path).save()
+    same, other = stage("trajectory"), stage("trajectory")
+    same.data = other.data = "one"
+    assert loop.Run(same, tmp_path).changed == []
+    other.data = "two"
+    other.teacher.dit.first.weight.data += 1
+    assert loop.Run(other, tmp_path).changed == ["another data set", "another frozen network"]
+
+
 def test_an_unknown_method_is_named():
     with pytest.raises(K2Error, match='no method "tdm"'):
         recipe("tdm")

@@ -167,6 +167,7 @@ class Growing(loop.Stage):
         torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.pool, self.data, self.teacher = pool, fingerprint(catalog), teacher.requires_grad_(False)
+        self.frozen = teacher
         self.model: QwenImageVAE = grown(teacher)
         layers = teacher.config.num_res_blocks + 1
         self.new = (FIRST, *(f"encoder.down_blocks.{i}." for i in range(layers)), *LAST)

@@ -10,6 +10,7 @@ the run stands) and `record` (how it came about).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -52,6 +53,7 @@ class Stage(ABC):
     recipe: Recipe
     model: nn.Module
     data: str = ""  # hash of the data set's manifest, for the record
+    frozen: nn.Module | None = None  # a network that is learned from, and has to be the same when a run goes on
     entry: tuple[str, ...] = ()  # methods of the model, all that `loss` calls: then several processes can share it out
     narrow: bool = True  # products in bf16 where the device multiplies it natively
 
@@ -108,6 +110,9 @@ class Run:
         self.figures: dict[str, float] = {}
         self.changed: list[str] = []  # what the recipe says otherwise than when the run was saved
         self.bf16 = stage.narrow and native_bf16(self.device)
+        self.learned_from = {"data set": stage.data} if stage.data else {}
+        if stage.frozen is not None:
+            self.learned_from["frozen network"] = digest(stage.frozen)
         if state is not None:
             self.load(state)
         stage.begin(self.ema)
@@ -194,7 +199,13 @@ class Run:
 
     def save(self, *, last: bool = False) -> None:
         """The whole state, replaced in one move; while several processes train, each writes its own part of it."""
-        place = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe), "figures": self.figures}
+        place = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "recipe": asdict(self.recipe),
+            "figures": self.figures,
+            "learned_from": self.learned_from,
+        }
         if self.sharded and not last:
             parallel.save(self.folder, self.state(), place, self.record())
             return
@@ -218,6 +229,10 @@ class Run:
             f"{key} {old} → {now[key]}"
             for key, old in place["recipe"].items()
             if key in now and (list(now[key]) if isinstance(now[key], tuple) else now[key]) != old
+        ]
+        before = place.get("learned_from", {})
+        self.changed += [
+            f"another {key}" for key, hash_ in self.learned_from.items() if before.get(key, hash_) != hash_
         ]
         weights = self.model.state_dict()
         self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
@@ -277,7 +292,7 @@ def train(run: Run, report: Report = print) -> Run:
     journal = Journal(run.folder / "log.csv", run.step) if here.leads else None
     report = report if here.leads else lambda line: None
     if run.changed:
-        report(f"{recipe.name} goes on with other settings than before: {', '.join(run.changed)}")
+        report(f"{recipe.name} goes on otherwise than it began: {', '.join(run.changed)}")
     if run.done and newest_state(run.folder) == run.result:  # nothing is left to do, or to write
         return run
     if max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
@@ -359,6 +374,15 @@ def newest_state(folder: Path) -> Path | None:
 def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     """Its parameters, in the order of its state dict's numbers."""
     return [param for group in optimiser.param_groups for param in group["params"]]
+
+
+def digest(network: nn.Module) -> str:
+    """sha256 of a network's weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def place_of(path: Path) -> dict[str, Any]:

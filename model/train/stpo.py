@@ -195,6 +195,7 @@ class Preference(loop.Stage):
         self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
             loop.start(model, {name: tensor for name, tensor in weights.items() if name != "beta"})
+        self.frozen = self.reference
         self.pairs: Pairs | None = None
 
     def rate(self, name: str) -> float:

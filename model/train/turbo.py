@@ -68,6 +68,7 @@ class Turbo(loop.Stage):
         """`empty` [1, T, N, E]: text features of no prompt. Raises where the teacher has another shape."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.set, self.teacher, self.empty = recipe, data, teacher.eval(), empty
+        self.frozen = teacher.dit
         self.model = Pair(recipe)
         for network in (self.model.dit, self.model.fake):
             if network is not None:
