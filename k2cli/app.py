@@ -81,10 +81,9 @@ def main() -> None:
     except OSError as error:  # of what no command writes: help, the version
         if error.errno != errno.ENOSPC:
             raise
-        from k2cli.console import show_error
+        from k2cli.console import show_error, unwritable
 
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
-        show_error(K2Error(f"{error.strerror}.", hint="Make some, or send the results somewhere else."))
+        show_error(unwritable(error))
         sys.exit(1)
 
 

@@ -54,10 +54,13 @@ def delivering() -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
-        raise K2Error(
-            f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else."
-        ) from None
+        raise unwritable(error) from None
+
+
+def unwritable(error: OSError) -> K2Error:
+    """What keeps standard output from taking anything, in a sentence; nothing more is written to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
+    return K2Error(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
 
 
 def near(path: Path) -> str:

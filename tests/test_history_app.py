@@ -51,7 +51,7 @@ def test_moments_at_the_ends_of_the_calendar(moody, k2, moment):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("buffered", ["", "1"])
-@pytest.mark.parametrize("words", ["log", "log --json", "models list", ""])
+@pytest.mark.parametrize("words", ["log", "log --json", "models list", "", "--help", "render --help", "--version"])
 def test_results_that_find_no_room(moody, words, buffered):
     many_pictures(moody / "outputs", 1)
     environment = os.environ | {"PYTHONUNBUFFERED": buffered}
@@ -61,16 +61,6 @@ def test_results_that_find_no_room(moody, words, buffered):
     assert done.returncode == 1
     assert done.stderr.startswith("Error: Standard output cannot be written: No space left on device.\nHint: ")
     assert len(done.stderr.splitlines()) == 2
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-@pytest.mark.parametrize("words", ["--help", "render --help", "--version"])
-def test_help_that_finds_no_room(words):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([K2, *words.split()], stdout=full, stderr=subprocess.PIPE, text=True)
-
-    assert done.returncode == 1
-    assert done.stderr.startswith("Error: No space left on device.\nHint: ") and len(done.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
