@@ -48,10 +48,9 @@ class Branches:
         pack: int = 0,
     ):
         """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
-        the first picture is the leader. `pack`: up to so many image tokens all groups are one stream; not with a tie,
-        whose leader goes ahead."""
+        the first picture is the leader. `pack`: up to so many image tokens all groups are one stream."""
         self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
-        self.splice, self.tie, self.pack = splice, tie, 0 if tie else pack
+        self.splice, self.tie, self.pack = splice, tie, pack
         self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
         rows = [context for branch in contexts for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
@@ -87,17 +86,23 @@ class Branches:
     ) -> Tensor:
         """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
         v = torch.zeros_like(x)
+        mods = self.mods[step : step + 1]
+        attends = [self._tied(group, attend, step) for group in groups]
+        streams = [(x[rows].to(context.dtype), context, rope) for rows, context, rope, _ in groups]
         if len(groups) > 1 and sum(len(group.rows) for group in groups) * x.shape[1] <= self.pack:
-            streams = [(x[rows].to(context.dtype), context, rope) for rows, context, rope, _ in groups]
-            answers = self.dit.velocities(streams, self.mods[step : step + 1], attend)
-            for group, answer in zip(groups, answers, strict=True):
-                v[group.rows] = answer.float()
-            return v
-        for rows, context, rope, leads in groups:
-            own = attend
-            if self.tie is not None:
-                branches = [row // self.pictures for row in rows]
-                own = self.tie.listen(attend, branches, step) if leads else self.tie.follow(attend, branches)
-            seen = x[rows].to(context.dtype)
-            v[rows] = self.dit.velocity(seen, context, self.mods[step : step + 1], rope, attend=own).float()
+            answers = self.dit.velocities(streams, mods, attends)
+        else:
+            answers = [
+                self.dit.velocity(tokens, context, mods, rope, attend=own)
+                for (tokens, context, rope), own in zip(streams, attends, strict=True)
+            ]
+        for group, answer in zip(groups, answers, strict=True):
+            v[group.rows] = answer.float()
         return v
+
+    def _tied(self, group: Group, attend: Sequence[Attend | None] | None, step: int) -> Sequence[Attend | None] | None:
+        """A group's attention: the leader's is listened to, the others' follow it."""
+        if self.tie is None:
+            return attend
+        branches = [row // self.pictures for row in group.rows]
+        return self.tie.listen(attend, branches, step) if group.leads else self.tie.follow(attend, branches)

@@ -104,11 +104,14 @@ class Tie:
         return self._deeper(attend, listening)
 
     def follow(self, attend: Sequence[Attend | None] | None, branches: Sequence[int]) -> list[Attend | None]:
-        """The attention of rows in these branches, tied to what was heard of the leader."""
+        """The attention of rows in these branches, tied to what the same block heard of the leader before."""
 
         def following(inner: Attend, index: int) -> Attend:
-            heard = Heard(*map(torch.stack, zip(*(self.heard[branch][index] for branch in branches), strict=True)))
-            return tied(inner, heard, self.cohesion)
+            def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                heard = Heard(*map(torch.stack, zip(*(self.heard[branch][index] for branch in branches), strict=True)))
+                return tied(inner, heard, self.cohesion)(q, k, v)
+
+            return block
 
         return self._deeper(attend, following)
 

@@ -144,8 +144,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def apart(attend: Attend, shapes: Sequence[Sequence[int]]) -> Attend:
-    """Attention over a stream of groups of rows, [n, S] each, in which every row sees itself only."""
+def apart(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:
+    """Attention over a stream of groups of rows, [n, S] each: each group by its own, and every row sees itself only."""
 
     def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         split = (x[0].split([count * length for count, length in shapes], 1) for x in (q, k, v))  # [H, n*S, d]
@@ -153,7 +153,8 @@ def apart(attend: Attend, shapes: Sequence[Sequence[int]]) -> Attend:
             (part.unflatten(1, shape).transpose(0, 1) for part in group)
             for shape, group in zip(shapes, zip(*split, strict=True), strict=True)
         )
-        return torch.cat([attend(*group).transpose(1, 2).flatten(0, 1) for group in rows])[None].transpose(1, 2)
+        answers = (attend(*group) for attend, group in zip(attends, rows, strict=True))
+        return torch.cat([answer.transpose(1, 2).flatten(0, 1) for answer in answers])[None].transpose(1, 2)
 
     return each
 
@@ -370,11 +371,12 @@ class Krea2(nn.Module):
         self,
         groups: Sequence[tuple[Tensor, Tensor, Tensor]],
         step_mod: Tensor,
-        attend: Sequence[Attend | None] | None = None,
+        attend: Sequence[Sequence[Attend | None] | None] | None = None,
     ) -> list[Tensor]:
         """`velocity` for groups of rows, each of (tokens, context, rope) and a prompt length of its own, as one stream.
 
         step_mod [1, 1, 7D], the same for all; every weight is read once for all groups, and nothing is padded
+        attend   of each group; in every block a group's comes after those of the groups before it
         """
         width = self.config.width
         time_mod, time = step_mod.split((6 * width, width), -1)
@@ -382,8 +384,9 @@ class Krea2(nn.Module):
         shapes = [part.shape[:2] for part in parts]
         x = torch.cat([part.flatten(0, 1) for part in parts])[None]
         rope = torch.cat([rope.repeat(count, 1, 1, 1) for (count, _), (*_, rope) in zip(shapes, groups, strict=True)])
-        for block, own in zip(self.blocks, attend or [None] * len(self.blocks), strict=True):
-            x = block(x, time_mod, rope, None, apart(own or attention, shapes))
+        each = [own or [None] * len(self.blocks) for own in attend or [None] * len(groups)]
+        for block, *own in zip(self.blocks, *each, strict=True):
+            x = block(x, time_mod, rope, None, apart([one or attention for one in own], shapes))
         answers = self.last(x, time)[0].split([count * length for count, length in shapes])
         return [
             answer.unflatten(0, shape)[:, context.shape[1] :]

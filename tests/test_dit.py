@@ -218,15 +218,23 @@ def test_attention_of_ones_own():
 
 
 def test_rows_of_several_prompt_lengths_are_one_stream():
-    """As if every group had gone through by itself, an attention of one's own included."""
+    """As if every group had gone through by itself, one after the other, with an attention of its own or without."""
     model = random_model(SIZES["small-medium"])
     mods = model.modulate(torch.tensor([0.3]))
     shapes = ((2, 5), (1, 9), (3, 1))
     groups = [(torch.randn(n, 12, 64), torch.randn(n, t, 384), model.rope(t, (3, 4))) for n, t in shapes]
-    twice = [None, lambda q, k, v: 2 * attention(q, k, v), None]
+    heard = []
 
-    for attend in (None, twice):
-        for found, (tokens, context, rope) in zip(model.velocities(groups, mods, attend), groups, strict=True):
+    def hear(q, k, v):
+        heard[:] = [v.mean()]
+        return 2 * attention(q, k, v)
+
+    def answer(q, k, v):
+        return attention(q, k, v) + heard[0]
+
+    for attends in (None, ([None, hear, None], None, [None, answer, None])):
+        together = model.velocities(groups, mods, attends)
+        for found, attend, (tokens, context, rope) in zip(together, attends or [None] * 3, groups, strict=True):
             torch.testing.assert_close(found, model.velocity(tokens, context, mods, rope, attend=attend))
 
 

@@ -25,7 +25,7 @@ from model.parts import sha256
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
-from model.spec import Picture, Reference, RenderSpec, Style
+from model.spec import Picture, Reference, RenderSpec, Style, tied
 
 FOX = RenderSpec("a red fox", seed=7)
 
@@ -74,9 +74,11 @@ def test_a_picture_does_not_depend_on_its_company(pipeline):
     assert len({pixels(picture) for picture in together}) == len(specs)
 
 
-def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline, monkeypatch):
-    """One stream while that is small; the groups one by one give the same."""
+@pytest.mark.parametrize("cohesion", [0.0, 0.6])
+def test_prompts_of_several_lengths_share_every_reading_of_the_weights(pipeline, monkeypatch, cohesion):
+    """One stream while that is small, a leader among them or not; the groups one by one give the same."""
     specs = [FOX, replace(FOX, prompt="an owl in flight over a dark forest at night", seed=8)]
+    specs = tied(specs, cohesion)
     streams = []
     velocities = pipeline.dit.velocities
     monkeypatch.setattr(
