@@ -44,6 +44,8 @@ from measure import (
 )
 from torch import Tensor, nn
 
+from model.branches import Branches
+from model.cohesion import Tie
 from model.dit import Krea2
 from model.eight_bit import NUMBERS, formats, shrink
 from model.export import transformer_config
@@ -407,7 +409,8 @@ class Bench:
         )
         spec = RenderSpec(PROMPTS[0], steps=2, seed=7, negative=PROMPTS[0])  # one length, so one batch
         spec = self.mini.resolve(replace(spec, width=64, height=64) if self.smoke else spec)
-        net, grid = self.mini.dit, ((spec.height or 64) // 16, (spec.width or 64) // 16)
+        net, unit = self.mini.dit, self.mini._unit
+        grid = ((spec.height or 64) // unit, (spec.width or 64) // unit)
         both = random((2, grid[0] * grid[1], net.config.token_dim), 1, self.mini.dtype, self.device)
         text = self.mini._context(PROMPTS[0], (), ())
         one_step, turn = net.modulate(torch.tensor([0.5], device=self.device)), net.rope(text.shape[1], grid)
@@ -423,6 +426,17 @@ class Bench:
             "prompts of several lengths as one stream (mini)",
             lambda: net.velocities(groups, one_step),
             lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
+        )
+        tie = Tie(net.config, 0.5, [0.5], grid)
+        led = [
+            Branches(net, [embeds], one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
+            for pack in (sys.maxsize, 0)
+        ]
+        noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
+        yield compare(
+            "a leader in one stream with those that follow (mini)",
+            lambda: led[0](noises, 0),
+            lambda: led[1](noises, 0),
         )
         conv = torch.nn.Conv2d(384, 192, 3, padding=1).to(self.device).requires_grad_(False)
         cells = random((1, 384, side // 8, side // 8), 1, torch.float32, self.device)
