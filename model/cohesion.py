@@ -62,7 +62,9 @@ def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
     """
     means, part = starts.mean((2, 3), keepdim=True), NOISE * cohesion
     mixed = means[1:].lerp(means[:1], part) * ((1 - part) ** 2 + part**2) ** -0.5  # of the same variance
-    return torch.cat((starts[:1], starts[1:] - means[1:] + mixed))
+    same = (starts[1:] == starts[:1]).flatten(1).all(1)  # of the leader's seed, which nothing is to be added to
+    mixed[same] = means[1:][same]
+    return torch.cat((starts[:1], starts[1:] + (mixed - means[1:])))
 
 
 class Heard(NamedTuple):

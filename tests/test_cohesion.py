@@ -156,6 +156,8 @@ def test_shared_noise_is_still_noise():
     torch.testing.assert_close(shared_noise(starts, 0.0), starts)
     led = shared_noise(starts, 1.0).mean((2, 3))
     torch.testing.assert_close(led, led[:1].expand_as(led))
+    of_one_seed = starts[:1].repeat(3, 1, 1, 1)
+    assert torch.equal(shared_noise(of_one_seed, 0.5), of_one_seed)
 
 
 @pytest.fixture
