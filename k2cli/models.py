@@ -68,13 +68,16 @@ def files(name: str) -> list[Path]:
 
 
 def file_of(name: str, file: str) -> Path:
-    """Where a file that a record names lies: with its model, or in the box that lends what a lone file lacks."""
+    """Where a file that a record names lies: with its model, or in what lends a lone file the rest of it."""
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise K2Error(f'The record names a file outside its model: "{UNPRINTABLE.sub("?", file)}".')
     check_path(file, "The record's model: ")
     found = None if name in library.box() else library.find(name)
-    folder = library.BOX if found is None else found.path if found.path.is_dir() else found.path.parent
-    return folder / file if (folder / file).is_file() or found is None else library.BOX / file
+    if found is None:
+        return library.BOX / file
+    release = library.locate("krea-2")
+    places = [found.root / file, *([release / file] if release else []), library.BOX / file]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def native_size(name: str) -> int:

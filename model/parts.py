@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -40,6 +40,11 @@ class Parts:
     text: Path  # a file, or the folder that holds text_encoder/ and tokenizer/
     vae: Path
     style: Path | None = None
+
+    @property
+    def lender(self) -> Path:
+        """The folder that text encoder and autoencoder lie in."""
+        return self.text if self.text.is_dir() else self.text.parent
 
     @property
     def files(self) -> list[Path]:
@@ -207,9 +212,10 @@ def pick_dtype(name: str | None, device: torch.device, width: int) -> str:
 class Hashes:
     """sha256 of a model's files as they were loaded, worked out beside the loading; the first record waits for them."""
 
-    def __init__(self, files: Iterable[Path], root: Path):
-        """root: the model's folder; names are relative to it."""
-        self._files = {str(file.relative_to(root)) if file.is_relative_to(root) else file.name: file for file in files}
+    def __init__(self, files: Iterable[Path], roots: Sequence[Path]):
+        """roots: the model's folder, and others that lend what it lacks; names are relative to the first that has it."""
+        under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
+        self._files = {file.relative_to(root).as_posix(): file for root, file in under}
         self._found: dict[str, str] = {}
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()

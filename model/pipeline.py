@@ -77,7 +77,7 @@ class Pipeline:
     ):
         self.name, self.device, self.plan, self.parts, self.filters = model.name, device, plan, parts, filters
         self.dtype = dtype = DTYPES[plan.dtype]
-        self._hashes = Hashes(parts.files, model.root)
+        self._hashes = Hashes(parts.files, (model.root, parts.lender))
         streamed = plan.offload == "all"
         self.dit, checkpoint = load_dit(
             parts.dit, device=device, dtype=dtype, precision=plan.precision, streamed=streamed

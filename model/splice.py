@@ -49,7 +49,7 @@ DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
 MOST_REFERENCES = 16  # at once; each lengthens every attention by a picture
 CACHE_BYTES = 8 << 30
 SPARE_BYTES = 2 << 30  # that a disk keeps free of captures
-FORMAT = 1  # of the captures on disk
+FORMAT = 2  # of the captures on disk
 
 
 def first_block(blocks: int) -> int:

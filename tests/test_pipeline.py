@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageChops
 from tiny import tiny, tiny_box  # noqa: F401
 
+from k2cli import models
 from model import library
 from model import pipeline as module
 from model.checkpoint import read, save
@@ -209,6 +210,23 @@ def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa
         for path in tiny.glob("mini-*"):
             path.unlink()
     assert pixels(mine.render([FOX])[0]) == pixels(pipeline.render([FOX])[0])
+
+
+def test_what_a_release_lends_is_named_apart_and_found_again(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """A transformer's folder by itself, and a pulled release: their files have the same names."""
+    commit = "a" * 40
+    snapshot = tmp_path / "hub" / "models--krea--Krea-2-Turbo" / "snapshots" / commit
+    Pipeline.load("tiny", "turbo", device="cpu").export(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(snapshot / "transformer", tmp_path / "mine")
+
+    files = Pipeline.load(str(tmp_path / "mine"), device="cpu").hashes()
+
+    weights = "diffusion_pytorch_model.safetensors"
+    assert sorted(files) == [weights, "text_encoder/model.safetensors", f"vae/{weights}"]
+    assert all(sha256(models.file_of(str(tmp_path / "mine"), file)) == files[file] for file in files)
 
 
 def test_flux_latents(tiny, tmp_path, pipeline):  # noqa: F811
