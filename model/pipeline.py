@@ -61,6 +61,7 @@ TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop
 TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
+MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
 
 
@@ -93,6 +94,7 @@ class Pipeline:
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
         self._contexts: dict[Hashable, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
         self._adapters: dict[Hashable, Adapter] = {}
         self._check_fit()
 
@@ -267,10 +269,12 @@ class Pipeline:
                 pictures = [self._reader.show(r.image, r.weight, styled.vision_tiles) for r in shown]
                 embeds = self._reader.encode(prompt, pictures, keep_rows=bool(styled.vision_rows))
             else:
-                embeds, _ = self.text.encode([prompt])
+                embeds = self._speak(prompt)
             if away:
-                led = directions(lambda text: self.text.encode([text])[0], prompt, away)
-                embeds = steer_away(embeds, led, self.text.encode([SAYS_NOTHING])[0])
+                led = directions(self._speak, prompt, away)
+                words = len(self.text.token_ids(prompt))  # rows of pictures stand behind them, and stay as they are
+                steered = steer_away(embeds[:, :words], led, self._speak(SAYS_NOTHING))
+                embeds = torch.cat((steered, embeds[:, words:]), 1)
             if references:
                 embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
             if len(self._contexts) >= REMEMBERED:
@@ -278,6 +282,15 @@ class Pipeline:
             self._contexts[key] = self.dit.encode_text(embeds)
         self._contexts[key] = self._contexts.pop(key)  # the one asked for last is forgotten last
         return self._contexts[key]
+
+    def _speak(self, text: str) -> Tensor:
+        """A text's rows [1, T, N, E]; kept, for what is avoided is read beside many prompts."""
+        if text not in self._rows:
+            if len(self._rows) >= MOST_TEXTS:
+                del self._rows[next(iter(self._rows))]
+            self._rows[text] = self.text.encode([text])[0]
+        self._rows[text] = self._rows.pop(text)
+        return self._rows[text]
 
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""

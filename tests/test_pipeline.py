@@ -122,6 +122,10 @@ def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
         assert len(pipeline._contexts) <= module.REMEMBERED
     assert encoded.count("") == 1  # the negative one stays, being asked for all the time
 
+    encoded.clear()
+    pipeline.render([replace(FOX, prompt=f"{what} fox", guidance=0.0, negative="fog, ink") for what in ("an", "one")])
+    assert len(encoded) == len(set(encoded)) == 9  # each prompt, with either phrase, the phrases, what says nothing
+
 
 def test_streaming_asks_for_specs_only_as_it_goes(pipeline):
     """Memory cannot grow with the number of prompts, nor must there be an end to them."""

@@ -299,6 +299,19 @@ def test_vision_is_a_way_to_read_a_style(seeing, refs, monkeypatch):
     assert record["styles"][0]["method"] == "vision"
 
 
+def test_what_is_avoided_moves_words_and_no_rows_of_pictures(seeing, refs, monkeypatch):
+    monkeypatch.setattr(vision, "PIXELS", 128 * 128)
+    heard, encode_text = [], seeing.dit.encode_text
+    monkeypatch.setattr(seeing.dit, "encode_text", lambda embeds: heard.append(embeds) or encode_text(embeds))
+    for negative in ("", "fog"):
+        seeing.render([looking((refs[0], 1.0), guidance=0.0, negative=negative)])
+    plain, led = heard
+
+    moved = (plain != led).flatten(2).any(-1)[0]
+    words = len(seeing.text.token_ids(FOX.prompt))
+    assert moved[:words].all() and len(moved) > words and not moved[words:].any()
+
+
 def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noqa: F811
     """What k2 exports itself holds an eye for the class to find, and that eye is blind."""
     Pipeline.load("tiny", device="cpu").export(tmp_path / "blind")
