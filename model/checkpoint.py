@@ -23,7 +23,16 @@ from model.eight_bit import formats
 from model.errors import K2Error
 from model.gguf_file import GGUFTensors
 from model.headers import AGAIN, read_header, read_json, shards, some
-from model.quantize import is_auxiliary, marks_of, restore, scale_of, to_rows, unreadable
+from model.quantize import (
+    FOREIGN_SCALES,
+    SCALE_SUFFIXES,
+    is_auxiliary,
+    marks_of,
+    restore,
+    scale_of,
+    to_rows,
+    unreadable,
+)
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
 SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
@@ -86,7 +95,8 @@ class Checkpoint:
             tensor = files.get(self.tensors[name], rooms[index % 2] if name in passing else None)
             return tensor, None if scale is None else files.get(self.tensors[scale])
 
-        with Opened(str(device)) as files, ThreadPoolExecutor(1, "weights") as reader:
+        where = "cpu" if torch.device(device).type == "mps" else str(device)  # Metal knows no 8-bit floats
+        with Opened(where) as files, ThreadPoolExecutor(1, "weights") as reader:
             coming = reader.submit(fetch, 0) if order else None
             for index, name in enumerate(order):
                 assert coming is not None
@@ -94,10 +104,11 @@ class Checkpoint:
                 coming = reader.submit(fetch, index + 1) if index + 1 < len(order) else None
                 if name in eight:
                     rows, factors = to_rows(tensor, eight[name], factor)
-                    yield name, rows
-                    yield f"{name}_scale", factors
+                    yield name, rows.to(device)
+                    yield f"{name}_scale", factors.to(device)
                 else:
-                    yield name, restore(tensor, factor, dtype or (tensor.dtype if factor is None else torch.float32))
+                    wide = dtype or (tensor.dtype if factor is None else torch.float32)
+                    yield name, restore(tensor, factor, wide).to(device)
 
 
 class Room:
@@ -312,6 +323,13 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         scale = scale_of(name, checkpoint.tensors)
         if scale and prod(checkpoint.tensors[scale].shape) not in (1, *stored.shape[:1]):
             formats.add(f"{stored.dtype} with scales of {list(checkpoint.tensors[scale].shape)}")
+        if not scale and stored.dtype == "I8" and name.endswith(".weight"):
+            formats.add("I8 without scales")
+        if FOREIGN_SCALES.search(name):
+            formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
+        stem = next((name.removesuffix(suffix) for suffix in SCALE_SUFFIXES if name.endswith(suffix)), None)
+        if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
+            formats.add("scales without their weights")
     formats.discard("")
     if formats:
         raise K2Error(

@@ -34,10 +34,21 @@ class FluxVAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FluxVAEConfig:
-        """From JSON values; keys that do not shape the network (as in diffusers' config.json) are left aside."""
+        """From JSON values; keys that do not shape the network (as in diffusers' config.json) are left aside.
+
+        Raises TypeError or ValueError for what no autoencoder is.
+        """
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-        return cls(**fields)
+        config = cls(**fields)
+        widths = (*config.block_out_channels, *(config.decoder_block_out_channels or ()))
+        sizes = [(config.latent_channels, 1024), (config.layers_per_block, 64), (config.norm_num_groups, 4096)]
+        sizes += [(width, 8192) for width in widths]
+        if not all(type(size) is int and 0 < size <= most for size, most in sizes) or len(widths) > 16:
+            raise ValueError("it states sizes that no autoencoder has")
+        if any(width % config.norm_num_groups for width in widths) or not config.batch_norm_eps > 0:
+            raise ValueError("it states norms that no autoencoder has")
+        return config
 
 
 class ResidualBlock(nn.Module):

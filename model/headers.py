@@ -79,8 +79,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def check_header(header: dict[str, Any], data: int) -> None:
     """Tensors must tile the `data` bytes after the header, each as long as its shape says. Raises ValueError."""
     spans = []
-    if not isinstance(json.loads(header.get("__metadata__", {}).get("k2", "{}")), dict):
-        raise ValueError("its k2 metadata is no table")
+    check_about(json.loads(header.get("__metadata__", {}).get("k2", "{}")))
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -101,6 +100,31 @@ def check_header(header: dict[str, Any], data: int) -> None:
         raise ValueError(f"it should hold {position:,} bytes of tensors and holds {data:,}")
 
 
+VARIANTS = ("raw", "turbo")
+SETTINGS = {"steps": 1000, "guidance": 100, "mu": 10}  # what may be recommended, and at most
+
+
+def check_about(about: Any) -> None:
+    """What our own files say of themselves, under `k2`. Raises ValueError."""
+    if not isinstance(about, dict):
+        raise ValueError("its k2 metadata is no table")
+    variant, native, settings = (about.get(key) for key in ("variant", "native", "recommended"))
+    if variant not in (None, *VARIANTS):
+        raise ValueError(f"it calls itself {variant!r}, and there are {' and '.join(VARIANTS)}")
+    if native is not None and not (type(native) is int and 0 < native <= 1 << 16):
+        raise ValueError(f"it was trained for pictures of {native!r}")
+    if settings is not None and not (isinstance(settings, dict) and all(map(recommendable, settings.items()))):
+        raise ValueError(f"it recommends {settings!r}")
+
+
+def recommendable(setting: tuple[str, Any]) -> bool:
+    name, value = setting
+    if name not in SETTINGS or (name == "mu" and value == "auto"):
+        return True
+    kinds: tuple[type, ...] = (int,) if name == "steps" else (int, float)
+    return type(value) in kinds and abs(value) <= SETTINGS[name]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         with open_file(path) as file:
@@ -119,7 +143,8 @@ def shards(folder: Path) -> list[Path]:
     """The weight files of a folder: those its index names, else the only ones there are."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is not None:
-        names = set(read_json(index).get("weight_map", {}).values())
+        table = read_json(index).get("weight_map")
+        names = set(map(str, table.values())) if isinstance(table, dict) else set()
         if not names or any(Path(name).name != name for name in names):
             raise K2Error(f"{index} names no files of its own folder.", hint=AGAIN)
         missing = sorted(name for name in names if not (folder / name).is_file())

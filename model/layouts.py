@@ -19,6 +19,7 @@ from model.checkpoint import AGAIN, Checkpoint, load, open_checkpoint, reader, s
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
+from model.quantize import SCALE_SUFFIXES
 from model.stream import stream
 
 ATTENTION = {
@@ -107,7 +108,8 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
             return replace(checkpoint, tensors=native, layout=layout, unused=tuple(sorted(unused)))
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
-        back |= {other + "_scale": ours + "_scale" for other, ours in back.items()}  # of 8-bit weights
+        stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
+        back |= {other + end: ours + end for end in SCALE_SUFFIXES for other, ours in stems.items()}
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         flat = {name: replace(s, shape=(prod(s.shape),)) for name, s in native.items() if name.endswith(".mod.lin")}
         return replace(checkpoint, tensors=native | flat, layout="diffusers")
@@ -210,4 +212,5 @@ def load_dit(
 
 def stored_precision(checkpoint: Checkpoint) -> str | None:
     """The 8-bit precision in which the blocks' matrices lie in the file, if it is one that they can be held in."""
-    return {"I8": "int8", "F8_E4M3": "fp8"}.get(checkpoint.tensors["blocks.0.attn.wq.weight"].dtype)
+    matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
+    return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype) if matrix else None

@@ -265,12 +265,12 @@ class PeftSettings:
     """What PEFT states apart from the tensors; without it alpha is the rank."""
 
     alpha: float | None = None
-    alphas: Mapping[str, float] | None = None  # of single layers, by the end of their name
+    alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first that fits
     by_root: bool = False  # rank-stabilised: alpha / √rank
 
     def scale(self, native: str, theirs: str, rank: int) -> float:
-        ends = ((end, value) for end, value in (self.alphas or {}).items())
-        own = (value for end, value in ends if any(f".{n}".endswith(f".{end.lstrip('^')}") for n in (native, theirs)))
+        patterns = (self.alphas or {}).items()
+        own = (value for pattern, value in patterns if any(pattern.match(name) for name in (native, theirs)))
         alpha = next(own, self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
 
@@ -285,10 +285,20 @@ def peft_settings(path: Path) -> PeftSettings:
         else:
             stated = read_json(beside) if path.name == "adapter_model.safetensors" and beside.exists() else {}
         alpha = stated.get("lora_alpha")
-        alphas = {str(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}
+        alphas = {layers(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}
         numbers = [*alphas.values(), 0.0 if alpha is None else float(alpha)]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("an alpha that is no number")
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
     return PeftSettings(None if alpha is None else float(alpha), alphas, bool(stated.get("use_rslora")))
+
+
+def layers(key: str) -> re.Pattern[str]:
+    """The layers that a key of PEFT's patterns means: a regular expression for the end of a name.
+
+    Raises ValueError for one that could keep the search busy: it comes with a stranger's file.
+    """
+    if len(key) > 200 or re.search(r"[)\]}][*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 3:
+        raise ValueError(f"the pattern {key[:50]!r}")
+    return re.compile(rf"(.*\.)?({key})$")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import library
-from model.checkpoint import Checkpoint, Stored, load, open_checkpoint
+from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
 from model.headers import AGAIN
@@ -123,6 +123,7 @@ def helpers(name: str) -> tuple[Path, Path, Path | None]:
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageVAE | SpreadFluxVAE:
     """An autoencoder from our own file or from diffusers' folder. Raises K2Error."""
     checkpoint = open_checkpoint(path)
+    refuse_unreadable(checkpoint)
     stated = dict(checkpoint.metadata.get("config") or checkpoint.config)
     if stated.get("_class_name") == "AutoencoderKLFlux2":
         return SpreadFluxVAE(checkpoint, device, dtype)
@@ -152,8 +153,12 @@ class SpreadFluxVAE:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         from model.flux_vae import FluxVAE, FluxVAEConfig
 
+        try:
+            config = FluxVAEConfig.from_dict(checkpoint.config)
+        except (TypeError, ValueError) as error:
+            raise K2Error(f"The config of {checkpoint.path} is none: {error}.", hint=AGAIN) from None
         with torch.device("meta"):
-            self.packed = FluxVAE(FluxVAEConfig.from_dict(checkpoint.config))
+            self.packed = FluxVAE(config)
         state = dict(checkpoint.read(device=device, dtype=dtype))
         try:
             self.packed.load_state_dict(state, strict=True, assign=True)
@@ -213,7 +218,7 @@ class Hashes:
     """sha256 of a model's files as they were loaded, worked out beside the loading; the first record waits for them."""
 
     def __init__(self, files: Iterable[Path], roots: Sequence[Path]):
-        """roots: the model's folder, and others that lend what it lacks; names are relative to the first that has it."""
+        """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
         self._found: dict[str, str] = {}

@@ -17,6 +17,9 @@ SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # ours and most others'; so
 NOT_WEIGHTS = re.compile(
     r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$"
 )  # what 8-bit files add for their own kernels
+FOREIGN_SCALES = re.compile(  # of 8-bit weights that a number times one scale is not
+    r"\.(weight_scale_inv|weight_scale_\d+|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+)
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14

@@ -8,7 +8,7 @@ B batch, T tokens, P tokens before them, N taps, E width, H query heads, G key/v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.checkpoint import Checkpoint, open_checkpoint, read_json
+from model.checkpoint import Checkpoint, open_checkpoint, read_json, refuse_unreadable
 from model.errors import K2Error
 from model.stream import stream
 
@@ -57,7 +57,7 @@ class TextConfig:
     mrope_section: tuple[int, ...] = (24, 20, 20)  # pairs of a head that turn with time, row and column of a picture
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], taps: tuple[int, ...] | None = None) -> TextConfig:
+    def from_dict(cls, raw: Mapping[str, Any], taps: Sequence[int] | None = None) -> TextConfig:
         """Read our metadata or transformers' config.json: its text part may be nested, RoPE's base in two places.
 
         Raises K2Error, also for sizes that no encoder has: they would be built before any tensor is compared.
@@ -66,7 +66,9 @@ class TextConfig:
             config = cls._read(raw, taps)
             sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
             plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in sizes)
-            plausible &= config.num_hidden_layers <= MOST_LAYERS and all(type(tap) is int for tap in config.taps)
+            plausible &= config.num_hidden_layers <= MOST_LAYERS
+            plausible &= all(type(number) is int for number in (*config.taps, *config.mrope_section))
+            plausible &= min(config.rope_theta, config.rms_norm_eps) > 0
             if not plausible or not 0 <= min(config.taps) <= max(config.taps):
                 raise ValueError
         except (TypeError, ValueError, AttributeError):
@@ -79,7 +81,7 @@ class TextConfig:
         return config
 
     @classmethod
-    def _read(cls, raw: Mapping[str, Any], taps: tuple[int, ...] | None) -> TextConfig:
+    def _read(cls, raw: Mapping[str, Any], taps: Sequence[int] | None) -> TextConfig:
         raw = raw.get("text_config", raw)
         theta = (raw.get("rope_parameters") or raw).get("rope_theta", 5e6)
         values = {**raw, "rope_theta": theta, "taps": tuple(taps or raw.get("taps", KREA_TAPS))}
@@ -318,7 +320,11 @@ def read_tower(
     tower.requires_grad_(False).eval()
     if streamed:
         stream(tower, "layers", lambda names: dict(checkpoint.read(names, dtype=dtype)), torch.device(device))
-    return tower, Tokenizer.from_file(str(tokenizer_file(path)))
+    file = tokenizer_file(path)
+    try:
+        return tower, Tokenizer.from_file(str(file))
+    except Exception as error:  # all that the library raises, whatever is wrong
+        raise K2Error(f"{file} is no tokenizer: {error}.", hint="Download it again.") from None
 
 
 def weights_of(path: Path) -> Path:
@@ -343,13 +349,14 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
         if (shape := checkpoint.tensors[prefix + name].shape) != tuple(tensor.shape):
             raise K2Error(f"{name} of {path} is {list(shape)}, its config asks for {list(tensor.shape)}.")
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
+    refuse_unreadable(replace(checkpoint, tensors=own))
     return tower, replace(checkpoint, tensors=own)
 
 
-def stated_taps(path: Path) -> tuple[int, ...] | None:
-    """The taps that a diffusers pipeline folder states."""
+def stated_taps(path: Path) -> Any:
+    """The taps that a diffusers pipeline folder states, unchecked; None where it states none."""
     index = path / "model_index.json"
-    return tuple(read_json(index).get("text_encoder_select_layers") or ()) or None if index.exists() else None
+    return read_json(index).get("text_encoder_select_layers") or None if index.exists() else None
 
 
 def tokenizer_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ factor: 8 in the release, twice that with one scale more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -56,6 +57,9 @@ class VAEConfig:
         sizes += [(factor, 64) for factor in config.dim_mult]
         if not all(type(size) is int and 0 < size <= most for size, most in sizes) or len(config.dim_mult) > 8:
             raise ValueError("it states sizes that no autoencoder has")
+        statistics = (config.latents_mean, config.latents_std)
+        if any(len(each) != config.z_dim or not all(map(math.isfinite, each)) for each in statistics):
+            raise ValueError("its latents' statistics are not one number a channel")
         if len(config.temporal_downsample) != len(config.dim_mult) - 1:
             raise ValueError("it does not say of each scale whether time is halved there")
         return config

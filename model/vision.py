@@ -12,7 +12,7 @@ P patches of a picture, V = P / merge² rows that it becomes, T tokens of prompt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.checkpoint import Checkpoint, open_checkpoint
+from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.errors import K2Error
 from model.headers import AGAIN
 from model.references import fitting, to_pixels
-from model.text_encoder import Seen, TextEncoder, weights_of
+from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, weights_of
 
 PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who saved them
 PIXELS = 512 * 512  # that a reference is read at
@@ -50,12 +50,19 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> VisionConfig:
-        known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        known["deepstack_visual_indexes"] = tuple(known.get("deepstack_visual_indexes", ()))
+        """From transformers' config.json. Raises K2Error, also for sizes that no tower has: they would be built."""
         try:
-            return cls(**known)
-        except TypeError:
-            raise K2Error("The vision tower's config is not whole.", hint="Use a Qwen3-VL text encoder.") from None
+            known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+            known["deepstack_visual_indexes"] = tuple(known.get("deepstack_visual_indexes", ()))
+            config = cls(**known)
+            deep = config.deepstack_visual_indexes
+            sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
+            plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in (*sizes, *(1 + i for i in deep)))
+            if not plausible or max(config.depth, *deep, 0) > MOST_LAYERS or config.hidden_size % config.num_heads:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise K2Error("The vision tower's config is none.", hint="Use a Qwen3-VL text encoder.") from None
+        return config
 
     @property
     def unit(self) -> int:
@@ -194,8 +201,11 @@ def find_tower(path: Path) -> Checkpoint | None:
     if not folder.is_dir():
         return None
     checkpoint = open_checkpoint(folder)
-    has_tower = any(name.startswith(PREFIXES) for name in checkpoint.tensors)
-    return checkpoint if has_tower and checkpoint.config.get("vision_config", {}).get("depth") else None
+    has_tower, stated = (
+        any(name.startswith(PREFIXES) for name in checkpoint.tensors),
+        checkpoint.config.get("vision_config"),
+    )
+    return checkpoint if has_tower and isinstance(stated, dict) and stated.get("depth") else None
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
@@ -203,7 +213,8 @@ def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
     prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors))
-    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    names = {name: stored for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
+    refuse_unreadable(replace(checkpoint, tensors=names))
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.read(names, device=device, dtype=dtype)}
     try:
         tower.load_state_dict(state, strict=True, assign=True)

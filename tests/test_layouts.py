@@ -251,6 +251,30 @@ def test_scales_of_blocks(tmp_path, state):
     assert "F8_E4M3 with scales of [256, 8]" in refused(native(tmp_path, stored))
 
 
+@pytest.mark.parametrize(
+    ("beside", "what"),
+    [
+        ({"blocks.0.attn.wq.weight_scale_inv": torch.ones(2, 2)}, '8 bits with "weight_scale_inv" beside them'),
+        ({"blocks.0.attn.wq.SCB": torch.ones(256)}, '8 bits with "SCB" beside them'),
+        ({"blocks.0.attn.other.weight_scale": torch.ones(())}, "scales without their weights"),
+        ({"blocks.0.attn.wq.weight": torch.ones(256, 256, dtype=torch.int8)}, "I8 without scales"),
+    ],
+    ids=["blocks", "bitsandbytes", "an orphan", "none"],
+)
+def test_scales_that_would_be_lost(tmp_path, state, beside, what):
+    assert what in refused(native(tmp_path, state | beside))
+
+
+@pytest.mark.parametrize("scale_name", ["weight_scale", "scale_weight"])
+def test_scales_beside_diffusers_names(tmp_path, model, state, scale_name):
+    theirs, name = to_diffusers(state, model.config), "transformer_blocks.0.attn.to_q"
+    matrix = theirs[f"{name}.weight"]
+    scale = matrix.abs().max() / 448
+    theirs |= {f"{name}.weight": (matrix / scale).to(torch.float8_e4m3fn), f"{name}.{scale_name}": scale}
+    loaded, _ = load_dit(native(tmp_path, theirs))
+    torch.testing.assert_close(loaded.blocks[0].attn.wq.weight, matrix, rtol=0.07, atol=1e-3)
+
+
 # ---- GGUF headers -------------------------------------------------------------------------------
 
 

@@ -612,12 +612,17 @@ class TestWeights:
             lora({"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}, 4),
             lora({"a": []}),
             lora({"__metadata__": {"k2": "[" * 100_000}}),
+            lora({"__metadata__": {"k2": '{"variant": "distilled"}'}}),
+            lora({"__metadata__": {"k2": '{"native": "big"}'}}),
+            lora({"__metadata__": {"k2": '{"recommended": [8]}'}}),
+            lora({"__metadata__": {"k2": '{"recommended": {"steps": "8"}}'}}),
+            lora({"__metadata__": {"k2": '{"recommended": {"guidance": null}}'}}),
             lora({"__metadata__": [1]}),
             lora(b"{" * 100_000),
             (2**63).to_bytes(8, "little") + b"{}",
             lora(b"{" + b" " * (17 << 20) + b"}"),
         ],
-        ids=range(13),
+        ids=range(18),
     )
     def test_absurd_headers(self, tmp_path, content):
         (tmp_path / "a.safetensors").write_bytes(content)
@@ -647,8 +652,10 @@ class TestWeights:
 
     def test_absurd_configs(self):
         """A network is built by its config before its tensors are compared."""
+        from model.flux_vae import FluxVAEConfig
         from model.text_encoder import QWEN3_VL_4B, TextConfig
         from model.vae import VAEConfig
+        from model.vision import VisionConfig
 
         good = vars(QWEN3_VL_4B)
         assert TextConfig.from_dict(good) == QWEN3_VL_4B
@@ -657,12 +664,27 @@ class TestWeights:
             ("hidden_size", 2**40),
             ("vocab_size", "many"),
             ("taps", [-1]),
+            ("rms_norm_eps", "small"),
+            ("mrope_section", ["a"]),
         ):
             with pytest.raises(K2Error, match="config is none"):
                 TextConfig.from_dict({**good, key: value})
-        for absurd in ({"num_res_blocks": 10**9}, {"dim_mult": [1] * 10**6}, {"base_dim": -1}, {"z_dim": None}):
-            with pytest.raises(ValueError):
+        with pytest.raises(K2Error, match="config is none"):
+            TextConfig.from_dict(good, taps=5)
+        statistics = ({"latents_mean": [0.0]}, {"latents_std": ["one"] * 16})
+        sizes = ({"num_res_blocks": 10**9}, {"dim_mult": [1] * 10**6}, {"base_dim": -1}, {"z_dim": None})
+        for absurd in (*sizes, *statistics):
+            with pytest.raises((ValueError, TypeError)):
                 VAEConfig.from_dict(absurd)
+        for absurd in ({"layers_per_block": 10**9}, {"block_out_channels": [100, 200]}, {"batch_norm_eps": "x"}):
+            with pytest.raises((ValueError, TypeError)):
+                FluxVAEConfig.from_dict(absurd)
+        names = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "num_position_embeddings")
+        seeing = dict.fromkeys(names, 16)
+        assert VisionConfig.from_dict(seeing).depth == 16
+        for key, value in (("depth", 20_000), ("depth", "2"), ("num_heads", 0), ("num_heads", 3), ("patch_size", None)):
+            with pytest.raises(K2Error, match="config is none"):
+                VisionConfig.from_dict({**seeing, key: value})
 
     @pytest.mark.parametrize("read", [read_header, read_json])
     def test_a_pipe_is_not_waited_for(self, tmp_path, read):
