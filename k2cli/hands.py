@@ -6,6 +6,7 @@ hears from them. How groups are dealt, and what happens when a hand is lost, is 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,9 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the picture
 def load(held: Held) -> Pipeline:
     """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
     licence.require_for(held.name, held.variant)
+    if load.cache_info().currsize:
+        load.cache_clear()  # before the next one is read: two may not fit
+        gc.collect()  # a network that is made faster refers to itself
     from model.pipeline import Pipeline  # the only line that imports torch
 
     return Pipeline.load(

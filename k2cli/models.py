@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +37,18 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
             raise K2Error(f"The box holds no {variant} checkpoint of {name}.", hint=f"Leave --{variant} out.")
         return name
     path = inside(name) if inside else Path(name).absolute()
-    if name and path.exists():
+    if name and os.path.exists(path):
         if not any(library.weights(path) if path.is_dir() else [path.suffix in library.WEIGHTS]):
             kinds = " or ".join(library.WEIGHTS)
             raise K2Error(
                 f"{UNPRINTABLE.sub('?', name)} holds no weights: no {kinds}.",
                 hint="Name a folder or a file that does; `k2 models list` shows the models there are.",
             )
+        check_variant(str(path), variant)
         return str(path)
     found = library.find(name)
     if found is not None and found.source == "hub":
+        check_variant(name, variant)
         return name
     shown, short = UNPRINTABLE.sub("?", name), name.partition("@")[0]
     if short == "krea-2" or short in library.OFFICIAL:
@@ -56,6 +59,14 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
     else:
         hint = nearest(name, [*library.box(), *library.OFFICIAL])
     raise K2Error(f'There is no model "{shown}" here.', hint=hint)
+
+
+def check_variant(name: str, variant: str | None) -> None:
+    """Raises K2Error where the weights of a path or of the hub say that they are another variant."""
+    if variant and library.find(name, variant) is None:
+        raise K2Error(
+            f"{UNPRINTABLE.sub('?', name)} holds no {variant} weights.", hint=f"Leave --{variant} out, or name others."
+        )
 
 
 def files(name: str) -> list[Path]:

@@ -54,10 +54,12 @@ def keep_pages() -> None:
 
 
 def can_compile() -> bool:
-    """Compiling for a card needs Triton."""
-    from torch.utils._triton import has_triton
-
-    return has_triton()
+    """Whether a kernel can be compiled for the card: it takes Triton, and a C compiler beside it."""
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device="cuda"))
+    except Exception:  # whatever is missing
+        return False
+    return True
 
 
 class FastVelocity:

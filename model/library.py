@@ -11,7 +11,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def locate(name: str, variant: str | None = None) -> Path | None:
 def find(name: str, variant: str | None = None) -> Model | None:
     """A model by a name of the box, `krea-2[-turbo|-raw]`, a path, or a hub id; for the hub's also `NAME@REVISION`.
 
-    A hub id may go on with a file's path in its repository. Raw comes first where no variant is asked for.
+    A hub id may go on with a file's path in its repository. Raw comes first where no variant is asked for. Weights
+    that do not say what they are, are what is asked for; those that say otherwise are not found.
     """
     wanted = (variant,) if variant else ("raw", "turbo")
     if files := box().get(name):
@@ -83,15 +85,23 @@ def find(name: str, variant: str | None = None) -> Model | None:
     short, at, revision = name.partition("@")
     if short == "krea-2":
         return next(filter(None, (find(f"krea-2-{each}{at}{revision}") for each in wanted)), None)
-    if name and short not in OFFICIAL and (path := Path(name).expanduser()).exists():
-        return Model(name, path.absolute(), "path", variant_of(path))
+    if name and short not in OFFICIAL and os.path.exists(path := Path(os.path.expanduser(name))):
+        return of_variant(Model(name, path.absolute(), "path", variant_of(path)), variant)
     repo, revision, file = parse(name) or ("", "", "")
     snapshot = find_snapshot(repo, revision) if repo else None
     if snapshot is None:
         return None
     path = snapshot / file if file else the_weights(snapshot)
     manifest = read_manifest(snapshot)
-    return Model(name, path, "hub", variant_of(path), snapshot.name, manifest) if path.exists() else None
+    found = Model(name, path, "hub", variant_of(path), snapshot.name, manifest)
+    return of_variant(found, variant) if path.exists() else None
+
+
+def of_variant(model: Model, asked: str | None) -> Model | None:
+    """The model as the variant asked for, unless its weights say that they are another."""
+    if asked is None or model.variant == asked:
+        return model
+    return None if stated_variant(model.path) else replace(model, variant=asked)
 
 
 def list_models() -> list[Model]:
@@ -201,21 +211,24 @@ def the_weights(folder: Path) -> Path:
 
 
 def variant_of(path: Path) -> str | None:
-    """raw or turbo: by the weights' own metadata, by diffusers' index, by the official names; else None."""
-    if path.is_dir():
-        index = path / "model_index.json"
-        try:
-            return "turbo" if json.loads(index.read_text("utf-8")).get("is_distilled") else "raw"
-        except (OSError, ValueError, AttributeError):
-            return None
-    if path.suffix in WEIGHTS:
-        try:
-            if variant := json.loads(read_header(path).get("__metadata__", {}).get("k2", "{}")).get("variant"):
-                return str(variant)
-        except K2Error:
-            return None
-    words = re.split(r"[-_. ]", path.stem.lower())
-    return next((variant for variant in ("turbo", "raw") if variant in words), None)
+    """raw or turbo: as the weights state, else by the words of a file's name; else None."""
+    words = re.split(r"[-_. ]", path.stem.lower()) if path.suffix in WEIGHTS else []
+    return stated_variant(path) or next((variant for variant in ("turbo", "raw") if variant in words), None)
+
+
+def stated_variant(path: Path) -> str | None:
+    """raw or turbo, by the weights' own metadata or by diffusers' index; None where neither says."""
+    inner = path / "transformer" if (path / "transformer").is_dir() else path
+    for file in sorted(weights(inner)) if path.is_dir() else [path]:
+        with suppress(K2Error):
+            about = json.loads(read_header(file).get("__metadata__", {}).get("k2", "{}"))
+            if file.suffix in WEIGHTS and about.get("variant"):
+                return str(about["variant"])
+    try:
+        index = json.loads((path / "model_index.json").read_text("utf-8"))
+        return "turbo" if index.get("is_distilled") else "raw"
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop
 TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+SAID_OF_IT = ("can't allocate memory", "out of memory")  # by the allocators of a processor and of Metal
 MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
 
@@ -90,7 +93,7 @@ class Pipeline:
         elif device.type == "cpu":
             keep_pages()
         self.metadata = checkpoint.metadata
-        self.variant = checkpoint.metadata.get("variant") or model.variant or "raw"
+        self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
         self._contexts: dict[Hashable, Tensor] = {}
@@ -121,12 +124,14 @@ class Pipeline:
         chosen = pick_device(device)
         model = library.find(str(name), variant)
         if model is None and variant and library.find(str(name)):
-            raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Leave the variant out.")
+            raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Leave the variant out, or name another.")
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
         checks = installed() if filters is None else filters
         parts = find_parts(model)
         numbers = numbers_of(parts)
+        if chosen.index is not None and chosen.type == "cuda":
+            torch.cuda.set_device(chosen)  # streams and recordings are of the card in hand
         plan = choose(
             numbers,
             free_memory(chosen),
@@ -151,7 +156,9 @@ class Pipeline:
             for spec in specs:
                 self.resolve(spec)
         for batch in self._batches(map(self.resolve, specs)):
-            for picture in self._render(batch, on_step):
+            with memory_lacking(batch[0]):
+                pictures = self._render(batch, on_step)
+            for picture in pictures:
                 yield review(picture, self.filters)
 
     def batches(self, specs: Iterable[RenderSpec]) -> list[int]:
@@ -192,7 +199,8 @@ class Pipeline:
         batch: list[RenderSpec] = []
         for spec in specs:
             rows = (len(batch) + 1) * (1 + bool(spec.guidance) + (spec.style_guidance is not None))
-            most = limit * (2 if spec.cohesion else 1)  # in larger company a leader costs less
+            roomy = self.device.type == "cpu" or self.plan.offload == "all"
+            most = limit * (2 if spec.cohesion and roomy else 1)  # in larger company a leader costs less
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
                 yield batch
                 batch = []
@@ -430,6 +438,21 @@ class Pipeline:
                 f"{self.parts.dit} paints in {dit.channels} channels, {self.parts.vae} reads {channels}.",
                 hint="Give the autoencoder that the transformer was trained with.",
             )
+
+
+@contextmanager
+def memory_lacking(spec: RenderSpec) -> Iterator[None]:
+    """Memory that runs out, in one sentence: torch has an error of its own for a card's only."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).lower()
+        if not (isinstance(error, OUT_OF_MEMORY) or any(words in said for words in SAID_OF_IT)):
+            raise
+        raise K2Error(
+            f"There is not enough memory for a picture of {spec.width}x{spec.height}.",
+            hint="Choose a smaller size, --precision int8 or --offload all, or end what else takes memory.",
+        ) from None
 
 
 def to_image(pixels: Tensor) -> Image.Image:

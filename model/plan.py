@@ -21,6 +21,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 SMALL = 1 << 30  # bytes of weights up to which a model is held as it is: there is nothing to gain
 NARROW = 1024  # width below which a CPU computes in fp32
 IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
+UNTOLD = 8 << 30  # bytes taken for free where a system does not say
 SPARE = 0.9  # of the memory that is free now may be counted on
 
 
@@ -140,11 +141,14 @@ def free_memory(device: torch.device | str) -> int:
     import torch
 
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what a model before this one left is free too
         return torch.cuda.mem_get_info(torch.device(device))[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
         free = int(lines["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
+        if not hasattr(os, "sysconf"):
+            return UNTOLD
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not told what is free: all that there is
     return min(free, limit_left(Path("/sys/fs/cgroup"), free))
 

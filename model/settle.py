@@ -18,6 +18,7 @@ from model.vision import MOST_PICTURES
 SIDES = (64, 4096)
 MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
+MOST_STRENGTH = 2  # of a style, and of a reference within it
 MOST_WEIGHT = 10  # of an adapter, either way
 VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
 
@@ -41,7 +42,7 @@ def settle(spec: RenderSpec, able: Able) -> RenderSpec:
     guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
     mu = raw_mu(width * height // able.unit**2) if mu == "auto" else float(mu)
-    if not 1 <= steps <= MOST_STEPS:
+    if not (isinstance(steps, int) and 1 <= steps <= MOST_STEPS):
         raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose 1 to {MOST_STEPS}.")
     if not (0 <= guidance <= 100 and abs(mu) <= 10):
         raise K2Error(
@@ -50,7 +51,7 @@ def settle(spec: RenderSpec, able: Able) -> RenderSpec:
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
     loras = tuple(lora for lora in spec.loras if lora.weight)
-    spec = replace(spec, width=width, height=height, steps=int(steps), guidance=guidance, mu=mu)
+    spec = replace(spec, width=width, height=height, steps=steps, guidance=guidance, mu=mu)
     spec = settle_styles(replace(spec, styles=styles, loras=loras))
     for lora in adapters_of(spec):
         if not abs(lora.weight) <= MOST_WEIGHT:
@@ -76,7 +77,7 @@ def size_of(spec: RenderSpec, able: Able) -> tuple[int, int]:
 def check_company(spec: RenderSpec) -> None:
     """Seeds and cohesion. Raises K2Error."""
     for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
-        if not 0 <= seed < 2**63:
+        if not (isinstance(seed, int) and 0 <= seed < 2**63):
             raise K2Error(f"{seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
     if not 0 <= spec.cohesion <= 1:
         raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint="It is 0 to 1.")
@@ -86,6 +87,11 @@ def check_company(spec: RenderSpec) -> None:
 
 def with_method(style: Style, able: Able) -> Style:
     """The style with `auto` decided. Raises K2Error."""
+    if not all(abs(weight) <= MOST_STRENGTH for weight in (style.strength, *(r.weight for r in style.references))):
+        raise K2Error(
+            f'"{style.name}" is too strong, or a reference in it.',
+            hint=f"Strengths are −{MOST_STRENGTH} to {MOST_STRENGTH}.",
+        )
     if style.method not in METHODS:
         raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
     if style.method == "tokens" and style.references and not able.reads:

@@ -297,6 +297,10 @@ print(*{"transformers", "diffusers", "sympy", "scipy", "torch._dynamo", "torch._
         {"mu": float("inf")},
         {"seed": -1},
         {"seed": 2**63},
+        {"seed": 1.5},
+        {"steps": 2.5},
+        {"styles": (Style("x", -500.0),)},
+        {"styles": (Style("x", float("nan")),)},
     ],
     ids=str,
 )
@@ -326,6 +330,34 @@ def test_absurd_models(tiny, asked, what):  # noqa: F811
     assert error.value.hint
 
 
+def test_memory_that_runs_out_is_said(pipeline, monkeypatch):
+    def allocate(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(pipeline.vae, "decode", allocate)
+    with pytest.raises(K2Error, match="not enough memory for a picture of 64x64") as error:
+        pipeline.render([FOX])
+    assert error.value.hint
+
+
+def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  # noqa: F811
+    state, about = read(tiny / "tiny-turbo.safetensors")
+    mine = tmp_path / "mine.safetensors"
+    save(mine, state, {key: value for key, value in about.items() if key not in ("variant", "recommended")})
+    model = library.find(str(mine), "turbo")
+    assert (model.variant, library.find(str(mine)).variant) == ("turbo", None)
+
+    shutil.copy(tiny / "tiny-turbo.safetensors", mine)
+    assert library.find(str(mine)).variant == "turbo" and library.find(str(mine), "raw") is None
+    with pytest.raises(K2Error, match="has no raw checkpoint here"):
+        Pipeline.load(str(mine), variant="raw", device="cpu")
+    with pytest.raises(K2Error, match="holds no raw weights"):
+        models.resolve(str(mine), variant="raw")
+
+    Pipeline.load("tiny", "turbo", device="cpu").export(tmp_path / "folder")
+    assert library.find(str(tmp_path / "folder"), "turbo") and not library.find(str(tmp_path / "folder"), "raw")
+
+
 def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "box")
     (tmp_path / "box" / "tiny-turbo.safetensors").unlink()
@@ -336,7 +368,11 @@ def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("part", "config", "what"),
-    [("text", {"taps": (1, 2)}, "listens to 3 layers of 32 numbers"), ("vae", {"z_dim": 8}, "do not fit its config")],
+    [
+        ("text", {"taps": (1, 2)}, "listens to 3 layers of 32 numbers"),
+        ("vae", {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}, "do not fit its config"),
+        ("vae", {"z_dim": 8}, "not one number a channel"),
+    ],
 )
 def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, config, what):  # noqa: F811
     shutil.copytree(tiny, tmp_path / "box")
