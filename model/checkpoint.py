@@ -245,11 +245,19 @@ def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, A
     header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
     try:
         save_file(tensors, draft, header)
+        open_to_readers(draft)
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def open_to_readers(path: Path) -> None:
+    """Give a file the rights that any new one has: safetensors' writer keeps its own to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def load(

@@ -300,3 +300,9 @@ def test_a_file_larger_than_memory_is_read_from(tmp_path):
 
     (found,) = dict(open_checkpoint(path).read(["wanted"])).values()
     assert torch.equal(found, wanted.view(2, 3))
+
+
+def test_a_file_that_is_written_has_the_rights_of_any_other(tmp_path):
+    (tmp_path / "any").touch()
+    save(tmp_path / "model.safetensors", {"a": torch.ones(2)}, {})
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode

