@@ -401,11 +401,15 @@ def rerun(
 
     home = find_home(file, project, allow_outside)
     with meter(1, quiet=quiet) as bar:
-        saved, identical = make_again(file, home, output=output, device=device, embed=not no_embed, on_step=bar.step)
-    result(to_json({"file": near(saved.path), "identical": identical, **saved.record}) if json else near(saved.path))
+        saved, off = make_again(file, home, output=output, device=device, embed=not no_embed, on_step=bar.step)
+    identical = off == 0
+    verdict = {"identical": identical, "levels_off": off}
+    result(to_json({"file": near(saved.path), **verdict, **saved.record}) if json else near(saved.path))
     if not quiet:
+        by = "" if off is None else f", by {off} of 255 levels at most"
+        rounding = " That is rounding, as on another machine or in other company." if off == 1 else ""
         say(
-            "Identical, pixel for pixel." if identical else "The pixels differ from the recorded ones.",
+            "Identical, pixel for pixel." if identical else f"The pixels differ from the recorded ones{by}.{rounding}",
             "green" if identical else "yellow",
         )
     if not identical:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageChops
+
 from k2cli import models, records
 from k2cli.formats import SUFFIXES, format_of
-from k2cli.hands import Crew, OnStep, load, make_here, spread
+from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
 from k2cli.history import PLAIN_LINE, parse_lines
 from k2cli.outputs import RUN, Run, dump, undisturbed, write
 from k2cli.pictures import check_picture
@@ -193,18 +195,9 @@ def resume(project: Project, number: int | None = None) -> Job:
     if run is None:
         which = "run" if number is None else f"run {number:04d}"
         raise K2Error(f"{project.name} has no {which} to go on with.", hint="Start one with: k2 render")
-    project.inside(run.folder)
-    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_plan)
+    toml, planned = read_plan(project, run)
     place = Place(toml)
-    if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
-        raise K2Error(
-            f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"
-        )
     used = records.part(models.Held, toml.table, "model", place)
-    planned = [
-        records.shot_of(entry, place.below("picture", i), project.inside)
-        for i, entry in enumerate(toml.table["picture"])
-    ]
     held = replace(used, name=models.resolve(used.name, project.inside, used.variant))
     sheet = read_table(SheetForm, toml.table.get("sheet", {}), place.below("sheet"))
     embed = toml.table.get("embed", True) is True
@@ -221,6 +214,29 @@ def resume(project: Project, number: int | None = None) -> Job:
     return job
 
 
+def read_plan(project: Project, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
+    """A run's plan, and the pictures in it with the hashes of their references. Raises K2Error."""
+    project.inside(run.folder)
+    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_plan)
+    if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
+        raise K2Error(
+            f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"
+        )
+    entries = enumerate(toml.table["picture"])
+    return toml, [records.shot_of(entry, Place(toml).below("picture", i), project.inside) for i, entry in entries]
+
+
+def company(file: Path, home: Project | None, stem: str) -> tuple[list[RenderSpec], int]:
+    """All that was to be made in a picture's run, and its place in it; nothing where its plan is not beside it."""
+    folder = file.absolute().parent
+    if home is not None and (folder / RUN).is_file():
+        with suppress(K2Error):  # a run that can no longer be gone on with
+            shots = [shot for shot, _ in read_plan(home, Run(folder))[1]]
+            place = next((index for index, shot in enumerate(shots) if shot.stem == stem), None)
+            return ([shot.spec for shot in shots], place) if place is not None else ([], 0)
+    return [], 0
+
+
 def rerun(
     file: Path,
     home: Project | None,
@@ -229,8 +245,12 @@ def rerun(
     device: str | None,
     embed: bool,
     on_step: OnStep | None = None,
-) -> tuple[Saved, bool]:
-    """Make a picture again -> where it is, whether its pixels are the recorded ones. Hashes are verified before."""
+) -> tuple[Saved, int | None]:
+    """Make a picture again -> where it is, how many levels of 255 it is off at most; None where that is not known.
+    Hashes are verified before.
+
+    By itself, and where that is not the same, in the company that it was made in: numbers round as they did then.
+    """
     inside = home.inside if home else None
     record = records.parse(records.read(file), inside)
     model = records.locate(record, inside)
@@ -245,8 +265,18 @@ def rerun(
     if output is not None and not output.parent.is_dir():
         raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
+    root = home.root if home else Path.cwd()
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
-    again = records.compose(record.shot, picture, home.root if home else Path.cwd())
+    again = records.compose(record.shot, picture, root)
+    if again["pixels"] != record.pixels:
+        specs, place = company(file, home, record.shot.stem)
+        (group,) = groups_of(pipeline.batches(specs), {place}) or [()]
+        if len(group) > 1:
+            pictures = pipeline.stream([specs[index] for index in group], on_step=on_step)
+            beside = next(each for index, each in zip(group, pictures, strict=True) if index == place)
+            composed = records.compose(record.shot, beside, root)
+            if composed["pixels"] == record.pixels:
+                picture, again = beside, composed
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
     picture_file, text = records.encode(picture.image, again, embed=embed, format=kept), dump(again)
@@ -257,4 +287,14 @@ def rerun(
         assert home is not None
         with Run.claim(home.outputs, record.shot.name) as run:
             path = run.save(record.shot.stem, picture_file, text, SUFFIXES[kept])
-    return Saved(path, again), again["pixels"] == record.pixels
+    return Saved(path, again), 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
+
+
+def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:
+    """The largest difference between a picture and the recorded one; None where that is gone, or was lossily kept."""
+    path = Run(file.parent).picture(record.shot.stem) if file.suffix == ".toml" else file
+    with suppress(OSError, ValueError), Image.open(path) as found:
+        if found.size == image.size and records.pixel_hash(found) == record.pixels:
+            counts = ImageChops.difference(found.convert("RGB"), image).histogram()  # 256 a channel
+            return max(level % 256 for level, count in enumerate(counts) if count)
+    return None

@@ -30,6 +30,8 @@ QWEN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
             3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 # fmt: on
 
+LONE = 20480  # numbers up to which PyTorch convolves a single picture by another kernel than one in company
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -267,10 +269,13 @@ class QwenImageVAE(nn.Module):
         return (mean - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w] in -1 ... 1."""
+        """Normalised latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w] in -1 ... 1, the same bits in any company."""
         z = latents * self.std + self.mean
-        f = self.config.factor
-        return tiled(self.reconstruct, z, self.tile // f, self.overlap // f, Fraction(f)).clamp(-1, 1)
+        f, widest = self.config.factor, self.config.base_dim * self.config.dim_mult[-1]
+        alone = len(z) == 1 and widest * z.shape[-2:].numel() <= LONE
+        z = z.expand(2, -1, -1, -1) if alone else z
+        images = tiled(self.reconstruct, z, self.tile // f, self.overlap // f, Fraction(f)).clamp(-1, 1)
+        return images[:1] if alone else images
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Raw latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w], not clamped: what training compares."""

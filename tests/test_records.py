@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -223,6 +224,27 @@ class TestRerun:
 
         assert "The pixels differ" in result.stderr
         assert result.stdout == "outputs/0002-fox/fox-7.png\n"
+
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_what_company_rounds_otherwise_is_made_in_it(self, moody, k2, fake, tmp_path, monkeypatch, beside):
+        """Numbers that a batch rounds otherwise than a picture by itself, by one level here."""
+        alone = fake.stream
+
+        def stream(self, specs, on_step=None):
+            for picture in alone(self, specs, on_step):
+                lighter = picture.image.point(lambda level: min(255, level + (len(specs) > 1)))
+                yield replace(picture, image=lighter)
+
+        monkeypatch.setattr(fake, "stream", stream)
+        monkeypatch.setattr(fake, "batches", lambda self, specs: [2] * (len(specs) // 2))
+        k2("render", "--only", "fox", "--batch", "4")
+        made = moody / "outputs" / "0001-fox" / "fox-9.png"
+        if beside:
+            result = k2("rerun", made, "--json")
+            assert json.loads(result.stdout)["identical"] and [spec.seed for spec in fake.seen[-2:]] == [9, 9]
+            return
+        result = k2("rerun", shutil.copy(made, tmp_path / "moved.png"), "--project", ".", code=1)
+        assert "by 1 of 255 levels at most. That is rounding" in result.stderr
 
     def test_references_need_their_project(self, made, k2, tmp_path, monkeypatch):
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))

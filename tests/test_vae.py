@@ -103,3 +103,18 @@ def test_linear_start_reconstructs():
 def test_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 8"):
         QwenImageVAE(SHAPES[8]).encode(torch.zeros(1, 3, 20, 16))
+
+
+def test_a_small_picture_is_the_same_alone_as_in_company():
+    """Below some size PyTorch has another kernel for a picture by itself; one thread splits nothing by company."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = VAEConfig(8, (1, 2, 6, 12), 1, temporal_downsample=(False,) * 3)
+        vae = QwenImageVAE(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        for side in (2, 8, 12):
+            latents = torch.randn(3, 16, side, side)
+            assert torch.equal(vae.decode(latents)[:1], vae.decode(latents[:1]))
+    finally:
+        torch.set_num_threads(threads)
