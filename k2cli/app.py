@@ -34,7 +34,7 @@ from k2cli.options import (
     open_projects,
     read_matrix,
     read_prompts,
-    read_style,
+    read_weights,
     to_json,
 )
 from k2cli.style_app import mix_styles, moodboard_app, style_app
@@ -284,8 +284,9 @@ def render(
     variant = "turbo" if turbo else None
     named = [name for name in projects or [] if name != "-"]
     for name in named:
-        if not Path(name).exists():  # what most people type first
-            raise K2Error(f"There is no project {name}.", hint=f"A prompt goes with -p: k2 render -p {quote(name)}")
+        if not os.path.exists(name):  # what most people type first
+            short = name if len(name) < 80 else f"{name[:80]}…"
+            raise K2Error(f"There is no project {short}.", hint=f"A prompt goes with -p: k2 render -p {quote(name)}")
     opened = open_projects(named, project, allow_outside)
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
@@ -315,7 +316,7 @@ def render(
             raise typer.BadParameter(
                 "it chooses of the project's prompts, so no other goes with it", param_hint="--only"
             )
-        weights = dict(read_style(text) for text in style or [])
+        weights = read_weights(style or [], "--style")
         settled = settled_by((key for key, value in settings.items() if value is not None), weights)
         compared = [read_matrix(matrix, settled)] if matrix else []
         prompts = read_prompts(prompt or [], stdin="-" in (projects or []))

@@ -138,9 +138,14 @@ def runs_of(outputs: Path) -> list[Path]:
 
 def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:
     """The pictures of one run, as `read` gives them."""
-    with os.scandir(run) as entries:
-        found = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
-        names = {name for name in found if not UNPRINTABLE.search(name)}
+    try:
+        with os.scandir(run) as entries:
+            found = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+            names = {name for name in found if not UNPRINTABLE.search(name)}
+    except PermissionError:
+        if skipped:
+            skipped(run)
+        return []
     pictures = []
     for name in names:
         stem, dot, suffix = name.rpartition(".")

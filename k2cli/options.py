@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +22,15 @@ if TYPE_CHECKING:
     from k2cli.prompts import Prompt
 
 
+THEIRS = {  # what can be wrong with any path that is named, or that a project holds
+    errno.EACCES: "Ask its owner for the right to use it, or name another.",
+    errno.EPERM: "Ask its owner for the right to use it, or name another.",
+    errno.ENAMETOOLONG: "No file can be called so.",
+    errno.ELOOP: "Its links lead in a circle.",
+    errno.ENOTDIR: "A part of the path is a file.",
+}
+
+
 class Group(TyperGroup):
     """Where a problem that the user can fix ends up: one sentence, a hint, exit code 1."""
 
@@ -31,12 +42,18 @@ class Group(TyperGroup):
 
             show_error(error)
             raise typer.Exit(1) from None
-        except FileNotFoundError:
-            if is_somewhere():
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not is_somewhere():
+                told = K2Error("The current folder is gone.", hint="Go to another one: cd ~")
+            elif error.errno in THEIRS and error.filename is not None:
+                name = os.fsdecode(error.filename)
+                short = name if len(name) < 200 else f"{name[:200]}…"
+                told = K2Error(f"{short}: {error.strerror}.", hint=THEIRS[error.errno])
+            else:
                 raise
             from k2cli.console import show_error
 
-            show_error(K2Error("The current folder is gone.", hint="Go to another one: cd ~"))
+            show_error(told)
             raise typer.Exit(1) from None
 
 
@@ -113,6 +130,17 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     if not name or not -2 <= value <= 2:
         raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint=option)
     return name.strip(), value
+
+
+def read_weights(texts: Sequence[str], option: str) -> dict[str, float]:
+    """ "dusk=0.7", "riso=0.3" -> each style and its weight, in the order given."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, weight = read_style(text, option)
+        if name in weights:
+            raise typer.BadParameter(f'"{name}" comes twice', param_hint=option)
+        weights[name] = weight
+    return weights
 
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:

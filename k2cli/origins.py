@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -294,10 +294,9 @@ def name(origins: Iterable[Origin]) -> dict[str, Origin]:
 
     named: dict[str, Origin] = {}
     for each in origins:
-        stem = called = slug(each.prompt)
-        while called in named:
-            called = f"{stem}-{len(named) + 1}"
-        named[called] = each
+        stem = slug(each.prompt)
+        numbers = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+        named[next(called for called in numbers if called not in named)] = each
     return named
 
 

@@ -87,9 +87,17 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
                 continue
             if not deeper:
                 yield folder / entry.name
-            elif entry.is_dir():
+            elif is_folder(entry):
                 path = folder / entry.name
                 left.append((inside(os.path.relpath(path, root), where) if entry.is_symlink() else path, deeper))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether there is a folder behind an entry; not behind a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def names(folder: Path) -> list[os.DirEntry[str]]:

@@ -235,6 +235,11 @@ class Project:
         )
         if self.board is None:
             return resolved
+        if any(style.name == moodboard.NAME for style in resolved):
+            raise K2Error(
+                f"A style is called {moodboard.NAME}, and so is the project's own look.",
+                hint=f"Rename styles/{moodboard.NAME}.toml.",
+            )
         return (*resolved, *moodboard.as_style(self.board, self.board_pictures(self.board), settings.model))
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
@@ -275,6 +280,10 @@ class Project:
         letters = 0
         numbers: Counter[str] = Counter()
         for matrix in matrices or (None,):
+            if matrix and "batch" in settled and "seed" in matrix.axes.keys() - settled:
+                raise K2Error(
+                    f"{matrix.where} lists the seeds, so a batch has nothing to say.", hint="Leave --batch out."
+                )
             cells = matrix.cells(settled) if matrix else [Cell()]
             for prompt, name, base in named:
                 if matrix and matrix.prompts and base not in matrix.prompts:

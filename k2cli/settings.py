@@ -10,6 +10,7 @@ from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from k2cli.tables import between, check_value, no_key, one_of
+from model.errors import K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, TILES
@@ -55,6 +56,8 @@ class Settings:
             if v is not None
         }
         said = self.given | given.keys()
+        if "size" in given and ("aspect" in given or "resolution" in given):
+            raise K2Error("--size says all that --aspect and --resolution could.", hint="Give the one or the others.")
         if "size" in given:
             given = {"aspect": None, "resolution": None, **given}
         elif "aspect" in given or "resolution" in given:

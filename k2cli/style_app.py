@@ -24,7 +24,7 @@ from k2cli.options import (
     StyleGuidanceOption,
     TurboOption,
     find_project,
-    read_style,
+    read_weights,
     to_json,
 )
 from model.errors import K2Error
@@ -89,11 +89,17 @@ def add(
 @style_app.command("list")
 def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = False, json: JsonOption = False) -> None:
     """List the styles: file, what it is made of, its words."""
-    from k2cli.console import near, result
+    from k2cli.console import near, result, show_error
 
-    opened = find_project(project, allow_outside)
+    opened, broken = find_project(project, allow_outside), False
     for name in opened.styles.known:
-        style, path = opened.styles.read(name, "k2 style list"), opened.root / "styles" / f"{name}.toml"
+        path = opened.root / "styles" / f"{name}.toml"
+        try:
+            style = opened.styles.read(name, "k2 style list")
+        except K2Error as error:
+            show_error(error)
+            broken = True
+            continue
         kinds = [
             count_of(style.references) if style.references else "",
             "a mix of " + ", ".join(style.mix) if style.mix else "",
@@ -111,6 +117,8 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
         }
         line = "\t".join([near(path), ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
         result(to_json(about) if json else line.rstrip("\t"))
+    if broken:
+        raise typer.Exit(1)
 
 
 @style_app.command("show")
@@ -203,7 +211,9 @@ def mix_styles(
     from k2cli.console import near, result, say
 
     opened = find_project(project, allow_outside)
-    weights = read_weights(styles)
+    weights = read_weights(styles, "NAME=W")
+    if not any(weights.values()):
+        raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
     opened.styles.resolve(weights, lambda name: "k2 mix-styles")
     if sweep is None and not preview and save_as is None:
         raise typer.BadParameter("nothing to do without a preview, --sweep or --save-as", param_hint="--no-preview")
@@ -219,7 +229,8 @@ def mix_styles(
     if save_as is not None:
         from k2cli.outputs import write_toml, writing
 
-        file = opened.styles.new_file(save_as, force=force)
+        same = opened.styles.is_mix(save_as, weights)  # written before its preview failed
+        file = opened.styles.new_file(save_as, force=force or same)
         if save_as in opened.styles.reached(weights, "k2 mix-styles"):
             raise K2Error(f"{save_as} is itself part of the mix.", hint="Save it under another name.")
         with writing(file):
@@ -232,19 +243,6 @@ def mix_styles(
         if (folder / "sheet.png").exists():
             sheet = near(folder / "sheet.png")
             result(to_json({"kind": "sheet", "file": sheet}) if json else sheet)
-
-
-def read_weights(texts: list[str]) -> dict[str, float]:
-    """ "dusk=0.7", "riso=0.3" -> each style and its weight, in the order given."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        name, weight = read_style(text, "NAME=W")
-        if name in weights:
-            raise typer.BadParameter(f'"{name}" comes twice', param_hint="NAME=W")
-        weights[name] = weight
-    if not any(weights.values()):
-        raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
-    return weights
 
 
 def pick_prompt(project: Project, text: str | None) -> Prompt:
@@ -292,7 +290,8 @@ def analyze(
             if path.exists():
                 raise K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
     if images:
-        typed = [os.path.relpath(image.absolute(), home.root) for image in images]
+        root = home.root.resolve()  # either may be reached by a link
+        typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
         paths = moodboard.gather(typed, home.root, home.inside, "The board")
     elif home.board:
         paths = home.board_pictures(home.board)

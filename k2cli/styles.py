@@ -6,12 +6,13 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from k2cli.models import sha256
-from k2cli.outputs import sweep, write, write_toml, writing
+from k2cli.outputs import dump, sweep, write, writing
 from k2cli.pictures import check_picture, find, in_folder
 from k2cli.tables import (
     UNPRINTABLE,
@@ -144,6 +145,12 @@ class Styles:
             raise K2Error(f"There is a style {name} already.", hint="Choose another name, or replace it: --force")
         return path
 
+    def is_mix(self, name: str, weights: Mapping[str, float]) -> bool:
+        """Whether a style is there already, and is this mix and nothing else."""
+        with suppress(K2Error):
+            return name in self.known and self.read(name, "") == StyleFile(mix=dict(weights))
+        return False
+
     def adapter(self, file: str, where: str) -> Path:
         """A LoRA's file, its header checked; whether it fits is the model's business."""
         path = self.inside(file, where)
@@ -265,13 +272,14 @@ def add_style(
     pictures = sorted(there[key] for key in hashes)
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
-    table = {
-        **said,
-        "method": method,
-        "reference": [{"image": pattern, "weight": 1.0} for pattern in patterns],
-    }
-    write_toml(file, table)
+    blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
+    write({file: b"\n".join(blocks)})
     return file, pictures
+
+
+def reference(image: str, weight: float) -> bytes:
+    """A reference as hands would add the next one."""
+    return b"[[reference]]\n" + dump({"image": image, "weight": weight})
 
 
 def spoken(texts: Sequence[str], what: str) -> list[str]:

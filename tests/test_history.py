@@ -155,3 +155,18 @@ def test_since_days_of_people():
     assert history.read_since("yesterday", now) <= history.read_since("today", now) - timedelta(hours=22)
     with pytest.raises(K2Error, match="is no moment"):
         history.read_since("soon", now)
+
+
+def test_a_run_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
+    for name in ("0001-fox", "0002-owl"):
+        (tmp_path / name).mkdir()
+    scan, skipped = history.os.scandir, []
+
+    def scandir(folder):
+        if Path(folder).name == "0001-fox":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(history.os, "scandir", scandir)
+    assert list(history.read(tmp_path, skipped=skipped.append)) == []
+    assert [path.name for path in skipped] == ["0001-fox"]

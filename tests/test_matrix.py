@@ -172,9 +172,8 @@ def test_a_style_that_is_not_there_is_blamed_on_its_matrix(dusky, k2):
 
 
 def test_a_matrix_of_the_command_line(dusky, k2):
-    cells = plan(
-        k2, "-p", "tea", "--matrix", "seed=1,2", "--matrix", "guidance=0,2.5", "--matrix", "steps=4", "-n", "9"
-    )
+    seeds = ["-p", "tea", "--matrix", "seed=1,2"]
+    cells = plan(k2, *seeds, "--matrix", "guidance=0,2.5", "--matrix", "steps=4")
 
     assert [(each["settings"]["seed"], each["settings"]["guidance"]) for each in cells] == [
         (1, 0.0),
@@ -183,6 +182,7 @@ def test_a_matrix_of_the_command_line(dusky, k2):
         (2, 2.5),
     ]
     assert {each["settings"]["steps"] for each in cells} == {4}
+    assert "--matrix lists the seeds" in k2("render", "--dry-run", *seeds, "--batch", "9", code=1).stderr
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,14 @@ def test_the_table_renders_is_recorded_and_made_again(den, k2):
     assert pixels[0] == pixels[1] != record["pixels"]
 
 
+def test_a_style_cannot_be_called_as_the_projects_own_look(den, k2):
+    """Records tell styles apart by name."""
+    (den / "styles").mkdir(exist_ok=True)
+    (den / "styles" / "moodboard.toml").write_text('keywords = ["ink"]\n')
+    refused = k2("render", "--dry-run", "--style", "moodboard=0.5", code=1)
+    assert "A style is called moodboard" in refused.stderr and "Rename styles/moodboard.toml" in refused.stderr
+
+
 def test_a_boards_strength_is_an_option(den, k2):
     def strength(*options: str) -> list[float]:
         import json

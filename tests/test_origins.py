@@ -251,6 +251,12 @@ def test_a_new_project_from_pictures(moody, k2, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
 
 
+def test_prompts_that_would_be_called_alike():
+    """However their own numbers fall."""
+    named = origins.name([origins.Origin("k2", prompt=prompt) for prompt in ("fox", "fox 3", "fox", "fox")])
+    assert list(named) == ["fox", "fox-3", "fox-2", "fox-4"]
+
+
 @pytest.mark.parametrize("keep", ["k2", "parameters"])
 def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
     k2("render", "-p", r"a fox in \{a|b\}", "--size", "64x96", "--steps", "5", "--guidance", "1.5")

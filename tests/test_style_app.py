@@ -266,6 +266,30 @@ def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
     assert tree(looks) == before
 
 
+def test_a_style_file_is_one_that_hands_can_go_on_with(moody, photos, k2):
+    k2("style", "add", "dusk", photos / "a.png")
+    file = moody / "styles" / "dusk.toml"
+    file.write_text(file.read_text() + '\n[[reference]]\nimage = "refs/dusk/*"\nweight = 0.5\n')
+    assert [each["weight"] for each in table(file)["reference"]] == [1.0, 0.5]
+    k2("style", "show", "dusk")
+
+
+def test_the_list_goes_on_past_a_broken_style(looks, k2):
+    (looks / "styles" / "ink.toml").write_text("keywords = 1\n")
+    listed = k2("style", "list", code=1)
+    assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == [
+        f"styles/{name}.toml" for name in ("dusk", "neon", "riso")
+    ]
+    assert "ink.toml" in listed.stderr
+
+
+def test_a_mix_is_kept_where_its_preview_fails_and_may_be_asked_for_again(looks, k2):
+    asked = ["mix-styles", "dusk=1", "riso=1", "--save-as", "blend"]
+    k2(*asked, "--device", "tpu", code=1)
+    k2(*asked, "--no-preview")
+    assert "There is a style blend already." in k2("mix-styles", "dusk=2", "--save-as", "blend", code=1).stderr
+
+
 def test_a_mix_that_would_come_back_to_itself_is_not_saved(looks, k2):
     k2("mix-styles", "dusk=1", "riso=1", "--save-as", "blend", "--no-preview")
 
