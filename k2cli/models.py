@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from k2cli.tables import UNPRINTABLE, check_path, nearest, one_of
+from k2cli.tables import PATH, UNPRINTABLE, check_path, nearest, one_of
 from model import library
 from model.errors import K2Error
 from model.plan import OFFLOADS, PRECISIONS
@@ -19,7 +19,7 @@ from model.plan import OFFLOADS, PRECISIONS
 class Held:
     """The weights of a run: whose they are, and how they are held. None is chosen when they are loaded."""
 
-    name: str
+    name: str = field(metadata=PATH)
     variant: str | None = None
     device: str | None = None
     dtype: str | None = None

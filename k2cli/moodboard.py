@@ -13,14 +13,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli import models
 from k2cli.outputs import write, writing
 from k2cli.pictures import Inside, find
-from k2cli.tables import between
+from k2cli.tables import PATH, between
 from model import library
 from model.errors import K2Error
 from model.spec import Reference, Style
@@ -39,7 +39,7 @@ OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 class Moodboard:
     """[moodboard]"""
 
-    images: list[str]
+    images: list[str] = field(metadata=PATH)
     strength: float = between(0.35, -0.5, 1.5)
 
 

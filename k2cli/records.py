@@ -11,7 +11,7 @@ import io
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from k2cli import formats, models
 from k2cli.outputs import dump
 from k2cli.pictures import MOST_PIXELS
 from k2cli.project import Shot
-from k2cli.tables import LIMIT, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
+from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
 from model.plan import OFFLOADS, PRECISIONS
@@ -83,14 +83,14 @@ class StyleUsed:
 
 @dataclass(frozen=True)
 class ReferenceUsed:
-    image: str
+    image: str = field(metadata=PATH)
     sha256: str
     weight: float = between(1.0, -2, 2)
 
 
 @dataclass(frozen=True)
 class LoraUsed:
-    file: str
+    file: str = field(metadata=PATH)
     sha256: str
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
-from k2cli.tables import between, check_value, no_key, one_of
+from k2cli.tables import PATH, between, check_value, no_key, one_of
 from model.errors import K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
@@ -22,7 +22,7 @@ SCOPES = ("prompt", "run")
 class Settings:
     """[render], and the options of `k2 render`. None is the checkpoint's own recommendation."""
 
-    model: str = "mini"
+    model: str = field(default="mini", metadata=PATH)
     size: str | None = None
     aspect: str | None = None
     resolution: str | int | None = None

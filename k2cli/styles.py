@@ -15,6 +15,7 @@ from k2cli.models import sha256
 from k2cli.outputs import dump, sweep, write, writing
 from k2cli.pictures import check_picture, find, in_folder
 from k2cli.tables import (
+    PATH,
     UNPRINTABLE,
     Place,
     Toml,
@@ -59,7 +60,7 @@ class StyleFile:
 class ReferenceTable:
     """One [[reference]] of a style file."""
 
-    image: str
+    image: str = field(metadata=PATH)
     weight: float = between(1.0, -2, 2)
 
 
@@ -120,7 +121,7 @@ class Styles:
             avoids=tuple(check_value("avoids", table.get("avoids", []), list[str], {}, place("avoids"))),
             references=tuple(references),
             mix=read_weights(table.get("mix", {}), place.below("mix")),
-            lora=self.adapter(check_value("lora", table["lora"], str, {}, place("lora")), place("lora"))
+            lora=self.adapter(check_value("lora", table["lora"], str, PATH, place("lora")), place("lora"))
             if "lora" in table
             else None,
             triggers=tuple(check_value("triggers", table.get("triggers", []), list[str], {}, place("triggers"))),

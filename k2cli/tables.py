@@ -39,6 +39,9 @@ UNPRINTABLE = re.compile(  # what terminals obey; and surrogates, as which Pytho
 T = TypeVar("T")
 
 
+PATH = {"path": True}  # metadata of a field whose text, or texts, are paths: every space in them is meant
+
+
 def between(default: Any, low: float, high: float) -> Any:
     """A dataclass field whose number must lie in low … high."""
     return field(default=default, metadata={"low": low, "high": high})
@@ -69,7 +72,11 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 def plain(text: str, place: str) -> str:
     """The text on one line; refuses control characters, which could rewrite a terminal or a file name."""
-    text = " ".join(text.split())
+    return printable(" ".join(text.split()), place)
+
+
+def printable(text: str, place: str) -> str:
+    """The text as it is; refuses control characters."""
     if UNPRINTABLE.search(text):
         raise K2Error(f"{place} holds a control character.", hint="Type the text again, without escapes.")
     return text
@@ -244,9 +251,10 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
         raise K2Error(f"{called} must lie between {low} and {high}, not {value}.")
     if value not in (choices := limits.get("choices", (value,))):
         raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
+    read = printable if limits.get("path") else plain
     if isinstance(value, str):
-        return plain(value, called)
-    return [plain(item, called) for item in value] if isinstance(value, list) else value
+        return read(value, called)
+    return [read(item, called) for item in value] if isinstance(value, list) else value
 
 
 def describe(value: Any) -> str:

@@ -209,3 +209,14 @@ def test_the_examples_render_as_they_stand(name, tmp_path, k2):
             assert image.size == (native_size("mini"),) * 2
             assert len(image.getcolors(1 << 16) or range(1 << 16)) > 100  # a drawing, not a flat field
     assert (Path(paths[0]).parent / "sheet.png").exists()
+
+
+def test_every_space_in_the_name_of_a_file_is_meant(den, k2):
+    """As in those of screenshots, which hold one that is narrow."""
+    (den / "refs").mkdir()
+    (den / "styles").mkdir()
+    for name in ("a\u202fb.png", "two  spaces.png"):
+        Image.effect_noise((64, 64), 60).convert("RGB").save(den / "refs" / name)
+        (den / "styles" / "dusk.toml").write_text(f'[[reference]]\nimage = "refs/{name}"\n')
+        (made,) = k2("render", "--quiet", "--only", "fox", "--batch", "1", "--style", "dusk=0.5").stdout.splitlines()
+        assert "Identical, pixel for pixel." in k2("rerun", made).stderr
