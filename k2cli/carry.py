@@ -99,5 +99,7 @@ def go_on(job: Job, folder: Path) -> str:
     words = ["k2 render --resume"]
     words += [] if last and last.folder == folder else [f"--run {number_of(folder)}"]
     words += [] if here and here.samefile(root) else [f"--project {typed(root)}"]
-    words += ["--allow-outside"] if job.project.allow_outside else []
+    model = Path(job.model.name)
+    outside = model.is_absolute() and not model.is_relative_to(root)
+    words += ["--allow-outside"] if job.project.allow_outside or outside else []
     return " ".join(words)

@@ -12,7 +12,7 @@ from typing import Any
 
 from k2cli import models
 from k2cli.project import Project
-from model import library
+from model import library, safety
 from model.errors import K2Error
 
 PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
@@ -63,6 +63,10 @@ def examine() -> dict[str, Any]:
     except K2Error as error:
         if "There is no k2.toml" not in str(error):
             found["problems"].append(str(error))
+    try:
+        safety.installed()
+    except K2Error as error:
+        found["problems"].append(str(error))
     found["plans"] = plans(found["device"])
     found["notes"] = notes(found)
     return found

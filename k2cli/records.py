@@ -303,8 +303,9 @@ def describe(record: Record) -> str:
         + "".join(f"\n  {reference.image}" for reference in style.references)
         for style in spec.styles
     ]
-    versions = table.get("versions", {})
+    versions, blocked = table.get("versions", {}), table.get("blocked")
     facts = {
+        "blocked": f"by {blocked.get('filter')}: {blocked.get('reason')}" if isinstance(blocked, dict) else "",
         "prompt": record.shot.given,
         "expanded": "" if spec.prompt == record.shot.given else spec.prompt,
         "creativity": record.shot.creativity if record.shot.creativity != "raw" else "",

@@ -268,7 +268,7 @@ def rerun(
     root = home.root if home else Path.cwd()
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, root)
-    if again["pixels"] != record.pixels:
+    if again["pixels"] != record.pixels and not again["blocked"]:
         specs, place = company(file, home, record.shot.stem)
         (group,) = groups_of(pipeline.batches(specs), {place}) or [()]
         if len(group) > 1:

@@ -73,7 +73,9 @@ def train(
     try:
         run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
-        say(f"Interrupted; what was saved stays. Go on with: k2 train {quote(recipe)}")
+        asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}
+        options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]
+        say(f"Interrupted; what was saved stays. Go on with: k2 train {quote(recipe)}{''.join(options)}")
         raise typer.Exit(130) from None
     if not parallel.world().leads:
         parallel.leave()

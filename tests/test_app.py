@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -517,6 +518,29 @@ def test_doctor_finds_what_is_broken(moody, k2):
     box = moody.parent / "box" / "mini-raw.safetensors"
     box.write_bytes(box.read_bytes()[:-3])
     assert "mini-raw.safetensors is damaged" in k2("doctor", code=1).stdout
+
+
+def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
+    from model import safety
+
+    class Broken:
+        name = "eyes"
+
+        def load(self):
+            raise ImportError("no module named eyes")
+
+    monkeypatch.setattr(safety, "entry_points", lambda group: [Broken()])
+    assert 'The output filter "eyes" failed: no module named eyes.' in k2("doctor", code=1).stdout
+
+
+def test_a_run_with_a_model_from_elsewhere_is_gone_on_with_by_the_line_that_is_printed(moody, k2, fake):
+    elsewhere = Path(shutil.copy(moody.parent / "box" / "mini-raw.safetensors", moody.parent / "mine.safetensors"))
+    fake.stop = stop_at(1, KeyboardInterrupt())
+    said = k2("render", "--model", elsewhere, code=130).stderr
+    fake.stop = staticmethod(lambda at: None)
+    line = said.partition("Go on with: ")[2].strip()
+    assert line == "k2 render --resume --allow-outside"
+    assert len(k2(*shlex.split(line)[1:]).stdout.splitlines()) == 1
 
 
 def test_the_console_script_speaks_to_two_streams(moody):

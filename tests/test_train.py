@@ -124,9 +124,9 @@ def test_an_interrupted_run_says_how_to_go_on(k2, workshop, monkeypatch):  # noq
     from model.train import loop
 
     monkeypatch.setattr(loop.Run, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    stopped = k2("train", written(workshop, SMALL + TINY), code=130)
+    stopped = k2("train", written(workshop, SMALL + TINY), "--steps", 9, code=130)
 
-    assert "k2 train small.toml" in stopped.stderr and stopped.stdout == ""
+    assert "k2 train small.toml --steps 9" in stopped.stderr and stopped.stdout == ""
 
 
 def test_reading_a_recipe_by_the_wrong_stage_is_an_error():

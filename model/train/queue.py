@@ -1,4 +1,4 @@
-"""The next piece of training for a GPU that is lent for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
+"""The next piece of training for a GPU that is there for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
 
 Unpacks the renders where only their archives travelled, encodes the data set on the device, trains the stages of
 `STAGES` that are not done, Raw and then Turbo, sharing the minutes out, and leaves 8-bit weights and sheets of samples.
@@ -62,7 +62,7 @@ def pack() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the next stages on a lent GPU.")
+    parser = argparse.ArgumentParser(description="Train the next stages on a GPU.")
     parser.add_argument("minutes", type=float, nargs="?", default=18)
     parser.add_argument("--out", type=Path, default=RUNS / "queue")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
