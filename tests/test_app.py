@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shlex
-import shutil
 import signal
 import stat
 import subprocess
@@ -533,14 +532,16 @@ def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
     assert 'The output filter "eyes" failed: no module named eyes.' in k2("doctor", code=1).stdout
 
 
-def test_a_run_with_a_model_from_elsewhere_is_gone_on_with_by_the_line_that_is_printed(moody, k2, fake):
-    elsewhere = Path(shutil.copy(moody.parent / "box" / "mini-raw.safetensors", moody.parent / "mine.safetensors"))
-    fake.stop = stop_at(1, KeyboardInterrupt())
-    said = k2("render", "--model", elsewhere, code=130).stderr
-    fake.stop = staticmethod(lambda at: None)
-    line = said.partition("Go on with: ")[2].strip()
-    assert line == "k2 render --resume --allow-outside"
-    assert len(k2(*shlex.split(line)[1:]).stdout.splitlines()) == 1
+def test_a_run_with_a_model_from_elsewhere_is_gone_on_with_by_the_line_that_is_printed(moody):
+    from k2cli.carry import go_on
+    from k2cli.models import Held
+    from k2cli.project import Project
+
+    def line(model: str) -> str:
+        return go_on(runs.Job(Project.open(moody), [], Held(model)), moody / "outputs" / "0001-fox")
+
+    assert line("mini") == line(str(moody / "in.safetensors")) == "k2 render --resume --run 1"
+    assert line("/else/where.safetensors") == "k2 render --resume --run 1 --allow-outside"
 
 
 def test_the_console_script_speaks_to_two_streams(moody):
