@@ -66,7 +66,8 @@ def unwritable(error: OSError) -> K2Error:
 def near(path: Path) -> str:
     """A path as short as it can be typed here."""
     full = Path(os.path.abspath(path))
-    return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+    short = str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+    return f"./{short}" if short.startswith("-") else short  # which would be read as an option
 
 
 def typed(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,7 +152,7 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     if stdin:
         if sys.stdin.isatty():
             typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
-        lines += [line for line in read_input().splitlines() if line.strip()]
+        lines += [line for line in re.split(r"\r\n?|\n", read_input()) if line.strip()]
         if not lines:
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
     return [typed(line) for line in lines] if texts or stdin else None

@@ -519,6 +519,15 @@ def test_doctor_finds_what_is_broken(moody, k2):
     assert "mini-raw.safetensors is damaged" in k2("doctor", code=1).stdout
 
 
+def test_one_line_is_one_prompt_whatever_else_breaks_lines(moody, k2):
+    shots = k2("render", "--dry-run", "--json", "-", input="a pear\u2028of glass\r\na plum\n").stdout.splitlines()
+    assert [json.loads(shot)["prompt"]["text"] for shot in shots] == ["a pear of glass", "a plum"]
+
+
+def test_a_path_is_never_taken_for_an_option(moody, k2):
+    assert "cd ./-dash && k2 render" in k2("new", "--", "-dash").stderr
+
+
 def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
     from model import safety
 
