@@ -428,7 +428,7 @@ def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project 
 
 
 @app.command()
-def doctor(json: JsonOption = False) -> None:
+def doctor(project: ProjectOption = None, json: JsonOption = False) -> None:
     """Look this installation over.
 
     Device, memory, models, versions, what will be slow and why. Exits with 1 where something is broken.
@@ -436,7 +436,7 @@ def doctor(json: JsonOption = False) -> None:
     from k2cli.console import result
     from k2cli.doctor import describe, examine
 
-    found = examine()
+    found = examine(project)
     result(to_json(found) if json else describe(found))
     if found["problems"]:
         raise typer.Exit(1)

@@ -18,8 +18,8 @@ from model.errors import K2Error
 PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
 
-def examine() -> dict[str, Any]:
-    """Everything `k2 doctor` knows. `problems` keep k2 from working, `notes` say what is slow and why."""
+def examine(folder: Path | None = None) -> dict[str, Any]:
+    """Everything `k2 doctor` knows, of a project too. `problems` keep k2 from working, `notes` say what is slow."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -53,7 +53,7 @@ def examine() -> dict[str, Any]:
             f"There are no weights in {library.BOX}: nothing can be rendered with the model of the box."
         )
     try:
-        project = Project.find(Path.cwd())
+        project = Project.open(folder) if folder else Project.find(Path.cwd())
         found["project"] = {
             "name": project.name,
             "folder": str(project.root),
@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
             "styles": list(project.styles.known),
         }
     except K2Error as error:
-        if "There is no k2.toml" not in str(error):
+        if folder or "There is no k2.toml" not in str(error):
             found["problems"].append(str(error))
     try:
         safety.installed()

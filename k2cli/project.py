@@ -206,7 +206,12 @@ class Project:
         """The project's settings, options of a command line in their place, with the model found, in this variant."""
         settings = self.settings.override(**given)
         shells = given.get("model") is not None  # a path of the shell's, not of the project's
-        return replace(settings, model=models.resolve(settings.model, None if shells else self.inside, variant))
+        try:
+            return replace(settings, model=models.resolve(settings.model, None if shells else self.inside, variant))
+        except K2Error as error:
+            if shells or "model" not in self.toml.table.get("render", {}):
+                raise
+            raise K2Error(f"{self.toml.where('render', 'model')}: {error}", hint=error.hint) from None
 
     def board_pictures(self, board: moodboard.Moodboard) -> list[Path]:
         """The pictures of [moodboard]."""

@@ -293,7 +293,7 @@ def rerun(
 def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:
     """The largest difference between a picture and the recorded one; None where that is gone, or was lossily kept."""
     path = Run(file.parent).picture(record.shot.stem) if file.suffix == ".toml" else file
-    with suppress(OSError, ValueError), Image.open(path) as found:
+    with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as found:
         if found.size == image.size and records.pixel_hash(found) == record.pixels:
             counts = ImageChops.difference(found.convert("RGB"), image).histogram()  # 256 a channel
             return max(level % 256 for level, count in enumerate(counts) if count)

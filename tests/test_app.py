@@ -528,6 +528,19 @@ def test_a_path_is_never_taken_for_an_option(moody, k2):
     assert "cd ./-dash && k2 render" in k2("new", "--", "-dash").stderr
 
 
+def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(moody.parent)
+    assert "moody: 2 prompts" in k2("doctor", "--project", moody).stdout
+    assert "There is no" in k2("doctor", "--project", "gone", code=1).stdout
+
+
+def test_a_model_that_is_not_there_is_blamed_on_its_line(moody, k2):
+    (moody / "k2.toml").write_text(PROJECT.replace("[render]\n", '[render]\nmodel = "mimi"\n'))
+    error = k2("render", code=1).stderr
+    assert 'There is no model "mimi" here.' in error and "k2.toml, line 5: " in error
+    assert "k2.toml" not in k2("render", "--model", "mimi", code=1).stderr
+
+
 def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
     from model import safety
 
