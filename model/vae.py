@@ -269,7 +269,10 @@ class QwenImageVAE(nn.Module):
         return (mean - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w] in -1 ... 1, the same bits in any company."""
+        """Normalised latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w] in -1 ... 1.
+
+        On one thread the same bits in any company; several may split a batch by its size, and round otherwise.
+        """
         z = latents * self.std + self.mean
         f, widest = self.config.factor, self.config.base_dim * self.config.dim_mult[-1]
         alone = len(z) == 1 and widest * z.shape[-2:].numel() <= LONE
