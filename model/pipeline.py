@@ -11,7 +11,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from model.parts import (
     pick_dtype,
     sha256,
 )
-from model.plan import Plan, choose, eight_bits, free_memory
+from model.plan import Plan, choose, eight_bits, free_memory, lacking_memory
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
@@ -62,8 +61,6 @@ TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop
 TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-SAID_OF_IT = ("can't allocate memory", "out of memory")  # by the allocators of a processor and of Metal
 MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
 
@@ -156,7 +153,7 @@ class Pipeline:
             for spec in specs:
                 self.resolve(spec)
         for batch in self._batches(map(self.resolve, specs)):
-            with memory_lacking(batch[0]):
+            with lacking_memory(f"{batch[0].width}x{batch[0].height}"):
                 pictures = self._render(batch, on_step)
             for picture in pictures:
                 yield review(picture, self.filters)
@@ -438,21 +435,6 @@ class Pipeline:
                 f"{self.parts.dit} paints in {dit.channels} channels, {self.parts.vae} reads {channels}.",
                 hint="Give the autoencoder that the transformer was trained with.",
             )
-
-
-@contextmanager
-def memory_lacking(spec: RenderSpec) -> Iterator[None]:
-    """Memory that runs out, in one sentence: torch has an error of its own for a card's only."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        said = str(error).lower()
-        if not (isinstance(error, OUT_OF_MEMORY) or any(words in said for words in SAID_OF_IT)):
-            raise
-        raise K2Error(
-            f"There is not enough memory for a picture of {spec.width}x{spec.height}.",
-            hint="Choose a smaller size, --precision int8 or --offload all, or end what else takes memory.",
-        ) from None
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -6,6 +6,8 @@ Counting needs headers only, choosing needs none: torch is asked about devices, 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 SMALL = 1 << 30  # bytes of weights up to which a model is held as it is: there is nothing to gain
 NARROW = 1024  # width below which a CPU computes in fp32
 IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
+OUT_OF_IT = ("can't allocate memory", "out of memory")  # what the allocators of processors and of cards say
 UNTOLD = 8 << 30  # bytes taken for free where a system does not say
 SPARE = 0.9  # of the memory that is free now may be counted on
 
@@ -161,3 +164,17 @@ def limit_left(group: Path, free: int) -> int:
         return max(0, most - used + int(stat["inactive_file"]))
     except (OSError, KeyError, ValueError):  # "max" is no number, and no limit
         return free
+
+
+@contextmanager
+def lacking_memory(size: str) -> Iterator[None]:
+    """Memory that runs out while pictures of a size are made, in one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_IT)):
+            raise
+        raise K2Error(
+            f"There is not enough memory for a picture of {size}.",
+            hint="Choose a smaller size, --precision int8 or --offload all, or end what else takes memory.",
+        ) from None
