@@ -21,6 +21,7 @@ from torch import Tensor
 from model.dit import Krea2
 from model.parts import memory
 from model.plan import NARROW
+from model.recent import Recent
 
 MOST_GRAPHS = 8  # shapes kept; each holds its own working memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -69,7 +70,7 @@ class FastVelocity:
         self.plain: Work = dit.velocity
         self.compiled, self.narrow = compiled, dit.config.width < NARROW
         self.layers = list(dit.modules())
-        self.graphs: dict[tuple[torch.Size, ...], Graph] = {}
+        self.graphs: Recent[Graph] = Recent(MOST_GRAPHS)
 
     def __call__(self, *inputs: Tensor, **others: Any) -> Tensor:
         """As `Krea2.velocity`: tokens, context, step_mod, rope; and what is seldom there."""
@@ -77,16 +78,10 @@ class FastVelocity:
         if seldom or any(layer._forward_hooks for layer in self.layers):  # a recording would not notice either
             with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
                 return self.plain(*inputs, **others)
-        return self._replay(*inputs) if self.narrow else self.plain(*inputs)
-
-    def _replay(self, *inputs: Tensor) -> Tensor:
-        key = tuple(each.shape for each in inputs)
-        if key not in self.graphs:
-            if len(self.graphs) >= MOST_GRAPHS:
-                del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = Graph(self.plain, inputs)
-        self.graphs[key] = self.graphs.pop(key)  # the one used last is forgotten last
-        return self.graphs[key](*inputs)
+        if not self.narrow:
+            return self.plain(*inputs, **others)
+        shapes = tuple(each.shape for each in inputs)
+        return self.graphs.ask(shapes, lambda: Graph(self.plain, inputs))(*inputs)
 
 
 class Graph:

@@ -43,6 +43,7 @@ from model.parts import (
     sha256,
 )
 from model.plan import Plan, choose, eight_bits, free_memory, lacking_memory
+from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
@@ -93,9 +94,9 @@ class Pipeline:
         self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
-        self._contexts: dict[Hashable, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}
-        self._adapters: dict[Hashable, Adapter] = {}
+        self._contexts: Recent[Tensor] = Recent(REMEMBERED)
+        self._rows: Recent[Tensor] = Recent(MOST_TEXTS)
+        self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         self._check_fit()
 
     @classmethod
@@ -257,22 +258,15 @@ class Pipeline:
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
     def _context(self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None, away: Avoided = ()) -> Tensor:
-        """What the transformer sees of a prompt and of a spec's styles, led away from what is avoided, [1, T, D]; kept
-        for the next that asks."""
+        """What the transformer sees of a prompt and of a spec's styles, led away from what is avoided, [1, T, D]."""
         references, shown = (weighed(styled, method) if styled else () for method in ("tokens", "vision"))
-        how = (styled.vision_tiles, styled.vision_rows) if styled and shown else ()
-        key = (
-            prompt,
-            adapters,
-            away,
-            *(tuple((r.sha256, r.weight) for r in each) for each in (references, shown)),
-            how,
-        )
-        if key not in self._contexts:
-            if styled and shown:
-                assert styled.vision_tiles
-                pictures = [self._reader.show(r.image, r.weight, styled.vision_tiles) for r in shown]
-                embeds = self._reader.encode(prompt, pictures, keep_rows=bool(styled.vision_rows))
+        tiles, keep_rows = (styled.vision_tiles, bool(styled.vision_rows)) if styled and shown else (None, False)
+
+        def read() -> Tensor:
+            if shown:
+                assert tiles
+                pictures = [self._reader.show(r.image, r.weight, tiles) for r in shown]
+                embeds = self._reader.encode(prompt, pictures, keep_rows=keep_rows)
             else:
                 embeds = self._speak(prompt)
             if away:
@@ -282,31 +276,19 @@ class Pipeline:
                 embeds = torch.cat((steered, embeds[:, words:]), 1)
             if references:
                 embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
-            if len(self._contexts) >= REMEMBERED:
-                del self._contexts[next(iter(self._contexts))]
-            self._contexts[key] = self.dit.encode_text(embeds)
-        self._contexts[key] = self._contexts.pop(key)  # the one asked for last is forgotten last
-        return self._contexts[key]
+            return self.dit.encode_text(embeds)
+
+        seen = [tuple((r.sha256, r.weight) for r in each) for each in (references, shown)]
+        return self._contexts.ask((prompt, adapters, away, *seen, tiles, keep_rows), read)
 
     def _speak(self, text: str) -> Tensor:
         """A text's rows [1, T, N, E]; kept, for what is avoided is read beside many prompts."""
-        if text not in self._rows:
-            if len(self._rows) >= MOST_TEXTS:
-                del self._rows[next(iter(self._rows))]
-            self._rows[text] = self.text.encode([text])[0]
-        self._rows[text] = self._rows.pop(text)
-        return self._rows[text]
+        return self._rows.ask(text, lambda: self.text.encode([text])[0])
 
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
         file = lora.path / "adapter_model.safetensors" if lora.path.is_dir() else lora.path
-        key = (lora.path, sha256(file))
-        if key not in self._adapters:
-            if len(self._adapters) >= MOST_ADAPTERS:
-                del self._adapters[next(iter(self._adapters))]
-            self._adapters[key] = read_lora(lora.path, self.dit)
-        self._adapters[key] = self._adapters.pop(key)
-        return self._adapters[key]
+        return self._adapters.ask((lora.path, sha256(file)), lambda: read_lora(lora.path, self.dit))
 
     def _style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
         """References as extra prompt rows [K, N, E]."""

@@ -119,7 +119,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
     assert encoded == ["a red fox", ""]
 
     for _ in pipeline.stream(replace(FOX, prompt=f"fox {i}", steps=1) for i in range(100)):
-        assert len(pipeline._contexts) <= module.REMEMBERED
+        assert len(pipeline._contexts.values) <= module.REMEMBERED
     assert encoded.count("") == 1  # the negative one stays, being asked for all the time
 
     encoded.clear()
