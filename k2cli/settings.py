@@ -78,4 +78,5 @@ class Settings:
             edge = models.native_size(self.model)
         else:
             edge = parse_resolution(self.resolution, where("resolution"))
-        return fit_aspect(self.aspect or "1:1", edge, where("aspect"), models.step(self.model))
+        said = where("resolution" if self.aspect is None else "aspect")
+        return fit_aspect(self.aspect or "1:1", edge, said, models.step(self.model))

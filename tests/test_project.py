@@ -197,6 +197,7 @@ def test_mistakes_are_named_by_line(tmp_path, toml, message, hint):
         ({"aspect": "wide"}, '--aspect: "wide" is not an aspect.', None),
         ({"aspect": "100:1"}, '--aspect: "100:1" is not an aspect.', None),
         ({"aspect": "1:1", "resolution": "9K"}, "--aspect: 9216x9216 is no size for a picture.", None),
+        ({"resolution": "9K"}, "--resolution: 9216x9216 is no size for a picture.", None),
         ({"aspect": "1:1", "resolution": "lots"}, '--resolution: "lots" is not a resolution.', None),
         ({"batch": 0}, "--batch must lie between 1 and 1,000, not 0.", ""),
         ({"seed": 2**63 - 1, "batch": 2}, f"Seed {2**63 - 1} leaves no room for 2 pictures.", None),
