@@ -160,7 +160,12 @@ def new(
         read = {picture: origins.read(picture) for picture in pictures}
         named = origins.name(read.values())
         turbo = " --turbo" if all(each.turbo for each in read.values()) else ""
-        notes = [f"{picture.name}: {lost} stayed behind." for picture, each in read.items() for lost in each.left_out]
+        first = next(iter(read.values()))
+        notes = [
+            f"{picture.name}: {lost} stayed behind."
+            for picture, each in read.items()
+            for lost in origins.left_behind(each, first)
+        ]
 
         def compose(name: str) -> str:
             return origins.project_text(name, named)

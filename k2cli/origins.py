@@ -25,6 +25,7 @@ from k2cli.sizes import fit_aspect, parse_size
 from k2cli.tables import UNPRINTABLE, loads
 from model import picture_file
 from model.errors import K2Error
+from model.expand import LEVELS
 
 MARKING = ("A1111", "ComfyUI", "InvokeAI")  # tools that read signs in a prompt
 LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
@@ -57,6 +58,7 @@ class Origin:
     model: str = ""
     left_out: tuple[str, ...] = field(default=())  # what has no counterpart here
     turbo: bool = False  # made by k2's distilled checkpoint
+    creativity: str = "raw"  # of k2's
 
 
 def read(path: Path) -> Origin:
@@ -152,10 +154,14 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
     if isinstance(asked, dict) and isinstance(made, dict):
         found = origin("k2", asked.get("text"), asked.get("avoid"), made, guidance=decimal(made.get("guidance")))
         used = used if isinstance(used, dict) else {}
+        level = plain(asked.get("creativity"))
+        led, tied = table.get("leader"), decimal(made.get("cohesion"))
+        ties = [f'cohesion {tied:g} with "{plain(led.get("prompt"))}"'] if isinstance(led, dict) and tied else []
         styles = [f"style {plain(name)}" for name in values(table, "style", "name")]
         loras = [f"LoRA {plain(file)}" for file in values(table, "lora", "file")]
         of = {"model": plain(used.get("name")), "turbo": used.get("variant") == "turbo"}
-        yield Origin(**{**vars(found), **of, "left_out": (*styles, *loras)})
+        of |= {"creativity": level if level in LEVELS else "raw"}
+        yield Origin(**{**vars(found), **of, "left_out": (*ties, *styles, *loras)})
 
 
 def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:
@@ -300,6 +306,22 @@ def name(origins: Iterable[Origin]) -> dict[str, Origin]:
     return named
 
 
+def taken_over(origin: Origin) -> dict[str, Any]:
+    """[render] as a picture of k2's own has it, but for its shape. Turbo's steps and guidance are the checkpoint's."""
+    numbers = () if origin.turbo else ("steps", "guidance")
+    made = {key: value for key in numbers if (value := getattr(origin, key)) is not None}
+    return made | ({} if origin.creativity == "raw" else {"creativity": origin.creativity})
+
+
+def left_behind(origin: Origin, first: Origin) -> list[str]:
+    """What a project that has its settings of the first picture does not take over of this one."""
+    lost = list(origin.left_out)
+    if origin.tool == "k2":
+        kept = taken_over(first) if first.tool == "k2" else {}
+        lost += [f"{key} {value}" for key, value in taken_over(origin).items() if kept.get(key) != value]
+    return lost
+
+
 def project_text(name: str, origins: Mapping[str, Origin]) -> str:
     """A k2.toml that asks for these pictures anew; name of a prompt -> origin.
 
@@ -319,10 +341,9 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
     if size := size_of(first, model or "mini"):
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
         lines.append(shape if own else told(shape, first))
-    for key in () if first.turbo else ("steps", "guidance"):
-        if (value := getattr(first, key)) is not None:
-            whose = f"# {key} = {value:g}".ljust(22) + f"# with {first.model or first.tool}"
-            lines.append(f"{key} = {value:g}" if own else whose)
+    for key, value in taken_over(first).items():
+        line = f"{key} = {text(value)}" if isinstance(value, str) else f"{key} = {value:g}"
+        lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
     for called, each in origins.items():
         lines += ["", "[[prompt]]".ljust(22) + f"# from a picture of {each.tool}", f"name = {text(called)}"]
         lines.append(f"text = {text(escape(each.prompt))}")

@@ -299,6 +299,19 @@ def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
     assert f"{made.name}: style dusk stayed behind." in result.stderr and "&& k2 render\n" in result.stderr
 
 
+def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tmp_path):
+    k2("render", "-p", "a fox", "--batch", "2", "--cohesion", "0.5", "--creativity", "low", "--steps", "3")
+    k2("render", "-p", "an owl", "--creativity", "high", "--steps", "4")
+    led, owl = moody.glob("outputs/0001-*/*-8.png"), moody.glob("outputs/0002-*/*-7.png")
+
+    said = k2("new", tmp_path / "again", *(word for path in (*led, *owl) for word in ("--from", path))).stderr
+    project = Project.open(tmp_path / "again")
+
+    assert (project.settings.creativity, project.settings.steps, project.settings.cohesion) == ("low", 3, 0.0)
+    assert 'fox-8.png: cohesion 0.5 with "a fox' in said
+    assert "owl-7.png: creativity high stayed behind." in said and "owl-7.png: steps 4 stayed behind." in said
+
+
 def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
     k2("render", "-p", "a fox", "--size", "64x96")
     k2("render", "-p", "an owl", "--size", "96x64")
