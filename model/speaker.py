@@ -1,4 +1,4 @@
-"""The text encoder's language side: Qwen3-VL answers an instruction, to lead a prompt further.
+"""The text encoder's language side: Qwen3-VL answers an instruction, to lead a prompt further or to tell of pictures.
 
 The same tower that reads prompts, with all of its layers, its last norm and its head. What the box has is no such
 tower: it was trained to read only.
@@ -6,6 +6,8 @@ tower: it was trained to read only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from torch import Tensor
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.parts import DTYPES, pick_device
 from model.plan import SPARE, default_dtype, free_memory
-from model.text_encoder import TextConfig, TextTower, read_tower, weights_of
+from model.references import fitting, to_pixels
+from model.text_encoder import Seen, TextConfig, TextTower, read_tower, weights_of
+from model.vision import Marks, VisionTower, find_tower, interleave, load_tower, marks_of
 
 ASKS, ANSWERS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ENDS = ("<|im_end|>", "<|endoftext|>")
 MOST_TOKENS = 200  # of an answer
+PIXELS = 384 * 384  # that a picture is shown at: enough for its manner
 TEMPERATURE, TOP_K, TOP_P = 0.7, 20, 0.8  # as Qwen3-VL-Instruct's own generation config has them
 
 
@@ -37,10 +42,10 @@ def speaks(path: Path) -> bool:
 
 
 class Speaker:
-    """A tower, the head above it, and its tokenizer."""
+    """A tower, the head above it, its tokenizer, and the files of its eyes, where it has some."""
 
-    def __init__(self, tower: TextTower, head: Tensor, tokenizer: Any):
-        self.tower, self.head, self.tokenizer = tower, head, tokenizer
+    def __init__(self, tower: TextTower, head: Tensor, tokenizer: Any, sight: Checkpoint | None = None):
+        self.tower, self.head, self.tokenizer, self.sight = tower, head, tokenizer, sight
         self.ends = {tokenizer.token_to_id(end) for end in ENDS} - {None}
 
     @classmethod
@@ -53,25 +58,53 @@ class Speaker:
         streamed = layers * dtype.itemsize > SPARE * free_memory(place)
         tower, tokenizer = read_tower(path, place, dtype, taps=(config.num_hidden_layers,), streamed=streamed)
         head = own_head(checkpoint, place, dtype)
-        return cls(tower, tower.embed_tokens.weight if head is None else head, tokenizer)
+        return cls(tower, tower.embed_tokens.weight if head is None else head, tokenizer, find_tower(path))
 
-    def tokens(self, text: str) -> list[int]:
-        """The turn of a user who says this, and the beginning of the answer. No text can end the turn."""
-        parts = []
-        for part, written in ((ASKS, False), (text, True), (ANSWERS, False)):
-            self.tokenizer.encode_special_tokens = written
-            clean = part.encode("utf-8", "replace").decode()
-            parts += self.tokenizer.encode(clean, add_special_tokens=False).ids
-        return parts
+    @cached_property
+    def eyes(self) -> tuple[VisionTower, Marks]:
+        """Loaded when the first picture is shown."""
+        assert self.sight is not None
+        return load_tower(self.sight, self.head.device, self.head.dtype), marks_of(self.sight)
+
+    def tokens(self, text: str, *, written: bool = True) -> list[int]:
+        """A text's tokens. Where it was written by somebody, no word of it is a sign of the template."""
+        self.tokenizer.encode_special_tokens = written
+        return self.tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+
+    def turn(self, text: str, pictures: Sequence[Tensor] = ()) -> tuple[list[int], Seen | None]:
+        """The turn of a user who shows pictures [1, 3, H, W] and says this, and the beginning of the answer."""
+        asks, answers = (self.tokens(sign, written=False) for sign in (ASKS, ANSWERS))
+        said = [*self.tokens(text), *answers]
+        if not pictures:
+            return [*asks, *said], None
+        tower, marks = self.eyes
+        parts: list[list[int] | Tensor] = [asks]
+        for picture in pictures:
+            parts += [[marks.start], picture, [marks.end]]
+        return interleave(tower, [*parts, said], marks.pad)
+
+    def show(self, path: Path) -> Tensor:
+        """A picture as large as it is looked at. Raises K2Error."""
+        return to_pixels(path, *fitting(path, PIXELS, self.eyes[0].config.unit)).to(self.head.device)
 
     @torch.inference_mode()
-    def answer(self, text: str, seed: int, *, most: int = MOST_TOKENS, temperature: float = TEMPERATURE) -> str:
-        """What the model says to a text; the same for the same seed. Temperature 0 takes the likeliest every time."""
+    def answer(
+        self,
+        text: str,
+        seed: int,
+        pictures: Sequence[Tensor] = (),
+        *,
+        most: int = MOST_TOKENS,
+        temperature: float = TEMPERATURE,
+    ) -> str:
+        """What the model says to a text and pictures, the same for the same seed; at temperature 0 the likeliest."""
         generator = torch.Generator().manual_seed(seed)
         said: list[int] = []
-        given, past = self.tokens(text), None
+        (given, seen), past = self.turn(text, pictures), None
+        saved = 0 if seen is None else len(given) - 1 - int(seen.positions.max())
         while len(said) < most:
-            states, past = self.tower(torch.tensor([given], device=self.head.device), past)
+            states, past = self.tower(torch.tensor([given], device=self.head.device), past, seen, saved)
+            seen = None
             token = choose((states[0, -1, 0] @ self.head.T).float().cpu(), temperature, generator)
             if token in self.ends:
                 break

@@ -197,17 +197,20 @@ class TextTower(nn.Module):
         if max(config.taps) == config.num_hidden_layers:  # as in transformers, the very last state is the normed one
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids: Tensor, past: Cache | None = None, seen: Seen | None = None) -> tuple[Tensor, Cache]:
+    def forward(
+        self, ids: Tensor, past: Cache | None = None, seen: Seen | None = None, saved: int = 0
+    ) -> tuple[Tensor, Cache]:
         """ids [B, T], past of the P tokens before (B or 1 rows) -> taps [B, T, N, E] and the cache of all P + T tokens.
 
-        Attention is causal, so padding after a row's end changes nothing before it.
+        Attention is causal, so padding after a row's end changes nothing before it. saved: how many positions fewer
+        than tokens the past takes, as pictures do.
         """
         before = past[0][0].shape[2] if past else 0
         length = ids.shape[1]
         x = self.embed_tokens(ids)
         mask = torch.ones(length, before + length, dtype=torch.bool, device=ids.device).tril(before)
         if seen is None:
-            rope = self.rope(before, length, x)
+            rope = self.rope(before - saved, length, x)
         else:
             x[:, seen.where] = seen.rows
             rope = self.rope_at(seen.positions, x)

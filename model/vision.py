@@ -167,6 +167,10 @@ class VisionTower(nn.Module):
                 deep[index] = self.deepstack_merger_list[c.deepstack_visual_indexes.index(index)](x)
         return self.merger(x), [deep[index] for index in c.deepstack_visual_indexes]
 
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """How many rows and columns a picture [1, 3, H, W] becomes."""
+        return pixels.shape[2] // self.config.unit, pixels.shape[3] // self.config.unit
+
     def patches(self, pixels: Tensor) -> Tensor:
         """[1, 3, H, W] -> [P, C·t·p·p]; a still picture fills both moments of a patch."""
         c = self.config
@@ -223,6 +227,23 @@ def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     return tower.requires_grad_(False).eval()
 
 
+class Marks(NamedTuple):
+    """The tokens before a picture, in the place of each of its rows, and behind it."""
+
+    start: int
+    pad: int
+    end: int
+
+
+def marks_of(checkpoint: Checkpoint) -> Marks:
+    """Raises K2Error where the config names none."""
+    ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
+    known = [each for each in ids if isinstance(each, int)]
+    if len(known) < len(ids):
+        raise K2Error(f"{checkpoint.path} does not say which tokens stand for pictures.", hint=AGAIN)
+    return Marks(*known)
+
+
 class Shown(NamedTuple):
     """A picture [1, 3, H, W] in −1 … 1 and its weight."""
 
@@ -236,10 +257,7 @@ class Reader:
     def __init__(self, text: TextEncoder, checkpoint: Checkpoint):
         weight = text.tower.embed_tokens.weight
         self.text, self.tower = text, load_tower(checkpoint, weight.device, weight.dtype)
-        ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
-        if None in ids:
-            raise K2Error(f"{checkpoint.path} does not say which tokens stand for pictures.", hint=AGAIN)
-        self.start, self.pad, self.end = ids
+        self.marks = marks_of(checkpoint)
 
     def show(self, path: Path, weight: float, tiles: int) -> Shown:
         """A reference picture as large as it is read, its tiles shuffled. Raises K2Error."""
@@ -270,37 +288,50 @@ class Reader:
 
     def read(self, prompt: str, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
         """What the pictures make of prompt and suffix [1, T, N, E]; their own rows [1, V, N, E]; how many each has."""
-        encoder, unit = self.text, self.tower.config.unit
-        looked = [self.tower(pixels.to(encoder.tower.embed_tokens.weight)) for pixels in pictures]
-        counts = [len(rows) for rows, _ in looked]
-        words = encoder.token_ids(prompt)
-        ids = [self.start, *[self.pad] * sum(counts), self.end, *words]
-        where = torch.zeros(len(ids), dtype=torch.bool)
-        where[1 : 1 + sum(counts)] = True
-        before = encoder.prefix_ids.shape[1]
-        grids = [(pixels.shape[2] // unit, pixels.shape[3] // unit) for pixels in pictures]
-        device = encoder.prefix_ids.device
-        seen = Seen(
-            where.to(device),
-            torch.cat([rows for rows, _ in looked]),
-            [torch.cat(parts) for parts in zip(*(deep for _, deep in looked), strict=True)],
-            positions(before, grids, 1 + len(words)).to(device),
-        )
-        taps, _ = encoder.tower(torch.tensor([ids], device=device), encoder.prefix, seen)
+        encoder, words = self.text, self.text.token_ids(prompt)
+        parts: list[list[int] | Tensor] = [[self.marks.start], *pictures, [self.marks.end, *words]]
+        ids, seen = interleave(self.tower, parts, self.marks.pad, encoder.prefix_ids.shape[1])
+        taps, _ = encoder.tower(torch.tensor([ids], device=encoder.prefix_ids.device), encoder.prefix, seen)
+        counts = [rows * columns for rows, columns in map(self.tower.grid, pictures)]
         return taps[:, -len(words) :], taps[:, 1 : 1 + sum(counts)], counts
 
 
-def positions(before: int, grids: Sequence[tuple[int, int]], after: int) -> Tensor:
+def interleave(
+    tower: VisionTower, parts: Sequence[list[int] | Tensor], pad: int, before: int = 0
+) -> tuple[list[int], Seen]:
+    """Tokens and pictures [1, 3, H, W] as one sequence behind `before` tokens: its ids, and what is seen in it."""
+    ids: list[int] = []
+    rows, deep, where = [], [], []
+    weight = tower.pos_embed.weight
+    for part in parts:
+        if isinstance(part, Tensor):
+            looked, deeper = tower(part.to(weight))
+            rows.append(looked)
+            deep.append(deeper)
+        tokens = [pad] * len(looked) if isinstance(part, Tensor) else part
+        ids += tokens
+        where += [isinstance(part, Tensor)] * len(tokens)
+    places = positions(before, [tower.grid(part) if isinstance(part, Tensor) else len(part) for part in parts])
+    layers = [torch.cat(layer) for layer in zip(*deep, strict=True)]
+    return ids, Seen(torch.tensor(where, device=weight.device), torch.cat(rows), layers, places.to(weight.device))
+
+
+def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:
     """Time, row and column of everything behind `before` tokens -> [3, tokens].
 
-    First the start of the span, then pictures, each from where the last one ends, then `after` tokens of text.
+    A part is so many tokens of text, or a picture's rows and columns; each begins where the last one ends, and a
+    picture is as long as its longer side.
     """
-    parts, at = [torch.full((3, 1), before)], before + 1
-    for rows, columns in grids:
-        place = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(columns), indexing="ij"))
-        parts.append(place.flatten(1) + at)
-        at += max(rows, columns)
-    return torch.cat((*parts, torch.arange(at, at + after).expand(3, -1)), 1)
+    places, at = [], before
+    for part in parts:
+        if isinstance(part, tuple):
+            grid = torch.meshgrid(torch.arange(1), *map(torch.arange, part), indexing="ij")
+            place, length = torch.stack(grid).flatten(1), max(part)
+        else:
+            place, length = torch.arange(part).expand(3, -1), part
+        places.append(place + at)
+        at += length
+    return torch.cat(places, 1)
 
 
 def informed(rows: Tensor, known: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def test_answers_are_those_of_transformers(qwen, spoken):  # noqa: F811
     from transformers import Qwen3VLForConditionalGeneration
 
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
-    ids = torch.tensor([spoken.tokens(ASKED)])
+    ids = torch.tensor([spoken.turn(ASKED)[0]])
     made = theirs.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=-1, pad_token_id=0)
 
     assert spoken.answer(ASKED, 0, most=20, temperature=0) == spoken.tokenizer.decode(made[0, ids.shape[1] :].tolist())
@@ -49,7 +49,7 @@ def test_an_answer_ends_where_the_model_ends_it(spoken):
 def test_no_text_ends_the_turn(spoken):
     mark = spoken.tokenizer.token_to_id("<|im_end|>")
 
-    assert spoken.tokens("a fox<|im_end|>").count(mark) == spoken.tokens("a fox").count(mark) == 1
+    assert spoken.turn("a fox<|im_end|>")[0].count(mark) == spoken.turn("a fox")[0].count(mark) == 1
 
 
 def test_the_choice_keeps_to_what_is_likely():

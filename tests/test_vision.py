@@ -18,6 +18,7 @@ from model import vision
 from model.checkpoint import open_checkpoint, save
 from model.errors import K2Error
 from model.pipeline import Pipeline
+from model.speaker import Speaker
 from model.spec import Reference, RenderSpec, Style
 from model.text_encoder import TextEncoder
 from model.vision import (
@@ -28,6 +29,7 @@ from model.vision import (
     find_tower,
     informed,
     load_tower,
+    marks_of,
     positions,
     shuffled,
 )
@@ -136,7 +138,7 @@ def test_several_pictures_share_one_span(qwen, pictures):
     where = ids == pad
     embeds[where] = rows
     grids = [(each.shape[2] // 8, each.shape[3] // 8) for each in pictures]
-    place = torch.cat((torch.arange(34).expand(3, -1), positions(34, grids, 1 + len(words))), 1)[:, None]
+    place = torch.cat((torch.arange(34).expand(3, -1), positions(34, [1, *grids, 1 + len(words)])), 1)[:, None]
     states = qwen.model.language_model(
         inputs_embeds=embeds,
         position_ids=place,
@@ -153,7 +155,7 @@ def test_several_pictures_share_one_span(qwen, pictures):
 
 
 def test_pictures_stand_one_behind_the_other():
-    place = positions(3, [(2, 3), (1, 1)], 2).T.tolist()
+    place = positions(3, [1, (2, 3), (1, 1), 2]).T.tolist()
 
     assert place == [
         [3, 3, 3],
@@ -330,3 +332,36 @@ def test_more_pictures_than_one_vision_span_holds(seeing, tmp_path):
     with pytest.raises(K2Error, match="17 reference pictures are read by vision, and 16 is the most") as error:
         seeing.render([looking(*((path, 0.1) for path in many))])
     assert error.value.hint
+
+
+@pytest.mark.parametrize("stated", [{}, {"image_token_id": None}, {"image_token_id": "<|image_pad|>"}])
+def test_a_config_that_names_no_tokens_for_pictures(qwen, stated):
+    known = {"vision_start_token_id": 10, "vision_end_token_id": 12}
+    checkpoint = replace(open_checkpoint(qwen.folder), config=known | stated)
+    with pytest.raises(K2Error, match="does not say which tokens stand for pictures"):
+        marks_of(checkpoint)
+
+
+def test_an_answer_about_pictures_is_that_of_transformers(qwen, pictures):
+    """Each picture in a span of its own, the likeliest token twelve times over; positions fall behind the tokens."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(qwen.folder, dtype=torch.float32).eval()
+    speaker = Speaker.load(qwen.folder, "cpu")
+    ids, seen = speaker.turn("What are they drawn with?", pictures)
+    start, pad, end = (qwen.ids[f"{name}_token_id"] for name in ("vision_start", "image", "vision_end"))
+
+    made = theirs.generate(
+        input_ids=torch.tensor([ids]),
+        pixel_values=torch.cat([patches(pixels) for pixels in pictures]),
+        image_grid_thw=torch.cat([grid(pixels) for pixels in pictures]),
+        mm_token_type_ids=(torch.tensor([ids]) == pad).int(),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+
+    assert (ids.count(start), ids.count(end)) == (3, 3) and ids.count(pad) == int(seen.where.sum()) == 15
+    answer = speaker.answer("What are they drawn with?", 0, pictures, most=12, temperature=0)
+    assert answer == speaker.tokenizer.decode(made[0, len(ids) :].tolist())
+    assert answer != speaker.answer("What are they drawn with?", 0, pictures[:1], most=12, temperature=0)
