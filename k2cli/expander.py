@@ -58,7 +58,7 @@ def speaker(text: Path, device: str | None) -> Speaker:
     """The language model; one at a time."""
     from model.speaker import Speaker
 
-    say("Expanding prompts by the language side of the text encoder.", "dim")
+    say("Asking the language side of the text encoder.", "dim")
     return Speaker.load(text, device)
 
 

@@ -13,11 +13,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from k2cli import models
+from k2cli.expander import forget, language_of, speaker
 from k2cli.outputs import write, writing
 from k2cli.pictures import Inside, find
 from k2cli.tables import PATH, between
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MOST = 1000  # pictures of a board
 READING = 2  # changes whenever the same pictures would be read in another way
+WIDE = 118  # characters of a comment
 NAME = "moodboard"  # of the style that the table renders as
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
@@ -72,6 +75,20 @@ def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None)
     from model.seeing import Eye
 
     return analyse(paths, Eye.load(eye_of(model)), on_picture)
+
+
+def tell(board: Board, model: str, device: str | None = None) -> Board:
+    """The board with its profile in the words of a resolved model's language side too, where it has one."""
+    if (text := language_of(model)) is None:
+        return board
+    from model.moodboard import told
+
+    try:
+        return replace(board, told=told(board, speaker(text, device)))
+    except K2Error as error:  # what was measured stands without it
+        return replace(board, notes=(*board.notes, f"The text encoder says nothing of the board: {error}"))
+    finally:
+        forget()
 
 
 def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[Style, ...]:
@@ -132,7 +149,7 @@ def style_file(board: Board, root: Path) -> str:
     """styles/NAME.toml: what was measured as comments, what counts as keys. Every line may be edited."""
     import tomli_w
 
-    lines = [f"# {board.profile}", "#"]
+    lines = [f"# {line}".rstrip() for line in (*wrap(board.told, WIDE), board.profile, "")]
     lines += [f"# {colour.hex}  {colour.share:4.0%}  {colour.name}" for colour in board.palette]
     lines += ["", tomli_w.dumps({"keywords": list(board.keywords), "avoids": list(board.avoids)}).rstrip()]
     for number, each in enumerate(board.looks, 1):
@@ -149,6 +166,7 @@ def to_table(board: Board, root: Path) -> dict[str, Any]:
     """The board in plain values."""
     return {
         "profile": board.profile,
+        "told": board.told or None,
         "keywords": list(board.keywords),
         "avoids": list(board.avoids),
         "palette": [{"hex": colour.hex, **asdict(colour)} for colour in board.palette],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -272,7 +273,7 @@ def analyze(
     """Find a board's looks, colours and words; write a style.
 
     Makes styles/NAME.toml, to edit as you like, with the pictures that stand for each look, and its colours as
-    styles/NAME.png.
+    styles/NAME.png. With the open weights their text encoder looks at the board too, and says what it is drawn to.
 
     \b
     Examples:
@@ -302,10 +303,13 @@ def analyze(
         )
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
+    with suppress(K2Error):  # a model that is not here yet tells nothing
+        board = moodboard.tell(board, home.settle().model, home.settings.device)
     strip = moodboard.save(board, home.root, target)
     result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
     if not quiet:
         for note in board.notes:
             say(note, "yellow")
-        say(board.profile)
+        for sentence in filter(None, (board.told, board.profile)):
+            say(sentence)
         say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")

@@ -184,21 +184,27 @@ def expand_by_language(
 ) -> str:
     """A language model's expansion, or the prompt as it was where there is nothing to trust in its answer.
 
-    Not trusted: nothing, a refusal, a question, more than LONGEST characters, an answer that has lost a word of the
-    prompt or holds an avoided one. "raw" asks nobody. The other arguments are those of `expand`.
+    Not trusted, beside what `trusted` leaves out: an answer that has lost a word of the prompt or holds an avoided one.
+    "raw" asks nobody. The other arguments are those of `expand`.
     """
     if level == "raw":
         return prompt
-    answer = tidy(generate(instruction(prompt, level, styles, avoids, look), seed))
+    answer = trusted(generate(instruction(prompt, level, styles, avoids, look), seed))
     kept = set(words_of(prompt)) - SMALL <= set(words_of(answer))
-    if not answer or not kept or len(answer) > LONGEST or answer.endswith("?") or REFUSALS.search(answer):
-        return prompt
-    return prompt if mentions([answer], avoids) else answer
+    return answer if answer and kept and not mentions([answer], avoids) else prompt
+
+
+def trusted(answer: str) -> str:
+    """A tidy answer; "" where it says nothing, refuses, asks back, or goes on for more than LONGEST characters."""
+    answer = tidy(answer)
+    return "" if len(answer) > LONGEST or answer.endswith("?") or REFUSALS.search(answer) else answer
 
 
 def tidy(answer: str) -> str:
     """An answer on one line, without its thoughts, its label and its quotes."""
     answer = re.sub(r"<think>.*?(</think>|$)", " ", answer, flags=re.DOTALL)
     answer = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", answer)
-    answer = re.sub(r"^\s*(?:rewritten |new )?(?:description|prompt)\s*:", "", answer, flags=re.IGNORECASE)
+    answer = re.sub(
+        r"^\s*(?:rewritten |new |taste )?(?:description|prompt|profile)\s*:", "", answer, flags=re.IGNORECASE
+    )
     return " ".join(answer.split()).strip("\"'“”‘’ ")

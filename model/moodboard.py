@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from model.clusters import find_looks
 from model.colours import Colour, colour_words, find_palette
 from model.errors import K2Error
-from model.expand import vocabulary
+from model.expand import trusted, vocabulary
 from model.seeing import Eye, Pixels, read_all
+from model.speaker import Speaker
 from model.words import AGAIN, speak
 
 AT_ONCE = 16  # pictures through the encoders together
 REFERENCES = 10  # pictures that stand for a board, at most three of a look
+SHOWN = 4  # of them, that a language model looks at
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 
@@ -49,10 +52,17 @@ class Board:
     avoids: tuple[str, ...]
     profile: str
     notes: tuple[str, ...] = ()
+    told: str = ""  # the profile in the words of a language model that has looked
 
     @property
     def representatives(self) -> list[tuple[Path, float]]:
         return [each for look in self.looks for each in look.representatives]
+
+    @property
+    def shown(self) -> list[Path]:
+        """A few pictures for all of it: the middle of each look first, the largest look's before."""
+        ranks = zip_longest(*([path for path, _ in look.representatives] for look in self.looks))
+        return [path for rank in ranks for path in rank if path][:SHOWN]
 
 
 class Seen(NamedTuple):
@@ -143,6 +153,24 @@ def describe(
     parts.append(f"Drawn to {', '.join(keywords)}" if keywords else "")
     parts.append(f"Far from {', '.join(avoids)}" if avoids else "")
     return ". ".join(filter(None, parts)) + "."
+
+
+def instruction(board: Board, *, sees: bool) -> str:
+    """What a language model is asked for a board's taste profile."""
+    lines = [
+        "These pictures stand for a moodboard." if sees else "",
+        f"Measured over the whole moodboard: {board.profile}",
+        "Write its taste profile in two sentences: manner of drawing or medium, light, colours, mood.",
+        "Say nothing of what is shown. Answer with the profile alone.",
+    ]
+    return "\n".join(filter(None, lines))
+
+
+def told(board: Board, speaker: Speaker) -> str:
+    """The taste profile in whole sentences of a language model's; "" where there is nothing to trust in its answer."""
+    pictures = [speaker.show(path) for path in board.shown] if speaker.sight else []
+    answer = trusted(speaker.answer(instruction(board, sees=bool(pictures)), 0, pictures))
+    return answer[: max(answer.rfind(sign) for sign in ".!") + 1]
 
 
 def manner(look: Look) -> str:

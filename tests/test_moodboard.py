@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from pathlib import Path
@@ -238,6 +239,41 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert "There is no board" in k2("moodboard", "analyze", "--force", code=1).stderr
     (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {"board": 0.35})
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
+
+
+def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
+    """In whole sentences, of the first picture of each look; what is not to be trusted, and what fails, is left out."""
+    heard = []
+
+    class Speaking:
+        sight = True
+        said = "Taste profile: Quiet flat colour, much air. Night hues over bla"
+
+        def show(self, path):
+            return path.name
+
+        def answer(self, text, seed, pictures):
+            heard.append((text, pictures))
+            if not self.said:
+                raise K2Error("The text encoder lacks a tensor.")
+            return self.said
+
+    monkeypatch.setattr(moodboard, "language_of", lambda model: Path("somewhere"))
+    monkeypatch.setattr(moodboard, "speaker", lambda text, device: Speaking())
+    told = json.loads(k2("moodboard", "analyze", "--json").stdout)
+    looks = [look["representatives"] for look in told["looks"]]
+
+    assert told["told"] == "Quiet flat colour, much air." and told["profile"].startswith("12 pictures in")
+    assert (den / "styles" / "board.toml").read_text().startswith("# Quiet flat colour, much air.\n# 12 pictures in")
+    ((asked, shown),) = heard
+    assert told["profile"] in asked and [f"refs/board/{name}" for name in shown[: len(looks)]] == [
+        look[0]["image"] for look in looks
+    ]
+    assert len(shown) == min(4, sum(map(len, looks)))
+    for said, note in (("I'm sorry, but I can't.", ""), ("", "says nothing of the board: The text encoder lacks")):
+        Speaking.said = said
+        again = k2("moodboard", "analyze", "--json", "--force")
+        assert json.loads(again.stdout)["told"] is None and note in again.stderr
 
 
 def test_the_table_renders_is_recorded_and_made_again(den, k2):
