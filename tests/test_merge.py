@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model.errors import K2Error
+from model.train import merge
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
@@ -98,6 +99,13 @@ def test_what_does_not_belong_together_is_not_merged():
     for other in ({"v": torch.zeros(2)}, {"w": torch.zeros(3)}):
         with pytest.raises(K2Error, match="cannot be merged"):
             combine([{"w": torch.zeros(2)}, other], (0.5, 0.5))
+
+
+def test_every_run_has_a_weight_or_none_has():
+    with pytest.raises(K2Error, match="states 1 weights for 2 runs"):
+        merge.Recipe.of({"name": "moved", "runs": ["a", "b"], "weights": [1.0]}, "moved.toml")
+    with pytest.raises(K2Error, match="states 1 weights for 0 runs"):
+        merge.Recipe.of({"name": "moved", "snapshots": "a", "weights": [1.0]}, "moved.toml")
 
 
 @pytest.mark.parametrize(("count", "divisions"), [(2, 4), (3, 4), (3, 3), (4, 2)])

@@ -64,7 +64,12 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     run("middle", "midtrain", "repeats = 2\nclusters = 3")
     for name, media in (("plain", '["plain"]'), ("film", '["film", "halftone", "pixel"]')):
         run(f"sft-{name}", "sft", f'media = {media}\njudge = "judge-3"\nper_subject = 3\nrepeats = 2')
-    for name, keys in (("pma", 'snapshots = "base"'), ("sft", 'runs = ["sft-plain", "sft-film"]\ndivisions = 2')):
+    merges = {
+        "pma": 'snapshots = "base"',
+        "sft": 'runs = ["sft-plain", "sft-film"]\ndivisions = 2',
+        "moved": 'runs = ["sft-plain", "middle", "base"]\nweights = [1.0, 1.0, -1.0]',
+    }
+    for name, keys in merges.items():
         Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\npictures = 4\n{keys}\n')
         chosen = recipe.load(f"{name}.toml")
         recipe.module("merge", name).main(chosen, "cpu", quiet)
@@ -76,6 +81,8 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert figures["validation"] <= min(figures["alone"].values())
     weighed = sum(w * state(name)["ema.dit.first.weight"] for name, w in figures["weights"].items())
     torch.testing.assert_close(state("sft")["ema.dit.first.weight"], weighed)
+    plain, middle, first = (state(name)["ema.dit.first.weight"] for name in ("sft-plain", "middle", "base"))
+    torch.testing.assert_close(state("moved")["ema.dit.first.weight"], plain + (middle - first))
     assert record("pma")["figures"]["snapshots"] == 3
     mean = torch.stack([load_file(path)["dit.first.weight"] for path in loop.snapshots(Path(".runs/base"))]).mean(0)
     torch.testing.assert_close(state("pma")["ema.dit.first.weight"], mean)

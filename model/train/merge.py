@@ -1,7 +1,9 @@
-"""Merging checkpoints: θ = Σ w_i θ_i, of domain runs with weights by validation, or of a run's own last snapshots.
+"""Merging checkpoints: θ = Σ w_i θ_i, of runs with weights by validation or stated, or of a run's last snapshots.
 
-The first makes one checkpoint of runs that were fine-tuned from one parent on different domains. The second is PMA
-(arXiv 2505.12082): the plain mean of the last snapshots of the stable phase, in the place of a running average.
+The first makes one checkpoint of runs that were fine-tuned from one parent on different domains. With stated weights
+what one run learned is carried over to another (task arithmetic, arXiv 2212.04089): a Turbo of an earlier Raw, plus the
+later Raw, less the earlier one, is a Turbo of the later. The last is PMA (arXiv 2505.12082): the plain mean of the last
+snapshots of the stable phase, in the place of a running average.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Recipe(Table):
     """A merge: of several runs, or of one run's snapshots."""
 
     stage: str = "merge"
-    runs: tuple[str, ...] = ()  # whose averaged weights are merged, weights chosen on validation
+    runs: tuple[str, ...] = ()  # whose averaged weights are merged
+    weights: tuple[float, ...] = ()  # one for each; chosen on validation where left out
     snapshots: str = ""  # a run whose snapshots are averaged instead
     divisions: int = 4  # of each weight's way from 0 to 1 that are tried
     pictures: int = 128  # that validate
@@ -39,6 +42,8 @@ class Recipe(Table):
         super().__post_init__()
         if bool(self.snapshots) == bool(self.runs):
             raise K2Error(f'Recipe "{self.name}" must name either runs or a run\'s snapshots.')
+        if self.weights and len(self.weights) != len(self.runs):
+            raise K2Error(f'Recipe "{self.name}" states {len(self.weights)} weights for {len(self.runs)} runs.')
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -78,7 +83,13 @@ def choose(
 
 
 def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
-    """The mean of a run's snapshots, or of runs by the weights that validate best, and what was found on the way."""
+    """The mean of a run's snapshots, or of runs by the weights that are stated or validate best, and what was found."""
+    if recipe.weights:
+        states = [loop.averages(path) for path in paths]
+        own = states[0].keys()  # a Turbo has a transformer alone
+        states = [{name: tensor for name, tensor in state.items() if name in own} for state in states]
+        return combine(states, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
+
     from model.train.pretrain import Trainee, training_set
     from model.train.validation import validation_loss
 
