@@ -51,6 +51,7 @@ class Growth:
 
     def render(self, specs: list[RenderSpec]) -> None:
         self.pipeline._contexts.values.clear()  # else only the first round would encode
+        self.pipeline._rows.values.clear()
         self.pipeline.render(specs)
 
     def operations(self, specs: list[RenderSpec]) -> float:
