@@ -25,6 +25,7 @@ from k2cli.pictures import Inside, find
 from k2cli.tables import PATH, between
 from model import library
 from model.errors import K2Error
+from model.plan import lacking_memory
 from model.spec import Reference, Style
 
 if TYPE_CHECKING:
@@ -79,12 +80,13 @@ def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None)
 
 def tell(board: Board, model: str, device: str | None = None) -> Board:
     """The board with its profile in the words of a resolved model's language side too, where it has one."""
-    if (text := language_of(model)) is None:
-        return board
     from model.moodboard import told
 
     try:
-        return replace(board, told=told(board, speaker(text, device)))
+        if (text := language_of(model)) is None:
+            return board
+        with lacking_memory("its language side"):
+            return replace(board, told=told(board, speaker(text, device)))
     except K2Error as error:  # what was measured stands without it
         return replace(board, notes=(*board.notes, f"The text encoder says nothing of the board: {error}"))
     finally:

@@ -303,8 +303,11 @@ def analyze(
         )
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
-    with suppress(K2Error):  # a model that is not here yet tells nothing
-        board = moodboard.tell(board, home.settle().model, home.settings.device)
+    model = ""
+    with suppress(K2Error):  # one that is not here yet tells nothing
+        model = home.settle().model
+    if model:
+        board = moodboard.tell(board, model, home.settings.device)
     strip = moodboard.save(board, home.root, target)
     result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
     if not quiet:

@@ -94,8 +94,9 @@ class Pipeline:
         self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
-        self._contexts: Recent[Tensor] = Recent(REMEMBERED)
-        self._rows: Recent[Tensor] = Recent(MOST_TEXTS)
+        self._contexts: Recent[Tensor]
+        self._rows: Recent[Tensor]
+        self.forget()
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         self._check_fit()
 
@@ -154,7 +155,7 @@ class Pipeline:
             for spec in specs:
                 self.resolve(spec)
         for batch in self._batches(map(self.resolve, specs)):
-            with lacking_memory(f"{batch[0].width}x{batch[0].height}"):
+            with lacking_memory(f"a picture of {batch[0].width}x{batch[0].height}"):
                 pictures = self._render(batch, on_step)
             for picture in pictures:
                 yield review(picture, self.filters)
@@ -170,6 +171,10 @@ class Pipeline:
     def hashes(self) -> dict[str, str]:
         """sha256 of the files that the weights came from, by name."""
         return self._hashes.by_name()
+
+    def forget(self) -> None:
+        """Let go of what is kept of prompts and styles; whatever asks for them next reads them again."""
+        self._contexts, self._rows = Recent(REMEMBERED), Recent(MOST_TEXTS)
 
     def export(self, folder: Path | str) -> None:
         """Write the model as a folder that `diffusers.Krea2Pipeline.from_pretrained` opens."""

@@ -167,14 +167,14 @@ def limit_left(group: Path, free: int) -> int:
 
 
 @contextmanager
-def lacking_memory(size: str) -> Iterator[None]:
-    """Memory that runs out while pictures of a size are made, in one sentence."""
+def lacking_memory(what: str) -> Iterator[None]:
+    """Memory that runs out for a picture of some size, or whatever is made, in one sentence."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_IT)):
             raise
         raise K2Error(
-            f"There is not enough memory for a picture of {size}.",
+            f"There is not enough memory for {what}.",
             hint="Choose a smaller size, --precision int8 or --offload all, or end what else takes memory.",
         ) from None

@@ -301,6 +301,7 @@ def interleave(
 ) -> tuple[list[int], Seen]:
     """Tokens and pictures [1, 3, H, W] as one sequence behind `before` tokens: its ids, and what is seen in it."""
     ids: list[int] = []
+    spans: list[int | tuple[int, int]] = []
     rows, deep, where = [], [], []
     weight = tower.pos_embed.weight
     for part in parts:
@@ -308,12 +309,16 @@ def interleave(
             looked, deeper = tower(part.to(weight))
             rows.append(looked)
             deep.append(deeper)
-        tokens = [pad] * len(looked) if isinstance(part, Tensor) else part
-        ids += tokens
-        where += [isinstance(part, Tensor)] * len(tokens)
-    places = positions(before, [tower.grid(part) if isinstance(part, Tensor) else len(part) for part in parts])
+            spans.append(tower.grid(part))
+            ids += [pad] * len(looked)
+            where += [True] * len(looked)
+        else:
+            spans.append(len(part))
+            ids += part
+            where += [False] * len(part)
     layers = [torch.cat(layer) for layer in zip(*deep, strict=True)]
-    return ids, Seen(torch.tensor(where, device=weight.device), torch.cat(rows), layers, places.to(weight.device))
+    places, device = positions(before, spans), weight.device
+    return ids, Seen(torch.tensor(where, device=device), torch.cat(rows), layers, places.to(device))
 
 
 def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:

@@ -254,8 +254,8 @@ def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
 
         def answer(self, text, seed, pictures):
             heard.append((text, pictures))
-            if not self.said:
-                raise K2Error("The text encoder lacks a tensor.")
+            if isinstance(self.said, Exception):
+                raise self.said
             return self.said
 
     monkeypatch.setattr(moodboard, "language_of", lambda model: Path("somewhere"))
@@ -270,7 +270,11 @@ def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
         look[0]["image"] for look in looks
     ]
     assert len(shown) == min(4, sum(map(len, looks)))
-    for said, note in (("I'm sorry, but I can't.", ""), ("", "says nothing of the board: The text encoder lacks")):
+    for said, note in (
+        ("I'm sorry, but I can't.", ""),
+        (K2Error("It lacks a tensor."), "says nothing of the board: It lacks a tensor."),
+        (MemoryError(), "says nothing of the board: There is not enough memory for its language side."),
+    ):
         Speaking.said = said
         again = k2("moodboard", "analyze", "--json", "--force")
         assert json.loads(again.stdout)["told"] is None and note in again.stderr

@@ -50,8 +50,7 @@ class Growth:
         self.pipeline = pipeline
 
     def render(self, specs: list[RenderSpec]) -> None:
-        self.pipeline._contexts.values.clear()  # else only the first round would encode
-        self.pipeline._rows.values.clear()
+        self.pipeline.forget()  # else only the first round would encode
         self.pipeline.render(specs)
 
     def operations(self, specs: list[RenderSpec]) -> float:

@@ -307,8 +307,7 @@ class Bench:
                 )
 
             def ours(specs: list[RenderSpec] = specs) -> None:
-                self.mini._contexts.values.clear()  # or only the first round would encode
-                self.mini._rows.values.clear()
+                self.mini.forget()  # or only the first round would encode
                 self.mini.render(specs)
 
             image = first.height * first.width // (self.mini.vae.factor * self.mini.dit.config.patch) ** 2
@@ -448,8 +447,7 @@ class Bench:
         )
 
         def anew() -> None:
-            self.mini._contexts.values.clear()
-            self.mini._rows.values.clear()
+            self.mini.forget()
             self.mini._context(PROMPTS[0], (), ())
 
         yield compare("prompts asked for again are kept (mini)", lambda: self.mini._context(PROMPTS[0], (), ()), anew)
