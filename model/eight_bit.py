@@ -45,9 +45,7 @@ class EightBitLinear(nn.Linear):
         if self.exact or (tokens.requires_grad and torch.is_grad_enabled()):
             answer = Widened.apply(tokens, self.weight, self.weight_scale)
         elif self.multiplies(tokens):
-            answer = tokens.new_empty(len(tokens), self.out_features)
-            for part, room in zip(split(tokens), split(answer), strict=True):
-                product(part, self.weight, self.weight_scale, room)
+            answer = eight_bit_product(tokens, self.weight, self.weight_scale)
         else:
             answer = widened_product(tokens, self.weight, self.weight_scale)
         if self.bias is not None:
@@ -82,13 +80,18 @@ def widened_product(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (F.linear(tokens, weight.to(tokens.dtype)) * scale).to(tokens.dtype)
 
 
-@cache
 def native(number: torch.dtype, device: str) -> bool:
-    """Whether a kind of device multiplies numbers of this format faster than bf16.
+    """Whether a kind of device multiplies numbers of this format faster than bf16; compilers take it as it is.
 
     CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with a scale for every
     row from Hopper on.
     """
+    return asked(number, device)
+
+
+@cache
+def asked(number: torch.dtype, device: str) -> bool:
+    """What the device itself says to `native`."""
     if device == "cpu":
         known = torch.cpu.get_capabilities()
         return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
@@ -97,27 +100,33 @@ def native(number: torch.dtype, device: str) -> bool:
     return False
 
 
-def split(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Tokens [M, K] in parts that are worked on at once."""
-    return tokens.split(TOKENS_AT_ONCE) if tokens.device.type == "cpu" else (tokens,)
+def eight_bit_product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """tokens [M, K], rounded to 8 bits, times (weight [N, K] · weight_scale [N]) transposed -> [M, N] in tokens' dtype.
+
+    On a CPU part by part.
+    """
+    if tokens.device.type != "cpu":
+        return product(tokens, weight, weight_scale).to(tokens.dtype)
+    answer = tokens.new_empty(len(tokens), len(weight))
+    for part, room in zip(tokens.split(TOKENS_AT_ONCE), answer.split(TOKENS_AT_ONCE), strict=True):
+        room.copy_(product(part.float(), weight, weight_scale))
+    return answer
 
 
-def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor) -> None:
-    """tokens [M, K], rounded to 8 bits, times (weight [N, K] · weight_scale [N]) transposed, into out [M, N]."""
-    rows, scale = round_rows(tokens.float(), weight.dtype)
+def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """As `eight_bit_product`, all at once, -> fp32, or bf16 where the numbers are fp8."""
+    rows, scale = round_rows(tokens, weight.dtype)
     if weight.dtype == torch.int8:
         whole = torch._int_mm(rows, weight.t())  # int32: exact, in any order
-        out.copy_((whole * scale[:, None]).mul_(weight_scale))
-    else:
-        wide = torch._scaled_mm(
-            rows,
-            weight.t(),
-            scale_a=scale[:, None],
-            scale_b=weight_scale[None],
-            out_dtype=torch.bfloat16,  # the only one that kernels with row scales know
-            use_fast_accum=True,
-        )
-        out.copy_(wide)
+        return (whole * scale[:, None]).mul_(weight_scale)
+    return torch._scaled_mm(
+        rows,
+        weight.t(),
+        scale_a=scale[:, None],
+        scale_b=weight_scale[None],
+        out_dtype=torch.bfloat16,  # the only one that kernels with row scales know
+        use_fast_accum=True,
+    )
 
 
 def shrink(network: nn.Module, number: torch.dtype) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.dit import Krea2
+from model.eight_bit import native
 from model.parts import memory
 from model.plan import NARROW
 from model.recent import Recent
@@ -32,10 +33,12 @@ Work = Callable[..., Tensor]
 
 def accelerate(dit: Krea2) -> None:
     """Make `dit.velocity` fast, for good. The network is on a CUDA card, with its weights in place."""
-    compiled = dit.config.width >= NARROW and can_compile()
-    if compiled:
+    if wide := dit.config.width >= NARROW:
         # Compiled kernels outlive the process: the next one finds them in a second.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(memory().with_name("inductor")))
+        torch.compiler.assume_constant_result(native)  # a question to the device would cut every block in pieces
+    compiled = wide and can_compile()
+    if compiled:
         for block in dit.blocks:
             block.compile()  # one after the other: they share code, so one compilation serves all
     dit.velocity = FastVelocity(dit, compiled)  # type: ignore[assignment, method-assign]

@@ -70,8 +70,8 @@ def to_rows(matrix: Tensor, number: torch.dtype, scale: Tensor | None = None) ->
 
 
 def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
-    """wide [M, K], fp32 -> [M, K] in `number`, and the fp32 scale [M] by which the largest number fills the format."""
-    scale = wide.abs().amax(1) / LARGEST[number]
+    """wide [M, K] -> [M, K] in `number`, and the fp32 scale [M] by which the largest number fills the format."""
+    scale = wide.abs().amax(1).float() / LARGEST[number]  # by an fp32 column, bf16 is divided in fp32
     scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     return (scaled.round() if number == torch.int8 else scaled).to(number), scale
 

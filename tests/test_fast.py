@@ -12,7 +12,9 @@ from test_lora import TINY, random_pairs
 from model import fast
 from model.checkpoint import save
 from model.dit import Krea2
+from model.eight_bit import formats, shrink
 from model.lora import laid_over, read_lora
+from model.quantize import to_rows
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -62,3 +64,23 @@ def test_what_is_laid_over_is_noticed(monkeypatch):
     quick(*torch.zeros(4, 1), prompt_mask=None)
 
     assert taken == ["replayed", "plain", "plain", "replayed"]
+
+
+def test_a_block_in_8_bits_is_compiled_in_one_piece(monkeypatch, tmp_path):
+    """Nothing in it asks the device anything while it is traced; needs no card."""
+    monkeypatch.setattr(fast, "NARROW", 1)
+    monkeypatch.setattr(fast, "can_compile", lambda: False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = random_model(TINY)
+    exact, given = model.state_dict(), (torch.randn(1, 20, TINY.width), torch.randn(1, 1, 6 * TINY.width))
+    shrink(model.blocks, torch.int8)
+    for name in formats(model):
+        exact[name], exact[f"{name}_scale"] = to_rows(exact[name], torch.int8)
+    model.load_state_dict(exact, assign=True)
+
+    fast.accelerate(model)
+
+    block, rope = model.blocks[0], model.rope(4, (4, 4))
+    whole = torch.compile(block, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(*given, rope, None), block(*given, rope, None), rtol=1e-4, atol=1e-4)

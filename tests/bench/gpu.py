@@ -3,11 +3,14 @@
 `python tests/bench/gpu.py [--size 1024] [--steps 8] [--rounds 5] [--out .cache/bench/gpu] [--smoke]`. Ours in bf16 and
 fp8, plain and compiled, beside diffusers on the same tensors in the same run; the share of the card's bf16 rate that a
 large product reaches. `speed.py --device cuda` has the rows of the other benchmark. `--smoke` also runs without a card.
+What is found is printed and written row by row; a row that fails says why, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +22,22 @@ from measure import (
     HEAD,
     MEDIUM,
     SMALL,
+    Row,
     fill,
     interleaved,
+    peak_megabytes,
     random,
     rate,
     row,
     save,
     small_tower,
     stream_operations,
+    write_rows,
 )
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.dit import Krea2
+from model.dit import Krea2, attention
 from model.eight_bit import NUMBERS, formats, native, shrink
 from model.export import transformer_config
 from model.fast import accelerate
@@ -53,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".cache/bench/gpu"))
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
+    started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
         parser.error("there is no CUDA card here; --smoke runs at toy size without one")
@@ -114,12 +122,39 @@ def main() -> None:
         """Its text encoding is left out, in diffusers' favour: `speed.py` compares that."""
         pipe(
             prompt_embeds=embeds, prompt_embeds_mask=mask, height=size, width=size,
-            num_inference_steps=steps, guidance_scale=0.0,
+            num_inference_steps=steps, guidance_scale=0.0, output_type="pt",
         )  # fmt: skip
 
+    found: list[Row] = []
+    facts: dict[str, Any] = {"smoke": options.smoke, "steps": steps, "size": size}
+    failed = []
+
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        """One row of many: where it fails, the others are still worth having."""
+        try:
+            work()
+        except Exception as error:
+            failed.append(name)
+            print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+        write_rows(options.out, found, **facts)
+
+    def compare(name: str, *works: Callable[[], Any], times: int = rounds, **more: Any) -> None:
+        def measured() -> None:
+            found.append(row(name, *interleaved(works, times), **more))
+            print(found[-1].line(), flush=True)
+
+        attempt(name, measured)
+
+    embedded = text()
+    exact = sample(dit, embedded)
+    facts["rate"] = rate(dtype, device, 512 if options.smoke else 8192)
+    limit = steps * stream_operations(config, PROMPT, grid[0] * grid[1]) / facts["rate"]
+    print(f"{facts['rate'] / 1e12:.4g} TFLOP/s, ready after {time.perf_counter() - started:.0f} s", flush=True)
+    print(HEAD, flush=True)
+
     networks = {"bf16": dit}
-    precisions = ["int8"] if options.smoke else ["fp8"] if native(torch.float8_e4m3fn, device) else []
-    for precision in precisions:
+
+    def shrunk(precision: str) -> None:
         with torch.device("meta"):
             small = Krea2(replace(config))
         shrink(small.blocks, NUMBERS[precision])
@@ -127,34 +162,90 @@ def main() -> None:
         for name in formats(small):
             state[name], state[f"{name}_scale"] = to_rows(state[name], NUMBERS[precision])
         small.load_state_dict(state, strict=True, assign=True)
-        networks[precision] = small
+        networks[precision] = small.requires_grad_(False).eval()
 
-    work = steps * stream_operations(config, PROMPT, grid[0] * grid[1])
-    limit = work / rate(dtype, device, 512 if options.smoke else 8192)
-    found = []
-    print(HEAD)
+    for precision in ["int8"] if options.smoke else ["fp8"] if native(torch.float8_e4m3fn, device) else []:
+        attempt(f"to {precision}", lambda precision=precision: shrunk(precision))
 
-    def compare(name: str, *works: Callable[[], Any], **more: Any) -> None:
-        found.append(row(name, *interleaved(works, rounds), **more))
-        print(found[-1].line(), flush=True)
+    def compiled_for_good(network: Krea2) -> None:
+        accelerate(network)
+        if not network.velocity.compiled:
+            raise RuntimeError("there is no compiler for this card")
+        began = time.perf_counter()
+        sample(network, embedded)
+        print(f"  compiled and run in {time.perf_counter() - began:.0f} s", flush=True)
 
-    latents = sample(dit, text())[:, :16]
+    def looked_at(network: Krea2, label: str) -> None:
+        """Whether the answer is right, and what it takes beside the weights."""
+        far = ((sample(network, embedded) - exact).float().norm() / exact.float().norm()).item()
+        weights = sum(tensor.nbytes for part in (network, tower, vae) for tensor in part.state_dict().values())
+        facts[label] = {"latents_off": far, "gigabytes": weights / 1e9 + peak_megabytes(lambda: picture(network)) / 1e3}
+        print(f"  latents off by {far:.2%}, {facts[label]['gigabytes']:.1f} GB", flush=True)
+        if not far < 1:  # nor a NaN, which a card multiplies faster
+            raise ArithmeticError(f"{label} is not the same network")
+
     for compiled in (False, True) if device == "cuda" else (False,):
         for name, network in networks.items():
-            if compiled:
-                accelerate(network)
             label = f"{name}{', compiled' * compiled}"
+            if compiled:
+                attempt(label, lambda n=network: compiled_for_good(n))
+                if label in failed:
+                    continue
             compare(
                 f"picture, {size} px, {steps} steps, {label}", lambda n=network: picture(n), other, aim=1.3, limit=limit
             )
-            embedded = text()
-            whole = interleaved([lambda n=network, e=embedded: sample(n, e), lambda n=network: picture(n)], rounds)
-            found.append(row(f"  of it the sampling, {label}", *whole, limit=limit))
-            print(found[-1].line(), flush=True)
+            compare(
+                f"  of it the sampling, {label}",
+                lambda n=network: sample(n, embedded),
+                lambda n=network: picture(n),
+                times=min(rounds, 3),
+                limit=limit,
+            )
+            attempt(f"  looking at {label}", lambda n=network, label=label: looked_at(n, label))
+    latents = exact[:, :16]
     compare("decode", lambda: vae.decode(latents), lambda: video.decode(latents[:, :, None]))
     if not options.smoke:
-        compare("  encoding the prompt, of a picture", text, lambda: picture(dit))
-    save(options.out, f"{size} px, {steps} steps on {device}", found, smoke=options.smoke, steps=steps, size=size)
+        compare("  encoding the prompt, of a picture", text, lambda: picture(dit), times=min(rounds, 3))
+    if device == "cuda":
+        attend(config, grid, dtype, steps, compare)
+        for name, network in networks.items():
+            attempt(f"kernels of {name}", lambda name=name, n=network: kernels(name, lambda: sample(n, embedded)))
+        attempt("kernels of the other", lambda: kernels("the other", other))
+    save(options.out, f"{size} px, {steps} steps on {device}", found, **facts)
+    print(f"{time.perf_counter() - started:.0f} s in all", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def attend(config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, compare: Callable[..., None]) -> None:
+    """All attention of a picture, by the kernel that is chosen, beside each of those that could be."""
+    tokens, wide = PROMPT + grid[0] * grid[1], config.head_dim
+    q, k, v = (
+        random((1, tokens, heads, wide), 1, dtype, "cuda").transpose(1, 2)
+        for heads in (config.heads, config.kv_heads, config.kv_heads)
+    )
+
+    def all_of_it() -> None:
+        for _ in range(steps * config.blocks):
+            attention(q, k, v)
+
+    def by(kernel: SDPBackend) -> None:
+        with sdpa_kernel(kernel):
+            all_of_it()
+
+    for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        compare(f"  all attention, beside {name}'s", all_of_it, lambda kernel=kernel: by(kernel))
+
+
+def kernels(name: str, work: Callable[[], Any], most: int = 12) -> None:
+    """Print where a card's time goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    each = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    print(f"  {name}: {sum(event.self_device_time_total for event in each) / 1e3:.0f} ms in kernels")
+    for event in each[:most]:
+        print(f"  {event.self_device_time_total / 1e3:>9.1f} ms {event.count:>6} x {event.key[:90]}", flush=True)
 
 
 if __name__ == "__main__":
