@@ -16,7 +16,11 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +182,18 @@ def read_renders(folder: Path, size: int, count: int) -> NDArray[np.uint8]:
     return renders
 
 
-PLURAL = ("glasses", "scissors", "books", "cherries", "grapes", "fries", "bread", "corn", "cheese", "fire", "dice")
+BARE = set(  # last words of what is said without an article
+    ["glasses", "scissors", "books", "cherries", "grapes", "fries", "bread", "corn", "cheese", "fire", "dice", "prints", "coral", "wood", "firewood", "wheat", "bacon", "chocolate", "curry", "custard", "pudding", "milk", "honey", "pancakes", "peanuts", "popcorn", "spaghetti", "pasta", "noodles", "sushi", "ramen", "whisky", "sake", "beans", "blueberries", "broccoli", "butter", "garlic", "lettuce", "peas", "salt", "ginger", "fireworks", "fuji", "tower", "saturn", "earth", "lightning", "pins", "skis", "headphones", "keys", "maracas", "bags", "money", "chains", "bricks", "swords", "chopsticks", "soap", "dna", "lips", "shoes", "jeans", "gloves", "socks", "shorts", "eyeglasses", "goggles", "dolls", "yarn", "paper", "masks", "footprints", "claus"]
+)
+THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
 
 
 def article(name: str) -> str:
-    """The indefinite article with its space, where the name takes one."""
-    if name.split()[-1] in PLURAL or name in ("sun", "moon"):
-        return "the " if name in ("sun", "moon") else ""
+    """The article of a subject's name with its space; none where the name takes none."""
+    if name in THE:
+        return "the "
+    if name.split()[-1] in BARE and " of " not in name:
+        return ""
     vowel = (name[0] in "aeiou" and not name.startswith(("uni", "ufo"))) or name.startswith("hour")
     return "an " if vowel else "a "
 
@@ -246,19 +255,17 @@ def build(folder: Path = DATA) -> None:
     pairs: list[tuple[str, str]] = []
     seen: dict[str, tuple[str, str]] = {}
     repeats: list[str] = []
-    for package, version in PACKAGES.items():
-        icons = fetch(package, version, folder)
-        for subject in read_subjects():
-            picture = draw(icons, subject, SIZE)
-            if picture is None or picture[..., 3].mean() < 5:
-                continue
-            digest = hashlib.md5(picture.tobytes()).hexdigest()
-            if digest in seen:
-                repeats.append(f"{subject.name}/{package} repeats {'/'.join(seen[digest])}")
-                continue
-            seen[digest] = (subject.name, package)
-            renders.append(picture)
-            pairs.append((subject.name, package))
+    asked = [(package, subject) for package in PACKAGES for subject in read_subjects()]
+    for (package, subject), picture in zip(asked, draw_all(folder, asked, SIZE), strict=True):
+        if picture is None or picture[..., 3].mean() < 5:
+            continue
+        digest = hashlib.md5(picture.tobytes()).hexdigest()
+        if digest in seen:
+            repeats.append(f"{subject.name}/{package} repeats {'/'.join(seen[digest])}")
+            continue
+        seen[digest] = (subject.name, package)
+        renders.append(picture)
+        pairs.append((subject.name, package))
     stacked = np.stack(renders)
     write_renders(folder, stacked)
     (folder / "pairs.json").write_text(json.dumps(pairs))
@@ -273,13 +280,28 @@ def build(folder: Path = DATA) -> None:
 
 def enlarge(size: int, folder: Path = DATA) -> None:
     """Render the drawings of the data set once more, in another size."""
-    catalog, renders = Catalog(folder), []
-    icons = {package: fetch(package, version, folder) for package, version in PACKAGES.items()}
-    for pair in catalog.pairs:
-        picture = draw(icons[pair.drawing], catalog.subjects[pair.subject], size)
-        assert picture is not None  # or the pair would not be there
-        renders.append(picture)
-    write_renders(folder, np.stack(renders))
+    catalog = Catalog(folder)
+    asked = [(pair.drawing, catalog.subjects[pair.subject]) for pair in catalog.pairs]
+    drawn = list(draw_all(folder, asked, size))
+    write_renders(folder, np.stack([picture for picture in drawn if picture is not None]))
+
+
+def draw_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> Iterator[NDArray[np.uint8] | None]:
+    """Subjects, each in a drawing set, in their order; drawn on all cores."""
+    for package, version in PACKAGES.items():
+        pack(f"@iconify-json/{package}", version, folder)
+    packages, subjects = zip(*asked, strict=True)
+    with ProcessPoolExecutor() as pool:
+        yield from pool.map(draw_one, repeat(folder), packages, subjects, repeat(size), chunksize=32)
+
+
+def draw_one(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
+    return draw(icons_of_process(folder, package), subject, size)
+
+
+@cache
+def icons_of_process(folder: Path, package: str) -> dict[str, Any]:
+    return fetch(package, PACKAGES[package], folder)
 
 
 def draw(icons: dict[str, Any], subject: Subject, size: int) -> NDArray[np.uint8] | None:
