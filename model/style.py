@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -163,9 +163,10 @@ def destroy_content(latents: Tensor, tile: int, generator: torch.Generator) -> T
     batch, channels, height, width = latents.shape
     rows, columns = height // tile, width // tile
     tiles = latents.view(batch, channels, rows, tile, columns, tile).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand(batch, rows * columns, generator=generator).argsort(1).to(latents.device)
+    dice: dict[str, Any] = {"generator": generator, "device": generator.device}
+    order = torch.rand(batch, rows * columns, **dice).argsort(1).to(latents.device)
     tiles = tiles.gather(1, order[..., None, None, None].expand_as(tiles))
-    if torch.rand((), generator=generator) < 0.5:
+    if torch.rand((), **dice) < 0.5:
         tiles = tiles.flip(-1)
     grid = tiles.view(batch, rows, columns, channels, tile, tile).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(batch, channels, height, width)

@@ -1,4 +1,4 @@
-"""The GPU queue, end to end on the CPU: tiny stages, from packed renders to 8-bit weights of Raw and Turbo."""
+"""The GPU queue, end to end on the CPU: tiny stages, from renders to 8-bit weights of Raw and Turbo."""
 
 import json
 
@@ -28,13 +28,13 @@ blocks = 1
 
 
 @pytest.mark.skipif(not (pretrain.BOX / "mini-vae.safetensors").exists(), reason="no weights in the box")
-def test_it_goes_from_packed_renders_to_weights(tmp_path, monkeypatch):
+def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     pairs = [(subject.name, drawing) for subject in read_subjects()[:2] for drawing in list(DRAWINGS)[:2]]
-    for name, side in (("renders.npz", 128), ("renders-256.npz", 256)):
+    for side in (128, 256):
         renders = np.random.default_rng(0).integers(0, 255, (len(pairs), side, side, 4), np.uint8)
-        np.savez_compressed(folder / name, renders=renders)
+        np.save(data.renders_path(folder, side), renders)
     (folder / "pairs.json").write_text(json.dumps(pairs))
     (folder / "manifest.toml").write_text('[renders]\nsha256 = "0"\n')
     recipes = tmp_path / "recipes"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,12 +108,11 @@ class Chance:
     def draw(cls, segments: int, like: Tensor, generator: torch.Generator | None = None) -> Chance:
         """For pictures of the shape of `like` [B, ...]."""
         count = len(like)
+        dice: dict[str, Any] = {"generator": generator, "device": generator.device if generator else like.device}
         # every segment about as often within a batch
-        segment = (
-            torch.randperm(count, generator=generator) + int(torch.randint(segments, (), generator=generator))
-        ) % segments
-        fresh = torch.randn(like.shape, generator=generator)
-        return cls(segment, torch.rand(count, generator=generator).to(like.device), fresh.to(like.device))
+        segment = (torch.randperm(count, **dice) + torch.randint(segments, (), **dice)) % segments
+        fresh, uniform = torch.randn(like.shape, **dice), torch.rand(count, **dice)
+        return cls(segment, uniform.to(like.device), fresh.to(like.device))
 
 
 def fake_loss(fake: Velocity, way: Walk, chance: Chance) -> Tensor:

@@ -12,13 +12,17 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +30,8 @@ from torch import Tensor, nn
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.encode import to_tensor
+from model.train.encode import scale
+from model.train.looks import resize
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import fingerprint
 
@@ -175,16 +180,23 @@ class Judging(loop.Stage):
         look_head = nn.Linear(judge.config.style, len(looks), bias=False)
         self.judge, self.look_head, self.critic = judge, look_head, Critic()
         self.model = nn.ModuleDict({"judge": judge, "look_head": look_head, "critic": self.critic})
-        self.pictures_by_index: dict[int, Tensor] = {}
+        self.seen: dict[int, NDArray[np.uint8]] = {}  # pictures as small as a judge sees them, by index
+
+    def compose(self) -> None:
+        """All pictures at once, on all cores: else each is made when it is first drawn."""
+        parts = [self.items[start : start + 256] for start in range(0, len(self.items), 256)]
+        with ProcessPoolExecutor() as pool:
+            made = pool.map(thumbnails, repeat(self.catalog.folder), repeat(self.recipe.size), parts)
+            self.seen = dict(enumerate(picture for part in made for picture in part))
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Pictures, moved and tinted a little, whole and broken; and a name of each subject."""
         rng = np.random.default_rng(stable_seed(self.recipe.seed, "judge", step, part))
         chosen = rng.choice(len(self.items), min(self.recipe.batch, len(self.items)), replace=False)
         for index in chosen:
-            if index not in self.pictures_by_index:
-                self.pictures_by_index[index] = to_tensor([self.catalog.picture(self.items[index])], SIZE)[0]
-        x = torch.stack([self.pictures_by_index[index] for index in chosen])
+            if index not in self.seen:
+                self.seen[index] = resize(self.catalog.picture(self.items[index]), SIZE)
+        x = scale(np.stack([self.seen[index] for index in chosen]))
         x = torch.roll(x, tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
         x = x * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
         soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders leave pictures
@@ -217,11 +229,24 @@ class Judging(loop.Stage):
         return self.recipe.batch
 
 
+@cache
+def catalog_of_process(folder: Path, size: int) -> Catalog:
+    return Catalog(folder, size)
+
+
+def thumbnails(folder: Path, size: int, items: Sequence[Item]) -> list[NDArray[np.uint8]]:
+    """Pictures of items as small as a judge sees them, uint8 RGB."""
+    catalog = catalog_of_process(folder, size)
+    return [resize(catalog.picture(item), SIZE) for item in items]
+
+
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number."""
     if device != "cpu":
         report("judges are small: trained on the CPU")
     stage = Judging(recipe, Catalog(DATA, recipe.size))
+    if recipe.minutes > 2:
+        stage.compose()
     run = loop.Run(stage, RUNS / recipe.name, "cpu")
     loop.train(run, report)
     folder = RUNS / "judge"

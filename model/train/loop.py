@@ -19,6 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,42 @@ class Run:
         }
 
 
+class Ahead:
+    """A run's batches. On a card the next one is made, in a thread and a stream of its own, while it works on the last:
+    a batch is a function of the step alone, so that it does not matter when it is made."""
+
+    def __init__(self, run: Run):
+        self.run, self.card = run, run.device.type == "cuda"
+        self.coming: dict[int, Future[list[Batch]]] = {}
+        if self.card:
+            self.thread, self.stream = ThreadPoolExecutor(1), torch.cuda.Stream(run.device)
+
+    def make(self, step: int) -> list[Batch]:
+        return [self.run.stage.batch(step, part) for part in self.run.parts]
+
+    def beside(self, step: int) -> list[Batch]:
+        with torch.cuda.stream(self.stream):
+            made = self.make(step)
+        self.stream.synchronize()
+        return made
+
+    def __call__(self, step: int) -> list[Batch]:
+        if not self.card:
+            return self.make(step)
+        for each in (step, step + 1, step + 2):
+            if each not in self.coming:
+                self.coming[each] = self.thread.submit(self.beside, each)
+        batches = self.coming.pop(step).result()
+        for tensor in (value for batch in batches for value in batch.values() if isinstance(value, Tensor)):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(self.run.device))
+        return batches
+
+    def stop(self) -> None:
+        if self.card:
+            self.thread.shutdown(cancel_futures=True)
+
+
 def train(run: Run, report: Report = print) -> Run:
     """Take a run to its end, from where it stands; `report` gets a line now and then."""
     recipe, stage, here = run.recipe, run.stage, run.world
@@ -300,8 +337,9 @@ def train(run: Run, report: Report = print) -> Run:
     last_save = started = time.monotonic()
     before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
+    batches = Ahead(run)
     while not run.done:
-        window.append(run.advance(*(stage.batch(run.step, part) for part in run.parts)))
+        window.append(run.advance(*batches(run.step)))
         run.seconds = here.agree(before + time.monotonic() - started)
         run.snapshot()
         if run.step % recipe.every == 0:
@@ -316,6 +354,7 @@ def train(run: Run, report: Report = print) -> Run:
                     journal.draw()
                 last_sheet = draw_samples(run, last_sheet, report)
                 last_save = time.monotonic()
+    batches.stop()
     run.save(last=True)
     if journal:
         journal.draw()

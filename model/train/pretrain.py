@@ -36,8 +36,7 @@ from model.train.rollout import noise_levels
 
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
-KEPT = 20_000  # captions whose features are kept: most of a gigabyte
-ROUND = 8  # prompts are padded to multiples of it, so that few shapes are compiled
+KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,7 @@ class Recipe(loop.Recipe):
     align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
     sheets: float = 0.0  # minutes from one sheet of samples to the next, as runs are saved; 0 draws none
     recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
+    rows: int = 8  # prompts are padded to multiples of it: the fewer lengths there are, the less is compiled
     products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
 
     @property
@@ -82,14 +82,19 @@ class Recipe(loop.Recipe):
 
 
 class TrainingSet:
-    """Everything that a step draws from: latents, captions and style references of the train split."""
+    """Everything that a step draws from: latents, captions and style references of the train split.
+
+    All of it lies where the network is, and so do the dice: a step carries nothing over but its captions.
+    """
 
     def __init__(self, catalog: Catalog, text: TextEncoder, recipe: Recipe):
         self.catalog = catalog
         self.items = catalog.items("train")
-        self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items)))
+        self.text, self.rows = text, recipe.rows
+        self.device = text.prefix_ids.device
+        self.kept, self.at_once = (KEPT, 64) if self.device.type == "cpu" else (10 * KEPT, 512)
+        self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
-        self.text = text
         self.features: dict[str, Tensor] = {}
         self.by_look: dict[Any, list[int]] = defaultdict(list)
         for index, item in enumerate(self.items):
@@ -103,22 +108,22 @@ class TrainingSet:
     def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
 
-        T is such that `more` rows after it make a multiple of `ROUND`.
+        T is such that `more` rows after it make a multiple of the recipe's `rows`.
         """
         new = sorted(set(captions) - self.features.keys())
         if new:
-            embeds, mask = self.text.encode(new, at_once=64)
-            for caption, rows, real in zip(new, embeds, mask, strict=True):
-                self.features[caption] = rows[real].half().cpu()
-        rows = [self.features[caption].float() for caption in captions]
-        for caption in list(self.features)[: max(0, len(self.features) - KEPT)]:
+            embeds, mask = self.text.encode(new, at_once=self.at_once)
+            for caption, rows, length in zip(new, embeds.half(), mask.sum(1).tolist(), strict=True):
+                self.features[caption] = rows[:length].clone()
+        rows = [self.features[caption] for caption in captions]
+        for caption in list(self.features)[: max(0, len(self.features) - self.kept)]:
             del self.features[caption]
-        return pad(rows, -(-(max(map(len, rows)) + more) // ROUND) * ROUND - more)
+        return pad(rows, -(-(max(map(len, rows)) + more) // self.rows) * self.rows - more)
 
     def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
         """The pictures, prompts and references of one step, or of one of its parts."""
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, *([part] if part else [])))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
         with_reference = rng.random() < recipe.references
         if recipe.accumulate > 1:  # parts may lie on several processes, which must agree on what takes part
@@ -145,8 +150,8 @@ class TrainingSet:
             "embeds": embeds,
             "mask": mask,
             "references": references,
-            "null": torch.from_numpy(null),
-            "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]),
+            "null": torch.from_numpy(null).to(self.device),
+            "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]).to(self.device),
             "generator": generator,
         }
 
@@ -158,9 +163,12 @@ class TrainingSet:
 
 
 def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Text features of several lengths, [T, N, E] each -> [B, length, N, E], zeros at the end, and their mask."""
-    padded = torch.stack([F.pad(each, (0, 0, 0, 0, 0, length - len(each))) for each in rows])
-    return padded, torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
+    """Text features of several lengths, [T, N, E] each -> fp32 [B, length, N, E], zeros at the end, and their mask."""
+    device = rows[0].device
+    real = torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
+    padded = torch.zeros(real.numel(), *rows[0].shape[1:], device=device)
+    padded[real.flatten().nonzero()[:, 0].to(device)] = torch.cat(list(rows)).float()
+    return padded.unflatten(0, real.shape), real.to(device)
 
 
 def training_set(recipe: Recipe, device: str) -> TrainingSet:
@@ -225,14 +233,15 @@ class Trainee(nn.Module):
         every = mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
-        noise = torch.randn(image.shape, generator=generator).to(device)
+        dice: dict[str, Any] = {"generator": generator, "device": generator.device}
+        noise = torch.randn(image.shape, **dice).to(device)
         sigma = noise_levels(len(image), recipe.mu, generator).to(device)
         noised = torch.lerp(image, noise, sigma[:, None, None])
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))
         velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, every)
         if teacher is not None and self.pupil is not None:
-            cleaner = (sigma - CLEANER * torch.rand(sigma.shape, generator=generator).to(device)).clamp_min(0)
+            cleaner = (sigma - CLEANER * torch.rand(sigma.shape, **dice).to(device)).clamp_min(0)
             tokens = torch.lerp(image, noise, cleaner[:, None, None])
             align = self.pupil.distance(teacher.see(tokens, cleaner, embeds.detach(), mask, side))
         flow = (velocity.float() - (noise - image)).square().mean((1, 2))
@@ -240,10 +249,14 @@ class Trainee(nn.Module):
 
 
 def compile_blocks(*networks: Krea2) -> None:
-    """Compile the blocks, where nearly all the work is; they share what is compiled."""
+    """Compile the blocks, where nearly all the work is; they share what is compiled.
+
+    A card is done with the prompts before compiling for them would pay.
+    """
     torch._dynamo.config.recompile_limit = 64
     for dit in networks:
-        for block in (*dit.blocks, *dit.txtfusion.layerwise_blocks, *dit.txtfusion.refiner_blocks):
+        prompts = (*dit.txtfusion.layerwise_blocks, *dit.txtfusion.refiner_blocks)
+        for block in (*dit.blocks, *(() if dit.first.weight.is_cuda else prompts)):
             block.compile(dynamic=False)
 
 

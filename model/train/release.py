@@ -49,9 +49,10 @@ def main(run: str, folder: Path = BOX) -> None:
     dit: dict[str, Any] = {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED}
     distilled = isinstance(stage, turbo.Recipe)
     if distilled or stage.init == "turbo":  # what began as Turbo stays one
-        own = read(BOX / "mini-turbo.safetensors")[1]["recommended"]
         if distilled:
             own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
+        else:
+            own = read(BOX / "mini-turbo.safetensors")[1]["recommended"]
         state = {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")}
         save(
             folder / "mini-turbo.safetensors", quantise(state), dit | shared | {"variant": "turbo", "recommended": own}

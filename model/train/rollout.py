@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,7 +58,8 @@ def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int
 
 def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
     """Shifted logit-normal noise levels [count], stratified: no step sees only easy or only hard ones."""
-    spread = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    dice: dict[str, Any] = {"generator": generator, "device": generator.device}
+    spread = (torch.randperm(count, **dice) + torch.rand(count, **dice)) / count
     return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
 
 

@@ -105,7 +105,7 @@ class Turbo(loop.Stage):
         def teacher(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return with_prompt(x, t), without(x, t)
 
-        noise = torch.randn(image.shape, generator=generator).to(device)
+        noise = torch.randn(image.shape, generator=generator, device=generator.device).to(device)
         if self.model.fake is None:
             sigma = noise_levels(len(image), self.recipe.mu, generator).to(device)
             x = torch.lerp(image, noise, sigma[:, None, None])
@@ -132,8 +132,9 @@ class Turbo(loop.Stage):
             return embeds, mask
         style: StyleEncoder = self.teacher.style
         low, high = self.recipe.strengths
-        strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, generator=generator)
-        strength = torch.where(torch.rand(strength.shape, generator=generator) < self.recipe.untouched, 1.0, strength)
+        dice: dict[str, Any] = {"generator": generator, "device": generator.device}
+        strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, **dice)
+        strength = torch.where(torch.rand(strength.shape, **dice) < self.recipe.untouched, 1.0, strength)
         rows = torch.lerp(style.null, style(tensors["references"])[0].float(), strength.to(embeds.device))
         return torch.cat((embeds, rows), 1), nn.functional.pad(mask, (0, rows.shape[1]), value=True)
 
