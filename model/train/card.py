@@ -40,7 +40,7 @@ NEAR = {  # a word of no caption -> the subject in whose neighbourhood it lies
     "automobile": "car",
     "yacht": "sailboat",
     "cottage": "house",
-    "rooster": "chicken",
+    "stallion": "horse",
     "jet": "airplane",
     "oak": "tree",
     "cheeseburger": "hamburger",
@@ -82,7 +82,7 @@ def main(folder: Path = BOX) -> None:
     }
     turbo: dict[str, tuple[Sequence[str], int, int]] = {
         "prompts": (prompts, 8, 192),
-        "all": ([f"{phrase(name)}, {LOOK}" for name in everything], 15, 96),
+        "all": ([f"{phrase(name)}, {LOOK}" for name in everything], 25, 64),
     }
     for variant, sheets in (("raw", raw), ("turbo", turbo)):
         pipeline = Pipeline.load("mini", variant)
