@@ -42,6 +42,7 @@ from model.train.recipe import Recipe
 
 RUNS = Path(".runs")
 BOX = Path(__file__).parents[1] / "weights"
+PACKAGED = {"box": "raw", "turbo": "turbo"}  # what recipes call the package's weights -> the variant
 SAVE_EVERY = 180.0  # seconds
 
 Batch = dict[str, Any]
@@ -450,8 +451,8 @@ def box(variant: str = "raw") -> dict[str, Tensor]:
 
 def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
     """The weights that a recipe's `init` names: of the package's Raw or Turbo, or a run's averages."""
-    if name in ("box", "turbo"):
-        return box("turbo" if name == "turbo" else "raw")
+    if name in PACKAGED:
+        return box(PACKAGED[name])
     path = runs / name / "state.safetensors"
     if not path.exists():
         raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that one first.")

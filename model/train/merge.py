@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.checkpoint import read
 from model.errors import K2Error
 from model.train import loop
 from model.train.loop import RUNS, Report
@@ -32,7 +33,7 @@ class Recipe(Table):
     """A merge: of several runs, or of one run's snapshots."""
 
     stage: str = "merge"
-    runs: tuple[str, ...] = ()  # whose averaged weights are merged
+    runs: tuple[str, ...] = ()  # whose averaged weights are merged; with weights also "box", "turbo": the package's
     weights: tuple[float, ...] = ()  # one for each; chosen on validation where left out
     snapshots: str = ""  # a run whose snapshots are averaged instead
     divisions: int = 4  # of each weight's way from 0 to 1 that are tried
@@ -85,7 +86,7 @@ def choose(
 def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
     """The mean of a run's snapshots, or of runs by the weights that are stated or validate best, and what was found."""
     if recipe.weights:
-        states = [loop.averages(path) for path in paths]
+        states = [loop.parent(name, RUNS) for name in recipe.runs]
         own = states[0].keys()  # a Turbo has a transformer alone
         states = [{name: tensor for name, tensor in state.items() if name in own} for state in states]
         return combine(states, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
@@ -123,14 +124,23 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
     }
 
 
+def packaged_place(name: str) -> dict[str, Any]:
+    """Where the run stood that the package's weights are of."""
+    training = read(loop.BOX / f"mini-{loop.PACKAGED[name]}.safetensors")[1]["training"]
+    return {"step": training["steps"], "seconds": 60 * training["minutes"], "recipe": training["recipe"]}
+
+
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
     """Merge, and leave the result as a run that others start from and that can be released."""
     parents = list(recipe.runs) or [recipe.snapshots]
     paths = [RUNS / name / "state.safetensors" for name in parents]
     for name, path in zip(parents, paths, strict=True):
-        if not path.exists():
+        if not (path.exists() or (name in loop.PACKAGED and recipe.weights)):
             raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
-    places = [loop.place_of(path) for path in paths]
+    places = [
+        packaged_place(name) if name in loop.PACKAGED else loop.place_of(path)
+        for name, path in zip(parents, paths, strict=True)
+    ]
     parent = saved(places[0]["recipe"])
     merged, figures = weighed(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")

@@ -146,6 +146,8 @@ class TrainingSet:
             tile = 2 * int(rng.integers(1, 3)) * latents.shape[-1] // 16
             references = destroy_content(self.latents[others].float(), max(tile, 2), generator)
         return {
+            "captions": captions,
+            "subjects": [self.items[i].pair.subject for i in chosen],
             "latents": latents,
             "embeds": embeds,
             "mask": mask,

