@@ -81,7 +81,7 @@ def hidden_width(width: int, multiplier: int) -> int:
 
 
 PRESETS = {
-    "mini": DiTConfig(width=256, heads=4, kv_heads=2, blocks=8, text_width=256, text_taps=4, text_heads=4),
+    "mini": DiTConfig(width=384, heads=6, kv_heads=2, blocks=8, text_width=256, text_taps=4, text_heads=4),
     # the open 12.9B release
     "medium": DiTConfig(width=6144, heads=48, kv_heads=12, blocks=28, text_width=2560, text_taps=12, text_heads=20),
     # Krea's Large is not published beyond "more than twice Medium"; this shape, for FLUX.2's latents, is ours

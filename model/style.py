@@ -23,7 +23,7 @@ from model.spec import Style
 
 STYLE_ROWS = 4  # prompt rows that one style takes
 SHUFFLES = 4  # of a reference, in each of two sizes of tiles
-STRENGTHS, TURNED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.145, 0.195, 0.285, 1.0)  # of `response`
+STRENGTHS, TURNED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.262, 0.31, 0.41, 1.0)  # of `response`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +112,9 @@ class StyleEncoder(nn.Module):
 def response(strength: float) -> float:
     """How far rows go from saying nothing towards a style, for a strength: as far at 0, at 1 and beyond, less between.
 
-    Pictures turn to a look over a short part of the straight way, each at a point of its own between a tenth and a
-    third. At `STRENGTHS` rows have gone `TURNED`: there, by the judge, mean likeness has come a quarter, half and nine
-    tenths of its way, Turbo being a little ahead of that and Raw behind. Straight between; odd, so that negative
-    strengths mirror positive ones.
+    Pictures turn to a look over a short part of the straight way, each at a point of its own between a fifth and a
+    half. At `STRENGTHS` rows have gone `TURNED`: there, by the judge, mean likeness has come three, six and nine tenths
+    of its way. Straight between; odd, so that negative strengths mirror positive ones.
     """
     size = abs(strength)
     return strength if size >= 1 else math.copysign(float(np.interp(size, STRENGTHS, TURNED)), strength)
