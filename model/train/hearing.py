@@ -1,14 +1,13 @@
 """Hearing: the text's way in learns to leave aside what no picture shows.
 
-Captions come from a few rules, so a network that has seen nothing else takes every strange word for news: "a rusty
-bicycle by the sea" gets neither. Here captions are wrapped in such words (`wild`), and only the text's way in is
-trained, for the frozen rest to say of the wrapped caption what it says of the plain one. No new picture is learned, and
-a distilled checkpoint hears as well by the same change (`stage = "merge"` with weights).
+A network that was pretrained without them takes every strange word for news: "a rusty bicycle by the sea" gets neither.
+Here captions are wrapped in such words (`strangers.py`), and only the text's way in is trained, for the frozen rest to
+say of the wrapped caption what it says of the plain one. No new picture is learned, and a distilled checkpoint hears as
+well by the same change (`stage = "merge"` with weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,76 +18,12 @@ from torch import Tensor
 
 from model.latents import patchify
 from model.train import loop, pretrain
-from model.train.looks import DRAWINGS, MEDIA, PALETTES
 from model.train.loop import RUNS, Batch, Report
-from model.train.phrases import PARTS, teacher_words
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.rollout import conditioned, noise_levels
+from model.train.strangers import Wilderness
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
-FRAMES = (  # what prompts are wrapped in besides
-    *("a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an illustration of {}", "{}, close up"),
-    *("a portrait of {}", "{}, highly detailed", "{}, simple and clean", "{}, award winning", "beautiful {}", "{} art"),
-    *("{}, centred", "{}, front view", "{}, side view", "a study of {}", "a render of {}", "{}, soft light", "my {}"),
-    *("{}, dramatic", "{}, professional", "{}, 4k", "{}, in the style of a master", "one single {}", "detail of {}"),
-)
-
-
-def known_words() -> set[str]:
-    """Words that captions use for looks: they are news indeed."""
-    told = [*DRAWINGS.values(), *MEDIA.values(), *PALETTES]
-    phrases = [phrase for each in told for phrase in ([each] if isinstance(each, str) else each)]
-    words = {word for phrase in [*phrases, *PARTS["colours"]] for word in phrase.replace("-", " ").lower().split()}
-    return {word for word in words if len(word) > 3 or word == "ink"}
-
-
-class Wilderness:
-    """Words around captions that say nothing a picture could show."""
-
-    def __init__(self, subjects: Sequence[str], common: int = 6000):
-        named = {word for name in subjects for word in name.split() if len(word) > 2} - {"the"}
-        known = known_words() | named | {"background", "black", "dark"}
-
-        def strange(part: str) -> bool:
-            return "{" not in part and not known & set(part.replace("-", " ").split())
-
-        self.qualities = [each for each in PARTS["qualities"] if strange(each)]
-        self.doings = [each for each in PARTS["doings"] if strange(each)]
-        self.places = [each for each in PARTS["grounds"] if strange(each)]
-        self.words = [each for each in teacher_words()[:common] if len(each) > 3 and strange(each)]
-
-    def wild(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
-        """A caption among strange words; `names` are those of its subject."""
-        name = next((each for each in sorted(names, key=len, reverse=True) if each in caption), None)
-        if name is None:
-            return caption
-
-        def one(of: Sequence[str]) -> str:
-            return of[int(rng.integers(len(of)))]
-
-        def phrase() -> str:
-            """A place, or strange words behind a preposition."""
-            if rng.random() < 0.5:
-                return one(self.places)
-            return " ".join((one(("in", "on", "at", "near", "with", "from", "of", "under")), *some(1, 4)))
-
-        def some(least: int, most: int) -> list[str]:
-            return [one(self.words) for _ in range(int(rng.integers(least, most)))]
-
-        before = [one(self.qualities)] * int(rng.random() < 0.5) + some(0, 3) * int(rng.random() < 0.6)
-        after = [one(self.doings)] * int(rng.random() < 0.3) + [phrase()] * int(rng.random() < 0.4)
-        head, *parts = caption.replace(name, " ".join((*before, name, *after)), 1).split(", ")
-        if rng.random() < 0.3:
-            head = head.removeprefix("an ").removeprefix("a ")
-        if rng.random() < 0.4:
-            head = one(FRAMES).format(head)
-        for _ in range(int(rng.integers(0, 3))):
-            extra = phrase() if rng.random() < 0.5 else " ".join(some(1, 4))
-            parts.insert(int(rng.integers(len(parts) + 1)), extra)
-        whole = [head, *parts]
-        if rng.random() < 0.25:
-            whole = [whole[i] for i in rng.permutation(len(whole))]
-        return ", ".join(whole)
 
 
 @dataclass(frozen=True, kw_only=True)
