@@ -189,6 +189,7 @@ beans blueberries broccoli butter garlic lettuce peas salt ginger fireworks fuji
 headphones keys maracas bags money chains bricks swords chopsticks soap dna lips shoes jeans gloves socks shorts
 eyeglasses goggles dolls yarn paper masks footprints claus
 """  # last words of what is said without an article
+BARE_WORDS = frozenset(BARE.split())
 THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
 
 
@@ -196,7 +197,7 @@ def article(name: str) -> str:
     """The article of a subject's name with its space; none where the name takes none."""
     if name in THE:
         return "the "
-    if name.split()[-1] in BARE.split() and " of " not in name:
+    if name.split()[-1] in BARE_WORDS and " of " not in name:
         return ""
     vowel = (name[0] in "aeiou" and not name.startswith(("uni", "ufo"))) or name.startswith("hour")
     return "an " if vowel else "a "
@@ -286,8 +287,9 @@ def enlarge(size: int, folder: Path = DATA) -> None:
     """Render the drawings of the data set once more, in another size."""
     catalog = Catalog(folder)
     asked = [(pair.drawing, catalog.subjects[pair.subject]) for pair in catalog.pairs]
-    drawn = list(draw_all(folder, asked, size))
-    write_renders(folder, np.stack([picture for picture in drawn if picture is not None]))
+    drawn = [picture for picture in draw_all(folder, asked, size) if picture is not None]
+    assert len(drawn) == len(asked)  # or a pair would not be there
+    write_renders(folder, np.stack(drawn))
 
 
 def draw_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> Iterator[NDArray[np.uint8] | None]:

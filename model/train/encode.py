@@ -35,13 +35,13 @@ def scale(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 @cache
-def catalog_of_process(size: int) -> Catalog:
-    return Catalog(DATA, size)
+def catalog_of_process(folder: Path, size: int) -> Catalog:
+    return Catalog(folder, size)
 
 
-def compose_all(size: int, items: list[Item]) -> NDArray[np.uint8]:
+def compose_all(folder: Path, size: int, items: list[Item]) -> NDArray[np.uint8]:
     """Pictures of items, uint8 RGB [B, size, size, 3]."""
-    catalog = catalog_of_process(size)
+    catalog = catalog_of_process(folder, size)
     return np.stack([catalog.picture(item) for item in items])
 
 
@@ -56,7 +56,7 @@ def main(size: int, device: str = "cpu", *, batch: int = 64) -> None:
     out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *2 * (size // vae.factor,)))
     with ProcessPoolExecutor() as pool:
         starts = range(0, len(items), batch)
-        work = pool.map(compose_all, repeat(size), (items[start : start + batch] for start in starts))
+        work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))
         for start, pictures in zip(starts, work, strict=True):
             latents = vae.encode(scale(pictures).to(device))
             out[start : start + batch] = latents.half().cpu().numpy()

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.encode import scale
+from model.train.encode import catalog_of_process, scale
 from model.train.looks import resize
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import fingerprint
@@ -227,11 +226,6 @@ class Judging(loop.Stage):
 
     def pictures(self) -> int:
         return self.recipe.batch
-
-
-@cache
-def catalog_of_process(folder: Path, size: int) -> Catalog:
-    return Catalog(folder, size)
 
 
 def thumbnails(folder: Path, size: int, items: Sequence[Item]) -> list[NDArray[np.uint8]]:

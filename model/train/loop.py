@@ -19,7 +19,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
 from model.plan import native_bf16
 from model.train import parallel
+from model.train.ahead import Ahead
 from model.train.journal import Journal
 from model.train.optim import Muon, inside_blocks, warmup_stable_decay
 from model.train.parallel import as_sharded, local
@@ -286,42 +286,6 @@ class Run:
             "seconds": round(self.seconds, 1),
             "figures": self.figures,
         }
-
-
-class Ahead:
-    """A run's batches. On a card the next one is made, in a thread and a stream of its own, while it works on the last:
-    a batch is a function of the step alone, so that it does not matter when it is made."""
-
-    def __init__(self, run: Run):
-        self.run, self.card = run, run.device.type == "cuda"
-        self.coming: dict[int, Future[list[Batch]]] = {}
-        if self.card:
-            self.thread, self.stream = ThreadPoolExecutor(1), torch.cuda.Stream(run.device)
-
-    def make(self, step: int) -> list[Batch]:
-        return [self.run.stage.batch(step, part) for part in self.run.parts]
-
-    def beside(self, step: int) -> list[Batch]:
-        with torch.cuda.stream(self.stream):
-            made = self.make(step)
-        self.stream.synchronize()
-        return made
-
-    def __call__(self, step: int) -> list[Batch]:
-        if not self.card:
-            return self.make(step)
-        for each in (step, step + 1, step + 2):
-            if each not in self.coming:
-                self.coming[each] = self.thread.submit(self.beside, each)
-        batches = self.coming.pop(step).result()
-        for tensor in (value for batch in batches for value in batch.values() if isinstance(value, Tensor)):
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(self.run.device))
-        return batches
-
-    def stop(self) -> None:
-        if self.card:
-            self.thread.shutdown(cancel_futures=True)
 
 
 def train(run: Run, report: Report = print) -> Run:

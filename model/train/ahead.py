@@ -1,0 +1,48 @@
+"""The next batch while the last is worked on."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model.train.loop import Batch, Run
+
+
+class Ahead:
+    """A run's batches. On a card the next one is made, in a thread and a stream of its own, while it works on the last:
+    a batch is a function of the step alone, so that it does not matter when it is made."""
+
+    def __init__(self, run: Run):
+        self.run, self.card = run, run.device.type == "cuda"
+        self.coming: dict[int, Future[list[Batch]]] = {}
+        if self.card:
+            self.thread, self.stream = ThreadPoolExecutor(1), torch.cuda.Stream(run.device)
+
+    def make(self, step: int) -> list[Batch]:
+        return [self.run.stage.batch(step, part) for part in self.run.parts]
+
+    def beside(self, step: int) -> list[Batch]:
+        with torch.cuda.stream(self.stream):
+            made = self.make(step)
+        self.stream.synchronize()
+        return made
+
+    def __call__(self, step: int) -> list[Batch]:
+        if not self.card:
+            return self.make(step)
+        for each in (step, step + 1, step + 2):
+            if each not in self.coming:
+                self.coming[each] = self.thread.submit(self.beside, each)
+        batches = self.coming.pop(step).result()
+        for tensor in (value for batch in batches for value in batch.values() if isinstance(value, Tensor)):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(self.run.device))
+        return batches
+
+    def stop(self) -> None:
+        if self.card:
+            self.thread.shutdown(cancel_futures=True)
