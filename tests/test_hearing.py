@@ -15,13 +15,14 @@ from model.train.hearing import TRAINED, Hearing, Recipe
 from model.train.pretrain import Recipe as PretrainRecipe
 from model.train.pretrain import Trainee, training_set
 from model.train.strangers import Wilderness, known_words
+from model.train.thesaurus import Thesaurus
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
 
 @pytest.fixture(scope="module")
 def wilderness():
-    return Wilderness([subject.name for subject in read_subjects()])
+    return Wilderness([subject.name for subject in read_subjects()], Thesaurus())
 
 
 def test_a_caption_keeps_its_words_among_strange_ones(wilderness):
@@ -50,7 +51,7 @@ def test_an_empty_caption_stays_empty(wilderness):
 def test_only_the_way_in_of_the_text_learns_and_turbo_hears_by_the_same_change(workshop):  # noqa: F811
     base()
     run("student", "turbo", 'method = "guidance"\nteacher = "base"\n')
-    run("heard", "hearing", 'teacher = "base"\nwild = 1.0\nreferences = 1.0\n')
+    run("heard", "hearing", 'teacher = "base"\nstrangers = 1.0\nreferences = 1.0\n')
     Path("both.toml").write_text(
         'name = "both"\nstage = "merge"\nruns = ["student", "heard", "base"]\nweights = [1.0, 1.0, -1.0]\n'
     )

@@ -1,14 +1,14 @@
-"""Hearing: the text's way in learns to leave aside what no picture shows.
+"""Hearing: the text's way in learns what people say for what captions say, and to leave aside what no picture shows.
 
 A network that was pretrained without them takes every strange word for news: "a rusty bicycle by the sea" gets neither.
-Here captions are wrapped in such words (`strangers.py`), and only the text's way in is trained, for the frozen rest to
-say of the wrapped caption what it says of the plain one. No new picture is learned, and a distilled checkpoint hears as
-well by the same change (`stage = "merge"` with weights).
+Here captions are said in other words (`thesaurus.py`) and wrapped in strange ones (`strangers.py`), and only the text's
+way in is trained, for the frozen rest to say of such a caption what it says of the plain one. No picture is learned,
+and a distilled checkpoint hears as well by the same change (`stage = "merge"` with weights).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from model.train import loop, pretrain
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.rollout import conditioned, noise_levels
-from model.train.strangers import Wilderness
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
 
@@ -32,7 +31,8 @@ class Recipe(pretrain.Recipe):
 
     stage: str = "hearing"
     teacher: str = "box"  # a run, or the package's Raw weights; where it starts from, too
-    wild: float = 0.75  # share of the captions among strange words; the others are to stay what they are
+    reworded: float = 0.5
+    strangers: float = 0.6  # captions that get neither are to stay what they are
     repeats: int = 1
 
 
@@ -50,15 +50,14 @@ class Hearing(loop.Stage):
         self.model.load_state_dict(teacher.state_dict())
         if data is not None:
             self.data = pretrain.fingerprint(data.catalog)
-            self.wilderness = Wilderness(list(data.catalog.subjects))
 
     def batch(self, step: int, part: int = 0) -> Batch:
         assert self.set is not None
-        batch = self.set.batch(self.recipe, step, part)
-        rng = np.random.default_rng(pretrain.stable_seed(self.recipe.seed, "wild", step, part))
-        subjects = self.set.catalog.subjects
+        recipe, wording = self.recipe, self.set.wording
+        batch = self.set.batch(replace(recipe, reworded=0.0, strangers=0.0), step, part)
+        rng = np.random.default_rng(pretrain.stable_seed(recipe.seed, "wild", step, part))
         captions = [
-            self.wilderness.wild(caption, subjects[subject].words, rng) if rng.random() < self.recipe.wild else caption
+            wording.say(caption, subject, recipe.reworded, recipe.strangers, rng)
             for caption, subject in zip(batch["captions"], batch["subjects"], strict=True)
         ]
         rows = self.model.style.config.rows if batch["references"] is not None else 0

@@ -33,7 +33,7 @@ from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import BOX, RUNS, Batch, Report, averages, box
 from model.train.products import convert, parse
 from model.train.rollout import noise_levels
-from model.train.strangers import Wilderness
+from model.train.strangers import Wording
 
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
@@ -58,6 +58,7 @@ class Recipe(loop.Recipe):
     said: float = 0.5  # share of the others with style rows whose caption says the look too
     unasked: tuple[str, ...] = ()  # drawing sets that bare words may mean, without a medium; empty: any look
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
+    reworded: float = 0.0  # share of the captions that are said in other words
     strangers: float = 0.0  # share of the captions that strange words are put around
     style_loss: float = 0.05
     align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
@@ -93,7 +94,7 @@ class TrainingSet:
         self.catalog = catalog
         self.items = catalog.items("train")
         self.text, self.rows = text, recipe.rows
-        self.wilderness = Wilderness(list(catalog.subjects)) if recipe.strangers else None
+        self.wording = Wording(catalog.subjects)
         self.device = text.prefix_ids.device
         self.kept, self.at_once = (KEPT, 64) if self.device.type == "cpu" else (10 * KEPT, 512)
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
@@ -140,8 +141,8 @@ class TrainingSet:
             style = not with_reference or silent or rng.random() < recipe.said
             item = self.items[index]
             caption = self.catalog.caption(item, rng, recipe.form(item, form) if style else form, style)
-            if self.wilderness and rng.random() < recipe.strangers:
-                caption = self.wilderness.wild(caption, self.catalog.subjects[item.pair.subject].words, rng)
+            if recipe.reworded or recipe.strangers:
+                caption = self.wording.say(caption, item.pair.subject, recipe.reworded, recipe.strangers, rng)
             captions.append("" if rng.random() < 0.1 else caption)
         embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)
         latents = self.latents[chosen].float()

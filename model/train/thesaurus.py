@@ -1,0 +1,99 @@
+"""Other words for what captions say: people ask for a kitten, a 3d render, a pale blue backdrop.
+
+The data's captions have one or two names for each subject and look. `thesaurus.toml` has what else people call them;
+some of these names are never taught, to tell what was learned from what was learned by heart.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.train.data import Subject, article, stable_seed
+from model.train.looks import DRAWINGS, MEDIA, PALETTES
+
+HELD_OUT = 10  # one other name in so many is never taught
+PATH = Path(__file__).with_suffix(".toml")
+
+
+def held_out(subject: str, name: str) -> bool:
+    """Whether another name of a subject is never taught."""
+    return stable_seed("name", subject, name) % HELD_OUT == 0
+
+
+def called(name: str) -> str:
+    """A name with its article, if it takes one."""
+    plural = name.endswith("s") and not name.endswith(("ss", "us"))
+    return name if plural else article(name) + name
+
+
+class Thesaurus:
+    """Captions in other words."""
+
+    def __init__(self, path: Path = PATH):
+        table: dict[str, dict[str, list[str]]] = tomllib.loads(path.read_text())
+        self.subjects = table["subjects"]
+        self.looks = {phrase: others for key, others in table["looks"].items() for phrase in said_of_look(key)}
+        self.palettes = table["palettes"]
+        self._looks = either(self.looks)
+        colour = f"an? (?P<p>{'|'.join(PALETTES)})"
+        self.places = {other for others in table["grounds"].values() for other in others}
+        self._grounds = {
+            re.compile(f"{said.replace('a {p}', colour)}$"): each for said, each in table["grounds"].items()
+        }
+
+    def words(self) -> set[str]:
+        """The words in here that say something alone: the last of each name, and all of colours."""
+        names = [name for table in (self.subjects, self.looks) for names in table.values() for name in names]
+        last = {re.findall("[a-z0-9]+", name)[-1] for name in names}
+        return last | {word for names in self.palettes.values() for name in names for word in name.split()}
+
+    def reword(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
+        """A caption in other words, each of its parts or not, and the names that its subject may have in it."""
+        name = next((each for each in sorted(subject.words, key=len, reverse=True) if each in caption), None)
+        if name is None:
+            return caption, subject.words
+        head, *rest = caption.split(", ")
+        if rng.random() < 0.5:
+            head = self._ground(head, rng)
+        others = [each for each in self.subjects.get(subject.name, ()) if not held_out(subject.name, each)]
+        if others and rng.random() < 0.6:
+            other = one(others, rng)
+            said = f"{article(name)}{name}"
+            head = head.replace(*((said, called(other)) if said in head else (name, other)), 1)
+            name = other
+        if rest and rng.random() < 0.6:
+            rest = [self._looks.sub(lambda found: one(self.looks[found[0]], rng), part) for part in rest]
+            if rng.random() < 0.35 and not rest[-1].startswith("made as"):
+                front = rest.pop(int(rng.integers(len(rest))))
+                head = f"{front} of {head}" if rng.random() < 0.5 else f"{front} {re.sub('^an? ', '', head)}"
+        return ", ".join([head, *rest]), (name,)
+
+    def _ground(self, head: str, rng: np.random.Generator) -> str:
+        """The ground at the end of a caption's head in other words."""
+        for pattern, others in self._grounds.items():
+            if found := pattern.search(head):
+                colours = found.groupdict()
+                if colours and rng.random() < 0.6:
+                    colours = {"p": one(self.palettes[colours["p"]], rng)}
+                said = re.sub(r"\ba (?=[aeio])", "an ", one(others, rng).format(**colours))
+                return head[: found.start()] + said
+        return head
+
+
+def said_of_look(phrase: str) -> tuple[str, ...]:
+    """All that captions call the drawing set or medium which they call so."""
+    return next(phrases for phrases in (*DRAWINGS.values(), *MEDIA.values()) if phrase in phrases)
+
+
+def either(phrases: Iterable[str]) -> re.Pattern[str]:
+    """Any of these phrases, the longest that fits."""
+    return re.compile("|".join(re.escape(each) for each in sorted(phrases, key=len, reverse=True)))
+
+
+def one(of: Sequence[str], rng: np.random.Generator) -> str:
+    return of[int(rng.integers(len(of)))]

@@ -1,0 +1,77 @@
+"""Other words for what captions say: what they mean stays."""
+
+import re
+
+import numpy as np
+import pytest
+
+from model.train.data import read_subjects
+from model.train.looks import DRAWINGS, MEDIA, PALETTES
+from model.train.strangers import Wording
+from model.train.thesaurus import Thesaurus, called, held_out
+
+SUBJECTS = {subject.name: subject for subject in read_subjects()}
+
+
+@pytest.fixture(scope="module")
+def thesaurus():
+    return Thesaurus()
+
+
+def test_every_other_name_means_one_subject_and_no_other_ones_name(thesaurus):
+    others = [name for names in thesaurus.subjects.values() for name in names]
+    own = {word for subject in SUBJECTS.values() for word in subject.words}
+
+    assert thesaurus.subjects.keys() <= SUBJECTS.keys()
+    assert len(others) > 1000 and len(others) == len(set(others)) and not own & set(others)
+
+
+def test_all_looks_grounds_and_palettes_have_other_words(thesaurus):
+    spoken = {phrase for phrases in (*DRAWINGS.values(), *MEDIA.values()) for phrase in phrases}
+
+    assert thesaurus.looks.keys() == spoken and thesaurus.palettes.keys() == PALETTES.keys()
+    of_looks = [other for others in {id(each): each for each in thesaurus.looks.values()}.values() for other in others]
+    assert len(of_looks) == len(set(of_looks))
+    for subject, where in (("fox", "on a teal background"), ("fox", "on an orange gradient"), ("owl", "in the dark")):
+        said = {thesaurus.reword(f"a {subject} {where}", SUBJECTS[subject], dice(n))[0] for n in range(60)}
+        assert len({each for each in said if where not in each}) > 5, where
+
+
+def test_a_caption_in_other_words_still_says_its_subject_ground_and_look(thesaurus):
+    names = {"fox", "red fox", *thesaurus.subjects["fox"]}
+    teal = ["teal", *thesaurus.palettes["teal"]]
+    looks = ["pencil drawing", *thesaurus.looks["pencil drawing"]]
+
+    for n in range(200):
+        said, told = thesaurus.reword("a red fox on a teal background, pencil drawing", SUBJECTS["fox"], dice(n))
+        assert any(name in said for name in told) and set(told) <= names
+        assert any(colour in said for colour in teal) and any(look in said for look in looks)
+        assert not re.search(r"\ba (?=[aeio])|\ban (?=[^aeiou])", said), said
+
+
+def test_some_names_are_never_taught(thesaurus):
+    kept = {
+        (subject, name) for subject, names in thesaurus.subjects.items() for name in names if held_out(subject, name)
+    }
+    assert 0.05 < len(kept) / sum(map(len, thesaurus.subjects.values())) < 0.15
+
+    subject, name = min(kept)
+    said = [thesaurus.reword(called(subject), SUBJECTS[subject], dice(n))[0] for n in range(300)]
+    assert not any(each in (name, called(name)) for each in said)
+
+
+def test_what_says_nothing_stays_as_it_is(thesaurus):
+    assert thesaurus.reword("", SUBJECTS["fox"], dice(0))[0] == ""
+    said = Wording(SUBJECTS).say("a fox", "fox", 0.0, 0.0, dice(0))
+    assert said == "a fox"
+
+
+def test_other_names_are_no_strange_words(thesaurus):
+    wording = Wording(SUBJECTS)
+    assert {"kitten", "cottage", "risograph", "azure"} <= thesaurus.words()
+    assert not thesaurus.words() & set(wording.wilderness.words)
+    assert "at night" not in wording.wilderness.places  # it stands for a ground of the data
+
+
+def dice(seed):
+    return np.random.default_rng(seed)
