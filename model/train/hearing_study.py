@@ -1,0 +1,120 @@
+"""How prompts are heard, by the evaluation judge: `python -m model.train.hearing_study JUDGE OUT [--only names …]`.
+
+names      subjects by the data's own names, by other names that were taught, and by others that never were: is the
+           subject the nearest among the names of all
+looks      subjects in the look of a held-out picture, said not at all, in the data's words and in other ones: likeness
+           of the judge's style embedding to that picture's
+strangers  captions of held-out pictures as they are, in other words, and among strange ones too: is the subject the
+           nearest among those of the first hundred
+
+Captions are the same ones for every checkpoint. Intervals are 95 %, by bootstrap: over subjects, looks, drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.train.data import DATA, Catalog, article
+from model.train.evaluate import candidates, held_out_prompts, retrieval, specs_of
+from model.train.judge import Judge
+from model.train.looks import DRAWINGS, MEDIA
+from model.train.strangers import Wording
+from model.train.study import Floats, Pixels, conduct, embed, figure, mean, paint, parser_of
+from model.train.thesaurus import called, held_out, one
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all figures need."""
+
+    pipeline: Pipeline
+    judge: Judge
+    catalog: Catalog
+    wording: Wording
+    steps: int | None
+    count: int
+
+    def paint(self, captions: Sequence[str], seed: int) -> list[Pixels]:
+        return paint(self.pipeline, specs_of(captions, seed, steps=self.steps))
+
+    def right(self, captions: Sequence[str], subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
+        """Whether each caption's picture shows its subject."""
+        return retrieval(self.judge, self.paint(captions, 2000), subjects, among)
+
+
+def names(study: Study) -> dict[str, Any]:
+    """Shares of subjects that come by each kind of name."""
+    rng = np.random.default_rng(3)
+    known = study.wording.thesaurus.subjects
+    others = [(subject, name) for subject in study.catalog.subjects for name in known.get(subject, ())]
+    found: dict[str, Any] = {}
+    for kind in ("taught", "untaught"):
+        pairs = [pair for pair in others if held_out(*pair) == (kind == "untaught")]
+        chosen = [pairs[i] for i in rng.permutation(len(pairs))[: study.count]]
+        subjects, every = [subject for subject, _ in chosen], list(study.catalog.subjects)
+        for said, captions in (
+            (kind, [called(name) for _, name in chosen]),
+            (f"own names of the {kind}", [f"{article(subject)}{subject}" for subject in subjects]),
+        ):
+            found[said] = figure(mean, study.right(captions, subjects, every), groups=subjects)
+            found[said]["of"] = len(chosen)
+    return found
+
+
+def looks(study: Study) -> dict[str, Any]:
+    """Likeness to a held-out picture's look, by what is said of it."""
+    rng = np.random.default_rng(4)
+    items = [item for item in study.catalog.items("held-out") if item.look.ground == "white"]
+    chosen = [items[i] for i in rng.permutation(len(items))[: study.count]]
+    captions: dict[str, list[str]] = {"unsaid": [], "own words": [], "other words": []}
+    for item in chosen:
+        subject = item.pair.subject
+        spoken = one(MEDIA[item.look.medium] or DRAWINGS[item.pair.drawing], rng)
+        other = one(study.wording.thesaurus.looks[spoken], rng)
+        for said, look in zip(captions, ("", f", {spoken}", f", {other}"), strict=True):
+            captions[said].append(f"{article(subject)}{subject}{look}")
+    real = embed(study.judge, [study.catalog.picture(item) for item in chosen])[1]
+    kinds = [item.pair.drawing if item.look.medium == "plain" else item.look.medium for item in chosen]
+    found: dict[str, Any] = {}
+    for said, each in captions.items():
+        likeness: Floats = (embed(study.judge, study.paint(each, 3000))[1] * real).sum(1)
+        found[said] = figure(mean, likeness, groups=kinds)
+    return found
+
+
+def strangers(study: Study) -> dict[str, Any]:
+    """Shares of subjects that come by captions as they are, in other words, and among strange ones too."""
+    prompts, among = held_out_prompts(study.catalog, study.count), candidates(study.catalog)
+    subjects = [item.pair.subject for item, _ in prompts]
+    found = {}
+    for said, shares in (("plain", (0, 0)), ("other words", (1, 0)), ("wrapped", (0, 1)), ("both", (1, 1))):
+        rng = np.random.default_rng(99)
+        captions = [study.wording.say(caption, item.pair.subject, *shares, rng) for item, caption in prompts]
+        right = study.right(captions, subjects, among)
+        found[said] = figure(mean, right, groups=[item.pair for item, _ in prompts])
+    return found
+
+
+FIGURES = {"names": names, "looks": looks, "strangers": strangers}
+
+
+def main() -> None:
+    options = parser_of(__doc__, list(FIGURES)).parse_args()
+
+    def begin(pipeline: Pipeline, judge: Judge) -> Study:
+        catalog = Catalog(DATA, pipeline.native)
+        return Study(pipeline, judge, catalog, Wording(catalog.subjects), options.steps, options.count)
+
+    conduct(options, FIGURES, begin)
+
+
+if __name__ == "__main__":
+    main()
