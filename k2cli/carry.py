@@ -19,6 +19,8 @@ from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, SheetForm, render
 from k2cli.settings import Settings
 from model.errors import K2Error
+from model.settle import adapters_of
+from model.vocabulary import vocabulary
 
 
 def plan_job(
@@ -63,6 +65,9 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
             if not quiet:
                 say(f"{job.project.name}: every picture of the run is there.")
             continue
+        if not quiet and (strange := undrawable(job)):
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
         try:
             with meter(total, quiet=quiet) as bar:
                 for saved in render(job, on_step=bar.step, hire=hire):
@@ -90,6 +95,14 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
         if not quiet and total - kept_back > 1 and folder is not None:
             say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
     return folders
+
+
+def undrawable(job: Job) -> list[str]:
+    """Prompts in which the weights in the box find nothing to draw; a LoRA may have taught them something."""
+    if job.model.name != "mini":
+        return []
+    prompts = dict.fromkeys(shot.given for shot in job.left if not adapters_of(shot.spec))
+    return [prompt for prompt in prompts if prompt.strip() and not vocabulary().draws(prompt)]
 
 
 def go_on(job: Job, folder: Path) -> str:

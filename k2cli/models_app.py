@@ -49,6 +49,31 @@ def info(
     result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
 
 
+@models_app.command("vocabulary")
+def show_vocabulary(
+    words: Annotated[list[str] | None, typer.Argument(metavar="WORDS", help="What these mean; else all.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List what the weights in the box draw, and by which words.
+
+    \b
+    Examples:
+      k2 models vocabulary | grep fruit
+      k2 models vocabulary kitten "8-bit"
+    """
+    from k2cli.console import result
+    from model.vocabulary import vocabulary
+
+    known = vocabulary()
+    for asked in words or [""]:
+        found = known.meaning(asked) if words else known.entries
+        if not found:
+            raise K2Error(f'The weights in the box do not know "{asked}".', hint="All: k2 models vocabulary")
+        for entry in found:
+            line = f"{entry.kind}\t{entry.name}\t{', '.join(entry.others)}"
+            result(to_json(entry._asdict()) if json else line.rstrip())
+
+
 @models_app.command()
 def pull(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="krea-2-turbo, krea-2-raw, or a hub id like ORG/NAME.")],

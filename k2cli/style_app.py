@@ -205,7 +205,7 @@ def mix_styles(
     Examples:
       k2 mix-styles dusk=0.7 riso=0.3 --save-as blend
       k2 mix-styles dusk=1 riso=1 --sweep 8
-      k2 mix-styles dusk=1 riso=1 ink=1 --sweep 4 -p "a lighthouse"
+      k2 mix-styles dusk=1 riso=1 ink=1 --sweep 4 -p "a teapot"
     """
     from k2cli import mix
     from k2cli.carry import carry_out

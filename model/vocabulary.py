@@ -1,0 +1,67 @@
+"""What the weights in the box draw, and by which words: the lists that they were trained by.
+
+They know some five hundred subjects and two dozen looks. What else a prompt says they leave aside, so a prompt without
+any of these words gets a picture of something else.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent / "train"
+
+
+class Entry(NamedTuple):
+    """One thing that can be asked for."""
+
+    kind: str  # subject, look, ground or colour
+    name: str
+    others: tuple[str, ...]  # words that mean the same
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return self.name, *self.others
+
+
+class Vocabulary:
+    """All that the weights in the box can be asked for."""
+
+    def __init__(self, entries: list[Entry]):
+        self.entries = entries
+
+    @cached_property
+    def _subjects(self) -> re.Pattern[str]:
+        names = {words.lower() for entry in self.entries if entry.kind == "subject" for words in entry.words}
+        found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+        return re.compile(rf"(?<!\w)(?:{found})(?:s|es)?(?!\w)", re.IGNORECASE)
+
+    def draws(self, prompt: str) -> bool:
+        """Whether a prompt names anything that can be drawn."""
+        return bool(self._subjects.search(prompt))
+
+    def meaning(self, words: str) -> list[Entry]:
+        """What some words mean: the entries that have them for a name."""
+        asked = " ".join(words.lower().split())
+        return [entry for entry in self.entries if asked in (each.lower() for each in entry.words)]
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    """That of the package's weights."""
+    return Vocabulary(list(read()))
+
+
+def read() -> Iterator[Entry]:
+    """Subjects in the order in which they were learned, then looks, grounds and colours."""
+    subjects = tomllib.loads((FOLDER / "subjects.toml").read_text("utf-8"))["subjects"]
+    others = tomllib.loads((FOLDER / "thesaurus.toml").read_text("utf-8"))
+    for name, entry in subjects.items():
+        yield Entry("subject", name, (*entry.get("words", ()), *others["subjects"].get(name, ())))
+    for kind, table in (("look", "looks"), ("ground", "grounds"), ("colour", "palettes")):
+        for name, more in others[table].items():
+            yield Entry(kind, name.replace("{p}", "COLOUR"), tuple(each.replace("{p}", "COLOUR") for each in more))

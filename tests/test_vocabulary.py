@@ -1,0 +1,60 @@
+"""What the weights in the box draw, as people ask for it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from model.vocabulary import vocabulary
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red fox", "KITTEN, film grain", "two foxes by the sea", "my old cottage", "a bird's nest", "Santa"]
+)
+def test_a_prompt_that_names_a_subject_can_be_drawn(prompt):
+    assert vocabulary().draws(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["a zebu", "scatter", "film grain on a teal background", "doghouse9", ""])
+def test_one_that_names_none_cannot(prompt):
+    assert not vocabulary().draws(prompt)
+
+
+def test_words_mean_what_the_training_lists_say():
+    def meaning(words):
+        return [(entry.kind, entry.name) for entry in vocabulary().meaning(words)]
+
+    assert meaning("Kitten") == meaning("cat") == [("subject", "cat")]
+    assert meaning("8-bit") == [("look", "pixel art")] and meaning("navy") == [("colour", "night blue")]
+    assert meaning("orange") == [("subject", "orange"), ("colour", "orange")]
+    assert meaning("zebu") == []
+
+
+def test_it_asks_for_nothing_heavy():
+    code = "import sys, model.vocabulary as v; v.vocabulary(); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_lists_all_or_says_what_words_mean(k2):
+    lines = k2("models", "vocabulary").stdout.splitlines()
+    assert len(lines) == len(vocabulary().entries) > 550
+    assert any(line.startswith("subject\tcat\t") and "kitten" in line for line in lines)
+
+    assert k2("models", "vocabulary", "navy", "--json").stdout.count("\n") == 1
+    found = json.loads(k2("models", "vocabulary", "navy", "--json").stdout)
+    assert found["name"] == "night blue" and "navy" in found["others"]
+
+    unknown = k2("models", "vocabulary", "zebu", code=1)
+    assert 'do not know "zebu"' in unknown.stderr and "k2 models vocabulary" in unknown.stderr
+
+
+def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    k2("new", "moody")
+    monkeypatch.chdir(tmp_path / "moody")
+
+    said = k2("render", "-p", "a zebu", "-p", "zilch", "-p", "a fox").stderr
+    assert 'Nothing that mini can draw is in "a zebu" and 1 more; what it can: k2 models vocabulary' in said
+    assert "Nothing" not in k2("render", "-p", "a fox").stderr
+    assert "Nothing" not in k2("render", "-p", "a zebu", "--quiet").stderr
