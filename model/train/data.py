@@ -187,7 +187,7 @@ glasses scissors books cherries grapes fries bread corn cheese fire dice prints 
 chocolate curry custard pudding milk honey pancakes peanuts popcorn spaghetti pasta noodles sushi ramen whisky sake
 beans blueberries broccoli butter garlic lettuce peas salt ginger fireworks fuji saturn earth lightning pins skis
 headphones keys maracas bags money chains bricks swords chopsticks soap dna lips shoes jeans gloves socks shorts
-eyeglasses goggles dolls yarn paper masks footprints claus
+eyeglasses sunglasses goggles dolls yarn paper masks footprints claus
 """  # last words of what is said without an article
 BARE_WORDS = frozenset(BARE.split())
 THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
