@@ -18,6 +18,7 @@ from model.text_encoder import SUFFIX_TOKENS
 
 SAYS_NOTHING = "a picture"  # what a prompt says that says nothing
 MOST = 2.0  # weight of one avoided phrase
+ASIDE = 0.5  # of the avoided mean, for rows that have nothing to do with it: the whole costs one subject in ten
 
 Avoided = tuple[tuple[str, float], ...]  # phrases and their weights, by phrase
 
@@ -75,17 +76,17 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
     returns  [1, T, N, E]
 
     Tap by tap, with m the mean of the neutral prompt's own rows, R_a − m the avoided phrase's, r_a their mean, P_a the
-    projection onto what they span, g = |P_a (h − m)|² / |h − m|² of an own row h, averaged over the taps, and s(g) =
-    3 g² − 2 g³,
+    projection onto what they span, g = |P_a (h − m)|² / |h − m|² of an own row h, averaged over the taps, s(g) =
+    3 g² − 2 g³, and c = ASIDE (1 − the largest s(g) of all own rows),
 
-        h' = h − Σ_a w_a (s(g) (h − m) + (1 − s(g)) r_a)
+        h' = h − Σ_a w_a (s(g) (h − m) + c (1 − s(g)) r_a)
 
     A row that speaks of what is avoided lies in that span, and at weight 1 is neutral afterwards, word by word. (The
-    mean alone would do so for one word only: of three, two thirds of each would stay.) A row that has nothing to do
-    with it is led away by the mean. The suffix rows lose what the phrase adds to them, so at weight 1 they are those of
-    the prompt without it. All is linear in the weights, and the order of the phrases means nothing. At no tap is a
-    shift longer than from the row to neutral, or than rows are on average: many phrases together would leave only their
-    opposite of a prompt.
+    mean alone would do so for one word only: of three, two thirds of each would stay.) Where the prompt does not speak
+    of it, rows are led away by the mean; where it does, what it loses is enough. The suffix rows lose what the phrase
+    adds to them, so at weight 1 they are those of the prompt without it. All is linear in the weights, and the order of
+    the phrases means nothing. At no tap is a shift longer than from the row to neutral, or than rows are on average:
+    many phrases together would leave only their opposite of a prompt.
     """
     if not away:
         return embeds
@@ -113,7 +114,8 @@ def away_from(rows: Tensor, avoided: Tensor) -> Tensor:
     inside = (by_tap @ basis.transpose(1, 2)).square().sum(-1, keepdim=True)
     share = (inside / by_tap.square().sum(-1, keepdim=True).clamp(min=1e-12)).mean(0)
     share = share**2 * (3 - 2 * share)
-    taken = share * by_tap + (1 - share) * spanning.mean(1, keepdim=True)
+    aside = ASIDE * (1 - share.amax()) if len(share) else 0.0
+    taken = share * by_tap + aside * (1 - share) * spanning.mean(1, keepdim=True)
     return taken.transpose(0, 1)[None]
 
 

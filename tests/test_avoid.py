@@ -43,7 +43,8 @@ def test_without_phrases_it_is_the_very_same_tensor(rows):
 
 
 def test_at_weight_one_the_avoided_words_say_nothing(rows):
-    """As rows of a prompt they become neutral one by one; what stands at right angles to them goes by their mean."""
+    """As rows of a prompt they become neutral one by one, and what stands at right angles to them stays; where the
+    prompt does not speak of them, it goes by half of their mean."""
     neutral = middle(rows["neutral"])
     fog = split(rows["fog"])[0]
     spanned = torch.linalg.qr(torch.cat((fog[0], torch.randn(1, 3, 16))).permute(1, 2, 0))[0]  # [N, E, 4]
@@ -54,7 +55,9 @@ def test_at_weight_one_the_avoided_words_say_nothing(rows):
     gone = steer_away(said, [phrase], rows["neutral"])
 
     torch.testing.assert_close(gone[:, 1:4], neutral.expand(-1, 3, -1, -1), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(gone[:, :1], neutral + other - fog.mean(1, keepdim=True), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gone[:, :1], neutral + other, atol=1e-5, rtol=1e-4)
+    alone = steer_away(torch.cat((neutral + other, prompt(0, 7)), 1), [phrase], rows["neutral"])
+    torch.testing.assert_close(alone[:, :1], neutral + other - fog.mean(1, keepdim=True) / 2, atol=1e-5, rtol=1e-4)
     assert torch.equal(gone[:, 4:], said[:, 4:])
 
 
