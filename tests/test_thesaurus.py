@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from model.train.card import NEAR
 from model.train.data import read_subjects
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
 from model.train.strangers import Wording
@@ -75,3 +76,8 @@ def test_other_names_are_no_strange_words(thesaurus):
 
 def dice(seed):
     return np.random.default_rng(seed)
+
+
+def test_the_cards_sheet_of_new_words_holds_none_that_was_taught(thesaurus):
+    for name, subject in NEAR.items():
+        assert name in thesaurus.subjects[subject] and held_out(subject, name)

@@ -1,7 +1,7 @@
 """Sheets for the model card, from the weights in the box: `python -m model.train.card [FOLDER]`.
 
 subjects.webp  forty subjects of the training list in plain words, one seed each, nothing chosen
-near.webp      words that no caption holds
+near.webp      words that no training has said
 samples.webp   the training's own sheet: subjects, then media and grounds
 scenes.webp    the forty subjects again, each on a ground of a colour and in a medium, all in turn
 prompts.webp   `prompts.txt`: forty prompts by somebody who had the list of subjects and nothing else
@@ -33,17 +33,17 @@ SUBJECTS = (
 )
 GROUNDS = ("flat", "gradient", "scene", "floor")
 LOOK = "soft shaded vector"  # of the sheet of all subjects
-NEAR = {  # a word of no caption -> the subject in whose neighbourhood it lies
+NEAR = {  # a word that no training has said -> the subject that it means, or lies near to
     "hound": "dog",
-    "kitten": "cat",
-    "bunny": "rabbit",
-    "automobile": "car",
-    "yacht": "sailboat",
-    "cottage": "house",
-    "stallion": "horse",
+    "squirrel": "chipmunk",
+    "jaguar": "tiger",
+    "sedan": "car",
     "jet": "airplane",
-    "oak": "tree",
-    "cheeseburger": "hamburger",
+    "mansion": "house",
+    "willow": "tree",
+    "boulder": "rock",
+    "tea": "coffee",
+    "gown": "dress",
 }
 
 
