@@ -11,7 +11,7 @@ from workshop import workshop  # noqa: F401
 from model.dit import PRESETS, DiTConfig
 from model.train import loop, merge, recipe
 from model.train.data import read_subjects
-from model.train.hearing import TRAINED, Hearing, Recipe
+from model.train.hearing import TRAINED, Hearing, Recipe, align
 from model.train.pretrain import Recipe as PretrainRecipe
 from model.train.pretrain import Trainee, training_set
 from model.train.strangers import Wilderness, known_words
@@ -87,14 +87,48 @@ def test_what_is_asked_plainly_is_no_loss(monkeypatch):
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
     hearing = Hearing(Recipe(**settings, preset="tiny"), None, teacher, 3)
 
-    def share(wild, mask):
+    def share(wild, mask, name="share"):
         batch = {"latents": torch.randn(4, 16, 4, 4), "embeds": plain, "mask": whole, "references": None}
+        batch |= {"said": wild, "said_mask": mask, "meant": plain, "meant_mask": whole}
+        batch |= {"maps": torch.eye(wild.shape[1], 5).expand(4, -1, -1)}
         batch |= {"wild": wild, "wild_mask": mask, "generator": torch.Generator().manual_seed(0)}
-        return hearing.loss(batch)[1]["share"].item()
+        return hearing.loss(batch)[1][name].item()
 
     plain, whole = torch.randn(4, 5, 2, 32), torch.ones(4, 5, dtype=torch.bool)
     longer, padded = torch.cat((plain, torch.randn(4, 3, 2, 32)), 1), torch.ones(4, 8, dtype=torch.bool)
     assert share(plain, whole) == pytest.approx(0, abs=1e-10)
     assert share(longer, padded) > 1e-4
+    assert share(plain, whole, "swapped") == 0 and share(longer, padded, "swapped") > 1e-4
     padded[:, 5:] = False  # rows that are masked are not heard at all
     assert share(longer, padded) == pytest.approx(0, abs=1e-8)
+
+
+def test_rows_of_other_words_are_to_become_those_of_the_plain_ones():
+    """What both captions share goes row by row; of what differs, each row goes to the mean."""
+    same = align([7, 1, 8, 9], [7, 2, 8, 9])
+    assert torch.equal(same, torch.eye(4))
+
+    more = align([7, 1, 2, 8, 9], [7, 3, 8, 9])  # two tokens for one
+    assert torch.equal(more, torch.eye(4)[[0, 1, 1, 2, 3]])
+
+    fewer = align([7, 1, 8], [7, 2, 3, 4, 8])
+    assert torch.allclose(fewer, torch.tensor([[1, 0, 0, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 0, 1]]))
+
+    assert torch.equal(align([1, 1, 2], [1, 1, 2]), torch.eye(3))
+    gone = align([7, 8], [7, 5, 8])  # nothing stands for a word that was left out
+    assert torch.equal(gone, torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
+
+
+def test_most_captions_of_a_step_go_no_further_than_the_way_in(workshop):  # noqa: F811
+    settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
+    hears = Recipe(**settings, swapped=40)
+    data = training_set(hears, "cpu")
+    hearing = Hearing(hears, data, Trainee(hears.config, len(data.looks)), len(data.looks))
+
+    batch = hearing.batch(0)
+    assert len(batch["embeds"]) == 2 and len(batch["said"]) == len(batch["meant"]) == len(batch["maps"]) == 40
+    become = batch["maps"].any(-1)
+    assert not (become & ~batch["said_mask"]).any() and become.sum() > 0.97 * batch["said_mask"].sum()
+    swapped = (batch["maps"] != torch.eye(*batch["maps"].shape[1:])).any(-1).any(-1)
+    assert swapped.float().mean() > 0.2
+    assert hearing.loss(batch)[1]["swapped"] > 0

@@ -50,6 +50,15 @@ def test_a_caption_in_other_words_still_says_its_subject_ground_and_look(thesaur
         assert not re.search(r"\ba (?=[aeio])|\ban (?=[^aeiou])", said), said
 
 
+def test_a_swap_changes_one_phrase(thesaurus):
+    caption = "a red fox on a teal background, pencil drawing"
+    looks = {f"a red fox on a teal background, {look}" for look in thesaurus.looks["pencil drawing"]}
+    names = {f"{called(name)} on a teal background, pencil drawing" for name in thesaurus.subjects["fox"]}
+
+    said = {thesaurus.swap(caption, SUBJECTS["fox"], dice(n)) for n in range(200)}
+    assert said <= looks | names and said & looks and said & names
+
+
 def test_some_names_are_never_taught(thesaurus):
     kept = {
         (subject, name) for subject, names in thesaurus.subjects.items() for name in names if held_out(subject, name)

@@ -2,12 +2,14 @@
 
 A network that was pretrained without them takes every strange word for news: "a rusty bicycle by the sea" gets neither.
 Here captions are said in other words (`thesaurus.py`) and wrapped in strange ones (`strangers.py`), and only the text's
-way in is trained, for the frozen rest to say of such a caption what it says of the plain one. No picture is learned,
-and a distilled checkpoint hears as well by the same change (`stage = "merge"` with weights).
+way in is trained, for the frozen rest to say of such a caption what it says of the plain one. Many more captions go
+no further than the way in: with one phrase in other words, they are to leave it as the plain ones do. No picture is
+learned, and a distilled checkpoint hears as well by the same change (`stage = "merge"` with weights).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +35,8 @@ class Recipe(pretrain.Recipe):
     teacher: str = "box"  # a run, or the package's Raw weights; where it starts from, too
     reworded: float = 0.5
     strangers: float = 0.6  # captions that get neither are to stay what they are
+    swapped: int = 128  # captions of a step that go through the way in only
+    swap: float = 1.0  # weight of what is off in those
     repeats: int = 1
 
 
@@ -62,7 +66,25 @@ class Hearing(loop.Stage):
         ]
         rows = self.model.style.config.rows if batch["references"] is not None else 0
         embeds, mask = self.set.embed(captions, rows)
-        return batch | {"wild": embeds, "wild_mask": mask}
+        return batch | {"wild": embeds, "wild_mask": mask} | self.swaps(rng)
+
+    def swaps(self, rng: np.random.Generator) -> Batch:
+        """Captions, the same with one phrase in other words, and which rows of those have which of these to become."""
+        assert self.set is not None
+        catalog, text = self.set.catalog, self.set.text
+        items = [self.set.items[i] for i in rng.choice(len(self.set.items), self.recipe.swapped, p=self.set.weights)]
+        meant = [catalog.caption(item, rng, str(rng.choice(("short", "medium")))) for item in items]
+        said = [
+            self.set.wording.thesaurus.swap(caption, catalog.subjects[item.pair.subject], rng)
+            for caption, item in zip(meant, items, strict=True)
+        ]
+        embeds, mask = self.set.embed(said)
+        target, target_mask = self.set.embed(meant)
+        maps = torch.zeros(len(said), mask.shape[1], target_mask.shape[1])
+        for each, *captions in zip(maps, said, meant, strict=True):
+            aligned = align(*map(text.token_ids, captions))
+            each[: len(aligned), : aligned.shape[1]] = aligned
+        return {"said": embeds, "said_mask": mask, "meant": target, "meant_mask": target_mask, "maps": maps}
 
     def rate(self, name: str) -> float:
         return float(name.startswith(TRAINED))
@@ -90,9 +112,33 @@ class Hearing(loop.Stage):
         x = torch.lerp(image, noise, sigma[:, None, None])
         with torch.no_grad():
             target = conditioned(self.teacher.dit, plain, plain_mask, grid)(x, sigma)
+            meant = tensors["maps"] @ self.teacher.dit.encode_text(tensors["meant"], tensors["meant_mask"])
         off = (conditioned(self.model.dit, wild, wild_mask, grid)(x, sigma) - target).square().mean((1, 2))
         share = off.detach().mean() / target.square().mean()
-        return off.mean(), {"share": share, "high": off.detach()[sigma > 0.7].mean()}
+        said, real = self.model.dit.encode_text(tensors["said"], tensors["said_mask"]), tensors["maps"].any(-1)
+        swapped = (said - meant)[real].square().mean() / meant[real].square().mean()
+        figures = {"share": share, "high": off.detach()[sigma > 0.7].mean(), "swapped": swapped.detach()}
+        return off.mean() + self.recipe.swap * swapped, figures
+
+
+def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
+    """Tokens of a caption in other words, and of the plain one -> [said, meant], which rows are to become which.
+
+    What both begin and end with is the same, row by row. Each row between is to become the mean of those between.
+    """
+    shorter = min(len(said), len(meant))
+    first = next((i for i in range(shorter) if said[i] != meant[i]), shorter)
+    last = next((i for i in range(shorter - first) if said[-1 - i] != meant[-1 - i]), shorter - first)
+    maps = torch.zeros(len(said), len(meant))
+    maps[:first, :first].fill_diagonal_(1)
+    maps[len(said) - last :, len(meant) - last :].fill_diagonal_(1)
+    ours, theirs = slice(first, len(said) - last), slice(first, len(meant) - last)
+    between = maps[ours, theirs]
+    if between.shape[0] == between.shape[1]:
+        between.fill_diagonal_(1)
+    elif between.numel():
+        between.fill_(1 / between.shape[1])
+    return maps
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:

@@ -54,24 +54,37 @@ class Thesaurus:
 
     def reword(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
         """A caption in other words, each of its parts or not, and the names that its subject may have in it."""
-        name = next((each for each in sorted(subject.words, key=len, reverse=True) if each in caption), None)
-        if name is None:
-            return caption, subject.words
         head, *rest = caption.split(", ")
         if rng.random() < 0.5:
             head = self._ground(head, rng)
-        others = [each for each in self.subjects.get(subject.name, ()) if not held_out(subject.name, each)]
-        if others and rng.random() < 0.6:
-            other = one(others, rng)
-            said = f"{article(name)}{name}"
-            head = head.replace(*((said, called(other)) if said in head else (name, other)), 1)
-            name = other
+        names: Sequence[str] = subject.words
+        if rng.random() < 0.6:
+            head, names = self.rename(head, subject, rng)
         if rest and rng.random() < 0.6:
-            rest = [self._looks.sub(lambda found: one(self.looks[found[0]], rng), part) for part in rest]
+            rest = [self._look(part, rng) for part in rest]
             if rng.random() < 0.35 and not rest[-1].startswith("made as"):
                 front = rest.pop(int(rng.integers(len(rest))))
                 head = f"{front} of {head}" if rng.random() < 0.5 else f"{front} {re.sub('^an? ', '', head)}"
-        return ", ".join([head, *rest]), (name,)
+        return ", ".join([head, *rest]), names
+
+    def swap(self, caption: str, subject: Subject, rng: np.random.Generator) -> str:
+        """A caption with one phrase in other words: its subject's name, or what it says of the look at its end."""
+        start, comma, look = caption.rpartition(", ")
+        if comma and rng.random() < 0.3:
+            return start + comma + self._look(look, rng)
+        return self.rename(caption, subject, rng)[0]
+
+    def rename(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
+        """A caption whose subject has another name, and the names that it may have in it."""
+        name = next((each for each in sorted(subject.words, key=len, reverse=True) if each in caption), None)
+        others = [each for each in self.subjects.get(subject.name, ()) if not held_out(subject.name, each)]
+        if name is None or not others:
+            return caption, subject.words
+        other, said = one(others, rng), f"{article(name)}{name}"
+        return caption.replace(*((said, called(other)) if said in caption else (name, other)), 1), (other,)
+
+    def _look(self, part: str, rng: np.random.Generator) -> str:
+        return self._looks.sub(lambda found: one(self.looks[found[0]], rng), part)
 
     def _ground(self, head: str, rng: np.random.Generator) -> str:
         """The ground at the end of a caption's head in other words."""
