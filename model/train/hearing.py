@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.latents import patchify
+from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
@@ -124,11 +125,14 @@ class Hearing(loop.Stage):
 def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
     """Tokens of a caption in other words, and of the plain one -> [said, meant], which rows are to become which.
 
-    What both begin and end with is the same, row by row. Each row between is to become the mean of those between.
+    What both begin and end with is the same, row by row. Each row between is to become the mean of those between; words
+    that are put in are to become what they are put before, and words at the end what they are put behind.
     """
     shorter = min(len(said), len(meant))
     first = next((i for i in range(shorter) if said[i] != meant[i]), shorter)
     last = next((i for i in range(shorter - first) if said[-1 - i] != meant[-1 - i]), shorter - first)
+    if first + last == len(meant) < len(said):
+        first, last = (first, last - 1) if last > SUFFIX_TOKENS else (first - 1, last)
     maps = torch.zeros(len(said), len(meant))
     maps[:first, :first].fill_diagonal_(1)
     maps[len(said) - last :, len(meant) - last :].fill_diagonal_(1)
