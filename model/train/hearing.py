@@ -2,13 +2,14 @@
 
 A network that was pretrained without them takes every strange word for news: "a rusty bicycle by the sea" gets neither.
 Here captions are said in other words (`thesaurus.py`) and wrapped in strange ones (`strangers.py`), and only the text's
-way in is trained, for the frozen rest to say of such a caption what it says of the plain one. Many more captions go
+way in is trained, for the frozen rest to say of such a caption what it says of the plain one. Most captions go
 no further than the way in: with one phrase in other words, they are to leave it as the plain ones do. No picture is
 learned, and a distilled checkpoint hears as well by the same change (`stage = "merge"` with weights).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,14 @@ from torch import Tensor
 from model.latents import patchify
 from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
+from model.train.data import Item
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.rollout import conditioned, noise_levels
+from model.train.thesaurus import one
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
+POOL = 40  # batches of captions in other words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,8 @@ class Recipe(pretrain.Recipe):
     teacher: str = "box"  # a run, or the package's Raw weights; where it starts from, too
     reworded: float = 0.5
     strangers: float = 0.6  # captions that get neither are to stay what they are
-    swapped: int = 128  # captions of a step that go through the way in only
+    whole: int = 8  # one of so many steps goes through the whole network, too
+    swapped: int = 256  # captions of a step that go through the way in only
     swap: float = 1.0  # weight of what is off in those
     repeats: int = 1
 
@@ -53,10 +58,22 @@ class Hearing(loop.Stage):
         self.frozen = teacher.dit
         self.model = Trainee(recipe.config, looks)
         self.model.load_state_dict(teacher.state_dict())
+        self.kept: dict[int, Batch] = {}
         if data is not None:
             self.data = pretrain.fingerprint(data.catalog)
+            self.of: dict[str, list[Item]] = defaultdict(list)
+            for item in data.items:
+                self.of[item.pair.subject].append(item)
 
     def batch(self, step: int, part: int = 0) -> Batch:
+        number = step % POOL
+        if number not in self.kept:
+            self.kept[number] = self.swaps(number)
+        swaps = self.kept[number]
+        return swaps if step % self.recipe.whole else swaps | self.heard(step, part)
+
+    def heard(self, step: int, part: int) -> Batch:
+        """Pictures, their captions, and the same in other words and among strange ones."""
         assert self.set is not None
         recipe, wording = self.recipe, self.set.wording
         batch = self.set.batch(replace(recipe, reworded=0.0, strangers=0.0), step, part)
@@ -67,25 +84,32 @@ class Hearing(loop.Stage):
         ]
         rows = self.model.style.config.rows if batch["references"] is not None else 0
         embeds, mask = self.set.embed(captions, rows)
-        return batch | {"wild": embeds, "wild_mask": mask} | self.swaps(rng)
+        return batch | {"wild": embeds, "wild_mask": mask}
 
-    def swaps(self, rng: np.random.Generator) -> Batch:
-        """Captions, the same with one phrase in other words, and which rows of those have which of these to become."""
+    @torch.no_grad()
+    def swaps(self, number: int) -> Batch:
+        """Captions with one phrase in other words, and what the teacher's way in makes of the plain ones.
+
+        Subjects come as often as they have other names. There are `POOL` such batches: the text encoder's part of them
+        is done once.
+        """
         assert self.set is not None
-        catalog, text = self.set.catalog, self.set.text
-        items = [self.set.items[i] for i in rng.choice(len(self.set.items), self.recipe.swapped, p=self.set.weights)]
-        meant = [catalog.caption(item, rng, str(rng.choice(("short", "medium")))) for item in items]
+        catalog, text, thesaurus = self.set.catalog, self.set.text, self.set.wording.thesaurus
+        rng = np.random.default_rng(pretrain.stable_seed(self.recipe.seed, "swaps", number))
+        named = [subject for subject in self.of for _ in thesaurus.taught(subject)]
+        items = [one(self.of[one(named, rng)], rng) for _ in range(self.recipe.swapped)]
+        plain = [catalog.caption(item, rng, one(("short", "medium"), rng)) for item in items]
         said = [
-            self.set.wording.thesaurus.swap(caption, catalog.subjects[item.pair.subject], rng)
-            for caption, item in zip(meant, items, strict=True)
+            thesaurus.swap(caption, catalog.subjects[item.pair.subject], rng)
+            for caption, item in zip(plain, items, strict=True)
         ]
         embeds, mask = self.set.embed(said)
-        target, target_mask = self.set.embed(meant)
-        maps = torch.zeros(len(said), mask.shape[1], target_mask.shape[1])
-        for each, *captions in zip(maps, said, meant, strict=True):
+        target, target_mask = self.set.embed(plain)
+        maps = torch.zeros(len(said), mask.shape[1], target_mask.shape[1], device=mask.device)
+        for each, *captions in zip(maps, said, plain, strict=True):
             aligned = align(*map(text.token_ids, captions))
             each[: len(aligned), : aligned.shape[1]] = aligned
-        return {"said": embeds, "said_mask": mask, "meant": target, "meant_mask": target_mask, "maps": maps}
+        return {"said": embeds, "said_mask": mask, "meant": maps @ self.teacher.dit.encode_text(target, target_mask)}
 
     def rate(self, name: str) -> float:
         return float(name.startswith(TRAINED))
@@ -97,10 +121,22 @@ class Hearing(loop.Stage):
         return self.recipe.batch
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        generator, device = batch["generator"], self.model.look_head.weight.device
+        device = self.model.look_head.weight.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-        image = patchify(tensors["latents"], self.recipe.config.patch)
-        grid = (tensors["latents"].shape[-1] // self.recipe.config.patch,) * 2
+        real, meant = tensors["said_mask"], tensors["meant"]
+        off = (self.model.dit.encode_text(tensors["said"], real) - meant)[real].square().mean()
+        swapped = off / meant[real].square().mean()
+        figures = {"swapped": swapped.detach()}
+        if "latents" not in batch:
+            return self.recipe.swap * swapped, figures
+        heard, more = self.answers(tensors, batch["generator"])
+        return heard + self.recipe.swap * swapped, figures | more
+
+    def answers(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """How far the network's answer to captions as people say them is from the teacher's to the plain ones."""
+        device, patch = self.model.look_head.weight.device, self.recipe.config.patch
+        image = patchify(tensors["latents"], patch)
+        grid = (tensors["latents"].shape[-1] // patch,) * 2
         plain, plain_mask, wild, wild_mask = (tensors[k] for k in ("embeds", "mask", "wild", "wild_mask"))
         if "references" in tensors:
             with torch.no_grad():
@@ -113,13 +149,9 @@ class Hearing(loop.Stage):
         x = torch.lerp(image, noise, sigma[:, None, None])
         with torch.no_grad():
             target = conditioned(self.teacher.dit, plain, plain_mask, grid)(x, sigma)
-            meant = tensors["maps"] @ self.teacher.dit.encode_text(tensors["meant"], tensors["meant_mask"])
         off = (conditioned(self.model.dit, wild, wild_mask, grid)(x, sigma) - target).square().mean((1, 2))
         share = off.detach().mean() / target.square().mean()
-        said, real = self.model.dit.encode_text(tensors["said"], tensors["said_mask"]), tensors["maps"].any(-1)
-        swapped = (said - meant)[real].square().mean() / meant[real].square().mean()
-        figures = {"share": share, "high": off.detach()[sigma > 0.7].mean(), "swapped": swapped.detach()}
-        return off.mean() + self.recipe.swap * swapped, figures
+        return off.mean(), {"share": share, "high": off.detach()[sigma > 0.7].mean()}
 
 
 def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:

@@ -10,12 +10,14 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from model.train.data import Subject, article, stable_seed
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
 
+T = TypeVar("T")
 HELD_OUT = 10  # one other name in so many is never taught
 PATH = Path(__file__).with_suffix(".toml")
 
@@ -52,6 +54,10 @@ class Thesaurus:
         last = {re.findall("[a-z0-9]+", name)[-1] for name in names}
         return last | {word for names in self.palettes.values() for name in names for word in name.split()}
 
+    def taught(self, subject: str) -> list[str]:
+        """A subject's other names, but for those that are never taught."""
+        return [each for each in self.subjects.get(subject, ()) if not held_out(subject, each)]
+
     def reword(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
         """A caption in other words, each of its parts or not, and the names that its subject may have in it."""
         head, *rest = caption.split(", ")
@@ -77,7 +83,7 @@ class Thesaurus:
     def rename(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
         """A caption whose subject has another name, and the names that it may have in it."""
         name = next((each for each in sorted(subject.words, key=len, reverse=True) if each in caption), None)
-        others = [each for each in self.subjects.get(subject.name, ()) if not held_out(subject.name, each)]
+        others = self.taught(subject.name)
         if name is None or not others:
             return caption, subject.words
         other, said = one(others, rng), f"{article(name)}{name}"
@@ -108,5 +114,5 @@ def either(phrases: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(each) for each in sorted(phrases, key=len, reverse=True)))
 
 
-def one(of: Sequence[str], rng: np.random.Generator) -> str:
+def one(of: Sequence[T], rng: np.random.Generator) -> T:
     return of[int(rng.integers(len(of)))]
