@@ -40,7 +40,7 @@ class Recipe(pretrain.Recipe):
     teacher: str = "box"  # a run, or the package's Raw weights; where it starts from, too
     reworded: float = 0.5
     strangers: float = 0.6  # captions that get neither are to stay what they are
-    whole: int = 8  # one of so many steps goes through the whole network, too
+    whole: int = 4  # one of so many steps goes through the whole network, too
     swapped: int = 256  # captions of a step that go through the way in only
     swap: float = 1.0  # weight of what is off in those
     repeats: int = 1
@@ -98,7 +98,8 @@ class Hearing(loop.Stage):
         rng = np.random.default_rng(pretrain.stable_seed(self.recipe.seed, "swaps", number))
         named = [subject for subject in self.of for _ in thesaurus.taught(subject)]
         items = [one(self.of[one(named, rng)], rng) for _ in range(self.recipe.swapped)]
-        plain = [catalog.caption(item, rng, one(("short", "medium"), rng)) for item in items]
+        form = "short" if number % 4 else "medium"  # of a batch: rows are padded to the longest
+        plain = [catalog.caption(item, rng, form) for item in items]
         said = [
             thesaurus.swap(caption, catalog.subjects[item.pair.subject], rng)
             for caption, item in zip(plain, items, strict=True)
