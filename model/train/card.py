@@ -1,13 +1,14 @@
 """Sheets for the model card, from the weights in the box: `python -m model.train.card [FOLDER]`.
 
 subjects.webp  forty subjects of the training list in plain words, one seed each, nothing chosen
+others.webp    words that pretraining never saw, learned by hearing
 near.webp      words that no training has said
 samples.webp   the training's own sheet: subjects, then media and grounds
 scenes.webp    the forty subjects again, each on a ground of a colour and in a medium, all in turn
 prompts.webp   `prompts.txt`: forty prompts by somebody who had the list of subjects and nothing else
 all.webp       every subject of the training list, in one look
 
-Raw paints the first four, Turbo the others.
+Raw paints the first five, Turbo the others.
 """
 
 from __future__ import annotations
@@ -35,15 +36,37 @@ GROUNDS = ("flat", "gradient", "scene", "floor")
 LOOK = "soft shaded vector"  # of the sheet of all subjects
 NEAR = {  # a word that no training has said -> the subject that it means, or lies near to
     "hound": "dog",
+    "kitty": "cat",
+    "hammerhead": "shark",
     "squirrel": "chipmunk",
-    "jaguar": "tiger",
-    "sedan": "car",
-    "jet": "airplane",
-    "mansion": "house",
     "willow": "tree",
     "boulder": "rock",
     "tea": "coffee",
+    "jet": "airplane",
+    "asteroid": "comet",
     "gown": "dress",
+}
+OTHERS = {  # words that only the thesaurus has -> what they are to mean
+    "puppy": "dog",
+    "kitten": "cat",
+    "bunny": "rabbit",
+    "stallion": "horse",
+    "pigeon": "dove",
+    "automobile": "car",
+    "yacht": "sailboat",
+    "cottage": "house",
+    "oak": "tree",
+    "cheeseburger": "hamburger",
+    "espresso": "coffee",
+    "ukulele": "guitar",
+    "locomotive": "train",
+    "vespa": "motor scooter",
+    "sword": "crossed swords",
+    "parcel": "package",
+    "cellphone": "mobile phone",
+    "spectacles": "glasses",
+    "streetcar": "tram",
+    "phantom": "ghost",
 }
 
 
@@ -76,6 +99,7 @@ def main(folder: Path = BOX) -> None:
     prompts = Path(__file__).with_name("prompts.txt").read_text("utf-8").splitlines()
     raw: dict[str, tuple[Sequence[str], int, int]] = {
         "subjects": ([phrase(name) for name in SUBJECTS], 10, 160),
+        "others": ([phrase(name) for name in OTHERS], 10, 160),
         "near": ([phrase(name) for name in NEAR], 10, 160),
         "samples": (PROMPTS, 8, 192),
         "scenes": (scenes(), 10, 160),

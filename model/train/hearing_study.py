@@ -25,7 +25,8 @@ from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.strangers import Wording
 from model.train.study import Floats, Pixels, conduct, embed, figure, mean, paint, parser_of
-from model.train.thesaurus import called, held_out, one
+from model.train.thesaurus import called, one
+from model.vocabulary import held_out
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline

@@ -14,17 +14,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from model.train.data import Subject, article, stable_seed
+from model.train.data import Subject, article
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
+from model.vocabulary import held_out
 
 T = TypeVar("T")
-HELD_OUT = 10  # one other name in so many is never taught
 PATH = Path(__file__).with_suffix(".toml")
-
-
-def held_out(subject: str, name: str) -> bool:
-    """Whether another name of a subject is never taught."""
-    return stable_seed("name", subject, name) % HELD_OUT == 0
 
 
 def called(name: str) -> str:
