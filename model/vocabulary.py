@@ -17,6 +17,34 @@ from typing import NamedTuple
 FOLDER = Path(__file__).parent / "train"
 HELD_OUT = 40  # one other name in so many is never taught, to tell what was learned from what was learned by heart
 
+DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that a caption may use for its manner of drawing
+    "noto": ("soft shaded vector", "noto style"),
+    "noto-v1": ("rounded blob cartoon", "blob style"),
+    "fxemoji": ("bold outline sticker", "sticker style"),
+    "fluent-emoji": ("glossy 3d", "glossy 3d style"),
+    "fluent-emoji-flat": ("modern flat design", "flat design"),
+    "fluent-emoji-high-contrast": ("black ink stencil", "stencil style"),
+    "twemoji": ("simple flat vector", "flat vector style"),
+    "emojione": ("bright cartoon vector", "bright cartoon"),
+    "emojione-monotone": ("one colour pictogram", "pictogram style"),
+}
+MEDIA: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "film": ("grainy film", "film grain"),
+    "halftone": ("halftone print", "halftone dots"),
+    "pixel": ("pixel art",),
+    "hatching": ("pencil hatching", "pencil drawing"),
+    "watercolour": ("watercolour", "watercolour painting"),
+    "riso": ("two-colour riso print", "riso print"),
+    "neon": ("neon on black", "neon lines"),
+    "lowkey": ("low-key light", "cinematic low-key light"),
+}
+
+
+def said_of_look(phrase: str) -> tuple[str, ...]:
+    """All that captions call the drawing set or medium which they call so."""
+    return next(phrases for phrases in (*DRAWINGS.values(), *MEDIA.values()) if phrase in phrases)
+
 
 def held_out(subject: str, name: str) -> bool:
     """Whether another name of a subject is never taught."""
@@ -71,6 +99,8 @@ def read() -> Iterator[Entry]:
     for name, entry in subjects.items():
         taught = (other for other in others["subjects"].get(name, ()) if not held_out(name, other))
         yield Entry("subject", name, (*entry.get("words", ()), *taught))
-    for kind, table in (("look", "looks"), ("ground", "grounds"), ("colour", "palettes")):
+    for name, more in others["looks"].items():
+        yield Entry("look", name, (*(said for said in said_of_look(name) if said != name), *more))
+    for kind, table in (("ground", "grounds"), ("colour", "palettes")):
         for name, more in others[table].items():
             yield Entry(kind, name.replace("{p}", "COLOUR"), tuple(each.replace("{p}", "COLOUR") for each in more))

@@ -28,6 +28,8 @@ def test_words_mean_what_the_training_lists_say():
     assert meaning("Kitten") == meaning("cat") == [("subject", "cat")]
     assert meaning("8-bit") == [("look", "pixel art")] and meaning("navy") == [("colour", "night blue")]
     assert meaning("orange") == [("subject", "orange"), ("colour", "orange")]
+    assert meaning("watercolour") == meaning("gouache") == [("look", "watercolour painting")]
+    assert meaning("grainy film") == meaning("film grain") == [("look", "film grain")]
     assert meaning("zebu") == []
 
 

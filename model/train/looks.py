@@ -15,33 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from model.vocabulary import DRAWINGS as DRAWINGS
+from model.vocabulary import MEDIA as MEDIA
+
 Array = NDArray[np.floating[Any]]  # float32, or float64 where a product widened it
 Generator = np.random.Generator
 
-DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that a caption may use for its manner of drawing
-    "noto": ("soft shaded vector", "noto style"),
-    "noto-v1": ("rounded blob cartoon", "blob style"),
-    "fxemoji": ("bold outline sticker", "sticker style"),
-    "fluent-emoji": ("glossy 3d", "glossy 3d style"),
-    "fluent-emoji-flat": ("modern flat design", "flat design"),
-    "fluent-emoji-high-contrast": ("black ink stencil", "stencil style"),
-    "twemoji": ("simple flat vector", "flat vector style"),
-    "emojione": ("bright cartoon vector", "bright cartoon"),
-    "emojione-monotone": ("one colour pictogram", "pictogram style"),
-}
 MONOCHROME = ("fluent-emoji-high-contrast", "emojione-monotone")
-
-MEDIA: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "film": ("grainy film", "film grain"),
-    "halftone": ("halftone print", "halftone dots"),
-    "pixel": ("pixel art",),
-    "hatching": ("pencil hatching", "pencil drawing"),
-    "watercolour": ("watercolour", "watercolour painting"),
-    "riso": ("two-colour riso print", "riso print"),
-    "neon": ("neon on black", "neon lines"),
-    "lowkey": ("low-key light", "cinematic low-key light"),
-}
 
 PALETTES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # name -> main colour, second colour
     "sky blue": ((176, 220, 250), (118, 178, 232)),

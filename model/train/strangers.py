@@ -16,7 +16,7 @@ from model.library import BOX
 from model.train.data import Subject
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
 from model.train.phrases import PARTS
-from model.train.thesaurus import Thesaurus, one
+from model.train.thesaurus import Thesaurus, named, one
 
 FRAMES = (  # what prompts are wrapped in besides
     *("a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an illustration of {}", "{}, close up"),
@@ -54,7 +54,7 @@ class Wilderness:
 
     def wild(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
         """A caption among strange words; `names` are those of its subject."""
-        name = next((each for each in sorted(names, key=len, reverse=True) if each in caption), None)
+        name = named(caption, names)
         if name is None:
             return caption
 

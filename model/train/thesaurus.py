@@ -15,11 +15,16 @@ from typing import TypeVar
 import numpy as np
 
 from model.train.data import Subject, article
-from model.train.looks import DRAWINGS, MEDIA, PALETTES
-from model.vocabulary import held_out
+from model.train.looks import PALETTES
+from model.vocabulary import held_out, said_of_look
 
 T = TypeVar("T")
 PATH = Path(__file__).with_suffix(".toml")
+
+
+def named(caption: str, names: Iterable[str]) -> str | None:
+    """The longest of a subject's names that a caption holds."""
+    return max((each for each in names if each in caption), key=len, default=None)
 
 
 def called(name: str) -> str:
@@ -77,7 +82,7 @@ class Thesaurus:
 
     def rename(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
         """A caption whose subject has another name, and the names that it may have in it."""
-        name = next((each for each in sorted(subject.words, key=len, reverse=True) if each in caption), None)
+        name = named(caption, subject.words)
         others = self.taught(subject.name)
         if name is None or not others:
             return caption, subject.words
@@ -97,11 +102,6 @@ class Thesaurus:
                 said = re.sub(r"\ba (?=[aeio])", "an ", one(others, rng).format(**colours))
                 return head[: found.start()] + said
         return head
-
-
-def said_of_look(phrase: str) -> tuple[str, ...]:
-    """All that captions call the drawing set or medium which they call so."""
-    return next(phrases for phrases in (*DRAWINGS.values(), *MEDIA.values()) if phrase in phrases)
 
 
 def either(phrases: Iterable[str]) -> re.Pattern[str]:
