@@ -36,11 +36,15 @@ Filter = Callable[[Image.Image, Mapping[str, Any]], Verdict]
 
 
 def installed() -> dict[str, Filter]:
-    """The filters of installed packages, by name. Raises K2Error for one that cannot be loaded."""
-    filters = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    """The filters of installed packages, by name, and by what stands behind it where two packages have the same one.
+
+    Raises K2Error for one that cannot be loaded.
+    """
+    filters: dict[str, Filter] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        name = point.name if point.name not in filters else f"{point.name} of {point.value}"
         try:
-            filters[point.name] = point.load()
+            filters[name] = point.load()
         except Exception as error:  # whatever a foreign package raises while it is imported
             raise failure(point.name, error) from error
     return filters
@@ -52,8 +56,8 @@ def name_of(check: Filter) -> str:
 
 def review(picture: Picture, filters: Mapping[str, Filter] | Iterable[Filter]) -> Picture:
     """The picture as it came if every filter allows it; else a black one, whose record says who blocked it and why."""
-    named = filters if isinstance(filters, Mapping) else {name_of(check): check for check in filters}
-    for name, check in named.items():
+    named = filters.items() if isinstance(filters, Mapping) else [(name_of(check), check) for check in filters]
+    for name, check in named:
         try:
             verdict = check(picture.image.copy(), picture.record)
         except Exception as error:  # a classifier's own troubles; the picture stays unseen

@@ -42,6 +42,17 @@ def test_a_blocked_picture_is_black_and_says_why():
     assert picture.record == {**RED.record, "blocked": {"filter": "botany", "reason": "roses are forbidden"}}
 
 
+def test_filters_of_one_name_are_all_asked():
+    def made(word):
+        def check(image, record):
+            return Verdict(word != "roses", word)
+
+        return check
+
+    for words in (("roses", "tulips"), ("tulips", "roses")):
+        assert review(RED, map(made, words)).record["blocked"] == {"filter": "check", "reason": "roses"}
+
+
 @pytest.mark.parametrize("result", [None, True, "yes"])
 def test_what_is_no_verdict_lets_nothing_through(result):
     with pytest.raises(K2Error, match="not a Verdict"):
@@ -57,14 +68,20 @@ def test_a_filter_that_fails_lets_nothing_through():
 
 
 def test_installed_packages_bring_filters(monkeypatch):
-    points = [SimpleNamespace(name="roses", load=lambda: no_roses), SimpleNamespace(name="all", load=lambda: allow)]
+    points = [
+        SimpleNamespace(name="roses", value="a:no_roses", load=lambda: no_roses),
+        SimpleNamespace(name="all", value="a:allow", load=lambda: allow),
+    ]
     monkeypatch.setattr(safety, "entry_points", lambda group: points if group == "k2.filters" else [])
     assert list(installed()) == ["all", "roses"]
 
     def missing():
         raise ImportError("no module named nudity")
 
-    points.append(SimpleNamespace(name="nudity", load=missing))
+    points.append(SimpleNamespace(name="all", value="b:no_roses", load=lambda: no_roses))
+    assert installed() == {"all": allow, "all of b:no_roses": no_roses, "roses": no_roses}  # of two packages, both
+
+    points.append(SimpleNamespace(name="nudity", value="c:check", load=missing))
     with pytest.raises(K2Error, match='"nudity" failed: no module named nudity'):
         installed()
 
