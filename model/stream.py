@@ -55,11 +55,11 @@ class BlockStream:
         self.worked: Any = None  # the event after which the block before has worked (CUDA)
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._fill, index))
-            block.register_forward_hook(partial(self._empty, index))
+            block.register_forward_hook(partial(self._empty, index), always_call=True)  # failed or not
 
     def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
-        expected = self.coming is not None and self.coming[0] == index
-        state, arrived = self.coming[1].result() if expected and self.coming else self._fetch(index)
+        coming, self.coming = self.coming, None  # taken: a reading that failed is not asked again, but made again
+        state, arrived = coming[1].result() if coming and coming[0] == index else self._fetch(index)
         if arrived is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(arrived)

@@ -18,9 +18,11 @@ from model.lora import laid_over, read_lora
 from model.pipeline import Pipeline
 from model.quantize import quantise
 from model.spec import RenderSpec
+from model.stream import stream
 from model.text_encoder import TextEncoder
 
 DEEP = replace(TINY, blocks=5)
+CPU = torch.device("cpu")
 FOX = RenderSpec("a red fox", seed=7)
 
 
@@ -122,3 +124,31 @@ def test_whole_pictures(tiny, offload):  # noqa: F811
     assert expected.record["offload"] == "none"
     with pytest.raises(K2Error, match="cannot be exported"):
         ours.export(tiny / "nowhere")
+
+
+@torch.no_grad()
+def test_a_reading_that_failed_is_made_again_and_leaves_nothing_behind(monkeypatch):
+    network = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(3)))
+    weights, asked = {name: tensor.clone() for name, tensor in network.state_dict().items()}, []
+    x = torch.randn(2, 4)
+    whole = network(x)
+    model = torch.nn.ModuleDict({"blocks": network.to("meta")})
+
+    def read(names):
+        asked.append(list(names))
+        if len(asked) == 4:  # the first block again, ahead of the next pass
+            raise OSError("stale file handle")
+        return {name: weights[name.removeprefix("blocks.")] for name in asked[-1]}
+
+    stream(model, "blocks", read, CPU)
+    assert torch.equal(network(x), whole)
+    with pytest.raises(OSError, match="stale"):
+        network(x)
+    assert torch.equal(network(x), whole)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            network(x)
+    assert all(p.is_meta for p in network.parameters())
+    assert torch.equal(network(x), whole)
