@@ -2,7 +2,7 @@
 
 A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
 it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
-bits that were there. Merged, it costs no time and cannot be taken off.
+bits that were there.
 """
 
 from __future__ import annotations
@@ -137,16 +137,6 @@ def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iter
             layer = network.get_submodule(name)
             stack.enter_context(layer.register_forward_hook(SecondPath(down, up)))
         yield
-
-
-@torch.no_grad()
-def merge(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> None:
-    """Add the adapters to the network's own weights, for good. The sum is rounded once, to the weights' dtype."""
-    for name, (down, up) in together(adapters).items():
-        weight = network.get_submodule(name).get_parameter("weight")
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ValueError(f"{name} is stored in 8 bits: lay the adapters over instead")
-        weight.copy_(weight.float() + (up.to(weight.device) @ down.to(weight.device)))
 
 
 class SecondPath:

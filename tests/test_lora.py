@@ -19,7 +19,7 @@ from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import position_ids
 from model.layouts import diffusers_names
-from model.lora import Adapter, bare, laid_over, layer_names, merge, read_lora
+from model.lora import Adapter, bare, laid_over, layer_names, read_lora
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec, Style
 
@@ -204,24 +204,6 @@ def test_weight_nought_and_taking_off_leave_no_trace(model, adapter):
         assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == weights  # nothing is copied
         raise RuntimeError
     assert torch.equal(velocity(model), before)
-
-
-def test_merged_is_the_same_and_is_rounded_once(model, pairs, adapter):
-    merged = dense(model)
-    merge(merged, [(adapter, -1.5)])
-    assert relative_error(velocity(merged), velocity(model, (adapter, -1.5))) < 1e-5
-
-    name = "blocks.0.attn.wq"
-    half = dense(model).bfloat16()
-    exact = half.get_parameter(f"{name}.weight").float() + 0.3 * (pairs[name][1] @ pairs[name][0])
-    merge(half, [(adapter, 0.3)])
-    assert half.get_parameter(f"{name}.weight").dtype == torch.bfloat16
-    torch.testing.assert_close(half.get_parameter(f"{name}.weight").float(), exact, rtol=2**-8, atol=0)
-
-    merge(half, [(adapter, 0)])
-    half.get_submodule(name).weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match="8 bits"):
-        merge(half, [(adapter, 1)])
 
 
 def test_in_half_precision(model, pairs, adapter):
