@@ -7,6 +7,7 @@ before text fusion, and costs nothing per step.
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,19 +27,34 @@ Avoided = tuple[tuple[str, float], ...]  # phrases and their weights, by phrase
 def avoided(spec: RenderSpec) -> Avoided:
     """What a picture without guidance is led away from; with guidance nothing, its negative prompt does that.
 
-    A style's avoids weigh as much as the style, and so do the keywords of one that is turned around; other phrases of
-    the negative prompt, between commas, weigh 1.
+    A style's avoids weigh as much as the style, and so do the keywords of one that is turned around; phrases of the
+    negative prompt, between commas, weigh 1 at least, unless it has them from the styles only.
     """
     if spec.guidance:
         return ()
-    weights: dict[str, float] = {}
-    for style in spec.styles:
-        for text in style.avoids if style.strength > 0 else style.keywords:
-            for phrase in phrases(text):
-                weights[phrase] = min(weights.get(phrase, 0.0) + abs(style.strength), MOST)
-    for phrase in phrases(spec.negative):
-        weights.setdefault(phrase, 1.0)
+    weights: dict[str, float] = defaultdict(float)
+    for phrase, strength in of_styles(spec):
+        weights[phrase] = min(weights[phrase] + strength, MOST)
+    for phrase in Counter(phrases(spec.negative)) - Counter(phrase for phrase, _ in of_styles(spec)):
+        weights[phrase] = max(weights[phrase], 1.0)
     return tuple(sorted((phrase, weight) for phrase, weight in weights.items() if weight))
+
+
+def negative_prompt(spec: RenderSpec) -> str:
+    """What guidance leads away from: the spec's negative prompt, and what its styles avoid where it lacks that."""
+    said = phrases(spec.negative)
+    lacking = dict.fromkeys(phrase for phrase, _ in of_styles(spec) if phrase not in said)
+    return ", ".join(filter(None, [spec.negative, *lacking]))
+
+
+def of_styles(spec: RenderSpec) -> list[tuple[str, float]]:
+    """Each phrase that a style avoids, and how strongly: as often as styles do."""
+    return [
+        (phrase, abs(style.strength))
+        for style in spec.styles
+        for text in (style.avoids if style.strength > 0 else style.keywords)
+        for phrase in phrases(text)
+    ]
 
 
 def phrases(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny, tiny_box  # noqa: F401
 
-from model.avoid import Direction, avoided, directions, phrases, split, steer_away
+from model.avoid import Direction, avoided, directions, negative_prompt, phrases, split, steer_away
 from model.pipeline import Pipeline
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
@@ -142,6 +142,26 @@ def test_weights_come_from_the_styles_and_are_one_elsewhere():
     spec = replace(FOX, negative="rain, glossy", styles=(dusk, turned))
 
     assert avoided(spec) == (("fog", 0.6 + 0.3), ("glossy", 0.6), ("rain", 1.0), ("riso print", 0.3), ("snow", 0.6))
+
+
+def test_a_prompts_own_phrase_weighs_one_whatever_a_style_says_of_it():
+    faint = Style("x", 0.05, avoids=("glossy",))
+    assert avoided(replace(FOX, negative="glossy, glossy", styles=(faint,))) == (("glossy", 1.0),)
+    assert avoided(replace(FOX, negative="glossy, glossy", styles=(replace(faint, strength=1.5),)))[0][1] == 1.5
+
+
+def test_guidance_leads_away_from_what_styles_avoid(tiny):  # noqa: F811
+    dusk, turned = Style("dusk", 0.6, avoids=("fog, snow",)), Style("riso", -0.3, keywords=("ink",))
+    assert negative_prompt(replace(FOX, negative="rain,  snow", styles=(dusk, turned))) == "rain,  snow, fog, ink"
+    assert negative_prompt(replace(FOX, negative="fog, snow", styles=(dusk,))) == "fog, snow"
+
+    pipeline = Pipeline.load("tiny", device="cpu")
+    spec = RenderSpec("a red fox", seed=7, guidance=2.0)
+    said, worn, plain = (
+        pipeline.render([each])[0].record["pixels"]
+        for each in (replace(spec, negative="fog, snow"), replace(spec, styles=(dusk,)), spec)
+    )
+    assert said == worn != plain
 
 
 def test_with_guidance_the_negative_prompt_does_it():
