@@ -48,6 +48,9 @@ class DiTConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        whole = [value for key, value in asdict(self).items() if key not in ("rope_base", "eps")]
+        if not all(type(value) is int for value in whole):
+            raise ValueError("every number that shapes a DiT is whole")
         if min(asdict(self).values()) <= 0:
             raise ValueError("every number that shapes a DiT is positive")
         if self.width % self.heads or self.text_width % self.text_heads:

@@ -19,6 +19,7 @@ from model.tiling import tiled
 from model.upsample import doubled
 
 EPS = 1e-6  # of every group norm
+SCALES = 4  # a latent cell is of 8 x 8 pixels
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class FluxVAEConfig:
         sizes += [(width, 8192) for width in widths]
         if not all(type(size) is int and 0 < size <= most for size, most in sizes) or len(widths) > 16:
             raise ValueError("it states sizes that no autoencoder has")
+        if {len(each) for each in (config.block_out_channels, config.decoder_block_out_channels) if each} != {SCALES}:
+            raise ValueError(f"it has not {SCALES} scales")
         if any(width % config.norm_num_groups for width in widths) or not config.batch_norm_eps > 0:
             raise ValueError("it states norms that no autoencoder has")
         return config

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,10 @@ class VisionConfig:
             deep = config.deepstack_visual_indexes
             sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
             plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in (*sizes, *(1 + i for i in deep)))
-            if not plausible or max(config.depth, *deep, 0) > MOST_LAYERS or config.hidden_size % config.num_heads:
+            plausible &= config.depth <= MOST_LAYERS and all(index < config.depth for index in deep)
+            if not plausible or config.hidden_size % (4 * config.num_heads):  # a head turns in two halves of pairs
+                raise ValueError
+            if isqrt(config.num_position_embeddings) ** 2 != config.num_position_embeddings:  # of a square grid
                 raise ValueError
         except (TypeError, ValueError):
             raise K2Error("The vision tower's config is none.", hint="Use a Qwen3-VL text encoder.") from None

@@ -189,7 +189,15 @@ def test_preset_sizes():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"heads": 5}, {"kv_heads": 4}, {"width": 100}, {"text_heads": 3}, {"blocks": 0}, {"time_dim": 255}],
+    [
+        {"heads": 5},
+        {"kv_heads": 4},
+        {"width": 100},
+        {"text_heads": 3},
+        {"blocks": 0},
+        {"time_dim": 255},
+        {"heads": 6.0},
+    ],
     ids=str,
 )
 def test_impossible_shapes_are_refused(wrong):

@@ -103,6 +103,12 @@ def test_tiles_against_the_whole(pair):
     assert step[127:320].amax() <= 1.5 * own.amax()
 
 
+def test_a_latent_cell_is_of_eight_pixels():
+    for scales in ({"block_out_channels": [32] * 3}, {"decoder_block_out_channels": [32] * 5}):
+        with pytest.raises(ValueError, match="4 scales"):
+            FluxVAEConfig.from_dict(scales)
+
+
 def test_impossible_tiles_are_refused():
     with pytest.raises(ValueError, match="overlap"):
         tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), 4, 4, Fraction(1))

@@ -680,7 +680,7 @@ class TestWeights:
             with pytest.raises((ValueError, TypeError)):
                 FluxVAEConfig.from_dict(absurd)
         names = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "num_position_embeddings")
-        seeing = dict.fromkeys(names, 16)
+        seeing = dict.fromkeys(names, 16) | {"num_heads": 4}
         assert VisionConfig.from_dict(seeing).depth == 16
         for key, value in (("depth", 20_000), ("depth", "2"), ("num_heads", 0), ("num_heads", 3), ("patch_size", None)):
             with pytest.raises(K2Error, match="config is none"):

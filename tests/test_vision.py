@@ -228,6 +228,15 @@ def test_a_tower_that_does_not_fit_its_config_is_refused(qwen):
     checkpoint.config["vision_config"] = checkpoint.config["vision_config"] | {"depth": 5}
     with pytest.raises(K2Error, match="does not fit its config"):
         load_tower(checkpoint, torch.device("cpu"), torch.float32)
+    whole = open_checkpoint(qwen.folder).config["vision_config"]
+    for wrong in (
+        {"deepstack_visual_indexes": [whole["depth"]]},
+        {"num_position_embeddings": 15},
+        {"num_heads": whole["hidden_size"] // 2},
+    ):
+        checkpoint.config["vision_config"] = whole | wrong
+        with pytest.raises(K2Error, match="config is none"):
+            load_tower(checkpoint, torch.device("cpu"), torch.float32)
     checkpoint.config["vision_config"] = {"depth": 4}
     with pytest.raises(K2Error, match="config is none"):
         load_tower(checkpoint, torch.device("cpu"), torch.float32)
