@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,7 @@ DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
 MOST_REFERENCES = 16  # at once; each lengthens every attention by a picture
 CACHE_BYTES = 8 << 30
 SPARE_BYTES = 2 << 30  # that a disk keeps free of captures
+DRAFTS_LAST = 3600  # seconds; who has not finished one by then is dead
 FORMAT = 2  # of the captures on disk
 
 
@@ -261,6 +263,10 @@ class CaptureCache:
             self._trim()
 
     def _trim(self) -> None:
+        long_ago = time.time() - DRAFTS_LAST
+        for draft in self.folder.glob(".*.draft"):  # of processes that were killed
+            if draft.stat().st_mtime < long_ago:
+                draft.unlink(missing_ok=True)
         files = [(file, file.stat()) for file in self.folder.glob("*.safetensors")]
         held = sum(stat.st_size for _, stat in files)
         for file, stat in sorted(files, key=lambda pair: pair[1].st_mtime_ns):

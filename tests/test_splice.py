@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -357,6 +358,16 @@ def test_the_longest_unused_is_forgotten_first(tmp_path):
 
     cache.put({"step": 4}, made, of=100)  # they cannot all stay, so none is worth the writing
     assert cache.get({"step": 4}, CPU) is None
+
+
+def test_drafts_of_killed_processes_do_not_stay(tmp_path):
+    cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
+    old, new = tmp_path / ".a.safetensors.17.draft", tmp_path / ".b.safetensors.18.draft"
+    for draft in (old, new):
+        draft.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.put({"step": 0}, made)
+    assert not old.exists() and new.exists()
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
