@@ -61,6 +61,7 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
     for job in jobs:
         job = replace(job, embed=job.embed and embed)
         total, done, kept_back, folder = len(job.left), 0, 0, None
+        told: set[str] = set()  # prompts
         if not total and not job.lacks_sheet:
             if not quiet:
                 say(f"{job.project.name}: every picture of the run is there.")
@@ -76,6 +77,10 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
                     if done == 1 and not quiet:
                         for lora in saved.record.get("lora") or ():
                             say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
+                    asked = saved.record["prompt"]
+                    if asked["unread"] and asked["text"] not in told:
+                        told.add(asked["text"])
+                        say(f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.', "yellow")
                     if blocked := saved.record["blocked"]:
                         kept_back += 1
                         say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")

@@ -118,7 +118,7 @@ class Record:
         return self.table.get("pixels")
 
 
-def request(shot: Shot, root: Path) -> dict[str, Any]:
+def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """What is known of a picture before it is rendered; reference paths are relative to the project."""
     spec, led = shot.spec, shot.spec.leader
     return {
@@ -133,12 +133,13 @@ def request(shot: Shot, root: Path) -> dict[str, Any]:
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
         "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
-        "style": [style_table(style, root) for style in spec.styles] or None,
+        "style": [style_table(style, root, hash_of) for style in spec.styles] or None,
     }
 
 
-def style_table(style: Style, root: Path) -> dict[str, Any]:
+def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """A style as records hold it, with the hash of every file it is made of."""
+    hash_of = hash_of or sha256_once
     return {
         "name": style.name,
         "strength": style.strength,
@@ -146,13 +147,13 @@ def style_table(style: Style, root: Path) -> dict[str, Any]:
         "avoids": list(style.avoids),
         "method": style.method if style.references else None,
         "reference": [
-            {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": sha256_once(r.image)}
+            {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": hash_of(r.image)}
             for r in style.references
         ],
         **(
             {
                 "triggers": list(style.triggers),
-                "lora": {"file": os.path.relpath(style.lora, root), "sha256": sha256_once(style.lora)},
+                "lora": {"file": os.path.relpath(style.lora, root), "sha256": hash_of(style.lora)},
             }
             if style.lora
             else {}
@@ -173,14 +174,22 @@ def sha256_of_version(path: Path, changed: int, size: int) -> str:
 
 def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     """The record of a finished picture: what was asked, and what the model made of it."""
-    made, asked = dict(picture.record), request(shot, root)
+    made = dict(picture.record)
+    used = {each["image"]: each["sha256"] for style in made.get("styles", ()) for each in style["references"]}
+    used |= {lora["path"]: lora["sha256"] for lora in made.get("loras", ())}
+
+    def hash_of(path: Path) -> str:
+        """Of a file as the picture was made with it: by now it may be another, or gone."""
+        return used.get(str(path)) or sha256_once(path)
+
+    asked = request(shot, root, hash_of)
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).replace(microsecond=0),
         "seconds": made.pop("seconds", None),
         "pixels": pixel_hash(picture.image),
         "blocked": made.get("blocked"),  # by an output filter, and why
-        "prompt": asked["prompt"],
+        "prompt": asked["prompt"] | {"unread": made.get("unread")},
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
         "leader": asked["leader"] and asked["leader"] | {"shared": made.get("shared")},
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},

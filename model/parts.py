@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -24,7 +25,7 @@ from model.headers import AGAIN
 from model.layouts import dit_config, native_names, stored_precision
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
-from model.text_encoder import QWEN3_VL_4B, TextTower, weights_of
+from model.text_encoder import QWEN3_VL_4B, TextTower, open_tower, weights_of
 from model.vae import QwenImageVAE, VAEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,17 +55,30 @@ class Parts:
 
 
 def find_parts(model: library.Model) -> Parts:
-    """A lone transformer file is joined by what stands beside it, else by the pulled release, else by the box."""
+    """A lone transformer file is joined by what stands beside it, else by the pulled release, else by the box.
+
+    The box's go before the release's where the transformer listens to their text encoder.
+    """
     if model.source == "box":
         return Parts(model.path, *helpers(model.name))
     folder = model.path if model.path.is_dir() else model.path.parent
     inner = model.path / "transformer"
     dit = inner if inner.is_dir() else model.path
-    release = library.locate("krea-2")
-    for place in (folder, *([release] if release and release.is_dir() else [])):
-        if (place / "text_encoder").is_dir() and (place / "vae").is_dir():
-            return Parts(dit, place, place / "vae")
-    return Parts(dit, *helpers("mini"))
+    if is_lender(folder):
+        return Parts(dit, folder, folder / "vae")
+    release, box = library.locate("krea-2"), Parts(dit, *helpers("mini"))
+    if release is None or not is_lender(release):
+        return box
+    if box.text.is_file():
+        network, spoken = dit_config(native_names(open_checkpoint(dit))), open_tower(box.text)[0].config
+        if (spoken.hidden_size, len(spoken.taps)) == (network.text_width, network.text_taps):
+            return box
+    return Parts(dit, release, release / "vae")
+
+
+def is_lender(folder: Path) -> bool:
+    """Whether a text encoder and an autoencoder lie here, as in diffusers' layout."""
+    return (folder / "text_encoder").is_dir() and (folder / "vae").is_dir()
 
 
 def numbers_of(parts: Parts) -> Numbers:
@@ -124,7 +138,8 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageV
     """An autoencoder from our own file or from diffusers' folder. Raises K2Error."""
     checkpoint = open_checkpoint(path)
     refuse_unreadable(checkpoint)
-    stated = dict(checkpoint.metadata.get("config") or checkpoint.config)
+    stated = checkpoint.metadata.get("config") or checkpoint.config
+    stated = dict(stated) if isinstance(stated, Mapping) else {}
     if stated.get("_class_name") == "AutoencoderKLFlux2":
         return SpreadFluxVAE(checkpoint, device, dtype)
     if checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated:
@@ -176,15 +191,18 @@ class SpreadFluxVAE:
         return self.packed.decode(F.pixel_unshuffle(latents, 2))
 
 
-def load_style(path: Path, device: torch.device) -> StyleEncoder:
-    """A style encoder from our own file; small, so always in fp32. Raises K2Error."""
+def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
+    """A style encoder from our own file, and the side in pixels of the pictures that it reads. Raises K2Error.
+
+    It is small, so always in fp32.
+    """
     checkpoint = open_checkpoint(path)
     if checkpoint.metadata.get("kind") != "style":
         raise K2Error(f"{path} is not a style encoder.", hint=AGAIN)
     with torch.device("meta"):
         encoder = StyleEncoder(StyleConfig(**checkpoint.metadata["config"]))
     load(encoder, checkpoint, device=device, dtype=torch.float32)
-    return encoder
+    return encoder, int(checkpoint.metadata.get("native", 128))
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -221,17 +239,18 @@ class Hashes:
         """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
-        self._found: dict[str, str] = {}
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._found: Future[dict[str, str]] = Future()
+        threading.Thread(target=self._work, daemon=True).start()  # a pool's would keep the process from ending
 
     def _work(self) -> None:
-        self._found = {name: sha256(file) for name, file in self._files.items()}
+        try:
+            self._found.set_result({name: sha256(file) for name, file in self._files.items()})
+        except BaseException as error:
+            self._found.set_exception(error)
 
     def by_name(self) -> dict[str, str]:
-        """File name -> hash."""
-        self._thread.join()
-        return dict(self._found)
+        """File name -> hash. Raises K2Error where a file could not be read."""
+        return dict(self._found.result())
 
 
 def sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
-from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, steer_away
+from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, negative_prompt, steer_away
 from model.branches import Branches
 from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
@@ -28,7 +28,7 @@ from model.errors import K2Error
 from model.fast import accelerate, keep_pages
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
-from model.lora import Adapter, laid_over, read_lora
+from model.lora import Adapter, laid_over, read_lora, weights_file
 from model.parts import (
     DTYPES,
     Hashes,
@@ -216,12 +216,18 @@ class Pipeline:
         """Pictures of one schedule, together."""
         started = time.perf_counter()
         adapters = [(self._adapter(lora), lora.weight) for lora in adapters_of(specs[0])]
+        references = (r.image for spec in specs for style in spec.styles for r in style.references)
+        files = {path: sha256(path) for path in references}  # as they are now: they may be gone once it is done
         with laid_over(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.vae.factor**2))
         images = [to_image(picture) for some in latents.split(at_once) for picture in self.vae.decode(some)]
         seconds = (time.perf_counter() - started) / len(specs)
-        return [Picture(image, self._record(spec, image, seconds)) for spec, image in zip(specs, images, strict=True)]
+        loras = [adapter.report(weight) for adapter, weight in adapters]
+        return [
+            Picture(image, self._record(spec, image, seconds, files, loras))
+            for spec, image in zip(specs, images, strict=True)
+        ]
 
     def _latents(self, specs: list[RenderSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
         """The network's part of it -> [B, C, H/f, W/f]. Raises K2Error where numbers overflow."""
@@ -236,7 +242,7 @@ class Pipeline:
         if style_guidance is not None:
             contexts.append([self._context(spec.prompt, adapters, away=avoided(spec)) for spec in made])
         if guidance:
-            contexts.append([self._context(spec.negative, adapters) for spec in made])
+            contexts.append([self._context(negative_prompt(spec), adapters) for spec in made])
         sigmas = shifted_sigmas(steps, mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
         velocity = Branches(
@@ -292,19 +298,19 @@ class Pipeline:
 
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
-        file = lora.path / "adapter_model.safetensors" if lora.path.is_dir() else lora.path
-        return self._adapters.ask((lora.path, sha256(file)), lambda: read_lora(lora.path, self.dit))
+        return self._adapters.ask((lora.path, sha256(weights_file(lora.path))), lambda: read_lora(lora.path, self.dit))
 
     def _style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
         """References as extra prompt rows [K, N, E]."""
-        rows = []
+        rows, (encoder, side) = [], self._style_encoder
         for reference in references:
-            pixels = to_pixels(reference.image, self.native, self.native).to(self.device, self.dtype)
-            rows.append(self._style_encoder.read(self.vae.encode(pixels).float()))
-        return self._style_encoder.mix(rows, [reference.weight for reference in references])
+            pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
+            rows.append(encoder.read(self.vae.encode(pixels).float()))
+        return encoder.mix(rows, [reference.weight for reference in references])
 
     @cached_property
-    def _style_encoder(self) -> StyleEncoder:
+    def _style_encoder(self) -> tuple[StyleEncoder, int]:
+        """It, and the side in pixels at which it reads references."""
         assert self.parts.style is not None  # or `resolve` would have refused
         return load_style(self.parts.style, self.device)
 
@@ -361,11 +367,20 @@ class Pipeline:
 
         return Splice(self.dit, references, capture_at, sigmas, grid[1], spec.leak_guard)
 
-    def _record(self, spec: RenderSpec, image: Image.Image, seconds: float) -> dict[str, Any]:
-        """How a picture was made, in plain values: enough to make it again."""
+    def _record(
+        self,
+        spec: RenderSpec,
+        image: Image.Image,
+        seconds: float,
+        files: Mapping[Path, str],
+        loras: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """How a picture was made, in plain values: enough to make it again. `files` are its references' hashes."""
+        unread = self.text.unread(spec.prompt)
         return {
             "schema": 1,
             **{k: v for k, v in vars(spec).items() if k not in ("styles", "loras", "leader") and v is not None},
+            **({"unread": unread} if unread else {}),
             **({"leader": vars(spec.leader), "shared": shares(spec)} if leader_of(spec) else {}),
             "styles": [
                 {
@@ -375,12 +390,12 @@ class Pipeline:
                     "avoids": list(style.avoids),
                     "method": style.method,
                     "references": [
-                        {"image": str(r.image), "weight": r.weight, "sha256": sha256(r.image)} for r in style.references
+                        {"image": str(r.image), "weight": r.weight, "sha256": files[r.image]} for r in style.references
                     ],
                 }
                 for style in spec.styles
             ],
-            "loras": [self._adapter(lora).report(lora.weight) for lora in adapters_of(spec)],
+            "loras": loras,
             "model": {"name": self.name, "variant": self.variant, "files": self.hashes()},
             "device": str(self.device),
             "dtype": self.plan.dtype,

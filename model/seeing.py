@@ -15,7 +15,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from model import library, picture_file
-from model.checkpoint import open_checkpoint
 from model.errors import K2Error
 from model.parts import helpers, load_style, load_vae, sha256
 from model.references import LEAST_SIDE, MOST_PIXELS, in_eight_bits
@@ -40,13 +39,13 @@ class Eye:
         if style is None:
             raise K2Error(f"{name} has no style encoder, and moodboards are read by it.", hint="mini has one.")
         where = torch.device(device)
-        side = int(open_checkpoint(style).metadata.get("native", 128))
         words, why = None, f"{library.BOX / f'{name}-words.safetensors'} is missing"
         if (table := library.BOX / f"{name}-words.safetensors").is_file():
             words = Words.load(table)
             if words.made_for != {"style": sha256(style), "vae": sha256(vae)}:
                 words, why = None, f"{table.name} was measured for another style encoder"
-        return cls(load_style(style, where), load_vae(vae, where, torch.float32), side, words, why)  # type: ignore[arg-type]
+        encoder, side = load_style(style, where)
+        return cls(encoder, load_vae(vae, where, torch.float32), side, words, why)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +68,7 @@ def read_picture(path: Path, side: int) -> Pixels:
             image.draft("RGB", (2 * side, 2 * side))
             with one_at_a_time if image.width * image.height > LARGE else nullcontext():
                 upright = in_eight_bits(ImageOps.exif_transpose(image))
-                if upright.mode not in ("RGB", "RGBA"):
+                if upright.mode not in ("RGB", "RGBA") or "transparency" in upright.info:
                     upright = upright.convert("RGBA")
                 small = ImageOps.fit(upright, (side, side)).convert("RGBA")
     except K2Error:

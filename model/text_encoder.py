@@ -289,8 +289,15 @@ class TextEncoder:
 
     def token_ids(self, prompt: str) -> list[int]:
         """The prompt's tokens and the suffix; space around the prompt carries no meaning and is dropped."""
+        return self._own(prompt)[:PROMPT_TOKENS] + self.suffix
+
+    def unread(self, prompt: str) -> int:
+        """How many tokens at the end of a prompt are too many, and cut off."""
+        return max(0, len(self._own(prompt)) - PROMPT_TOKENS)
+
+    def _own(self, prompt: str) -> list[int]:
         text = prompt.encode("utf-8", "replace").decode().strip()  # lone surrogates become question marks
-        return self.tokenizer.encode(text, add_special_tokens=False).ids[:PROMPT_TOKENS] + self.suffix
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     @torch.no_grad()
     def encode(self, prompts: list[str], *, at_once: int = 1) -> tuple[Tensor, Tensor]:

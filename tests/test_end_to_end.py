@@ -17,6 +17,7 @@ from k2cli.models import native_size
 from k2cli.tables import Toml
 from model import library
 from model.headers import read_header
+from model.text_encoder import PROMPT_TOKENS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = """\
@@ -220,3 +221,16 @@ def test_every_space_in_the_name_of_a_file_is_meant(den, k2):
         (den / "styles" / "dusk.toml").write_text(f'[[reference]]\nimage = "refs/{name}"\n')
         (made,) = k2("render", "--quiet", "--only", "fox", "--batch", "1", "--style", "dusk=0.5").stdout.splitlines()
         assert "Identical, pixel for pixel." in k2("rerun", made).stderr
+
+
+def test_what_a_prompt_has_too_many_of_is_said_once_and_recorded(den, k2):
+    long = "fox " * (PROMPT_TOKENS + 3)
+    made = k2("render", "-p", long, "--batch", "2", "--steps", "1")
+
+    assert made.stderr.count('The last 3 tokens of "') == 1 and "too many: unread" in made.stderr
+    assert [record(line)["prompt"]["unread"] for line in made.stdout.split()] == [3, 3]
+    assert "unread" not in made_of("a red fox", k2)["prompt"]
+
+
+def made_of(prompt: str, k2) -> dict:
+    return record(k2("render", "-p", prompt, "--batch", "1", "--quiet").stdout.strip())

@@ -26,7 +26,9 @@ from model.parts import sha256
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
+from model.settle import weighed
 from model.spec import Picture, Reference, RenderSpec, Style, tied
+from model.text_encoder import PROMPT_TOKENS
 
 FOX = RenderSpec("a red fox", seed=7)
 
@@ -233,6 +235,68 @@ def test_what_a_release_lends_is_named_apart_and_found_again(tiny, tmp_path, mon
     assert all(sha256(models.file_of(str(tmp_path / "mine"), file)) == files[file] for file in files)
 
 
+def test_a_release_lends_nothing_that_the_box_has_fitting(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """A checkpoint of the box's kind goes on rendering when another, larger model is pulled."""
+    snapshot = tmp_path / "hub" / "models--krea--Krea-2-Raw" / "snapshots" / ("a" * 40)
+    Pipeline.load("tiny", device="cpu").export(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(tiny, tmp_path / "box")
+    for file in list((tmp_path / "box").glob("tiny-*")):
+        file.rename(file.with_name(file.name.replace("tiny", "mini")))
+    shutil.copy(tiny / "tiny-raw.safetensors", tmp_path / "mine.safetensors")
+
+    def lent():
+        return Pipeline.load(str(tmp_path / "mine.safetensors"), device="cpu").parts.files[1].name
+
+    monkeypatch.setattr(library, "BOX", tmp_path / "box")
+    assert lent() == "mini-text.safetensors"
+
+    file = tmp_path / "box" / "mini-text.safetensors"  # and one of another kind is the release's
+    state, about = read(file)
+    save(file, state, about | {"config": about["config"] | {"taps": (1, 2)}})
+    assert lent() == "model.safetensors"
+
+
+def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red):  # noqa: F811
+    """Whatever size the transformer is made for."""
+    shutil.copytree(tiny, tmp_path / "box")
+    state, about = read(tiny / "tiny-raw.safetensors")
+    save(tmp_path / "box" / "tiny-raw.safetensors", state, about | {"native": 96})
+    Image.linear_gradient("L").convert("RGB").save(red)
+    spec = replace(FOX, width=64, height=64, styles=(Style("x", 1.0, (Reference(red),)),))
+    rows = []
+    for box in (tiny, tmp_path / "box"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "BOX", box)
+            rows.append(Pipeline.load("tiny", device="cpu")._style_rows(weighed(spec, "tokens")))
+    assert torch.equal(*rows)
+
+
+def test_the_record_is_of_the_files_that_the_picture_was_made_with(pipeline, red):
+    spec, before = replace(FOX, styles=(Style("dusk", 0.6, (Reference(red),)),)), sha256(red)
+
+    (picture,) = pipeline.render([spec], lambda done, steps: red.unlink(missing_ok=True))
+    assert picture.record["styles"][0]["references"][0]["sha256"] == before
+
+
+def test_hashes_that_cannot_be_had_are_said(tiny, tmp_path, monkeypatch):  # noqa: F811
+    def fails(path):
+        raise K2Error(f"{path.name} cannot be read.")
+
+    monkeypatch.setattr("model.parts.sha256", fails)
+    with pytest.raises(K2Error, match=r"tiny-raw\.safetensors cannot be read"):
+        Pipeline.load("tiny", device="cpu").render([FOX])
+
+
+def test_what_a_prompt_has_too_many_of_is_recorded(pipeline):
+    words = " ".join(["fox"] * (PROMPT_TOKENS + 5))
+    long, whole = pipeline.render([replace(FOX, prompt=words), replace(FOX, prompt=words[: -4 * 5])])
+    assert long.record["unread"] == 5 and "unread" not in whole.record
+    assert pixels(long) == pixels(whole)
+
+
 def test_flux_latents(tiny, tmp_path, pipeline):  # noqa: F811
     """FLUX.2's autoencoder in the other's place: its packed cells are the transformer's patches."""
     pipeline.export(tmp_path / "model")
@@ -372,6 +436,7 @@ def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
         ("text", {"taps": (1, 2)}, "listens to 3 layers of 32 numbers"),
         ("vae", {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}, "do not fit its config"),
         ("vae", {"z_dim": 8}, "not one number a channel"),
+        ("raw", {"patch": 2.0}, "has a shape that no"),
     ],
 )
 def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, config, what):  # noqa: F811

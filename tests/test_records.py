@@ -77,6 +77,18 @@ def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoi
     assert (table["prompt"]["expanded"], table["prompt"]["avoid"]) == (prompt, avoid)
 
 
+def test_a_record_holds_the_hashes_of_what_was_read_though_it_is_gone(tmp_path):
+    asked = shot(styles=(Style("dusk", 1.0, (Reference(tmp_path / "a.png"),), lora=tmp_path / "b.safetensors"),))
+    made = MADE | {
+        "styles": [
+            {"name": "dusk", "method": "tokens", "references": [{"image": str(tmp_path / "a.png"), "sha256": "aa"}]}
+        ],
+        "loras": [{"path": str(tmp_path / "b.safetensors"), "sha256": "bb"}],
+    }
+    (style,) = records.compose(asked, Picture(picture().image, made), tmp_path)["style"]
+    assert style["reference"][0]["sha256"] == "aa" and style["lora"]["sha256"] == "bb"
+
+
 def test_pictures_say_what_other_tools_look_for(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"

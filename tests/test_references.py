@@ -7,10 +7,12 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from model.errors import K2Error
 from model.references import fitting, to_pixels
+from model.seeing import read_picture
 
 
 def colour(path: Path) -> list[int]:
@@ -46,6 +48,17 @@ def test_transparency_lies_on_white(tmp_path):
     assert colour(tmp_path / "clear.png") == [255, 255, 255]
     assert near(colour(tmp_path / "half.webp"), (255, 127, 127))
     assert colour(tmp_path / "palette.png") == [255, 255, 255]
+
+
+def test_a_board_reads_a_colour_that_is_transparent_as_a_reference_does(tmp_path):
+    noisy = Image.effect_noise((40, 40), 90)
+    picture = Image.composite(
+        Image.new("RGB", noisy.size, "red"), noisy.convert("RGB"), noisy.point(lambda v: v % 2 * 255)
+    )
+    picture.save(tmp_path / "key.png", transparency=(255, 0, 0))
+
+    read = torch.from_numpy(read_picture(tmp_path / "key.png", 10).copy()).permute(2, 0, 1)
+    assert (read / 127.5 - 1 - to_pixels(tmp_path / "key.png", 10, 10)[0]).abs().max() < 4 / 127.5
 
 
 @pytest.mark.parametrize("suffix", ["webp", "png"])
