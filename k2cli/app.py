@@ -282,9 +282,11 @@ def render(
 
     from k2cli.carry import carry_out, plan_job, show_plan
     from k2cli.cluster import Cluster
+    from k2cli.console import say
     from k2cli.hands import Processes
     from k2cli.matrix import settled_by
     from k2cli.runs import resume as last_run
+    from k2cli.tables import listed
 
     variant = "turbo" if turbo else None
     named = [name for name in projects or [] if name != "-"]
@@ -328,9 +330,13 @@ def render(
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             chosen = each.settle(variant, **settings)
+            if turbo and not quiet and (beyond := chosen.beyond("turbo")):
+                say(f"{each.name} has {beyond}", "yellow")
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             axes = compared or (each.matrices if prompts is None else ())
             shots = each.shots(chosen, wanted, weights, axes)
+            if not quiet and (names := each.uncompared(wanted, axes)):
+                say(f"{each.name}: no [[matrix]] is about {listed(names)}.", "yellow")
             jobs.append(plan_job(each, chosen, variant, shots, compared=bool(axes)))
     if dry_run:
         show_plan(jobs, json)

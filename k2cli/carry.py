@@ -36,8 +36,10 @@ def plan_job(
 
 def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
+    jobs = list(jobs)
     for job in jobs:
         own = recommended(job.model.name, job.model.variant) if job.left else {}
+        folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
         for shot in job.left:
             asked = request(shot, job.project.root)
             said = {key: value for key, value in asked["settings"].items() if value is not None}
@@ -49,7 +51,10 @@ def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
-                result(f"{shot.file}\t{size}\tseed {made['seed']}\t{shot.spec.prompt}")
+                facts = [f"{made['steps']} steps", f"guidance {made['guidance']:g}"]
+                facts += [f"{style.name}={style.strength:g}" for style in shot.spec.styles if style.strength]
+                facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
+                result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")
 
 
 def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:

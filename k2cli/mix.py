@@ -85,7 +85,7 @@ def sweep(weights: Weights, steps: int) -> Layout:
 
 def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, variant: str | None) -> Job:
     """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
-    text, _ = variants(prompt.text)[0]  # of a prompt with choices the first
+    text, _ = variants(prompt.text)[0]
     prompt = replace(prompt, text=escape(text))
     stem = (prompt.name or slug(text))[:50]
     bare = replace(project, board=None)

@@ -27,6 +27,7 @@ from k2cli.tables import (
     check_keys,
     check_path,
     check_value,
+    label_of,
     listed,
     nearest,
     plain,
@@ -171,7 +172,7 @@ class Project:
             )
         if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
             raise K2Error(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
-        toml = Toml.read(folder / FILE, FILE)
+        toml = Toml.read(folder / FILE, label_of(folder, FILE))
         place, table = Place(toml), toml.table
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place)
         head = read_table(Head, table.get("project", {}), place.below("project"))
@@ -258,6 +259,14 @@ class Project:
                     f'{self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
                 )
         return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in names)
+
+    def uncompared(self, prompts: Sequence[Prompt] | None, matrices: Sequence[Matrix]) -> list[str]:
+        """The names of the prompts that no matrix is about: they are not rendered beside those that are compared."""
+        if not all(matrix.prompts for matrix in matrices):
+            return []
+        about = {name for matrix in matrices for name in matrix.prompts}
+        names = dict.fromkeys(base for *_, base in spread(self.prompts if prompts is None else prompts))
+        return [name for name in names if matrices and name not in about]
 
     def shots(
         self,

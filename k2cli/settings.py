@@ -68,6 +68,14 @@ class Settings:
         """The weights that these settings ask for, once the model is found."""
         return models.Held(self.model, variant, device=self.device, precision=self.precision, offload=self.offload)
 
+    def beyond(self, variant: str) -> str:
+        """Steps and guidance that a project asks for, and no command line, where this checkpoint is made for less."""
+        own = models.recommended(self.model, variant)
+        asked = {key: getattr(self, key) or 0 for key in ("steps", "guidance") if key not in self.given}
+        odd = {key: value for key, value in asked.items() if value > own[key]}
+        theirs = " and ".join(f"{key} = {value:g}" for key, value in odd.items())
+        return theirs and f"{theirs}; {variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
+
     def pixels(self, size: str | None, where: Callable[[str], str]) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
         if size is not None:

@@ -210,6 +210,7 @@ def mix_styles(
     from k2cli import mix
     from k2cli.carry import carry_out
     from k2cli.console import near, result, say
+    from k2cli.matrix import variants
 
     opened = find_project(project, allow_outside)
     weights = read_weights(styles, "NAME=W")
@@ -226,7 +227,10 @@ def mix_styles(
             **{"style_guidance": style_guidance, "model": model, "device": device},
         )
         layout = mix.preview(weights) if sweep is None else mix.sweep(weights, sweep)
-        jobs = [mix.plan(opened, settings, pick_prompt(opened, prompt), layout, "turbo" if turbo else None)]
+        asked = pick_prompt(opened, prompt)
+        jobs = [mix.plan(opened, settings, asked, layout, "turbo" if turbo else None)]
+        if not quiet and (choices := len(variants(asked.text))) > 1:
+            say(f"The first of the prompt's {choices} choices is taken.", "yellow")
     if save_as is not None:
         from k2cli.outputs import write_toml, writing
 

@@ -23,6 +23,7 @@ from k2cli.tables import (
     check_keys,
     check_name,
     check_value,
+    label_of,
     nearest,
     plain,
     read_table,
@@ -85,8 +86,9 @@ class Styles:
                 f'{where}: there is no style "{name}".',
                 hint=nearest(name, self.known) or f"Write it as styles/{name}.toml.",
             )
-        label = f"styles/{name}.toml"
-        toml = Toml.read(self.inside(label, where), label)
+        file = f"styles/{name}.toml"
+        label = label_of(self.root, file)
+        toml = Toml.read(self.inside(file, where), label)
         place, table = Place(toml), toml.table
         check_keys(table, ("keywords", "avoids", "reference", "method", "mix", "lora", "triggers"), place)
         entries = table.get("reference", [])

@@ -185,6 +185,14 @@ class Toml:
         return self.label
 
 
+def label_of(root: Path, file: str) -> str:
+    """What messages call a file of a project: its name in there; from outside of the project, its path."""
+    here, root = Path.cwd(), root.absolute()
+    if here.is_relative_to(root):
+        return file
+    return str((root / file).relative_to(here)) if root.is_relative_to(here) else str(root / file)
+
+
 @dataclass(frozen=True)
 class Place:
     """A table inside a file, for messages."""

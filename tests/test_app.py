@@ -135,12 +135,46 @@ def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
     lines = k2("render", "--dry-run", "--seed", "40").stdout.splitlines()
     objects = [json.loads(line) for line in k2("render", "--dry-run", "--json").stdout.splitlines()]
 
-    assert lines[0] == "fox-40.png\t128x128\tseed 40\ta red fox"
+    assert lines[0] == "fox-40.png\t128x128\tseed 40\t52 steps, guidance 3.5\ta red fox"
     made = objects[0]["settings"]
     assert (made["width"], made["height"], made["steps"], made["guidance"]) == (128, 128, 52, 3.5)
     assert [each["prompt"]["expanded"] for each in objects] == ["a red fox", "an owl at night"]
     assert objects[0]["model"] == {"name": "mini", "variant": None} and objects[0]["variant"] is None
     assert tree(moody) == before and fake.loaded == []
+
+
+def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
+    (moody / "styles").mkdir(exist_ok=True)
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
+
+    lines = k2(
+        "render", "--only", "fox", "--matrix", "steps=1,2", "--style", "dusk=-1", "--dry-run"
+    ).stdout.splitlines()
+    assert [line.split("\t")[3] for line in lines] == [f"{n} steps, guidance 3.5, dusk=-1" for n in (1, 2)]
+    tied = k2("render", "--scope", "run", "--cohesion", "0.8", "--dry-run").stdout.splitlines()
+    assert all("cohesion 0.8" in line for line in tied)
+    of_two = k2("render", moody, tmp_path / "other", "--dry-run").stdout.splitlines()
+    assert [line.split("/")[-2] for line in of_two] == [".", ".", "other"]
+
+
+def test_a_file_of_another_project_is_named_with_its_path(moody, k2, fake, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k2.toml").write_text("[render]\nsed = 3\n")
+    told = k2("render", moody, tmp_path / "other", code=1).stderr
+    assert f'{tmp_path / "other" / "k2.toml"}, line 2: unknown key "sed"' in " ".join(told.split())
+
+
+def test_settings_that_are_not_for_turbo_are_told(moody, k2, fake):
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    text = (moody / "k2.toml").read_text()
+    (moody / "k2.toml").write_text(text.replace("seed = 7", "seed = 7\nsteps = 28\nguidance = 2.5"))
+
+    told = k2("render", "--turbo", "--only", "fox").stderr
+    assert "moody has steps = 28 and guidance = 2.5; turbo is made for --steps 8 --guidance 0" in " ".join(told.split())
+    assert "made for" not in k2("render", "--turbo", "--only", "fox", "--steps", "20", "--guidance", "1").stderr
+    assert "made for" not in k2("render", "--only", "fox").stderr
 
 
 def test_several_projects_load_the_weights_once(moody, k2, fake, tmp_path):
@@ -545,7 +579,7 @@ def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
     from model import safety
 
     class Broken:
-        name = "eyes"
+        name, value = "eyes", "eyes:check"
 
         def load(self):
             raise ImportError("no module named eyes")

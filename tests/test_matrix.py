@@ -83,7 +83,9 @@ def test_a_mix_takes_the_first_choice(moody, k2):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
 
-    k2("mix-styles", "dusk=1", "-p", "a {red|blue} fox")
+    told = k2("mix-styles", "dusk=1", "-p", "a {red|blue} fox").stderr
+    assert "The first of the prompt's 2 choices is taken." in told
+    assert "choices" not in k2("mix-styles", "dusk=1", "-p", "a red fox").stderr
 
     texts = {tomllib.loads(path.read_text())["prompt"]["text"] for path in moody.glob("outputs/*/*-7.toml")}
     assert texts == {"a red fox"}
@@ -154,6 +156,8 @@ def test_what_no_matrix_is_about_is_told(dusky, k2):
     said = k2("render", "--only", "an-owl-at-night", code=1).stderr
 
     assert "No [[matrix]] is about an-owl-at-night." in said and not (dusky / "outputs").exists()
+    assert "moody: no [[matrix]] is about an-owl-at-night." in k2("render", "--dry-run").stderr
+    assert "about" not in k2("render", "--dry-run", "--only", "fox").stderr
 
 
 def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):

@@ -178,8 +178,9 @@ def test_prompts_are_chosen_by_name(moody):
         ("#" * (1 << 20) + "\n", "k2.toml is larger than 1 MB.", "Is it the right file?"),
     ],
 )
-def test_mistakes_are_named_by_line(tmp_path, toml, message, hint):
+def test_mistakes_are_named_by_line(tmp_path, monkeypatch, toml, message, hint):
     (tmp_path / "k2.toml").write_text(toml)
+    monkeypatch.chdir(tmp_path)
 
     with pytest.raises(K2Error) as error:
         Project.open(tmp_path)
