@@ -34,6 +34,7 @@ KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
 
 MANIFEST = "k2-pull.json"
 WEIGHTS = (".safetensors", ".gguf")
+DEEPEST = 3  # folders that weights lie in, their own counted
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
@@ -201,7 +202,10 @@ def read_manifest(snapshot: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS and path.is_file())
+    """Weights files of a folder, by name. None lies deeper than `DEEPEST`: whoever names a home is answered in time."""
+    levels = ("/".join("*" * depth) for depth in range(1, DEEPEST + 1))
+    found = sorted(path for level in levels for path in folder.glob(level) if path.suffix in WEIGHTS)
+    return (path for path in found if path.is_file())
 
 
 def the_weights(folder: Path) -> Path:

@@ -191,3 +191,11 @@ def test_the_release_is_known_by_its_shape(home: Path, shapes: dict):
     assert library.find("shards").licence == library.find("pipe").licence == library.KREA_2
     assert library.find("pipe/transformer/model.safetensors").licence == library.KREA_2
     assert library.find("shards/a.safetensors").licence is None  # a lone shard renders nothing
+
+
+def test_weights_lie_three_folders_deep_at_most(tmp_path):
+    for depth, name in ((2, "near"), (3, "deep")):
+        folder = tmp_path.joinpath(*"abc"[:depth])
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / f"{name}.safetensors").write_bytes(b"")
+    assert [path.name for path in library.weights(tmp_path)] == ["near.safetensors"]
