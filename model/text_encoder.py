@@ -300,18 +300,19 @@ class TextEncoder:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], *, at_once: int = 1) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list[str], *, at_once: int = 1, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Prompts -> embeds [B, T, N, E], mask [B, T] True = real; T is the longest prompt's tokens + 5.
 
         With `at_once` = 1 a prompt's rows are bit for bit the same whatever else is in the list; more is faster.
+        `multiple` rounds T up.
         """
         rows = [self.token_ids(prompt) for prompt in prompts]
-        longest, device = max(map(len, rows)), self.prefix_ids.device
+        longest, device = -(-max(map(len, rows)) // multiple) * multiple, self.prefix_ids.device
         mask = torch.arange(longest, device=device) < torch.tensor([len(r) for r in rows], device=device)[:, None]
         embeds = []
         for start in range(0, len(rows), at_once):
             part = rows[start : start + at_once]
-            width = max(map(len, part))
+            width = -(-max(map(len, part)) // multiple) * multiple
             ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=device)
             embeds.append(F.pad(self.tower(ids, self.prefix)[0], (0, 0, 0, 0, 0, longest - width)))
         return torch.cat(embeds) * mask[..., None, None], mask

@@ -10,20 +10,22 @@ from test_stages import base, quiet, run
 from workshop import workshop  # noqa: F401
 
 from model.dit import PRESETS, DiTConfig
+from model.errors import K2Error
 from model.train import loop, merge, recipe
 from model.train.data import read_subjects
 from model.train.hearing import POOL, TRAINED, Hearing, Recipe, align
 from model.train.pretrain import Recipe as PretrainRecipe
 from model.train.pretrain import Trainee, training_set
-from model.train.strangers import Wilderness, known_words
+from model.train.strangers import RELATIONS, Wilderness, known_words
 from model.train.thesaurus import Thesaurus
+from model.train.turbo import Recipe as TurboRecipe
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
 
 @pytest.fixture(scope="module")
 def wilderness():
-    return Wilderness([subject.name for subject in read_subjects()], Thesaurus())
+    return Wilderness({subject.name: subject for subject in read_subjects()}, Thesaurus())
 
 
 def test_a_caption_keeps_its_words_among_strange_ones(wilderness):
@@ -45,6 +47,38 @@ def test_strange_words_name_no_look_and_no_subject(wilderness):
     assert len(wilderness.words) > 3000 and not looks & set(wilderness.words) and not names & set(wilderness.words)
 
 
+def test_a_second_thing_is_another_and_stands_behind_the_first(wilderness):
+    rng, fox = np.random.default_rng(0), ("fox", "red fox")
+    made = [wilderness.crowd("a red fox, pencil drawing", fox, rng) for _ in range(200)]
+
+    for caption in made:
+        assert caption.startswith(tuple(f"a red fox {relation} " for relation in RELATIONS))
+        assert caption.removesuffix(", pencil drawing").endswith(tuple(wilderness.things))
+    assert len(set(made)) > 190
+    assert wilderness.crowd("", fox, rng) == ""
+
+
+def test_strange_words_are_put_in_in_one_place(wilderness):
+    rng, plain = np.random.default_rng(0), "an owl, pencil drawing"
+    before = behind = 0
+    for _ in range(200):
+        made = wilderness.insert(plain, ("owl",), rng)
+        head = made.removesuffix(", pencil drawing")
+        assert head != made and len(made) > len(plain)
+        behind += head.startswith("an owl ")
+        before += head.endswith(" owl") and head.startswith(("a ", "an "))
+    assert before + behind == 200 and 25 < before < 80
+    assert wilderness.insert("", ("owl",), rng) == ""
+
+
+def test_some_strange_words_are_in_pieces(wilderness):
+    rng = np.random.default_rng(0)
+    words = [wilderness.strange(rng) for _ in range(1000)]
+    pieces = [word for word in words if word not in wilderness.vocabulary]
+
+    assert 120 < len(pieces) < 280 and all(word in wilderness.words for word in words if word not in pieces)
+
+
 def test_an_empty_caption_stays_empty(wilderness):
     assert wilderness.wild("", ("fox",), np.random.default_rng(0)) == ""
 
@@ -63,6 +97,20 @@ def test_only_the_way_in_of_the_text_learns_and_turbo_hears_by_the_same_change(w
     assert moved and all(name.startswith(TRAINED) for name in moved)
     for name, tensor in both.items():
         torch.testing.assert_close(tensor, student[name] + heard[name] - before[name], msg=name)
+
+
+def test_keys_that_mean_nothing_to_a_stage_are_refused():
+    for stage, cls, more in (("hearing", Recipe, {}), ("turbo", TurboRecipe, {"method": "guidance"})):
+        shared = {"name": "x", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
+        for key, value in {
+            "style_loss": 0.2,
+            "align": 0.5,
+            "recompute": True,
+            "products": "int8",
+            "repeats": 3,
+        }.items():
+            with pytest.raises(K2Error, match=f'{key} means nothing to the stage "{stage}"'):
+                cls(**shared, **more, **{key: value})
 
 
 def averages(name):
@@ -142,3 +190,13 @@ def test_most_captions_go_no_further_than_the_way_in(workshop):  # noqa: F811
     before = hearing.loss(other)[1]["swapped"]
     plain = other | {"said": other["said"].roll(1, 0), "said_mask": real.roll(1, 0)}
     assert 0 < before < hearing.loss(plain)[1]["swapped"]  # captions of one another are further off
+
+
+def test_a_captions_features_do_not_depend_on_its_company(workshop):  # noqa: F811
+    """A run that goes on begins with nothing kept, so that other captions are encoded together."""
+    shared = {"name": "tiny", "size": 64, "steps": 4, "batch": 16, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
+    wrapped = PretrainRecipe(**shared, repeats=1, strangers=0.5)
+    kept, anew = training_set(wrapped, "cpu"), training_set(wrapped, "cpu")
+    for step in range(8):
+        anew.features.clear()
+        assert torch.equal(kept.batch(wrapped, step)["embeds"], anew.batch(wrapped, step)["embeds"])

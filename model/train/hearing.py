@@ -2,9 +2,10 @@
 
 A network that was pretrained without them takes every strange word for news: "a rusty bicycle by the sea" gets neither.
 Here captions are said in other words (`thesaurus.py`) and wrapped in strange ones (`strangers.py`), and only the text's
-way in is trained, for the frozen rest to say of such a caption what it says of the plain one. Most captions go
-no further than the way in: with one phrase in other words, they are to leave it as the plain ones do. No picture is
-learned, and a distilled checkpoint hears as well by the same change (`stage = "merge"` with weights).
+way in is trained, for the frozen rest to say of such a caption what it says of the plain one. Most captions go no
+further than the way in: with one phrase in other words, or one of strange words put in, they are to leave it as the
+plain ones do. No picture is learned, and a distilled checkpoint hears as well by the same change (`stage = "merge"`
+with weights).
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from model.train import loop, pretrain
 from model.train.data import Item
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
+from model.train.recipe import refuse
 from model.train.rollout import conditioned, noise_levels
 from model.train.thesaurus import one
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
-POOL = 40  # batches of captions in other words
+POOL = 80  # batches of captions that go through the way in only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,13 @@ class Recipe(pretrain.Recipe):
     strangers: float = 0.6  # captions that get neither are to stay what they are
     whole: int = 4  # one of so many steps goes through the whole network, too
     swapped: int = 256  # captions of a step that go through the way in only
+    inserted: float = 0.5  # of those have strange words put in, the others a phrase in other words
     swap: float = 1.0  # weight of what is off in those
     repeats: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self, "style_loss", "align", "recompute", "products", "repeats")
 
 
 class Hearing(loop.Stage):
@@ -66,7 +73,7 @@ class Hearing(loop.Stage):
                 self.of[item.pair.subject].append(item)
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        number = step % POOL
+        number = (step * self.recipe.accumulate + part) % POOL
         if number not in self.kept:
             self.kept[number] = self.swaps(number)
         swaps = self.kept[number]
@@ -88,22 +95,26 @@ class Hearing(loop.Stage):
 
     @torch.no_grad()
     def swaps(self, number: int) -> Batch:
-        """Captions with one phrase in other words, and what the teacher's way in makes of the plain ones.
+        """Captions with one phrase in other words or one put in, and what the teacher's way in makes of the plain ones.
 
         Subjects come as often as they have other names. There are `POOL` such batches: the text encoder's part of them
         is done once.
         """
         assert self.set is not None
-        catalog, text, thesaurus = self.set.catalog, self.set.text, self.set.wording.thesaurus
+        catalog, text, wording = self.set.catalog, self.set.text, self.set.wording
+        thesaurus = wording.thesaurus
         rng = np.random.default_rng(pretrain.stable_seed(self.recipe.seed, "swaps", number))
         named = [subject for subject in self.of for _ in thesaurus.taught(subject)]
         items = [one(self.of[one(named, rng)], rng) for _ in range(self.recipe.swapped)]
         form = "short" if number % 4 else "medium"  # of a batch: rows are padded to the longest
         plain = [catalog.caption(item, rng, form) for item in items]
-        said = [
-            thesaurus.swap(caption, catalog.subjects[item.pair.subject], rng)
-            for caption, item in zip(plain, items, strict=True)
-        ]
+        said = []
+        for caption, item in zip(plain, items, strict=True):
+            subject = catalog.subjects[item.pair.subject]
+            if rng.random() < self.recipe.inserted:
+                said.append(wording.wilderness.insert(caption, subject.words, rng))
+            else:
+                said.append(thesaurus.swap(caption, subject, rng))
         embeds, mask = self.set.embed(said)
         target, target_mask = self.set.embed(plain)
         maps = torch.zeros(len(said), mask.shape[1], target_mask.shape[1], device=mask.device)

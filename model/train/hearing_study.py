@@ -4,8 +4,8 @@ names      subjects by the data's own names, by other names that were taught, an
            subject the nearest among the names of all
 looks      subjects in the look of a held-out picture, said not at all, in the data's words and in other ones: likeness
            of the judge's style embedding to that picture's
-strangers  captions of held-out pictures as they are, in other words, and among strange ones too: is the subject the
-           nearest among those of the first hundred
+strangers  captions of held-out pictures as they are, in other words, and among strange ones too, or with one of other
+           subjects by theirs: is the subject the nearest among those of the first hundred
 
 Captions are the same ones for every checkpoint. Intervals are 95 %, by bootstrap: over subjects, looks, drawings.
 """
@@ -30,6 +30,9 @@ from model.vocabulary import held_out
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
+
+
+SAID = {"plain": (0.0, 0.0), "other words": (1.0, 0.0), "wrapped": (0.0, 1.0), "both": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,14 @@ def strangers(study: Study) -> dict[str, Any]:
     prompts, among = held_out_prompts(study.catalog, study.count), candidates(study.catalog)
     subjects = [item.pair.subject for item, _ in prompts]
     found = {}
-    for said, shares in (("plain", (0, 0)), ("other words", (1, 0)), ("wrapped", (0, 1)), ("both", (1, 1))):
+    for said, shares in (*SAID.items(), ("crowded", None)):
         rng = np.random.default_rng(99)
-        captions = [study.wording.say(caption, item.pair.subject, *shares, rng) for item, caption in prompts]
+        captions = [
+            study.wording.say(caption, item.pair.subject, *shares, rng)
+            if shares is not None
+            else study.wording.wilderness.crowd(caption, study.catalog.subjects[item.pair.subject].words, rng)
+            for item, caption in prompts
+        ]
         right = study.right(captions, subjects, among)
         found[said] = figure(mean, right, groups=[item.pair for item, _ in prompts])
     return found

@@ -38,6 +38,7 @@ from model.train.strangers import Wording
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
 KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
+WIDTHS = 8  # tokens that captions are encoded in multiples of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class TrainingSet:
         self.text, self.rows = text, recipe.rows
         self.wording = Wording(catalog.subjects)
         self.device = text.prefix_ids.device
-        self.kept, self.at_once = (KEPT, 64) if self.device.type == "cpu" else (10 * KEPT, 512)
+        self.kept, self.at_once = (KEPT, 16) if self.device.type == "cpu" else (10 * KEPT, 64)
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
         self.features: dict[str, Tensor] = {}
@@ -112,13 +113,20 @@ class TrainingSet:
     def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
 
-        T is such that `more` rows after it make a multiple of the recipe's `rows`.
+        T is such that `more` rows after it make a multiple of the recipe's `rows`. A caption's features are the same
+        bits in any company, so that a run that goes on sees what it would have seen: they are worked out in shapes that
+        depend on its own length alone, full batches of captions that are about as long.
         """
-        new = sorted(set(captions) - self.features.keys())
-        if new:
-            embeds, mask = self.text.encode(new, at_once=self.at_once)
-            for caption, rows, length in zip(new, embeds.half(), mask.sum(1).tolist(), strict=True):
-                self.features[caption] = rows[:length].clone()
+        alike = defaultdict(list)
+        for caption in sorted(set(captions) - self.features.keys()):
+            alike[-(-len(self.text.token_ids(caption)) // WIDTHS)].append(caption)
+        for new in alike.values():
+            for start in range(0, len(new), self.at_once):
+                some = new[start : start + self.at_once]
+                full = some + some[:1] * (self.at_once - len(some))
+                embeds, mask = self.text.encode(full, at_once=self.at_once, multiple=WIDTHS)
+                for caption, rows, length in zip(full, embeds.half(), mask.sum(1).tolist(), strict=True):
+                    self.features[caption] = rows[:length].clone()
         rows = [self.features[caption] for caption in captions]
         for caption in list(self.features)[: max(0, len(self.features) - self.kept)]:
             del self.features[caption]

@@ -1,7 +1,9 @@
 """Strange words: what people put around a subject, and no picture of the data set shows.
 
 Captions come from a few rules. A network that has read nothing else takes every other word for news, so some captions
-are wrapped in words that are not: qualities, doings, places, and any words that the tokenizer has whole.
+are wrapped in words that are not: qualities, doings, places, any words that the tokenizer has whole, others that it
+cuts in pieces, and second things. A picture shows one thing, the one that all others are by: "a phone on a nightstand"
+is a phone.
 """
 
 from __future__ import annotations
@@ -16,13 +18,18 @@ from model.library import BOX
 from model.train.data import Subject
 from model.train.looks import DRAWINGS, MEDIA, PALETTES
 from model.train.phrases import PARTS
-from model.train.thesaurus import Thesaurus, named, one
+from model.train.thesaurus import Thesaurus, called, named, one
 
 FRAMES = (  # what prompts are wrapped in besides
     *("a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an illustration of {}", "{}, close up"),
     *("a portrait of {}", "{}, highly detailed", "{}, simple and clean", "{}, award winning", "beautiful {}", "{} art"),
     *("{}, centred", "{}, front view", "{}, side view", "a study of {}", "a render of {}", "{}, soft light", "my {}"),
     *("{}, dramatic", "{}, professional", "{}, 4k", "{}, in the style of a master", "one single {}", "detail of {}"),
+    *("still life with {}", "a scene with {}", "macro of {}", "{}, shot from above", "{} in the foreground"),
+)
+RELATIONS = (  # of the thing to a second one
+    *("with", "on", "on top of", "in front of", "behind", "beside", "next to", "near", "under", "inside", "and"),
+    *("holding", "above", "below", "against", "by", "full of", "outside", "looking at", "beneath", "leaning on"),
 )
 
 
@@ -37,9 +44,9 @@ def known_words() -> set[str]:
 class Wilderness:
     """Words around captions that say nothing a picture could show."""
 
-    def __init__(self, subjects: Sequence[str], thesaurus: Thesaurus):
-        named = {word for name in subjects for word in name.split() if len(word) > 2} - {"the"}
-        known = known_words() | named | {"background", "black", "dark"}
+    def __init__(self, subjects: Mapping[str, Subject], thesaurus: Thesaurus):
+        parts = {word for name in subjects for word in name.split() if len(word) > 2} - {"the"}
+        known = known_words() | parts | {"background", "black", "dark"}
 
         def strange(part: str) -> bool:
             return "{" not in part and not known & set(part.replace("-", " ").split())
@@ -51,6 +58,56 @@ class Wilderness:
         news = thesaurus.words()
         words = [each for each in vocabulary if re.fullmatch("[a-z]{4,}", each) and each not in news]
         self.words = [each for each in words if strange(each)]
+        pieces = [each for each in vocabulary if re.fullmatch("[a-z]{2,4}", each) and each not in news]
+        self.pieces = [each for each in pieces if strange(each)]
+        self.vocabulary = set(vocabulary)
+        self.things = [name for each in subjects.values() for name in (*each.words, *thesaurus.taught(each.name))]
+
+    def strange(self, rng: np.random.Generator) -> str:
+        """A word that says nothing: one that the tokenizer has whole, or, one in five, one of pieces."""
+        while rng.random() < 0.2:
+            made = "".join(one(self.pieces, rng) for _ in range(int(rng.integers(2, 4))))
+            if made not in self.vocabulary:
+                return made
+        return one(self.words, rng)
+
+    def beside(self, names: Sequence[str], rng: np.random.Generator) -> str:
+        """A second thing, and where the first one is by it: "on top of an old hotel"."""
+        while (thing := one(self.things, rng)) in names:
+            pass
+        relation, quality = one(RELATIONS, rng), rng.random()
+        if quality < 0.6:
+            return f"{relation} {called(thing)}"
+        word = one(self.qualities, rng) if quality < 0.8 else self.strange(rng)
+        return f"{relation} {one(('a', 'the', 'some'), rng)} {word} {thing}"
+
+    def some(self, least: int, most: int, rng: np.random.Generator) -> list[str]:
+        """At least so many words that say nothing, and less than `most`."""
+        return [self.strange(rng) for _ in range(int(rng.integers(least, most)))]
+
+    def phrase(self, names: Sequence[str], rng: np.random.Generator) -> str:
+        """A place, a second thing, or strange words behind a preposition."""
+        kind = rng.random()
+        if kind < 0.3:
+            return one(self.places, rng)
+        if kind < 0.7:
+            return self.beside(names, rng)
+        return " ".join((one(("in", "on", "at", "near", "with", "from", "of", "under"), rng), *self.some(1, 4, rng)))
+
+    def crowd(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
+        """A caption whose subject is by a second thing; `names` are the subject's."""
+        name = named(caption, names)
+        return caption if name is None else articled(caption.replace(name, f"{name} {self.beside(names, rng)}", 1))
+
+    def insert(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
+        """A caption with strange words in one place: before its subject, or, oftener, behind it."""
+        name = named(caption, names)
+        if name is None:
+            return caption
+        if rng.random() < 0.25:
+            before = one(self.qualities, rng) if rng.random() < 0.5 else " ".join(self.some(1, 3, rng))
+            return articled(caption.replace(name, f"{before} {name}", 1))
+        return articled(caption.replace(name, f"{name} {self.phrase(names, rng)}", 1))
 
     def wild(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
         """A caption among strange words; `names` are those of its subject."""
@@ -58,31 +115,26 @@ class Wilderness:
         if name is None:
             return caption
 
-        def phrase() -> str:
-            """A place, or strange words behind a preposition."""
-            if rng.random() < 0.5:
-                return one(self.places, rng)
-            return " ".join((one(("in", "on", "at", "near", "with", "from", "of", "under"), rng), *some(1, 4)))
-
-        def some(least: int, most: int) -> list[str]:
-            return [one(self.words, rng) for _ in range(int(rng.integers(least, most)))]
-
-        before = [one(self.qualities, rng)] * int(rng.random() < 0.5) + some(0, 3) * int(rng.random() < 0.6)
-        after = [one(self.doings, rng)] * int(rng.random() < 0.3) + [phrase()] * int(rng.random() < 0.4)
+        before = [one(self.qualities, rng)] * int(rng.random() < 0.5) + self.some(0, 3, rng) * int(rng.random() < 0.6)
+        after = [one(self.doings, rng)] * int(rng.random() < 0.3)
+        after += [self.phrase(names, rng)] * int(rng.random() < 0.5)
         head, *parts = caption.replace(name, " ".join((*before, name, *after)), 1).split(", ")
         if rng.random() < 0.3:
             head = head.removeprefix("an ").removeprefix("a ")
         if rng.random() < 0.4:
             head = one(FRAMES, rng).format(head)
         for _ in range(int(rng.integers(0, 3))):
-            extra = phrase() if rng.random() < 0.5 else " ".join(some(1, 4))
+            extra = self.phrase(names, rng) if rng.random() < 0.5 else " ".join(self.some(1, 4, rng))
             parts.insert(int(rng.integers(len(parts) + 1)), extra)
         whole = [head, *parts]
         if rng.random() < 0.25:
             whole = [whole[i] for i in rng.permutation(len(whole))]
-        return re.sub(
-            r"\ban? (?=[a-z])", lambda found: "an " if found.string[found.end()] in "aeio" else "a ", ", ".join(whole)
-        )
+        return articled(", ".join(whole))
+
+
+def articled(text: str) -> str:
+    """A text whose every "a" and "an" suits the word behind it."""
+    return re.sub(r"\ban? (?=[a-z])", lambda found: "an " if found.string[found.end()] in "aeio" else "a ", text)
 
 
 class Wording:
@@ -90,7 +142,7 @@ class Wording:
 
     def __init__(self, subjects: Mapping[str, Subject]):
         self.subjects, self.thesaurus = subjects, Thesaurus()
-        self.wilderness = Wilderness(list(subjects), self.thesaurus)
+        self.wilderness = Wilderness(subjects, self.thesaurus)
 
     def say(self, caption: str, subject: str, reworded: float, strangers: float, rng: np.random.Generator) -> str:
         """A caption of a subject, in other words and among strange ones, each with a probability."""
