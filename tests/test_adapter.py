@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from test_lora import write as write_state
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor
 
-from model.checkpoint import open_checkpoint, save
+from model import library
+from model.checkpoint import open_checkpoint, read, save
 from model.dit import Krea2
 from model.eight_bit import EightBitLinear, widened
 from model.errors import K2Error
@@ -370,6 +372,12 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
     assert done.stdout == ".runs/dusk/dusk.safetensors\n" and done.stderr == ""
     (tmp_path / "dusk.toml").write_text(recipe + "rank = 2\n")
     assert "rank differ" in k2("train", "dusk.toml", code=1).stderr
+    (tmp_path / "dusk.toml").write_text(recipe)
+    state, about = read(tiny / "tiny-raw.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "BOX", shutil.copytree(tiny, tmp_path / "box"))
+        save(library.BOX / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
+        assert "the base's weights differ" in k2("train", "dusk.toml", code=1).stderr
     assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
     assert "--trigger" in k2("train", "pretrain-128", "--trigger", "dusk", code=2).stderr
     (tmp_path / "none").mkdir()

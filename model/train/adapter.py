@@ -250,6 +250,7 @@ class Run(loop.Run):
     def __init__(self, stage: Adapting, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
         super().__init__(stage, folder, device)
         self.base = base
+        self.learned_from["base"] = hashes_of(base)
 
     @property
     def result(self) -> Path:
@@ -273,15 +274,20 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
     """Train an adapter to its end, from where it stands. Raises K2Error."""
     chosen = pick_device(device)
     stage, base = prepare(recipe, chosen, report)
-    refuse_another(stage, loop.RUNS / recipe.name / "state.safetensors")
+    refuse_another(stage, base, loop.RUNS / recipe.name / "state.safetensors")
     run = Run(stage, loop.RUNS / recipe.name, base, str(chosen))
     loop.train(run, report)
     run.finish()
     return run
 
 
-def refuse_another(stage: Adapting, saved: Path) -> None:
-    """A run goes on with what it began with. Raises K2Error where pictures, captions or the adapter's shape differ."""
+def hashes_of(base: Mapping[str, Any]) -> str:
+    return json.dumps(base["sha256"], sort_keys=True)
+
+
+def refuse_another(stage: Adapting, base: Mapping[str, Any], saved: Path) -> None:
+    """A run goes on with what it began with. Raises K2Error where base, pictures, captions or shape differ."""
+    weights = hashes_of(base)
     if not saved.exists():
         return
     with safe_open(saved, "pt") as file:
@@ -289,6 +295,7 @@ def refuse_another(stage: Adapting, saved: Path) -> None:
     before, now = place["recipe"], asdict(stage.recipe)
     changed = [key for key in ("model", "variant", "rank", "layers") if before.get(key) != now[key]]
     changed += ["the pictures or their captions"] if record["data"] != stage.data else []
+    changed += ["the base's weights"] if place["learned_from"].get("base", weights) != weights else []
     if changed:
         raise K2Error(
             f'The run "{stage.recipe.name}" began otherwise: {", ".join(changed)} differ now.',

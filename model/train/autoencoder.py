@@ -81,7 +81,7 @@ def draw(items: Sequence[Item], count: int, plain: float, rng: np.random.Generat
 
 def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> Pool:
     """A fixed random choice of composed pictures, made once and kept in `folder`."""
-    path = folder / f"{split}-{count}-{plain:g}-{seed}.npy"
+    path = folder / f"{split}-{count}-{plain:g}-{seed}-{catalog.size}-{fingerprint(catalog)[:12]}.npy"
     rng = np.random.default_rng(seed)
     chosen = draw(catalog.items(split), count, plain, rng)
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
