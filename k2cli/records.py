@@ -69,6 +69,7 @@ class MadeWith:
     dtype: str | None = None
     precision: str | None = one_of(None, *PRECISIONS)
     offload: str | None = one_of(None, *OFFLOADS)
+    threads: int | None = between(None, 1, 4096)  # of a CPU, which share out sums and so round them
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Record:
     shot: Shot
     model: models.Held
     files: Mapping[str, str]  # of the model: name -> sha256
+    threads: int | None
     references: Mapping[Path, str]
     table: Mapping[str, Any]
 
@@ -360,7 +362,7 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
         at = place.below("model")("files")
         raise K2Error(f"{at}: expected a table of file = sha256.", hint="Is it a record that k2 wrote?")
     held = {key: getattr(made, key) for key in ("device", "dtype", "precision", "offload")}
-    return Record(shot, replace(used, **held), files, references, table)
+    return Record(shot, replace(used, **held), files, made.threads, references, table)
 
 
 def locate(record: Record, inside: Inside | None) -> str:

@@ -265,6 +265,8 @@ def rerun(
     if output is not None and not output.parent.is_dir():
         raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
+    if record.threads and str(pipeline.device) == "cpu":
+        use_threads(record.threads)
     root = home.root if home else Path.cwd()
     (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
     again = records.compose(record.shot, picture, root)
@@ -288,6 +290,13 @@ def rerun(
         with Run.claim(home.outputs, record.shot.name) as run:
             path = run.save(record.shot.stem, picture_file, text, SUFFIXES[kept])
     return Saved(path, again), 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
+
+
+def use_threads(count: int) -> None:
+    """Share work out on a CPU as it was when a picture was made: the last bits depend on it."""
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:

@@ -401,6 +401,7 @@ class Pipeline:
             "dtype": self.plan.dtype,
             "precision": self.plan.precision,
             "offload": self.plan.offload,
+            **({"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}),
             "versions": {"torch": torch.__version__},
             "seconds": round(seconds, 3),
             "pixels": hashlib.sha256(image.tobytes()).hexdigest(),
