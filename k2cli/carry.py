@@ -66,17 +66,18 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
     for job in jobs:
         job = replace(job, embed=job.embed and embed)
         total, done, kept_back, folder = len(job.left), 0, 0, None
+        begun: list[Path] = []  # the run's folder
         told: set[str] = set()  # prompts
         if not total and not job.lacks_sheet:
             if not quiet:
-                say(f"{job.project.name}: every picture of the run is there.")
+                say_finished(job)
             continue
         if not quiet and (strange := undrawable(job)):
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
         try:
             with meter(total, quiet=quiet) as bar:
-                for saved in render(job, on_step=bar.step, hire=hire):
+                for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
                     done, folder = done + 1, saved.path.parent
                     bar.saved(done)
                     if done == 1 and not quiet:
@@ -94,8 +95,9 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
                     elif not blocked:
                         result(near(saved.path))
         except KeyboardInterrupt:
-            if folder is not None:
-                say(f"Interrupted: {done} of {total} pictures are in {near(folder)}. Go on with: {go_on(job, folder)}")
+            if begun:
+                there = f"{len(job.shots) - total + done} of {len(job.shots)} pictures are in {near(begun[0])}"
+                say(f"Interrupted: {there}. Go on with: {go_on(job, begun[0])}")
             raise typer.Exit(130) from None
         except DiskFull as error:
             stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
@@ -105,6 +107,11 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
         if not quiet and total - kept_back > 1 and folder is not None:
             say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
     return folders
+
+
+def say_finished(job: Job) -> None:
+    """That nothing is left of a run."""
+    say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
 
 
 def undrawable(job: Job) -> list[str]:

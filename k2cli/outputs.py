@@ -39,6 +39,7 @@ class Run:
     """outputs/0003-fox: claimed by one process, and gone again if nothing came of it.
 
     Used as a context manager. Left by an error with no picture saved, it removes the folder, and `outputs` if new.
+    Left by Ctrl-C it keeps what has a plan, which can be gone on with.
     """
 
     def __init__(self, folder: Path, *, made: list[Path] | None = None):
@@ -96,6 +97,7 @@ class Run:
         if (
             kind is not None
             and self.made
+            and not (issubclass(kind, KeyboardInterrupt) and self.planned)
             and not any(made for end in (*PICTURES, BLOCKED) for made in self.folder.glob(f"*{end}"))
         ):
             with suppress(OSError):
@@ -117,6 +119,11 @@ class Run:
 
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
+
+    @property
+    def planned(self) -> bool:
+        """Whether it can be resumed: it has a plan, and its name."""
+        return self[RUN].exists() and not self.folder.name.isdigit()
 
     def has(self, stem: str) -> bool:
         """A picture is done when both its files stand there, or was blocked; each of them is whole if it exists."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -78,16 +78,27 @@ class Saved:
     record: Mapping[str, Any]
 
 
-def render(job: Job, *, on_step: OnStep | None = None, hire: Hire | None = None) -> Iterator[Saved]:
+def render(
+    job: Job,
+    *,
+    on_start: Callable[[Path], None] | None = None,
+    on_step: OnStep | None = None,
+    hire: Hire | None = None,
+) -> Iterator[Saved]:
     """Make a job's pictures; each is on disk with its record before it is yielded.
 
-    Ctrl-C while a picture is written waits until the caller has heard of it. `hire` says who makes them, where it is
-    not this process; they come in the order in which they are finished then.
+    Ctrl-C while a picture is written waits until the caller has heard of it, and so it does while the run's folder is
+    made, which `on_start` is told. `hire` says who makes them, where it is not this process; they come in the order in
+    which they are finished then.
     """
     planned = b"" if job.run else dump(plan(job))
     if len(planned) > MOST_PLAN:
         raise K2Error("The run would be too large to be planned.", hint="Render the prompts in several runs: --only")
-    with job.run or Run.claim(job.project.outputs, job.title, {RUN: planned}) as run:
+    with ExitStack() as stack:
+        with undisturbed():
+            run = stack.enter_context(job.run or Run.claim(job.project.outputs, job.title, {RUN: planned}))
+            if on_start:
+                on_start(run.folder)
         run.lock()
         if left := job.left:
             for shot, picture in make(job, left, on_step, hire):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from k2cli import runs, sheet
 from k2cli.tables import Toml
 from model import library
+from model.errors import K2Error
 
 K2 = Path(sys.executable).with_name("k2")
 
@@ -425,6 +427,47 @@ def test_resume_finishes_what_was_planned(moody, k2, fake):
     assert k2("render", "--resume", "--quiet").stderr == ""
 
 
+def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, fake):
+    k2("render", "-p", "tea")
+
+    said = interrupt(fake, k2, 0).stderr
+
+    folder = "outputs/0002-fox-and-1-more"
+    assert said == f"Interrupted: 0 of 4 pictures are in {folder}. Go on with: k2 render --resume\n"
+    fake.stop = stop_at(1, KeyboardInterrupt())
+    assert f"Interrupted: 1 of 4 pictures are in {folder}." in k2("render", "--resume", code=130).stderr
+    fake.stop = stop_at(0, KeyboardInterrupt())
+    assert f"Interrupted: 1 of 4 pictures are in {folder}." in k2("render", "--resume", code=130).stderr
+    fake.stop = staticmethod(lambda at: None)
+    assert len(k2("render", "--resume").stdout.splitlines()) == 3
+    assert k2("render", "--resume").stderr == f"{folder}: every picture of the run is there.\n"
+
+
+def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, monkeypatch):
+    rename = Path.rename
+
+    def press(path: Path, target: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", press)
+    result = k2("render", code=130)
+
+    assert "Interrupted: 0 of 2 pictures are in outputs/0001-fox-and-1-more." in result.stderr
+    assert len(k2("render", "--resume").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("error", [K2Error("The model is broken."), MemoryError()])
+def test_a_run_that_fails_before_its_first_picture_leaves_nothing(moody, k2, fake, error):
+    before = tree(moody)
+    fake.stop = stop_at(0, error)
+
+    with suppress(MemoryError):
+        k2("render", code=1)
+
+    assert tree(moody) == before
+
+
 def test_ctrl_c_while_a_picture_is_written_finishes_it_and_says_so(moody, k2, monkeypatch):
     replace, placed = os.replace, []
 
@@ -515,14 +558,6 @@ def test_resume_refuses_other_weights(moody, k2, fake):
     box.write_bytes(box.read_bytes() + b" ")
 
     assert "mini-vae.safetensors is not what it was" in k2("render", "--resume", code=1).stderr
-
-
-def test_an_interrupt_before_the_first_picture_leaves_nothing(moody, k2, fake):
-    before = tree(moody)
-
-    interrupt(fake, k2, 0)
-
-    assert tree(moody) == before
 
 
 def test_a_bug_keeps_its_traceback(moody, k2, fake):

@@ -44,6 +44,16 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path):
     assert tree(tmp_path) == {}
 
 
+def test_an_interrupted_run_keeps_its_plan(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Run.claim(tmp_path / "outputs", "owl"):
+        raise KeyboardInterrupt
+
+    assert tree(tmp_path / "outputs") == {"0001-fox": None, "0001-fox/run.toml": b"planned"}
+    Run(run.folder).lock()
+
+
 def test_a_run_with_a_picture_stays(tmp_path):
     with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox") as run:
         run.save("fox-7", b"picture", b"record")
