@@ -339,7 +339,7 @@ def render(
                 say(f"{each.name}: no [[matrix]] is about {listed(names)}.", "yellow")
             jobs.append(plan_job(each, chosen, variant, shots, compared=bool(axes)))
     if dry_run:
-        show_plan(jobs, json)
+        show_plan(jobs, as_json=json, quiet=quiet)
     else:
         hire: Hire | None = partial(Processes, workers) if workers and workers > 1 else None
         if ray is not None:

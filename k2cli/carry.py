@@ -34,13 +34,16 @@ def plan_job(
     return replace(job, called=called, sheet=SheetForm(columns=1))
 
 
-def show_plan(jobs: Iterable[Job], as_json: bool) -> None:
+def show_plan(jobs: Iterable[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
     jobs = list(jobs)
     for job in jobs:
-        own = recommended(job.model.name, job.model.variant) if job.left else {}
+        left = job.left
+        if not left and not quiet:
+            say_finished(job)
+        own = recommended(job.model.name, job.model.variant) if left else {}
         folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
-        for shot in job.left:
+        for shot in left:
             asked = request(shot, job.project.root)
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said

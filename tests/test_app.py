@@ -443,6 +443,16 @@ def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, f
     assert k2("render", "--resume").stderr == f"{folder}: every picture of the run is there.\n"
 
 
+def test_a_dry_run_of_a_finished_run_says_so(moody, k2):
+    k2("render")
+
+    shown = k2("render", "--resume", "--dry-run")
+
+    assert shown.stdout == ""
+    assert shown.stderr == "outputs/0001-fox-and-1-more: every picture of the run is there.\n"
+    assert k2("render", "--resume", "--dry-run", "--quiet").stderr == ""
+
+
 def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, monkeypatch):
     rename = Path.rename
 
