@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from k2cli.history import Made
+    from k2cli.outputs import Run
 
 SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
+PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
 
 
 def log(
@@ -187,6 +190,7 @@ def where_am_i() -> str:
 
     from k2cli import history
     from k2cli.console import harmless
+    from k2cli.outputs import Run
     from k2cli.project import Project
     from k2cli.prompts import name_files
     from k2cli.tables import listed
@@ -199,6 +203,8 @@ def where_am_i() -> str:
     unused = [name for name in project.styles.known if not project.weights.get(name)]
     runs = history.runs_of(project.outputs)
     newest = next(filter(None, (history.read_run(run)[-1:] for run in reversed(runs))), [])
+    last = Run.last(project.outputs)
+    done, planned = progress(last) if last and last.folder in runs else (0, 0)
     lines = [
         f"{project.name}  ({project.root})",
         f"  prompts   {listed(names) or 'none yet: add a [[prompt]] to k2.toml'}",
@@ -206,9 +212,16 @@ def where_am_i() -> str:
         f"  model     {project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt",
         f"  runs      {len(runs) or 'none yet'}"
         + (f", the last {newest[0].run}, {ago(newest[0].created, datetime.now(UTC))}" if newest else ""),
-        "",
     ]
-    steps = {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
+    steps = {}
+    if last and done < planned:
+        there = f"            {last.folder.name} has {done} of {count_of(planned, 'picture')}"
+        if last.busy:
+            there += " and is being rendered"
+        else:
+            steps["k2 render --resume"] = "make the rest"
+        lines.append(there)
+    steps |= {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
     if newest:
         shown = newest[0].path.relative_to(project.root) if Path.cwd() == project.root else newest[0].path
         steps |= {
@@ -220,7 +233,24 @@ def where_am_i() -> str:
         steps |= {"k2 render --dry-run": "what would be made"}
     steps |= {"k2 --help": "everything else"}
     width = max(map(len, steps))
-    return harmless("\n".join(lines + [f"  {step:<{width}}  {what}" for step, what in steps.items()]))
+    return harmless("\n".join([*lines, "", *(f"  {step:<{width}}  {what}" for step, what in steps.items())]))
+
+
+def progress(run: Run) -> tuple[int, int]:
+    """How many of a run's pictures are made, and how many are planned; 0 of 0 where its plan cannot be read.
+
+    A plan may be megabytes long: the names are looked for, and the rest is not parsed.
+    """
+    from k2cli.outputs import RUN
+    from k2cli.project import MOST_PLAN
+    from model.headers import open_file
+
+    try:
+        with open_file(run[RUN]) as file:
+            stems = [stem.decode() for stem in PLANNED.findall(file.read(MOST_PLAN))]
+        return sum(map(run.has, stems)), len(stems)
+    except (OSError, ValueError):
+        return 0, 0
 
 
 def count_of(number: int, word: str) -> str:

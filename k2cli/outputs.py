@@ -117,6 +117,15 @@ class Run:
             raise K2Error(f"{self.folder} is being rendered by another process.", hint="Wait for it, or stop it.")
         sweep(self.folder)
 
+    @property
+    def busy(self) -> bool:
+        """Whether another process renders it, as far as can be told."""
+        if fcntl is None:
+            return False
+        with suppress(OSError), opened(self.folder, FOLDER) as handle:
+            return hold(handle) is False
+        return False
+
     def __getitem__(self, name: str) -> Path:
         return self.folder / name
 

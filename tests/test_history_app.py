@@ -13,6 +13,7 @@ import pytest
 from conftest import many_pictures
 
 from k2cli import history_app
+from k2cli.outputs import Run
 
 K2 = Path(sys.executable).with_name("k2")
 
@@ -152,6 +153,55 @@ def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
     assert fresh.startswith(f"moody  ({moody})\n") and "fox, an-owl-at-night" in fresh and "dusk (off)" in fresh
     assert "runs      none yet" in fresh and "k2 render --dry-run" in fresh
     assert "runs      1, the last 0001-fox" in later and "k2 show outputs/0001-fox/fox-2.png" in later
+
+
+def test_k2_alone_tells_of_a_run_that_is_not_finished(moody, k2, fake):
+    def stop(at: int) -> None:
+        if at == 1:
+            raise KeyboardInterrupt
+
+    k2("render", "--format", "webp")
+    fake.stop = staticmethod(stop)
+    k2("render", "-p", "owl", "--batch", "3", code=130)
+    fake.stop = staticmethod(lambda at: None)
+
+    said = k2().stdout
+
+    assert "0002-owl has 1 of 3 pictures\n" in said
+    assert said.partition("\n\n")[2].startswith("  k2 render --resume ")
+    with Run(moody / "outputs" / "0002-owl") as run:
+        run.lock()
+        busy = k2().stdout
+    assert "0002-owl has 1 of 3 pictures and is being rendered\n" in busy and "--resume" not in busy
+    k2("render", "--resume")
+    assert "--resume" not in k2().stdout and " of 3 " not in k2().stdout
+
+
+@pytest.mark.parametrize(
+    "plan", [b"", b"[", b"\xff", b'[[picture]]\nfile = "\xff.png"\n', b'[[picture]]\nfile = "../x.png"\n']
+)
+def test_k2_alone_bears_a_damaged_plan(moody, k2, plan):
+    folder = moody / "outputs" / "0001-fox"
+    folder.mkdir(parents=True)
+    (folder / "run.toml").write_bytes(plan)
+
+    assert "--resume" not in k2().stdout
+    (folder / "run.toml").unlink()
+    os.mkfifo(folder / "run.toml")
+    assert "--resume" not in k2().stdout
+
+
+def test_k2_alone_imports_no_network(moody, k2, fake):
+    k2("render")
+    code = """if True:
+        import sys
+        from k2cli.history_app import where_am_i
+        assert "0001-fox-and-1-more has 1 of 2 pictures" in where_am_i()
+        heavy = {"torch", "transformers"} & set(sys.modules)
+        sys.exit(f"imported: {heavy}" if heavy else 0)
+    """
+    (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_k2_alone_elsewhere_is_the_help(k2, tmp_path, monkeypatch):
