@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from k2cli.options import (
     JsonOption,
     OnlyOption,
     OutsideOption,
+    ProjectOption,
     QuietOption,
     SizeOption,
     TurboOption,
@@ -43,6 +44,7 @@ def watch(
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Fewer are a quicker look.")] = None,
     size: SizeOption = None,
     device: DeviceOption = None,
+    project: ProjectOption = None,
     no_embed: EmbedOption = False,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
@@ -61,8 +63,11 @@ def watch(
     from k2cli.carry import carry_out
     from k2cli.console import say, show_error
 
-    root = root_of(folder, allow_outside)
+    if folder and project:
+        raise typer.BadParameter("name the project as an argument or with --project, not both", param_hint="--project")
     settings = {"batch": batch, "steps": steps, "size": size, "device": device}
+    check_options(settings)
+    root = root_of(folder or project, allow_outside)
     made: set[str] = set()
     try:
         while True:
@@ -81,6 +86,20 @@ def watch(
             wait(root, before)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def check_options(settings: Mapping[str, Any]) -> None:
+    """Refuse options that no change of a file could make right. Raises K2Error."""
+    from k2cli.settings import Settings
+    from k2cli.sizes import parse_size
+
+    Settings().override(**settings)
+    if settings["size"] is not None:
+        parse_size(settings["size"], "--size")
+    if settings["device"] is not None:
+        from model.parts import pick_device
+
+        pick_device(settings["device"])
 
 
 def root_of(folder: Path | None, allow_outside: bool) -> Path:

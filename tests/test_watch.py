@@ -112,6 +112,34 @@ def test_a_real_process_ends_by_ctrl_c(moody):
     assert 'Did you mean "seed"?' in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps must lie between 1 and 1,000, not 0."),
+        (["--batch", "0"], "--batch must lie between 1 and 1,000, not 0."),
+        (["--size", "65x65"], "--size: the sides of 65x65 are not multiples of 16."),
+        (["--size", "big"], '--size: "big" is not a size.'),
+        (["--device", "foo"], 'There is no device "foo".'),
+    ],
+)
+def test_a_mistake_of_the_command_line_is_not_waited_for(moody, k2, changes, arguments, message):
+    result = k2("watch", *arguments, code=1)
+
+    assert message in result.stderr and "Waiting" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--only", "emu"], ["--size", "80x80"], ["--turbo"]])
+def test_what_a_file_may_yet_make_right_is_waited_for(moody, k2, changes, arguments):
+    assert "Waiting for a change" in k2("watch", *arguments, code=130).stderr
+
+
+def test_the_project_may_be_named_by_an_option(moody, k2, changes, monkeypatch):
+    monkeypatch.chdir(moody.parent)
+
+    assert len(k2("watch", "--project", "moody", code=130).stdout.splitlines()) == 2
+    assert "not both" in k2("watch", "moody", "--project", "moody", code=2).stderr
+
+
 def test_what_is_no_project_is_not_waited_for(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
