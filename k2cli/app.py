@@ -67,7 +67,7 @@ app.add_typer(moodboard_app, name="moodboard", help="A style out of many picture
 
 
 def main() -> None:
-    """The console script."""
+    """The command line, in an environment and on streams that suit it."""
     # Before torch: threads that spin while they wait are several times slower beside other work, and no faster without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

@@ -655,6 +655,23 @@ def test_the_console_script_speaks_to_two_streams(moody):
     assert failed.stderr.startswith("Error: k2.toml is not valid TOML") and "Traceback" not in failed.stderr
 
 
+@pytest.mark.parametrize("way", ["script", "module"])
+def test_ctrl_c_is_silent_from_the_first_import_on(tmp_path, way):
+    root = Path(__file__).parents[1]
+    scripts = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    module, _, name = scripts["k2"].partition(":")
+    line = ["-c", f"from {module} import {name}; {name}()"] if way == "script" else ["-m", "k2cli"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+
+    def run() -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, *line, "--version"], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout.partition(" ")[0], done.stderr
+
+    assert run() == (0, "k2", "")
+    (tmp_path / "typer.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    assert run() == (130, "", "")
+
+
 @pytest.mark.parametrize(("before", "after"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_do_not_spin_unless_asked_to(before: dict[str, str], after: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | before
