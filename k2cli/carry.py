@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,9 +34,8 @@ def plan_job(
     return replace(job, called=called, sheet=SheetForm(columns=1))
 
 
-def show_plan(jobs: Iterable[Job], *, as_json: bool, quiet: bool) -> None:
+def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
-    jobs = list(jobs)
     for job in jobs:
         left = job.left
         if not left and not quiet:
