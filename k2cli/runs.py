@@ -20,6 +20,7 @@ from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import LIMIT, Place, Toml, between, loads, read_table
+from model import picture_file
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
@@ -292,14 +293,14 @@ def rerun(
                 picture, again = beside, composed
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
-    picture_file, text = records.encode(picture.image, again, embed=embed, format=kept), dump(again)
+    encoded, text = records.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
-        write({output.with_suffix(".toml"): text, output: picture_file})
+        write({output.with_suffix(".toml"): text, output: encoded})
     else:
         assert home is not None
         with Run.claim(home.outputs, record.shot.name) as run:
-            path = run.save(record.shot.stem, picture_file, text, SUFFIXES[kept])
+            path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
     return Saved(path, again), 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
 
 
@@ -311,9 +312,10 @@ def use_threads(count: int) -> None:
 
 
 def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:
-    """The largest difference between a picture and the recorded one; None where that is gone, or was lossily kept."""
+    """The largest difference between a picture and the recorded one; None where that is gone, cannot be read, or was
+    lossily kept."""
     path = Run(file.parent).picture(record.shot.stem) if file.suffix == ".toml" else file
-    with suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as found:
+    with suppress(Exception), picture_file.opened(path) as found:  # Pillow raises anything over a broken file
         if found.size == image.size and records.pixel_hash(found) == record.pixels:
             counts = ImageChops.difference(found.convert("RGB"), image).histogram()  # 256 a channel
             return max(level % 256 for level, count in enumerate(counts) if count)

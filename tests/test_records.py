@@ -237,6 +237,18 @@ class TestRerun:
         assert "The pixels differ" in result.stderr
         assert result.stdout == "outputs/0002-fox/fox-7.png\n"
 
+    def test_a_recorded_picture_that_is_no_picture_is_not_compared(self, made, k2, monkeypatch):
+        """Pillow would hand PostScript to Ghostscript, whatever its file is called."""
+        record = made.with_suffix(".toml")
+        record.write_text(record.read_text().replace("a red fox", "a blue fox"))
+        Image.new("RGB", (64, 64)).save(made, "EPS")
+        started = []
+        monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: started.append(1))
+
+        result = k2("rerun", record, code=1)
+
+        assert "The pixels differ from the recorded ones." in result.stderr and not started
+
     @pytest.mark.parametrize("beside", [True, False])
     def test_what_company_rounds_otherwise_is_made_in_it(self, moody, k2, fake, tmp_path, monkeypatch, beside):
         """Numbers that a batch rounds otherwise than a picture by itself, by one level here."""
