@@ -105,13 +105,18 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
             raise
         except (ValueError, KeyError, TypeError):
             raise K2Error(f"{constants.ENDPOINT} does not answer as a hub does.", hint="Check HF_ENDPOINT.") from None
-    sizes = {each.rfilename: each.size or 0 for each in listed.values()}
+    sizes = {each.rfilename: each.size or 0 for each in listed.values() if not is_ours(each.rfilename)}
     chosen = choose(sizes, [file] if file else include, repo)
     if not COMMIT.fullmatch(info.sha or ""):
         raise K2Error(f"{constants.ENDPOINT} does not say which commit it serves.", hint="Check HF_ENDPOINT.")
     hashes = {name: each.lfs.sha256 if each.lfs else each.blob_id or "" for name, each in listed.items()}
     files = tuple(File(each, sizes[each], hashes[each]) for each in chosen)
     return Plan(repo, revision, info.sha or "", licence_of(info), files)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file is called as k2's manifest, in any case: some file systems see no difference."""
+    return name.rpartition("/")[2].casefold() == library.MANIFEST
 
 
 def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str]:

@@ -194,8 +194,11 @@ def is_whole(snapshot: Path) -> bool:
 
 def read_manifest(snapshot: Path) -> dict[str, Any]:
     """What k2 pulled, or began to pull, into a snapshot; {} where it did not."""
+    file = snapshot / MANIFEST
+    if file.is_symlink():  # the repository's own, from another tool: k2 writes a plain file
+        return {}
     try:
-        manifest = json.loads((snapshot / MANIFEST).read_text("utf-8"))
+        manifest = json.loads(file.read_text("utf-8"))
         return manifest if isinstance(manifest["files"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -246,6 +246,23 @@ def test_what_another_tool_pulled_is_found(hf: Hub, k2):
     assert model is not None and model.path.name == MAIN and model.licence == library.KREA_2
 
 
+@pytest.mark.parametrize("name", [library.MANIFEST, library.MANIFEST.upper().replace("JSON", "json")])
+@pytest.mark.parametrize("pulled", [True, False])
+def test_no_repository_brings_a_manifest(hf: Hub, k2, name, pulled):
+    """It would say of itself which licence and which hashes it has."""
+    forged = json.dumps({"repo": REPO, "commit": MAIN, "licence": "mit", "files": {}}).encode()
+    hf.repos[REPO][MAIN][name] = forged
+    if pulled:
+        k2("models", "pull", "krea-2-turbo")
+        manifest = library.read_manifest(library.folder_of(REPO) / "snapshots" / MAIN)
+        assert set(manifest["files"]) == NEEDED
+    else:
+        for each in ("model_index.json", name, *SHARDS):
+            huggingface_hub.hf_hub_download(REPO, each, cache_dir=library.cache())
+
+    assert library.find("krea-2-turbo").licence == library.KREA_2
+
+
 def test_the_bar_counts_bytes(monkeypatch):
     screen = Console(file=StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr("k2cli.console.console", screen)
