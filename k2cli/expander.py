@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2cli import licence
 from k2cli.console import say
 from model import library
 from model.expand import expand, expand_by_language
@@ -34,7 +35,7 @@ def expander(model: str, level: str, device: str | None = None) -> Expand:
 
 @cache
 def language_of(model: str) -> Path | None:
-    """The text encoder of a model, if it can answer."""
+    """The text encoder of a model, if it can answer. Raises K2Error where the model's licence is not accepted."""
     found = library.find(model)
     if found is None:
         return None
@@ -42,7 +43,10 @@ def language_of(model: str) -> Path | None:
     from model.speaker import speaks
 
     text = find_parts(found).text
-    return text if speaks(text) else None
+    if not speaks(text):
+        return None
+    licence.require_for(model)
+    return text
 
 
 @cache

@@ -126,14 +126,14 @@ def export(
     Example:
       k2 models export mini mini-diffusers
     """
-    from k2cli import models
+    from k2cli import licence, models
     from k2cli.console import near, result
 
-    name = models.resolve(model)
+    name, variant = models.resolve(model), "turbo" if turbo else None
     if folder.exists():
         raise K2Error(f"{folder} exists already.", hint="Choose another name.")
+    licence.require_for(name, variant)
     from model.pipeline import Pipeline
 
-    variant = "turbo" if turbo else None
     Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(folder)
     result(near(folder))

@@ -26,8 +26,9 @@ from huggingface_hub import constants
 from rich.console import Console
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import hub, licence
+from k2cli import expander, hub, licence, moodboard
 from model import library
+from model.moodboard import Board
 
 REPO = "krea/Krea-2-Turbo"
 SHARDS = [f"transformer/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -533,6 +534,36 @@ def test_a_render_asks_for_the_licence_too(hf: Hub, moody: Path, k2):
     about = k2("models", "info", "krea-2-turbo", "--accept-licence", "--json").stdout.splitlines()
     assert {json.loads(line)["sha256"] for line in about} >= {etag(PIPELINE[name]) for name in SHARDS}
     assert k2(*command).stdout == "outputs/0001-tea/tea-7.png\n"
+
+
+def test_an_export_asks_for_the_licence_too(hf: Hub, moody: Path, k2, fake):
+    k2("models", "pull", "krea-2-turbo")
+    licence.record_file().unlink()
+
+    assert "has not been accepted" in k2("models", "export", "krea-2-turbo", "out", code=1).stderr
+    assert not fake.loaded
+
+
+def test_the_language_side_speaks_under_an_accepted_licence_only(hf: Hub, moody: Path, k2, monkeypatch):
+    k2("models", "pull", "krea-2-turbo")
+    licence.record_file().unlink()
+    loaded = []
+    speaking = SimpleNamespace(answer=lambda *_: "a cup of tea on a table", sight=False)
+    monkeypatch.setattr("model.speaker.speaks", lambda text: True)
+    monkeypatch.setattr("model.speaker.Speaker.load", lambda *_: loaded.append(1) or speaking)
+    monkeypatch.setattr("model.parts.find_parts", lambda found: SimpleNamespace(text=found.path / "text_encoder"))
+    monkeypatch.setattr("model.moodboard.told", lambda board, speaker: "Quiet.")
+    expander.language_of.cache_clear()
+    command = ("render", "--model", "krea-2-turbo", "-p", "tea", "--creativity", "high", "--dry-run")
+    board = Board((), (), (), (), "")
+
+    assert "has not been accepted" in k2(*command, code=1).stderr
+    assert "has not been accepted" in moodboard.tell(board, "krea-2-turbo").notes[0]
+    assert not loaded
+
+    licence.accept(licence.KREA_2)
+    assert "on a table" in k2(*command).stdout and moodboard.tell(board, "krea-2-turbo").told == "Quiet."
+    expander.language_of.cache_clear()
 
 
 def test_what_was_made_from_the_weights_comes_under_their_licence(hf: Hub, k2):
