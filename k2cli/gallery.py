@@ -125,7 +125,8 @@ def page(title: str, made: Iterable[Made]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     # Inside a script element only "</script" and "<!--" end the data; with every < escaped neither can occur.
-    text = json.dumps(describe(title, made), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(describe(title, made), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")
     fill = {"@POLICY@": html.escape(policy, quote=False), "@TITLE@": html.escape(title), "@DATA@": text}
     return re.sub("@(?:POLICY|TITLE|DATA)@", lambda match: fill[match[0]], template)
 

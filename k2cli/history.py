@@ -6,6 +6,7 @@ Records are somebody's files by now, edited or damaged perhaps: what is read her
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -168,14 +169,28 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """A record's table, or None where there is none to be read."""
+    """A record's table, or None where there is none to be read, or where a number in it is nan or inf."""
     try:
         with path.open("rb") as file:
             raw = file.read(LIMIT + 1)
         table = parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
         return None
-    return table if table and isinstance(table.get("prompt"), dict) else None
+    return table if table and isinstance(table.get("prompt"), dict) and is_finite(table) else None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no number in a table is nan or inf."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            return False
+    return True
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,10 +186,28 @@ def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
 
 
 def to_json(table: Any) -> str:
-    """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them."""
+    """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them.
+
+    JSON has no nan and no inf: they are null.
+    """
     import json
 
     from k2cli.tables import UNPRINTABLE
 
-    text = json.dumps(table, ensure_ascii=False, default=lambda moment: moment.isoformat())
+    def write(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda moment: moment.isoformat())
+
+    try:
+        text = write(table)
+    except ValueError:
+        text = write(finite(table))
     return UNPRINTABLE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -120,6 +120,18 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
     assert sorted(path.name for path in unread) == ["fox-0.png", "fox-1.png"]
 
 
+@pytest.mark.parametrize("number", ["nan", "-inf", "1e999"])
+def test_a_record_with_a_number_that_is_not_finite_is_passed_over(tmp_path, number):
+    """JSON, of which the gallery and the log are made, has none."""
+    many_pictures(tmp_path, 80)
+    odd = tmp_path / "0002-owl" / "owl-40.toml"
+    odd.write_text(odd.read_text().replace("strength = 0.6", f"strength = {number}"))
+    unread: list[Path] = []
+
+    assert len(list(history.read(tmp_path, skipped=unread.append))) == 79
+    assert unread == [odd.with_suffix(".png")]
+
+
 def test_a_record_of_any_shape_can_be_looked_at(tmp_path):
     run = tmp_path / "0001-x"
     run.mkdir()

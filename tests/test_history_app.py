@@ -13,6 +13,7 @@ import pytest
 from conftest import many_pictures
 
 from k2cli import history_app
+from k2cli.options import to_json
 from k2cli.outputs import Run
 
 K2 = Path(sys.executable).with_name("k2")
@@ -101,6 +102,11 @@ def test_the_log_as_json_is_the_records_of_a_render(moody, k2):
         return sorted(found, key=lambda each: each["file"])
 
     assert objects(k2("log", "--json").stdout.splitlines()) == objects(rendered.splitlines())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_printed_as_json_is_json(number):
+    assert to_json({"a": [number, 1.5], "b": {"c": number}}) == '{"a": [null, 1.5], "b": {"c": null}}'
 
 
 def test_the_log_of_many_projects(moody, k2, tmp_path):
