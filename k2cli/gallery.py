@@ -85,7 +85,7 @@ def bring(source: Path, folder: Path, names: Iterable[str]) -> None:
     """A run's files into the gallery, by hard link where that can be, else as copies; those that are there stay."""
     with writing(folder):
         if folder.is_symlink():
-            folder.unlink()
+            folder.unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
         with os.scandir(folder) as entries:
             there = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
@@ -94,9 +94,11 @@ def bring(source: Path, folder: Path, names: Iterable[str]) -> None:
             if old is not None:
                 if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
                     continue
-                (folder / name).unlink()
+                (folder / name).unlink(missing_ok=True)
             try:
                 os.link(source / name, folder / name, follow_symlinks=False)
+            except FileExistsError:  # another build was sooner
+                continue
             except OSError:  # another disk, or a file system without links
                 shutil.copy2(source / name, folder / name, follow_symlinks=False)
 
@@ -110,7 +112,7 @@ def clear(folder: Path, wanted: Mapping[str, set[str]]) -> None:
         for path in run.iterdir():
             if path.name not in kept and path.suffix in (*PICTURES, ".toml"):
                 with writing(path):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
         if not kept:
             with suppress(OSError):
                 run.rmdir()

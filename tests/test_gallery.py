@@ -104,6 +104,34 @@ def test_no_hard_links(moody, k2, monkeypatch):
     assert len(list(moody.glob("gallery/pictures/*/*.png"))) == 2
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_another_build_is_sooner(moody, k2, monkeypatch, again):
+    """By a moment, with every file, be it a new one or one that has changed."""
+    k2("render")
+    if again:
+        k2("gallery")
+        for path in moody.glob("gallery/pictures/*/*"):
+            path.unlink()
+            path.write_bytes(b"older")
+    link, unlink = os.link, Path.unlink
+
+    def sooner(*paths, **options):
+        link(*paths, **options)
+        link(*paths, **options)
+
+    def twice(path, missing_ok=False):
+        unlink(path, missing_ok)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "link", sooner)
+    monkeypatch.setattr(Path, "unlink", twice)
+    k2("gallery")
+
+    (run,) = moody.glob("gallery/pictures/*")
+    assert {name: (moody / "outputs" / run.name / name).read_bytes() for name in os.listdir(run)} == tree(run)
+    assert len(tree(run)) == 4
+
+
 def test_a_project_without_pictures(moody, k2):
     assert "0 pictures" in k2("gallery").stderr
     assert data_of(moody / "gallery")["pictures"] == []
