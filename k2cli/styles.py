@@ -54,7 +54,7 @@ class StyleFile:
     @property
     def is_mix_alone(self) -> bool:
         """Nothing of its own."""
-        return not (self.keywords or self.references or self.lora)
+        return not (self.keywords or self.avoids or self.references or self.lora)
 
 
 @dataclass(frozen=True)

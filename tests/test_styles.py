@@ -122,6 +122,14 @@ def test_a_mix_is_its_parts_by_weight(styled):
     assert resolve(styled, blend=1, dusk=-0.7) == resolve(styled, riso=0.3)
 
 
+def test_a_mix_may_avoid_something_of_its_own(styled):
+    write(styled, "calm", 'avoids = ["neon"]\n[mix]\nriso = 0.5\n')
+
+    spec = resolve(styled, calm=1)
+
+    assert (spec.prompt, spec.negative) == ("a red fox, riso print, low key", "neon")
+
+
 def test_mixes_of_mixes_are_taken_apart_once(styled):
     """Every level doubles the ways to the bottom; only the names may be walked, not the ways."""
     for level in range(14):
