@@ -120,7 +120,8 @@ def look(
 
     chosen = project.settle(variant, **settings)
     shots = project.shots(chosen, project.choose(only) if only else None, None, project.matrices)
-    known = {to_json([chosen.model, variant, request(shot, project.root)]): shot for shot in shots}
+    held = vars(chosen.held(variant))
+    known = {to_json([held, shot.format, request(shot, project.root)]): shot for shot in shots}
     left = {key: shot for key, shot in known.items() if key not in made}
     return plan_job(project, chosen, variant, list(left.values()), compared=bool(project.matrices)), set(left)
 

@@ -76,6 +76,13 @@ def test_styles_and_references_count(moody, k2, changes):
     assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 3
 
 
+@pytest.mark.parametrize("line", ['format = "webp"', 'precision = "int8"', 'offload = "text"', 'device = "cpu"'])
+def test_how_a_picture_is_made_and_kept_counts(moody, k2, changes, line):
+    changes += [lambda: (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"seed = 7\n{line}"))]
+
+    assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 2
+
+
 def test_what_is_made_is_no_change(tmp_path):
     before = watch.stamp(tmp_path)
     for folder in ("outputs/0001-x", "gallery", ".git"):
