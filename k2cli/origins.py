@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 
 from k2cli import comfy, models
 from k2cli.formats import record_of
+from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
 from k2cli.tables import UNPRINTABLE, loads
 from model import picture_file
@@ -306,11 +307,28 @@ def name(origins: Iterable[Origin]) -> dict[str, Origin]:
     return named
 
 
-def taken_over(origin: Origin) -> dict[str, Any]:
-    """[render] as a picture of k2's own has it, but for its shape. Turbo's steps and guidance are the checkpoint's."""
+def settings_of(origin: Origin) -> dict[str, Any]:
+    """What a picture says of [render], but for its model and shape. Turbo's steps and guidance are the checkpoint's."""
     numbers = () if origin.turbo else ("steps", "guidance")
     made = {key: value for key in numbers if (value := getattr(origin, key)) is not None}
     return made | ({} if origin.creativity == "raw" else {"creativity": origin.creativity})
+
+
+def taken_over(origin: Origin) -> dict[str, Any]:
+    """The same of a picture of k2's own, as far as [render] allows it."""
+    return {key: value for key, value in settings_of(origin).items() if allowed(key, value)}
+
+
+def allowed(key: str, value: Any) -> bool:
+    with suppress(K2Error):
+        return bool(Settings().override(**{key: value}))
+    return False
+
+
+def model_of(origin: Origin) -> str:
+    """The model that a project takes over: k2's own by its name; a path, or one of the hub, may be nowhere here."""
+    own = origin.tool == "k2" and re.fullmatch(r"\w[\w.-]*", origin.model)
+    return origin.model if own else "mini"
 
 
 def left_behind(origin: Origin, first: Origin) -> list[str]:
@@ -318,7 +336,8 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
     lost = list(origin.left_out)
     if origin.tool == "k2":
         kept = taken_over(first) if first.tool == "k2" else {}
-        lost += [f"{key} {value}" for key, value in taken_over(origin).items() if kept.get(key) != value]
+        lost += [f"model {origin.model}"] if origin.model not in ("", model_of(first)) else []
+        lost += [f"{key} {value}" for key, value in settings_of(origin).items() if kept.get(key) != value]
     return lost
 
 
@@ -335,13 +354,13 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
 
     first = next(iter(origins.values()))
     own = first.tool == "k2"
-    model = first.model if own and re.fullmatch(r"\w[\w.-]*", first.model) else ""
+    model = model_of(first)
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]
-    lines.append(f"model = {text(model)}" if model else 'model = "mini"        # the model in the box')
-    if size := size_of(first, model or "mini"):
+    lines.append(f"model = {text(model)}" if model == first.model else 'model = "mini"        # the model in the box')
+    if size := size_of(first, model):
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
         lines.append(shape if own else told(shape, first))
-    for key, value in taken_over(first).items():
+    for key, value in (taken_over if own else settings_of)(first).items():
         line = f"{key} = {text(value)}" if isinstance(value, str) else f"{key} = {value:g}"
         lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
     for called, each in origins.items():
@@ -349,7 +368,7 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
         lines.append(f"text = {text(escape(each.prompt))}")
         lines += [f"avoid = {text(each.avoid)}"] if each.avoid else []
         lines += [f"seed = {each.seed}"] if each.seed is not None else []
-        if (other := size_of(each, model or "mini")) and other != size:
+        if (other := size_of(each, model)) and other != size:
             shape = f'size = "{other}"'
             lines.append(shape if each.tool == "k2" else told(shape, each))
     return "\n".join(lines) + "\n"

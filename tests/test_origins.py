@@ -299,6 +299,30 @@ def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
     assert f"{made.name}: style dusk stayed behind." in result.stderr and "&& k2 render\n" in result.stderr
 
 
+@pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
+def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
+    k2("render", "-p", "a fox")
+    (made,) = moody.glob("outputs/*/*-7.png")
+    with Image.open(made) as image:
+        moved = png(tmp_path / "moved.png", k2=image.text["k2"].replace('name = "mini"', f'name = "{model}"'))
+
+    result = k2("new", tmp_path / "again", "--from", moved, "--from", made)
+
+    assert result.stderr.count("stayed behind") == 1 and f"moved.png: model {model} stayed behind." in result.stderr
+    assert Project.open(tmp_path / "again").settings.model == "mini"
+
+
+def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
+    text = "a fox\nSteps: 0, CFG scale: 500, Seed: 3, Size: 64x64, Model: mini-raw, Version: k2 0.1.0"
+    png(tmp_path / "a.png", parameters=text)
+
+    result = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png")
+
+    assert "a.png: steps 0 stayed behind." in result.stderr
+    assert "a.png: guidance 499.0 stayed behind." in result.stderr
+    assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 1
+
+
 def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tmp_path):
     k2("render", "-p", "a fox", "--batch", "2", "--cohesion", "0.5", "--creativity", "low", "--steps", "3")
     k2("render", "-p", "an owl", "--creativity", "high", "--steps", "4")
