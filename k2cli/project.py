@@ -17,7 +17,7 @@ from k2cli import models, moodboard
 from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, OF_PROMPT, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.outputs import writing
+from k2cli.outputs import undisturbed, writing
 from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
 from k2cli.settings import Settings
 from k2cli.styles import Styles, words
@@ -126,7 +126,8 @@ class Project:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise K2Error(f"{folder} exists already and is not an empty folder.", hint="Choose another name.")
         name = plain(folder.name, "The project's name")
-        draft = folder.with_name(f".{folder.name}.draft-{os.getpid()}")
+        there = folder.exists()  # perhaps a mount, to which nothing moves from beside it
+        draft = (folder if there else folder.parent) / f".{folder.name}.draft-{os.getpid()}"
         try:
             with writing(folder):
                 for part in ("refs", "styles"):
@@ -136,9 +137,8 @@ class Project:
                 (draft / FILE).write_text(text, "utf-8")
                 if not compose:
                     (draft / "styles" / "sticker.toml").write_text(STYLE_TEMPLATE, "utf-8")
-                if folder.exists():  # a shell may stand in it, so it stays, and k2.toml moves in last
-                    for part in ("refs", "styles", FILE):
-                        os.replace(draft / part, folder / part)
+                if there:  # a shell may stand in it, so it stays, and k2.toml moves in last
+                    move_all(draft, folder, ("refs", "styles", FILE))
                 else:
                     os.replace(draft, folder)
         finally:
@@ -392,6 +392,20 @@ class Head:
     """[project]"""
 
     name: str = ""
+
+
+def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:
+    """Move parts of a folder into another, or none of them."""
+    moved: list[str] = []
+    with undisturbed():
+        try:
+            for part in parts:
+                os.replace(start / part, end / part)
+                moved.append(part)
+        except OSError:
+            for part in moved:
+                os.replace(end / part, start / part)
+            raise
 
 
 def root_above(folder: Path) -> Path | None:

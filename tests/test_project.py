@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,26 @@ def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch)
     assert Project.find(Path.cwd()).name == "moody"
     assert sorted(path.name for path in Path(".").iterdir()) == ["k2.toml", "refs", "styles"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("stuck", ["", "styles", "k2.toml"])
+def test_an_empty_folder_may_be_a_mount_and_gets_all_or_nothing(fake, tmp_path, monkeypatch, stuck):
+    folder = tmp_path / "moody"
+    folder.mkdir()
+    move = os.replace
+
+    def replace(start: Path, end: Path) -> None:
+        if not start.is_relative_to(folder):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        if end == folder / (stuck or "nothing"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        move(start, end)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+    with pytest.raises(K2Error, match="Input/output error") if stuck else nullcontext():
+        Project.create(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ([] if stuck else ["k2.toml", "refs", "styles"])
 
 
 def test_a_new_project_never_overwrites(fake, tmp_path):
