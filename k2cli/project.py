@@ -84,6 +84,10 @@ avoids = []
 """
 
 
+class Outside(K2Error):
+    """A project's file that lies outside its folder; the hint is for commands that have --allow-outside."""
+
+
 @dataclass(frozen=True)
 class Shot:
     """One picture to make: the stem of its file, the prompt as given, and everything that is known before rendering."""
@@ -171,7 +175,7 @@ class Project:
                 f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {quote(folder.name)}"
             )
         if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
-            raise K2Error(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
+            raise Outside(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
         toml = Toml.read(folder / FILE, label_of(folder, FILE))
         place, table = Place(toml), toml.table
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place)
@@ -380,7 +384,7 @@ class Project:
         except (OSError, RuntimeError):  # Python tells of links in a circle by the latter
             raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.") from None
         if leaves and not self.allow_outside:
-            raise K2Error(
+            raise Outside(
                 f"{asked}{path} lies outside the project.",
                 hint="Copy it into the project, or allow it: --allow-outside",
             )

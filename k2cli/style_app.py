@@ -71,16 +71,18 @@ def add(
       k2 style add night outputs/0001-owl/owl-7.png
     """
     from k2cli.console import near, result, say
+    from k2cli.project import Outside
     from k2cli.styles import add_style
     from k2cli.tables import check_value
     from model.spec import METHODS
 
-    opened = find_project(project)
     if method is not None:
         check_value("method", method, str, {"choices": METHODS}, "--method")
-    file, pictures = add_style(
-        opened.styles, name, images, keywords=keyword or [], avoids=avoid or [], method=method, force=force
-    )
+    words = {"keywords": keyword or [], "avoids": avoid or []}
+    try:
+        file, pictures = add_style(find_project(project).styles, name, images, **words, method=method, force=force)
+    except Outside as error:
+        raise K2Error(str(error), hint="Put it into the project itself, in the place of the link.") from None
     about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
     result(to_json(about) if json else near(file))
     if not quiet:

@@ -135,7 +135,9 @@ def test_add_writes_no_empty_word(moody, photos, k2, option):
 def test_add_stays_in_the_project(moody, photos, k2):
     (moody / "refs").symlink_to(photos)
 
-    assert "outside the project" in k2("style", "add", "dusk", photos / "a.png", code=1).stderr
+    said = k2("style", "add", "dusk", photos / "a.png", code=1).stderr
+
+    assert "outside the project" in said and "in the place of the link" in said and "--allow-outside" not in said
 
 
 # ---- list, show -------------------------------------------------------------------------------------------------
