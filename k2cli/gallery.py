@@ -204,6 +204,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("avoid", made.text("prompt.avoid")),
         ("styles", "\n".join(f"{name} {strength:g}" for name, strength in made.styles.items())),
         ("references", "\n".join(references(made))),
+        ("loras", "\n".join(history.loras(made.table))),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
         *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance")),
         ("style guidance", made.text("settings.style_guidance")),

@@ -38,6 +38,16 @@ PLAIN_LINE = re.compile(  # as `dump` writes them, in whose lists stand scalars 
 )
 
 
+def loras(table: Mapping[str, Any]) -> list[str]:
+    """Of a record every LoRA that had a part in the picture: its file, and at which weight."""
+    found = table.get("lora")
+    return [
+        UNPRINTABLE.sub("?", " ".join(str(lora["file"]).split())) + f" {float(lora['weight']):g}"
+        for lora in (found if isinstance(found, list) else ())
+        if isinstance(lora, Mapping) and lora.get("file") and isinstance(lora.get("weight"), int | float)
+    ]
+
+
 @dataclass(frozen=True)
 class Made:
     """One picture on disk and the table of its record. The properties take whatever a record may hold."""

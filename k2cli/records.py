@@ -22,6 +22,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image, PngImagePlugin
 
 from k2cli import formats, models
+from k2cli.history import loras
 from k2cli.outputs import dump
 from k2cli.pictures import MOST_PIXELS
 from k2cli.project import Shot
@@ -322,6 +323,7 @@ def describe(record: Record) -> str:
         "creativity": record.shot.creativity if record.shot.creativity != "raw" else "",
         "avoid": spec.negative,
         "styles": "\n".join(looks),
+        "loras": "\n".join(loras(table)),
         "size": f"{spec.width} x {spec.height}",
         **{key: getattr(spec, key) for key in ("seed", "steps", "guidance", "mu")},
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"

@@ -156,6 +156,14 @@ def test_the_policy_lets_only_the_pages_own_script_run():
         assert f"{tag}-src '{gallery.digest(body)}'" in policy
 
 
+def test_loras_are_among_the_facts(tmp_path):
+    many_pictures(tmp_path, 1)
+    (path,) = tmp_path.glob("*/*.toml")
+    path.write_text(path.read_text() + '[[lora]]\nfile = "loras/ink.safetensors"\nweight = -0.6\n[[lora]]\nfile = 1\n')
+
+    assert ("loras", "loras/ink.safetensors -0.6") in gallery.describe("x", history.read(tmp_path))["facts"]
+
+
 def test_a_record_of_odd_shapes_is_shown_all_the_same(tmp_path):
     many_pictures(tmp_path, 1)
     (path,) = tmp_path.glob("*/*.toml")

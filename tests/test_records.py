@@ -169,6 +169,14 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
     assert "prompt      tea\n" in shown[0] and "seed        7\n" in shown[0]
 
 
+def test_show_names_loras_and_their_weights(moody, k2):
+    k2("render", "-p", "tea")
+    record = moody / "outputs" / "0001-tea" / "tea-7.toml"
+    record.write_text(record.read_text() + '[[lora]]\nfile = "loras/ink.safetensors"\nweight = -0.6\nmatched = 8\n')
+
+    assert "loras       loras/ink.safetensors -0.6\n" in k2("show", record).stdout
+
+
 @pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
 def test_what_is_no_record_is_not_shown(moody, k2, file):
     k2("render", "-p", "tea")
