@@ -268,7 +268,7 @@ def rerun(
     model = records.locate(record, inside)
     if output is None and home is None:
         raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
-    kept = format_of(output.name if output is not None else file.name) or "png"
+    kept = format_of((output or picture_of(file)).name) or "png"
     if output is not None and format_of(output.name) is None:
         raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
     for path in (output, output.with_suffix(".toml")) if output is not None else ():
@@ -311,10 +311,15 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def picture_of(file: Path) -> Path:
+    """The picture itself, or that beside a record."""
+    return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
+
+
 def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:
     """The largest difference between a picture and the recorded one; None where that is gone, cannot be read, or was
     lossily kept."""
-    path = Run(file.parent).picture(record.shot.stem) if file.suffix == ".toml" else file
+    path = picture_of(file)
     with suppress(Exception), picture_file.opened(path) as found:  # Pillow raises anything over a broken file
         if found.size == image.size and records.pixel_hash(found) == record.pixels:
             counts = ImageChops.difference(found.convert("RGB"), image).histogram()  # 256 a channel

@@ -206,6 +206,13 @@ class TestRerun:
         assert "Identical, pixel for pixel." in result.stderr
         assert Path("outputs/0002-fox/fox-7.png").read_bytes()[:4] == b"\x89PNG"
 
+    @pytest.mark.parametrize(("kind", "suffix"), [("webp", "webp"), ("jpeg", "jpg")])
+    def test_a_record_is_rerun_into_the_kind_of_its_picture(self, moody, k2, kind, suffix):
+        (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f'seed = 7\nformat = "{kind}"'))
+        k2("render", "--only", "fox")
+
+        assert k2("rerun", "outputs/0001-fox/fox-7.toml").stdout == f"outputs/0002-fox/fox-7.{suffix}\n"
+
     def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
         """Moved out of the project, without its record: the project is named, the picture says the rest."""
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
