@@ -134,8 +134,11 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 # ---- the style file ---------------------------------------------------------------------------------------------
 
 
-def save(board: Board, root: Path, target: Path) -> Path:
-    """The board as a style file and, beside it, its colours as a picture -> where the picture is."""
+def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
+    """The board as a style file and, beside it, its colours as a picture -> where the picture is.
+
+    Raises Exists where they are to be new and are not.
+    """
     from model.colours import swatches
 
     strip = target.with_suffix(".png")
@@ -143,7 +146,7 @@ def save(board: Board, root: Path, target: Path) -> Path:
     swatches(board.palette).save(buffer, "PNG")
     with writing(target):
         target.parent.mkdir(exist_ok=True)
-    write({strip: buffer.getvalue(), target: style_file(board, root).encode()})
+    write({strip: buffer.getvalue(), target: style_file(board, root).encode()}, new=new)
     return strip
 
 

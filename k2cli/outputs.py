@@ -35,6 +35,14 @@ class DiskFull(K2Error):
     """Something could not be written for want of room."""
 
 
+class Exists(K2Error):
+    """Something that was to be new has come to stand at `path`."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} exists already.", hint="Choose another name.")
+        self.path = path
+
+
 class Run:
     """outputs/0003-fox: claimed by one process, and gone again if nothing came of it.
 
@@ -272,12 +280,14 @@ def undisturbed() -> Iterator[None]:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def write(files: Mapping[Path, bytes]) -> None:
+def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
     """Write files so that each is whole or absent: drafts, flushed to disk, all put in place once all are there.
 
-    Raises K2Error. Ctrl-C during it comes afterwards.
+    Raises K2Error. Where they are to be `new`, nothing is replaced: Exists is raised, and none of them is there. Ctrl-C
+    during it comes afterwards.
     """
     drafts: dict[Path, Path] = {}
+    placed: list[Path] = []
     handles: list[int] = []
     with undisturbed():
         try:
@@ -293,14 +303,34 @@ def write(files: Mapping[Path, bytes]) -> None:
                 close(handles)
             for path, draft in drafts.items():
                 with writing(path):
-                    os.replace(draft, path)
+                    place(draft, path, new=new)
+                placed.append(path)
             for folder in {path.parent for path in files}:
                 settle(folder)
+        except K2Error:
+            for path in placed if new else ():
+                with suppress(OSError):
+                    path.unlink()
+            raise
         finally:
             for draft in drafts.values():
                 with suppress(OSError):
                     draft.unlink(missing_ok=True)
             close(handles)
+
+
+def place(draft: Path, path: Path, *, new: bool) -> None:
+    """Give a draft its name; what is to be new gets it by a link, which never replaces anything."""
+    if new:
+        try:
+            os.link(draft, path)
+            return
+        except FileExistsError:
+            raise Exists(path) from None
+        except OSError:  # a file system without links
+            if path.exists():
+                raise Exists(path) from None
+    os.replace(draft, path)
 
 
 def new_draft(folder: Path) -> tuple[Path, int]:

@@ -15,7 +15,7 @@ from k2cli import models, records
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
 from k2cli.history import PLAIN_LINE, parse_lines
-from k2cli.outputs import RUN, Run, dump, undisturbed, write
+from k2cli.outputs import RUN, Exists, Run, dump, undisturbed, write
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.sheet import Entry, contact_sheets
@@ -273,7 +273,7 @@ def rerun(
         raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
     for path in (output, output.with_suffix(".toml")) if output is not None else ():
         if path.exists():
-            raise K2Error(f"{path} exists already.", hint="Choose another name: a record stands beside each picture.")
+            raise taken(path)
     if output is not None and not output.parent.is_dir():
         raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
@@ -296,7 +296,10 @@ def rerun(
     encoded, text = records.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
-        write({output.with_suffix(".toml"): text, output: encoded})
+        try:
+            write({output.with_suffix(".toml"): text, output: encoded}, new=True)
+        except Exists as error:  # only since it was asked
+            raise taken(error.path) from None
     else:
         assert home is not None
         with Run.claim(home.outputs, record.shot.name) as run:
@@ -309,6 +312,10 @@ def use_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+
+
+def taken(path: Path) -> K2Error:
+    return K2Error(f"{path} exists already.", hint="Choose another name: a record stands beside each picture.")
 
 
 def picture_of(file: Path) -> Path:

@@ -288,14 +288,19 @@ def analyze(
     """
     from k2cli import moodboard
     from k2cli.console import meter, near, result, say
+    from k2cli.outputs import Exists
     from k2cli.tables import check_name
 
     home = find_project(project, allow_outside)
     target = home.inside(f"styles/{check_name(name, '--name')}.toml")
+
+    def taken(path: Path) -> K2Error:
+        return K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
+
     if not force:
         for path in (target, target.with_suffix(".png")):
             if path.exists():
-                raise K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
+                raise taken(path)
     if images:
         root = home.root.resolve()  # either may be reached by a link
         typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
@@ -314,7 +319,10 @@ def analyze(
         model = home.settle().model
     if model:
         board = moodboard.tell(board, model, home.settings.device)
-    strip = moodboard.save(board, home.root, target)
+    try:
+        strip = moodboard.save(board, home.root, target, new=not force)
+    except Exists as error:  # only since it was asked
+        raise taken(error.path) from None
     result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
     if not quiet:
         for note in board.notes:

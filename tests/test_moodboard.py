@@ -241,6 +241,22 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
 
 
+def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypatch):
+    look, style = moodboard.look, den / "styles" / "dusk.toml"
+
+    def slowly(*arguments):
+        style.parent.mkdir(exist_ok=True)
+        style.write_text('keywords = ["mine"]\n')
+        return look(*arguments)
+
+    monkeypatch.setattr(moodboard, "look", slowly)
+
+    said = k2("moodboard", "analyze", "--name", "dusk", code=1).stderr
+
+    assert "styles/dusk.toml exists already." in said and "--force" in said
+    assert style.read_text() == 'keywords = ["mine"]\n' and not style.with_suffix(".png").exists()
+
+
 def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
     """In whole sentences, of the first picture of each look; what is not to be trusted, and what fails, is left out."""
     heard = []

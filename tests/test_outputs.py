@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli.outputs import Run, dump, new_draft, next_number, undisturbed, write
+from k2cli.outputs import Exists, Run, dump, new_draft, next_number, undisturbed, write
 from model.errors import K2Error
 
 
@@ -81,6 +81,19 @@ def test_what_cannot_be_written_whole_is_not_there_at_all(tmp_path, monkeypatch,
     with pytest.raises(K2Error, match=message):
         write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert tree(tmp_path) == {"a": b"old"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_to_be_new_replaces_nothing(tmp_path, monkeypatch, links):
+    def link(start: Path, end: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", os.link if links else link)
+    write({tmp_path / "b": b"mine"}, new=True)
+
+    with pytest.raises(Exists, match="b exists already"):
+        write({tmp_path / "a": b"new", tmp_path / "b": b"new"}, new=True)
+    assert tree(tmp_path) == {"b": b"mine"}
 
 
 def test_a_folder_in_the_way_is_one_sentence(tmp_path):

@@ -232,6 +232,12 @@ class TestRerun:
         assert (tmp_path / "again.png").exists() and (tmp_path / "again.toml").exists()
         k2("rerun", made, "--output", tmp_path / "again.png", code=1)
 
+    def test_output_replaces_nothing_that_came_meanwhile(self, made, k2, tmp_path, fake, monkeypatch):
+        monkeypatch.setattr(fake, "stop", lambda index: (tmp_path / "again.png").write_bytes(b"another's"))
+
+        assert "again.png exists already." in k2("rerun", made, "--output", tmp_path / "again.png", code=1).stderr
+        assert (tmp_path / "again.png").read_bytes() == b"another's" and not (tmp_path / "again.toml").exists()
+
     @pytest.mark.parametrize("victim", ["refs/a.png", "../box/mini-vae.safetensors"])
     @pytest.mark.parametrize("gone", [True, False])
     def test_it_refuses_when_a_file_is_not_what_it_was(self, made, k2, moody, victim, gone):
