@@ -26,7 +26,7 @@ Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies 
 def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> list[Path]:
     """The pictures that a path, a folder or a glob names, sorted. Raises K2Error, also past `most`.
 
-    A path is taken as it is; of a folder and a glob, what is called like a picture.
+    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet.
     """
     if pattern.count("**") > 1:  # each further one multiplies the folders walked
         raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
@@ -40,7 +40,7 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> lis
         return [named]
     found: set[Path] = set()
     for path in matches(root, pattern, inside, where):
-        if path.name.lower().endswith(PICTURES):
+        if path.name.lower().endswith(PICTURES) and not picture_file.is_sheet(path):
             if UNPRINTABLE.search(path.name):
                 raise K2Error(f"{where}: the name of {path.name} holds a control character.", hint="Rename the file.")
             found.add(inside(os.path.relpath(path, root), where))
@@ -126,5 +126,6 @@ def check_picture(path: Path, where: str, label: str) -> str:
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by their names."""
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())
+    """The pictures in a folder, by their names; no contact sheets."""
+    named = (path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())
+    return sorted(path for path in named if not picture_file.is_sheet(path))

@@ -7,6 +7,7 @@ one in Python, keeps what it does not know, and takes as many passes over a pict
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,12 @@ MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB 
 MOST_ASIDE = 32 << 20  # bytes of metadata
 MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
 BLOCK = 1 << 20  # bytes read at once
+SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a contact sheet of a run of k2's: many pictures on one, so none to learn a look from."""
+    return SHEET.fullmatch(path.name) is not None and path.with_name("run.toml").is_file()
 
 
 @contextmanager

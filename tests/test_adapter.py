@@ -87,6 +87,15 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert read_folder(pictures)[4].caption == ""
 
 
+def test_contact_sheets_teach_nothing(pictures):
+    before = read_folder(pictures)
+    (pictures / "run.toml").write_text("")
+    for name in ("sheet.png", "sheet.2.png"):
+        (pictures / name).write_bytes(before[0].path.read_bytes())
+
+    assert read_folder(pictures.parent) == before
+
+
 def test_folders_that_teach_nothing(tmp_path, pictures):
     (tmp_path / "empty").mkdir()
     with pytest.raises(K2Error, match="holds no pictures"):

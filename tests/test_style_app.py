@@ -9,7 +9,8 @@ import pytest
 from conftest import tree
 from PIL import Image
 
-from k2cli import mix
+from k2cli import mix, sheet
+from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.tables import Toml
 
@@ -91,6 +92,24 @@ def test_add_takes_pictures_that_are_there_already_as_they_lie(moody, photos, k2
     assert tree(folder) == {name.removeprefix("dusk/"): data for name, data in before.items() if name != "dusk"}
     assert (moody / "refs" / "half" / "0.png").exists()
     assert [reference.image.name for reference in spec_of(moody, dusk=1).styles[0].references] == ["[0].png"]
+
+
+def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k2, monkeypatch):
+    """But for one that is named itself."""
+    monkeypatch.setattr(sheet, "PER_SHEET", 2)
+    k2("render", "--batch", "2")
+    run = next((moody / "outputs").iterdir())
+    assert {path.name for path in run.glob("sheet*.png")} == {"sheet.png", "sheet.2.png"}
+
+    k2("style", "add", "made", run)
+    k2("style", "add", "shown", run / "sheet.png")
+    (moody / "styles" / "there.toml").write_text(f'[[reference]]\nimage = "outputs/{run.name}"\n')
+    board = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).inside, "here")
+
+    assert [path.name for path in (moody / "refs" / "shown").iterdir()] == ["sheet.png"]
+    assert len(list((moody / "refs" / "made").iterdir())) == 4
+    assert [reference.image for reference in spec_of(moody, there=1).styles[0].references] == board
+    assert len(board) == 4 and not any("sheet" in path.name for path in board)
 
 
 def test_add_with_json(moody, photos, k2):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.errors import K2Error
 from model.parts import SpreadFluxVAE, sha256
+from model.picture_file import is_sheet
 from model.references import fitting, to_pixels
 from model.vae import QwenImageVAE
 
@@ -37,13 +38,14 @@ class Captioned:
 
 
 def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
-    """The pictures of a folder and of all below it, by name. Raises K2Error where there is none.
+    """The pictures of a folder and of all below it, by name; no contact sheets. Raises K2Error where there is none.
 
     trigger: words that end every caption, as they will end the prompts that ask for the look.
     """
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in named if not is_sheet(path))
     if not paths:
         raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
