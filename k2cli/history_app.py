@@ -64,16 +64,16 @@ def log(
     from k2cli import history
     from k2cli.console import delivering, near, result, say
 
+    if everything and last is not None:
+        raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
     opened = open_projects(projects or [], project, allow_outside)
     moment = history.read_since(since) if since is not None else None
     chosen = history.Chosen(run, prompt, style, moment)
     unread: list[Path] = []
     made = chain.from_iterable(history.read(each.outputs, chosen, unread.append) for each in opened)
-    if everything:
-        last = None
-    elif last is None and not json and sys.stdout.isatty():
-        last = SCREENFUL
-    found, count = deque[Made](maxlen=last) if TYPE_CHECKING else deque(maxlen=last), 0
+    short = last is None and not everything and not json and sys.stdout.isatty()
+    most = SCREENFUL if short else last
+    found, count = deque[Made](maxlen=most) if TYPE_CHECKING else deque(maxlen=most), 0
     for each in made:
         found.append(each)
         count += 1
@@ -92,7 +92,7 @@ def log(
         anything = run or prompt or style or since
         say("No picture matches." if anything else "No pictures yet. Make some: k2 render", "dim")
     elif len(found) < count:
-        say(f"The last {len(found)} of {count:,} pictures; --all lists every one.", "dim")
+        say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
     if unread:
         say(f"{len(unread)} left out, whose records cannot be read: {near(unread[0])}", "yellow")
 

@@ -273,6 +273,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["style", "add", "x", "gone.png"], 1, "There is no gone.png.", "Name pictures, or a folder of them."),
         (["show", "k2.toml"], 1, "k2.toml is no record of a picture.", "Name a picture that k2 made"),
         (["show", "."], 1, ". is a folder.", "k2 log"),
+        (["log", "--all", "-n", "1"], 2, "Invalid value for --all: all of them or the last N, not both", ""),
         (["render", "--resume", "--seed", "3"], 2, "no other setting goes with it", ""),
     ],
 )
