@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "train"
+PLURAL = "(?:s|es)?"  # that a subject's name may have
 HELD_OUT = 40  # one other name in so many is never taught, to tell what was learned from what was learned by heart
 
 DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that a caption may use for its manner of drawing
@@ -74,16 +75,22 @@ class Vocabulary:
     def _subjects(self) -> re.Pattern[str]:
         names = {words.lower() for entry in self.entries if entry.kind == "subject" for words in entry.words}
         found = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-        return re.compile(rf"(?<!\w)(?:{found})(?:s|es)?(?!\w)", re.IGNORECASE)
+        return re.compile(rf"(?<!\w)(?:{found}){PLURAL}(?!\w)", re.IGNORECASE)
 
     def draws(self, prompt: str) -> bool:
         """Whether a prompt names anything that can be drawn."""
         return bool(self._subjects.search(prompt))
 
     def meaning(self, words: str) -> list[Entry]:
-        """What some words mean: the entries that have them for a name."""
+        """What some words mean: the entries that have them for a name, else the subjects whose plural they are."""
         asked = " ".join(words.lower().split())
-        return [entry for entry in self.entries if asked in (each.lower() for each in entry.words)]
+        exact = [entry for entry in self.entries if asked in (each.lower() for each in entry.words)]
+        return exact or [
+            entry
+            for entry in self.entries
+            if entry.kind == "subject"
+            and any(re.fullmatch(re.escape(each.lower()) + PLURAL, asked) for each in entry.words)
+        ]
 
 
 @cache

@@ -33,6 +33,17 @@ def test_words_mean_what_the_training_lists_say():
     assert meaning("zebu") == []
 
 
+@pytest.mark.parametrize("plural", ["foxes", "Kittens", "red  apples", "zebus", "navys"])
+def test_a_plural_means_something_where_it_can_be_drawn(plural):
+    """A look and a colour have none."""
+    assert all(entry.kind == "subject" for entry in vocabulary().meaning(plural))
+    assert bool(vocabulary().meaning(plural)) == vocabulary().draws(plural)
+
+
+def test_a_word_that_has_entries_of_its_own_is_no_plural():
+    assert [entry.name for entry in vocabulary().meaning("books")] == ["books"]
+
+
 def test_it_asks_for_nothing_heavy():
     code = "import sys, model.vocabulary as v; v.vocabulary(); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -49,6 +60,10 @@ def test_the_command_lists_all_or_says_what_words_mean(k2):
 
     unknown = k2("models", "vocabulary", "zebu", code=1)
     assert 'do not know "zebu"' in unknown.stderr and "k2 models vocabulary" in unknown.stderr
+
+    some = k2("models", "vocabulary", "kitten", "zebu", "FOXES", "nope", code=1)
+    assert [line.split("\t")[1] for line in some.stdout.splitlines()] == ["cat", "fox"]
+    assert 'do not know "zebu", "nope".' in some.stderr
 
 
 def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeypatch):
