@@ -60,7 +60,13 @@ class Root(Group):
 
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
-app = typer.Typer(cls=Root, invoke_without_command=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Root,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},  # of every command below, too
+)
 app.add_typer(models_app, name="models", help="Weights: what is here, fetch, export.")
 app.add_typer(style_app, name="style", help="Styles of the project: add, list, show.")
 app.add_typer(moodboard_app, name="moodboard", help="A style out of many pictures.")

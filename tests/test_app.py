@@ -51,6 +51,14 @@ def test_help_says_every_command_in_a_whole_sentence(k2):
         assert words or [line.split()[0] for line in lines][:3] == ["new", "render", "watch"]
 
 
+@pytest.mark.parametrize("words", [[], ["render"], ["log"], ["style"], ["style", "add"], ["models", "info"], ["train"]])
+def test_h_is_help(k2, words):
+    shown = k2(*words, "-h").stdout
+
+    assert shown == k2(*words, "--help").stdout and "Usage: " in shown
+    assert "  -h, --help  " in shown and max(map(len, shown.splitlines())) <= 80
+
+
 def test_new_then_render(fake, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
