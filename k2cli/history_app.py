@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.complete import complete_style
-from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, find_project, open_projects, to_json
+from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, open_projects, to_json
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -147,8 +147,12 @@ def styles_of(made: Made, joint: str) -> str:
 
 
 def gallery(
+    folder: Annotated[
+        str | None, typer.Argument(metavar="PROJECT", help="The project, if not that of the current folder.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The folder to make; else gallery/ here.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The folder to make; else gallery in the project."),
     ] = None,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
@@ -164,12 +168,12 @@ def gallery(
     \b
     Examples:
       k2 gallery
-      k2 gallery --project moody -o ~/public/moody
+      k2 gallery moody -o ~/public/moody
     """
     from k2cli.console import near, result, say
     from k2cli.gallery import PAGE, build
 
-    opened = find_project(project, allow_outside)
+    (opened,) = open_projects([folder] if folder else [], project, allow_outside)
     target = output or opened.inside("gallery")
     unread: list[Path] = []
     count = build(opened.outputs, target, opened.name, skipped=unread.append)

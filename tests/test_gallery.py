@@ -38,6 +38,17 @@ def test_a_folder_that_can_be_taken_along(moody, k2, tmp_path):
     assert not any(b"://" in text for name, text in made.items() if name.endswith(".html"))
 
 
+def test_of_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
+    """It goes into that project, wherever it is asked for."""
+    k2("render")
+    monkeypatch.chdir(tmp_path)
+
+    assert k2("gallery", "moody").stdout == k2("gallery", "--project", "moody").stdout == "moody/gallery/index.html\n"
+    assert not (tmp_path / "gallery").exists()
+    assert "not both" in k2("gallery", "moody", "--project", "moody", code=2).stderr
+    assert "gallery in the project" in " ".join(k2("gallery", "--help").stdout.split())
+
+
 def test_once_more_brings_it_up_to_date(moody, k2):
     k2("render")
     k2("gallery")
