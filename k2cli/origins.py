@@ -64,6 +64,8 @@ class Origin:
 
 def read(path: Path) -> Origin:
     """The origin of a picture. Raises K2Error where it is none, or says nothing that can be read."""
+    if path.is_dir():
+        raise K2Error(f"{path} is a folder.", hint="Name a picture in it.")
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
     if path.suffix == ".json":

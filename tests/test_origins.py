@@ -352,9 +352,15 @@ def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
 def test_what_says_nothing_is_one_sentence(k2, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "outputs").mkdir()
 
-    for name, message in (("bare", "says nothing of its prompt"), ("text", "not a picture"), ("gone", "There is no")):
-        assert message in k2("new", tmp_path / "x", "--from", tmp_path / f"{name}.png", code=1).stderr
+    for name, message in (
+        ("bare.png", "says nothing of its prompt"),
+        ("text.png", "not a picture"),
+        ("gone.png", "There is no"),
+        ("outputs", "outputs is a folder.\nHint:  Name a picture in it."),
+    ):
+        assert message in k2("new", tmp_path / "x", "--from", tmp_path / name, code=1).stderr
     assert not (tmp_path / "x").exists()
 
 
