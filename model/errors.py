@@ -7,3 +7,9 @@ class K2Error(Exception):
     def __init__(self, message: str, *, hint: str = ""):
         super().__init__(message)
         self.hint = hint
+
+
+def brief(error: object, most: int = 200) -> str:
+    """What a library says of a file, on one line and cut where nobody reads on: names in it may be a megabyte long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[:most]}…"

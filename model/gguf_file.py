@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from model.errors import K2Error
+from model.errors import K2Error, brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
             header = walk(Cursor(file, min(size, MAX_HEADER)), size)
     except (ValueError, KeyError, OverflowError, struct.error) as error:
         reason = f"unknown kind {error}" if isinstance(error, KeyError) else error
-        raise K2Error(f"{path} is a damaged GGUF file: {reason}.", hint="Fetch it again.") from None
+        raise K2Error(f"{path} is a damaged GGUF file: {brief(reason)}.", hint="Fetch it again.") from None
     strange = sorted({entry["dtype"] for entry in header.values()} - set(BLOCKS))
     if strange:
         raise K2Error(

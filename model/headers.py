@@ -12,10 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.errors import K2Error
+from model.errors import K2Error, brief
 from model.gguf_file import read_gguf_header
 
 AGAIN = "The download may have been cut short: fetch it again."
+TAKEN = "k2 reads weights from .safetensors and .gguf files only."
 MAGIC = {  # what is given in safetensors' place, by its first bytes
     b"PK\x03\x04": "a PyTorch pickle",
     b"\x80\x02": "a pickle",
@@ -25,6 +26,8 @@ MAGIC = {  # what is given in safetensors' place, by its first bytes
     b"version https://git-lfs": "a Git LFS pointer, not the file itself",
     b"<!DOCTYPE": "a web page",
     b"<html": "a web page",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
 }
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
@@ -63,16 +66,16 @@ def read_header(path: Path) -> dict[str, Any]:
         return read_gguf_header(path)
     for magic, what in MAGIC.items():
         if start.startswith(magic):
-            raise K2Error(f"{path} is {what}.", hint="k2 reads weights from .safetensors and .gguf files only.")
+            raise K2Error(f"{path} is {what}.", hint=TAKEN)
     if not raw.startswith(b"{"):
-        looks_right = start[8:9] == b"{" and length <= MAX_HEADER
-        problem = "is cut off in its header" if looks_right else "is not a safetensors file"
-        raise K2Error(f"{path} {problem}.", hint=AGAIN)
+        if start[8:9] == b"{" and length <= MAX_HEADER:
+            raise K2Error(f"{path} is cut off in its header.", hint=AGAIN)
+        raise K2Error(f"{path} is not a safetensors file.", hint=AGAIN if size < 8 else TAKEN)
     try:
         header = json.loads(raw)
         check_header(header, size - 8 - length)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise K2Error(f"{path} is damaged: {error}.", hint=AGAIN) from None
+        raise K2Error(f"{path} is damaged: {brief(error)}.", hint=AGAIN) from None
     return header
 
 
@@ -133,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it is larger than {MAX_HEADER >> 20} MB")
         value = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise K2Error(f"{path} cannot be read: {error}.", hint=AGAIN) from None
+        raise K2Error(f"{path} cannot be read: {brief(error)}.", hint=AGAIN) from None
     if not isinstance(value, dict):
         raise K2Error(f"{path} is not a table.", hint=AGAIN)
     return value

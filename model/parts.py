@@ -20,7 +20,7 @@ from torch import Tensor
 from model import library
 from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
-from model.errors import K2Error
+from model.errors import K2Error, brief
 from model.headers import AGAIN
 from model.layouts import dit_config, native_names, stored_precision
 from model.plan import Numbers, default_dtype
@@ -154,7 +154,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageV
     try:
         vae.load_diffusers(dict(checkpoint.read(device=device, dtype=dtype)))
     except RuntimeError as error:
-        raise K2Error(f"The tensors of {path} do not fit its config: {error}.", hint=AGAIN) from None
+        raise K2Error(f"The tensors of {path} do not fit its config: {brief(error)}.", hint=AGAIN) from None
     for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
         setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
     if device.type == "cpu":  # its narrow outer scales are convolved in half the time so, the release's a sixth sooner
@@ -178,7 +178,9 @@ class SpreadFluxVAE:
         try:
             self.packed.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
-            raise K2Error(f"The tensors of {checkpoint.path} do not fit its config: {error}.", hint=AGAIN) from None
+            raise K2Error(
+                f"The tensors of {checkpoint.path} do not fit its config: {brief(error)}.", hint=AGAIN
+            ) from None
         self.packed.requires_grad_(False).eval()
         self.channels, self.factor = self.packed.config.latent_channels, 8
 

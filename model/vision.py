@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
-from model.errors import K2Error
+from model.errors import K2Error, brief
 from model.headers import AGAIN
 from model.references import fitting, to_pixels
 from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, weights_of
@@ -227,7 +227,9 @@ def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     try:
         tower.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise K2Error(f"The vision tower of {checkpoint.path} does not fit its config: {error}.", hint=AGAIN) from None
+        raise K2Error(
+            f"The vision tower of {checkpoint.path} does not fit its config: {brief(error)}.", hint=AGAIN
+        ) from None
     return tower.requires_grad_(False).eval()
 
 

@@ -639,6 +639,29 @@ class TestWeights:
         (moody / "a.safetensors").write_bytes(lora({"\x1b[2J" * 1_000_000: absurd}, 8))
         assert len(refused()) < 3000
 
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.gguf"])
+    def test_what_a_damaged_file_says_is_cut_short(self, tmp_path, name):
+        path, long = tmp_path / name, "x" * 100_000
+        if name == "a.gguf":  # one tensor, of the shape [0]
+            path.write_bytes(
+                b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, len(long)) + long.encode() + bytes([1]) + bytes(30)
+            )
+        else:
+            path.write_bytes(lora({long: {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4))
+
+        with pytest.raises(K2Error, match=f"damaged.*: {long[:99]}") as error:
+            read_header(path)
+        assert len(str(error.value)) < len(str(path)) + 300
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+    def test_a_picture_for_a_lora_is_told_what_is_taken(self, moody, k2, kind):
+        Image.new("RGB", (64, 64)).save(moody / "a.safetensors", kind)
+        style(moody, 'lora = "a.safetensors"\n')
+
+        said = k2("render", code=1).stderr
+        assert ".safetensors and .gguf files only." in said and "cut short" not in said
+        assert kind == "WEBP" or "is a picture." in said
+
     def test_a_lora_without_end(self, moody, refused):
         """The file takes no room on the disk, and less in an archive; its header is right."""
         whole = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
