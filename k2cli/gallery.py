@@ -22,6 +22,7 @@ from typing import Any
 from k2cli import history
 from k2cli.history import Made
 from k2cli.outputs import DRAFT, PICTURES, write, writing
+from model import picture_file
 from model.errors import K2Error
 
 PAGE, FOLDER = "index.html", "pictures"
@@ -40,10 +41,11 @@ def build(
 
     Pictures and records take no room of their own where the file system knows hard links. The page comes last, so
     that it never shows a picture that is not there; before it an empty one, by which a build that was stopped is known
-    for a gallery. Raises K2Error where `target` holds something else.
+    for a gallery. What has no record or no picture that can be read is handed to `skipped` and left out. Raises
+    K2Error where `target` holds something else.
     """
     check_target(target)
-    made = list(history.read(outputs, chosen, skipped))
+    made = [each for each in history.read(outputs, chosen, skipped) if can_be_shown(each.path, skipped)]
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     if not (target / PAGE).exists():
@@ -58,6 +60,17 @@ def build(
     write({target / PAGE: page(title, made).encode()})
     clear(target / FOLDER, wanted)
     return len(made)
+
+
+def can_be_shown(path: Path, skipped: Callable[[Path], None] | None = None) -> bool:
+    """Whether a file is a picture, by how it begins: thousands are asked. One that is none is handed to `skipped`."""
+    try:
+        with picture_file.opened(path):
+            return True
+    except Exception:  # Pillow raises anything over a broken file
+        if skipped:
+            skipped(path)
+        return False
 
 
 def check_target(target: Path) -> None:

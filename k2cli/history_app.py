@@ -180,7 +180,7 @@ def gallery(
     result(to_json({"file": near(target / PAGE), "pictures": count}) if json else near(target / PAGE))
     if not quiet:
         if unread:
-            say(f"{len(unread)} left out, whose records cannot be read: {near(unread[0])}", "yellow")
+            say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
         say(f"{count:,} pictures. Open the page in a browser." if count != 1 else "1 picture.", "dim")
 
 

@@ -143,6 +143,20 @@ def test_another_build_is_sooner(moody, k2, monkeypatch, again):
     assert len(tree(run)) == 4
 
 
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_a_picture_that_is_none_is_left_out(moody, k2, content):
+    k2("render")
+    run = moody / "outputs" / "0001-fox-and-1-more"
+    (run / "fox-7.png").write_bytes(content)
+
+    result = k2("gallery")
+
+    assert f"1 left out, whose pictures or records cannot be read: outputs/{run.name}/fox-7.png" in result.stderr
+    assert "1 picture." in result.stderr
+    assert [each[1] for each in data_of(moody / "gallery")["pictures"]] == ["an-owl-at-night-7.png"]
+    assert not (moody / "gallery" / "pictures" / run.name / "fox-7.png").exists()
+
+
 def test_a_project_without_pictures(moody, k2):
     assert "0 pictures" in k2("gallery").stderr
     assert data_of(moody / "gallery")["pictures"] == []
