@@ -17,16 +17,21 @@ from k2cli.history_app import gallery, log
 from k2cli.models_app import models_app
 from k2cli.options import (
     BatchOption,
+    CreativityOption,
     DeviceOption,
     EmbedOption,
+    FormatOption,
     Group,
     GuidanceOption,
     JsonOption,
     ModelOption,
+    OffloadOption,
     OnlyOption,
     OutsideOption,
+    PrecisionOption,
     ProjectOption,
     QuietOption,
+    ScopeOption,
     SizeOption,
     StepsOption,
     StyleGuidanceOption,
@@ -235,24 +240,13 @@ def render(
         float | None,
         typer.Option("--cohesion", metavar="C", help="0 every picture by itself … 1 all in the look of the first."),
     ] = None,
-    scope: Annotated[
-        str | None, typer.Option("--scope", metavar="S", help="Whose first: the prompt's own, or that of the run.")
-    ] = None,
-    creativity: Annotated[
-        str | None,
-        typer.Option("--creativity", metavar="LEVEL", help="raw, low, medium, high: what may be added to a prompt."),
-    ] = None,
+    scope: ScopeOption = None,
+    creativity: CreativityOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", metavar="BITS", help="Of the weights: native, int8 or fp8.")
-    ] = None,
-    offload: Annotated[
-        str | None, typer.Option("--offload", metavar="PART", help="Read as needed: none, text (encoder) or all.")
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option("--format", metavar="KIND", help="Of the files: png, webp (lossless) or jpeg.")
-    ] = None,
+    precision: PrecisionOption = None,
+    offload: OffloadOption = None,
+    format: FormatOption = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, max=256, metavar="N", help="Render in so many processes at once.")
     ] = None,

@@ -1,8 +1,8 @@
-"""What the shell offers after Tab: names of styles, prompts and models. It never complains and never loads anything."""
+"""What the shell offers after Tab: names, and what an option may be. It never complains and never loads anything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +50,24 @@ def complete_model(incomplete: str) -> list[str]:
     with suppress(Exception):
         return begin(sorted({model.name for model in library.list_models()}), incomplete)
     return []
+
+
+def complete_setting(key: str) -> Callable[[str], list[str]]:
+    """What a setting may be, of one that has only certain values."""
+
+    def complete(incomplete: str) -> list[str]:
+        from k2cli.settings import Settings
+
+        return begin(Settings.__dataclass_fields__[key].metadata["choices"], incomplete)
+
+    return complete
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Ways in which a style's pictures are read."""
+    from model.spec import METHODS
+
+    return begin(METHODS, incomplete)
 
 
 def begin(names: Iterable[str], incomplete: str) -> list[str]:

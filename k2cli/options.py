@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from k2cli.complete import complete_model, complete_prompt
+from k2cli.complete import complete_model, complete_prompt, complete_setting
 from model.errors import K2Error
 
 if TYPE_CHECKING:
@@ -99,6 +99,51 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
+ScopeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scope",
+        metavar="S",
+        help="Whose first: the prompt's own, or that of the run.",
+        autocompletion=complete_setting("scope"),
+    ),
+]
+CreativityOption = Annotated[
+    str | None,
+    typer.Option(
+        "--creativity",
+        metavar="LEVEL",
+        help="raw, low, medium, high: what may be added to a prompt.",
+        autocompletion=complete_setting("creativity"),
+    ),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="BITS",
+        help="Of the weights: native, int8 or fp8.",
+        autocompletion=complete_setting("precision"),
+    ),
+]
+OffloadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--offload",
+        metavar="PART",
+        help="Read as needed: none, text (encoder) or all.",
+        autocompletion=complete_setting("offload"),
+    ),
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="KIND",
+        help="Of the files: png, webp (lossless) or jpeg.",
+        autocompletion=complete_setting("format"),
+    ),
+]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
 
 

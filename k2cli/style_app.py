@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.complete import complete_style, complete_weight
+from k2cli.complete import complete_method, complete_style, complete_weight
 from k2cli.options import (
     DeviceOption,
     EmbedOption,
@@ -53,7 +53,13 @@ def add(
         list[str] | None, typer.Option("--avoid", metavar="WORDS", help="Joins the negative prompt; may come again.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", metavar="M", help="How pictures are read: auto, tokens, splice, vision.")
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="M",
+            help="How pictures are read: auto, tokens, splice, vision.",
+            autocompletion=complete_method,
+        ),
     ] = None,
     force: ForceOption = False,
     project: ProjectOption = None,

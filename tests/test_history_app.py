@@ -245,6 +245,12 @@ def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, argumen
         ("log --style ", {"dusk", "riso"}),
         ("mix-styles r", {"riso="}),
         ("gal", {"gallery"}),
+        ("render --format ", {"png", "webp", "jpeg"}),
+        ("render --creativity ", {"raw", "low", "medium", "high"}),
+        ("render --scope ", {"prompt", "run"}),
+        ("render --precision n", {"native"}),
+        ("render --offload ", {"none", "text", "all"}),
+        ("style add x y.png --method ", {"auto", "tokens", "splice", "vision"}),
     ],
 )
 def test_the_shell_completes_names(moody, typed, offered):
@@ -258,6 +264,16 @@ def test_the_shell_completes_names(moody, typed, offered):
     done = subprocess.run([K2], env={"PATH": "/usr/bin:/bin", **asked, **python_path()}, capture_output=True, text=True)
 
     assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_the_shell_waits_for_nothing_heavy():
+    code = """if True:
+        import sys
+        from k2cli.complete import complete_method, complete_setting
+        assert complete_method("") and complete_setting("format")("")
+        sys.exit("torch" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def python_path() -> dict[str, str]:
