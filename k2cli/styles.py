@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from k2cli.models import sha256
 from k2cli.outputs import dump, sweep, write, writing
@@ -119,14 +120,14 @@ class Styles:
                 hint="Choose those that show the look best.",
             )
         return StyleFile(
-            keywords=tuple(check_value("keywords", table.get("keywords", []), list[str], {}, place("keywords"))),
-            avoids=tuple(check_value("avoids", table.get("avoids", []), list[str], {}, place("avoids"))),
+            keywords=words_in(table, "keywords", place),
+            avoids=words_in(table, "avoids", place),
             references=tuple(references),
             mix=read_weights(table.get("mix", {}), place.below("mix")),
             lora=self.adapter(check_value("lora", table["lora"], str, PATH, place("lora")), place("lora"))
             if "lora" in table
             else None,
-            triggers=tuple(check_value("triggers", table.get("triggers", []), list[str], {}, place("triggers"))),
+            triggers=words_in(table, "triggers", place),
             method=check_value("method", table.get("method", "auto"), str, {"choices": METHODS}, place("method")),
         )
 
@@ -218,6 +219,14 @@ class Styles:
             for strength, name in strongest
             if strength
         )
+
+
+def words_in(table: Mapping[str, Any], key: str, place: Place) -> tuple[str, ...]:
+    """A list of words of a style file, which join a prompt one after the other: none may be empty."""
+    words: list[str] = check_value(key, table.get(key, []), list[str], {}, place(key))
+    if not all(words):
+        raise K2Error(f'{place(key)}: "{key}" has an empty text.', hint="Leave it out, or say a word.")
+    return tuple(words)
 
 
 def add(total: dict[str, float], more: Mapping[str, float], weight: float) -> None:

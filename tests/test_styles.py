@@ -151,6 +151,8 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ("", "styles/x.toml has no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
         ('keyword = ["a"]\n', 'styles/x.toml, line 1: unknown key "keyword".', 'Did you mean "keywords"?'),
         ("keywords = [1]\n", '1: "keywords" must be a list of texts.', 'Like keywords = ["one", "two"].'),
+        ('avoids = ["b"]\nkeywords = ["", "x"]\n', 'x.toml, line 2: "keywords" has an empty text.', "or say a word."),
+        ('keywords = ["x"]\navoids = [" "]\n', 'x.toml, line 2: "avoids" has an empty text.', "or say a word."),
         ('keywords = "film"\n', '1: "keywords" must be a list, not "film".', ""),
         ('lora = "a.safetensors"\n', "1: there is no file a.safetensors.", "Paths are relative to the project."),
         ('lora = "../a.safetensors"\n', "1: ../a.safetensors lies outside the project.", "--allow-outside"),
