@@ -159,7 +159,7 @@ def test_cut_short(file, keep, what):
         (b"GGUF" + bytes(100), "GGUF"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>", "web page"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a safetensors file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is a picture"),
         (struct.pack("<Q", 3) + b"{]}", "damaged"),
         (struct.pack("<Q", 2) + b"{}" + bytes(8), "damaged"),
         (struct.pack("<Q", 1 << 60) + b"{}", "not a safetensors file"),

@@ -117,6 +117,7 @@ def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
         "device": "cpu", "dtype": "float32",
         "precision": "native",
         "offload": "none",
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     assert found["model"]["variant"] == "turbo"
     assert "tiny-turbo.safetensors" in found["model"]["files"] and "tiny-vae.safetensors" in found["model"]["files"]
