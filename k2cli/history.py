@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.outputs import NUMBER, PICTURES, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, loads
+from k2cli.tables import LIMIT, UNPRINTABLE, leaves, loads
 from model.errors import K2Error
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
@@ -189,18 +189,9 @@ def load(path: Path) -> dict[str, Any] | None:
     return table if table and isinstance(table.get("prompt"), dict) and is_finite(table) else None
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(table: Any) -> bool:
     """Whether no number in a table is nan or inf."""
-    left = [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            left.extend(value.values())
-        elif isinstance(value, list):
-            left.extend(value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            return False
-    return True
+    return not any(isinstance(each, float) and not math.isfinite(each) for each in leaves(table))
 
 
 def parse(text: str) -> dict[str, Any]:

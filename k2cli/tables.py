@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -110,6 +110,12 @@ def loads(text: str) -> dict[str, Any]:
 def check_numbers(value: Any) -> None:
     """Refuse whole numbers beyond TOML's 64 bits: Python takes a megabyte of hexadecimal digits for one, and no float
     can hold it, nor may it be printed. Raises ValueError."""
+    if any(isinstance(each, int) and not -(2**63) <= each < 2**63 for each in leaves(value)):
+        raise ValueError("a whole number has more than 64 bits")
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """All that is no table and no list in a value, however deep it lies."""
     left = [value]
     while left:
         value = left.pop()
@@ -117,8 +123,8 @@ def check_numbers(value: Any) -> None:
             left.extend(value.values())
         elif isinstance(value, list):
             left.extend(value)
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError("a whole number has more than 64 bits")
+        else:
+            yield value
 
 
 class Toml:
