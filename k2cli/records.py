@@ -7,7 +7,6 @@ run.toml is the same table as far as it is known before rendering, so one reader
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -17,13 +16,11 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
-from xml.sax.saxutils import quoteattr
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from k2cli import formats, models
 from k2cli.history import loras
-from k2cli.outputs import dump
 from k2cli.pictures import MOST_PIXELS
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
@@ -33,8 +30,6 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, METHODS, TILES, Leader, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
-SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
 
 SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "cohesion")
 SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
@@ -225,56 +220,6 @@ def portable(name: str, root: Path) -> str:
 def pixel_hash(image: Image.Image) -> str:
     """sha256 over the RGB bytes, row by row: the picture itself, whatever file it lies in."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
-
-
-def encode(picture: Image.Image, record: Mapping[str, Any], *, embed: bool = True, format: str = "png") -> bytes:
-    """The picture as a file of this format, with the record in the forms that other tools read."""
-    if format != "png":
-        texts = {"parameters": parameters(record), "xmp": xmp(record), "record": dump(record).decode()}
-        return formats.encode(picture, format, **(texts if embed else {}))
-    info = PngImagePlugin.PngInfo()
-    if embed:
-        info.add_text("parameters", parameters(record))
-        info.add_itxt("k2", dump(record).decode())
-        info.add_itxt(XMP, xmp(record))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def parameters(record: Mapping[str, Any]) -> str:
-    """The text that most galleries read, in the form that A1111's web interface gave it; its scale is ours plus one."""
-    prompt, made, used = record["prompt"], record["settings"], record["model"]
-    lines = [prompt["expanded"], f"Negative prompt: {prompt['avoid']}" if prompt["avoid"] else ""]
-    facts = {
-        "Steps": made["steps"],
-        "Sampler": "Euler",
-        "CFG scale": f"{made['guidance'] + 1:g}",
-        "Seed": made["seed"],
-        "Size": f"{made['width']}x{made['height']}",
-        "Model hash": next(iter(used["files"].values()))[:10],
-        "Model": f"{Path(used['name']).stem}-{used['variant']}",
-        "Version": f"k2 {record['versions']['k2']}",
-    }
-    return "\n".join([*filter(None, lines), ", ".join(f"{key}: {value}" for key, value in facts.items())])
-
-
-def xmp(record: Mapping[str, Any]) -> str:
-    """That a machine made this, in the words of IPTC (Photo Metadata Standard 2025.1)."""
-    facts = {
-        "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
-        "Iptc4xmpExt:AISystemUsed": f"k2, {Path(record['model']['name']).stem} {record['model']['variant']}",
-        "Iptc4xmpExt:AISystemVersionUsed": record["versions"]["k2"],
-        "Iptc4xmpExt:AIPromptInformation": record["prompt"]["expanded"],
-        "xmp:CreatorTool": f"k2 {record['versions']['k2']}",
-    }
-    attributes = "\n    ".join(f"{name}={quoteattr(value)}" for name, value in facts.items())
-    return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-  <rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-    {attributes}/>
-</rdf:RDF></x:xmpmeta>
-<?xpacket end="w"?>"""
 
 
 def read(path: Path) -> Toml:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageChops
 
-from k2cli import models, records
+from k2cli import embedded, models, records
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
 from k2cli.history import PLAIN_LINE, parse_lines
@@ -130,7 +130,7 @@ def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, e
     """A picture and its record, or the record alone where an output filter blocked it."""
     if record["blocked"]:
         return run.block(shot.stem, dump(record))
-    file = records.encode(picture.image, record, embed=embed, format=shot.format)
+    file = embedded.encode(picture.image, record, embed=embed, format=shot.format)
     return run.save(shot.stem, file, dump(record), SUFFIXES[shot.format])
 
 
@@ -293,7 +293,7 @@ def rerun(
                 picture, again = beside, composed
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
-    encoded, text = records.encode(picture.image, again, embed=embed, format=kept), dump(again)
+    encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
         try:

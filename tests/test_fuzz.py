@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_records import MADE, shot
 
-from k2cli import moodboard, records
+from k2cli import embedded, moodboard, records
 from k2cli.outputs import dump
 from k2cli.pictures import check_picture
 from k2cli.project import Project
@@ -309,7 +309,7 @@ def encoded(kind: str, **options: object) -> bytes:
 
 SEEDS = [
     *(
-        records.encode(Image.new("RGB", (24, 16)), Toml(RECORD, "record").table, format=kind)
+        embedded.encode(Image.new("RGB", (24, 16)), Toml(RECORD, "record").table, format=kind)
         for kind in ("png", "webp", "jpeg")
     ),
     encoded("PNG", mode="RGBA"),

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import models, records
+from k2cli import embedded, models, records
 from k2cli.outputs import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import Toml
@@ -70,7 +70,7 @@ def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoi
     asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 32, 48, 7, avoid, 8, 2.5, 0.5))
     record = records.compose(asked, picture(), tmp_path)
     path = tmp_path / "x.png"
-    path.write_bytes(records.encode(picture().image, record))
+    path.write_bytes(embedded.encode(picture().image, record))
 
     table = records.read(path).table
 
@@ -92,7 +92,7 @@ def test_a_record_holds_the_hashes_of_what_was_read_though_it_is_gone(tmp_path):
 def test_pictures_say_what_other_tools_look_for(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    path.write_bytes(records.encode(picture().image, record))
+    path.write_bytes(embedded.encode(picture().image, record))
 
     with Image.open(path) as image:
         text, pixels = dict(image.text), image.tobytes()
@@ -116,7 +116,7 @@ def test_pictures_say_what_other_tools_look_for(tmp_path):
 def test_a_private_picture_says_nothing(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
-    path.write_bytes(records.encode(picture().image, record, embed=False))
+    path.write_bytes(embedded.encode(picture().image, record, embed=False))
 
     with Image.open(path) as image:
         assert image.text == {}
