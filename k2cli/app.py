@@ -36,6 +36,7 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
+    find_home,
     open_projects,
     read_matrix,
     read_prompts,
@@ -48,7 +49,6 @@ from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from k2cli.project import Project
     from k2cli.runs import Hire
 
 
@@ -426,16 +426,6 @@ def rerun(
         )
     if not identical:
         raise typer.Exit(1)
-
-
-def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:
-    """A picture's project: the one named, else the nearest above the picture, else above the current folder."""
-    from k2cli.project import Project
-
-    if project:
-        return Project.open(project, allow_outside=allow_outside)
-    around = (Project.around(start, allow_outside=allow_outside) for start in (file.absolute().parent, Path.cwd()))
-    return next(filter(None, around), None)
 
 
 @app.command()

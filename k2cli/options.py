@@ -99,52 +99,31 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
-ScopeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--scope",
-        metavar="S",
-        help="Whose first: the prompt's own, or that of the run.",
-        autocompletion=complete_setting("scope"),
-    ),
-]
+
+
+def choice(key: str, metavar: str, help: str) -> Any:
+    """An option that takes certain values, which the shell offers."""
+    return typer.Option(f"--{key}", metavar=metavar, help=help, autocompletion=complete_setting(key))
+
+
+ScopeOption = Annotated[str | None, choice("scope", "S", "Whose first: the prompt's own, or that of the run.")]
 CreativityOption = Annotated[
-    str | None,
-    typer.Option(
-        "--creativity",
-        metavar="LEVEL",
-        help="raw, low, medium, high: what may be added to a prompt.",
-        autocompletion=complete_setting("creativity"),
-    ),
+    str | None, choice("creativity", "LEVEL", "raw, low, medium, high: what may be added to a prompt.")
 ]
-PrecisionOption = Annotated[
-    str | None,
-    typer.Option(
-        "--precision",
-        metavar="BITS",
-        help="Of the weights: native, int8 or fp8.",
-        autocompletion=complete_setting("precision"),
-    ),
-]
-OffloadOption = Annotated[
-    str | None,
-    typer.Option(
-        "--offload",
-        metavar="PART",
-        help="Read as needed: none, text (encoder) or all.",
-        autocompletion=complete_setting("offload"),
-    ),
-]
-FormatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        metavar="KIND",
-        help="Of the files: png, webp (lossless) or jpeg.",
-        autocompletion=complete_setting("format"),
-    ),
-]
+PrecisionOption = Annotated[str | None, choice("precision", "BITS", "Of the weights: native, int8 or fp8.")]
+OffloadOption = Annotated[str | None, choice("offload", "PART", "Read as needed: none, text (encoder) or all.")]
+FormatOption = Annotated[str | None, choice("format", "KIND", "Of the files: png, webp (lossless) or jpeg.")]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
+
+
+def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:
+    """A picture's project: the one named, else the nearest above the picture, else above the current folder."""
+    from k2cli.project import Project
+
+    if project:
+        return Project.open(project, allow_outside=allow_outside)
+    around = (Project.around(start, allow_outside=allow_outside) for start in (file.absolute().parent, Path.cwd()))
+    return next(filter(None, around), None)
 
 
 def find_project(project: Path | None, allow_outside: bool = False) -> Project:
