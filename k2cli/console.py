@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from k2cli.tables import UNPRINTABLE
+from k2cli.tables import UNPRINTABLE, from_here
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
@@ -65,8 +65,7 @@ def unwritable(error: OSError) -> K2Error:
 
 def near(path: Path) -> str:
     """A path as short as it can be typed here."""
-    full = Path(os.path.abspath(path))
-    short = str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+    short = from_here(path)
     return f"./{short}" if short.startswith("-") else short  # which would be read as an option
 
 

@@ -191,12 +191,15 @@ class Toml:
         return self.label
 
 
+def from_here(path: Path) -> str:
+    """A path from the current folder on where it lies below it, else the whole."""
+    full = Path(os.path.abspath(path))
+    return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
+
+
 def label_of(root: Path, file: str) -> str:
     """What messages call a file of a project: its name in there; from outside of the project, its path."""
-    here, root = Path.cwd(), root.absolute()
-    if here.is_relative_to(root):
-        return file
-    return str((root / file).relative_to(here)) if root.is_relative_to(here) else str(root / file)
+    return file if Path.cwd().is_relative_to(root.absolute()) else from_here(root / file)
 
 
 @dataclass(frozen=True)
