@@ -31,7 +31,6 @@ from model.train.rollout import conditioned, noise_levels
 from model.train.thesaurus import one
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
-POOL = 80  # batches of captions that go through the way in only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,9 @@ class Recipe(pretrain.Recipe):
     strangers: float = 0.6  # captions that get neither are to stay what they are
     whole: int = 4  # one of so many steps goes through the whole network, too
     swapped: int = 256  # captions of a step that go through the way in only
-    inserted: float = 0.5  # of those have strange words put in, the others a phrase in other words
+    plain: float = 0.0  # of those are to stay what they are
+    inserted: float = 0.5  # of the others have strange words put in, the rest a phrase in other words
+    pool: int = 80  # batches of captions that go through the way in only
     swap: float = 1.0  # weight of what is off in those
     repeats: int = 1
 
@@ -73,7 +74,7 @@ class Hearing(loop.Stage):
                 self.of[item.pair.subject].append(item)
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        number = (step * self.recipe.accumulate + part) % POOL
+        number = (step * self.recipe.accumulate + part) % self.recipe.pool
         if number not in self.kept:
             self.kept[number] = self.swaps(number)
         swaps = self.kept[number]
@@ -97,7 +98,7 @@ class Hearing(loop.Stage):
     def swaps(self, number: int) -> Batch:
         """Captions with one phrase in other words or one put in, and what the teacher's way in makes of the plain ones.
 
-        Subjects come as often as they have other names. There are `POOL` such batches: the text encoder's part of them
+        Subjects come as often as they have other names. There are `pool` such batches: the text encoder's part of them
         is done once.
         """
         assert self.set is not None
@@ -111,7 +112,9 @@ class Hearing(loop.Stage):
         said = []
         for caption, item in zip(plain, items, strict=True):
             subject = catalog.subjects[item.pair.subject]
-            if rng.random() < self.recipe.inserted:
+            if rng.random() < self.recipe.plain:
+                said.append(caption)
+            elif rng.random() < self.recipe.inserted:
                 said.append(wording.wilderness.insert(caption, subject.words, rng))
             else:
                 said.append(thesaurus.swap(caption, subject, rng))
