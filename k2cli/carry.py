@@ -19,7 +19,6 @@ from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, SheetForm, render
 from k2cli.settings import Settings
 from model.errors import K2Error
-from model.settle import adapters_of
 from model.vocabulary import vocabulary
 
 
@@ -120,7 +119,7 @@ def undrawable(job: Job) -> list[str]:
     """Prompts in which the weights in the box find nothing to draw; a LoRA may have taught them something."""
     if job.model.name != "mini":
         return []
-    prompts = dict.fromkeys(shot.given for shot in job.left if not adapters_of(shot.spec))
+    prompts = dict.fromkeys(shot.given for shot in job.left if not shot.spec.adapters)
     return [prompt for prompt in prompts if prompt.strip() and not vocabulary().draws(prompt)]
 
 

@@ -47,7 +47,7 @@ from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import Able, adapters_of, schedule, settle, weighed
+from model.settle import Able, schedule, settle, weighed
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -185,7 +185,7 @@ class Pipeline:
     def resolve(self, spec: RenderSpec) -> RenderSpec:
         """The spec with every recommendation filled in. Raises K2Error for what cannot be rendered."""
         spec = settle(spec, self._able)
-        for lora in adapters_of(spec):
+        for lora in spec.adapters:
             self._adapter(lora)
         return spec
 
@@ -215,7 +215,7 @@ class Pipeline:
     def _render(self, specs: list[RenderSpec], on_step: OnStep | None) -> list[Picture]:
         """Pictures of one schedule, together."""
         started = time.perf_counter()
-        adapters = [(self._adapter(lora), lora.weight) for lora in adapters_of(specs[0])]
+        adapters = [(self._adapter(lora), lora.weight) for lora in specs[0].adapters]
         references = (r.image for spec in specs for style in spec.styles for r in style.references)
         files = {path: sha256(path) for path in references}  # as they are now: they may be gone once it is done
         with laid_over(self.dit, adapters):

@@ -53,7 +53,7 @@ def settle(spec: RenderSpec, able: Able) -> RenderSpec:
     loras = tuple(lora for lora in spec.loras if lora.weight)
     spec = replace(spec, width=width, height=height, steps=steps, guidance=guidance, mu=mu)
     spec = settle_styles(replace(spec, styles=styles, loras=loras))
-    for lora in adapters_of(spec):
+    for lora in spec.adapters:
         if not abs(lora.weight) <= MOST_WEIGHT:
             raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
     return spec
@@ -143,10 +143,4 @@ def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora,
     assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
     spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
     alike = (spec.style_guidance, spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
-    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, adapters_of(spec), alike
-
-
-def adapters_of(spec: RenderSpec) -> tuple[Lora, ...]:
-    """The spec's LoRAs and its styles'; their order means nothing."""
-    own = (*spec.loras, *(Lora(style.lora, style.strength) for style in spec.styles if style.lora))
-    return tuple(sorted(own, key=lambda lora: (lora.path, lora.weight)))
+    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.adapters, alike

@@ -78,6 +78,12 @@ class RenderSpec:
     cohesion: float = 0.0  # 0 … 1: how much is shared with the leader (`model/cohesion.py`); 0 is the picture by itself
     leader: Leader | None = None
 
+    @property
+    def adapters(self) -> tuple[Lora, ...]:
+        """The LoRAs that take part, its own and its styles'; their order means nothing."""
+        own = (*self.loras, *(Lora(style.lora, style.strength) for style in self.styles if style.lora))
+        return tuple(sorted((lora for lora in own if lora.weight), key=lambda lora: (lora.path, lora.weight)))
+
 
 def tied(specs: Sequence[RenderSpec], cohesion: float) -> list[RenderSpec]:
     """Specs as a batch that belongs together: the first one leads."""
