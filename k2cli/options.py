@@ -35,7 +35,8 @@ THEIRS = {  # what can be wrong with any path that is named, or that a project h
 
 
 class Group(TyperGroup):
-    """Where a problem that the user can fix ends up: one sentence, a hint, exit code 1."""
+    """Where a problem that the user can fix ends up: one sentence, a hint, and exit code 1, or 2 for one of an option,
+    which it begins with then."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
@@ -44,7 +45,7 @@ class Group(TyperGroup):
             from k2cli.console import show_error
 
             show_error(error)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if str(error).startswith("--") else 1) from None
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not is_somewhere():
                 told = K2Error("The current folder is gone.", hint="Go to another one: cd ~")

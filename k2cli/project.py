@@ -214,9 +214,10 @@ class Project:
         try:
             return replace(settings, model=models.resolve(settings.model, None if shells else self.inside, variant))
         except K2Error as error:
-            if shells or "model" not in self.toml.table.get("render", {}):
+            if not shells and "model" not in self.toml.table.get("render", {}):
                 raise
-            raise K2Error(f"{self.toml.where('render', 'model')}: {error}", hint=error.hint) from None
+            where = "--model" if shells else self.toml.where("render", "model")
+            raise K2Error(f"{where}: {error}", hint=error.hint) from None
 
     def board_pictures(self, board: moodboard.Moodboard) -> list[Path]:
         """The pictures of [moodboard]."""
@@ -253,14 +254,14 @@ class Project:
         return (*resolved, *moodboard.as_style(self.board, self.board_pictures(self.board), settings.model))
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
-        """The project's prompts of these names, in their order of the file."""
+        """The project's prompts of these names, as --only gives them, in their order of the file."""
         known = {name: prompt for prompt, name in name_files(self.prompts)}
         read = {name: replace(prompt, text=escape(prompt.text)) for prompt, name, _ in spread(self.prompts)}
         known |= {name: prompt for name, prompt in read.items() if name not in known and name in names}
         for name in names:
             if name not in known:
                 raise K2Error(
-                    f'{self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
+                    f'--only: {self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
                 )
         return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in names)
 

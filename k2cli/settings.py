@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
-from k2cli.tables import PATH, between, check_value, no_key, one_of
+from k2cli.tables import PATH, between, check_value, like, no_key, one_of
 from model.errors import K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
@@ -35,7 +35,7 @@ class Settings:
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)
     vision_rows: bool | None = None
-    device: str | None = None
+    device: str | None = like(None, r"cpu|mps|cuda(:\d+)?", "cpu", "cuda", "cuda:1", "mps")
     precision: str | None = one_of(None, *PRECISIONS)
     offload: str | None = one_of(None, *OFFLOADS)
     cohesion: float = between(0.0, 0, 1)  # how much pictures share with the first of their prompt, or of the run

@@ -52,6 +52,11 @@ def one_of(default: Any, *choices: str | int) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+def like(default: Any, pattern: str, *examples: str) -> Any:
+    """A dataclass field whose text has a certain form."""
+    return field(default=default, metadata={"pattern": pattern, "examples": examples})
+
+
 def no_key(default: Any) -> Any:
     """A dataclass field that no table may say."""
     return field(default=default, metadata={"key": False})
@@ -268,6 +273,8 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
         raise K2Error(f"{called} must lie between {low} and {high}, not {value}.")
     if value not in (choices := limits.get("choices", (value,))):
         raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
+    if isinstance(value, str) and not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):
+        raise K2Error(f"{called} cannot be {describe(value)}.", hint=f"Like {listed(limits['examples'])}.")
     read = printable if limits.get("path") else plain
     if isinstance(value, str):
         return read(value, called)

@@ -122,7 +122,7 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
 def test_trouble_is_one_sentence(painted, k2, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", StandIn(2))
     assert "No Ray cluster answers at nowhere: no answer." in k2("render", "--ray", "nowhere", code=1).stderr
-    assert 'There is no device "tpu".' in k2("render", "--ray", "here", "--device", "tpu", code=1).stderr
+    assert 'There is no device "cuda:99".' in k2("render", "--ray", "here", "--device", "cuda:99", code=1).stderr
 
     monkeypatch.setattr(cluster, "version", lambda name: "0.1" if len(seen.append(name) or seen) < 4 else "0.2")
     seen: list[str] = []

@@ -186,9 +186,9 @@ def test_weights_that_are_none_are_one_sentence(den, k2, make, message):
 def test_an_unknown_device_is_one_sentence(den, k2):
     before = tree(den)
 
-    result = k2("render", "--device", "tpu", code=1)
+    result = k2("render", "--device", "cuda:99", code=1)
 
-    assert 'There is no device "tpu".' in result.stderr and "cpu" in result.stderr.splitlines()[1]
+    assert 'There is no device "cuda:99".' in result.stderr and "cpu" in result.stderr.splitlines()[1]
     assert tree(den) == before
 
 

@@ -100,6 +100,6 @@ def test_a_packet_of_somebody_else_is_no_record(packet):
 
 
 def test_unknown_kinds_are_refused(moody, k2):
-    assert 'Did you mean "webp"?' in k2("render", "--format", "wepb", code=1).stderr
+    assert 'Did you mean "webp"?' in k2("render", "--format", "wepb", code=2).stderr
     made = k2("render", "--only", "fox").stdout.strip()
     assert ".png, .webp or .jpg" in k2("rerun", made, "-o", "x.gif", code=1).stderr

@@ -170,7 +170,7 @@ def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
 
 
 def test_a_style_that_is_not_there_is_blamed_on_its_matrix(dusky, k2):
-    assert '--matrix: there is no style "dsuk".' in k2("render", "--matrix", "style.dsuk=1", code=1).stderr
+    assert '--matrix: there is no style "dsuk".' in k2("render", "--matrix", "style.dsuk=1", code=2).stderr
     (dusky / "k2.toml").write_text(MATRIX.replace("dusk", "dsuk"))
     assert 'k2.toml, line 14: there is no style "dsuk".' in k2("render", code=1).stderr
 
@@ -186,7 +186,7 @@ def test_a_matrix_of_the_command_line(dusky, k2):
         (2, 2.5),
     ]
     assert {each["settings"]["steps"] for each in cells} == {4}
-    assert "--matrix lists the seeds" in k2("render", "--dry-run", *seeds, "--batch", "9", code=1).stderr
+    assert "--matrix lists the seeds" in k2("render", "--dry-run", *seeds, "--batch", "9", code=2).stderr
 
 
 @pytest.mark.parametrize(

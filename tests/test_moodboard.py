@@ -327,7 +327,7 @@ def test_a_boards_strength_is_an_option(den, k2):
         return [style["strength"] for style in json.loads(line)["style"] or []]
 
     assert strength() == [0.35] and strength("--moodboard", "1.2") == [1.2] and strength("--moodboard", "0") == []
-    assert "must lie between −0.5 and 1.5" in k2("render", "--moodboard", "2", code=1).stderr
+    assert "must lie between −0.5 and 1.5" in k2("render", "--moodboard", "2", code=2).stderr
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
     assert "has no moodboard" in k2("render", "--moodboard", "1", code=1).stderr
 

@@ -224,7 +224,7 @@ def test_mistakes_are_named_by_line(tmp_path, monkeypatch, toml, message, hint):
         ({"aspect": "1:1", "resolution": "lots"}, '--resolution: "lots" is not a resolution.', None),
         ({"batch": 0}, "--batch must lie between 1 and 1,000, not 0.", ""),
         ({"seed": 2**63 - 1, "batch": 2}, f"Seed {2**63 - 1} leaves no room for 2 pictures.", None),
-        ({"model": "minni"}, 'There is no model "minni" here.', 'Did you mean "mini"?'),
+        ({"model": "minni"}, '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
         ({"model": "no/such.safetensors"}, None, "Name a folder or a file that is there"),
     ],
 )
@@ -332,4 +332,4 @@ def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):
     table = tomllib.loads(made.with_suffix(".toml").read_text())["prompt"]
     assert (table["text"], table["expanded"], table["creativity"]) == ("a red fox", high[0], "high")
     assert "Identical" in k2("rerun", made).stderr
-    assert '--creativity cannot be "wild"' in k2("render", "--creativity", "wild", code=1).stderr
+    assert '--creativity cannot be "wild"' in k2("render", "--creativity", "wild", code=2).stderr

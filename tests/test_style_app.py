@@ -306,7 +306,7 @@ def test_the_list_goes_on_past_a_broken_style(looks, k2):
 
 def test_a_mix_is_kept_where_its_preview_fails_and_may_be_asked_for_again(looks, k2):
     asked = ["mix-styles", "dusk=1", "riso=1", "--save-as", "blend"]
-    k2(*asked, "--device", "tpu", code=1)
+    k2(*asked, "--device", "cuda:99", code=1)
     k2(*asked, "--no-preview")
     assert "There is a style blend already." in k2("mix-styles", "dusk=2", "--save-as", "blend", code=1).stderr
 

@@ -126,11 +126,12 @@ def test_a_real_process_ends_by_ctrl_c(moody):
         (["--batch", "0"], "--batch must lie between 1 and 1,000, not 0."),
         (["--size", "65x65"], "--size: the sides of 65x65 are not multiples of 16."),
         (["--size", "big"], '--size: "big" is not a size.'),
-        (["--device", "foo"], 'There is no device "foo".'),
+        (["--device", "foo"], '--device cannot be "foo".'),
+        (["--device", "cuda:99"], 'There is no device "cuda:99".'),
     ],
 )
 def test_a_mistake_of_the_command_line_is_not_waited_for(moody, k2, changes, arguments, message):
-    result = k2("watch", *arguments, code=1)
+    result = k2("watch", *arguments, code=2 if message.startswith("--") else 1)
 
     assert message in result.stderr and "Waiting" not in result.stderr
 
