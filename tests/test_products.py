@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,26 @@ def test_under_autocast_it_answers_as_a_linear_layer_does():
     assert answer.dtype == torch.bfloat16 and answer.shape == (2, 20, 48)
     answer.float().sum().backward()
     assert layer[0].weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_any_number_of_tokens_will_do(name):
+    """Kernels take products whose every side but the first is a multiple of 16, and the tokens are one, turned."""
+    how = products(name)
+
+    def strict(a, b):
+        assert a.numbers.shape[1] % 16 == b.numbers.shape[1] % 16 == len(b.numbers) % 16 == 0
+        return how.multiply(a, b)
+
+    layer = nn.Sequential(nn.Linear(32, 48))
+    convert(layer, replace(how, multiply=strict))
+    x = torch.randn(3, 17, 32, requires_grad=True)
+    answer = layer(x)
+    answer.square().sum().backward()
+    exact = F.linear(x, layer[0].weight, layer[0].bias)
+    wanted = torch.autograd.grad(exact.square().sum(), (x, layer[0].weight))
+    assert answer.shape == (3, 17, 48) and relative_error(answer, exact) < 0.05
+    assert relative_error(x.grad, wanted[0]) < 0.1 and relative_error(layer[0].weight.grad, wanted[1]) < 0.1
 
 
 def test_sides_that_do_not_fit_are_left_alone():

@@ -162,7 +162,8 @@ class TrainedLinear(nn.Linear):
         tokens = x.flatten(0, -2)
         if len(tokens) <= FEW:  # kernels refuse so few, and there is nothing to gain
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        answer = EightBitProduct.apply(tokens, self.weight, self.how)
+        rows = F.pad(tokens, (0, 0, 0, -len(tokens) % MULTIPLE))  # the weight's gradient sums over them
+        answer = EightBitProduct.apply(rows, self.weight, self.how)[: len(tokens)]
         if self.bias is not None:
             answer = answer + self.bias.to(x.dtype)
         return answer.unflatten(0, x.shape[:-1])
