@@ -73,13 +73,11 @@ def choose(
     for value, known, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
         if value not in (None, *known):
             raise K2Error(f'There is no {what} "{value}".', hint=f"Choose {', '.join(known[:-1])} or {known[-1]}.")
-    plans = [
-        Plan(dtype, *way, needs(numbers, dtype, *way))
-        for way in ways(numbers, eight, precision)
-        if offload in (None, way[1])
-    ]
     if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL:
-        return plans[0]
+        open_ways = [(precision or "native", offload or "none")]
+    else:
+        open_ways = [way for way in ways(numbers, eight, precision) if offload in (None, way[1])]
+    plans = [Plan(dtype, *way, needs(numbers, dtype, *way)) for way in open_ways]
     return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.needs))
 
 

@@ -1,7 +1,7 @@
 """Weights that come block by block: read while the block before works, and gone once their own block has worked.
 
 So a network needs the memory of two blocks and of what stands outside of them. The weights are those that it would
-have held, so its answers are the same bit for bit.
+have held, so its answers are the same bit for bit, where neither is compiled.
 """
 
 from __future__ import annotations

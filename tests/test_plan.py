@@ -70,6 +70,8 @@ def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F
     chosen = choose(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
     assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
+    streamed = choose(replace(numbers, stored="int8"), 0, dtype="float32", offload="all")
+    assert (streamed.precision, streamed.offload) == ("native", "all")  # nothing is rounded that nobody asked for
 
 
 def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
