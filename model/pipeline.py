@@ -346,7 +346,7 @@ class Pipeline:
         facts = {
             "model": self.hashes(),
             "adapters": adapters,
-            "computed": [str(self.device), str(self.dtype), self.plan.precision, torch.__version__],
+            "computed": [str(self.device), str(self.dtype), self.plan.precision, torch.__version__, self._threads],
             "size": [spec.width, spec.height],
             "prompt": NEUTRAL,
             "noise": SEED,
@@ -401,11 +401,16 @@ class Pipeline:
             "dtype": self.plan.dtype,
             "precision": self.plan.precision,
             "offload": self.plan.offload,
-            **({"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}),
+            **({"threads": self._threads} if self._threads else {}),
             "versions": {"torch": torch.__version__},
             "seconds": round(seconds, 3),
             "pixels": hashlib.sha256(image.tobytes()).hexdigest(),
         }
+
+    @property
+    def _threads(self) -> int | None:
+        """Threads that share the work out, which the last bits depend on; None on a card."""
+        return torch.get_num_threads() if self.device.type == "cpu" else None
 
     def _image_tokens(self, spec: RenderSpec) -> int:
         assert spec.width and spec.height

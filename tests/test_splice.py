@@ -307,7 +307,8 @@ def test_a_hit_is_the_picture_that_a_miss_made(folder, pipeline, refs, cache, mo
 
 
 def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache):
-    """Another size, schedule, picture or number format is another capture; the reference's place on disk is not."""
+    """Another size, schedule, picture, number format or sharing among threads is another capture; the reference's place
+    on disk is not."""
     steps = 2
     known = 0
     for spec in (
@@ -320,6 +321,15 @@ def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache)
         assert len(list(cache.iterdir())) == known + 1
         known += 1
     Pipeline.load(str(folder), device="cpu", dtype="bfloat16").render([styled((refs[0], 1.0), steps=steps)])
+    known += 1
+    assert len(list(cache.iterdir())) == known
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        pipeline.render([styled((refs[0], 1.0), steps=steps)])
+    finally:
+        torch.set_num_threads(threads)
     assert len(list(cache.iterdir())) == known + 1
 
     refs[0].rename(moved := refs[0].with_name("moved.png"))
