@@ -371,6 +371,7 @@ def show(
     """
     from k2cli import records
     from k2cli.console import result
+    from k2cli.history import in_full
 
     record = records.parse(records.read(file), Path)
     if not json and sys.stdout.isatty():
@@ -380,7 +381,7 @@ def show(
         picture = next((path for path in map(file.with_suffix, PICTURES) if path.is_file()), None)
         if picture:
             preview(picture)
-    result(to_json(record.table) if json else records.describe(record))
+    result(to_json(in_full(record.table)) if json else records.describe(record))
 
 
 @app.command()

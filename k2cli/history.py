@@ -48,6 +48,25 @@ def loras(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
+MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
+    "": ("blocked", "leader", "style", "lora"),
+    "prompt": ("row", "caption", "unread"),
+    "settings": ("style_guidance", "leak_guard", "vision_tiles", "vision_rows"),
+    "leader": ("shared",),
+}
+
+
+def in_full(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as whoever rendered the picture was told of it: with null for what it has nothing to say of."""
+    full: dict[str, Any] = dict.fromkeys(MAY_BE_NULL[""]) | dict(table)
+    for part, keys in MAY_BE_NULL.items():
+        if isinstance(full.get(part), dict):
+            full[part] = dict.fromkeys(keys) | full[part]
+    if isinstance(full["style"], list):
+        full["style"] = [{"method": None} | style if isinstance(style, dict) else style for style in full["style"]]
+    return full
+
+
 @dataclass(frozen=True)
 class Made:
     """One picture on disk and the table of its record. The properties take whatever a record may hold."""

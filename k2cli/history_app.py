@@ -80,7 +80,7 @@ def log(
     if json:
         for each in found:
             file = os.path.join(near_folder(each.path.parent, os.getcwd()), each.path.name)
-            result(to_json({"file": file, **each.table}))
+            result(to_json({"file": file, **history.in_full(each.table)}))
     elif sys.stdout.isatty():
         show_table(found)
     else:

@@ -93,15 +93,19 @@ def test_what_the_encoding_lacks_is_said_by_its_number(moody):
     assert json.loads(done.stdout.decode("latin-1"))["prompt"]["text"] == "café 東京"
 
 
-def test_the_log_as_json_is_the_records_of_a_render(moody, k2):
-    rendered = k2("render", "--json").stdout
+@pytest.mark.parametrize("asked", [[], ["--style", "dusk=0.5", "--cohesion", "0.5", "--matrix", "steps=2,3"]])
+def test_a_record_as_json_is_what_its_render_printed(moody, k2, asked):
+    """With every key that TOML, which has no null, leaves out."""
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+    rendered = k2("render", *asked, "--json").stdout
 
     def objects(text: str) -> list[dict]:
-        """What TOML leaves out is null in what a render prints."""
-        found = [json.loads(line, object_hook=lambda t: {k: t[k] for k in t if t[k] is not None}) for line in text]
-        return sorted(found, key=lambda each: each["file"])
+        return sorted(map(json.loads, text.splitlines()), key=lambda each: each["file"])
 
-    assert objects(k2("log", "--json").stdout.splitlines()) == objects(rendered.splitlines())
+    assert objects(k2("log", "--json").stdout) == objects(rendered)
+    first = objects(rendered)[0]
+    assert {"file": first["file"], **json.loads(k2("show", first["file"], "--json").stdout)} == first
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
