@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli.outputs import Exists, Run, dump, new_draft, next_number, undisturbed, write
+from k2cli import outputs
+from k2cli.outputs import FOLDER, Exists, Run, dump, hold, new_draft, next_number, opened, undisturbed, write
 from model.errors import K2Error
 
 
-def claim_many(outputs: Path, name: str, count: int) -> list[str]:
-    return [Run.claim(outputs, name).folder.name for _ in range(count)]
+def claim_many(folder: Path, name: str, count: int) -> list[str]:
+    return [Run.claim(folder, name).folder.name for _ in range(count)]
 
 
 def test_runs_count_up_past_what_is_there(tmp_path):
@@ -26,6 +27,30 @@ def test_runs_count_up_past_what_is_there(tmp_path):
         (tmp_path / name).mkdir()
 
     assert Run.claim(tmp_path, "owl").folder.name == "10001-owl"
+
+
+def test_the_last_run_is_that_of_the_highest_number(tmp_path):
+    """Which by name would be 9999."""
+    for name in ("9999-fox", "10000-owl"):
+        Run(tmp_path / name).folder.mkdir()
+        (tmp_path / name / "run.toml").touch()
+
+    assert Run.last(tmp_path).folder.name == "10000-owl"
+
+
+def test_a_number_that_another_has_just_named_is_left_to_it(tmp_path, monkeypatch):
+    """Where locks do not work, two may both come to make 0001."""
+    mkdir = Path.mkdir
+
+    def slower(path: Path) -> None:
+        mkdir(path)
+        if path.name == "0001":
+            mkdir(tmp_path / "0001-another")
+
+    monkeypatch.setattr(Path, "mkdir", slower)
+
+    assert next_number(tmp_path).name == "0002"
+    assert sorted(tree(tmp_path)) == ["0001-another", "0002"]
 
 
 def test_processes_never_share_a_number(tmp_path):
@@ -54,17 +79,42 @@ def test_an_interrupted_run_keeps_its_plan(tmp_path):
     Run(run.folder).lock()
 
 
-def test_a_run_with_a_picture_stays(tmp_path):
-    with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox") as run:
-        run.save("fox-7", b"picture", b"record")
+def test_a_run_interrupted_before_it_has_its_name_leaves_nothing(tmp_path, monkeypatch):
+    def press(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", press)
+    with pytest.raises(KeyboardInterrupt):
+        Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"})
+
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_a_run_with_a_picture_stays(tmp_path, suffix):
+    with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
+        run.save("fox-7", b"picture", b"record", suffix)
         raise ZeroDivisionError
 
-    assert tree(run.folder) == {"fox-7.png": b"picture", "fox-7.toml": b"record"}
+    assert tree(run.folder) == {f"fox-7{suffix}": b"picture", "fox-7.toml": b"record", "run.toml": b"planned"}
+
+
+def test_a_run_with_a_blocked_picture_stays(tmp_path):
+    with pytest.raises(ZeroDivisionError), Run.claim(tmp_path / "outputs", "fox", {"run.toml": b"planned"}) as run:
+        run.block("fox-7", b"record")
+        raise ZeroDivisionError
+
+    assert tree(run.folder) == {"fox-7.blocked.toml": b"record", "run.toml": b"planned"}
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EIO, "cannot be written")],
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "disk is full"),
+        (errno.EIO, "cannot be written"),
+        (errno.EROFS, "the file system is read-only"),
+    ],
 )
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_cannot_be_written_whole_is_not_there_at_all(tmp_path, monkeypatch, failing, code, message):
@@ -81,6 +131,34 @@ def test_what_cannot_be_written_whole_is_not_there_at_all(tmp_path, monkeypatch,
     with pytest.raises(K2Error, match=message):
         write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
     assert tree(tmp_path) == {"a": b"old"}
+
+
+def test_what_was_replaced_is_not_taken_away_by_what_could_not_be(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def fail_at_b(draft: Path, path: Path) -> None:
+        if path.name == "b":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "replace", fail_at_b)
+
+    with pytest.raises(K2Error, match="cannot be written"):
+        write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert tree(tmp_path) == {"a": b"new"}
+
+
+def test_names_are_flushed_to_disk_after_the_files(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+
+    write({tmp_path / "a": b"new"})
+
+    assert flushed == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_a_picture_that_is_not_there_would_be_a_png(tmp_path):
+    assert Run(tmp_path).picture("fox-7").name == "fox-7.png"
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -118,6 +196,17 @@ def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path):
         again.lock()
 
 
+def test_a_file_system_without_locks_keeps_nobody_from_a_run(tmp_path, monkeypatch):
+    def flock(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    run = Run.claim(tmp_path, "fox", {"run.toml": b"planned"})
+
+    assert not Run(run.folder).busy
+    Run(run.folder).lock()
+
+
 def test_a_plan_is_there_as_soon_as_its_run_has_a_name(tmp_path, monkeypatch):
     seen = []
     rename = Path.rename
@@ -131,11 +220,11 @@ def test_a_plan_is_there_as_soon_as_its_run_has_a_name(tmp_path, monkeypatch):
         assert seen == [{"run.toml": b"planned"}] == [tree(run.folder)]
 
 
-def leave_behind(outputs: Path, half: Path) -> None:
+def leave_behind(folder: Path, half: Path) -> None:
     """A process that dies between claiming a number and naming its run, with a file half written elsewhere."""
     draft, handle = new_draft(half)
     os.write(handle, b"half")
-    assert next_number(outputs).is_dir() and draft.exists()
+    assert next_number(folder).is_dir() and draft.exists()
     os._exit(9)
 
 
@@ -154,12 +243,36 @@ def test_what_a_dead_process_left_is_gone_at_the_next_start_and_the_living_keep_
     os.close(handle)
 
 
+def test_nothing_is_cleared_away_beside_a_process_that_stands_still(tmp_path, monkeypatch):
+    """It may be about to name the number that it holds."""
+    monkeypatch.setattr(outputs, "PATIENCE", 0.0)
+    (tmp_path / "0001").mkdir()
+
+    with opened(tmp_path, FOLDER) as handle:
+        assert hold(handle)
+        assert Run.claim(tmp_path, "fox").folder.name == "0002-fox"
+    assert (tmp_path / "0001").is_dir()
+
+
+def test_nothing_is_cleared_away_behind_a_link(tmp_path):
+    half = tmp_path / "elsewhere" / ".1-0abc.draft"
+    half.parent.mkdir()
+    half.touch()
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "0001-fox").symlink_to(half.parent)
+
+    Run.claim(tmp_path / "outputs", "owl")
+
+    assert half.exists()
+
+
 def test_a_folder_with_a_number_and_content_is_left_alone(tmp_path):
     (tmp_path / "0003").mkdir()
     (tmp_path / "0003" / "notes.txt").write_text("mine")
+    (tmp_path / "0003" / "run.toml").touch()
 
     assert Run.claim(tmp_path, "fox").folder.name == "0004-fox"
-    assert (tmp_path / "0003" / "notes.txt").read_text() == "mine"
+    assert tree(tmp_path / "0003") == {"notes.txt": b"mine", "run.toml": b""}
 
 
 def test_no_draft_follows_a_link(tmp_path, monkeypatch):
@@ -173,6 +286,12 @@ def test_no_draft_follows_a_link(tmp_path, monkeypatch):
     write({tmp_path / "a": b"new"})
 
     assert victim.read_text() == "precious" and (tmp_path / "a").read_bytes() == b"new"
+
+
+def press_by_default() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with undisturbed():
+        signal.raise_signal(signal.SIGINT)
 
 
 class TestUndisturbed:
@@ -202,6 +321,13 @@ class TestUndisturbed:
 
         assert done == [1]
 
+    def test_it_ends_a_process_that_has_no_handler_of_its_own(self):
+        process = multiprocessing.get_context("fork").Process(target=press_by_default)
+        process.start()
+        process.join()
+
+        assert process.exitcode == -signal.SIGINT
+
     def test_it_passes_from_the_inner_to_the_outer(self):
         done = []
         with pytest.raises(KeyboardInterrupt), undisturbed():
@@ -215,5 +341,6 @@ class TestUndisturbed:
 
 def test_nothing_is_left_out_of_toml_but_none():
     assert (
-        dump({"a": 1, "b": None, "c": {"d": [1, 2], "e": None}}).decode() == "a = 1\n\n[c]\nd = [\n    1,\n    2,\n]\n"
+        dump({"a": 0, "b": None, "c": {"d": [1, 2], "e": None, "f": ""}}).decode()
+        == 'a = 0\n\n[c]\nd = [\n    1,\n    2,\n]\nf = ""\n'
     )
