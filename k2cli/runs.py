@@ -15,7 +15,7 @@ from k2cli import embedded, models, records
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
 from k2cli.history import PLAIN_LINE, parse_lines
-from k2cli.outputs import RUN, Exists, Run, dump, undisturbed, write
+from k2cli.outputs import RUN, Exists, Run, dump, number_of, undisturbed, write
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.sheet import Entry, contact_sheets
@@ -149,7 +149,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     record = records.parse(toml, job.project.inside)
     made, made_on = record.shot.spec, toml.table.get("created")
     facts = [
-        f"run {run.folder.name[:4]}",
+        f"run {number_of(run.folder):04d}",
         f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
         *([f"{made.steps} steps"] if len({shot.spec.steps for shot in shots}) == 1 else []),
         *([f"guidance {made.guidance or 0:g}"] if len({shot.spec.guidance for shot in shots}) == 1 else []),

@@ -559,6 +559,28 @@ def test_no_page_of_a_sheet_is_called_as_a_picture_may_be(moody, k2, monkeypatch
     assert {Image.open(folder / name).size for name in pictures} == {(64, 96)}
 
 
+def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
+    told = []
+
+    def note(entries: list[sheet.Entry], title: str, subtitle: str, **form: Any) -> Any:
+        told.append((title, subtitle.split(" · ")[:-1]))
+        return iter(())
+
+    monkeypatch.setattr(runs, "contact_sheets", note)
+    (moody / "outputs" / "9999-fox").mkdir(parents=True)
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+    k2("render", "--steps", "4", "--guidance", "0", "--style", "dusk=0.5")
+    k2("render", "--matrix", "steps=4,8", "--style", "dusk=0.5")  # there the captions tell
+    k2("render", "--matrix", "guidance=0,1.5")
+
+    assert told == [
+        ("moody", ["run 10000", "mini raw", "4 steps", "guidance 0", "dusk 0.5"]),
+        ("moody", ["run 10001", "mini raw", "guidance 2.5"]),
+        ("moody", ["run 10002", "mini raw", "28 steps"]),
+    ]
+
+
 def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
     """No metadata where none was wanted, and a path of styles is laid out as one."""
     (moody / "styles").mkdir()
