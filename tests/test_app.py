@@ -492,6 +492,12 @@ def test_a_dry_run_of_a_finished_run_says_so(moody, k2):
     assert k2("render", "--resume", "--dry-run", "--quiet").stderr == ""
 
 
+def test_a_finished_run_of_one_picture_lacks_no_sheet(moody, k2):
+    k2("render", "-p", "tea")
+
+    assert k2("render", "--resume").stderr == "outputs/0001-tea: every picture of the run is there.\n"
+
+
 def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, monkeypatch):
     rename = Path.rename
 
@@ -629,6 +635,27 @@ def test_resume_refuses_other_weights(moody, k2, fake):
     box.write_bytes(box.read_bytes() + b" ")
 
     assert "mini-vae.safetensors is not what it was" in k2("render", "--resume", code=1).stderr
+
+
+def test_resume_refuses_other_references_though_no_picture_is_there_yet(moody, k2, fake):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "a.png"\n')
+    (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+    Image.new("RGB", (64, 64), "navy").save(moody / "a.png")
+    interrupt(fake, k2, 0)
+    Image.new("RGB", (64, 64), "teal").save(moody / "a.png")
+
+    assert "a.png is not what it was" in k2("render", "--resume", code=1).stderr
+
+
+@pytest.mark.parametrize(("old", "new"), [("schema = 1\n", "schema = 2\n"), ("[picture", "[pictures")])
+def test_what_is_no_plan_is_one_sentence(moody, k2, fake, old, new):
+    interrupt(fake, k2, 3)
+    plan = moody / "outputs" / "0001-fox-and-1-more" / "run.toml"
+    plan.write_text(plan.read_text().replace(old, new))
+
+    told = k2("render", "--resume", code=1).stderr
+    assert "run.toml is not a plan that this version of k2 can read." in told and "Start anew" in told
 
 
 def test_a_bug_keeps_its_traceback(moody, k2, fake):

@@ -7,6 +7,7 @@ import tomllib
 from types import SimpleNamespace
 
 import pytest
+from conftest import tree
 from PIL import Image
 
 from model import safety
@@ -113,6 +114,18 @@ def test_what_is_blocked_is_recorded_but_not_saved(moody, k2, strict):
     assert record["blocked"] == {"filter": "eyes", "reason": "looks odd"} and record["settings"]["seed"] == 7
     assert "by eyes: looks odd" in k2("show", folder / "an-owl-at-night-7.blocked.toml").stdout
     assert "every picture of the run is there" in k2("render", "--resume").stderr
+
+
+def test_a_run_whose_first_picture_was_blocked_is_gone_on_with(moody, k2, strict):
+    strict("-+")
+    assert "contact sheet" not in k2("render").stderr  # of one picture it is nothing to tell of
+    folder = moody / "outputs/0001-fox-and-1-more"
+    whole = tree(folder)
+    (folder / "sheet.png").unlink()
+
+    k2("render", "--resume")
+
+    assert tree(folder) == whole
 
 
 def test_a_run_may_be_blocked_whole(moody, k2, strict):
