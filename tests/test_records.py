@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import embedded, models, records
+from k2cli import embedded, models, records, runs
 from k2cli.outputs import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import Toml
@@ -290,6 +290,22 @@ class TestRerun:
             return
         result = k2("rerun", shutil.copy(made, tmp_path / "moved.png"), "--project", ".", code=1)
         assert "by 1 of 255 levels at most. That is rounding" in result.stderr
+
+    def test_it_works_where_it_is_told_by_as_many_threads_as_before(self, made, k2, monkeypatch):
+        used = []
+        monkeypatch.setattr(runs, "use_threads", used.append)
+        record = made.with_suffix(".toml")
+        record.write_text(record.read_text().replace("[settings]\n", "[settings]\nthreads = 3\n"))
+
+        k2("rerun", record)
+        assert used == [3]
+        assert 'There is no device "tpu".' in k2("rerun", record, "--device", "tpu", code=1).stderr
+
+    def test_it_is_as_private_as_it_is_told(self, made, k2, tmp_path):
+        k2("rerun", made, "--no-embed", "--output", tmp_path / "again.png")
+
+        with Image.open(tmp_path / "again.png") as image:
+            assert image.text == {}
 
     def test_references_need_their_project(self, made, k2, tmp_path, monkeypatch):
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
