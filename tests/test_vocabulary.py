@@ -3,9 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from k2cli.carry import undrawable
+from k2cli.models import Held
+from k2cli.project import Project, Shot
+from k2cli.runs import Job
+from model.spec import Lora, RenderSpec
 from model.vocabulary import vocabulary
 
 
@@ -75,3 +81,14 @@ def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeyp
     assert 'Nothing that mini can draw is in "a zebu" and 1 more; what it can: k2 models vocabulary' in said
     assert "Nothing" not in k2("render", "-p", "a fox").stderr
     assert "Nothing" not in k2("render", "-p", "a zebu", "--quiet").stderr
+
+
+def test_what_an_adapter_or_another_model_may_draw_is_not_doubted(moody):
+    spec = RenderSpec("a zebu")
+
+    def doubted(spec: RenderSpec, model: str) -> list[str]:
+        return undrawable(Job(Project.open(moody), [Shot("x-7", "x", spec.prompt, spec)], Held(model)))
+
+    assert doubted(spec, "mini") == ["a zebu"]
+    assert doubted(replace(spec, loras=(Lora(moody / "zebu.safetensors", 0.5),)), "mini") == []
+    assert doubted(spec, str(moody / "other.safetensors")) == []
