@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
 import xml.etree.ElementTree as ElementTree
+import zlib
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,9 +21,9 @@ from PIL import Image
 from k2cli import embedded, models, records, runs
 from k2cli.outputs import dump
 from k2cli.project import Project, Shot
-from k2cli.tables import Toml
+from k2cli.tables import LIMIT, Toml
 from model.errors import K2Error
-from model.spec import Picture, Reference, RenderSpec, Style
+from model.spec import Leader, Picture, Reference, RenderSpec, Style
 
 MADE = {
     "seed": 7,
@@ -37,6 +41,9 @@ MADE = {
 }
 
 
+HASH = f'"mini-raw.safetensors" = "{"ab" * 32}"'
+
+
 def picture() -> Picture:
     image = Image.linear_gradient("L").resize((32, 48)).convert("RGB")
     return Picture(image, MADE)
@@ -51,8 +58,15 @@ def test_a_record_leads_back_to_its_spec(moody):
     reference = moody / "refs" / "a.png"
     reference.parent.mkdir()
     picture().image.save(reference)
-    looks = (Style("dusk", -0.6, (Reference(reference, 0.5),), ("film",), ("gloss",)),)
-    asked = shot(styles=looks)
+    lora = moody / "ink.safetensors"
+    lora.touch()
+    looks = (
+        Style("dusk", -0.6, (Reference(reference, 0.5),), ("film",), ("gloss",), method="splice"),
+        Style("ink", 0.5, lora=lora, triggers=("inkk",)),
+    )
+    read = {"style_guidance": 1.5, "leak_guard": "shift", "vision_tiles": 4, "vision_rows": False}
+    asked = shot(styles=looks, cohesion=0.5, leader=Leader("tea", 3, "milk"), **read)
+    asked = replace(asked, row="a row", caption="a caption", creativity="high")
     text = dump(records.compose(asked, picture(), moody)).decode()
 
     read = records.parse(Toml(text, "fox-7.toml"), Project.open(moody).inside)
@@ -61,7 +75,7 @@ def test_a_record_leads_back_to_its_spec(moody):
     assert read.model == models.Held("mini", "raw", "cpu", "float32", "int8", "text")
     assert read.pixels == records.pixel_hash(picture().image)
     assert read.files == {"mini-raw.safetensors": "ab" * 32}
-    assert list(read.references) == [reference]
+    assert list(read.references) == [reference, lora]
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,18 +113,60 @@ def test_pictures_say_what_other_tools_look_for(tmp_path):
 
     assert pixels == picture().image.tobytes()
     assert text["parameters"].splitlines()[:2] == ["a red fox, film", "Negative prompt: snow"]
-    assert (
-        text["parameters"]
-        .splitlines()[2]
-        .startswith("Steps: 8, Sampler: Euler, CFG scale: 3.5, Seed: 7, Size: 32x48, Model hash: abababab")
-    )
+    assert text["parameters"].splitlines()[2:] == [
+        "Steps: 8, Sampler: Euler, CFG scale: 3.5, Seed: 7, Size: 32x48, Model hash: ababababab, Model: mini-raw, "
+        f"Version: k2 {version('k2')}"
+    ]
+    elsewhere = record | {"model": record["model"] | {"name": "models/ink.safetensors"}}
+    assert ", Model: ink-raw, " in embedded.parameters(elsewhere)
     assert Toml(text["k2"], "chunk").table == Toml(dump(record).decode(), "file").table
     (description,) = ElementTree.fromstring(text["XML:com.adobe.xmp"]).iter(
         "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
     )
     iptc = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
     assert description.attrib[iptc + "DigitalSourceType"].endswith("/trainedAlgorithmicMedia")
+    assert description.attrib[iptc + "AISystemUsed"] == "k2, mini raw"
+    assert description.attrib[iptc + "AISystemVersionUsed"] == version("k2")
     assert description.attrib[iptc + "AIPromptInformation"] == "a red fox, film"
+
+
+def test_a_record_behind_the_picture_is_found(tmp_path):
+    """Where some tools put texts."""
+    record = records.compose(shot(), picture(), tmp_path)
+    path = tmp_path / "fox-7.png"
+    bare = embedded.encode(picture().image, record, embed=False)
+    chunk = b"iTXtk2\0\0\0\0\0" + dump(record)
+    end = bare.index(b"IEND") - 4
+    text = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(bare[:end] + text + bare[end:])
+
+    assert records.read(path).table["prompt"]["text"] == "a red fox"
+
+
+def test_a_record_in_a_picture_that_is_longer_than_any_is_not_read(tmp_path):
+    record = records.compose(shot(), picture(), tmp_path)
+    path = tmp_path / "fox-7.png"
+    path.write_bytes(embedded.encode(picture().image, record | {"more": "x" * LIMIT}))
+
+    with pytest.raises(K2Error, match="carries no record"):
+        records.read(path)
+
+
+def test_a_file_is_read_again_once_it_has_changed(tmp_path):
+    """Be it to as many bytes."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    before = records.sha256_once(path)
+    path.write_bytes(b"two")
+    os.utime(path, (1, 1))
+
+    assert records.sha256_once(path) == models.sha256(path) != before
+
+
+def test_a_model_within_the_project_moves_with_it(tmp_path):
+    assert records.portable(str(tmp_path / "models" / "ink.safetensors"), tmp_path) == "models/ink.safetensors"
+    assert records.portable("/else/where.safetensors", tmp_path) == "/else/where.safetensors"
+    assert records.portable("mini", tmp_path) == "mini"
 
 
 def test_a_private_picture_says_nothing(tmp_path):
@@ -135,6 +191,8 @@ def test_a_private_picture_says_nothing(tmp_path):
         ('precision = "int8"', 'precision = "int3"', r'line \d+: "precision" cannot be "int3"'),
         ("[settings]", "[settinsg]", r"the table \[settings\] is missing"),
         ('name = "mini"', 'name = "/etc/passwd"', "lies outside the project"),
+        (HASH, "", "expected a table of file = sha256"),
+        (HASH, '"mini-raw.safetensors" = 3', "expected a table of file = sha256"),
         ('"mini-raw.safetensors"', '"../mini-raw.safetensors"', "names a file outside its model"),
         ('"mini-raw.safetensors"', f'"{"9" * 300}"', "no file can have a name that long"),
         ('variant = "raw"', f'variant = "{"9" * 300}"', "holds no 9+ checkpoint"),
@@ -167,6 +225,8 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
 
     assert shown[0] == shown[1] == shown[2]
     assert "prompt      tea\n" in shown[0] and "seed        7\n" in shown[0]
+    as_usual = {"blocked", "expanded", "creativity", "avoid", "cohesion", "apart", "guard", "weights", "offload"}
+    assert not as_usual & {line.split(" ")[0] for line in shown[0].splitlines()}
 
 
 def test_show_names_loras_and_their_weights(moody, k2):
