@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k2cli import runs
-from k2cli.hands import TRIES, Group, Held, Lost, Processes, Ready, groups_of, spread
+from k2cli.hands import TRIES, Group, Held, Lost, News, Processes, Ready, groups_of, spread
 from k2cli.tables import Toml
 from model import library
 from model.errors import K2Error
@@ -75,8 +75,51 @@ def test_every_picture_comes_once_whoever_is_lost(batches, wanted, seed):
 
 
 def test_what_kills_every_hand_is_given_up():
+    crew = Scripted([1], 0, losing=1.0)
+
     with pytest.raises(K2Error, match=f"{TRIES} workers in this test were lost over loading the model: struck"):
-        list(spread(Scripted([1], 0, losing=1.0), Held("mini"), {0}))
+        list(spread(crew, Held("mini"), {0}))
+    assert crew.hired == TRIES
+
+
+class Told(Scripted):
+    """Hands whose news is written down."""
+
+    def __init__(self, *news: tuple[int, News]):
+        super().__init__([], 0, losing=0.0)
+        self.news, self.given = iter(news), list[tuple[int, Group]]()
+
+    def give(self, hand: int, group: Group) -> None:
+        self.given.append((hand, group))
+
+    def hear(self):
+        return next(self.news)
+
+
+READY = Ready(Held("mini", dtype="float32"), [1, 1])
+FIRST, SECOND = ([Picture(PICTURE, {"model": {}, "seed": seed})] for seed in (0, 1))
+
+
+def test_a_hand_that_is_lost_while_idle_is_given_nothing_more():
+    lost = Lost("struck")
+    crew = Told((1, READY), (2, READY), (1, FIRST), (1, lost), (2, lost), (3, READY), (3, SECOND))
+
+    assert [index for index, _ in spread(crew, Held("mini"), {0, 1})] == [0, 1]
+    assert crew.given == [(1, (0,)), (2, (1,)), (3, (1,))]
+    assert crew.held == [Held("mini"), READY.held, READY.held]
+
+
+def test_what_a_lost_hand_had_is_given_to_an_idle_one():
+    crew = Told((1, READY), (2, READY), (1, FIRST), (2, Lost("struck")), (1, SECOND))
+
+    assert [index for index, _ in spread(crew, Held("mini"), {0, 1})] == [0, 1]
+    assert crew.given == [(1, (0,)), (2, (1,)), (1, (1,))] and crew.hired == 2
+
+
+def test_no_more_hands_are_hired_than_there_is_work_for():
+    crew = Told((1, READY), (1, FIRST))
+
+    assert len(list(spread(crew, Held("mini"), {0}))) == crew.hired == 1
 
 
 def test_groups_are_the_batches_of_the_whole_run():
