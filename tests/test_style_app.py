@@ -112,6 +112,22 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     assert len(board) == 4 and not any("sheet" in path.name for path in board)
 
 
+def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
+    """And by nothing that a shell or a file list would take for something else."""
+    (photos / "b").mkdir()
+    for name, colour in (("a.png", "navy"), ("-a-.png", "teal"), ("!!!.png", "black")):
+        Image.new("RGB", (32, 32), colour).save(photos / "b" / name)
+
+    k2("style", "add", "dusk", photos / "a.png", *sorted((photos / "b").iterdir()))
+
+    assert sorted(path.name for path in (moody / "refs" / "dusk").iterdir()) == [
+        "a-2.png",
+        "a-3.png",
+        "a.png",
+        "picture.png",
+    ]
+
+
 def test_add_with_json(moody, photos, k2):
     found = json.loads(k2("style", "add", "dusk", photos / "a.png", "--json", "--quiet").stdout)
 
@@ -241,6 +257,7 @@ def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
     assert [len([p for p in three.points if p.row == row]) for row in dict.fromkeys(p.row for p in three.points)] == [
         1, 2, 3, 4,
     ]  # fmt: skip
+    assert list(dict.fromkeys(point.row for point in three.points)) == ["dusk 1", "dusk 0.67", "dusk 0.33", "dusk 0"]
     corners = [{k: v for k, v in three.points[i].weights.items() if v} for i in (0, 6, 9)]
     assert corners == [{"dusk": 1.0}, {"ink": 1.0}, {"riso": 1.0}]
     assert all(abs(sum(point.weights.values()) - 1) < 1e-5 for point in three.points)
@@ -248,6 +265,8 @@ def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
     four = mix.sweep(dict.fromkeys(("dusk", "ink", "neon", "riso"), 1.0), 3)
     assert not four.centred and len(four.points) == 18
     assert list(dict.fromkeys(point.row for point in four.points))[:2] == ["dusk to ink", "dusk to neon"]
+
+    assert len(mix.sweep({"dusk": 1.0, "riso": 1.0}, sheet.PER_GRID).points) == sheet.PER_GRID
 
 
 def test_the_triangle_is_drawn(looks, k2):

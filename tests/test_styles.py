@@ -117,6 +117,18 @@ def test_the_order_of_styles_never_matters(styled):
     assert resolve(styled, dusk=0.6, riso=0.3) == resolve(styled, riso=0.3, dusk=0.6)
 
 
+def test_the_strongest_style_speaks_first(styled):
+    assert resolve(styled, dusk=0.3, riso=0.6).prompt == "a red fox, riso print, low key, film grain"
+
+
+@pytest.mark.parametrize("weight", [2, -2])
+def test_no_style_is_stronger_than_two_either_way(styled, weight):
+    assert resolve(styled, riso=weight).styles[0].strength == weight
+    write(styled, "x", "[mix]\nriso = 1.1\n")
+    with pytest.raises(K2Error, match=f'The weights of style "riso" add up to {1.1 * weight:g}, beyond'):
+        resolve(styled, x=weight)
+
+
 def test_a_mix_is_its_parts_by_weight(styled):
     assert resolve(styled, blend=0.5) == resolve(styled, dusk=0.35, riso=0.15)
     assert resolve(styled, blend=1, dusk=-0.7) == resolve(styled, riso=0.3)
@@ -149,6 +161,7 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ("[mix]\nx = 1\n", "styles/x.toml: the styles mix themselves, x → x.", "Break the circle."),
         ("[mix]\nducks = 1\n", 'styles/x.toml: there is no style "ducks".', 'Did you mean "dusk"?'),
         ("", "styles/x.toml has no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
+        ('avoids = ["neon"]\n', "no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
         ('keyword = ["a"]\n', 'styles/x.toml, line 1: unknown key "keyword".', 'Did you mean "keywords"?'),
         ("keywords = [1]\n", '1: "keywords" must be a list of texts.', 'Like keywords = ["one", "two"].'),
         ('avoids = ["b"]\nkeywords = ["", "x"]\n', 'x.toml, line 2: "keywords" has an empty text.', "or say a word."),
@@ -206,6 +219,16 @@ def test_a_circle_over_two_files_is_found(styled):
 
     with pytest.raises(K2Error, match="x → y → x"):
         resolve(styled, x=1)
+
+
+def test_mixes_nest_no_deeper_than_anyone_could_follow(styled):
+    for level in range(17):
+        write(styled, f"l{level}", f"[mix]\nl{level + 1} = 1\n")
+    write(styled, "l17", "[mix]\ndusk = 1\n")
+
+    assert resolve(styled, l2=1).styles[0].name == "dusk"
+    with pytest.raises(K2Error, match="mixes nest more than 16 deep"):
+        resolve(styled, l0=1)
 
 
 def test_a_link_out_of_the_project_counts_as_outside(styled, tmp_path):
