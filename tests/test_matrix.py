@@ -50,6 +50,11 @@ def test_too_many_readings():
         variants("{a|b|c|d}" * 10)
 
 
+def test_too_many_letters():
+    with pytest.raises(K2Error, match="comes to 12,533,760 characters"):
+        variants("{a|b}" * 12 + "x" * 3000)
+
+
 def test_a_reading_that_says_nothing(moody, k2):
     refused = k2("render", "--dry-run", "-p", "a fox", "-p", "{|red}", code=1)
     assert 'A reading of "{|red}" is empty.' in refused.stderr and "outside of the choices" in refused.stderr
@@ -212,6 +217,10 @@ def test_what_is_no_matrix_is_one_sentence(dusky, k2, text, message, hint):
     said = k2("render", code=1).stderr
 
     assert message in said and hint in said and len(said.splitlines()) <= 2
+
+
+def test_spaces_around_the_values_of_an_axis_mean_nothing():
+    assert read_axes(["creativity = raw, high"]).axes == {"creativity": ["raw", "high"]}
 
 
 @pytest.mark.parametrize("text", ["sede=1", "seed", "seed=x", "style.=1", "size=1x1", "steps="])
