@@ -68,6 +68,52 @@ def test_once_more_brings_it_up_to_date(moody, k2):
     assert os.stat(first / "an-owl-at-night-7.png").st_mtime_ns == kept.st_mtime_ns
 
 
+def test_a_picture_that_was_made_anew_is_brought_though_it_is_as_long(moody, k2):
+    k2("render", "-p", "tea")
+    k2("gallery")
+    made = moody / "outputs" / "0001-tea" / "tea-7.png"
+    other = made.read_bytes()[:-1] + b"\0"
+    made.unlink()
+    made.write_bytes(other)
+    os.utime(made, (1, 1))
+
+    k2("gallery")
+
+    assert (moody / "gallery" / "pictures" / "0001-tea" / "tea-7.png").read_bytes() == other
+
+
+def test_pictures_of_every_kind_are_dropped_and_runs_that_are_empty_then(moody, k2):
+    k2("render")
+    k2("gallery")
+    (first,) = (moody / "gallery" / "pictures").iterdir()
+    for name in ("a.webp", "b.jpg", "b.toml", "notes.txt"):
+        (first / name).write_text("old")
+    gone = first.with_name("0009-gone")
+    gone.mkdir()
+    (gone / "a.png").write_text("old")
+
+    k2("gallery")
+
+    made = {f"{stem}.{kind}" for stem in ("fox-7", "an-owl-at-night-7") for kind in ("png", "toml")}
+    assert {path.name for path in first.iterdir()} == made | {"notes.txt"} and not gone.exists()
+
+
+@pytest.mark.parametrize("run", ["0001-fox-and-1-more", "0009-gone"])
+def test_no_run_of_a_gallery_leads_out_of_it(moody, k2, tmp_path, run):
+    k2("render")
+    k2("gallery")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a.png").write_bytes(b"mine")
+    pictures = moody / "gallery" / "pictures"
+    shutil.rmtree(pictures / run, ignore_errors=True)
+    (pictures / run).symlink_to(tmp_path / "precious")
+
+    k2("gallery")
+
+    assert tree(tmp_path / "precious") == {"a.png": b"mine"}
+    assert (pictures / "0001-fox-and-1-more" / "fox-7.png").exists()
+
+
 @pytest.mark.parametrize("holds", ["a file of mine", "a page of mine", "a link out of it"])
 def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
     k2("render")
@@ -112,7 +158,10 @@ def test_no_hard_links(moody, k2, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("no links")))
     k2("gallery")
 
-    assert len(list(moody.glob("gallery/pictures/*/*.png"))) == 2
+    copies = list(moody.glob("gallery/pictures/*/*.png"))
+    assert len(copies) == 2
+    for copy in copies:  # so that they are known the next time
+        assert copy.stat().st_mtime_ns == (moody / "outputs" / copy.parent.name / copy.name).stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -179,6 +228,29 @@ def test_the_policy_lets_only_the_pages_own_script_run():
     for tag in ("script", "style"):
         body = page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
         assert f"{tag}-src '{gallery.digest(body)}'" in policy
+
+
+def test_the_facts_leave_out_what_says_nothing(tmp_path):
+    many_pictures(tmp_path, 1)
+    data = gallery.describe("x", history.read(tmp_path))
+    facts = dict(data["facts"])
+
+    assert data["strings"] == ["a red fox", "fox"]
+    assert list(facts) == [
+        *("expanded", "size", "seed", "steps", "guidance", "mu", "model", "device", "created", "seconds", "pixels"),
+    ]
+    told = [facts[key] for key in ("expanded", "size", "guidance", "mu", "model", "pixels")]
+    assert told == ["a red fox, film grain", "64 × 64", "2.5", "0.5", "mini raw", "0" * 16]
+
+    (path,) = tmp_path.glob("*/*.toml")
+    text = path.read_text().replace(", film grain", "").replace('"raw"\n\n[settings]', '"high"\n\n[settings]')
+    text += '[[style]]\nname = "dusk"\nstrength = 0.5\n[[style.reference]]\nimage = "refs/a.png"\n'
+    path.write_text(text.replace('"native"', '"int8"'))
+    facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])
+
+    assert "expanded" not in facts
+    told = [facts[key] for key in ("styles", "references", "creativity", "weights")]
+    assert told == ["dusk 0.5", "refs/a.png", "high", "int8"]
 
 
 def test_loras_are_among_the_facts(tmp_path):
