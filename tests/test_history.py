@@ -90,6 +90,7 @@ def test_pictures_come_in_the_order_in_which_they_were_made(tmp_path):
         (Chosen(run="fox"), 12),
         (Chosen(prompt="FOX red"), 12),
         (Chosen(prompt="fox green"), 0),
+        (Chosen(prompt="film grain"), 24),
         (Chosen(style="dusk"), 12),
         (Chosen(style="dus"), 0),
         (Chosen(since=datetime(2026, 1, 2, tzinfo=UTC)), 12),
@@ -99,6 +100,12 @@ def test_filters(tmp_path, chosen, count):
     many_pictures(tmp_path, 24, per_run=12)
 
     assert len(list(history.read(tmp_path, chosen))) == count
+
+
+def test_a_prompt_is_found_by_its_name_too(tmp_path):
+    many_pictures(tmp_path, 1, text="a tree")
+
+    assert len(list(history.read(tmp_path, Chosen(prompt="fox")))) == 1
 
 
 def test_damaged_and_foreign_files_are_passed_over(tmp_path):
