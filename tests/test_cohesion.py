@@ -11,13 +11,13 @@ from PIL import Image, ImageChops
 from tiny import DIT, tiny, tiny_box  # noqa: F401
 
 from k2cli import runs
-from model.cohesion import Heard, leader_of, leads, shared_noise, tied
+from model.cohesion import GUARD, PULL, Heard, Tie, leader_of, leads, shared_noise, tied
 from model.dit import attention
 from model.errors import K2Error
 from model.pipeline import Pipeline
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
 from model.spec import tied as tie
-from model.splice import moments
+from model.splice import guarded, moments, pulled
 
 FOX = RenderSpec("a red fox", seed=7, steps=3)
 OWL = RenderSpec("an owl in flight over a dark forest", seed=9, steps=3)
@@ -186,6 +186,34 @@ def test_who_follows_itself_stays_as_it_is(scene):
     q, k, v = (x[:, :, 5:] for x in scene[0])
     answer = tied(attention, Heard(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
     torch.testing.assert_close(answer, attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_image_tokens_go_towards_the_leaders_statistics(scene):
+    stream, heard = scene
+    asked = []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        asked.append((q, k))
+        return attention(q, k, v)
+
+    tied(spy, heard, 0.5)(*stream)
+
+    q, k = (x[:, :, -12:] for x in asked[-1])
+    torch.testing.assert_close(q, pulled(stream[0][:, :, 5:], heard.q_mean, heard.q_var, PULL * 0.5))
+    torch.testing.assert_close(k, pulled(stream[1][:, :, 5:], heard.k_mean, heard.k_var, PULL * 0.5))
+
+
+def test_the_leader_is_heard_in_the_deeper_blocks_and_guarded():
+    config = replace(DIT, blocks=8)
+    bond = Tie(config, 0.5, [1.0, 0.6], (3, 4))
+    q, k, v = (torch.randn(1, n, 17, config.head_dim) for n in (config.heads, config.kv_heads, config.kv_heads))
+
+    attend = bond.listen(None, [0], 1)
+
+    assert attend[:2] == [None, None] and torch.equal(attend[2](q, k, v), attention(q, k, v))
+    (heard,) = bond.heard[0]
+    torch.testing.assert_close(heard.k, guarded(k[0, :, 5:], config, GUARD, 0.6, 4))
+    torch.testing.assert_close(heard.k_mean, k[0, :, 5:].mean(1, keepdim=True))
 
 
 # ---- the command line -------------------------------------------------------------------------------------------
