@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from model.dit import Krea2, attention, rotate
 from model.errors import K2Error
 from model.pipeline import Pipeline
 from model.spec import LEAK_GUARDS, Picture, Reference, RenderSpec, Style
-from model.splice import Capture, CaptureCache, attends, damping, mixture, moments, pulled, shifted
+from model.splice import SPARE_BYTES, Capture, CaptureCache, attends, damping, mixture, moments, pulled, shifted
 
 FOX = RenderSpec("a red fox", seed=7, steps=3, guidance=0.0)
 CPU = torch.device("cpu")
@@ -368,6 +370,13 @@ def test_the_longest_unused_is_forgotten_first(tmp_path):
 
     cache.put({"step": 4}, made, of=100)  # they cannot all stay, so none is worth the writing
     assert cache.get({"step": 4}, CPU) is None
+
+
+def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path, monkeypatch):
+    cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=SPARE_BYTES))
+    cache.put({"step": 0}, made)
+    assert cache.get({"step": 0}, CPU) is None
 
 
 def test_drafts_of_killed_processes_do_not_stay(tmp_path):
