@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import asdict
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
 from model import checkpoint
-from model.checkpoint import open_checkpoint, read, save
+from model.checkpoint import Room, SafeTensors, open_checkpoint, read, save
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.layouts import diffusers_names, load_dit, to_diffusers
@@ -300,6 +301,15 @@ def test_a_file_larger_than_memory_is_read_from(tmp_path):
 
     (found,) = dict(open_checkpoint(path).read(["wanted"])).values()
     assert torch.equal(found, wanted.view(2, 3))
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_no_endless_wait(file):
+    with SafeTensors(file, "cpu") as opened:
+        last = max(opened.header, key=lambda name: opened.header[name]["data_offsets"][1])
+        os.truncate(file, file.stat().st_size - 1)
+
+        with pytest.raises(OSError, match="has become shorter"):
+            opened.read_tensor(last, Room())
 
 
 def test_a_file_that_is_written_has_the_rights_of_any_other(tmp_path):
