@@ -20,7 +20,8 @@ from model.dit import Krea2, attention, rotate
 from model.errors import K2Error
 from model.pipeline import Pipeline
 from model.spec import LEAK_GUARDS, Picture, Reference, RenderSpec, Style
-from model.splice import SPARE_BYTES, Capture, CaptureCache, attends, damping, mixture, moments, pulled, shifted
+from model.splice import SPARE_BYTES, Capture, CaptureCache, Splice, attends, damping, mixture, moments, pulled, shifted
+from model.style import Weighed
 
 FOX = RenderSpec("a red fox", seed=7, steps=3, guidance=0.0)
 CPU = torch.device("cpu")
@@ -138,6 +139,22 @@ def test_a_picture_does_not_depend_on_its_company(pipeline, refs):
     ]
     for spec, picture in zip(specs, pipeline.render(specs), strict=True):
         assert difference(pipeline.render([spec])[0], picture) <= 1
+
+
+def test_what_pushes_away_is_a_mixture_of_strength_one(monkeypatch):
+    """So that the push is the sum of the weights, once."""
+    asked = []
+
+    def attends(self: Splice, references: list[Weighed], step: int) -> list[None]:
+        asked.append([reference.weight for reference in references])
+        return [None]
+
+    monkeypatch.setattr(Splice, "_attends", attends)
+    away = [Weighed(str(weight), Path(f"{weight}.png"), weight) for weight in (-0.5, -1.0)]
+    splice = Splice(None, away, None, [1.0, 0.5, 0.0], 4)
+
+    assert splice.velocity(lambda attend: torch.tensor(0.0 if attend is None else 1.0), 1) == -1.5
+    assert asked == [pytest.approx([1 / 3, 2 / 3])]
 
 
 # ---- guidance ---------------------------------------------------------------------------------------------------
