@@ -31,7 +31,7 @@ class Branches:
     """A velocity for pictures of one schedule, as `model.sampler.euler` wants it.
 
     The branches are, in this order, the prompt with its styles; the prompt without, where styles have a guidance of
-    their own; and the negative prompt, where there is guidance.
+    their own or count in part; and the negative prompt, where there is guidance.
     """
 
     def __init__(
@@ -43,13 +43,16 @@ class Branches:
         *,
         guidance: float,
         style_guidance: float | None,
+        presence: float = 1.0,
         splice: Splice | None = None,
         tie: Tie | None = None,
         pack: int = 0,
     ):
         """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
-        the first picture is the leader. `pack`: up to so many image tokens all groups are one stream."""
+        the first picture is the leader. `presence`: how much of what styles change counts, below 1 on the way to none.
+        `pack`: up to so many image tokens all groups are one stream."""
         self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
+        self.presence = presence
         self.splice, self.tie, self.pack = splice, tie, pack
         self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
         rows = [context for branch in contexts for context in branch]
@@ -66,6 +69,8 @@ class Branches:
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
         with_style, *others = v.chunk(self.count)
+        if self.presence < 1:
+            with_style = torch.lerp(others[0], with_style, self.presence)
         conditional = with_style if self.style_guidance is None else others[0]
         v = guided(conditional, others[-1], self.guidance) if self.guidance else conditional
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)

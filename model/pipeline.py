@@ -47,7 +47,7 @@ from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import Able, schedule, settle, weighed
+from model.settle import Able, apart, presence, schedule, settle, weighed
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -201,7 +201,7 @@ class Pipeline:
             limit = max(limit, TOKENS_STREAMED)
         batch: list[RenderSpec] = []
         for spec in specs:
-            rows = (len(batch) + 1) * (1 + bool(spec.guidance) + (spec.style_guidance is not None))
+            rows = (len(batch) + 1) * (1 + bool(spec.guidance) + apart(spec))
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
             most = limit * (2 if spec.cohesion and roomy else 1)  # in larger company a leader costs less
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
@@ -232,14 +232,14 @@ class Pipeline:
     def _latents(self, specs: list[RenderSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
         """The network's part of it -> [B, C, H/f, W/f]. Raises K2Error where numbers overflow."""
         height, width, steps, mu, guidance, *_ = schedule(specs[0])
-        config, style_guidance = self.dit.config, specs[0].style_guidance
+        config = self.dit.config
         rows, columns = height // self.vae.factor, width // self.vae.factor
         grid = (rows // config.patch, columns // config.patch)
 
         leader = leader_of(specs[0])
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
         contexts = [[self._context(spec.prompt, adapters, spec, avoided(spec)) for spec in made]]
-        if style_guidance is not None:
+        if apart(specs[0]):
             contexts.append([self._context(spec.prompt, adapters, away=avoided(spec)) for spec in made])
         if guidance:
             contexts.append([self._context(negative_prompt(spec), adapters) for spec in made])
@@ -251,7 +251,8 @@ class Pipeline:
             mods,
             grid,
             guidance=guidance,
-            style_guidance=style_guidance,
+            style_guidance=specs[0].style_guidance,
+            presence=presence(specs[0]),
             splice=self._splice(specs[0], sigmas, mods, grid, adapters),
             tie=Tie(config, specs[0].cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,

@@ -20,6 +20,7 @@ MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
 MOST_STRENGTH = 2  # of a style, and of a reference within it
 MOST_WEIGHT = 10  # of an adapter, either way
+FADE = 0.1  # below this strength references count in part, down to nothing at 0
 VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
 
 
@@ -138,9 +139,27 @@ def weighed(spec: RenderSpec, method: str) -> tuple[Weighed, ...]:
     return weigh((style for style in spec.styles if style.method == method), sha256)
 
 
+def presence(spec: RenderSpec) -> float:
+    """How much of what references change counts, 0 … 1: the way to none is continuous.
+
+    Rows that say nothing are rows all the same, and a picture with them is another: a strength that comes to nothing
+    takes them along, by the velocity.
+    """
+    tokens = sum(abs(each.weight) for each in weighed(spec, "tokens"))
+    seen = [each.weight for each in weighed(spec, "vision")] if spec.vision_rows else []
+    strengths = [tokens, sum(weight for weight in seen if weight > 0)]
+    return min(max(strengths) / FADE, 1.0) if any(strengths) else 1.0
+
+
+def apart(spec: RenderSpec) -> bool:
+    """Whether the prompt without its styles is a branch of its own."""
+    return spec.style_guidance is not None or presence(spec) < 1
+
+
 def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
-    """What pictures made together have in common: height, width, steps, mu, guidance, adapters, splice and leader."""
+    """What pictures made together have in common: height, width, steps, mu, guidance, adapters, and how styles and the
+    leader enter."""
     assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
     spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
-    alike = (spec.style_guidance, spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
+    alike = (spec.style_guidance, presence(spec), spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
     return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.adapters, alike

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -202,6 +203,23 @@ def test_styles(pipeline, red, tmp_path):
     before = render((red, 1.0))
     shutil.copy(blue, red)
     assert pixels(render((red, 1.0))) == pixels(render((blue, 1.0))) != pixels(before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
+def test_a_style_comes_in_without_a_jump(pipeline, red, settings):
+    """Rows that say nothing are rows all the same: next to 0 they must count for next to nothing."""
+
+    def made(strength: float) -> np.ndarray:
+        spec = replace(FOX, styles=(Style("red", strength, (Reference(red),)),), **settings)
+        return np.asarray(pipeline.render([spec])[0].image, np.float32)
+
+    def off(one: float, other: float) -> float:
+        return float(np.abs(made(one) - made(other)).mean())
+
+    for sign in (1, -1):
+        assert off(0.0, sign * 1e-6) < 0.01 < off(0.0, sign * 0.1)
+        steps = [off(sign * at / 100, sign * (at + 2) / 100) for at in range(0, 16, 2)]
+        assert max(steps) < 0.5 * off(0.0, sign * 0.16)
 
 
 def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa: F811

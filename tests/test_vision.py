@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -308,6 +309,19 @@ def test_vision_is_a_way_to_read_a_style(seeing, refs, monkeypatch):
     record = seeing.render([made[0]])[0].record
     assert (record["vision_tiles"], record["vision_rows"]) == (2, True)
     assert record["styles"][0]["method"] == "vision"
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_what_is_seen_comes_in_without_a_jump(seeing, refs, monkeypatch, rows):
+    monkeypatch.setattr(vision, "PIXELS", 128 * 128)
+
+    def off(one: float, other: float) -> float:
+        pictures = seeing.render([looking((refs[0], each), vision_rows=rows) for each in (one, other)])
+        first, second = (np.asarray(picture.image, np.float32) for picture in pictures)
+        return float(np.abs(first - second).mean())
+
+    assert off(0.0, 1e-6) < 0.01 and off(0.0, -1e-6) < 0.01
+    assert off(0.05, 0.0501) < 0.02 < off(0.0, 0.1)
 
 
 def test_what_is_avoided_moves_words_and_no_rows_of_pictures(seeing, refs, monkeypatch):
