@@ -98,7 +98,7 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
         assert record(name)["data"] and record(name)["steps"] == 2
 
     stpo, grpo = record("stpo")["figures"], record("grpo")["figures"]
-    assert {"aside_winner", "aside_loser", "held", "win_rate", "top_octave_after", "apart_after"} <= stpo.keys()
+    assert {"aside_winner", "aside_loser", "held", "reward_win_rate", "top_octave_after", "apart_after"} <= stpo.keys()
     assert 50 <= stpo["beta"] <= 5000 and stpo["beta"] != 500
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
 

@@ -263,8 +263,8 @@ class Preference(loop.Stage):
 
     @torch.no_grad()
     def look_over(self, rewards: Rewards, prompts: list[Asked], each: int = 4) -> dict[str, float]:
-        """Pictures of fixed prompts, `each` of one, by the reference and by the model: rewards, win rate, power in the
-        top octave, and how far the pictures of one prompt lie apart."""
+        """Pictures of fixed prompts, `each` of one, by the reference and by the model: rewards, how often they rose,
+        power in the top octave, and how far the pictures of one prompt lie apart. By the judge that chose the pairs."""
         recipe = self.recipe
         found: dict[str, float] = {}
         totals: list[Tensor] = []
@@ -282,7 +282,7 @@ class Preference(loop.Stage):
             found[f"reward_{who}"] = float(totals[-1].mean())
             found[f"top_octave_{who}"] = float(top_octave(pictures).log().mean())
             found[f"apart_{who}"] = float(pictures.unflatten(0, (-1, each)).std(1).mean())
-        return found | {"win_rate": float((totals[1] > totals[0]).float().mean())}
+        return found | {"reward_win_rate": float((totals[1] > totals[0]).float().mean())}
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:

@@ -3,6 +3,9 @@
 The teacher is a Raw checkpoint with guidance, frozen; the student starts from `init` and never sees guidance again.
 Prompts are those of the train split, with and without style rows, whose strengths are drawn from what a user may turn
 them to: so the student keeps the teacher's answer to every strength.
+
+In a trajectory's step the fake score learns at once with the student, from two points of the walk at five times the
+rate, where others take five steps of it to one of the student's: the walk is the dearer part, and serves both.
 """
 
 from __future__ import annotations
