@@ -221,6 +221,7 @@ class Policy(loop.Stage):
             figures = {name: float(value.mean()) for name, value in found.items()}
             figures["groups"] = float(counts.float().mean())
             self.rounds[part] = Round(round_, made, advantage.flatten(), figures)
+            torch.clear_autocast_cache()  # else weights first cast without gradient stay so
         known = self.rounds[part]
         velocity = conditioned(dit, embeds, mask, grid)
         loss, more = policy_loss(velocity, known.made, known.advantage, recipe.noise, sigmas[1], recipe.trust)
