@@ -30,8 +30,9 @@ class Group(NamedTuple):
 class Branches:
     """A velocity for pictures of one schedule, as `model.sampler.euler` wants it.
 
-    The branches are, in this order, the prompt with its styles; the prompt without, where styles have a guidance of
-    their own or count in part; and the negative prompt, where there is guidance.
+    The branches are, in this order, the prompt with its styles, in every wording; the same without the styles'
+    pictures, where those have a guidance of their own or count in part; and the negative prompt, where there is
+    guidance.
     """
 
     def __init__(
@@ -44,21 +45,23 @@ class Branches:
         guidance: float,
         style_guidance: float | None,
         presence: float = 1.0,
+        shares: Sequence[float] = (1.0,),
         splice: Splice | None = None,
         tie: Tie | None = None,
         pack: int = 0,
     ):
         """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
-        the first picture is the leader. `presence`: how much of what styles change counts, below 1 on the way to none.
-        `pack`: up to so many image tokens all groups are one stream."""
+        the first picture is the leader. `presence`: how much of what pictures of styles change counts, below 1 on the
+        way to none. `shares`: of the wordings, whose sum is 1. `pack`: up to so many image tokens all groups are one
+        stream."""
         self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
-        self.presence = presence
+        self.presence, self.shares = presence, shares
         self.splice, self.tie, self.pack = splice, tie, pack
         self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
         rows = [context for branch in contexts for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
         # is the difference between a branch that has it and one that has not.
-        styled = range(len(rows) if style_guidance is None else self.pictures)
+        styled = range(len(rows) if style_guidance is None else self.pictures * len(shares))
         self.spliced = [] if splice is None else self._groups(rows, styled)
         self.plain = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
 
@@ -68,12 +71,20 @@ class Branches:
         v = self._evaluate(x, self.plain, step)
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
-        with_style, *others = v.chunk(self.count)
+        parts, wordings = v.chunk(self.count), len(self.shares)
+        with_style = self._whole(parts[:wordings])
+        plain = self._whole(parts[wordings : 2 * wordings]) if len(parts) >= 2 * wordings else with_style
         if self.presence < 1:
-            with_style = torch.lerp(others[0], with_style, self.presence)
-        conditional = with_style if self.style_guidance is None else others[0]
-        v = guided(conditional, others[-1], self.guidance) if self.guidance else conditional
+            with_style = torch.lerp(plain, with_style, self.presence)
+        conditional = with_style if self.style_guidance is None else plain
+        v = guided(conditional, parts[-1], self.guidance) if self.guidance else conditional
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
+
+    def _whole(self, wordings: Sequence[Tensor]) -> Tensor:
+        """The velocity that those of all wordings make together."""
+        if len(wordings) == 1:
+            return wordings[0]
+        return torch.stack([share * each for share, each in zip(self.shares, wordings, strict=True)]).sum(0)
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
         """The leader's first."""

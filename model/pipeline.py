@@ -47,7 +47,7 @@ from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import Able, apart, presence, schedule, settle, weighed
+from model.settle import Able, apart, presence, schedule, settle, weighed, wordings
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -201,7 +201,7 @@ class Pipeline:
             limit = max(limit, TOKENS_STREAMED)
         batch: list[RenderSpec] = []
         for spec in specs:
-            rows = (len(batch) + 1) * (1 + bool(spec.guidance) + apart(spec))
+            rows = (len(batch) + 1) * (len(wordings(spec)) * (1 + apart(spec)) + bool(spec.guidance))
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
             most = limit * (2 if spec.cohesion and roomy else 1)  # in larger company a leader costs less
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
@@ -238,9 +238,17 @@ class Pipeline:
 
         leader = leader_of(specs[0])
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
-        contexts = [[self._context(spec.prompt, adapters, spec, avoided(spec)) for spec in made]]
-        if apart(specs[0]):
-            contexts.append([self._context(spec.prompt, adapters, away=avoided(spec)) for spec in made])
+        said = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
+        shares = [each[0].share for each in said]
+        ways = (True, False) if apart(specs[0]) else (True,)
+        contexts = [
+            [
+                self._context(wording.prompt, adapters, spec if styled else None, avoided(spec))
+                for wording, spec in zip(each, made, strict=True)
+            ]
+            for styled in ways
+            for each in said
+        ]
         if guidance:
             contexts.append([self._context(negative_prompt(spec), adapters) for spec in made])
         sigmas = shifted_sigmas(steps, mu)
@@ -253,6 +261,7 @@ class Pipeline:
             guidance=guidance,
             style_guidance=specs[0].style_guidance,
             presence=presence(specs[0]),
+            shares=shares,
             splice=self._splice(specs[0], sigmas, mods, grid, adapters),
             tie=Tie(config, specs[0].cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,

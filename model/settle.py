@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.cohesion import leader_of
 from model.errors import K2Error
@@ -156,10 +156,59 @@ def apart(spec: RenderSpec) -> bool:
     return spec.style_guidance is not None or presence(spec) < 1
 
 
+class Wording(NamedTuple):
+    """A prompt, and its share in the picture's velocity."""
+
+    prompt: str
+    share: float
+
+
+def wordings(spec: RenderSpec) -> list[Wording]:
+    """The prompts whose velocities make the picture's, at shares whose sum is 1; one where nothing is weighed.
+
+    Words have no strength: a style of words alone gets its own by the velocity. With the strengths t_1 < t_2 < … of
+    such styles, v_k the velocity of the prompt with the words of those of t_k and more, and v_0 with the words of none,
+    v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a style's strength, its words join whole.
+    """
+    alone = [style for style in spec.styles if style.keywords and not (style.references or style.lora)]
+    strengths = sorted({style.strength for style in alone if style.strength > 0})
+    found, prompt, before = [], spec.prompt, 0.0
+    for strength in strengths:
+        reached = eased(strength)
+        found.append(Wording(prompt, reached - before))
+        lost = [word for style in alone if style.strength == strength for word in style.keywords]
+        kept = {word for style in alone if style.strength > strength for word in style.keywords}
+        prompt, before = without(prompt, [word for word in lost if word not in kept]), reached
+    return [each for each in (*found, Wording(prompt, 1 - before)) if each.share]
+
+
+def eased(strength: float) -> float:
+    """Beyond 1 half as fast: words that count twice tear pictures."""
+    return min(strength, (1 + strength) / 2)
+
+
+def without(prompt: str, words: Iterable[str]) -> str:
+    """A prompt without these words, where they stand between commas, the last ones first."""
+    for word in words:
+        parts = f", {prompt}, ".rpartition(f", {word}, ")
+        if parts[1]:
+            prompt = f"{parts[0]}, {parts[2]}"[2:-2]
+    return prompt
+
+
 def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
     """What pictures made together have in common: height, width, steps, mu, guidance, adapters, and how styles and the
     leader enter."""
     assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
     spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
-    alike = (spec.style_guidance, presence(spec), spec.leak_guard, tuple(spliced), spec.cohesion, leader_of(spec))
+    shares = tuple(wording.share for wording in wordings(spec))
+    alike = (
+        spec.style_guidance,
+        presence(spec),
+        shares,
+        spec.leak_guard,
+        tuple(spliced),
+        spec.cohesion,
+        leader_of(spec),
+    )
     return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.adapters, alike

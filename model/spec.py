@@ -34,7 +34,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class Style:
-    """A named look; strength −2 … 2 is its influence on the picture, 0 is exactly the picture without it."""
+    """A named look; strength −2 … 2 is its influence on the picture, 0 is exactly the picture without it.
+
+    Its keywords are weighed where it has no more than words, and where they stand in the prompt between commas.
+    """
 
     name: str
     strength: float

@@ -269,7 +269,7 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
         (("--cohesion", "2"), "--cohesion must lie between 0 and 1, not 2.0."),
         (("--scope", "all"), '--scope cannot be "all".'),
     ):
-        assert message in " ".join(k2("render", *options, code=1).stderr.split())
+        assert message in " ".join(k2("render", *options, code=2).stderr.split())
 
 
 def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):

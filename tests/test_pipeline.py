@@ -27,7 +27,7 @@ from model.parts import sha256
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
-from model.settle import weighed
+from model.settle import weighed, wordings
 from model.spec import Picture, Reference, RenderSpec, Style, tied
 from model.text_encoder import PROMPT_TOKENS
 
@@ -220,6 +220,64 @@ def test_a_style_comes_in_without_a_jump(pipeline, red, settings):
         assert off(0.0, sign * 1e-6) < 0.01 < off(0.0, sign * 0.1)
         steps = [off(sign * at / 100, sign * (at + 2) / 100) for at in range(0, 16, 2)]
         assert max(steps) < 0.5 * off(0.0, sign * 0.16)
+
+
+def worded(*styles: tuple[str, float, tuple[str, ...]], **changes) -> RenderSpec:
+    """FOX in styles of words, joined as the command line joins them."""
+    made = tuple(Style(name, strength, keywords=words) for name, strength, words in styles)
+    said = dict.fromkeys(word for style in made if style.strength > 0 for word in style.keywords)
+    return replace(FOX, prompt=", ".join((FOX.prompt, *said)), styles=made, **changes)
+
+
+def test_a_style_of_words_takes_part_by_its_strength():
+    def found(*styles: tuple[str, float, tuple[str, ...]]) -> list[tuple[str, float]]:
+        return [(prompt.removeprefix(FOX.prompt), pytest.approx(share)) for prompt, share in wordings(worded(*styles))]
+
+    wet, two = ("wet", 0.7, ("watercolour", "soft light")), ("two", 0.3, ("riso, two inks",))
+    assert found() == [("", 1)] == found(("wet", -1.0, ("watercolour",)))
+    assert found((*wet[:1], 1.0, wet[2])) == [(", watercolour, soft light", 1)]
+    assert found(wet) == [(", watercolour, soft light", 0.7), ("", 0.3)]
+    assert found(wet, two) == [
+        (", watercolour, soft light, riso, two inks", 0.3),
+        (", watercolour, soft light", 0.4),
+        ("", 0.3),
+    ]
+    assert found(wet, ("like", 0.7, ("soft light",))) == found(wet)
+    assert found(wet, ("less", 0.2, ("soft light", "grain"))) == [
+        (", watercolour, soft light, grain", 0.2),
+        (", watercolour, soft light", 0.5),
+        ("", 0.3),
+    ]
+    assert found(("wet", 2.0, ("watercolour",))) == [(", watercolour", 1.5), ("", -0.5)]  # beyond 1 half as fast
+    unsaid = replace(FOX, styles=(Style("wet", 0.5, keywords=("watercolour",)),))
+    assert wordings(unsaid) == [(FOX.prompt, 0.5), (FOX.prompt, 0.5)]  # nothing to take away
+
+
+def test_pictures_and_adapters_carry_a_styles_strength_themselves():
+    for carried in ({"references": (Reference(Path("a.png")),)}, {"lora": Path("a.safetensors")}):
+        style = Style("wet", 0.5, keywords=("watercolour",), **carried)
+        spec = replace(FOX, prompt=f"{FOX.prompt}, watercolour", styles=(style,))
+        assert wordings(spec) == [(spec.prompt, 1.0)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
+def test_words_are_turned_up_without_a_jump(pipeline, red, settings):
+    """From the picture without the words to the one with them, bit for bit at both ends, styles of pictures beside."""
+
+    def made(strength: float) -> np.ndarray:
+        spec = worded(("wet", strength, ("watercolour",)), **settings)
+        spec = replace(spec, styles=(*spec.styles, Style("red", 0.7, (Reference(red),))))
+        return np.asarray(pipeline.render([spec])[0].image, np.float32)
+
+    def off(one: float, other: float) -> float:
+        return float(np.abs(made(one) - made(other)).mean())
+
+    assert not off(0.0, -0.0) and off(0.0, 1e-6) < 0.01 and off(1.0, 1 + 1e-6) < 0.01
+    assert off(0.0, 0.2) < off(0.0, 0.5) < off(0.0, 1.0) < off(0.0, 2.0)
+    plain = replace(
+        FOX, prompt=f"{FOX.prompt}, watercolour", styles=(Style("red", 0.7, (Reference(red),)),), **settings
+    )
+    assert np.array_equal(made(1.0), np.asarray(pipeline.render([plain])[0].image))
 
 
 def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa: F811
