@@ -109,11 +109,13 @@ def names(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def check_picture(path: Path, where: str, label: str) -> str:
-    """Refuse what is no picture, without decoding it -> png, jpg or webp, by what is in it."""
+def check_picture(path: Path, where: str, label: str, *, whole: bool = False) -> str:
+    """Refuse what is no picture -> png, jpg or webp, by what is in it. It is decoded only to see if it is `whole`."""
     try:
         with picture_file.opened(path) as image:
             width, height, kind = *image.size, str(image.format)
+            if whole and width * height <= MOST_PIXELS:
+                image.load()
     except FileNotFoundError:
         raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
     except Image.DecompressionBombError:

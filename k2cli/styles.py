@@ -264,7 +264,10 @@ def add_style(
                 f"There is no {plain(str(image), 'The picture')}.", hint="Name pictures, or a folder of them."
             )
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
-    kinds = {each: check_picture(each, f'Style "{name}"', plain(str(each), "The picture's path")) for each in files}
+    kinds = {
+        each: check_picture(each, f'Style "{name}"', plain(str(each), "The picture's path"), whole=True)
+        for each in files
+    }
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
     if not 1 <= len(hashes) <= MOST_REFERENCES:

@@ -140,6 +140,8 @@ def test_add_with_json(moody, photos, k2):
         ("dusk", ["notes.txt"], "is not a picture that can be read"),
         ("dusk", ["moving.gif"], "is not a picture that can be read"),
         ("dusk", ["dot.png"], "has 1 x 1 pixels"),
+        ("dusk", ["a.png", "cut.png"], "cut.png is not a picture that can be read"),
+        ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a picture that can be read"),
         ("dusk", ["a.png", "missing.png"], "There is no "),
         ("../dusk", ["a.png"], "cannot name files"),
         ("dusk", ["empty"], "would have 0 reference pictures"),
@@ -151,6 +153,9 @@ def test_add_refuses_in_one_sentence_and_writes_nothing(moody, photos, k2, name,
     (photos / "many").mkdir()
     for index in range(65):
         Image.new("RGB", (8, 8), (index, 0, 0)).save(photos / "many" / f"{index}.png")
+    for suffix in ("png", "jpg"):
+        Image.effect_noise((64, 64), 50).save(whole := photos / f"whole.{suffix}")
+        (photos / f"cut.{suffix}").write_bytes(whole.read_bytes()[:800])
     before = tree(moody)
 
     result = k2("style", "add", name, *(photos / picture for picture in pictures), code=1)
