@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -155,7 +156,8 @@ def table_of(text: str) -> dict[str, Any]:
 def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
     asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
     if isinstance(asked, dict) and isinstance(made, dict):
-        found = origin("k2", asked.get("text"), asked.get("avoid"), made, guidance=decimal(made.get("guidance")))
+        avoid = own_phrases(plain(asked.get("avoid")), table)
+        found = origin("k2", asked.get("text"), avoid, made, guidance=decimal(made.get("guidance")))
         used = used if isinstance(used, dict) else {}
         level = plain(asked.get("creativity"))
         led, tied = table.get("leader"), decimal(made.get("cohesion"))
@@ -165,6 +167,22 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
         of = {"model": plain(used.get("name")), "turbo": used.get("variant") == "turbo"}
         of |= {"creativity": level if level in LEVELS else "raw"}
         yield Origin(**{**vars(found), **of, "left_out": (*ties, *styles, *loras)})
+
+
+def own_phrases(avoid: str, table: Mapping[str, Any]) -> str:
+    """What a record's prompt avoids without what its styles, which stay behind, have put after that."""
+    texts: dict[str, None] = {}  # each once, as `styles.words` gives them
+    styles = zip(*(values(table, "style", key) for key in ("strength", "avoids", "keywords")), strict=True)
+    for strength, avoids, keywords in styles:
+        side = avoids if (decimal(strength) or 0) > 0 else keywords
+        texts |= dict.fromkeys(map(plain, side if isinstance(side, list) else ()))
+    theirs = Counter(plain(part) for text in texts for part in text.split(","))
+    kept = []
+    for part in reversed(avoid.split(",")):
+        theirs[plain(part)] -= 1
+        if theirs[plain(part)] < 0:
+            kept.append(part)
+    return ",".join(reversed(kept)).strip()
 
 
 def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:

@@ -299,6 +299,24 @@ def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
     assert f"{made.name}: style dusk stayed behind." in result.stderr and "&& k2 render\n" in result.stderr
 
 
+def test_what_a_style_avoids_stays_behind_with_it(moody, k2, tmp_path):
+    """A phrase that the prompt avoids as well as its styles stays, once."""
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["grain"]\navoids = ["glossy, neon", "text"]\n')
+    (moody / "styles" / "ink.toml").write_text('keywords = ["bold lines"]\navoids = ["text"]\n')
+    (moody / "styles" / "soft.toml").write_text('keywords = ["blurry"]\navoids = ["sharp"]\n')
+    text = 'text = "a red fox"'
+    (moody / "k2.toml").write_text(
+        (moody / "k2.toml").read_text().replace(text, f'{text}\navoid = "snow, glossy,  text"')
+    )
+    k2("render", "--only", "fox", "--style", "dusk=0.5", "--style", "ink=0.5", "--style", "soft=-0.5")
+    (made,) = moody.glob("outputs/*/*-7.png")
+
+    k2("new", tmp_path / "again", "--from", made)
+
+    assert Project.open(tmp_path / "again").prompts[0].avoid == "snow, glossy, text"
+
+
 @pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
 def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
     k2("render", "-p", "a fox")
