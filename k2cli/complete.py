@@ -27,7 +27,9 @@ def project_of(context: typer.Context | None) -> Project | None:
 def complete_style(context: typer.Context, incomplete: str) -> list[str]:
     """Style names."""
     project = project_of(context)
-    return begin(project.styles.known if project else (), incomplete)
+    with suppress(Exception):  # of a folder that may not be read
+        return begin(project.styles.known if project else (), incomplete)
+    return []
 
 
 def complete_weight(context: typer.Context, incomplete: str) -> list[str]:

@@ -75,9 +75,13 @@ class Styles:
 
     @cached_property
     def known(self) -> tuple[str, ...]:
-        """The names of the styles there are; what cannot be typed as a name is none."""
+        """The names of the styles there are; what cannot be typed as a name is none. Raises K2Error."""
         folder = self.inside("styles", "")
-        found = (path.stem for path in folder.glob("*.toml")) if folder.is_dir() else ()
+        try:
+            files = os.listdir(folder) if folder.is_dir() else []  # a glob would find nothing where it may not look
+        except OSError as error:
+            raise K2Error(f"{folder} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
+        found = (Path(file).stem for file in files if file.endswith(".toml"))
         return tuple(sorted(name for name in found if not UNPRINTABLE.search(name)))
 
     def read(self, name: str, where: str) -> StyleFile:

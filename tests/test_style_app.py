@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import tree
 from PIL import Image
 
 from k2cli import mix, sheet
+from k2cli.complete import complete_style
 from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.tables import Toml
@@ -326,6 +328,21 @@ def test_the_list_goes_on_past_a_broken_style(looks, k2):
         f"styles/{name}.toml" for name in ("dusk", "neon", "riso")
     ]
     assert "ink.toml" in listed.stderr
+
+
+def test_styles_that_may_not_be_read_are_not_taken_for_none(looks, k2, monkeypatch):
+    listdir = os.listdir
+
+    def forbidden(folder="."):
+        if Path(folder).name == "styles":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+
+    for command in (["style", "list"], ["render", "--style", "dusk=1"]):
+        assert "styles cannot be read: Permission denied." in k2(*command, code=1).stderr
+    assert complete_style(None, "") == []
 
 
 def test_a_mix_is_kept_where_its_preview_fails_and_may_be_asked_for_again(looks, k2):
