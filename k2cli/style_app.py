@@ -105,6 +105,8 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
         path = opened.root / "styles" / f"{name}.toml"
         try:
             style = opened.styles.read(name, "k2 style list")
+            if style.mix:
+                opened.styles.resolve({name: 0.0}, lambda name: "k2 style list")  # which is too strong for none
         except K2Error as error:
             show_error(error)
             broken = True

@@ -330,6 +330,19 @@ def test_the_list_goes_on_past_a_broken_style(looks, k2):
     assert "ink.toml" in listed.stderr
 
 
+def test_the_list_tells_mixes_that_work_from_those_that_cannot(looks, k2):
+    for name, of in (("lost", "nope = 1"), ("self", "self = 1"), ("good", "dusk = 1"), ("much", "dusk = 2\ngood = 1")):
+        (looks / "styles" / f"{name}.toml").write_text(f"[mix]\n{of}\n")
+
+    listed = k2("style", "list", code=1)
+
+    assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == [
+        f"styles/{name}.toml" for name in ("dusk", "good", "ink", "much", "neon", "riso")
+    ]
+    assert 'styles/lost.toml: there is no style "nope".' in listed.stderr
+    assert "styles/self.toml: the styles mix themselves, self → self." in listed.stderr
+
+
 def test_styles_that_may_not_be_read_are_not_taken_for_none(looks, k2, monkeypatch):
     listdir = os.listdir
 
