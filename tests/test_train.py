@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from workshop import TINY, workshop  # noqa: F401
 
 from k2cli import app as commands
@@ -108,6 +109,17 @@ def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "pretrain-128" in k2("train", "pretrain-218", code=1).stderr
     assert "cannot be read" not in k2("train", "nowhere.toml", code=1).stderr
+
+
+@pytest.mark.parametrize("name", ["nope", "pretrain-218", "picture.png"])
+def test_what_is_no_folder_may_have_been_meant_as_one(k2, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("picture.png")
+
+    said = k2("train", name, code=1).stderr
+
+    assert "is neither a folder of pictures nor a recipe." in said and "ame a folder of pictures" in said
+    assert "judge-77" not in said  # of 28 names none is more likely meant
 
 
 def test_without_data_it_says_how_to_get_them(k2, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ STAGES = {  # what `stage` may say -> the module
     "stpo": "model.train.stpo",
     "grpo": "model.train.grpo",
 }
+EITHER = "Name a folder of pictures, or a recipe: a .toml file, or one of the package, like pretrain-256."
 LORA_STEPS = 300  # of a LoRA that has no recipe but a folder of pictures
 
 
@@ -110,8 +111,15 @@ def table_of(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise K2Error(f"{path} is not valid TOML: {error}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise K2Error(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except OSError as error:
+        raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:  # a picture, say
+        raise K2Error(f"{path} is neither a folder of pictures nor a recipe.", hint=EITHER) from None
+
+
+def names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(each.stem for each in FOLDER.glob("*.toml"))
 
 
 def find(name: str) -> Path:
@@ -120,10 +128,9 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.is_file() or not own.is_file():
         if not path.is_file():
-            names = sorted(each.stem for each in FOLDER.glob("*.toml"))
-            near = get_close_matches(name, names, 1)
-            hint = f'Did you mean "{near[0]}"?' if near else f"With the package come: {', '.join(names)}."
-            raise K2Error(f'There is no recipe "{name}".', hint=hint)
+            near = get_close_matches(name, names(), 1)
+            hint = f'Did you mean the recipe "{near[0]}"? Or name a folder of pictures.' if near else EITHER
+            raise K2Error(f'"{name}" is neither a folder of pictures nor a recipe.', hint=hint)
         return path
     return own
 
