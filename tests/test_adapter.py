@@ -373,20 +373,25 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
     path = Path(".runs/pictures/pictures.safetensors")
     assert done.stdout == f"{path}\n" and open_checkpoint(path).metadata["triggers"] == ["dusk style"]
     assert 'triggers = ["dusk style"]' in done.stderr and 'lora = "loras/pictures.safetensors"' in done.stderr
-    again = k2("train", "pictures", "--model", "tiny", "--steps", "2", code=1)
-    assert "the pictures or their captions differ" in again.stderr and ".runs/pictures" in again.stderr
+    for other in [], ["--trigger", "night look"]:
+        again = k2("train", "pictures", "--model", "tiny", "--steps", "2", *other, code=1)
+        assert 'differs now: the trigger ("dusk style" then).' in again.stderr and ".runs/pictures" in again.stderr
+    (pictures / "red-fox_3.txt").write_text("another fox")
+    again = k2("train", "pictures", "--model", "tiny", "--trigger", "dusk style", "--steps", "2", code=1)
+    assert "what differs now: the pictures or their captions." in again.stderr
     recipe = 'stage = "lora"\nname = "dusk"\npictures = "pictures"\nmodel = "tiny"\nsteps = 2\nmu = 1\n'
     (tmp_path / "dusk.toml").write_text(recipe)
     done = k2("train", "dusk.toml", "--quiet")
     assert done.stdout == ".runs/dusk/dusk.safetensors\n" and done.stderr == ""
+    assert "the trigger (none then)" in k2("train", "dusk.toml", "--trigger", "night look", code=1).stderr
     (tmp_path / "dusk.toml").write_text(recipe + "rank = 2\n")
-    assert "rank differ" in k2("train", "dusk.toml", code=1).stderr
+    assert "what differs now: rank." in k2("train", "dusk.toml", code=1).stderr
     (tmp_path / "dusk.toml").write_text(recipe)
     state, about = read(tiny / "tiny-raw.safetensors")
     with monkeypatch.context() as patch:
         patch.setattr(library, "BOX", shutil.copytree(tiny, tmp_path / "box"))
         save(library.BOX / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
-        assert "the base's weights differ" in k2("train", "dusk.toml", code=1).stderr
+        assert "differs now: the base's weights." in k2("train", "dusk.toml", code=1).stderr
     assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
     assert "--trigger" in k2("train", "pretrain-128", "--trigger", "dusk", code=2).stderr
     (tmp_path / "none").mkdir()

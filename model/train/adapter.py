@@ -286,7 +286,7 @@ def hashes_of(base: Mapping[str, Any]) -> str:
 
 
 def refuse_another(stage: Adapting, base: Mapping[str, Any], saved: Path) -> None:
-    """A run goes on with what it began with. Raises K2Error where base, pictures, captions or shape differ."""
+    """A run goes on with what it began with. Raises K2Error where base, pictures, captions, trigger or shape differ."""
     weights = hashes_of(base)
     if not saved.exists():
         return
@@ -294,12 +294,15 @@ def refuse_another(stage: Adapting, base: Mapping[str, Any], saved: Path) -> Non
         place, record = (json.loads(file.metadata()[key]) for key in ("place", "record"))
     before, now = place["recipe"], asdict(stage.recipe)
     changed = [key for key in ("model", "variant", "rank", "layers") if before.get(key) != now[key]]
-    changed += ["the pictures or their captions"] if record["data"] != stage.data else []
+    if record["data"] != stage.data:  # the trigger is part of the captions
+        was = before.get("trigger", "")
+        its = f"the trigger ({json.dumps(was, ensure_ascii=False) if was else 'none'} then)"
+        changed.append(its if was != now["trigger"] else "the pictures or their captions")
     changed += ["the base's weights"] if place["learned_from"].get("base", weights) != weights else []
     if changed:
         raise K2Error(
-            f'The run "{stage.recipe.name}" began otherwise: {", ".join(changed)} differ now.',
-            hint=f"Remove {saved.parent} to begin anew, or give the run another name in a recipe.",
+            f'The run "{stage.recipe.name}" began otherwise; what differs now: {", ".join(changed)}.',
+            hint=f"Go on as it began, remove {saved.parent} to begin anew, or name the run otherwise in a recipe.",
         )
 
 
