@@ -13,7 +13,7 @@ from typing import Any
 from k2cli import models
 from k2cli.project import Project
 from model import library, safety
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 
 PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
@@ -177,9 +177,10 @@ def version_of(package: str) -> str | None:
 def describe(found: Mapping[str, Any]) -> str:
     """The findings for people."""
     cpu, memory_gb = found["cpu"], found["memory_gb"]
+    cores, threads = count_of(cpu["cores"], "core"), count_of(cpu["threads"], "thread")
     rows = [
         ("device", found["device"] + "".join(f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"])),
-        ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['kernels']} kernels"),
+        ("processor", f"{cpu['name']}, {cores}, {threads}, {cpu['kernels']} kernels"),
         ("memory", f"{memory_gb['total']:g} GB, {memory_gb['free']:g} GB free"),
         ("speed", ", ".join(f"{name} {value:g} GFLOP/s" for name, value in found["gflops"].items())),
         ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
@@ -191,10 +192,10 @@ def describe(found: Mapping[str, Any]) -> str:
         rows.append(("plan", f"{plan['model']}: {chosen}, {plan['needs_gb']:g} of {plan['free_gb']:g} GB free"))
         rows += [("plan", f"  could be {ways}")] if plan["needs_gb"] >= 1 else []
     if project := found.get("project"):
-        counts = f"{project['prompts']} prompts, {len(project['styles'])} styles"
+        counts = f"{count_of(project['prompts'], 'prompt')}, {count_of(len(project['styles']), 'style')}"
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
     rows += [("slow", note) for note in found["notes"]] + [("problem", problem) for problem in found["problems"]]
-    rows += [] if found["problems"] else [("", "Everything is in place.")]
+    rows += [] if found["problems"] else [("result", "Everything is in place.")]
     return "\n".join(
         f"{name if i == 0 or rows[i - 1][0] != name else '':<11}{text}" for i, (name, text) in enumerate(rows)
     )

@@ -23,7 +23,7 @@ from k2cli import history
 from k2cli.history import Made
 from k2cli.outputs import DRAFT, PICTURES, write, writing
 from model import picture_file
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 
 PAGE, FOLDER = "index.html", "pictures"
 MARK = b'<meta name="generator" content="k2 gallery">'
@@ -201,7 +201,7 @@ def about(made: Made) -> str:
     local = made.created.astimezone() if made.created else None
     when = f"{local.day} {local:%b %Y, %H:%M}" if local else ""
     steps = made.text("settings.steps")
-    return " · ".join(filter(None, [when, model_of(made), f"{steps} steps" if steps else ""]))
+    return " · ".join(filter(None, [when, model_of(made), count_of(steps, "step") if steps else ""]))
 
 
 def model_of(made: Made) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from k2cli.complete import complete_style
 from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, open_projects, to_json
+from model.errors import count_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -255,10 +256,6 @@ def progress(run: Run) -> tuple[int, int]:
         return sum(map(run.has, stems)), len(stems)
     except (OSError, ValueError):
         return 0, 0
-
-
-def count_of(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def ago(moment: datetime | None, now: datetime) -> str:

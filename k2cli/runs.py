@@ -21,7 +21,7 @@ from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import LIMIT, Place, Toml, between, loads, read_table
 from model import picture_file
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 from model.spec import Picture, RenderSpec
 
 SHEET = "sheet.png"
@@ -151,7 +151,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     facts = [
         f"run {number_of(run.folder):04d}",
         f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
-        *([f"{made.steps} steps"] if len({shot.spec.steps for shot in shots}) == 1 else []),
+        *([count_of(made.steps, "step")] if len({shot.spec.steps for shot in shots}) == 1 else []),
         *([f"guidance {made.guidance or 0:g}"] if len({shot.spec.guidance for shot in shots}) == 1 else []),
         *(
             f"{style.name} {style.strength:g}"

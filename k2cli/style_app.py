@@ -28,11 +28,9 @@ from k2cli.options import (
     read_weights,
     to_json,
 )
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from k2cli.project import Project
     from k2cli.prompts import Prompt
 
@@ -92,7 +90,7 @@ def add(
     about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
     result(to_json(about) if json else near(file))
     if not quiet:
-        say(f"{count_of(pictures)}. Next: k2 render --style {name}=0.6", "dim")
+        say(f"{count_of(len(pictures), 'picture')}. Next: k2 render --style {name}=0.6", "dim")
 
 
 @style_app.command("list")
@@ -112,7 +110,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
             broken = True
             continue
         kinds = [
-            count_of(style.references) if style.references else "",
+            count_of(len(style.references), "picture") if style.references else "",
             "a mix of " + ", ".join(style.mix) if style.mix else "",
             f"lora {style.lora.name}" if style.lora else "",
         ]
@@ -167,10 +165,6 @@ def show_style(
         for key, fact in facts.items():
             if fact:
                 result(f"  {key:<10}{fact}")
-
-
-def count_of(pictures: Sequence[object]) -> str:
-    return f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'}"
 
 
 def mix_styles(

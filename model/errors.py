@@ -1,4 +1,4 @@
-"""The one kind of error that a user can act on."""
+"""The one kind of error that a user can act on, and what messages are put together with."""
 
 
 class K2Error(Exception):
@@ -13,3 +13,8 @@ def brief(error: object, most: int = 200) -> str:
     """What a library says of a file, on one line and cut where nobody reads on: names in it may be a megabyte long."""
     text = " ".join(str(error).split())
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def count_of(number: object, word: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{number} {word}{'' if str(number) == '1' else 's'}"

@@ -372,6 +372,7 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
 
     path = Path(".runs/pictures/pictures.safetensors")
     assert done.stdout == f"{path}\n" and open_checkpoint(path).metadata["triggers"] == ["dusk style"]
+    assert "pictures: 10 pictures in 2 shapes; tiny" in done.stderr
     assert 'triggers = ["dusk style"]' in done.stderr and 'lora = "loras/pictures.safetensors"' in done.stderr
     for other in [], ["--trigger", "night look"]:
         again = k2("train", "pictures", "--model", "tiny", "--steps", "2", *other, code=1)

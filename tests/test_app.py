@@ -579,11 +579,13 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
     k2("render", "--steps", "4", "--guidance", "0", "--style", "dusk=0.5")
     k2("render", "--matrix", "steps=4,8", "--style", "dusk=0.5")  # there the captions tell
     k2("render", "--matrix", "guidance=0,1.5")
+    k2("render", "--steps", "1")
 
     assert told == [
         ("moody", ["run 10000", "mini raw", "4 steps", "guidance 0", "dusk 0.5"]),
         ("moody", ["run 10001", "mini raw", "guidance 2.5"]),
         ("moody", ["run 10002", "mini raw", "28 steps"]),
+        ("moody", ["run 10003", "mini raw", "1 step", "guidance 2.5"]),
     ]
 
 
@@ -676,8 +678,11 @@ def test_models_are_listed_and_described(moody, k2):
 
 
 def test_doctor_finds_what_is_broken(moody, k2):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     healthy = k2("doctor")
-    assert "Everything is in place." in healthy.stdout and "moody: 2 prompts" in healthy.stdout
+    assert healthy.stdout.endswith("\nresult     Everything is in place.\n")
+    assert "moody: 2 prompts, 1 style, in" in healthy.stdout
     found = json.loads(k2("doctor", "--json").stdout)
     assert found["device"] and found["gflops"]["float32"] > 0 and found["versions"]["torch"]
 

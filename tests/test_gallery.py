@@ -242,7 +242,11 @@ def test_the_facts_leave_out_what_says_nothing(tmp_path):
     told = [facts[key] for key in ("expanded", "size", "guidance", "mu", "model", "pixels")]
     assert told == ["a red fox, film grain", "64 × 64", "2.5", "0.5", "mini raw", "0" * 16]
 
+    assert data["runs"][0]["about"].endswith(" · 28 steps")
+
     (path,) = tmp_path.glob("*/*.toml")
+    path.write_text(path.read_text().replace("steps = 28", "steps = 1"))
+    assert gallery.describe("x", history.read(tmp_path))["runs"][0]["about"].endswith(" · 1 step")
     text = path.read_text().replace(", film grain", "").replace('"raw"\n\n[settings]', '"high"\n\n[settings]')
     text += '[[style]]\nname = "dusk"\nstrength = 0.5\n[[style.reference]]\nimage = "refs/a.png"\n'
     path.write_text(text.replace('"native"', '"int8"'))

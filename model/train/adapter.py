@@ -27,7 +27,7 @@ from model import library
 from model.checkpoint import save
 from model.dit import Krea2
 from model.eight_bit import EightBitLinear
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
@@ -232,7 +232,8 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         ).precision
     )
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
-    report(f"{recipe.name}: {len(pictures)} pictures in {len(latents)} shapes; {model.name}, weights {precision}")
+    told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
+    report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     base = {
         "name": model.name,
         "variant": checkpoint.metadata.get("variant") or model.variant or recipe.variant,
