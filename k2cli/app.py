@@ -144,7 +144,7 @@ def k2(
 
 @app.command()
 def new(
-    folder: Annotated[Path, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
+    folder: Annotated[str, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
     pictures: Annotated[
         list[Path] | None,
         typer.Option("--from", metavar="PICTURE", help="Take prompt and settings out of this picture; may come again."),
@@ -164,6 +164,8 @@ def new(
     from k2cli.console import near, result, say, typed
     from k2cli.project import Project
 
+    if not folder:  # as a path it would be the current folder
+        raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
     compose, notes, turbo = None, [], ""
     if pictures:
         from k2cli import origins
@@ -181,7 +183,7 @@ def new(
         def compose(name: str) -> str:
             return origins.project_text(name, named)
 
-    made = Project.create(folder, compose)
+    made = Project.create(Path(folder), compose)
     result(near(made))
     if not quiet:
         for note in notes:

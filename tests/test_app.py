@@ -677,6 +677,11 @@ def test_models_are_listed_and_described(moody, k2):
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
 
+def test_a_project_without_a_name_is_none(moody, k2):
+    assert "The project's name is empty." in k2("new", "", code=1).stderr
+    assert "exists already" in k2("new", ".", code=1).stderr
+
+
 def test_doctor_finds_what_is_broken(moody, k2):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
