@@ -45,6 +45,28 @@ def complete_prompt(context: typer.Context, incomplete: str) -> list[str]:
     return begin([name for _, name in name_files(project.prompts)] if project else (), incomplete)
 
 
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Folders of the project's runs."""
+    from k2cli.history import runs_of
+
+    project = project_of(context)
+    with suppress(Exception):  # of a folder that may not be read
+        return begin([run.name for run in runs_of(project.outputs)] if project else (), incomplete)
+    return []
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Recipes of the package, and folders, which may hold pictures."""
+    from model.train import recipe
+
+    above = incomplete[: incomplete.rfind("/") + 1]
+    with suppress(Exception):
+        inside = sorted(path.name for path in Path(above or ".").expanduser().iterdir() if path.is_dir())
+        folders = [f"{above}{name}/" for name in inside if not name.startswith(".")]
+        return begin([*recipe.names(), *folders], incomplete)
+    return []
+
+
 def complete_model(incomplete: str) -> list[str]:
     """Models of the box, and those that were pulled."""
     from model import library

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from k2cli.complete import complete_style
+from k2cli.complete import complete_run, complete_style
 from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, open_projects, to_json
 from model.errors import count_of
 
@@ -28,7 +28,13 @@ PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTI
 def log(
     projects: Annotated[list[str] | None, typer.Argument(metavar="PROJECT", help="Project folders.")] = None,
     run: Annotated[
-        str, typer.Option("--run", metavar="RUN", help="Of this run: its number, or a part of its name.")
+        str,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="Of this run: its number, or a part of its name.",
+            autocompletion=complete_run,
+        ),
     ] = "",
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has all of these words.")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from k2cli.complete import complete_recipe
 from k2cli.options import QuietOption
 from model.errors import K2Error
 
@@ -18,6 +19,7 @@ def train(
         typer.Argument(
             metavar="RECIPE",
             help="A .toml file, the name of one of the package, or a folder of pictures.",
+            autocompletion=complete_recipe,
         ),
     ],
     steps: Annotated[

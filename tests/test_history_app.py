@@ -255,6 +255,9 @@ def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, argumen
         ("render --precision n", {"native"}),
         ("render --offload ", {"none", "text", "all"}),
         ("style add x y.png --method ", {"auto", "tokens", "splice", "vision"}),
+        ("log --run ", {"0001-fox", "0002-owl"}),
+        ("train s", {"sft-media", "sft-merge", "sft-plain", "stpo-256", "styles-256", "styles/"}),
+        ("train outputs/", {"outputs/0001-fox/", "outputs/0002-owl/"}),
     ],
 )
 def test_the_shell_completes_names(moody, typed, offered):
@@ -262,6 +265,8 @@ def test_the_shell_completes_names(moody, typed, offered):
     (moody / "styles").mkdir()
     for name in ("dusk", "riso"):
         (moody / "styles" / f"{name}.toml").write_text('keywords = ["x"]\n')
+    for run in ("0001-fox", "0002-owl"):
+        (moody / "outputs" / run).mkdir(parents=True)
     words = f"k2 {typed}"
 
     asked = {"_K2_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
