@@ -96,6 +96,18 @@ def test_contact_sheets_teach_nothing(pictures):
     assert read_folder(pictures.parent) == before
 
 
+def test_what_a_project_made_teaches_nothing(pictures):
+    before = read_folder(pictures)
+    for name in ("outputs/0001-fox", "gallery/pictures"):
+        (pictures / name).mkdir(parents=True)
+        (pictures / name / "fox-7.png").write_bytes(before[0].path.read_bytes())
+    assert len(read_folder(pictures)) == len(before) + 2
+
+    (pictures / "k2.toml").write_text("")
+    assert read_folder(pictures) == before
+    assert len(read_folder(pictures / "outputs")) == 1  # which is asked for
+
+
 def test_folders_that_teach_nothing(tmp_path, pictures):
     (tmp_path / "empty").mkdir()
     with pytest.raises(K2Error, match="holds no pictures"):

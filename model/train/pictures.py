@@ -21,6 +21,7 @@ from model.references import fitting, to_pixels
 from model.vae import QwenImageVAE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MADE = ("outputs", "gallery")  # folders of a project
 MOST_TEXT = 1 << 16  # bytes of a caption's file
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
@@ -40,12 +41,14 @@ class Captioned:
 def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
     """The pictures of a folder and of all below it, by name; no contact sheets. Raises K2Error where there is none.
 
+    Of a project, what was made in it is left out.
     trigger: words that end every caption, as they will end the prompts that ask for the look.
     """
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
     named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = sorted(path for path in named if not is_sheet(path))
+    made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
+    paths = sorted(path for path in named if not is_sheet(path) and not any(map(path.is_relative_to, made)))
     if not paths:
         raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
