@@ -98,7 +98,7 @@ def test_contact_sheets_teach_nothing(pictures):
 
 def test_what_a_project_made_teaches_nothing(pictures):
     before = read_folder(pictures)
-    for name in ("outputs/0001-fox", "gallery/pictures"):
+    for name in ("outputs/0001-fox", "gallery/pictures", ".runs/pictures"):
         (pictures / name).mkdir(parents=True)
         (pictures / name / "fox-7.png").write_bytes(before[0].path.read_bytes())
     assert len(read_folder(pictures)) == len(before) + 2

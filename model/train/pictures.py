@@ -41,13 +41,14 @@ class Captioned:
 def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
     """The pictures of a folder and of all below it, by name; no contact sheets. Raises K2Error where there is none.
 
-    Of a project, what was made in it is left out.
+    What was made in it is left out: of a project its pictures, and of training the curves and samples of its runs.
+
     trigger: words that end every caption, as they will end the prompts that ask for the look.
     """
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
     named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
+    made = [folder / ".runs", *(folder / part for part in MADE if (folder / "k2.toml").is_file())]
     paths = sorted(path for path in named if not is_sheet(path) and not any(map(path.is_relative_to, made)))
     if not paths:
         raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
