@@ -112,6 +112,12 @@ def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
     return named
 
 
+def prompt_of(name: str, caption: str) -> str:
+    """Of which prompt a picture is, by the name in its record; that of a comparison has a caption, and ends in a
+    number then."""
+    return re.sub(r"-\d+$", "", name) if caption else name
+
+
 def slug(text: str) -> str:
     """A file-name stem out of a prompt, cut at a word where it is long."""
     name = re.sub(r"\W+", "-", text.casefold()).strip("-_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from k2cli.history import PLAIN_LINE, parse_lines
 from k2cli.outputs import RUN, Exists, Run, dump, number_of, undisturbed, write
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
+from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import LIMIT, Place, Toml, between, loads, read_table
 from model import picture_file
@@ -160,10 +162,13 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         ),
         f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",
     ]
-    entries = [
-        Entry(run.picture(shot.stem), shot.row or shot.given, shot.caption or f"seed {shot.spec.seed}")
-        for shot in shots
-    ]
+    prompts = Counter(given for given, _ in {(shot.given, prompt_of(shot.name, shot.caption)) for shot in shots})
+    entries = []
+    for shot in shots:
+        name, label = prompt_of(shot.name, shot.caption), shot.row or shot.given
+        if prompts[shot.given] > 1:
+            label = f"{name}: {label}"  # in front, as a long label is cut at its end
+        entries.append(Entry(run.picture(shot.stem), label, shot.caption or f"seed {shot.spec.seed}", name))
     return contact_sheets(
         entries, job.project.name, " · ".join(facts), columns=job.sheet.columns, centred=job.sheet.centred
     )

@@ -33,11 +33,16 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture on a sheet; neighbours with the same label share a strip."""
+    """One picture on a sheet; neighbours of the same prompt and label share a strip."""
 
     path: Path
     label: str
     caption: str
+    prompt: str = ""  # its name
+
+    @property
+    def strip(self) -> tuple[str, str]:
+        return self.prompt, self.label
 
 
 def contact_sheets(
@@ -60,7 +65,7 @@ def contact_sheets(
 
 def cells_of(entries: Sequence[Entry], columns: int | None) -> int:
     """How many pictures a sheet of these has room for, blank places included."""
-    strips = [len(list(strip)) for _, strip in groupby(entries, key=lambda entry: entry.label)]
+    strips = [len(list(strip)) for _, strip in groupby(entries, key=lambda entry: entry.strip)]
     across = min(columns or 1, len(strips))
     return max(strips) * across * math.ceil(len(strips) / across)
 
@@ -69,7 +74,7 @@ def contact_sheet(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Image.Image:
     """One sheet; the strips stand in as many columns as told, or as bring it nearest to a landscape page."""
-    strips = [list(strip) for _, strip in groupby(entries, key=lambda entry: entry.label)]
+    strips = [list(strip) for _, strip in groupby(entries, key=lambda entry: entry.strip)]
     with Image.open(entries[0].path) as first:
         scale = scale_to_cell(max(first.size))
     sizes = {entry: shown_size(entry.path, scale) for entry in entries}

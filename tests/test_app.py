@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -587,6 +588,40 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
         ("moody", ["run 10002", "mini raw", "28 steps"]),
         ("moody", ["run 10003", "mini raw", "1 step", "guidance 2.5"]),
     ]
+
+
+TWINS = """
+[[prompt]]
+name = "day"
+text = "a fox"
+avoid = "night"
+
+[[prompt]]
+text = "a fox"
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "strips"),
+    [
+        (["--batch", "2"], {"day: a fox": ["seed 0", "seed 1"], "a-fox: a fox": ["seed 0", "seed 1"]}),
+        (["-p", "a fox", "--batch", "2"], {"a fox": ["seed 0", "seed 1"]}),
+        (["--matrix", "steps=4,8"], {"day: a fox": ["steps 4", "steps 8"], "a-fox: a fox": ["steps 4", "steps 8"]}),
+        (["-p", "a fox", "--matrix", "steps=4,8"], {"a fox": ["steps 4", "steps 8"]}),
+        (["--only", "day", "--matrix", "seed=1,2", "--matrix", "steps=4"], {
+            "a fox · seed 1": ["steps 4"], "a fox · seed 2": ["steps 4"]
+        }),
+    ],
+)  # fmt: skip
+def test_a_strip_is_of_one_prompt_though_another_has_its_text(moody, k2, monkeypatch, asked, strips):
+    told = []
+    monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **form: told.extend(entries) or iter(()))
+    (moody / "k2.toml").write_text(TWINS)
+
+    k2("render", *asked)
+
+    found = [list(each) for _, each in groupby(told, key=lambda entry: entry.strip)]
+    assert {strip[0].label: [entry.caption for entry in strip] for strip in found} == strips
 
 
 def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
