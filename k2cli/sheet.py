@@ -18,6 +18,7 @@ PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#8d8780", "#e4dfd7"
 MARGIN, GAP, BETWEEN = 40, 12, 32  # px: around the sheet, between pictures of a strip, between strips
 TITLE, LABEL, CAPTION = 26, 16, 13  # px of type
 CELL = range(192, 321)  # px that the longer side of a picture is shown at
+ACROSS = 8  # pictures in a row of a strip; where strips are compared, a row each, they are as long as they are
 PER_SHEET = 48  # pictures; longer runs get several sheets, so that what a run holds does not grow with its length
 PER_GRID = 120  # where the columns are told: a sweep is one sheet
 MOST_CELLS = 1000  # of a sheet, blank ones included; at 320 pixels they are a third of a gigabyte
@@ -67,7 +68,13 @@ def cells_of(entries: Sequence[Entry], columns: int | None) -> int:
     """How many pictures a sheet of these has room for, blank places included."""
     strips = [len(list(strip)) for _, strip in groupby(entries, key=lambda entry: entry.strip)]
     across = min(columns or 1, len(strips))
-    return max(strips) * across * math.ceil(len(strips) / across)
+    return math.prod(shape_of(max(strips), len(strips), columns)) * across * math.ceil(len(strips) / across)
+
+
+def shape_of(longest: int, strips: int, columns: int | None) -> tuple[int, int]:
+    """How many pictures of a strip stand side by side, and how many such rows the longest strip has."""
+    rows = math.ceil(longest / ACROSS) if columns is None or strips == 1 else 1
+    return math.ceil(longest / rows), rows
 
 
 def contact_sheet(
@@ -80,12 +87,13 @@ def contact_sheet(
     sizes = {entry: shown_size(entry.path, scale) for entry in entries}
     cell_width = max(max(width for width, _ in sizes.values()), CELL[0])
     cell_height = max(height for _, height in sizes.values())
-    longest = max(map(len, strips))
-    strip_width = longest * cell_width + (longest - 1) * GAP
+    across, down = shape_of(max(map(len, strips)), len(strips), columns)
+    strip_width = across * cell_width + (across - 1) * GAP
 
-    lines = 2 if longest == 1 else 1  # a label over one picture has less room
+    lines = 2 if across == 1 else 1  # a label over one picture has less room
     label_height = lines * (LABEL + 5) + 8
-    strip_height = label_height + cell_height + CAPTION + 12
+    picture_height = cell_height + CAPTION + 12
+    strip_height = label_height + down * picture_height + (down - 1) * GAP
     head = TITLE + CAPTION + 36
 
     def extent(columns: int) -> tuple[int, int]:
@@ -109,13 +117,14 @@ def contact_sheet(
         row, column = divmod(index, columns)
         left = MARGIN + column * (strip_width + BETWEEN)
         if centred:
-            left += (longest - len(strip)) * (cell_width + GAP) // 2
+            left += (across - min(len(strip), across)) * (cell_width + GAP) // 2
         top = MARGIN + head + row * (strip_height + BETWEEN)
         text, face = typeset(strip[0].label, LABEL)
         for number, line in enumerate(wrap(text, face, strip_width, lines)):
             draw.text((left, top + number * (LABEL + 5)), line, INK, face)
         for place, entry in enumerate(strip):
-            x, y = left + place * (cell_width + GAP), top + label_height
+            x = left + place % across * (cell_width + GAP)
+            y = top + label_height + place // across * (picture_height + GAP)
             with Image.open(entry.path) as image:
                 shown = image.convert("RGB").resize(sizes[entry], Image.Resampling.LANCZOS)
             sheet.paste(shown, (x, y))

@@ -22,7 +22,7 @@ def entries(folder: Path, prompts: int, batch: int, size: tuple[int, int] = (64,
     return made
 
 
-@pytest.mark.parametrize(("prompts", "batch"), [(1, 1), (8, 1), (3, 4), (1, 9)])
+@pytest.mark.parametrize(("prompts", "batch"), [(1, 1), (8, 1), (3, 4), (1, 9), (1, 17)])
 @pytest.mark.parametrize("size", [(64, 64), (400, 160)])
 def test_every_picture_is_shown_once_and_whole(tmp_path, prompts, batch, size):
     made = entries(tmp_path, prompts, batch, size)
@@ -32,6 +32,17 @@ def test_every_picture_is_shown_once_and_whole(tmp_path, prompts, batch, size):
     counts = {colour: count for count, colour in page.getcolors(1 << 24) if colour[0] == 200 and colour[1] < 60}
     assert len(counts) == prompts * batch
     assert len(set(counts.values())) == 1  # all in one size, none overlapped
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch", "columns", "across"),
+    [(1, 8, None, 8), (1, 14, None, 7), (1, 48, 1, 8), (3, 14, 1, 14)],
+)
+def test_a_long_strip_is_broken_into_rows(tmp_path, prompts, batch, columns, across):
+    """But not where strips stand below each other to be compared."""
+    page = contact_sheet(entries(tmp_path, prompts, batch), "moody", "run 0001", columns=columns)
+
+    assert page.width == 2 * sheet.MARGIN + across * 320 + (across - 1) * sheet.GAP
 
 
 def test_long_runs_take_several_sheets(tmp_path, monkeypatch):
