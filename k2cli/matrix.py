@@ -51,11 +51,15 @@ class Matrix:
     prompts: Sequence[str] = ()  # names; all where empty
     where: str = "--matrix"  # it was written, for messages
 
+    def count(self, settled: Collection[str] = ()) -> int:
+        """How many combinations there are."""
+        return math.prod(len(values) for name, values in self.axes.items() if name not in settled)
+
     def cells(self, settled: Collection[str] = ()) -> list[Cell]:
         """Every combination. Axes that the command line has settled are left out. Raises K2Error past MOST."""
-        axes = {name: values for name, values in self.axes.items() if name not in settled}
-        if math.prod(map(len, axes.values())) > MOST:
+        if self.count(settled) > MOST:
             raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer axes.")
+        axes = {name: values for name, values in self.axes.items() if name not in settled}
         return [cell(dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
 
 

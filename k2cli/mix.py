@@ -90,8 +90,9 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, v
     stem = (prompt.name or slug(text))[:50]
     bare = replace(project, board=None)
     shots = []
+    digits = max(2, len(str(len(layout.points))))  # files sort as they are numbered
     for index, point in enumerate(layout.points, 1):
-        numbered = replace(prompt, name=f"{stem}-{index:02}", batch=1)
+        numbered = replace(prompt, name=f"{stem}-{index:0{digits}}", batch=1)
         (shot,) = bare.shots(settings, [numbered], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)

@@ -298,6 +298,12 @@ class Project:
         shots: list[Shot] = []
         letters = 0
         numbers: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
+        for matrix in matrices:
+            for _, name, base in named:
+                if not matrix.prompts or base in matrix.prompts:
+                    totals[name[:STEM]] += matrix.count(settled)
+        digits = max(2, len(str(min(MOST, max(totals.values(), default=0)))))  # files sort as they are numbered
         for matrix in matrices or (None,):
             if matrix and "batch" in settled and "seed" in matrix.axes.keys() - settled:
                 raise K2Error(
@@ -310,7 +316,7 @@ class Project:
                 for cell in cells:
                     stem = name[:STEM]
                     numbers[stem] += 1
-                    called = f"{stem}-{numbers[stem]:02}" if matrix else name
+                    called = f"{stem}-{numbers[stem]:0{digits}}" if matrix else name
                     made = replace(prompt, **{**taken, **cell.prompt})
                     worn = looks(cell.styles, matrix)
                     series = self.series(made, called, replace(settings, **cell.settings), worn, cell)

@@ -127,6 +127,13 @@ def test_a_matrix_is_every_combination_with_the_same_seed(dusky, k2):
     assert cells[0]["prompt"]["row"] == "a red fox · size 64x64"
 
 
+def test_files_sort_as_they_are_numbered(dusky, k2):
+    values = ",".join(map(str, range(1, 101)))
+
+    files = [each["file"] for each in plan(k2, "-p", "tea", "--matrix", f"steps={values}")]
+    assert files == [f"tea-{i:03}-7.png" for i in range(1, 101)] == sorted(files)
+
+
 def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
     k2("render")
     folder = dusky / "outputs" / "0001-matrix-fox"

@@ -276,6 +276,12 @@ def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
     assert len(mix.sweep({"dusk": 1.0, "riso": 1.0}, sheet.PER_GRID).points) == sheet.PER_GRID
 
 
+def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks, k2):
+    made = k2("mix-styles", "dusk=1", "riso=1", "--sweep", "100", "--quiet").stdout.splitlines()[:-1]
+
+    assert [Path(line).stem.split("-")[-2] for line in made] == [f"{i:03}" for i in range(1, 101)]
+
+
 def test_the_triangle_is_drawn(looks, k2):
     line = k2("mix-styles", "dusk=1", "ink=1", "riso=1", "--sweep", "3", "--quiet").stdout.splitlines()[-1]
 
