@@ -22,6 +22,7 @@ from typing import Any
 from k2cli import history
 from k2cli.history import Made
 from k2cli.outputs import DRAFT, PICTURES, write, writing
+from k2cli.prompts import prompt_of
 from model import picture_file
 from model.errors import K2Error, count_of
 
@@ -173,7 +174,9 @@ def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
                 numbers.number(each.run),
                 each.path.name,
                 strings.number(each.text("prompt.text")),
-                strings.number(each.text("prompt.name") or each.text("prompt.text")),
+                strings.number(
+                    prompt_of(each.text("prompt.name"), each.text("prompt.caption")) or each.text("prompt.text")
+                ),
                 whole(each["settings.seed"]),
                 whole(each["settings.width"]),
                 whole(each["settings.height"]),

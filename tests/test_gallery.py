@@ -257,6 +257,18 @@ def test_the_facts_leave_out_what_says_nothing(tmp_path):
     assert told == ["dusk 0.5", "refs/a.png", "high", "int8"]
 
 
+def test_cells_of_a_matrix_are_of_their_prompt(moody, k2):
+    (moody / "k2.toml").write_text(
+        '[[prompt]]\nname = "fox"\ntext = "a fox"\n[[prompt]]\nname = "fox-02"\ntext = "two"\n'
+    )
+    k2("render")
+    k2("render", "--only", "fox", "--matrix", "steps=4,8", "--matrix", "guidance=0,1")
+    k2("gallery")
+
+    data = data_of(moody / "gallery")
+    assert [data["strings"][each[3]] for each in data["pictures"]] == ["fox", "fox-02", *["fox"] * 4]
+
+
 def test_loras_are_among_the_facts(tmp_path):
     many_pictures(tmp_path, 1)
     (path,) = tmp_path.glob("*/*.toml")
