@@ -201,7 +201,7 @@ def where_am_i() -> str:
 
     from k2cli import history
     from k2cli.console import harmless
-    from k2cli.outputs import Run
+    from k2cli.outputs import SHEET, Run
     from k2cli.project import Project
     from k2cli.prompts import name_files
     from k2cli.tables import listed
@@ -215,7 +215,8 @@ def where_am_i() -> str:
     runs = history.runs_of(project.outputs)
     newest = next(filter(None, (history.read_run(run)[-1:] for run in reversed(runs))), [])
     last = Run.last(project.outputs)
-    done, planned = progress(last) if last and last.folder in runs else (0, 0)
+    # what a run with a sheet lacks was deleted since
+    done, planned = progress(last) if last and last.folder in runs and not last[SHEET].exists() else (0, 0)
     lines = [
         f"{project.name}  ({project.root})",
         f"  prompts   {listed(names) or 'none yet: add a [[prompt]] to k2.toml'}",

@@ -23,6 +23,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 RUN = "run.toml"
+SHEET = "sheet.png"
 DRAFT = ".draft"
 BLOCKED = ".blocked.toml"
 PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it

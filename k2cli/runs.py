@@ -16,7 +16,7 @@ from k2cli import embedded, models, records
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
 from k2cli.history import PLAIN_LINE, parse_lines
-from k2cli.outputs import RUN, Exists, Run, dump, number_of, undisturbed, write
+from k2cli.outputs import RUN, SHEET, Exists, Run, dump, number_of, undisturbed, write
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.prompts import prompt_of
@@ -26,7 +26,6 @@ from model import picture_file
 from model.errors import K2Error, count_of
 from model.spec import Picture, RenderSpec
 
-SHEET = "sheet.png"
 MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # lines of a run.toml; those that are unlike all others
 MOST_ESCAPES = 1_000_000  # in its texts
 Hire = Callable[[Sequence[RenderSpec]], Crew]

@@ -187,6 +187,14 @@ def test_k2_alone_tells_of_a_run_that_is_not_finished(moody, k2, fake):
     assert "--resume" not in k2().stdout and " of 3 " not in k2().stdout
 
 
+def test_a_run_whose_bad_pictures_were_deleted_is_finished(moody, k2):
+    k2("render")
+    (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
+
+    assert "--resume" not in k2().stdout and " of 2 " not in k2().stdout
+    assert "fox-7.png" in k2("render", "--resume").stdout  # whoever asks for it gets it
+
+
 @pytest.mark.parametrize(
     "plan", [b"", b"[", b"\xff", b'[[picture]]\nfile = "\xff.png"\n', b'[[picture]]\nfile = "../x.png"\n']
 )
@@ -210,7 +218,8 @@ def test_k2_alone_imports_no_network(moody, k2, fake):
         heavy = {"torch", "transformers"} & set(sys.modules)
         sys.exit(f"imported: {heavy}" if heavy else 0)
     """
-    (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
+    for name in ("fox-7.png", "sheet.png"):
+        (moody / "outputs" / "0001-fox-and-1-more" / name).unlink()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
