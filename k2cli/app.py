@@ -413,6 +413,7 @@ def rerun(
     """
     from k2cli.console import meter, near, result, say
     from k2cli.runs import rerun as make_again
+    from k2cli.runs import was_changed
 
     home = find_home(file, project, allow_outside)
     with meter(1, quiet=quiet) as bar:
@@ -427,6 +428,8 @@ def rerun(
             "Identical, pixel for pixel." if identical else f"The pixels differ from the recorded ones{by}.{rounding}",
             "green" if identical else "yellow",
         )
+        if was_changed(file):
+            say(f"{near(file)} was changed since it was made: its own pixels are others.", "yellow")
     if not identical:
         raise typer.Exit(1)
 

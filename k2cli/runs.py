@@ -327,6 +327,14 @@ def picture_of(file: Path) -> Path:
     return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
 
 
+def was_changed(file: Path) -> bool:
+    """Whether a picture that is kept without loss has other pixels than its record says."""
+    with suppress(Exception), picture_file.opened(file) as found:  # of a record, which is no picture, too
+        lossless = found.format in ("PNG", "WEBP")
+        return lossless and records.read(file).table.get("pixels") != records.pixel_hash(found)
+    return False
+
+
 def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:
     """The largest difference between a picture and the recorded one; None where that is gone, cannot be read, or was
     lossily kept."""

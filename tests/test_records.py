@@ -273,6 +273,18 @@ class TestRerun:
 
         assert k2("rerun", "outputs/0001-fox/fox-7.toml").stdout == f"outputs/0002-fox/fox-7.{suffix}\n"
 
+    @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
+    def test_a_picture_that_was_changed_by_hand_is_told(self, moody, k2, kind, suffix):
+        """Of a lossy one nobody can say."""
+        k2("render", "--only", "fox", "--format", kind)
+        file = Path(f"outputs/0001-fox/fox-7.{suffix}")
+        assert "was changed" not in k2("rerun", file).stderr
+
+        Image.new("RGB", (64, 64), "white").save(file)
+        said = k2("rerun", file).stderr
+        assert "Identical, pixel for pixel." in said and (f"{file} was changed since it" in said) == (kind != "jpeg")
+        assert "was changed" not in k2("rerun", file.with_suffix(".toml")).stderr
+
     def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
         """Moved out of the project, without its record: the project is named, the picture says the rest."""
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
