@@ -138,13 +138,17 @@ def find_project(project: Path | None, allow_outside: bool = False) -> Project:
 
 
 def open_projects(folders: Sequence[str], project: Path | None, allow_outside: bool) -> list[Project]:
-    """The projects named, or the one that the current folder belongs to."""
+    """The projects named, each once, however it is called; or the one that the current folder belongs to."""
     from k2cli.project import Project
 
     if folders and project:
         raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
     if folders:
-        return [Project.open(Path(folder), allow_outside=allow_outside) for folder in folders]
+        opened: dict[Path, Project] = {}
+        for folder in folders:
+            each = Project.open(Path(folder), allow_outside=allow_outside)
+            opened.setdefault(each.root.resolve(), each)
+        return list(opened.values())
     return [find_project(project, allow_outside)]
 
 

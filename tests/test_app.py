@@ -227,6 +227,18 @@ def test_several_projects_load_the_weights_once(moody, k2, fake, tmp_path):
     assert fake.loaded == [("mini", None, None, None)]
 
 
+def test_a_project_that_is_named_in_several_ways_is_rendered_once(moody, k2, tmp_path):
+    (tmp_path / "link").symlink_to("moody")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
+    ways = ["../link", moody, tmp_path / "other", ".", f"{moody}/", "k2.toml"]
+
+    made = k2("render", *ways).stdout.splitlines()
+
+    assert [Path(path).name for path in made] == ["fox-7.png", "an-owl-at-night-7.png", "tea-0.png"]
+    assert len(k2("log", *ways).stdout.splitlines()) == 3
+
+
 def test_what_is_typed_reaches_the_model(moody, k2, fake):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     k2(
