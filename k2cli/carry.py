@@ -39,6 +39,8 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         left = job.left
         if not left and not quiet:
             say_finished(job)
+        if not quiet:
+            say_undrawable(job)
         own = recommended(job.model.name, job.model.variant) if left else {}
         folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
         for shot in left:
@@ -73,9 +75,8 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
             if not quiet:
                 say_finished(job)
             continue
-        if not quiet and (strange := undrawable(job)):
-            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
+        if not quiet:
+            say_undrawable(job)
         try:
             with meter(total, quiet=quiet) as bar:
                 for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
@@ -113,6 +114,13 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
 def say_finished(job: Job) -> None:
     """That nothing is left of a run."""
     say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
+
+
+def say_undrawable(job: Job) -> None:
+    """That some prompts will get a picture of something else."""
+    if strange := undrawable(job):
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
 
 
 def undrawable(job: Job) -> list[str]:

@@ -72,15 +72,17 @@ def test_the_command_lists_all_or_says_what_words_mean(k2):
     assert 'do not know "zebu", "nope".' in some.stderr
 
 
-def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeypatch, dry):
     monkeypatch.chdir(tmp_path)
     k2("new", "moody")
     monkeypatch.chdir(tmp_path / "moody")
 
-    said = k2("render", "-p", "a zebu", "-p", "zilch", "-p", "a fox").stderr
+    said = k2("render", *dry, "-p", "a zebu", "-p", "zilch", "-p", "a fox", "--batch", "2").stderr
     assert 'Nothing that mini can draw is in "a zebu" and 1 more; what it can: k2 models vocabulary' in said
-    assert "Nothing" not in k2("render", "-p", "a fox").stderr
-    assert "Nothing" not in k2("render", "-p", "a zebu", "--quiet").stderr
+    assert said.count("Nothing") == 1
+    assert "Nothing" not in k2("render", *dry, "-p", "a fox").stderr
+    assert "Nothing" not in k2("render", *dry, "-p", "a zebu", "--quiet").stderr
 
 
 def test_what_an_adapter_or_another_model_may_draw_is_not_doubted(moody):
