@@ -220,7 +220,8 @@ def render(
         typer.Option(
             "--matrix",
             metavar="KEY=V,V",
-            help="Compare: a picture for every combination. style.NAME, seed, size, steps, guidance, creativity.",
+            help="Compare: a picture of every combination, or --batch of each. style.NAME, seed, size, steps, "
+            "guidance, creativity.",
         ),
     ] = None,
     batch: BatchOption = None,

@@ -69,7 +69,7 @@ avoid = ""            # what the picture should keep away from
 [style]               # how much each style of styles/ counts, −2 … 2
 sticker = 1.0
 
-# [[matrix]]          # every combination in the place of the batch, with the same seeds
+# [[matrix]]          # a picture of every combination, whatever batch says here, with the same seeds
 # size = ["256x256", "320x192"]
 # style.sticker = [0, 0.5, 1]
 """
