@@ -277,7 +277,7 @@ def render(
       k2 render -p "a red fox" --batch 4    one prompt, four seeds
       k2 render --style dusk=0.6 --seed 40
       cat prompts.txt | k2 render - --json
-      k2 render -p "a {red|blue} fox" --matrix style.dusk=0,0.5,1
+      k2 render -p "a {red|green} apple" --matrix style.dusk=0,0.5,1
       k2 render --resume                    go on with a run that was stopped
     """
     from functools import partial
