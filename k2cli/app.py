@@ -42,6 +42,7 @@ from k2cli.options import (
     read_prompts,
     read_weights,
     to_json,
+    variant_of,
 )
 from k2cli.style_app import mix_styles, moodboard_app, style_app
 from k2cli.train import train
@@ -201,7 +202,7 @@ def render(
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
     ] = None,
     only: OnlyOption = None,
-    turbo: TurboOption = False,
+    turbo: TurboOption = None,
     style: Annotated[
         list[str] | None,
         typer.Option(
@@ -291,7 +292,6 @@ def render(
     from k2cli.runs import resume as last_run
     from k2cli.tables import listed
 
-    variant = "turbo" if turbo else None
     named = [name for name in projects or [] if name != "-"]
     for name in named:
         if not os.path.exists(name):  # what most people type first
@@ -301,6 +301,7 @@ def render(
     settings = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
+        "variant": variant_of(turbo),
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format,
     }  # fmt: skip
@@ -309,7 +310,6 @@ def render(
             prompt
             or only
             or style
-            or turbo
             or matrix
             or moodboard is not None
             or "-" in (projects or [])
@@ -332,15 +332,15 @@ def render(
         prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
-            chosen = each.settle(variant, **settings)
-            if turbo and not quiet and (beyond := chosen.beyond("turbo")):
+            chosen = each.settle(**settings)
+            if not quiet and (beyond := chosen.beyond()):
                 say(f"{each.name} has {beyond}", "yellow")
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             axes = compared or (each.matrices if prompts is None else ())
             shots = each.shots(chosen, wanted, weights, axes)
             if not quiet and (names := each.uncompared(wanted, axes)):
                 say(f"{each.name}: no [[matrix]] is about {listed(names)}.", "yellow")
-            jobs.append(plan_job(each, chosen, variant, shots, compared=bool(axes)))
+            jobs.append(plan_job(each, chosen, shots, compared=bool(axes)))
     if dry_run:
         show_plan(jobs, as_json=json, quiet=quiet)
     else:

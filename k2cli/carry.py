@@ -22,11 +22,9 @@ from model.errors import K2Error
 from model.vocabulary import vocabulary
 
 
-def plan_job(
-    project: Project, settings: Settings, variant: str | None, shots: Sequence[Shot], *, compared: bool
-) -> Job:
+def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:
     """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
-    job = Job(project, shots, settings.held(variant))
+    job = Job(project, shots, settings.held())
     if not (compared and shots):
         return job
     called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]

@@ -83,7 +83,7 @@ def sweep(weights: Weights, steps: int) -> Layout:
     return Layout(tuple(paths))
 
 
-def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, variant: str | None) -> Job:
+def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -> Job:
     """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
     text, _ = variants(prompt.text)[0]
     prompt = replace(prompt, text=escape(text))
@@ -98,4 +98,4 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout, v
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
     called = "mix-" + "-".join(styles)
     sheet = SheetForm(columns=1, centred=layout.centred)
-    return Job(project, shots, settings.held(variant), called=called[:50], sheet=sheet)
+    return Job(project, shots, settings.held(), called=called[:50], sheet=sheet)

@@ -83,7 +83,10 @@ OnlyOption = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="NAME", help="The project's prompt of this name.", autocompletion=complete_prompt),
 ]
-TurboOption = Annotated[bool, typer.Option("--turbo", help="Take the distilled checkpoint: few steps, no guidance.")]
+TurboOption = Annotated[
+    bool | None,
+    typer.Option("--turbo/--raw", help="Take the distilled checkpoint, of few steps and no guidance; or the other."),
+]
 BatchOption = Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")]
 SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16, mini's of 32.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
@@ -115,6 +118,11 @@ PrecisionOption = Annotated[str | None, choice("precision", "BITS", "Of the weig
 OffloadOption = Annotated[str | None, choice("offload", "PART", "Read as needed: none, text (encoder) or all.")]
 FormatOption = Annotated[str | None, choice("format", "KIND", "Of the files: png, webp (lossless) or jpeg.")]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
+
+
+def variant_of(turbo: bool | None) -> str | None:
+    """What --turbo or --raw asks for; None where neither was said."""
+    return None if turbo is None else "turbo" if turbo else "raw"
 
 
 def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:

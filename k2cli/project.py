@@ -46,6 +46,7 @@ name = "{name}"
 
 [render]
 model = "mini"        # the model in the box; or a folder, or a .safetensors file
+# variant = "turbo"   # as --turbo does; --raw takes the other
 batch = 2             # pictures per prompt
 seed = 7              # picture i uses seed + i
 # size = "256x192"    # or aspect = "4:3"; the model's own size where left out
@@ -207,12 +208,13 @@ class Project:
     def outputs(self) -> Path:
         return self.inside("outputs")
 
-    def settle(self, variant: str | None = None, **given: Any) -> Settings:
-        """The project's settings, options of a command line in their place, with the model found, in this variant."""
+    def settle(self, **given: Any) -> Settings:
+        """The project's settings, options of a command line in their place, with the model found."""
         settings = self.settings.override(**given)
         shells = given.get("model") is not None  # a path of the shell's, not of the project's
         try:
-            return replace(settings, model=models.resolve(settings.model, None if shells else self.inside, variant))
+            inside = None if shells else self.inside
+            return replace(settings, model=models.resolve(settings.model, inside, settings.variant))
         except K2Error as error:
             if not shells and "model" not in self.toml.table.get("render", {}):
                 raise
@@ -299,10 +301,10 @@ class Project:
         letters = 0
         numbers: Counter[str] = Counter()
         totals: Counter[str] = Counter()
-        for matrix in matrices:
+        for each in matrices:
             for _, name, base in named:
-                if not matrix.prompts or base in matrix.prompts:
-                    totals[name[:STEM]] += matrix.count(settled)
+                if not each.prompts or base in each.prompts:
+                    totals[name[:STEM]] += each.count(settled)
         digits = max(2, len(str(min(MOST, max(totals.values(), default=0)))))  # files sort as they are numbered
         for matrix in matrices or (None,):
             if matrix and "batch" in settled and "seed" in matrix.axes.keys() - settled:

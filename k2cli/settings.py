@@ -23,6 +23,7 @@ class Settings:
     """[render], and the options of `k2 render`. None is the checkpoint's own recommendation."""
 
     model: str = field(default="mini", metadata=PATH)
+    variant: str | None = one_of(None, "raw", "turbo")  # of the model's checkpoints; None: raw where there is one
     size: str | None = None
     aspect: str | None = None
     resolution: str | int | None = None
@@ -64,17 +65,20 @@ class Settings:
             given = {"size": None, **given}
         return replace(self, **given, given=said)
 
-    def held(self, variant: str | None) -> models.Held:
+    def held(self) -> models.Held:
         """The weights that these settings ask for, once the model is found."""
-        return models.Held(self.model, variant, device=self.device, precision=self.precision, offload=self.offload)
+        return models.Held(self.model, self.variant, device=self.device, precision=self.precision, offload=self.offload)
 
-    def beyond(self, variant: str) -> str:
-        """Steps and guidance that a project asks for, and no command line, where this checkpoint is made for less."""
-        own = models.recommended(self.model, variant)
+    def beyond(self) -> str:
+        """Steps and guidance that a project asks for, and no command line, where a checkpoint that a command line names
+        is made for less."""
+        if "variant" not in self.given:
+            return ""
+        own = models.recommended(self.model, self.variant)
         asked = {key: getattr(self, key) or 0 for key in ("steps", "guidance") if key not in self.given}
         odd = {key: value for key, value in asked.items() if value > own[key]}
         theirs = " and ".join(f"{key} = {value:g}" for key, value in odd.items())
-        return theirs and f"{theirs}; {variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
+        return theirs and f"{theirs}; {self.variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
 
     def pixels(self, size: str | None, where: Callable[[str], str]) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""

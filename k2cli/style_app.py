@@ -27,6 +27,7 @@ from k2cli.options import (
     find_project,
     read_weights,
     to_json,
+    variant_of,
 )
 from model.errors import K2Error, count_of
 
@@ -185,7 +186,7 @@ def mix_styles(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to paint; else the project's first.")
     ] = None,
-    turbo: TurboOption = False,
+    turbo: TurboOption = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same for every picture.")] = None,
     size: SizeOption = None,
     steps: StepsOption = None,
@@ -226,13 +227,12 @@ def mix_styles(
     jobs = []
     if sweep is not None or preview:
         settings = opened.settle(
-            "turbo" if turbo else None,
-            **{"seed": seed, "size": size, "steps": steps, "guidance": guidance},
+            **{"variant": variant_of(turbo), "seed": seed, "size": size, "steps": steps, "guidance": guidance},
             **{"style_guidance": style_guidance, "model": model, "device": device},
         )
         layout = mix.preview(weights) if sweep is None else mix.sweep(weights, sweep)
         asked = pick_prompt(opened, prompt)
-        jobs = [mix.plan(opened, settings, asked, layout, "turbo" if turbo else None)]
+        jobs = [mix.plan(opened, settings, asked, layout)]
         if not quiet and (choices := len(variants(asked.text))) > 1:
             say(f"The first of the prompt's {choices} choices is taken.", "yellow")
     if save_as is not None:

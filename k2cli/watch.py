@@ -23,6 +23,7 @@ from k2cli.options import (
     TurboOption,
     find_project,
     to_json,
+    variant_of,
 )
 from model.errors import K2Error
 
@@ -39,7 +40,7 @@ def watch(
         Path | None, typer.Argument(metavar="PROJECT", help="The project, if not that of the current folder.")
     ] = None,
     only: OnlyOption = None,
-    turbo: TurboOption = False,
+    turbo: TurboOption = None,
     batch: BatchOption = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Fewer are a quicker look.")] = None,
     size: SizeOption = None,
@@ -65,7 +66,7 @@ def watch(
 
     if folder and project:
         raise typer.BadParameter("name the project as an argument or with --project, not both", param_hint="--project")
-    settings = {"batch": batch, "steps": steps, "size": size, "device": device}
+    settings = {"variant": variant_of(turbo), "batch": batch, "steps": steps, "size": size, "device": device}
     check_options(settings)
     root = root_of(folder or project, allow_outside)
     made: set[str] = set()
@@ -73,7 +74,7 @@ def watch(
         while True:
             before = stamp(root)
             try:
-                job, keys = look(find_project(root, allow_outside), only, "turbo" if turbo else None, settings, made)
+                job, keys = look(find_project(root, allow_outside), only, settings, made)
                 if job.shots:
                     carry_out([job], embed=not no_embed, as_json=json, quiet=quiet)
                     made |= keys
@@ -112,18 +113,18 @@ def root_of(folder: Path | None, allow_outside: bool) -> Path:
 
 
 def look(
-    project: Project, only: list[str] | None, variant: str | None, settings: Mapping[str, object], made: set[str]
+    project: Project, only: list[str] | None, settings: Mapping[str, object], made: set[str]
 ) -> tuple[Job, set[str]]:
     """The run of what is not made yet, and what each of its pictures is known by: all that goes into it."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
-    chosen = project.settle(variant, **settings)
+    chosen = project.settle(**settings)
     shots = project.shots(chosen, project.choose(only) if only else None, None, project.matrices)
-    held = vars(chosen.held(variant))
+    held = vars(chosen.held())
     known = {to_json([held, shot.format, request(shot, project.root)]): shot for shot in shots}
     left = {key: shot for key, shot in known.items() if key not in made}
-    return plan_job(project, chosen, variant, list(left.values()), compared=bool(project.matrices)), set(left)
+    return plan_job(project, chosen, list(left.values()), compared=bool(project.matrices)), set(left)
 
 
 def stamp(root: Path) -> dict[str, tuple[int, int]]:

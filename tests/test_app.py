@@ -206,6 +206,22 @@ def test_a_file_of_another_project_is_named_with_its_path(moody, k2, fake, tmp_p
     assert f'{tmp_path / "other" / "k2.toml"}, line 2: unknown key "sed"' in " ".join(told.split())
 
 
+def test_a_project_may_ask_for_turbo_itself(moody, k2, fake):
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    text = (moody / "k2.toml").read_text()
+    (moody / "k2.toml").write_text(text.replace("[render]\n", '[render]\nvariant = "turbo"\n'))
+
+    def used(*more: str) -> str:
+        return json.loads(k2("render", "--dry-run", "--only", "fox", "--json", *more).stdout.splitlines()[0])["variant"]
+
+    assert used() == used("--turbo") == "turbo" and used("--raw") == "raw"
+    k2("render", "--only", "fox")
+    k2("render", "--resume", "--raw", code=2)
+    assert fake.loaded == [("mini", "turbo", None, None)]
+    (moody / "k2.toml").write_text(text.replace("[render]\n", '[render]\nvariant = "turbe"\n'))
+    assert 'Did you mean "turbo"?' in k2("render", code=1).stderr
+
+
 def test_settings_that_are_not_for_turbo_are_told(moody, k2, fake):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
     text = (moody / "k2.toml").read_text()
