@@ -73,10 +73,11 @@ class Branches:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
         parts, wordings = v.chunk(self.count), len(self.shares)
         with_style = self._whole(parts[:wordings])
-        plain = self._whole(parts[wordings : 2 * wordings]) if len(parts) >= 2 * wordings else with_style
-        if self.presence < 1:
+        conditional = with_style
+        if self.style_guidance is not None or self.presence < 1:
+            plain = self._whole(parts[wordings : 2 * wordings])
             with_style = torch.lerp(plain, with_style, self.presence)
-        conditional = with_style if self.style_guidance is None else plain
+            conditional = with_style if self.style_guidance is None else plain
         v = guided(conditional, parts[-1], self.guidance) if self.guidance else conditional
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 

@@ -260,24 +260,24 @@ def test_pictures_and_adapters_carry_a_styles_strength_themselves():
         assert wordings(spec) == [(spec.prompt, 1.0)]
 
 
+@pytest.mark.parametrize("method", ["tokens", "splice"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
-def test_words_are_turned_up_without_a_jump(pipeline, red, settings):
+def test_words_are_turned_up_without_a_jump(pipeline, red, settings, method, tmp_path, monkeypatch):
     """From the picture without the words to the one with them, bit for bit at both ends, styles of pictures beside."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    look = Style("red", 0.7, (Reference(red),), method=method)
 
     def made(strength: float) -> np.ndarray:
-        spec = worded(("wet", strength, ("watercolour",)), **settings)
-        spec = replace(spec, styles=(*spec.styles, Style("red", 0.7, (Reference(red),))))
-        return np.asarray(pipeline.render([spec])[0].image, np.float32)
+        spec = worded(("wet", strength, ("watercolour",)), steps=3, **settings)
+        return np.asarray(pipeline.render([replace(spec, styles=(*spec.styles, look))])[0].image, np.float32)
 
     def off(one: float, other: float) -> float:
         return float(np.abs(made(one) - made(other)).mean())
 
     assert not off(0.0, -0.0) and off(0.0, 1e-6) < 0.01 and off(1.0, 1 + 1e-6) < 0.01
     assert off(0.0, 0.2) < off(0.0, 0.5) < off(0.0, 1.0) < off(0.0, 2.0)
-    plain = replace(
-        FOX, prompt=f"{FOX.prompt}, watercolour", styles=(Style("red", 0.7, (Reference(red),)),), **settings
-    )
-    assert np.array_equal(made(1.0), np.asarray(pipeline.render([plain])[0].image))
+    said = replace(FOX, prompt=f"{FOX.prompt}, watercolour", steps=3, styles=(look,), **settings)
+    assert np.array_equal(made(1.0), np.asarray(pipeline.render([said])[0].image))
 
 
 def test_a_file_and_a_fine_tune_find_the_rest(tiny, tmp_path, pipeline):  # noqa: F811
