@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from k2cli import models, moodboard
+from k2cli import models, moodboard, template
 from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, OF_PROMPT, Cell, Matrix, escape, read_matrices, settled_by
@@ -39,50 +39,6 @@ from model.spec import RenderSpec, Style, tied
 
 FILE = "k2.toml"
 MOST_PLAN = 32 << 20  # bytes of a run.toml
-
-TEMPLATE = """\
-[project]
-name = "{name}"
-
-[render]
-model = "mini"        # the model in the box; or a folder, or a .safetensors file
-# variant = "turbo"   # as --turbo does; --raw takes the other
-batch = 2             # pictures per prompt
-seed = 7              # picture i uses seed + i
-# size = "256x192"    # or aspect = "4:3"; the model's own size where left out
-# cohesion = 0.5      # 0 every picture by itself … 1 one look; scope = "run" ties prompts together too
-# creativity = "low"  # raw, low, medium, high: how far prompts are led beyond what they say
-# steps, guidance, mu: the model's own recommendation where left out
-
-[[prompt]]
-name = "fox"          # file-name stem; made from the text where left out
-text = "a red fox"
-
-[[prompt]]
-name = "owl"
-text = "an owl on a night blue background"
-
-[[prompt]]
-name = "sailboat"
-text = "a sailboat"
-avoid = ""            # what the picture should keep away from
-
-[style]               # how much each style of styles/ counts, −2 … 2
-sticker = 1.0
-
-# [[matrix]]          # a picture of every combination, whatever batch says here, with the same seeds
-# size = ["256x256", "320x192"]
-# style.sticker = [0, 0.5, 1]
-"""
-STYLE_TEMPLATE = """\
-# A style: words, and pictures that have the look.
-keywords = ["sticker style"]
-avoids = []
-
-# [[reference]]
-# image = "refs/*.png"
-# weight = 1.0
-"""
 
 
 class Outside(K2Error):
@@ -138,10 +94,10 @@ class Project:
                 for part in ("refs", "styles"):
                     (draft / part).mkdir(parents=True)
                 quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-                text = compose(name) if compose else TEMPLATE.format(name=quoted)
+                text = compose(name) if compose else template.PROJECT.format(name=quoted)
                 (draft / FILE).write_text(text, "utf-8")
                 if not compose:
-                    (draft / "styles" / "sticker.toml").write_text(STYLE_TEMPLATE, "utf-8")
+                    (draft / "styles" / "sticker.toml").write_text(template.STYLE, "utf-8")
                 if there:  # a shell may stand in it, so it stays, and k2.toml moves in last
                     move_all(draft, folder, ("refs", "styles", FILE))
                 else:
