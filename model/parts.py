@@ -25,7 +25,7 @@ from model.headers import AGAIN
 from model.layouts import dit_config, native_names, stored_precision
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
-from model.text_encoder import QWEN3_VL_4B, TextTower, open_tower, weights_of
+from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, open_tower, weights_of
 from model.vae import QwenImageVAE, VAEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -205,6 +205,23 @@ def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
         encoder = StyleEncoder(StyleConfig(**checkpoint.metadata["config"]))
     load(encoder, checkpoint, device=device, dtype=torch.float32)
     return encoder, int(checkpoint.metadata.get("native", 128))
+
+
+def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: QwenImageVAE | SpreadFluxVAE) -> None:
+    """The parts must speak of the same numbers. Raises K2Error."""
+    asked, spoken = dit.config, text.tower.config
+    if (spoken.hidden_size, len(spoken.taps)) != (asked.text_width, asked.text_taps):
+        raise K2Error(
+            f"{parts.dit} listens to {asked.text_taps} layers of {asked.text_width} numbers, "
+            f"{parts.text} speaks {len(spoken.taps)} of {spoken.hidden_size}.",
+            hint="Give the text encoder that the transformer was trained with.",
+        )
+    channels = vae.config.z_dim if isinstance(vae, QwenImageVAE) else vae.channels
+    if channels != asked.channels:
+        raise K2Error(
+            f"{parts.dit} paints in {asked.channels} channels, {parts.vae} reads {channels}.",
+            hint="Give the autoencoder that the transformer was trained with.",
+        )
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -40,6 +40,7 @@ from model.parts import (
     numbers_of,
     pick_device,
     pick_dtype,
+    refuse_misfits,
     sha256,
 )
 from model.plan import Plan, choose, eight_bits, free_memory, lacking_memory
@@ -52,7 +53,6 @@ from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
 from model.text_encoder import TextEncoder
-from model.vae import QwenImageVAE
 from model.vision import Reader, find_tower
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
@@ -98,7 +98,7 @@ class Pipeline:
         self._rows: Recent[Tensor]
         self.forget()
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
-        self._check_fit()
+        refuse_misfits(parts, self.dit, self.text, self.vae)
 
     @classmethod
     def load(
@@ -437,22 +437,6 @@ class Pipeline:
     def _unit(self) -> int:
         """The side of a token in pixels."""
         return self.vae.factor * self.dit.config.patch
-
-    def _check_fit(self) -> None:
-        """The parts must speak of the same numbers. Raises K2Error."""
-        dit, text = self.dit.config, self.text.tower.config
-        if (text.hidden_size, len(text.taps)) != (dit.text_width, dit.text_taps):
-            raise K2Error(
-                f"{self.parts.dit} listens to {dit.text_taps} layers of {dit.text_width} numbers, "
-                f"{self.parts.text} speaks {len(text.taps)} of {text.hidden_size}.",
-                hint="Give the text encoder that the transformer was trained with.",
-            )
-        channels = self.vae.config.z_dim if isinstance(self.vae, QwenImageVAE) else self.vae.channels
-        if channels != dit.channels:
-            raise K2Error(
-                f"{self.parts.dit} paints in {dit.channels} channels, {self.parts.vae} reads {channels}.",
-                hint="Give the autoencoder that the transformer was trained with.",
-            )
 
 
 def to_image(pixels: Tensor) -> Image.Image:
