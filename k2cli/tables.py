@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 
 PATH = {"path": True}  # metadata of a field whose text, or texts, are paths: every space in them is meant
+NO_KEY = {"key": False}  # of a field that no table may say
 
 
 def between(default: Any, low: float, high: float) -> Any:
@@ -55,11 +56,6 @@ def one_of(default: Any, *choices: str | int) -> Any:
 def like(default: Any, pattern: str, *examples: str) -> Any:
     """A dataclass field whose text has a certain form."""
     return field(default=default, metadata={"pattern": pattern, "examples": examples})
-
-
-def no_key(default: Any) -> Any:
-    """A dataclass field that no table may say."""
-    return field(default=default, metadata={"key": False})
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -166,7 +162,7 @@ class Toml:
         """Key path -> line number, for everything written as `[table]`, `[[table]]` or `key =` on a line of its own."""
         found: dict[tuple[str | int, ...], int] = {}
         prefix: tuple[str | int, ...] = ()
-        counts: dict[str, int] = {}
+        counts: dict[tuple[str | int, ...], int] = {}  # of every list of tables, the index of its last one
         fence = ""  # the quotes of a multi-line text that is open
         for number, line in enumerate(self.text.splitlines(), 1):
             if fence:
@@ -174,11 +170,14 @@ class Toml:
                 continue
             start = line[:LONGEST_LINE]  # the patterns take quadratic time over lines that never end
             if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", start):
-                prefix = tuple(part.strip("\"' ") for part in header[2].split("."))
-                if header[1] == "[[":
-                    counts[header[2]] = counts.get(header[2], -1) + 1
-                    prefix = (*prefix, counts[header[2]])
+                prefix = ()
+                for part in header[2].split("."):  # what lies below a list of tables lies below its last one
+                    prefix = (*prefix, *([counts[prefix]] if prefix in counts else []), part.strip("\"' "))
                 found.setdefault(prefix, number)
+                if header[1] == "[[":
+                    counts[prefix] = counts.get(prefix, -1) + 1
+                    prefix = (*prefix, counts[prefix])
+                    found.setdefault(prefix, number)
             elif key := re.match(r"\s*([\w.-]+|\"[^\"]*\"|'[^']*')\s*=", start):
                 name = key[1]
                 parts = (name[1:-1],) if name[0] in "\"'" else tuple(name.split("."))
