@@ -333,9 +333,10 @@ def render(
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             chosen = each.settle(**settings)
-            if not quiet and (beyond := chosen.beyond()):
-                say(f"{each.name} has {beyond}", "yellow")
             wanted = prompts if prompts is not None else each.choose(only) if only else None
+            of_prompts = [prompt.settings for prompt in (each.prompts if wanted is None else wanted)]
+            if not quiet and (beyond := chosen.beyond(of_prompts)):
+                say(f"{each.name} has {beyond}", "yellow")
             axes = compared or (each.matrices if prompts is None else ())
             shots = each.shots(chosen, wanted, weights, axes)
             if not quiet and (names := each.uncompared(wanted, axes)):

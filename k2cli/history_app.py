@@ -211,7 +211,9 @@ def where_am_i() -> str:
         return ""
     names = [name for _, name in name_files(project.prompts)]
     weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
-    unused = [name for name in project.styles.known if not project.weights.get(name)]
+    of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
+    worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
+    unused = [name for name in project.styles.known if not project.weights.get(name) and name not in worn]
     runs = history.runs_of(project.outputs)
     newest = next(filter(None, (history.read_run(run)[-1:] for run in reversed(runs))), [])
     last = Run.last(project.outputs)
@@ -220,7 +222,7 @@ def where_am_i() -> str:
     lines = [
         f"{project.name}  ({project.root})",
         f"  prompts   {listed(names) or 'none yet: add a [[prompt]] to k2.toml'}",
-        f"  styles    {listed([*weights, *(f'{name} (off)' for name in unused)]) or 'none'}",
+        f"  styles    {listed([*weights, *worn.values(), *(f'{name} (off)' for name in unused)]) or 'none'}",
         f"  model     {project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt",
         f"  runs      {len(runs) or 'none yet'}"
         + (f", the last {newest[0].run}, {ago(newest[0].created, datetime.now(UTC))}" if newest else ""),

@@ -12,33 +12,25 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from k2cli.settings import check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import Place, check_keys, check_value, nearest, plain
 from model.errors import K2Error
-from model.expand import LEVELS
 
 MOST = 10_000  # pictures that a run may come to
 MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
 MOST_LETTERS = 10_000_000  # characters that the readings of a project's prompts come to, all together
 DEEPEST = 32  # braces within braces
-AXES: dict[str, tuple[Any, Mapping[str, Any]]] = {  # key -> type and limits, as of [render]
-    "seed": (int, {"low": 0, "high": 2**63 - 1}),
-    "size": (str, {}),
-    "steps": (int, {"low": 1, "high": 1000}),
-    "guidance": (float, {"low": 0, "high": 100}),
-    "creativity": (str, {"choices": LEVELS}),
-}
-OF_PROMPT = ("batch", "seed", "size")  # what a [[prompt]] may say itself, so a cell says it in its place
+AXES = ("seed", "size", "steps", "guidance", "creativity")  # settings that can be compared; and styles' weights
 SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: what it says in the place of prompt and settings, and how it is called on a sheet."""
+    """One combination: what it says in the place of all others, and how it is called on a sheet."""
 
     styles: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    prompt: Mapping[str, Any] = field(default_factory=dict)
     row: str = ""
     caption: str = ""
 
@@ -70,11 +62,10 @@ def settled_by(given: Iterable[str], styles: Iterable[str] = ()) -> set[str]:
 
 def cell(values: Mapping[str, Any]) -> Cell:
     styles = {name.removeprefix("style."): value for name, value in values.items() if name.startswith("style.")}
-    asked = {name: values[name] for name in OF_PROMPT if name in values}
-    rest = {name: value for name, value in values.items() if name in AXES and name not in OF_PROMPT}
+    asked = {name: value for name, value in values.items() if name in AXES}
     called = [f"{name.removeprefix('style.')} {show(value)}" for name, value in values.items()]
     one = {"batch": 1} if "seed" in asked else {}
-    return Cell(styles, rest, asked | one, " · ".join(called[:-1]), "".join(called[-1:]))
+    return Cell(styles, asked | one, " · ".join(called[:-1]), "".join(called[-1:]))
 
 
 def show(value: Any) -> str:
@@ -134,10 +125,12 @@ def number(text: str) -> Any:
 
 def axis(key: str, values: Any, where: str) -> list[Any]:
     """The values of one axis, each checked as the setting that it stands for."""
-    kind, limits = (float, {"low": -2, "high": 2}) if key.startswith("style.") else AXES[key]
     if not isinstance(values, list) or not values:
         raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=f"Like {key} = [1, 2].")
-    checked = [check_value(key, value, kind, limits, where) for value in values]
+    if key.startswith("style."):
+        checked = [check_value(key, value, float, {"low": -2, "high": 2}, where) for value in values]
+    else:
+        checked = [check_setting(key, value, where) for value in values]
     if len(set(checked)) < len(checked):
         raise K2Error(f'{where}: "{key}" names a value twice.', hint="Once is enough.")
     if key == "size":

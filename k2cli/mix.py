@@ -86,13 +86,13 @@ def sweep(weights: Weights, steps: int) -> Layout:
 def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -> Job:
     """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
     text, _ = variants(prompt.text)[0]
-    prompt = replace(prompt, text=escape(text))
+    prompt = replace(prompt, text=escape(text), settings={**prompt.settings, "batch": 1}, style={})
     stem = (prompt.name or slug(text))[:50]
     bare = replace(project, board=None)
     shots = []
     digits = max(2, len(str(len(layout.points))))  # files sort as they are numbered
     for index, point in enumerate(layout.points, 1):
-        numbered = replace(prompt, name=f"{stem}-{index:0{digits}}", batch=1)
+        numbered = replace(prompt, name=f"{stem}-{index:0{digits}}")
         (shot,) = bare.shots(settings, [numbered], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)

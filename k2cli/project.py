@@ -16,10 +16,10 @@ from typing import Any
 from k2cli import models, moodboard, template
 from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
-from k2cli.matrix import MOST, MOST_WORDS, OF_PROMPT, Cell, Matrix, escape, read_matrices, settled_by
+from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.outputs import undisturbed, writing
 from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
-from k2cli.settings import Settings
+from k2cli.settings import Settings, check_frame
 from k2cli.styles import Styles, words
 from k2cli.tables import (
     Place,
@@ -138,9 +138,7 @@ class Project:
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place)
         head = read_table(Head, table.get("project", {}), place.below("project"))
         settings = read_table(Settings, table.get("render", {}), place.below("render"))
-        if settings.size and (settings.aspect or settings.resolution):
-            at = place.below("render")("size")
-            raise K2Error(f'{at}: "size" excludes "aspect" and "resolution".', hint="Keep the one or the others.")
+        check_frame(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
         return cls(
             folder.absolute(),
@@ -192,16 +190,16 @@ class Project:
         return replace(self, board=replace(self.board, strength=strength))
 
     def looks(
-        self, settings: Settings, styles: Mapping[str, float], asked: Mapping[str, str] | None = None
+        self, settings: Settings, asked: Mapping[str, tuple[float, str]], styles: Mapping[str, float]
     ) -> tuple[Style, ...]:
-        """The project's styles with these weights on top of its own, and its moodboard.
+        """The project's styles at their weights, and its moodboard.
 
-        asked  where those of the weights were asked for that are not of --style, for messages
+        asked   weights in the place of the project's own, and where they were asked for
+        styles  weights in the place of both, of --style
         """
-        typed = dict.fromkeys(styles, "--style") | dict(asked or {})
-        resolved = self.styles.resolve(
-            {**self.weights, **styles}, lambda name: typed.get(name) or self.toml.where("style", name)
-        )
+        weights = {**self.weights, **{name: weight for name, (weight, _) in asked.items()}, **styles}
+        where = {name: said for name, (_, said) in asked.items()} | dict.fromkeys(styles, "--style")
+        resolved = self.styles.resolve(weights, lambda name: where.get(name) or self.toml.where("style", name))
         if self.board is None:
             return resolved
         if any(style.name == moodboard.NAME for style in resolved):
@@ -248,10 +246,8 @@ class Project:
         if prompts is None and not self.prompts:
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
         named = spread(self.prompts if prompts is None else prompts)
-        settled = settled_by(settings.given, styles or {})
-        taken: dict[str, Any] = {key: None for key in OF_PROMPT if key in settled}  # of a prompt's own
-        if matrices and "batch" not in settled:
-            taken["batch"] = 1  # a cell is one picture, unless more are asked for here and now
+        settled = settled_by(settings.elsewhere, styles or {})
+        typed = {key: getattr(settings, key) for key in settings.elsewhere}
         looks = cache_looks(self, settings, styles or {})
         shots: list[Shot] = []
         letters = 0
@@ -271,13 +267,17 @@ class Project:
             for prompt, name, base in named:
                 if matrix and matrix.prompts and base not in matrix.prompts:
                     continue
+                own = {**prompt.settings, "batch": 1} if matrix else prompt.settings  # a cell is one picture ...
+                wanted = settings.over(own, {key: f'The {key} of "{name}"' for key in own})
+                wanted = wanted.over(typed, settings.elsewhere)  # ... unless more are asked for here and now
+                asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
                 for cell in cells:
                     stem = name[:STEM]
                     numbers[stem] += 1
                     called = f"{stem}-{numbers[stem]:0{digits}}" if matrix else name
-                    made = replace(prompt, **{**taken, **cell.prompt})
-                    worn = looks(cell.styles, matrix)
-                    series = self.series(made, called, replace(settings, **cell.settings), worn, cell)
+                    made = wanted.over(cell.settings, {key: f'The {key} of "{called}"' for key in cell.settings})
+                    axes = {style: (weight, matrix.where) for style, weight in cell.styles.items()} if matrix else {}
+                    series = self.series(prompt, called, made, looks(asked | axes), cell)
                     shots += series
                     letters += len(series) * weigh(series[0])
                 if len(shots) > MOST:
@@ -298,9 +298,7 @@ class Project:
 
         def where(key: str) -> str:
             """Where a setting was made: by the prompt or its matrix, on the command line, or in [render]."""
-            if key == "size" and prompt.size is not None:
-                return f'The size of "{name}"'
-            return f"--{key}" if key in settings.given else place(key)
+            return settings.elsewhere.get(key) or place(key)
 
         joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
         avoids = [*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]
@@ -308,9 +306,8 @@ class Project:
             if sum(map(len, said)) > MOST_WORDS:
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        width, height = settings.pixels(prompt.size or settings.size, where)
-        seed = settings.seed if prompt.seed is None else prompt.seed
-        batch = settings.batch if prompt.batch is None else prompt.batch
+        width, height = settings.pixels(where)
+        seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
         spec = RenderSpec(
@@ -404,11 +401,11 @@ def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:
 
 def cache_looks(
     project: Project, settings: Settings, styles: Mapping[str, float]
-) -> Callable[[Mapping[str, float], Matrix | None], tuple[Style, ...]]:
-    """A matrix comes back to the same weights; each set of them is resolved once."""
+) -> Callable[[Mapping[str, tuple[float, str]]], tuple[Style, ...]]:
+    """`Project.looks`. Prompts and matrices come back to the same weights; each set of them is resolved once."""
 
     @cache
-    def looks(weights: tuple[tuple[str, float], ...], where: str) -> tuple[Style, ...]:
-        return project.looks(settings, dict(weights) | dict(styles), {name: where for name, _ in weights})
+    def looks(asked: tuple[tuple[str, tuple[float, str]], ...]) -> tuple[Style, ...]:
+        return project.looks(settings, dict(asked), styles)
 
-    return lambda weights, matrix: looks(tuple(weights.items()), matrix.where if matrix else "")
+    return lambda asked: looks(tuple(asked.items()))

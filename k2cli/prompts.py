@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from k2cli.matrix import MOST_LETTERS, variants
+from k2cli.settings import OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import Place, between, check_name, plain, read_table
+from k2cli.tables import NO_KEY, Place, check_keys, check_name, plain, read_table, read_weights
 from model.errors import K2Error
 
 STEM = 50  # characters of a prompt's name that may come of its choices
@@ -19,14 +20,21 @@ SAY = "Say what the picture should show."
 
 @dataclass(frozen=True)
 class Prompt:
-    """One [[prompt]]; None is what [render] says."""
+    """One [[prompt]]: what to show, and what it says of that in the place of [render] and [style]."""
 
     text: str
     name: str = ""
     avoid: str = ""
-    batch: int | None = between(None, 1, 1000)
-    seed: int | None = between(None, 0, 2**63 - 1)
-    size: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # of OF_PROMPT
+    style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
+    place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
+
+    def where(self, *path: str) -> str:
+        """Where a key of it was written, for messages."""
+        return f'"{self.name or self.text}"' if self.place is None else self.place.below(*path)()
+
+
+WORDS = tuple(f.name for f in fields(Prompt) if f.metadata.get("key", True))
 
 
 def typed(text: str) -> Prompt:
@@ -47,11 +55,18 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     taken: set[str] = set()
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
-        prompt = read_table(Prompt, entry, at)
+        check_keys(entry, (*WORDS, *OF_PROMPT, "style"), at)
+        prompt = replace(
+            read_table(Prompt, {key: entry[key] for key in WORDS if key in entry}, at),
+            settings={key: check_setting(key, entry[key], at(key)) for key in OF_PROMPT if key in entry},
+            style=read_weights(entry.get("style", {}), at.below("style")),
+            place=at,
+        )
         if not prompt.text:
             raise K2Error(f"{at('text')}: the prompt is empty.", hint=SAY)
-        if prompt.size is not None:
-            parse_size(prompt.size, at("size"))
+        check_frame(prompt.settings, at)
+        if "size" in prompt.settings:
+            parse_size(prompt.settings["size"], at("size"))
         if prompt.name:
             check_name(prompt.name, at("name"))
         if prompt.name and prompt.name.casefold() in taken:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
-from k2cli.tables import PATH, between, check_value, like, no_key, one_of
+from k2cli.tables import NO_KEY, PATH, between, check_value, hints_of, like, one_of
 from model.errors import K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, TILES
 
 SCOPES = ("prompt", "run")
+OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
+    *("batch", "seed", "size", "aspect", "resolution"),
+    *("steps", "guidance", "creativity"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,47 +47,50 @@ class Settings:
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
     format: str = one_of("png", *SUFFIXES)  # of the files; only JPEG loses anything
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
-    given: frozenset[str] = no_key(frozenset())  # the keys that a command line has said
+    elsewhere: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # said not in [render]: where
 
     def override(self, **given: Any) -> Settings:
-        """These settings with the options of a command line in their place; None means not given.
-
-        No [[prompt]] and no [[matrix]] says again what was given.
-        """
-        types, limits = get_type_hints(Settings), {f.name: f.metadata for f in fields(Settings)}
-        given = {
-            k: check_value(k, v, types[k], limits[k], f"--{k.replace('_', '-')}")
-            for k, v in given.items()
-            if v is not None
-        }
-        said = self.given | given.keys()
-        if "size" in given and ("aspect" in given or "resolution" in given):
+        """These settings with the options of a command line in their place; None means not given."""
+        options = {key: f"--{key.replace('_', '-')}" for key, value in given.items() if value is not None}
+        checked = {key: check_setting(key, given[key], where) for key, where in options.items()}
+        if "size" in checked and ("aspect" in checked or "resolution" in checked):
             raise K2Error("--size says all that --aspect and --resolution could.", hint="Give the one or the others.")
-        if "size" in given:
-            given = {"aspect": None, "resolution": None, **given}
-        elif "aspect" in given or "resolution" in given:
-            given = {"size": None, **given}
-        return replace(self, **given, given=said)
+        return self.over(checked, options)
+
+    def over(self, said: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
+        """These settings with others in their place, and where those were said. Of a size and an aspect the later one
+        counts."""
+        if "size" in said:
+            said = {"aspect": None, "resolution": None, **said}
+        elif "aspect" in said or "resolution" in said:
+            said = {"size": None, **said}
+        return replace(self, **said, elsewhere={**self.elsewhere, **where})
 
     def held(self) -> models.Held:
         """The weights that these settings ask for, once the model is found."""
         return models.Held(self.model, self.variant, device=self.device, precision=self.precision, offload=self.offload)
 
-    def beyond(self) -> str:
+    def beyond(self, prompts: Iterable[Mapping[str, Any]] = ()) -> str:
         """Steps and guidance that a project asks for, and no command line, where a checkpoint that a command line names
-        is made for less."""
-        if "variant" not in self.given:
+        is made for less.
+
+        prompts  what each [[prompt]] says itself
+        """
+        if "variant" not in self.elsewhere:
             return ""
         own = models.recommended(self.model, self.variant)
-        asked = {key: getattr(self, key) or 0 for key in ("steps", "guidance") if key not in self.given}
+        every = [vars(self), *prompts]
+        asked = {
+            key: max(said.get(key) or 0 for said in every) for key in ("steps", "guidance") if key not in self.elsewhere
+        }
         odd = {key: value for key, value in asked.items() if value > own[key]}
         theirs = " and ".join(f"{key} = {value:g}" for key, value in odd.items())
         return theirs and f"{theirs}; {self.variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
 
-    def pixels(self, size: str | None, where: Callable[[str], str]) -> tuple[int | None, int | None]:
+    def pixels(self, where: Callable[[str], str]) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
-        if size is not None:
-            return parse_size(size, where("size"), models.step(self.model))
+        if self.size is not None:
+            return parse_size(self.size, where("size"), models.step(self.model))
         if self.aspect is None and self.resolution is None:
             return None, None
         if self.resolution is None:
@@ -92,3 +99,19 @@ class Settings:
             edge = parse_resolution(self.resolution, where("resolution"))
         said = where("resolution" if self.aspect is None else "aspect")
         return fit_aspect(self.aspect or "1:1", edge, said, models.step(self.model))
+
+
+def check_setting(key: str, value: Any, where: str) -> Any:
+    """A value as the setting of this name wants it."""
+    return check_value(key, value, hints_of(Settings)[key], LIMITS[key], where)
+
+
+def check_frame(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
+    """Refuse a size that is said beside an aspect."""
+    if said.get("size") is not None and (said.get("aspect") is not None or said.get("resolution") is not None):
+        raise K2Error(
+            f'{where("size")}: "size" excludes "aspect" and "resolution".', hint="Keep the one or the others."
+        )
+
+
+LIMITS = {f.name: f.metadata for f in fields(Settings)}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import many_pictures
+from conftest import PROJECT, many_pictures
 
 from k2cli import history_app
 from k2cli.options import to_json
@@ -159,7 +159,10 @@ def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
     fresh = k2().stdout
     many_pictures(moody / "outputs", 3)
     later = k2().stdout
+    (moody / "k2.toml").write_text(PROJECT + "style.dusk = 0.5\n")
+    worn = k2().stdout
 
+    assert "dusk (some prompts)" in worn and "off" not in worn
     assert fresh.startswith(f"moody  ({moody})\n") and "fox, an-owl-at-night" in fresh and "dusk (off)" in fresh
     assert "runs      none yet" in fresh and "k2 render --dry-run" in fresh
     assert "runs      1, the last 0001-fox" in later and "k2 show outputs/0001-fox/fox-2.png" in later

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import tomllib
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2cli import models
-from k2cli.project import Project
+from k2cli.matrix import read_axes
+from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, name_files, slug
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
 from model import library
@@ -149,6 +151,101 @@ def test_a_prompt_may_differ_from_the_rest(moody):
     assert (planned[1].spec.width, planned[1].spec.height, planned[1].spec.negative) == (64, 96, "snow")
 
 
+OWN = """aspect = "2:1"
+steps = 8
+guidance = 1.5
+creativity = "low"
+style.dusk = 0.8
+
+[[prompt]]
+name = "tea"
+text = "tea"
+resolution = 256
+
+[prompt.style]
+dusk = 0
+"""
+
+
+@pytest.fixture
+def dusky(moody):
+    """The owl has settings and a weight of its own, and so has tea."""
+    (moody / "styles").mkdir()
+    for name in ("dusk", "riso"):
+        (moody / "styles" / f"{name}.toml").write_text(f'keywords = ["{name}"]\n')
+    (moody / "k2.toml").write_text(
+        PROJECT.replace("seed = 7", 'seed = 7\naspect = "1:2"') + OWN + "[style]\ndusk = 0.5\n"
+    )
+    return Project.open(moody)
+
+
+def strength(shot: Shot) -> float:
+    return sum(style.strength for style in shot.spec.styles)
+
+
+def test_a_prompt_may_have_settings_and_styles_of_its_own(dusky):
+    fox, owl, tea = shots(dusky)
+
+    assert [(shot.spec.width, shot.spec.height) for shot in (fox, owl, tea)] == [(96, 176), (176, 96), (176, 368)]
+    assert [(shot.spec.steps, shot.spec.guidance, shot.creativity) for shot in (fox, owl, tea)] == [
+        (None, None, "raw"),
+        (8, 1.5, "low"),
+        (None, None, "raw"),
+    ]
+    assert [strength(shot) for shot in (fox, owl, tea)] == [0.5, 0.8, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "styles", "sizes", "steps", "strengths"),
+    [
+        ({"aspect": "1:1"}, {}, [(128, 128), (128, 128), (256, 256)], [None, 8, None], [0.5, 0.8, 0]),
+        ({"resolution": 192}, {}, [(128, 272), (272, 128), (128, 272)], [None, 8, None], [0.5, 0.8, 0]),
+        ({"size": "64x64"}, {}, [(64, 64)] * 3, [None, 8, None], [0.5, 0.8, 0]),
+        ({"steps": 4}, {"dusk": 1}, [(96, 176), (176, 96), (176, 368)], [4, 4, 4], [1, 1, 1]),
+    ],
+)
+def test_the_command_line_goes_before_what_prompts_have_of_their_own(dusky, options, styles, sizes, steps, strengths):
+    planned = shots(dusky, None, styles, **options)
+
+    assert [(shot.spec.width, shot.spec.height) for shot in planned] == sizes
+    assert [shot.spec.steps for shot in planned] == steps
+    assert [strength(shot) for shot in planned] == strengths
+
+
+def test_a_matrix_goes_before_what_a_prompt_has_of_its_own(dusky):
+    cells = read_axes(["size=64x64,96x64", "style.dusk=0,1", "steps=2"])
+
+    made = dusky.shots(dusky.settle(), dusky.choose(["an-owl-at-night"]), matrices=[cells])
+    assert [(shot.spec.width, shot.spec.steps, strength(shot)) for shot in made] == [
+        (64, 2, 0),
+        (64, 2, 1),
+        (96, 2, 0),
+        (96, 2, 1),
+    ]
+    assert {shot.spec.guidance for shot in made} == {1.5}
+
+
+def test_a_style_that_a_prompt_asks_for_in_vain_is_blamed_on_its_line(moody):
+    text = PROJECT + "style.dsuk = 1\n"
+    (moody / "k2.toml").write_text(text)
+    with pytest.raises(K2Error, match=r'k2\.toml, line 13: there is no style "dsuk"\.'):
+        shots(Project.open(moody))
+    (moody / "k2.toml").write_text(text.replace("style.dsuk = 1", "[prompt.style]\ndsuk = 1"))
+    with pytest.raises(K2Error, match=r"k2\.toml, line 14: "):
+        shots(Project.open(moody))
+
+
+def test_a_mix_shows_a_prompt_in_the_styles_of_the_mix_and_no_others(dusky, k2):
+    text = (dusky.root / "k2.toml").read_text()
+    (dusky.root / "k2.toml").write_text(text.replace('"a red fox"', '"a red fox"\nstyle.dusk = 1\nbatch = 3'))
+
+    k2("mix-styles", "riso=1")
+
+    made = [json.loads(line) for line in k2("log", "--json").stdout.splitlines()]
+    assert {each["settings"]["seed"] for each in made} == {7}
+    assert {style["name"] for each in made for style in each["style"] or []} == {"riso"}
+
+
 def test_an_aspect_keeps_the_pixels_of_the_models_own_size(moody):
     (spec,) = [shot.spec for shot in shots(Project.open(moody), [Prompt("tea")], aspect="16:9")]
 
@@ -162,6 +259,15 @@ def test_prompts_are_chosen_by_name(moody):
     with pytest.raises(K2Error, match='no prompt named "fix"') as error:
         project.choose(["fix"])
     assert error.value.hint == 'Did you mean "fox"?'
+
+
+TWO = """[[prompt]]
+name = "tea"
+text = "tea"
+
+[[prompt]]
+text = "a bun"
+"""
 
 
 @pytest.mark.parametrize(
@@ -193,6 +299,13 @@ def test_prompts_are_chosen_by_name(moody):
         ("[render]\ncohesion = 1.5\n", 'line 2: "cohesion" must lie between 0 and 1, not 1.5.', ""),
         ('[render]\nscope = "prompts"\n', 'line 2: "scope" cannot be "prompts".', 'Did you mean "prompt"?'),
         ('[render]\ncreativity = "hgih"\n', 'line 2: "creativity" cannot be "hgih".', 'Did you mean "high"?'),
+        ('[[prompts]]\ntext = "tea"\n', 'line 1: unknown key "prompts".', 'Did you mean "prompt"?'),
+        ("\n[[style]]\ndusk = 1\n", "line 2: expected a table in [style].", 'Like [style] and below it "dusk = 0.6".'),
+        ("[mix]\ndusk = 1\n", 'line 1: unknown key "mix".', ""),
+        (TWO + 'aspect = "1:1"\nsize = "64x64"\n', 'line 8: "size" excludes "aspect"', "Keep the one"),
+        (TWO + "steps = 0\n", 'line 7: "steps" must lie between 1 and 1,000, not 0.', ""),
+        (TWO + "cohesion = 1\n", 'line 7: unknown key "cohesion" in [prompt].', ""),
+        (TWO + "[prompt.style]\ndusk = 3\n", 'line 8: "dusk" must lie between −2 and 2, not 3.0.', ""),
         ("[moodboard]\n", 'line 1: "images" is missing in [moodboard].', ""),
         ("[render\n", "k2.toml is not valid TOML: Expected ']'", ""),
         ('[[prompt]]\ntext = "a \\u001b[2J"\n', 'line 2: "text" holds a control character.', "without escapes"),
