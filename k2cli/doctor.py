@@ -80,7 +80,7 @@ def plans(device: str) -> list[dict[str, Any]]:
     counted = {"krea-2 (12.9B)": parts.release_numbers()}
     for model in library.list_models():
         try:
-            counted = {model.name: parts.numbers_of(parts.find_parts(model))} | counted
+            counted = {model.name: parts.numbers_of(library.find_parts(model))} | counted
         except K2Error:
             continue  # `models` tells what is wrong with it
     free, eight = free_memory(device), eight_bits(device)

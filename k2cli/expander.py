@@ -39,10 +39,9 @@ def language_of(model: str) -> Path | None:
     found = library.find(model)
     if found is None:
         return None
-    from model.parts import find_parts
     from model.speaker import speaks
 
-    text = find_parts(found).text
+    text = library.find_parts(found).text
     if not speaks(text):
         return None
     licence.require_for(model)

@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from k2cli.tables import PATH, UNPRINTABLE, check_path, nearest, one_of
 from model import library
 from model.errors import K2Error
+from model.headers import read_json
 from model.plan import OFFLOADS, PRECISIONS
+
+NATIVE, SCALES = 1024, 4  # of the open weights: their side in pixels, and the scales of their autoencoder
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,24 @@ def file_of(name: str, file: str) -> Path:
     return next((place for place in places if place.is_file()), places[0])
 
 
-def native_size(name: str) -> int:
-    """The side in pixels that a model was trained for; 1024 where its files do not say, as for the open weights."""
-    for path in files(name):
-        if path.suffix == ".safetensors" and "native" in (about := library.describe(path)):
-            return int(about["native"])
-    return 1024
+class Grid(NamedTuple):
+    """Which sizes a model's pictures have, in pixels."""
+
+    native: int  # the side that it was trained for
+    step: int  # what sides are multiples of: a token, which is two latent cells wide
 
 
-def step(name: str) -> int:
-    """What the sides of a model's pictures are multiples of, in pixels: a token, which is two latent cells wide."""
-    for path in sorted(files(name), key=lambda path: "vae" not in path.name):  # one header to read, mostly
-        if path.suffix == ".safetensors" and (about := library.describe(path)).get("kind") == "vae":
-            return 2 ** len(about.get("config", {}).get("dim_mult", range(4)))
-    return 16
+def grid(name: str, variant: str | None = None) -> Grid:
+    """By the headers of a resolved model. Where its files say neither, it is as the open weights are."""
+    found = library.find(name, variant)
+    assert found is not None, name
+    parts = library.find_parts(found)
+    about = [library.describe(file) for file in library.files_in(parts.dit)]
+    native = next((int(each["native"]) for each in about if "native" in each), NATIVE)
+    stated = parts.vae / "config.json"
+    own = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
+    scales = (read_json(stated) if stated.is_file() else own or {}).get("dim_mult")
+    return Grid(native, 2 ** (len(scales) if isinstance(scales, list) else SCALES))
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
     own = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
     best = library.RECOMMENDED[found.variant or "raw"] | own.get("recommended", {})
-    side = native_size(name)
+    side = grid(name, variant).native
     return {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
 
 

@@ -408,9 +408,10 @@ def size_of(origin: Origin, model: str) -> str:
     if not origin.width or not origin.height:
         return ""
     with suppress(K2Error):
+        grid = models.grid(model)
         if origin.tool == "k2":
-            width, height = parse_size(f"{origin.width}x{origin.height}", "", models.step(model))
+            width, height = parse_size(f"{origin.width}x{origin.height}", "", grid.step)
         else:
-            width, height = fit_aspect(aspect_of(origin), models.native_size(model), "", models.step(model))
+            width, height = fit_aspect(aspect_of(origin), grid.native, "", grid.step)
         return f"{width}x{height}"
     return ""

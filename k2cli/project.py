@@ -248,7 +248,7 @@ class Project:
         named = spread(self.prompts if prompts is None else prompts)
         settled = settled_by(settings.elsewhere, styles or {})
         typed = {key: getattr(settings, key) for key in settings.elsewhere}
-        looks = cache_looks(self, settings, styles or {})
+        looks, grid = cache_looks(self, settings, styles or {}), models.grid(settings.model, settings.variant)
         shots: list[Shot] = []
         letters = 0
         numbers: Counter[str] = Counter()
@@ -277,7 +277,7 @@ class Project:
                     called = f"{stem}-{numbers[stem]:0{digits}}" if matrix else name
                     made = wanted.over(cell.settings, {key: f'The {key} of "{called}"' for key in cell.settings})
                     axes = {style: (weight, matrix.where) for style, weight in cell.styles.items()} if matrix else {}
-                    series = self.series(prompt, called, made, looks(asked | axes), cell)
+                    series = self.series(prompt, called, made, looks(asked | axes), cell, grid)
                     shots += series
                     letters += len(series) * weigh(series[0])
                 if len(shots) > MOST:
@@ -292,7 +292,15 @@ class Project:
         batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
         return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
 
-    def series(self, prompt: Prompt, name: str, settings: Settings, looks: tuple[Style, ...], cell: Cell) -> list[Shot]:
+    def series(
+        self,
+        prompt: Prompt,
+        name: str,
+        settings: Settings,
+        looks: tuple[Style, ...],
+        cell: Cell,
+        grid: models.Grid,
+    ) -> list[Shot]:
         """One prompt's pictures, seed by seed."""
         place = Place(self.toml, ("render",))
 
@@ -306,7 +314,7 @@ class Project:
             if sum(map(len, said)) > MOST_WORDS:
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        width, height = settings.pixels(where)
+        width, height = settings.pixels(where, grid)
         seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")

@@ -87,18 +87,15 @@ class Settings:
         theirs = " and ".join(f"{key} = {value:g}" for key, value in odd.items())
         return theirs and f"{theirs}; {self.variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
 
-    def pixels(self, where: Callable[[str], str]) -> tuple[int | None, int | None]:
+    def pixels(self, where: Callable[[str], str], grid: models.Grid) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
         if self.size is not None:
-            return parse_size(self.size, where("size"), models.step(self.model))
+            return parse_size(self.size, where("size"), grid.step)
         if self.aspect is None and self.resolution is None:
             return None, None
-        if self.resolution is None:
-            edge = models.native_size(self.model)
-        else:
-            edge = parse_resolution(self.resolution, where("resolution"))
+        edge = grid.native if self.resolution is None else parse_resolution(self.resolution, where("resolution"))
         said = where("resolution" if self.aspect is None else "aspect")
-        return fit_aspect(self.aspect or "1:1", edge, said, models.step(self.model))
+        return fit_aspect(self.aspect or "1:1", edge, said, grid.step)
 
 
 def check_setting(key: str, value: Any, where: str) -> Any:

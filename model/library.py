@@ -29,6 +29,10 @@ RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings for weigh
     "raw": {"steps": 52, "guidance": 3.5, "mu": "auto"},
     "turbo": {"steps": 8, "guidance": 0.0, "mu": 1.15},
 }
+HEARD = (  # tensors whose last dimension is how wide the text's layers are, and how many, natively and in diffusers
+    ("txtmlp.0.scale", "txt_in.norm.weight"),
+    ("txtfusion.projector.weight", "text_fusion.projector.weight"),
+)
 RELEASE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of all that was trained from it
 KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
 
@@ -64,6 +68,58 @@ class Model:
             return str(self.manifest["licence"])
         official = self.source == "hub" and (parse(self.name) or ("",))[0] in OFFICIAL.values()
         return KREA_2 if official or is_release(self.path) else None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A transformer and what belongs to it: files, or folders in transformers' and diffusers' layout."""
+
+    dit: Path
+    text: Path  # a file, or the folder that holds text_encoder/ and tokenizer/
+    vae: Path
+    style: Path | None = None
+
+    @property
+    def lender(self) -> Path:
+        """The folder that text encoder and autoencoder lie in."""
+        return self.text if self.text.is_dir() else self.text.parent
+
+
+def find_parts(model: Model) -> Parts:
+    """A lone transformer file is joined by what stands beside it, else by the pulled release, else by the box.
+
+    The box's go before the release's where the transformer listens to their text encoder.
+    """
+    if model.source == "box":
+        return Parts(model.path, *helpers(model.name))
+    folder = model.path if model.path.is_dir() else model.path.parent
+    inner = model.path / "transformer"
+    dit = inner if inner.is_dir() else model.path
+    if is_lender(folder):
+        return Parts(dit, folder, folder / "vae")
+    release, box = locate("krea-2"), Parts(dit, *helpers("mini"))
+    if release is None or not is_lender(release) or (box.text.is_file() and listens(dit, box.text)):
+        return box
+    return Parts(dit, release, release / "vae")
+
+
+def is_lender(folder: Path) -> bool:
+    """Whether a text encoder and an autoencoder lie here, as in diffusers' layout."""
+    return (folder / "text_encoder").is_dir() and (folder / "vae").is_dir()
+
+
+def helpers(name: str) -> tuple[Path, Path, Path | None]:
+    """Text encoder, autoencoder and style encoder of a model in the box."""
+    text, vae, style = (BOX / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
+    return text, vae, style if style.is_file() else None
+
+
+def listens(dit: Path, text: Path) -> bool:
+    """Whether a transformer takes as many layers, as wide, as a text encoder of ours speaks."""
+    shapes = {name: shape for file in files_in(dit) for name, shape in shapes_of(read_header(file)).items()}
+    heard = [next((shape[-1] for name, shape in shapes.items() if name.endswith(ends)), 0) for ends in HEARD]
+    config = describe(text).get("config") or {}
+    return heard == [config.get("hidden_size"), len(config.get("taps") or ())]
 
 
 def locate(name: str, variant: str | None = None) -> Path | None:
@@ -209,6 +265,11 @@ def weights(folder: Path) -> Iterator[Path]:
     levels = ("/".join("*" * depth) for depth in range(1, DEEPEST + 1))
     found = sorted(path for level in levels for path in folder.glob(level) if path.suffix in WEIGHTS)
     return (path for path in found if path.is_file())
+
+
+def files_in(path: Path) -> list[Path]:
+    """A weights file itself, or those of a folder."""
+    return list(weights(path)) if path.is_dir() else [path]
 
 
 def the_weights(folder: Path) -> Path:

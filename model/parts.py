@@ -1,4 +1,4 @@
-"""The parts of a model: where they lie, what they are loaded into, and the hashes by which a record names them."""
+"""The parts of a model: what they are loaded into, and the hashes by which a record names them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -17,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import library
 from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
 from model.headers import AGAIN
 from model.layouts import dit_config, native_names, stored_precision
+from model.library import Parts
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
-from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, open_tower, weights_of
+from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, weights_of
 from model.vae import QwenImageVAE, VAEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,52 +32,10 @@ QWEN_VAE_NUMBERS = 127_000_000
 LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A transformer and what belongs to it: files, or folders in transformers' and diffusers' layout."""
-
-    dit: Path
-    text: Path  # a file, or the folder that holds text_encoder/ and tokenizer/
-    vae: Path
-    style: Path | None = None
-
-    @property
-    def lender(self) -> Path:
-        """The folder that text encoder and autoencoder lie in."""
-        return self.text if self.text.is_dir() else self.text.parent
-
-    @property
-    def files(self) -> list[Path]:
-        """Every weights file, the transformer's first."""
-        paths = [self.dit, weights_of(self.text), self.vae, *([self.style] if self.style else [])]
-        return [file for path in paths for file in open_checkpoint(path).files]
-
-
-def find_parts(model: library.Model) -> Parts:
-    """A lone transformer file is joined by what stands beside it, else by the pulled release, else by the box.
-
-    The box's go before the release's where the transformer listens to their text encoder.
-    """
-    if model.source == "box":
-        return Parts(model.path, *helpers(model.name))
-    folder = model.path if model.path.is_dir() else model.path.parent
-    inner = model.path / "transformer"
-    dit = inner if inner.is_dir() else model.path
-    if is_lender(folder):
-        return Parts(dit, folder, folder / "vae")
-    release, box = library.locate("krea-2"), Parts(dit, *helpers("mini"))
-    if release is None or not is_lender(release):
-        return box
-    if box.text.is_file():
-        network, spoken = dit_config(native_names(open_checkpoint(dit))), open_tower(box.text)[0].config
-        if (spoken.hidden_size, len(spoken.taps)) == (network.text_width, network.text_taps):
-            return box
-    return Parts(dit, release, release / "vae")
-
-
-def is_lender(folder: Path) -> bool:
-    """Whether a text encoder and an autoencoder lie here, as in diffusers' layout."""
-    return (folder / "text_encoder").is_dir() and (folder / "vae").is_dir()
+def files_of(parts: Parts) -> list[Path]:
+    """Every weights file, the transformer's first."""
+    paths = [parts.dit, weights_of(parts.text), parts.vae, *([parts.style] if parts.style else [])]
+    return [file for path in paths for file in open_checkpoint(path).files]
 
 
 def numbers_of(parts: Parts) -> Numbers:
@@ -126,12 +83,6 @@ def release_numbers() -> Numbers:
         text=text,
         others=embedding + QWEN_VAE_NUMBERS,
     )
-
-
-def helpers(name: str) -> tuple[Path, Path, Path | None]:
-    """Text encoder, autoencoder and style encoder of a model in the box."""
-    text, vae, style = (library.BOX / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
-    return text, vae, style if style.is_file() else None
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageVAE | SpreadFluxVAE:

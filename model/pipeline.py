@@ -32,8 +32,7 @@ from model.lora import Adapter, laid_over, read_lora, weights_file
 from model.parts import (
     DTYPES,
     Hashes,
-    Parts,
-    find_parts,
+    files_of,
     load_style,
     load_vae,
     memory,
@@ -72,14 +71,14 @@ class Pipeline:
     def __init__(
         self,
         model: library.Model,
-        parts: Parts,
+        parts: library.Parts,
         device: torch.device,
         plan: Plan,
         filters: Sequence[Filter] | Mapping[str, Filter] = (),
     ):
         self.name, self.device, self.plan, self.parts, self.filters = model.name, device, plan, parts, filters
         self.dtype = dtype = DTYPES[plan.dtype]
-        self._hashes = Hashes(parts.files, (model.root, parts.lender))
+        self._hashes = Hashes(files_of(parts), (model.root, parts.lender))
         streamed = plan.offload == "all"
         self.dit, checkpoint = load_dit(
             parts.dit, device=device, dtype=dtype, precision=plan.precision, streamed=streamed
@@ -127,7 +126,7 @@ class Pipeline:
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
         checks = installed() if filters is None else filters
-        parts = find_parts(model)
+        parts = library.find_parts(model)
         numbers = numbers_of(parts)
         if chosen.index is not None and chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # streams and recordings are of the card in hand

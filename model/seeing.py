@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import library, picture_file
 from model.errors import K2Error
-from model.parts import helpers, load_style, load_vae, sha256
+from model.parts import load_style, load_vae, sha256
 from model.references import LEAST_SIDE, MOST_PIXELS, in_eight_bits
 from model.style import StyleEncoder
 from model.words import Words
@@ -35,7 +35,7 @@ class Eye:
     @classmethod
     def load(cls, name: str = "mini", device: str = "cpu") -> Eye:
         """The eye of a model in the box. Raises K2Error where it has none."""
-        _, vae, style = helpers(name)
+        _, vae, style = library.helpers(name)
         if style is None:
             raise K2Error(f"{name} has no style encoder, and moodboards are read by it.", hint="mini has one.")
         where = torch.device(device)

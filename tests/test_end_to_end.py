@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import runs
-from k2cli.models import native_size
+from k2cli.models import grid
 from k2cli.tables import Toml
 from model import library
 from model.headers import read_header
@@ -208,7 +208,7 @@ def test_the_examples_render_as_they_stand(name, tmp_path, k2):
     assert len(paths) == 8
     for path in paths:
         with Image.open(path) as image:
-            assert image.size == (native_size("mini"),) * 2
+            assert image.size == (grid("mini").native,) * 2
             assert len(image.getcolors(1 << 16) or range(1 << 16)) > 100  # a drawing, not a flat field
     assert (Path(paths[0]).parent / "sheet.png").exists()
 

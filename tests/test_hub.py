@@ -11,7 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
@@ -551,7 +551,10 @@ def test_the_language_side_speaks_under_an_accepted_licence_only(hf: Hub, moody:
     speaking = SimpleNamespace(answer=lambda *_: "a cup of tea on a table", sight=False)
     monkeypatch.setattr("model.speaker.speaks", lambda text: True)
     monkeypatch.setattr("model.speaker.Speaker.load", lambda *_: loaded.append(1) or speaking)
-    monkeypatch.setattr("model.parts.find_parts", lambda found: SimpleNamespace(text=found.path / "text_encoder"))
+    find_parts = library.find_parts
+    monkeypatch.setattr(
+        "model.library.find_parts", lambda found: replace(find_parts(found), text=found.path / "text_encoder")
+    )
     monkeypatch.setattr("model.moodboard.told", lambda board, speaker: "Quiet.")
     expander.language_of.cache_clear()
     command = ("render", "--model", "krea-2-turbo", "-p", "tea", "--creativity", "high", "--dry-run")

@@ -10,7 +10,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from model import library, plan
 from model.errors import K2Error
-from model.parts import find_parts, numbers_of, pick_dtype, release_numbers
+from model.parts import numbers_of, pick_dtype, release_numbers
 from model.pipeline import Pipeline
 from model.plan import OFFLOADS, PRECISIONS, choose, default_dtype, limit_left, needs, ways
 
@@ -66,7 +66,7 @@ def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
 
 
 def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
-    numbers = numbers_of(find_parts(library.find("tiny")))
+    numbers = numbers_of(library.find_parts(library.find("tiny")))
     chosen = choose(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
     assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
@@ -75,7 +75,7 @@ def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F
 
 
 def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
-    pipeline, numbers = Pipeline.load("tiny", device="cpu"), numbers_of(find_parts(library.find("tiny")))
+    pipeline, numbers = Pipeline.load("tiny", device="cpu"), numbers_of(library.find_parts(library.find("tiny")))
     total = sum(p.numel() for p in pipeline.dit.parameters())
     inside = sum(p.numel() for p in pipeline.dit.blocks.parameters())
     assert (numbers.inside, numbers.outside) == (inside, total - inside)

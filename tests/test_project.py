@@ -412,21 +412,35 @@ def test_sizes_and_resolutions_as_people_write_them():
 
 
 def test_the_native_size_is_read_from_the_weights(moody):
-    assert models.native_size("mini") == 128
+    assert models.grid("mini").native == 128
 
 
 def test_sides_are_multiples_of_what_the_autoencoder_makes_of_a_token(moody):
     """Two cells of 16 pixels, where its scales say so: shapes are rounded to that, and other sizes refused."""
     about = {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}}
-    assert models.step("mini") == 16
+    assert models.grid("mini").step == 16
 
     write_weights(library.BOX / "mini-vae.safetensors", about)
-    assert models.step("mini") == 32
+    assert models.grid("mini").step == 32
     project = Project.open(moody)
     sizes = {(shot.spec.width, shot.spec.height) for shot in shots(project, aspect="3:2")}
     assert sizes == {(160, 96)}
     with pytest.raises(K2Error, match="the sides of 80x96 are not multiples of 32"):
         shots(project, size="80x96")
+
+
+def test_a_file_or_folder_has_the_grid_of_the_autoencoder_that_will_be_used(moody):
+    """A lone transformer is lent the box's; a folder's states its scales in diffusers' config."""
+    write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}})
+    write_weights(moody / "mine.safetensors", {"kind": "dit", "native": 256})
+    assert models.grid(str(moody / "mine.safetensors")) == (256, 32)
+
+    for part in ("transformer", "text_encoder", "vae"):
+        (moody / "mine" / part).mkdir(parents=True)
+    write_weights(moody / "mine" / "transformer" / "model.safetensors", {"native": 512})
+    assert models.grid(str(moody / "mine")) == (512, 16)
+    (moody / "mine" / "vae" / "config.json").write_text(json.dumps({"dim_mult": [1, 2, 4, 4, 4, 4]}))
+    assert models.grid(str(moody / "mine")) == (512, 64)
 
 
 def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):

@@ -31,7 +31,7 @@ from model.errors import K2Error, count_of
 from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
-from model.parts import DTYPES, find_parts, load_vae, numbers_of, pick_device, pick_dtype, sha256
+from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype, sha256
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
 from model.sampler import raw_mu
 from model.text_encoder import TextEncoder
@@ -211,7 +211,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
             f'There is no {recipe.variant} checkpoint of "{recipe.model}" here.',
             hint=f"In the box: {', '.join(library.box()) or 'none'}. The open weights: k2 models pull krea-2-raw",
         )
-    parts = find_parts(model)
+    parts = library.find_parts(model)
     numbers = numbers_of(parts)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     vae = load_vae(parts.vae, device, dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import library
 from model.checkpoint import save
-from model.parts import helpers, sha256
+from model.parts import sha256
 from model.seeing import Eye
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
@@ -101,7 +101,7 @@ def build(catalog: Catalog, name: str = "mini", count: int = COUNT, unseen: int 
             state |= {"middle": means, "precision": precision}
             away = y[:, None] - means
             furthest = ((away @ precision) * away).sum(-1).min(1).values.quantile(KNOWN).item()
-    _, vae, style = helpers(name)
+    _, vae, style = library.helpers(name)
     assert style is not None
     about = {
         "kind": "words",
