@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from k2cli.tables import PATH, UNPRINTABLE, check_path, nearest, one_of
 from model import library
 from model.errors import K2Error
+from model.hashes import sha256
 from model.headers import read_json
 from model.plan import OFFLOADS, PRECISIONS
 
@@ -123,12 +123,6 @@ def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     best = library.RECOMMENDED[found.variant or "raw"] | own.get("recommended", {})
     side = grid(name, variant).native
     return {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inventory() -> list[dict[str, Any]]:

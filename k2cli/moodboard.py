@@ -18,13 +18,13 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from k2cli import models
 from k2cli.expander import forget, language_of, speaker
 from k2cli.outputs import write, writing
 from k2cli.pictures import Inside, find
 from k2cli.tables import PATH, between
 from model import library
 from model.errors import K2Error
+from model.hashes import cache_folder, sha256
 from model.plan import lacking_memory
 from model.spec import Reference, Style
 
@@ -97,10 +97,10 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[Style
     """The table as a style: representatives for references, and the board's words. Strength 0 is no style at all."""
     if not board.strength:
         return ()
-    hashes = [models.sha256(path) for path in paths]
+    hashes = [sha256(path) for path in paths]
     eye = [library.BOX / f"{eye_of(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
-    parts = [READING, *hashes, *(models.sha256(path) if path.is_file() else "" for path in eye)]
-    kept = cache() / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
+    parts = [READING, *hashes, *(sha256(path) if path.is_file() else "" for path in eye)]
+    kept = cache_folder() / "boards" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
     found = recall(kept, len(paths))
     if found is None:
         seen = look(paths, model)
@@ -114,10 +114,6 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[Style
             write({kept: json.dumps(found).encode()})
     references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
     return (Style(NAME, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),)
-
-
-def cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2" / "boards"
 
 
 def recall(path: Path, count: int) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from k2cli.project import Shot
 from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
+from model.hashes import sha256
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, METHODS, TILES, Leader, Picture, Reference, RenderSpec, Style
 
@@ -137,7 +137,7 @@ def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None
 
 def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """A style as records hold it, with the hash of every file it is made of."""
-    hash_of = hash_of or sha256_once
+    hash_of = hash_of or sha256
     return {
         "name": style.name,
         "strength": style.strength,
@@ -159,17 +159,6 @@ def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None 
     }
 
 
-def sha256_once(path: Path) -> str:
-    """A reference serves every picture of a run; it is read once as long as it does not change."""
-    stat = path.stat()
-    return sha256_of_version(path, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def sha256_of_version(path: Path, changed: int, size: int) -> str:
-    return models.sha256(path)
-
-
 def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     """The record of a finished picture: what was asked, and what the model made of it."""
     made = dict(picture.record)
@@ -178,7 +167,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
 
     def hash_of(path: Path) -> str:
         """Of a file as the picture was made with it: by now it may be another, or gone."""
-        return used.get(str(path)) or sha256_once(path)
+        return used.get(str(path)) or sha256(path)
 
     asked = request(shot, root, hash_of)
     return {
@@ -399,7 +388,7 @@ def verify(hashes: Mapping[Path, str]) -> None:
             raise K2Error(
                 f"{path} is gone, and the picture was made with it.", hint="Bring it back to make the picture again."
             )
-        if sha256_once(path) != expected:
+        if sha256(path) != expected:
             raise K2Error(
                 f"{path} is not what it was when the picture was made.",
                 hint="Bring the old file back to make the picture again.",

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from k2cli.models import sha256
 from k2cli.outputs import dump, sweep, write, writing
 from k2cli.pictures import check_picture, find, in_folder
 from k2cli.tables import (
@@ -31,6 +30,7 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
+from model.hashes import sha256
 from model.headers import read_header
 from model.spec import METHODS, Reference, Style
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.dit import Krea2
 from model.eight_bit import native
-from model.parts import memory
+from model.hashes import cache_folder
 from model.plan import NARROW
 from model.recent import Recent
 
@@ -35,7 +35,7 @@ def accelerate(dit: Krea2) -> None:
     """Make `dit.velocity` fast, for good. The network is on a CUDA card, with its weights in place."""
     if wide := dit.config.width >= NARROW:
         # Compiled kernels outlive the process: the next one finds them in a second.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(memory().with_name("inductor")))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch.compiler.assume_constant_result(native)  # a question to the device would cut every block in pieces
     compiled = wide and can_compile()
     if compiled:

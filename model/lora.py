@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from model.checkpoint import open_checkpoint
 from model.dit import Krea2
 from model.errors import K2Error
+from model.hashes import sha256
 from model.headers import read_header, read_json, some
 from model.layouts import diffusers_names
-from model.parts import sha256
 
 PREFIXES = (
     "base_model.model.",  # PEFT

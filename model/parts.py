@@ -1,14 +1,8 @@
-"""The parts of a model: what they are loaded into, and the hashes by which a record names them."""
+"""The parts of a model: how much they hold, what they are loaded into, and whether they fit each other."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from functools import cache
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -29,7 +23,6 @@ from model.vae import QwenImageVAE, VAEConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QWEN_VAE_NUMBERS = 127_000_000
-LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
 
 
 def files_of(parts: Parts) -> list[Path]:
@@ -197,77 +190,3 @@ def pick_dtype(name: str | None, device: torch.device, width: int) -> str:
     if name not in DTYPES:
         raise K2Error(f'"{name}" is no number format to render in.', hint=f"Choose {' or '.join(DTYPES)}.")
     return name
-
-
-# ---- hashes -----------------------------------------------------------------------------------------------------
-
-
-class Hashes:
-    """sha256 of a model's files as they were loaded, worked out beside the loading; the first record waits for them."""
-
-    def __init__(self, files: Iterable[Path], roots: Sequence[Path]):
-        """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
-        under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
-        self._files = {file.relative_to(root).as_posix(): file for root, file in under}
-        self._found: Future[dict[str, str]] = Future()
-        threading.Thread(target=self._work, daemon=True).start()  # a pool's would keep the process from ending
-
-    def _work(self) -> None:
-        try:
-            self._found.set_result({name: sha256(file) for name, file in self._files.items()})
-        except BaseException as error:
-            self._found.set_exception(error)
-
-    def by_name(self) -> dict[str, str]:
-        """File name -> hash. Raises K2Error where a file could not be read."""
-        return dict(self._found.result())
-
-
-def sha256(path: Path) -> str:
-    """A file's hash; not worked out again while the file stays as it is. Raises K2Error."""
-    try:
-        stat = path.stat()
-        return _sha256(path, stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    if size < LARGE:
-        return digest(path)
-    key, known = f"{path.resolve()} {size} {changed}", remembered()
-    if key not in known:
-        known[key] = digest(path)
-        remember(known)
-    return known[key]
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def memory() -> Path:
-    """Where hashes of large files are remembered between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2" / "sha256.json"
-
-
-def remembered() -> dict[str, str]:
-    try:
-        known = json.loads(memory().read_text("utf-8"))
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def remember(known: dict[str, str]) -> None:
-    """Best effort: a home that cannot be written only costs time."""
-    path = memory()
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known), "utf-8")
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)

@@ -26,21 +26,19 @@ from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.errors import K2Error
 from model.fast import accelerate, keep_pages
+from model.hashes import Hashes, cache_folder, sha256
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over, read_lora, weights_file
 from model.parts import (
     DTYPES,
-    Hashes,
     files_of,
     load_style,
     load_vae,
-    memory,
     numbers_of,
     pick_device,
     pick_dtype,
     refuse_misfits,
-    sha256,
 )
 from model.plan import Plan, choose, eight_bits, free_memory, lacking_memory
 from model.recent import Recent
@@ -336,7 +334,7 @@ class Pipeline:
 
     @cached_property
     def _captures(self) -> CaptureCache:
-        return CaptureCache(memory().with_name("splice"))
+        return CaptureCache(cache_folder() / "splice")
 
     def _splice(
         self, spec: RenderSpec, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model import library, picture_file
 from model.errors import K2Error
-from model.parts import load_style, load_vae, sha256
+from model.hashes import sha256
+from model.parts import load_style, load_vae
 from model.references import LEAST_SIDE, MOST_PIXELS, in_eight_bits
 from model.style import StyleEncoder
 from model.words import Words

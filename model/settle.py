@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from model.cohesion import leader_of
 from model.errors import K2Error
-from model.parts import sha256
+from model.hashes import sha256
 from model.sampler import raw_mu
 from model.spec import LEAK_GUARDS, METHODS, TILES, Lora, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES

@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from k2cli import models, runs
+from k2cli import runs
 from k2cli.app import app
 from model import library
 from model.errors import K2Error
+from model.hashes import sha256
 from model.spec import Picture, RenderSpec
 
 SIDE = 64
@@ -95,7 +96,7 @@ class FakePipeline:
                 "model": {
                     "name": self.name,
                     "variant": self.variant,
-                    "files": {path.name: models.sha256(path) for path in library.box().get(self.name, [])},
+                    "files": {path.name: sha256(path) for path in library.box().get(self.name, [])},
                 },
             }
             yield Picture(Image.new("RGB", size, tuple(colour)), record)

@@ -23,11 +23,11 @@ from model.checkpoint import open_checkpoint, read, save
 from model.dit import Krea2
 from model.eight_bit import EightBitLinear, widened
 from model.errors import K2Error
+from model.hashes import sha256
 from model.headers import read_header
 from model.latents import position_ids
 from model.layouts import load_dit
 from model.lora import LowRank, read_lora
-from model.parts import sha256
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter, loop

@@ -21,8 +21,8 @@ from model.checkpoint import save
 from model.clusters import APART, find_looks, silhouette, spherical_kmeans
 from model.colours import colour_words, find_palette, name_of, oklab, swatches
 from model.errors import K2Error
+from model.hashes import cache_folder, sha256
 from model.moodboard import analyse
-from model.parts import sha256
 from model.seeing import Eye
 from model.words import Words, speak
 
@@ -340,7 +340,7 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
     first = style()
     monkeypatch.setattr(moodboard, "look", None)
     assert style() == first
-    for kept in moodboard.cache().iterdir():
+    for kept in (cache_folder() / "boards").iterdir():
         kept.write_text("nonsense")
     with pytest.raises(TypeError):  # looks again
         style()

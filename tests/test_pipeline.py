@@ -22,8 +22,8 @@ from model import pipeline as module
 from model.checkpoint import read, save
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
+from model.hashes import sha256
 from model.latents import patchify
-from model.parts import sha256
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
@@ -361,7 +361,7 @@ def test_hashes_that_cannot_be_had_are_said(tiny, tmp_path, monkeypatch):  # noq
     def fails(path):
         raise K2Error(f"{path.name} cannot be read.")
 
-    monkeypatch.setattr("model.parts.sha256", fails)
+    monkeypatch.setattr("model.hashes.sha256", fails)
     with pytest.raises(K2Error, match=r"tiny-raw\.safetensors cannot be read"):
         Pipeline.load("tiny", device="cpu").render([FOX])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import xml.etree.ElementTree as ElementTree
@@ -150,17 +149,6 @@ def test_a_record_in_a_picture_that_is_longer_than_any_is_not_read(tmp_path):
 
     with pytest.raises(K2Error, match="carries no record"):
         records.read(path)
-
-
-def test_a_file_is_read_again_once_it_has_changed(tmp_path):
-    """Be it to as many bytes."""
-    path = tmp_path / "a.png"
-    path.write_bytes(b"one")
-    before = records.sha256_once(path)
-    path.write_bytes(b"two")
-    os.utime(path, (1, 1))
-
-    assert records.sha256_once(path) == models.sha256(path) != before
 
 
 def test_a_model_within_the_project_moves_with_it(tmp_path):

@@ -28,10 +28,11 @@ from model.checkpoint import save
 from model.dit import Krea2
 from model.eight_bit import EightBitLinear
 from model.errors import K2Error, count_of
+from model.hashes import sha256
 from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
-from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype, sha256
+from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
 from model.sampler import raw_mu
 from model.text_encoder import TextEncoder

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model.errors import K2Error
-from model.parts import SpreadFluxVAE, sha256
+from model.hashes import sha256
+from model.parts import SpreadFluxVAE
 from model.picture_file import is_sheet
 from model.references import fitting, to_pixels
 from model.vae import QwenImageVAE

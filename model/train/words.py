@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import library
 from model.checkpoint import save
-from model.parts import sha256
+from model.hashes import sha256
 from model.seeing import Eye
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor

@@ -1,0 +1,45 @@
+"""Hashes of files: worked out once, and again when a file has changed; others know those of large files, too."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+from model import hashes
+from model.errors import K2Error
+from model.hashes import sha256
+
+
+@pytest.mark.parametrize("large", [1 << 28, 1])
+def test_a_file_is_read_again_once_it_has_changed(tmp_path, monkeypatch, large):
+    """Be it to as many bytes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "LARGE", large)
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    before = sha256(path)
+    path.write_bytes(b"two")
+    os.utime(path, (1, 1))
+
+    assert before == hashlib.sha256(b"one").hexdigest()
+    assert sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_the_next_process_knows_the_hash_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hashes, "LARGE", 1)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"weights")
+    known = sha256(path)
+    read: list[object] = []
+    monkeypatch.setattr(hashes, "digest", read.append)
+    hashes._sha256.cache_clear()
+
+    assert sha256(path) == known and not read
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
+    with pytest.raises(K2Error, match="cannot be read: No such file or directory"):
+        sha256(tmp_path / "none.png")
