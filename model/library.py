@@ -244,8 +244,9 @@ def is_whole(snapshot: Path) -> bool:
         return all(
             (file := snapshot / name).is_file() and file.stat().st_size == entry["bytes"] for name, entry in files
         )
-    refs = [path for path in (snapshot.parent.parent / "refs").rglob("*") if path.is_file()]
-    return any(path.read_text("utf-8").strip() == snapshot.name for path in refs) and any(weights(snapshot))
+    folder = snapshot.parent.parent
+    refs = [path.relative_to(folder / "refs") for path in (folder / "refs").rglob("*") if path.is_file()]
+    return any(read_ref(folder, str(ref)) == snapshot.name for ref in refs) and any(weights(snapshot))
 
 
 def read_manifest(snapshot: Path) -> dict[str, Any]:
@@ -255,8 +256,9 @@ def read_manifest(snapshot: Path) -> dict[str, Any]:
         return {}
     try:
         manifest = json.loads(file.read_text("utf-8"))
-        return manifest if isinstance(manifest["files"], dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes = [entry["bytes"] for entry in manifest["files"].values()]
+        return manifest if all(type(size) is int for size in sizes) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -132,8 +132,15 @@ def test_what_a_manifest_lists_must_be_there_in_full(pulled: Path):
     (pulled / library.MANIFEST).write_text(json.dumps({"files": listed | {"vae/config.json": {"bytes": 2}}}))
     assert library.locate("krea-2-turbo") is None
 
-    (pulled / library.MANIFEST).write_text("{")  # damaged: as if another tool had pulled it
-    assert library.locate("krea-2-turbo") == pulled
+    for damaged in ("{", '{"files": []}', '{"files": {"a": {}}}', '{"files": {"a": {"bytes": "2"}}}', "[" * 20_000):
+        (pulled / library.MANIFEST).write_text(damaged)  # as if another tool had pulled it
+        assert library.locate("krea-2-turbo") == pulled
+
+
+def test_a_ref_that_is_no_text_points_nowhere(pulled: Path):
+    (pulled.parents[1] / "refs/main").write_bytes(b"\xff\xfe")
+
+    assert library.locate("krea-2-turbo") is None and library.list_models() == []
 
 
 def test_without_a_ref_nothing_says_that_a_snapshot_is_whole(pulled: Path):
