@@ -53,16 +53,15 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
             f"There are no weights in {library.BOX}: nothing can be rendered with the model of the box."
         )
     try:
-        project = Project.open(folder) if folder else Project.find(Path.cwd())
-        found["project"] = {
-            "name": project.name,
-            "folder": str(project.root),
-            "prompts": len(project.prompts),
-            "styles": list(project.styles.known),
-        }
+        if project := Project.open(folder) if folder else Project.around(Path.cwd()):
+            found["project"] = {
+                "name": project.name,
+                "folder": str(project.root),
+                "prompts": len(project.prompts),
+                "styles": list(project.styles.known),
+            }
     except K2Error as error:
-        if folder or "There is no k2.toml" not in str(error):
-            found["problems"].append(str(error))
+        found["problems"].append(str(error))
     try:
         safety.installed()
     except K2Error as error:
@@ -147,16 +146,12 @@ def speed(dtype: Any, side: int = 512) -> float:
 
 
 def memory() -> dict[str, float]:
-    """Gigabytes in all and free; free is unknown, and said to be all, where the system does not tell."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return {
-            name: round(int(lines[key].split()[0]) / 1e6, 1)
-            for name, key in (("total", "MemTotal"), ("free", "MemAvailable"))
-        }
-    except OSError:
-        total = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-        return {"total": total, "free": total}
+    """Gigabytes in all and free, as plans count them: within the limit that is set for this process."""
+    from model.plan import free_memory
+
+    free = free_memory("cpu")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else free
+    return {"total": round(total / 1e9, 1), "free": round(free / 1e9, 1)}
 
 
 def cpu_name() -> str:
