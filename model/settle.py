@@ -167,8 +167,9 @@ def wordings(spec: RenderSpec) -> list[Wording]:
     """The prompts whose velocities make the picture's, at shares whose sum is 1; one where nothing is weighed.
 
     Words have no strength: a style of words alone gets its own by the velocity. With the strengths t_1 < t_2 < … of
-    such styles, v_k the velocity of the prompt with the words of those of t_k and more, and v_0 with the words of none,
-    v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a style's strength, its words join whole.
+    such styles, `eased`, v_k the velocity of the prompt with the words of those of t_k and more, and v_0 with the words
+    of none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a style's strength, its words join
+    whole.
     """
     alone = [style for style in spec.styles if style.keywords and not (style.references or style.lora)]
     strengths = sorted({style.strength for style in alone if style.strength > 0})
