@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from k2cli.options import to_json
 from k2cli.outputs import DiskFull, Run, number_of
 from k2cli.project import Project, Shot, root_above
 from k2cli.records import portable, request
-from k2cli.runs import Hire, Job, SheetForm, render
+from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
 from model.errors import K2Error
 from model.vocabulary import vocabulary
@@ -58,7 +58,15 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")
 
 
-def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, hire: Hire | None = None) -> list[Path]:
+def carry_out(
+    jobs: Sequence[Job],
+    *,
+    embed: bool,
+    as_json: bool,
+    quiet: bool,
+    hire: Hire | None = None,
+    on_saved: Callable[[Saved], object] | None = None,
+) -> list[Path]:
     """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
     folders: list[Path] = []
     forget()
@@ -80,6 +88,8 @@ def carry_out(jobs: Sequence[Job], *, embed: bool, as_json: bool, quiet: bool, h
                 for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
                     done, folder = done + 1, saved.path.parent
                     bar.saved(done)
+                    if on_saved:
+                        on_saved(saved)
                     if done == 1 and not quiet:
                         for lora in saved.record.get("lora") or ():
                             say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")

@@ -78,6 +78,7 @@ class Saved:
 
     path: Path  # of a blocked picture's record, which then stands alone
     record: Mapping[str, Any]
+    stem: str  # of the file as it was planned
 
 
 def render(
@@ -106,7 +107,7 @@ def render(
             for shot, picture in make(job, left, on_step, hire):
                 record = records.compose(shot, picture, job.project.root)
                 with undisturbed():
-                    yield Saved(save(run, shot, picture, record, embed=job.embed), record)
+                    yield Saved(save(run, shot, picture, record, embed=job.embed), record, shot.stem)
         if len(job.shots) > 1:
             pages = enumerate(sheets(job, run))
             files = {run[SHEET if i == 0 else f"sheet.{i + 1}.png"]: png for i, png in pages}  # pictures are NAME-SEED
@@ -308,7 +309,8 @@ def rerun(
         assert home is not None
         with Run.claim(home.outputs, record.shot.name) as run:
             path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
-    return Saved(path, again), 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
+    off = 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
+    return Saved(path, again, record.shot.stem), off
 
 
 def use_threads(count: int) -> None:

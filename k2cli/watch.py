@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +31,7 @@ from model.errors import K2Error
 
 if TYPE_CHECKING:
     from k2cli.project import Project
-    from k2cli.runs import Job
+    from k2cli.runs import Job, Saved
 
 PASSED_OVER = ("outputs", "gallery")  # of the project's folder: what is made, not what it is made of
 EVERY = 0.4  # seconds between two looks at the files
@@ -76,8 +78,8 @@ def watch(
             try:
                 job, keys = look(find_project(root, allow_outside), only, settings, made)
                 if job.shots:
-                    carry_out([job], embed=not no_embed, as_json=json, quiet=quiet)
-                    made |= keys
+                    saved = partial(note, made, keys)
+                    carry_out([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
                 elif not quiet:
                     say("No picture is different.", "dim")
             except K2Error as error:
@@ -114,17 +116,28 @@ def root_of(folder: Path | None, allow_outside: bool) -> Path:
 
 def look(
     project: Project, only: list[str] | None, settings: Mapping[str, object], made: set[str]
-) -> tuple[Job, set[str]]:
-    """The run of what is not made yet, and what each of its pictures is known by: all that goes into it."""
+) -> tuple[Job, dict[str, str]]:
+    """The run of what is not made yet, and what each of its pictures, by its stem, is known by: all that goes into it,
+    hashed."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
     chosen = project.settle(**settings)
     shots = project.shots(chosen, project.choose(only) if only else None, None, project.matrices)
     held = vars(chosen.held())
-    known = {to_json([held, shot.format, request(shot, project.root)]): shot for shot in shots}
+    known = {key_of([held, shot.format, request(shot, project.root)]): shot for shot in shots}
     left = {key: shot for key, shot in known.items() if key not in made}
-    return plan_job(project, chosen, list(left.values()), compared=bool(project.matrices)), set(left)
+    keys = {shot.stem: key for key, shot in left.items()}
+    return plan_job(project, chosen, list(left.values()), compared=bool(project.matrices)), keys
+
+
+def note(made: set[str], keys: Mapping[str, str], saved: Saved) -> None:
+    """That a picture is made: an error in a later one does not make it again."""
+    made.add(keys[saved.stem])
+
+
+def key_of(asked: Any) -> str:
+    return sha256(to_json(asked).encode()).hexdigest()
 
 
 def stamp(root: Path) -> dict[str, tuple[int, int]]:

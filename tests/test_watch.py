@@ -14,6 +14,7 @@ from conftest import PROJECT
 from PIL import Image
 
 from k2cli import watch
+from model.errors import K2Error
 
 K2 = Path(sys.executable).with_name("k2")
 
@@ -59,6 +60,26 @@ def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
 
     assert "k2.toml is not valid TOML" in result.stderr
     assert result.stdout.splitlines()[2:] == ["outputs/0002-an-emu-at-night/an-emu-at-night-7.png"]
+
+
+def test_what_was_made_before_an_error_is_not_made_again(moody, k2, changes, fake):
+    def fail(at: int) -> None:
+        if at == 1:
+            raise K2Error("The owl cannot be drawn.")
+
+    fake.stop = staticmethod(fail)
+
+    def mend() -> None:
+        fake.stop = staticmethod(lambda at: None)
+
+    changes.append(mend)
+    result = k2("watch", code=130)
+
+    assert "The owl cannot be drawn." in result.stderr
+    assert result.stdout.splitlines() == [
+        "outputs/0001-fox-and-1-more/fox-7.png",
+        "outputs/0002-an-owl-at-night/an-owl-at-night-7.png",
+    ]
 
 
 def test_styles_and_references_count(moody, k2, changes):
