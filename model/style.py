@@ -23,7 +23,7 @@ from model.spec import Style
 
 STYLE_ROWS = 4  # prompt rows that one style takes
 SHUFFLES = 4  # of a reference, in each of two sizes of tiles
-STRENGTHS, TURNED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.24, 0.3, 0.44, 1.0)  # of `response`
+STRENGTHS, TURNED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.285, 0.355, 0.51, 1.0)  # of `response`
 
 
 @dataclass(frozen=True, kw_only=True)
