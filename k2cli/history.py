@@ -18,6 +18,7 @@ from typing import Any
 
 from k2cli.outputs import NUMBER, PICTURES, number_of
 from k2cli.tables import LIMIT, UNPRINTABLE, leaves, loads
+from model import picture_file
 from model.errors import K2Error
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
@@ -144,7 +145,8 @@ class Chosen:
 def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:
     """All pictures of an outputs folder, run after run in the order in which they were made.
 
-    A picture without a record that can be read is handed to `skipped`. Raises K2Error if the folder cannot be listed.
+    A picture without a record, or with one that cannot be read, is handed to `skipped`. Raises K2Error if the folder
+    cannot be listed.
     """
     chosen = chosen or Chosen()
     for run in runs_of(outputs):
@@ -179,9 +181,9 @@ def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
     pictures = []
     for name in names:
         stem, dot, suffix = name.rpartition(".")
-        if dot + suffix not in PICTURES or f"{stem}.toml" not in names:
+        if dot + suffix not in PICTURES or picture_file.is_sheet(run / name):
             continue
-        table = load(run / f"{stem}.toml")
+        table = load(run / f"{stem}.toml") if f"{stem}.toml" in names else None
         if table is not None:
             pictures.append(Made(run / name, table))
         elif skipped:

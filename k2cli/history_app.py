@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.complete import complete_run, complete_style
-from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, open_projects, to_json
-from model.errors import count_of
+from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, find_folders, open_projects, to_json
+from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -66,24 +66,26 @@ def log(
     """
     import sys
     from collections import deque
-    from itertools import chain
 
     from k2cli import history
-    from k2cli.console import delivering, near, result, say
+    from k2cli.console import delivering, near, result, say, show_error
 
     if everything and last is not None:
         raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
-    opened = open_projects(projects or [], project, allow_outside)
+    folders, wrong = find_folders(projects or [], project, allow_outside)
     moment = history.read_since(since) if since is not None else None
     chosen = history.Chosen(run, prompt, style, moment)
     unread: list[Path] = []
-    made = chain.from_iterable(history.read(each.outputs, chosen, unread.append) for each in opened)
     short = last is None and not everything and not json and sys.stdout.isatty()
     most = SCREENFUL if short else last
     found, count = deque[Made](maxlen=most) if TYPE_CHECKING else deque(maxlen=most), 0
-    for each in made:
-        found.append(each)
-        count += 1
+    for folder in folders:
+        try:
+            for each in history.read(folder.outputs, chosen, unread.append):
+                found.append(each)
+                count += 1
+        except K2Error as error:
+            wrong.append(error)
     if json:
         for each in found:
             file = os.path.join(near_folder(each.path.parent, os.getcwd()), each.path.name)
@@ -93,15 +95,18 @@ def log(
     else:
         with delivering():
             print("".join(f"{line_of(each)}\n" for each in found), end="", flush=True)
-    if quiet:
-        return
-    if not count:
-        anything = run or prompt or style or since
-        say("No picture matches." if anything else "No pictures yet. Make some: k2 render", "dim")
-    elif len(found) < count:
-        say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
-    if unread:
-        say(f"{len(unread)} left out, whose records cannot be read: {near(unread[0])}", "yellow")
+    if not quiet:
+        if not count and not wrong:
+            anything = run or prompt or style or since
+            say("No picture matches." if anything else "No pictures yet. Make some: k2 render", "dim")
+        elif len(found) < count:
+            say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
+        if unread:
+            say(f"{len(unread)} left out, whose records are gone or cannot be read: {near(unread[0])}", "yellow")
+    for problem in wrong:
+        show_error(problem)
+    if wrong:
+        raise typer.Exit(1)
 
 
 @cache

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from k2cli.matrix import Matrix
-    from k2cli.project import Project
+    from k2cli.project import Folder, Project
     from k2cli.prompts import Prompt
 
 
@@ -158,6 +158,30 @@ def open_projects(folders: Sequence[str], project: Path | None, allow_outside: b
             opened.setdefault(each.root.resolve(), each)
         return list(opened.values())
     return [find_project(project, allow_outside)]
+
+
+def find_folders(
+    folders: Sequence[str], project: Path | None, allow_outside: bool
+) -> tuple[list[Folder], list[K2Error]]:
+    """The same without a look into their k2.toml, and of several what is wrong with those that are no projects."""
+    from k2cli.project import Folder, root_above
+
+    if folders and project:
+        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
+    if not folders:
+        root = project or root_above(Path.cwd())
+        return [Folder.at(root, allow_outside=allow_outside) if root else find_project(None)], []
+    found: dict[Path, Folder] = {}
+    wrong = []
+    for name in folders:
+        try:
+            each = Folder.at(Path(name), allow_outside=allow_outside)
+            found.setdefault(each.root.resolve(), each)
+        except K2Error as error:
+            wrong.append(error)
+    if len(folders) == len(wrong) == 1:
+        raise wrong[0]
+    return list(found.values()), wrong
 
 
 def read_style(text: str, option: str = "--style") -> tuple[str, float]:

@@ -63,17 +63,55 @@ class Shot:
         return self.stem + SUFFIXES[self.format]
 
 
-@dataclass(frozen=True)
-class Project:
-    """A folder with a k2.toml."""
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A project's folder, whatever its k2.toml says."""
 
     root: Path
+    allow_outside: bool = False
+
+    @classmethod
+    def at(cls, folder: Path, *, allow_outside: bool = False) -> Folder:
+        """The folder of that name, or of that k2.toml. Raises K2Error where there is no project."""
+        if folder.is_file() and folder.name == FILE:
+            folder = folder.parent
+        if not folder.exists():
+            raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
+        if not (folder / FILE).is_file():
+            raise K2Error(
+                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {quote(folder.name)}"
+            )
+        return Folder(root=folder.absolute(), allow_outside=allow_outside)
+
+    @property
+    def outputs(self) -> Path:
+        return self.inside("outputs")
+
+    def inside(self, path: str | Path, where: str = "") -> Path:
+        """A path of the project, absolute. Links count as where they lead."""
+        full, asked = self.root / path, f"{where}: " if where else ""
+        check_path(path, asked)
+        try:
+            leaves = not full.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError):  # Python tells of links in a circle by the latter
+            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.") from None
+        if leaves and not self.allow_outside:
+            raise Outside(
+                f"{asked}{path} lies outside the project.",
+                hint="Copy it into the project, or allow it: --allow-outside",
+            )
+        return full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project(Folder):
+    """A folder with a k2.toml."""
+
     name: str
     settings: Settings
     prompts: tuple[Prompt, ...]
     weights: Mapping[str, float]
     toml: Toml
-    allow_outside: bool = False
     board: moodboard.Moodboard | None = None
     matrices: tuple[Matrix, ...] = ()
 
@@ -123,14 +161,7 @@ class Project:
     @classmethod
     def open(cls, folder: Path, *, allow_outside: bool = False) -> Project:
         """Read and check k2.toml; styles are read when they are used."""
-        if folder.is_file() and folder.name == FILE:
-            folder = folder.parent
-        if not folder.exists():
-            raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
-        if not (folder / FILE).is_file():
-            raise K2Error(
-                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {quote(folder.name)}"
-            )
+        folder = cls.at(folder).root
         if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
             raise Outside(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
         toml = Toml.read(folder / FILE, label_of(folder, FILE))
@@ -140,27 +171,22 @@ class Project:
         settings = read_table(Settings, table.get("render", {}), place.below("render"))
         check_frame(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
+        board = table.get("moodboard")
         return cls(
-            folder.absolute(),
-            head.name or folder.absolute().name,
-            settings,
-            prompts,
-            read_weights(table.get("style", {}), place.below("style")),
-            toml,
-            allow_outside,
-            read_table(moodboard.Moodboard, table["moodboard"], place.below("moodboard"))
-            if "moodboard" in table
-            else None,
-            read_matrices(table.get("matrix", []), place, {name for _, name in name_files(prompts)}),
+            root=folder,
+            name=head.name or folder.name,
+            settings=settings,
+            prompts=prompts,
+            weights=read_weights(table.get("style", {}), place.below("style")),
+            toml=toml,
+            allow_outside=allow_outside,
+            board=None if board is None else read_table(moodboard.Moodboard, board, place.below("moodboard")),
+            matrices=read_matrices(table.get("matrix", []), place, {name for _, name in name_files(prompts)}),
         )
 
     @cached_property
     def styles(self) -> Styles:
         return Styles(self.root, self.inside)
-
-    @property
-    def outputs(self) -> Path:
-        return self.inside("outputs")
 
     def settle(self, **given: Any) -> Settings:
         """The project's settings, options of a command line in their place, with the model found."""
@@ -344,21 +370,6 @@ class Project:
                 Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity, settings.format)
             )
         return shots
-
-    def inside(self, path: str | Path, where: str = "") -> Path:
-        """A path of the project, absolute. Links count as where they lead."""
-        full, asked = self.root / path, f"{where}: " if where else ""
-        check_path(path, asked)
-        try:
-            leaves = not full.resolve().is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError):  # Python tells of links in a circle by the latter
-            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.") from None
-        if leaves and not self.allow_outside:
-            raise Outside(
-                f"{asked}{path} lies outside the project.",
-                hint="Copy it into the project, or allow it: --allow-outside",
-            )
-        return full
 
 
 @dataclass(frozen=True)

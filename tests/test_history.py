@@ -124,7 +124,7 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
     made = list(history.read(tmp_path, skipped=unread.append))
 
     assert [each.path.name for each in made] == ["fox-2.png"]
-    assert sorted(path.name for path in unread) == ["fox-0.png", "fox-1.png"]
+    assert sorted(path.name for path in unread) == ["alone.png", "fox-0.png", "fox-1.png"]
 
 
 @pytest.mark.parametrize("number", ["nan", "-inf", "1e999"])

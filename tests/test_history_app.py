@@ -143,13 +143,31 @@ def test_the_log_on_a_terminal_is_a_table_of_a_screenful(moody, monkeypatch, cap
     assert "The last 30 of 40 pictures; --all lists every one." in err
 
 
-def test_damaged_records_are_counted(moody, k2):
+def test_the_log_needs_no_settings_that_can_be_read(moody, k2, tmp_path):
+    """And goes on past a folder that is no project."""
+    many_pictures(moody / "outputs", 1)
+    (moody / "k2.toml").write_text("[render\n")
+    (tmp_path / "other").mkdir()
+
+    assert k2("log").stdout.startswith("outputs/0001-fox/fox-0.png\t")
+    result = k2("log", tmp_path / "other", moody, code=1)
+    assert result.stdout.startswith("outputs/0001-fox/fox-0.png\t")
+    assert "other is not a project: it has no k2.toml." in result.stderr
+    assert "other is not a project" in k2("log", tmp_path / "other", code=1).stderr
+
+
+@pytest.mark.parametrize("record", ["[", None])
+def test_damaged_and_lost_records_are_counted(moody, k2, record):
     many_pictures(moody / "outputs", 2)
-    (moody / "outputs" / "0001-fox" / "fox-0.toml").write_text("[")
+    run = moody / "outputs" / "0001-fox"
+    (run / "run.toml").write_text("")
+    (run / "sheet.png").write_bytes(b"")  # which has none
+    (run / "fox-0.toml").write_text(record) if record else (run / "fox-0.toml").unlink()
 
     result = k2("log")
 
-    assert len(result.stdout.splitlines()) == 1 and "1 left out" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    assert "1 left out, whose records are gone or cannot be read: outputs/0001-fox/fox-0.png" in result.stderr
 
 
 def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
