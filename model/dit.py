@@ -313,6 +313,7 @@ class Krea2(nn.Module):
         )
         self.blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.blocks))
         self.last = LastLayer(c)
+        self.side: int | None = None  # in tokens, of the one square grid that it was trained on; None: of many grids
 
     def encode_text(self, prompt_embeds: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
         """What the stream sees of the prompt; the same at every step.
@@ -334,8 +335,15 @@ class Krea2(nn.Module):
         return torch.cat((self.tproj(time), time), -1)
 
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
-        """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2]."""
+        """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2].
+
+        What has learned on one grid alone puts its subject in the middle of that, and knows no places beyond it:
+        another grid is laid around the same middle, over as large an area.
+        """
         positions = position_ids(text_tokens, *grid).double()
+        if self.side is not None:
+            middle, scale = torch.tensor([(n - 1) / 2 for n in grid]), self.side / math.sqrt(math.prod(grid))
+            positions[text_tokens:, 1:] = (positions[text_tokens:, 1:] - middle) * scale + (self.side - 1) / 2
         angles = [
             positions[:, axis, None] * self.config.rope_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for axis, dim in enumerate(self.config.rope_axes)

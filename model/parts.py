@@ -60,6 +60,13 @@ def shape_of(config: DiTConfig) -> tuple[int, int, int]:
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
+def only_side(dit: Checkpoint, unit: int) -> int | None:
+    """The side, in tokens of `unit` pixels, of the one square that a transformer says it was trained on. The open
+    weights say nothing: they have seen many sizes and shapes."""
+    native = dit.metadata.get("native")
+    return int(native) // unit if native else None
+
+
 def release_numbers() -> Numbers:
     """Those of the open 12.9B weights, with the text encoder and the autoencoder that they come with, in bf16."""
     with torch.device("meta"):

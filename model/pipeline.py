@@ -36,6 +36,7 @@ from model.parts import (
     load_style,
     load_vae,
     numbers_of,
+    only_side,
     pick_device,
     pick_dtype,
     refuse_misfits,
@@ -91,6 +92,7 @@ class Pipeline:
         self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
+        self.dit.side = only_side(checkpoint, self._unit)
         self._contexts: Recent[Tensor]
         self._rows: Recent[Tensor]
         self.forget()

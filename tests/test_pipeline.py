@@ -19,11 +19,12 @@ from tiny import tiny, tiny_box  # noqa: F401
 from k2cli import models
 from model import library
 from model import pipeline as module
-from model.checkpoint import read, save
+from model.checkpoint import open_checkpoint, read, save
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
 from model.latents import patchify
+from model.parts import only_side
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
@@ -333,6 +334,15 @@ def test_a_release_lends_nothing_that_the_box_has_fitting(tiny, tmp_path, monkey
     state, about = read(file)
     save(file, state, about | {"config": about["config"] | {"taps": (1, 2)}})
     assert lent() == snapshot
+
+
+def test_weights_that_name_one_side_have_others_laid_around_its_middle(tiny, tmp_path):  # noqa: F811
+    """The open weights name none: theirs begin at the corner, as everywhere."""
+    assert Pipeline.load("tiny", device="cpu").dit.side == 4  # 64 px, of 16 a token
+
+    state, about = read(tiny / "tiny-raw.safetensors")
+    save(tmp_path / "many.safetensors", state, {key: about[key] for key in about if key != "native"})
+    assert only_side(open_checkpoint(tmp_path / "many.safetensors"), 16) is None
 
 
 def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red):  # noqa: F811

@@ -32,7 +32,7 @@ from model.hashes import sha256
 from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
-from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
+from model.parts import DTYPES, load_vae, numbers_of, only_side, pick_device, pick_dtype
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
 from model.sampler import raw_mu
 from model.text_encoder import TextEncoder
@@ -216,7 +216,8 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     numbers = numbers_of(parts)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     vae = load_vae(parts.vae, device, dtype)
-    latents = encode(pictures, vae, recipe.size or numbers.native, 2 * vae.factor, mirrored=recipe.mirror)
+    unit = 2 * vae.factor
+    latents = encode(pictures, vae, recipe.size or numbers.native, unit, mirrored=recipe.mirror)
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
     embeds = [text.encode([picture.caption])[0][0].cpu() for picture in pictures]
@@ -233,6 +234,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         ).precision
     )
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
+    network.side = only_side(checkpoint, unit)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     base = {
