@@ -11,7 +11,7 @@ import typer
 from k2cli import licence
 from k2cli.console import meter, near, result, say, typed
 from k2cli.expander import forget
-from k2cli.models import recommended
+from k2cli.models import grid, recommended
 from k2cli.options import to_json
 from k2cli.outputs import DiskFull, Run, number_of
 from k2cli.project import Project, Shot, root_above
@@ -20,6 +20,8 @@ from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
 from model.errors import K2Error
 from model.vocabulary import vocabulary
+
+LEAST, MOST = 0.5, 1.5  # of the area that a model of one size was trained for, what it still paints whole
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:
@@ -38,7 +40,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         if not left and not quiet:
             say_finished(job)
         if not quiet:
-            say_undrawable(job)
+            say_doubts(job)
         own = recommended(job.model.name, job.model.variant) if left else {}
         folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
         for shot in left:
@@ -82,7 +84,7 @@ def carry_out(
                 say_finished(job)
             continue
         if not quiet:
-            say_undrawable(job)
+            say_doubts(job)
         try:
             with meter(total, quiet=quiet) as bar:
                 for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
@@ -124,11 +126,22 @@ def say_finished(job: Job) -> None:
     say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
 
 
-def say_undrawable(job: Job) -> None:
-    """That some prompts will get a picture of something else."""
+def say_doubts(job: Job) -> None:
+    """That some prompts will get a picture of something else, or that sizes are too far from what the model knows."""
+    if far := oversized(job):
+        native = grid(job.model.name, job.model.variant).native
+        say(f"{far} is far from the {native}x{native} that the model was made for: expect broken pictures.", "yellow")
     if strange := undrawable(job):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
+
+
+def oversized(job: Job) -> str:
+    """The size of a picture that is far larger, or smaller, than a model of one size can paint; else nothing."""
+    known = grid(job.model.name, job.model.variant)
+    sizes = dict.fromkeys((shot.spec.width, shot.spec.height) for shot in job.left)
+    areas = {f"{width}x{height}": width * height / known.native**2 for width, height in sizes if width and height}
+    return next((size for size, area in areas.items() if known.alone and not LEAST <= area <= MOST), "")
 
 
 def undrawable(job: Job) -> list[str]:

@@ -99,6 +99,7 @@ class Grid(NamedTuple):
 
     native: int  # the side that it was trained for
     step: int  # what sides are multiples of: a token, which is two latent cells wide
+    alone: bool = False  # whether it was trained for squares of that side and nothing else
 
 
 def grid(name: str, variant: str | None = None) -> Grid:
@@ -107,11 +108,12 @@ def grid(name: str, variant: str | None = None) -> Grid:
     assert found is not None, name
     parts = library.find_parts(found)
     about = [library.describe(file) for file in library.files_in(parts.dit)]
-    native = next((int(each["native"]) for each in about if "native" in each), NATIVE)
+    native = next((int(each["native"]) for each in about if "native" in each), None)
     stated = parts.vae / "config.json"
     own = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
     scales = (read_json(stated) if stated.is_file() else own or {}).get("dim_mult")
-    return Grid(native, 2 ** (len(scales) if isinstance(scales, list) else SCALES))
+    step = 2 ** (len(scales) if isinstance(scales, list) else SCALES)
+    return Grid(native or NATIVE, step, alone=native is not None)
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:

@@ -745,6 +745,22 @@ def test_a_project_without_a_name_is_none(moody, k2):
     assert "exists already" in k2("new", ".", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    ("size", "broken"), [("128x128", False), ("192x112", False), ("192x128", False), ("256x128", True), ("64x64", True)]
+)
+def test_a_size_that_the_model_cannot_paint_is_told(moody, k2, size, broken):
+    said = k2("render", "--size", size, "--dry-run").stderr
+
+    assert (f"{size} is far from the 128x128 that the model was made for: expect broken pictures." in said) is broken
+    assert "far from" not in k2("render", "--size", size, "--dry-run", "--quiet").stderr
+
+
+def test_a_model_of_many_sizes_is_taken_at_its_word(moody, k2):
+    write_weights(library.BOX / "mini-raw.safetensors", {"kind": "dit", "variant": "raw"})
+
+    assert "far from" not in k2("render", "--size", "64x64", "--dry-run").stderr
+
+
 def test_doctor_finds_what_is_broken(moody, k2):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
