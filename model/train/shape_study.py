@@ -1,0 +1,91 @@
+"""Pictures of other sizes than the training had, by the judge: `python -m model.train.shape_study JUDGE OUT`.
+
+shapes  of every size, is the prompt's subject the nearest among the names of all, in one prompt per subject
+sheet   the first few of them, a row a size, for the eye
+
+The judge knows squares: a picture of another shape is given edges, as its own go on, until it is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.pipeline import Pipeline
+from model.spec import RenderSpec
+from model.train.data import DATA, Catalog, article
+from model.train.judge import Judge
+from model.train.study import Pixels, conduct, embed, figure, mean, names_of, paint, parser_of, sheet
+
+SIZES = ("256x256", "288x224", "320x224", "224x320", "320x192", "192x320", "352x192", "192x192", "384x384")
+SHOWN = 8  # pictures of each size on the sheet
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for: `count` subjects, each with a seed of its own."""
+
+    pipeline: Pipeline
+    judge: Judge
+    subjects: list[str]  # all there are
+    folder: Path
+    steps: int | None
+    count: int
+
+    @property
+    def chosen(self) -> list[str]:
+        order = np.random.default_rng(5).permutation(len(self.subjects))
+        return [self.subjects[index] for index in order[: self.count]]
+
+    def paint(self, size: str, count: int) -> list[Pixels]:
+        width, height = map(int, size.split("x"))
+        asked = [
+            RenderSpec(f"{article(subject)}{subject}", seed=100 + index, width=width, height=height, steps=self.steps)
+            for index, subject in enumerate(self.chosen[:count])
+        ]
+        return paint(self.pipeline, asked)
+
+
+def squared(picture: Pixels) -> Pixels:
+    """A picture [H, W, 3] in the middle of a square, its outermost pixels going on to the edges."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    margins = [((side - each) // 2, side - each - (side - each) // 2) for each in (height, width)]
+    return np.pad(picture, (*margins, (0, 0)), mode="edge")
+
+
+def shapes(study: Study) -> dict[str, Any]:
+    """Shares of pictures whose subject is recognised, size by size."""
+    names, found = names_of(study.judge, study.subjects), {}
+    for size in SIZES:
+        seen, _ = embed(study.judge, [squared(each) for each in study.paint(size, study.count)])
+        nearest = [study.subjects[index] for index in (seen @ names.T).argmax(1)]
+        found[size] = figure(mean, np.array([a == b for a, b in zip(nearest, study.chosen, strict=True)], float))
+        print(f"  {size}", flush=True)
+    return found
+
+
+def sheet_of(study: Study) -> dict[str, Any]:
+    rows = [[squared(each) for each in study.paint(size, SHOWN)] for size in SIZES]
+    labels = [size.replace("x", "\n") for size in SIZES]
+    return {"file": sheet(study.folder / "shapes.png", study.chosen[:SHOWN], rows, labels).name}
+
+
+FIGURES = {"shapes": shapes, "sheet": sheet_of}
+
+
+def main() -> None:
+    options = parser_of(__doc__, list(FIGURES)).parse_args()
+
+    def begin(pipeline: Pipeline, judge: Judge) -> Study:
+        subjects = list(Catalog(DATA, pipeline.native).subjects)
+        return Study(pipeline, judge, subjects, options.out, options.steps, options.count)
+
+    conduct(options, FIGURES, begin)
+
+
+if __name__ == "__main__":
+    main()

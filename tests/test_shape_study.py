@@ -1,0 +1,49 @@
+"""The study of shapes, on a painter who knows one size alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_style_study import Drawings, Painter, Rims, colour, draw
+
+from model.spec import Picture
+from model.train import shape_study
+from model.train.data import article
+from model.train.shape_study import Study, squared
+
+
+class Square(Painter):
+    """Paints the subject where the picture is a square, and nothing else."""
+
+    def render(self, specs):
+        made = []
+        for spec in specs:
+            (subject,) = [name for name in Drawings().subjects if spec.prompt == f"{article(name)}{name}"]
+            picture = draw(np.full(3, 128.0), colour(subject if spec.width == spec.height else "nothing"))
+            made.append(Picture(Image.fromarray(picture).resize((spec.width, spec.height)), {}))
+        return made
+
+
+def test_what_is_recognised_is_counted_size_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(shape_study, "SIZES", ("64x64", "96x64"))
+    study = Study(Square(), Rims(), list(Drawings().subjects), tmp_path, None, 3)
+
+    found = shape_study.shapes(study)
+
+    assert found["64x64"]["value"] == 1 and found["96x64"]["value"] == 0
+    monkeypatch.setattr(shape_study, "SHOWN", 2)
+    assert (tmp_path / shape_study.sheet_of(study)["file"]).is_file()
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
+def test_a_square_holds_the_picture_in_its_middle(shape):
+    picture = np.arange(np.prod(shape) * 3, dtype=np.uint8).reshape(*shape, 3)
+
+    square = squared(picture)
+
+    side = max(shape)
+    top, left = ((side - each) // 2 for each in shape)
+    assert square.shape == (side, side, 3)
+    assert (square[top : top + shape[0], left : left + shape[1]] == picture).all()
+    assert (square[0, left] == picture[0, 0]).all() and (square[-1, -1] == picture[-1, -1]).all()
