@@ -17,7 +17,7 @@ from torch import Tensor, nn
 PAGE = 4096  # bytes; where pages are larger some are touched twice
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]  # a network's tensors by name, on the CPU
-Arrival = tuple[dict[str, Tensor], Any]  # a block's tensors on the device, and the event of their arrival (CUDA)
+Arrival = tuple[dict[str, Tensor], Any]  # a block's tensors, and the event of their arrival on a card (CUDA)
 
 
 def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, keep: bool = False) -> None:
@@ -25,7 +25,8 @@ def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, k
 
     network  its blocks are on the meta device, and return there; adapters may be laid over them all the same
     read     opens the file anew, so that no page of it stays with us
-    keep     hold in host memory what was once read and worked out; on a CPU that would be no streaming, so not there
+    keep     hold in host memory what was once read and worked out; where that is the device's own memory, as on a CPU
+             and on Apple's chips, it would be no streaming, so not there
     """
     blocks = network.get_submodule(stem)
     names: list[dict[str, str]] = [{} for _ in blocks.children()]
@@ -37,7 +38,7 @@ def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, k
     def read_block(index: int) -> dict[str, Tensor]:
         return {names[index][name]: tensor for name, tensor in read(names[index]).items()}
 
-    BlockStream(list(blocks.children()), read_block, device, keep and device.type != "cpu")
+    BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
 
 
 class BlockStream:
@@ -65,6 +66,8 @@ class BlockStream:
             here.wait_event(arrived)
             for tensor in state.values():
                 tensor.record_stream(here)
+        else:  # by this thread: two that talk to Metal at once end the process
+            state = {name: tensor.to(self.device) for name, tensor in state.items()}
         block.load_state_dict(state, strict=True, assign=True)
         after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
         self.coming = after, self.reader.submit(self._fetch, after)
@@ -75,7 +78,7 @@ class BlockStream:
             self.worked = torch.cuda.current_stream(self.device).record_event()
 
     def _fetch(self, index: int) -> Arrival:
-        """A block's tensors, on their way to the device."""
+        """A block's tensors, on their way to a card; else still in host memory."""
         if self.worked is not None:
             self.worked.synchronize()  # or copies would run ahead of the work, and fill the card
         state = self.kept.get(index) or self.read(index)
@@ -87,8 +90,6 @@ class BlockStream:
             with torch.cuda.stream(self.side):
                 there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in state.items()}
                 return there, self.side.record_event()
-        if self.device.type == "cpu":
-            for tensor in state.values():  # brings in the pages of a mapped file
-                tensor.flatten().view(torch.uint8)[::PAGE].sum()
-            return state, None
-        return {name: tensor.to(self.device) for name, tensor in state.items()}, None
+        for tensor in state.values():  # brings in the pages of a mapped file
+            tensor.flatten().view(torch.uint8)[::PAGE].sum()
+        return state, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from dataclasses import replace
 
 import pytest
@@ -152,3 +153,28 @@ def test_a_reading_that_failed_is_made_again_and_leaves_nothing_behind(monkeypat
             network(x)
     assert all(p.is_meta for p in network.parameters())
     assert torch.equal(network(x), whole)
+
+
+@torch.no_grad()
+def test_a_device_without_streams_hears_one_thread_and_nothing_is_kept(monkeypatch):
+    """As Metal needs it, whose memory is the host's, too; the meta device stands in for it."""
+    device = torch.device("meta")
+    network = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(3)))
+    weights = {f"blocks.{name}": tensor.clone() for name, tensor in network.state_dict().items()}
+    model, asked, movers, move = torch.nn.ModuleDict({"blocks": network.to(device)}), [], set(), torch.Tensor.to
+
+    def read(names):
+        asked.append(list(names))
+        return {name: weights[name] for name in asked[-1]}
+
+    def to(tensor, *where, **how):
+        movers.add(threading.current_thread())
+        return move(tensor, *where, **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    stream(model, "blocks", read, device, keep=True)
+    for _ in range(2):
+        assert network(torch.empty(2, 4, device=device)).shape == (2, 4)
+
+    assert movers == {threading.current_thread()}
+    assert len(asked) >= 6  # each block for each pass, and the next one's first
