@@ -74,7 +74,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
 def plans(device: str) -> list[dict[str, Any]]:
     """How each model that is here would be held, and the open 12.9B weights even where they are not; and what fits."""
     from model import parts
-    from model.plan import choose, default_dtype, eight_bits, free_memory, needs, ways
+    from model.plan import choose, default_dtype, eight_bits, free_memory, known_precisions, needs, ways
 
     counted = {"krea-2 (12.9B)": parts.release_numbers()}
     for model in library.list_models():
@@ -82,12 +82,13 @@ def plans(device: str) -> list[dict[str, Any]]:
             counted = {model.name: parts.numbers_of(library.find_parts(model))} | counted
         except K2Error:
             continue  # `models` tells what is wrong with it
-    free, eight = free_memory(device), eight_bits(device)
+    free, eight, known = free_memory(device), eight_bits(device), known_precisions(device)
     found = []
     for name, numbers in counted.items():
         dtype = default_dtype(device, numbers.width)
-        chosen = choose(numbers, free, dtype=dtype, eight=eight)
-        others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in ways(numbers, eight)}
+        chosen = choose(numbers, free, dtype=dtype, eight=eight, known=known)
+        open_ways = ways(numbers, eight, known=known)
+        others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
         found.append(
             {
                 "model": name,

@@ -41,7 +41,7 @@ from model.parts import (
     pick_dtype,
     refuse_misfits,
 )
-from model.plan import Plan, choose, eight_bits, free_memory, lacking_memory
+from model.plan import Plan, choose, eight_bits, free_memory, known_precisions, lacking_memory
 from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
@@ -135,6 +135,7 @@ class Pipeline:
             free_memory(chosen),
             dtype=pick_dtype(dtype, chosen, numbers.width),
             eight=eight_bits(chosen),
+            known=known_precisions(chosen),
             precision=precision,
             offload=offload,
         )

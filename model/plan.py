@@ -6,7 +6,7 @@ Counting needs headers only, choosing needs none: torch is asked about devices, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,29 +63,36 @@ def choose(
     *,
     dtype: str,
     eight: str = "int8",
+    known: Sequence[str] = PRECISIONS,
     precision: str | None = None,
     offload: str | None = None,
 ) -> Plan:
     """The fastest way to hold a model that fits into `free` bytes; what is given is kept to. Raises K2Error.
 
-    eight: the 8-bit precision that the device is fast in. Where nothing fits, what needs the least is taken.
+    eight: the 8-bit precision that the device is fast in; known: all whose numbers it has. Where nothing fits, what
+    needs the least is taken.
     """
-    for value, known, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
-        if value not in (None, *known):
-            raise K2Error(f'There is no {what} "{value}".', hint=f"Choose {', '.join(known[:-1])} or {known[-1]}.")
+    for value, those, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
+        if value not in (None, *those):
+            raise K2Error(f'There is no {what} "{value}".', hint=f"Choose {', '.join(those[:-1])} or {those[-1]}.")
+    if precision not in (None, *known):
+        raise K2Error(f"This device has no {precision} numbers.", hint=f"Choose {' or '.join(known)}.")
     if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL:
         open_ways = [(precision or "native", offload or "none")]
     else:
-        open_ways = [way for way in ways(numbers, eight, precision) if offload in (None, way[1])]
+        open_ways = [way for way in ways(numbers, eight, precision, known) if offload in (None, way[1])]
     plans = [Plan(dtype, *way, needs(numbers, dtype, *way)) for way in open_ways]
     return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.needs))
 
 
-def ways(numbers: Numbers, eight: str, precision: str | None = None) -> list[tuple[str, str]]:
+def ways(
+    numbers: Numbers, eight: str, precision: str | None = None, known: Sequence[str] = PRECISIONS
+) -> list[tuple[str, str]]:
     """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
     if precision is not None:
         return [(precision, offload) for offload in OFFLOADS]
-    last = numbers.stored or "native"  # streamed weights are taken as they lie on disk: less to read, or nothing to do
+    # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do
+    last = numbers.stored if numbers.stored and numbers.stored in known else "native"
     return [("native", "none"), ("native", "text"), (eight, "none"), (eight, "text"), (last, "all")]
 
 
@@ -135,6 +142,13 @@ def eight_bits(device: torch.device | str) -> str:
     from model.eight_bit import native
 
     return "fp8" if native(torch.float8_e4m3fn, torch.device(device).type) else "int8"
+
+
+def known_precisions(device: torch.device | str) -> tuple[str, ...]:
+    """The precisions whose numbers a device can hold: Metal has no 8-bit floats."""
+    import torch
+
+    return tuple(each for each in PRECISIONS if each != "fp8" or torch.device(device).type != "mps")
 
 
 def free_memory(device: torch.device | str) -> int:

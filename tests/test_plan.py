@@ -12,7 +12,7 @@ from model import library, plan
 from model.errors import K2Error
 from model.parts import numbers_of, pick_dtype, release_numbers
 from model.pipeline import Pipeline
-from model.plan import OFFLOADS, PRECISIONS, choose, default_dtype, limit_left, needs, ways
+from model.plan import OFFLOADS, PRECISIONS, choose, default_dtype, known_precisions, limit_left, needs, ways
 
 GB = 10**9
 
@@ -63,6 +63,19 @@ def test_where_nothing_fits_the_least_is_taken(release):
 def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
     stored = replace(release, stored="int8")
     assert choose(stored, 6 * GB, dtype="bfloat16").precision == "int8"
+
+
+def test_a_device_is_given_numbers_that_it_has(release):
+    """Metal has no 8-bit floats: a file of them is widened on its way, and who asks for them is told."""
+    known, stored = known_precisions("mps"), replace(release, stored="fp8")
+    assert known_precisions("cuda") == known_precisions("cpu") == PRECISIONS
+
+    assert choose(stored, 16 * GB, dtype="bfloat16").precision == "fp8"
+    chosen = choose(stored, 16 * GB, dtype="bfloat16", known=known)
+    assert (chosen.precision, chosen.offload) == ("native", "all")
+    with pytest.raises(K2Error, match="no fp8 numbers") as error:
+        choose(release, 80 * GB, dtype="bfloat16", known=known, precision="fp8")
+    assert error.value.hint == "Choose native or int8."
 
 
 def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811

@@ -33,7 +33,7 @@ from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
 from model.parts import DTYPES, load_vae, numbers_of, only_side, pick_device, pick_dtype
-from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory
+from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
 from model.sampler import raw_mu
 from model.text_encoder import TextEncoder
 from model.train import loop
@@ -223,16 +223,15 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     embeds = [text.encode([picture.caption])[0][0].cpu() for picture in pictures]
     material = Material(latents, embeds, text.encode([""])[0][0].cpu(), manifest(pictures))
     del text
-    precision = (
-        recipe.precision
-        or choose(
-            numbers,
-            free_memory(device),
-            dtype=str(dtype).removeprefix("torch."),
-            eight=eight_bits(device),
-            offload="none",
-        ).precision
-    )
+    precision = choose(
+        numbers,
+        free_memory(device),
+        dtype=str(dtype).removeprefix("torch."),
+        eight=eight_bits(device),
+        known=known_precisions(device),
+        precision=recipe.precision or None,
+        offload="none",
+    ).precision
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
     network.side = only_side(checkpoint, unit)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
