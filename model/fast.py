@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.dit import Krea2
-from model.eight_bit import native
+from model.eight_bit import formats, native
 from model.hashes import cache_folder
 from model.plan import NARROW
 from model.recent import Recent
@@ -37,7 +37,7 @@ def accelerate(dit: Krea2) -> None:
         # Compiled kernels outlive the process: the next one finds them in a second.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch.compiler.assume_constant_result(native)  # a question to the device would cut every block in pieces
-    compiled = wide and can_compile()
+    compiled = wide and compilers_know(formats(dit).values()) and can_compile()
     if compiled:
         for block in dit.blocks:
             block.compile()  # one after the other: they share code, so one compilation serves all
@@ -55,6 +55,14 @@ def keep_pages() -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
+    """Whether Triton can read these number formats on the card: e4m3 from Ada on, where plain kernels widen it anywhere.
+
+    Told apart from `can_compile`, since Triton says so only when the first picture is under way.
+    """
+    return torch.float8_e4m3fn not in numbers or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def can_compile() -> bool:
