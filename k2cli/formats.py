@@ -47,7 +47,7 @@ def encode(picture: Image.Image, format: str, *, parameters: str = "", xmp: str 
 def exif(comment: str) -> bytes:
     """EXIF with a comment, coded as A1111 and those who read it do: UNICODE, big-endian."""
     table = Image.Exif()
-    table.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment.encode("utf-16-be")
+    table[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"UNICODE\0" + comment.encode("utf-16-be")}
     # Pillow writes bytes as type 1 (BYTE), and the standard wants 7 (UNDEFINED) here.
     return table.tobytes().replace(b"\x92\x86\x00\x01", b"\x92\x86\x00\x07", 1)
 
