@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from model.moodboard import Board
 
 MOST = 1000  # pictures of a board
-READING = 2  # changes whenever the same pictures would be read in another way
+READING = 3  # changes whenever the same pictures would be read in another way
 WIDE = 118  # characters of a comment
 NAME = "moodboard"  # of the style that the table renders as
 

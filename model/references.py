@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from model import picture_file
@@ -21,8 +22,8 @@ ORIENTATION = 0x0112  # the EXIF tag; from 5 on the picture lies on its side
 def to_pixels(path: Path, width: int, height: int) -> Tensor:
     """A reference picture, filling width x height from its middle -> [1, 3, height, width] in −1 … 1. Raises K2Error.
 
-    Turned as its camera says, transparency on white, of an animation the first frame, CMYK and 16 bits as the eye
-    would have them.
+    Turned as its camera says, transparency on white, of an animation the first frame, the colours of phones and print
+    and 16 bits as the eye would have them.
     """
     with opened(path) as image:
         if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
@@ -31,7 +32,7 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
                 hint=f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do.",
             )
         ImageOps.exif_transpose(image, in_place=True)
-        rgba = in_eight_bits(image).convert("RGBA")
+        rgba = to_rgba(image)
     del image  # a large one is a quarter of a gigabyte
     on_white = laid_on_white(rgba).convert("RGB")
     pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (width, height)).tobytes()), dtype=torch.uint8)
@@ -68,6 +69,28 @@ def laid_on_white(rgba: Image.Image) -> Image.Image:
         strip = rgba.crop((0, top, rgba.width, min(top + STRIP, rgba.height)))
         rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip), (0, top))
     return rgba
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """The picture in eight bits, sRGB and transparency. What its numbers mean is its profile's to say: as they stand,
+    the colours of a phone's Display P3 would be dull. A profile that cannot be read counts for nothing, as in browsers.
+    """
+    profile, image = image.info.get("icc_profile"), in_eight_bits(image)
+    if profile and image.mode in ("L", "CMYK"):
+        with suppress(ImageCms.PyCMSError):  # an RGB profile on greys
+            return in_srgb(image, profile, "RGB").convert("RGBA")
+    rgba = image.convert("RGBA")
+    if profile:
+        with suppress(ImageCms.PyCMSError):
+            return in_srgb(rgba, profile, "RGBA")
+    return rgba
+
+
+def in_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+    """A picture's colours as a profile means them; in place, where it has this mode already. Raises PyCMSError."""
+    srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
+    changed = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, intent, mode, inPlace=image.mode == mode)
+    return changed or image
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import sha256
 from model.parts import load_style, load_vae
-from model.references import LEAST_SIDE, MOST_PIXELS, in_eight_bits
+from model.references import LEAST_SIDE, MOST_PIXELS, to_rgba
 from model.style import StyleEncoder
 from model.words import Words
 
@@ -68,9 +68,9 @@ def read_picture(path: Path, side: int) -> Pixels:
                 raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")
             image.draft("RGB", (2 * side, 2 * side))
             with one_at_a_time if image.width * image.height > LARGE else nullcontext():
-                upright = in_eight_bits(ImageOps.exif_transpose(image))
-                if upright.mode not in ("RGB", "RGBA") or "transparency" in upright.info:
-                    upright = upright.convert("RGBA")
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode not in ("RGB", "RGBA") or {"transparency", "icc_profile"} & upright.info.keys():
+                    upright = to_rgba(upright)
                 small = ImageOps.fit(upright, (side, side)).convert("RGBA")
     except K2Error:
         raise

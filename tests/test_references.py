@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from model.errors import K2Error
 from model.references import fitting, to_pixels
 from model.seeing import read_picture
+
+Light = tuple[float, float, float]
 
 
 def colour(path: Path) -> list[int]:
@@ -36,6 +38,30 @@ def png(path: Path, width: int, height: int, depth: int, kind: int, rows: bytes)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     return path
+
+
+def profile(red: Light, green: Light, blue: Light, gamma: float) -> bytes:
+    """An ICC profile (version 2.4) of three lights, in XYZ under D50, and a power."""
+
+    def fixed(*numbers: float) -> bytes:
+        return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+
+    curve = b"curv" + struct.pack(">IIHH", 0, 1, round(gamma * 256), 0)
+    lights = zip((b"rXYZ", b"gXYZ", b"bXYZ"), (red, green, blue), strict=True)
+    tags = {b"desc": b"desc" + bytes(8) + bytes(84), b"wtpt": b"XYZ " + bytes(4) + fixed(*D50)}
+    tags |= {name: b"XYZ " + bytes(4) + fixed(*light) for name, light in lights}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, place = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", place + len(body), len(tag))
+        body += tag
+    head = struct.pack(">I4xI", place + len(body), 0x02400000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    return (head + fixed(*D50)).ljust(128, b"\0") + table + body
+
+
+D50 = (0.9642, 1.0, 0.8249)
+ADOBE = profile((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446), 2.2)  # RGB (1998)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def test_transparency_lies_on_white(tmp_path):
@@ -73,6 +99,36 @@ def test_print_colours(tmp_path):
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
 
     assert near(colour(tmp_path / "print.jpg"), (255, 0, 0))
+
+
+def test_colours_are_those_that_a_profile_means(tmp_path):
+    """By the formulas of both spaces: (200, 128, 60) of Adobe RGB is a stronger orange than that of sRGB."""
+    image = Image.new("RGB", (20, 20), (200, 128, 60))
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "adobe.png", icc_profile=ADOBE)
+    image.save(tmp_path / "adobe.jpg", icc_profile=ADOBE, quality=100)
+    image.save(tmp_path / "adobe.webp", icc_profile=ADOBE, lossless=True)
+    image.quantize(4).save(tmp_path / "palette.png", icc_profile=ADOBE)
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png", icc_profile=ADOBE)
+
+    assert near(colour(tmp_path / "plain.png"), (200, 128, 60))
+    for name in ("adobe.png", "adobe.jpg", "adobe.webp", "palette.png"):
+        assert near(colour(tmp_path / name), (223, 128, 51))
+        assert near(read_picture(tmp_path / name, 10)[5, 5].tolist(), (223, 128, 51))
+    assert colour(tmp_path / "clear.png") == [255, 255, 255]
+
+
+def test_a_profile_that_says_nothing_of_a_picture_changes_nothing(tmp_path):
+    for mode, fill, profile, expected in (
+        ("RGB", (200, 128, 60), b"no profile", (200, 128, 60)),
+        ("RGB", (200, 128, 60), ADOBE[:200], (200, 128, 60)),
+        ("RGB", (200, 128, 60), SRGB, (200, 128, 60)),
+        ("L", 128, SRGB, (128, 128, 128)),
+    ):
+        Image.new(mode, (20, 20), fill).save(tmp_path / "a.png", icc_profile=profile)
+        assert near(colour(tmp_path / "a.png"), expected)
 
 
 def test_sixteen_bits(tmp_path):
