@@ -128,6 +128,6 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by their names; no contact sheets."""
+    """The pictures in a folder, by their names; no contact sheets, and nothing hidden, as with a glob."""
     named = (path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())
-    return sorted(path for path in named if not picture_file.is_sheet(path))
+    return sorted(path for path in named if not picture_file.is_sheet(path) and not path.name.startswith("."))

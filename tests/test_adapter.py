@@ -96,6 +96,16 @@ def test_contact_sheets_teach_nothing(pictures):
     assert read_folder(pictures.parent) == before
 
 
+def test_what_is_hidden_teaches_nothing(pictures):
+    """A Mac lays ._a.png, which is no picture, beside each that it copies to a stick or a share."""
+    before = read_folder(pictures)
+    (pictures / ".thumbnails").mkdir()
+    for name in ("._red-fox_0.png", ".thumbnails/a.png"):
+        (pictures / name).write_bytes(before[0].path.read_bytes())
+
+    assert read_folder(pictures) == before
+
+
 def test_what_a_project_made_teaches_nothing(pictures):
     before = read_folder(pictures)
     for name in ("outputs/0001-fox", "gallery/pictures", ".runs/pictures"):

@@ -114,6 +114,15 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     assert len(board) == 4 and not any("sheet" in path.name for path in board)
 
 
+def test_of_a_folder_what_is_hidden_stays_out(moody, photos, k2):
+    """A Mac lays ._a.jpg, which is no picture, beside each that it copies to a stick or a share."""
+    (photos / "more" / "._a.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+
+    k2("style", "add", "dusk", photos / "more")
+
+    assert sorted(path.name for path in (moody / "refs" / "dusk").iterdir()) == ["a.jpg", "copy-of-a.png"]
+
+
 def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
     """And by nothing that a shell or a file list would take for something else."""
     (photos / "b").mkdir()

@@ -40,7 +40,8 @@ class Captioned:
 
 
 def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
-    """The pictures of a folder and of all below it, by name; no contact sheets. Raises K2Error where there is none.
+    """The pictures of a folder and of all below it, by name; no contact sheets, and nothing hidden. Raises K2Error
+    where there is none.
 
     What was made in it is left out: of a project its pictures, and of training the curves and samples of its runs.
 
@@ -49,8 +50,9 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
     named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    made = [folder / ".runs", *(folder / part for part in MADE if (folder / "k2.toml").is_file())]
-    paths = sorted(path for path in named if not is_sheet(path) and not any(map(path.is_relative_to, made)))
+    seen = (path for path in named if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
+    paths = sorted(path for path in seen if not is_sheet(path) and not any(map(path.is_relative_to, made)))
     if not paths:
         raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
