@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2cli.expander import forget, language_of, speaker
 from k2cli.outputs import write, writing
-from k2cli.pictures import Inside, find
+from k2cli.pictures import Inside, OnOther, find
 from k2cli.tables import PATH, between
 from model import library
 from model.errors import K2Error
@@ -47,11 +47,13 @@ class Moodboard:
     strength: float = between(0.35, -0.5, 1.5)
 
 
-def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> list[Path]:
+def gather(
+    patterns: Sequence[str], root: Path, inside: Inside, where: str, on_other: OnOther | None = None
+) -> list[Path]:
     """The pictures that paths, folders and globs name, each once, sorted. Whether they can be read is seen later."""
     found: set[Path] = set()
     for pattern in patterns:
-        named = find(pattern, root, inside, where, MOST)
+        named = find(pattern, root, inside, where, MOST, on_other)
         for path in named:
             if not path.exists():
                 raise K2Error(f"{where}: there is no {pattern}.", hint="Check the name.")

@@ -20,13 +20,18 @@ MOST_PIXELS = 64_000_000  # of a reference
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
 
+OnOther = Callable[[Path], None]  # is told of what a folder or a glob holds beside pictures
+
 Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
 
 
-def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> list[Path]:
+def find(
+    pattern: str, root: Path, inside: Inside, where: str, most: int, on_other: OnOther | None = None
+) -> list[Path]:
     """The pictures that a path, a folder or a glob names, sorted. Raises K2Error, also past `most`.
 
-    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet.
+    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet. Of the rest
+    `on_other` is told.
     """
     if pattern.count("**") > 1:  # each further one multiplies the folders walked
         raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
@@ -49,6 +54,8 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> lis
                     f"{where}: {pattern} names more than {most} pictures.",
                     hint="Choose those that show the look best.",
                 )
+        elif on_other:
+            on_other(path)
     return sorted(found)
 
 

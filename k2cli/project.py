@@ -18,6 +18,7 @@ from k2cli.expander import expander
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.outputs import undisturbed, writing
+from k2cli.pictures import OnOther
 from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
 from k2cli.settings import Settings, check_frame
 from k2cli.styles import Styles, words
@@ -201,9 +202,10 @@ class Project(Folder):
             where = "--model" if shells else self.toml.where("render", "model")
             raise K2Error(f"{where}: {error}", hint=error.hint) from None
 
-    def board_pictures(self, board: moodboard.Moodboard) -> list[Path]:
+    def board_pictures(self, board: moodboard.Moodboard, on_other: OnOther | None = None) -> list[Path]:
         """The pictures of [moodboard]."""
-        return moodboard.gather(board.images, self.root, self.inside, Place(self.toml, ("moodboard",))("images"))
+        where = Place(self.toml, ("moodboard",))("images")
+        return moodboard.gather(board.images, self.root, self.inside, where, on_other)
 
     def with_board(self, strength: float) -> Project:
         """The project with its moodboard at this strength."""

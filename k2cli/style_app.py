@@ -79,6 +79,7 @@ def add(
     from k2cli.project import Outside
     from k2cli.styles import add_style
     from k2cli.tables import check_value
+    from model.picture_file import passed_over
     from model.spec import METHODS
 
     if method is not None:
@@ -91,6 +92,8 @@ def add(
     about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
     result(to_json(about) if json else near(file))
     if not quiet:
+        if over := passed_over(path for image in images if image.is_dir() for path in image.iterdir()):
+            say(over, "yellow")
         say(f"{count_of(len(pictures), 'picture')}. Next: k2 render --style {name}=0.6", "dim")
 
 
@@ -288,10 +291,13 @@ def analyze(
       k2 moodboard analyze refs/board/*
       k2 moodboard analyze refs/summer refs/sea --name coast
     """
+    from dataclasses import replace
+
     from k2cli import moodboard
     from k2cli.console import meter, near, result, say
     from k2cli.outputs import Exists
     from k2cli.tables import check_name
+    from model.picture_file import passed_over
 
     home = find_project(project, allow_outside)
     target = home.inside(f"styles/{check_name(name, '--name')}.toml")
@@ -303,12 +309,13 @@ def analyze(
         for path in (target, target.with_suffix(".png")):
             if path.exists():
                 raise taken(path)
+    others: list[Path] = []
     if images:
         root = home.root.resolve()  # either may be reached by a link
         typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
-        paths = moodboard.gather(typed, home.root, home.inside, "The board")
+        paths = moodboard.gather(typed, home.root, home.inside, "The board", others.append)
     elif home.board:
-        paths = home.board_pictures(home.board)
+        paths = home.board_pictures(home.board, others.append)
     else:
         raise K2Error(
             "There is no board: no picture was named, and k2.toml has no [moodboard].",
@@ -316,6 +323,8 @@ def analyze(
         )
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
+    if over := passed_over(others):
+        board = replace(board, notes=(over, *board.notes))
     model = ""
     with suppress(K2Error):  # one that is not here yet tells nothing
         model = home.settle().model

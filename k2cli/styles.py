@@ -32,6 +32,7 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import read_header
+from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style
 
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
@@ -275,9 +276,10 @@ def add_style(
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
     if not 1 <= len(hashes) <= MOST_REFERENCES:
+        over = passed_over(path for image in images if image.is_dir() for path in image.iterdir())
         raise K2Error(
             f'Style "{name}" would have {len(hashes)} reference pictures.',
-            hint=f"Give 1 to {MOST_REFERENCES}, those that show the look best.",
+            hint=(over if not hashes else "") or f"Give 1 to {MOST_REFERENCES}, those that show the look best.",
         )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
+from model.errors import count_of
 from model.headers import open_file
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
 MOST_ASIDE = 32 << 20  # bytes of metadata
@@ -30,6 +32,13 @@ SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures a
 def is_sheet(path: Path) -> bool:
     """Whether a file is a contact sheet of a run of k2's: many pictures on one, so none to learn a look from."""
     return SHEET.fullmatch(path.name) is not None and path.with_name("run.toml").is_file()
+
+
+def passed_over(paths: Iterable[Path]) -> str:
+    """Of what lies in folders: a sentence on the pictures that nothing here reads; "" where there are none."""
+    found = sorted(path.name for path in paths if path.suffix.lower() in OTHERS and not path.name.startswith("."))
+    kinds = ", ".join(sorted({Path(name).suffix.lower()[1:] for name in found}))
+    return f"Passed over: {count_of(len(found), 'picture')} ({kinds}); png, jpg and webp are read." if found else ""
 
 
 @contextmanager

@@ -241,6 +241,15 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
 
 
+def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
+    for name in ("IMG_1.HEIC", "notes.txt"):
+        (den / "refs" / "board" / name).write_bytes(b"")
+
+    for images in ((), ("refs/board",)):
+        told = k2("moodboard", "analyze", *images, "--force").stderr
+        assert "Passed over: 1 picture (heic); png, jpg and webp are read." in told and "12 pictures in" in told
+
+
 def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypatch):
     look, style = moodboard.look, den / "styles" / "dusk.toml"
 

@@ -123,6 +123,23 @@ def test_of_a_folder_what_is_hidden_stays_out(moody, photos, k2):
     assert sorted(path.name for path in (moody / "refs" / "dusk").iterdir()) == ["a.jpg", "copy-of-a.png"]
 
 
+def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
+    """A phone's HEIC beside its JPEGs; what is no picture is no news."""
+    (photos / "more" / "IMG_1.HEIC").write_bytes(b"")
+    (photos / "more" / "a.txt").write_bytes(b"")
+    (photos / "raw").mkdir()
+    for name in ("a.tif", "b.tiff", "._b.tif"):
+        (photos / "raw" / name).write_bytes(b"")
+    said = "Passed over: {} read."
+
+    added = k2("style", "add", "dusk", photos / "more")
+    assert said.format("1 picture (heic); png, jpg and webp are") in added.stderr
+    assert "Passed over" not in k2("style", "add", "dusk", photos / "more", "--force", "--quiet").stderr
+
+    none = k2("style", "add", "night", photos / "raw", code=1)
+    assert said.format("2 pictures (tif, tiff); png, jpg and webp are") in none.stderr
+
+
 def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
     """And by nothing that a shell or a file list would take for something else."""
     (photos / "b").mkdir()

@@ -33,6 +33,7 @@ from model.latents import patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
 from model.parts import DTYPES, load_vae, numbers_of, only_side, pick_device, pick_dtype
+from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
 from model.sampler import raw_mu
 from model.text_encoder import TextEncoder
@@ -236,6 +237,8 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     network.side = only_side(checkpoint, unit)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
+    if over := passed_over(Path(recipe.pictures).rglob("*")):
+        report(over)
     base = {
         "name": model.name,
         "variant": checkpoint.metadata.get("variant") or model.variant or recipe.variant,
