@@ -266,12 +266,11 @@ def add_style(
     for image in images:
         if not image.exists():
             raise K2Error(
-                f"There is no {plain(str(image), 'The picture')}.", hint="Name pictures, or a folder of them."
+                f"There is no {UNPRINTABLE.sub('?', str(image))}.", hint="Name pictures, or a folder of them."
             )
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
     kinds = {
-        each: check_picture(each, f'Style "{name}"', plain(str(each), "The picture's path"), whole=True)
-        for each in files
+        each: check_picture(each, f'Style "{name}"', UNPRINTABLE.sub("?", str(each)), whole=True) for each in files
     }
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first

@@ -114,6 +114,17 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     assert len(board) == 4 and not any("sheet" in path.name for path in board)
 
 
+def test_a_picture_may_have_any_name(moody, photos, k2):
+    """Even one that is no text, or that a terminal would obey: the copy gets another."""
+    for name in (b"a\xe9.png", b"b\n\x1b[2J.png"):
+        Image.new("RGB", (32, 32), (len(name), 0, 0)).save(photos / os.fsdecode(name))
+
+    k2("style", "add", "dusk", *photos.glob("a*.png"), *photos.glob("b*.png"))
+
+    assert {path.name for path in (moody / "refs" / "dusk").iterdir()} == {"a.png", "a-2.png", "b-2J.png"}
+    assert "There is no c?[2J.png." in k2("style", "add", "night", "c\x1b[2J.png", code=1).stderr
+
+
 def test_of_a_folder_what_is_hidden_stays_out(moody, photos, k2):
     """A Mac lays ._a.jpg, which is no picture, beside each that it copies to a stick or a share."""
     (photos / "more" / "._a.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
