@@ -59,6 +59,13 @@ class Group(TyperGroup):
 
             show_error(told)
             raise typer.Exit(1) from None
+        except UnicodeEncodeError as error:  # of a path: what standard output has no sign for is no error
+            from k2cli.console import show_error
+
+            sign, encoding = error.object[error.start], error.encoding
+            hint = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
+            show_error(K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=hint))
+            raise typer.Exit(1) from None
 
 
 def is_somewhere() -> bool:
@@ -249,14 +256,17 @@ def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
 def to_json(table: Any) -> str:
     """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them.
 
-    JSON has no nan and no inf: they are null.
+    JSON has no nan and no inf: they are null. It is UTF-8, or ASCII where standard output speaks something else.
     """
+    import codecs
     import json
 
     from k2cli.tables import UNPRINTABLE
 
+    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+
     def write(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=lambda moment: moment.isoformat())
+        return json.dumps(value, ensure_ascii=escaped, allow_nan=False, default=lambda moment: moment.isoformat())
 
     try:
         text = write(table)

@@ -73,6 +73,7 @@ def test_results_that_find_no_room(moody, words, buffered):
         ("k2 log --since soon 2>&-", 2, ""),
         (r"printf '\377\376' | PYTHONIOENCODING=utf-8 k2 render -", 1, "Standard input is not a text."),
         (r"printf '\377\376' | PYTHONIOENCODING=utf-8:surrogateescape k2 render -", 1, "Standard input is not a text."),
+        ("echo 'prompt=[{text=\"狐\"}]' > k2.toml; LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 k2 render", 1, "ascii"),
         ("mkdir gone && cd gone && rmdir ../gone && k2", 1, "The current folder is gone."),
         ("mkdir gone && cd gone && rmdir ../gone && k2 models info x", 1, "The current folder is gone."),
     ],
@@ -86,11 +87,19 @@ def test_odd_surroundings_are_one_sentence(moody, line, code, said):
 
 
 def test_what_the_encoding_lacks_is_said_by_its_number(moody):
-    line = [K2, "render", "-p", "caf\xe9 東京", "--dry-run", "--json"]
+    line = [K2, "render", "-p", "caf\xe9 東京", "--dry-run"]
     done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True)
 
     assert b"caf\xe9 \\u6771\\u4eac" in done.stdout
-    assert json.loads(done.stdout.decode("latin-1"))["prompt"]["text"] == "café 東京"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+def test_json_is_json_whatever_the_encoding(moody, encoding):
+    """Programs read it, and not in the encoding of a terminal that stands aside."""
+    line = [K2, "render", "-p", "café 東京 🦊", "--dry-run", "--json"]
+    done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+
+    assert json.loads(done.stdout.decode())["prompt"]["text"] == "café 東京 🦊"
 
 
 @pytest.mark.parametrize("asked", [[], ["--style", "dusk=0.5", "--cohesion", "0.5", "--matrix", "steps=2,3"]])
