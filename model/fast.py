@@ -58,7 +58,7 @@ def keep_pages() -> None:
 
 
 def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
-    """Whether Triton can read these number formats on the card: e4m3 from Ada on, where plain kernels widen it anywhere.
+    """Whether Triton reads these number formats on the card: e4m3 from Ada on, where plain kernels widen it anywhere.
 
     Told apart from `can_compile`, since Triton says so only when the first picture is under way.
     """
