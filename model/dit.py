@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.latents import position_ids
+from model.latents import around, position_ids
 
 FUSION_BLOCKS = 2  # of either kind: across the tapped layers, then across the prompt
 
@@ -337,13 +337,12 @@ class Krea2(nn.Module):
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
         """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2].
 
-        What has learned on one grid alone puts its subject in the middle of that, and knows no places beyond it:
-        another grid is laid around the same middle, over as large an area.
+        What has learned on one grid alone puts its subject in the middle of that, and knows no places beyond it: any
+        other grid is laid around that middle (`around`).
         """
         positions = position_ids(text_tokens, *grid).double()
         if self.side is not None:
-            middle, scale = torch.tensor([(n - 1) / 2 for n in grid]), self.side / math.sqrt(math.prod(grid))
-            positions[text_tokens:, 1:] = (positions[text_tokens:, 1:] - middle) * scale + (self.side - 1) / 2
+            positions[text_tokens:, 1:] = around(positions[text_tokens:, 1:], grid, self.side)
         angles = [
             positions[:, axis, None] * self.config.rope_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for axis, dim in enumerate(self.config.rope_axes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,20 @@ def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
     image[..., 1] = torch.arange(rows)[:, None]
     image[..., 2] = torch.arange(columns)
     return ids
+
+
+BEYOND = 0.3  # as far apart as elsewhere are rows and columns beyond the square
+
+
+def around(places: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Rows and columns of a grid [L, 2] as places of the square of so many tokens a side that training knew.
+
+    The middles meet. The scale lies half way, in proportion, between that at which the areas are the same, where a
+    long picture cuts its subject, and that at which the square fits into the picture, where subjects are small; what
+    lies beyond the square comes close to its edge, for further out subjects begin again. The square itself stays as it
+    is. Chosen by eye and by the judge among five ways (`model/train/shape_study.py` measures this one).
+    """
+    scale = side / math.sqrt(math.sqrt(math.prod(grid)) * min(grid))
+    middle, edge = (torch.tensor(grid) - 1) / 2, (side - 1) / 2
+    away = (places - middle) * scale
+    return edge + away.clamp(-edge, edge) + BEYOND * (away - away.clamp(-edge, edge))

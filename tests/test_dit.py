@@ -149,17 +149,14 @@ def test_rope_turns_by_distance_only():
 
 
 def test_another_grid_lies_around_the_middle_of_the_one_it_was_trained_on():
-    """Half as wide and twice as high: two columns in, and two rows beyond; of a fourth of the tokens each stands in the
-    middle of four."""
+    """The square itself stays as it is, to the bit, and text where it was."""
     model = random_model(SIZES["mini"])
     free = model.rope(2, (8, 8))
 
     model.side = 8
     assert torch.equal(model.rope(2, (8, 8)), free)
-    high = model.rope(2, (16, 4))
-    assert torch.equal(high[:2], free[:2])
-    assert torch.equal(high[2:].view(16, 4, -1)[4:12], free[2:].view(8, 8, -1)[:, 2:6])
-    few = torch.view_as_complex(model.rope(0, (4, 4))).view(4, 4, -1)
+    assert torch.equal(model.rope(2, (6, 10))[:2], free[:2])
+    few = torch.view_as_complex(model.rope(0, (4, 4))).view(4, 4, -1)  # each in the middle of four
     many = torch.view_as_complex(free[2:]).view(8, 8, -1)
     torch.testing.assert_close(few[1, 2] ** 2, many[2, 4] * many[3, 5])
 

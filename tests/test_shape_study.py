@@ -10,7 +10,7 @@ from test_style_study import Drawings, Painter, Rims, colour, draw
 from model.spec import Picture
 from model.train import shape_study
 from model.train.data import article
-from model.train.shape_study import Study, squared
+from model.train.shape_study import Study, cropped, squared
 
 
 class Square(Painter):
@@ -47,3 +47,5 @@ def test_a_square_holds_the_picture_in_its_middle(shape):
     assert square.shape == (side, side, 3)
     assert (square[top : top + shape[0], left : left + shape[1]] == picture).all()
     assert (square[0, left] == picture[0, 0]).all() and (square[-1, -1] == picture[-1, -1]).all()
+    least = min(shape)
+    assert cropped(picture).shape == (least, least, 3) and cropped(picture)[0, 0, 0] in picture[..., 0]

@@ -3,7 +3,8 @@
 shapes  of every size, is the prompt's subject the nearest among the names of all, in one prompt per subject
 sheet   the first few of them, a row a size, for the eye
 
-The judge knows squares: a picture of another shape is given edges, as its own go on, until it is one.
+The judge knows squares: of a picture of another shape it sees the square in the middle, and the whole with its edges
+going on until it is a square; the better view of the two counts for each name.
 """
 
 from __future__ import annotations
@@ -57,12 +58,20 @@ def squared(picture: Pixels) -> Pixels:
     return np.pad(picture, (*margins, (0, 0)), mode="edge")
 
 
+def cropped(picture: Pixels) -> Pixels:
+    """The largest square in the middle of a picture [H, W, 3]."""
+    side = min(picture.shape[:2])
+    top, left = ((each - side) // 2 for each in picture.shape[:2])
+    return picture[top : top + side, left : left + side]
+
+
 def shapes(study: Study) -> dict[str, Any]:
     """Shares of pictures whose subject is recognised, size by size."""
     names, found = names_of(study.judge, study.subjects), {}
     for size in SIZES:
-        seen, _ = embed(study.judge, [squared(each) for each in study.paint(size, study.count)])
-        nearest = [study.subjects[index] for index in (seen @ names.T).argmax(1)]
+        pictures = study.paint(size, study.count)
+        views = (embed(study.judge, [view(each) for each in pictures])[0] @ names.T for view in (squared, cropped))
+        nearest = [study.subjects[index] for index in np.maximum(*views).argmax(1)]
         found[size] = figure(mean, np.array([a == b for a, b in zip(nearest, study.chosen, strict=True)], float))
         print(f"  {size}", flush=True)
     return found
