@@ -58,9 +58,9 @@ def keep_pages() -> None:
 
 
 def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
-    """Whether Triton reads these number formats on the card: e4m3 from Ada on, where plain kernels widen it anywhere.
+    """Whether Triton can read these number formats on the card: e4m3 from Ada on; plain kernels widen it anywhere.
 
-    Told apart from `can_compile`, since Triton says so only when the first picture is under way.
+    `can_compile` would not find out: Triton says so when such a matrix is met, in the middle of the first picture.
     """
     return torch.float8_e4m3fn not in numbers or torch.cuda.get_device_capability() >= (8, 9)
 
