@@ -139,7 +139,8 @@ class Pipeline:
             precision=precision,
             offload=offload,
         )
-        return cls(model, parts, chosen, plan, checks)
+        with lacking_memory(f"the weights of {model.name}"):
+            return cls(model, parts, chosen, plan, checks)
 
     def render(self, specs: Sequence[RenderSpec], on_step: OnStep | None = None) -> list[Picture]:
         """Pictures in the specs' order. Raises K2Error for what cannot be rendered, before anything is."""

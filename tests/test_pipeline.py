@@ -490,6 +490,18 @@ def test_memory_that_runs_out_is_said(pipeline, monkeypatch):
     assert error.value.hint
 
 
+def test_memory_that_runs_out_over_the_weights_is_said(tiny, monkeypatch):  # noqa: F811
+    """What was free when it was asked may be taken since, and what somebody chose may never have fitted."""
+
+    def allocate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB.")
+
+    monkeypatch.setattr("model.pipeline.load_dit", allocate)
+    with pytest.raises(K2Error, match="not enough memory for the weights of tiny") as error:
+        Pipeline.load("tiny", device="cpu")
+    assert error.value.hint
+
+
 def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  # noqa: F811
     state, about = read(tiny / "tiny-turbo.safetensors")
     mine = tmp_path / "mine.safetensors"
