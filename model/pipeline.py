@@ -216,6 +216,8 @@ class Pipeline:
     def _render(self, specs: list[RenderSpec], on_step: OnStep | None) -> list[Picture]:
         """Pictures of one schedule, together."""
         started = time.perf_counter()
+        if self.device.type == "cuda":  # another pipeline may have made another card the one in hand
+            torch.cuda.set_device(self.dit.first.weight.device)
         adapters = [(self._adapter(lora), lora.weight) for lora in specs[0].adapters]
         references = (r.image for spec in specs for style in spec.styles for r in style.references)
         files = {path: sha256(path) for path in references}  # as they are now: they may be gone once it is done
