@@ -108,7 +108,8 @@ class Graph:
                 work(*self.inputs)
         here.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # other threads may go on meanwhile: one reads the text encoder's next layer, where that is streamed
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.answer = work(*self.inputs)
 
     @torch.inference_mode()
