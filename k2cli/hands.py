@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from k2cli import licence
 from k2cli.models import Held
+from k2cli.outputs import undisturbed
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
@@ -42,7 +43,8 @@ def load(held: Held) -> Pipeline:
     if load.cache_info().currsize:
         load.cache_clear()  # before the next one is read: two may not fit
         gc.collect()  # a network that is made faster refers to itself
-    from model.pipeline import Pipeline  # the only line that imports torch
+    with undisturbed():  # torch's modules, cut off in the middle, raise something else, or abort
+        from model.pipeline import Pipeline  # the only line that imports torch
 
     return Pipeline.load(
         held.name,

@@ -19,7 +19,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from k2cli.expander import forget, language_of, speaker
-from k2cli.outputs import write, writing
+from k2cli.outputs import undisturbed, write, writing
 from k2cli.pictures import Inside, OnOther, find
 from k2cli.tables import PATH, between
 from model import library
@@ -74,8 +74,9 @@ def eye_of(model: str) -> str:
 
 def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None) -> Board:
     """What a board comes to."""
-    from model.moodboard import analyse  # torch
-    from model.seeing import Eye
+    with undisturbed():  # as where pictures are made
+        from model.moodboard import analyse  # torch
+        from model.seeing import Eye
 
     return analyse(paths, Eye.load(eye_of(model)), on_picture)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -14,13 +16,32 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k2cli import runs
-from k2cli.hands import TRIES, Group, Held, Lost, News, Processes, Ready, groups_of, spread
+from k2cli.hands import TRIES, Group, Held, Lost, News, Processes, Ready, groups_of, load, spread
 from k2cli.tables import Toml
 from model import library
 from model.errors import K2Error
 from model.spec import Picture
 
 PICTURE = Image.new("RGB", (8, 8))
+
+
+def test_ctrl_c_waits_until_torch_is_there(monkeypatch):
+    """Cut off in the middle its modules raise something else, or abort the process."""
+
+    class Slow(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            if name == "Pipeline":
+                signal.raise_signal(signal.SIGINT)
+                whole.append(name)
+            return None
+
+    whole: list[str] = []
+    monkeypatch.setitem(sys.modules, "model.pipeline", Slow("model.pipeline"))
+    load.cache_clear()
+
+    with pytest.raises(KeyboardInterrupt):
+        load(Held("mini"))
+    assert whole == ["Pipeline"]
 
 
 class Scripted:
