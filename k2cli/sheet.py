@@ -22,7 +22,12 @@ ACROSS = 8  # pictures in a row of a strip; where strips are compared, a row eac
 PER_SHEET = 48  # pictures; longer runs get several sheets, so that what a run holds does not grow with its length
 PER_GRID = 120  # where the columns are told: a sweep is one sheet
 MOST_CELLS = 1000  # of a sheet, blank ones included; at 320 pixels they are a third of a gigabyte
-WIDER = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf")
+WIDER = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf"),
+    *("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf"),  # Chinese, Japanese, Korean
+    *("Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "msyh.ttc", "YuGothM.ttc", "malgun.ttf"),
+)
+NO_SIGN = "\U0010ffff"  # for which no typeface has one but that of what it lacks
 SIGNS = str.maketrans(
     {"–": "-", "—": "-", "−": "-", "×": "x", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "œ": "oe", "æ": "ae"}
 )
@@ -153,20 +158,25 @@ def font(size: int) -> Font:
 
 
 @cache
-def wider_font(size: int) -> Font | None:
-    """A typeface of the system's for other writing, if there is one."""
-    for name in WIDER:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
+def wider_font(name: str, size: int) -> Font | None:
+    """A typeface of the system's for other writing, if it is there."""
+    with suppress(OSError):
+        return ImageFont.truetype(name, size)
     return None
 
 
+def known_to(face: Font, text: str) -> int:
+    """For how many different signs of a text a typeface has a shape."""
+    lacking = bytes(face.getmask(NO_SIGN))
+    return sum(bytes(face.getmask(sign)) != lacking for sign in set(text))
+
+
 def typeset(text: str, size: int) -> tuple[str, Font]:
-    """The text and a typeface that can show it; accents and signs fall away where there is none."""
+    """The text and the typeface that can show most of it; accents and signs fall away where there is none."""
     if text.translate(KNOWN).isascii():
         return text, font(size)
-    if face := wider_font(size):
-        return text, face
+    if faces := [face for name in WIDER if (face := wider_font(name, size))]:
+        return text, max(faces, key=lambda face: known_to(face, text))
     folded = "".join(c for c in unicodedata.normalize("NFKD", text.translate(SIGNS)) if not unicodedata.combining(c))
     return folded.encode("ascii", "replace").decode(), font(size)
 

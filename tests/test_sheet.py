@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from k2cli import sheet
-from k2cli.sheet import Entry, contact_sheet, contact_sheets, fit, font, typeset, wider_font, wrap
+from k2cli.sheet import Entry, contact_sheet, contact_sheets, fit, font, typeset, wrap
 
 
 def entries(folder: Path, prompts: int, batch: int, size: tuple[int, int] = (64, 64)) -> list[Entry]:
@@ -65,6 +65,21 @@ def test_text_never_runs_over(tmp_path):
 
 def test_no_writing_is_lost_without_a_wider_typeface(monkeypatch):
     monkeypatch.setattr(sheet, "WIDER", ())
-    wider_font.cache_clear()
 
     assert typeset("größe – für œuvre", 16)[0] == "grosse - fur oeuvre"
+
+
+def test_writing_is_set_in_the_typeface_that_knows_most_of_it(monkeypatch):
+    """Of several that know as much, the first."""
+
+    class Knows(str):
+        def getmask(self, sign: str) -> bytes:
+            return sign.encode() if sign in self else b"box"
+
+    faces = {"first": Knows("aü –"), "second": Knows("a 日本"), "third": Knows("a 日本")}
+    monkeypatch.setattr(sheet, "WIDER", ("missing", *faces))
+    monkeypatch.setattr(sheet, "wider_font", lambda name, size: faces.get(name))
+
+    assert typeset("aü – a", 16)[1] is faces["first"]
+    assert typeset("日本 🦊", 16) == ("日本 🦊", faces["second"])
+    assert typeset("🦊", 16)[1] is faces["first"]
