@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -134,6 +135,6 @@ def prompt_of(name: str, caption: str) -> str:
 
 
 def slug(text: str) -> str:
-    """A file-name stem out of a prompt, cut at a word where it is long."""
-    name = re.sub(r"\W+", "-", text.casefold()).strip("-_")
+    """A file-name stem out of a prompt, cut at a word where it is long; accents that stand apart join their letters."""
+    name = re.sub(r"\W+", "-", unicodedata.normalize("NFC", text.casefold())).strip("-_")
     return (name if len(name) <= 40 else name[:40].rsplit("-", 1)[0]) or "prompt"

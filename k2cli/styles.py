@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -312,7 +313,7 @@ def spoken(texts: Sequence[str], what: str) -> list[str]:
 
 def free_name(folder: Path, stem: str, kind: str) -> Path:
     """A path in the folder that nothing stands at, numbered where it must be."""
-    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "picture"
+    stem = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", stem)).strip("-.") or "picture"
     path, number = folder / f"{stem}.{kind}", 1
     while path.exists():
         number += 1

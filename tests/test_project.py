@@ -380,6 +380,7 @@ def test_names_come_from_texts_and_never_collide():
 
     assert [name for _, name in named] == ["a-red-fox", "a-red-fox-3", "a-red-fox-2", "prompt"]
     assert slug("an astonishingly long prompt about a lighthouse") == "an-astonishingly-long-prompt-about-a"
+    assert slug("ein Ha\u0308schen") == slug("ein H\u00e4schen") == "ein-h\u00e4schen"
 
 
 @given(st.text())
