@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.sampler import shifted_sigmas
+from model.sampler import guided, shifted_sigmas
 from model.train.distill import (
     Chance,
     between,
@@ -79,6 +79,29 @@ def test_a_student_that_agrees_is_left_alone():
     assert x0.grad is not None and not x0.grad.any()
 
 
+def test_guidance_takes_a_student_past_its_teacher():
+    """Away from what is said without the prompt, the further the more guidance."""
+    said, without = torch.randn(2, 4, 6)
+    aim = said + 2 * (said - without)
+    x0 = said.clone().requires_grad_()  # where the fake score sees it, too
+
+    matching_loss(x0, said, said, without, guidance=2.0, softness=1e3).sum().backward()
+
+    torch.testing.assert_close(torch.cosine_similarity(-x0.grad, aim - said), torch.ones(4))
+
+
+def test_pictures_count_by_their_distance_from_the_guided_ones():
+    """Twice as far off, half the gradient: what is guided, and not the teacher alone, is what they are measured by."""
+    said, without, off = torch.randn(3, 4, 6)
+    aim = said + 2 * (said - without)
+    near, far = (aim + off).requires_grad_(), (aim + 2 * off).requires_grad_()
+
+    for x0 in (near, far):
+        matching_loss(x0, said, said, without, guidance=2.0).sum().backward()
+
+    torch.testing.assert_close(far.grad, near.grad / 2)
+
+
 CENTRES = torch.tensor([[math.cos(a), math.sin(a)] for a in (0.3, 1.9, 3.6, 5.2)]) * 1.5
 SPREAD = 0.08
 
@@ -93,18 +116,30 @@ def exact(x, t):
     return (x - x0) / t
 
 
+def one_gaussian(centre, spread):
+    """The velocity of a single Gaussian."""
+
+    def velocity(x, t):
+        t = t[:, None].clamp(1e-3, 1)
+        share = (1 - t) * spread**2 / ((1 - t) ** 2 * spread**2 + t**2)
+        return (x - centre - share * (x - (1 - t) * centre)) / t
+
+    return velocity
+
+
 class Toy(nn.Module):
     """A velocity: the teacher's exact one and a learned correction, which starts at nothing."""
 
-    def __init__(self):
+    def __init__(self, exact):
         super().__init__()
+        self.exact = exact
         self.layers = nn.Sequential(nn.Linear(8, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 2))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
     def forward(self, x, t):
         waves = torch.stack([t, torch.sin(3 * t), torch.cos(3 * t), torch.sin(9 * t)], 1)
-        return exact(x, t) + self.layers(torch.cat((x, x.square(), waves), 1))
+        return self.exact(x, t) + self.layers(torch.cat((x, x.square(), waves), 1))
 
 
 def miss(x):
@@ -116,25 +151,31 @@ def end(way):
     return way.points[-1] - way.times[-2] * way.velocities[-1]
 
 
-def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
-    """Euler's four steps end between the Gaussians; the student's four end much nearer, and at all of them."""
+def distilled(with_prompt, without, times, guidance, rate):
+    """A student of as many steps as `times` has, after 150 of its training."""
     torch.manual_seed(0)
-    times = shifted_sigmas(4, 0.7)
-    student, fake = Toy(), Toy()
-    slow, fast = (torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.95)) for m, lr in ((student, 1e-2), (fake, 2e-2)))
+    student, fake, segments = Toy(with_prompt), Toy(with_prompt), len(times) - 1
+    slow, fast = (torch.optim.Adam(m.parameters(), lr, betas=(0.0, 0.95)) for m, lr in ((student, rate), (fake, 2e-2)))
 
     def teacher(x, t):
-        return exact(x, t), exact(x, t)
+        return with_prompt(x, t), without(x, t)
 
     for _ in range(150):
         way = walk(student, torch.randn(256, 2), times)
         for _ in range(3):
             fast.zero_grad()
-            fake_loss(fake, way, Chance.draw(4, way.points[0])).mean().backward()
+            fake_loss(fake, way, Chance.draw(segments, way.points[0])).mean().backward()
             fast.step()
         slow.zero_grad()
-        student_loss(student, fake, teacher, way, Chance.draw(4, way.points[0]), guidance=0.0).mean().backward()
+        student_loss(student, fake, teacher, way, Chance.draw(segments, way.points[0]), guidance).mean().backward()
         slow.step()
+    return student
+
+
+def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
+    """Euler's four steps end between the Gaussians; the student's four end much nearer, and at all of them."""
+    times = shifted_sigmas(4, 0.7)
+    student = distilled(exact, exact, times, guidance=0.0, rate=1e-2)
 
     noise = torch.randn(4000, 2)
     before, after = (end(walk(velocity, noise, times)) for velocity in (exact, student))
@@ -142,3 +183,23 @@ def test_four_steps_of_the_student_reach_what_four_of_the_teacher_miss():
     assert miss(after) < 0.7 * miss(before)
     nearest = (after[:, None] - CENTRES).norm(dim=-1).argmin(1)
     assert torch.bincount(nearest, minlength=4).min() > 0.7 * 1000
+
+
+def test_a_student_of_a_guided_teacher_goes_where_guidance_leads():
+    """Where many guided steps end, seen from where the prompt alone leads: the student's few go much of that way."""
+    times, centre = shifted_sigmas(4, 0.7), torch.tensor([1.0, 0.5])
+    with_prompt, without = one_gaussian(centre, 0.5), one_gaussian(torch.zeros(2), 1.0)
+    student = distilled(with_prompt, without, times, guidance=1.0, rate=2e-3)
+
+    def led(x, t):
+        return guided(with_prompt(x, t), without(x, t), 1.0)
+
+    noise = torch.randn(4000, 2)
+    many = shifted_sigmas(64, 0.7)
+    plain, aim, after = (
+        end(walk(*way)).mean(0) for way in ((with_prompt, noise, many), (led, noise, many), (student, noise, times))
+    )
+    way = aim - plain
+    assert way.norm() > 0.3
+    assert 0.25 < (after - plain) @ way / way.square().sum() < 1.25
+    assert (after - aim).norm() < 0.75 * way.norm()
