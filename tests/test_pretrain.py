@@ -1,16 +1,21 @@
 """The training loop: it learns, and it resumes to the last bit."""
 
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from time import sleep
 
 import pytest
 import torch
+from workshop import workshop  # noqa: F401
 
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.train import optim, pretrain
 from model.train.data import Item, Pair
 from model.train.looks import Look
-from model.train.pretrain import Recipe, Run, pad
+from model.train.pretrain import Recipe, Run, pad, training_set
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 
@@ -135,6 +140,31 @@ def test_captions_of_several_lengths_are_padded_and_masked():
     padded, mask = pad([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], 8)
     assert padded.shape == (2, 8, 2, 4) and padded.sum((2, 3)).tolist() == [[8.0] * n + [0.0] * (8 - n) for n in (3, 5)]
     assert mask.sum(1).tolist() == [3, 5] and mask[:, :3].all()
+
+
+def test_two_threads_draw_from_one_set(recipe, workshop):  # noqa: F811
+    """They encode one after the other, each caption once, and forget no more than is to be forgotten."""
+    data, encoded, busy = training_set(recipe, "cpu"), Counter(), threading.Lock()
+    data.kept, encode = 8, data.text.encode
+
+    def watched(captions, **options):
+        assert busy.acquire(blocking=False), "two threads at once"
+        sleep(0.01)
+        encoded.update(set(captions))
+        busy.release()
+        return encode(captions, **options)
+
+    data.text.encode = watched
+    captions = [f"a fox and {count} owls" for count in range(6)]
+    alone = data.embed(captions)[0]
+    assert encoded == Counter(captions)
+
+    batches = [[*captions[count % 6 :], f"a cat {count}"] for count in range(24)]
+    with ThreadPoolExecutor(2) as threads:
+        rows = [embeds for embeds, _ in threads.map(data.embed, batches)]
+    assert len(data.features) == 8
+    for count, row in enumerate(rows):
+        assert torch.equal(row[: 6 - count % 6, : alone.shape[1]], alone[count % 6 :])
 
 
 # ---- alignment ------------------------------------------------------------------------------------------------------

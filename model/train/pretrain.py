@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +103,7 @@ class TrainingSet:
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
         self.features: dict[str, Tensor] = {}
+        self.embedding = Lock()  # batches are made in a thread of their own while a step validates in another
         self.by_look: dict[Any, list[int]] = defaultdict(list)
         for index, item in enumerate(self.items):
             self.by_look[item.look].append(index)
@@ -113,12 +116,26 @@ class TrainingSet:
     def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
 
-        T is such that `more` rows after it make a multiple of the recipe's `rows`. A caption's features are the same
-        bits in any company, so that a run that goes on sees what it would have seen: they are worked out in shapes that
-        depend on its own length alone, full batches of captions that are about as long.
+        T is such that `more` rows after it make a multiple of the recipe's `rows`.
+        """
+        with self.embedding:
+            self._encode(caption for caption in set(captions) if caption not in self.features)
+            rows = [self.features[caption] for caption in captions]
+            padded = pad(rows, -(-(max(map(len, rows)) + more) // self.rows) * self.rows - more)
+            if self.device.type == "cuda":  # each thread has a stream of its own, and features are for both
+                torch.cuda.current_stream(self.device).synchronize()
+            for caption in list(islice(self.features, max(0, len(self.features) - self.kept))):
+                del self.features[caption]
+        return padded
+
+    def _encode(self, captions: Iterable[str]) -> None:
+        """Put in the features of captions that there are none of.
+
+        A caption's are the same bits in any company, so that a run that goes on sees what it would have seen: they are
+        worked out in shapes that depend on its own length alone, full batches of captions that are about as long.
         """
         alike = defaultdict(list)
-        for caption in sorted(set(captions) - self.features.keys()):
+        for caption in sorted(captions):
             alike[-(-len(self.text.token_ids(caption)) // WIDTHS)].append(caption)
         for new in alike.values():
             for start in range(0, len(new), self.at_once):
@@ -127,10 +144,6 @@ class TrainingSet:
                 embeds, mask = self.text.encode(full, at_once=self.at_once, multiple=WIDTHS)
                 for caption, rows, length in zip(full, embeds.half(), mask.sum(1).tolist(), strict=True):
                     self.features[caption] = rows[:length].clone()
-        rows = [self.features[caption] for caption in captions]
-        for caption in list(self.features)[: max(0, len(self.features) - self.kept)]:
-            del self.features[caption]
-        return pad(rows, -(-(max(map(len, rows)) + more) // self.rows) * self.rows - more)
 
     def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
         """The pictures, prompts and references of one step, or of one of its parts."""
