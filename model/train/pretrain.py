@@ -40,6 +40,7 @@ from model.train.strangers import Wording
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
 KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
+UNSAID = 0.1  # share of the pictures that are shown without their caption, for guidance
 WIDTHS = 8  # tokens that captions are encoded in multiples of
 
 
@@ -164,7 +165,7 @@ class TrainingSet:
             caption = self.catalog.caption(item, rng, recipe.form(item, form) if style else form, style)
             if recipe.reworded or recipe.strangers:
                 caption = self.wording.say(caption, item.pair.subject, recipe.reworded, recipe.strangers, rng)
-            captions.append("" if rng.random() < 0.1 else caption)
+            captions.append("" if rng.random() < UNSAID else caption)
         embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)
         latents = self.latents[chosen].float()
         references = None
