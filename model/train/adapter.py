@@ -42,7 +42,7 @@ from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
 from model.train.pretrain import pad, recompute
-from model.train.rollout import noise_levels
+from model.train.rollout import noised
 
 LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
     "attention": lambda name: name.startswith("blocks.") and ".attn." in name,
@@ -172,12 +172,10 @@ class Adapting(Stage):
         context = network.encode_text(embeds.to(device, dtype), None if alike else mask.to(device))
         image = patchify(batch["latents"], network.config.patch).repeat_interleave(recipe.repeats, 0)
         mu = raw_mu(image.shape[1]) if recipe.mu is None else recipe.mu
-        noise = torch.randn(image.shape, generator=batch["generator"])
-        sigma = noise_levels(len(image), mu, batch["generator"])
-        noised = torch.lerp(image, noise, sigma[:, None, None]).to(device, dtype)
+        tokens, noise, sigma = noised(image, mu, batch["generator"])
         rows, columns = (side // network.config.patch for side in batch["latents"].shape[-2:])
         velocity = network.velocity(
-            noised,
+            tokens.to(device, dtype),
             context.repeat_interleave(recipe.repeats, 0),
             network.modulate(sigma.to(device)),
             network.rope(context.shape[1], (rows, columns)),

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.latents import patchify
@@ -27,7 +26,7 @@ from model.train.data import Item
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.recipe import refuse
-from model.train.rollout import conditioned, noise_levels
+from model.train.rollout import conditioned, noised, with_rows
 from model.train.thesaurus import one
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
@@ -149,19 +148,19 @@ class Hearing(loop.Stage):
 
     def answers(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """How far the network's answer to captions as people say them is from the teacher's to the plain ones."""
-        device, patch = self.model.look_head.weight.device, self.recipe.config.patch
+        patch = self.recipe.config.patch
         image = patchify(tensors["latents"], patch)
         grid = (tensors["latents"].shape[-1] // patch,) * 2
         plain, plain_mask, wild, wild_mask = (tensors[k] for k in ("embeds", "mask", "wild", "wild_mask"))
-        if "references" in tensors:
+        references = tensors.get("references")
+        if references is not None:
             with torch.no_grad():
-                rows = self.teacher.style(tensors["references"])[0]
+                rows = self.teacher.style(references)[0]
             rows = torch.where(tensors["null"][:, None, None, None], self.teacher.style.null, rows)
-            plain, wild = torch.cat((plain, rows), 1), torch.cat((wild, rows), 1)
-            plain_mask, wild_mask = (F.pad(each, (0, rows.shape[1]), value=True) for each in (plain_mask, wild_mask))
-        noise = torch.randn(image.shape, generator=generator, device=generator.device).to(device)
-        sigma = noise_levels(len(image), self.recipe.mu, generator).to(device)
-        x = torch.lerp(image, noise, sigma[:, None, None])
+            (plain, plain_mask), (wild, wild_mask) = (
+                with_rows(embeds, mask, rows) for embeds, mask in ((plain, plain_mask), (wild, wild_mask))
+            )
+        x, _, sigma = noised(image, self.recipe.mu, generator)
         with torch.no_grad():
             target = conditioned(self.teacher.dit, plain, plain_mask, grid)(x, sigma)
         off = (conditioned(self.model.dit, wild, wild_mask, grid)(x, sigma) - target).square().mean((1, 2))

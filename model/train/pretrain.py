@@ -34,7 +34,7 @@ from model.train.alignment import CLEANER, Pupil, Teacher
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import BOX, RUNS, Batch, Report, averages, box
 from model.train.products import convert, parse
-from model.train.rollout import noise_levels
+from model.train.rollout import noised, with_rows
 from model.train.strangers import Wording
 
 __all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
@@ -255,23 +255,20 @@ class Trainee(nn.Module):
             rows, vectors = self.style(batch["references"])
             style_loss = F.cross_entropy(10 * self.look_head(vectors), batch["looks"])
             rows = torch.where(batch["null"][:, None, None, None], self.style.null, rows)
-            embeds = torch.cat((embeds, rows), 1)
-            mask = F.pad(mask, (0, rows.shape[1]), value=True)
+            embeds, mask = with_rows(embeds, mask, rows)
         context = self.dit.encode_text(embeds, mask)
         apart = (context - context.mean(0)).detach().norm() / context.detach().norm()
         context = context.repeat_interleave(repeats, 0)
         every = mask.repeat_interleave(repeats, 0)
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
-        dice: dict[str, Any] = {"generator": generator, "device": generator.device}
-        noise = torch.randn(image.shape, **dice).to(device)
-        sigma = noise_levels(len(image), recipe.mu, generator).to(device)
-        noised = torch.lerp(image, noise, sigma[:, None, None])
+        tokens, noise, sigma = noised(image, recipe.mu, generator)
         side = latents.shape[-1] // self.dit.config.patch
         rope = self.dit.rope(context.shape[1], (side, side))
-        velocity = self.dit.velocity(noised, context, self.dit.modulate(sigma), rope, every)
+        velocity = self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, every)
         if teacher is not None and self.pupil is not None:
-            cleaner = (sigma - CLEANER * torch.rand(sigma.shape, **dice).to(device)).clamp_min(0)
+            lag = torch.rand(sigma.shape, generator=generator, device=generator.device).to(device)
+            cleaner = (sigma - CLEANER * lag).clamp_min(0)
             tokens = torch.lerp(image, noise, cleaner[:, None, None])
             align = self.pupil.distance(teacher.see(tokens, cleaner, embeds.detach(), mask, side))
         flow = (velocity.float() - (noise - image)).square().mean((1, 2))

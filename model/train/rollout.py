@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.dit import Krea2
@@ -61,6 +62,21 @@ def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
     dice: dict[str, Any] = {"generator": generator, "device": generator.device}
     spread = (torch.randperm(count, **dice) + torch.rand(count, **dice)) / count
     return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+
+
+def noised(image: Tensor, mu: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, L, D] somewhere on their way to noise -> those, the noise, and how far each went [B].
+
+    The noise is drawn first and the levels after it, by the generator's device, whatever the tokens lie on.
+    """
+    noise = torch.randn(image.shape, generator=generator, device=generator.device).to(image.device)
+    sigma = noise_levels(len(image), mu, generator).to(image.device)
+    return torch.lerp(image, noise, sigma[:, None, None]), noise, sigma
+
+
+def with_rows(embeds: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Text features [B, T, N, E] and their mask [B, T], with style rows [B, R, N, E] behind, which all are seen."""
+    return torch.cat((embeds, rows), 1), F.pad(mask, (0, rows.shape[1]), value=True)
 
 
 def sigmas_for(steps: int, cells: int, dit: Krea2) -> list[float]:

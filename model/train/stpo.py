@@ -34,7 +34,7 @@ from model.train.data import stable_seed
 from model.train.loop import RUNS, Batch, Report
 from model.train.recipe import refuse
 from model.train.rewards import Rewards, top_octave
-from model.train.rollout import Asked, asked, conditioned, decode, noise_levels, sample
+from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.validation import rest_for_validation, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
@@ -222,9 +222,8 @@ class Preference(loop.Stage):
         device, patch = dit.first.weight.device, dit.config.patch
         generator = torch.Generator().manual_seed(batch["seed"])
         images = [patchify(batch[key], patch).to(device) for key in ("winner", "loser")]
-        noise = torch.randn(images[0].shape, generator=generator).to(device)
-        sigma = noise_levels(len(noise), recipe.mu, generator).to(device)
-        both = torch.cat([torch.lerp(image, noise, sigma[:, None, None]) for image in images])
+        winner, noise, sigma = noised(images[0], recipe.mu, generator)
+        both = torch.cat((winner, torch.lerp(images[1], noise, sigma[:, None, None])))
         embeds, mask = (batch[key].to(device).repeat(2, *[1] * (batch[key].dim() - 1)) for key in ("embeds", "mask"))
         side = batch["winner"].shape[-1] // patch
         made = Both(*conditioned(dit, embeds, mask, (side, side))(both, sigma.repeat(2)).chunk(2))

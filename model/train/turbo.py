@@ -26,7 +26,7 @@ from model.train.distill import Chance, fake_loss, student_loss, walk
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.recipe import refuse
-from model.train.rollout import conditioned, noise_levels
+from model.train.rollout import conditioned, noised, with_rows
 
 METHODS = ("guidance", "trajectory")
 
@@ -110,15 +110,14 @@ class Turbo(loop.Stage):
         def teacher(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return with_prompt(x, t), without(x, t)
 
-        noise = torch.randn(image.shape, generator=generator, device=generator.device).to(device)
         if self.model.fake is None:
-            sigma = noise_levels(len(image), self.recipe.mu, generator).to(device)
-            x = torch.lerp(image, noise, sigma[:, None, None])
+            x, _, sigma = noised(image, self.recipe.mu, generator)
             with torch.no_grad():
                 target = guided(*teacher(x, sigma), self.recipe.guidance)
             off = (student(x, sigma) - target).square().mean()
             return off, {"share": (off / target.square().mean()).detach()}
 
+        noise = torch.randn(image.shape, generator=generator, device=generator.device).to(device)
         times = shifted_sigmas(self.recipe.walk_steps, self.recipe.walk_mu)
         fake = conditioned(self.model.fake, embeds, mask, grid)
         way = walk(student, noise, times)
@@ -133,15 +132,16 @@ class Turbo(loop.Stage):
     def prompts(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Text features with the style rows behind them, at strengths of their own, and the mask."""
         embeds, mask = tensors["embeds"], tensors["mask"]
-        if "references" not in tensors:
+        references = tensors.get("references")
+        if references is None:
             return embeds, mask
         style: StyleEncoder = self.teacher.style
         low, high = self.recipe.strengths
         dice: dict[str, Any] = {"generator": generator, "device": generator.device}
         strength = low + (high - low) * torch.rand(len(embeds), 1, 1, 1, **dice)
         strength = torch.where(torch.rand(strength.shape, **dice) < self.recipe.untouched, 1.0, strength)
-        rows = torch.lerp(style.null, style(tensors["references"])[0].float(), strength.to(embeds.device))
-        return torch.cat((embeds, rows), 1), nn.functional.pad(mask, (0, rows.shape[1]), value=True)
+        rows = torch.lerp(style.null, style(references)[0].float(), strength.to(embeds.device))
+        return with_rows(embeds, mask, rows)
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
