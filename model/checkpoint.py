@@ -33,6 +33,7 @@ from model.quantize import (
     to_rows,
     unreadable,
 )
+from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
 SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
@@ -233,31 +234,16 @@ def open_tensors(path: Path, device: str) -> Any:
 
 
 def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], **beside: str) -> None:
-    """Write a checkpoint with its `k2` metadata: into a draft beside it, flushed to disk, then put in place.
+    """Write a checkpoint with its `k2` metadata, whole or not at all.
 
     beside: further entries of the header, for other tools' eyes.
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
-    try:
+    with whole(Path(path)) as draft:
         save_file(tensors, draft, header)
-        open_to_readers(draft)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def open_to_readers(path: Path) -> None:
-    """Give a file the rights that any new one has: safetensors' writer keeps its own to their owner."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def load(

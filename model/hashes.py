@@ -8,10 +8,12 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from model.errors import K2Error
+from model.whole import whole
 
 LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
 
@@ -83,10 +85,7 @@ def remembered() -> dict[str, str]:
 def remember(known: dict[str, str]) -> None:
     """Best effort: a home that cannot be written only costs time."""
     path = memory()
-    draft = path.with_suffix(f".{os.getpid()}.draft")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known), "utf-8")
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
+        with whole(path) as draft:
+            draft.write_text(json.dumps(known), "utf-8")

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +37,7 @@ from torch import Tensor
 from model.dit import Attend, DiTConfig, Krea2, attention, rotate
 from model.latents import patchify
 from model.style import Weighed
+from model.whole import sweep, whole
 
 # Where none is asked for. On mini the reference's subject shows under neither guard; "shift" comes nearer to its look
 # (nearest of twenty in 0.50 of 32 pictures, against 0.38), "damping" keeps the prompt's subject (0.91 against 0.75).
@@ -50,7 +50,6 @@ DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
 MOST_REFERENCES = 16  # at once; each lengthens every attention by a picture
 CACHE_BYTES = 8 << 30
 SPARE_BYTES = 2 << 30  # that a disk keeps free of captures
-DRAFTS_LAST = 3600  # seconds; who has not finished one by then is dead
 FORMAT = 2  # of the captures on disk
 
 
@@ -250,23 +249,16 @@ class CaptureCache:
         if capture.nbytes * of > self.limit:
             return
         path = self._path(facts)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
         with suppress(OSError, SafetensorError):
             self.folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.folder).free < SPARE_BYTES + capture.nbytes:
                 return
-            try:
+            with whole(path) as draft:
                 save_file({name: tensor.contiguous() for name, tensor in capture._asdict().items()}, draft)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
             self._trim()
 
     def _trim(self) -> None:
-        long_ago = time.time() - DRAFTS_LAST
-        for draft in self.folder.glob(".*.draft"):  # of processes that were killed
-            if draft.stat().st_mtime < long_ago:
-                draft.unlink(missing_ok=True)
+        sweep(self.folder)
         files = [(file, file.stat()) for file in self.folder.glob("*.safetensors")]
         held = sum(stat.st_size for _, stat in files)
         for file, stat in sorted(files, key=lambda pair: pair[1].st_mtime_ns):

@@ -31,6 +31,7 @@ from model.train.loop import BOX, RUNS, Batch, Report
 from model.train.pretrain import fingerprint
 from model.train.recipe import refuse
 from model.vae import QwenImageVAE, VAEConfig
+from model.whole import whole
 
 ENCODER = ("encoder.", "quant_conv.")
 WIDE, NARROW = 32, 4  # px, of windows
@@ -86,8 +87,8 @@ def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, fold
     chosen = draw(catalog.items(split), count, plain, rng)
     chosen = [chosen[i] for i in rng.permutation(len(chosen))]
     if not path.exists():
-        np.save(path.with_suffix(".draft.npy"), np.stack([catalog.picture(item) for item in chosen]))
-        path.with_suffix(".draft.npy").replace(path)
+        with whole(path) as draft, draft.open("wb") as file:
+            np.save(file, np.stack([catalog.picture(item) for item in chosen]))
     return Pool(np.load(path, mmap_mode="r"), np.array([item.look.medium == GRAINY for item in chosen]))
 
 

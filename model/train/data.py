@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import tarfile
-import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from PIL import Image
 
 from model.errors import K2Error
 from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks, resize
+from model.whole import whole
 
 PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
     "noto": "1.2.9",
@@ -317,9 +317,8 @@ def draw(icons: dict[str, Any], subject: Subject, size: int) -> NDArray[np.uint8
 
 
 def write_renders(folder: Path, renders: NDArray[np.uint8]) -> None:
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as draft:
-        np.save(draft, renders)
-    Path(draft.name).replace(renders_path(folder, renders.shape[1]))
+    with whole(renders_path(folder, renders.shape[1])) as draft, draft.open("wb") as file:
+        np.save(file, renders)
 
 
 def _sha256(path: Path) -> str:

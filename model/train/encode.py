@@ -20,6 +20,7 @@ from torch import Tensor
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import DATA, Catalog, Item
 from model.train.looks import resize
+from model.whole import whole
 
 BOX = Path(__file__).parents[1] / "weights"
 
@@ -51,17 +52,15 @@ def main(size: int, device: str = "cpu", *, batch: int = 64) -> None:
     catalog = Catalog(DATA)
     items = catalog.items("train")
     vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
-    target = DATA / f"latents-{size}.npy"
-    draft = target.with_suffix(".draft")
-    out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *2 * (size // vae.factor,)))
-    with ProcessPoolExecutor() as pool:
+    shape = (len(items), vae.config.z_dim, *2 * (size // vae.factor,))
+    with whole(DATA / f"latents-{size}.npy") as draft, ProcessPoolExecutor() as pool:
+        out = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
         starts = range(0, len(items), batch)
         work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))
         for start, pictures in zip(starts, work, strict=True):
             latents = vae.encode(scale(pictures).to(device))
             out[start : start + batch] = latents.half().cpu().numpy()
-    out.flush()
-    draft.replace(target)
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import fingerprint
 from model.train.recipe import refuse
 from model.vae import QwenImageVAE
+from model.whole import whole
 
 TOP = 1  # the new scale's width, in `base_dim`s: as wide as the next, for it works on four times as many pixels
 Pixels = NDArray[np.uint8]
@@ -126,8 +127,8 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
     if not all(file.exists() for file in files):
         made = [twins(catalog, item) for item in chosen]
         for file, pictures in zip(files, zip(*made, strict=True), strict=True):
-            np.save(file.with_suffix(".draft.npy"), np.stack(pictures))
-            file.with_suffix(".draft.npy").replace(file)
+            with whole(file) as draft, draft.open("wb") as target:
+                np.save(target, np.stack(pictures))
     fine, coarse = (np.load(file, mmap_mode="r") for file in files)
     return Pool(fine, coarse, np.array([item.look.medium == GRAINY for item in chosen]))
 

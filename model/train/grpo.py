@@ -30,6 +30,7 @@ from model.train.recipe import refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.validation import rest_for_validation, validation_loss
+from model.whole import whole
 
 FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
 
@@ -272,9 +273,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         loop.start(parent, loop.parent(recipe.init))
         chosen = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
         folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in chosen]))
-        draft.replace(path)
+        with whole(path) as draft:
+            draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in chosen]))
     here.wait()
     looks = {str(look): look for look in data.looks}
     pool = [Asked(caption, subject, looks[look]) for caption, subject, look in json.loads(path.read_text())]

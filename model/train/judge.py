@@ -33,6 +33,7 @@ from model.train.encode import catalog_of_process, scale
 from model.train.looks import resize
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import fingerprint
+from model.whole import whole
 
 SIZE = 64  # px that a judge looks at
 
@@ -249,9 +250,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
         config = asdict(stage.judge.config) if kind == "judge" else {}
         metadata = {"kind": kind, "config": config, "training": training}
-        path = folder / f"{kind}-{recipe.seed}.safetensors"
-        save_file(module.state_dict(), path.with_suffix(".draft"), {"k2": json.dumps(metadata)})
-        path.with_suffix(".draft").replace(path)
+        with whole(folder / f"{kind}-{recipe.seed}.safetensors") as draft:
+            save_file(module.state_dict(), draft, {"k2": json.dumps(metadata)})
     return run
 
 

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.checkpoint import open_to_readers, read
+from model.checkpoint import read
 from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
 from model.plan import native_bf16
@@ -39,6 +39,7 @@ from model.train.journal import Journal
 from model.train.optim import Muon, inside_blocks, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
+from model.whole import whole
 
 RUNS = Path(".runs")
 BOX = Path(__file__).parents[1] / "weights"
@@ -266,8 +267,8 @@ class Run:
         weights = parallel.collect(self.model.state_dict())
         if not self.world.leads:
             return
-        save_file({k: v.contiguous() for k, v in weights.items()}, path.with_suffix(".draft"))
-        path.with_suffix(".draft").replace(path)
+        with whole(path) as draft:
+            save_file({k: v.contiguous() for k, v in weights.items()}, draft)
         for old in snapshots(self.folder)[: -recipe.keep]:
             old.unlink()
 
@@ -361,11 +362,9 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
 def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
     """A state and its record into a run's folder, in one move."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / "state.draft"
     metadata = {"place": json.dumps(place), "record": json.dumps(record)}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
-    open_to_readers(draft)
-    draft.replace(folder / "state.safetensors")
+    with whole(folder / "state.safetensors") as draft:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
 
 
 def newest_state(folder: Path) -> Path | None:

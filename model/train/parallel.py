@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.errors import K2Error
+from model.whole import whole as whole_file
 
 PLACE = "place.json"  # written last: a saved state without it is not whole
 
@@ -201,7 +202,8 @@ def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record
     here.wait()
     dcp.save(dict(tensors), checkpoint_id=target)
     if here.leads:
-        (target / PLACE).write_text(json.dumps({"place": place, "record": record}))
+        with whole_file(target / PLACE) as draft:
+            draft.write_text(json.dumps({"place": place, "record": record}))
         for old in saved(folder):
             if old != target:
                 shutil.rmtree(old)

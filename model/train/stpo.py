@@ -36,6 +36,7 @@ from model.train.recipe import refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.validation import rest_for_validation, validation_loss
+from model.whole import whole
 
 KINDS = ("dpo", "dpo+sft", "stpo")
 
@@ -132,10 +133,9 @@ class Pairs:
         return len(self.captions)
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
-        draft = path.with_suffix(".draft")
         metadata = metadata | {"captions": self.captions}
-        save_file(self.latents._asdict(), draft, {"pairs": json.dumps(metadata)})
-        draft.replace(path)
+        with whole(path) as draft:
+            save_file(self.latents._asdict(), draft, {"pairs": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path) -> Pairs:

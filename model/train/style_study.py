@@ -52,6 +52,7 @@ from model.train.study import (
     spearman,
     stands_for_its_look,
 )
+from model.whole import whole
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 MIX_STEPS = 10
@@ -175,12 +176,11 @@ class Study:
         return [self.seen[self.key(spec)] for spec in specs]
 
     def keep(self) -> None:
-        draft = self.folder / "seen.draft.npz"
         columns: dict[str, Any] = dict(
             zip(KEPT, (list(self.seen), *zip(*self.seen.values(), strict=True)), strict=True)
         )
-        np.savez(draft, **columns)
-        draft.replace(self.folder / "seen.npz")
+        with whole(self.folder / "seen.npz") as draft, draft.open("wb") as file:
+            np.savez(file, **columns)
 
     def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
         """Of each picture to its look, [n]."""
