@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,12 +50,12 @@ class Study:
         return paint(self.pipeline, asked)
 
 
-def squared(picture: Pixels) -> Pixels:
-    """A picture [H, W, 3] in the middle of a square, its outermost pixels going on to the edges."""
+def squared(picture: Pixels, mode: Literal["edge", "constant"] = "edge") -> Pixels:
+    """A picture [H, W, 3] in the middle of a square, its outermost pixels going on to the edges, or on black."""
     height, width = picture.shape[:2]
     side = max(height, width)
     margins = [((side - each) // 2, side - each - (side - each) // 2) for each in (height, width)]
-    return np.pad(picture, (*margins, (0, 0)), mode="edge")
+    return np.pad(picture, (*margins, (0, 0)), mode=mode)
 
 
 def cropped(picture: Pixels) -> Pixels:
@@ -78,7 +78,7 @@ def shapes(study: Study) -> dict[str, Any]:
 
 
 def sheet_of(study: Study) -> dict[str, Any]:
-    rows = [[squared(each) for each in study.paint(size, SHOWN)] for size in SIZES]
+    rows = [[squared(each, "constant") for each in study.paint(size, SHOWN)] for size in SIZES]
     labels = [size.replace("x", "\n") for size in SIZES]
     return {"file": sheet(study.folder / "shapes.png", study.chosen[:SHOWN], rows, labels).name}
 
