@@ -106,10 +106,14 @@ def carry_out(
                         result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
                     elif not blocked:
                         result(near(saved.path))
-        except KeyboardInterrupt:
-            if begun:
+        except (KeyboardInterrupt, BrokenPipeError) as reason:
+            interrupted = isinstance(reason, KeyboardInterrupt)
+            if begun and (interrupted or not quiet):
                 there = f"{len(job.shots) - total + done} of {len(job.shots)} pictures are in {near(begun[0])}"
-                say(f"Interrupted: {there}. Go on with: {go_on(job, begun[0])}")
+                why = "Interrupted" if interrupted else "Nobody reads on"
+                say(f"{why}: {there}. Go on with: {go_on(job, begun[0])}")
+            if not interrupted:
+                raise
             raise typer.Exit(130) from None
         except DiskFull as error:
             stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone

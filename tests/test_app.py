@@ -541,6 +541,21 @@ def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, m
     assert len(k2("render", "--resume").stdout.splitlines()) == 2
 
 
+def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, monkeypatch):
+    """As `k2 render | head -1` does."""
+
+    def leave(line: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("k2cli.carry.result", leave)
+        left = k2("render", code=1).stderr
+        assert k2("render", "--quiet", code=1).stderr == ""
+    there = "outputs/0001-fox-and-1-more"
+    assert left == f"Nobody reads on: 1 of 2 pictures are in {there}. Go on with: k2 render --resume\n"
+    assert k2("render", "--resume", "--run", "1").stdout == f"{there}/an-owl-at-night-7.png\n"
+
+
 @pytest.mark.parametrize("error", [K2Error("The model is broken."), MemoryError()])
 def test_a_run_that_fails_before_its_first_picture_leaves_nothing(moody, k2, fake, error):
     before = tree(moody)
