@@ -394,6 +394,7 @@ def test_diffusers_answers_the_same(tmp_path, model, pairs):
     """The file that its own loader takes, at a strength and with an alpha."""
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft, which is not installed")
     settings = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted({THEIRS[name] for name in pairs})}
+    settings["rank_pattern"] = {}
     stated = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
     path = write(tmp_path, LAYOUTS["diffusers"](pairs), lora_adapter_metadata=stated)
     other = reference(model)

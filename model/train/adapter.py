@@ -332,4 +332,5 @@ def rank_of(layers: Mapping[str, LowRank]) -> int:
 def peft_settings(modules: Iterable[str], rank: int) -> str:
     """What diffusers keeps beside the tensors, in its own words."""
     settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules), "bias": "none", "use_rslora": False}
+    settings["rank_pattern"] = {}  # diffusers 0.39 asks for it
     return json.dumps({f"transformer.{key}": value for key, value in settings.items()})
