@@ -76,12 +76,8 @@ def qwen(tmp_path_factory):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
+        "rope_theta": 5e6,  # as transformers 4 states it, and 5 still reads it
+        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
