@@ -64,7 +64,7 @@ def png(path: Path, **texts: str) -> Path:
 
 def with_comment(path: Path, comment: bytes) -> Path:
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
     Image.new("RGB", (64, 96)).save(path, exif=exif.tobytes())
     return path
 
