@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from model.checkpoint import open_checkpoint
+from model.library import BOX
 from model.train import data, encode, pretrain, queue, recipe, release, samples, turbo
 from model.train.data import DRAWINGS, read_subjects
 
@@ -27,7 +28,7 @@ blocks = 1
 """
 
 
-@pytest.mark.skipif(not (pretrain.BOX / "mini-vae.safetensors").exists(), reason="no weights in the box")
+@pytest.mark.skipif(not (BOX / "mini-vae.safetensors").exists(), reason="no weights in the box")
 def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()

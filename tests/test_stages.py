@@ -11,6 +11,7 @@ from workshop import TINY, enlarge, workshop  # noqa: F401
 
 from model.checkpoint import read
 from model.errors import K2Error
+from model.library import BOX
 from model.train import loop, recipe, release
 from model.train.autoencoder import ENCODER
 from model.train.data import DATA
@@ -20,7 +21,7 @@ from model.train.loop import place_of
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
 NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
 WEIGHTS = "weights = {subject = 1.0, style = 0.5, artefact = 0.5, grain = 0.5}\n"
-VAE = loop.BOX / "mini-vae.safetensors"
+VAE = BOX / "mini-vae.safetensors"
 POST = 'judge = "judge-3"\nsample_steps = 3\nprompts = 8\n' + WEIGHTS
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 
 import model.vae
 from model.checkpoint import read, save
+from model.library import BOX
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.linear_start import start_linear
-from model.train.loop import BOX, RUNS, Batch, Report
+from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import fingerprint
 from model.train.recipe import refuse
 from model.vae import QwenImageVAE, VAEConfig

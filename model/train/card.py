@@ -19,11 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from model.library import BOX
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
 from model.train.data import article, read_subjects
 from model.train.looks import MEDIA, PALETTES, Look
-from model.train.pretrain import BOX
 from model.train.samples import PROMPTS
 
 SUBJECTS = (

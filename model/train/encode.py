@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import DATA, Catalog, Item
 from model.train.looks import resize
 from model.whole import whole
-
-BOX = Path(__file__).parents[1] / "weights"
 
 
 def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:

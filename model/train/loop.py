@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from model.checkpoint import read
 from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
+from model.library import BOX
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.ahead import Ahead
@@ -42,7 +43,6 @@ from model.train.recipe import Recipe
 from model.whole import whole
 
 RUNS = Path(".runs")
-BOX = Path(__file__).parents[1] / "weights"
 PACKAGED = {"box": "raw", "turbo": "turbo"}  # what recipes call the package's weights -> the variant
 SAVE_EVERY = 180.0  # seconds
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.checkpoint import read
 from model.errors import K2Error
+from model.library import BOX
 from model.train import loop
 from model.train.loop import RUNS, Report
 from model.train.recipe import Table, saved
@@ -126,7 +127,7 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
 
 def packaged_place(name: str) -> dict[str, Any]:
     """Where the run stood that the package's weights are of."""
-    training = read(loop.BOX / f"mini-{loop.PACKAGED[name]}.safetensors")[1]["training"]
+    training = read(BOX / f"mini-{loop.PACKAGED[name]}.safetensors")[1]["training"]
     return {"step": training["steps"], "seconds": 60 * training["minutes"], "recipe": training["recipe"]}
 
 

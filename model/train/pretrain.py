@@ -27,17 +27,16 @@ from torch.utils.checkpoint import checkpoint
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import patchify
+from model.library import BOX
 from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.alignment import CLEANER, Pupil, Teacher
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.loop import BOX, RUNS, Batch, Report, averages, box
+from model.train.loop import RUNS, Batch, Report
 from model.train.products import convert, parse
 from model.train.rollout import noised, with_rows
 from model.train.strangers import Wording
-
-__all__ = ["BOX", "RUNS", "Recipe", "Run", "Trainee", "TrainingSet", "averages", "box", "main"]
 
 KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
 UNSAID = 0.1  # share of the pictures that are shown without their caption, for guidance

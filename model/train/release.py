@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from model.checkpoint import read, save
+from model.library import BOX
 from model.quantize import quantise
 from model.style import StyleConfig
 from model.train import autoencoder, hearing, turbo
 from model.train.data import DATA, Catalog
-from model.train.loop import place_of
-from model.train.pretrain import BOX, RUNS, averages
+from model.train.loop import RUNS, averages, place_of
 from model.train.recipe import saved
 
 RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}

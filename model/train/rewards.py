@@ -19,10 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.errors import K2Error
+from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
-from model.train.loop import BOX, RUNS
+from model.train.loop import RUNS
 from model.train.pretrain import TrainingSet
 from model.train.rollout import Asked, decode
 from model.vae import QwenImageVAE

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from model.dit import Krea2
+from model.library import BOX
 from model.text_encoder import TextEncoder
 from model.train import turbo
 from model.train.autoencoder import load as load_autoencoder
-from model.train.loop import place_of
-from model.train.pretrain import BOX, RUNS, averages
+from model.train.loop import RUNS, averages, place_of
 from model.train.recipe import saved
 from model.train.rollout import decode, sample
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.checkpoint import save
+from model.library import BOX
 from model.quantize import dequantise, quantise
 from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, TextTower
 from model.train import loop
@@ -30,7 +31,7 @@ from model.train.loop import RUNS, Batch, Report
 from model.train.phrases import NPM, fetch, phrases
 from model.train.recipe import refuse
 
-TOKENIZER = loop.BOX / "mini-tokenizer.json"
+TOKENIZER = BOX / "mini-tokenizer.json"
 TEACHER_WIDTH = 384
 HELD_OUT = 1000
 WORDS = 3000  # single words among the phrases; all of the vocabulary's have the teacher's embedding from the start

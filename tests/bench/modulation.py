@@ -21,11 +21,12 @@ from products import draw, toy
 from torch import Tensor, nn
 
 from model.dit import Attend, DiTConfig, Krea2, SingleStreamBlock
+from model.library import BOX
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog
 from model.train.paper import parameters, with_own_modulation
-from model.train.pretrain import BOX, Pretraining, Recipe, TrainingSet
+from model.train.pretrain import Pretraining, Recipe, TrainingSet
 
 RECIPE = Path(__file__).with_name("modulation.toml")
 

@@ -22,11 +22,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from model.dit import PRESETS, DiTConfig, Krea2, SingleStreamBlock
+from model.library import BOX
 from model.plan import native_bf16
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog
-from model.train.pretrain import BOX, Pretraining, Recipe, TrainingSet
+from model.train.pretrain import Pretraining, Recipe, TrainingSet
 from model.train.products import NAMES, WIDE, convert, multiplies_fp8, parse
 
 WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # tokens as in a step of pretraining
