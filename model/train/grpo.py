@@ -172,11 +172,10 @@ class Policy(loop.Stage):
     def __init__(
         self, recipe: Recipe, data: pretrain.TrainingSet, rewards: Rewards, pool: Sequence[Asked], device: str = "cpu"
     ):
-        torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.set, self.rewards, self.pool = data, rewards, pool
         self.data = pretrain.fingerprint(data.catalog)
-        self.model: pretrain.Trainee = pretrain.Pretraining(recipe, len(data.looks), device=device).model
+        self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
         self.rounds: dict[int, Round] = {}  # the last of each part
 
     def rate(self, name: str) -> float:

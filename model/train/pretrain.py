@@ -298,20 +298,26 @@ def fingerprint(catalog: Catalog) -> str:
     return hashlib.sha256((catalog.folder / "manifest.toml").read_bytes()).hexdigest()
 
 
+def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
+    """What a recipe trains, as its seed begins it."""
+    torch.manual_seed(recipe.seed)
+    made = Trainee(recipe.config, looks, align=recipe.align > 0)
+    convert(made.dit.blocks, parse(recipe.products, device))
+    if recipe.recompute:
+        recompute(made.dit)
+    return made
+
+
 class Pretraining(loop.Stage):
     """The stage: all of the trainee learns, from the train split."""
 
     entry = ("losses",)
 
     def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None, device: str = "cpu"):
-        torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
-        self.model: Trainee = Trainee(recipe.config, looks, align=recipe.align > 0)
+        self.model: Trainee = trainee(recipe, looks, device)
         self.teacher: Teacher | None = None
         self.averages: Mapping[str, Tensor] = {}
-        convert(self.model.dit.blocks, parse(recipe.products, device))
-        if recipe.recompute:
-            recompute(self.model.dit)
         self.set = data
         if data is not None:
             self.data = fingerprint(data.catalog)

@@ -186,11 +186,10 @@ class Preference(loop.Stage):
     """The stage: the transformer learns, beside a frozen copy of what it started from."""
 
     def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor], device: str):
-        torch.manual_seed(recipe.seed)
         self.recipe: Recipe = recipe
         self.set = data
         self.data = pretrain.fingerprint(data.catalog)
-        self.model: pretrain.Trainee = pretrain.Pretraining(recipe, len(data.looks), device=device).model
+        self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
         self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
