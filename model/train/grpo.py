@@ -166,7 +166,7 @@ class Round(NamedTuple):
     figures: dict[str, float]
 
 
-class Policy(loop.Stage):
+class Policy(pretrain.Drawing):
     """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
 
     def __init__(

@@ -53,7 +53,7 @@ class Recipe(pretrain.Recipe):
         refuse(self, "style_loss", "align", "recompute", "products", "repeats")
 
 
-class Hearing(loop.Stage):
+class Hearing(pretrain.Drawing):
     """The text's way in learns from the whole network as it was."""
 
     recipe: Recipe

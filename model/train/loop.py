@@ -87,6 +87,14 @@ class Stage(ABC):
         """Pictures that one part of a step learns from, for the speed."""
         return 1
 
+    def sheets(self) -> float:
+        """Minutes from one sheet of samples to the next, as the run is saved; 0 where none is drawn."""
+        return 0.0
+
+    def sheet(self) -> Path:
+        """Draw one, by the averaged weights as saved, and say where it is."""
+        raise NotImplementedError
+
     def compile(self) -> None:  # noqa: B027 - most have nothing to compile
         """Compile what is worth it; called for runs of more than two minutes."""
 
@@ -329,14 +337,12 @@ def train(run: Run, report: Report = print) -> Run:
 
 
 def draw_samples(run: Run, last: float, report: Report) -> float:
-    """A sheet of samples by the averaged weights as saved, where one is due -> the run's seconds at the last."""
-    every = 60 * getattr(run.recipe, "sheets", 0.0)
+    """A sheet of samples, where one is due -> the run's seconds at the last."""
+    every = 60 * run.stage.sheets()
     if not every or run.seconds - last < every:
         return last
     if run.world.leads and (run.folder / "state.safetensors").exists():
-        from model.train import samples
-
-        report(f"{run.recipe.name}: {samples.main(run.recipe.name)}")
+        report(f"{run.recipe.name}: {run.stage.sheet()}")
     return run.seconds
 
 

@@ -43,6 +43,14 @@ UNSAID = 0.1  # share of the pictures that are shown without their caption, for 
 WIDTHS = 8  # tokens that captions are encoded in multiples of
 
 
+class Sampling(NamedTuple):
+    """How pictures are drawn."""
+
+    steps: int
+    guidance: float
+    mu: float | None = None  # shift of the noise levels; none: Raw's own for the picture's size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(loop.Recipe):
     """One stage of pretraining, as its TOML file says it."""
@@ -73,6 +81,11 @@ class Recipe(loop.Recipe):
     @property
     def config(self) -> DiTConfig:
         return replace(PRESETS[self.preset], **self.network)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How samples are drawn by what it trains."""
+        return Sampling(steps=16, guidance=2.5)
 
     def weight(self, item: Item, later: bool) -> float:
         """How often a picture is drawn, next to one with a medium; `later` says whether its subject joined late."""
@@ -308,7 +321,21 @@ def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
     return made
 
 
-class Pretraining(loop.Stage):
+class Drawing(loop.Stage):
+    """A stage whose transformer draws: sheets of samples show how it comes along."""
+
+    recipe: Recipe
+
+    def sheets(self) -> float:
+        return self.recipe.sheets
+
+    def sheet(self) -> Path:
+        from model.train import samples  # its autoencoder is trained beside what is here
+
+        return samples.main(self.recipe.name)
+
+
+class Pretraining(Drawing):
     """The stage: all of the trainee learns, from the train split."""
 
     entry = ("losses",)

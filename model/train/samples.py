@@ -12,7 +12,6 @@ from PIL import Image
 from model.dit import Krea2
 from model.library import BOX
 from model.text_encoder import TextEncoder
-from model.train import turbo
 from model.train.autoencoder import load as load_autoencoder
 from model.train.loop import RUNS, averages, place_of
 from model.train.recipe import saved
@@ -28,17 +27,16 @@ PROMPTS = [
 
 
 @torch.inference_mode()
-def main(run: str, steps: int = 16, guidance: float = 2.5, device: str = "cpu") -> Path:
+def main(run: str, device: str = "cpu") -> Path:
     path = RUNS / run / "state.safetensors"
     place = place_of(path)
-    recipe, mu = saved(place["recipe"]), None
-    if isinstance(recipe, turbo.Recipe):
-        steps, guidance, mu = recipe.walk_steps, 0.0, recipe.walk_mu
+    recipe = saved(place["recipe"])
     dit = Krea2(recipe.config).eval().to(device)
     dit.load_state_dict({k[4:]: v for k, v in averages(path).items() if k.startswith("dit.")})
     text = TextEncoder.load(BOX / "mini-text.safetensors", device)
     vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
-    latents = sample(dit, text.encode, PROMPTS, recipe.size // vae.factor, steps, guidance, 0, mu)
+    how = recipe.sampling
+    latents = sample(dit, text.encode, PROMPTS, recipe.size // vae.factor, how.steps, how.guidance, seed=0, mu=how.mu)
     pixels = ((decode(vae, latents) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     side = max(128, recipe.size)
     pictures = [np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.LANCZOS)) for each in pixels]

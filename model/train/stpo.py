@@ -182,7 +182,7 @@ def make_pairs(
     return Pairs(captions, Both(torch.stack(winners), torch.stack(losers)))
 
 
-class Preference(loop.Stage):
+class Preference(pretrain.Drawing):
     """The stage: the transformer learns, beside a frozen copy of what it started from."""
 
     def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor], device: str):

@@ -47,6 +47,10 @@ class Recipe(pretrain.Recipe):
     untouched: float = 0.5  # ... but for this share of them, which stays at 1, as nearly every style does
     repeats: int = 1
 
+    @property
+    def sampling(self) -> pretrain.Sampling:
+        return pretrain.Sampling(self.walk_steps, 0.0, self.walk_mu)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "style_loss", "align", "recompute", "products", "repeats")
@@ -63,7 +67,7 @@ class Pair(nn.Module):
         self.fake = Krea2(recipe.config) if recipe.method == "trajectory" else None
 
 
-class Turbo(loop.Stage):
+class Turbo(pretrain.Drawing):
     """Distillation of a frozen teacher into a student that takes few steps without guidance."""
 
     recipe: Recipe
