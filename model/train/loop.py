@@ -96,7 +96,7 @@ class Stage(ABC):
         raise NotImplementedError
 
     def compile(self) -> None:  # noqa: B027 - most have nothing to compile
-        """Compile what is worth it; called for runs of more than two minutes."""
+        """Compile what is worth it; called for runs of more than two minutes or 200 steps."""
 
 
 class Run:
@@ -431,7 +431,7 @@ def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
 def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
     """Copy a parent's weights into a model, but for modules that begin anew and those that the parent lacks."""
     begin = model.state_dict()
-    shared = [name for name in begin if name in weights and not name.startswith(fresh or "-")]
+    shared = [name for name in begin if name in weights and not name.startswith(fresh)]
     if not shared:
         raise K2Error("The parent's weights share no name with this model.")
     for name in shared:
