@@ -124,15 +124,12 @@ def names() -> list[str]:
 
 def find(name: str) -> Path:
     """A recipe by its path, or by its bare name where it comes with the package."""
-    own = FOLDER / f"{name}.toml"
-    path = Path(name)
-    if path.is_file() or not own.is_file():
-        if not path.is_file():
-            near = get_close_matches(name, names(), 1)
-            hint = f'Did you mean the recipe "{near[0]}"? Or name a folder of pictures.' if near else EITHER
-            raise K2Error(f'"{name}" is neither a folder of pictures nor a recipe.', hint=hint)
-        return path
-    return own
+    for path in (Path(name), FOLDER / f"{name}.toml"):
+        if path.is_file():
+            return path
+    near = get_close_matches(name, names(), 1)
+    hint = f'Did you mean the recipe "{near[0]}"? Or name a folder of pictures.' if near else EITHER
+    raise K2Error(f'"{name}" is neither a folder of pictures nor a recipe.', hint=hint)
 
 
 def load(name: str) -> Any:
