@@ -1,7 +1,9 @@
 """The loop by itself, on a line to be fitted: kill and resume, parts of a step, snapshots, log and record."""
 
+import csv
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -95,6 +97,25 @@ def test_figures_that_join_late_have_columns_of_their_own(tmp_path):
     read = log.read()
     assert read["norm"] == [7, 6, 5] and read["align"][0] == 0.5 and read["held"][2] == 0.25
     assert [math.isnan(value) for value in read["align"]] == [False, True, True]
+
+
+def test_a_log_is_whole_whenever_a_run_is_killed(tmp_path, monkeypatch):
+    """Lines are added to it; where a figure joins, another takes its place once that is written."""
+    log = Journal(tmp_path / "log.csv")
+    log.add({"step": 1, "loss": 2.0})
+    before = log.path.read_bytes()
+
+    class Killed(csv.DictWriter):
+        def writerows(self, rows):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(csv, "DictWriter", Killed)
+        log.add({"step": 2, "loss": 1.0, "held": 0.5})
+    assert log.path.read_bytes() == before and os.listdir(tmp_path) == ["log.csv"]
+
+    log.add({"step": 2, "loss": 1.0})
+    assert log.path.read_bytes().startswith(before) and log.read()["loss"] == [2, 1]
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp_path):

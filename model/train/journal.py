@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from model.whole import whole
+
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
 LEFT_OUT = ("step", "seconds", "lr", "norm")  # figures that no curve is drawn of
 
@@ -22,18 +24,29 @@ class Journal:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if not (cell := line.split(",")[0]).isdigit() or int(cell) <= step]
         if kept != lines:
-            path.write_text("".join(line + "\n" for line in kept))
+            with whole(path) as draft:
+                draft.write_text("".join(line + "\n" for line in kept))
 
     def add(self, row: Mapping[str, float]) -> None:
         """A line; figures that were not there before get columns of their own, those that are missing stay empty."""
-        names, rows = self._table()
+        names = self._names()
         joined = [name for name in row if name not in names]
-        with self.path.open("w" if joined else "a", newline="") as file:
+        if not joined:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, names).writerow(row)
+            return
+        _, rows = self._table()
+        with whole(self.path) as draft, draft.open("w", newline="") as file:
             writer = csv.DictWriter(file, names + joined)
-            if joined:
-                writer.writeheader()
-                writer.writerows(rows)
-            writer.writerow(row)
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+    def _names(self) -> list[str]:
+        """Names of the log's columns; the rest of it, long as it may be, is not read."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return next(csv.reader(file), [])
 
     def _table(self) -> tuple[list[str], list[dict[str, str]]]:
         """Names and rows of the log."""
