@@ -104,7 +104,7 @@ def test_whatever_operation_is_the_last(moody, k2):
     assert not list(moody.rglob(".*"))
 
 
-@pytest.mark.parametrize("first", [15, 20, 27])
+@pytest.mark.parametrize("first", [17, 22, 29])
 def test_a_resumed_run_may_die_too(moody, k2, first):
     k2("render")
     expected = pictures(moody / "outputs" / "0001-fox-and-1-more")

@@ -222,7 +222,7 @@ def test_workers_make_what_one_process_makes(den, k2):
 
 @needs_weights
 def test_a_worker_says_what_is_wrong_in_one_sentence(den, k2):
-    result = k2("render", "--workers", "2", "--device", "cuda:99", code=1)
+    result = k2("render", "--quiet", "--workers", "2", "--device", "cuda:99", code=1)
 
     assert 'There is no device "cuda:99".' in result.stderr and len(result.stderr.splitlines()) == 2
     assert not (den / "outputs").exists()
