@@ -37,7 +37,7 @@ from model.plan import native_bf16
 from model.train import parallel
 from model.train.ahead import Ahead
 from model.train.journal import Journal
-from model.train.optim import Muon, inside_blocks, warmup_stable_decay
+from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
 from model.whole import whole
@@ -70,7 +70,7 @@ class Stage(ABC):
 
     def muon(self, name: str, param: Tensor) -> bool:
         """Whether Muon takes a parameter; AdamW has the rest."""
-        return inside_blocks(name, param)
+        return for_muon(name, param)
 
     def rate(self, name: str) -> float:
         """Factor of a parameter's learning rate; 0 freezes it."""

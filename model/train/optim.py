@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks, AdamW for everything else, and the learning rate's course."""
+"""Muon for the matrices of blocks and of the text's way in, AdamW for the rest, and the learning rate's course."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
                     local(param).add_(update.view_as(local(param)), alpha=-group["lr"] * scale)
 
 
-def inside_blocks(name: str, param: Tensor) -> bool:
+def for_muon(name: str, param: Tensor) -> bool:
     """Whether Muon takes a parameter: the transformer's matrices inside the blocks, and on the text's way in.
 
     The text's way belongs to Muon: AdamW at a rate that suits the rest grows one common direction in all its rows

@@ -14,7 +14,7 @@ import torch
 
 from model.dit import FUSION_BLOCKS, PRESETS, DiTConfig, Krea2, hidden_width
 from model.train import recipe as recipes
-from model.train.optim import inside_blocks
+from model.train.optim import for_muon
 from model.train.pretrain import Recipe
 from model.train.products import WIDE
 
@@ -56,7 +56,7 @@ def parameters(config: DiTConfig) -> Parameters:
         block=inside // config.blocks,
         inside=inside,
         outside=sum(p.numel() for p in network.parameters()) - inside,
-        muon=sum(p.numel() for name, p in network.named_parameters() if inside_blocks(name, p)),
+        muon=sum(p.numel() for name, p in network.named_parameters() if for_muon(name, p)),
         modulation=shared + own,
     )
 
