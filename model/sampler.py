@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, int], Tensor]  # (tokens [B, L, C·p·p], index of the step) -> d tokens / d sigma
+StepVelocity = Callable[[Tensor, int], Tensor]  # (tokens [B, L, C·p·p], index of the step) -> d tokens / d sigma
 
 TURBO_MU = 1.15
 
@@ -39,7 +39,7 @@ def style_guided(styled: Tensor, conditional: Tensor, guided: Tensor, style_guid
 
 @torch.no_grad()
 def euler(
-    velocity: Velocity, tokens: Tensor, sigmas: list[float], on_step: Callable[[int], None] | None = None
+    velocity: StepVelocity, tokens: Tensor, sigmas: list[float], on_step: Callable[[int], None] | None = None
 ) -> Tensor:
     """Follow the flow from sigmas[0] (noise) to sigmas[-1] (image); `on_step(steps done)` after every step."""
     for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], t [B]) -> v [B, ...]
+from model.train.rollout import Velocity
 
 
 def level(t: Tensor, like: Tensor) -> Tensor:

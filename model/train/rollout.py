@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from model.train.pretrain import TrainingSet
     from model.vae import QwenImageVAE
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (tokens [B, L, C·p·p], sigma [B]) -> noise − image, fp32
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (points [B, ...], noise levels [B]) -> noise − image there, fp32
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> right-padded text features [B, T, N, E], mask [B, T]
 
 
@@ -47,7 +47,10 @@ def asked(data: TrainingSet, count: int, *seed: object) -> list[Asked]:
 
 
 def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Velocity:
-    """The velocity under prompts: embeds [B or 1, T, N, E], mask [B, T] where lengths differ, where the network is."""
+    """The velocity of tokens [B, L, C·p·p] under prompts.
+
+    embeds [B or 1, T, N, E] and mask [B, T], where lengths differ, lie where the network is
+    """
     context = dit.encode_text(embeds, mask)
     rope = dit.rope(context.shape[1], grid)
 
