@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tomli_w
 from conftest import write_weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -389,6 +390,38 @@ trees = st.recursive(
 nodes = st.dictionaries(
     st.sampled_from(["positive", "negative", "latent_image", "seed", "text", "guider", "model", "cfg", "steps"]), trees
 )
+words = st.text(max_size=12) | st.sampled_from(["fog, rain", "rain", "low", "a.safetensors"])
+numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -0.5])
+
+
+wrong = numbers | words | st.lists(words | numbers, max_size=2) | st.dictionaries(words, numbers, max_size=2)
+odd = st.just(wrong).flatmap(lambda each: each)  # one choice beside what is right, and not one for each of its kinds
+
+
+def some(**kinds):
+    """A table of these keys; what stands under one is at times of another kind than it should be."""
+    return st.fixed_dictionaries({key: kind | odd for key, kind in kinds.items()})
+
+
+style = some(name=words, strength=numbers, avoids=st.lists(words, max_size=3), keywords=st.lists(words, max_size=3))
+records = st.fixed_dictionaries(
+    {
+        "prompt": some(text=words, avoid=words, creativity=words),
+        "settings": some(**dict.fromkeys(("seed", "width", "height", "steps", "guidance", "cohesion"), numbers)),
+        "style": st.lists(style | odd, max_size=3) | odd,
+    },
+    optional={
+        "model": some(name=words, variant=words) | odd,
+        "leader": some(prompt=words) | odd,
+        "lora": st.lists(some(file=words) | odd, max_size=2) | odd,
+    },
+)
+
+
+@given(records)
+def test_whatever_a_record_says_it_is_only_read(record):
+    for found in origins.readings({"k2": tomli_w.dumps(record)}, ""):
+        tomllib.loads(origins.project_text("x", origins.name([found])))
 
 
 @given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
