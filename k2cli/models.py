@@ -103,9 +103,10 @@ class Grid(NamedTuple):
 
 
 def grid(name: str, variant: str | None = None) -> Grid:
-    """By the headers of a resolved model. Where its files say neither, it is as the open weights are."""
+    """By the headers of a model, else as the open weights are. Raises K2Error where there is none."""
     found = library.find(name, variant)
-    assert found is not None, name
+    if found is None:
+        raise K2Error(f'There is no model "{UNPRINTABLE.sub("?", name)}" here.')
     parts = library.find_parts(found)
     about = [library.describe(file) for file in library.files_in(parts.dit)]
     native = next((int(each["native"]) for each in about if "native" in each), None)
