@@ -25,7 +25,7 @@ from k2cli.formats import record_of
 from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
 from k2cli.tables import UNPRINTABLE, loads
-from model import picture_file
+from model import library, picture_file
 from model.errors import K2Error
 from model.expand import LEVELS
 
@@ -408,7 +408,8 @@ def size_of(origin: Origin, model: str) -> str:
     if not origin.width or not origin.height:
         return ""
     with suppress(K2Error):
-        grid = models.grid(model)
+        here = library.find(model) is not None  # else sizes are as those of the open weights
+        grid = models.grid(model) if here else models.Grid(models.NATIVE, 2**models.SCALES)
         if origin.tool == "k2":
             width, height = parse_size(f"{origin.width}x{origin.height}", "", grid.step)
         else:

@@ -331,6 +331,20 @@ def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
     assert Project.open(tmp_path / "again").settings.model == "mini"
 
 
+def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path):
+    """Weights of a name may be put here later; a project that asks for them says until then that they are missing."""
+    k2("render", "-p", "a fox", "--size", "96x64")
+    (made,) = moody.glob("outputs/*/*-7.png")
+    with Image.open(made) as image:
+        moved = png(tmp_path / "moved.png", k2=image.text["k2"].replace('name = "mini"', 'name = "nyx"'))
+
+    k2("new", tmp_path / "again", "--from", moved)
+
+    settings = Project.open(tmp_path / "again").settings
+    assert (settings.model, settings.size) == ("nyx", "96x64")
+    assert "nyx" in k2("render", tmp_path / "again", code=1).stderr
+
+
 def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
     text = "a fox\nSteps: 0, CFG scale: 500, Seed: 3, Size: 64x64, Model: mini-raw, Version: k2 0.1.0"
     png(tmp_path / "a.png", parameters=text)
