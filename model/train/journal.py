@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -86,3 +87,12 @@ class Journal:
             pen.text((12 + 145 * index, 8), f"{name} {low:.3g} … {high:.3g}", COLOURS[index])
         pen.text((12, 24), f"steps {steps[0]:g} … {steps[-1]:g}", "#57606a")
         picture.save(self.path.with_name("curves.png"))
+
+
+def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each figure's mean over the rows that have it, as a number."""
+    known: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for key, value in row.items():
+            known[key] += [] if math.isnan(value) else [value]
+    return {key: sum(values) / len(values) if values else math.nan for key, values in known.items()}

@@ -36,7 +36,7 @@ from model.library import BOX
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.ahead import Ahead
-from model.train.journal import Journal
+from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
@@ -91,9 +91,9 @@ class Stage(ABC):
         """Minutes from one sheet of samples to the next, as the run is saved; 0 where none is drawn."""
         return 0.0
 
-    def sheet(self) -> Path:
-        """Draw one, by the averaged weights as saved, and say where it is."""
-        raise NotImplementedError
+    def sheet(self) -> Path | None:
+        """Draw one, by the averaged weights as saved -> where it is."""
+        return None
 
     def compile(self) -> None:  # noqa: B027 - most have nothing to compile
         """Compile what is worth it; called for runs of more than two minutes or 200 steps."""
@@ -341,8 +341,8 @@ def draw_samples(run: Run, last: float, report: Report) -> float:
     every = 60 * run.stage.sheets()
     if not every or run.seconds - last < every:
         return last
-    if run.world.leads and (run.folder / "state.safetensors").exists():
-        report(f"{run.recipe.name}: {run.stage.sheet()}")
+    if run.world.leads and (run.folder / "state.safetensors").exists() and (sheet := run.stage.sheet()):
+        report(f"{run.recipe.name}: {sheet}")
     return run.seconds
 
 
@@ -354,15 +354,6 @@ def line(run: Run, first: int, before: float) -> str:
     seconds = left * spent / (run.step - first) if recipe.steps else left
     figures = ", ".join(f"{key} {value:g}" for key, value in run.figures.items())
     return f"{recipe.name} {run.step}: {figures}; {speed:.1f} pictures/s, {max(seconds, 0) / 60:.1f} min left"
-
-
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Each figure's mean over the rows that have it, as a number."""
-    known: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for key, value in row.items():
-            known[key] += [] if math.isnan(value) else [value]
-    return {key: sum(values) / len(values) if values else math.nan for key, values in known.items()}
 
 
 def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
