@@ -156,28 +156,23 @@ def open_projects(folders: Sequence[str], project: Path | None, allow_outside: b
     """The projects named, each once, however it is called; or the one that the current folder belongs to."""
     from k2cli.project import Project
 
-    if folders and project:
-        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
-    if folders:
-        opened: dict[Path, Project] = {}
-        for folder in folders:
-            each = Project.open(Path(folder), allow_outside=allow_outside)
-            opened.setdefault(each.root.resolve(), each)
-        return list(opened.values())
-    return [find_project(project, allow_outside)]
+    found, wrong = find_folders(folders, project, allow_outside)
+    if wrong:
+        raise wrong[0]
+    return [Project.open(each.root, allow_outside=allow_outside) for each in found]
 
 
 def find_folders(
     folders: Sequence[str], project: Path | None, allow_outside: bool
 ) -> tuple[list[Folder], list[K2Error]]:
     """The same without a look into their k2.toml, and of several what is wrong with those that are no projects."""
-    from k2cli.project import Folder, root_above
+    from k2cli.project import Folder
 
     if folders and project:
         raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
     if not folders:
-        root = project or root_above(Path.cwd())
-        return [Folder.at(root, allow_outside=allow_outside) if root else find_project(None)], []
+        at = Folder.at if project else Folder.find
+        return [at(project or Path.cwd(), allow_outside=allow_outside)], []
     found: dict[Path, Folder] = {}
     wrong = []
     for name in folders:

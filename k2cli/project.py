@@ -84,6 +84,13 @@ class Folder:
             )
         return Folder(root=folder.absolute(), allow_outside=allow_outside)
 
+    @classmethod
+    def find(cls, start: Path, *, allow_outside: bool = False) -> Folder:
+        """That of a folder, or of the nearest one above it. Raises K2Error where there is none."""
+        if root := root_above(start):
+            return cls.at(root, allow_outside=allow_outside)
+        raise K2Error(f"There is no {FILE} in {start.absolute()} or above it.", hint="Make a project with: k2 new NAME")
+
     @property
     def outputs(self) -> Path:
         return self.inside("outputs")
@@ -148,10 +155,7 @@ class Project(Folder):
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
         """The project of a folder, or of the nearest one above it."""
-        start = start.absolute()
-        if found := cls.around(start, allow_outside=allow_outside):
-            return found
-        raise K2Error(f"There is no {FILE} in {start} or above it.", hint="Make a project with: k2 new NAME")
+        return cls.open(Folder.find(start).root, allow_outside=allow_outside)
 
     @classmethod
     def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
