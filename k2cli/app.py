@@ -284,13 +284,11 @@ def render(
     from functools import partial
     from shlex import quote
 
-    from k2cli.carry import carry_out, plan_job, show_plan
+    from k2cli.carry import carry_out, plan_project, show_plan
     from k2cli.cluster import Cluster
-    from k2cli.console import say
     from k2cli.hands import Processes
     from k2cli.matrix import settled_by
     from k2cli.runs import resume as last_run
-    from k2cli.tables import listed
 
     named = [name for name in projects or [] if name != "-"]
     for name in named:
@@ -332,16 +330,9 @@ def render(
         prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
-            chosen = each.settle(**settings)
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            of_prompts = [prompt.settings for prompt in (each.prompts if wanted is None else wanted)]
-            if not quiet and (beyond := chosen.beyond(of_prompts)):
-                say(f"{each.name} has {beyond}", "yellow")
             axes = compared or (each.matrices if prompts is None else ())
-            shots = each.shots(chosen, wanted, weights, axes)
-            if not quiet and (names := each.uncompared(wanted, axes)):
-                say(f"{each.name}: no [[matrix]] is about {listed(names)}.", "yellow")
-            jobs.append(plan_job(each, chosen, shots, compared=bool(axes)))
+            jobs.append(plan_project(each, each.settle(**settings), wanted, weights, axes, quiet=quiet))
     if dry_run:
         show_plan(jobs, as_json=json, quiet=quiet)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +11,39 @@ import typer
 from k2cli import licence
 from k2cli.console import meter, near, result, say, typed
 from k2cli.expander import forget
+from k2cli.matrix import Matrix
 from k2cli.models import grid, recommended
 from k2cli.options import to_json
 from k2cli.outputs import DiskFull, Run, number_of
 from k2cli.project import Project, Shot, root_above
+from k2cli.prompts import Prompt
 from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
+from k2cli.tables import listed
 from model.errors import K2Error
 from model.vocabulary import vocabulary
 
 LEAST, MOST = 0.5, 1.5  # of the area that a model of one size was trained for, what it still paints whole
+
+
+def plan_project(
+    project: Project,
+    settings: Settings,
+    prompts: Sequence[Prompt] | None,
+    styles: Mapping[str, float],
+    matrices: Sequence[Matrix],
+    *,
+    quiet: bool,
+) -> Job:
+    """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
+    of_prompts = [prompt.settings for prompt in (project.prompts if prompts is None else prompts)]
+    if not quiet and (beyond := settings.beyond(of_prompts)):
+        say(f"{project.name} has {beyond}", "yellow")
+    shots = project.shots(settings, prompts, styles, matrices)
+    if not quiet and (names := project.uncompared(prompts, matrices)):
+        say(f"{project.name}: no [[matrix]] is about {listed(names)}.", "yellow")
+    return plan_job(project, settings, shots, compared=bool(matrices))
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:
@@ -132,20 +154,21 @@ def say_finished(job: Job) -> None:
 
 def say_doubts(job: Job) -> None:
     """That some prompts will get a picture of something else, or that sizes are too far from what the model knows."""
-    if far := oversized(job):
-        native = grid(job.model.name, job.model.variant).native
-        say(f"{far} is far from the {native}x{native} that the model was made for: expect broken pictures.", "yellow")
+    if far := far_off(job):
+        say(far, "yellow")
     if strange := undrawable(job):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
 
 
-def oversized(job: Job) -> str:
-    """The size of a picture that is far larger, or smaller, than a model of one size can paint; else nothing."""
-    known = grid(job.model.name, job.model.variant)
-    sizes = dict.fromkeys((shot.spec.width, shot.spec.height) for shot in job.left)
-    areas = {f"{width}x{height}": width * height / known.native**2 for width, height in sizes if width and height}
-    return next((size for size, area in areas.items() if known.alone and not LEAST <= area <= MOST), "")
+def far_off(job: Job) -> str:
+    """That pictures are far larger, or smaller, than a model of one size can paint; else nothing."""
+    native, _, alone = grid(job.model.name, job.model.variant)
+    for width, height in {(shot.spec.width, shot.spec.height): None for shot in job.left}:
+        if alone and width and height and not LEAST <= width * height / native**2 <= MOST:
+            made_for = f"the {native}x{native} that the model was made for"
+            return f"{width}x{height} is far from {made_for}: expect broken pictures."
+    return ""
 
 
 def undrawable(job: Job) -> list[str]:

@@ -98,6 +98,9 @@ class Settings:
         return fit_aspect(self.aspect or "1:1", edge, said, grid.step)
 
 
+LIMITS = {f.name: f.metadata for f in fields(Settings)}
+
+
 def check_setting(key: str, value: Any, where: str) -> Any:
     """A value as the setting of this name wants it."""
     return check_value(key, value, hints_of(Settings)[key], LIMITS[key], where)
@@ -109,6 +112,3 @@ def check_frame(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
         raise K2Error(
             f'{where("size")}: "size" excludes "aspect" and "resolution".', hint="Keep the one or the others."
         )
-
-
-LIMITS = {f.name: f.metadata for f in fields(Settings)}
