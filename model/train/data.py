@@ -136,10 +136,10 @@ class Catalog:
         every = [Item(row, pair, look) for row, pair in enumerate(self.pairs) for look in self.looks[pair.drawing][0]]
         return [item for item in every if item.held_out == (split == "held-out")]
 
-    def picture(self, item: Item) -> NDArray[np.uint8]:
-        """The picture of an item, uint8 RGB [size, size, 3], always the same."""
+    def picture(self, item: Item, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        """The picture of an item, uint8 RGB [H, W, 3], always the same; shape: (H, W), `size` both where left out."""
         rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
-        picture = compose(np.asarray(self.renders[item.row]), item.look, rng)
+        picture = compose(np.asarray(self.renders[item.row]), item.look, rng, shape)
         return resize(picture, self.size) if self.size < SIZE else picture
 
     def caption(self, item: Item, rng: np.random.Generator, form: str = "short", style: bool = True) -> str:

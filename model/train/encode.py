@@ -1,7 +1,8 @@
 """Encode the data set's pictures once, ahead of training: latents of every training picture at a size.
 
-`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE.npy`, float16 [pictures, C, SIZE/f, SIZE/f] for an
-autoencoder of factor f, in the train split's own order.
+`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE.npy`, float16 [pictures, C, H/f, W/f] for an
+autoencoder of factor f, in the train split's own order. SIZE is a side of squares, of all pictures, or a shape like
+320x192, of those that come in it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import DATA, Catalog, Item
 from model.train.looks import resize
+from model.train.shapes import Shape, of_shape
 from model.whole import whole
 
 
@@ -39,21 +41,23 @@ def catalog_of_process(folder: Path, size: int) -> Catalog:
     return Catalog(folder, size)
 
 
-def compose_all(folder: Path, size: int, items: list[Item]) -> NDArray[np.uint8]:
-    """Pictures of items, uint8 RGB [B, size, size, 3]."""
-    catalog = catalog_of_process(folder, size)
-    return np.stack([catalog.picture(item) for item in items])
+def compose_all(folder: Path, size: int | Shape, items: list[Item]) -> NDArray[np.uint8]:
+    """Pictures of items, uint8 RGB [B, H, W, 3]."""
+    catalog = catalog_of_process(folder, size if isinstance(size, int) else size.renders)
+    return np.stack([catalog.picture(item, None if isinstance(size, int) else size) for item in items])
 
 
 @torch.inference_mode()
-def main(size: int, device: str = "cpu", *, batch: int = 64) -> None:
+def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
     """Write the latents of the train split at a size. Pictures are composed on all cores."""
     catalog = Catalog(DATA)
     items = catalog.items("train")
+    if isinstance(size, Shape):
+        items = [items[index] for index in of_shape(items, size)]
     vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
-    shape = (len(items), vae.config.z_dim, *2 * (size // vae.factor,))
+    cells = [side // vae.factor for side in ((size, size) if isinstance(size, int) else size)]
     with whole(DATA / f"latents-{size}.npy") as draft, ProcessPoolExecutor() as pool:
-        out = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
+        out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *cells))
         starts = range(0, len(items), batch)
         work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))
         for start, pictures in zip(starts, work, strict=True):
@@ -63,4 +67,4 @@ def main(size: int, device: str = "cpu", *, batch: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:3])
+    main(int(sys.argv[1]) if sys.argv[1].isdecimal() else Shape.of(sys.argv[1]), *sys.argv[2:3])

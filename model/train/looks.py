@@ -2,11 +2,13 @@
 
 A look is drawing set x medium x ground x palette. Media and grounds are made by code, so that the range (grainy film,
 print, paint, light) does not depend on what happens to lie in a data set, and a caption always knows what it shows.
-Pictures are float RGB in 0 ... 1, [H, W, 3]; H is any size, lengths scale with it.
+Pictures are float RGB in 0 ... 1, [H, W, 3], of any size and shape. The subject and what it stands on scale with the
+square in the middle, a medium's strokes and grain with the side of a square of as many pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +80,7 @@ def _luminance(picture: Array) -> Array:
 
 def _edges(picture: Array) -> Array:
     """Strength of colour edges, [H, W], about 0 ... 1, as wide as a pixel of 128 px on either side."""
-    reach = max(1, len(picture) // 128)
+    reach = max(1, _side(picture) // 128)
     inside, far = slice(reach, -reach), 2 * reach
     padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     across = padded[inside, far:] - padded[inside, :-far]
@@ -86,28 +88,36 @@ def _edges(picture: Array) -> Array:
     return np.clip(np.sqrt((across**2 + down**2).sum(-1)), 0, 1)
 
 
-def _grid(size: int) -> tuple[Array, Array]:
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
-    return x * (128 / size), y * (128 / size)  # lengths below are meant at 128 px
+def _side(picture: Array) -> int:
+    """Of a square of as many pixels."""
+    return round(math.sqrt(picture.shape[0] * picture.shape[1]))
 
 
-def ground(look: Look, size: int, rng: Generator) -> Array:
-    """What lies behind the subject."""
+def _grid(shape: tuple[int, ...], side: int) -> tuple[Array, Array]:
+    """Columns and rows, in units of which the square of so many pixels a side in the middle has 128."""
+    height, width = shape[:2]
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    left, top = (np.float32((length - side) / 2) for length in (width, height))
+    return (x - left) * (128 / side), (y - top) * (128 / side)  # lengths below are meant at 128 px
+
+
+def ground(look: Look, height: int, width: int, rng: Generator) -> Array:
+    """What lies behind the subject, [height, width, 3]."""
     light, deep = (_colour(c) for c in PALETTES[look.palette])
-    x, y = _grid(size)
+    x, y = _grid((height, width), min(height, width))
     if look.ground == "white":
-        return np.ones((size, size, 3), np.float32)
+        return np.ones((height, width, 3), np.float32)
     if look.ground == "flat":
-        return np.broadcast_to(light, (size, size, 3)).copy()
+        return np.broadcast_to(light, (height, width, 3)).copy()
     if look.ground == "gradient":
-        blend = (y / 127)[..., None]
+        blend = ((y - y[0, 0]) * (min(height, width) / height) / 127)[..., None]
         return light * (1 - blend) + deep * blend
     if look.ground == "scene":
         sky = light * (1 - y[..., None] / 220) + 0.25 * (y[..., None] / 220)
         phase, second = rng.uniform(0, 6.28, 2)
         hills = 84 + 7 * np.sin(x / 21 + phase) + 4 * np.sin(x / 9 + second)
         return np.where((y > hills)[..., None], deep * (1 - 0.25 * (y[..., None] - 84) / 44), sky)
-    wall = np.broadcast_to(light, (size, size, 3)).copy()
+    wall = np.broadcast_to(light, (height, width, 3)).copy()
     floor = deep * (1 - 0.3 * (y[..., None] - 92) / 36)
     wall[y > 92] = floor[y > 92]
     shadow = np.exp(-((((x - 64) / 34) ** 2 + ((y - 114) / 7) ** 2) ** 2))
@@ -115,15 +125,14 @@ def ground(look: Look, size: int, rng: Generator) -> Array:
 
 
 def _film(picture: Array, rng: Generator) -> Array:
-    size = len(picture)
     faded = picture * 0.82 + 0.07
     toned = faded * np.asarray([1.05, 1.0, 0.9], np.float32)
-    grain = rng.standard_normal((size, size)).astype(np.float32)
+    grain = rng.standard_normal(picture.shape[:2]).astype(np.float32)
     return toned + 0.11 * grain[..., None] * (1.1 - np.abs(2 * _luminance(toned)[..., None] - 1))
 
 
 def _halftone(picture: Array, rng: Generator) -> Array:
-    x, y = _grid(len(picture))
+    x, y = _grid(picture.shape, _side(picture))
     u, v = (x + y) * (np.pi / 6.4), (x - y) * (np.pi / 6.4)
     screen = 0.5 + 0.25 * (np.cos(u) + np.cos(v))
     ink = np.clip((1.02 - _luminance(picture) - screen * 0.95) * 5 + 0.5, 0, 1)[..., None]
@@ -131,14 +140,16 @@ def _halftone(picture: Array, rng: Generator) -> Array:
 
 
 def _pixel(picture: Array, rng: Generator) -> Array:
-    size = len(picture)
-    small = picture.reshape(32, size // 32, 32, size // 32, 3).mean((1, 3))
-    return np.kron(np.round(small * 6) / 6, np.ones((size // 32, size // 32, 1), np.float32))
+    height, width = picture.shape[:2]
+    whole = [cell for cell in range(1, height + 1) if height % cell == width % cell == 0]
+    cell = min(whole, key=lambda cell: abs(cell - _side(picture) / 32))
+    small = picture.reshape(height // cell, cell, width // cell, cell, 3).mean((1, 3))
+    return np.kron(np.round(small * 6) / 6, np.ones((cell, cell, 1), np.float32))
 
 
 def _hatching(picture: Array, rng: Generator) -> Array:
-    x, y = _grid(len(picture))
-    dark = 1 - _luminance(_blur(picture, len(picture) / 128))
+    x, y = _grid(picture.shape, _side(picture))
+    dark = 1 - _luminance(_blur(picture, _side(picture) / 128))
     paper = np.full_like(dark, 0.97)
     for angle, threshold in ((0.8, 0.12), (2.3, 0.38), (0.1, 0.62)):
         lines = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 1.75 + rng.uniform(0, 6.28))
@@ -147,38 +158,40 @@ def _hatching(picture: Array, rng: Generator) -> Array:
     return np.clip(paper, 0.08, 1)[..., None] * np.asarray([1.0, 0.99, 0.97], np.float32)
 
 
-def _smooth_noise(size: int, cells: int, rng: Generator) -> Array:
-    """Slow noise, -1 ... 1, [H, W]."""
-    field = (rng.random((cells, cells)) * 255).astype(np.uint8)
-    return np.asarray(Image.fromarray(field).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+def _smooth_noise(picture: Array, cells: int, rng: Generator) -> Array:
+    """Slow noise over a picture, so many cells to a square's side: -1 ... 1, [H, W]."""
+    height, width = picture.shape[:2]
+    rows, columns = (max(1, round(cells * length / _side(picture))) for length in (height, width))
+    field = (rng.random((rows, columns)) * 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(field).resize((width, height), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
 
 
 def _watercolour(picture: Array, rng: Generator) -> Array:
-    size = len(picture)
-    x, y = np.meshgrid(np.arange(size), np.arange(size))
+    (height, width), size = picture.shape[:2], _side(picture)
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
     wobble = size / 128 * 2.2
-    across = np.clip(x + wobble * _smooth_noise(size, 12, rng), 0, size - 1).astype(np.int64)
-    down = np.clip(y + wobble * _smooth_noise(size, 12, rng), 0, size - 1).astype(np.int64)
+    across = np.clip(x + wobble * _smooth_noise(picture, 12, rng), 0, width - 1).astype(np.int64)
+    down = np.clip(y + wobble * _smooth_noise(picture, 12, rng), 0, height - 1).astype(np.int64)
     wash = _blur(picture[down, across], size / 128 * 1.1)
     rim = _edges(_blur(wash, size / 128 * 0.8))[..., None]
-    pigment = (1 - wash) * (0.78 + 0.22 * _smooth_noise(size, 10, rng)[..., None]) * (1 + 1.1 * rim)
-    paper = 1 - 0.035 * np.abs(rng.standard_normal((size, size, 1)).astype(np.float32))
+    pigment = (1 - wash) * (0.78 + 0.22 * _smooth_noise(picture, 10, rng)[..., None]) * (1 + 1.1 * rim)
+    paper = 1 - 0.035 * np.abs(rng.standard_normal((height, width, 1)).astype(np.float32))
     return (1 - 0.82 * pigment) * paper
 
 
 def _riso(picture: Array, rng: Generator) -> Array:
-    size = len(picture)
+    size = _side(picture)
     first, second = (_colour(c) for c in INKS[int(rng.integers(len(INKS)))])
     warm = np.clip(1.25 - 0.9 * picture[..., 2] - 0.35 * picture[..., 1], 0, 1)
     cool = np.clip(1.05 - 1.1 * picture[..., 0], 0, 1)
     cool = np.roll(cool, (size // 64, -(size // 64)), (0, 1))  # the second drum never registers exactly
-    speckle = 0.82 + 0.18 * rng.random((2, size, size)).astype(np.float32)
+    speckle = 0.82 + 0.18 * rng.random((2, *picture.shape[:2])).astype(np.float32)
     warm, cool = (warm * speckle[0])[..., None], (cool * speckle[1])[..., None]
     return _colour((250, 246, 234)) * (1 - warm * (1 - first)) * (1 - cool * (1 - second))
 
 
 def _neon(picture: Array, rng: Generator) -> Array:
-    size = len(picture)
+    size = _side(picture)
     lines = _edges(_blur(picture, size / 128 * 0.6))[..., None]
     hue = picture - picture.min(-1, keepdims=True) * 0.8
     hue = hue / (hue.max(-1, keepdims=True) + 0.08) * 0.85 + 0.15
@@ -187,7 +200,7 @@ def _neon(picture: Array, rng: Generator) -> Array:
 
 
 def _lowkey(picture: Array, rng: Generator) -> Array:
-    x, y = _grid(len(picture))
+    x, y = _grid(picture.shape, _side(picture))
     light = np.exp(-(((x - 44) / 46) ** 2 + ((y - 42) / 50) ** 2))[..., None]
     return (picture * 0.95) ** 1.35 * (0.06 + 1.05 * light) * np.asarray([1.08, 0.98, 0.84], np.float32)
 
@@ -205,16 +218,17 @@ EFFECTS: dict[str, Callable[[Array, Generator], Array]] = {
 }
 
 
-def place(render: NDArray[np.uint8], look: Look, rng: Generator) -> Array:
-    """A subject on its ground, before its medium.
+def place(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None) -> Array:
+    """A subject in the middle of its ground, before its medium.
 
     render   uint8 RGBA [S, S, 4], the bare drawing
-    returns  float32 RGB [S, S, 3], 0 ... 1
+    shape    (H, W) of the picture, S by S where left out
+    returns  float32 RGB [H, W, 3], 0 ... 1
     """
-    size = len(render)
-    behind = ground(look, size, rng)
+    height, width = shape or render.shape[:2]
+    behind, size = ground(look, height, width, rng), min(height, width)
     side = round(size * rng.uniform(0.80, 0.88))
-    left, top = (int((size - side) / 2 + rng.uniform(-0.03, 0.03) * size) for _ in range(2))
+    left, top = (int((length - side) / 2 + rng.uniform(-0.03, 0.03) * size) for length in (width, height))
     subject = np.asarray(
         Image.fromarray(render).convert("RGBa").resize((side, side), Image.Resampling.LANCZOS), np.float32
     )
@@ -228,14 +242,16 @@ def place(render: NDArray[np.uint8], look: Look, rng: Generator) -> Array:
 
 
 def finish(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
-    """What `place` made, through its medium: uint8 RGB [S, S, 3]."""
+    """What `place` made, through its medium: uint8 RGB [H, W, 3]."""
     picture = EFFECTS[look.medium](placed, rng)
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def compose(render: NDArray[np.uint8], look: Look, rng: Generator) -> NDArray[np.uint8]:
-    """Put a subject on its ground and through its medium: uint8 RGBA [S, S, 4] -> uint8 RGB [S, S, 3]."""
-    return finish(place(render, look, rng), look, rng)
+def compose(
+    render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """Put a subject on its ground and through its medium, as `place` has it: uint8 RGBA -> uint8 RGB [H, W, 3]."""
+    return finish(place(render, look, rng, shape), look, rng)
 
 
 def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
