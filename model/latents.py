@@ -27,6 +27,11 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch**2)
 
 
+def grid_of(latents: Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of the tokens that latents [..., H, W] are cut into."""
+    return latents.shape[-2] // patch, latents.shape[-1] // patch
+
+
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     """Put tokens [B, L, C·p·p] back together: latents [B, C, height, width], in latent cells."""
     batch, channels = tokens.shape[0], tokens.shape[2] // patch**2

@@ -44,14 +44,14 @@ class Teacher:
             param.copy_(whole(averages[f"dit.{name}"]))
 
     @torch.no_grad()
-    def see(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, side: int) -> Tensor:
-        """What the later block makes of square pictures under noise, several to each prompt -> [B·R, L, D].
+    def see(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the later block makes of pictures under noise, several to each prompt -> [B·R, L, D].
 
-        tokens [B·R, L, C·p·p], sigma [B·R], embeds [B, T, N, E], mask [B, T], side of a picture in tokens
+        tokens [B·R, L, C·p·p], sigma [B·R], embeds [B, T, N, E], mask [B, T], rows and columns of a picture in tokens
         """
         repeats = len(tokens) // len(embeds)
         context = self.dit.encode_text(embeds, mask).repeat_interleave(repeats, 0)
-        rope = self.dit.rope(context.shape[1], (side, side))
+        rope = self.dit.rope(context.shape[1], grid)
         mask = mask.repeat_interleave(repeats, 0)
         return self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, mask)
 

@@ -56,7 +56,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "references", "null", "style_loss", "repeats")
+        refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
         if self.every % self.updates:
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.latents import patchify
+from model.latents import grid_of, patchify
 from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
 from model.train.data import Item
@@ -50,7 +50,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "style_loss", "align", "recompute", "products", "repeats")
+        refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
 
 
 class Hearing(pretrain.Drawing):
@@ -149,8 +149,7 @@ class Hearing(pretrain.Drawing):
     def answers(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """How far the network's answer to captions as people say them is from the teacher's to the plain ones."""
         patch = self.recipe.config.patch
-        image = patchify(tensors["latents"], patch)
-        grid = (tensors["latents"].shape[-1] // patch,) * 2
+        image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
         plain, plain_mask, wild, wild_mask = (tensors[k] for k in ("embeds", "mask", "wild", "wild_mask"))
         references = tensors.get("references")
         if references is not None:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
-from model.latents import patchify
+from model.latents import grid_of, patchify
 from model.library import BOX
 from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
@@ -36,6 +36,7 @@ from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import RUNS, Batch, Report
 from model.train.products import convert, parse
 from model.train.rollout import noised, with_rows
+from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
 
 KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
@@ -72,10 +73,13 @@ class Recipe(loop.Recipe):
     reworded: float = 0.0  # share of the captions that are said in other words
     strangers: float = 0.0  # share of the captions that strange words are put around
     style_loss: float = 0.05
+    frozen: tuple[str, ...] = ()  # modules that stay as they are, "style"
     align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
+    shapes: tuple[str, ...] = ()  # other sizes of pictures, "320x192" ...
+    shaped: float = 0.5  # ... and the share of the steps that have one of them, each as often
     sheets: float = 0.0  # minutes from one sheet of samples to the next, as runs are saved; 0 draws none
     recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
-    rows: int = 8  # prompts are padded to multiples of it: the fewer lengths there are, the less is compiled
+    rows: int = 8  # prompts are padded until a stream is a multiple of it: fewer lengths, and less is compiled
     products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
 
     @property
@@ -115,6 +119,7 @@ class TrainingSet:
         self.kept, self.at_once = (KEPT, 16) if self.device.type == "cpu" else (10 * KEPT, 64)
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
+        self.shaped = [self._shaped(Shape.of(shape)) for shape in recipe.shapes]
         self.features: dict[str, Tensor] = {}
         self.embedding = Lock()  # batches are made in a thread of their own while a step validates in another
         self.by_look: dict[Any, list[int]] = defaultdict(list)
@@ -125,6 +130,23 @@ class TrainingSet:
         subjects = catalog.subjects
         weights = np.array([recipe.weight(item, subjects[item.pair.subject].later) for item in self.items])
         self.weights = weights / weights.sum()
+
+    def _shaped(self, shape: Shape) -> Shaped:
+        """The pictures that come in a shape."""
+        indices = of_shape(self.items, shape)
+        latents = read_latents(self.catalog.folder, shape, len(indices))
+        return Shaped(np.array(indices), torch.from_numpy(latents).to(self.device))
+
+    def draw(self, recipe: Recipe, step: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], Tensor]:
+        """The pictures of a batch, all of one size: which they are, and their latents [B, C, h, w]."""
+        dice = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "shape"))  # of a step, not of its part
+        if not recipe.shapes or dice.random() >= recipe.shaped:
+            chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
+            return chosen, self.latents[chosen].float()
+        indices, latents = self.shaped[int(dice.integers(len(self.shaped)))]
+        odds = self.weights[indices]
+        places = rng.choice(len(indices), recipe.batch, p=odds / odds.sum())
+        return indices[places], latents[places].float()
 
     def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
@@ -162,7 +184,7 @@ class TrainingSet:
         """The pictures, prompts and references of one step, or of one of its parts."""
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, *([part] if part else [])))
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
-        chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
+        chosen, latents = self.draw(recipe, step, rng)
         with_reference = rng.random() < recipe.references
         if recipe.accumulate > 1:  # parts may lie on several processes, which must agree on what takes part
             shared = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "references"))
@@ -178,12 +200,12 @@ class TrainingSet:
             if recipe.reworded or recipe.strangers:
                 caption = self.wording.say(caption, item.pair.subject, recipe.reworded, recipe.strangers, rng)
             captions.append("" if rng.random() < UNSAID else caption)
-        embeds, mask = self.embed(captions, STYLE_ROWS if with_reference else 0)
-        latents = self.latents[chosen].float()
+        image_tokens = latents[0, 0].numel() // recipe.config.patch**2
+        embeds, mask = self.embed(captions, image_tokens + (STYLE_ROWS if with_reference else 0))
         references = None
         if with_reference:
             others = [self._other(index, rng) for index in chosen]
-            tile = 2 * int(rng.integers(1, 3)) * latents.shape[-1] // 16
+            tile = 2 * int(rng.integers(1, 3)) * self.cells // 16
             references = destroy_content(self.latents[others].float(), max(tile, 2), generator)
         return {
             "captions": captions,
@@ -204,6 +226,13 @@ class TrainingSet:
         return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
 
 
+class Shaped(NamedTuple):
+    """The pictures of the train split that come in a shape."""
+
+    indices: NDArray[np.integer]  # among all
+    latents: Tensor  # float16 [pictures, C, h, w]
+
+
 def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Text features of several lengths, [T, N, E] each -> fp32 [B, length, N, E], zeros at the end, and their mask."""
     device = rows[0].device
@@ -218,8 +247,8 @@ def training_set(recipe: Recipe, device: str) -> TrainingSet:
     return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
 
 
-def read_latents(folder: Path, size: int, count: int) -> NDArray[np.float16]:
-    """The train split's latents at a size, float16 [count, C, size/f, size/f]."""
+def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.float16]:
+    """The train split's latents at a size, float16 [count, C, H/f, W/f]."""
     path, hint = folder / f"latents-{size}.npy", f"encode them with: python -m model.train.encode {size}"
     if not path.exists():
         raise K2Error(f"there are no latents of {size} px in {folder}.", hint=hint)
@@ -275,14 +304,14 @@ class Trainee(nn.Module):
 
         image = patchify(latents, self.dit.config.patch).repeat_interleave(repeats, 0)
         tokens, noise, sigma = noised(image, recipe.mu, generator)
-        side = latents.shape[-1] // self.dit.config.patch
-        rope = self.dit.rope(context.shape[1], (side, side))
+        grid = grid_of(latents, self.dit.config.patch)
+        rope = self.dit.rope(context.shape[1], grid)
         velocity = self.dit.velocity(tokens, context, self.dit.modulate(sigma), rope, every)
         if teacher is not None and self.pupil is not None:
             lag = torch.rand(sigma.shape, generator=generator, device=generator.device).to(device)
             cleaner = (sigma - CLEANER * lag).clamp_min(0)
             tokens = torch.lerp(image, noise, cleaner[:, None, None])
-            align = self.pupil.distance(teacher.see(tokens, cleaner, embeds.detach(), mask, side))
+            align = self.pupil.distance(teacher.see(tokens, cleaner, embeds.detach(), mask, grid))
         flow = (velocity.float() - (noise - image)).square().mean((1, 2))
         return Losses(flow, sigma, style_loss, apart, align)
 
@@ -376,6 +405,9 @@ class Pretraining(Drawing):
         if teacher is not None:
             total, figures = total + self.recipe.align * align, figures | {"align": align.detach()}
         return total, figures
+
+    def rate(self, name: str) -> float:
+        return float(not name.startswith(tuple(f"{module}." for module in self.recipe.frozen)))
 
     def pictures(self) -> int:
         return self.recipe.batch * self.recipe.repeats

@@ -17,6 +17,7 @@ import torch
 from model.train import data, encode, recipe, release, samples
 from model.train.data import DATA
 from model.train.loop import RUNS
+from model.train.shapes import LARGE, Shape
 
 STAGES = (
     ("gpu-256", 0.5),
@@ -32,11 +33,13 @@ def main(minutes: float, out: Path, device: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (DATA / "manifest.toml").exists():
         data.build(DATA)
-        data.enlarge(data.NATIVE, DATA)
+        for size in (data.NATIVE, LARGE):
+            data.enlarge(size, DATA)
     for name, share in STAGES:
         stage = replace(recipe.load(name), minutes=minutes * share)
-        if not (DATA / f"latents-{stage.size}.npy").exists():
-            encode.main(stage.size, device, batch=256)
+        for size in (stage.size, *map(Shape.of, stage.shapes)):
+            if not (DATA / f"latents-{size}.npy").exists():
+                encode.main(size, device, batch=256)
         recipe.module(stage.stage, name).main(stage, device)
         samples.main(name, device=device)
         shutil.copy(max((RUNS / name).glob("samples-*.png"), key=lambda path: path.stat().st_mtime), out)

@@ -66,7 +66,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "references", "null", "style_loss", "repeats")
+        refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
 

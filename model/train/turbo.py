@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.dit import Krea2
 from model.errors import K2Error
-from model.latents import patchify
+from model.latents import grid_of, patchify
 from model.sampler import guided, shifted_sigmas
 from model.style import StyleEncoder
 from model.train import loop, pretrain
@@ -53,7 +53,7 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "style_loss", "align", "recompute", "products", "repeats")
+        refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
         if self.method not in METHODS:
             raise K2Error(f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"{' or '.join(METHODS)}.")
 
@@ -102,8 +102,8 @@ class Turbo(pretrain.Drawing):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         generator, device = batch["generator"], self.empty.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-        image = patchify(tensors["latents"], self.recipe.config.patch)
-        grid = (tensors["latents"].shape[-1] // self.recipe.config.patch,) * 2
+        patch = self.recipe.config.patch
+        image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
         embeds, mask = self.prompts(tensors, generator)
 
         student = conditioned(self.model.dit, embeds, mask, grid)

@@ -1,0 +1,190 @@
+"""Other sizes than the square: pictures keep their subject whole, and a step of training has one shape."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from workshop import FACTOR, make_data
+
+from model.errors import K2Error
+from model.latents import grid_of, patchify, unpatchify
+from model.library import BOX
+from model.text_encoder import TextEncoder
+from model.train import encode, pretrain
+from model.train.looks import MEDIA, Look, compose, place
+from model.train.pretrain import Recipe, TrainingSet
+from model.train.shapes import SHARE, Shape, of_shape
+
+SHAPES = ("96x64", "64x128")
+
+
+@pytest.fixture
+def render():
+    """A red disc, RGBA."""
+    y, x = np.mgrid[0:128, 0:128]
+    disc = (x - 64) ** 2 + (y - 64) ** 2 < 60**2
+    return np.where(disc[..., None], np.array([220, 40, 40, 255]), 0).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(128, 192), (192, 128), (96, 224), (224, 224)])
+@pytest.mark.parametrize("ground", ["white", "flat", "gradient", "scene", "floor"])
+def test_a_subject_stands_whole_in_the_middle_of_any_shape(render, shape, ground):
+    picture = place(render, Look("noto", ground=ground, palette="sky blue"), np.random.default_rng(3), shape)
+
+    assert picture.shape == (*shape, 3)
+    red = (picture[..., 0] > 0.7) & (picture[..., 1] < 0.3)
+    rows, columns = np.nonzero(red.any(1))[0], np.nonzero(red.any(0))[0]
+    height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+    assert abs(height - width) <= 2 and 0.7 * min(shape) < height < 0.9 * min(shape)
+    for found, length in ((rows, shape[0]), (columns, shape[1])):
+        assert abs((found[0] + found[-1]) / 2 - length / 2) < 0.04 * min(shape)
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+def test_every_medium_comes_in_every_shape_and_is_itself_in_the_square(render, medium):
+    look = Look("noto", medium, "flat", "cream")
+    square = compose(render, look, np.random.default_rng(0))
+
+    np.testing.assert_array_equal(square, compose(render, look, np.random.default_rng(0), (128, 128)))
+    for shape in ((128, 96), (96, 160), (160, 480)):
+        picture = compose(render, look, np.random.default_rng(0), shape)
+        assert picture.shape == (*shape, 3) and picture.std() > 8
+        assert abs(picture.mean() - square.mean()) < 60
+
+
+def test_a_gradient_goes_from_edge_to_edge(render):
+    for shape in ((128, 128), (224, 96), (96, 224)):
+        column = place(render * 0, Look("noto", ground="gradient"), np.random.default_rng(0), shape)[:, 0]
+        light, deep = column[0], column[-1]
+        np.testing.assert_allclose(column[len(column) // 2], (light + deep) / 2, atol=0.02)
+        np.testing.assert_allclose(deep, np.array([232, 208, 168]) / 255, atol=0.01)
+
+
+def test_one_picture_in_twelve_comes_in_a_shape_and_other_ones_in_another(tmp_path):
+    items = make_data(tmp_path / "data", subjects=40).items("train")
+
+    found = [set(of_shape(items, Shape.of(text))) for text in SHAPES]
+
+    for each in found:
+        assert 0.6 < len(each) * SHARE / len(items) < 1.4
+    assert len(found[0] & found[1]) < 0.4 * len(found[0])
+
+
+@pytest.mark.parametrize("text", ["320", "320x", "wide", "320 x 192", "-320x192"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(K2Error, match="is no size"):
+        Shape.of(text)
+
+
+def test_latents_are_cut_and_put_together_whatever_their_shape():
+    import torch
+
+    latents = torch.randn(2, 16, 4, 6)
+    assert grid_of(latents, 2) == (2, 3)
+    assert torch.equal(unpatchify(patchify(latents, 2), 2, 4, 6), latents)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set with latents of two shapes."""
+    if not (BOX / "mini-text.safetensors").exists():
+        pytest.skip("no weights in the box")
+    folder = tmp_path_factory.mktemp("data") / "mini"
+    catalog = make_data(folder, subjects=20)
+    items, rng = catalog.items("train"), np.random.default_rng(0)
+    for shape in map(Shape.of, SHAPES):
+        cells = (shape.height // FACTOR, shape.width // FACTOR)
+        latents = rng.normal(size=(len(of_shape(items, shape)), 16, *cells))
+        np.save(folder / f"latents-{shape}.npy", latents.astype(np.float16))
+    return TrainingSet(catalog, TextEncoder.load(BOX / "mini-text.safetensors"), RECIPE)
+
+
+RECIPE = Recipe(
+    name="shaped", size=64, steps=8, batch=4, repeats=2, lr=1e-3, muon_lr=1e-3, mu=0.0, shapes=SHAPES, shaped=0.6,
+    network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1}, frozen=("style",), style_loss=0.0,
+)  # fmt: skip
+
+
+def test_a_step_has_one_shape_and_the_shapes_their_share(data):
+    seen = Counter()
+    for step in range(60):
+        parts = [data.batch(RECIPE, step, part) for part in range(2)]
+        shapes = {tuple(each["latents"].shape[-2:]) for each in parts}
+        assert len(shapes) == 1
+        seen.update(shapes)
+        for each in parts:
+            if each["references"] is not None:
+                assert each["references"].shape[-2:] == (4, 4)
+            again = data.batch(RECIPE, step, parts.index(each))
+            assert np.array_equal(again["latents"], each["latents"]) and again["captions"] == each["captions"]
+
+    assert set(seen) == {(4, 4), (4, 6), (8, 4)}
+    assert 12 <= seen[4, 4] <= 36
+    square = data.batch(replace(RECIPE, shaped=0.0), 1)
+    plain = data.batch(replace(RECIPE, shapes=()), 1)
+    assert np.array_equal(square["latents"], plain["latents"]) and square["captions"] == plain["captions"]
+
+
+def test_a_shaped_batch_is_of_pictures_that_come_in_its_shape(data):
+    step = next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6)
+    batch = data.batch(RECIPE, step)
+    indices, latents = data.shaped[0]
+
+    for subject, drawn in zip(batch["subjects"], batch["latents"], strict=True):
+        place = next(i for i, each in enumerate(latents) if np.array_equal(each.float(), drawn))
+        assert data.items[indices[place]].pair.subject == subject
+
+
+def test_all_shapes_are_learned_and_what_is_frozen_stays(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "RUNS", tmp_path)
+    run = pretrain.Run(RECIPE, len(data.looks), "cpu", data)
+    style = {name: value.clone() for name, value in run.model.style.state_dict().items()}
+    before = run.model.dit.first.weight.clone()
+    losses = [run.advance(run.stage.batch(step)) for step in range(8)]
+
+    assert all(np.isfinite(each["loss"]) for each in losses)
+    assert not np.array_equal(run.model.dit.first.weight.detach(), before)
+    for name, value in run.model.style.state_dict().items():
+        assert np.array_equal(value, style[name]), name
+
+
+def test_a_teacher_sees_other_shapes_too(data):
+    aligned = replace(RECIPE, align=0.5)
+    stage = pretrain.Pretraining(aligned, len(data.looks), data)
+    stage.begin({name: value.clone() for name, value in stage.model.state_dict().items()})
+    step = next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6)
+
+    loss, figures = stage.loss(stage.batch(step) | {"first": True})
+
+    assert np.isfinite(float(loss.detach())) and 0 < float(figures["align"]) < 2
+
+
+def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):
+    folder = data.catalog.folder
+    monkeypatch.setattr(encode, "DATA", folder)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", InThisProcess)
+    renders = np.load(folder / "renders.npy")
+    np.save(folder / "renders-256.npy", renders.repeat(2, 1).repeat(2, 2))
+    encode.catalog_of_process.cache_clear()
+    shape = Shape.of("96x32")
+
+    encode.main(shape)
+
+    made = np.load(folder / f"latents-{shape}.npy")
+    assert made.shape == (len(of_shape(data.items, shape)), 16, 2, 6) and np.isfinite(made).all()
+    with pytest.raises(K2Error, match="no latents of 64x32 px") as told:
+        pretrain.read_latents(folder, Shape.of("64x32"), 1)
+    assert told.value.hint.endswith("python -m model.train.encode 64x32")
+
+
+class InThisProcess:
+    """A pool that needs no other process, so that the folder above holds."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    map = staticmethod(map)
