@@ -24,7 +24,7 @@ from k2cli.tables import listed
 from model.errors import K2Error
 from model.vocabulary import vocabulary
 
-LEAST, MOST = 0.5, 1.5  # of the area that a model of one size was trained for, what it still paints whole
+LEAST, MOST = 0.5, 1.5  # of the areas that a model was trained for, what it still paints whole
 
 
 def plan_project(
@@ -162,10 +162,10 @@ def say_doubts(job: Job) -> None:
 
 
 def far_off(job: Job) -> str:
-    """That pictures are far larger, or smaller, than a model of one size can paint; else nothing."""
-    native, _, alone = grid(job.model.name, job.model.variant)
+    """That pictures are far larger, or smaller, than what a model says it was trained for; else nothing."""
+    native, _, known = grid(job.model.name, job.model.variant)
     for width, height in {(shot.spec.width, shot.spec.height): None for shot in job.left}:
-        if alone and width and height and not LEAST <= width * height / native**2 <= MOST:
+        if known and width and height and not LEAST * known[0] <= width * height <= MOST * known[1]:
             made_for = f"the {native}x{native} that the model was made for"
             return f"{width}x{height} is far from {made_for}: expect broken pictures."
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class Grid(NamedTuple):
 
     native: int  # the side that it was trained for
     step: int  # what sides are multiples of: a token, which is two latent cells wide
-    alone: bool = False  # whether it was trained for squares of that side and nothing else
+    known: tuple[int, int] | None = None  # the least and the most pixels that it says it was trained for
 
 
 def grid(name: str, variant: str | None = None) -> Grid:
@@ -109,12 +110,13 @@ def grid(name: str, variant: str | None = None) -> Grid:
         raise K2Error(f'There is no model "{UNPRINTABLE.sub("?", name)}" here.')
     parts = library.find_parts(found)
     about = [library.describe(file) for file in library.files_in(parts.dit)]
-    native = next((int(each["native"]) for each in about if "native" in each), None)
+    native, shapes = (next((each[key] for each in about if each.get(key)), None) for key in ("native", "shapes"))
+    areas = [prod(map(int, shape.split("x"))) for shape in shapes or ()] + ([native**2] if native else [])
     stated = parts.vae / "config.json"
     own = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
     scales = (read_json(stated) if stated.is_file() else own or {}).get("dim_mult")
     step = 2 ** (len(scales) if isinstance(scales, list) else SCALES)
-    return Grid(native or NATIVE, step, alone=native is not None)
+    return Grid(native or NATIVE, step, (min(areas), max(areas)) if areas else None)
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,7 @@ def check_header(header: dict[str, Any], data: int) -> None:
 
 
 VARIANTS = ("raw", "turbo")
+SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
 SETTINGS = {"steps": 1000, "guidance": 100, "mu": 10}  # what may be recommended, and at most
 
 
@@ -116,6 +118,9 @@ def check_about(about: Any) -> None:
         raise ValueError(f"it calls itself {variant!r}, and there are {' and '.join(VARIANTS)}")
     if native is not None and not (type(native) is int and 0 < native <= 1 << 16):
         raise ValueError(f"it was trained for pictures of {native!r}")
+    shapes = about.get("shapes", [])
+    if not (isinstance(shapes, list) and all(isinstance(each, str) and SHAPE.fullmatch(each) for each in shapes)):
+        raise ValueError(f"it was trained for pictures of {shapes!r}")
     if settings is not None and not (isinstance(settings, dict) and all(map(recommendable, settings.items()))):
         raise ValueError(f"it recommends {settings!r}")
 

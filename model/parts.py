@@ -61,10 +61,10 @@ def shape_of(config: DiTConfig) -> tuple[int, int, int]:
 
 
 def only_side(dit: Checkpoint, unit: int) -> int | None:
-    """The side, in tokens of `unit` pixels, of the one square that a transformer says it was trained on. The open
-    weights say nothing: they have seen many sizes and shapes."""
-    native = dit.metadata.get("native")
-    return int(native) // unit if native else None
+    """The side, in tokens of `unit` pixels, of the one square that a transformer says it was trained on; None where it
+    names other shapes too, or nothing, as the open weights: those have seen many."""
+    native, shapes = (dit.metadata.get(key) for key in ("native", "shapes"))
+    return int(native) // unit if native and not shapes else None
 
 
 def release_numbers() -> Numbers:

@@ -771,9 +771,13 @@ def test_a_size_that_the_model_cannot_paint_is_told(moody, k2, size, broken):
 
 
 def test_a_model_of_many_sizes_is_taken_at_its_word(moody, k2):
-    write_weights(library.BOX / "mini-raw.safetensors", {"kind": "dit", "variant": "raw"})
-
+    about = {"kind": "dit", "variant": "raw"}
+    write_weights(library.BOX / "mini-raw.safetensors", about)
     assert "far from" not in k2("render", "--size", "64x64", "--dry-run").stderr
+
+    write_weights(library.BOX / "mini-raw.safetensors", about | {"native": 128, "shapes": ["96x64", "256x128"]})
+    for size, far in (("64x64", False), ("256x192", False), ("256x208", True)):
+        assert ("far from" in k2("render", "--size", size, "--dry-run").stderr) is far
 
 
 def test_doctor_finds_what_is_broken(moody, k2):

@@ -341,8 +341,12 @@ def test_weights_that_name_one_side_have_others_laid_around_its_middle(tiny, tmp
     assert Pipeline.load("tiny", device="cpu").dit.side == 4  # 64 px, of 16 a token
 
     state, about = read(tiny / "tiny-raw.safetensors")
-    save(tmp_path / "many.safetensors", state, {key: about[key] for key in about if key != "native"})
-    assert only_side(open_checkpoint(tmp_path / "many.safetensors"), 16) is None
+    for name, of_many in (
+        ("none", {key: about[key] for key in about if key != "native"}),
+        ("many", about | {"shapes": ["96x64"]}),
+    ):
+        save(tmp_path / f"{name}.safetensors", state, of_many)
+        assert only_side(open_checkpoint(tmp_path / f"{name}.safetensors"), 16) is None
 
 
 def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red):  # noqa: F811

@@ -434,14 +434,14 @@ def test_a_file_or_folder_has_the_grid_of_the_autoencoder_that_will_be_used(mood
     """A lone transformer is lent the box's; a folder's states its scales in diffusers' config."""
     write_weights(library.BOX / "mini-vae.safetensors", {"kind": "vae", "config": {"dim_mult": [2, 1, 2, 6, 12]}})
     write_weights(moody / "mine.safetensors", {"kind": "dit", "native": 256})
-    assert models.grid(str(moody / "mine.safetensors")) == (256, 32, True)
+    assert models.grid(str(moody / "mine.safetensors")) == (256, 32, (256**2, 256**2))
 
     for part in ("transformer", "text_encoder", "vae"):
         (moody / "mine" / part).mkdir(parents=True)
     write_weights(moody / "mine" / "transformer" / "model.safetensors", {"native": 512})
-    assert models.grid(str(moody / "mine")) == (512, 16, True)
+    assert models.grid(str(moody / "mine")) == (512, 16, (512**2, 512**2))
     (moody / "mine" / "vae" / "config.json").write_text(json.dumps({"dim_mult": [1, 2, 4, 4, 4, 4]}))
-    assert models.grid(str(moody / "mine")) == (512, 64, True)
+    assert models.grid(str(moody / "mine")) == (512, 64, (512**2, 512**2))
 
 
 def test_creativity_leads_each_seed_elsewhere_and_is_written_down(moody, k2):

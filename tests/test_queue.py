@@ -41,9 +41,10 @@ def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
     recipes = tmp_path / "recipes"
     recipes.mkdir()
     more = {
-        "two": 'init = "one"',
+        "two": 'init = "one"\nshapes = ["320x192"]',
         "guidance": 'init = "two"\nteacher = "two"\nstage = "turbo"\nmethod = "guidance"',
-        "three": 'init = "guidance"\nteacher = "two"\nstage = "turbo"\nmethod = "trajectory"\nwalk_steps = 2',
+        "three": 'init = "guidance"\nteacher = "two"\nstage = "turbo"\nmethod = "trajectory"\nwalk_steps = 2\n'
+        'shapes = ["320x192"]\nshaped = 0.5',
     }
     for name, size in (("one", 64), ("two", 256), ("guidance", 256), ("three", 256)):
         (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=more.get(name, "")))
@@ -62,9 +63,10 @@ def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
 
     made = open_checkpoint(tmp_path / "out" / "mini-raw.safetensors")
     assert made.metadata["native"] == 256 and made.metadata["config"]["width"] == 32
-    assert made.metadata["training"]["recipe"]["init"] == "one"
+    assert made.metadata["training"]["recipe"]["init"] == "one" and made.metadata["shapes"] == ["320x192"]
     turbo_made = open_checkpoint(tmp_path / "out" / "mini-turbo.safetensors").metadata
     assert (turbo_made["variant"], turbo_made["recommended"]["steps"]) == ("turbo", 2)
+    assert turbo_made["shapes"] == ["320x192"] and (folder / "latents-320x192.npy").exists()
     assert list((tmp_path / "out").glob("samples-*.png"))
 
 

@@ -614,6 +614,8 @@ class TestWeights:
             lora({"__metadata__": {"k2": "[" * 100_000}}),
             lora({"__metadata__": {"k2": '{"variant": "distilled"}'}}),
             lora({"__metadata__": {"k2": '{"native": "big"}'}}),
+            lora({"__metadata__": {"k2": '{"shapes": "320x192"}'}}),
+            lora({"__metadata__": {"k2": '{"shapes": ["320x192", "0x0"]}'}}),
             lora({"__metadata__": {"k2": '{"recommended": [8]}'}}),
             lora({"__metadata__": {"k2": '{"recommended": {"steps": "8"}}'}}),
             lora({"__metadata__": {"k2": '{"recommended": {"guidance": null}}'}}),
@@ -622,7 +624,7 @@ class TestWeights:
             (2**63).to_bytes(8, "little") + b"{}",
             lora(b"{" + b" " * (17 << 20) + b"}"),
         ],
-        ids=range(18),
+        ids=range(20),
     )
     def test_absurd_headers(self, tmp_path, content):
         (tmp_path / "a.safetensors").write_bytes(content)

@@ -142,7 +142,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         packaged_place(name) if name in loop.PACKAGED else loop.place_of(path)
         for name, path in zip(parents, paths, strict=True)
     ]
-    parent = saved(places[0]["recipe"])
+    shapes = max((tuple(each["recipe"].get("shapes", ())) for each in places), key=len)  # what one learned, all have
+    parent = replace(saved(places[0]["recipe"]), shapes=shapes)
     merged, figures = weighed(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")
     folder = RUNS / recipe.name
