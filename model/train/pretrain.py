@@ -283,9 +283,6 @@ class Trainee(nn.Module):
         self.style.initialise()
         self.pupil = Pupil(self.dit) if align else None
 
-    def compile(self) -> None:
-        compile_blocks(self.dit)
-
     def losses(self, batch: dict[str, Any], recipe: Recipe, teacher: Teacher | None = None) -> Losses:
         """All losses of a batch; with a teacher also the distance of its view."""
         device, generator, repeats = self.look_head.weight.device, batch["generator"], recipe.repeats
@@ -316,8 +313,9 @@ class Trainee(nn.Module):
         return Losses(flow, sigma, style_loss, apart, align)
 
 
-def compile_blocks(*networks: Krea2) -> None:
-    """Compile the blocks, where nearly all the work is; they share what is compiled.
+def compile_blocks(recipe: Recipe, *networks: Krea2) -> None:
+    """Compile the blocks, where nearly all the work is; they share what is compiled, for every length of a stream anew
+    unless shapes make these many.
 
     A card is done with the prompts before compiling for them would pay.
     """
@@ -325,7 +323,7 @@ def compile_blocks(*networks: Krea2) -> None:
     for dit in networks:
         prompts = (*dit.txtfusion.layerwise_blocks, *dit.txtfusion.refiner_blocks)
         for block in (*dit.blocks, *(() if dit.first.weight.is_cuda else prompts)):
-            block.compile(dynamic=False)
+            block.compile(dynamic=bool(recipe.shapes))
 
 
 def recompute(dit: Krea2) -> None:
@@ -413,7 +411,7 @@ class Pretraining(Drawing):
         return self.recipe.batch * self.recipe.repeats
 
     def compile(self) -> None:
-        self.model.compile()
+        compile_blocks(self.recipe, self.model.dit)
 
 
 class Run(loop.Run):

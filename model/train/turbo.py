@@ -97,7 +97,7 @@ class Turbo(pretrain.Drawing):
 
     def compile(self) -> None:
         networks = (self.model.dit, self.model.fake, self.teacher.dit)
-        pretrain.compile_blocks(*(network for network in networks if network is not None))
+        pretrain.compile_blocks(self.recipe, *(network for network in networks if network is not None))
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         generator, device = batch["generator"], self.empty.device
