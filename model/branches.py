@@ -18,6 +18,18 @@ from model.sampler import guided, style_guided
 from model.splice import Splice
 
 
+class Said(NamedTuple):
+    """What pictures made together are told, branch by branch: contexts [1, T, D], one for each picture."""
+
+    styled: Sequence[Sequence[Tensor]]  # the prompt with its styles, in every wording
+    plain: Sequence[Sequence[Tensor]] = ()  # the same without the styles' pictures, where it is a branch of its own
+    negative: Sequence[Tensor] = ()  # where there is guidance
+
+    @property
+    def branches(self) -> list[Sequence[Tensor]]:
+        return [*self.styled, *self.plain, *([self.negative] if self.negative else [])]
+
+
 class Group(NamedTuple):
     """Rows of one context length."""
 
@@ -28,17 +40,12 @@ class Group(NamedTuple):
 
 
 class Branches:
-    """A velocity for pictures of one schedule, as `model.sampler.euler` wants it.
-
-    The branches are, in this order, the prompt with its styles, in every wording; the same without the styles'
-    pictures, where those have a guidance of their own or count in part; and the negative prompt, where there is
-    guidance.
-    """
+    """A velocity for pictures of one schedule, as `model.sampler.euler` wants it."""
 
     def __init__(
         self,
         dit: Krea2,
-        contexts: Sequence[Sequence[Tensor]],
+        said: Said,
         mods: Tensor,
         grid: tuple[int, int],
         *,
@@ -50,35 +57,34 @@ class Branches:
         tie: Tie | None = None,
         pack: int = 0,
     ):
-        """contexts: of each branch, of each picture, [1, T, D]; mods [steps, 1, 7D] from `Krea2.modulate`. With a tie
-        the first picture is the leader. `presence`: how much of what pictures of styles change counts, below 1 on the
-        way to none. `shares`: of the wordings, whose sum is 1. `pack`: up to so many image tokens all groups are one
+        """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture is the leader. `presence`: how much
+        of what pictures of styles change counts, below 1 on the way to none; it and a style's guidance take the plain
+        branch. `shares`: of the wordings, whose sum is 1. `pack`: up to so many image tokens all groups are one
         stream."""
-        self.dit, self.mods, self.guidance, self.style_guidance = dit, mods, guidance, style_guidance
-        self.presence, self.shares = presence, shares
+        self.dit, self.said, self.mods, self.grid = dit, said, mods, grid
+        self.guidance, self.style_guidance, self.presence, self.shares = guidance, style_guidance, presence, shares
         self.splice, self.tie, self.pack = splice, tie, pack
-        self.count, self.pictures, self.grid = len(contexts), len(contexts[0]), grid
-        rows = [context for branch in contexts for context in branch]
+        self.count, self.pictures = len(said.branches), len(said.styled[0])
+        rows = [context for branch in said.branches for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
         # is the difference between a branch that has it and one that has not.
-        styled = range(len(rows) if style_guidance is None else self.pictures * len(shares))
+        styled = range(len(rows) if style_guidance is None else self.pictures * len(said.styled))
         self.spliced = [] if splice is None else self._groups(rows, styled)
-        self.plain = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
+        self.others = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """tokens [B, L, C·p·p], fp32 -> the guided velocity [B, L, C·p·p]."""
         x = tokens.repeat(self.count, 1, 1)
-        v = self._evaluate(x, self.plain, step)
+        v = self._evaluate(x, self.others, step)
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
-        parts, wordings = v.chunk(self.count), len(self.shares)
-        with_style = self._whole(parts[:wordings])
-        conditional = with_style
-        if self.style_guidance is not None or self.presence < 1:
-            plain = self._whole(parts[wordings : 2 * wordings])
+        answers, wordings = v.chunk(self.count), len(self.said.styled)
+        with_style = conditional = self._whole(answers[:wordings])
+        if self.said.plain:
+            plain = self._whole(answers[wordings : 2 * wordings])
             with_style = torch.lerp(plain, with_style, self.presence)
             conditional = with_style if self.style_guidance is None else plain
-        v = guided(conditional, parts[-1], self.guidance) if self.guidance else conditional
+        v = guided(conditional, answers[-1], self.guidance) if self.said.negative else conditional
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 
     def _whole(self, wordings: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,15 @@ from model.dit import Attend, DiTConfig, attention
 from model.spec import RenderSpec
 from model.splice import first_block, guarded, moments, pulled
 
+Spec = TypeVar("Spec", bound=RenderSpec)
+
 # At c = 1. More attention ties looks more and lets the leader's content through: at 0.75 eight prompts of a run lose a
 # tenth of their subjects on Raw. Damping alone lets twice as many go astray.
 NOISE, PULL, SHARE = 1.0, 0.8, 0.65
 GUARD = "both"  # against the leader's content
 
 
-def leader_of(spec: RenderSpec) -> RenderSpec | None:
+def leader_of(spec: Spec) -> Spec | None:
     """The picture that a spec is tied to: its own but for prompt, negative and seed. None where nothing is shared."""
     if not spec.cohesion or spec.leader is None:
         return None

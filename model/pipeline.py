@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model import library
 from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, negative_prompt, steer_away
-from model.branches import Branches
+from model.branches import Branches, Said
 from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.errors import K2Error
@@ -46,7 +46,7 @@ from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import Able, apart, presence, schedule, settle, weighed, wordings
+from model.settle import Able, Settled, apart, presence, schedule, settle, weighed, wordings
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -183,7 +183,7 @@ class Pipeline:
 
         export_diffusers(self, Path(folder))
 
-    def resolve(self, spec: RenderSpec) -> RenderSpec:
+    def resolve(self, spec: RenderSpec) -> Settled:
         """The spec with every recommendation filled in. Raises K2Error for what cannot be rendered."""
         spec = settle(spec, self._able)
         for lora in spec.adapters:
@@ -195,12 +195,12 @@ class Pipeline:
         sees, reads = self._vision_tower is not None, self.parts.style is not None
         return Able(self.name, self.native, self._unit, self.recommended, reads=reads, sees=sees)
 
-    def _batches(self, specs: Iterable[RenderSpec]) -> Iterator[list[RenderSpec]]:
+    def _batches(self, specs: Iterable[Settled]) -> Iterator[list[Settled]]:
         """Neighbours that share a schedule, as many at once as make it faster."""
         limit = TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
         if self.plan.offload == "all":
             limit = max(limit, TOKENS_STREAMED)
-        batch: list[RenderSpec] = []
+        batch: list[Settled] = []
         for spec in specs:
             rows = (len(batch) + 1) * (len(wordings(spec)) * (1 + apart(spec)) + bool(spec.guidance))
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
@@ -213,7 +213,7 @@ class Pipeline:
             yield batch
 
     @torch.inference_mode()
-    def _render(self, specs: list[RenderSpec], on_step: OnStep | None) -> list[Picture]:
+    def _render(self, specs: list[Settled], on_step: OnStep | None) -> list[Picture]:
         """Pictures of one schedule, together."""
         started = time.perf_counter()
         if self.device.type == "cuda":  # another pipeline may have made another card the one in hand
@@ -232,48 +232,50 @@ class Pipeline:
             for spec, image in zip(specs, images, strict=True)
         ]
 
-    def _latents(self, specs: list[RenderSpec], adapters: Hashable, on_step: OnStep | None) -> Tensor:
+    def _latents(self, specs: list[Settled], adapters: Hashable, on_step: OnStep | None) -> Tensor:
         """The network's part of it -> [B, C, H/f, W/f]. Raises K2Error where numbers overflow."""
-        height, width, steps, mu, guidance, *_ = schedule(specs[0])
-        config = self.dit.config
-        rows, columns = height // self.vae.factor, width // self.vae.factor
+        first, config = specs[0], self.dit.config
+        rows, columns = first.height // self.vae.factor, first.width // self.vae.factor
         grid = (rows // config.patch, columns // config.patch)
 
-        leader = leader_of(specs[0])
+        leader = leader_of(first)
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
-        said = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
-        shares = [each[0].share for each in said]
-        ways = (True, False) if apart(specs[0]) else (True,)
-        contexts = [
-            [
-                self._context(wording.prompt, adapters, spec if styled else None, avoided(spec))
-                for wording, spec in zip(each, made, strict=True)
+        worded = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
+
+        def contexts(styled: bool) -> list[list[Tensor]]:
+            return [
+                [
+                    self._context(wording.prompt, adapters, spec if styled else None, avoided(spec))
+                    for wording, spec in zip(each, made, strict=True)
+                ]
+                for each in worded
             ]
-            for styled in ways
-            for each in said
-        ]
-        if guidance:
-            contexts.append([self._context(negative_prompt(spec), adapters) for spec in made])
-        sigmas = shifted_sigmas(steps, mu)
+
+        said = Said(
+            contexts(styled=True),
+            contexts(styled=False) if apart(first) else (),
+            [self._context(negative_prompt(spec), adapters) for spec in made] if first.guidance else (),
+        )
+        sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
         velocity = Branches(
             self.dit,
-            contexts,
+            said,
             mods,
             grid,
-            guidance=guidance,
-            style_guidance=specs[0].style_guidance,
-            presence=presence(specs[0]),
-            shares=shares,
-            splice=self._splice(specs[0], sigmas, mods, grid, adapters),
-            tie=Tie(config, specs[0].cohesion, sigmas, grid) if leader else None,
+            guidance=first.guidance,
+            style_guidance=first.style_guidance,
+            presence=presence(first),
+            shares=[each[0].share for each in worded],
+            splice=self._splice(first, sigmas, mods, grid, adapters),
+            tie=Tie(config, first.cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,
         )
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
         if leader:
-            start = shared_noise(start, specs[0].cohesion)
+            start = shared_noise(start, first.cohesion)
         start = patchify(start.to(self.device), config.patch)
-        tokens = euler(velocity, start, sigmas, on_step and (lambda done: on_step(done, steps)))
+        tokens = euler(velocity, start, sigmas, on_step and (lambda done: on_step(done, first.steps)))
         if leader:
             following = iter(range(1, len(made)))
             tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]
@@ -343,13 +345,13 @@ class Pipeline:
         return CaptureCache(cache_folder() / "splice")
 
     def _splice(
-        self, spec: RenderSpec, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
+        self, spec: Settled, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
     ) -> Splice | None:
         """The spliced references of pictures of one schedule; each is read once, and passed once a step unless kept."""
         references = weighed(spec, "splice")
         if not references:
             return None
-        assert spec.width and spec.height and spec.leak_guard
+        assert spec.leak_guard
         context = self._context(NEUTRAL, adapters)
         rope = self.dit.rope(context.shape[1], grid)
         patch, shape = self.dit.config.patch, (spec.height // self.vae.factor, spec.width // self.vae.factor)
@@ -382,7 +384,7 @@ class Pipeline:
 
     def _record(
         self,
-        spec: RenderSpec,
+        spec: Settled,
         image: Image.Image,
         seconds: float,
         files: Mapping[Path, str],
@@ -425,8 +427,7 @@ class Pipeline:
         """Threads that share the work out, which the last bits depend on; None on a card."""
         return torch.get_num_threads() if self.device.type == "cpu" else None
 
-    def _image_tokens(self, spec: RenderSpec) -> int:
-        assert spec.width and spec.height
+    def _image_tokens(self, spec: Settled) -> int:
         return spec.width * spec.height // self._unit**2
 
     @property

@@ -10,7 +10,7 @@ from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
 from model.sampler import raw_mu
-from model.spec import LEAK_GUARDS, METHODS, TILES, Lora, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, TILES, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES
 from model.style import Weighed, weigh
 from model.vision import MOST_PICTURES
@@ -36,7 +36,18 @@ class Able:
     sees: bool  # its text encoder has a vision tower
 
 
-def settle(spec: RenderSpec, able: Able) -> RenderSpec:
+@dataclass(frozen=True)
+class Settled(RenderSpec):
+    """A spec as a model renders it: nothing is left to recommend."""
+
+    width: int = 0
+    height: int = 0
+    steps: int = 0
+    guidance: float = 0.0
+    mu: float = 0.0
+
+
+def settle(spec: RenderSpec, able: Able) -> Settled:
     """The spec as this model renders it. Raises K2Error for what it cannot."""
     width, height = size_of(spec, able)
     steps = able.recommended["steps"] if spec.steps is None else spec.steps
@@ -52,12 +63,12 @@ def settle(spec: RenderSpec, able: Able) -> RenderSpec:
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
     loras = tuple(lora for lora in spec.loras if lora.weight)
-    spec = replace(spec, width=width, height=height, steps=steps, guidance=guidance, mu=mu)
-    spec = settle_styles(replace(spec, styles=styles, loras=loras))
-    for lora in spec.adapters:
+    said = vars(spec) | {"width": width, "height": height, "steps": steps, "guidance": guidance, "mu": mu}
+    settled = settle_styles(Settled(**(said | {"styles": styles, "loras": loras})))
+    for lora in settled.adapters:
         if not abs(lora.weight) <= MOST_WEIGHT:
             raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
-    return spec
+    return settled
 
 
 def size_of(spec: RenderSpec, able: Able) -> tuple[int, int]:
@@ -104,7 +115,7 @@ def with_method(style: Style, able: Able) -> Style:
     return replace(style, method="tokens" if able.reads else "splice") if style.method == "auto" else style
 
 
-def settle_styles(spec: RenderSpec) -> RenderSpec:
+def settle_styles(spec: Settled) -> Settled:
     """What only references have a use for: filled in where any count, none elsewhere. Raises K2Error."""
     guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
     if guard not in LEAK_GUARDS:
@@ -197,19 +208,9 @@ def without(prompt: str, words: Iterable[str]) -> str:
     return prompt
 
 
-def schedule(spec: RenderSpec) -> tuple[int, int, int, float, float, tuple[Lora, ...], Hashable]:
-    """What pictures made together have in common: height, width, steps, mu, guidance, adapters, and how styles and the
-    leader enter."""
-    assert spec.height and spec.width and spec.steps and spec.mu is not None and spec.guidance is not None
-    spliced = [(style.strength, style.references) for style in spec.styles if style.method == "splice"]
-    shares = tuple(wording.share for wording in wordings(spec))
-    alike = (
-        spec.style_guidance,
-        presence(spec),
-        shares,
-        spec.leak_guard,
-        tuple(spliced),
-        spec.cohesion,
-        leader_of(spec),
-    )
-    return spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.adapters, alike
+def schedule(spec: Settled) -> Hashable:
+    """What pictures that are made together have in common."""
+    course = (spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.style_guidance, spec.adapters)
+    spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
+    looks = (presence(spec), tuple(wording.share for wording in wordings(spec)), spec.leak_guard, spliced)
+    return course, looks, spec.cohesion, leader_of(spec)

@@ -44,7 +44,7 @@ from measure import (
 )
 from torch import Tensor, nn
 
-from model.branches import Branches
+from model.branches import Branches, Said
 from model.cohesion import Tie
 from model.dit import Krea2
 from model.eight_bit import NUMBERS, formats, shrink
@@ -429,7 +429,7 @@ class Bench:
         )
         tie = Tie(net.config, 0.5, [0.5], grid)
         led = [
-            Branches(net, [embeds], one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
+            Branches(net, Said([embeds]), one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
             for pack in (sys.maxsize, 0)
         ]
         noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
