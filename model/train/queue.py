@@ -1,8 +1,9 @@
 """The next piece of training for a GPU that is there for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
 
 Draws the data set where it is not there, from the archives of `.data/mini` (which travel, where no registry can be
-reached), encodes it on the device, trains the stages of `STAGES` that are not done, Raw and then Turbo, sharing the
-minutes out, and leaves 8-bit weights and sheets of samples. Called again it goes on where it was cut off.
+reached), encodes it on the device, trains the stages of `STAGES` that are not done, sharing the minutes out, and leaves
+8-bit weights and sheets of samples: Raw goes on from the package's, and Turbo is made of it. Called again it goes on
+where it was cut off.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from model.train.loop import RUNS
 from model.train.shapes import LARGE, Shape
 
 STAGES = (
-    ("gpu-256", 0.5),
-    ("gpu-styles", 0.24),
-    ("gpu-guidance", 0.05),
-    ("gpu-turbo", 0.21),
+    ("gpu-further", 0.66),
+    ("gpu-guidance", 0.06),
+    ("gpu-turbo", 0.28),
 )  # recipe, share of the minutes
-RELEASED = ("gpu-styles", "gpu-turbo")
+RELEASED = ("gpu-further", "gpu-turbo")
 
 
 def main(minutes: float, out: Path, device: str) -> None:

@@ -69,7 +69,7 @@ def main(run: str, folder: Path = BOX) -> None:
             },
         ),
     }
-    if isinstance(stage, hearing.Recipe):  # whose style encoder stays what it is, words and all
+    if isinstance(stage, hearing.Recipe) or "style" in stage.frozen:  # the style encoder stays, words and all
         del parts["style."]
     for prefix, (name, metadata) in parts.items():
         state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
