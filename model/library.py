@@ -40,6 +40,7 @@ MANIFEST = "k2-pull.json"
 WEIGHTS = (".safetensors", ".gguf")
 DEEPEST = 3  # folders that weights lie in, their own counted
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a file's name, krea2Turbo_v10 too
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
@@ -281,9 +282,13 @@ def the_weights(folder: Path) -> Path:
 
 
 def variant_of(path: Path) -> str | None:
-    """raw or turbo: as the weights state, else by the words of a file's name; else None."""
-    words = re.split(r"[-_. ]", path.stem.lower()) if path.suffix in WEIGHTS else []
-    return stated_variant(path) or next((variant for variant in ("turbo", "raw") if variant in words), None)
+    """raw or turbo: as the weights state, else by the words of a file's name, or of its folder's or repository's on the
+    hub; else None."""
+    names, above = [path.stem] if path.suffix in WEIGHTS else [], [parent.name for parent in path.parents]
+    if repository := next((name for name in above if name.startswith("models--")), None):
+        names += above[: above.index(repository) + 1]
+    said = [{word.lower() for word in WORDS.findall(name)} for name in names]
+    return stated_variant(path) or next((each for words in said for each in ("turbo", "raw") if each in words), None)
 
 
 def stated_variant(path: Path) -> str | None:

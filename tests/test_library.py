@@ -106,6 +106,36 @@ def test_paths(home: Path):
 
 
 @pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("krea2_turbo_fp8_scaled", "turbo"),
+        ("krea2Turbo_v10", "turbo"),
+        ("krea2TurboOfficial_krea2TurboNvfp4", "turbo"),
+        ("Krea2Turbo-Q4_K_M", "turbo"),
+        ("KREA2_TURBO", "turbo"),
+        ("krea2turbo", "turbo"),
+        ("krea2Raw_bf16", "raw"),
+        ("strawberry_v2", None),
+    ],
+)
+def test_a_files_name_tells_its_variant(home: Path, name: str, variant: str | None):
+    """Turbo with Raw's steps and guidance is a burnt picture, and six times as slow."""
+    assert library.find(str(write(home / f"{name}.safetensors", transformer()))).variant == variant
+
+
+def test_a_repositorys_name_tells_its_files_variant(home: Path):
+    snapshot = home / f"hf/hub/models--some--Krea-2-Turbo-GGUF/snapshots/{COMMIT}"
+    for name in ("Q8_0", "raw-Q8_0", "RAW/Q8_0"):
+        write(snapshot / f"{name}.safetensors", transformer())
+    ref = snapshot.parents[1] / "refs/main"
+    ref.parent.mkdir()
+    ref.write_text(COMMIT)
+
+    for name, variant in (("Q8_0", "turbo"), ("raw-Q8_0", "raw"), ("RAW/Q8_0", "raw")):
+        assert library.find(f"some/Krea-2-Turbo-GGUF/{name}.safetensors").variant == variant
+
+
+@pytest.mark.parametrize(
     "name", ["krea-2", "krea-2-turbo", "krea/Krea-2-Turbo", f"krea-2@{COMMIT[:6]}", "krea-2-turbo@main"]
 )
 def test_the_official_models_by_all_their_names(pulled: Path, name: str):
