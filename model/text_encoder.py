@@ -8,6 +8,7 @@ B batch, T tokens, P tokens before them, N taps, E width, H query heads, G key/v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.checkpoint import Checkpoint, open_checkpoint, read_json, refuse_unreadable
-from model.errors import K2Error
+from model.checkpoint import Checkpoint, open_checkpoint, read_json, refuse_unreadable, some
+from model.errors import K2Error, count_of
+from model.quantize import is_auxiliary
 from model.stream import stream
 
 SYSTEM = (
@@ -361,6 +363,14 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
             raise K2Error(f"{name} of {path} is {list(shape)}, its config asks for {list(tensor.shape)}.")
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
     refuse_unreadable(replace(checkpoint, tensors=own))
+    heard = re.compile(rf"(embed_tokens|layers\.({'|'.join(map(str, range(len(tower.layers))))}))\.")
+    known = tower.state_dict()
+    extra = [name for name in own if heard.match(name) and name not in known and not is_auxiliary(name)]
+    if extra:  # scales of a way to store numbers, biases: to leave them out would be another encoder
+        raise K2Error(
+            f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL has not ({some(sorted(extra))}).",
+            hint="Use the text encoder that came with the model, in bf16 or fp8_scaled.",
+        )
     return tower, replace(checkpoint, tensors=own)
 
 

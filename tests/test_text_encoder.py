@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from model.checkpoint import open_checkpoint, save
 from model.errors import K2Error
 from model.text_encoder import PREFIX, PROMPT_TOKENS, SPECIAL_TOKENS, SUFFIX, TextConfig, TextEncoder, TextTower
 
@@ -189,6 +191,25 @@ def test_a_diffusers_folder_states_its_taps(qwen, tmp_path):
     encoder = TextEncoder.load(tmp_path)
 
     assert torch.equal(encoder.encode(["fox"])[0], qwen.encoder.encode(["fox"])[0])
+
+
+@pytest.mark.parametrize("beside", ["scale", "zero_point", "svd_up", "bias"])
+def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
+    """Numbers in 8 bits mean nothing without their scales, whatever those are called."""
+    config = json.loads((qwen.folder / "config.json").read_text())
+    state = dict(open_checkpoint(qwen.folder).read())
+    name = next(name for name in state if name.endswith("layers.1.mlp.up_proj.weight"))
+    for spare in ("language_model.layers.5.mlp.up_proj.", "visual.blocks.0.mlp.linear_fc1."):  # never heard
+        state[f"model.{spare}{beside}2"] = torch.ones(3)
+    shutil.copy(qwen.folder / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save(tmp_path / "model.safetensors", state, {})
+    assert torch.equal(TextEncoder.load(tmp_path, taps=TAPS).encode(["fox"])[0], qwen.encoder.encode(["fox"])[0])
+
+    state[f"{name.removesuffix('weight')}{beside}"] = torch.ones(48)
+    save(tmp_path / "model.safetensors", state, {})
+    with pytest.raises(K2Error, match=rf"1 tensor that Qwen3-VL has not \(layers.1.mlp.up_proj.{beside}\)"):
+        TextEncoder.load(tmp_path, taps=TAPS)
 
 
 def test_a_tower_too_shallow_for_krea_is_refused(qwen):
