@@ -6,7 +6,7 @@ its company. Where it pays all groups are one stream, which only attention takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,15 +19,15 @@ from model.splice import Splice
 
 
 class Said(NamedTuple):
-    """What pictures made together are told, branch by branch: contexts [1, T, D], one for each picture."""
+    """What pictures made together are told: contexts [1, T, D], one for each picture."""
 
-    styled: Sequence[Sequence[Tensor]]  # the prompt with its styles, in every wording
-    plain: Sequence[Sequence[Tensor]] = ()  # the same without the styles' pictures, where it is a branch of its own
+    ways: Mapping[str, Sequence[Sequence[Tensor]]]  # as `model.settle.ways` names and orders them, of every wording
     negative: Sequence[Tensor] = ()  # where there is guidance
 
     @property
     def branches(self) -> list[Sequence[Tensor]]:
-        return [*self.styled, *self.plain, *([self.negative] if self.negative else [])]
+        ways = [branch for way in self.ways.values() for branch in way]
+        return [*ways, self.negative] if self.negative else ways
 
 
 class Group(NamedTuple):
@@ -58,17 +58,17 @@ class Branches:
         pack: int = 0,
     ):
         """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture is the leader. `presence`: how much
-        of what pictures of styles change counts, below 1 on the way to none; it and a style's guidance take the plain
-        branch. `shares`: of the wordings, whose sum is 1. `pack`: up to so many image tokens all groups are one
-        stream."""
+        of what is "styled" and not "lasting" counts, below 1 on the way to none. `shares`: of the wordings, whose sum
+        is 1. `pack`: up to so many image tokens all groups are one stream."""
         self.dit, self.said, self.mods, self.grid = dit, said, mods, grid
         self.guidance, self.style_guidance, self.presence, self.shares = guidance, style_guidance, presence, shares
         self.splice, self.tie, self.pack = splice, tie, pack
-        self.count, self.pictures = len(said.branches), len(said.styled[0])
+        self.count, self.pictures = len(said.branches), len(said.branches[0])
         rows = [context for branch in said.branches for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
         # is the difference between a branch that has it and one that has not.
-        styled = range(len(rows) if style_guidance is None else self.pictures * len(said.styled))
+        plain = [context for branch in said.ways.get("plain", ()) for context in branch]
+        styled = range(len(rows) if style_guidance is None else len(rows) - len(plain) - len(said.negative))
         self.spliced = [] if splice is None else self._groups(rows, styled)
         self.others = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
 
@@ -78,12 +78,12 @@ class Branches:
         v = self._evaluate(x, self.others, step)
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
-        answers, wordings = v.chunk(self.count), len(self.said.styled)
-        with_style = conditional = self._whole(answers[:wordings])
-        if self.said.plain:
-            plain = self._whole(answers[wordings : 2 * wordings])
-            with_style = torch.lerp(plain, with_style, self.presence)
-            conditional = with_style if self.style_guidance is None else plain
+        answers, wordings = v.chunk(self.count), len(self.shares)
+        ways = {way: self._whole(answers[i * wordings :][:wordings]) for i, way in enumerate(self.said.ways)}
+        with_style = ways["styled"]
+        if self.presence < 1:
+            with_style = torch.lerp(ways["lasting" if "lasting" in ways else "plain"], with_style, self.presence)
+        conditional = with_style if self.style_guidance is None else ways["plain"]
         v = guided(conditional, answers[-1], self.guidance) if self.said.negative else conditional
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 

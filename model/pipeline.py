@@ -46,7 +46,7 @@ from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import Able, Settled, apart, presence, schedule, settle, weighed, wordings
+from model.settle import Able, Settled, presence, read_beside, schedule, settle, ways, weighed, wordings
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -202,7 +202,7 @@ class Pipeline:
             limit = max(limit, TOKENS_STREAMED)
         batch: list[Settled] = []
         for spec in specs:
-            rows = (len(batch) + 1) * (len(wordings(spec)) * (1 + apart(spec)) + bool(spec.guidance))
+            rows = (len(batch) + 1) * (len(wordings(spec)) * len(ways(spec)) + bool(spec.guidance))
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
             most = limit * (2 if spec.cohesion and roomy else 1)  # in larger company a leader costs less
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
@@ -242,18 +242,17 @@ class Pipeline:
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
         worded = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
 
-        def contexts(styled: bool) -> list[list[Tensor]]:
+        def contexts(way: str) -> list[list[Tensor]]:
             return [
                 [
-                    self._context(wording.prompt, adapters, spec if styled else None, avoided(spec))
+                    self._context(wording.prompt, adapters, spec, way, avoided(spec))
                     for wording, spec in zip(each, made, strict=True)
                 ]
                 for each in worded
             ]
 
         said = Said(
-            contexts(styled=True),
-            contexts(styled=False) if apart(first) else (),
+            {way: contexts(way) for way in ways(first)},
             [self._context(negative_prompt(spec), adapters) for spec in made] if first.guidance else (),
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
@@ -283,10 +282,13 @@ class Pipeline:
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(self, prompt: str, adapters: Hashable, styled: RenderSpec | None = None, away: Avoided = ()) -> Tensor:
-        """What the transformer sees of a prompt and of a spec's styles, led away from what is avoided, [1, T, D]."""
-        references, shown = (weighed(styled, method) if styled else () for method in ("tokens", "vision"))
-        tiles, keep_rows = (styled.vision_tiles, bool(styled.vision_rows)) if styled and shown else (None, False)
+    def _context(
+        self, prompt: str, adapters: Hashable, spec: RenderSpec | None = None, way: str = "plain", away: Avoided = ()
+    ) -> Tensor:
+        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, led away from what is
+        avoided, [1, T, D]."""
+        references, shown = read_beside(spec, way) if spec else ((), ())
+        tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
 
         def read() -> Tensor:
             if shown:

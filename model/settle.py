@@ -151,10 +151,10 @@ def weighed(spec: RenderSpec, method: str) -> tuple[Weighed, ...]:
 
 
 def presence(spec: RenderSpec) -> float:
-    """How much of what references change counts, 0 … 1: the way to none is continuous.
+    """How much of what rows of references change counts, 0 … 1: the way to none is continuous.
 
     Rows that say nothing are rows all the same, and a picture with them is another: a strength that comes to nothing
-    takes them along, by the velocity.
+    takes them along, by the velocity. What has no rows, as a splice, does not depend on it.
     """
     tokens = sum(abs(each.weight) for each in weighed(spec, "tokens"))
     seen = [each.weight for each in weighed(spec, "vision")] if spec.vision_rows else []
@@ -162,9 +162,21 @@ def presence(spec: RenderSpec) -> float:
     return min(max(strengths) / FADE, 1.0) if any(strengths) else 1.0
 
 
-def apart(spec: RenderSpec) -> bool:
-    """Whether the prompt without its styles is a branch of its own."""
-    return spec.style_guidance is not None or presence(spec) < 1
+def ways(spec: RenderSpec) -> tuple[str, ...]:
+    """The branches that a prompt is evaluated in: "styled", as asked for; "lasting", where something counts in part,
+    without that; "plain", where styles have a guidance of their own, without any reference. "plain" serves for both
+    where nothing lasts."""
+    fades, guided = presence(spec) < 1, spec.style_guidance is not None
+    lasts = bool(weighed(spec, "splice")) or any(read_beside(spec, "lasting"))
+    return ("styled", *(["lasting"] if fades and (lasts or not guided) else []), *(["plain"] if guided else []))
+
+
+def read_beside(spec: RenderSpec, way: str) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
+    """The references that a prompt is read with in one of the `ways`: those that become tokens, and those seen."""
+    tokens, seen = weighed(spec, "tokens"), weighed(spec, "vision")
+    if way == "styled":
+        return tokens, seen
+    return (), tuple(each for each in seen if way == "lasting" and not (spec.vision_rows and each.weight > 0))
 
 
 class Wording(NamedTuple):
@@ -212,5 +224,6 @@ def schedule(spec: Settled) -> Hashable:
     """What pictures that are made together have in common."""
     course = (spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.style_guidance, spec.adapters)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
-    looks = (presence(spec), tuple(wording.share for wording in wordings(spec)), spec.leak_guard, spliced)
+    shares = tuple(wording.share for wording in wordings(spec))
+    looks = (presence(spec), ways(spec), shares, spec.leak_guard, spliced)
     return course, looks, spec.cohesion, leader_of(spec)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -451,3 +452,20 @@ def test_tokens_and_splice_in_one_picture(tiny, refs):  # noqa: F811
     assert len({pixels(picture) for picture in ways}) == 3
     assert [style["method"] for style in ways[3].record["styles"]] == ["tokens", "splice"]
     assert ways[0].record["styles"][0]["method"] == "tokens"
+
+
+@pytest.mark.parametrize("style_guidance", [None, 0.0, 1.5])
+@pytest.mark.parametrize("spliced", [1.0, -1.0])
+def test_a_spliced_style_stays_whole_while_another_comes_in(tiny, refs, style_guidance, spliced):  # noqa: F811
+    """Rows that say next to nothing are faded in; what has no rows is not faded with them."""
+    pipeline = Pipeline.load("tiny", device="cpu")
+
+    def made(strength: float) -> np.ndarray:
+        styles = (
+            Style("a", spliced, (Reference(refs[0]),), method="splice"),
+            Style("b", strength, (Reference(refs[1]),), method="tokens"),
+        )
+        spec = replace(FOX, styles=styles, style_guidance=style_guidance)
+        return np.asarray(pipeline.render([spec])[0].image, np.float32)
+
+    assert np.abs(made(0.0) - made(1e-6)).mean() < 0.01 < np.abs(made(0.0) - made(0.1)).mean()

@@ -320,6 +320,16 @@ def test_what_is_seen_comes_in_without_a_jump(seeing, refs, monkeypatch, rows):
     assert off(0.05, 0.0501) < 0.02 < off(0.0, 0.1)
 
 
+def test_what_pushes_away_stays_whole_while_another_comes_in(seeing, refs, monkeypatch):
+    """The rows of a picture of little weight are faded in; those of negative weight have none, and stay as they are."""
+    monkeypatch.setattr(vision, "PIXELS", 128 * 128)
+
+    def made(strength: float) -> np.ndarray:
+        return np.asarray(seeing.render([looking((refs[0], strength), (refs[1], -1.0))])[0].image, np.float32)
+
+    assert np.abs(made(0.0) - made(1e-6)).mean() < 0.01 < np.abs(made(0.0) - made(0.1)).mean()
+
+
 def test_what_is_avoided_moves_words_and_no_rows_of_pictures(seeing, refs, monkeypatch):
     monkeypatch.setattr(vision, "PIXELS", 128 * 128)
     heard, encode_text = [], seeing.dit.encode_text

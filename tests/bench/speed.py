@@ -427,9 +427,11 @@ class Bench:
             lambda: net.velocities(groups, one_step),
             lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
         )
-        tie = Tie(net.config, 0.5, [0.5], grid)
+        tie, said = Tie(net.config, 0.5, [0.5], grid), Said({"styled": [embeds]})
         led = [
-            Branches(net, Said([embeds]), one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
+            Branches(
+                net, Said({"styled": [embeds]}), one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack
+            )
             for pack in (sys.maxsize, 0)
         ]
         noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
