@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who save
 PIXELS = 512 * 512  # that a reference is read at
 SEED = 0x71135  # of the shuffling: a reference is always shuffled alike
 MOST_PICTURES = 16
+FAINT = 0.1  # of the heaviest picture's weight, below which a picture's rows are thinned out, down to none at 0
 
 
 @dataclass(frozen=True)
@@ -274,22 +276,30 @@ class Reader:
     def encode(self, prompt: str, pictures: Sequence[Shown], *, keep_rows: bool) -> Tensor:
         """The prompt's rows as pictures of positive and negative weight leave them -> [1, T or T + V, N, E].
 
-        The sum of the positive weights is the strength, and that of the negative ones; `keep_rows` lets the rows of the
-        positive pictures follow, each with as much information as its weight says.
+        Pictures in one span are read as one, so weights that differ count by readings of fewer: with t_1 < t_2 < … the
+        sizes of the weights, r_k the reading of the n_k pictures of t_k and more, and r_0 that of none, the words are
+        r_0 ± Σ n_k (t_k − t_{k−1}) (r_k − r_0). `keep_rows` lets the rows of the positive pictures follow, each with as
+        much information as its weight says, and on the way to nothing beside another ever fewer of them.
         """
         plain = self.text.encode([prompt])[0]
         words, rows = plain, []
         for side in (1, -1):
-            shown = [picture for picture in pictures if picture.weight * side > 0]
-            if not shown:
-                continue
-            strength = sum(picture.weight for picture in shown)
-            read, seen, counts = self.read(prompt, [picture.pixels for picture in shown])
-            words = words + strength * (read - plain)
-            if keep_rows and side > 0:
-                heaviest = max(picture.weight for picture in shown)
-                known = [min(strength, 1.0) * picture.weight / heaviest for picture in shown]
-                rows.append(informed(seen[0], torch.tensor(known).repeat_interleave(torch.tensor(counts)))[None])
+            shown = [picture for picture in pictures if round(picture.weight * side, 9) > 0]
+            sizes = [round(picture.weight * side, 9) for picture in shown]
+            own: list[Any] = [0.0] * len(shown)  # rows of each picture [V, N, E]
+            for before, size in pairwise([0.0, *sorted(set(sizes))]):
+                some = [index for index, each in enumerate(sizes) if each >= size]
+                read, seen, counts = self.read(prompt, [shown[index].pixels for index in some])
+                words = words + side * len(some) * (size - before) * (read - plain)
+                for index, part in zip(some, seen[0].split(counts), strict=True):
+                    own[index] = own[index] + (size - before) / sizes[index] * part
+            if keep_rows and side > 0 and shown:
+                heaviest, strength = max(sizes), min(sum(sizes), 1.0)
+                kept = [thinned(each, size / heaviest / FAINT) for each, size in zip(own, sizes, strict=True)]
+                known = [
+                    torch.full((len(each),), strength * size / heaviest) for each, size in zip(kept, sizes, strict=True)
+                ]
+                rows.append(informed(torch.cat(kept), torch.cat(known))[None])
         return torch.cat((words, *rows), 1)
 
     def read(self, prompt: str, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
@@ -356,6 +366,12 @@ def informed(rows: Tensor, known: Tensor) -> Tensor:
     nearest = (wide[:, None] - anchors).square().sum(-1).argmin(1)  # [V, N]
     anchor = anchors[nearest, torch.arange(rows.shape[1], device=rows.device)]
     return anchor.lerp(wide, known.to(wide)[:, None, None]).to(rows.dtype)
+
+
+def thinned(rows: Tensor, share: float) -> Tensor:
+    """Rows [V, …] spread evenly over all of them, so many as make up a share of 0 … 1, or more and all."""
+    count = min(round(share * len(rows)), len(rows))
+    return rows[(torch.arange(count, device=rows.device) + 0.5).mul(len(rows) / max(count, 1)).long()]
 
 
 def shuffled(pixels: Tensor, tiles: int) -> Tensor:

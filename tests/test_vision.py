@@ -184,6 +184,32 @@ def test_strength_moves_the_words_along_a_line(qwen, pictures):
     assert encode(-1.0, keep_rows=True).shape[1] == words
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_several_pictures_count_by_their_weights(qwen, pictures, side):
+    """Equal weights are one reading; others are readings of fewer, so that none jumps in at next to nothing."""
+    plain = qwen.encoder.encode(["an owl"])[0]
+
+    def moved(*weights: float) -> torch.Tensor:
+        shown = [Shown(picture, side * weight) for picture, weight in zip(pictures, weights, strict=False)]
+        return side * (qwen.reader.encode("an owl", shown, keep_rows=False) - plain)
+
+    both = qwen.reader.read("an owl", pictures[:2])[0] - plain
+    torch.testing.assert_close(moved(0.5, 0.5), both)
+    torch.testing.assert_close(moved(0.2, 0.8), 0.4 * both + 0.6 * moved(0, 1))
+    assert (moved(0.2, 0.8) - moved(0.8, 0.2)).norm() > 0.1 * both.norm()
+    torch.testing.assert_close(moved(1e-6, 1), moved(0, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moved(1e-12, 1), moved(0, 1))
+
+
+def test_rows_of_a_picture_come_in_one_by_one(qwen, pictures):
+    def rows(*weights: float) -> torch.Tensor:
+        shown = [Shown(picture, weight) for picture, weight in zip(pictures, weights, strict=False)]
+        return qwen.reader.encode("an owl", shown, keep_rows=True)[0, len(qwen.encoder.token_ids("an owl")) :]
+
+    assert [len(rows(at, 0.7)) for at in (0, 0.001, 0.02, 0.04, 0.07, 0.7)] == [8, 8, 10, 11, 14, 14]
+    torch.testing.assert_close(rows(1e-6, 0.7), rows(0, 0.7), atol=1e-4, rtol=1e-4)
+
+
 def test_less_information_brings_rows_to_a_few_statistics():
     rows = torch.randn(40, 3, 32)
 
@@ -318,6 +344,18 @@ def test_what_is_seen_comes_in_without_a_jump(seeing, refs, monkeypatch, rows):
 
     assert off(0.0, 1e-6) < 0.01 and off(0.0, -1e-6) < 0.01
     assert off(0.05, 0.0501) < 0.02 < off(0.0, 0.1)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_picture_comes_in_beside_another_without_a_jump(seeing, refs, monkeypatch, rows):
+    monkeypatch.setattr(vision, "PIXELS", 128 * 128)
+
+    def made(*weights: float) -> np.ndarray:
+        spec = looking(*zip(refs, weights, strict=True), vision_rows=rows)
+        return np.asarray(seeing.render([spec])[0].image, np.float32)
+
+    alone = made(0.0, 1.0)
+    assert np.abs(alone - made(1e-6, 1.0)).mean() < 0.01 < np.abs(made(0.9, 0.1) - made(0.1, 0.9)).mean()
 
 
 def test_what_pushes_away_stays_whole_while_another_comes_in(seeing, refs, monkeypatch):
