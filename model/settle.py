@@ -192,16 +192,19 @@ def wordings(spec: RenderSpec) -> list[Wording]:
     Words have no strength: a style of words alone gets its own by the velocity. With the strengths t_1 < t_2 < … of
     such styles, `eased`, v_k the velocity of the prompt with the words of those of t_k and more, and v_0 with the words
     of none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a style's strength, its words join
-    whole.
+    whole, also where such a style says them too.
     """
     alone = [style for style in spec.styles if style.keywords and not (style.references or style.lora)]
     strengths = sorted({style.strength for style in alone if style.strength > 0})
+    others = [style for style in spec.styles if style not in alone or style.strength < 0]
+    joined = ((*style.keywords, *style.triggers) if style.strength > 0 else style.avoids for style in others)
+    whole = {word for words in joined for word in words}
     found, prompt, before = [], spec.prompt, 0.0
     for strength in strengths:
         reached = eased(strength)
         found.append(Wording(prompt, reached - before))
         lost = [word for style in alone if style.strength == strength for word in style.keywords]
-        kept = {word for style in alone if style.strength > strength for word in style.keywords}
+        kept = whole | {word for style in alone if style.strength > strength for word in style.keywords}
         prompt, before = without(prompt, [word for word in lost if word not in kept]), reached
     return [each for each in (*found, Wording(prompt, 1 - before)) if each.share]
 

@@ -261,6 +261,22 @@ def test_pictures_and_adapters_carry_a_styles_strength_themselves():
         assert wordings(spec) == [(spec.prompt, 1.0)]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        Style("red", 0.5, (Reference(Path("a.png")),), keywords=("grain",)),
+        Style("film", 0.5, lora=Path("a.safetensors"), triggers=("grain",)),
+        Style("clean", -0.5, avoids=("grain",)),
+    ],
+    ids=["pictures", "LoRA", "turned around"],
+)
+def test_a_style_of_words_takes_none_from_another_that_joins_whole(other):
+    """The command line joins what two styles say once: turned up from nothing, one must not turn the other down."""
+    spec = worded(("wet", 0.2, ("grain", "soft light")))
+    said = wordings(replace(spec, styles=(*spec.styles, other)))
+    assert [prompt for prompt, _ in said] == [f"{FOX.prompt}, grain, soft light", f"{FOX.prompt}, grain"]
+
+
 @pytest.mark.parametrize("method", ["tokens", "splice"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
 def test_words_are_turned_up_without_a_jump(pipeline, red, settings, method, tmp_path, monkeypatch):
