@@ -6,6 +6,7 @@ before text fusion, and costs nothing per step.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -32,9 +33,10 @@ def avoided(spec: RenderSpec) -> Avoided:
     """
     if spec.guidance:
         return ()
-    weights: dict[str, float] = defaultdict(float)
+    strengths: dict[str, list[float]] = defaultdict(list)
     for phrase, strength in of_styles(spec):
-        weights[phrase] = min(weights[phrase] + strength, MOST)
+        strengths[phrase].append(strength)
+    weights = defaultdict(float, {phrase: min(math.fsum(each), MOST) for phrase, each in strengths.items()})
     for phrase in Counter(phrases(spec.negative)) - Counter(phrase for phrase, _ in of_styles(spec)):
         weights[phrase] = max(weights[phrase], 1.0)
     return tuple(sorted((phrase, weight) for phrase, weight in weights.items() if weight))
@@ -43,7 +45,7 @@ def avoided(spec: RenderSpec) -> Avoided:
 def negative_prompt(spec: RenderSpec) -> str:
     """What guidance leads away from: the spec's negative prompt, and what its styles avoid where it lacks that."""
     said = phrases(spec.negative)
-    lacking = dict.fromkeys(phrase for phrase, _ in of_styles(spec) if phrase not in said)
+    lacking = sorted({phrase for phrase, _ in of_styles(spec) if phrase not in said})
     return ", ".join(filter(None, [spec.negative, *lacking]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -162,6 +163,14 @@ def test_guidance_leads_away_from_what_styles_avoid(tiny):  # noqa: F811
         for each in (replace(spec, negative="fog, snow"), replace(spec, styles=(dusk,)), spec)
     )
     assert said == worn != plain
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_the_order_of_styles_means_nothing_to_what_they_avoid(guidance):
+    words = (("a", 0.1, ("snow", "fog")), ("b", 0.2, ("ink", "fog")), ("c", 0.3, ("fog", "glossy")))
+    styles = [Style(name, strength, avoids=avoids) for name, strength, avoids in words]
+    specs = [replace(FOX, guidance=guidance, styles=order) for order in itertools.permutations(styles)]
+    assert len({(avoided(spec), negative_prompt(spec)) for spec in specs}) == 1
 
 
 def test_with_guidance_the_negative_prompt_does_it():
