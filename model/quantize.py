@@ -90,7 +90,9 @@ def scale_of(name: str, names: Mapping[str, object]) -> str | None:
 
 
 PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
-HARMLESS = {"format", "full_precision_matrix_mult"}
+HARMLESS = {  # told by scales and shapes as well, of before, or of a rotation that `convrot` tells
+    "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "convrot_groupsize",
+}  # fmt: skip
 
 
 def marks_of(table: str) -> list[str]:

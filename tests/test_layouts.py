@@ -21,7 +21,7 @@ from model.dit import DiTConfig
 from model.errors import K2Error
 from model.headers import read_header
 from model.layouts import load_dit, to_diffusers
-from model.quantize import quantise
+from model.quantize import quantise, to_int8
 
 # wide enough for GGUF's blocks of 256; the text's matrices are narrower, as some of every real network's are
 TINY = DiTConfig(width=256, heads=4, kv_heads=2, blocks=2, text_width=64, text_taps=3, text_heads=2)
@@ -65,6 +65,20 @@ def comfy_fp8(folder: Path, state, scale_name: str, mark: str = '{"format": "flo
             stored["model.diffusion_model." + name] = tensor.bfloat16()
     if scale_name == "scale_weight":
         stored["model.diffusion_model.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    return native(folder, stored)
+
+
+INT8_ROWS = '{"format": "int8_tensorwise", "orig_dtype": "torch.bfloat16", "per_row": true}'
+
+
+def comfy_int8(folder: Path, state, mark: str = INT8_ROWS) -> Path:
+    """Matrices as int8 times a scale [out, 1] each row, marked as converters do; the rest bf16."""
+    stored = {name: tensor.bfloat16() for name, tensor in state.items()}
+    for name in [name for name, t in state.items() if name.startswith("blocks.") and t.ndim == 2]:
+        rows, scale = to_int8(state[name])
+        stored |= {name: rows, f"{name}_scale": scale[:, None]}
+        stored[f"{name.removesuffix('.weight')}.input_scale"] = torch.ones(())
+        stored[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(mark.encode()), dtype=torch.uint8)
     return native(folder, stored)
 
 
@@ -135,7 +149,13 @@ EXACT: dict[str, tuple[str, Write]] = {
 ROUNDED: dict[str, tuple[float, float, Write]] = {
     "native bf16": (2**-8, 0.006, lambda f, _, s: native(f, {n: t.bfloat16() for n, t in s.items()})),
     "int8 rows": (1 / 254 + 1e-4, 0.01, lambda f, _, s: native(f, quantise(s))),
+    "int8 rows, marked": (1 / 254 + 1e-4, 0.01, lambda f, _, s: comfy_int8(f, s)),
     "fp8_scaled": (2**-4, 0.03, lambda f, _, s: comfy_fp8(f, s, "weight_scale")),
+    "fp8_scaled, converted": (
+        2**-4,
+        0.03,
+        lambda f, _, s: comfy_fp8(f, s, "weight_scale", '{"format": "float8_e4m3fn", "orig_shape": [1, 1]}'),
+    ),
     "fp8_scaled, older": (2**-4, 0.03, lambda f, _, s: comfy_fp8(f, s, "scale_weight")),
     "GGUF F16": (2**-11, 0.001, lambda f, _, s: gguf_of(f, s, "F16")),
     "GGUF BF16": (2**-8, 0.006, lambda f, _, s: gguf_of(f, s, "BF16")),
@@ -227,11 +247,13 @@ def test_a_text_encoder_as_gguf(tmp_path):
     ("mark", "what"),
     [
         ('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}', "int8_tensorwise with convrot"),
+        (INT8_ROWS.replace("}", ', "convrot": true, "convrot_groupsize": 256}'), "int8_tensorwise with convrot"),
+        (INT8_ROWS.replace("}", ', "params": {"convrot": true}}'), "int8_tensorwise with params"),
         ('{"format": "nvfp4"}', "nvfp4"),
         ('{"format": ["x"]}', "unknown"),
         ("[" * 100_000, "unknown"),
     ],
-    ids=["rotated", "four bits", "nonsense", "deep"],
+    ids=["rotated", "rotated rows", "rotated in a table", "four bits", "nonsense", "deep"],
 )
 def test_weights_that_would_load_as_something_else(tmp_path, state, mark, what):
     """Rotated int8 has the very shapes of plain int8: only its mark tells."""
