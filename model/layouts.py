@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import AGAIN, Checkpoint, load, open_checkpoint, reader, some
+from model.checkpoint import AGAIN, Checkpoint, Stored, load, open_checkpoint, reader, some
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
@@ -105,14 +105,13 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
             if len(native) + len(unused) < len(tensors):
                 raise K2Error(f"{checkpoint.path} holds the network with and without {prefix}.", hint=GIVE)
             layout = "ComfyUI" if prefix else "native"
-            return replace(checkpoint, tensors=native, layout=layout, unused=tuple(sorted(unused)))
+            return replace(checkpoint, tensors=in_shape(native), layout=layout, unused=tuple(sorted(unused)))
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
         back |= {other + end: ours + end for end in SCALE_SUFFIXES for other, ours in stems.items()}
         native = {back.get(name, name): stored for name, stored in tensors.items()}
-        flat = {name: replace(s, shape=(prod(s.shape),)) for name, s in native.items() if name.endswith(".mod.lin")}
-        return replace(checkpoint, tensors=native | flat, layout="diffusers")
+        return replace(checkpoint, tensors=in_shape(native), layout="diffusers")
     what = next(
         (what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "something else"
     )
@@ -120,6 +119,17 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 GIVE = "Give the file or folder of the diffusion transformer."
+
+
+def in_shape(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors under native names, in native shapes where others have them otherwise: modulation as 6 × width, and the
+    projector's one row as a vector, since what writes GGUF in 4 bits keeps no dimensions of 1."""
+    shapes: dict[str, tuple[int, ...]] = {
+        name: (prod(s.shape),) for name, s in tensors.items() if name.endswith(".mod.lin")
+    }
+    if (row := tensors.get("txtfusion.projector.weight")) and len(row.shape) == 1:
+        shapes["txtfusion.projector.weight"] = (1, *row.shape)
+    return {name: replace(s, shape=shapes.get(name, s.shape)) for name, s in tensors.items()}
 
 
 def count_blocks(names: Iterable[str], stem: str) -> int:
