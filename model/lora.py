@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint
 from model.dit import Krea2
-from model.errors import K2Error
+from model.errors import K2Error, brief
 from model.hashes import sha256
 from model.headers import read_header, read_json, some
 from model.layouts import diffusers_names
@@ -56,6 +56,7 @@ OTHER_MODELS = {  # whose layers are called so; the first that fits
     r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
 }
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
+BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
 ON_RAW = "Give a LoRA that was trained on Krea 2."
 
@@ -281,6 +282,11 @@ def peft_settings(path: Path) -> PeftSettings:
             raise ValueError("an alpha that is no number")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
+    if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
+        raise K2Error(
+            f"{path} is an adapter of weights that PEFT changed first ({brief(begun)}), not of the model's own.",
+            hint="Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+        )
     return PeftSettings(None if alpha is None else float(alpha), alphas, bool(stated.get("use_rslora")))
 
 

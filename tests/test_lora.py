@@ -375,6 +375,17 @@ def test_settings_that_cannot_be_read(tmp_path, model, text):
     assert "settings" in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=text)
 
 
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_16", "olora", "corda", "loftq"])
+def test_made_for_a_base_that_was_changed_first(tmp_path, model, begun):
+    """What such an adapter begins with PEFT takes out of the base: on the base as it is, it would count twice."""
+    for prefix in ("", "transformer."):
+        stated = json.dumps({f"{prefix}init_lora_weights": begun})
+        assert begun in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated)
+    for plain in (True, False, "gaussian", "eva", "orthogonal"):
+        stated = json.dumps({"init_lora_weights": plain})
+        read_lora(write(tmp_path, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated), model)
+
+
 def test_files_that_hold_no_lora(tmp_path, model):
     assert "is no LoRA: it holds blocks.0.attn.wq.weight" in refused(
         tmp_path, model, {"blocks.0.attn.wq.weight": torch.ones(2)}
