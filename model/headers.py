@@ -148,8 +148,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The weight files of a folder: those its index names, else the only ones there are."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    """The weight files of a folder: those its index names, else the only one there is.
+
+    diffusers calls the same weights in other numbers NAME.fp16.safetensors: where NAME is there too, that is meant.
+    """
+    indices = (sorted(folder.glob(f"*.safetensors.index{variant}.json")) for variant in ("", ".*"))
+    index = next((index for found in indices for index in found), None)
     if index is not None:
         table = read_json(index).get("weight_map")
         names = set(map(str, table.values())) if isinstance(table, dict) else set()
@@ -159,7 +163,9 @@ def shards(folder: Path) -> list[Path]:
         if missing:
             raise K2Error(f"{folder} lacks {some(missing)} of the {len(names)} files its index names.", hint=AGAIN)
         return [folder / name for name in sorted(names)]
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name))
+    if files and all(file.name.startswith(f"{files[0].stem}.") for file in files):
+        files = files[:1]
     if len(files) != 1:
         found = "no .safetensors file" if not files else f"{len(files)} .safetensors files and no index"
         raise K2Error(f"{folder} holds {found}.", hint="Name the file itself.")

@@ -76,10 +76,12 @@ def test_native_names_under_any_prefix(tmp_path, state, prefix):
     assert_same(loaded, state)
 
 
-def test_diffusers_folder_in_shards(tmp_path, model, state):
-    """Written by diffusers itself, in several files with an index."""
-    reference(model).save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
-    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_diffusers_folder_in_shards(tmp_path, model, state, variant):
+    """Written by diffusers itself, in several files with an index, which it puts the variant's name into."""
+    reference(model).save_pretrained(tmp_path / "transformer", max_shard_size="100KB", variant=variant)
+    index = "diffusion_pytorch_model.safetensors.index" + (f".{variant}" if variant else "")
+    assert (tmp_path / "transformer" / f"{index}.json").exists()
 
     loaded, _ = load_dit(tmp_path / "transformer")
 
@@ -253,6 +255,15 @@ def test_metadata_is_not_trusted(tmp_path, state, config, what):
     path = tmp_path / "model.safetensors"
     save(path, state, {"kind": "dit", "config": config})
     assert what in refused(path)
+
+
+def test_beside_its_variants_a_file_is_the_one_that_is_meant(tmp_path):
+    for name in ("model", "model.fp16"):
+        save(tmp_path / f"{name}.safetensors", {name: torch.ones(2)}, {})
+    assert list(open_checkpoint(tmp_path).tensors) == ["model"]
+    save(tmp_path / "other.safetensors", {"other": torch.ones(2)}, {})
+    with pytest.raises(K2Error, match=r"3 \.safetensors files and no index"):
+        open_checkpoint(tmp_path)
 
 
 def test_folders_without_their_weights(tmp_path):
