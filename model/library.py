@@ -93,7 +93,7 @@ def find_parts(model: Model) -> Parts:
     """
     if model.source == "box":
         return Parts(model.path, *helpers(model.name))
-    folder = model.path if model.path.is_dir() else model.path.parent
+    folder = pipeline_of(model.path) or (model.path if model.path.is_dir() else model.path.parent)
     inner = model.path / "transformer"
     dit = inner if inner.is_dir() else model.path
     if is_lender(folder):
@@ -102,6 +102,13 @@ def find_parts(model: Model) -> Parts:
     if release is None or not is_lender(release) or (box.text.is_file() and listens(dit, box.text)):
         return box
     return Parts(dit, release, release / "vae")
+
+
+def pipeline_of(path: Path) -> Path | None:
+    """The folder of the diffusers pipeline that a path is, or whose transformer it is or lies in; else None."""
+    folder = path if path.is_dir() else path.parent
+    whole = folder.parent if folder.name == "transformer" else path
+    return whole if (whole / "model_index.json").is_file() else None
 
 
 def is_lender(folder: Path) -> bool:
@@ -300,8 +307,9 @@ def stated_variant(path: Path) -> str | None:
             if file.suffix in WEIGHTS and about.get("variant"):
                 return str(about["variant"])
     try:
-        index = json.loads((path / "model_index.json").read_text("utf-8"))
-        return "turbo" if index.get("is_distilled") else "raw"
+        pipeline = pipeline_of(path)
+        index = json.loads((pipeline / "model_index.json").read_text("utf-8")) if pipeline else None
+        return None if index is None else "turbo" if index.get("is_distilled") else "raw"
     except (OSError, ValueError, AttributeError):
         return None
 

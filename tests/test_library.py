@@ -123,6 +123,24 @@ def test_a_files_name_tells_its_variant(home: Path, name: str, variant: str | No
     assert library.find(str(write(home / f"{name}.safetensors", transformer()))).variant == variant
 
 
+def test_a_transformer_within_its_pipeline_is_what_that_says(home: Path):
+    """And takes the rest from it, not from whatever release is here."""
+    pipeline = home / "mine"
+    file = write(pipeline / "transformer/diffusion_pytorch_model.safetensors", diffusers())
+    for name in ("text_encoder", "vae"):
+        (pipeline / name).mkdir()
+    (pipeline / "model_index.json").write_text('{"is_distilled": true}')
+
+    for path in (pipeline, file.parent, file):
+        model = library.find(str(path))
+        parts = library.find_parts(model)
+        assert (model.variant, parts.text, parts.vae) == ("turbo", pipeline, pipeline / "vae")
+        assert parts.dit == (file if path == file else file.parent)
+        assert library.find(str(path), "raw") is None
+    beside = write(pipeline / "other.safetensors", transformer())
+    assert library.find(str(beside)).variant is None
+
+
 def test_a_repositorys_name_tells_its_files_variant(home: Path):
     snapshot = home / f"hf/hub/models--some--Krea-2-Turbo-GGUF/snapshots/{COMMIT}"
     for name in ("Q8_0", "raw-Q8_0", "RAW/Q8_0"):
