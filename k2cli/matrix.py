@@ -33,6 +33,7 @@ class Cell:
     settings: Mapping[str, Any] = field(default_factory=dict)
     row: str = ""
     caption: str = ""
+    where: str = ""  # its matrix was written, for messages
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Matrix:
     prompts: Sequence[str] = ()  # names; all where empty
     where: str = "--matrix"  # it was written, for messages
 
+    def about(self, prompt: str) -> bool:
+        """Whether the prompt of this name is one that it compares."""
+        return not self.prompts or prompt in self.prompts
+
     def count(self, settled: Collection[str] = ()) -> int:
         """How many combinations there are."""
         return math.prod(len(values) for name, values in self.axes.items() if name not in settled)
@@ -52,7 +57,7 @@ class Matrix:
         if self.count(settled) > MOST:
             raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer axes.")
         axes = {name: values for name, values in self.axes.items() if name not in settled}
-        return [cell(dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
+        return [cell(dict(zip(axes, values, strict=True)), self.where) for values in product(*axes.values())]
 
 
 def settled_by(given: Iterable[str], styles: Iterable[str] = ()) -> set[str]:
@@ -60,12 +65,12 @@ def settled_by(given: Iterable[str], styles: Iterable[str] = ()) -> set[str]:
     return {"size" if key in ("aspect", "resolution") else key for key in given} | {f"style.{name}" for name in styles}
 
 
-def cell(values: Mapping[str, Any]) -> Cell:
+def cell(values: Mapping[str, Any], where: str) -> Cell:
     styles = {name.removeprefix("style."): value for name, value in values.items() if name.startswith("style.")}
     asked = {name: value for name, value in values.items() if name in AXES}
     called = [f"{name.removeprefix('style.')} {show(value)}" for name, value in values.items()]
     one = {"batch": 1} if "seed" in asked else {}
-    return Cell(styles, asked | one, " · ".join(called[:-1]), "".join(called[-1:]))
+    return Cell(styles, asked | one, " · ".join(called[:-1]), "".join(called[-1:]), where)
 
 
 def show(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
@@ -19,7 +18,7 @@ from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.outputs import undisturbed, writing
 from k2cli.pictures import OnOther
-from k2cli.prompts import STEM, Prompt, name_files, read_prompts, spread
+from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import Settings, check_frame
 from k2cli.styles import Styles, words
 from k2cli.tables import (
@@ -244,7 +243,7 @@ class Project(Folder):
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file."""
         known = {name: prompt for prompt, name in name_files(self.prompts)}
-        read = {name: replace(prompt, text=escape(prompt.text)) for prompt, name, _ in spread(self.prompts)}
+        read = {prompt.name: replace(prompt, text=escape(prompt.text)) for prompt, _ in spread(self.prompts)}
         known |= {name: prompt for name, prompt in read.items() if name not in known and name in names}
         for name in names:
             if name not in known:
@@ -255,11 +254,10 @@ class Project(Folder):
 
     def uncompared(self, prompts: Sequence[Prompt] | None, matrices: Sequence[Matrix]) -> list[str]:
         """The names of the prompts that no matrix is about: they are not rendered beside those that are compared."""
-        if not all(matrix.prompts for matrix in matrices):
+        if not matrices:
             return []
-        about = {name for matrix in matrices for name in matrix.prompts}
-        names = dict.fromkeys(base for *_, base in spread(self.prompts if prompts is None else prompts))
-        return [name for name in names if matrices and name not in about]
+        names = dict.fromkeys(base for _, base in spread(self.prompts if prompts is None else prompts))
+        return [name for name in names if not any(matrix.about(name) for matrix in matrices)]
 
     def shots(
         self,
@@ -277,47 +275,30 @@ class Project(Folder):
         """
         if prompts is None and not self.prompts:
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
-        named = spread(self.prompts if prompts is None else prompts)
+        readings = spread(self.prompts if prompts is None else prompts)
         settled = settled_by(settings.elsewhere, styles or {})
         typed = {key: getattr(settings, key) for key in settings.elsewhere}
         looks, grid = cache_looks(self, settings, styles or {}), models.grid(settings.model, settings.variant)
+        alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
-        numbers: Counter[str] = Counter()
-        totals: Counter[str] = Counter()
-        for each in matrices:
-            for _, name, base in named:
-                if not each.prompts or base in each.prompts:
-                    totals[name[:STEM]] += each.count(settled)
-        digits = max(2, len(str(min(MOST, max(totals.values(), default=0)))))  # files sort as they are numbered
-        for matrix in matrices or (None,):
-            if matrix and "batch" in settled and "seed" in matrix.axes.keys() - settled:
-                raise K2Error(
-                    f"{matrix.where} lists the seeds, so a batch has nothing to say.", hint="Leave --batch out."
-                )
-            cells = matrix.cells(settled) if matrix else [Cell()]
-            for prompt, name, base in named:
-                if matrix and matrix.prompts and base not in matrix.prompts:
-                    continue
-                own = {**prompt.settings, "batch": 1} if matrix else prompt.settings  # a cell is one picture ...
-                wanted = settings.over(own, {key: f'The {key} of "{name}"' for key in own})
-                wanted = wanted.over(typed, settings.elsewhere)  # ... unless more are asked for here and now
-                asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
-                for cell in cells:
-                    stem = name[:STEM]
-                    numbers[stem] += 1
-                    called = f"{stem}-{numbers[stem]:0{digits}}" if matrix else name
-                    made = wanted.over(cell.settings, {key: f'The {key} of "{called}"' for key in cell.settings})
-                    axes = {style: (weight, matrix.where) for style, weight in cell.styles.items()} if matrix else {}
-                    series = self.series(prompt, called, made, looks(asked | axes), cell, grid)
-                    shots += series
-                    letters += len(series) * weigh(series[0])
-                if len(shots) > MOST:
-                    raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
-                if letters > MOST_PLAN:
-                    raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
+        for prompt, cells in compare(readings, matrices, settled) if matrices else alone:
+            own = {**prompt.settings, "batch": 1} if matrices else prompt.settings  # a cell is one picture ...
+            wanted = settings.over(own, {key: f'The {key} of "{prompt.name}"' for key in own})
+            wanted = wanted.over(typed, settings.elsewhere)  # ... unless more are asked for here and now
+            asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
+            for name, cell in cells:
+                made = wanted.over(cell.settings, {key: f'The {key} of "{name}"' for key in cell.settings})
+                axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
+                series = self.series(prompt, name, made, looks(asked | axes), cell, grid)
+                shots += series
+                letters += len(series) * weigh(series[0])
+            if len(shots) > MOST:
+                raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
+            if letters > MOST_PLAN:
+                raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
         if not shots:
-            about = listed(list(dict.fromkeys(base for *_, base in named)))
+            about = listed(list(dict.fromkeys(base for _, base in readings)))
             raise K2Error(
                 f"No [[matrix]] is about {about}.", hint="Name it in one, or compare here: --matrix steps=4,8"
             )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from k2cli.matrix import MOST_LETTERS, variants
+from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, variants
 from k2cli.settings import OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import NO_KEY, Place, check_keys, check_name, plain, read_table, read_weights
@@ -77,8 +78,8 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
-    """Every reading of every prompt, its file-name stem, and the name of the prompt that it comes from.
+def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    """Every reading of every prompt, named as its files, and the name of the prompt that it comes from.
 
     A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
     """
@@ -107,8 +108,34 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str, str]]:
                     name = f"{stem}-{number}"
                 taken.add(name.casefold())
                 last[stem] = number
-            found.append((replace(prompt, text=text, name=name), name, base))
+            found.append((replace(prompt, text=text, name=name), base))
     return found
+
+
+def compare(
+    readings: Sequence[tuple[Prompt, str]], matrices: Sequence[Matrix], settled: Collection[str]
+) -> Iterator[tuple[Prompt, list[tuple[str, Cell]]]]:
+    """Matrix by matrix, every reading that it is about, with its cells and a name for each of them.
+
+    settled  what the command line has said, about which nothing is left to compare
+    """
+    totals: Counter[str] = Counter()
+    for matrix in matrices:
+        for prompt, base in readings:
+            if matrix.about(base):
+                totals[prompt.name[:STEM]] += matrix.count(settled)
+    digits = max(2, len(str(min(MOST, max(totals.values(), default=0)))))  # files sort as they are numbered
+    numbers: Counter[str] = Counter()
+    for matrix in matrices:
+        if "batch" in settled and "seed" in matrix.axes.keys() - settled:
+            raise K2Error(f"{matrix.where} lists the seeds, so a batch has nothing to say.", hint="Leave --batch out.")
+        cells = matrix.cells(settled)
+        for prompt, base in readings:
+            if matrix.about(base):
+                stem = prompt.name[:STEM]
+                first = numbers[stem] + 1
+                numbers[stem] += len(cells)
+                yield prompt, [(f"{stem}-{number:0{digits}}", cell) for number, cell in enumerate(cells, first)]
 
 
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
