@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops
 
@@ -25,6 +25,9 @@ from k2cli.tables import LIMIT, Place, Toml, between, loads, read_table
 from model import picture_file
 from model.errors import K2Error, count_of
 from model.spec import Picture, RenderSpec
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
 
 MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # lines of a run.toml; those that are unlike all others
 MOST_ESCAPES = 1_000_000  # in its texts
@@ -217,18 +220,25 @@ def resume(project: Project, number: int | None = None) -> Job:
     used = records.part(models.Held, toml.table, "model", place)
     held = replace(used, name=models.resolve(used.name, project.inside, used.variant))
     sheet = read_table(SheetForm, toml.table.get("sheet", {}), place.below("sheet"))
-    embed = toml.table.get("embed", True) is True
-    job = Job(project, [shot for shot, _ in planned], held, run=run, sheet=sheet, embed=embed)
     for _, hashes in planned:
         records.verify(hashes)
-    for shot in job.shots:
+    shots = [shot for shot, _ in planned]
+    held = as_begun(project, run, shots, held)
+    return Job(project, shots, held, run=run, sheet=sheet, embed=toml.table.get("embed", True) is True)
+
+
+def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.Held) -> models.Held:
+    """The weights of a run as its first picture was made with them: what the plan left to choose is chosen as it was.
+
+    Raises K2Error where they, or the picture's references, are not what they were.
+    """
+    for shot in shots:
         if run.has(shot.stem) and project.inside(run[f"{shot.stem}.toml"]).is_file():
             label = f"{run.folder.name}/{shot.stem}.toml"
             record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside)
-            records.locate(record, project.inside)  # what was left to choose is chosen as it was
-            chosen = {key: value for key, value in vars(held).items() if value is not None}
-            return replace(job, model=replace(record.model, **chosen))
-    return job
+            records.locate(record, project.inside)
+            return replace(record.model, **{key: value for key, value in vars(planned).items() if value is not None})
+    return planned
 
 
 def read_plan(project: Project, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
@@ -243,17 +253,6 @@ def read_plan(project: Project, run: Run) -> tuple[Toml, list[tuple[Shot, dict[P
     return toml, [records.shot_of(entry, Place(toml).below("picture", i), project.inside) for i, entry in entries]
 
 
-def company(file: Path, home: Project | None, stem: str) -> tuple[list[RenderSpec], int]:
-    """All that was to be made in a picture's run, and its place in it; nothing where its plan is not beside it."""
-    folder = file.absolute().parent
-    if home is not None and (folder / RUN).is_file():
-        with suppress(K2Error):  # a run that can no longer be gone on with
-            shots = [shot for shot, _ in read_plan(home, Run(folder))[1]]
-            place = next((index for index, shot in enumerate(shots) if shot.stem == stem), None)
-            return ([shot.spec for shot in shots], place) if place is not None else ([], 0)
-    return [], 0
-
-
 def rerun(
     file: Path,
     home: Project | None,
@@ -264,38 +263,18 @@ def rerun(
     on_step: OnStep | None = None,
 ) -> tuple[Saved, int | None]:
     """Make a picture again -> where it is, how many levels of 255 it is off at most; None where that is not known.
-    Hashes are verified before.
-
-    By itself, and where that is not the same, in the company that it was made in: numbers round as they did then.
+    Hashes are verified before. Raises K2Error.
     """
     inside = home.inside if home else None
     record = records.parse(records.read(file), inside)
     model = records.locate(record, inside)
-    if output is None and home is None:
+    if output is not None:
+        check_output(output)
+    elif home is None:
         raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
     kept = format_of((output or picture_of(file)).name) or "png"
-    if output is not None and format_of(output.name) is None:
-        raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
-    for path in (output, output.with_suffix(".toml")) if output is not None else ():
-        if path.exists():
-            raise taken(path)
-    if output is not None and not output.parent.is_dir():
-        raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
-    if record.threads and str(pipeline.device) == "cpu":
-        use_threads(record.threads)
-    root = home.root if home else Path.cwd()
-    (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
-    again = records.compose(record.shot, picture, root)
-    if again["pixels"] != record.pixels and not again["blocked"]:
-        specs, place = company(file, home, record.shot.stem)
-        (group,) = groups_of(pipeline.batches(specs), {place}) or [()]
-        if len(group) > 1:
-            pictures = pipeline.stream([specs[index] for index in group], on_step=on_step)
-            beside = next(each for index, each in zip(group, pictures, strict=True) if index == place)
-            composed = records.compose(record.shot, beside, root)
-            if composed["pixels"] == record.pixels:
-                picture, again = beside, composed
+    picture, again = make_again(pipeline, record, file, home, on_step)
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
     encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
@@ -311,6 +290,51 @@ def rerun(
             path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
     off = 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
     return Saved(path, again, record.shot.stem), off
+
+
+def check_output(output: Path) -> None:
+    """Refuse a file that is no picture's, that is there already, or that has no folder."""
+    if format_of(output.name) is None:
+        raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
+    for path in (output, output.with_suffix(".toml")):
+        if path.exists():
+            raise taken(path)
+    if not output.parent.is_dir():
+        raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
+
+
+def make_again(
+    pipeline: Pipeline, record: records.Record, file: Path, home: Project | None, on_step: OnStep | None
+) -> tuple[Picture, dict[str, Any]]:
+    """A recorded picture and its new record: made by itself or, where only so it is the same, in the company that it
+    was made in, as numbers round as they did then."""
+    if record.threads and str(pipeline.device) == "cpu":
+        use_threads(record.threads)
+    root = home.root if home else Path.cwd()
+    (picture,) = pipeline.stream([record.shot.spec], on_step=on_step)
+    again = records.compose(record.shot, picture, root)
+    if again["pixels"] == record.pixels or again["blocked"]:
+        return picture, again
+    specs, place = company(file, home, record.shot.stem)
+    (group,) = groups_of(pipeline.batches(specs), {place}) or [()]
+    if len(group) > 1:
+        pictures = pipeline.stream([specs[index] for index in group], on_step=on_step)
+        beside = next(each for index, each in zip(group, pictures, strict=True) if index == place)
+        composed = records.compose(record.shot, beside, root)
+        if composed["pixels"] == record.pixels:
+            return beside, composed
+    return picture, again
+
+
+def company(file: Path, home: Project | None, stem: str) -> tuple[list[RenderSpec], int]:
+    """All that was to be made in a picture's run, and its place in it; nothing where its plan is not beside it."""
+    folder = file.absolute().parent
+    if home is not None and (folder / RUN).is_file():
+        with suppress(K2Error):  # a run that can no longer be gone on with
+            shots = [shot for shot, _ in read_plan(home, Run(folder))[1]]
+            place = next((index for index, shot in enumerate(shots) if shot.stem == stem), None)
+            return ([shot.spec for shot in shots], place) if place is not None else ([], 0)
+    return [], 0
 
 
 def use_threads(count: int) -> None:
