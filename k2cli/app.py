@@ -163,7 +163,7 @@ def new(
       k2 new taken --from fox.png --from owl.jpg
     """
     from k2cli.console import near, result, say, typed
-    from k2cli.project import Project
+    from k2cli.folder import Folder
 
     if not folder:  # as a path it would be the current folder
         raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
@@ -184,7 +184,7 @@ def new(
         def compose(name: str) -> str:
             return origins.project_text(name, named)
 
-    made = Project.create(Path(folder), compose)
+    made = Folder.create(Path(folder), compose)
     result(near(made))
     if not quiet:
         for note in notes:

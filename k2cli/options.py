@@ -20,8 +20,9 @@ from model.errors import K2Error
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from k2cli.folder import Folder
     from k2cli.matrix import Matrix
-    from k2cli.project import Folder, Project
+    from k2cli.project import Project
     from k2cli.prompts import Prompt
 
 
@@ -166,7 +167,7 @@ def find_folders(
     folders: Sequence[str], project: Path | None, allow_outside: bool
 ) -> tuple[list[Folder], list[K2Error]]:
     """The same without a look into their k2.toml, and of several what is wrong with those that are no projects."""
-    from k2cli.project import Folder
+    from k2cli.folder import Folder
 
     if folders and project:
         raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")

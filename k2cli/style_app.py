@@ -76,7 +76,7 @@ def add(
       k2 style add night outputs/0001-owl/owl-7.png
     """
     from k2cli.console import near, result, say
-    from k2cli.project import Outside
+    from k2cli.folder import Outside
     from k2cli.styles import add_style
     from k2cli.tables import check_value
     from model.picture_file import passed_over

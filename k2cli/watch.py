@@ -107,7 +107,7 @@ def check_options(settings: Mapping[str, Any]) -> None:
 
 def root_of(folder: Path | None, allow_outside: bool) -> Path:
     """The project's folder, whatever its k2.toml says. Raises K2Error where there is none."""
-    from k2cli.project import FILE, root_above
+    from k2cli.folder import FILE, root_above
 
     named = folder.parent if folder and folder.is_file() else folder
     root = named.absolute() if named else root_above(Path.cwd())

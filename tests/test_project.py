@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import tomllib
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, tree, write_weights
+from conftest import PROJECT, write_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2cli import models
+from k2cli.folder import Folder
 from k2cli.matrix import read_axes
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, name_files, slug
@@ -29,7 +28,7 @@ def shots(project: Project, prompts: list[Prompt] | None = None, styles: dict[st
 
 
 def test_a_new_project_resolves_as_it_stands(fake, tmp_path):
-    made = Project.create(tmp_path / "moody")
+    made = Folder.create(tmp_path / "moody")
 
     planned = shots(Project.open(made))
 
@@ -37,47 +36,6 @@ def test_a_new_project_resolves_as_it_stands(fake, tmp_path):
     assert planned[0].given == "a red fox"
     assert planned[0].spec.prompt == "a red fox, sticker style"
     assert (planned[0].spec.width, planned[0].spec.steps) == (None, None)  # the checkpoint's own
-
-
-def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch):
-    (tmp_path / "moody").mkdir()
-    monkeypatch.chdir(tmp_path / "moody")
-
-    Project.create(Path("."))
-
-    assert Project.find(Path.cwd()).name == "moody"
-    assert sorted(path.name for path in Path(".").iterdir()) == ["k2.toml", "refs", "styles"]
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-@pytest.mark.parametrize("stuck", ["", "styles", "k2.toml"])
-def test_an_empty_folder_may_be_a_mount_and_gets_all_or_nothing(fake, tmp_path, monkeypatch, stuck):
-    folder = tmp_path / "moody"
-    folder.mkdir()
-    move = os.replace
-
-    def replace(start: Path, end: Path) -> None:
-        if not start.is_relative_to(folder):
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        if end == folder / (stuck or "nothing"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        move(start, end)
-
-    monkeypatch.setattr(os, "replace", replace)
-
-    with pytest.raises(K2Error, match="Input/output error") if stuck else nullcontext():
-        Project.create(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ([] if stuck else ["k2.toml", "refs", "styles"])
-
-
-def test_a_new_project_never_overwrites(fake, tmp_path):
-    (tmp_path / "moody").mkdir()
-    (tmp_path / "moody" / "notes.txt").write_text("mine")
-    before = tree(tmp_path)
-
-    with pytest.raises(K2Error, match="not an empty folder"):
-        Project.create(tmp_path / "moody")
-    assert tree(tmp_path) == before
 
 
 def test_the_nearest_project_above_is_found(moody):

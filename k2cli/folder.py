@@ -1,0 +1,117 @@
+"""A project's folder on disk: made, found, and never left, whatever its k2.toml says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from k2cli import template
+from k2cli.outputs import undisturbed, writing
+from k2cli.tables import check_path, plain
+from model.errors import K2Error
+
+FILE = "k2.toml"
+
+
+class Outside(K2Error):
+    """A project's file that lies outside its folder; the hint is for commands that have --allow-outside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A project's folder, whatever its k2.toml says."""
+
+    root: Path
+    allow_outside: bool = False
+
+    @classmethod
+    def at(cls, folder: Path, *, allow_outside: bool = False) -> Folder:
+        """The folder of that name, or of that k2.toml. Raises K2Error where there is no project."""
+        if folder.is_file() and folder.name == FILE:
+            folder = folder.parent
+        if not folder.exists():
+            raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
+        if not (folder / FILE).is_file():
+            raise K2Error(
+                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {quote(folder.name)}"
+            )
+        return Folder(root=folder.absolute(), allow_outside=allow_outside)
+
+    @classmethod
+    def find(cls, start: Path, *, allow_outside: bool = False) -> Folder:
+        """That of a folder, or of the nearest one above it. Raises K2Error where there is none."""
+        if root := root_above(start):
+            return cls.at(root, allow_outside=allow_outside)
+        raise K2Error(f"There is no {FILE} in {start.absolute()} or above it.", hint="Make a project with: k2 new NAME")
+
+    @property
+    def outputs(self) -> Path:
+        return self.inside("outputs")
+
+    def inside(self, path: str | Path, where: str = "") -> Path:
+        """A path of the project, absolute. Links count as where they lead."""
+        full, asked = self.root / path, f"{where}: " if where else ""
+        check_path(path, asked)
+        try:
+            leaves = not full.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError):  # Python tells of links in a circle by the latter
+            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.") from None
+        if leaves and not self.allow_outside:
+            raise Outside(
+                f"{asked}{path} lies outside the project.",
+                hint="Copy it into the project, or allow it: --allow-outside",
+            )
+        return full
+
+    @staticmethod
+    def create(folder: Path, compose: Callable[[str], str] | None = None) -> Path:
+        """A new project that renders as it stands; it appears whole or not at all.
+
+        compose  k2.toml for a project of this name, in the place of the template and its style
+        """
+        folder = Path(os.path.abspath(folder))
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise K2Error(f"{folder} exists already and is not an empty folder.", hint="Choose another name.")
+        name = plain(folder.name, "The project's name")
+        there = folder.exists()  # perhaps a mount, to which nothing moves from beside it
+        draft = (folder if there else folder.parent) / f".{folder.name}.draft-{os.getpid()}"
+        try:
+            with writing(folder):
+                for part in ("refs", "styles"):
+                    (draft / part).mkdir(parents=True)
+                quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+                text = compose(name) if compose else template.PROJECT.format(name=quoted)
+                (draft / FILE).write_text(text, "utf-8")
+                if not compose:
+                    (draft / "styles" / "sticker.toml").write_text(template.STYLE, "utf-8")
+                if there:  # a shell may stand in it, so it stays, and k2.toml moves in last
+                    move_all(draft, folder, ("refs", "styles", FILE))
+                else:
+                    os.replace(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return folder
+
+
+def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:
+    """Move parts of a folder into another, or none of them."""
+    moved: list[str] = []
+    with undisturbed():
+        try:
+            for part in parts:
+                os.replace(start / part, end / part)
+                moved.append(part)
+        except OSError:
+            for part in moved:
+                os.replace(end / part, start / part)
+            raise
+
+
+def root_above(folder: Path) -> Path | None:
+    """The nearest folder with a k2.toml, this one or above it; whether that can be read is another question."""
+    folders = (folder.absolute(), *folder.absolute().parents)
+    return next((each for each in folders if (each / FILE).is_file()), None)
