@@ -169,20 +169,20 @@ def new(
         raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
     compose, notes, turbo = None, [], ""
     if pictures:
-        from k2cli import origins
+        from k2cli import origins, taken
 
         read = {picture: origins.read(picture) for picture in pictures}
-        named = origins.name(read.values())
+        named = taken.name(read.values())
         turbo = " --turbo" if all(each.turbo for each in read.values()) else ""
         first = next(iter(read.values()))
         notes = [
             f"{picture.name}: {lost} stayed behind."
             for picture, each in read.items()
-            for lost in origins.left_behind(each, first)
+            for lost in taken.left_behind(each, first)
         ]
 
         def compose(name: str) -> str:
-            return origins.project_text(name, named)
+            return taken.project_text(name, named)
 
     made = Folder.create(Path(folder), compose)
     result(near(made))

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from conftest import write_weights
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin
 
-from k2cli import origins
+from k2cli import origins, taken
 from k2cli.project import Project
-from model import library
 from model.errors import K2Error
 
 PARAMETERS = """a red fox, (film grain:1.2), <lora:dusk_v2:0.8>
@@ -233,155 +231,6 @@ def test_mflux_beside_the_picture(tmp_path):
         origins.read(tmp_path / "other.json")
 
 
-def test_a_new_project_from_pictures(moody, k2, tmp_path):
-    png(tmp_path / "a.png", parameters=PARAMETERS)
-    png(tmp_path / "b.png", prompt=json.dumps(GRAPH))
-
-    result = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png", "--from", tmp_path / "b.png")
-
-    assert "a.png: LoRA dusk_v2 stayed behind." in result.stderr
-    text = (tmp_path / "taken" / "k2.toml").read_text()
-    assert "# guidance = 6        # with dreams_v8" in text and "# it was 512x768" in text
-    project = Project.open(tmp_path / "taken")
-    shots = project.shots(project.settle())
-    assert [(shot.spec.prompt, shot.spec.negative, shot.spec.seed) for shot in shots] == [
-        ("a red fox, film grain, second line", "blurry, text", 1234567890),
-        ("a {red} fox", "blurry", 99),
-    ]
-    assert shots[0].spec.width < shots[0].spec.height  # the shape, at the model's own size
-    assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
-
-
-def test_prompts_that_would_be_called_alike():
-    """However their own numbers fall."""
-    named = origins.name([origins.Origin("k2", prompt=prompt) for prompt in ("fox", "fox 3", "fox", "fox")])
-    assert list(named) == ["fox", "fox-3", "fox-2", "fox-4"]
-
-
-@pytest.mark.parametrize("keep", ["k2", "parameters"])
-def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
-    k2("render", "-p", r"a fox in \{a|b\}", "--size", "64x96", "--steps", "5", "--guidance", "1.5")
-    (made,) = moody.glob("outputs/*/*-7.png")
-    with Image.open(made) as image:
-        png(tmp_path / "moved.png", **{keep: image.text[keep]})
-
-    k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
-    project = Project.open(tmp_path / "again")
-    (shot,) = project.shots(project.settle())
-
-    assert shot.spec.prompt == "a fox in {a|b}" and shot.spec.seed == 7
-    assert (shot.spec.width, shot.spec.height, shot.spec.steps, shot.spec.guidance) == (64, 96, 5, 1.5)
-
-
-@pytest.mark.parametrize("keep", ["k2", "parameters"])
-def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep):
-    """Its steps and guidance are the distilled checkpoint's own, and the others' would do with neither."""
-    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
-    k2("render", "-p", "a fox", "--turbo", "--steps", "5", "--guidance", "0")
-    (made,) = moody.glob("outputs/*/*-7.png")
-    with Image.open(made) as image:
-        png(tmp_path / "moved.png", **{keep: image.text[keep]})
-
-    result = k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
-    project = Project.open(tmp_path / "again")
-
-    assert "&& k2 render --turbo" in result.stderr
-    assert (project.settings.model, project.settings.steps, project.settings.guidance) == ("mini", None, None)
-
-
-def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
-    (moody / "styles").mkdir()
-    (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
-    k2("render", "-p", "a fox", "--style", "dusk=0.5")
-    (made,) = moody.glob("outputs/*/*-7.png")
-
-    result = k2("new", tmp_path / "again", "--from", made)
-
-    assert f"{made.name}: style dusk stayed behind." in result.stderr and "&& k2 render\n" in result.stderr
-
-
-def test_what_a_style_avoids_stays_behind_with_it(moody, k2, tmp_path):
-    """A phrase that the prompt avoids as well as its styles stays, once."""
-    (moody / "styles").mkdir()
-    (moody / "styles" / "dusk.toml").write_text('keywords = ["grain"]\navoids = ["glossy, neon", "text"]\n')
-    (moody / "styles" / "ink.toml").write_text('keywords = ["bold lines"]\navoids = ["text"]\n')
-    (moody / "styles" / "soft.toml").write_text('keywords = ["blurry"]\navoids = ["sharp"]\n')
-    text = 'text = "a red fox"'
-    (moody / "k2.toml").write_text(
-        (moody / "k2.toml").read_text().replace(text, f'{text}\navoid = "snow, glossy,  text"')
-    )
-    k2("render", "--only", "fox", "--style", "dusk=0.5", "--style", "ink=0.5", "--style", "soft=-0.5")
-    (made,) = moody.glob("outputs/*/*-7.png")
-
-    k2("new", tmp_path / "again", "--from", made)
-
-    assert Project.open(tmp_path / "again").prompts[0].avoid == "snow, glossy, text"
-
-
-@pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
-def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
-    k2("render", "-p", "a fox")
-    (made,) = moody.glob("outputs/*/*-7.png")
-    with Image.open(made) as image:
-        moved = png(tmp_path / "moved.png", k2=image.text["k2"].replace('name = "mini"', f'name = "{model}"'))
-
-    result = k2("new", tmp_path / "again", "--from", moved, "--from", made)
-
-    assert result.stderr.count("stayed behind") == 1 and f"moved.png: model {model} stayed behind." in result.stderr
-    assert Project.open(tmp_path / "again").settings.model == "mini"
-
-
-def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path):
-    """Weights of a name may be put here later; a project that asks for them says until then that they are missing."""
-    k2("render", "-p", "a fox", "--size", "96x64")
-    (made,) = moody.glob("outputs/*/*-7.png")
-    with Image.open(made) as image:
-        moved = png(tmp_path / "moved.png", k2=image.text["k2"].replace('name = "mini"', 'name = "nyx"'))
-
-    k2("new", tmp_path / "again", "--from", moved)
-
-    settings = Project.open(tmp_path / "again").settings
-    assert (settings.model, settings.size) == ("nyx", "96x64")
-    assert "nyx" in k2("render", tmp_path / "again", code=1).stderr
-
-
-def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
-    text = "a fox\nSteps: 0, CFG scale: 500, Seed: 3, Size: 64x64, Model: mini-raw, Version: k2 0.1.0"
-    png(tmp_path / "a.png", parameters=text)
-
-    result = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png")
-
-    assert "a.png: steps 0 stayed behind." in result.stderr
-    assert "a.png: guidance 499.0 stayed behind." in result.stderr
-    assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 1
-
-
-def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tmp_path):
-    k2("render", "-p", "a fox", "--batch", "2", "--cohesion", "0.5", "--creativity", "low", "--steps", "3")
-    k2("render", "-p", "an owl", "--creativity", "high", "--steps", "4")
-    led, owl = moody.glob("outputs/0001-*/*-8.png"), moody.glob("outputs/0002-*/*-7.png")
-
-    said = k2("new", tmp_path / "again", *(word for path in (*led, *owl) for word in ("--from", path))).stderr
-    project = Project.open(tmp_path / "again")
-
-    assert (project.settings.creativity, project.settings.steps, project.settings.cohesion) == ("low", 3, 0.0)
-    assert 'fox-8.png: cohesion 0.5 with "a fox' in said
-    assert "owl-7.png: creativity high stayed behind." in said and "owl-7.png: steps 4 stayed behind." in said
-
-
-def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
-    k2("render", "-p", "a fox", "--size", "64x96")
-    k2("render", "-p", "an owl", "--size", "96x64")
-    png(tmp_path / "wide.png", parameters="tea\nSteps: 20, Size: 1024x512")
-    fox, owl = moody.glob("outputs/*/*-7.png")
-
-    k2("new", tmp_path / "again", *(word for path in (fox, owl, tmp_path / "wide.png") for word in ("--from", path)))
-    project = Project.open(tmp_path / "again")
-
-    sizes = {shot.given: (shot.spec.width, shot.spec.height) for shot in project.shots(project.settle())}
-    assert sizes == {"a fox": (64, 96), "an owl": (96, 64), "tea": (176, 96)}
-
-
 def test_what_says_nothing_is_one_sentence(k2, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -435,7 +284,7 @@ records = st.fixed_dictionaries(
 @given(records)
 def test_whatever_a_record_says_it_is_only_read(record):
     for found in origins.readings({"k2": tomli_w.dumps(record)}, ""):
-        tomllib.loads(origins.project_text("x", origins.name([found])))
+        tomllib.loads(taken.project_text("x", taken.name([found])))
 
 
 @given(st.dictionaries(st.sampled_from("1234"), st.fixed_dictionaries({"inputs": nodes}) | trees), trees, st.text())
@@ -451,7 +300,7 @@ def test_whatever_stands_in_a_picture_it_is_only_read(graph, table, text):
     }
 
     for found in origins.readings(texts, text):
-        tomllib.loads(origins.project_text("x", origins.name([found])))
+        tomllib.loads(taken.project_text("x", taken.name([found])))
 
 
 def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
