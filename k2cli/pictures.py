@@ -14,9 +14,9 @@ from PIL import Image
 from k2cli.tables import UNPRINTABLE
 from model import picture_file
 from model.errors import K2Error
+from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-MOST_PIXELS = 64_000_000  # of a reference
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
 
@@ -129,8 +129,8 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
         raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
     except Exception:  # Pillow's decoders raise anything over a broken file
         raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
-    if width * height > MOST_PIXELS or min(width, height) < 8:
-        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint="8 pixels to 64 megapixels will do.")
+    if width * height > MOST_PIXELS or min(width, height) < LEAST_SIDE:
+        raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=WILL_DO)
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 
 

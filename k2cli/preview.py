@@ -19,7 +19,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from k2cli.pictures import MOST_PIXELS
 from model import picture_file
 
 WAYS = ("kitty", "iterm2", "sixel", "blocks", "off")
@@ -37,7 +36,7 @@ def preview(path: Path) -> None:
         return
     with suppress(Exception):  # Pillow raises anything over a broken file
         with picture_file.opened(path) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > picture_file.MOST_PIXELS:
                 return
             drawn = draw(image.convert("RGB"), way, os.environ)
         sys.stdout.write(drawn + "\n")

@@ -20,7 +20,6 @@ from PIL import Image
 
 from k2cli import formats, models
 from k2cli.history import loras
-from k2cli.pictures import MOST_PIXELS
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model import picture_file
@@ -221,7 +220,7 @@ def read(path: Path) -> Toml:
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
         with picture_file.opened(path) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > picture_file.MOST_PIXELS:
                 raise ValueError
             text = image.info.get("k2") if image.format == "PNG" else formats.record_of(image.info)
             if text is None and image.format == "PNG" and not getattr(image, "is_animated", False):

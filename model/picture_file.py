@@ -21,6 +21,8 @@ from model.headers import open_file
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
+LEAST_SIDE, MOST_PIXELS = 8, 1 << 26  # of a picture that is decoded
+WILL_DO = f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do."
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
 MOST_ASIDE = 32 << 20  # bytes of metadata

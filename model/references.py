@@ -13,8 +13,8 @@ from torch import Tensor
 
 from model import picture_file
 from model.errors import K2Error
+from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
 
-LEAST_SIDE, MOST_PIXELS = 8, 1 << 26
 STRIP = 512  # rows
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on the picture lies on its side
 
@@ -27,10 +27,7 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
     """
     with opened(path) as image:
         if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
-            raise K2Error(
-                f"{path} has {image.width} x {image.height} pixels.",
-                hint=f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do.",
-            )
+            raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
         ImageOps.exif_transpose(image, in_place=True)
         rgba = to_rgba(image)
     del image  # a large one is a quarter of a gigabyte

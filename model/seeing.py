@@ -18,7 +18,8 @@ from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import sha256
 from model.parts import load_style, load_vae
-from model.references import LEAST_SIDE, MOST_PIXELS, to_rgba
+from model.picture_file import LEAST_SIDE, MOST_PIXELS
+from model.references import to_rgba
 from model.style import StyleEncoder
 from model.words import Words
 
