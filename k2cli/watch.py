@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from k2cli.project import Project
     from k2cli.runs import Job, Saved
 
-PASSED_OVER = ("outputs", "gallery")  # of the project's folder: what is made, not what it is made of
 EVERY = 0.4  # seconds between two looks at the files
 
 
@@ -142,10 +141,12 @@ def key_of(asked: Any) -> str:
 
 def stamp(root: Path) -> dict[str, tuple[int, int]]:
     """When each file that a picture could be made of was changed, and its size."""
+    from model.picture_file import MADE
+
     found = {}
     for folder, folders, names in os.walk(root):
         top = Path(folder) == root
-        folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in PASSED_OVER)]
+        folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in MADE)]
         for name in names:
             try:
                 about = os.stat(os.path.join(folder, name))

@@ -28,6 +28,7 @@ MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB 
 MOST_ASIDE = 32 << 20  # bytes of metadata
 MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
 BLOCK = 1 << 20  # bytes read at once
+MADE = ("outputs", "gallery")  # of a project's folder: what is made, not what it is made of
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
 
 

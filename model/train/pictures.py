@@ -17,12 +17,11 @@ from torch import Tensor
 from model.errors import K2Error
 from model.hashes import sha256
 from model.parts import SpreadFluxVAE
-from model.picture_file import is_sheet
+from model.picture_file import MADE, is_sheet
 from model.references import fitting, to_pixels
 from model.vae import QwenImageVAE
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MADE = ("outputs", "gallery")  # folders of a project
 MOST_TEXT = 1 << 16  # bytes of a caption's file
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
