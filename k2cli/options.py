@@ -42,31 +42,31 @@ class Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
-        except K2Error as error:
-            from k2cli.console import show_error
-
-            show_error(error)
-            raise typer.Exit(2 if str(error).startswith("--") else 1) from None
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and not is_somewhere():
-                told = K2Error("The current folder is gone.", hint="Go to another one: cd ~")
-            elif error.errno in THEIRS and error.filename is not None:
-                name = os.fsdecode(error.filename)
-                short = name if len(name) < 200 else f"{name[:200]}…"
-                told = K2Error(f"{short}: {error.strerror}.", hint=THEIRS[error.errno])
-            else:
+        except (K2Error, OSError, UnicodeEncodeError) as error:
+            problem = as_problem(error)
+            if problem is None:
                 raise
             from k2cli.console import show_error
 
-            show_error(told)
-            raise typer.Exit(1) from None
-        except UnicodeEncodeError as error:  # of a path: what standard output has no sign for is no error
-            from k2cli.console import show_error
+            show_error(problem)
+            raise typer.Exit(2 if problem is error and str(error).startswith("--") else 1) from None
 
-            sign, encoding = error.object[error.start], error.encoding
-            hint = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
-            show_error(K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=hint))
-            raise typer.Exit(1) from None
+
+def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:
+    """An error as one that the user can fix; None where it is none of theirs, but a bug."""
+    if isinstance(error, K2Error):
+        return error
+    if isinstance(error, UnicodeEncodeError):  # of a path: what standard output has no sign for is no error
+        sign, encoding = error.object[error.start], error.encoding
+        hint = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
+        return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=hint)
+    if isinstance(error, FileNotFoundError) and not is_somewhere():
+        return K2Error("The current folder is gone.", hint="Go to another one: cd ~")
+    if error.errno in THEIRS and error.filename is not None:
+        name = os.fsdecode(error.filename)
+        short = name if len(name) < 200 else f"{name[:200]}…"
+        return K2Error(f"{short}: {error.strerror}.", hint=THEIRS[error.errno])
+    return None
 
 
 def is_somewhere() -> bool:
