@@ -311,41 +311,20 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     """What a record or a plan entry asks for, and the hashes of the references it needs."""
     prompt, made = part(AskedPrompt, table, "prompt", place), part(MadeWith, table, "settings", place)
     hashes: dict[Path, str] = {}
-    styles = []
-    for index, entry in enumerate(tables_of(table, "style", place)):
-        at = place.below("style", index)
-        style, references, lora = known_part(StyleUsed, entry, at), [], None
-        for number, each in enumerate(tables_of(entry, "reference", at)):
-            reference = known_part(ReferenceUsed, each, at.below("reference", number))
-            if inside is None:
-                raise K2Error(
-                    f"{place.toml.label} was made with {reference.image} of its project.",
-                    hint="Say where that is: --project DIR",
-                )
-            path = inside(reference.image)
-            hashes[path] = reference.sha256
-            references.append(Reference(path, reference.weight))
-        if "lora" in entry:
-            used = part(LoraUsed, entry, "lora", at)
-            if inside is None:
-                raise K2Error(
-                    f"{place.toml.label} was made with {used.file} of its project.",
-                    hint="Say where that is: --project DIR",
-                )
-            lora = inside(used.file)
-            hashes[lora] = used.sha256
-        styles.append(
-            Style(
-                style.name,
-                style.strength,
-                tuple(references),
-                tuple(style.keywords or ()),
-                tuple(style.avoids or ()),
-                lora,
-                tuple(style.triggers or ()),
-                style.method,
+
+    def own(file: str, sha: str) -> Path:
+        """A file of the project that the picture was made with."""
+        if inside is None:
+            raise K2Error(
+                f"{place.toml.label} was made with {file} of its project.",
+                hint="Say where that is: --project DIR",
             )
-        )
+        path = inside(file)
+        hashes[path] = sha
+        return path
+
+    entries = enumerate(tables_of(table, "style", place))
+    styles = [style_of(entry, place.below("style", index), own) for index, entry in entries]
     led = part(LedBy, table, "leader", place) if made.cohesion else None
     spec = RenderSpec(
         prompt=prompt.expanded,
@@ -357,6 +336,25 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
     kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
     return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption, prompt.creativity, kept), hashes
+
+
+def style_of(table: Mapping[str, Any], place: Place, own: Callable[[str, str], Path]) -> Style:
+    """A style as it was used; `own` finds its files by name and hash."""
+    used = known_part(StyleUsed, table, place)
+    entries = enumerate(tables_of(table, "reference", place))
+    pictures = (known_part(ReferenceUsed, each, place.below("reference", number)) for number, each in entries)
+    references = tuple(Reference(own(each.image, each.sha256), each.weight) for each in pictures)
+    adapter = part(LoraUsed, table, "lora", place) if "lora" in table else None
+    return Style(
+        name=used.name,
+        strength=used.strength,
+        references=references,
+        keywords=tuple(used.keywords or ()),
+        avoids=tuple(used.avoids or ()),
+        lora=own(adapter.file, adapter.sha256) if adapter else None,
+        triggers=tuple(used.triggers or ()),
+        method=used.method,
+    )
 
 
 def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:
