@@ -98,54 +98,67 @@ def carry_out(
     for job in jobs:
         licence.require_for(job.model.name, job.model.variant)
     for job in jobs:
-        job = replace(job, embed=job.embed and embed)
-        total, done, kept_back, folder = len(job.left), 0, 0, None
-        begun: list[Path] = []  # the run's folder
-        told: set[str] = set()  # prompts
-        if not total and not job.lacks_sheet:
+        if not job.left and not job.lacks_sheet:
             if not quiet:
                 say_finished(job)
             continue
         if not quiet:
             say_doubts(job)
-        try:
-            with meter(total, quiet=quiet) as bar:
-                for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
-                    done, folder = done + 1, saved.path.parent
-                    bar.saved(done)
-                    if on_saved:
-                        on_saved(saved)
-                    if done == 1 and not quiet:
-                        for lora in saved.record.get("lora") or ():
-                            say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
-                    asked = saved.record["prompt"]
-                    if asked["unread"] and asked["text"] not in told:
-                        told.add(asked["text"])
-                        say(f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.', "yellow")
-                    if blocked := saved.record["blocked"]:
-                        kept_back += 1
-                        say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
-                    if as_json:
-                        result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
-                    elif not blocked:
-                        result(near(saved.path))
-        except (KeyboardInterrupt, BrokenPipeError) as reason:
-            interrupted = isinstance(reason, KeyboardInterrupt)
-            if begun and (interrupted or not quiet):
-                there = f"{len(job.shots) - total + done} of {len(job.shots)} pictures are in {near(begun[0])}"
-                why = "Interrupted" if interrupted else "Nobody reads on"
-                say(f"{why}: {there}. Go on with: {go_on(job, begun[0])}")
-            if not interrupted:
-                raise
-            raise typer.Exit(130) from None
-        except DiskFull as error:
-            stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
-            hint = f"Make room, then go on with: {go_on(job, stands)}" if stands else error.hint
-            raise K2Error(str(error), hint=hint) from None
+        job = replace(job, embed=job.embed and embed)
+        folder = carry(job, as_json=as_json, quiet=quiet, hire=hire, on_saved=on_saved)
         folders += [folder] if folder is not None else []
-        if not quiet and total - kept_back > 1 and folder is not None:
-            say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
     return folders
+
+
+def carry(
+    job: Job, *, as_json: bool, quiet: bool, hire: Hire | None, on_saved: Callable[[Saved], object] | None
+) -> Path | None:
+    """One job, with a word on how to go on where it is cut short -> the run's folder, if it has a picture more."""
+    total, done, kept_back, folder = len(job.left), 0, 0, None
+    begun: list[Path] = []  # the run's folder
+    told: set[str] = set()  # prompts
+    try:
+        with meter(total, quiet=quiet) as bar:
+            for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
+                done, folder = done + 1, saved.path.parent
+                bar.saved(done)
+                if on_saved:
+                    on_saved(saved)
+                if done == 1 and not quiet:
+                    for lora in saved.record.get("lora") or ():
+                        say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
+                tell(saved, told, as_json=as_json)
+                kept_back += bool(saved.record["blocked"])
+    except (KeyboardInterrupt, BrokenPipeError) as reason:
+        interrupted = isinstance(reason, KeyboardInterrupt)
+        if begun and (interrupted or not quiet):
+            there = f"{len(job.shots) - total + done} of {len(job.shots)} pictures are in {near(begun[0])}"
+            why = "Interrupted" if interrupted else "Nobody reads on"
+            say(f"{why}: {there}. Go on with: {go_on(job, begun[0])}")
+        if not interrupted:
+            raise
+        raise typer.Exit(130) from None
+    except DiskFull as error:
+        stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
+        hint = f"Make room, then go on with: {go_on(job, stands)}" if stands else error.hint
+        raise K2Error(str(error), hint=hint) from None
+    if not quiet and total - kept_back > 1 and folder is not None:
+        say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
+    return folder
+
+
+def tell(saved: Saved, told: set[str], *, as_json: bool) -> None:
+    """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind."""
+    asked, blocked = saved.record["prompt"], saved.record["blocked"]
+    if asked["unread"] and asked["text"] not in told:
+        told.add(asked["text"])
+        say(f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.', "yellow")
+    if blocked:
+        say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
+    if as_json:
+        result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
+    elif not blocked:
+        result(near(saved.path))
 
 
 def say_finished(job: Job) -> None:
