@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image, PngImagePlugin
 
 from k2cli import formats
-from k2cli.outputs import dump
+from k2cli.dialect import dump
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by

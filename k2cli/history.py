@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, leaves, loads
+from k2cli.tables import LIMIT, UNPRINTABLE, leaves
 from model import picture_file
 from model.errors import K2Error
 
@@ -25,18 +26,6 @@ SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
-HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
-KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
-SIMPLE = re.compile(  # a text without escapes, a whole number, a fraction, a moment
-    r"""([A-Za-z0-9_-]+) = (?:"([^"\\\x00-\x1f\x7f]*+)"|(-?(?:0|[1-9][0-9]{0,17}))|(-?(?:0|[1-9][0-9]{0,17})\.[0-9]+)"""
-    r"""|([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}[+-][0-9]{2}:[0-9]{2}))"""
-)
-VALUE: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each in turn
-SCALAR = r"""(?:"(?:[^"\\]|\\.)*+"|[-+:. \w]{1,40})"""
-PAIR = KEY.pattern + SCALAR
-PLAIN_LINE = re.compile(  # as `dump` writes them, in whose lists stand scalars or short tables
-    rf"|{HEADER.pattern}|{PAIR}|{KEY.pattern}\[\]?|    {SCALAR},|    {{ {PAIR}(?:, {PAIR}){{0,9}} }},|\]"
-)
 
 
 def loras(table: Mapping[str, Any]) -> list[str]:
@@ -204,7 +193,7 @@ def load(path: Path) -> dict[str, Any] | None:
     try:
         with path.open("rb") as file:
             raw = file.read(LIMIT + 1)
-        table = parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
+        table = dialect.parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
         return None
     return table if table and isinstance(table.get("prompt"), dict) and is_finite(table) else None
@@ -213,67 +202,6 @@ def load(path: Path) -> dict[str, Any] | None:
 def is_finite(table: Any) -> bool:
     """Whether no number in a table is nan or inf."""
     return not any(isinstance(each, float) and not math.isfinite(each) for each in leaves(table))
-
-
-def parse(text: str) -> dict[str, Any]:
-    """What tomllib reads, several times sooner where the text is as `outputs.dump` writes it.
-
-    Most lines of a project's records are alike, so every `key = value` is parsed once and remembered. Whatever does
-    not look like that goes to tomllib as a whole. Raises ValueError, and RecursionError as `loads` does.
-    """
-    try:
-        return parse_lines(text)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return loads(text)
-
-
-def parse_lines(text: str) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    table = root
-    lines = iter(text.split("\n"))
-    for line in lines:
-        if not line:
-            continue
-        if line[0] == "[":
-            header = HEADER.match(line)
-            if not header:
-                raise ValueError("not a line that dump writes")
-            *path, name = header[2].split(".")
-            table = root
-            for part in path:
-                found = table[part]
-                table = found[-1] if isinstance(found, list) else found
-            if header[1] == "[[":
-                table.setdefault(name, []).append({})
-                table = table[name][-1]
-            else:
-                if name in table:
-                    raise ValueError("a table twice")
-                table[name] = table = {}
-            continue
-        if not KEY.match(line):
-            raise ValueError("not a line that dump writes")
-        if line.endswith("= ["):
-            rest = []
-            for more in lines:
-                rest.append(more)
-                if more == "]":
-                    break
-            line = "\n".join([line, *rest])
-        key, value = parse_line(line)
-        if key in table:
-            raise ValueError("a key twice")
-        table[key] = list(value) if isinstance(value, list) else value
-    return root
-
-
-@lru_cache(maxsize=1 << 16)
-def parse_line(line: str) -> tuple[str, Any]:
-    if simple := SIMPLE.fullmatch(line):  # seeds, hashes and moments are new in every record
-        which = simple.lastindex or 0
-        return simple[1], VALUE[which - 2](simple[which])
-    ((key, value),) = loads(line).items()
-    return key, value
 
 
 def read_since(text: str, now: datetime | None = None) -> datetime:

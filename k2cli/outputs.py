@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from k2cli.dialect import dump
 from model.errors import K2Error
 
 try:
@@ -360,18 +361,6 @@ def settle(folder: Path) -> None:
 
 def write_toml(path: Path, table: Mapping[str, Any]) -> None:
     write({path: dump(table)})
-
-
-def dump(table: Mapping[str, Any]) -> bytes:
-    """TOML of plain values; what is None is left out, as TOML knows no nothing."""
-    import tomli_w
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): clean(each) for key, each in value.items() if each is not None}
-        return [clean(each) for each in value] if isinstance(value, list | tuple) else value
-
-    return tomli_w.dumps(clean(table)).encode()
 
 
 @contextmanager

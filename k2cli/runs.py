@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageChops
 
 from k2cli import embedded, models, records
+from k2cli.dialect import dump, parse_long
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
-from k2cli.history import PLAIN_LINE, parse_lines
-from k2cli.outputs import RUN, SHEET, Exists, Run, dump, number_of, undisturbed, write
+from k2cli.outputs import RUN, SHEET, Exists, Run, number_of, undisturbed, write
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
-from k2cli.tables import LIMIT, Place, Toml, between, loads, read_table
+from k2cli.tables import Place, Toml, between, read_table
 from model import picture_file
 from model.errors import K2Error, count_of
 from model.spec import Picture, RenderSpec
@@ -29,8 +29,6 @@ from model.spec import Picture, RenderSpec
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
-MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # lines of a run.toml; those that are unlike all others
-MOST_ESCAPES = 1_000_000  # in its texts
 Hire = Callable[[Sequence[RenderSpec]], Crew]
 
 
@@ -190,22 +188,6 @@ def plan(job: Job) -> dict[str, Any]:
     }
 
 
-def parse_plan(text: str) -> dict[str, Any]:
-    """A run.toml. One longer than hands write must look as `dump` writes it, which is read many times sooner than TOML
-    at its most intricate. Raises ValueError, and RecursionError as `loads` does."""
-    if len(text) <= LIMIT:
-        return loads(text)
-    lines = text.split("\n")
-    distinct = set(lines)
-    fits = len(lines) <= MOST_LINES and len(distinct) <= MOST_DISTINCT and text.count("\\") <= MOST_ESCAPES
-    if not fits or not all(map(PLAIN_LINE.fullmatch, distinct)):
-        raise ValueError("it is long, and not as k2 wrote it")
-    try:
-        return parse_lines(text)
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError("it is long, and not as k2 wrote it") from None
-
-
 def resume(project: Project, number: int | None = None) -> Job:
     """The last run of a project, or that of a number, as it was planned.
 
@@ -244,7 +226,7 @@ def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.
 def read_plan(project: Project, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
     """A run's plan, and the pictures in it with the hashes of their references. Raises K2Error."""
     project.inside(run.folder)
-    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_plan)
+    toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_long)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
         raise K2Error(
             f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"

@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from k2cli.outputs import dump, sweep, write, writing
+from k2cli.dialect import dump
+from k2cli.outputs import sweep, write, writing
 from k2cli.pictures import check_picture, find, in_folder
 from k2cli.tables import (
     PATH,

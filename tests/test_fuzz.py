@@ -23,7 +23,7 @@ from PIL import Image
 from test_records import MADE, shot
 
 from k2cli import embedded, moodboard, records
-from k2cli.outputs import dump
+from k2cli.dialect import dump
 from k2cli.pictures import check_picture
 from k2cli.project import Project
 from k2cli.runs import resume

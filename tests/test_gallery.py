@@ -12,7 +12,7 @@ import pytest
 from conftest import many_pictures, tree
 
 from k2cli import gallery, history
-from k2cli.outputs import dump
+from k2cli.dialect import dump
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = (

@@ -14,7 +14,7 @@ import pytest
 from conftest import tree
 
 from k2cli import outputs
-from k2cli.outputs import FOLDER, Exists, Run, dump, hold, new_draft, next_number, opened, undisturbed, write
+from k2cli.outputs import FOLDER, Exists, Run, hold, new_draft, next_number, opened, undisturbed, write
 from model.errors import K2Error
 
 
@@ -337,10 +337,3 @@ class TestUndisturbed:
             done.append(2)
 
         assert done == [1, 2]
-
-
-def test_nothing_is_left_out_of_toml_but_none():
-    assert (
-        dump({"a": 0, "b": None, "c": {"d": [1, 2], "e": None, "f": ""}}).decode()
-        == 'a = 0\n\n[c]\nd = [\n    1,\n    2,\n]\nf = ""\n'
-    )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k2cli import embedded, models, records, runs
-from k2cli.outputs import dump
+from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml
 from model.errors import K2Error

@@ -21,9 +21,8 @@ from PIL import Image, PngImagePlugin
 
 from k2cli import pictures
 from k2cli.console import harmless
+from k2cli.dialect import dump, parse_long
 from k2cli.options import to_json
-from k2cli.outputs import dump
-from k2cli.runs import parse_plan
 from k2cli.tables import LIMIT, Toml, loads
 from model import library
 from model.errors import K2Error
@@ -386,7 +385,7 @@ class TestPlans:
 
         text = dump(table).decode()
 
-        assert len(text) > LIMIT and parse_plan(text) == loads(text)
+        assert len(text) > LIMIT and parse_long(text) == loads(text)
 
     def test_a_sheet_is_not_mostly_blank(self, plan, k2):
         """Sixty strips of one picture and one of sixty would be a sheet of 3,660 places."""

@@ -1,0 +1,118 @@
+"""TOML as k2 writes it, and as it is read back many times sooner than TOML from anybody.
+
+A project has thousands of records, and a plan may be megabytes long.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from k2cli.tables import LIMIT, loads
+
+MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # lines of a long text; those that are unlike all others
+MOST_ESCAPES = 1_000_000  # in its texts
+HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
+KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
+SIMPLE = re.compile(  # a text without escapes, a whole number, a fraction, a moment
+    r"""([A-Za-z0-9_-]+) = (?:"([^"\\\x00-\x1f\x7f]*+)"|(-?(?:0|[1-9][0-9]{0,17}))|(-?(?:0|[1-9][0-9]{0,17})\.[0-9]+)"""
+    r"""|([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}[+-][0-9]{2}:[0-9]{2}))"""
+)
+VALUE: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each in turn
+SCALAR = r"""(?:"(?:[^"\\]|\\.)*+"|[-+:. \w]{1,40})"""
+PAIR = KEY.pattern + SCALAR
+PLAIN_LINE = re.compile(  # as `dump` writes them, in whose lists stand scalars or short tables
+    rf"|{HEADER.pattern}|{PAIR}|{KEY.pattern}\[\]?|    {SCALAR},|    {{ {PAIR}(?:, {PAIR}){{0,9}} }},|\]"
+)
+
+
+def dump(table: Mapping[str, Any]) -> bytes:
+    """TOML of plain values; what is None is left out, as TOML knows no nothing."""
+    import tomli_w
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): clean(each) for key, each in value.items() if each is not None}
+        return [clean(each) for each in value] if isinstance(value, list | tuple) else value
+
+    return tomli_w.dumps(clean(table)).encode()
+
+
+def parse(text: str) -> dict[str, Any]:
+    """What tomllib reads, several times sooner where the text is as `dump` writes it.
+
+    Most lines of a project's records are alike, so every `key = value` is parsed once and remembered. Whatever does
+    not look like that goes to tomllib as a whole. Raises ValueError, and RecursionError as `loads` does.
+    """
+    try:
+        return parse_lines(text)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return loads(text)
+
+
+def parse_lines(text: str) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    table = root
+    lines = iter(text.split("\n"))
+    for line in lines:
+        if not line:
+            continue
+        if line[0] == "[":
+            header = HEADER.match(line)
+            if not header:
+                raise ValueError("not a line that dump writes")
+            *path, name = header[2].split(".")
+            table = root
+            for part in path:
+                found = table[part]
+                table = found[-1] if isinstance(found, list) else found
+            if header[1] == "[[":
+                table.setdefault(name, []).append({})
+                table = table[name][-1]
+            else:
+                if name in table:
+                    raise ValueError("a table twice")
+                table[name] = table = {}
+            continue
+        if not KEY.match(line):
+            raise ValueError("not a line that dump writes")
+        if line.endswith("= ["):
+            rest = []
+            for more in lines:
+                rest.append(more)
+                if more == "]":
+                    break
+            line = "\n".join([line, *rest])
+        key, value = parse_line(line)
+        if key in table:
+            raise ValueError("a key twice")
+        table[key] = list(value) if isinstance(value, list) else value
+    return root
+
+
+@lru_cache(maxsize=1 << 16)
+def parse_line(line: str) -> tuple[str, Any]:
+    if simple := SIMPLE.fullmatch(line):  # seeds, hashes and moments are new in every record
+        which = simple.lastindex or 0
+        return simple[1], VALUE[which - 2](simple[which])
+    ((key, value),) = loads(line).items()
+    return key, value
+
+
+def parse_long(text: str) -> dict[str, Any]:
+    """A text of which one longer than hands write must look as `dump` writes it: TOML at its most intricate is read
+    many times slower. Raises ValueError, and RecursionError as `loads` does."""
+    if len(text) <= LIMIT:
+        return loads(text)
+    lines = text.split("\n")
+    distinct = set(lines)
+    fits = len(lines) <= MOST_LINES and len(distinct) <= MOST_DISTINCT and text.count("\\") <= MOST_ESCAPES
+    if not fits or not all(map(PLAIN_LINE.fullmatch, distinct)):
+        raise ValueError("it is long, and not as k2 wrote it")
+    try:
+        return parse_lines(text)
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("it is long, and not as k2 wrote it") from None
