@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -61,6 +62,12 @@ def unwritable(error: OSError) -> K2Error:
     """What keeps standard output from taking anything, in a sentence; nothing more is written to it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
     return K2Error(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
+
+
+def aligned(rows: Sequence[tuple[str, str]], width: int) -> str:
+    """Facts below one another, each behind its name; a name that the row above has is not said again."""
+    pairs = pairwise([("", ""), *rows])
+    return "\n".join(f"{'' if name == above else name:<{width}}{fact}" for (above, _), (name, fact) in pairs)
 
 
 def near(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import models
+from k2cli.console import aligned
 from k2cli.project import Project
 from model import library, safety
 from model.errors import K2Error, count_of
@@ -192,6 +193,4 @@ def describe(found: Mapping[str, Any]) -> str:
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
     rows += [("slow", note) for note in found["notes"]] + [("problem", problem) for problem in found["problems"]]
     rows += [] if found["problems"] else [("result", "Everything is in place.")]
-    return "\n".join(
-        f"{name if i == 0 or rows[i - 1][0] != name else '':<11}{text}" for i, (name, text) in enumerate(rows)
-    )
+    return aligned(rows, 11)

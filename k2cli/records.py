@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from k2cli import formats, models
+from k2cli.console import aligned
 from k2cli.history import loras
 from k2cli.project import Shot
 from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
@@ -273,11 +274,7 @@ def describe(record: Record) -> str:
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
     }
     lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
-    width = 2 + max(map(len, facts))
-    return "\n".join(
-        f"{name if index == 0 or lines[index - 1][0] != name else '':<{width}}{UNPRINTABLE.sub('?', line)}"
-        for index, (name, line) in enumerate(lines)
-    )
+    return aligned([(name, UNPRINTABLE.sub("?", line)) for name, line in lines], 2 + max(map(len, facts)))
 
 
 Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside
