@@ -99,8 +99,7 @@ class Styles:
         toml = Toml.read(self.inside(file, where), label)
         place, table = Place(toml), toml.table
         check_keys(table, ("keywords", "avoids", "reference", "method", "mix", "lora", "triggers"), place)
-        entries = table.get("reference", [])
-        if not isinstance(entries, list):
+        if not isinstance(table.get("reference", []), list):
             raise K2Error(
                 f"{place('reference')}: references come as a list of tables.",
                 hint="Write [[reference]], with two brackets.",
@@ -112,24 +111,14 @@ class Styles:
             )
         if table.get("triggers") and not table.get("lora"):
             raise K2Error(f"{place('triggers')}: triggers without a lora.", hint="Call them keywords.")
-        if "method" in table and not entries:
+        if "method" in table and not table.get("reference"):
             raise K2Error(
                 f"{place('method')}: a method without a [[reference]].", hint="It says how reference pictures are read."
             )
-        references: list[Reference] = []
-        for index, entry in enumerate(entries):
-            at = place.below("reference", index)
-            reference = read_table(ReferenceTable, entry, at)
-            references += [Reference(path, reference.weight) for path in self.pictures(reference.image, at("image"))]
-        if len(references) > MOST_REFERENCES:
-            raise K2Error(
-                f"{label} has {len(references)} reference pictures, and {MOST_REFERENCES} is the most.",
-                hint="Choose those that show the look best.",
-            )
         return StyleFile(
+            references=self.references(table.get("reference", []), place),
             keywords=words_in(table, "keywords", place),
             avoids=words_in(table, "avoids", place),
-            references=tuple(references),
             mix=read_weights(table.get("mix", {}), place.below("mix")),
             lora=self.adapter(check_value("lora", table["lora"], str, PATH, place("lora")), place("lora"))
             if "lora" in table
@@ -137,6 +126,20 @@ class Styles:
             triggers=words_in(table, "triggers", place),
             method=check_value("method", table.get("method", "auto"), str, {"choices": METHODS}, place("method")),
         )
+
+    def references(self, entries: Sequence[Any], place: Place) -> tuple[Reference, ...]:
+        """The pictures of the [[reference]] tables of a style file."""
+        found: list[Reference] = []
+        for index, entry in enumerate(entries):
+            at = place.below("reference", index)
+            table = read_table(ReferenceTable, entry, at)
+            found += [Reference(path, table.weight) for path in self.pictures(table.image, at("image"))]
+        if len(found) > MOST_REFERENCES:
+            raise K2Error(
+                f"{place.toml.label} has {len(found)} reference pictures, and {MOST_REFERENCES} is the most.",
+                hint="Choose those that show the look best.",
+            )
+        return tuple(found)
 
     def reached(self, names: Iterable[str], where: str) -> set[str]:
         """These styles and all that they mix."""
