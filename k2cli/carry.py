@@ -52,8 +52,7 @@ def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, com
     job = Job(project, shots, settings.held())
     if not (compared and shots):
         return job
-    called = f"matrix-{shots[0].name.rpartition('-')[0]}"[:50]
-    return replace(job, called=called, sheet=SheetForm(columns=1))
+    return replace(job, called=f"matrix-{shots[0].name.rpartition('-')[0]}", sheet=SheetForm(columns=1))
 
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:

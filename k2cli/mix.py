@@ -8,7 +8,7 @@ from itertools import combinations
 
 from k2cli.matrix import escape, variants
 from k2cli.project import Project
-from k2cli.prompts import Prompt, slug
+from k2cli.prompts import Prompt, numbered, slug
 from k2cli.runs import Job, SheetForm
 from k2cli.settings import Settings
 from k2cli.sheet import PER_GRID
@@ -87,15 +87,12 @@ def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -
     """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
     text, _ = variants(prompt.text)[0]
     prompt = replace(prompt, text=escape(text), settings={**prompt.settings, "batch": 1}, style={})
-    stem = (prompt.name or slug(text))[:50]
     bare = replace(project, board=None)
     shots = []
-    digits = max(2, len(str(len(layout.points))))  # files sort as they are numbered
     for index, point in enumerate(layout.points, 1):
-        numbered = replace(prompt, name=f"{stem}-{index:0{digits}}")
-        (shot,) = bare.shots(settings, [numbered], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
+        named = replace(prompt, name=numbered(prompt.name or slug(text), index, len(layout.points)))
+        (shot,) = bare.shots(settings, [named], dict.fromkeys(project.weights, 0.0) | dict(point.weights))
         shots.append(replace(shot, row=point.row, caption=point.caption))
     styles = dict.fromkeys(name for point in layout.points for name in point.weights)
-    called = "mix-" + "-".join(styles)
     sheet = SheetForm(columns=1, centred=layout.centred)
-    return Job(project, shots, settings.held(), called=called[:50], sheet=sheet)
+    return Job(project, shots, settings.held(), called=f"mix-{'-'.join(styles)}", sheet=sheet)

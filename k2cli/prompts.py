@@ -124,7 +124,7 @@ def compare(
         for prompt, base in readings:
             if matrix.about(base):
                 totals[prompt.name[:STEM]] += matrix.count(settled)
-    digits = max(2, len(str(min(MOST, max(totals.values(), default=0)))))  # files sort as they are numbered
+    most = min(MOST, max(totals.values(), default=0))
     numbers: Counter[str] = Counter()
     for matrix in matrices:
         if "batch" in settled and "seed" in matrix.axes.keys() - settled:
@@ -132,10 +132,9 @@ def compare(
         cells = matrix.cells(settled)
         for prompt, base in readings:
             if matrix.about(base):
-                stem = prompt.name[:STEM]
-                first = numbers[stem] + 1
-                numbers[stem] += len(cells)
-                yield prompt, [(f"{stem}-{number:0{digits}}", cell) for number, cell in enumerate(cells, first)]
+                first = numbers[prompt.name[:STEM]] + 1
+                numbers[prompt.name[:STEM]] += len(cells)
+                yield prompt, [(numbered(prompt.name, number, most), cell) for number, cell in enumerate(cells, first)]
 
 
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
@@ -153,6 +152,11 @@ def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
         last[stem] = number
         named.append((prompt, name))
     return named
+
+
+def numbered(name: str, number: int, most: int) -> str:
+    """The name of a picture among at most so many that are compared: files sort as they are numbered."""
+    return f"{name[:STEM]}-{number:0{max(2, len(str(most)))}}"
 
 
 def prompt_of(name: str, caption: str) -> str:

@@ -29,6 +29,7 @@ from model.spec import Picture, RenderSpec
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
+LONGEST_CALLED = 50  # characters
 Hire = Callable[[Sequence[RenderSpec]], Crew]
 
 
@@ -68,7 +69,7 @@ class Job:
     def title(self) -> str:
         """What the run's folder is called after its number."""
         if self.called:
-            return self.called
+            return self.called[:LONGEST_CALLED]
         names = list(dict.fromkeys(shot.name for shot in self.shots))
         return names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}-more"
 
