@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from k2cli.history import Made
     from k2cli.outputs import Run
+    from k2cli.project import Project
 
 SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
 PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
@@ -205,7 +206,7 @@ def where_am_i() -> str:
     from shlex import quote
 
     from k2cli import history
-    from k2cli.console import harmless
+    from k2cli.console import aligned, harmless
     from k2cli.outputs import SHEET, Run
     from k2cli.project import Project
     from k2cli.prompts import name_files
@@ -215,34 +216,29 @@ def where_am_i() -> str:
     if project is None:
         return ""
     names = [name for _, name in name_files(project.prompts)]
-    weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
-    of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
-    worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
-    unused = [name for name in project.styles.known if not project.weights.get(name) and name not in worn]
     runs = history.runs_of(project.outputs)
-    newest = next(filter(None, (history.read_run(run)[-1:] for run in reversed(runs))), [])
+    newest = next((made[-1] for run in reversed(runs) if (made := history.read_run(run))), None)
     last = Run.last(project.outputs)
     # what a run with a sheet lacks was deleted since
     done, planned = progress(last) if last and last.folder in runs and not last[SHEET].exists() else (0, 0)
-    lines = [
-        f"{project.name}  ({project.root})",
-        f"  prompts   {listed(names) or 'none yet: add a [[prompt]] to k2.toml'}",
-        f"  styles    {listed([*weights, *worn.values(), *(f'{name} (off)' for name in unused)]) or 'none'}",
-        f"  model     {project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt",
-        f"  runs      {len(runs) or 'none yet'}"
-        + (f", the last {newest[0].run}, {ago(newest[0].created, datetime.now(UTC))}" if newest else ""),
+    when = f", the last {newest.run}, {ago(newest.created, datetime.now(UTC))}" if newest else ""
+    facts = [
+        ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
+        ("  styles", listed(styles_worn(project)) or "none"),
+        ("  model", f"{project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt"),
+        ("  runs", f"{len(runs) or 'none yet'}{when}"),
     ]
     steps = {}
     if last and done < planned:
-        there = f"            {last.folder.name} has {done} of {count_of(planned, 'picture')}"
+        there = f"{last.folder.name} has {done} of {count_of(planned, 'picture')}"
         if last.busy:
             there += " and is being rendered"
         else:
             steps["k2 render --resume"] = "make the rest"
-        lines.append(there)
+        facts.append(("  runs", there))
     steps |= {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
     if newest:
-        shown = newest[0].path.relative_to(project.root) if Path.cwd() == project.root else newest[0].path
+        shown = newest.path.relative_to(project.root) if Path.cwd() == project.root else newest.path
         steps |= {
             f"k2 show {quote(str(shown))}": "what it was made from",
             "k2 log": "all that was made",
@@ -251,8 +247,17 @@ def where_am_i() -> str:
     else:
         steps |= {"k2 render --dry-run": "what would be made"}
     steps |= {"k2 --help": "everything else"}
-    width = max(map(len, steps))
-    return harmless("\n".join([*lines, "", *(f"  {step:<{width}}  {what}" for step, what in steps.items())]))
+    told = aligned([(f"  {step}", what) for step, what in steps.items()], 4 + max(map(len, steps)))
+    return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12)}\n\n{told}")
+
+
+def styles_worn(project: Project) -> list[str]:
+    """The project's styles: with their weights, those of single prompts, and those that are off."""
+    weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
+    of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
+    worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
+    unused = (name for name in project.styles.known if not project.weights.get(name) and name not in worn)
+    return [*weights, *worn.values(), *(f"{name} (off)" for name in unused)]
 
 
 def progress(run: Run) -> tuple[int, int]:
