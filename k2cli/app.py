@@ -290,29 +290,22 @@ def render(
     from k2cli.matrix import settled_by
     from k2cli.runs import resume as last_run
 
-    named = [name for name in projects or [] if name != "-"]
+    named, stdin = [name for name in projects or [] if name != "-"], "-" in (projects or [])
     for name in named:
         if not os.path.exists(name):  # what most people type first
             short = name if len(name) < 80 else f"{name[:80]}…"
             raise K2Error(f"There is no project {short}.", hint=f"A prompt goes with -p: k2 render -p {quote(name)}")
     opened = open_projects(named, project, allow_outside)
-    settings = {
+    options = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
         "variant": variant_of(turbo),
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format,
     }  # fmt: skip
+    settings = {key: value for key, value in options.items() if value is not None}
     if resume:
-        if (
-            prompt
-            or only
-            or style
-            or matrix
-            or moodboard is not None
-            or "-" in (projects or [])
-            or any(value is not None for value in settings.values())
-        ):
+        if any((prompt, only, style, matrix, stdin, settings)) or moodboard is not None:
             raise typer.BadParameter(
                 "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
             )
@@ -320,14 +313,13 @@ def render(
     elif run is not None:
         raise typer.BadParameter("it says which run is resumed, so it goes with --resume", param_hint="--run")
     else:
-        if only and (prompt or "-" in (projects or [])):
+        if only and (prompt or stdin):
             raise typer.BadParameter(
                 "it chooses of the project's prompts, so no other goes with it", param_hint="--only"
             )
         weights = read_weights(style or [], "--style")
-        settled = settled_by((key for key, value in settings.items() if value is not None), weights)
-        compared = [read_matrix(matrix, settled)] if matrix else []
-        prompts = read_prompts(prompt or [], stdin="-" in (projects or []))
+        compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
+        prompts = read_prompts(prompt or [], stdin=stdin)
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             wanted = prompts if prompts is not None else each.choose(only) if only else None
