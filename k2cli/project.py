@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import groupby
@@ -193,7 +193,8 @@ class Project(Folder):
         readings = spread(self.prompts if prompts is None else prompts)
         settled = settled_by(settings.elsewhere, styles or {})
         typed = {key: getattr(settings, key) for key in settings.elsewhere}
-        looks, grid = cache_looks(self, settings, styles or {}), models.grid(settings.model, settings.variant)
+        grid = models.grid(settings.model, settings.variant)
+        looks = cache(lambda asked: self.looks(settings, dict(asked), styles or {}))  # many ask for the same weights
         alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
@@ -205,7 +206,7 @@ class Project(Folder):
             for name, cell in cells:
                 made = wanted.over(cell.settings, {key: f'The {key} of "{name}"' for key in cell.settings})
                 axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
-                series = self.series(prompt, name, made, looks(asked | axes), cell, grid)
+                series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid)
                 shots += series
                 letters += len(series) * weigh(series[0])
             if len(shots) > MOST:
@@ -298,15 +299,3 @@ def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:
     """Shots as pictures that belong together, the first of them leading."""
     specs = tied([shot.spec for shot in shots], cohesion)
     return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]
-
-
-def cache_looks(
-    project: Project, settings: Settings, styles: Mapping[str, float]
-) -> Callable[[Mapping[str, tuple[float, str]]], tuple[Style, ...]]:
-    """`Project.looks`. Prompts and matrices come back to the same weights; each set of them is resolved once."""
-
-    @cache
-    def looks(asked: tuple[tuple[str, tuple[float, str]], ...]) -> tuple[Style, ...]:
-        return project.looks(settings, dict(asked), styles)
-
-    return lambda asked: looks(tuple(asked.items()))
