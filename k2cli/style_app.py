@@ -32,6 +32,9 @@ from k2cli.options import (
 from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from k2cli.pictures import OnOther
     from k2cli.project import Project
     from k2cli.prompts import Prompt
 
@@ -219,6 +222,7 @@ def mix_styles(
     from k2cli.carry import carry_out
     from k2cli.console import near, result, say
     from k2cli.matrix import variants
+    from k2cli.styles import add_mix
 
     opened = find_project(project, allow_outside)
     weights = read_weights(styles, "NAME=W")
@@ -239,15 +243,7 @@ def mix_styles(
         if not quiet and (choices := len(variants(asked.text))) > 1:
             say(f"The first of the prompt's {choices} choices is taken.", "yellow")
     if save_as is not None:
-        from k2cli.outputs import write_toml, writing
-
-        same = opened.styles.is_mix(save_as, weights)  # written before its preview failed
-        file = opened.styles.new_file(save_as, force=force or same)
-        if save_as in opened.styles.reached(weights, "k2 mix-styles"):
-            raise K2Error(f"{save_as} is itself part of the mix.", hint="Save it under another name.")
-        with writing(file):
-            file.parent.mkdir(exist_ok=True)
-        write_toml(file, {"mix": weights})
+        file = add_mix(opened.styles, save_as, weights, force=force)
         result(to_json({"kind": "style", "name": save_as, "file": near(file), "mix": weights}) if json else near(file))
         if not quiet and not jobs:
             say(f"Next: k2 render --style {save_as}=1", "dim")
@@ -310,17 +306,7 @@ def analyze(
             if path.exists():
                 raise taken(path)
     others: list[Path] = []
-    if images:
-        root = home.root.resolve()  # either may be reached by a link
-        typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
-        paths = moodboard.gather(typed, home.root, home.inside, "The board", others.append)
-    elif home.board:
-        paths = home.board_pictures(home.board, others.append)
-    else:
-        raise K2Error(
-            "There is no board: no picture was named, and k2.toml has no [moodboard].",
-            hint="Name pictures: k2 moodboard analyze refs/board/*",
-        )
+    paths = pictures_of(home, images, others.append)
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
     if over := passed_over(others):
@@ -341,3 +327,19 @@ def analyze(
         for sentence in filter(None, (board.told, board.profile)):
             say(sentence)
         say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
+
+
+def pictures_of(home: Project, images: Sequence[Path] | None, on_other: OnOther) -> list[Path]:
+    """The pictures of a board: those that were named, else those of [moodboard]. Raises K2Error."""
+    from k2cli import moodboard
+
+    if images:
+        root = home.root.resolve()  # either may be reached by a link
+        typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
+        return moodboard.gather(typed, home.root, home.inside, "The board", on_other)
+    if home.board:
+        return home.board_pictures(home.board, on_other)
+    raise K2Error(
+        "There is no board: no picture was named, and k2.toml has no [moodboard].",
+        hint="Name pictures: k2 moodboard analyze refs/board/*",
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.dialect import dump
-from k2cli.outputs import sweep, write, writing
+from k2cli.outputs import sweep, write, write_toml, writing
 from k2cli.pictures import check_picture, find, in_folder
 from k2cli.tables import (
     PATH,
@@ -300,6 +300,18 @@ def add_style(
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
     write({file: b"\n".join(blocks)})
     return file, pictures
+
+
+def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool = False) -> Path:
+    """Write a mix as styles/NAME.toml -> that file. One that is this very mix may be there already. Raises K2Error."""
+    same = styles.is_mix(name, weights)  # written before its preview failed
+    file = styles.new_file(name, force=force or same)
+    if name in styles.reached(weights, "k2 mix-styles"):
+        raise K2Error(f"{name} is itself part of the mix.", hint="Save it under another name.")
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+    write_toml(file, {"mix": weights})
+    return file
 
 
 def reference(image: str, weight: float) -> bytes:
