@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,15 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
         "notes": [],
         "problems": [],
     }
+    problems: list[str] = found["problems"]
     for name in library.box():
-        try:
+        with noted(problems):
             found["models"] += [
                 {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.describe(name)
             ]
-        except K2Error as error:
-            found["problems"].append(str(error))
     if not library.box():
-        found["problems"].append(
-            f"There are no weights in {library.BOX}: nothing can be rendered with the model of the box."
-        )
-    try:
+        problems.append(f"There are no weights in {library.BOX}: nothing can be rendered with the model of the box.")
+    with noted(problems):
         if project := Project.open(folder) if folder else Project.around(Path.cwd()):
             found["project"] = {
                 "name": project.name,
@@ -61,15 +59,20 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
                 "prompts": len(project.prompts),
                 "styles": list(project.styles.known),
             }
-    except K2Error as error:
-        found["problems"].append(str(error))
-    try:
+    with noted(problems):
         safety.installed()
-    except K2Error as error:
-        found["problems"].append(str(error))
     found["plans"] = plans(found["device"])
     found["notes"] = notes(found)
     return found
+
+
+@contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Add what users can fix to the problems, and go on."""
+    try:
+        yield
+    except K2Error as error:
+        problems.append(str(error))
 
 
 def plans(device: str) -> list[dict[str, Any]]:
