@@ -138,7 +138,7 @@ def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None
 def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """A style as records hold it, with the hash of every file it is made of."""
     hash_of = hash_of or sha256
-    return {
+    table = {
         "name": style.name,
         "strength": style.strength,
         "keywords": list(style.keywords),
@@ -148,15 +148,11 @@ def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None 
             {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": hash_of(r.image)}
             for r in style.references
         ],
-        **(
-            {
-                "triggers": list(style.triggers),
-                "lora": {"file": os.path.relpath(style.lora, root), "sha256": hash_of(style.lora)},
-            }
-            if style.lora
-            else {}
-        ),
     }
+    if style.lora:
+        table["triggers"] = list(style.triggers)
+        table["lora"] = {"file": os.path.relpath(style.lora, root), "sha256": hash_of(style.lora)}
+    return table
 
 
 def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
