@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def read(path: Path) -> Origin:
     for found in (*readings(texts, comment), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
         if found.prompt:
             whole = found.width is not None and found.height is not None
-            return found if whole else Origin(**{**vars(found), "width": size[0], "height": size[1]})
+            return found if whole else replace(found, width=size[0], height=size[1])
     raise K2Error(
         f"{path} says nothing of its prompt.",
         hint="Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out.",
@@ -154,17 +154,23 @@ def table_of(text: str) -> dict[str, Any]:
 def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
     asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
     if isinstance(asked, dict) and isinstance(made, dict):
-        avoid = own_phrases(plain(asked.get("avoid")), table)
-        found = origin("k2", asked.get("text"), avoid, made, guidance=decimal(made.get("guidance")))
         used = used if isinstance(used, dict) else {}
         level = plain(asked.get("creativity"))
         led, tied = table.get("leader"), decimal(made.get("cohesion"))
         ties = [f'cohesion {tied:g} with "{plain(led.get("prompt"))}"'] if isinstance(led, dict) and tied else []
         styles = [f"style {plain(name)}" for name in values(table, "style", "name")]
         loras = [f"LoRA {plain(file)}" for file in values(table, "lora", "file")]
-        of = {"model": plain(used.get("name")), "turbo": used.get("variant") == "turbo"}
-        of |= {"creativity": level if level in LEVELS else "raw"}
-        yield Origin(**{**vars(found), **of, "left_out": (*ties, *styles, *loras)})
+        yield origin(
+            "k2",
+            asked.get("text"),
+            own_phrases(plain(asked.get("avoid")), table),
+            made,
+            guidance=decimal(made.get("guidance")),
+            model=plain(used.get("name")),
+            turbo=used.get("variant") == "turbo",
+            creativity=level if level in LEVELS else "raw",
+            left_out=(*ties, *styles, *loras),
+        )
 
 
 def own_phrases(avoid: str, table: Mapping[str, Any]) -> str:
