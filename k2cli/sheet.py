@@ -113,10 +113,8 @@ def contact_sheet(
     sheet = Image.new("RGB", extent(columns), PAPER)
     draw = ImageDraw.Draw(sheet)
     width = sheet.width - 2 * MARGIN
-    text, face = typeset(title, TITLE)
-    draw.text((MARGIN, MARGIN), fit(text, face, width), INK, face)
-    text, face = typeset(subtitle, CAPTION)
-    draw.text((MARGIN, MARGIN + TITLE + 12), fit(text, face, width), FAINT, face)
+    write(draw, (MARGIN, MARGIN), title, TITLE, INK, width)
+    write(draw, (MARGIN, MARGIN + TITLE + 12), subtitle, CAPTION, FAINT, width)
 
     for index, strip in enumerate(strips):
         row, column = divmod(index, columns)
@@ -134,9 +132,14 @@ def contact_sheet(
                 shown = image.convert("RGB").resize(sizes[entry], Image.Resampling.LANCZOS)
             sheet.paste(shown, (x, y))
             draw.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=EDGE)
-            text, face = typeset(entry.caption, CAPTION)
-            draw.text((x, y + cell_height + 7), fit(text, face, cell_width), FAINT, face)
+            write(draw, (x, y + cell_height + 7), entry.caption, CAPTION, FAINT, cell_width)
     return sheet
+
+
+def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, ink: str, width: int) -> None:
+    """A line of text, cut where it is wider than there is room."""
+    text, face = typeset(said, size)
+    draw.text(at, fit(text, face, width), ink, face)
 
 
 def scale_to_cell(side: int) -> float:
