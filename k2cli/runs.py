@@ -149,21 +149,6 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     for shot in shots:
         path = run.picture(shot.stem)
         check_picture(job.project.inside(path), run.folder.name, path.name)
-    toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
-    record = records.parse(toml, job.project.inside)
-    made, made_on = record.shot.spec, toml.table.get("created")
-    facts = [
-        f"run {number_of(run.folder):04d}",
-        f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
-        *([count_of(made.steps, "step")] if len({shot.spec.steps for shot in shots}) == 1 else []),
-        *([f"guidance {made.guidance or 0:g}"] if len({shot.spec.guidance for shot in shots}) == 1 else []),
-        *(
-            f"{style.name} {style.strength:g}"
-            for style in made.styles
-            if not shots[0].caption  # else the captions tell of each picture's own
-        ),
-        f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",
-    ]
     prompts = Counter(given for given, _ in {(shot.given, prompt_of(shot.name, shot.caption)) for shot in shots})
     entries = []
     for shot in shots:
@@ -171,9 +156,25 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
         if prompts[shot.given] > 1:
             label = f"{name}: {label}"  # in front, as a long label is cut at its end
         entries.append(Entry(run.picture(shot.stem), label, shot.caption or f"seed {shot.spec.seed}", name))
-    return contact_sheets(
-        entries, job.project.name, " · ".join(facts), columns=job.sheet.columns, centred=job.sheet.centred
-    )
+    common = in_common(job.project, run, shots)
+    return contact_sheets(entries, job.project.name, common, columns=job.sheet.columns, centred=job.sheet.centred)
+
+
+def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
+    """A line on what a run's pictures have in common, by the record of the first. Raises K2Error."""
+    toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
+    record = records.parse(toml, project.inside)
+    made, made_on = record.shot.spec, toml.table.get("created")
+    facts = [
+        f"run {number_of(run.folder):04d}",
+        f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
+        *([count_of(made.steps, "step")] if len({shot.spec.steps for shot in shots}) == 1 else []),
+        *([f"guidance {made.guidance or 0:g}"] if len({shot.spec.guidance for shot in shots}) == 1 else []),
+        # captions, where there are any, tell of each picture's own
+        *(f"{style.name} {style.strength:g}" for style in made.styles if not shots[0].caption),
+        f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",
+    ]
+    return " · ".join(facts)
 
 
 def plan(job: Job) -> dict[str, Any]:
