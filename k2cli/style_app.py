@@ -82,20 +82,20 @@ def add(
     from k2cli.folder import Outside
     from k2cli.styles import add_style
     from k2cli.tables import check_value
-    from model.picture_file import passed_over
     from model.spec import METHODS
 
     if method is not None:
         check_value("method", method, str, {"choices": METHODS}, "--method")
     words = {"keywords": keyword or [], "avoids": avoid or []}
     try:
-        file, pictures = add_style(find_project(project).styles, name, images, **words, method=method, force=force)
+        styles = find_project(project).styles
+        file, pictures, over = add_style(styles, name, images, **words, method=method, force=force)
     except Outside as error:
         raise K2Error(str(error), hint="Put it into the project itself, in the place of the link.") from None
     about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
     result(to_json(about) if json else near(file))
     if not quiet:
-        if over := passed_over(path for image in images if image.is_dir() for path in image.iterdir()):
+        if over:
             say(over, "yellow")
         say(f"{count_of(len(pictures), 'picture')}. Next: k2 render --style {name}=0.6", "dim")
 

@@ -259,8 +259,9 @@ def add_style(
     avoids: Sequence[str] = (),
     method: str | None = None,
     force: bool = False,
-) -> tuple[Path, list[Path]]:
-    """Copy pictures into refs/NAME and write styles/NAME.toml -> that file, the pictures in the project.
+) -> tuple[Path, list[Path], str]:
+    """Copy pictures into refs/NAME and write styles/NAME.toml -> that file, the pictures in the project, and what was
+    passed over.
 
     Whatever lies in refs/NAME stays there; a picture that is there already, under whatever name, is not copied again.
     Everything is checked before anything is written, and the style file comes last.
@@ -274,13 +275,13 @@ def add_style(
                 f"There is no {UNPRINTABLE.sub('?', str(image))}.", hint="Name pictures, or a folder of them."
             )
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
+    over = passed_over(path for image in images if image.is_dir() for path in image.iterdir())
     kinds = {
         each: check_picture(each, f'Style "{name}"', UNPRINTABLE.sub("?", str(each)), whole=True) for each in files
     }
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
     if not 1 <= len(hashes) <= MOST_REFERENCES:
-        over = passed_over(path for image in images if image.is_dir() for path in image.iterdir())
         raise K2Error(
             f'Style "{name}" would have {len(hashes)} reference pictures.',
             hint=(over if not hashes else "") or f"Give 1 to {MOST_REFERENCES}, those that show the look best.",
@@ -299,7 +300,7 @@ def add_style(
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
     write({file: b"\n".join(blocks)})
-    return file, pictures
+    return file, pictures, over
 
 
 def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool = False) -> Path:
