@@ -18,9 +18,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from k2cli.dialect import dump
 from k2cli.expander import forget, language_of, speaker
 from k2cli.outputs import undisturbed, write, writing
 from k2cli.pictures import Inside, OnOther, find
+from k2cli.styles import reference
 from k2cli.tables import PATH, between
 from model import library
 from model.errors import K2Error
@@ -151,18 +153,14 @@ def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
 
 def style_file(board: Board, root: Path) -> str:
     """styles/NAME.toml: what was measured as comments, what counts as keys. Every line may be edited."""
-    import tomli_w
-
     lines = [f"# {line}".rstrip() for line in (*wrap(board.told, WIDE), board.profile, "")]
     lines += [f"# {colour.hex}  {colour.share:4.0%}  {colour.name}" for colour in board.palette]
-    lines += ["", tomli_w.dumps({"keywords": list(board.keywords), "avoids": list(board.avoids)}).rstrip()]
+    lines += ["", dump({"keywords": board.keywords, "avoids": board.avoids}).decode().rstrip()]
     for number, each in enumerate(board.looks, 1):
         words = "".join(f", {name} {share:.0%}" for name, share in each.words.values())
         lines += ["", f"# look {number} of {len(board.looks)}: {each.share:.0%} of the board{words}"]
         for path, weight in each.representatives:
-            image = os.path.relpath(path, root)
-            entry = {"image": glob.escape(image) if glob.has_magic(image) else image, "weight": weight}
-            lines += ["[[reference]]", tomli_w.dumps(entry)]
+            lines.append(reference(glob.escape(os.path.relpath(path, root)), weight).decode())
     return "\n".join(lines).rstrip() + "\n"
 
 
