@@ -87,16 +87,11 @@ class Run:
         return run
 
     @classmethod
-    def last(cls, outputs: Path) -> Run | None:
-        """The run with the highest number that a plan was written for."""
+    def last(cls, outputs: Path, number: int | None = None) -> Run | None:
+        """The run with the highest number, or with this one, that a plan was written for."""
         runs = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name))
-        return cls(max(runs, key=number_of)) if runs else None
-
-    @classmethod
-    def numbered(cls, outputs: Path, number: int) -> Run | None:
-        """The run of this number, if a plan was written for it."""
-        runs = [path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name)]
-        return next((cls(folder) for folder in runs if number_of(folder) == number), None)
+        asked = [folder for folder in runs if number in (None, number_of(folder))]
+        return cls(max(asked, key=number_of)) if asked else None
 
     def __enter__(self) -> Run:
         return self

@@ -195,7 +195,7 @@ def resume(project: Project, number: int | None = None) -> Job:
 
     Raises K2Error where there is none, and where weights or references are not what they were.
     """
-    run = Run.last(project.outputs) if number is None else Run.numbered(project.outputs, number)
+    run = Run.last(project.outputs, number)
     if run is None:
         which = "run" if number is None else f"run {number:04d}"
         raise K2Error(f"{project.name} has no {which} to go on with.", hint="Start one with: k2 render")
