@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -166,7 +167,7 @@ def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
         here = 0
         for file in plan.files:
             blob = plan.folder / "blobs" / file.etag
-            if not (blob.exists() and matches(blob, file, lambda: watch(f"checking {file.name}", here))):  # noqa: B023
+            if not (blob.exists() and matches(blob, file, partial(watch, f"checking {file.name}", here))):
                 blob.unlink(missing_ok=True)
                 borrow(blob, file)
                 download(plan, file, blob, watch, here)
@@ -186,13 +187,13 @@ def download(plan: Plan, file: File, blob: Path, watch: Watch, before: int) -> N
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    partial = partial_of(blob)
-    have = partial.stat().st_size if partial.exists() else 0
+    begun = partial_of(blob)
+    have = begun.stat().st_size if begun.exists() else 0
     if have > file.size:
-        partial.unlink()
+        begun.unlink()
         have = 0
     headers = build_hf_headers(library_name="k2") | {"Accept-Encoding": "identity"}
-    with partial.open("ab") as out:
+    with begun.open("ab") as out:
         counted: Any = Counted(out, lambda size: watch(file.name, before + size))
         http_get(
             hf_hub_url(plan.repo, file.name, revision=plan.commit),
@@ -203,13 +204,13 @@ def download(plan: Plan, file: File, blob: Path, watch: Watch, before: int) -> N
         )
         out.flush()
         os.fsync(out.fileno())
-    if not matches(partial, file, lambda: watch(f"checking {file.name}", before + file.size)):
-        partial.unlink()
+    if not matches(begun, file, partial(watch, f"checking {file.name}", before + file.size)):
+        begun.unlink()
         raise K2Error(
             f"{file.name} arrived damaged: its hash is not the one that the hub states, and it was thrown away.",
             hint="Pull again. If it stays so, whoever serves the file (HF_ENDPOINT, a proxy) serves another one.",
         )
-    partial.replace(blob)
+    begun.replace(blob)
 
 
 class Counted:
