@@ -80,9 +80,9 @@ def complete_setting(key: str) -> Callable[[str], list[str]]:
     """What a setting may be, of one that has only certain values."""
 
     def complete(incomplete: str) -> list[str]:
-        from k2cli.settings import Settings
+        from k2cli.settings import FIELDS
 
-        return begin(Settings.__dataclass_fields__[key].metadata["choices"], incomplete)
+        return begin(FIELDS[key].metadata["choices"], incomplete)
 
     return complete
 

@@ -22,12 +22,12 @@ from k2cli import formats, models
 from k2cli.console import aligned
 from k2cli.history import loras
 from k2cli.project import Shot
+from k2cli.settings import as_asked
 from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import sha256
-from model.plan import OFFLOADS, PRECISIONS
-from model.spec import LEAK_GUARDS, METHODS, TILES, Leader, Picture, Reference, RenderSpec, Style
+from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
 
@@ -50,21 +50,21 @@ class AskedPrompt:
 
 @dataclass(frozen=True)
 class MadeWith:
-    seed: int = between(0, 0, 2**63 - 1)
+    seed: int = as_asked("seed")
     width: int | None = between(None, 16, 4096)
     height: int | None = between(None, 16, 4096)
-    steps: int | None = between(None, 1, 1000)
-    guidance: float | None = between(None, 0, 100)
-    mu: float | None = between(None, -10, 10)
-    cohesion: float = between(0.0, 0, 1)
-    style_guidance: float | None = between(None, 0, 100)
-    leak_guard: str | None = one_of(None, *LEAK_GUARDS)
-    vision_tiles: int | None = one_of(None, *TILES)
+    steps: int | None = as_asked("steps")
+    guidance: float | None = as_asked("guidance")
+    mu: float | None = as_asked("mu")
+    cohesion: float = as_asked("cohesion")
+    style_guidance: float | None = as_asked("style_guidance")
+    leak_guard: str | None = as_asked("leak_guard")
+    vision_tiles: int | None = as_asked("vision_tiles")
     vision_rows: bool | None = None
     device: str | None = None
     dtype: str | None = None
-    precision: str | None = one_of(None, *PRECISIONS)
-    offload: str | None = one_of(None, *OFFLOADS)
+    precision: str | None = as_asked("precision")
+    offload: str | None = as_asked("offload")
     threads: int | None = between(None, 1, 4096)  # of a CPU, which share out sums and so round them
 
 
@@ -96,7 +96,7 @@ class LedBy:
     """The picture that this one is tied to, where cohesion is on."""
 
     prompt: str
-    seed: int = between(0, 0, 2**63 - 1)
+    seed: int = as_asked("seed")
     avoid: str = ""
 
 

@@ -98,12 +98,17 @@ class Settings:
         return fit_aspect(self.aspect or "1:1", edge, said, grid.step)
 
 
-LIMITS = {f.name: f.metadata for f in fields(Settings)}
+FIELDS = {f.name: f for f in fields(Settings)}
+
+
+def as_asked(key: str) -> Any:
+    """A dataclass field that holds what [render] may say under this key."""
+    return field(default=FIELDS[key].default, metadata=FIELDS[key].metadata)
 
 
 def check_setting(key: str, value: Any, where: str) -> Any:
     """A value as the setting of this name wants it."""
-    return check_value(key, value, hints_of(Settings)[key], LIMITS[key], where)
+    return check_value(key, value, hints_of(Settings)[key], FIELDS[key].metadata, where)
 
 
 def check_frame(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
