@@ -14,7 +14,7 @@ from typing import Any
 
 from k2cli.settings import check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import Place, check_keys, check_value, nearest, plain
+from k2cli.tables import WEIGHT, Place, check_keys, check_value, nearest, plain
 from model.errors import K2Error
 
 MOST = 10_000  # pictures that a run may come to
@@ -133,7 +133,7 @@ def axis(key: str, values: Any, where: str) -> list[Any]:
     if not isinstance(values, list) or not values:
         raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=f"Like {key} = [1, 2].")
     if key.startswith("style."):
-        checked = [check_value(key, value, float, {"low": -2, "high": 2}, where) for value in values]
+        checked = [check_value(key, value, float, WEIGHT, where) for value in values]
     else:
         checked = [check_setting(key, value, where) for value in values]
     if len(set(checked)) < len(checked):

@@ -23,7 +23,7 @@ from k2cli.console import aligned
 from k2cli.history import loras
 from k2cli.project import Shot
 from k2cli.settings import as_asked
-from k2cli.tables import LIMIT, PATH, UNPRINTABLE, Place, Toml, between, check_name, one_of, read_table
+from k2cli.tables import LIMIT, PATH, UNPRINTABLE, WEIGHT, Place, Toml, between, check_name, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import sha256
@@ -71,7 +71,7 @@ class MadeWith:
 @dataclass(frozen=True)
 class StyleUsed:
     name: str
-    strength: float = between(1.0, -2, 2)
+    strength: float = field(default=1.0, metadata=WEIGHT)
     keywords: list[str] | None = None
     avoids: list[str] | None = None
     method: str = one_of("auto", *METHODS)
@@ -82,7 +82,7 @@ class StyleUsed:
 class ReferenceUsed:
     image: str = field(metadata=PATH)
     sha256: str
-    weight: float = between(1.0, -2, 2)
+    weight: float = field(default=1.0, metadata=WEIGHT)
 
 
 @dataclass(frozen=True)

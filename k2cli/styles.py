@@ -15,13 +15,13 @@ from typing import Any
 
 from k2cli.dialect import dump
 from k2cli.outputs import sweep, write, write_toml, writing
-from k2cli.pictures import check_picture, find, in_folder
+from k2cli.pictures import Inside, check_picture, find, in_folder
 from k2cli.tables import (
     PATH,
     UNPRINTABLE,
+    WEIGHT,
     Place,
     Toml,
-    between,
     check_keys,
     check_name,
     check_value,
@@ -66,7 +66,7 @@ class ReferenceTable:
     """One [[reference]] of a style file."""
 
     image: str = field(metadata=PATH)
-    weight: float = between(1.0, -2, 2)
+    weight: float = field(default=1.0, metadata=WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Styles:
     """The styles folder of a project. `inside` makes a path absolute and refuses what lies outside the project."""
 
     root: Path
-    inside: Callable[[str, str], Path]
+    inside: Inside
 
     @cached_property
     def known(self) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 PATH = {"path": True}  # metadata of a field whose text, or texts, are paths: every space in them is meant
 NO_KEY = {"key": False}  # of a field that no table may say
+WEIGHT = {"low": -2, "high": 2}  # of a style's weight, and of a picture's within it
 
 
 def between(default: Any, low: float, high: float) -> Any:
@@ -293,6 +294,5 @@ def read_weights(table: Any, place: Place) -> dict[str, float]:
     if not isinstance(table, dict):
         raise K2Error(f"{place()}: expected a table{place.title}.", hint='Like [style] and below it "dusk = 0.6".')
     return {
-        plain(name, place(name)): check_value(name, value, float, {"low": -2, "high": 2}, place(name))
-        for name, value in table.items()
+        plain(name, place(name)): check_value(name, value, float, WEIGHT, place(name)) for name, value in table.items()
     }
