@@ -60,6 +60,19 @@ class StyleFile:
         """Nothing of its own."""
         return not (self.keywords or self.avoids or self.references or self.lora)
 
+    def at(self, name: str, strength: float) -> Style:
+        """Its own content as the style of this name."""
+        return Style(
+            name=name,
+            strength=strength,
+            references=self.references,
+            keywords=self.keywords,
+            avoids=self.avoids,
+            lora=self.lora,
+            triggers=self.triggers,
+            method=self.method,
+        )
+
 
 @dataclass(frozen=True)
 class ReferenceTable:
@@ -215,20 +228,7 @@ class Styles:
                     f'The weights of style "{name}" add up to {strength:g}, beyond −2 … 2.', hint="Lower them."
                 )
         strongest = sorted(((round(s, 9), name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
-        return tuple(
-            Style(
-                name,
-                strength,
-                files[name].references,
-                files[name].keywords,
-                files[name].avoids,
-                files[name].lora,
-                files[name].triggers,
-                files[name].method,
-            )
-            for strength, name in strongest
-            if strength
-        )
+        return tuple(files[name].at(name, strength) for strength, name in strongest if strength)
 
 
 def words_in(table: Mapping[str, Any], key: str, place: Place) -> tuple[str, ...]:
