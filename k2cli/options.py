@@ -146,11 +146,8 @@ def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project 
 def find_project(project: Path | None, allow_outside: bool = False) -> Project:
     from k2cli.project import Project
 
-    return (
-        Project.open(project, allow_outside=allow_outside)
-        if project
-        else Project.find(Path.cwd(), allow_outside=allow_outside)
-    )
+    at = Project.open if project else Project.find
+    return at(project or Path.cwd(), allow_outside=allow_outside)
 
 
 def open_projects(folders: Sequence[str], project: Path | None, allow_outside: bool) -> list[Project]:
