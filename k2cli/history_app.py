@@ -89,8 +89,7 @@ def log(
             wrong.append(error)
     if json:
         for each in found:
-            file = os.path.join(near_folder(each.path.parent, os.getcwd()), each.path.name)
-            result(to_json({"file": file, **history.in_full(each.table)}))
+            result(to_json({"file": near_file(each), **history.in_full(each.table)}))
     elif sys.stdout.isatty():
         show_table(found)
     else:
@@ -110,6 +109,11 @@ def log(
         raise typer.Exit(1)
 
 
+def near_file(made: Made) -> str:
+    """A picture's path as short as it can be typed here."""
+    return os.path.join(near_folder(made.path.parent, os.getcwd()), made.path.name)
+
+
 @cache
 def near_folder(folder: Path, here: str) -> str:
     """A run's folder as short as it can be typed from `here`; thousands of pictures ask for it."""
@@ -122,8 +126,7 @@ def line_of(made: Made) -> str:
     """A picture in a pipe."""
     created = f"{made.created:%Y-%m-%dT%H:%M:%SZ}" if made.created else ""
     seed = made.text("settings.seed")
-    file = os.path.join(near_folder(made.path.parent, os.getcwd()), made.path.name)
-    return "\t".join([file, created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
+    return "\t".join([near_file(made), created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
 
 
 def show_table(found: Sequence[Made]) -> None:
