@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from k2cli.tables import UNPRINTABLE, from_here
+from k2cli.tables import from_here, masked
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
@@ -25,7 +25,7 @@ console = Console(stderr=True, highlight=False)
 
 def harmless(text: str) -> str:
     """The text as a terminal may show it: a name in a project may hold what would rewrite the screen."""
-    return "\n".join("\t".join(UNPRINTABLE.sub("?", part) for part in line.split("\t")) for line in text.split("\n"))
+    return "\n".join("\t".join(masked(part) for part in line.split("\t")) for line in text.split("\n"))
 
 
 def say(text: str, style: str = "") -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, leaves
+from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked
 from model import picture_file
 from model.errors import K2Error
 
@@ -32,7 +32,7 @@ def loras(table: Mapping[str, Any]) -> list[str]:
     """Of a record every LoRA that had a part in the picture: its file, and at which weight."""
     found = table.get("lora")
     return [
-        UNPRINTABLE.sub("?", " ".join(str(lora["file"]).split())) + f" {float(lora['weight']):g}"
+        masked(" ".join(str(lora["file"]).split())) + f" {float(lora['weight']):g}"
         for lora in (found if isinstance(found, list) else ())
         if isinstance(lora, Mapping) and lora.get("file") and isinstance(lora.get("weight"), int | float)
     ]
@@ -79,7 +79,7 @@ class Made:
     def text(self, place: str) -> str:
         """A value of the record on one line that no terminal would obey."""
         value = self[place]
-        return "" if value is None else UNPRINTABLE.sub("?", " ".join(str(value).split()))
+        return "" if value is None else masked(" ".join(str(value).split()))
 
     @cached_property
     def created(self) -> datetime | None:
@@ -94,7 +94,7 @@ class Made:
         """Name -> strength of every style that had a part in it."""
         found = self.table.get("style")
         return {
-            UNPRINTABLE.sub("?", str(style["name"])): float(style["strength"])
+            masked(str(style["name"])): float(style["strength"])
             for style in (found if isinstance(found, list) else ())
             if isinstance(style, Mapping)
             and isinstance(style.get("strength"), int | float)
@@ -218,9 +218,7 @@ def read_since(text: str, now: datetime | None = None) -> datetime:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise K2Error(
-            f'--since: "{UNPRINTABLE.sub("?", text)}" is no moment.', hint="Like 3d, 2h, yesterday, 2026-11-24."
-        ) from None
+        raise K2Error(f'--since: "{masked(text)}" is no moment.', hint="Like 3d, 2h, yesterday, 2026-11-24.") from None
     try:
         return moment.astimezone() if moment.tzinfo is None else moment
     except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from k2cli import licence
 from k2cli.refusals import explained
-from k2cli.tables import UNPRINTABLE
+from k2cli.tables import masked
 from model import library
 from model.errors import K2Error
 from model.headers import some
@@ -56,7 +56,7 @@ class File:
     def __post_init__(self) -> None:
         parts = self.name.split("/")
         if not HASH.fullmatch(self.etag) or any(part in ("", ".", "..") for part in parts) or "\\" in self.name:
-            raise K2Error(f'The hub lists a file that has no place in a repository: "{plain(self.name)}".')
+            raise K2Error(f'The hub lists a file that has no place in a repository: "{masked(self.name)}".')
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
     found = library.parse(name)
     if found is None:
         known = ", ".join(library.OFFICIAL)
-        raise K2Error(f'"{plain(name)}" is not the name of a model at the hub.', hint=f"Like ORG/NAME, or {known}.")
+        raise K2Error(f'"{masked(name)}" is not the name of a model at the hub.', hint=f"Like ORG/NAME, or {known}.")
     repo, at, file = found
     revision = revision or at or "main"
     if ".." in revision or revision.startswith("/"):
-        raise K2Error(f'"{plain(revision)}" is not the name of a revision.', hint="Give a branch, a tag or a commit.")
+        raise K2Error(f'"{masked(revision)}" is not the name of a revision.', hint="Give a branch, a tag or a commit.")
     with explained(repo, revision):
         from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -153,7 +153,7 @@ def licence_of(info: Any) -> str | None:
     stated = getattr(card, "license_name", None) or getattr(card, "license", None)
     bases = getattr(card, "base_model", None) or []
     kin = {info.id, *([bases] if isinstance(bases, str) else bases)}
-    return library.KREA_2 if kin & set(library.OFFICIAL.values()) else plain(str(stated)) if stated else None
+    return library.KREA_2 if kin & set(library.OFFICIAL.values()) else masked(str(stated)) if stated else None
 
 
 def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
@@ -377,7 +377,3 @@ def bar(total: int, *, quiet: bool) -> Iterator[Watch]:
 
 def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def plain(text: str) -> str:
-    return UNPRINTABLE.sub("?", text)

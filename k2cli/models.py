@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2cli.tables import PATH, UNPRINTABLE, check_path, nearest, one_of
+from k2cli.tables import PATH, check_path, masked, nearest, one_of
 from model import library
 from model.errors import K2Error
 from model.hashes import sha256
@@ -45,7 +45,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
         if not any(library.weights(path) if path.is_dir() else [path.suffix in library.WEIGHTS]):
             kinds = " or ".join(library.WEIGHTS)
             raise K2Error(
-                f"{UNPRINTABLE.sub('?', name)} holds no weights: no {kinds}.",
+                f"{masked(name)} holds no weights: no {kinds}.",
                 hint="Name a folder or a file that does; `k2 models list` shows the models there are.",
             )
         check_variant(str(path), variant)
@@ -54,7 +54,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
     if found is not None and found.source == "hub":
         check_variant(name, variant)
         return name
-    shown, short = UNPRINTABLE.sub("?", name), name.partition("@")[0]
+    shown, short = masked(name), name.partition("@")[0]
     if short == "krea-2" or short in library.OFFICIAL:
         pulled = shown if short in library.OFFICIAL else f"krea-2-{variant or 'turbo'}"
         raise K2Error(f"{shown} is not on this machine.", hint=f"Fetch it with: k2 models pull {pulled}")
@@ -68,9 +68,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
 def check_variant(name: str, variant: str | None) -> None:
     """Raises K2Error where the weights of a path or of the hub say that they are another variant."""
     if variant and library.find(name, variant) is None:
-        raise K2Error(
-            f"{UNPRINTABLE.sub('?', name)} holds no {variant} weights.", hint=f"Leave --{variant} out, or name others."
-        )
+        raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Leave --{variant} out, or name others.")
 
 
 def files(name: str) -> list[Path]:
@@ -85,7 +83,7 @@ def files(name: str) -> list[Path]:
 def file_of(name: str, file: str) -> Path:
     """Where a file that a record names lies: with its model, or in what lends a lone file the rest of it."""
     if Path(file).is_absolute() or ".." in Path(file).parts:
-        raise K2Error(f'The record names a file outside its model: "{UNPRINTABLE.sub("?", file)}".')
+        raise K2Error(f'The record names a file outside its model: "{masked(file)}".')
     check_path(file, "The record's model: ")
     found = None if name in library.box() else library.find(name)
     if found is None:
@@ -107,7 +105,7 @@ def grid(name: str, variant: str | None = None) -> Grid:
     """By the headers of a model, else as the open weights are. Raises K2Error where there is none."""
     found = library.find(name, variant)
     if found is None:
-        raise K2Error(f'There is no model "{UNPRINTABLE.sub("?", name)}" here.')
+        raise K2Error(f'There is no model "{masked(name)}" here.')
     parts = library.find_parts(found)
     about = [library.describe(file) for file in library.files_in(parts.dit)]
     native, shapes = (next((each[key] for each in about if each.get(key)), None) for key in ("native", "shapes"))
@@ -184,5 +182,5 @@ def card(entry: Mapping[str, Any], indent: str = "") -> str:
             lines += [f"{indent}{key}", card(value, indent + "  ")] if value else []
         else:
             text = f"{value:,}" if isinstance(value, int) else str(value)
-            lines.append(f"{indent}{key:<{max(12 - len(indent), 1)}} {UNPRINTABLE.sub('?', text)}")
+            lines.append(f"{indent}{key:<{max(12 - len(indent), 1)}} {masked(text)}")
     return "\n".join(lines)

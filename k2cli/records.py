@@ -23,7 +23,7 @@ from k2cli.console import aligned
 from k2cli.history import loras
 from k2cli.project import Shot
 from k2cli.settings import as_asked
-from k2cli.tables import LIMIT, PATH, UNPRINTABLE, WEIGHT, Place, Toml, between, check_name, one_of, read_table
+from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, masked, one_of, read_table
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import sha256
@@ -270,7 +270,7 @@ def describe(record: Record) -> str:
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
     }
     lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
-    return aligned([(name, UNPRINTABLE.sub("?", line)) for name, line in lines], 2 + max(map(len, facts)))
+    return aligned([(name, masked(line)) for name, line in lines], 2 + max(map(len, facts)))
 
 
 Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside

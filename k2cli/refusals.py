@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from k2cli.tables import UNPRINTABLE
+from k2cli.tables import masked
 from model import library
 from model.errors import K2Error
 
@@ -46,7 +46,7 @@ def explain(error: Exception, repo: str, revision: str) -> K2Error:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         hint = f"Give a branch, a tag or a commit: {hub}/{repo}/commits/main lists them."
-        return K2Error(f'{repo} has no revision "{UNPRINTABLE.sub("?", revision)}" (404).', hint=hint)
+        return K2Error(f'{repo} has no revision "{masked(revision)}" (404).', hint=hint)
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = f"Check the name at {hub}. For a private model set HF_TOKEN."
         return K2Error(f"The hub has no model {repo}, or it is private ({status}).", hint=hint)

@@ -26,6 +26,7 @@ from k2cli.tables import (
     check_name,
     check_value,
     label_of,
+    masked,
     nearest,
     plain,
     read_table,
@@ -271,14 +272,10 @@ def add_style(
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
-            raise K2Error(
-                f"There is no {UNPRINTABLE.sub('?', str(image))}.", hint="Name pictures, or a folder of them."
-            )
+            raise K2Error(f"There is no {masked(str(image))}.", hint="Name pictures, or a folder of them.")
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
     over = passed_over(path for image in images if image.is_dir() for path in image.iterdir())
-    kinds = {
-        each: check_picture(each, f'Style "{name}"', UNPRINTABLE.sub("?", str(each)), whole=True) for each in files
-    }
+    kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
     if not 1 <= len(hashes) <= MOST_REFERENCES:

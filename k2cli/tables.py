@@ -84,6 +84,11 @@ def printable(text: str, place: str) -> str:
     return text
 
 
+def masked(text: str) -> str:
+    """The text to be shown: with a ? for every control character."""
+    return UNPRINTABLE.sub("?", text)
+
+
 def check_name(name: str, where: str) -> str:
     """Refuse what cannot be part of a file name everywhere."""
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > LONGEST_NAME:
@@ -139,7 +144,7 @@ class Toml:
         except RecursionError:
             raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
         except ValueError as error:  # tomllib's own is one
-            raise K2Error(f"{label} is not valid TOML: {UNPRINTABLE.sub('?', str(error))}.") from None
+            raise K2Error(f"{label} is not valid TOML: {masked(str(error))}.") from None
 
     @classmethod
     def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
@@ -250,9 +255,7 @@ def check_keys(table: Any, known: Iterable[str], place: Place) -> None:
         raise K2Error(f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below.")
     for key in table:
         if key not in known:
-            raise K2Error(
-                f'{place(key)}: unknown key "{UNPRINTABLE.sub("?", key)}"{place.title}.', hint=nearest(key, known)
-            )
+            raise K2Error(f'{place(key)}: unknown key "{masked(key)}"{place.title}.', hint=nearest(key, known))
 
 
 def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
@@ -285,7 +288,7 @@ def describe(value: Any) -> str:
     """A value in a message, short."""
     if isinstance(value, dict | list):
         return KINDS[type(value)]
-    text = UNPRINTABLE.sub("?", repr(value) if not isinstance(value, str) else f'"{value}"')
+    text = masked(repr(value) if not isinstance(value, str) else f'"{value}"')
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
