@@ -23,6 +23,7 @@ from k2cli import history
 from k2cli.history import Made
 from k2cli.outputs import DRAFT, PICTURES, write, writing
 from k2cli.prompts import prompt_of
+from k2cli.tables import tables_in
 from model import picture_file
 from model.errors import K2Error, count_of
 
@@ -237,12 +238,9 @@ def record_of(made: Made) -> list[tuple[str, str]]:
 
 
 def references(made: Made) -> Iterable[str]:
-    styles = made["style"]
-    for style in styles if isinstance(styles, list) else ():
-        found = style.get("reference") if isinstance(style, Mapping) else None
-        for each in found if isinstance(found, list) else ():
-            if isinstance(each, Mapping):
-                yield " ".join(str(each.get("image", "")).split())
+    for style in tables_in(made.table, "style"):
+        for each in tables_in(style, "reference"):
+            yield " ".join(str(each.get("image", "")).split())
 
 
 def number(value: Any) -> str:

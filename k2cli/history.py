@@ -18,7 +18,7 @@ from typing import Any
 
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked
+from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked, tables_in
 from model import picture_file
 from model.errors import K2Error
 
@@ -30,11 +30,10 @@ LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 def loras(table: Mapping[str, Any]) -> list[str]:
     """Of a record every LoRA that had a part in the picture: its file, and at which weight."""
-    found = table.get("lora")
     return [
         masked(" ".join(str(lora["file"]).split())) + f" {float(lora['weight']):g}"
-        for lora in (found if isinstance(found, list) else ())
-        if isinstance(lora, Mapping) and lora.get("file") and isinstance(lora.get("weight"), int | float)
+        for lora in tables_in(table, "lora")
+        if lora.get("file") and isinstance(lora.get("weight"), int | float)
     ]
 
 
@@ -92,14 +91,10 @@ class Made:
     @cached_property
     def styles(self) -> dict[str, float]:
         """Name -> strength of every style that had a part in it."""
-        found = self.table.get("style")
         return {
             masked(str(style["name"])): float(style["strength"])
-            for style in (found if isinstance(found, list) else ())
-            if isinstance(style, Mapping)
-            and isinstance(style.get("strength"), int | float)
-            and style["strength"]
-            and style.get("name")
+            for style in tables_in(self.table, "style")
+            if isinstance(style.get("strength"), int | float) and style["strength"] and style.get("name")
         }
 
     @property

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 
 from k2cli import comfy
 from k2cli.formats import record_of
-from k2cli.tables import UNPRINTABLE, loads
+from k2cli.tables import UNPRINTABLE, loads, tables_in
 from model import picture_file
 from model.errors import K2Error
 from model.expand import LEVELS
@@ -191,8 +191,7 @@ def own_phrases(avoid: str, table: Mapping[str, Any]) -> str:
 
 def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:
     """What each table of a list says under a key."""
-    found = table.get(key)
-    return [each.get(of) for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    return [each.get(of) for each in tables_in(table, key)]
 
 
 def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:

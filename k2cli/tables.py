@@ -134,6 +134,12 @@ def leaves(value: Any) -> Iterator[Any]:
             yield value
 
 
+def tables_in(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The tables that stand in a list under a key of what anybody may have written; all else is passed over."""
+    found = table.get(key)
+    return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+
+
 class Toml:
     """A parsed TOML text that can say where a key stands. `label` is what messages call it."""
 
