@@ -169,21 +169,13 @@ def new(
         raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
     compose, notes, turbo = None, [], ""
     if pictures:
+        from functools import partial
+
         from k2cli import origins, taken
 
         read = {picture: origins.read(picture) for picture in pictures}
-        named = taken.name(read.values())
+        compose, notes = partial(taken.project_text, origins=taken.name(read.values())), taken.notes(read)
         turbo = " --turbo" if all(each.turbo for each in read.values()) else ""
-        first = next(iter(read.values()))
-        notes = [
-            f"{picture.name}: {lost} stayed behind."
-            for picture, each in read.items()
-            for lost in taken.left_behind(each, first)
-        ]
-
-        def compose(name: str) -> str:
-            return taken.project_text(name, named)
-
     made = Folder.create(Path(folder), compose)
     result(near(made))
     if not quiet:

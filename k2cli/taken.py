@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from k2cli import models
@@ -62,6 +63,13 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
         lost += [f"model {origin.model}"] if origin.model not in ("", model_of(first)) else []
         lost += [f"{key} {value}" for key, value in settings_of(origin).items() if kept.get(key) != value]
     return lost
+
+
+def notes(origins: Mapping[Path, Origin]) -> list[str]:
+    """What stays behind of each picture, a sentence for each thing."""
+    first = next(iter(origins.values()))
+    lost = ((path, thing) for path, each in origins.items() for thing in left_behind(each, first))
+    return [f"{path.name}: {thing} stayed behind." for path, thing in lost]
 
 
 def project_text(name: str, origins: Mapping[str, Origin]) -> str:
