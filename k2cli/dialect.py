@@ -54,6 +54,8 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def parse_lines(text: str) -> dict[str, Any]:
+    """A text as `dump` writes it, and as no other: ValueError, TypeError, KeyError or AttributeError say that it is
+    not."""
     root: dict[str, Any] = {}
     table = root
     lines = iter(text.split("\n"))

@@ -120,6 +120,7 @@ def read_axes(texts: Sequence[str]) -> Matrix:
 
 
 def number(text: str) -> Any:
+    """A number where the text is one, whole where it can be; else the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -193,10 +194,12 @@ def parse(text: str) -> list[Any]:
 
 
 def many(parts: Sequence[Any]) -> int:
+    """How many readings the parts of a prompt have, without laying them out."""
     return math.prod(sum(map(many, part)) for part in parts if not isinstance(part, str))
 
 
 def readings(parts: Sequence[Any]) -> list[tuple[str, tuple[str, ...]]]:
+    """The readings themselves, each with what was chosen in it; choices within a choice are part of that."""
     found: list[tuple[str, tuple[str, ...]]] = [("", ())]
     for part in parts:
         if isinstance(part, str):

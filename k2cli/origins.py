@@ -103,6 +103,7 @@ def read_side_file(path: Path) -> Origin:
 
 
 def table_in(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none."""
     try:
         with path.open("rb") as file:
             return table_of(file.read(MOST_SAID).decode())
@@ -144,6 +145,7 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
 
 
 def table_of(text: str) -> dict[str, Any]:
+    """The same of a text."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -152,6 +154,7 @@ def table_of(text: str) -> dict[str, Any]:
 
 
 def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
+    """A record, perhaps of another version, or edited."""
     asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
     if isinstance(asked, dict) and isinstance(made, dict):
         used = used if isinstance(used, dict) else {}
@@ -195,6 +198,7 @@ def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:
 
 
 def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
+    """Before 3.0 all was said under `image`, from then on at the top."""
     old = table.get("image")
     if isinstance(old, dict):
         asked = old.get("prompt")
@@ -224,6 +228,7 @@ def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
 
 
 def of_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
+    """The EXIF comment, or the file beside the picture; others write comments of that kind, too."""
     loras = table.get("lora_paths")
     yield origin(
         "mflux" if "mflux_version" in table else "another tool",
@@ -261,6 +266,7 @@ def unquoted(value: str) -> str:
 
 
 def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
+    """One for every sampler of a graph, the last first."""
     for given in islice(comfy.samplers(graph), MOST_SAMPLERS):
         yield origin(
             "ComfyUI",
@@ -293,10 +299,12 @@ def unmarked(text: Any) -> str:
 
 
 def plain(text: Any) -> str:
+    """A text on one line, without control characters; of anything else nothing."""
     return " ".join(UNPRINTABLE.sub(" ", text).split()) if isinstance(text, str) else ""
 
 
 def whole(value: Any) -> int | None:
+    """A whole number that a seed, a side or steps may be."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
@@ -305,6 +313,7 @@ def whole(value: Any) -> int | None:
 
 
 def decimal(value: Any) -> float | None:
+    """A finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

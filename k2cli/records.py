@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AskedPrompt:
+    """[prompt] of a record or of a plan."""
+
     text: str  # as given
     expanded: str  # as the model read it
     name: str = "picture"
@@ -50,6 +52,8 @@ class AskedPrompt:
 
 @dataclass(frozen=True)
 class MadeWith:
+    """[settings]: as they were asked for, or as they turned out. None in a plan is the checkpoint's own."""
+
     seed: int = as_asked("seed")
     width: int | None = between(None, 16, 4096)
     height: int | None = between(None, 16, 4096)
@@ -70,6 +74,8 @@ class MadeWith:
 
 @dataclass(frozen=True)
 class StyleUsed:
+    """One [[style]], but for its files."""
+
     name: str
     strength: float = field(default=1.0, metadata=WEIGHT)
     keywords: list[str] | None = None
@@ -80,6 +86,8 @@ class StyleUsed:
 
 @dataclass(frozen=True)
 class ReferenceUsed:
+    """A picture of a style, as it was."""
+
     image: str = field(metadata=PATH)
     sha256: str
     weight: float = field(default=1.0, metadata=WEIGHT)
@@ -87,6 +95,8 @@ class ReferenceUsed:
 
 @dataclass(frozen=True)
 class LoraUsed:
+    """A style's LoRA, as it was."""
+
     file: str = field(metadata=PATH)
     sha256: str
 

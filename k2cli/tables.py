@@ -154,6 +154,7 @@ class Toml:
 
     @classmethod
     def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
+        """A file of at most `limit` bytes. Raises K2Error where it is none, is larger, or cannot be read as TOML."""
         try:
             with open_file(path) as file:
                 content = file.read(limit + 1)
