@@ -10,12 +10,13 @@ import typer
 
 from k2cli import licence
 from k2cli.console import meter, near, result, say, typed
+from k2cli.disk import DiskFull
 from k2cli.expander import forget
 from k2cli.folder import root_above
 from k2cli.matrix import Matrix
 from k2cli.models import grid, recommended
 from k2cli.options import to_json
-from k2cli.outputs import DiskFull, Run, number_of
+from k2cli.outputs import Run, number_of
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
 from k2cli.records import portable, request

@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 
 from k2cli import template
-from k2cli.outputs import undisturbed, writing
+from k2cli.disk import undisturbed, writing
 from k2cli.tables import check_path, plain
 from model.errors import K2Error
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import history
+from k2cli.disk import DRAFT, write, writing
 from k2cli.history import Made
-from k2cli.outputs import DRAFT, PICTURES, write, writing
+from k2cli.outputs import PICTURES
 from k2cli.prompts import prompt_of
 from k2cli.tables import tables_in
 from model import picture_file

@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 from k2cli import licence
+from k2cli.disk import undisturbed
 from k2cli.models import Held
-from k2cli.outputs import undisturbed
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 

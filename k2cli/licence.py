@@ -12,7 +12,7 @@ from shlex import quote
 import typer
 
 from k2cli.console import console, say
-from k2cli.outputs import write_toml, writing
+from k2cli.disk import write_toml, writing
 from model import library
 from model.errors import K2Error
 

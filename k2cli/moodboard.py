@@ -19,8 +19,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from k2cli.dialect import dump
+from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
-from k2cli.outputs import undisturbed, write, writing
 from k2cli.pictures import Inside, OnOther, find
 from k2cli.styles import reference
 from k2cli.tables import PATH, between

@@ -1,48 +1,24 @@
-"""Run folders: numbers that two processes cannot share, and files that appear whole or not at all."""
+"""Run folders: numbers that two processes cannot share, and which of a run's pictures are done."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import secrets
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
-from k2cli.dialect import dump
+from k2cli.disk import FOLDER, LOCKS, hold, opened, sweep, undisturbed, write, writing
 from model.errors import K2Error
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 RUN = "run.toml"
 SHEET = "sheet.png"
-DRAFT = ".draft"
 BLOCKED = ".blocked.toml"
 PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
 PATIENCE = 10.0  # seconds to wait for another process that claims a number
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
-FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe, laid where a folder should be, would wait for ever
-
-
-class DiskFull(K2Error):
-    """Something could not be written for want of room."""
-
-
-class Exists(K2Error):
-    """Something that was to be new has come to stand at `path`."""
-
-    def __init__(self, path: Path):
-        super().__init__(f"{path} exists already.", hint="Choose another name.")
-        self.path = path
 
 
 class Run:
@@ -114,7 +90,7 @@ class Run:
 
     def lock(self) -> None:
         """Keep other processes from resuming this run; the lock ends with this process, however it ends."""
-        if fcntl is None or self.handle is not None:
+        if not LOCKS or self.handle is not None:
             return
         with writing(self.folder):
             self.handle = os.open(self.folder, os.O_RDONLY)
@@ -125,7 +101,7 @@ class Run:
     @property
     def busy(self) -> bool:
         """Whether another process renders it, as far as can be told."""
-        if fcntl is None:
+        if not LOCKS:
             return False
         with suppress(OSError), opened(self.folder, FOLDER) as handle:
             return hold(handle) is False
@@ -195,7 +171,7 @@ def clear(outputs: Path) -> None:
 
     Only for whoever is `alone`: a living process that claims a number holds `outputs` until it has named it.
     """
-    if fcntl is None:
+    if not LOCKS:
         return
     for folder in [path for path in outputs.iterdir() if NUMBER.match(path.name) and not path.is_symlink()]:
         sweep(folder)
@@ -206,32 +182,10 @@ def clear(outputs: Path) -> None:
                     folder.rmdir()
 
 
-def sweep(folder: Path) -> None:
-    """Remove the drafts whose writers are dead: a living one holds the lock of its draft."""
-    if fcntl is None:
-        return
-    with suppress(OSError):
-        drafts = [entry.path for entry in os.scandir(folder) if entry.name.endswith(DRAFT)]
-        for draft in drafts:
-            with suppress(OSError), opened(draft, os.O_NOFOLLOW | os.O_NONBLOCK) as handle:
-                if hold(handle):
-                    os.unlink(draft)
-
-
-@contextmanager
-def opened(path: str | Path, flags: int = 0) -> Iterator[int]:
-    """A file or folder, open for reading."""
-    handle = os.open(path, os.O_RDONLY | flags)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     """One process at a time -> whether it is so: not where locks do not work, nor past a holder that stands still."""
-    if fcntl is None:
+    if not LOCKS:
         yield False
         return
     deadline = time.monotonic() + PATIENCE
@@ -239,134 +193,3 @@ def alone(folder: Path) -> Iterator[bool]:
         while (granted := hold(handle)) is False and time.monotonic() < deadline:
             time.sleep(0.01)
         yield bool(granted)
-
-
-def hold(handle: int) -> bool | None:
-    """Lock an open file or folder. False: another process has it; None: this file system knows no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if isinstance(error, BlockingIOError) else None
-    return True
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until what is in hand is finished; pressed once more, it does not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[tuple[int, FrameType | None]] = []
-
-    def later(number: int, frame: FrameType | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append((number, frame))
-
-    before = signal.signal(signal.SIGINT, later)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed and callable(before):
-            before(*pressed[0])
-        elif pressed and before == signal.SIG_DFL:
-            signal.raise_signal(signal.SIGINT)
-
-
-# ---- files ------------------------------------------------------------------------------------------------------
-
-
-def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
-    """Write files so that each is whole or absent: drafts, flushed to disk, all put in place once all are there.
-
-    Raises K2Error. Where they are to be `new`, nothing is replaced: Exists is raised, and none of them is there. Ctrl-C
-    during it comes afterwards.
-    """
-    drafts: dict[Path, Path] = {}
-    placed: list[Path] = []
-    handles: list[int] = []
-    with undisturbed():
-        try:
-            for path, data in files.items():
-                with writing(path):
-                    drafts[path], handle = new_draft(path.parent)
-                    handles.append(handle)
-                    with open(handle, "wb", closefd=False) as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(handle)
-            if fcntl is None:  # Windows moves no open file
-                close(handles)
-            for path, draft in drafts.items():
-                with writing(path):
-                    place(draft, path, new=new)
-                placed.append(path)
-            for folder in {path.parent for path in files}:
-                settle(folder)
-        except K2Error:
-            for path in placed if new else ():
-                with suppress(OSError):
-                    path.unlink()
-            raise
-        finally:
-            for draft in drafts.values():
-                with suppress(OSError):
-                    draft.unlink(missing_ok=True)
-            close(handles)
-
-
-def place(draft: Path, path: Path, *, new: bool) -> None:
-    """Give a draft its name; what is to be new gets it by a link, which never replaces anything."""
-    if new:
-        try:
-            os.link(draft, path)
-            return
-        except FileExistsError:
-            raise Exists(path) from None
-        except OSError:  # a file system without links
-            if path.exists():
-                raise Exists(path) from None
-    os.replace(draft, path)
-
-
-def new_draft(folder: Path) -> tuple[Path, int]:
-    """A new file, locked until it is closed, and never one that was there: that might be a link to anywhere."""
-    while True:
-        draft = folder / f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"
-        try:
-            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        except FileExistsError:
-            continue
-        if fcntl is None or (hold(handle) is not False and os.fstat(handle).st_nlink):
-            return draft, handle
-        os.close(handle)  # swept away in the instant before it was locked
-
-
-def close(handles: list[int]) -> None:
-    while handles:
-        os.close(handles.pop())
-
-
-def settle(folder: Path) -> None:
-    """Names are part of a folder: what was put in place stays there when the power goes."""
-    with suppress(OSError), opened(folder) as handle:
-        os.fsync(handle)
-
-
-def write_toml(path: Path, table: Mapping[str, Any]) -> None:
-    write({path: dump(table)})
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"The disk is full: {path} was not written.", hint="Make room, and try again.") from None
-        reason = {errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only"}.get(error.errno or 0)
-        raise K2Error(
-            f"{path} cannot be written: {reason or error.strerror}.", hint="Check the folder's permissions."
-        ) from None

@@ -14,9 +14,10 @@ from PIL import Image, ImageChops
 
 from k2cli import embedded, models, records
 from k2cli.dialect import dump, parse_long
+from k2cli.disk import Exists, undisturbed, write
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
-from k2cli.outputs import RUN, SHEET, Exists, Run, number_of, undisturbed, write
+from k2cli.outputs import RUN, SHEET, Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.prompts import prompt_of

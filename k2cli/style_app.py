@@ -291,7 +291,7 @@ def analyze(
 
     from k2cli import moodboard
     from k2cli.console import meter, near, result, say
-    from k2cli.outputs import Exists
+    from k2cli.disk import Exists
     from k2cli.tables import check_name
     from model.picture_file import passed_over
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.dialect import dump
-from k2cli.outputs import sweep, write, write_toml, writing
+from k2cli.disk import sweep, write, write_toml, writing
 from k2cli.pictures import Inside, check_picture, find, in_folder
 from k2cli.tables import (
     PATH,

@@ -1,20 +1,19 @@
-"""Run folders and files: numbers never shared, files whole or absent."""
+"""Run folders: numbers never shared, and nothing left of what came to nothing."""
 
 from __future__ import annotations
 
 import errno
 import multiprocessing
 import os
-import secrets
-import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import tree
 
-from k2cli import outputs
-from k2cli.outputs import FOLDER, Exists, Run, hold, new_draft, next_number, opened, undisturbed, write
+from k2cli import disk, outputs
+from k2cli.disk import FOLDER, hold, new_draft, opened, write
+from k2cli.outputs import Run, next_number
 from model.errors import K2Error
 
 
@@ -107,71 +106,8 @@ def test_a_run_with_a_blocked_picture_stays(tmp_path):
     assert tree(run.folder) == {"fox-7.blocked.toml": b"record", "run.toml": b"planned"}
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (errno.ENOSPC, "disk is full"),
-        (errno.EDQUOT, "disk is full"),
-        (errno.EIO, "cannot be written"),
-        (errno.EROFS, "the file system is read-only"),
-    ],
-)
-@pytest.mark.parametrize("failing", [0, 1])
-def test_what_cannot_be_written_whole_is_not_there_at_all(tmp_path, monkeypatch, failing, code, message):
-    (tmp_path / "a").write_bytes(b"old")
-    calls = []
-
-    def fsync(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) == failing + 1:
-            raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-
-    with pytest.raises(K2Error, match=message):
-        write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
-    assert tree(tmp_path) == {"a": b"old"}
-
-
-def test_what_was_replaced_is_not_taken_away_by_what_could_not_be(tmp_path, monkeypatch):
-    replace = os.replace
-
-    def fail_at_b(draft: Path, path: Path) -> None:
-        if path.name == "b":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        replace(draft, path)
-
-    monkeypatch.setattr(os, "replace", fail_at_b)
-
-    with pytest.raises(K2Error, match="cannot be written"):
-        write({tmp_path / "a": b"new", tmp_path / "b": b"new"})
-    assert tree(tmp_path) == {"a": b"new"}
-
-
-def test_names_are_flushed_to_disk_after_the_files(tmp_path, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
-
-    write({tmp_path / "a": b"new"})
-
-    assert flushed == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
-
-
 def test_a_picture_that_is_not_there_would_be_a_png(tmp_path):
     assert Run(tmp_path).picture("fox-7").name == "fox-7.png"
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_what_is_to_be_new_replaces_nothing(tmp_path, monkeypatch, links):
-    def link(start: Path, end: Path) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", os.link if links else link)
-    write({tmp_path / "b": b"mine"}, new=True)
-
-    with pytest.raises(Exists, match="b exists already"):
-        write({tmp_path / "a": b"new", tmp_path / "b": b"new"}, new=True)
-    assert tree(tmp_path) == {"b": b"mine"}
 
 
 def test_a_folder_in_the_way_is_one_sentence(tmp_path):
@@ -200,7 +136,7 @@ def test_a_file_system_without_locks_keeps_nobody_from_a_run(tmp_path, monkeypat
     def flock(handle: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
     run = Run.claim(tmp_path, "fox", {"run.toml": b"planned"})
 
     assert not Run(run.folder).busy
@@ -273,67 +209,3 @@ def test_a_folder_with_a_number_and_content_is_left_alone(tmp_path):
 
     assert Run.claim(tmp_path, "fox").folder.name == "0004-fox"
     assert tree(tmp_path / "0003") == {"notes.txt": b"mine", "run.toml": b""}
-
-
-def test_no_draft_follows_a_link(tmp_path, monkeypatch):
-    """A folder from a stranger may hold links under any name that could be guessed."""
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    names = iter(["guessed", "fresh"])
-    monkeypatch.setattr(secrets, "token_hex", lambda count: next(names))
-    (tmp_path / f".{os.getpid()}-guessed.draft").symlink_to(victim)
-
-    write({tmp_path / "a": b"new"})
-
-    assert victim.read_text() == "precious" and (tmp_path / "a").read_bytes() == b"new"
-
-
-def press_by_default() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with undisturbed():
-        signal.raise_signal(signal.SIGINT)
-
-
-class TestUndisturbed:
-    """Ctrl-C while files are written."""
-
-    def test_it_waits_until_they_are_in_place(self, tmp_path, monkeypatch):
-        replace = os.replace
-
-        def press(draft: Path, path: Path) -> None:
-            signal.raise_signal(signal.SIGINT)
-            replace(draft, path)
-
-        monkeypatch.setattr(os, "replace", press)
-        with pytest.raises(KeyboardInterrupt):
-            write({tmp_path / "a.png": b"picture"})
-
-        assert tree(tmp_path) == {"a.png": b"picture"}
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-    def test_twice_insists(self):
-        done = []
-        with pytest.raises(KeyboardInterrupt), undisturbed():
-            signal.raise_signal(signal.SIGINT)
-            done.append(1)
-            signal.raise_signal(signal.SIGINT)
-            done.append(2)
-
-        assert done == [1]
-
-    def test_it_ends_a_process_that_has_no_handler_of_its_own(self):
-        process = multiprocessing.get_context("fork").Process(target=press_by_default)
-        process.start()
-        process.join()
-
-        assert process.exitcode == -signal.SIGINT
-
-    def test_it_passes_from_the_inner_to_the_outer(self):
-        done = []
-        with pytest.raises(KeyboardInterrupt), undisturbed():
-            with undisturbed():
-                signal.raise_signal(signal.SIGINT)
-                done.append(1)
-            done.append(2)
-
-        assert done == [1, 2]

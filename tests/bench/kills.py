@@ -24,8 +24,8 @@ from PIL import Image
 
 from k2cli import hands, records
 from k2cli.app import app
+from k2cli.disk import DRAFT
 from k2cli.models import Held
-from k2cli.outputs import DRAFT
 from k2cli.tables import Toml
 
 PROJECT = """\
