@@ -429,9 +429,7 @@ class Bench:
         )
         tie, said = Tie(net.config, 0.5, [0.5], grid), Said({"styled": [embeds]})
         led = [
-            Branches(
-                net, Said({"styled": [embeds]}), one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack
-            )
+            Branches(net, said, one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
             for pack in (sys.maxsize, 0)
         ]
         noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
