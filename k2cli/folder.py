@@ -11,7 +11,7 @@ from shlex import quote
 
 from k2cli import template
 from k2cli.disk import undisturbed, writing
-from k2cli.tables import check_path, plain
+from k2cli.tables import check_path, printable
 from model.errors import K2Error
 
 FILE = "k2.toml"
@@ -74,9 +74,9 @@ class Folder:
         compose  k2.toml for a project of this name, in the place of the template and its style
         """
         folder = Path(os.path.abspath(folder))
+        name = " ".join(printable(folder.name, "The project's name").split())
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise K2Error(f"{folder} exists already and is not an empty folder.", hint="Choose another name.")
-        name = plain(folder.name, "The project's name")
         there = folder.exists()  # perhaps a mount, to which nothing moves from beside it
         draft = (folder if there else folder.parent) / f".{folder.name}.draft-{os.getpid()}"
         try:

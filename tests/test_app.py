@@ -755,6 +755,17 @@ def test_models_are_listed_and_described(moody, k2):
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1b[2J", "a\n"])
+def test_a_project_has_its_name_on_one_line(moody, k2, name):
+    """Its path is a line of results, and of what is said to be typed next."""
+    before = tree(moody)
+
+    refused = k2("new", name, code=1)
+
+    assert "The project's name holds a control character." in refused.stderr and refused.stdout == ""
+    assert tree(moody) == before
+
+
 def test_a_project_without_a_name_is_none(moody, k2):
     assert "The project's name is empty." in k2("new", "", code=1).stderr
     assert "exists already" in k2("new", ".", code=1).stderr
