@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import math
 import os
@@ -57,9 +58,10 @@ def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:
     if isinstance(error, K2Error):
         return error
     if isinstance(error, UnicodeEncodeError):  # of a path: what standard output has no sign for is no error
+        from k2cli.tables import USE_UTF_8
+
         sign, encoding = error.object[error.start], error.encoding
-        hint = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
-        return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=hint)
+        return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=USE_UTF_8)
     if isinstance(error, FileNotFoundError) and not is_somewhere():
         return K2Error("The current folder is gone.", hint="Go to another one: cd ~")
     if error.errno in THEIRS and error.filename is not None:
@@ -227,7 +229,11 @@ def read_input() -> str:
         text = sys.stdin.read()
         text.encode()  # in some locales Python keeps bytes that are no text
     except UnicodeError:
-        raise K2Error("Standard input is not a text.", hint="Save it as UTF-8.") from None
+        from k2cli.tables import USE_UTF_8
+
+        encoding = codecs.lookup(sys.stdin.encoding).name
+        hint = "Save it as UTF-8." if encoding == "utf-8" else USE_UTF_8
+        raise K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint=hint) from None
     return text.removeprefix("\ufeff")
 
 
@@ -251,7 +257,6 @@ def to_json(table: Any) -> str:
 
     JSON has no nan and no inf: they are null. It is UTF-8, or ASCII where standard output speaks something else.
     """
-    import codecs
     import json
 
     from k2cli.tables import UNPRINTABLE

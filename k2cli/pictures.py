@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from k2cli.tables import UNPRINTABLE
+from k2cli.tables import printable
 from model import picture_file
 from model.errors import K2Error
 from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
@@ -46,8 +46,7 @@ def find(
     found: set[Path] = set()
     for path in matches(root, pattern, inside, where):
         if path.name.lower().endswith(PICTURES) and not picture_file.is_sheet(path):
-            if UNPRINTABLE.search(path.name):
-                raise K2Error(f"{where}: the name of {path.name} holds a control character.", hint="Rename the file.")
+            printable(path.name, f"{where}: the name of {path.name}", "Rename the file.")
             found.add(inside(os.path.relpath(path, root), where))
             if len(found) > most:
                 raise K2Error(

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -35,6 +36,7 @@ KINDS = {
 UNPRINTABLE = re.compile(  # what terminals obey; and surrogates, as which Python keeps bytes of a name that are no text
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
 
 T = TypeVar("T")
 
@@ -77,10 +79,14 @@ def plain(text: str, place: str) -> str:
     return printable(" ".join(text.split()), place)
 
 
-def printable(text: str, place: str) -> str:
-    """The text as it is; refuses control characters."""
-    if UNPRINTABLE.search(text):
-        raise K2Error(f"{place} holds a control character.", hint="Type the text again, without escapes.")
+def printable(text: str, place: str, hint: str = "Type the text again, without escapes.") -> str:
+    """The text as it is; refuses control characters, and what bytes come to that the encoding here has no sign for."""
+    if found := UNPRINTABLE.search(text):
+        encoding = sys.getfilesystemencoding()
+        foreign = encoding != "utf-8"
+        if "\ud800" <= found[0] <= "\udfff" or (foreign and "\x80" <= found[0] <= "\x9f"):
+            raise K2Error(f"{place} is no text in the encoding here, {encoding}.", hint=USE_UTF_8 if foreign else hint)
+        raise K2Error(f"{place} holds a control character.", hint=hint)
     return text
 
 
