@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -95,7 +96,8 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
                 axes[key] = axis(key, values, at(key))
         if not axes:
             raise K2Error(f"{at()}: the matrix compares nothing.", hint="Give it an axis, like seed = [1, 2, 3].")
-        chosen = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
+        asked = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
+        chosen = [unicodedata.normalize("NFC", name) for name in asked]  # as prompts' names are
         for name in chosen:
             if name not in prompts:
                 raise K2Error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
@@ -157,6 +158,7 @@ class Project(Folder):
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file."""
+        names = [unicodedata.normalize("NFC", name) for name in names]  # as theirs are
         known = {name: prompt for prompt, name in name_files(self.prompts)}
         read = {prompt.name: replace(prompt, text=escape(prompt.text)) for prompt, _ in spread(self.prompts)}
         known |= {name: prompt for name, prompt in read.items() if name not in known and name in names}

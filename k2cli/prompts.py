@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,7 +11,7 @@ from typing import Any
 from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, variants
 from k2cli.settings import OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import NO_KEY, Place, check_keys, check_name, plain, read_table, read_weights
+from k2cli.tables import NO_KEY, Place, as_name, check_keys, check_name, is_mark, plain, read_table, read_weights
 from model.errors import K2Error
 
 STEM = 50  # characters of a prompt's name that may come of its choices
@@ -70,7 +69,7 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
         if "size" in prompt.settings:
             parse_size(prompt.settings["size"], at("size"))
         if prompt.name:
-            check_name(prompt.name, at("name"))
+            prompt = replace(prompt, name=check_name(prompt.name, at("name")))
         if prompt.name and prompt.name.casefold() in taken:
             raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
         taken.add(prompt.name.casefold())
@@ -166,6 +165,8 @@ def prompt_of(name: str, caption: str) -> str:
 
 
 def slug(text: str) -> str:
-    """A file-name stem out of a prompt, cut at a word where it is long; accents that stand apart join their letters."""
-    name = re.sub(r"\W+", "-", unicodedata.normalize("NFC", text.casefold())).strip("-_")
-    return (name if len(name) <= 40 else name[:40].rsplit("-", 1)[0]) or "prompt"
+    """A file-name stem out of a prompt, cut at a word where it is long, or between letters of one that is longer."""
+    name, end = as_name(text.casefold()).strip("-_"), 40
+    while is_mark(name[end : end + 1] or "-"):
+        end -= 1
+    return (name if len(name) <= 40 else name[:end].rsplit("-", 1)[0]) or "prompt"

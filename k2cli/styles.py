@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from k2cli.tables import (
     WEIGHT,
     Place,
     Toml,
+    as_name,
     check_keys,
     check_name,
     check_value,
@@ -327,7 +326,7 @@ def spoken(texts: Sequence[str], what: str) -> list[str]:
 
 def free_name(folder: Path, stem: str, kind: str) -> Path:
     """A path in the folder that nothing stands at, numbered where it must be."""
-    stem = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", stem)).strip("-.") or "picture"
+    stem = as_name(stem, besides=".").strip("-.") or "picture"
     path, number = folder / f"{stem}.{kind}", 1
     while path.exists():
         number += 1

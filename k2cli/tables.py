@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tomllib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
@@ -36,6 +37,7 @@ KINDS = {
 UNPRINTABLE = re.compile(  # what terminals obey; and surrogates, as which Python keeps bytes of a name that are no text
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # signs that say how those beside them are drawn
 USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
 
 T = TypeVar("T")
@@ -95,9 +97,25 @@ def masked(text: str) -> str:
     return UNPRINTABLE.sub("?", text)
 
 
+def is_mark(sign: str) -> bool:
+    """Whether a sign belongs to the letter before it: accents, and the vowels of many scripts. `re` knows no such."""
+    return unicodedata.category(sign) in ("Mn", "Mc")
+
+
+def as_name(text: str, besides: str = "") -> str:
+    """A text as a part of a file name: letters with their marks, digits, _ and what is let in besides; else -."""
+    signs: list[str] = []
+    for sign in unicodedata.normalize("NFC", text.translate(UNSEEN)):
+        belongs = is_mark(sign) and bool(signs) and signs[-1] != "-"
+        signs.append(sign if belongs or sign.isalnum() or sign in f"_{besides}" else "-")
+    return re.sub("-+", "-", "".join(signs))
+
+
 def check_name(name: str, where: str) -> str:
-    """Refuse what cannot be part of a file name everywhere."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > LONGEST_NAME:
+    """The name, accents that stand apart joined to their letters. Refuses what cannot name files everywhere."""
+    name = unicodedata.normalize("NFC", name)
+    bare = name[:1] + "".join(sign for sign in name[1:] if not is_mark(sign))
+    if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > LONGEST_NAME:
         raise K2Error(
             f'{where}: "{name[:LONGEST_NAME]}" cannot name files.',
             hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",

@@ -19,6 +19,7 @@ from k2cli.matrix import read_axes
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, name_files, slug
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size
+from k2cli.tables import check_name
 from model import library
 from model.errors import K2Error
 
@@ -341,11 +342,47 @@ def test_names_come_from_texts_and_never_collide():
     assert slug("ein Ha\u0308schen") == slug("ein H\u00e4schen") == "ein-h\u00e4schen"
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("एक लाल लोमड़ी!", "एक-लाल-लोमड़ी"),
+        ("สุนัขจิ้งจอก สีแดง", "สุนัขจิ้งจอก-สีแดง"),
+        ("İstanbul", "i\u0307stanbul"),
+        ("x\u030c ❤\ufe0f fox", "x\u030c-fox"),  # a caron of which no letter is made; how a heart is drawn
+        ("ක්\u200dරියා", "ක්රියා"),  # how the letters beside it are drawn
+        ("\u0301 fox", "fox"),
+        ("\u0e01\u0e34" * 30, "\u0e01\u0e34" * 20),
+        ("x" + "\u0e01\u0e34" * 30, "x" + "\u0e01\u0e34" * 19),
+    ],
+)
+def test_letters_keep_their_marks(moody, k2, text, name):
+    """Vowels of many scripts are marks."""
+    made = k2("render", "-p", text, "--json", "--quiet")
+
+    assert json.loads(made.stdout)["file"] == f"outputs/0001-{name}/{name}-7.png"
+    assert k2("show", f"outputs/0001-{name}/{name}-7.png").stdout and k2("log", "--run", name).stdout
+
+
+def test_a_name_is_the_same_however_its_accents_are_written(moody, k2):
+    """And is written in one way."""
+    (moody / "k2.toml").write_text(
+        '[[prompt]]\nname = "cu\u0308r-लोमड़ी"\ntext = "a"\n[[matrix]]\nprompt = ["cu\u0308r-लोमड़ी"]\nseed = [1]\n'
+    )
+
+    assert k2("render", "--only", "cu\u0308r-लोमड़ी", "--quiet").stdout == k2("log").stdout.partition("\t")[0] + "\n"
+    assert [path.name for path in moody.glob("outputs/*/*.png")] == ["c\u00fcr-लोमड़ी-01-1.png"]
+
+
 @given(st.text())
 def test_any_text_makes_a_file_name(text):
     name = slug(text)
 
-    assert name and len(name) <= 40 and name == os.path.basename(name) and not name.startswith((".", "-"))
+    assert (
+        check_name(name, "") == name
+        and len(name) <= 40
+        and name == os.path.basename(name)
+        and not name.startswith((".", "-"))
+    )
 
 
 @settings(max_examples=50)

@@ -117,12 +117,13 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
 def test_a_picture_may_have_any_name(moody, photos, k2):
     """Even one that is no text, or that a terminal would obey: the copy gets another."""
     accent_apart = "cu\u0308r.png"  # as Macs write ü
-    for name in (b"a\xe9.png", b"b\n\x1b[2J.png", accent_apart.encode()):
+    for name in (b"a\xe9.png", b"b\n\x1b[2J.png", accent_apart.encode(), "लोमड़ी.png".encode()):
         Image.new("RGB", (32, 32), (len(name), 0, 0)).save(photos / os.fsdecode(name))
 
-    k2("style", "add", "dusk", *photos.glob("[abc]*.png"))
+    k2("style", "add", "dusk", *photos.glob("[abcल]*.png"))
 
-    assert {path.name for path in (moody / "refs" / "dusk").iterdir()} == {"a.png", "a-2.png", "b-2J.png", "cür.png"}
+    names = {path.name for path in (moody / "refs" / "dusk").iterdir()}
+    assert names == {"a.png", "a-2.png", "b-2J.png", "cür.png", "लोमड़ी.png"}
     assert "There is no c?[2J.png." in k2("style", "add", "night", "c\x1b[2J.png", code=1).stderr
 
 
