@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from model import picture_file
+
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 QUALITY = 95  # of a JPEG
 MOST_XMP = 4 << 20  # bytes; the record is most of what we write, and as an element a byte becomes twenty
@@ -23,8 +25,8 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 
 def format_of(name: str) -> str | None:
     """The format that a file's name stands for; None where it is none of ours."""
-    suffix = "." + name.rpartition(".")[2].lower()
-    return next((each for each, its in SUFFIXES.items() if suffix in (its, f".{each}")), None)
+    kind = picture_file.SUFFIXES.get("." + name.rpartition(".")[2].lower())
+    return kind and kind.lower()
 
 
 def encode(picture: Image.Image, format: str, *, parameters: str = "", xmp: str = "", record: str = "") -> bytes:

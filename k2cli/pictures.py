@@ -16,7 +16,6 @@ from model import picture_file
 from model.errors import K2Error
 from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
 
@@ -45,7 +44,7 @@ def find(
         return [named]
     found: set[Path] = set()
     for path in matches(root, pattern, inside, where):
-        if path.name.lower().endswith(PICTURES) and not picture_file.is_sheet(path):
+        if picture_file.is_named_so(path) and not picture_file.is_sheet(path):
             printable(path.name, f"{where}: the name of {path.name}", "Rename the file.")
             found.add(inside(os.path.relpath(path, root), where))
             if len(found) > most:
@@ -135,5 +134,5 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
 
 def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, by their names; no contact sheets, and nothing hidden, as with a glob."""
-    named = (path for path in folder.iterdir() if path.name.lower().endswith(PICTURES) and path.is_file())
+    named = (path for path in folder.iterdir() if picture_file.is_named_so(path) and path.is_file())
     return sorted(path for path in named if not picture_file.is_sheet(path) and not path.name.startswith("."))

@@ -19,7 +19,8 @@ from PIL import Image
 from model.errors import count_of
 from model.headers import open_file
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}  # .jfif on Windows
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
 LEAST_SIDE, MOST_PIXELS = 8, 1 << 26  # of a picture that is decoded
 WILL_DO = f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do."
@@ -30,6 +31,11 @@ MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
 BLOCK = 1 << 20  # bytes read at once
 MADE = ("outputs", "gallery")  # of a project's folder: what is made, not what it is made of
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
+
+
+def is_named_so(path: Path) -> bool:
+    """Whether a file is called like a picture that is read here."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def is_sheet(path: Path) -> bool:

@@ -87,6 +87,12 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert read_folder(pictures)[4].caption == ""
 
 
+def test_a_jpeg_teaches_however_it_is_called(pictures):
+    Image.new("RGB", (64, 64), "teal").save(pictures / "a teal square.JFIF", "JPEG")
+
+    assert len(read_folder(pictures)) == 11
+
+
 def test_contact_sheets_teach_nothing(pictures):
     before = read_folder(pictures)
     (pictures / "run.toml").write_text("")

@@ -261,6 +261,14 @@ class TestRerun:
 
         assert k2("rerun", "outputs/0001-fox/fox-7.toml").stdout == f"outputs/0002-fox/fox-7.{suffix}\n"
 
+    def test_a_jpeg_may_be_called_as_browsers_call_it(self, moody, k2):
+        k2("render", "--only", "fox", "--format", "jpeg")
+        Path("outputs/0001-fox/fox-7.jpg").rename("saved.jfif")
+
+        assert k2("rerun", "saved.jfif").stdout == "outputs/0002-fox/fox-7.jpg\n"
+        assert k2("rerun", "saved.jfif", "-o", "again.jfif").stdout == "again.jfif\n"
+        assert Image.open("again.jfif").format == "JPEG"
+
     @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
     def test_a_picture_that_was_changed_by_hand_is_told(self, moody, k2, kind, suffix):
         """Of a lossy one nobody can say."""

@@ -169,6 +169,19 @@ def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
     ]
 
 
+def test_a_jpeg_may_be_called_as_browsers_call_it(moody, photos, k2):
+    """Windows knows image/jpeg as .jfif."""
+    (photos / "more" / "a.jpg").rename(photos / "more" / "a.JFIF")
+    (moody / "refs" / "sea").mkdir(parents=True)
+    for name in ("b.jfif", "c.jpg"):
+        Image.new("RGB", (32, 32), "teal").save(moody / "refs" / "sea" / name, "JPEG")
+
+    k2("style", "add", "dusk", photos / "more")
+
+    assert {path.name for path in (moody / "refs" / "dusk").iterdir()} == {"a.jpg", "copy-of-a.png"}
+    assert [path.name for path in gather(["refs/sea/*"], moody, Project.open(moody).inside, "")] == ["b.jfif", "c.jpg"]
+
+
 def test_add_with_json(moody, photos, k2):
     found = json.loads(k2("style", "add", "dusk", photos / "a.png", "--json", "--quiet").stdout)
 

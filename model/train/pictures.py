@@ -17,11 +17,10 @@ from torch import Tensor
 from model.errors import K2Error
 from model.hashes import sha256
 from model.parts import SpreadFluxVAE
-from model.picture_file import MADE, is_sheet
+from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet
 from model.references import fitting, to_pixels
 from model.vae import QwenImageVAE
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_TEXT = 1 << 16  # bytes of a caption's file
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
@@ -48,7 +47,7 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
     """
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
-    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    named = (path for path in folder.rglob("*") if is_named_so(path) and path.is_file())
     seen = (path for path in named if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
     paths = sorted(path for path in seen if not is_sheet(path) and not any(map(path.is_relative_to, made)))
