@@ -24,6 +24,7 @@ from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
 from k2cli.tables import listed
 from model.errors import K2Error
+from model.picture_file import passed_over
 from model.vocabulary import vocabulary
 
 LEAST, MOST = 0.5, 1.5  # of the areas that a model was trained for, what it still paints whole
@@ -167,7 +168,10 @@ def say_finished(job: Job) -> None:
 
 
 def say_doubts(job: Job) -> None:
-    """That some prompts will get a picture of something else, or that sizes are too far from what the model knows."""
+    """That some prompts will get a picture of something else, that sizes are too far from what the model knows, or
+    that references and moodboard have pictures beside them that nothing reads."""
+    if over := passed_over(job.project.others):
+        say(over, "yellow")
     if far := far_off(job):
         say(far, "yellow")
     if strange := undrawable(job):

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from k2cli.dialect import dump
 from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
-from k2cli.pictures import Inside, OnOther, find
+from k2cli.pictures import Inside, find
 from k2cli.styles import reference
 from k2cli.tables import PATH, between
-from model import library
+from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
 from model.plan import lacking_memory
@@ -50,12 +50,16 @@ class Moodboard:
 
 
 def gather(
-    patterns: Sequence[str], root: Path, inside: Inside, where: str, on_other: OnOther | None = None
+    patterns: Sequence[str], root: Path, inside: Inside, where: str, others: set[Path] | None = None
 ) -> list[Path]:
-    """The pictures that paths, folders and globs name, each once, sorted. Whether they can be read is seen later."""
+    """The pictures that paths, folders and globs name, each once, sorted. Whether they can be read is seen later.
+
+    What folders and globs hold besides is added to `others`.
+    """
     found: set[Path] = set()
+    others = set() if others is None else others
     for pattern in patterns:
-        named = find(pattern, root, inside, where, MOST, on_other)
+        named = find(pattern, root, inside, where, MOST, others)
         for path in named:
             if not path.exists():
                 raise K2Error(f"{where}: there is no {pattern}.", hint="Check the name.")
@@ -65,7 +69,8 @@ def gather(
         if len(found) > MOST:
             raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
     if not found:
-        raise K2Error(f"{where}: the board holds no picture.", hint="Name png, jpg or webp files, or put some there.")
+        hint = picture_file.passed_over(others) or "Name png, jpg or webp files, or put some there."
+        raise K2Error(f"{where}: the board holds no picture.", hint=hint)
     return sorted(found)
 
 

@@ -19,18 +19,14 @@ from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
 
-OnOther = Callable[[Path], None]  # is told of what a folder or a glob holds beside pictures
-
 Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
 
 
-def find(
-    pattern: str, root: Path, inside: Inside, where: str, most: int, on_other: OnOther | None = None
-) -> list[Path]:
+def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others: set[Path]) -> list[Path]:
     """The pictures that a path, a folder or a glob names, sorted. Raises K2Error, also past `most`.
 
-    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet. Of the rest
-    `on_other` is told.
+    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet. The rest is
+    added to `others`.
     """
     if pattern.count("**") > 1:  # each further one multiplies the folders walked
         raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
@@ -52,8 +48,8 @@ def find(
                     f"{where}: {pattern} names more than {most} pictures.",
                     hint="Choose those that show the look best.",
                 )
-        elif on_other:
-            on_other(path)
+        else:
+            others.add(path)
     return sorted(found)
 
 

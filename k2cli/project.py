@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +15,6 @@ from k2cli.expander import expander
 from k2cli.folder import FILE, Folder, Outside, root_above
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.pictures import OnOther
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import Settings, check_frame
 from k2cli.styles import Styles, words
@@ -66,6 +65,7 @@ class Project(Folder):
     toml: Toml
     board: moodboard.Moodboard | None = None
     matrices: tuple[Matrix, ...] = ()
+    others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that its folders and globs name
 
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
@@ -106,7 +106,7 @@ class Project(Folder):
 
     @cached_property
     def styles(self) -> Styles:
-        return Styles(self.root, self.inside)
+        return Styles(self.root, self.inside, self.others)
 
     def settle(self, **given: Any) -> Settings:
         """The project's settings, options of a command line in their place, with the model found."""
@@ -121,10 +121,10 @@ class Project(Folder):
             where = "--model" if shells else self.toml.where("render", "model")
             raise K2Error(f"{where}: {error}", hint=error.hint) from None
 
-    def board_pictures(self, board: moodboard.Moodboard, on_other: OnOther | None = None) -> list[Path]:
-        """The pictures of [moodboard]."""
+    def board_pictures(self, board: moodboard.Moodboard, others: set[Path]) -> list[Path]:
+        """The pictures of [moodboard]; what lies beside them is added to `others`."""
         where = Place(self.toml, ("moodboard",))("images")
-        return moodboard.gather(board.images, self.root, self.inside, where, on_other)
+        return moodboard.gather(board.images, self.root, self.inside, where, others)
 
     def with_board(self, strength: float) -> Project:
         """The project with its moodboard at this strength."""
@@ -154,7 +154,10 @@ class Project(Folder):
                 f"A style is called {moodboard.NAME}, and so is the project's own look.",
                 hint=f"Rename styles/{moodboard.NAME}.toml.",
             )
-        return (*resolved, *moodboard.as_style(self.board, self.board_pictures(self.board), settings.model))
+        return (
+            *resolved,
+            *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model),
+        )
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file."""

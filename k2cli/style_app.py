@@ -34,7 +34,6 @@ from model.errors import K2Error, count_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from k2cli.pictures import OnOther
     from k2cli.project import Project
     from k2cli.prompts import Prompt
 
@@ -305,8 +304,8 @@ def analyze(
         for path in (target, target.with_suffix(".png")):
             if path.exists():
                 raise taken(path)
-    others: list[Path] = []
-    paths = pictures_of(home, images, others.append)
+    others: set[Path] = set()
+    paths = pictures_of(home, images, others)
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
     if over := passed_over(others):
@@ -329,16 +328,17 @@ def analyze(
         say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
 
 
-def pictures_of(home: Project, images: Sequence[Path] | None, on_other: OnOther) -> list[Path]:
-    """The pictures of a board: those that were named, else those of [moodboard]. Raises K2Error."""
+def pictures_of(home: Project, images: Sequence[Path] | None, others: set[Path]) -> list[Path]:
+    """The pictures of a board: those that were named, else those of [moodboard]; what lies beside them is added to
+    `others`. Raises K2Error."""
     from k2cli import moodboard
 
     if images:
         root = home.root.resolve()  # either may be reached by a link
         typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
-        return moodboard.gather(typed, home.root, home.inside, "The board", on_other)
+        return moodboard.gather(typed, home.root, home.inside, "The board", others)
     if home.board:
-        return home.board_pictures(home.board, on_other)
+        return home.board_pictures(home.board, others)
     raise K2Error(
         "There is no board: no picture was named, and k2.toml has no [moodboard].",
         hint="Name pictures: k2 moodboard analyze refs/board/*",

@@ -88,6 +88,7 @@ class Styles:
 
     root: Path
     inside: Inside
+    others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that references name
 
     @cached_property
     def known(self) -> tuple[str, ...]:
@@ -190,9 +191,12 @@ class Styles:
 
     def pictures(self, pattern: str, where: str) -> list[Path]:
         """The pictures that a path, a folder or a glob names, sorted, each one checked to be a picture."""
-        found = find(pattern, self.root, self.inside, where, MOST_REFERENCES)
+        others: set[Path] = set()
+        found = find(pattern, self.root, self.inside, where, MOST_REFERENCES, others)
         if not found:
-            raise K2Error(f"{where}: {pattern} names no picture.", hint="Put png, jpg or webp files there.")
+            hint = passed_over(others) or "Put png, jpg or webp files there."
+            raise K2Error(f"{where}: {pattern} names no picture.", hint=hint)
+        self.others.update(others)
         for path in found:
             check_picture(path, where, os.path.relpath(path, self.root))
         return found

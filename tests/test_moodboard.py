@@ -250,6 +250,16 @@ def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
         assert "Passed over: 1 picture (heic); png, jpg and webp are read." in told and "12 pictures in" in told
 
 
+def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
+    (den / "refs" / "board" / "IMG_1.HEIC").write_bytes(b"")
+    over = "Passed over: 1 picture (heic); png, jpg and webp are read.\n"
+
+    assert k2("render", "--dry-run").stderr.count(over) == 1
+    for picture in (den / "refs" / "board").glob("*.png"):
+        picture.unlink()
+    assert f"the board holds no picture.\nHint:  {over}" in k2("render", code=1).stderr
+
+
 def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypatch):
     look, style = moodboard.look, den / "styles" / "dusk.toml"
 

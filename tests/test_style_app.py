@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import tree
+from conftest import PROJECT, tree
 from PIL import Image
 
 from k2cli import mix, sheet
@@ -151,6 +151,24 @@ def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
 
     none = k2("style", "add", "night", photos / "raw", code=1)
     assert said.format("2 pictures (tif, tiff); png, jpg and webp are") in none.stderr
+
+
+def test_a_render_tells_once_of_references_that_are_not_read(looks, photos, k2):
+    (looks / "refs" / "board").mkdir(parents=True)
+    for name in ("a.png", "b.HEIC", "c.avif", "notes.txt"):
+        Image.new("RGB", (32, 32), "teal").save(looks / "refs" / "board" / name, "PNG")
+    for name in ("dusk", "ink"):
+        (looks / "styles" / f"{name}.toml").write_text('[[reference]]\nimage = "refs/board/*"\n')
+    (looks / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\nink = 0.5\n")
+    over = "Passed over: 2 pictures (avif, heic); png, jpg and webp are read.\n"
+
+    assert k2("render").stderr.count(over) == 1
+    assert k2("render", "--dry-run").stderr.count(over) == 1
+    assert k2("mix-styles", "dusk=1", "ink=1").stderr.count(over) == 1
+    assert "Passed over" not in k2("render", "--quiet").stderr
+
+    (looks / "refs" / "board" / "a.png").unlink()
+    assert f"names no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
 def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
