@@ -121,8 +121,9 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
         raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
     except Image.DecompressionBombError:
         raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
-    except Exception:  # Pillow's decoders raise anything over a broken file
-        raise K2Error(f"{where}: {label} is not a picture that can be read.", hint="Use png, jpg or webp.") from None
+    except Exception as error:  # Pillow's decoders raise anything over a broken file
+        hint = picture_file.cut_off(error) or "Use png, jpg or webp."
+        raise K2Error(f"{where}: {label} is not a picture that can be read.", hint=hint) from None
     if width * height > MOST_PIXELS or min(width, height) < LEAST_SIDE:
         raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=WILL_DO)
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it

@@ -233,10 +233,9 @@ def read(path: Path) -> Toml:
             if text is None and image.format == "PNG" and not getattr(image, "is_animated", False):
                 image.load()  # texts may also stand behind the picture; of an animation that is every frame
                 text = image.info.get("k2")
-    except Exception:  # Pillow raises anything over a broken file
-        raise K2Error(
-            f"{path} is not a picture that can be read.", hint="Name a picture that k2 made, or its record."
-        ) from None
+    except Exception as error:  # Pillow raises anything over a broken file
+        hint = picture_file.cut_off(error) or "Name a picture that k2 made, or its record."
+        raise K2Error(f"{path} is not a picture that can be read.", hint=hint) from None
     if text is not None and len(text) <= LIMIT:
         return Toml(text, path.name)
     if path.with_suffix(".toml").is_file():

@@ -84,7 +84,7 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
     copies = 0
     for index, (path, picture) in enumerate(zip(paths, read_all(paths, eye.side), strict=True)):
         if isinstance(picture, K2Error):
-            notes.append(f"Left out: {picture}")
+            notes.append(f"Left out: {picture} {picture.hint}".rstrip())
         elif (digest := hashlib.sha256(picture.tobytes()).digest()) in fresh:
             copies += 1
         else:

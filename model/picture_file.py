@@ -50,6 +50,11 @@ def passed_over(paths: Iterable[Path]) -> str:
     return f"Passed over: {count_of(len(found), 'picture')} ({kinds}); png, jpg and webp are read." if found else ""
 
 
+def cut_off(error: Exception) -> str:
+    """Of what Pillow raised over a picture: what to do where its end is missing; "" where something else is wrong."""
+    return "The file is cut off: fetch or export it again." if "truncated" in str(error).lower() else ""
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """A picture, not decoded yet. Raises ValueError or OSError, and whatever else Pillow raises over a broken file.

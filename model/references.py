@@ -55,9 +55,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except K2Error:
         raise
     except Exception as error:
-        raise K2Error(
-            f"{path} cannot be read as a picture: {error}.", hint="References are png, jpg or webp."
-        ) from None
+        hint = picture_file.cut_off(error) or "References are png, jpg or webp."
+        raise K2Error(f"{path} cannot be read as a picture: {error}.", hint=hint) from None
 
 
 def laid_on_white(rgba: Image.Image) -> Image.Image:

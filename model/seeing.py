@@ -75,8 +75,8 @@ def read_picture(path: Path, side: int) -> Pixels:
                 small = ImageOps.fit(upright, (side, side)).convert("RGBA")
     except K2Error:
         raise
-    except Exception:  # Pillow's decoders raise anything over a broken file
-        raise K2Error(f"{path.name} cannot be read as a picture.") from None
+    except Exception as error:  # Pillow's decoders raise anything over a broken file
+        raise K2Error(f"{path.name} cannot be read as a picture.", hint=picture_file.cut_off(error)) from None
     return np.asarray(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))
 
 

@@ -199,8 +199,10 @@ def test_bad_boards_are_a_sentence_each(den):
         shutil.copy(pictures / "dark-0.png", pictures / name)
     assert any("All 3 pictures are the same one" in note for note in board(den, "dark-0.png", "a.png", "b.png").notes)
     (pictures / "c.png").write_text("no picture")
+    (pictures / "d.png").write_bytes((pictures / "a.png").read_bytes()[:-40])
     whole = board(den)
-    assert any("Left out: c.png cannot be read" in note for note in whole.notes)
+    assert "Left out: c.png cannot be read as a picture." in whole.notes
+    assert any("d.png cannot be read as a picture. The file is cut off" in note for note in whole.notes)
     assert any("2 of them are copies" in note for note in whole.notes)
     assert sum(len(look.pictures) for look in whole.looks) == 12
     with pytest.raises(K2Error, match="No picture of the board can be read"):

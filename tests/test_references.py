@@ -184,6 +184,18 @@ def test_long_pictures_are_cut_and_not_squeezed(tmp_path):
     assert to_pixels(tmp_path / "long.png", 16, 16).min() > 0.9
 
 
+@pytest.mark.parametrize(("suffix", "left"), [("jpg", 0.05), ("jpg", 0.99), ("png", 0.5)])
+def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left):
+    Image.effect_noise((64, 64), 80).save(whole := tmp_path / f"whole.{suffix}")
+    content = whole.read_bytes()
+    (cut := tmp_path / f"cut.{suffix}").write_bytes(content[: int(len(content) * left)])
+
+    for read in (lambda: to_pixels(cut, 32, 32), lambda: read_picture(cut, 32)):
+        with pytest.raises(K2Error) as error:
+            read()
+        assert error.value.hint == "The file is cut off: fetch or export it again."
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
