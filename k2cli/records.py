@@ -288,6 +288,11 @@ Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what l
 def parse(toml: Toml, inside: Inside | None) -> Record:
     """A record read back and checked. Without a project to look into there can be no references."""
     place, table = Place(toml), toml.table
+    if isinstance(table.get("picture"), list):
+        raise K2Error(
+            f"{toml.label} is the plan of a run, not the record of a picture.",
+            hint="Name a picture of the run, or its record; k2 render --resume goes on with a run.",
+        )
     if "schema" not in table:
         raise K2Error(f"{toml.label} is no record of a picture.", hint="Name a picture that k2 made, or its record.")
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):

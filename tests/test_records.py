@@ -230,8 +230,13 @@ def test_what_is_no_record_is_not_shown(moody, k2, file):
     k2("render", "-p", "tea")
     (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
 
-    assert "Error" in k2("show", file, code=1).stderr
-    assert "Error" in k2("rerun", file, code=1).stderr
+    for command in ("show", "rerun"):
+        told = k2(command, file, code=1).stderr
+        if file == "k2.toml":
+            assert "k2.toml is no record of a picture.\nHint:  Name a picture that k2 made, or its record." in told
+        else:
+            assert "run.toml is the plan of a run, not the record of a picture.\n" in told
+            assert "Hint:  Name a picture of the run, or its record; k2 render --resume goes on with a run.\n" in told
 
 
 class TestRerun:
