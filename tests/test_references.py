@@ -96,9 +96,16 @@ def test_of_an_animation_the_first_frame_counts(tmp_path, suffix):
 
 
 def test_print_colours(tmp_path):
+    """As Adobe's programs write them, upside down: as they are, and as brightness and colour, which a byte tells."""
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    Image.new("CMYK", (20, 20), (76, 84, 254, 0)).save(tmp_path / "ycck.jpg", quality=100)
+    ycck = bytearray((tmp_path / "ycck.jpg").read_bytes())
+    ycck[ycck.index(b"Adobe") + 11] = 2
+    (tmp_path / "ycck.jpg").write_bytes(ycck)
 
-    assert near(colour(tmp_path / "print.jpg"), (255, 0, 0))
+    for name in ("print.jpg", "ycck.jpg"):
+        assert near(colour(tmp_path / name), (255, 0, 0))
+        assert near(read_picture(tmp_path / name, 10)[5, 5].tolist(), (255, 0, 0))
 
 
 def test_colours_are_those_that_a_profile_means(tmp_path):
