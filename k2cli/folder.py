@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 from k2cli import template
 from k2cli.disk import undisturbed, writing
@@ -36,8 +35,10 @@ class Folder:
         if not folder.exists():
             raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
         if not (folder / FILE).is_file():
+            from k2cli.console import typed
+
             raise K2Error(
-                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {quote(folder.name)}"
+                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {typed(folder)}"
             )
         return Folder(root=folder.absolute(), allow_outside=allow_outside)
 

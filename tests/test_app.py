@@ -812,6 +812,23 @@ def test_one_line_is_one_prompt_whatever_else_breaks_lines(moody, k2):
 
 def test_a_path_is_never_taken_for_an_option(moody, k2):
     assert "cd ./-dash && k2 render" in k2("new", "--", "-dash").stderr
+    (moody / "-empty").mkdir()
+    assert "Hint:  Make one with: k2 new ./-empty\n" in k2("render", "--", "-empty", code=1).stderr
+
+    png = k2("render", "--only", "fox", "--quiet").stdout.strip()
+    (moody / png).rename("-x.png")
+    assert k2("rerun", "--output", "-y.png", "--", "-x.png").stdout == "./-y.png\n"
+    assert "a red fox\n" in k2("show", "--", "-x.png").stdout
+    assert k2("style", "add", "dash", "--", "-x.png").stdout == "styles/dash.toml\n"
+
+
+def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
+    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  A prompt goes with -p: ")[2]
+    assert hint == "k2 render -p '-5 degrees'"
+
+    k2(*shlex.split(hint)[1:], "--batch", "1")
+    k2("render", "-", input="--help\n-\n")
+    assert [spec.prompt for spec in fake.seen] == ["-5 degrees", "--help", "-"]
 
 
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
