@@ -20,6 +20,7 @@ from k2cli.options import (
     CreativityOption,
     DeviceOption,
     EmbedOption,
+    FileArgument,
     FormatOption,
     Group,
     GuidanceOption,
@@ -36,6 +37,7 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
+    find_file,
     find_home,
     open_projects,
     read_matrix,
@@ -335,7 +337,8 @@ app.command()(gallery)
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
+    file: FileArgument,
+    project: ProjectOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a picture and what it was made from.
@@ -352,6 +355,7 @@ def show(
     from k2cli.console import result
     from k2cli.history import in_full
 
+    file = find_file(file, project)
     record = records.parse(records.read(file), Path)
     if not json and sys.stdout.isatty():
         from k2cli.outputs import PICTURES
@@ -365,7 +369,7 @@ def show(
 
 @app.command()
 def rerun(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A picture that k2 made, or the record beside it.")],
+    file: FileArgument,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; else a new run of the project."),
@@ -392,6 +396,7 @@ def rerun(
     from k2cli.runs import rerun as make_again
     from k2cli.runs import was_changed
 
+    file = find_file(file, project)
     home = find_home(file, project, allow_outside)
     with meter(1, quiet=quiet) as bar:
         saved, off = make_again(file, home, output=output, device=device, embed=not no_embed, on_step=bar.step)

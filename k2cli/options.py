@@ -83,6 +83,10 @@ def is_somewhere() -> bool:
 ProjectOption = Annotated[
     Path | None, typer.Option("--project", metavar="DIR", help="The project, if not that of the current folder.")
 ]
+FileArgument = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A picture that k2 made, or its record; from here, or in --project."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
 OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]
@@ -133,6 +137,16 @@ EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata
 def variant_of(turbo: bool | None) -> str | None:
     """What --turbo or --raw asks for; None where neither was said."""
     return None if turbo is None else "turbo" if turbo else "raw"
+
+
+def find_file(file: Path, project: Path | None) -> Path:
+    """A picture or a record as it is named: from the current folder on, else within the project that is named."""
+    from k2cli.project import Folder
+
+    if project is None:
+        return file
+    there = Folder.at(project).root / file
+    return there if not os.path.exists(file) and os.path.exists(there) else file
 
 
 def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:

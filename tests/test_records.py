@@ -225,6 +225,18 @@ def test_show_names_loras_and_their_weights(moody, k2):
     assert "loras       loras/ink.safetensors -0.6\n" in k2("show", record).stdout
 
 
+@pytest.mark.parametrize("command", ["show", "rerun"])
+def test_a_picture_may_be_named_as_its_project_has_it(moody, k2, tmp_path, monkeypatch, command):
+    """And as it is named from the current folder first."""
+    file = k2("render", "-p", "tea", "--quiet").stdout.strip()
+    monkeypatch.chdir(tmp_path)
+
+    assert k2(command, file, "--project", "moody").stdout == k2(command, f"moody/{file}").stdout.replace("0003", "0002")
+    assert f"There is no {file}." in k2(command, file, code=1).stderr
+    assert f"There is no other-{file}." in k2(command, f"other-{file}", "--project", "moody", code=1).stderr
+    assert "There is no folder gone." in k2(command, f"moody/{file}", "--project", "gone", code=1).stderr
+
+
 @pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
 def test_what_is_no_record_is_not_shown(moody, k2, file):
     k2("render", "-p", "tea")
