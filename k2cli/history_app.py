@@ -50,6 +50,9 @@ def log(
     everything: Annotated[
         bool, typer.Option("--all", help=f"All of them; a terminal is shown the last {SCREENFUL} otherwise.")
     ] = False,
+    null: Annotated[
+        bool, typer.Option("--null", "-0", help="Only files, each ended by a NUL, as xargs -0 wants.")
+    ] = False,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
@@ -64,6 +67,7 @@ def log(
       k2 log --since 2d --style dusk
       k2 log -p "fox snow" --json | jq -r .file
       k2 log ~/boards/*/ --run 3
+      k2 log --style dusk -0 | xargs -0 cp -t ~/dusk
     """
     import sys
     from collections import deque
@@ -73,11 +77,14 @@ def log(
 
     if everything and last is not None:
         raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
+    if null and json:
+        raise typer.BadParameter("files alone or objects, not both", param_hint="--null")
     folders, wrong = find_folders(projects or [], project, allow_outside)
     moment = history.read_since(since) if since is not None else None
     chosen = history.Chosen(run, prompt, style, moment)
     unread: list[Path] = []
-    short = last is None and not everything and not json and sys.stdout.isatty()
+    table = sys.stdout.isatty() and not json and not null
+    short = table and last is None and not everything
     most = SCREENFUL if short else last
     found, count = deque[Made](maxlen=most) if TYPE_CHECKING else deque(maxlen=most), 0
     for folder in folders:
@@ -90,11 +97,12 @@ def log(
     if json:
         for each in found:
             result(to_json({"file": near_file(each), **history.in_full(each.table)}))
-    elif sys.stdout.isatty():
+    elif table:
         show_table(found)
     else:
         with delivering():
-            print("".join(f"{line_of(each)}\n" for each in found), end="", flush=True)
+            lines = (f"{near_file(each)}\0" if null else f"{line_of(each)}\n" for each in found)
+            print("".join(lines), end="", flush=True)
     if not quiet:
         if not count and not wrong:
             anything = run or prompt or style or since

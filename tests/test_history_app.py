@@ -30,6 +30,19 @@ def test_the_log_in_a_pipe_is_a_line_a_picture(moody, k2):
     ]
 
 
+def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
+    """Whatever the folder above is called."""
+    odd = moody.rename(moody.with_name("two\nlines\t'"))
+    many_pictures(odd / "outputs", 2)
+    monkeypatch.chdir(odd.parent)
+    paths = [str(odd / "outputs" / "0001-fox" / f"fox-{seed}.png") for seed in (0, 1)]
+
+    assert k2("log", "--project", odd, "--null").stdout == "".join(f"{os.path.relpath(path)}\0" for path in paths)
+    assert k2("log", odd, "-0", "-n", "1").stdout == f"{os.path.relpath(paths[1])}\0"
+    assert k2("log", odd, "-0", "--style", "dusk").stdout == ""
+    assert "files alone or objects, not both" in k2("log", odd, "-0", "--json", code=2).stderr
+
+
 def test_the_log_filters(moody, k2):
     many_pictures(moody / "outputs", 6, per_run=2)
 

@@ -64,13 +64,15 @@ def shell(tmp_path):
 
 
 def test_recipes_of_the_shell(shell):
-    pool, everywhere, newest, few = blocks("bash")[0].strip().splitlines()
+    pool, everywhere, newest, few, owls = blocks("bash")[0].strip().splitlines()
 
     assert len(shell(pool, "shuf").splitlines()) == 2
     made = shell(everywhere, "find", "xargs").splitlines()
     assert len(made) == 4 and {path.split("/")[0] for path in made} == {"moody", "other"}
     assert shell(newest, "jq") == "moody/outputs/0002-fox-and-1-more/an-owl-moody-7.png\n"
     assert shell(few, "jq").splitlines()[-1] == "moody/outputs/0002-fox-and-1-more/fox-7.png\ta red fox"
+    packed = shell(f"{owls} && tar -tzf owls.tgz", "tar")
+    assert packed == "moody/outputs/0002-fox-and-1-more/an-owl-moody-7.png\n"
 
 
 def test_the_recipe_of_make(shell):
