@@ -358,11 +358,10 @@ def show(
     file = find_file(file, project)
     record = records.parse(records.read(file), Path)
     if not json and sys.stdout.isatty():
-        from k2cli.outputs import PICTURES
+        from k2cli.outputs import picture_of
         from k2cli.preview import preview
 
-        picture = next((path for path in map(file.with_suffix, PICTURES) if path.is_file()), None)
-        if picture:
+        if (picture := picture_of(file)).is_file():
             preview(picture)
     result(to_json(in_full(record.table)) if json else records.describe(record))
 

@@ -137,6 +137,11 @@ class Run:
         return path
 
 
+def picture_of(file: Path) -> Path:
+    """The picture itself, or that beside a record."""
+    return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
+
+
 def next_number(outputs: Path) -> Path:
     """A new folder NNNN, which no other process has made or named."""
     number = max(numbers(outputs), default=0)

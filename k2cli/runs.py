@@ -17,7 +17,7 @@ from k2cli.dialect import dump, parse_long
 from k2cli.disk import Exists, undisturbed, write
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import Crew, OnStep, groups_of, load, make_here, spread
-from k2cli.outputs import RUN, SHEET, Run, number_of
+from k2cli.outputs import RUN, SHEET, Run, number_of, picture_of
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
 from k2cli.prompts import prompt_of
@@ -331,11 +331,6 @@ def use_threads(count: int) -> None:
 
 def taken(path: Path) -> K2Error:
     return K2Error(f"{path} exists already.", hint="Choose another name: a record stands beside each picture.")
-
-
-def picture_of(file: Path) -> Path:
-    """The picture itself, or that beside a record."""
-    return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
 
 
 def was_changed(file: Path) -> bool:

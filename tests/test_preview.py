@@ -10,12 +10,14 @@ import re
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 
 from k2cli import preview
 
+K2 = Path(sys.executable).with_name("k2")
 PICTURE = Image.merge("RGB", [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("L", (256, 256), 90)])
 
 
@@ -154,6 +156,21 @@ def in_a_terminal(command: list[str], environ: dict[str, str], answer: bytes = b
     process.wait()
     os.close(ours)
     return seen.decode()
+
+
+@pytest.mark.parametrize("name", ["tea-7.png", "tea-7.toml", "saved.jpeg", "saved.jfif"])
+def test_a_picture_is_drawn_however_it_is_called(moody, k2, name):
+    """And none that only stands beside it."""
+    picture = Path(k2("render", "-p", "tea", "--format", "jpeg" if "saved" in name else "png").stdout.strip())
+    if "saved" in name:
+        picture.rename(picture.with_name(name))
+        PICTURE.save(picture.with_name("saved.png"))
+
+    seen = in_a_terminal([str(K2), "show", str(picture.with_name(name))], {"TERM": "xterm-kitty", "NO_COLOR": ""})
+
+    payload = "".join(re.findall(r"\x1b_G[^;]*;([^\x1b]*)", seen))
+    assert Image.open(io.BytesIO(base64.b64decode(payload))).convert("RGB").getcolors(8)  # the other has thousands
+    assert "prompt      tea" in seen
 
 
 @pytest.mark.parametrize(
