@@ -106,7 +106,7 @@ def as_name(text: str, besides: str = "") -> str:
     """A text as a part of a file name: letters with their marks, digits, _ and what is let in besides; else -."""
     signs: list[str] = []
     for sign in unicodedata.normalize("NFC", text.translate(UNSEEN)):
-        belongs = is_mark(sign) and bool(signs) and signs[-1] != "-"
+        belongs = is_mark(sign) and bool(signs) and signs[-1] not in f"-_{besides}"  # at which names are stripped
         signs.append(sign if belongs or sign.isalnum() or sign in f"_{besides}" else "-")
     return re.sub("-+", "-", "".join(signs))
 

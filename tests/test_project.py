@@ -351,6 +351,7 @@ def test_names_come_from_texts_and_never_collide():
         ("x\u030c ❤\ufe0f fox", "x\u030c-fox"),  # a caron of which no letter is made; how a heart is drawn
         ("ක්\u200dරියා", "ක්රියා"),  # how the letters beside it are drawn
         ("\u0301 fox", "fox"),
+        ("_\u0301fox", "fox"),
         ("\u0e01\u0e34" * 30, "\u0e01\u0e34" * 20),
         ("x" + "\u0e01\u0e34" * 30, "x" + "\u0e01\u0e34" * 19),
     ],
