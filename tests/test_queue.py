@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from workshop import InThisProcess
 
 from model.checkpoint import open_checkpoint
 from model.library import BOX
@@ -68,15 +69,3 @@ def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
     assert (turbo_made["variant"], turbo_made["recommended"]["steps"]) == ("turbo", 2)
     assert turbo_made["shapes"] == ["320x192"] and (folder / "latents-320x192.npy").exists()
     assert list((tmp_path / "out").glob("samples-*.png"))
-
-
-class InThisProcess:
-    """A pool that needs no other process, so that the folders above hold."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    map = staticmethod(map)

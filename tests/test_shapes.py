@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from workshop import FACTOR, make_data
+from workshop import FACTOR, InThisProcess, make_data
 
 from model.errors import K2Error
 from model.latents import grid_of, patchify, unpatchify
@@ -176,15 +176,3 @@ def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):
     with pytest.raises(K2Error, match="no latents of 64x32 px") as told:
         pretrain.read_latents(folder, Shape.of("64x32"), 1)
     assert told.value.hint.endswith("python -m model.train.encode 64x32")
-
-
-class InThisProcess:
-    """A pool that needs no other process, so that the folder above holds."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    map = staticmethod(map)

@@ -54,3 +54,15 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     make_data(tmp_path / DATA)
     return tmp_path
+
+
+class InThisProcess:
+    """A pool that needs no other process, so that folders that a test put in place hold."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    map = staticmethod(map)
