@@ -29,7 +29,7 @@ from model.dit import Krea2
 from model.eight_bit import EightBitLinear
 from model.errors import K2Error, count_of
 from model.hashes import sha256
-from model.latents import patchify
+from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
 from model.parts import DTYPES, load_vae, numbers_of, only_side, pick_device, pick_dtype
@@ -173,12 +173,11 @@ class Adapting(Stage):
         image = patchify(batch["latents"], network.config.patch).repeat_interleave(recipe.repeats, 0)
         mu = raw_mu(image.shape[1]) if recipe.mu is None else recipe.mu
         tokens, noise, sigma = noised(image, mu, batch["generator"])
-        rows, columns = (side // network.config.patch for side in batch["latents"].shape[-2:])
         velocity = network.velocity(
             tokens.to(device, dtype),
             context.repeat_interleave(recipe.repeats, 0),
             network.modulate(sigma.to(device)),
-            network.rope(context.shape[1], (rows, columns)),
+            network.rope(context.shape[1], grid_of(batch["latents"], network.config.patch)),
             None if alike else mask.to(device).repeat_interleave(recipe.repeats, 0),
         )
         return (velocity.float() - (noise - image).to(device)).square().mean(), {}
