@@ -141,7 +141,7 @@ def variant_of(turbo: bool | None) -> str | None:
 
 def find_file(file: Path, project: Path | None) -> Path:
     """A picture or a record as it is named: from the current folder on, else within the project that is named."""
-    from k2cli.project import Folder
+    from k2cli.folder import Folder
 
     if project is None:
         return file
