@@ -417,6 +417,40 @@ class TestInABrowser:
         page.goto(address)
         assert page.locator("#place").inner_text() == "2 of 80"
 
+    def test_the_address_keeps_what_is_asked_for(self, page):
+        """Loaded anew, the page is as it was; an address that is pasted into it is followed; a wrong one is nothing."""
+
+        def again(address: str) -> None:
+            page.goto("about:blank")
+            page.goto(address)
+
+        plain = page.url
+        page.locator("#styles").get_by_role("button", name="dusk").click()
+        page.get_by_label("Search").fill("lighthouse red")
+        page.get_by_label("Run").select_option(label="0004-lighthouse")
+        page.get_by_label("Prompt", exact=True).select_option(label="lighthouse (20)")
+        page.wait_for_url("**search=lighthouse+red**")
+        asked = page.url
+        count = page.locator("#count").inner_text()
+        page.locator(".tile").nth(1).click()
+        shown = page.url
+        assert len({plain, asked, shown}) == 3 and count != "80 pictures in 4 runs"
+
+        again(asked)
+        assert page.locator("#count").inner_text() == count and not page.locator("#view").is_visible()
+        assert page.get_by_label("Search").input_value() == "lighthouse red"
+        assert page.locator("#styles").get_by_role("button", name="dusk").get_attribute("aria-pressed") == "true"
+        again(shown)
+        assert page.locator("#place").inner_text().startswith("2 of ")
+        page.keyboard.press("Escape")
+        assert page.url == asked
+        page.get_by_role("button", name="Show all").click()
+        assert page.url.rstrip("#") == plain
+        page.evaluate("address => { location.href = address }", shown)
+        page.wait_for_function("document.getElementById('view').open")
+        again(f"{plain}#%E0%A4%A?style=none&run=none&name=none&search=")
+        assert page.locator("#count").inner_text() == "80 pictures in 4 runs"
+
     def test_the_line_is_copied(self, page):
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.get_by_label("Run").select_option(label="0001-fox")
