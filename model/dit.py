@@ -313,7 +313,7 @@ class Krea2(nn.Module):
         )
         self.blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.blocks))
         self.last = LastLayer(c)
-        self.side: int | None = None  # in tokens, of the one square grid that it was trained on; None: of many grids
+        self.side: int | None = None  # in tokens, of the square that other grids are laid around; None: they are not
 
     def encode_text(self, prompt_embeds: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
         """What the stream sees of the prompt; the same at every step.
@@ -337,8 +337,8 @@ class Krea2(nn.Module):
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
         """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2].
 
-        What has learned on one grid alone puts its subject in the middle of that, and knows no places beyond it: any
-        other grid is laid around that middle (`around`).
+        What has learned on one square puts its subject in the middle of that, and knows no places beyond it: any other
+        grid is laid around that middle (`around`), and learned so.
         """
         positions = position_ids(text_tokens, *grid).double()
         if self.side is not None:

@@ -60,11 +60,11 @@ def shape_of(config: DiTConfig) -> tuple[int, int, int]:
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
-def only_side(dit: Checkpoint, unit: int) -> int | None:
-    """The side, in tokens of `unit` pixels, of the one square that a transformer says it was trained on; None where it
-    names other shapes too, or nothing, as the open weights: those have seen many."""
-    native, shapes = (dit.metadata.get(key) for key in ("native", "shapes"))
-    return int(native) // unit if native and not shapes else None
+def side_of(dit: Checkpoint, unit: int) -> int | None:
+    """The side, in tokens of `unit` pixels, of the square around whose middle a transformer was taught other shapes, or
+    knows nothing else; None where it names none, as the open weights."""
+    native = dit.metadata.get("native")
+    return int(native) // unit if native else None
 
 
 def release_numbers() -> Numbers:

@@ -36,10 +36,10 @@ from model.parts import (
     load_style,
     load_vae,
     numbers_of,
-    only_side,
     pick_device,
     pick_dtype,
     refuse_misfits,
+    side_of,
 )
 from model.plan import Plan, choose, eight_bits, free_memory, known_precisions, lacking_memory
 from model.recent import Recent
@@ -92,7 +92,7 @@ class Pipeline:
         self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
-        self.dit.side = only_side(checkpoint, self._unit)
+        self.dit.side = side_of(checkpoint, self._unit)
         self._contexts: Recent[Tensor]
         self._rows: Recent[Tensor]
         self.forget()

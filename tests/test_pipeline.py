@@ -24,7 +24,7 @@ from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
 from model.latents import patchify
-from model.parts import only_side
+from model.parts import side_of
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
@@ -352,17 +352,17 @@ def test_a_release_lends_nothing_that_the_box_has_fitting(tiny, tmp_path, monkey
     assert lent() == snapshot
 
 
-def test_weights_that_name_one_side_have_others_laid_around_its_middle(tiny, tmp_path):  # noqa: F811
+def test_weights_that_name_a_side_have_other_shapes_laid_around_its_middle(tiny, tmp_path):  # noqa: F811
     """The open weights name none: theirs begin at the corner, as everywhere."""
     assert Pipeline.load("tiny", device="cpu").dit.side == 4  # 64 px, of 16 a token
 
     state, about = read(tiny / "tiny-raw.safetensors")
-    for name, of_many in (
-        ("none", {key: about[key] for key in about if key != "native"}),
-        ("many", about | {"shapes": ["96x64"]}),
+    for name, facts, side in (
+        ("none", {key: about[key] for key in about if key != "native"}, None),
+        ("many", about | {"shapes": ["96x64"]}, 4),
     ):
-        save(tmp_path / f"{name}.safetensors", state, of_many)
-        assert only_side(open_checkpoint(tmp_path / f"{name}.safetensors"), 16) is None
+        save(tmp_path / f"{name}.safetensors", state, facts)
+        assert side_of(open_checkpoint(tmp_path / f"{name}.safetensors"), 16) == side
 
 
 def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red):  # noqa: F811

@@ -11,7 +11,7 @@ from model.errors import K2Error
 from model.latents import grid_of, patchify, unpatchify
 from model.library import BOX
 from model.text_encoder import TextEncoder
-from model.train import encode, pretrain
+from model.train import encode, pretrain, turbo
 from model.train.looks import MEDIA, Look, compose, place
 from model.train.pretrain import Recipe, TrainingSet
 from model.train.shapes import SHARE, Shape, of_shape
@@ -158,6 +158,32 @@ def test_a_teacher_sees_other_shapes_too(data):
     loss, figures = stage.loss(stage.batch(step) | {"first": True})
 
     assert np.isfinite(float(loss.detach())) and 0 < float(figures["align"]) < 2
+    assert stage.teacher.dit.side == stage.model.dit.side == 2  # 64 px, of 32 a token
+
+
+def test_shapes_are_learned_where_a_render_will_lay_them(data):
+    """Around the middle of the square: all that draws in a stage, or is asked for its view, must agree on it."""
+    import torch
+
+    shaped = data.batch(RECIPE, next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-1] == 6))
+    square = data.batch(RECIPE, next(n for n in range(60) if data.batch(RECIPE, n)["latents"].shape[-2:] == (4, 4)))
+    stage = pretrain.Pretraining(RECIPE, len(data.looks), data)
+    for param in stage.model.dit.parameters():  # as it begins, every gate is shut
+        torch.nn.init.normal_(param, std=0.1)
+
+    def loss(batch, side):
+        stage.model.dit.side = side
+        with torch.no_grad():
+            return float(stage.loss(batch | {"generator": torch.Generator().manual_seed(0)})[0])
+
+    side = stage.model.dit.side
+    assert loss(shaped, side) != loss(shaped, None) and loss(square, side) == loss(square, None)
+    raw = pretrain.Trainee(RECIPE.config, len(data.looks))
+    for method in turbo.METHODS:
+        half = turbo.Recipe(**{**vars(RECIPE), "style_loss": 0.05, "frozen": (), "repeats": 1}, method=method)
+        made = turbo.Turbo(half, data, raw, torch.zeros(1, 1, *shaped["embeds"].shape[2:]))
+        networks = [made.model.dit, made.model.fake, made.teacher.dit]
+        assert {network.side for network in networks if network is not None} == {2}
 
 
 def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):

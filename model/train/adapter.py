@@ -32,7 +32,7 @@ from model.hashes import sha256
 from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
 from model.lora import LowRank
-from model.parts import DTYPES, load_vae, numbers_of, only_side, pick_device, pick_dtype
+from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype, side_of
 from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
 from model.sampler import raw_mu
@@ -231,7 +231,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         offload="none",
     ).precision
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
-    network.side = only_side(checkpoint, unit)
+    network.side = side_of(checkpoint, unit)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     if over := passed_over(Path(recipe.pictures).rglob("*")):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.dit import DiTConfig, Krea2
+from model.dit import Krea2
 from model.train.parallel import whole
 
 CLEANER = 0.2  # the teacher's noise level lies below the pupil's by up to so much
@@ -31,11 +31,11 @@ class Features(nn.Module):
 class Teacher:
     """The averaged weights up to their later block; not a module, so that no run saves it."""
 
-    def __init__(self, config: DiTConfig, device: torch.device | str):
+    def __init__(self, pupil: Krea2):
         with torch.device("meta"):
-            self.dit = Krea2(replace(config, blocks=max(1, 2 * config.blocks // 3)))
-        self.dit.last = Features()  # type: ignore[assignment]
-        self.dit.to_empty(device=device).requires_grad_(False)
+            self.dit = Krea2(replace(pupil.config, blocks=max(1, 2 * pupil.config.blocks // 3)))
+        self.dit.last, self.dit.side = Features(), pupil.side  # type: ignore[assignment]
+        self.dit.to_empty(device=pupil.first.weight.device).requires_grad_(False)
 
     @torch.no_grad()
     def follow(self, averages: Mapping[str, Tensor]) -> None:

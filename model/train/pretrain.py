@@ -119,6 +119,7 @@ class TrainingSet:
         self.kept, self.at_once = (KEPT, 16) if self.device.type == "cpu" else (10 * KEPT, 64)
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
+        self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are laid around it
         self.shaped = [self._shaped(Shape.of(shape)) for shape in recipe.shapes]
         self.features: dict[str, Tensor] = {}
         self.embedding = Lock()  # batches are made in a thread of their own while a step validates in another
@@ -375,6 +376,7 @@ class Pretraining(Drawing):
         self.set = data
         if data is not None:
             self.data = fingerprint(data.catalog)
+            self.model.dit.side = data.side
 
     def batch(self, step: int, part: int = 0) -> Batch:
         assert self.set is not None
@@ -389,7 +391,7 @@ class Pretraining(Drawing):
         if not (self.recipe.align and batch.get("first")):
             self.teacher = None
         else:
-            self.teacher = self.teacher or Teacher(self.recipe.config, self.model.look_head.weight.device)
+            self.teacher = self.teacher or Teacher(self.model.dit)
             self.teacher.follow(self.averages)
         return self.teacher
 

@@ -84,6 +84,9 @@ class Turbo(pretrain.Drawing):
                 network.load_state_dict(teacher.dit.state_dict())
         if data is not None:
             self.data = pretrain.fingerprint(data.catalog)
+            for network in (self.model.dit, self.model.fake, teacher.dit):
+                if network is not None:
+                    network.side = data.side
 
     def batch(self, step: int, part: int = 0) -> Batch:
         assert self.set is not None
