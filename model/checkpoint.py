@@ -23,19 +23,12 @@ from model.eight_bit import formats
 from model.errors import K2Error
 from model.gguf_file import GGUFTensors
 from model.headers import AGAIN, read_header, read_json, shards, some
-from model.quantize import (
-    FOREIGN_SCALES,
-    SCALE_SUFFIXES,
-    is_auxiliary,
-    marks_of,
-    restore,
-    scale_of,
-    to_rows,
-    unreadable,
-)
+from model.marks import PASSENGERS, SUFFIX, Mark, rotation, table_of, unreadable, weight_of
+from model.quantize import FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of, to_rows
 from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
+LONGEST_MARK = 1 << 16  # bytes
 SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
 NUMBERS = {  # safetensors' names of number formats
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,6 +47,7 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    marks: tuple[Mark, ...] = ()  # what ComfyUI's file says of how it is stored
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
     layout: str = ""  # whose names the file uses, once `model/layouts.py` has recognised it
     unused: tuple[str, ...] = ()  # tensors that lie in the file and are known to be no part of the network
+    astray: tuple[Mark, ...] = ()  # marks of weights that the file does not hold
 
     @property
     def files(self) -> list[Path]:
@@ -81,9 +76,11 @@ class Checkpoint:
     ) -> Iterator[tuple[str, Tensor]]:
         """Tensors one by one, in file order, 8-bit ones dequantised; floats in `dtype` (none: as stored).
 
+        What `refuse_unreadable` lets pass is read right.
+
         eight: matrices that are wanted in 8 bits, and which; a scale for every row follows each, as NAME_scale. They
         are rounded one at a time, the next being read meanwhile, or taken as they are where the file holds the very
-        same format.
+        same format, not rotated.
         """
         wanted, eight = set(self.tensors) if names is None else set(names), eight or {}
         order = [name for name in self.tensors if name in wanted and not is_auxiliary(name)]
@@ -103,13 +100,14 @@ class Checkpoint:
                 assert coming is not None
                 tensor, factor = coming.result()
                 coming = reader.submit(fetch, index + 1) if index + 1 < len(order) else None
+                group = rotation(self.tensors[name].marks)
                 if name in eight:
-                    rows, factors = to_rows(tensor, eight[name], factor)
+                    rows, factors = to_rows(tensor, eight[name], factor, group)
                     yield name, rows.to(device)
                     yield f"{name}_scale", factors.to(device)
                 else:
                     wide = dtype or (tensor.dtype if factor is None else torch.float32)
-                    yield name, restore(tensor, factor, wide).to(device)
+                    yield name, restore(tensor, factor, wide, group).to(device)
 
 
 class Room:
@@ -219,11 +217,32 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
         parts = [open_checkpoint(file) for file in shards(path)]
         tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
-        return Checkpoint(path, tensors, parts[0].metadata, config)
+        astray = tuple(mark for part in parts for mark in part.astray)
+        return Checkpoint(path, tensors, parts[0].metadata, config, astray=astray)
     header = read_header(path)
-    metadata = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
-    tensors = {name: Stored(path, name, tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
-    return Checkpoint(path, tensors, metadata)
+    about = header.pop("__metadata__", {})
+    marks = marks_of(path, header, about.get("_quantization_metadata"))
+    tensors = {
+        name: Stored(path, name, tuple(entry["shape"]), entry["dtype"], tuple(marks.pop(name, ())))
+        for name, entry in header.items()
+    }
+    astray = tuple(mark for name, those in marks.items() if not name.startswith(PASSENGERS) for mark in those)
+    return Checkpoint(path, tensors, json.loads(about.get("k2", "{}")), astray=astray)
+
+
+def marks_of(path: Path, header: Mapping[str, Any], table: str | None) -> dict[str, list[Mark]]:
+    """A weight's name -> ComfyUI's marks of it, in a file's metadata and beside it. Raises K2Error."""
+    found: dict[str, list[Mark]] = {}
+    for layer, mark in table_of(table).items():
+        found.setdefault(weight_of(layer, header), []).append(mark)
+    names = [name for name in header if name.endswith(SUFFIX)]
+    if names:
+        with open_tensors(path, "cpu") as file:
+            for name in names:
+                short = prod(header[name]["shape"]) <= LONGEST_MARK
+                mark = bytes(file.get_tensor(name).flatten().byte().tolist()) if short else b""
+                found.setdefault(name.removesuffix(SUFFIX) + ".weight", []).append(mark)
+    return found
 
 
 def open_tensors(path: Path, device: str) -> Any:
@@ -305,16 +324,10 @@ def reader(
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
     """Some tools store weights in ways that would load without complaint and mean something else. Raises K2Error."""
-    formats: set[str] = set()
-    for path in checkpoint.files:
-        table = read_header(path).get("__metadata__", {}).get("_quantization_metadata")
-        formats |= {unreadable(how) for how in marks_of(table)} if table else set()
-    with Opened("cpu") as files:
-        for name, stored in checkpoint.tensors.items():
-            if name.endswith(".comfy_quant"):
-                formats.add(unreadable(bytes(files.get(stored).flatten().tolist())))
+    formats = {"marks without their weights" for mark in checkpoint.astray if unreadable([mark], "", ())}
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
+        formats.add(unreadable(stored.marks, stored.dtype, stored.shape))
         if scale and prod(checkpoint.tensors[scale].shape) not in (1, *stored.shape[:1]):
             formats.add(f"{stored.dtype} with scales of {list(checkpoint.tensors[scale].shape)}")
         if not scale and stored.dtype == "I8" and name.endswith(".weight"):

@@ -19,6 +19,7 @@ from model.checkpoint import AGAIN, Checkpoint, Stored, load, open_checkpoint, r
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
+from model.marks import PASSENGERS, PREFIXES, rotation
 from model.quantize import SCALE_SUFFIXES
 from model.stream import stream
 
@@ -72,8 +73,6 @@ def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Te
     return {table[name]: tensor.view(6, -1) if name.endswith(".mod.lin") else tensor for name, tensor in state.items()}
 
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # the latter two are ComfyUI's
-PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # in its all-in-one files
 LEFTOVERS = {"last.down.weight", "last.up.weight"}  # in repacked files; neither the release nor diffusers has them
 NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either tells the layout
 DIFFUSERS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
@@ -223,4 +222,6 @@ def load_dit(
 def stored_precision(checkpoint: Checkpoint) -> str | None:
     """The 8-bit precision in which the blocks' matrices lie in the file, if it is one that they can be held in."""
     matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
-    return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype) if matrix else None
+    if matrix is None or rotation(matrix.marks):
+        return None
+    return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype)

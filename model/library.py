@@ -318,7 +318,8 @@ def describe(path: Path) -> dict[str, Any]:
     """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
     header = read_header(path)
     about = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
-    tensors = {name: entry for name, entry in header.items() if not name.endswith(("_scale", ".scale_weight"))}
+    beside = ("_scale", ".scale_weight", ".comfy_quant")
+    tensors = {name: entry for name, entry in header.items() if not name.endswith(beside)}
     precision: dict[str, int] = {}
     for entry in tensors.values():
         precision[entry["dtype"]] = precision.get(entry["dtype"], 0) + prod(entry["shape"])

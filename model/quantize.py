@@ -1,14 +1,15 @@
 """Weights in 8 bits: one scale per output row, whole numbers from −127 to 127 or fp8's e4m3.
 
 A stored matrix `NAME.weight` is int8 beside `NAME.weight_scale`, fp32 [out]; everything else is bf16. The same reader
-takes the fp8 files of other tools, which carry one scale per tensor. `model/eight_bit.py` multiplies by such matrices.
+takes the fp8 files of other tools, which carry one scale per tensor, and int8 that was rotated before it was rounded.
+`model/eight_bit.py` multiplies by such matrices.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,19 +54,20 @@ def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return to_rows(matrix, torch.int8)
 
 
-def to_rows(matrix: Tensor, number: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def to_rows(matrix: Tensor, number: torch.dtype, scale: Tensor | None = None, group: int = 0) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, a scale a row: matrix [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
 
     `scale` is that of a matrix which is stored in 8 bits; where those are the bits asked for they are kept as they are.
+    One that is rotated in groups is rotated back, and rounded a second time.
     """
-    if scale is not None and matrix.dtype == number:
+    if scale is not None and matrix.dtype == number and not group:
         return matrix, scale.float().flatten().expand(len(matrix)).contiguous()
     rows, scales = torch.empty_like(matrix, dtype=number), matrix.new_empty(len(matrix), dtype=torch.float32)
     step = max(1, _AT_ONCE // matrix.shape[1])
     for start in range(0, len(matrix), step):
         part = slice(start, start + step)
         stored = scale if scale is None or scale.numel() == 1 else scale.flatten()[part]
-        rows[part], scales[part] = round_rows(restore(matrix[part], stored, torch.float32), number)
+        rows[part], scales[part] = round_rows(restore(matrix[part], stored, torch.float32, group), number)
     return rows, scales
 
 
@@ -76,44 +78,42 @@ def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if number == torch.int8 else scaled).to(number), scale
 
 
-def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A stored tensor as floats; the scale holds one number, or one for each row."""
+def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int = 0) -> Tensor:
+    """A stored tensor as floats; the scale holds one number, or one for each row.
+
+    group: of how many numbers of a row were rotated together before they were rounded; 0 where none were.
+    """
     if scale is None:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return (tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))).to(dtype)
+    wide = tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))
+    return (rotate(wide, group) if group else wide).to(dtype)
+
+
+def rotate(matrix: Tensor, group: int) -> Tensor:
+    """ConvRot's rotation of a matrix [out, in], every `group` numbers of a row (a power of 4) times `hadamard(group)`.
+
+    It spreads outliers before rounding. Done twice it is undone. A product with rotated rows is that of tokens which
+    are rotated too, as ComfyUI does it: (x H)(W H)ᵀ = x Wᵀ.
+    """
+    inner = min(group, 256)
+    parts = matrix.view(-1, group // inner, inner) @ hadamard(inner).to(matrix.device)
+    if group > inner:  # H of a product of sizes is their Kronecker product: the large one is never made
+        parts = hadamard(group // inner).to(matrix.device) @ parts
+    return parts.view(matrix.shape)
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """[size, size], symmetric and orthogonal: Kronecker powers of a matrix of 4 whose rows and columns all have the
+    same sum, not Sylvester's, whose first column would gather what a row has in common (comfy-kitchen)."""
+    small = (1 - 2 * torch.eye(4).flip(1)) / 2
+    return torch.ones(1, 1) if size == 1 else torch.kron(small, hadamard(size // 4))
 
 
 def scale_of(name: str, names: Mapping[str, object]) -> str | None:
     """The name of a weight's scale among the stored names, if there is one."""
     stem = name.removesuffix(".weight")
     return next((stem + suffix for suffix in SCALE_SUFFIXES if stem != name and stem + suffix in names), None)
-
-
-PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
-HARMLESS = {  # told by scales and shapes as well, of before, or of a rotation that `convrot` tells
-    "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "convrot_groupsize",
-}  # fmt: skip
-
-
-def marks_of(table: str) -> list[str]:
-    """ComfyUI's marks where they stand in the file's metadata: {"layers": {name: mark, …}}."""
-    try:
-        return [json.dumps(mark) for mark in json.loads(table)["layers"].values()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return [""]
-
-
-def unreadable(mark: str | bytes) -> str:
-    """What is strange in ComfyUI's mark of a layer (JSON); empty where number times scale is the weight.
-
-    Others pack two numbers into a byte, scale in blocks, or rotate the weights before they round.
-    """
-    try:
-        how = json.loads(mark)
-        extra = sorted(name for name, value in how.items() if name not in HARMLESS and value)
-        return "" if how["format"] in PLAIN and not extra else " with ".join([str(how["format"]), *extra[:1]])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "something unknown"
 
 
 def is_auxiliary(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 import sys
@@ -247,25 +246,18 @@ def test_a_text_encoder_as_gguf(tmp_path):
 @pytest.mark.parametrize(
     ("mark", "what"),
     [
-        ('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}', "int8_tensorwise with convrot"),
-        (INT8_ROWS.replace("}", ', "convrot": true, "convrot_groupsize": 256}'), "int8_tensorwise with convrot"),
-        (INT8_ROWS.replace("}", ', "params": {"convrot": true}}'), "int8_tensorwise with params"),
+        ('{"format": "int8_tensorwise", "convrot": true}', "F8_E4M3 rows of 256 rotated in groups of 256 (convrot)"),
+        ('{"format": "int8_blockwise", "group_size": 128}', "int8_blockwise with group_size"),
+        ('{"format": "int8_tensorwise", "smooth": true}', "int8_tensorwise with smooth"),
         ('{"format": "nvfp4"}', "nvfp4"),
         ('{"format": ["x"]}', "unknown"),
         ("[" * 100_000, "unknown"),
     ],
-    ids=["rotated", "rotated rows", "rotated in a table", "four bits", "nonsense", "deep"],
+    ids=["rotated floats", "blocks", "smoothed", "four bits", "nonsense", "deep"],
 )
 def test_weights_that_would_load_as_something_else(tmp_path, state, mark, what):
-    """Rotated int8 has the very shapes of plain int8: only its mark tells."""
+    """They may have the very shapes of those that are read: only the mark tells."""
     assert what in refused(comfy_fp8(tmp_path, state, "weight_scale", mark))
-
-
-def test_marks_in_the_metadata(tmp_path, state):
-    layers = {"blocks.0.attn.wq": {"format": "int8_tensorwise", "convrot": True}}
-    path = tmp_path / "model.safetensors"
-    save_file(state, path, {"_quantization_metadata": json.dumps({"layers": layers})})
-    assert "convrot" in refused(path)
 
 
 def test_scales_of_blocks(tmp_path, state):

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.checkpoint import open_checkpoint, save
 from model.errors import K2Error
+from model.quantize import rotate, to_int8
 from model.text_encoder import PREFIX, PROMPT_TOKENS, SPECIAL_TOKENS, SUFFIX, TextConfig, TextEncoder, TextTower
 
 WEIGHTS = Path(__file__).parents[1] / "model" / "weights"
@@ -210,6 +211,26 @@ def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
     save(tmp_path / "model.safetensors", state, {})
     with pytest.raises(K2Error, match=rf"1 tensor that Qwen3-VL has not \(layers.1.mlp.up_proj.{beside}\)"):
         TextEncoder.load(tmp_path, taps=TAPS)
+
+
+def test_rotated_int8_is_the_encoder_it_stands_for(qwen, tmp_path):
+    """As ComfyUI's text encoders come; of the widths here, all are multiples of 16."""
+    mark = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16})
+    state = dict(open_checkpoint(qwen.folder).read())
+    stored, means = dict(state), dict(state)
+    for name in [name for name, t in state.items() if "language_model.layers" in name and t.ndim == 2]:
+        rows, scale = to_int8(rotate(state[name], 16))
+        stored |= {name: rows, f"{name}_scale": scale[:, None]}
+        stored[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(mark.encode()), dtype=torch.uint8)
+        means[name] = rotate(rows.float() * scale[:, None], 16)
+    encoders = []
+    for folder, tensors in ((tmp_path / "stored", stored), (tmp_path / "means", means)):
+        folder.mkdir()
+        for file in ("tokenizer.json", "config.json"):
+            shutil.copy(qwen.folder / file, folder)
+        save(folder / "model.safetensors", tensors, {})
+        encoders.append(TextEncoder.load(folder, taps=TAPS))
+    assert torch.equal(*(encoder.encode(["fox"])[0] for encoder in encoders))
 
 
 def test_a_tower_too_shallow_for_krea_is_refused(qwen):

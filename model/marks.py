@@ -1,0 +1,90 @@
+"""How ComfyUI's files say that their weights are stored: marks of JSON, one a layer. Needs no torch.
+
+A mark is a tensor `LAYER.comfy_quant` beside the weight, or stands in the file's metadata; some files have both. Most
+name a number format, whose numbers times a scale are the weight. int8 may also have been *rotated* ("ConvRot", as
+comfy-kitchen defines it): see `model/quantize.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # of the transformer; the latter two are ComfyUI's
+PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # in its all-in-one files
+SUFFIX = ".comfy_quant"
+
+PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
+HARMLESS = {  # told by scales and shapes as well, or of before
+    "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape",
+}  # fmt: skip
+TURNED = {"convrot", "convrot_groupsize"}
+USUAL_GROUP = 256  # where a mark says no more than that the weight was rotated
+
+Mark = str | bytes
+
+
+def table_of(text: str | None) -> dict[str, Mark]:
+    """The marks in a file's metadata, {"layers": {layer: mark, …}}; one that nobody can read where it is no table."""
+    try:
+        return {layer: json.dumps(mark) for layer, mark in json.loads(text)["layers"].items()} if text else {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {"": ""}
+
+
+def weight_of(layer: str, names: Iterable[str]) -> str:
+    """The weight that a layer's mark is about: some writers leave the transformer's prefix out."""
+    return next((name for prefix in PREFIXES if (name := f"{prefix}{layer}.weight") in names), f"{layer}.weight")
+
+
+def rotation(marks: Sequence[Mark]) -> int:
+    """In groups of how many numbers a weight's rows were rotated before they were rounded; 0 where they were not.
+
+    marks: of one weight, all saying the same. Those that cannot be read say nothing here: they are refused elsewhere.
+    """
+    try:
+        return int(group_of(terms(marks[0]))) if marks else 0
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return 0
+
+
+def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
+    """What is strange in the marks of a weight; empty where `model/quantize.py` can restore it.
+
+    Others pack two numbers into a byte, scale in blocks, or rotate in ways of their own.
+    """
+    try:
+        found = [terms(mark) for mark in marks]
+        for how in found:
+            extra = sorted(name for name, value in how.items() if name not in HARMLESS | TURNED and value)
+            if how["format"] not in PLAIN or extra:
+                return " with ".join([str(how["format"]), *extra[:1]])
+        groups = {group_of(how) for how in found}
+        if len(groups) > 1:
+            return f"{found[0]['format']} with marks that contradict each other"
+        turned = any(how.get("convrot") for how in found)
+        if turned and not can_be_turned(group := groups.pop(), found[0]["format"], dtype, shape):
+            return f"{dtype} rows of {shape[-1]} rotated in groups of {group} (convrot)"
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return "something unknown"
+    return ""
+
+
+def terms(mark: Mark) -> dict[str, Any]:
+    """A mark's terms; older writers put some of them into a table of their own."""
+    how = json.loads(mark)
+    inner = how.pop("params", None)
+    if inner is None:
+        return dict(how)
+    return {**inner, **how}
+
+
+def group_of(how: Mapping[str, Any]) -> Any:
+    return how.get("convrot_groupsize", USUAL_GROUP) if how.get("convrot") else 0
+
+
+def can_be_turned(group: Any, format: str, dtype: str, shape: Sequence[int]) -> bool:
+    """Rotations are defined for int8 matrices whose rows divide into groups of a power of 4."""
+    power_of_4 = type(group) is int and group >= 4 and group.bit_count() == 1 and group.bit_length() % 2 == 1
+    return power_of_4 and (format, dtype) == ("int8_tensorwise", "I8") and len(shape) == 2 and shape[1] % group == 0

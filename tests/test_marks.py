@@ -1,0 +1,255 @@
+"""ComfyUI's marks: rotated int8 becomes the weights it stands for, wherever its mark stands; all else is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_dit import inputs, random_model, relative_error
+from test_layouts import TINY, native, refused, velocity
+from torch import Tensor
+
+from model.checkpoint import open_checkpoint, refuse_unreadable
+from model.errors import K2Error
+from model.layouts import load_dit, stored_precision, to_diffusers
+from model.quantize import rotate
+
+PREFIX = "model.diffusion_model."
+ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(TINY)
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    return model.state_dict()
+
+
+# ---- a writer of its own ------------------------------------------------------------------------
+
+
+def turn(size: int) -> np.ndarray:
+    """comfy-kitchen's matrix in double precision, by the numbers: a Kronecker power over the root of its size."""
+    four = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=float)
+    whole = np.ones((1, 1))
+    while len(whole) < size:
+        whole = np.kron(whole, four)
+    return whole / np.sqrt(size)
+
+
+def turned(rows: np.ndarray, size: int) -> np.ndarray:
+    """Every `size` numbers of a row times the matrix, transposed."""
+    return np.concatenate([part @ turn(size).T for part in np.split(rows, rows.shape[1] // size, 1)], 1)
+
+
+def convrot(matrix: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """matrix [out, in] -> int8 of its rotated rows, scales fp32 [out, 1]."""
+    rows = turned(matrix.double().numpy(), size)
+    scale = np.maximum(np.abs(rows).max(1, keepdims=True) / 127, 1e-30).astype(np.float32)
+    return torch.from_numpy(np.round(rows / scale).astype(np.int8)), torch.from_numpy(scale)
+
+
+def stands_for(rows: Tensor, scale: Tensor, size: int) -> Tensor:
+    """The matrix that such int8 stands for; the rotation is its own inverse."""
+    return torch.from_numpy(turned(rows.double().numpy() * scale.double().numpy(), size)).float()
+
+
+def raw(mark: object) -> Tensor:
+    return torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+
+
+def rotated(state: dict[str, Tensor], size: int, mark: object = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict as ComfyUI saves it, the blocks' matrices rotated in groups; and what it stands for."""
+    stored, means = dict(state), dict(state)
+    for name in [n for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2]:
+        rows, scale = convrot(state[name], size)
+        stored |= {name: rows, f"{name}_scale": scale}
+        means[name] = stands_for(rows, scale, size)
+        if mark is not False:
+            layer = name.removesuffix(".weight")
+            stored[f"{layer}.comfy_quant"] = raw(mark or ROTATED | {"convrot_groupsize": size})
+    return stored, means
+
+
+def assert_means(loaded: torch.nn.Module, means: dict[str, Tensor]) -> None:
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, means[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def layers_of(stored: dict[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".weight") for name, tensor in stored.items() if tensor.dtype == torch.int8]
+
+
+# ---- what it means ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256, 1024, 4096])
+def test_a_rotation_is_the_kronecker_power_and_its_own_inverse(size):
+    matrix = torch.randn(3, 2 * size)
+    there = rotate(matrix, size)
+    torch.testing.assert_close(
+        there.double(), torch.from_numpy(turned(matrix.double().numpy(), size)), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(rotate(there, size), matrix, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_rotated_int8_is_the_weights_it_stands_for(tmp_path, model, state, size):
+    stored, means = rotated(state, size)
+    loaded, checkpoint = load_dit(native(tmp_path, stored))
+
+    assert loaded.config == TINY and stored_precision(checkpoint) is None
+    assert_means(loaded, means)
+    assert 0 < relative_error(velocity(loaded), velocity(model)) < 0.01
+
+
+def test_a_product_is_that_of_rotated_tokens(tmp_path, state):
+    """ComfyUI leaves the weights rotated and rotates the tokens."""
+    stored, _ = rotated(state, 256)
+    loaded, _ = load_dit(native(tmp_path, stored))
+    for layer in layers_of(stored):
+        rows, scale = (stored[f"{layer}.weight{end}"].double().numpy() for end in ("", "_scale"))
+        tokens = torch.randn(7, rows.shape[1])
+        theirs = turned(tokens.double().numpy(), 256) @ (rows * scale).T
+        assert relative_error(loaded.get_submodule(layer)(tokens).double(), torch.from_numpy(theirs)) < 1e-5
+
+
+def test_one_scale_a_matrix_and_flat_scales(tmp_path, state):
+    for shape in ((), (1,)):
+        stored, means = rotated(state, 64)
+        for layer in layers_of(stored):
+            name = f"{layer}.weight"
+            stored[f"{name}_scale"] = torch.full(shape, 0.002)
+            means[name] = stands_for(stored[name], torch.tensor(0.002), 64)
+        assert_means(load_dit(native(tmp_path, stored))[0], means)
+    stored, means = rotated(state, 64)
+    flat = {n: t.flatten() if n.endswith("_scale") else t for n, t in stored.items()}
+    assert_means(load_dit(native(tmp_path, flat))[0], means)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.03), ("fp8", 0.08)])
+def test_in_8_bits_it_is_rounded_anew(tmp_path, model, state, precision, most):
+    """The rotated numbers themselves would be another network's."""
+    stored, means = rotated(state, 256)
+    loaded, _ = load_dit(native(tmp_path, stored), precision=precision)
+
+    layer = loaded.blocks[0].mlp.down
+    back = layer.weight.float() * layer.weight_scale[:, None]
+    step = means["blocks.0.mlp.down.weight"].abs().amax(1, keepdim=True) / (127 if precision == "int8" else 14)
+    assert ((back - means["blocks.0.mlp.down.weight"]).abs() <= step * 0.5001).all()
+    given = inputs(TINY)
+    assert relative_error(loaded(*given), model(*given)) < most
+
+
+def test_streamed(tmp_path, state):
+    stored, _ = rotated(state, 256)
+    path = native(tmp_path, stored)
+    assert torch.equal(velocity(load_dit(path, streamed=True)[0]), velocity(load_dit(path)[0]))
+
+
+# ---- where the marks stand ----------------------------------------------------------------------
+
+
+def prefixed(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {PREFIX + name: tensor for name, tensor in stored.items()}
+
+
+def with_table(path: Path, stored: dict[str, Tensor], marks: dict[str, object]) -> Path:
+    save_file(stored, path / "model.safetensors", {"_quantization_metadata": json.dumps({"layers": marks})})
+    return path / "model.safetensors"
+
+
+@pytest.mark.parametrize("before", ["", PREFIX], ids=["bare", "full"])
+def test_marks_in_the_metadata(tmp_path, state, before):
+    """With the transformer's prefix, as ComfyUI writes them, and without it."""
+    stored, means = rotated(state, 64, mark=False)
+    marks = {before + layer: ROTATED | {"convrot_groupsize": 64} for layer in layers_of(stored)}
+    assert_means(load_dit(with_table(tmp_path, prefixed(stored), marks))[0], means)
+
+
+def test_marks_in_both_places(tmp_path, state):
+    stored, means = rotated(state, 256)
+    marks = dict.fromkeys(layers_of(stored), ROTATED)
+    assert_means(load_dit(with_table(tmp_path, stored, marks))[0], means)
+
+    marks["blocks.1.attn.wq"] = {"format": "int8_tensorwise"}  # as an editor of such tables writes them
+    assert "contradict" in refused(with_table(tmp_path, stored, marks))
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"format": "int8_tensorwise", "convrot": True},
+        {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 256}},
+        ROTATED | {"per_row": True, "orig_dtype": "torch.bfloat16", "orig_shape": [1, 1]},
+    ],
+    ids=["the usual group", "older", "converted"],
+)
+def test_marks_of_every_writer(tmp_path, state, mark):
+    stored, means = rotated(state, 256, mark)
+    assert_means(load_dit(native(tmp_path, stored))[0], means)
+
+
+def test_marks_that_say_it_is_not_rotated(tmp_path, state):
+    stored, _ = rotated(state, 256, {"format": "int8_tensorwise", "convrot": False, "convrot_groupsize": 256})
+    loaded, checkpoint = load_dit(native(tmp_path, stored))
+    name = "blocks.0.attn.wq.weight"
+    assert torch.equal(loaded.blocks[0].attn.wq.weight, stored[name].float() * stored[f"{name}_scale"])
+    assert stored_precision(checkpoint) == "int8"
+
+
+def test_under_diffusers_names(tmp_path, state):
+    stored, means = rotated(state, 256, mark=False)
+    plain = {name: tensor for name, tensor in stored.items() if not name.endswith("_scale")}
+    theirs = to_diffusers(plain, TINY)
+    names = {id(tensor): name for name, tensor in theirs.items()}
+    for layer in layers_of(stored):
+        other = names[id(stored[f"{layer}.weight"])]
+        theirs[f"{other}_scale"] = stored[f"{layer}.weight_scale"]
+        theirs[f"{other.removesuffix('.weight')}.comfy_quant"] = raw(ROTATED)
+    assert_means(load_dit(native(tmp_path, theirs))[0], means)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [512, 2, 0, -256, 300, "256", 256.0, True, None, [256], 1024, 4**40])
+def test_groups_that_no_rotation_is_defined_for(tmp_path, state, group):
+    """512 is no power of 4; 1024 does not divide a row; what is no whole number is no size."""
+    stored, _ = rotated(state, 256, ROTATED | {"convrot_groupsize": group})
+    message = refused(native(tmp_path, stored))
+    assert "rotated in groups of" in message or "something unknown" in message
+
+
+@pytest.mark.parametrize("format", ["convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "int8_blockwise"])
+def test_other_rotations(tmp_path, state, format):
+    stored, _ = rotated(state, 256, ROTATED | {"format": format})
+    assert format in refused(native(tmp_path, stored))
+
+
+def test_marks_of_what_is_not_there(tmp_path, state):
+    assert "marks without their weights" in refused(with_table(tmp_path, state, {"blocks.9.attn.wq": ROTATED}))
+    assert "marks without their weights" in refused(native(tmp_path, state, **{"blocks.9.x.comfy_quant": raw(ROTATED)}))
+    load_dit(with_table(tmp_path, state, {"blocks.9.attn.wq": {"format": "float8_e4m3fn"}}))  # says nothing strange
+
+
+def test_a_table_that_is_none(tmp_path, state):
+    for text in ("{", "[]", '{"layers": 3}', "[" * 100_000):
+        save_file(state, tmp_path / "model.safetensors", {"_quantization_metadata": text})
+        assert "marks without their weights" in refused(tmp_path / "model.safetensors")
+
+
+def test_a_mark_is_not_read_without_end(tmp_path):
+    path = native(tmp_path, {"a.weight": torch.ones(4, 4), "a.comfy_quant": torch.full((1 << 17,), 91).byte()})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tensors["a.weight"].marks == (b"",)
+    with pytest.raises(K2Error, match="something unknown"):
+        refuse_unreadable(checkpoint)
