@@ -36,6 +36,7 @@ NUMBERS = {  # safetensors' names of number formats
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
 WIDE = ("F64", "F32", "F16", "BF16")
 
 
@@ -181,7 +182,7 @@ class SafeTensors:
         entry = self.header[name]
         begin, end = (self.start + offset for offset in entry["data_offsets"])
         if entry["dtype"] not in NUMBERS:
-            raise K2Error(f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.")
+            raise K2Error(f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.", hint=PLAINER)
         return begin, end, NUMBERS[entry["dtype"]], entry["shape"]
 
     def read_tensor(self, name: str, room: Room) -> Tensor:
@@ -341,5 +342,5 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     if formats:
         raise K2Error(
             f"{checkpoint.path} holds weights stored as {some(sorted(formats))}, which k2 does not read.",
-            hint="Take the bf16 or the fp8_scaled file of the same model.",
+            hint=PLAINER,
         )

@@ -30,7 +30,8 @@ MAGIC = {  # what is given in safetensors' place, by its first bytes
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # known to be whole, though nothing reads them
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 MOST_DIMENSIONS = 8
 MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would come to gigabytes in memory

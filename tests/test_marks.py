@@ -218,6 +218,53 @@ def test_under_diffusers_names(tmp_path, state):
     assert_means(load_dit(native(tmp_path, theirs))[0], means)
 
 
+TEXT = "text_encoders.qwen3vl_4b.transformer.model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize("where", ["beside the weight", "in the metadata"])
+@pytest.mark.parametrize("kind", ["nvfp4", "convrot_w4a4", "made up"])
+def test_how_a_text_encoder_is_stored_beside_does_not_matter(tmp_path, state, kind, where):
+    """In all-in-one files: k2 takes its own."""
+    stored, means = rotated(state, 256, mark=None if where == "beside the weight" else False)
+    scales = {f"{TEXT}.weight_scale": torch.ones(8, 2), f"{TEXT}.weight_scale_2": torch.ones(())}
+    beside = {f"{TEXT}.weight": torch.ones(8, 16, dtype=torch.uint8)} | scales
+    if where == "beside the weight":
+        path = native(tmp_path, prefixed(stored) | beside, **{f"{TEXT}.comfy_quant": raw({"format": kind})})
+    else:
+        marks = {PREFIX + layer: ROTATED for layer in layers_of(stored)} | {TEXT: {"format": kind}}
+        path = with_table(tmp_path, prefixed(stored) | beside, marks)
+    loaded, checkpoint = load_dit(path)
+
+    assert_means(loaded, means)
+    assert set(beside) <= set(checkpoint.unused)
+
+
+def test_marks_of_a_text_encoder_that_was_taken_out(tmp_path, state):
+    assert_means(load_dit(with_table(tmp_path, prefixed(state), {TEXT: {"format": "nvfp4"}}))[0], state)
+
+
+def test_numbers_of_passengers_that_nothing_reads(tmp_path, model):
+    """Whole files all the same; where the transformer itself is stored so, it is told."""
+    name = "blocks.0.attn.wq.weight"
+    state = model.state_dict() | {name: torch.ones(256, 256).to(torch.float8_e4m3fn)}
+    path = native(tmp_path, prefixed(state) | {f"{TEXT}.weight": torch.ones(4, 4, dtype=torch.uint8)})
+    whole = path.read_bytes()
+    for dtype in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+        path.write_bytes(with_dtype(whole, f"{TEXT}.weight", dtype))
+        load_dit(path)
+    path.write_bytes(with_dtype(whole, PREFIX + name, "F8_E4M3FNUZ"))
+    assert "stored as F8_E4M3FNUZ, which k2 does not read" in refused(path)
+
+
+def with_dtype(whole: bytes, name: str, dtype: str) -> bytes:
+    """A safetensors file whose header calls a tensor's numbers otherwise."""
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
