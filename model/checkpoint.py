@@ -38,6 +38,7 @@ NUMBERS = {  # safetensors' names of number formats
 }  # fmt: skip
 PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
 WIDE = ("F64", "F32", "F16", "BF16")
+WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights they are the bits of something else
 
 
 @dataclass(frozen=True)
@@ -333,6 +334,8 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             formats.add(f"{stored.dtype} with scales of {list(checkpoint.tensors[scale].shape)}")
         if not scale and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
+        if stored.dtype in WHOLE and name.endswith(".weight"):
+            formats.add(f"{stored.dtype}, as numbers of another kind")
         if FOREIGN_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
         stem = next((name.removesuffix(suffix) for suffix in SCALE_SUFFIXES if name.endswith(suffix)), None)

@@ -282,6 +282,15 @@ def test_other_rotations(tmp_path, state, format):
     assert format in refused(native(tmp_path, stored))
 
 
+@pytest.mark.parametrize("number", [torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_whole_numbers_that_stand_for_others(tmp_path, state, number):
+    """Bits of floats, or two numbers in one, would be taken at their word."""
+    name = "blocks.0.attn.wq.weight"
+    for beside in ({}, {f"{name}_scale": torch.ones(())}):
+        path = native(tmp_path, state | {name: torch.ones(256, 256, dtype=number)} | beside)
+        assert "as numbers of another kind" in refused(path)
+
+
 def test_marks_of_what_is_not_there(tmp_path, state):
     assert "marks without their weights" in refused(with_table(tmp_path, state, {"blocks.9.attn.wq": ROTATED}))
     assert "marks without their weights" in refused(native(tmp_path, state, **{"blocks.9.x.comfy_quant": raw(ROTATED)}))
