@@ -2,7 +2,7 @@
 
 A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
 it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
-bits that were there.
+bits that were there. Some files add a whole matrix to a layer (`.diff`), or something to its bias (`.diff_b`).
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ PREFIXES = (
 PART = re.compile(  # module . half [. the adapter's name] [. weight]
     r"(?P<module>.+?)\.lora(_|\.)(?P<half>A|B|down|up)(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
+WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
 OTHER_KINDS = {  # adapters that are no low-rank sum, or more than one
     r"\.lokr_": "a LoKr",
     r"\.hada_": "a LoHa",
     r"\.(dora_scale|lora_magnitude_vector)": "a DoRA",
-    r"\.(diff|diff_b|set_weight)$": "whole differences beside low-rank ones",
+    r"\.set_weight$": "weights to take the place of the model's own",
     r"\.lora_mid": "a LoRA of convolutions",
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
 }
@@ -59,15 +60,17 @@ TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
 ON_RAW = "Give a LoRA that was trained on Krea 2."
+PLAIN = "Give a plain LoRA; where this is one, fetch it again."
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one layer at weight 1: scale · up @ down."""
+    """What is added to one layer at weight 1: scale · up @ down, and something to its bias."""
 
     down: Tensor  # [r, in]
     up: Tensor  # [out, r]
     scale: float  # alpha / rank
+    bias: Tensor | None = None  # [out]
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     checkpoint = open_checkpoint(file)
     refuse_others(file, checkpoint.tensors)
     refuse_giants(file, network)
-    halves, alphas = sort_out(file, dict(checkpoint.read()))
+    parts, alphas = sort_out(file, dict(checkpoint.read()))
     spellings = layer_names(network)
-    known = {module: spellings.get(bare(module)) for module in halves}
-    unmatched = tuple(sorted(module for module, name in known.items() if name is None))
+    known = {module: spellings.get(bare(module)) for module in parts}
+    unmatched = sorted(module for module, name in known.items() if name is None)
     refuse_unmatched(file, unmatched, len(known))
     if len(set(known.values()) - {None}) < len(known) - len(unmatched):
         raise K2Error(f"{file} holds the same layer twice.", hint=ON_RAW)
@@ -112,14 +115,23 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     settings = peft_settings(file)
     layers = {}
     for module, name in known.items():
-        if name is not None:
-            down, up = halves[module]["down"], halves[module]["up"]
-            check_shapes(
-                file, module, down, up, network.get_submodule(name).get_parameter("weight"), network.config.width
-            )
+        if name is None:
+            continue
+        part, layer = parts[module], network.get_submodule(name)
+        if "diff_b" in part and layer.bias is None:
+            del part["diff_b"]
+            unmatched.append(f"{module}.diff_b")
+        check_wholes(file, module, part, layer)
+        weight = layer.get_parameter("weight")
+        down, up = pair_of(part, weight)
+        scale = 1.0
+        if "down" in part:
+            check_shapes(file, module, down, up, weight, network.config.width)
             scale = alphas[module] / len(down) if module in alphas else settings.scale(name, bare(module), len(down))
-            layers[name] = LowRank(down, up, scale)
-    return Adapter(Path(path), sha256(file), layers, unmatched)
+        if part:
+            layers[name] = LowRank(down, up, scale, part.get("diff_b"))
+    refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
+    return Adapter(Path(path), sha256(file), layers, tuple(unmatched))
 
 
 def weights_file(path: Path) -> Path:
@@ -134,34 +146,38 @@ def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iter
     Weight 0 adds nothing, not even a rounding. Contexts may be nested: they add.
     """
     with ExitStack() as stack:
-        for name, (down, up) in together(adapters).items():
-            layer = network.get_submodule(name)
-            stack.enter_context(layer.register_forward_hook(SecondPath(down, up)))
+        for name, path in together(adapters).items():
+            stack.enter_context(network.get_submodule(name).register_forward_hook(path))
         yield
 
 
 class SecondPath:
-    """A forward hook: the layer's answer plus up(down(x))."""
+    """A forward hook: the layer's answer plus up(down(x)), and something for its bias."""
 
-    def __init__(self, down: Tensor, up: Tensor):
-        self.down, self.up = down, up
+    def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None):
+        self.down, self.up, self.bias = down, up, bias
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
         (x,) = inputs
         self.down, self.up = self.down.to(x), self.up.to(x)  # x tells where, and how exactly, the layer computes
-        return answer + F.linear(F.linear(x, self.down), self.up)
+        self.bias = None if self.bias is None else self.bias.to(x)
+        return answer + F.linear(F.linear(x, self.down), self.up, self.bias)
 
 
-def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, tuple[Tensor, Tensor]]:
+def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, SecondPath]:
     """Several adapters as one: per layer down [Σr, in] and up [out, Σr], stacked in an order of their own."""
     in_use = sorted(((a, weight) for a, weight in adapters if weight), key=lambda pair: (pair[0].sha256, pair[1]))
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    parts: dict[str, list[tuple[LowRank, float]]] = {}
     for adapter, weight in in_use:
         for name, each in adapter.layers.items():
-            parts.setdefault(name, []).append((each.down.float(), each.up.float() * (each.scale * weight)))
-    return {
-        name: (torch.cat([d for d, _ in pairs]), torch.cat([u for _, u in pairs], 1)) for name, pairs in parts.items()
-    }
+            parts.setdefault(name, []).append((each, weight))
+    paths = {}
+    for name, weighted in parts.items():
+        down = torch.cat([each.down.float() for each, _ in weighted])
+        up = torch.cat([each.up.float() * (each.scale * weight) for each, weight in weighted], 1)
+        biases = [each.bias.float() * weight for each, weight in weighted if each.bias is not None]
+        paths[name] = SecondPath(down, up, torch.stack(biases).sum(0) if biases else None)
+    return paths
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -190,7 +206,7 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
     for pattern, what in OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
             raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
-    if not any(PART.fullmatch(name) for name in names):
+    if not any(PART.fullmatch(name) or WHOLE.fullmatch(name) for name in names):
         raise K2Error(f"{path} is no LoRA: it holds {some(sorted(names)) or 'nothing'}.", hint=ON_RAW)
 
 
@@ -202,26 +218,43 @@ def refuse_giants(path: Path, network: Krea2) -> None:
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Module -> its two halves, {"down": …, "up": …}; module -> alpha, where it is stated. Raises K2Error."""
-    halves: dict[str, dict[str, Tensor]] = {}
+    """Module -> its parts, {"down": …, "up": …} or {"diff": …}, and "diff_b"; module -> alpha, where it is stated.
+
+    Raises K2Error.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
     alphas, strange = {}, []
     for name, tensor in state.items():
         if name.endswith(".alpha") and tensor.numel() == 1:
             alphas[name.removesuffix(".alpha")] = tensor.item()
+        elif match := WHOLE.fullmatch(name):
+            parts.setdefault(match["module"], {})[match["what"]] = tensor
         elif match := PART.fullmatch(name):
             half = {"A": "down", "B": "up"}.get(match["half"], match["half"])
-            if half in halves.setdefault(match["module"], {}):
+            if half in parts.setdefault(match["module"], {}):
                 raise K2Error(f"{path} holds more than one adapter: {name} is there twice.", hint="Give one a file.")
-            halves[match["module"]][half] = tensor
+            parts[match["module"]][half] = tensor
         else:
             strange.append(name)
-    strange += [module for module, pair in halves.items() if len(pair) < 2]
-    strange += [f"{module}.alpha" for module in alphas if module not in halves]
+    strange += [module for module, part in parts.items() if len(part.keys() & {"down", "up"}) == 1]
+    strange += [f"{module}.alpha" for module in alphas if "down" not in parts.get(module, {})]
     if strange:
-        raise K2Error(f"{path} holds what belongs to no whole low-rank pair: {some(strange)}.", hint="Fetch it again.")
+        raise K2Error(f"{path} holds what belongs to no whole low-rank pair: {some(strange)}.", hint=PLAIN)
+    if both := [module for module, part in parts.items() if part.keys() >= {"down", "diff"}]:
+        raise K2Error(f"{path} changes {some(both)} by a low-rank pair and by a whole matrix.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
         raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
-    return halves, alphas
+    return parts, alphas
+
+
+def pair_of(part: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's low-rank pair. A whole matrix is one too, of the rank of its shorter side, with as many ones."""
+    if "down" in part:
+        return part["down"], part["up"]
+    if "diff" not in part:
+        return torch.zeros(0, weight.shape[1]), torch.zeros(weight.shape[0], 0)
+    whole, (out, inward) = part["diff"], weight.shape
+    return (whole, torch.eye(out)) if out <= inward else (torch.eye(inward), whole)
 
 
 def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:
@@ -233,6 +266,17 @@ def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None
         of_text = all(re.search(TEXT_ENCODER, module) for module in unmatched)
         why = "is made for a text encoder" if of_text else "matches no layer of this network"
         raise K2Error(f"{path} {why}: it has layers like {some(list(unmatched), 2)}.", hint=ON_RAW)
+
+
+def check_wholes(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.Module) -> None:
+    """What is added as it is must have the shape of what it is added to. Raises K2Error."""
+    for what, own in (("diff", "weight"), ("diff_b", "bias")):
+        if what in part and part[what].shape != (shape := layer.get_parameter(own).shape):
+            raise K2Error(
+                f"{path} is made for a network of another size: its {module}.{what} is {list(part[what].shape)}, "
+                f"this one's {own} {list(shape)}.",
+                hint="Give the model that it was trained on.",
+            )
 
 
 def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, weight: Tensor, width: int) -> None:

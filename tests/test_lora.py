@@ -214,6 +214,106 @@ def test_in_half_precision(model, pairs, adapter):
     assert relative_error(ours, velocity(dense(model, (pairs, 1)))) < 0.05
 
 
+# ---- whole matrices -----------------------------------------------------------------------------
+
+
+def differences(model: Krea2) -> dict[str, Tensor]:
+    """For every linear layer a whole matrix, and something to its bias where it has one."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for name, layer in linears(model).items():
+        found[f"{name}.diff"] = torch.randn(layer.weight.shape, generator=generator) * layer.in_features**-0.5
+        if layer.bias is not None:
+            found[f"{name}.diff_b"] = torch.randn(layer.bias.shape, generator=generator)
+    return found
+
+
+def with_differences(model: Krea2, weight: float, found: dict[str, Tensor]) -> Krea2:
+    state = model.state_dict()
+    for name, tensor in found.items():
+        own = name.replace(".diff_b", ".bias").replace(".diff", ".weight")
+        state[own] = (state[own].double() + weight * tensor.double()).float()
+    changed = Krea2(model.config).eval().requires_grad_(False)
+    changed.load_state_dict(state)
+    return changed
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        lambda name: f"diffusion_model.{name}",
+        lambda name: "transformer." + THEIRS[name],
+        lambda name: "lora_unet_" + flat(name),
+    ],
+    ids=["ComfyUI", "diffusers", "kohya"],
+)
+def test_whole_matrices_and_biases_are_added_as_they_are(tmp_path, model, called):
+    found = differences(model)
+    state = {f"{called(name)}.{what}": t for key, t in found.items() for name, _, what in [key.rpartition(".")]}
+    adapter = read_lora(write(tmp_path, state), model)
+
+    assert set(adapter.layers) == set(linears(model)) and not adapter.unmatched
+    for weight in (1.0, -0.5):
+        expected = velocity(with_differences(model, weight, found))
+        assert relative_error(velocity(model, (adapter, weight)), expected) < 1e-5
+    assert torch.equal(velocity(model, (adapter, 0)), velocity(model))
+
+
+def test_the_text_fusions_projector_alone(tmp_path, model):
+    """The widespread little files of one row, how much each layer of the text encoder is heard."""
+    row = torch.randn(1, TINY.text_taps)
+    adapter = read_lora(write(tmp_path, {"diffusion_model.txtfusion.projector.diff": row}), model)
+
+    assert adapter.report(4.0)["matched"] == adapter.report(4.0)["modules"] == 1
+    expected = velocity(with_differences(model, 4.0, {"txtfusion.projector.diff": row}))
+    assert relative_error(velocity(model, (adapter, 4.0)), expected) < 1e-5
+
+
+def test_whole_matrices_beside_pairs(tmp_path, model, pairs):
+    """In one file, and laid over one another."""
+    row, bias = torch.randn(1, TINY.text_taps), torch.randn(TINY.width)
+    few = {name: pair for name, pair in pairs.items() if name != "txtfusion.projector"}
+    whole = {"txtfusion.projector.diff": row, "first.diff_b": bias}
+    both = read_lora(write(tmp_path, LAYOUTS["bare"](few) | whole), model)
+    apart = [
+        read_lora(write(tmp_path, state, f"{index}.safetensors"), model)
+        for index, state in enumerate([LAYOUTS["kohya"](pairs), {"first.diff_b": 2 * bias}])
+    ]
+
+    expected = velocity(dense(with_differences(model, 1, whole), (few, 1)))
+    assert relative_error(velocity(model, (both, 1)), expected) < 1e-5
+    expected = velocity(
+        dense(with_differences(model, 0.5, whole | {"first.diff_b": 3 * bias}), (few, 0.5), (pairs, -1))
+    )
+    assert relative_error(velocity(model, (both, 0.5), (apart[0], -1), (apart[1], 0.5)), expected) < 1e-5
+
+
+def test_what_there_is_no_place_for_is_named(tmp_path, model):
+    """A bias of a layer that has none; what is added to a norm, which is no linear layer."""
+    state = {
+        "diffusion_model.first.diff": torch.zeros(TINY.width, 16),
+        "diffusion_model.blocks.0.norm1.diff": torch.ones(4),
+    }
+    state |= {f"diffusion_model.blocks.{i}.attn.wq.diff_b": torch.ones(TINY.width) for i in range(2)}
+    adapter = read_lora(write(tmp_path, state), model)
+    assert set(adapter.layers) == {"first"} and adapter.unmatched == (
+        "diffusion_model.blocks.0.norm1",
+        "diffusion_model.blocks.0.attn.wq.diff_b",
+        "diffusion_model.blocks.1.attn.wq.diff_b",
+    )
+    with pytest.raises(K2Error, match="matches no layer"):
+        read_lora(write(tmp_path, {"blocks.0.attn.wq.diff_b": torch.ones(TINY.width)}), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("first.diff", (64, 8)), ("first.diff", (16, 64)), ("first.diff_b", (65,)), ("txtfusion.projector.diff", (3,))],
+)
+def test_whole_matrices_of_another_size(tmp_path, model, key, shape):
+    message = refused(tmp_path, model, {key: torch.ones(shape)})
+    assert f"another size: its {key} is {list(shape)}" in message
+
+
 # ---- alpha --------------------------------------------------------------------------------------
 
 
@@ -321,7 +421,9 @@ def test_made_for_another_size(tmp_path, model):
         ("blocks.0.attn.wq.hada_w1_a", "LoHa"),
         ("blocks.0.attn.wq.dora_scale", "DoRA"),
         ("blocks.0.attn.wq.lora_magnitude_vector.weight", "DoRA"),
-        ("blocks.0.attn.wq.diff_b", "differences"),
+        ("blocks.0.attn.wq.set_weight", "take the place"),
+        ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a low-rank pair and by a whole matrix"),
+        ("blocks.0.attn.wk.w_norm", "no whole low-rank pair: blocks.0.attn.wk.w_norm"),
         ("blocks.0.attn.wq.lora_mid.weight", "convolutions"),
         ("blocks.0.attn.wq.lora_B.bias", "biases"),
         ("blocks.0.attn.wk.lora_A.weight", "no whole low-rank pair: blocks.0.attn.wk"),
