@@ -106,6 +106,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     refuse_giants(file, network)
     parts, alphas = sort_out(file, dict(checkpoint.read()))
     spellings = layer_names(network)
+    fused = part_fused(file, parts, spellings, network)
     known = {module: spellings.get(bare(module)) for module in parts}
     unmatched = sorted(module for module, name in known.items() if name is None)
     refuse_unmatched(file, unmatched, len(known))
@@ -127,7 +128,8 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         scale = 1.0
         if "down" in part:
             check_shapes(file, module, down, up, weight, network.config.width)
-            scale = alphas[module] / len(down) if module in alphas else settings.scale(name, bare(module), len(down))
+            called = fused.get(module, module)
+            scale = alphas[called] / len(down) if called in alphas else settings.scale(name, bare(called), len(down))
         if part:
             layers[name] = LowRank(down, up, scale, part.get("diff_b"))
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
@@ -189,7 +191,8 @@ def layer_names(network: Krea2) -> dict[str, str]:
     names = {}
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear):
-            for spelling in (name, theirs[f"{name}.weight"].removesuffix(".weight")):
+            other = theirs[f"{name}.weight"].removesuffix(".weight")
+            for spelling in (name, other, other.removesuffix(".0")):  # some leave the last name's number out
                 names[spelling] = names[spelling.replace(".", "_")] = name
     return names
 
@@ -245,6 +248,35 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
         raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
     return parts, alphas
+
+
+FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")
+
+
+def part_fused(
+    path: Path, parts: dict[str, dict[str, Tensor]], spellings: Mapping[str, str], network: Krea2
+) -> dict[str, str]:
+    """Cut what was trained for queries, keys and values as one matrix into theirs; module -> what it was cut out of.
+
+    SimpleTuner trains so where it is told to, and writes beside it the three that it did not train. Raises K2Error.
+    """
+    found = {}
+    for module, match in [(module, match) for module in parts if (match := FUSED.fullmatch(module))]:
+        three = [match["stem"] + each for each in "qkv"]
+        names = [spellings.get(bare(each)) for each in three]
+        if None in names:
+            continue  # it is named with the others that do not match
+        rows = [network.get_submodule(str(name)).get_parameter("weight").shape[0] for name in names]
+        whole = parts.pop(module)
+        high = {what: len(tensor) for what, tensor in whole.items() if what != "down"}
+        if any(number != sum(rows) for number in high.values()):
+            raise K2Error(f"{path} is made for a network of another size: its {module} is {high}.", hint=ON_RAW)
+        for index, each in enumerate(three):
+            if any(tensor.any() for what, tensor in parts.get(each, {}).items() if what != "down"):
+                raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
+            parts[each] = {what: t if what == "down" else t.split(rows)[index] for what, t in whole.items()}
+            found[each] = module
+    return found
 
 
 def pair_of(part: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:

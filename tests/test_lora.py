@@ -119,6 +119,12 @@ LAYOUTS = {
     "PEFT, default but no weight": peft("base_model.model.transformer.", ".default", THEIRS.__getitem__),
     "kohya": kohya("lora_unet_", flat),
     "kohya, diffusers names": kohya("lora_unet_", lambda name: flat(THEIRS[name])),
+    "no number at the end": peft("diffusion_model.", ".weight", lambda name: THEIRS[name].removesuffix(".0")),
+    "diffusers' older halves": lambda pairs: {
+        key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t
+        for key, t in peft("transformer.", ".weight", THEIRS.__getitem__)(pairs).items()
+    },
+    "LyCORIS": kohya("lycoris_", lambda name: flat(THEIRS[name])),
     "OneTrainer": kohya("lora_transformer_", lambda name: flat(THEIRS[name])),
     "bare": peft("", ".weight", native),
 }
@@ -423,7 +429,7 @@ def test_made_for_another_size(tmp_path, model):
         ("blocks.0.attn.wq.lora_magnitude_vector.weight", "DoRA"),
         ("blocks.0.attn.wq.set_weight", "take the place"),
         ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a low-rank pair and by a whole matrix"),
-        ("blocks.0.attn.wk.w_norm", "no whole low-rank pair: blocks.0.attn.wk.w_norm"),
+        ("blocks.0.attn.wq.reshape_weight", "no whole low-rank pair: blocks.0.attn.wq.reshape_weight"),
         ("blocks.0.attn.wq.lora_mid.weight", "convolutions"),
         ("blocks.0.attn.wq.lora_B.bias", "biases"),
         ("blocks.0.attn.wk.lora_A.weight", "no whole low-rank pair: blocks.0.attn.wk"),
@@ -435,6 +441,48 @@ def test_made_for_another_size(tmp_path, model):
 )
 def test_more_than_a_plain_lora(tmp_path, model, key, what):
     assert what in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64) | {key: torch.ones(2, 2)})
+
+
+def fuse(pairs: Pairs, stem: str) -> Pairs:
+    """Queries, keys and values of one attention as one matrix, as exactly as three of that rank are."""
+    three = [pairs[f"{stem}.{each}"] for each in ("wq", "wk", "wv")]
+    down = torch.cat([down for down, _ in three])
+    return {f"{stem}.qkv": (down, torch.block_diag(*(up for _, up in three)))}
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lycoris_"])
+@pytest.mark.parametrize("beside", ["nothing", "untrained"])
+def test_queries_keys_and_values_as_one(tmp_path, model, pairs, prefix, beside):
+    three = {
+        name: pair for name, pair in pairs.items() if name.startswith("blocks") and name[-2:] in ("wq", "wk", "wv")
+    }
+    whole = fuse(three, "blocks.0.attn") | fuse(three, "blocks.1.attn")
+    names = THEIRS | {f"blocks.{i}.attn.qkv": f"transformer_blocks.{i}.attn.to_qkv" for i in range(2)}
+    called = (lambda name: flat(names[name])) if prefix == "lycoris_" else names.__getitem__
+    state = kohya(prefix, called)(whole)
+    if beside == "untrained":
+        state |= kohya(prefix, called)({name: (down, torch.zeros_like(up)) for name, (down, up) in three.items()})
+    adapter = read_lora(write(tmp_path, state), model)
+
+    assert set(adapter.layers) == set(three) and not adapter.unmatched
+    assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (three, 1)))) < 1e-5
+
+    trained = kohya(prefix, called)({"blocks.1.attn.wk": three["blocks.1.attn.wk"]})
+    assert "twice, by itself and in" in refused(tmp_path, model, state | trained)
+
+
+def test_queries_keys_and_values_of_another_size(tmp_path, model):
+    state = pair("transformer_blocks.0.attn.to_qkv", width=64)
+    assert "another size" in refused(tmp_path, model, state)
+
+
+def test_alpha_of_queries_keys_and_values_as_one(tmp_path, model, pairs):
+    stated = json.dumps({"lora_alpha": 1, "alpha_pattern": {"attn.to_qkv": 6}})
+    three = {name: pair for name, pair in pairs.items() if name.startswith("blocks.0.attn.w")}
+    (whole,) = fuse(three, "blocks.0.attn").values()
+    state = {f"transformer_blocks.0.attn.to_qkv.lora_{h}.weight": t for h, t in zip("AB", whole, strict=True)}
+    layers = read_lora(write(tmp_path, state, lora_adapter_metadata=stated), model).layers
+    assert {each.scale for each in layers.values()} == {6 / len(whole[0])} and len(layers) == 3
 
 
 def test_a_layer_under_two_names(tmp_path, model):
