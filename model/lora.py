@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.checkpoint import open_checkpoint
+from model.checkpoint import open_checkpoint, refuse_unreadable
 from model.dit import Krea2
 from model.errors import K2Error, brief
 from model.hashes import sha256
@@ -43,7 +43,11 @@ WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is t
 OTHER_KINDS = {  # adapters that are no low-rank sum, or more than one
     r"\.lokr_": "a LoKr",
     r"\.hada_": "a LoHa",
-    r"\.(dora_scale|lora_magnitude_vector)": "a DoRA",
+    r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "a DoRA",
+    r"\.(oft_|boft_)": "an OFT",
+    r"\.([ab][12]|bm)\.weight$": "a GLoRA",
+    r"\.on_input$": "an IA3",
+    r"\.[wb]_norm$": "changes of norms",
     r"\.set_weight$": "weights to take the place of the model's own",
     r"\.lora_mid": "a LoRA of convolutions",
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
@@ -103,6 +107,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     file = weights_file(Path(path))
     checkpoint = open_checkpoint(file)
     refuse_others(file, checkpoint.tensors)
+    refuse_unreadable(checkpoint)
     refuse_giants(file, network)
     parts, alphas = sort_out(file, dict(checkpoint.read()))
     spellings = layer_names(network)

@@ -21,6 +21,7 @@ from model.latents import position_ids
 from model.layouts import diffusers_names
 from model.lora import Adapter, bare, laid_over, layer_names, read_lora
 from model.pipeline import Pipeline
+from model.quantize import to_int8
 from model.spec import Lora, RenderSpec, Style
 
 TINY = DiTConfig(width=64, heads=4, kv_heads=2, blocks=2, text_width=32, text_taps=3, text_heads=2, channels=4)
@@ -429,6 +430,11 @@ def test_made_for_another_size(tmp_path, model):
         ("blocks.0.attn.wq.lora_magnitude_vector.weight", "DoRA"),
         ("blocks.0.attn.wq.set_weight", "take the place"),
         ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a low-rank pair and by a whole matrix"),
+        ("blocks.0.attn.wq.magnitude", "DoRA"),
+        ("blocks.0.attn.wq.oft_blocks", "OFT"),
+        ("blocks.0.attn.wq.a1.weight", "GLoRA"),
+        ("blocks.0.attn.wq.on_input", "IA3"),
+        ("blocks.0.prenorm.w_norm", "norms"),
         ("blocks.0.attn.wq.reshape_weight", "no whole low-rank pair: blocks.0.attn.wq.reshape_weight"),
         ("blocks.0.attn.wq.lora_mid.weight", "convolutions"),
         ("blocks.0.attn.wq.lora_B.bias", "biases"),
@@ -483,6 +489,20 @@ def test_alpha_of_queries_keys_and_values_as_one(tmp_path, model, pairs):
     state = {f"transformer_blocks.0.attn.to_qkv.lora_{h}.weight": t for h, t in zip("AB", whole, strict=True)}
     layers = read_lora(write(tmp_path, state, lora_adapter_metadata=stated), model).layers
     assert {each.scale for each in layers.values()} == {6 / len(whole[0])} and len(layers) == 3
+
+
+def test_halves_in_8_bits(tmp_path, model, pairs):
+    """With their scales they are read; without, the numbers are not what they seem."""
+    stored, means = {}, {}
+    for name, pair in pairs.items():
+        rows = [to_int8(half) for half in pair]
+        means[name] = tuple(number * scale[:, None] for number, scale in rows)
+        for half, (number, scale) in zip("AB", rows, strict=True):
+            stored |= {f"{name}.lora_{half}.weight": number, f"{name}.lora_{half}.weight_scale": scale}
+    adapter = read_lora(write(tmp_path, stored), model)
+    assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (means, 1)))) < 1e-5
+    del stored["first.lora_A.weight_scale"]
+    assert "I8 without scales" in refused(tmp_path, model, stored)
 
 
 def test_a_layer_under_two_names(tmp_path, model):
