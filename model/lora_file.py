@@ -1,0 +1,126 @@
+"""What the file of an adapter holds, by layer and in any trainer's words, and what it is refused for.
+
+`model/lora.py` matches it against a network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from model.errors import K2Error, brief
+from model.headers import read_header, read_json, some
+
+PART = re.compile(  # module . half [. the adapter's name] [. weight]
+    r"(?P<module>.+?)\.lora(_|\.)(?P<half>A|B|down|up)(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
+)
+WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
+OTHER_KINDS = {  # adapters that are no low-rank sum, or more than one
+    r"\.lokr_": "a LoKr",
+    r"\.hada_": "a LoHa",
+    r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "a DoRA",
+    r"\.(oft_|boft_)": "an OFT",
+    r"\.([ab][12]|bm)\.weight$": "a GLoRA",
+    r"\.on_input$": "an IA3",
+    r"\.[wb]_norm$": "changes of norms",
+    r"\.set_weight$": "weights to take the place of the model's own",
+    r"\.lora_mid": "a LoRA of convolutions",
+    r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
+}
+BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
+ON_RAW = "Give a LoRA that was trained on Krea 2."
+PLAIN = "Give a plain LoRA; where this is one, fetch it again."
+
+
+def refuse_others(path: Path, names: Iterable[str]) -> None:
+    """Raises K2Error for adapters of another kind, and for files that hold none."""
+    for pattern, what in OTHER_KINDS.items():
+        if any(re.search(pattern, name) for name in names):
+            raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
+    if not any(PART.fullmatch(name) or WHOLE.fullmatch(name) for name in names):
+        raise K2Error(f"{path} is no LoRA: it holds {some(sorted(names)) or 'nothing'}.", hint=ON_RAW)
+
+
+def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Module -> its parts, {"down": …, "up": …} or {"diff": …}, and "diff_b"; module -> alpha, where it is stated.
+
+    Raises K2Error.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    alphas, strange = {}, []
+    for name, tensor in state.items():
+        if name.endswith(".alpha") and tensor.numel() == 1:
+            alphas[name.removesuffix(".alpha")] = tensor.item()
+        elif match := WHOLE.fullmatch(name):
+            parts.setdefault(match["module"], {})[match["what"]] = tensor
+        elif match := PART.fullmatch(name):
+            half = {"A": "down", "B": "up"}.get(match["half"], match["half"])
+            if half in parts.setdefault(match["module"], {}):
+                raise K2Error(f"{path} holds more than one adapter: {name} is there twice.", hint="Give one a file.")
+            parts[match["module"]][half] = tensor
+        else:
+            strange.append(name)
+    strange += [module for module, part in parts.items() if len(part.keys() & {"down", "up"}) == 1]
+    strange += [f"{module}.alpha" for module in alphas if "down" not in parts.get(module, {})]
+    if strange:
+        raise K2Error(f"{path} holds what belongs to no whole low-rank pair: {some(strange)}.", hint=PLAIN)
+    if both := [module for module, part in parts.items() if part.keys() >= {"down", "diff"}]:
+        raise K2Error(f"{path} changes {some(both)} by a low-rank pair and by a whole matrix.", hint=PLAIN)
+    if not all(tensor.float().isfinite().all() for tensor in state.values()):
+        raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
+    return parts, alphas
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """What PEFT states apart from the tensors; without it alpha is the rank."""
+
+    alpha: float | None = None
+    alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first that fits
+    by_root: bool = False  # rank-stabilised: alpha / √rank
+
+    def scale(self, native: str, theirs: str, rank: int) -> float:
+        patterns = (self.alphas or {}).items()
+        own = (value for pattern, value in patterns if any(pattern.match(name) for name in (native, theirs)))
+        alpha = next(own, self.alpha)
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def peft_settings(path: Path) -> PeftSettings:
+    """From the file's own metadata, as diffusers writes it, or from PEFT's adapter_config.json beside it."""
+    beside = path.with_name("adapter_config.json")
+    try:
+        text = read_header(path).get("__metadata__", {}).get("lora_adapter_metadata")
+        if text:
+            stated = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
+        else:
+            stated = read_json(beside) if path.name == "adapter_model.safetensors" and beside.exists() else {}
+        alpha = stated.get("lora_alpha")
+        alphas = {layers(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}
+        numbers = [*alphas.values(), 0.0 if alpha is None else float(alpha)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("an alpha that is no number")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
+        raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
+    if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
+        raise K2Error(
+            f"{path} is an adapter of weights that PEFT changed first ({brief(begun)}), not of the model's own.",
+            hint="Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+        )
+    return PeftSettings(None if alpha is None else float(alpha), alphas, bool(stated.get("use_rslora")))
+
+
+def layers(key: str) -> re.Pattern[str]:
+    """The layers that a key of PEFT's patterns means: a regular expression for the end of a name.
+
+    Raises ValueError for one that could keep the search busy: it comes with a stranger's file.
+    """
+    if len(key) > 200 or re.search(r"[)\]}][*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 3:
+        raise ValueError(f"the pattern {key[:50]!r}")
+    return re.compile(rf"(.*\.)?({key})$")
