@@ -2,11 +2,13 @@
 
 A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
 it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
-bits that were there. Some files add a whole matrix to a layer (`.diff`), or something to its bias (`.diff_b`).
+bits that were there. Some files add a whole matrix to a layer (`.diff`), something to its bias (`.diff_b`), or a
+Kronecker product (LoKr).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +37,7 @@ PREFIXES = (
     "lora_transformer_",
     "lycoris_",
 )
+FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
 OTHER_MODELS = {  # whose layers are called so; the first that fits
     r"(double|single)_blocks|single_transformer_blocks": "FLUX",
     r"joint_blocks": "Stable Diffusion 3",
@@ -44,8 +47,9 @@ OTHER_MODELS = {  # whose layers are called so; the first that fits
     r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
 }
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
-FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
+ROWS = ("up", "diff", "diff_b")  # what has as many rows as a layer has
+TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,23 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Kronecker:
+    """What a LoKr adds to one layer at weight 1: scale · left ⊗ right (some of its rows), and something to its bias."""
+
+    left: Tensor  # [a, b]
+    right: Tensor  # [c, d], for a layer of b·d numbers in and a·c out
+    scale: float
+    rows: slice
+    bias: Tensor | None = None  # [out]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA file, matched against a network."""
 
     path: Path
     sha256: str
-    layers: Mapping[str, LowRank]  # by the layer's native name
+    layers: Mapping[str, LowRank | Kronecker]  # by the layer's native name
     unmatched: tuple[str, ...]  # layers that the network lacks, as the file calls them
 
     def report(self, weight: float) -> dict[str, Any]:
@@ -100,7 +115,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         raise K2Error(f"{file} holds the same layer twice.", hint=ON_RAW)
 
     settings = peft_settings(file)
-    layers = {}
+    layers: dict[str, LowRank | Kronecker] = {}
     for module, name in known.items():
         if name is None:
             continue
@@ -110,12 +125,16 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             unmatched.append(f"{module}.diff_b")
         check_wholes(file, module, part, layer)
         weight = layer.get_parameter("weight")
+        called, rows = fused.get(module, (module, slice(None)))
+        alpha = alphas.get(called)
+        if any(what.startswith("w") for what in part):
+            layers[name] = kronecker_of(file, module, part, alpha, rows, weight)
+            continue
         down, up = pair_of(part, weight)
         scale = 1.0
         if "down" in part:
             check_shapes(file, module, down, up, weight, network.config.width)
-            called = fused.get(module, module)
-            scale = alphas[called] / len(down) if called in alphas else settings.scale(name, bare(called), len(down))
+            scale = settings.scale(name, bare(called), len(down)) if alpha is None else alpha / len(down)
         if part:
             layers[name] = LowRank(down, up, scale, part.get("diff_b"))
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
@@ -140,32 +159,44 @@ def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iter
 
 
 class SecondPath:
-    """A forward hook: the layer's answer plus up(down(x)), and something for its bias."""
+    """A forward hook: the layer's answer plus up(down(x)), something for its bias, and Kronecker products."""
 
-    def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None):
-        self.down, self.up, self.bias = down, up, bias
+    def __init__(self, weighted: Sequence[tuple[LowRank | Kronecker, float]]):
+        """What several adapters add to one layer, each at its weight: down [Σr, in] and up [out, Σr] are stacked."""
+        pairs = [(each, weight) for each, weight in weighted if isinstance(each, LowRank)]
+        self.products = [(each, weight) for each, weight in weighted if isinstance(each, Kronecker)]
+        self.tensors = {}
+        if pairs:
+            self.tensors["down"] = torch.cat([each.down.float() for each, _ in pairs])
+            self.tensors["up"] = torch.cat([each.up.float() * (each.scale * weight) for each, weight in pairs], 1)
+        if biases := [each.bias.float() * weight for each, weight in weighted if each.bias is not None]:
+            self.tensors["bias"] = torch.stack(biases).sum(0)
+        for index, (each, weight) in enumerate(self.products):
+            self.tensors |= {f"left {index}": each.left.float() * (each.scale * weight), f"right {index}": each.right}
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
         (x,) = inputs
-        self.down, self.up = self.down.to(x), self.up.to(x)  # x tells where, and how exactly, the layer computes
-        self.bias = None if self.bias is None else self.bias.to(x)
-        return answer + F.linear(F.linear(x, self.down), self.up, self.bias)
+        # x tells where, and how exactly, the layer computes
+        self.tensors = tensors = {name: tensor.to(x) for name, tensor in self.tensors.items()}
+        if "down" in tensors:
+            answer = answer + F.linear(F.linear(x, tensors["down"]), tensors["up"])
+        if "bias" in tensors:
+            answer = answer + tensors["bias"]
+        for index, (each, _) in enumerate(self.products):
+            left, right = tensors[f"left {index}"], tensors[f"right {index}"]
+            parts = F.linear(x.unflatten(-1, (left.shape[1], right.shape[1])), right)  # [..., b, c]
+            answer = answer + (left @ parts).flatten(-2)[..., each.rows]
+        return answer
 
 
 def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, SecondPath]:
-    """Several adapters as one: per layer down [Σr, in] and up [out, Σr], stacked in an order of their own."""
+    """Several adapters as one: layer -> the path beside it, in which they follow an order of their own."""
     in_use = sorted(((a, weight) for a, weight in adapters if weight), key=lambda pair: (pair[0].sha256, pair[1]))
-    parts: dict[str, list[tuple[LowRank, float]]] = {}
+    parts: dict[str, list[tuple[LowRank | Kronecker, float]]] = {}
     for adapter, weight in in_use:
         for name, each in adapter.layers.items():
             parts.setdefault(name, []).append((each, weight))
-    paths = {}
-    for name, weighted in parts.items():
-        down = torch.cat([each.down.float() for each, _ in weighted])
-        up = torch.cat([each.up.float() * (each.scale * weight) for each, weight in weighted], 1)
-        biases = [each.bias.float() * weight for each, weight in weighted if each.bias is not None]
-        paths[name] = SecondPath(down, up, torch.stack(biases).sum(0) if biases else None)
-    return paths
+    return {name: SecondPath(weighted) for name, weighted in parts.items()}
 
 
 # ---- matching -----------------------------------------------------------------------------------
@@ -199,8 +230,8 @@ def refuse_giants(path: Path, network: Krea2) -> None:
 
 def part_fused(
     path: Path, parts: dict[str, dict[str, Tensor]], spellings: Mapping[str, str], network: Krea2
-) -> dict[str, str]:
-    """Cut what was trained for queries, keys and values as one matrix into theirs; module -> what it was cut out of.
+) -> dict[str, tuple[str, slice]]:
+    """Cut what was trained for queries, keys and values as one matrix into theirs; module -> the whole, and which rows.
 
     SimpleTuner trains so where it is told to, and writes beside it the three that it did not train. Raises K2Error.
     """
@@ -210,17 +241,55 @@ def part_fused(
         names = [spellings.get(bare(each)) for each in three]
         if None in names:
             continue  # it is named with the others that do not match
-        rows = [network.get_submodule(str(name)).get_parameter("weight").shape[0] for name in names]
-        whole = parts.pop(module)
-        high = {what: len(tensor) for what, tensor in whole.items() if what != "down"}
-        if any(number != sum(rows) for number in high.values()):
-            raise K2Error(f"{path} is made for a network of another size: its {module} is {high}.", hint=ON_RAW)
-        for index, each in enumerate(three):
-            if any(tensor.any() for what, tensor in parts.get(each, {}).items() if what != "down"):
+        sizes = [network.get_submodule(str(name)).get_parameter("weight").shape[0] for name in names]
+        whole, start = parts.pop(module), 0
+        heights = {len(tensor) for what, tensor in whole.items() if what in ROWS}
+        if factors := [tensor for what, tensor in whole.items() if what in TALL]:
+            heights.add(math.prod(map(len, factors)))
+        if heights != {sum(sizes)}:
+            raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=ON_RAW)
+        for each, size in zip(three, sizes, strict=True):
+            if trained(parts.get(each, {})):
                 raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
-            parts[each] = {what: t if what == "down" else t.split(rows)[index] for what, t in whole.items()}
-            found[each] = module
+            rows, start = slice(start, start + size), start + size
+            parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}
+            found[each] = module, rows
     return found
+
+
+def trained(part: Mapping[str, Tensor]) -> bool:
+    """Whether it changes anything: a product does where none of its factors is all noughts."""
+    wholes, factors = (
+        [bool(tensor.any()) for what, tensor in part.items() if what.startswith("diff") == whole]
+        for whole in (True, False)
+    )
+    return any(wholes) or (bool(factors) and all(factors))
+
+
+def kronecker_of(
+    path: Path, module: str, part: Mapping[str, Tensor], alpha: float | None, rows: slice, weight: Tensor
+) -> Kronecker:
+    """A layer's Kronecker product. Where both factors are whole there is no rank, and alpha means nothing (LyCORIS).
+
+    Raises K2Error for factors that do not make up the layer's weight [out, in].
+    """
+    halves = [(part[what],) if what in part else (part[f"{what}_a"], part[f"{what}_b"]) for what in ("w1", "w2")]
+    shapes = [list(half.shape) for pair in halves for half in pair]
+    if any(len(shape) != 2 or 0 in shape for shape in shapes) or any(
+        pair[0].shape[1] != pair[-1].shape[0] for pair in halves if len(pair) == 2
+    ):
+        raise K2Error(f"{path} is damaged: {module} is {' and '.join(map(str, shapes))}.", hint="Fetch it again.")
+    (a, b), (c, d) = ((pair[0].shape[0], pair[-1].shape[1]) for pair in halves)
+    if (len(range(a * c)[rows]), b * d) != tuple(weight.shape):
+        raise K2Error(
+            f"{path} is made for a network of another size: its {module} turns {b * d} numbers into "
+            f"{len(range(a * c)[rows])}, this one {weight.shape[1]} into {weight.shape[0]}.",
+            hint="Give the model that it was trained on.",
+        )
+    ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
+    left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
+    scale = alpha / ranks[-1] if ranks and alpha is not None else 1.0
+    return Kronecker(left, right, scale, rows, part.get("diff_b"))
 
 
 def pair_of(part: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:

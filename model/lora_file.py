@@ -21,8 +21,9 @@ PART = re.compile(  # module . half [. the adapter's name] [. weight]
     r"(?P<module>.+?)\.lora(_|\.)(?P<half>A|B|down|up)(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
 WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
-OTHER_KINDS = {  # adapters that are no low-rank sum, or more than one
-    r"\.lokr_": "a LoKr",
+KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a factor, or the two that it is made of
+OTHER_KINDS = {  # adapters that are none of these, or more than one
+    r"\.lokr_t[12]$": "a LoKr of convolutions",
     r"\.hada_": "a LoHa",
     r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "a DoRA",
     r"\.(oft_|boft_)": "an OFT",
@@ -34,6 +35,8 @@ OTHER_KINDS = {  # adapters that are no low-rank sum, or more than one
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
 }
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
+PAIR, LEFT, RIGHT = ({"down", "up"},), ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
+WHOLE_KINDS = [*PAIR, *(left | right for left in LEFT for right in RIGHT)]  # what a layer's change consists of
 ON_RAW = "Give a LoRA that was trained on Krea 2."
 PLAIN = "Give a plain LoRA; where this is one, fetch it again."
 
@@ -43,12 +46,13 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
     for pattern, what in OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
             raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
-    if not any(PART.fullmatch(name) or WHOLE.fullmatch(name) for name in names):
+    if not any(each.fullmatch(name) for name in names for each in (PART, WHOLE, KRONECKER)):
         raise K2Error(f"{path} is no LoRA: it holds {some(sorted(names)) or 'nothing'}.", hint=ON_RAW)
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Module -> its parts, {"down": …, "up": …} or {"diff": …}, and "diff_b"; module -> alpha, where it is stated.
+    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …} or {"diff": …}, and "diff_b"; module -> alpha,
+    where it is stated. A factor may be two, {"w2_a": …, "w2_b": …}.
 
     Raises K2Error.
     """
@@ -57,7 +61,9 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
     for name, tensor in state.items():
         if name.endswith(".alpha") and tensor.numel() == 1:
             alphas[name.removesuffix(".alpha")] = tensor.item()
-        elif match := WHOLE.fullmatch(name):
+        elif not tensor.ndim:
+            strange.append(name)
+        elif match := WHOLE.fullmatch(name) or KRONECKER.fullmatch(name):
             parts.setdefault(match["module"], {})[match["what"]] = tensor
         elif match := PART.fullmatch(name):
             half = {"A": "down", "B": "up"}.get(match["half"], match["half"])
@@ -66,12 +72,13 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
             parts[match["module"]][half] = tensor
         else:
             strange.append(name)
-    strange += [module for module, part in parts.items() if len(part.keys() & {"down", "up"}) == 1]
-    strange += [f"{module}.alpha" for module in alphas if "down" not in parts.get(module, {})]
+    kinds = {module: {what for what in part if what != "diff_b"} for module, part in parts.items()}
+    strange += [module for module, kind in kinds.items() if "diff" not in kind and kind and kind not in WHOLE_KINDS]
+    strange += [f"{module}.alpha" for module in alphas if kinds.get(module, {"diff"}) <= {"diff"}]
     if strange:
-        raise K2Error(f"{path} holds what belongs to no whole low-rank pair: {some(strange)}.", hint=PLAIN)
-    if both := [module for module, part in parts.items() if part.keys() >= {"down", "diff"}]:
-        raise K2Error(f"{path} changes {some(both)} by a low-rank pair and by a whole matrix.", hint=PLAIN)
+        raise K2Error(f"{path} holds what belongs to no whole low-rank pair or product: {some(strange)}.", hint=PLAIN)
+    if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
+        raise K2Error(f"{path} changes {some(both)} by a whole matrix and by factors.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
         raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
     return parts, alphas
@@ -108,6 +115,9 @@ def peft_settings(path: Path) -> PeftSettings:
             raise ValueError("an alpha that is no number")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
+    kind = str(stated.get("peft_type") or "LORA").rpartition(".")[2].upper()
+    if kind != "LORA":  # their scales are stated otherwise
+        raise K2Error(f"{path} is a {brief(kind)} of PEFT's, which k2 does not read.", hint="Give a plain LoRA.")
     if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
         raise K2Error(
             f"{path} is an adapter of weights that PEFT changed first ({brief(begun)}), not of the model's own.",

@@ -321,6 +321,126 @@ def test_whole_matrices_of_another_size(tmp_path, model, key, shape):
     assert f"another size: its {key} is {list(shape)}" in message
 
 
+# ---- Kronecker products -------------------------------------------------------------------------
+
+
+def factors(
+    model: Krea2, halves: str, layers: dict[str, tuple[int, int]] | None = None, most: int = 4
+) -> dict[str, dict[str, Tensor]]:
+    """For every linear layer (or for those of the shapes given) the factors of a LoKr, the left one of 4 rows at most.
+
+    halves: which of the two factors are of rank 2 themselves.
+    """
+    generator = torch.Generator().manual_seed(4)
+    shapes = layers or {name: tuple(layer.weight.shape) for name, layer in linears(model).items()}
+    found = {}
+    for name, (out, inward) in shapes.items():
+        a, b = (next(f for f in range(most, 0, -1) if side % f == 0) for side in (out, inward))
+        part = {}
+        for what, (high, wide) in {"w1": (a, b), "w2": (out // a, inward // b)}.items():
+            if what in halves:
+                part[f"lokr_{what}_a"] = torch.randn(high, 2, generator=generator)
+                part[f"lokr_{what}_b"] = torch.randn(2, wide, generator=generator) * 0.3
+            else:
+                part[f"lokr_{what}"] = torch.randn(high, wide, generator=generator) * wide**-0.5
+        found[name] = part
+    return found
+
+
+def product(part: dict[str, Tensor]) -> Tensor:
+    """LyCORIS's definition, in double precision and without a scale."""
+    left, right = (
+        (part[f"lokr_{what}"] if f"lokr_{what}" in part else part[f"lokr_{what}_a"] @ part[f"lokr_{what}_b"]).double()
+        for what in ("w1", "w2")
+    )
+    return torch.kron(left, right)
+
+
+def written(found: dict[str, dict[str, Tensor]], called: Callable[[str], str], alpha: float) -> dict[str, Tensor]:
+    state = {f"{called(name)}.{what}": tensor for name, part in found.items() for what, tensor in part.items()}
+    return state | {f"{called(name)}.alpha": torch.tensor(alpha) for name in found}
+
+
+@pytest.mark.parametrize(("halves", "scale"), [("", 1.0), ("w2", 3.0), ("w1", 3.0), ("w1 w2", 3.0)])
+@pytest.mark.parametrize(
+    "called",
+    [lambda name: f"diffusion_model.{name}", lambda name: "lycoris_" + flat(THEIRS[name])],
+    ids=["ai-toolkit", "LyCORIS"],
+)
+def test_kronecker_products(tmp_path, model, halves, scale, called):
+    """Alpha over the rank where there is one; where both factors are whole it means nothing."""
+    found = factors(model, halves)
+    adapter = read_lora(write(tmp_path, written(found, called, alpha=6.0)), model)
+
+    assert set(adapter.layers) == set(linears(model)) and not adapter.unmatched
+    for weight in (0.5, -1.0):
+        expected = {f"{name}.diff": scale * product(part) for name, part in found.items()}
+        changed = velocity(with_differences(model, weight, expected))
+        assert relative_error(velocity(model, (adapter, weight)), changed) < 1e-4
+    assert torch.equal(velocity(model, (adapter, 0)), velocity(model))
+
+
+@torch.no_grad()
+def test_a_kronecker_product_on_one_layer_is_the_dense_one(tmp_path, model):
+    found = {"blocks.0.mlp.up": factors(model, "w2")["blocks.0.mlp.up"]}
+    adapter = read_lora(write(tmp_path, written(found, native, alpha=2.0)), model)
+    layer, x = model.blocks[0].mlp.up, torch.randn(3, 5, TINY.width)
+    before = layer(x)
+    with laid_over(model, [(adapter, 0.7)]):
+        delta = layer(x) - before
+    expected = 0.7 * x.double() @ product(found["blocks.0.mlp.up"]).T
+    assert relative_error(delta.double(), expected) < 1e-5 and torch.equal(layer(x), before)
+
+
+def test_kronecker_products_and_pairs_lie_over_one_another(tmp_path, model, pairs, adapter):
+    found = factors(model, "w2")
+    bias = torch.randn(TINY.width)
+    state = written(found, native, alpha=2.0) | {"first.diff_b": bias}
+    other = read_lora(write(tmp_path, state, "lokr.safetensors"), model)
+    whole = {f"{name}.diff": product(part) for name, part in found.items()} | {"first.diff_b": bias}
+
+    expected = velocity(dense(with_differences(model, 0.3, whole), (pairs, -0.6)))
+    both = velocity(model, (other, 0.3), (adapter, -0.6))
+    assert relative_error(both, expected) < 1e-4
+    assert torch.equal(both, velocity(model, (adapter, -0.6), (other, 0.3)))
+
+
+@pytest.mark.parametrize("halves", ["", "w2"])
+def test_queries_keys_and_values_as_one_kronecker_product(tmp_path, model, halves):
+    """Its rows need not part where a factor's do: SimpleTuner's 9216 of 6144, 1536 and 1536 do not."""
+    sizes = [getattr(model.blocks[0].attn, each).weight.shape[0] for each in ("wq", "wk", "wv")]
+    found = factors(model, halves, {"transformer_blocks.0.attn.to_qkv": (sum(sizes), TINY.width)}, most=2)
+    part = found["transformer_blocks.0.attn.to_qkv"]
+    assert (sizes[0] + sizes[1]) % len(part.get("lokr_w2", part.get("lokr_w2_a")))
+    untrained = {k: torch.zeros_like(t) if "w2" in k else t for k, t in factors(model, "")["blocks.0.attn.wk"].items()}
+    state = written(found | {"transformer_blocks.0.attn.to_k": untrained}, lambda name: f"transformer.{name}", 2.0)
+    adapter = read_lora(write(tmp_path, state), model)
+
+    rows = product(part).split(sizes)
+    expected = {f"blocks.0.attn.{each}.diff": r for each, r in zip(("wq", "wk", "wv"), rows, strict=True)}
+    assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
+    short = {key: tensor[:-1] if key.endswith(("w2", "w2_a")) else tensor for key, tensor in state.items()}
+    assert "another size" in refused(tmp_path, model, short)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "what"),
+    [
+        ({"w1": (4, 4), "w2": (16, 8)}, "turns 32 numbers into 64, this one 64 into 64"),
+        ({"w1": (4, 4), "w2_a": (16, 2), "w2_b": (3, 16)}, "is damaged"),
+        ({"w1": (4, 4), "w2": (16, 16, 1, 1)}, "is damaged"),
+        ({"w1": (4, 4), "w2_a": (16, 0), "w2_b": (0, 16)}, "is damaged"),
+        ({"w1": (16,), "w2": (16, 16)}, "is damaged"),
+        ({"w1": (), "w2": (16, 16)}, "no whole low-rank pair or product: blocks.0.attn.wq.lokr_w1"),
+        ({"w1_a": (1 << 20, 1), "w1_b": (1, 1 << 20), "w2": (1, 1)}, "another size"),
+    ],
+    ids=["size", "two ranks", "a convolution", "no rank", "one dim", "no dims", "a bomb"],
+)
+def test_absurd_factors(tmp_path, model, shapes, what):
+    state = {f"blocks.0.attn.wq.lokr_{name}": torch.ones(shape) for name, shape in shapes.items()}
+    assert what in refused(tmp_path, model, state)
+
+
 # ---- alpha --------------------------------------------------------------------------------------
 
 
@@ -424,25 +544,27 @@ def test_made_for_another_size(tmp_path, model):
 @pytest.mark.parametrize(
     ("key", "what"),
     [
-        ("blocks.0.attn.wq.lokr_w1", "LoKr"),
+        ("blocks.0.attn.wk.lokr_w1", "no whole low-rank pair or product: blocks.0.attn.wk"),
+        ("blocks.0.attn.wq.lokr_w2_a", "no whole low-rank pair or product: blocks.0.attn.wq"),
+        ("blocks.0.attn.wk.lokr_t2", "a LoKr of convolutions"),
         ("blocks.0.attn.wq.hada_w1_a", "LoHa"),
         ("blocks.0.attn.wq.dora_scale", "DoRA"),
         ("blocks.0.attn.wq.lora_magnitude_vector.weight", "DoRA"),
         ("blocks.0.attn.wq.set_weight", "take the place"),
-        ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a low-rank pair and by a whole matrix"),
+        ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a whole matrix and by factors"),
         ("blocks.0.attn.wq.magnitude", "DoRA"),
         ("blocks.0.attn.wq.oft_blocks", "OFT"),
         ("blocks.0.attn.wq.a1.weight", "GLoRA"),
         ("blocks.0.attn.wq.on_input", "IA3"),
         ("blocks.0.prenorm.w_norm", "norms"),
-        ("blocks.0.attn.wq.reshape_weight", "no whole low-rank pair: blocks.0.attn.wq.reshape_weight"),
+        ("blocks.0.attn.wq.reshape_weight", "no whole low-rank pair or product: blocks.0.attn.wq.reshape_weight"),
         ("blocks.0.attn.wq.lora_mid.weight", "convolutions"),
         ("blocks.0.attn.wq.lora_B.bias", "biases"),
-        ("blocks.0.attn.wk.lora_A.weight", "no whole low-rank pair: blocks.0.attn.wk"),
-        ("blocks.0.attn.wk.alpha", "no whole low-rank pair: blocks.0.attn.wk.alpha"),
+        ("blocks.0.attn.wk.lora_A.weight", "no whole low-rank pair or product: blocks.0.attn.wk"),
+        ("blocks.0.attn.wk.alpha", "no whole low-rank pair or product: blocks.0.attn.wk.alpha"),
         ("blocks.0.attn.wq.lora_down.weight", "more than one adapter"),
         ("blocks.0.attn.wq.lora_A.second.weight", "more than one adapter"),
-        ("blocks.0.attn.wq.weight", "no whole low-rank pair: blocks.0.attn.wq.weight"),
+        ("blocks.0.attn.wq.weight", "no whole low-rank pair or product: blocks.0.attn.wq.weight"),
     ],
 )
 def test_more_than_a_plain_lora(tmp_path, model, key, what):
@@ -553,6 +675,16 @@ def test_made_for_a_base_that_was_changed_first(tmp_path, model, begun):
         assert begun in refused(tmp_path, model, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated)
     for plain in (True, False, "gaussian", "eva", "orthogonal"):
         stated = json.dumps({"init_lora_weights": plain})
+        read_lora(write(tmp_path, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated), model)
+
+
+@pytest.mark.parametrize("kind", ["LOKR", "LOHA", "PeftType.OFT", "ADALORA", 3])
+def test_adapters_of_peft_that_are_no_lora(tmp_path, model, kind):
+    """A LoKr of PEFT's looks as LyCORIS's does, and its scale is another."""
+    state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
+    assert "of PEFT's" in refused(tmp_path, model, state, lora_adapter_metadata=json.dumps({"peft_type": kind}))
+    for plain in ("LORA", "PeftType.LORA", None):
+        stated = json.dumps({"transformer.peft_type": plain})
         read_lora(write(tmp_path, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated), model)
 
 
