@@ -3,7 +3,8 @@
 A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
 it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
 bits that were there. Some files add a whole matrix to a layer (`.diff`), something to its bias (`.diff_b`), or a
-Kronecker product (LoKr).
+Kronecker product (LoKr); and some change the scales of norms, or what a layer adds to the time's modulation. These few
+numbers are exchanged for as long as the layer that they belong to works.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint, refuse_unreadable
-from model.dit import Krea2
+from model.dit import Krea2, Modulation
 from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import some
@@ -74,12 +75,22 @@ class Kronecker:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """What is added to a parameter that is no linear layer's at weight 1."""
+
+    delta: Tensor  # in the parameter's shape
+
+
+Change = LowRank | Kronecker | Shift
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA file, matched against a network."""
 
     path: Path
     sha256: str
-    layers: Mapping[str, LowRank | Kronecker]  # by the layer's native name
+    layers: Mapping[str, Change]  # by the native name of the linear layer, or of the parameter
     unmatched: tuple[str, ...]  # layers that the network lacks, as the file calls them
 
     def report(self, weight: float) -> dict[str, Any]:
@@ -95,7 +106,7 @@ class Adapter:
 
 
 def read_lora(path: Path | str, network: Krea2) -> Adapter:
-    """Read a .safetensors file, or PEFT's folder of one, and match its layers with the network's linear layers.
+    """Read a .safetensors file, or PEFT's folder of one, and match its layers with the network's.
 
     Layers that the network lacks (of a text encoder, say) are named in `unmatched`. Raises K2Error where none match,
     where the file is made for another model or is no plain LoRA, and for shapes that do not fit.
@@ -107,6 +118,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     refuse_giants(file, network)
     parts, alphas = sort_out(file, dict(checkpoint.read()))
     spellings = layer_names(network)
+    bares = dict(bare_parameters(network))
     fused = part_fused(file, parts, spellings, network)
     known = {module: spellings.get(bare(module)) for module in parts}
     unmatched = sorted(module for module, name in known.items() if name is None)
@@ -115,26 +127,29 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         raise K2Error(f"{file} holds the same layer twice.", hint=ON_RAW)
 
     settings = peft_settings(file)
-    layers: dict[str, LowRank | Kronecker] = {}
+    layers: dict[str, Change] = {}
     for module, name in known.items():
         if name is None:
             continue
-        part, layer = parts[module], network.get_submodule(name)
+        part, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
+        scale, alpha = 1.0, alphas.get(called)
+        if rank := len(part.get("down", ())):
+            scale = settings.scale(name, bare(called), rank) if alpha is None else alpha / rank
+        if name in bares:
+            layers[name] = shift_of(file, module, part, scale, bares[name])
+            continue
+        layer = network.get_submodule(name)
         if "diff_b" in part and layer.bias is None:
             del part["diff_b"]
             unmatched.append(f"{module}.diff_b")
         check_wholes(file, module, part, layer)
         weight = layer.get_parameter("weight")
-        called, rows = fused.get(module, (module, slice(None)))
-        alpha = alphas.get(called)
         if any(what.startswith("w") for what in part):
             layers[name] = kronecker_of(file, module, part, alpha, rows, weight)
             continue
         down, up = pair_of(part, weight)
-        scale = 1.0
         if "down" in part:
             check_shapes(file, module, down, up, weight, network.config.width)
-            scale = settings.scale(name, bare(called), len(down)) if alpha is None else alpha / len(down)
         if part:
             layers[name] = LowRank(down, up, scale, part.get("diff_b"))
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
@@ -153,15 +168,50 @@ def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iter
     Weight 0 adds nothing, not even a rounding. Contexts may be nested: they add.
     """
     with ExitStack() as stack:
-        for name, path in together(adapters).items():
-            stack.enter_context(network.get_submodule(name).register_forward_hook(path))
+        for name, changes in together(adapters).items():
+            if isinstance(changes[0][0], Shift):
+                stack.enter_context(Exchange(network, name, changes).at_work())
+            else:
+                stack.enter_context(network.get_submodule(name).register_forward_hook(SecondPath(changes)))
         yield
+
+
+class Exchange:
+    """A parameter is another while the module that reads it works; then it is itself again, also where that failed."""
+
+    def __init__(self, network: Krea2, name: str, weighted: Sequence[tuple[Change, float]]):
+        above, _, self.own = name.rpartition(".")
+        self.holder = self.reader = network.get_submodule(above)
+        if isinstance(self.holder, Modulation):  # it only holds
+            self.reader = network.get_submodule(above.rpartition(".")[0])
+        self.delta = torch.stack([each.delta * weight for each, weight in weighted if isinstance(each, Shift)]).sum(0)
+        self.before: list[nn.Parameter] = []
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Blocks that are streamed have their numbers only while they work: so it comes after their filling, and ends
+        before their emptying, as one of these within another does."""
+        with (
+            self.reader.register_forward_pre_hook(self.put),
+            self.reader.register_forward_hook(self.take, prepend=True, always_call=True),
+        ):
+            yield
+
+    def put(self, reader: nn.Module, inputs: Any) -> None:
+        old = self.holder.get_parameter(self.own)
+        self.before.append(old)
+        new = (old.float() + self.delta.to(old.device)).to(old.dtype)
+        setattr(self.holder, self.own, nn.Parameter(new, requires_grad=False))
+
+    def take(self, reader: nn.Module, inputs: Any, answer: Any) -> None:
+        if self.before:
+            setattr(self.holder, self.own, self.before.pop())
 
 
 class SecondPath:
     """A forward hook: the layer's answer plus up(down(x)), something for its bias, and Kronecker products."""
 
-    def __init__(self, weighted: Sequence[tuple[LowRank | Kronecker, float]]):
+    def __init__(self, weighted: Sequence[tuple[Change, float]]):
         """What several adapters add to one layer, each at its weight: down [Σr, in] and up [out, Σr] are stacked."""
         pairs = [(each, weight) for each, weight in weighted if isinstance(each, LowRank)]
         self.products = [(each, weight) for each, weight in weighted if isinstance(each, Kronecker)]
@@ -169,7 +219,8 @@ class SecondPath:
         if pairs:
             self.tensors["down"] = torch.cat([each.down.float() for each, _ in pairs])
             self.tensors["up"] = torch.cat([each.up.float() * (each.scale * weight) for each, weight in pairs], 1)
-        if biases := [each.bias.float() * weight for each, weight in weighted if each.bias is not None]:
+        both = [(each, weight) for each, weight in weighted if isinstance(each, LowRank | Kronecker)]
+        if biases := [each.bias.float() * weight for each, weight in both if each.bias is not None]:
             self.tensors["bias"] = torch.stack(biases).sum(0)
         for index, (each, weight) in enumerate(self.products):
             self.tensors |= {f"left {index}": each.left.float() * (each.scale * weight), f"right {index}": each.right}
@@ -189,28 +240,38 @@ class SecondPath:
         return answer
 
 
-def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, SecondPath]:
-    """Several adapters as one: layer -> the path beside it, in which they follow an order of their own."""
+def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[tuple[Change, float]]]:
+    """Several adapters as one: layer -> what changes it, and at which weight, in an order of their own."""
     in_use = sorted(((a, weight) for a, weight in adapters if weight), key=lambda pair: (pair[0].sha256, pair[1]))
-    parts: dict[str, list[tuple[LowRank | Kronecker, float]]] = {}
+    changes: dict[str, list[tuple[Change, float]]] = {}
     for adapter, weight in in_use:
         for name, each in adapter.layers.items():
-            parts.setdefault(name, []).append((each, weight))
-    return {name: SecondPath(weighted) for name, weighted in parts.items()}
+            changes.setdefault(name, []).append((each, weight))
+    return changes
 
 
 # ---- matching -----------------------------------------------------------------------------------
 
 
+def bare_parameters(network: Krea2) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those that are no linear layer's, by native name: scales of norms, and what layers add to the modulation."""
+    for name, parameter in network.named_parameters():
+        if not isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            yield name, parameter
+
+
 def layer_names(network: Krea2) -> dict[str, str]:
-    """Every spelling of a linear layer -> its native name: native and diffusers', with dots and with underscores."""
+    """Every spelling of a linear layer, or of a parameter beside them -> its native name: native and diffusers', with
+    dots and with underscores."""
     theirs = diffusers_names(network.config.blocks)
+    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    others = {name: theirs[f"{name}.weight"] for name in linear}
+    others |= {name: theirs[name] for name, _ in bare_parameters(network)}
     names = {}
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear):
-            other = theirs[f"{name}.weight"].removesuffix(".weight")
-            for spelling in (name, other, other.removesuffix(".0")):  # some leave the last name's number out
-                names[spelling] = names[spelling.replace(".", "_")] = name
+    for name, full in others.items():
+        other = full.removesuffix(".weight")
+        for spelling in (name, full, other, other.removesuffix(".0")):  # some leave the last name's number out
+            names[spelling] = names[spelling.replace(".", "_")] = name
     return names
 
 
@@ -266,6 +327,39 @@ def trained(part: Mapping[str, Tensor]) -> bool:
     return any(wholes) or (bool(factors) and all(factors))
 
 
+def shift_of(path: Path, module: str, part: Mapping[str, Tensor], scale: float, own: nn.Parameter) -> Shift:
+    """What is added to a parameter: a difference, or scale times a pair's product. Raises K2Error.
+
+    A row of numbers may come as a table: diffusers has a block's modulation as 6 × width.
+    """
+    if part.keys() not in ({"diff"}, {"down", "up"}):
+        raise K2Error(f"{path} changes {module}, which is no linear layer, as if it were one.", hint=PLAIN)
+    whole = part.get("diff")
+    shape = tuple(whole.shape) if whole is not None else check_product(path, module, part["up"], part["down"])
+    if shape != tuple(own.shape) and (own.ndim > 1 or math.prod(shape) != own.numel()):
+        raise K2Error(
+            f"{path} is made for a network of another size: its change of {module} is {list(shape)}, this one's "
+            f"{list(own.shape)}.",
+            hint="Give the model that it was trained on.",
+        )
+    delta = whole.float() if whole is not None else part["up"].float() @ part["down"].float() * scale
+    return Shift(delta.view(own.shape))
+
+
+def check_matrix(path: Path, module: str, matrix: Tensor) -> tuple[int, int]:
+    """A matrix's shape. Raises K2Error where it is none."""
+    if matrix.ndim != 2 or not matrix.numel():
+        raise K2Error(f"{path} is damaged: {module} is {list(matrix.shape)}.", hint="Fetch it again.")
+    return matrix.shape[0], matrix.shape[1]
+
+
+def check_product(path: Path, module: str, a: Tensor, b: Tensor) -> tuple[int, int]:
+    """The shape of a @ b, which must share a rank. Raises K2Error."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or not len(b):
+        raise K2Error(f"{path} is damaged: {module} is {list(a.shape)} times {list(b.shape)}.", hint="Fetch it again.")
+    return a.shape[0], b.shape[1]
+
+
 def kronecker_of(
     path: Path, module: str, part: Mapping[str, Tensor], alpha: float | None, rows: slice, weight: Tensor
 ) -> Kronecker:
@@ -274,12 +368,9 @@ def kronecker_of(
     Raises K2Error for factors that do not make up the layer's weight [out, in].
     """
     halves = [(part[what],) if what in part else (part[f"{what}_a"], part[f"{what}_b"]) for what in ("w1", "w2")]
-    shapes = [list(half.shape) for pair in halves for half in pair]
-    if any(len(shape) != 2 or 0 in shape for shape in shapes) or any(
-        pair[0].shape[1] != pair[-1].shape[0] for pair in halves if len(pair) == 2
-    ):
-        raise K2Error(f"{path} is damaged: {module} is {' and '.join(map(str, shapes))}.", hint="Fetch it again.")
-    (a, b), (c, d) = ((pair[0].shape[0], pair[-1].shape[1]) for pair in halves)
+    (a, b), (c, d) = (
+        check_product(path, module, *pair) if len(pair) == 2 else check_matrix(path, module, *pair) for pair in halves
+    )
     if (len(range(a * c)[rows]), b * d) != tuple(weight.shape):
         raise K2Error(
             f"{path} is made for a network of another size: its {module} turns {b * d} numbers into "
@@ -329,9 +420,9 @@ def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, weight: Tens
 
     A rank may exceed one side of a small layer (trainers give all layers one rank), but never the network's width.
     """
-    shapes = f"{list(up.shape)} times {list(down.shape)}"
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not 0 < len(down) <= width:
-        raise K2Error(f"{path} is damaged: {module} is {shapes}.", hint="Fetch it again.")
+    check_product(path, module, up, down)
+    if len(down) > width:
+        raise K2Error(f"{path} is damaged: {module} has a rank of {len(down)}.", hint="Fetch it again.")
     if (up.shape[0], down.shape[1]) != tuple(weight.shape):
         raise K2Error(
             f"{path} is made for a network of another size: its {module} turns {down.shape[1]} numbers into "
