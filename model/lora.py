@@ -213,7 +213,7 @@ class SecondPath:
 
     def __init__(self, weighted: Sequence[tuple[Change, float]]):
         """What several adapters add to one layer, each at its weight: down [Σr, in] and up [out, Σr] are stacked."""
-        pairs = [(each, weight) for each, weight in weighted if isinstance(each, LowRank)]
+        pairs = [(each, weight) for each, weight in weighted if isinstance(each, LowRank) and len(each.down)]
         self.products = [(each, weight) for each, weight in weighted if isinstance(each, Kronecker)]
         self.tensors = {}
         if pairs:
