@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if start.startswith(b"GGUF"):
         return read_gguf_header(path)
     for magic, what in MAGIC.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and not raw.startswith(b"{"):  # the length of a header may look like any of them
             raise K2Error(f"{path} is {what}.", hint=TAKEN)
     if not raw.startswith(b"{"):
         if start[8:9] == b"{" and length <= MAX_HEADER:

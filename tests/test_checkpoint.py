@@ -296,6 +296,16 @@ def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch)
     assert (tmp_path / "kinds.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_of_any_length_is_one(tmp_path, length):
+    """A file begins with it: of these many bytes it begins as pickles do."""
+    header = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    raw = json.dumps(header).encode().ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + struct.pack("<f", 0.5))
+
+    assert dict(open_checkpoint(tmp_path / "a.safetensors").read())["a"].item() == 0.5
+
+
 def test_a_file_larger_than_memory_is_read_from(tmp_path):
     """One tensor of a terabyte, which the disk need not hold, and one that is wanted."""
     size, wanted = 1 << 40, torch.arange(6.0)
