@@ -72,12 +72,10 @@ def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
 
 
 def terms(mark: Mark) -> dict[str, Any]:
-    """A mark's terms; older writers put some of them into a table of their own."""
-    how = json.loads(mark)
-    inner = how.pop("params", None)
-    if inner is None:
-        return dict(how)
-    return {**inner, **how}
+    """A mark's terms. Older writers put some into a table of their own; ComfyUI-INT8-Fast's first name no format."""
+    how = dict(json.loads(mark))
+    how = dict(how.pop("params", None) or {}) | how
+    return {"format": "int8_tensorwise"} | how if "convrot" in how else how
 
 
 def group_of(how: Mapping[str, Any]) -> Any:

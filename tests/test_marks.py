@@ -190,8 +190,9 @@ def test_marks_in_both_places(tmp_path, state):
         {"format": "int8_tensorwise", "convrot": True},
         {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 256}},
         ROTATED | {"per_row": True, "orig_dtype": "torch.bfloat16", "orig_shape": [1, 1]},
+        {"convrot": True, "per_row": True},
     ],
-    ids=["the usual group", "older", "converted"],
+    ids=["the usual group", "older", "converted", "no format"],
 )
 def test_marks_of_every_writer(tmp_path, state, mark):
     stored, means = rotated(state, 256, mark)
@@ -289,6 +290,13 @@ def test_whole_numbers_that_stand_for_others(tmp_path, state, number):
     for beside in ({}, {f"{name}_scale": torch.ones(())}):
         path = native(tmp_path, state | {name: torch.ones(256, 256, dtype=number)} | beside)
         assert "as numbers of another kind" in refused(path)
+
+
+@pytest.mark.parametrize("mark", [{}, {"per_row": True}, {"quarot": True}, {"convrot_groupsize": 256}, [], 3, "x"])
+def test_marks_that_say_too_little(tmp_path, state, mark):
+    stored, _ = rotated(state, 256, mark=False)
+    beside = {f"{layer}.comfy_quant": raw(mark) for layer in layers_of(stored)}
+    assert "something unknown" in refused(native(tmp_path, stored | beside))
 
 
 def test_marks_of_what_is_not_there(tmp_path, state):
