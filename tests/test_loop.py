@@ -132,6 +132,32 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp
     assert all(tensor.isfinite().all() for tensor in one.model.state_dict().values())
 
 
+class Narrower(Line):
+    """A recipe that was edited so that fewer parameters learn: those of the optimisers move up."""
+
+    def rate(self, name):
+        return float(name != "blocks.0.bias")
+
+
+class Wider(Line):
+    """One that was edited so that there are more weights."""
+
+    def __init__(self, recipe):
+        super().__init__(recipe)
+        self.model["more"] = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(("before", "now"), [(Line, Narrower), (Narrower, Line), (Line, Wider), (Wider, Line)])
+def test_a_run_does_not_go_on_with_what_another_recipe_saved(tmp_path, before, now):
+    """An optimiser's states are saved by number: they would be taken for those of other parameters."""
+    train(Run(before(RECIPE), tmp_path), lambda line: None)
+    kept = (tmp_path / "state.safetensors").read_bytes()
+
+    with pytest.raises(K2Error, match=r'"line" holds other weights than its recipe trains now: steps 12 → 15\.'):
+        Run(now(Recipe(**{**RECIPE.__dict__, "steps": 15})), tmp_path)
+    assert (tmp_path / "state.safetensors").read_bytes() == kept
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     done = loop.train(run(RECIPE, tmp_path), lambda line: None)
     written = (tmp_path / "state.safetensors").read_bytes()

@@ -49,6 +49,19 @@ def test_a_recipe_runs_to_its_end_and_goes_on_when_lengthened(k2, workshop):  # 
     assert k2("train", path, "--quiet").stderr == ""
 
 
+def test_a_run_whose_network_was_edited_or_merged_over_says_so(k2, workshop):  # noqa: F811
+    path = written(workshop, SMALL + TINY)
+    k2("train", path)
+    deeper = written(workshop, SMALL + TINY.replace("blocks = 1", "blocks = 2"))
+    said = k2("train", deeper, "--steps", "6", code=1).stderr
+    assert '"small" holds other weights' in said and "network" in said and "remove .runs/small to begin anew" in said
+
+    (workshop / "merged.toml").write_text('name = "merged"\nstage = "merge"\nruns = ["small"]\nweights = [1]\n')
+    k2("train", "merged.toml")
+    said = k2("train", written(workshop, SMALL.replace("small", "merged") + TINY), code=1).stderr
+    assert '"merged" holds other weights than its recipe trains now' in said
+
+
 def test_sheets_of_samples_are_drawn_while_it_runs(k2, workshop, monkeypatch):  # noqa: F811
     from model.train import loop, samples
 

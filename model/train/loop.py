@@ -199,6 +199,13 @@ class Run:
         row = mean_of(self.world.gather(rows)) | {"norm": float(norm), "lr": factor * recipe.lr}
         return row | dict(self.stage.after(self.step))
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What a state is of: the model's tensors and their shapes, and each optimiser's parameters in their order."""
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        return {"model": shapes} | {key: [names[p] for p in params_of(each)] for key, each in self.optimisers.items()}
+
     def state(self) -> dict[str, Tensor]:
         """All tensors that a run goes on from, by the names that they are saved under."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -216,6 +223,7 @@ class Run:
             "recipe": asdict(self.recipe),
             "figures": self.figures,
             "learned_from": self.learned_from,
+            "layout": self.layout,
         }
         if self.sharded and not last:
             parallel.save(self.folder, self.state(), place, self.record())
@@ -228,11 +236,12 @@ class Run:
         self.world.wait()
 
     def load(self, path: Path) -> None:
-        """Back to where `save` was called; to the last bit where as many processes go on as were there."""
-        if path.is_dir():
-            place, tensors = parallel.place_of(path), parallel.load(path, self._room)
-        else:
-            place, tensors = place_of(path), load_file(path, str(self.device))
+        """Back to where `save` was called; to the last bit where as many processes go on as were there.
+
+        Raises K2Error where the recipe now makes or trains other tensors than were saved.
+        """
+        sharded = path.is_dir()
+        place = parallel.place_of(path) if sharded else place_of(path)
         self.step, self.seconds = place["step"], place["seconds"]
         self.figures = place.get("figures", {})
         now = asdict(self.recipe)
@@ -245,6 +254,13 @@ class Run:
         self.changed += [
             f"another {key}" for key, hash_ in self.learned_from.items() if before.get(key, hash_) != hash_
         ]
+        if place.get("layout", self.layout) != self.layout:
+            raise K2Error(
+                f'The run "{self.recipe.name}" holds other weights than its recipe trains now: '
+                f"{', '.join(self.changed) or 'they are of another kind'}.",
+                hint=f"Go on as it began, remove {self.folder} to begin anew, or name the run otherwise.",
+            )
+        tensors = parallel.load(path, self._room) if sharded else load_file(path, str(self.device))
         weights = self.model.state_dict()
         self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
         self.ema = {name: as_sharded(tensors[f"ema.{name}"], like) for name, like in weights.items()}

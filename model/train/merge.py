@@ -151,6 +151,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         "step": max(each["step"] for each in places),
         "seconds": sum(each["seconds"] for each in places),
         "recipe": asdict(replace(parent, name=recipe.name, init=parents[0])),
+        "layout": {},  # averages alone: nothing goes on from them
     }
     record = {"recipe": asdict(recipe), "parents": [each["recipe"] for each in places], "commit": loop.commit()}
     loop.write(folder, {f"ema.{name}": tensor for name, tensor in merged.items()}, place, record | {"figures": figures})
