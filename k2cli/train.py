@@ -12,6 +12,11 @@ from k2cli.complete import complete_recipe
 from k2cli.options import QuietOption
 from model.errors import K2Error
 
+LESS = (  # memory
+    'In a recipe lower batch or size, or set recompute = true; of a LoRA also precision = "int8". '
+    "Or end what else takes memory."
+)
+
 
 def train(
     recipe: Annotated[
@@ -68,12 +73,14 @@ def train(
         licence.require_for(chosen.model, chosen.variant)
 
     from model.parts import pick_device
+    from model.plan import lacking_memory
     from model.train import parallel
 
     place = parallel.join(str(pick_device(device)))
     report = (lambda line: None) if quiet or not parallel.world().leads else say
     try:
-        run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
+        with lacking_memory(f'the run "{chosen.name}"', LESS):
+            run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
         asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}
         options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]

@@ -25,6 +25,7 @@ NARROW = 1024  # width below which a CPU computes in fp32
 IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
 OUT_OF_IT = ("can't allocate memory", "out of memory")  # what the allocators of processors and of cards say
 UNTOLD = 8 << 30  # bytes taken for free where a system does not say
+SMALLER = "Choose a smaller size, --precision int8 or --offload all, or end what else takes memory."
 SPARE = 0.9  # of the memory that is free now may be counted on
 
 
@@ -179,14 +180,11 @@ def limit_left(group: Path, free: int) -> int:
 
 
 @contextmanager
-def lacking_memory(what: str) -> Iterator[None]:
+def lacking_memory(what: str, hint: str = SMALLER) -> Iterator[None]:
     """Memory that runs out for a picture of some size, or whatever is made, in one sentence."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_IT)):
             raise
-        raise K2Error(
-            f"There is not enough memory for {what}.",
-            hint="Choose a smaller size, --precision int8 or --offload all, or end what else takes memory.",
-        ) from None
+        raise K2Error(f"There is not enough memory for {what}.", hint=hint) from None

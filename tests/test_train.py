@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from workshop import TINY, workshop  # noqa: F401
 
@@ -152,6 +153,24 @@ def test_an_interrupted_run_says_how_to_go_on(k2, workshop, monkeypatch):  # noq
     stopped = k2("train", written(workshop, SMALL + TINY), "--steps", 9, code=130)
 
     assert "k2 train small.toml --steps 9" in stopped.stderr and stopped.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence(k2, workshop, monkeypatch, error):  # noqa: F811
+    from model.train import loop
+
+    monkeypatch.setattr(loop.Run, "advance", lambda *_: (_ for _ in ()).throw(error))
+    said = k2("train", written(workshop, SMALL + TINY), code=1).stderr
+
+    assert 'Error: There is not enough memory for the run "small".' in said
+    assert "lower batch or size" in said and "recompute = true" in said
 
 
 def test_reading_a_recipe_by_the_wrong_stage_is_an_error():
