@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
 from k2cli.complete import complete_recipe
+from k2cli.disk import DiskFull
 from k2cli.options import QuietOption
-from model.errors import K2Error
+from model.errors import K2Error, brief
 
 LESS = (  # memory
     'In a recipe lower batch or size, or set recompute = true; of a LoRA also precision = "int8". '
     "Or end what else takes memory."
 )
+
+FULL = re.compile(r"\(os error (28|112|122)\)")  # what Rust says of ENOSPC, also on Windows, and of EDQUOT
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """What the machine refuses a run within the context, in one sentence. Raises K2Error."""
+    from safetensors import SafetensorError
+
+    from model.plan import lacking_memory
+
+    try:
+        with lacking_memory(f'the run "{name}"', LESS):
+            yield
+    except (OSError, SafetensorError) as error:
+        folder = f".runs/{name}"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
+            hint = "Make room, and train again: it goes on from where it was last saved."
+            raise DiskFull(f"The disk is full: {folder} was not written.", hint=hint) from None
+        if isinstance(error, SafetensorError):
+            hint = f"Remove the damaged .safetensors file in {folder}, or in the run that it starts from."
+            raise K2Error(f'A saved state of "{name}" cannot be read: {brief(error)}.', hint=hint) from None
+        if not str(error.filename or "").startswith(".runs"):
+            raise
+        raise K2Error(f"{error.filename} cannot be used: {error.strerror}.", hint="Is it writable?") from None
 
 
 def train(
@@ -73,13 +103,12 @@ def train(
         licence.require_for(chosen.model, chosen.variant)
 
     from model.parts import pick_device
-    from model.plan import lacking_memory
     from model.train import parallel
 
     place = parallel.join(str(pick_device(device)))
     report = (lambda line: None) if quiet or not parallel.world().leads else say
     try:
-        with lacking_memory(f'the run "{chosen.name}"', LESS):
+        with explained(chosen.name):
             run = recipes.module(chosen.stage, recipe).main(chosen, place, report)
     except KeyboardInterrupt:
         asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}

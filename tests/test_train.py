@@ -1,12 +1,14 @@
 """`k2 train`: recipes are read strictly, runs go on, and everything wrong is one sentence."""
 
 import csv
+import errno
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from workshop import TINY, workshop  # noqa: F401
 
 from k2cli import app as commands
@@ -171,6 +173,38 @@ def test_memory_that_runs_out_is_one_sentence(k2, workshop, monkeypatch, error):
 
     assert 'Error: There is not enough memory for the run "small".' in said
     assert "lower batch or size" in said and "recompute = true" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(k2, workshop, monkeypatch, error):  # noqa: F811
+    from model.train import loop
+
+    path = written(workshop, SMALL + TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_file", lambda *_: (_ for _ in ()).throw(error))
+        said = k2("train", path, code=1).stderr
+    assert "Error: The disk is full: .runs/small was not written." in said and "goes on" in said
+    assert not list(Path(".runs/small").glob(".*"))
+    assert k2("train", path).stdout == ".runs/small/state.safetensors\n"
+
+
+def test_a_run_folder_that_is_none_or_damaged_is_one_sentence(k2, workshop):  # noqa: F811
+    path = written(workshop, SMALL + TINY)
+    Path(".runs").mkdir()
+    Path(".runs/small").touch()
+    assert "Error: .runs/small cannot be used: File exists." in k2("train", path, code=1).stderr
+
+    Path(".runs/small").unlink()
+    state = Path(k2("train", path).stdout.strip())
+    state.write_bytes(state.read_bytes()[:-100])
+    said = k2("train", path, "--steps", "6", code=1).stderr
+    assert 'Error: A saved state of "small" cannot be read' in said and ".runs/small" in said
 
 
 def test_reading_a_recipe_by_the_wrong_stage_is_an_error():
