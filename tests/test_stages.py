@@ -1,6 +1,7 @@
 """Every stage from its recipe, at smoke size: it runs, its parts fit together, and it resumes to the last bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,20 @@ def test_a_killed_run_ends_as_one_that_was_not(workshop, monkeypatch, stage, key
     assert calls == [0, 1, 2, 3, 2, 3]
     first, second = state("straight"), state("whole")
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_preferences_begin_with_their_own_beta_after_other_preferences_too(workshop):  # noqa: F811
+    """β belongs to pairs and a reference; that of the run that another starts from is for its own."""
+    base()
+    keys = POST + "group = 2\nmargin = 0.0\nlook = 0\n"
+    run("first", "stpo", keys + "aside = 2\ncalibrate_at = 1", steps=1, every=1)
+    assert state("first")["model.beta"] != 500
+    again = replace(recipe.load("first.toml"), name="second", init="first", beta=300.0, aside=1, steps=2)
+
+    recipe.module("stpo", "second").main(again, "cpu", quiet)
+
+    assert state("second")["model.beta"] == 300  # of one pair held aside nothing is known to vary
+    assert record("second")["figures"]["loss"] > 0
 
 
 def test_what_evaluates_never_rewards(workshop):  # noqa: F811

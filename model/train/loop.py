@@ -58,6 +58,7 @@ class Stage(ABC):
     data: str = ""  # hash of the data set's manifest, for the record
     frozen: nn.Module | None = None  # a network that is learned from, and has to be the same when a run goes on
     entry: tuple[str, ...] = ()  # methods of the model, all that `loss` calls: then several processes can share it out
+    own: tuple[str, ...] = ()  # tensors of the model that no parent has a say in
     narrow: bool = True  # products in bf16 where the device multiplies it natively
 
     @abstractmethod
@@ -110,7 +111,7 @@ class Run:
         self.model = stage.model.to(self.device)
         state = newest_state(self.folder)
         if self.recipe.init and state is None:
-            start(self.model, parent(self.recipe.init, self.folder.parent), self.recipe.fresh)
+            start(self.model, parent(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own))
         self.sharded = self.world.size > 1 and bool(stage.entry)
         if self.sharded:
             units = [m for m in self.model.modules() if isinstance(m, SingleStreamBlock | TextBlock)]

@@ -50,7 +50,7 @@ class Recipe(pretrain.Recipe):
     repeats: int = 1
     kind: str = "stpo"
     beta: float = 500.0  # until it is set from the spread of Δ
-    calibrate_at: int = 50  # the step after which it is; 0 leaves it
+    calibrate_at: int = 50  # the step after which it is; 0 leaves it, and so do fewer than two pairs held aside
     safety: float = 0.1  # by how much of its own size the winner's step outweighs the loser's
     hinge: float = 0.5  # weights of the auxiliary losses, in units of β/2
     anchor: float = 0.05
@@ -185,6 +185,8 @@ def make_pairs(
 class Preference(pretrain.Drawing):
     """The stage: the transformer learns, beside a frozen copy of what it started from."""
 
+    own = ("beta",)
+
     def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor], device: str):
         self.recipe: Recipe = recipe
         self.set = data
@@ -193,7 +195,7 @@ class Preference(pretrain.Drawing):
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
         self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
-            loop.start(model, {name: tensor for name, tensor in weights.items() if name != "beta"})
+            loop.start(model, weights, self.own)
         self.frozen = self.reference
         self.pairs: Pairs | None = None
 
@@ -246,7 +248,7 @@ class Preference(pretrain.Drawing):
         recipe = self.recipe
         if not recipe.aside:
             return {}
-        if step == recipe.calibrate_at:
+        if step == recipe.calibrate_at and recipe.aside > 1:  # one pair has no spread
             figures = self.held_aside()
             spread = float((figures["winner"] - figures["loser"]).std())
             set_to = min(max(2 / max(spread, 1e-12), recipe.beta / 10), recipe.beta * 10)
@@ -297,6 +299,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     run.world.wait()
     stage.pairs = Pairs.load(path)
     loop.train(run, report)
+    if not recipe.look:
+        return run
     figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
     run.figures |= figures
     run.save(last=True)
