@@ -107,6 +107,11 @@ def test_recipes_of_the_package_are_valid_and_named_as_their_files(path):
         (("size = 64", "size = 64\nfresh = [1]"), "fresh must be a list, each text", ""),
         (("size = 64", "size = 64\nnetwork = {width = 0.5}"), "network must be a table, each value a whole number", ""),
         (("steps = 4", "steps = 4\nminutes = 2"), "either minutes or steps", ""),
+        (("size = 64", "size = 64\nforms = [1, 2, 3]"), "forms are three shares, whose sum is 1", ""),
+        (("batch = 2", "batch = 0"), "batch must be at least 1", ""),
+        (("repeats = 2", "repeats = 0"), "repeats must be at least 1", ""),
+        (("muon_lr = 1e-3", "muon_lr = nan"), "muon_lr must be a number", ""),
+        (("muon_lr = 1e-3", "muon_lr = -1e-3"), "muon_lr must not be negative", ""),
         (('"small"', '"../small"'), "cannot name a run", "Letters"),
         (("steps = 4", "steps = ="), "not valid TOML", ""),
     ],
@@ -119,6 +124,19 @@ def test_what_is_wrong_with_a_recipe_is_one_sentence(k2, tmp_path, monkeypatch, 
     assert sentence.startswith("Error: ") and message in sentence
     assert len(rest) <= 1 and hint in "".join(rest)
     assert not Path(".runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "message", "hint"),
+    [
+        ('preset = "huge"', 'no preset "huge"', "mini, medium"),
+        ("network = {widht = 32}", 'a network has no "widht"', "width"),
+        ("network = {kv_heads = 5}", "cannot share 5 key-value heads evenly", ""),
+    ],
+)
+def test_a_network_that_there_is_not_is_one_sentence(k2, workshop, key, message, hint):  # noqa: F811
+    said = k2("train", written(workshop, f"{SMALL}{key}\n"), code=1).stderr
+    assert said.startswith('Error: Recipe "small": ') and message in said and hint in said
 
 
 def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):

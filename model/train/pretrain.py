@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -82,9 +83,27 @@ class Recipe(loop.Recipe):
     rows: int = 8  # prompts are padded until a stream is a multiple of it: fewer lengths, and less is compiled
     products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where = f'Recipe "{self.name}"'
+        for key in ("batch", "repeats", "rows"):
+            if getattr(self, key) < 1:
+                raise K2Error(f"{where}: {key} must be at least 1.")
+        if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
+            raise K2Error(f"{where}: forms are three shares, whose sum is 1.")
+
     @property
     def config(self) -> DiTConfig:
-        return replace(PRESETS[self.preset], **self.network)
+        """Of the network. Raises K2Error where there is none such."""
+        where, known = f'Recipe "{self.name}"', [each.name for each in fields(DiTConfig)]
+        if self.preset not in PRESETS:
+            raise K2Error(f'{where}: there is no preset "{self.preset}".', hint=f"Choose of {', '.join(PRESETS)}.")
+        if unknown := [key for key in self.network if key not in known]:
+            raise K2Error(f'{where}: a network has no "{unknown[0]}".', hint=f"It has {', '.join(known)}.")
+        try:
+            return replace(PRESETS[self.preset], **self.network)
+        except ValueError as error:
+            raise K2Error(f"{where}: there is no such network: {error}.") from None
 
     @property
     def sampling(self) -> Sampling:

@@ -5,6 +5,7 @@ A recipe names its `stage`; the stage's module holds a `Recipe` (the keys it kno
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 import types
@@ -98,6 +99,9 @@ class Recipe(Table):
         for key in ("accumulate", "every", "warmup_steps"):
             if getattr(self, key) < 1:
                 raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+        for key in ("lr", "muon_lr", "weight_decay"):
+            if getattr(self, key) < 0:
+                raise K2Error(f'Recipe "{self.name}": {key} must not be negative.')
 
     @property
     def total(self) -> float:
@@ -177,7 +181,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
