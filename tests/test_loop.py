@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -166,6 +168,26 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
     assert (again.step, again.figures) == (done.step, done.figures) and again.figures
     assert (tmp_path / "state.safetensors").read_bytes() == written
+
+
+OTHER = "import sys; from pathlib import Path; from model.train.alone import alone\n"
+OTHER += "with alone(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no such locks")
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    train(run(RECIPE, tmp_path), lambda line: None)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    longer = Recipe(**{**RECIPE.__dict__, "steps": 15})
+    command = [sys.executable, "-c", OTHER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(K2Error, match="Another process is training in"):
+            train(run(longer, tmp_path), lambda line: None)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+        other.kill()
+
+    assert train(run(longer, tmp_path), lambda line: None).step == 15
 
 
 def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path):

@@ -19,6 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from model.library import BOX
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.ahead import Ahead
+from model.train.alone import alone
 from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
@@ -315,7 +317,12 @@ class Run:
 
 
 def train(run: Run, report: Report = print) -> Run:
-    """Take a run to its end, from where it stands; `report` gets a line now and then."""
+    """Take a run to its end, from where it stands; `report` gets a line now and then. Raises K2Error."""
+    with alone(run.folder) if run.world.leads else nullcontext():
+        return _train(run, report)
+
+
+def _train(run: Run, report: Report) -> Run:
     recipe, stage, here = run.recipe, run.stage, run.world
     journal = Journal(run.folder / "log.csv", run.step) if here.leads else None
     report = report if here.leads else lambda line: None

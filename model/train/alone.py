@@ -1,0 +1,39 @@
+"""One process at a time trains in a run's folder: two would overwrite each other's states, and mingle their logs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.errors import K2Error
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the context no other process is in a run's folder. Raises K2Error where one is.
+
+    The lock ends with the process that holds it, however it ends; a system without locks keeps nobody out.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise K2Error(
+                f"Another process is training in {folder}.", hint="Wait for it, or name the run otherwise in a recipe."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
