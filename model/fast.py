@@ -65,10 +65,10 @@ def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
     return torch.float8_e4m3fn not in numbers or torch.cuda.get_device_capability() >= (8, 9)
 
 
-def can_compile() -> bool:
-    """Whether a kernel can be compiled for the card: it takes Triton, and a C compiler beside it."""
+def can_compile(device: torch.device | str = "cuda") -> bool:
+    """Whether a kernel can be compiled for a device: a card takes Triton and a C compiler, a processor one of C++."""
     try:
-        torch.compile(torch.sin)(torch.ones(1, device="cuda"))
+        torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception:  # whatever is missing
         return False
     return True

@@ -268,6 +268,22 @@ def test_what_is_said_while_it_runs(tmp_path):
     assert any("steps 12 → 15" in line for line in lines)
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+def test_where_nothing_compiles_a_long_run_goes_on_all_the_same(tmp_path, monkeypatch, compiler):
+    """The first compiled block would end it, deep inside PyTorch."""
+    compiled, lines = [], []
+
+    class Compiled(Line):
+        def compile(self):
+            compiled.append(self)
+
+    monkeypatch.setattr(loop, "can_compile", lambda device: compiler)
+    train(Run(Compiled(Recipe(**{**RECIPE.__dict__, "steps": 201})), tmp_path), lines.append)
+
+    assert bool(compiled) == compiler
+    assert ("no compiler works here" in lines[0]) != compiler
+
+
 def test_curves_are_drawn_where_the_log_says(tmp_path):
     """A figure that falls is a line that falls: the curve's own colour, higher on the left than on the right."""
     log = Journal(tmp_path / "log.csv")

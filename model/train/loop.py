@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from model.checkpoint import read
 from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
+from model.fast import can_compile
 from model.library import BOX
 from model.plan import native_bf16
 from model.train import parallel
@@ -330,8 +331,12 @@ def _train(run: Run, report: Report) -> Run:
         report(f"{recipe.name} goes on otherwise than it began: {', '.join(run.changed)}")
     if run.done and newest_state(run.folder) == run.result:  # nothing is left to do, or to write
         return run
-    if max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
-        stage.compile()
+    compiles = type(stage).compile is not Stage.compile
+    if compiles and max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
+        if can_compile(run.device):
+            stage.compile()
+        else:
+            report(f"{recipe.name}: no compiler works here (C++; on a card Triton), so it takes longer")
     last_save = started = time.monotonic()
     before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
