@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model.errors import K2Error
-from model.train import merge
+from model.train import loop, merge
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
@@ -106,6 +106,29 @@ def test_every_run_has_a_weight_or_none_has():
         merge.Recipe.of({"name": "moved", "runs": ["a", "b"], "weights": [1.0]}, "moved.toml")
     with pytest.raises(K2Error, match="states 1 weights for 0 runs"):
         merge.Recipe.of({"name": "moved", "snapshots": "a", "weights": [1.0]}, "moved.toml")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"runs": ["moved", "b"]}, 'would overwrite the run "moved"'),
+        ({"snapshots": "moved"}, 'would overwrite the run "moved"'),
+        ({"runs": ["a", "b"], "divisions": 0}, "divisions must be at least 1"),
+    ],
+)
+def test_a_merge_that_would_go_wrong_is_refused(keys, message):
+    with pytest.raises(K2Error, match=message):
+        merge.Recipe.of({"name": "moved", **keys}, "moved.toml")
+
+
+@pytest.mark.parametrize("how", [{"runs": ("night",)}, {"runs": ("night",), "weights": (1.0,)}, {"snapshots": "night"}])
+def test_what_has_no_transformer_is_not_merged(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    lora = {"name": "night", "stage": "lora", "pictures": "night", "steps": 4}
+    loop.write(loop.RUNS / "night", {"ema.w": torch.zeros(2)}, {"step": 4, "seconds": 1.0, "recipe": lora}, {})
+
+    with pytest.raises(K2Error, match='"night" has no transformer: its stage is "lora"'):
+        merge.main(merge.Recipe(name="merged", **how), "cpu", lambda line: None)
 
 
 @pytest.mark.parametrize(("count", "divisions"), [(2, 4), (3, 4), (3, 3), (4, 2)])

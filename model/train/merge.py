@@ -46,6 +46,14 @@ class Recipe(Table):
             raise K2Error(f'Recipe "{self.name}" must name either runs or a run\'s snapshots.')
         if self.weights and len(self.weights) != len(self.runs):
             raise K2Error(f'Recipe "{self.name}" states {len(self.weights)} weights for {len(self.runs)} runs.')
+        if self.name in (*self.runs, self.snapshots):
+            raise K2Error(
+                f'Recipe "{self.name}" would overwrite the run "{self.name}", which it merges.',
+                hint="Name the merge otherwise.",
+            )
+        for key in ("divisions", "pictures"):
+            if getattr(self, key) < 1:
+                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -100,6 +108,8 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
     names = set(model.state_dict())
 
     def score(state: State) -> float:
+        if not names <= state.keys():  # a Turbo has a transformer alone
+            raise K2Error("What is merged has no style encoder to validate with.", hint="State the weights of runs.")
         model.load_state_dict({name: tensor for name, tensor in state.items() if name in names})
         return validation_loss(model, data, parent, recipe.pictures)
 
@@ -133,6 +143,8 @@ def packaged_place(name: str) -> dict[str, Any]:
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
     """Merge, and leave the result as a run that others start from and that can be released."""
+    from model.train import pretrain
+
     parents = list(recipe.runs) or [recipe.snapshots]
     paths = [RUNS / name / "state.safetensors" for name in parents]
     for name, path in zip(parents, paths, strict=True):
@@ -142,6 +154,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         packaged_place(name) if name in loop.PACKAGED else loop.place_of(path)
         for name, path in zip(parents, paths, strict=True)
     ]
+    for name, each in zip(parents, places, strict=True):
+        if not isinstance(saved(each["recipe"]), pretrain.Recipe):
+            hint = "A LoRA, an encoder or a judge cannot be merged."
+            raise K2Error(f'The run "{name}" has no transformer: its stage is "{each["recipe"]["stage"]}".', hint=hint)
     shapes = max((tuple(each["recipe"].get("shapes", ())) for each in places), key=len)  # what one learned, all have
     parent = replace(saved(places[0]["recipe"]), shapes=shapes)
     merged, figures = weighed(recipe, parent, paths, device)
