@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model.dit import PRESETS, DiTConfig
+from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
-from model.train import loop
+from model.train import loop, pretrain
 from model.train.pretrain import Trainee
 from model.train.turbo import Recipe, Turbo
 
@@ -129,6 +129,18 @@ def test_a_run_that_goes_on_with_another_teacher_or_other_data_says_so(tmp_path)
     other.data = "two"
     other.teacher.dit.first.weight.data += 1
     assert loop.Run(other, tmp_path).changed == ["another data set", "another frozen network"]
+
+
+def test_a_teacher_reads_references_by_an_encoder_that_was_trained(tmp_path, monkeypatch):
+    """A Turbo run holds a transformer alone: styles would be noise, and nothing would tell."""
+    monkeypatch.chdir(tmp_path)
+    weights = {f"ema.dit.{name}": tensor for name, tensor in Krea2(TINY).state_dict().items()}
+    loop.write(loop.RUNS / "distilled", weights, {}, {})
+
+    with pytest.raises(K2Error, match='"distilled" has no style encoder'):
+        pretrain.taught_by(recipe("guidance"), "distilled", 3)
+    made = pretrain.taught_by(recipe("guidance", references=0.0), "distilled", 3)
+    assert torch.equal(made.dit.first.weight, weights["ema.dit.first.weight"])
 
 
 def test_an_unknown_method_is_named():

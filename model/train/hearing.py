@@ -193,8 +193,7 @@ def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run it to its end, from where it stands."""
     data = training_set(recipe, device)
-    teacher = Trainee(recipe.config, len(data.looks)).to(device)
-    loop.start(teacher, loop.parent(recipe.teacher, RUNS))
+    teacher = pretrain.taught_by(recipe, recipe.teacher, len(data.looks), device)
     run = loop.Run(Hearing(recipe, data, teacher, len(data.looks)), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}")
     return loop.train(run, report)

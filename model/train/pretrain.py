@@ -368,6 +368,16 @@ def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
     return made
 
 
+def taught_by(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> Trainee:
+    """A teacher: a run, or the package. Raises K2Error where it cannot read the references that it is shown."""
+    made, weights = Trainee(recipe.config, looks).to(device), loop.parent(name, RUNS)
+    if recipe.references and "style.null" not in weights:
+        hint = "Name a run that has one, as of pretraining, or show it none: references = 0.0."
+        raise K2Error(f'The teacher "{name}" has no style encoder to read references with.', hint=hint)
+    loop.start(made, weights)
+    return made
+
+
 class Drawing(loop.Stage):
     """A stage whose transformer draws: sheets of samples show how it comes along."""
 

@@ -154,8 +154,7 @@ class Turbo(pretrain.Drawing):
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end, from where it stands."""
     data = training_set(recipe, device)
-    teacher = Trainee(recipe.config, len(data.looks)).to(device)
-    loop.start(teacher, loop.parent(recipe.teacher, RUNS))
+    teacher = pretrain.taught_by(recipe, recipe.teacher, len(data.looks), device)
     run = loop.Run(Turbo(recipe, data, teacher, data.text.encode([""])[0]), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {recipe.method}")
     return loop.train(run, report)
