@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from workshop import workshop  # noqa: F401
 
 from model.errors import K2Error
-from model.train import loop, merge
+from model.train import loop, merge, midtrain, pretrain
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
@@ -17,6 +18,7 @@ from model.train.rollout import noise_levels
 from model.train.sft import Recipe, best_of_each, domain
 
 WAVES = 3
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def net():
@@ -138,6 +140,18 @@ def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions)
     for index in range(count):
         assert tuple(float(index == k) for k in range(count)) in grid
     assert (1 / count,) * count in grid
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  # noqa: F811
+    keys = {"name": "middle", "size": 64, "steps": 1, "batch": 2, "repeats": 1, "mu": 0.0, "lr": 1e-3, "muon_lr": 1e-3}
+    small = midtrain.Recipe(**keys, network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1})
+    data = pretrain.training_set(small, device)
+
+    found = midtrain.features(data, pretrain.trainee(small, len(data.looks)).to(device))
+
+    assert found.shape == (len(data.items), 4 * 256 + 64)
+    assert np.allclose(np.linalg.norm(found[:, : 4 * 256], axis=1), 1, atol=1e-4)
 
 
 def test_clusters_are_found_and_the_same_for_a_seed():

@@ -67,7 +67,7 @@ def features(data: TrainingSet, model: pretrain.Trainee) -> NDArray[np.float32]:
     names = sorted({item.pair.subject for item in data.items})
     embeds, mask = data.embed(names)
     pooled = (embeds.flatten(2) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    subjects = dict(zip(names, F.normalize(pooled - pooled.mean(0), dim=-1), strict=True))
+    subjects = dict(zip(names, F.normalize(pooled - pooled.mean(0), dim=-1).cpu(), strict=True))
     styles = torch.cat([model.style(part.float().to(device))[1].float().cpu() for part in data.latents.split(256)])
     return torch.cat((torch.stack([subjects[item.pair.subject] for item in data.items]), styles), 1).numpy()
 
