@@ -264,7 +264,14 @@ def test_an_8_bit_base_keeps_no_wide_copies(tmp_path):
 
 
 def test_recipes_that_cannot_be_followed():
-    for wrong in ({"layers": "head"}, {"rank": 0}, {"drop": 1.5}, {"precision": "int4"}, {"variant": "lightning"}):
+    for wrong in (
+        {"layers": "head"},
+        {"rank": 0},
+        {"size": -64},
+        {"drop": 1.5},
+        {"precision": "int4"},
+        {"variant": "lightning"},
+    ):
         with pytest.raises(K2Error, match=next(iter(wrong))):
             replace(RECIPE, **wrong)
 
@@ -431,6 +438,13 @@ def test_a_model_that_is_not_here(tmp_path, pictures, tiny):  # noqa: F811
     with pytest.raises(K2Error, match="no raw checkpoint") as error:
         main(replace(RECIPE, pictures=str(pictures), model="krea-2"), "cpu", lambda line: None)
     assert "k2 models pull krea-2-raw" in error.value.hint
+
+
+def test_a_rank_that_could_not_be_read_back_is_refused(pictures, tiny):  # noqa: F811
+    width = Pipeline.load("tiny", device="cpu").dit.config.width
+    with pytest.raises(K2Error, match="more than can be read back") as error:
+        main(replace(RECIPE, pictures=str(pictures), rank=width + 1), "cpu", lambda line: None)
+    assert f"At most {width}" in error.value.hint
 
 
 def test_pictures_are_named_in_the_manifest(pictures):

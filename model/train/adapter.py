@@ -91,6 +91,8 @@ class Recipe(loop.Recipe):
         for key in ("rank", "batch", "repeats"):
             if getattr(self, key) < 1:
                 raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+        if self.size < 0:
+            raise K2Error(f'Recipe "{self.name}": size must not be negative.')
         if not 0 <= self.drop <= 1:
             raise K2Error(f'Recipe "{self.name}": drop is a share, from 0 to 1.')
 
@@ -212,6 +214,9 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         )
     parts = library.find_parts(model)
     numbers = numbers_of(parts)
+    if recipe.rank > numbers.width:
+        hint = f"At most {numbers.width}, the network's width; 16 is usual."
+        raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is more than can be read back.', hint=hint)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     vae = load_vae(parts.vae, device, dtype)
     unit = 2 * vae.factor
