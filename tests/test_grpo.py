@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from model.errors import K2Error
 from model.sampler import euler, shifted_sigmas
-from model.train.grpo import advantages, log_prob, policy_loss, rollout, sde_step
+from model.train.grpo import Recipe, advantages, log_prob, policy_loss, rollout, sde_step
 
 SIGMAS = shifted_sigmas(8, 0.5)
 
@@ -27,6 +28,16 @@ class Gaussian(torch.nn.Module):
 
 def noise(count, seed=0):
     return torch.randn(count, 1, 2, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"group": 1}, "group must be at least 2"), ({"gates": {"stlye": "subject"}}, '"stlye" is gated')],
+)
+def test_a_recipe_from_which_nothing_would_be_learned_is_refused(keys, message):
+    plain = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
+    with pytest.raises(K2Error, match=message):
+        Recipe(**{**plain, "weights": {"subject": 1.0, "style": 1.0}, **keys})
 
 
 def test_without_noise_it_is_euler_bit_for_bit():

@@ -61,6 +61,10 @@ class Recipe(pretrain.Recipe):
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."
             )
+        if self.group < 2:
+            raise K2Error(f'Recipe "{self.name}": group must be at least 2.', hint="Pictures of a prompt are compared.")
+        if idle := [name for name in self.gates if name not in self.weights]:
+            raise K2Error(f'Recipe "{self.name}": "{idle[0]}" is gated, and is no reward in weights.')
         if not 0 < self.stochastic < self.sample_steps:
             raise K2Error(f'Recipe "{self.name}": stochastic must be fewer than sample_steps, and not none.')
 
