@@ -1,6 +1,7 @@
 """Merging, balancing and curating, where the answer is known."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from model.train.merge import choose, combine, simplex
 from model.train.midtrain import balanced, kmeans
 from model.train.rollout import noise_levels
 from model.train.sft import Recipe, best_of_each, domain
+from model.train.validation import only
 
 WAVES = 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -152,6 +154,16 @@ def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  
 
     assert found.shape == (len(data.items), 4 * 256 + 64)
     assert np.allclose(np.linalg.norm(found[:, : 4 * 256], axis=1), 1, atol=1e-4)
+
+
+def test_a_domain_leaves_something_of_every_shape():
+    """Else the first step that has that shape would end the run, whenever it comes."""
+    data = SimpleNamespace(weights=np.full(4, 0.25), shaped=[SimpleNamespace(indices=np.array([2, 3]))])
+    with pytest.raises(K2Error, match="one of its shapes"):
+        only(data, np.array([True, True, False, False]))
+
+    only(data, np.array([True, False, True, False]))
+    assert data.weights.tolist() == [0.5, 0, 0.5, 0]
 
 
 def test_clusters_are_found_and_the_same_for_a_seed():

@@ -27,8 +27,9 @@ def rests(item: Item) -> bool:
 def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
     """Draw from these pictures only, at the odds that they had."""
     weights = data.weights * keep
-    if not weights.any():
-        raise K2Error("No picture of the data set is left to train on.", hint="Let the recipe's domain take more in.")
+    if not (weights.any() and all(weights[shaped.indices].any() for shaped in data.shaped)):
+        hint = "Let the recipe's domain take more in, or name fewer shapes."
+        raise K2Error("No picture of the data set, or of one of its shapes, is left to train on.", hint=hint)
     data.weights = weights / weights.sum()
 
 
