@@ -82,6 +82,33 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
     assert columns(tmp_path / "killed")["step"] == [3, 6, 9, 12]
 
 
+class Picture(Stage):
+    """Convolutions whose channels lie innermost in memory, as the autoencoder's do; AdamW has them."""
+
+    def __init__(self, recipe):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.model = recipe, nn.Conv2d(8, 3, 3).to(memory_format=torch.channels_last)
+
+    def batch(self, step, part=0):
+        return {"x": torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(step))}
+
+    def loss(self, batch):
+        return (self.model(batch["x"]) - 1).square().mean(), {}
+
+
+def test_a_run_goes_on_exactly_however_its_weights_lie_in_memory(tmp_path):
+    """Files hold numbers in the order of their axes; AdamW takes its moments in the order of memory."""
+    straight, halved = Run(Picture(RECIPE), tmp_path / "a"), Run(Picture(RECIPE), tmp_path / "b")
+    for step in range(8):
+        straight.advance(straight.stage.batch(step))
+        halved.advance(halved.stage.batch(step))
+        if step == 3:
+            halved.save()
+            halved = Run(Picture(RECIPE), tmp_path / "b")
+
+    assert same(straight.state(), halved.state())
+
+
 def test_lines_of_a_past_that_was_not_saved_are_cut(tmp_path):
     log = Journal(tmp_path / "log.csv")
     for step in (3, 6, 9):

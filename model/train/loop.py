@@ -274,7 +274,9 @@ class Run:
                 if key.startswith(f"{name}."):
                     _, index, slot = key.split(".")
                     param = params_of(optimiser)[int(index)]
-                    states[int(index)][slot] = as_sharded(value, param) if value.shape == param.shape else value
+                    if value.shape == param.shape:  # fused kernels walk through memory and ask for no strides
+                        value = torch.empty_like(param, dtype=value.dtype).copy_(as_sharded(value, param))
+                    states[int(index)][slot] = value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
 
     def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
