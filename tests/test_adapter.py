@@ -85,6 +85,8 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert read_folder(pictures, trigger="dusk style")[4].caption == "Dusk style of an owl"  # said already
     (pictures / "red-fox_3.txt").write_text("")
     assert read_folder(pictures)[4].caption == ""
+    (pictures / "red-fox_3.txt").write_text("an owl", "utf-8-sig")  # as Windows' editor writes it
+    assert read_folder(pictures)[4].caption == "an owl"
 
 
 def test_a_jpeg_teaches_however_it_is_called(pictures):

@@ -225,6 +225,11 @@ def test_a_run_folder_that_is_none_or_damaged_is_one_sentence(k2, workshop):  # 
     assert 'Error: A saved state of "small" cannot be read' in said and ".runs/small" in said
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "small.toml").write_text(SMALL, "utf-8-sig")
+    assert recipes.load(str(tmp_path / "small.toml")).name == "small"
+
+
 def test_reading_a_recipe_by_the_wrong_stage_is_an_error():
     with pytest.raises(K2Error, match="no stage"):
         recipes.module("none", "here")

@@ -64,7 +64,7 @@ def caption_of(path: Path) -> str:
     try:
         if beside.stat().st_size > MOST_TEXT:
             raise K2Error(f"{beside} is no caption: it has {beside.stat().st_size:,} bytes.", hint="Say it shorter.")
-        return " ".join(beside.read_text("utf-8").split())
+        return " ".join(beside.read_text("utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise K2Error(f"{beside} cannot be read: {error}.", hint="Captions are text in UTF-8.") from None
 

@@ -112,7 +112,7 @@ class Recipe(Table):
 def table_of(path: Path) -> dict[str, Any]:
     """What a TOML file holds. Raises `K2Error` where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise K2Error(f"{path} is not valid TOML: {error}.") from None
     except OSError as error:
