@@ -195,6 +195,26 @@ def test_preferences_begin_with_their_own_beta_after_other_preferences_too(works
     assert record("second")["figures"]["loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("stage", "file", "keys"),
+    [
+        ("stpo", "pairs.safetensors", "group = 2\nmargin = 0.0\naside = 2\nlook = 0"),
+        ("grpo", "pool.json", "group = 3\npool = 4\nstochastic = 1"),
+    ],
+)
+def test_what_another_recipe_chose_is_chosen_anew(workshop, stage, file, keys):  # noqa: F811
+    """A run may be stopped when it has chosen what to learn from, and its rewards be weighed otherwise."""
+    base()
+    run("first", stage, POST + keys)
+    chosen = Path(".runs/first") / file
+    before = chosen.read_bytes()
+
+    run("first", stage, POST + keys, steps=4)
+    assert chosen.read_bytes() == before
+    run("first", stage, POST.replace("subject = 1.0", "subject = 0.0") + keys, steps=4)
+    assert chosen.read_bytes() != before
+
+
 def test_what_evaluates_never_rewards(workshop):  # noqa: F811
     run("judge-77", "judge", "batch = 8\nseed = 77\nsize = 128\n", steps=1, every=1, network=False)
     keys = POST.replace("judge-3", "judge-77") + "group = 2"

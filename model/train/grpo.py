@@ -32,6 +32,7 @@ from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sam
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
+CHOSEN_BY = ("init", "seed", "size", "prompts", "pool", "judge", "weights", "sample_steps")  # are prompts
 FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
 
 
@@ -264,23 +265,24 @@ def telling_prompts(
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Choose the prompts, once, then run the stage to its end, from where it stands."""
+    """Choose the prompts, once for what the recipe says of them, then run to its end, from where it stands."""
     data = pretrain.training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     folder = RUNS / recipe.name
-    path = folder / "prompts.json"
-    here = parallel.world()
-    if here.leads and not path.exists():
+    path = folder / "pool.json"
+    here, now = parallel.world(), {key: getattr(recipe, key) for key in CHOSEN_BY}
+    if here.leads and not (path.exists() and json.loads(path.read_text())["recipe"] == now):
         parent = pretrain.Trainee(recipe.config, len(data.looks))
         loop.start(parent, loop.parent(recipe.init))
         chosen = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
         folder.mkdir(parents=True, exist_ok=True)
         with whole(path) as draft:
-            draft.write_text(json.dumps([(each.caption, each.subject, str(each.look)) for each in chosen]))
+            prompts = [(each.caption, each.subject, str(each.look)) for each in chosen]
+            draft.write_text(json.dumps({"recipe": now, "prompts": prompts}))
     here.wait()
     looks = {str(look): look for look in data.looks}
-    pool = [Asked(caption, subject, looks[look]) for caption, subject, look in json.loads(path.read_text())]
+    pool = [Asked(caption, subject, looks[look]) for caption, subject, look in json.loads(path.read_text())["prompts"]]
     stage = Policy(recipe, data, rewards, pool, device)
     run = loop.Run(stage, folder, device)
     return loop.train(run, report)

@@ -39,6 +39,9 @@ from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
 KINDS = ("dpo", "dpo+sft", "stpo")
+CHOSEN_BY = (  # of a recipe: what its pairs depend on
+    *("init", "seed", "size", "prompts", "group", "margin", "judge", "weights", "sample_steps", "guidance"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,16 @@ class Pairs:
         with safe_open(path, "pt") as file:
             captions = json.loads(file.metadata()["pairs"])["captions"]
         return cls(captions, Both(**load_file(path)))
+
+
+def made_for(path: Path, recipe: Recipe) -> bool:
+    """Whether a file holds the pairs that a recipe asks for, and some besides those held aside."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["pairs"])
+    same = all(about["recipe"].get(key) == getattr(recipe, key) for key in CHOSEN_BY)
+    return same and len(about["captions"]) > recipe.aside
 
 
 def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,14 +299,14 @@ class Preference(pretrain.Drawing):
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Make the pairs, once, then run the stage to its end, from where it stands."""
+    """Make the pairs, once for what the recipe says of them, then run the stage to its end, from where it stands."""
     data = pretrain.training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     stage = Preference(recipe, data, loop.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
-    if run.world.leads and not path.exists():
+    if run.world.leads and not made_for(path, recipe):
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
         pairs.save(path, {"recipe": asdict(recipe)})
     run.world.wait()
