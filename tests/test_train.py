@@ -139,6 +139,14 @@ def test_a_network_that_there_is_not_is_one_sentence(k2, workshop, key, message,
     assert said.startswith('Error: Recipe "small": ') and message in said and hint in said
 
 
+@pytest.mark.parametrize("key", ["frozen", "fresh"])
+def test_a_module_that_there_is_not_is_named(k2, workshop, key):  # noqa: F811
+    """Else it would be trained, or taken over, in silence."""
+    k2("train", written(workshop, f'{SMALL}{key} = ["style", "dit.blocks.0"]\n{TINY}'))
+    said = k2("train", written(workshop, f'{SMALL}{key} = ["stile"]\n{TINY}'), code=1).stderr
+    assert f'{key} names no module "stile"' in said and "Like dit, style, look_head" in said
+
+
 def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "pretrain-128" in k2("train", "pretrain-218", code=1).stderr
