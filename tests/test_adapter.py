@@ -430,6 +430,9 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
         patch.setattr(library, "BOX", shutil.copytree(tiny, tmp_path / "box"))
         save(library.BOX / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
         assert "differs now: the base's weights." in k2("train", "dusk.toml", code=1).stderr
+    merged = {"step": 2, "seconds": 1.0, "recipe": {"name": "dusk", "stage": "pretrain"}}  # as a merge leaves it
+    loop.write(Path(".runs/dusk"), {"ema.w": torch.zeros(2)}, merged, {})
+    assert "began otherwise" in k2("train", "dusk.toml", code=1).stderr
     assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
     assert "--trigger" in k2("train", "pretrain-128", "--trigger", "dusk", code=2).stderr
     (tmp_path / "none").mkdir()

@@ -302,11 +302,11 @@ def refuse_another(stage: Adapting, base: Mapping[str, Any], saved: Path) -> Non
         place, record = (json.loads(file.metadata()[key]) for key in ("place", "record"))
     before, now = place["recipe"], asdict(stage.recipe)
     changed = [key for key in ("model", "variant", "rank", "layers") if before.get(key) != now[key]]
-    if record["data"] != stage.data:  # the trigger is part of the captions
+    if record.get("data") != stage.data:  # the trigger is part of the captions
         was = before.get("trigger", "")
         its = f"the trigger ({json.dumps(was, ensure_ascii=False) if was else 'none'} then)"
         changed.append(its if was != now["trigger"] else "the pictures or their captions")
-    changed += ["the base's weights"] if place["learned_from"].get("base", weights) != weights else []
+    changed += ["the base's weights"] if place.get("learned_from", {}).get("base", weights) != weights else []
     if changed:
         raise K2Error(
             f'The run "{stage.recipe.name}" began otherwise; what differs now: {", ".join(changed)}.',
