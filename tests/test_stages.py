@@ -224,6 +224,27 @@ def test_what_evaluates_never_rewards(workshop):  # noqa: F811
         run("stpo", "stpo", keys.replace("judge-77", "judge-5"))
 
 
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        ("hearing", ("whole", "swapped", "pool")),
+        ("turbo", ("walk_steps", "fakes")),
+        ("stpo", ("prompts", "sample_steps", "group", "batch")),
+        ("grpo", ("updates", "prompts", "pool", "group")),
+        ("lora", ("rank", "repeats")),
+    ],
+)
+def test_counts_of_none_are_refused_before_anything_is_loaded(stage, keys):
+    table: dict = {"name": "x", "stage": stage, "steps": 1, "lr": 0.1, "muon_lr": 0.1}
+    table |= {"pictures": "."} if stage == "lora" else {"size": 64, "batch": 1, "mu": 0.0}
+    table |= {"weights": {"subject": 1.0}} if stage in ("stpo", "grpo") else {}
+    table |= {"method": "trajectory"} if stage == "turbo" else {}
+    recipe.saved(table | {"every": 2})
+    for key in keys:
+        with pytest.raises(K2Error, match=f"{key} must be at least"):
+            recipe.saved(table | {"every": 2, key: 0})
+
+
 def test_keys_that_mean_nothing_to_a_stage_are_refused():
     keys = {"name": "x", "stage": "stpo", "steps": 1, "lr": 0.1, "muon_lr": 0.1, "size": 64, "batch": 1, "mu": 0.0}
     table = keys | {"weights": {"subject": 1.0}}

@@ -42,6 +42,7 @@ from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
 from model.train.pretrain import pad, recompute
+from model.train.recipe import at_least
 from model.train.rollout import noised
 
 LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
@@ -88,11 +89,8 @@ class Recipe(loop.Recipe):
                     f'Recipe "{self.name}": {key} is "{getattr(self, key)}".',
                     hint=f"Choose of {', '.join(value for value in values if value)}.",
                 )
-        for key in ("rank", "batch", "repeats"):
-            if getattr(self, key) < 1:
-                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
-        if self.size < 0:
-            raise K2Error(f'Recipe "{self.name}": size must not be negative.')
+        at_least(self, 1, "rank", "batch", "repeats")
+        at_least(self, 0, "size")
         if not 0 <= self.drop <= 1:
             raise K2Error(f'Recipe "{self.name}": drop is a share, from 0 to 1.')
 

@@ -26,7 +26,7 @@ from model.latents import patchify, unpatchify
 from model.train import loop, parallel, pretrain
 from model.train.data import stable_seed
 from model.train.loop import RUNS, Batch, Report
-from model.train.recipe import refuse
+from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.validation import rest_for_validation, validation_loss
@@ -58,12 +58,12 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
+        at_least(self, 1, "updates", "prompts", "pool")
+        at_least(self, 2, "group")
         if self.every % self.updates:
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."
             )
-        if self.group < 2:
-            raise K2Error(f'Recipe "{self.name}": group must be at least 2.', hint="Pictures of a prompt are compared.")
         if idle := [name for name in self.gates if name not in self.weights]:
             raise K2Error(f'Recipe "{self.name}": "{idle[0]}" is gated, and is no reward in weights.')
         if not 0 < self.stochastic < self.sample_steps:

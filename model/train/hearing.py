@@ -25,7 +25,7 @@ from model.train import loop, pretrain
 from model.train.data import Item
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
-from model.train.recipe import refuse
+from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.thesaurus import one
 
@@ -51,6 +51,7 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
+        at_least(self, 1, "whole", "swapped", "pool")
 
 
 class Hearing(pretrain.Drawing):

@@ -24,7 +24,7 @@ from model.errors import K2Error
 from model.library import BOX
 from model.train import loop
 from model.train.loop import RUNS, Report
-from model.train.recipe import Table, saved
+from model.train.recipe import Table, at_least, saved
 
 State = Mapping[str, Tensor]
 
@@ -51,9 +51,7 @@ class Recipe(Table):
                 f'Recipe "{self.name}" would overwrite the run "{self.name}", which it merges.',
                 hint="Name the merge otherwise.",
             )
-        for key in ("divisions", "pictures"):
-            if getattr(self, key) < 1:
-                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+        at_least(self, 1, "divisions", "pictures")
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:

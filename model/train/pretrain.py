@@ -36,6 +36,7 @@ from model.train.alignment import CLEANER, Pupil, Teacher
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.loop import RUNS, Batch, Report
 from model.train.products import convert, parse
+from model.train.recipe import at_least
 from model.train.rollout import noised, with_rows
 from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
@@ -85,12 +86,9 @@ class Recipe(loop.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        where = f'Recipe "{self.name}"'
-        for key in ("batch", "repeats", "rows"):
-            if getattr(self, key) < 1:
-                raise K2Error(f"{where}: {key} must be at least 1.")
+        at_least(self, 1, "batch", "repeats", "rows")
         if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
-            raise K2Error(f"{where}: forms are three shares, whose sum is 1.")
+            raise K2Error(f'Recipe "{self.name}": forms are three shares, whose sum is 1.')
 
     @property
     def config(self) -> DiTConfig:

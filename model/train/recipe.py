@@ -96,9 +96,7 @@ class Recipe(Table):
         super().__post_init__()
         if (self.minutes > 0) == (self.steps > 0):
             raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
-        for key in ("accumulate", "every", "warmup_steps"):
-            if getattr(self, key) < 1:
-                raise K2Error(f'Recipe "{self.name}": {key} must be at least 1.')
+        at_least(self, 1, "accumulate", "every", "warmup_steps")
         for key in ("lr", "muon_lr", "weight_decay"):
             if getattr(self, key) < 0:
                 raise K2Error(f'Recipe "{self.name}": {key} must not be negative.')
@@ -165,6 +163,13 @@ def refuse(recipe: Table, *keys: str) -> None:
     for field in fields(recipe):
         if field.name in keys and getattr(recipe, field.name) != field.default:
             raise K2Error(f'Recipe "{recipe.name}": {field.name} means nothing to the stage "{recipe.stage}".')
+
+
+def at_least(recipe: Table, least: int, *keys: str) -> None:
+    """Raises K2Error where one of these counts is less."""
+    for key in keys:
+        if getattr(recipe, key) < least:
+            raise K2Error(f'Recipe "{recipe.name}": {key} must be at least {least}.')
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -32,7 +32,7 @@ from model.latents import patchify
 from model.train import loop, pretrain
 from model.train.data import stable_seed
 from model.train.loop import RUNS, Batch, Report
-from model.train.recipe import refuse
+from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.validation import rest_for_validation, validation_loss
@@ -70,6 +70,8 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
+        at_least(self, 1, "prompts", "sample_steps")
+        at_least(self, 2, "group")
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
 

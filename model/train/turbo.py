@@ -25,7 +25,7 @@ from model.train import loop, pretrain
 from model.train.distill import Chance, fake_loss, student_loss, walk
 from model.train.loop import RUNS, Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
-from model.train.recipe import refuse
+from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 
 METHODS = ("guidance", "trajectory")
@@ -54,6 +54,7 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
+        at_least(self, 1, "walk_steps", "fakes")
         if self.method not in METHODS:
             raise K2Error(f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"{' or '.join(METHODS)}.")
 
