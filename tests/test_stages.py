@@ -105,6 +105,19 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
 
 
+def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa: F811
+    """A head that foretells a teacher's view, as pretraining may have one, or a preference's β is no part of them."""
+    base("align = 0.1\n")
+    run("middle", "midtrain", "repeats = 1\nclusters = 2")
+    Path("both.toml").write_text(
+        'name = "both"\nstage = "merge"\nruns = ["base", "middle"]\ndivisions = 1\npictures = 2\n'
+    )
+    recipe.module("merge", "both").main(recipe.load("both.toml"), "cpu", quiet)
+
+    assert any(name.startswith("ema.pupil.") for name in state("base"))
+    assert state("both").keys() == {name for name in state("middle") if name.startswith("ema.")}
+
+
 def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
     """Both halves, and a scale more; then the package's decoder alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"

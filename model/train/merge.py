@@ -121,7 +121,8 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
         merged = combine(states, [1 / len(states)] * len(states))
         mean, ema, last = score(merged), score(loop.averages(paths[0])), score(states[-1])
         return merged, {"mean": mean, "ema": ema, "last": last, "snapshots": len(kept)}
-    states = [loop.averages(path) for path in paths]
+    averages = [loop.averages(path) for path in paths]
+    states = [{name: tensor for name, tensor in state.items() if name in names} for state in averages]
     count = len(states)
     best, value, scores = choose(states, score, recipe.divisions)
     alone = {name: scores[tuple(float(i == k) for k in range(count))] for i, name in enumerate(recipe.runs)}
