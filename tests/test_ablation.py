@@ -10,11 +10,11 @@ from workshop import enlarge, workshop  # noqa: F401
 
 from model.errors import K2Error
 from model.spec import RenderSpec
-from model.train import ablation, evaluate, loop
+from model.train import ablation, evaluate, states
 from model.train.ablation import Checkpoint, Scores, changes
 from model.train.data import DATA, Catalog
-from model.train.loop import RUNS
 from model.train.pretrain import Recipe
+from model.train.states import RUNS
 
 RNG = np.random.default_rng(0)
 COLUMNS = ("subject", "style", "whole", "diversity")
@@ -78,13 +78,13 @@ def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa:
 
 def test_a_run_is_rendered_as_it_would_be_shipped(workshop):  # noqa: F811
     """The box's own weights as a run: the same bits, through 8 bits and back."""
-    weights = {f"ema.{name}": tensor for name, tensor in loop.box().items()}
+    weights = {f"ema.{name}": tensor for name, tensor in states.box().items()}
     place = {
         "step": 1,
         "seconds": 1.0,
         "recipe": asdict(Recipe(name="again", size=256, batch=1, repeats=1, mu=0.0, lr=0.0, muon_lr=0.0, steps=1)),
     }
-    loop.write(RUNS / "again", weights, place, {})
+    states.write(RUNS / "again", weights, place, {})
     spec = RenderSpec("a fox", seed=3, steps=2, guidance=0.0)
     again, box = (Checkpoint(name).load("float32").render([spec])[0].image for name in ("again", "raw"))
 

@@ -30,7 +30,7 @@ from model.layouts import load_dit
 from model.lora import LowRank, read_lora
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
-from model.train import adapter, loop
+from model.train import adapter, loop, states
 from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
 from model.train.pictures import Captioned, encode, read_folder, words_of
 from model.train.pretrain import recompute
@@ -352,7 +352,7 @@ def test_diffusers_answers_the_same(tmp_path, written, model):
 
 
 def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     lines: list[str] = []
     recipe = replace(RECIPE, pictures=str(pictures), trigger="dusk style", size=64, mirror=True)
 
@@ -382,10 +382,10 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
 def test_it_goes_on_where_it_was_stopped(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
     """A finished run is not trained again; one that was cut short ends as one that was not."""
     recipe = replace(RECIPE, pictures=str(pictures), size=64)
-    monkeypatch.setattr(loop, "RUNS", tmp_path / "straight")
+    monkeypatch.setattr(states, "RUNS", tmp_path / "straight")
     straight = load_file(main(recipe, "cpu", lambda line: None).result)
 
-    monkeypatch.setattr(loop, "RUNS", tmp_path / "broken")
+    monkeypatch.setattr(states, "RUNS", tmp_path / "broken")
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     batch = Adapting.batch
 
@@ -431,7 +431,7 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
         save(library.BOX / "tiny-raw.safetensors", {name: -tensor for name, tensor in state.items()}, about)
         assert "differs now: the base's weights." in k2("train", "dusk.toml", code=1).stderr
     merged = {"step": 2, "seconds": 1.0, "recipe": {"name": "dusk", "stage": "pretrain"}}  # as a merge leaves it
-    loop.write(Path(".runs/dusk"), {"ema.w": torch.zeros(2)}, merged, {})
+    states.write(Path(".runs/dusk"), {"ema.w": torch.zeros(2)}, merged, {})
     assert "began otherwise" in k2("train", "dusk.toml", code=1).stderr
     assert "There is no raw checkpoint" in k2("train", "pictures", "--model", "giant", code=1).stderr
     assert "--trigger" in k2("train", "pretrain-128", "--trigger", "dusk", code=2).stderr

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 from workshop import make_data
 
-from model.train import adapter, loop
+from model.train import adapter, states
 from model.train.adapter_study import TRIGGER, study, teach
 from model.train.data import Catalog
 from model.train.judge import Judge, JudgeConfig
@@ -38,7 +38,7 @@ def test_ten_pictures_of_as_many_subjects_without_a_word_of_their_look(catalog, 
 
 
 def test_figures_of_three_ways_beside_real_pictures(catalog, tmp_path, tiny, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     torch.manual_seed(0)
     judge = Judge(JudgeConfig(("cat", "fox"))).eval()
     recipe = adapter.Recipe(name="study", pictures="", model="tiny", steps=4, every=2, size=64, rank=2, lr=0.05)

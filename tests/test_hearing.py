@@ -11,7 +11,7 @@ from workshop import workshop  # noqa: F401
 
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
-from model.train import loop, merge, recipe
+from model.train import merge, recipe, states
 from model.train.data import read_subjects
 from model.train.hearing import TRAINED, Hearing, Recipe, align
 from model.train.pretrain import Recipe as PretrainRecipe
@@ -114,7 +114,7 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
 
 
 def averages(name):
-    return loop.averages(Path(".runs") / name / "state.safetensors")
+    return states.averages(Path(".runs") / name / "state.safetensors")
 
 
 def test_pretraining_can_wrap_captions_too(workshop):  # noqa: F811

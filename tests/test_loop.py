@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from model.errors import K2Error
-from model.train import loop
+from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.journal import Journal
 from model.train.loop import Run, Stage, train
@@ -268,7 +268,7 @@ def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_pa
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     train(run(recipe, tmp_path / "a"), lambda line: None)
 
-    assert [path.name for path in loop.snapshots(tmp_path / "a")] == [
+    assert [path.name for path in states.snapshots(tmp_path / "a")] == [
         "snapshot-0000004.safetensors",
         "snapshot-0000006.safetensors",
     ]
@@ -337,6 +337,6 @@ def test_a_parent_that_is_not_there_or_does_not_fit(tmp_path):
         run(Recipe(**{**RECIPE.__dict__, "init": "none"}), tmp_path / "a")
     model = nn.Linear(2, 2)
     with pytest.raises(K2Error, match="share no name"):
-        loop.start(model, {"other": torch.zeros(2)})
+        states.start(model, {"other": torch.zeros(2)})
     with pytest.raises(K2Error, match="weight is"):
-        loop.start(model, {"weight": torch.zeros(3, 3)})
+        states.start(model, {"weight": torch.zeros(3, 3)})

@@ -10,7 +10,7 @@ from torch import nn
 from workshop import workshop  # noqa: F401
 
 from model.errors import K2Error
-from model.train import loop, merge, midtrain, pretrain
+from model.train import merge, midtrain, pretrain, states
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.merge import choose, combine, simplex
@@ -129,7 +129,7 @@ def test_a_merge_that_would_go_wrong_is_refused(keys, message):
 def test_what_has_no_transformer_is_not_merged(tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     lora = {"name": "night", "stage": "lora", "pictures": "night", "steps": 4}
-    loop.write(loop.RUNS / "night", {"ema.w": torch.zeros(2)}, {"step": 4, "seconds": 1.0, "recipe": lora}, {})
+    states.write(states.RUNS / "night", {"ema.w": torch.zeros(2)}, {"step": 4, "seconds": 1.0, "recipe": lora}, {})
 
     with pytest.raises(K2Error, match='"night" has no transformer: its stage is "lora"'):
         merge.main(merge.Recipe(name="merged", **how), "cpu", lambda line: None)

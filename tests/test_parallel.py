@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from model.errors import K2Error
-from model.train import loop, optim, parallel
+from model.train import loop, optim, parallel, states
 from model.train.parallel import World
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -86,7 +86,7 @@ def test_one_process_goes_on_where_two_stopped(both, tmp_path):
 
 def test_a_state_that_is_not_whole_is_left_alone(tmp_path):
     (tmp_path / "state-00000010").mkdir()
-    assert parallel.saved(tmp_path) == [] and loop.newest_state(tmp_path) is None
+    assert parallel.saved(tmp_path) == [] and states.newest_state(tmp_path) is None
 
 
 def test_parts_are_dealt_out_evenly():

@@ -13,11 +13,11 @@ from workshop import TINY, enlarge, workshop  # noqa: F401
 from model.checkpoint import read
 from model.errors import K2Error
 from model.library import BOX
-from model.train import loop, recipe, release
+from model.train import loop, recipe, release, states
 from model.train.autoencoder import ENCODER
 from model.train.data import DATA
 from model.train.grpo import Policy
-from model.train.loop import place_of
+from model.train.states import place_of
 
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
 NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
@@ -86,7 +86,7 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     plain, middle, first = (state(name)["ema.dit.first.weight"] for name in ("sft-plain", "middle", "base"))
     torch.testing.assert_close(state("moved")["ema.dit.first.weight"], plain + (middle - first))
     assert record("pma")["figures"]["snapshots"] == 3
-    mean = torch.stack([load_file(path)["dit.first.weight"] for path in loop.snapshots(Path(".runs/base"))]).mean(0)
+    mean = torch.stack([load_file(path)["dit.first.weight"] for path in states.snapshots(Path(".runs/base"))]).mean(0)
     torch.testing.assert_close(state("pma")["ema.dit.first.weight"], mean)
 
     parent = state("base")

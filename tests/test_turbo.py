@@ -5,7 +5,7 @@ import torch
 
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
-from model.train import loop, pretrain
+from model.train import loop, pretrain, states
 from model.train.pretrain import Trainee
 from model.train.turbo import Recipe, Turbo
 
@@ -135,7 +135,7 @@ def test_a_teacher_reads_references_by_an_encoder_that_was_trained(tmp_path, mon
     """A Turbo run holds a transformer alone: styles would be noise, and nothing would tell."""
     monkeypatch.chdir(tmp_path)
     weights = {f"ema.dit.{name}": tensor for name, tensor in Krea2(TINY).state_dict().items()}
-    loop.write(loop.RUNS / "distilled", weights, {}, {})
+    states.write(states.RUNS / "distilled", weights, {}, {})
 
     with pytest.raises(K2Error, match='"distilled" has no style encoder'):
         pretrain.taught_by(recipe("guidance"), "distilled", 3)

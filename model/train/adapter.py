@@ -37,7 +37,7 @@ from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
 from model.sampler import raw_mu
 from model.text_encoder import TextEncoder
-from model.train import loop
+from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
@@ -280,8 +280,8 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
     """Train an adapter to its end, from where it stands. Raises K2Error."""
     chosen = pick_device(device)
     stage, base = prepare(recipe, chosen, report)
-    refuse_another(stage, base, loop.RUNS / recipe.name / "state.safetensors")
-    run = Run(stage, loop.RUNS / recipe.name, base, str(chosen))
+    refuse_another(stage, base, states.RUNS / recipe.name / "state.safetensors")
+    run = Run(stage, states.RUNS / recipe.name, base, str(chosen))
     loop.train(run, report)
     run.finish()
     return run

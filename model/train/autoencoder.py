@@ -28,9 +28,10 @@ from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.linear_start import start_linear
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.pretrain import fingerprint
 from model.train.recipe import refuse
+from model.train.states import RUNS
 from model.vae import QwenImageVAE, VAEConfig
 from model.whole import whole
 

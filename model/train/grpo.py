@@ -23,12 +23,13 @@ from torch import Tensor
 
 from model.errors import K2Error
 from model.latents import patchify, unpatchify
-from model.train import loop, parallel, pretrain
+from model.train import loop, parallel, pretrain, states
 from model.train.data import stable_seed
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
+from model.train.states import RUNS
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
@@ -274,7 +275,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     here, now = parallel.world(), {key: getattr(recipe, key) for key in CHOSEN_BY}
     if here.leads and not (path.exists() and json.loads(path.read_text())["recipe"] == now):
         parent = pretrain.Trainee(recipe.config, len(data.looks))
-        loop.start(parent, loop.parent(recipe.init))
+        states.start(parent, states.parent(recipe.init))
         chosen = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
         folder.mkdir(parents=True, exist_ok=True)
         with whole(path) as draft:

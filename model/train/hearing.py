@@ -23,10 +23,11 @@ from model.latents import grid_of, patchify
 from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
 from model.train.data import Item
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
+from model.train.states import RUNS
 from model.train.thesaurus import one
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")

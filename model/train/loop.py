@@ -3,18 +3,13 @@
 A stage is a recipe, a model, a batch that follows from the recipe's seed and the step's number alone, and a loss. All
 else is here: AdamW and Muon, warmup-stable-decay, gradient accumulation, averaged weights, snapshots for averaging
 afterwards, the log, and a record of the run in its checkpoint's metadata.
-
-`.runs/NAME/state.safetensors` holds `model.*`, `ema.*`, `muon.I.*` and `adamw.I.*`; its metadata holds `place` (where
-the run stands) and `record` (how it came about).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
-import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -26,15 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.checkpoint import read
 from model.dit import SingleStreamBlock, TextBlock
 from model.errors import K2Error
 from model.fast import can_compile
-from model.library import BOX
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.ahead import Ahead
@@ -43,10 +35,9 @@ from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
+from model.train.states import commit, newest_state, parent, place_of, snapshots, start, write
 from model.whole import whole
 
-RUNS = Path(".runs")
-PACKAGED = {"box": "raw", "turbo": "turbo"}  # what recipes call the package's weights -> the variant
 SAVE_EVERY = 180.0  # seconds
 
 Batch = dict[str, Any]
@@ -387,22 +378,6 @@ def line(run: Run, first: int, before: float) -> str:
     return f"{recipe.name} {run.step}: {figures}; {speed:.1f} pictures/s, {max(seconds, 0) / 60:.1f} min left"
 
 
-def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
-    """A state and its record into a run's folder, in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"place": json.dumps(place), "record": json.dumps(record)}
-    with whole(folder / "state.safetensors") as draft:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
-
-
-def newest_state(folder: Path) -> Path | None:
-    """What a run goes on from: the whole state of one process or the parts of several, whichever is further."""
-    file = folder / "state.safetensors"
-    found = [(place_of(file)["step"], file)] if file.exists() else []
-    found += [(parallel.place_of(path)["step"], path) for path in parallel.saved(folder)[-1:]]
-    return max(found, key=lambda each: each[0])[1] if found else None
-
-
 def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     """Its parameters, in the order of its state dict's numbers."""
     return [param for group in optimiser.param_groups for param in group["params"]]
@@ -415,61 +390,3 @@ def digest(network: nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-def place_of(path: Path) -> dict[str, Any]:
-    """Where a saved run stands: step, seconds, recipe."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["place"])
-
-
-def snapshots(folder: Path) -> list[Path]:
-    """A run's kept snapshots, the oldest first."""
-    return sorted(folder.glob("snapshot-*.safetensors"))
-
-
-def averages(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a run."""
-    return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
-
-
-def box(variant: str = "raw") -> dict[str, Tensor]:
-    """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
-    parts = {"dit.": f"mini-{variant}", "style.": "mini-style"}
-    states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
-    return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
-
-
-def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
-    """The weights that a recipe's `init` names: of the package's Raw or Turbo, or a run's averages."""
-    if name in PACKAGED:
-        return box(PACKAGED[name])
-    path = runs / name / "state.safetensors"
-    if not path.exists():
-        raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that one first.")
-    return averages(path)
-
-
-def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
-    """Copy a parent's weights into a model, but for modules that begin anew and those that the parent lacks."""
-    begin = model.state_dict()
-    shared = [name for name in begin if name in weights and not name.startswith(fresh)]
-    if not shared:
-        raise K2Error("The parent's weights share no name with this model.")
-    for name in shared:
-        if begin[name].shape != weights[name].shape:
-            raise K2Error(f"The parent's {name} is {list(weights[name].shape)}, this one's {list(begin[name].shape)}.")
-        begin[name].copy_(weights[name])
-
-
-def commit() -> str:
-    """The commit of the code that runs, with a + where files differ from it; empty outside a repository."""
-    here = Path(__file__).parent
-    try:
-        head, status = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "../.."))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head + ("+" if status else "")

@@ -22,9 +22,10 @@ from torch import Tensor
 from model.checkpoint import read
 from model.errors import K2Error
 from model.library import BOX
-from model.train import loop
-from model.train.loop import RUNS, Report
+from model.train import states
+from model.train.loop import Report
 from model.train.recipe import Table, at_least, saved
+from model.train.states import RUNS
 
 State = Mapping[str, Tensor]
 
@@ -93,10 +94,10 @@ def choose(
 def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
     """The mean of a run's snapshots, or of runs by the weights that are stated or validate best, and what was found."""
     if recipe.weights:
-        states = [loop.parent(name, RUNS) for name in recipe.runs]
-        own = states[0].keys()  # a Turbo has a transformer alone
-        states = [{name: tensor for name, tensor in state.items() if name in own} for state in states]
-        return combine(states, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
+        parents = [states.parent(name, RUNS) for name in recipe.runs]
+        own = parents[0].keys()  # a Turbo has a transformer alone
+        alike = [{name: tensor for name, tensor in state.items() if name in own} for state in parents]
+        return combine(alike, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
 
     from model.train.pretrain import Trainee, training_set
     from model.train.validation import validation_loss
@@ -112,21 +113,21 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
         return validation_loss(model, data, parent, recipe.pictures)
 
     if recipe.snapshots:
-        kept = loop.snapshots(RUNS / recipe.snapshots)
+        kept = states.snapshots(RUNS / recipe.snapshots)
         if not kept:
             raise K2Error(
                 f'The run "{recipe.snapshots}" kept no snapshots.', hint="Let its recipe say keep and keep_every."
             )
-        states = [load_file(path) for path in kept]
-        merged = combine(states, [1 / len(states)] * len(states))
-        mean, ema, last = score(merged), score(loop.averages(paths[0])), score(states[-1])
+        weights = [load_file(path) for path in kept]
+        merged = combine(weights, [1 / len(weights)] * len(weights))
+        mean, ema, last = score(merged), score(states.averages(paths[0])), score(weights[-1])
         return merged, {"mean": mean, "ema": ema, "last": last, "snapshots": len(kept)}
-    averages = [loop.averages(path) for path in paths]
-    states = [{name: tensor for name, tensor in state.items() if name in names} for state in averages]
-    count = len(states)
-    best, value, scores = choose(states, score, recipe.divisions)
+    averages = [states.averages(path) for path in paths]
+    alike = [{name: tensor for name, tensor in state.items() if name in names} for state in averages]
+    count = len(alike)
+    best, value, scores = choose(alike, score, recipe.divisions)
     alone = {name: scores[tuple(float(i == k) for k in range(count))] for i, name in enumerate(recipe.runs)}
-    return combine(states, best), {
+    return combine(alike, best), {
         "weights": dict(zip(recipe.runs, best, strict=True)),
         "validation": value,
         "alone": alone,
@@ -136,7 +137,7 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
 
 def packaged_place(name: str) -> dict[str, Any]:
     """Where the run stood that the package's weights are of."""
-    training = read(BOX / f"mini-{loop.PACKAGED[name]}.safetensors")[1]["training"]
+    training = read(BOX / f"mini-{states.PACKAGED[name]}.safetensors")[1]["training"]
     return {"step": training["steps"], "seconds": 60 * training["minutes"], "recipe": training["recipe"]}
 
 
@@ -147,10 +148,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
     parents = list(recipe.runs) or [recipe.snapshots]
     paths = [RUNS / name / "state.safetensors" for name in parents]
     for name, path in zip(parents, paths, strict=True):
-        if not (path.exists() or (name in loop.PACKAGED and recipe.weights)):
+        if not (path.exists() or (name in states.PACKAGED and recipe.weights)):
             raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
     places = [
-        packaged_place(name) if name in loop.PACKAGED else loop.place_of(path)
+        packaged_place(name) if name in states.PACKAGED else states.place_of(path)
         for name, path in zip(parents, paths, strict=True)
     ]
     for name, each in zip(parents, places, strict=True):
@@ -168,6 +169,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         "recipe": asdict(replace(parent, name=recipe.name, init=parents[0])),
         "layout": {},  # averages alone: nothing goes on from them
     }
-    record = {"recipe": asdict(recipe), "parents": [each["recipe"] for each in places], "commit": loop.commit()}
-    loop.write(folder, {f"ema.{name}": tensor for name, tensor in merged.items()}, place, record | {"figures": figures})
+    record = {"recipe": asdict(recipe), "parents": [each["recipe"] for each in places], "commit": states.commit()}
+    states.write(
+        folder, {f"ema.{name}": tensor for name, tensor in merged.items()}, place, record | {"figures": figures}
+    )
     return SimpleNamespace(folder=folder, result=folder / "state.safetensors", figures=figures)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from model.train import loop, pretrain
+from model.train import loop, pretrain, states
 from model.train.loop import Report
 from model.train.pretrain import Pretraining, TrainingSet, training_set
 from model.train.validation import finish, rest_for_validation
@@ -77,8 +77,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     rest_for_validation(data)
     stage = Pretraining(recipe, len(data.looks), data, device)
-    weights = loop.parent(recipe.init)
-    loop.start(stage.model, weights)  # also where a run goes on: its clusters are those that it began with
+    weights = states.parent(recipe.init)
+    states.start(stage.model, weights)  # also where a run goes on: its clusters are those that it began with
     clusters = kmeans(features(data, stage.model.to(device)), recipe.clusters, recipe.seed)
     data.weights = balanced(data.weights, clusters, recipe.balance)
     report(f"{recipe.name}: {len(np.unique(clusters))} clusters of {np.bincount(clusters).min()} pictures and more")

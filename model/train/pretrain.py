@@ -31,14 +31,15 @@ from model.latents import grid_of, patchify
 from model.library import BOX
 from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
 from model.text_encoder import TextEncoder
-from model.train import loop
+from model.train import loop, states
 from model.train.alignment import CLEANER, Pupil, Teacher
 from model.train.data import DATA, Catalog, Item, stable_seed
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.products import convert, parse
 from model.train.recipe import at_least
 from model.train.rollout import noised, with_rows
 from model.train.shapes import Shape, of_shape
+from model.train.states import RUNS
 from model.train.strangers import Wording
 
 KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
@@ -368,11 +369,11 @@ def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
 
 def taught_by(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> Trainee:
     """A teacher: a run, or the package. Raises K2Error where it cannot read the references that it is shown."""
-    made, weights = Trainee(recipe.config, looks).to(device), loop.parent(name, RUNS)
+    made, weights = Trainee(recipe.config, looks).to(device), states.parent(name, RUNS)
     if recipe.references and "style.null" not in weights:
         hint = "Name a run that has one, as of pretraining, or show it none: references = 0.0."
         raise K2Error(f'The teacher "{name}" has no style encoder to read references with.', hint=hint)
-    loop.start(made, weights)
+    states.start(made, weights)
     return made
 
 

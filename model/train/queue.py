@@ -17,8 +17,8 @@ import torch
 
 from model.train import data, encode, recipe, release, samples
 from model.train.data import DATA
-from model.train.loop import RUNS
 from model.train.shapes import LARGE, Shape
+from model.train.states import RUNS
 
 STAGES = (
     ("gpu-further", 0.66),

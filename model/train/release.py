@@ -21,8 +21,8 @@ from model.quantize import quantise
 from model.style import StyleConfig
 from model.train import autoencoder, hearing, turbo
 from model.train.data import DATA, Catalog
-from model.train.loop import RUNS, averages, place_of
 from model.train.recipe import saved
+from model.train.states import RUNS, averages, place_of
 
 RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 

@@ -13,9 +13,9 @@ from model.dit import Krea2
 from model.library import BOX
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
-from model.train.loop import RUNS, averages, place_of
 from model.train.recipe import saved
 from model.train.rollout import decode, sample
+from model.train.states import RUNS, averages, place_of
 
 PROMPTS = [
     *("a fox", "a cat", "a penguin", "a red apple", "a banana", "a car", "a sailboat", "a house"),

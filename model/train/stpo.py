@@ -29,12 +29,13 @@ from torch import Tensor
 
 from model.errors import K2Error
 from model.latents import patchify
-from model.train import loop, pretrain
+from model.train import loop, pretrain, states
 from model.train.data import stable_seed
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
+from model.train.states import RUNS
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
@@ -210,7 +211,7 @@ class Preference(pretrain.Drawing):
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
         self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
         for model in (self.model, self.reference):
-            loop.start(model, weights, self.own)
+            states.start(model, weights, self.own)
         self.frozen = self.reference
         self.pairs: Pairs | None = None
 
@@ -305,7 +306,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = pretrain.training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
-    stage = Preference(recipe, data, loop.parent(recipe.init), device)
+    stage = Preference(recipe, data, states.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
     if run.world.leads and not made_for(path, recipe):

@@ -28,9 +28,10 @@ from model.quantize import dequantise, quantise
 from model.text_encoder import SUFFIX_TOKENS, Cache, TextConfig, TextEncoder, TextTower
 from model.train import loop
 from model.train import recipe as recipes
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.phrases import NPM, fetch, phrases
 from model.train.recipe import refuse
+from model.train.states import RUNS
 from model.whole import whole
 
 TOKENIZER = BOX / "mini-tokenizer.json"

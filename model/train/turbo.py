@@ -23,10 +23,11 @@ from model.sampler import guided, shifted_sigmas
 from model.style import StyleEncoder
 from model.train import loop, pretrain
 from model.train.distill import Chance, fake_loss, student_loss, walk
-from model.train.loop import RUNS, Batch, Report
+from model.train.loop import Batch, Report
 from model.train.pretrain import Trainee, TrainingSet, training_set
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
+from model.train.states import RUNS
 
 METHODS = ("guidance", "trajectory")
 

@@ -15,8 +15,9 @@ from model.errors import K2Error
 from model.plan import native_bf16
 from model.train import loop, pretrain
 from model.train.data import Item, stable_seed
-from model.train.loop import RUNS, Report
+from model.train.loop import Report
 from model.train.pretrain import Pretraining, Trainee, TrainingSet
+from model.train.states import RUNS
 
 
 def rests(item: Item) -> bool:

@@ -1,0 +1,100 @@
+"""What runs leave on disk, and begin with: their states and snapshots, where they stand, and parents' weights.
+
+`.runs/NAME/state.safetensors` holds `model.*`, `ema.*`, `muon.I.*` and `adamw.I.*`; its metadata holds `place` (where
+the run stands) and `record` (how it came about).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.checkpoint import read
+from model.errors import K2Error
+from model.library import BOX
+from model.train import parallel
+from model.whole import whole
+
+RUNS = Path(".runs")
+PACKAGED = {"box": "raw", "turbo": "turbo"}  # what recipes call the package's weights -> the variant
+
+
+def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
+    """A state and its record into a run's folder, in one move."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"place": json.dumps(place), "record": json.dumps(record)}
+    with whole(folder / "state.safetensors") as draft:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """What a run goes on from: the whole state of one process or the parts of several, whichever is further."""
+    file = folder / "state.safetensors"
+    found = [(place_of(file)["step"], file)] if file.exists() else []
+    found += [(parallel.place_of(path)["step"], path) for path in parallel.saved(folder)[-1:]]
+    return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def place_of(path: Path) -> dict[str, Any]:
+    """Where a saved run stands: step, seconds, recipe."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["place"])
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """A run's kept snapshots, the oldest first."""
+    return sorted(folder.glob("snapshot-*.safetensors"))
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    try:
+        head, status = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "../.."))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+" if status else "")
+
+
+def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
+    """The weights that a recipe's `init` names: of the package's Raw or Turbo, or a run's averages."""
+    if name in PACKAGED:
+        return box(PACKAGED[name])
+    path = runs / name / "state.safetensors"
+    if not path.exists():
+        raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that one first.")
+    return averages(path)
+
+
+def averages(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a run."""
+    return {name[4:]: tensor for name, tensor in load_file(path).items() if name.startswith("ema.")}
+
+
+def box(variant: str = "raw") -> dict[str, Tensor]:
+    """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
+    parts = {"dit.": f"mini-{variant}", "style.": "mini-style"}
+    states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
+    return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
+
+
+def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
+    """Copy a parent's weights into a model, but for modules that begin anew and those that the parent lacks."""
+    begin = model.state_dict()
+    shared = [name for name in begin if name in weights and not name.startswith(fresh)]
+    if not shared:
+        raise K2Error("The parent's weights share no name with this model.")
+    for name in shared:
+        if begin[name].shape != weights[name].shape:
+            raise K2Error(f"The parent's {name} is {list(weights[name].shape)}, this one's {list(begin[name].shape)}.")
+        begin[name].copy_(weights[name])
