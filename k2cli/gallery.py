@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +29,7 @@ from model import picture_file
 from model.errors import K2Error, count_of
 
 PAGE, FOLDER = "index.html", "pictures"
+COMPARED = ("settings.steps", "settings.guidance", "prompt.creativity")  # what tells a run's pictures apart, unseen
 MARK = b'<meta name="generator" content="k2 gallery">'
 
 
@@ -166,11 +167,13 @@ class Table(dict[Any, int]):
 
 def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
     """What the page's script reads: runs, pictures, and the tables in which pictures look their words up."""
-    runs: dict[str, dict[str, str]] = {}
+    runs: dict[str, Made] = {}  # the first picture of each
+    told: dict[str, dict[str, set[str]]] = {}  # of each, what its pictures say of what may be compared
     numbers, strings, looks, facts, pictures = Table(), Table(), Table(), Table(), []
     for each in made:
-        if each.run not in runs:
-            runs[each.run] = {"name": each.run, "about": about(each)}
+        runs.setdefault(each.run, each)
+        for key in COMPARED:
+            told.setdefault(each.run, {}).setdefault(key, set()).add(each.text(key))
         pictures.append(
             [
                 numbers.number(each.run),
@@ -186,9 +189,13 @@ def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
                 [facts.number(fact) for fact in record_of(each)],
             ]
         )
+    apart = {run: [key for key, values in said.items() if len(values) > 1] for run, said in told.items()}
     return {
         "project": title,
-        "runs": list(runs.values()),
+        "runs": [
+            {"name": run, "about": about(first, apart[run]), "apart": [key.split(".")[1] for key in apart[run]]}
+            for run, first in runs.items()
+        ],
         "strings": list(strings),
         "looks": list(looks),
         "facts": list(facts),
@@ -201,11 +208,11 @@ def whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else None
 
 
-def about(made: Made) -> str:
-    """What a run has in common, after its name."""
+def about(made: Made, apart: Collection[str]) -> str:
+    """What a run has in common, after its name; `apart` are the settings in which its pictures differ."""
     local = made.created.astimezone() if made.created else None
     when = f"{local.day} {local:%b %Y, %H:%M}" if local else ""
-    steps = made.text("settings.steps")
+    steps = "" if "settings.steps" in apart else made.text("settings.steps")
     return " · ".join(filter(None, [when, model_of(made), count_of(steps, "step") if steps else ""]))
 
 

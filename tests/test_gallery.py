@@ -269,6 +269,17 @@ def test_cells_of_a_matrix_are_of_their_prompt(moody, k2):
     assert [data["strings"][each[3]] for each in data["pictures"]] == ["fox", "fox-02", *["fox"] * 4]
 
 
+def test_pictures_of_a_comparison_can_be_told_apart(moody, k2):
+    """The line over a run said that all of them had the steps of the first, and the lines below them were the same."""
+    k2("render", "--only", "fox", "--matrix", "steps=4,8")
+    k2("render", "--only", "fox", "--steps", "4")
+    k2("gallery")
+
+    compared, alike = data_of(moody / "gallery")["runs"]
+    assert compared["about"].endswith(" · mini raw") and compared["apart"] == ["steps"]
+    assert alike["about"].endswith(" · 4 steps") and alike["apart"] == []
+
+
 def test_loras_are_among_the_facts(tmp_path):
     many_pictures(tmp_path, 1)
     (path,) = tmp_path.glob("*/*.toml")
@@ -309,6 +320,8 @@ def folder(tmp_path_factory):
         table = history.load(path)
         table["prompt"]["text"] = EVIL
         path.write_bytes(dump(table))
+    other = root / "outputs" / "0004-lighthouse" / "lighthouse-79.toml"
+    other.write_text(other.read_text().replace("steps = 28", "steps = 4"))
     odd = root / "outputs" / "0001-fox"
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
@@ -352,6 +365,12 @@ class TestInABrowser:
         page.keyboard.press("Escape")
         page.get_by_label("Run").select_option(label="All runs")
         assert count() == "80 pictures in 4 runs" and not page.locator("#all").is_visible()
+
+    def test_what_a_run_compares_stands_below_its_pictures(self, page):
+        under = " ".join(page.locator(".tile").all_inner_texts())
+
+        assert "seed 79 · steps 4 · dusk 0.6" in under and "seed 78 · steps 28 · dusk 0.6" in under
+        assert "seed 40 · steps" not in under  # of a run whose pictures have the same
 
     def test_nothing_matches_and_the_way_back(self, page):
         page.locator("#styles").get_by_role("button", name="dusk").click()
