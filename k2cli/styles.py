@@ -52,6 +52,7 @@ class StyleFile:
     references: tuple[Reference, ...] = ()
     mix: Mapping[str, float] = field(default_factory=dict)
     lora: Path | None = None
+    mixed_at: Mapping[str, str] = field(default_factory=dict, compare=False)  # where each of them is asked for
     triggers: tuple[str, ...] = ()
     method: str = "auto"
 
@@ -133,7 +134,8 @@ class Styles:
             references=self.references(table.get("reference", []), place),
             keywords=words_in(table, "keywords", place),
             avoids=words_in(table, "avoids", place),
-            mix=read_weights(table.get("mix", {}), place.below("mix")),
+            mix=mix,
+            mixed_at={other: place.below("mix")(other) for other in mix},
             lora=self.adapter(check_value("lora", table["lora"], str, PATH, place("lora")), place("lora"))
             if "lora" in table
             else None,
@@ -141,6 +143,7 @@ class Styles:
             method=check_value("method", table.get("method", "auto"), str, {"choices": METHODS}, place("method")),
         )
 
+        mix = read_weights(table.get("mix", {}), place.below("mix"))
     def references(self, entries: Sequence[Any], place: Place) -> tuple[Reference, ...]:
         """The pictures of the [[reference]] tables of a style file."""
         found: list[Reference] = []
@@ -219,7 +222,7 @@ class Styles:
                 file = files[name] = self.read(name, asked_by)
                 parts[name] = {} if file.is_mix_alone else {name: 1.0}
                 for other, weight in file.mix.items():
-                    mixed = take_apart(other, (*trail, name), f"styles/{name}.toml")
+                    mixed = take_apart(other, (*trail, name), file.mixed_at[other])
                     add(parts[name], mixed, weight)
             return parts[name]
 

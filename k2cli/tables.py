@@ -326,7 +326,8 @@ def describe(value: Any) -> str:
 def read_weights(table: Any, place: Place) -> dict[str, float]:
     """A table of NAME = weight, each −2 … 2."""
     if not isinstance(table, dict):
-        raise K2Error(f"{place()}: expected a table{place.title}.", hint='Like [style] and below it "dusk = 0.6".')
+        name = place.title.removeprefix(" in ")
+        raise K2Error(f"{place()}: expected a table{place.title}.", hint=f'Like {name} and below it "dusk = 0.6".')
     return {
         plain(name, place(name)): check_value(name, value, float, WEIGHT, place(name)) for name, value in table.items()
     }

@@ -415,8 +415,8 @@ def test_the_list_tells_mixes_that_work_from_those_that_cannot(looks, k2):
     assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == [
         f"styles/{name}.toml" for name in ("dusk", "good", "ink", "much", "neon", "riso")
     ]
-    assert 'styles/lost.toml: there is no style "nope".' in listed.stderr
-    assert "styles/self.toml: the styles mix themselves, self → self." in listed.stderr
+    assert 'styles/lost.toml, line 2: there is no style "nope".' in listed.stderr
+    assert "styles/self.toml, line 2: the styles mix themselves, self → self." in listed.stderr
 
 
 def test_styles_that_may_not_be_read_are_not_taken_for_none(looks, k2, monkeypatch):

@@ -158,8 +158,9 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("[mix]\nx = 1\n", "styles/x.toml: the styles mix themselves, x → x.", "Break the circle."),
-        ("[mix]\nducks = 1\n", 'styles/x.toml: there is no style "ducks".', 'Did you mean "dusk"?'),
+        ("[mix]\nx = 1\n", "styles/x.toml, line 2: the styles mix themselves, x → x.", "Break the circle."),
+        ("[mix]\nducks = 1\n", 'styles/x.toml, line 2: there is no style "ducks".', 'Did you mean "dusk"?'),
+        ("[[mix]]\ndusk = 1\n", "line 1: expected a table in [mix].", 'Like [mix] and below it "dusk = 0.6".'),
         ("", "styles/x.toml has no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
         ('avoids = ["neon"]\n', "no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
         ('keyword = ["a"]\n', 'styles/x.toml, line 1: unknown key "keyword".', 'Did you mean "keywords"?'),
