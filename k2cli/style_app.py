@@ -106,7 +106,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
     opened, broken = find_project(project, allow_outside), False
     for name in opened.styles.known:
-        path = opened.root / "styles" / f"{name}.toml"
+        path = opened.root / opened.styles.file_of(name)
         try:
             style = opened.styles.read(name, "k2 style list")
             if style.mix:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,8 +52,8 @@ class StyleFile:
     avoids: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     mix: Mapping[str, float] = field(default_factory=dict)
-    lora: Path | None = None
     mixed_at: Mapping[str, str] = field(default_factory=dict, compare=False)  # where each of them is asked for
+    lora: Path | None = None
     triggers: tuple[str, ...] = ()
     method: str = "auto"
 
@@ -92,24 +93,35 @@ class Styles:
     others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that references name
 
     @cached_property
-    def known(self) -> tuple[str, ...]:
-        """The names of the styles there are; what cannot be typed as a name is none. Raises K2Error."""
+    def files(self) -> dict[str, str]:
+        """The names of the styles there are, and their files: some systems write accents apart from their letters, and
+        a name is the same however they are written. What cannot be typed as a name is none. Raises K2Error."""
         folder = self.inside("styles", "")
         try:
             files = os.listdir(folder) if folder.is_dir() else []  # a glob would find nothing where it may not look
         except OSError as error:
             raise K2Error(f"{folder} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
-        found = (Path(file).stem for file in files if file.endswith(".toml"))
-        return tuple(sorted(name for name in found if not UNPRINTABLE.search(name)))
+        found = ((composed(Path(file).stem), file) for file in sorted(files) if file.endswith(".toml"))
+        return {name: file for name, file in found if not UNPRINTABLE.search(name)}
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of the styles there are."""
+        return tuple(sorted(self.files))
+
+    def file_of(self, name: str) -> str:
+        """Where a style of this name is, or would be, within the project."""
+        return f"styles/{self.files.get(name, f'{name}.toml')}"
 
     def read(self, name: str, where: str) -> StyleFile:
         """styles/NAME.toml, checked; `where` is who asks for it."""
-        if name not in self.known:
+        name = composed(name)
+        if name not in self.files:
             raise K2Error(
                 f'{where}: there is no style "{name}".',
                 hint=nearest(name, self.known) or f"Write it as styles/{name}.toml.",
             )
-        file = f"styles/{name}.toml"
+        file = self.file_of(name)
         label = label_of(self.root, file)
         toml = Toml.read(self.inside(file, where), label)
         place, table = Place(toml), toml.table
@@ -130,6 +142,7 @@ class Styles:
             raise K2Error(
                 f"{place('method')}: a method without a [[reference]].", hint="It says how reference pictures are read."
             )
+        mix = read_weights(table.get("mix", {}), place.below("mix"))
         return StyleFile(
             references=self.references(table.get("reference", []), place),
             keywords=words_in(table, "keywords", place),
@@ -143,7 +156,6 @@ class Styles:
             method=check_value("method", table.get("method", "auto"), str, {"choices": METHODS}, place("method")),
         )
 
-        mix = read_weights(table.get("mix", {}), place.below("mix"))
     def references(self, entries: Sequence[Any], place: Place) -> tuple[Reference, ...]:
         """The pictures of the [[reference]] tables of a style file."""
         found: list[Reference] = []
@@ -171,7 +183,7 @@ class Styles:
 
     def new_file(self, name: str, *, force: bool) -> Path:
         """Where a style of this name is written. Refuses what exists already, unless forced."""
-        path = self.inside(f"styles/{check_name(name, 'The style')}.toml", "")
+        path = self.inside(self.file_of(check_name(name, "The style")), "")
         if path.exists() and not force:
             raise K2Error(f"There is a style {name} already.", hint="Choose another name, or replace it: --force")
         return path
@@ -179,7 +191,7 @@ class Styles:
     def is_mix(self, name: str, weights: Mapping[str, float]) -> bool:
         """Whether a style is there already, and is this mix and nothing else."""
         with suppress(K2Error):
-            return name in self.known and self.read(name, "") == StyleFile(mix=dict(weights))
+            return name in self.files and self.read(name, "") == StyleFile(mix=dict(weights))
         return False
 
     def adapter(self, file: str, where: str) -> Path:
@@ -211,6 +223,7 @@ class Styles:
 
         def take_apart(name: str, trail: tuple[str, ...], asked_by: str) -> dict[str, float]:
             """What a style comes to, by name: its own content and that of everything mixed into it."""
+            name = composed(name)
             if name in trail:
                 circle = " → ".join((*trail[trail.index(name) :], name))
                 raise K2Error(f"{asked_by}: the styles mix themselves, {circle}.", hint="Break the circle.")
@@ -236,6 +249,11 @@ class Styles:
                 )
         strongest = sorted(((round(s, 9), name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
         return tuple(files[name].at(name, strength) for strength, name in strongest if strength)
+
+
+def composed(name: str) -> str:
+    """A style's name, accents that stand apart joined to their letters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def words_in(table: Mapping[str, Any], key: str, place: Place) -> tuple[str, ...]:

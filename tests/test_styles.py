@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -204,6 +205,20 @@ def test_mistakes_in_style_files_are_named(styled, text, message, hint):
 
     assert str(error.value).endswith(message)
     assert hint in error.value.hint
+
+
+def test_a_style_is_found_however_the_accents_of_its_file_are_written(styled, k2):
+    """Some systems and archives write them apart, and the hint named the very style that was not found."""
+    apart, joined = (unicodedata.normalize(form, "Süß") for form in ("NFD", "NFC"))
+    write(styled, apart, 'keywords = ["sweet"]\n')
+    write(styled, "x", f'[mix]\n"{apart}" = 1\n')
+
+    assert resolve(styled, **{joined: 0.5}).prompt == resolve(styled, **{apart: 0.5}).prompt == "a red fox, sweet"
+    assert resolve(styled, x=0.5).styles[0].name == joined
+    assert f"styles/{apart}.toml\twords\tsweet" in k2("style", "list").stdout
+    assert "already" in k2("mix-styles", "dusk=1", "--save-as", joined, "--no-preview", code=1).stderr
+    k2("mix-styles", "dusk=1", "--save-as", joined, "--no-preview", "--force")
+    assert [path.name for path in (styled / "styles").glob("S*")] == [f"{apart}.toml"]
 
 
 def test_an_unknown_style_of_the_project_is_named_by_its_line(styled):
