@@ -201,7 +201,7 @@ class Toml:
         prefix: tuple[str | int, ...] = ()
         counts: dict[tuple[str | int, ...], int] = {}  # of every list of tables, the index of its last one
         fence = ""  # the quotes of a multi-line text that is open
-        for number, line in enumerate(self.text.splitlines(), 1):
+        for number, line in enumerate(self.text.split("\n"), 1):  # a text may hold what else Python ends lines at
             if fence:
                 fence = "" if fence in line else fence
                 continue
@@ -218,7 +218,8 @@ class Toml:
             elif key := re.match(r"\s*([\w.-]+|\"[^\"]*\"|'[^']*')\s*=", start):
                 name = key[1]
                 parts = (name[1:-1],) if name[0] in "\"'" else tuple(name.split("."))
-                found.setdefault((*prefix, *parts), number)
+                for end in range(1, len(parts) + 1):  # a.b = 1 writes a, too
+                    found.setdefault((*prefix, *parts[:end]), number)
             for quotes in ('"""', "'''"):
                 if line.count(quotes) % 2:
                     fence = quotes

@@ -273,6 +273,8 @@ text = "a bun"
     ],
 )
 def test_mistakes_are_named_by_line(tmp_path, monkeypatch, toml, message, hint):
+        (TWO.replace("a bun", "a\u2028bun\x85") + "steps = 0\n", 'line 7: "steps" must lie', ""),
+        ("[render]\nseed = 1\nstyle.dusk = 1\n", 'line 3: unknown key "style" in [render].', ""),
     (tmp_path / "k2.toml").write_text(toml)
     monkeypatch.chdir(tmp_path)
 
