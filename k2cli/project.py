@@ -16,7 +16,7 @@ from k2cli.folder import FILE, Folder, Outside, root_above
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
-from k2cli.settings import Settings, check_frame
+from k2cli.settings import HOMES, Settings, check_frame
 from k2cli.styles import Styles, words
 from k2cli.tables import (
     Place,
@@ -86,12 +86,14 @@ class Project(Folder):
             raise Outside(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
         toml = Toml.read(folder / FILE, label_of(folder, FILE))
         place, table = Place(toml), toml.table
-        check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place)
-        head = read_table(Head, table.get("project", {}), place.below("project"))
-        settings = read_table(Settings, table.get("render", {}), place.below("render"))
+        check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place, HOMES)
+        head = read_table(Head, table.get("project", {}), place.below("project"), HOMES)
+        settings = read_table(Settings, table.get("render", {}), place.below("render"), HOMES)
         check_frame(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
         board = table.get("moodboard")
+        if board is not None:
+            board = read_table(moodboard.Moodboard, board, place.below("moodboard"), HOMES)
         return cls(
             root=folder,
             name=head.name or folder.name,
@@ -100,7 +102,7 @@ class Project(Folder):
             weights=read_weights(table.get("style", {}), place.below("style")),
             toml=toml,
             allow_outside=allow_outside,
-            board=None if board is None else read_table(moodboard.Moodboard, board, place.below("moodboard")),
+            board=board,
             matrices=read_matrices(table.get("matrix", []), place, {name for _, name in name_files(prompts)}),
         )
 

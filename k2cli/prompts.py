@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, variants
-from k2cli.settings import OF_PROMPT, check_frame, check_setting
+from k2cli.settings import HOMES, OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import NO_KEY, Place, as_name, check_keys, check_name, is_mark, plain, read_table, read_weights
 from model.errors import K2Error
@@ -56,7 +56,7 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     taken: set[str] = set()
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
-        check_keys(entry, (*WORDS, *OF_PROMPT, "style"), at)
+        check_keys(entry, (*WORDS, *OF_PROMPT, "style"), at, HOMES)
         prompt = replace(
             read_table(Prompt, {key: entry[key] for key in WORDS if key in entry}, at),
             settings={key: check_setting(key, entry[key], at(key)) for key in OF_PROMPT if key in entry},

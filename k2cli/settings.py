@@ -99,6 +99,14 @@ class Settings:
 
 
 FIELDS = {f.name: f for f in fields(Settings)}
+HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
+    **{key: "It belongs below [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
+    **dict.fromkeys(("text", "avoid"), "It belongs below [[prompt]]."),
+    "style": "Weights of styles stand below [style].",
+    "images": "It belongs below [moodboard].",
+    "turbo": 'Say variant = "turbo" below [render].',
+    **dict.fromkeys(("mix", "reference", "keywords", "avoids"), "It belongs into a style: styles/NAME.toml."),
+}
 
 
 def as_asked(key: str) -> Any:

@@ -264,10 +264,10 @@ class Place:
         return f" in [{'.'.join(names)}]" if names else ""
 
 
-def read_table(cls: type[T], table: Any, place: Place) -> T:
+def read_table(cls: type[T], table: Any, place: Place, homes: Mapping[str, str] | None = None) -> T:
     """A dataclass out of a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
     known = {f.name: f for f in fields(cls) if f.metadata.get("key", True)}  # type: ignore[arg-type]
-    check_keys(table, known, place)
+    check_keys(table, known, place, homes)
     hints = hints_of(cls)  # type: ignore[arg-type]  # a class is hashable
     for name, each in known.items():
         if each.default is MISSING and each.default_factory is MISSING and name not in table:
@@ -281,13 +281,15 @@ def hints_of(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def check_keys(table: Any, known: Iterable[str], place: Place) -> None:
-    """Refuse what is no table, and a table with a key that nothing would read."""
+def check_keys(table: Any, known: Iterable[str], place: Place, homes: Mapping[str, str] | None = None) -> None:
+    """Refuse what is no table, and a table with a key that nothing would read. `homes` are hints for those that are
+    right elsewhere."""
     if not isinstance(table, dict):
         raise K2Error(f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below.")
     for key in table:
         if key not in known:
-            raise K2Error(f'{place(key)}: unknown key "{masked(key)}"{place.title}.', hint=nearest(key, known))
+            hint = (homes or {}).get(key) or nearest(key, known)
+            raise K2Error(f'{place(key)}: unknown key "{masked(key)}"{place.title}.', hint=hint)
 
 
 def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:

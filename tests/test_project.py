@@ -260,21 +260,25 @@ text = "a bun"
         ('[render]\ncreativity = "hgih"\n', 'line 2: "creativity" cannot be "hgih".', 'Did you mean "high"?'),
         ('[[prompts]]\ntext = "tea"\n', 'line 1: unknown key "prompts".', 'Did you mean "prompt"?'),
         ("\n[[style]]\ndusk = 1\n", "line 2: expected a table in [style].", 'Like [style] and below it "dusk = 0.6".'),
-        ("[mix]\ndusk = 1\n", 'line 1: unknown key "mix".', ""),
+        ("[mix]\ndusk = 1\n", 'line 1: unknown key "mix".', "It belongs into a style: styles/NAME.toml."),
+        ("steps = 4\n[render]\n", 'line 1: unknown key "steps".', "It belongs below [render]."),
+        ("[project]\nbatch = 4\n", 'line 2: unknown key "batch" in [project].', "It belongs below [render]."),
+        ("[render]\nstyle.dusk = 1\n", 'line 2: unknown key "style" in [render].', "stand below [style]."),
+        ("[render]\nturbo = true\n", 'line 2: unknown key "turbo" in [render].', 'Say variant = "turbo"'),
         (TWO + 'aspect = "1:1"\nsize = "64x64"\n', 'line 8: "size" excludes "aspect"', "Keep the one"),
         (TWO + "steps = 0\n", 'line 7: "steps" must lie between 1 and 1,000, not 0.', ""),
-        (TWO + "cohesion = 1\n", 'line 7: unknown key "cohesion" in [prompt].', ""),
+        (TWO + "cohesion = 1\n", 'line 7: unknown key "cohesion" in [prompt].', "It belongs below [render]."),
         (TWO + "[prompt.style]\ndusk = 3\n", 'line 8: "dusk" must lie between −2 and 2, not 3.0.', ""),
         ("[moodboard]\n", 'line 1: "images" is missing in [moodboard].', ""),
         ("[render\n", "k2.toml is not valid TOML: Expected ']'", ""),
         ('[[prompt]]\ntext = "a \\u001b[2J"\n', 'line 2: "text" holds a control character.', "without escapes"),
         ("a = " + "[" * 5000, "k2.toml is nested too deeply.", ""),
+        (TWO.replace("a bun", "a\u2028bun\x85") + "steps = 0\n", 'line 7: "steps" must lie', ""),
+        ("[render]\nseed = 1\nstyle.dusk = 1\n", 'line 3: unknown key "style" in [render].', ""),
         ("#" * (1 << 20) + "\n", "k2.toml is larger than 1 MB.", "Is it the right file?"),
     ],
 )
 def test_mistakes_are_named_by_line(tmp_path, monkeypatch, toml, message, hint):
-        (TWO.replace("a bun", "a\u2028bun\x85") + "steps = 0\n", 'line 7: "steps" must lie', ""),
-        ("[render]\nseed = 1\nstyle.dusk = 1\n", 'line 3: unknown key "style" in [render].', ""),
     (tmp_path / "k2.toml").write_text(toml)
     monkeypatch.chdir(tmp_path)
 
