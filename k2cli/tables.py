@@ -40,6 +40,15 @@ UNPRINTABLE = re.compile(  # what terminals obey; and surrogates, as which Pytho
 UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # signs that say how those beside them are drawn
 USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
 
+SYNTAX = (  # how tomllib's messages begin, and what to do
+    (("Invalid value",), 'Texts stand in straight quotes: name = "moody".'),
+    (("Unescaped",), r"Write \\ for a \, or put the text in single quotes, in which it means nothing."),
+    (("Unterminated", "Illegal character", 'Expected "\'"'), "A text ends on its line, by the quote it began with."),
+    (("Cannot declare", "Cannot overwrite"), "It is there already, further up: make one of the two."),
+    (("Expected newline", "Expected '='", "Invalid statement"), "A line is a key = value, a [table], or a # comment."),
+    (("Unclosed",), "It ends with the bracket it began with, its values parted by commas."),
+)
+
 T = TypeVar("T")
 
 
@@ -174,7 +183,8 @@ class Toml:
         except RecursionError:
             raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
         except ValueError as error:  # tomllib's own is one
-            raise K2Error(f"{label} is not valid TOML: {masked(str(error))}.") from None
+            hint = next((hint for begins, hint in SYNTAX if str(error).startswith(begins)), "")
+            raise K2Error(f"{label} is not valid TOML: {masked(str(error))}.", hint=hint) from None
 
     @classmethod
     def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
