@@ -169,9 +169,11 @@ def say_finished(job: Job) -> None:
 
 def say_doubts(job: Job) -> None:
     """That some prompts will get a picture of something else, that sizes are too far from what the model knows, or
-    that references and moodboard have pictures beside them that nothing reads."""
+    that references and moodboard have pictures beside them that nothing reads, or that are broken."""
     if over := passed_over(job.project.others):
         say(over, "yellow")
+    if unread := sorted(path.name for path in job.project.unread):
+        say(f"Left out of the moodboard, as they cannot be read: {listed(unread)}.", "yellow")
     if far := far_off(job):
         say(far, "yellow")
     if strange := undrawable(job):

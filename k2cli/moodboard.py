@@ -103,8 +103,11 @@ def tell(board: Board, model: str, device: str | None = None) -> Board:
         forget()
 
 
-def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[Style, ...]:
-    """The table as a style: representatives for references, and the board's words. Strength 0 is no style at all."""
+def as_style(board: Moodboard, paths: Sequence[Path], model: str, unread: set[Path]) -> tuple[Style, ...]:
+    """The table as a style: representatives for references, and the board's words. Strength 0 is no style at all.
+
+    Pictures that were left out, as they cannot be read, are added to `unread`.
+    """
     if not board.strength:
         return ()
     hashes = [sha256(path) for path in paths]
@@ -118,10 +121,12 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[Style
             "references": [[paths.index(path), weight] for path, weight in seen.representatives],
             "keywords": list(seen.keywords),
             "avoids": list(seen.avoids),
+            "unread": [paths.index(path) for path in seen.unread],
         }
         with suppress(K2Error, OSError):  # a home that cannot be written only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
             write({kept: json.dumps(found).encode()})
+    unread.update(paths[index] for index in found["unread"])
     references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
     return (Style(NAME, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),)
 
@@ -131,6 +136,7 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text("utf-8"))
         fits = all(0 <= int(index) < count and abs(float(weight)) <= 2 for index, weight in found["references"])
+        fits = fits and all(0 <= int(index) < count for index in found["unread"])
         words = all(isinstance(word, str) for word in [*found["keywords"], *found["avoids"]])
         return found if fits and words and found["references"] else None
     except (OSError, ValueError, KeyError, TypeError):

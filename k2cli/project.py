@@ -66,6 +66,7 @@ class Project(Folder):
     board: moodboard.Moodboard | None = None
     matrices: tuple[Matrix, ...] = ()
     others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that its folders and globs name
+    unread: set[Path] = field(default_factory=set, compare=False)  # of the moodboard, left out
 
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
@@ -158,7 +159,7 @@ class Project(Folder):
             )
         return (
             *resolved,
-            *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model),
+            *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model, self.unread),
         )
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:

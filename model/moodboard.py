@@ -53,6 +53,7 @@ class Board:
     profile: str
     notes: tuple[str, ...] = ()
     told: str = ""  # the profile in the words of a language model that has looked
+    unread: tuple[Path, ...] = ()  # pictures that were left out, as they cannot be read
 
     @property
     def representatives(self) -> list[tuple[Path, float]]:
@@ -73,6 +74,7 @@ class Seen(NamedTuple):
     vectors: NDArray[np.float64]  # [B, V] of unit length
     statistics: Tensor  # [B, F]
     notes: list[str]
+    unread: list[Path]
 
 
 def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Seen:
@@ -80,10 +82,12 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
     if not paths:
         raise K2Error("The board holds no picture.", hint="Name png, jpg or webp files.")
     notes: list[str] = []
+    unread: list[Path] = []
     fresh: dict[bytes, tuple[Path, Pixels]] = {}
     copies = 0
     for index, (path, picture) in enumerate(zip(paths, read_all(paths, eye.side), strict=True)):
         if isinstance(picture, K2Error):
+            unread.append(path)
             notes.append(f"Left out: {picture} {picture.hint}".rstrip())
         elif (digest := hashlib.sha256(picture.tobytes()).digest()) in fresh:
             copies += 1
@@ -105,7 +109,7 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
         batch = torch.from_numpy(np.stack(pictures[start : start + AT_ONCE]))
         parts.append(eye.see(batch.permute(0, 3, 1, 2).float() / 127.5 - 1))
     vectors, statistics = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Seen(good, pictures, vectors.double().numpy(), statistics, notes)
+    return Seen(good, pictures, vectors.double().numpy(), statistics, notes, unread)
 
 
 def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Board:
@@ -113,7 +117,7 @@ def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None
 
     Pictures that cannot be read, and second copies, are left out with a note.
     """
-    good, pictures, vectors, statistics, notes = see(paths, eye, on_picture)
+    good, pictures, vectors, statistics, notes, unread = see(paths, eye, on_picture)
     chances, known = eye.words.read(statistics) if eye.words else ({}, np.zeros(len(good), bool))
     if eye.words is None:
         notes.append(f"No keywords and no avoids of manner: {eye.why}. Make it with: {AGAIN}")
@@ -133,7 +137,15 @@ def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None
     colours, foreign = colour_words(palette)
     keywords, avoids = [*keywords, *colours], [*avoids, *foreign]
     profile = describe(looks, palette, len(good), keywords, avoids)
-    return Board(tuple(looks), palette, tuple(keywords), tuple(avoids), profile, tuple(notes))
+    return Board(
+        looks=tuple(looks),
+        palette=palette,
+        keywords=tuple(keywords),
+        avoids=tuple(avoids),
+        profile=profile,
+        notes=tuple(notes),
+        unread=tuple(unread),
+    )
 
 
 def describe(

@@ -262,6 +262,18 @@ def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
     assert f"the board holds no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
+def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
+    """Also where the board is remembered, by the names that its pictures have now."""
+    broken = den / "refs" / "board" / "broken.png"
+    broken.write_bytes(b"x")
+    left_out = "Left out of the moodboard, as they cannot be read: {}.\n"
+
+    assert left_out.format("broken.png") in k2("render", "--dry-run").stderr
+    broken.rename(broken.with_name("z.png"))
+    again = [k2("render", "--dry-run", *more).stderr for more in ((), (), ("--moodboard", "0"), ("--quiet",))]
+    assert [said.count(left_out.format("z.png")) for said in again] == [1, 1, 0, 0]
+
+
 def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypatch):
     look, style = moodboard.look, den / "styles" / "dusk.toml"
 
