@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -108,14 +108,14 @@ class Chosen:
 
     run: str = ""  # a number, or a part of the folder's name
     prompt: str = ""  # words that all occur in what was asked
-    style: str = ""
+    styles: Collection[str] = ()  # that it was all made with
     since: datetime | None = None
 
     def __contains__(self, made: Made) -> bool:
         asked = " ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")).casefold()
         return (
             all(word in asked for word in self.prompt.casefold().split())
-            and (not self.style or self.style in made.styles)
+            and all(style in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
 

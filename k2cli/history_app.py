@@ -38,11 +38,17 @@ def log(
         ),
     ] = "",
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has all of these words.")
-    ] = "",
+        list[str] | None, typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has all of these words.")
+    ] = None,
     style: Annotated[
-        str, typer.Option("--style", metavar="NAME", help="Made with this style.", autocompletion=complete_style)
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            "--style",
+            metavar="NAME",
+            help="Made with this style; may come again, for all of them.",
+            autocompletion=complete_style,
+        ),
+    ] = None,
     since: Annotated[
         str | None, typer.Option("--since", metavar="WHEN", help="Made since: 3d, 2h, yesterday, 2026-11-24.")
     ] = None,
@@ -81,7 +87,7 @@ def log(
         raise typer.BadParameter("files alone or objects, not both", param_hint="--null")
     folders, wrong = find_folders(projects or [], project, allow_outside)
     moment = history.read_since(since) if since is not None else None
-    chosen = history.Chosen(run, prompt, style, moment)
+    chosen = history.Chosen(run, " ".join(prompt or []), style or [], moment)
     unread: list[Path] = []
     table = sys.stdout.isatty() and not json and not null
     short = table and last is None and not everything

@@ -32,8 +32,8 @@ def test_pictures_come_in_the_order_in_which_they_were_made(tmp_path):
         (Chosen(prompt="FOX red"), 12),
         (Chosen(prompt="fox green"), 0),
         (Chosen(prompt="film grain"), 24),
-        (Chosen(style="dusk"), 12),
-        (Chosen(style="dus"), 0),
+        (Chosen(styles=["dusk"]), 12),
+        (Chosen(styles=["dus"]), 0),
         (Chosen(since=datetime(2026, 1, 2, tzinfo=UTC)), 12),
     ],
 )

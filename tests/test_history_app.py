@@ -51,6 +51,8 @@ def test_the_log_filters(moody, k2):
 
     assert seeds("--run", "3") == ["4", "5"]
     assert seeds("-p", "RED owl") == seeds("--style", "dusk") == ["2", "3"]
+    assert seeds("-p", "owl", "-p", "red") == seeds("-p", "red", "-p", "owl") == ["2", "3"]  # not the last one alone
+    assert seeds("--style", "ink", "--style", "dusk") == seeds("--style", "dusk", "--style", "ink") == []
     assert seeds("--since", "2026-01-02T12:00+00:00") == ["4", "5"]
     assert seeds("--last", "3") == ["3", "4", "5"]
     assert "The last 1 of 6 pictures.\n" in k2("log", "--last", "1").stderr  # --all does not go with it
