@@ -140,9 +140,14 @@ def k2(
     """
     if context.invoked_subcommand is None:
         from k2cli.console import result
+        from k2cli.folder import Outside
         from k2cli.history_app import where_am_i
 
-        result(where_am_i() or context.get_help())
+        try:
+            result(where_am_i() or context.get_help())
+        except Outside as error:  # whose hint is an option that k2 alone has not
+            hint = "Put it in the place of the link, or say --allow-outside to k2 render, log and gallery."
+            raise K2Error(str(error), hint=hint) from None
 
 
 @app.command()
