@@ -144,32 +144,38 @@ def line_of(made: Made) -> str:
 
 
 def show_table(found: Sequence[Made]) -> None:
-    """Pictures on a terminal: a heading for each run, below it a line for each picture."""
+    """Pictures on a terminal: a heading for each run, below it a line for each picture, cut where the screen ends."""
+    from itertools import groupby
+
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from k2cli.console import near
 
-    table = Table(box=None, pad_edge=False, show_header=False, expand=True)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", style="dim", no_wrap=True)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(style="cyan", overflow="ellipsis", no_wrap=True, max_width=28)
-    table.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
-    before = None
-    for made in found:
-        if made.path.parent != before:
-            if before is not None:
-                table.add_row()
-            before = made.path.parent
-            when = f"{made.created.astimezone():%Y-%m-%d %H:%M}" if made.created else ""
-            about = " · ".join(filter(None, [when, f"{made.text('model.name')} {made.text('model.variant')}".strip()]))
-            table.add_row(Text(near(made.path.parent), "bold"), "", "", "", Text(about, "dim"))
-        seed = made.text("settings.seed")
-        row = ("  " + made.path.name, f"seed {seed}", made.size, styles_of(made, ", "), made.text("prompt.text"))
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    screen = Console(highlight=False)
+    rows = [
+        (
+            Text("  " + made.path.name, overflow="ellipsis"),
+            Text(f"seed {made.text('settings.seed')}", "dim", overflow="ellipsis"),
+            Text(made.size, "dim", overflow="ellipsis"),
+            Text(styles_of(made, ", "), "cyan", overflow="ellipsis"),
+            Text(made.text("prompt.text")),
+        )
+        for made in found
+    ]
+    most = (screen.width // 2, 30, 30, 28)  # cells of a column; what was asked for has the rest of the line
+    widths = [min(limit, max(row[column].cell_len for row in rows)) for column, limit in enumerate(most) if rows]
+    runs = groupby(zip(found, rows, strict=True), key=lambda pair: pair[0].path.parent)
+    for number, (folder, pictures) in enumerate(runs):
+        (first, row), *more = pictures
+        when = f"{first.created.astimezone():%Y-%m-%d %H:%M}" if first.created else ""
+        about = " · ".join(filter(None, [when, f"{first.text('model.name')} {first.text('model.variant')}".strip()]))
+        heading = Text.assemble("\n" * bool(number), (near(folder), "bold"), "  ", (about, "dim"))
+        screen.print(heading, no_wrap=True, overflow="ellipsis")
+        for cells in (row, *(row for _, row in more)):
+            for column, width in enumerate(widths):
+                cells[column].align("right" if column == 1 else "left", width)
+            screen.print(Text("  ").join(cells), no_wrap=True, overflow="ellipsis")
 
 
 def styles_of(made: Made, joint: str) -> str:

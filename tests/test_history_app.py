@@ -190,6 +190,27 @@ def test_the_log_on_a_terminal_is_a_table_of_a_screenful(moody, monkeypatch, cap
     assert "The last 30 of 40 pictures; --all lists every one." in err
 
 
+def test_the_log_on_a_narrow_terminal_keeps_what_tells_pictures_apart(moody, monkeypatch, capsys):
+    """The name of a run took the room of what stood below it, down to seeds of three letters."""
+    many_pictures(moody / "outputs", 4, per_run=2)
+    (moody / "outputs" / "0002-owl").rename(moody / "outputs" / "0002-a-name-as-long-as-the-prompt-it-is-made-of")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+
+    history_app.log()
+    lines = re.sub(r"\x1b\[[\d;]*m|\d{4}-\d\d-\d\d \d\d:\d\d", "", capsys.readouterr().out).splitlines()
+
+    assert lines == [
+        "outputs/0001-fox   · mini raw",
+        "  fox-0.png  seed 0  64x64            a red fox",
+        "  fox-1.png  seed 1  64x64            a red fox",
+        "",
+        "outputs/0002-a-name-as-long-as-the-prompt-it-is-made-of  20…",
+        "  owl-2.png  seed 2  64x64  dusk 0.6  a red owl",
+        "  owl-3.png  seed 3  64x64  dusk 0.6  a red owl",
+    ]
+
+
 def test_the_log_needs_no_settings_that_can_be_read(moody, k2, tmp_path):
     """And goes on past a folder that is no project."""
     many_pictures(moody / "outputs", 1)
