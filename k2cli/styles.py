@@ -201,7 +201,10 @@ class Styles:
             raise K2Error(f"{where}: there is no file {file}.", hint="Paths are relative to the project.")
         if path.stat().st_size > MOST_LORA:
             raise K2Error(f"{where}: {file} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
-        read_header(path)
+        try:
+            read_header(path)
+        except K2Error as error:
+            raise K2Error(f"{where}: {error}", hint=error.hint) from None
         return path
 
     def pictures(self, pattern: str, where: str) -> list[Path]:

@@ -207,6 +207,14 @@ def test_mistakes_in_style_files_are_named(styled, text, message, hint):
     assert hint in error.value.hint
 
 
+def test_a_lora_that_cannot_be_read_is_blamed_on_its_line(styled):
+    write(styled, "x", 'keywords = ["a"]\nlora = "k2.toml"\n')
+
+    with pytest.raises(K2Error, match=r"^styles/x\.toml, line 2: .*k2\.toml is not a safetensors file") as error:
+        resolve(styled, x=1)
+    assert ".safetensors and .gguf" in error.value.hint
+
+
 def test_a_style_is_found_however_the_accents_of_its_file_are_written(styled, k2):
     """Some systems and archives write them apart, and the hint named the very style that was not found."""
     apart, joined = (unicodedata.normalize(form, "Süß") for form in ("NFD", "NFC"))
