@@ -128,7 +128,7 @@ def carry(
                 if done == 1 and not quiet:
                     for lora in saved.record.get("lora") or ():
                         say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
-                tell(saved, told, as_json=as_json)
+                tell(saved, told, as_json=as_json, quiet=quiet)
                 kept_back += bool(saved.record["blocked"])
     except (KeyboardInterrupt, BrokenPipeError) as reason:
         interrupted = isinstance(reason, KeyboardInterrupt)
@@ -148,10 +148,11 @@ def carry(
     return folder
 
 
-def tell(saved: Saved, told: set[str], *, as_json: bool) -> None:
-    """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind."""
+def tell(saved: Saved, told: set[str], *, as_json: bool, quiet: bool) -> None:
+    """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind. That it was
+    blocked is said even if all else is quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
-    if asked["unread"] and asked["text"] not in told:
+    if asked["unread"] and not quiet and asked["text"] not in told:
         told.add(asked["text"])
         say(f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.', "yellow")
     if blocked:
