@@ -198,6 +198,7 @@ class Processes:
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # torch is imported once for all
             self.context.set_forkserver_preload(["model.pipeline"])
+            start_server()
         self.hands: dict[int, tuple[Any, Connection]] = {}
         self.hired = 0
 
@@ -236,6 +237,20 @@ class Processes:
             process.join()
             pipe.close()
         self.hands.clear()
+
+
+def start_server() -> None:
+    """Start the process that workers are forked from, deaf to Ctrl-C, which reaches every process of a terminal: torch,
+    cut off while it is imported there, would tell of it at length."""
+    from multiprocessing import forkserver, resource_tracker
+
+    with installed_modules_only():
+        resource_tracker.ensure_running()  # before the signal is blocked: it unblocks it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,24 @@ from model.errors import K2Error
 from model.spec import Picture
 
 PICTURE = Image.new("RGB", (8, 8))
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_import_of_torch():
+    """It reaches all processes there, and that from which workers are forked told of it in a page of lines."""
+    code = """if __name__ == "__main__":
+        import os, signal, threading
+        from k2cli.hands import Held, Processes
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        crew = Processes(2, [])
+        threading.Timer(0.5, lambda: os.killpg(0, signal.SIGINT)).start()
+        try:
+            crew.hire(Held("mini"))
+            crew.hear()
+        except KeyboardInterrupt:
+            print("pressed")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "pressed\n", "")
 
 
 def test_ctrl_c_waits_until_torch_is_there(monkeypatch):
