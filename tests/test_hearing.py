@@ -15,9 +15,10 @@ from model.train import merge, recipe, states
 from model.train.data import read_subjects
 from model.train.hearing import TRAINED, Hearing, Recipe, align
 from model.train.pretrain import Recipe as PretrainRecipe
-from model.train.pretrain import Trainee, training_set
+from model.train.pretrain import Trainee
 from model.train.strangers import RELATIONS, Wilderness, known_words
 from model.train.thesaurus import Thesaurus
+from model.train.training_set import training_set
 from model.train.turbo import Recipe as TurboRecipe
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)

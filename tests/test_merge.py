@@ -17,6 +17,7 @@ from model.train.merge import choose, combine, simplex
 from model.train.midtrain import balanced, kmeans
 from model.train.rollout import noise_levels
 from model.train.sft import Recipe, best_of_each, domain
+from model.train.training_set import training_set
 from model.train.validation import only
 
 WAVES = 3
@@ -148,7 +149,7 @@ def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions)
 def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  # noqa: F811
     keys = {"name": "middle", "size": 64, "steps": 1, "batch": 2, "repeats": 1, "mu": 0.0, "lr": 1e-3, "muon_lr": 1e-3}
     small = midtrain.Recipe(**keys, network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1})
-    data = pretrain.training_set(small, device)
+    data = training_set(small, device)
 
     found = midtrain.features(data, pretrain.trainee(small, len(data.looks)).to(device))
 

@@ -15,7 +15,8 @@ from model.errors import K2Error
 from model.train import optim, pretrain
 from model.train.data import Item, Pair
 from model.train.looks import Look
-from model.train.pretrain import Recipe, Run, pad, training_set
+from model.train.pretrain import Recipe, Run
+from model.train.training_set import pad, training_set
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
 

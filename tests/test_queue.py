@@ -8,7 +8,7 @@ from workshop import InThisProcess
 
 from model.checkpoint import open_checkpoint
 from model.library import BOX
-from model.train import data, encode, pretrain, queue, recipe, release, samples, turbo
+from model.train import data, encode, pretrain, queue, recipe, release, samples, training_set, turbo
 from model.train.data import DRAWINGS, read_subjects
 
 RECIPE = """
@@ -49,7 +49,7 @@ def test_it_goes_from_renders_to_weights(tmp_path, monkeypatch):
     }
     for name, size in (("one", 64), ("two", 256), ("guidance", 256), ("three", 256)):
         (recipes / f"{name}.toml").write_text(RECIPE.format(name=name, size=size, init=more.get(name, "")))
-    for module in (data, encode, pretrain, queue, release):
+    for module in (data, encode, training_set, queue, release):
         monkeypatch.setattr(module, "DATA", folder)
     for module in (pretrain, queue, release, samples, turbo):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")

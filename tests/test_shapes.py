@@ -13,8 +13,9 @@ from model.library import BOX
 from model.text_encoder import TextEncoder
 from model.train import encode, pretrain, turbo
 from model.train.looks import MEDIA, Look, compose, place
-from model.train.pretrain import Recipe, TrainingSet
+from model.train.pretrain import Recipe
 from model.train.shapes import SHARE, Shape, of_shape
+from model.train.training_set import TrainingSet, read_latents
 
 SHAPES = ("96x64", "64x128")
 
@@ -200,5 +201,5 @@ def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):
     made = np.load(folder / f"latents-{shape}.npy")
     assert made.shape == (len(of_shape(data.items, shape)), 16, 2, 6) and np.isfinite(made).all()
     with pytest.raises(K2Error, match="no latents of 64x32 px") as told:
-        pretrain.read_latents(folder, Shape.of("64x32"), 1)
+        read_latents(folder, Shape.of("64x32"), 1)
     assert told.value.hint.endswith("python -m model.train.encode 64x32")

@@ -41,9 +41,10 @@ from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
-from model.train.pretrain import pad, recompute
+from model.train.pretrain import recompute
 from model.train.recipe import at_least
 from model.train.rollout import noised
+from model.train.training_set import pad
 
 LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
     "attention": lambda name: name.startswith("blocks.") and ".attn." in name,

@@ -29,9 +29,9 @@ from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.linear_start import start_linear
 from model.train.loop import Batch, Report
-from model.train.pretrain import fingerprint
 from model.train.recipe import refuse
 from model.train.states import RUNS
+from model.train.training_set import fingerprint
 from model.vae import QwenImageVAE, VAEConfig
 from model.whole import whole
 

@@ -30,6 +30,7 @@ from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.states import RUNS
+from model.train.training_set import TrainingSet, fingerprint, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
@@ -175,12 +176,10 @@ class Round(NamedTuple):
 class Policy(pretrain.Drawing):
     """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
 
-    def __init__(
-        self, recipe: Recipe, data: pretrain.TrainingSet, rewards: Rewards, pool: Sequence[Asked], device: str = "cpu"
-    ):
+    def __init__(self, recipe: Recipe, data: TrainingSet, rewards: Rewards, pool: Sequence[Asked], device: str = "cpu"):
         self.recipe: Recipe = recipe
         self.set, self.rewards, self.pool = data, rewards, pool
-        self.data = pretrain.fingerprint(data.catalog)
+        self.data = fingerprint(data.catalog)
         self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
         self.rounds: dict[int, Round] = {}  # the last of each part
 
@@ -244,7 +243,7 @@ class Policy(pretrain.Drawing):
 
 
 def telling_prompts(
-    dit: Any, data: pretrain.TrainingSet, rewards: Rewards, recipe: Recipe, report: Callable[[str], None]
+    dit: Any, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Callable[[str], None]
 ) -> list[Asked]:
     """Of many prompts, those whose pictures' rewards differ most, where the reward is neither won nor hopeless."""
     prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
@@ -267,7 +266,7 @@ def telling_prompts(
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Choose the prompts, once for what the recipe says of them, then run to its end, from where it stands."""
-    data = pretrain.training_set(recipe, device)
+    data = training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     folder = RUNS / recipe.name

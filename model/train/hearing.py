@@ -22,13 +22,14 @@ from torch import Tensor
 from model.latents import grid_of, patchify
 from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
-from model.train.data import Item
+from model.train.data import Item, stable_seed
 from model.train.loop import Batch, Report
-from model.train.pretrain import Trainee, TrainingSet, training_set
+from model.train.pretrain import Trainee
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
 from model.train.thesaurus import one
+from model.train.training_set import TrainingSet, fingerprint, training_set
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
 
@@ -69,7 +70,7 @@ class Hearing(pretrain.Drawing):
         self.model.load_state_dict(teacher.state_dict())
         self.kept: dict[int, Batch] = {}
         if data is not None:
-            self.data = pretrain.fingerprint(data.catalog)
+            self.data = fingerprint(data.catalog)
             self.of: dict[str, list[Item]] = defaultdict(list)
             for item in data.items:
                 self.of[item.pair.subject].append(item)
@@ -86,7 +87,7 @@ class Hearing(pretrain.Drawing):
         assert self.set is not None
         recipe, wording = self.recipe, self.set.wording
         batch = self.set.batch(replace(recipe, reworded=0.0, strangers=0.0), step, part)
-        rng = np.random.default_rng(pretrain.stable_seed(recipe.seed, "wild", step, part))
+        rng = np.random.default_rng(stable_seed(recipe.seed, "wild", step, part))
         captions = [
             wording.say(caption, subject, recipe.reworded, recipe.strangers, rng)
             for caption, subject in zip(batch["captions"], batch["subjects"], strict=True)
@@ -105,7 +106,7 @@ class Hearing(pretrain.Drawing):
         assert self.set is not None
         catalog, text, wording = self.set.catalog, self.set.text, self.set.wording
         thesaurus = wording.thesaurus
-        rng = np.random.default_rng(pretrain.stable_seed(self.recipe.seed, "swaps", number))
+        rng = np.random.default_rng(stable_seed(self.recipe.seed, "swaps", number))
         named = [subject for subject in self.of for _ in thesaurus.taught(subject)]
         items = [one(self.of[one(named, rng)], rng) for _ in range(self.recipe.swapped)]
         form = "short" if number % 4 else "medium"  # of a batch: rows are padded to the longest

@@ -32,8 +32,8 @@ from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import catalog_of_process, scale
 from model.train.looks import resize
 from model.train.loop import Batch, Report
-from model.train.pretrain import fingerprint
 from model.train.states import RUNS
+from model.train.training_set import fingerprint
 from model.whole import whole
 
 SIZE = 64  # px that a judge looks at

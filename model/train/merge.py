@@ -99,7 +99,8 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
         alike = [{name: tensor for name, tensor in state.items() if name in own} for state in parents]
         return combine(alike, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
 
-    from model.train.pretrain import Trainee, training_set
+    from model.train.pretrain import Trainee
+    from model.train.training_set import training_set
     from model.train.validation import validation_loss
 
     data = training_set(parent, device)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from model.train import loop, pretrain, states
 from model.train.loop import Report
-from model.train.pretrain import Pretraining, TrainingSet, training_set
+from model.train.pretrain import Pretraining
+from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, rest_for_validation
 
 

@@ -7,44 +7,31 @@ captions, references and noise follow from the recipe's seed and the step's numb
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import grid_of, patchify
-from model.library import BOX
-from model.style import STYLE_ROWS, StyleConfig, StyleEncoder, destroy_content
-from model.text_encoder import TextEncoder
+from model.style import StyleConfig, StyleEncoder
 from model.train import loop, states
 from model.train.alignment import CLEANER, Pupil, Teacher
-from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.data import Item
 from model.train.loop import Batch, Report
 from model.train.products import convert, parse
 from model.train.recipe import at_least
 from model.train.rollout import noised, with_rows
-from model.train.shapes import Shape, of_shape
 from model.train.states import RUNS
-from model.train.strangers import Wording
-
-KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
-UNSAID = 0.1  # share of the pictures that are shown without their caption, for guidance
-WIDTHS = 8  # tokens that captions are encoded in multiples of
+from model.train.training_set import TrainingSet, fingerprint, training_set
 
 
 class Sampling(NamedTuple):
@@ -122,161 +109,6 @@ class Recipe(loop.Recipe):
         return form if tasteful or form != "short" else "medium"
 
 
-class TrainingSet:
-    """Everything that a step draws from: latents, captions and style references of the train split.
-
-    All of it lies where the network is, and so do the dice: a step carries nothing over but its captions.
-    """
-
-    def __init__(self, catalog: Catalog, text: TextEncoder, recipe: Recipe):
-        self.catalog = catalog
-        self.items = catalog.items("train")
-        self.text, self.rows = text, recipe.rows
-        self.wording = Wording(catalog.subjects)
-        self.device = text.prefix_ids.device
-        self.kept, self.at_once = (KEPT, 16) if self.device.type == "cpu" else (10 * KEPT, 64)
-        self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
-        self.cells = self.latents.shape[-1]  # along a side
-        self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are laid around it
-        self.shaped = [self._shaped(Shape.of(shape)) for shape in recipe.shapes]
-        self.features: dict[str, Tensor] = {}
-        self.embedding = Lock()  # batches are made in a thread of their own while a step validates in another
-        self.by_look: dict[Any, list[int]] = defaultdict(list)
-        for index, item in enumerate(self.items):
-            self.by_look[item.look].append(index)
-        self.looks = list(self.by_look)
-        self.look_index = {look: i for i, look in enumerate(self.looks)}
-        subjects = catalog.subjects
-        weights = np.array([recipe.weight(item, subjects[item.pair.subject].later) for item in self.items])
-        self.weights = weights / weights.sum()
-
-    def _shaped(self, shape: Shape) -> Shaped:
-        """The pictures that come in a shape."""
-        indices = of_shape(self.items, shape)
-        latents = read_latents(self.catalog.folder, shape, len(indices))
-        return Shaped(np.array(indices), torch.from_numpy(latents).to(self.device))
-
-    def draw(self, recipe: Recipe, step: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], Tensor]:
-        """The pictures of a batch, all of one size: which they are, and their latents [B, C, h, w]."""
-        dice = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "shape"))  # of a step, not of its part
-        if not recipe.shapes or dice.random() >= recipe.shaped:
-            chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
-            return chosen, self.latents[chosen].float()
-        indices, latents = self.shaped[int(dice.integers(len(self.shaped)))]
-        odds = self.weights[indices]
-        places = rng.choice(len(indices), recipe.batch, p=odds / odds.sum())
-        return indices[places], latents[places].float()
-
-    def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
-        """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
-
-        T is such that `more` rows after it make a multiple of the recipe's `rows`.
-        """
-        with self.embedding:
-            self._encode(caption for caption in set(captions) if caption not in self.features)
-            rows = [self.features[caption] for caption in captions]
-            padded = pad(rows, -(-(max(map(len, rows)) + more) // self.rows) * self.rows - more)
-            if self.device.type == "cuda":  # each thread has a stream of its own, and features are for both
-                torch.cuda.current_stream(self.device).synchronize()
-            for caption in list(islice(self.features, max(0, len(self.features) - self.kept))):
-                del self.features[caption]
-        return padded
-
-    def _encode(self, captions: Iterable[str]) -> None:
-        """Put in the features of captions that there are none of.
-
-        A caption's are the same bits in any company, so that a run that goes on sees what it would have seen: they are
-        worked out in shapes that depend on its own length alone, full batches of captions that are about as long.
-        """
-        alike = defaultdict(list)
-        for caption in sorted(captions):
-            alike[-(-len(self.text.token_ids(caption)) // WIDTHS)].append(caption)
-        for new in alike.values():
-            for start in range(0, len(new), self.at_once):
-                some = new[start : start + self.at_once]
-                full = some + some[:1] * (self.at_once - len(some))
-                embeds, mask = self.text.encode(full, at_once=self.at_once, multiple=WIDTHS)
-                for caption, rows, length in zip(full, embeds.half(), mask.sum(1).tolist(), strict=True):
-                    self.features[caption] = rows[:length].clone()
-
-    def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
-        """The pictures, prompts and references of one step, or of one of its parts."""
-        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, *([part] if part else [])))
-        generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
-        chosen, latents = self.draw(recipe, step, rng)
-        with_reference = rng.random() < recipe.references
-        if recipe.accumulate > 1:  # parts may lie on several processes, which must agree on what takes part
-            shared = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "references"))
-            with_reference = shared.random() < recipe.references
-        form = str(rng.choice(("short", "medium", "long"), p=recipe.forms))
-        null = rng.random(recipe.batch) < recipe.null
-        captions = []
-        for index, silent in zip(chosen, null, strict=True):
-            # rows that say nothing come with the captions of no rows, so that both mean the same
-            style = not with_reference or silent or rng.random() < recipe.said
-            item = self.items[index]
-            caption = self.catalog.caption(item, rng, recipe.form(item, form) if style else form, style)
-            if recipe.reworded or recipe.strangers:
-                caption = self.wording.say(caption, item.pair.subject, recipe.reworded, recipe.strangers, rng)
-            captions.append("" if rng.random() < UNSAID else caption)
-        image_tokens = latents[0, 0].numel() // recipe.config.patch**2
-        embeds, mask = self.embed(captions, image_tokens + (STYLE_ROWS if with_reference else 0))
-        references = None
-        if with_reference:
-            others = [self._other(index, rng) for index in chosen]
-            tile = 2 * int(rng.integers(1, 3)) * self.cells // 16
-            references = destroy_content(self.latents[others].float(), max(tile, 2), generator)
-        return {
-            "captions": captions,
-            "subjects": [self.items[i].pair.subject for i in chosen],
-            "latents": latents,
-            "embeds": embeds,
-            "mask": mask,
-            "references": references,
-            "null": torch.from_numpy(null).to(self.device),
-            "looks": torch.tensor([self.look_index[self.items[i].look] for i in chosen]).to(self.device),
-            "generator": generator,
-        }
-
-    def _other(self, index: int, rng: np.random.Generator) -> int:
-        """A picture in the same look of another subject."""
-        peers = self.by_look[self.items[index].look]
-        other = peers[int(rng.integers(len(peers)))]
-        return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
-
-
-class Shaped(NamedTuple):
-    """The pictures of the train split that come in a shape."""
-
-    indices: NDArray[np.integer]  # among all
-    latents: Tensor  # float16 [pictures, C, h, w]
-
-
-def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Text features of several lengths, [T, N, E] each -> fp32 [B, length, N, E], zeros at the end, and their mask."""
-    device = rows[0].device
-    real = torch.arange(length) < torch.tensor([len(each) for each in rows])[:, None]
-    padded = torch.zeros(real.numel(), *rows[0].shape[1:], device=device)
-    padded[real.flatten().nonzero()[:, 0].to(device)] = torch.cat(list(rows)).float()
-    return padded.unflatten(0, real.shape), real.to(device)
-
-
-def training_set(recipe: Recipe, device: str) -> TrainingSet:
-    """The package's data and text encoder, as a recipe draws from them."""
-    return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
-
-
-def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.float16]:
-    """The train split's latents at a size, float16 [count, C, H/f, W/f]."""
-    path, hint = folder / f"latents-{size}.npy", f"encode them with: python -m model.train.encode {size}"
-    if not path.exists():
-        raise K2Error(f"there are no latents of {size} px in {folder}.", hint=hint)
-    latents = np.load(path)
-    if len(latents) != count:
-        raise K2Error(f"{path} holds {len(latents)} pictures, the data set {count}.", hint=hint)
-    return latents
-
-
 class Losses(NamedTuple):
     """What a step amounts to."""
 
@@ -350,11 +182,6 @@ def recompute(dit: Krea2) -> None:
     grows with one block instead of all."""
     for block in dit.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def fingerprint(catalog: Catalog) -> str:
-    """The hash of the data set's manifest."""
-    return hashlib.sha256((catalog.folder / "manifest.toml").read_bytes()).hexdigest()
 
 
 def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:

@@ -23,9 +23,9 @@ from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
-from model.train.pretrain import TrainingSet
 from model.train.rollout import Asked, decode
 from model.train.states import RUNS
+from model.train.training_set import TrainingSet
 from model.vae import QwenImageVAE
 
 EVALUATION = 77  # the seed of the judge that only evaluates

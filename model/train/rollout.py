@@ -22,7 +22,7 @@ from model.train.data import stable_seed
 from model.train.looks import Look
 
 if TYPE_CHECKING:
-    from model.train.pretrain import TrainingSet
+    from model.train.training_set import TrainingSet
     from model.vae import QwenImageVAE
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (points [B, ...], noise levels [B]) -> noise − image there, fp32

@@ -17,7 +17,8 @@ from model.train import loop, pretrain
 from model.train.data import Item, stable_seed
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.loop import Report
-from model.train.pretrain import Pretraining, TrainingSet, training_set
+from model.train.pretrain import Pretraining
+from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, only, rests
 
 

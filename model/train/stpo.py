@@ -36,6 +36,7 @@ from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.states import RUNS
+from model.train.training_set import TrainingSet, fingerprint, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
@@ -167,9 +168,7 @@ def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tenso
     return best, worst, apart[:, 0] >= margin
 
 
-def make_pairs(
-    model: pretrain.Trainee, data: pretrain.TrainingSet, rewards: Rewards, recipe: Recipe, report: Report
-) -> Pairs:
+def make_pairs(model: pretrain.Trainee, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Report) -> Pairs:
     """Groups of pictures by the model that the run starts from, judged; the best and the worst of each."""
     prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
     captions: list[str] = []
@@ -203,10 +202,10 @@ class Preference(pretrain.Drawing):
 
     own = ("beta",)
 
-    def __init__(self, recipe: Recipe, data: pretrain.TrainingSet, weights: Mapping[str, Tensor], device: str):
+    def __init__(self, recipe: Recipe, data: TrainingSet, weights: Mapping[str, Tensor], device: str):
         self.recipe: Recipe = recipe
         self.set = data
-        self.data = pretrain.fingerprint(data.catalog)
+        self.data = fingerprint(data.catalog)
         self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
         self.model.register_buffer("beta", torch.tensor(recipe.beta))
         self.reference = pretrain.Trainee(recipe.config, len(data.looks)).requires_grad_(False).to(device)
@@ -303,7 +302,7 @@ class Preference(pretrain.Drawing):
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Make the pairs, once for what the recipe says of them, then run the stage to its end, from where it stands."""
-    data = pretrain.training_set(recipe, device)
+    data = training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     stage = Preference(recipe, data, states.parent(recipe.init), device)

@@ -24,10 +24,11 @@ from model.style import StyleEncoder
 from model.train import loop, pretrain
 from model.train.distill import Chance, fake_loss, student_loss, walk
 from model.train.loop import Batch, Report
-from model.train.pretrain import Trainee, TrainingSet, training_set
+from model.train.pretrain import Trainee
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
+from model.train.training_set import TrainingSet, fingerprint, training_set
 
 METHODS = ("guidance", "trajectory")
 
@@ -85,7 +86,7 @@ class Turbo(pretrain.Drawing):
             if network is not None:
                 network.load_state_dict(teacher.dit.state_dict())
         if data is not None:
-            self.data = pretrain.fingerprint(data.catalog)
+            self.data = fingerprint(data.catalog)
             for network in (self.model.dit, self.model.fake, teacher.dit):
                 if network is not None:
                     network.side = data.side

@@ -16,8 +16,9 @@ from model.plan import native_bf16
 from model.train import loop, pretrain
 from model.train.data import Item, stable_seed
 from model.train.loop import Report
-from model.train.pretrain import Pretraining, Trainee, TrainingSet
+from model.train.pretrain import Pretraining, Trainee
 from model.train.states import RUNS
+from model.train.training_set import TrainingSet
 
 
 def rests(item: Item) -> bool:

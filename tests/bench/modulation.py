@@ -26,7 +26,8 @@ from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog
 from model.train.paper import parameters, with_own_modulation
-from model.train.pretrain import Pretraining, Recipe, TrainingSet
+from model.train.pretrain import Pretraining, Recipe
+from model.train.training_set import TrainingSet
 
 RECIPE = Path(__file__).with_name("modulation.toml")
 

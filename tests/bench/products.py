@@ -27,8 +27,9 @@ from model.plan import native_bf16
 from model.text_encoder import TextEncoder
 from model.train import loop
 from model.train.data import DATA, Catalog
-from model.train.pretrain import Pretraining, Recipe, TrainingSet
+from model.train.pretrain import Pretraining, Recipe
 from model.train.products import NAMES, WIDE, convert, multiplies_fp8, parse
+from model.train.training_set import TrainingSet
 
 WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # tokens as in a step of pretraining
 AIM = 1.15  # from width 2048 on
