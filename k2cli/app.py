@@ -39,6 +39,7 @@ from k2cli.options import (
     TurboOption,
     find_file,
     find_home,
+    meant_by,
     open_projects,
     read_matrix,
     read_prompts,
@@ -155,7 +156,11 @@ def new(
     folder: Annotated[str, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
     pictures: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="PICTURE", help="Take prompt and settings out of this picture; may come again."),
+        typer.Option(
+            "--from",
+            metavar="PICTURE",
+            help="Take prompts and settings out of a picture, or a folder; may come again.",
+        ),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -168,6 +173,7 @@ def new(
     Examples:
       k2 new moody
       k2 new taken --from fox.png --from owl.jpg
+      k2 new taken --from outputs/0001-fox
     """
     from k2cli.console import near, result, say, typed
     from k2cli.folder import Folder
@@ -178,10 +184,11 @@ def new(
     if pictures:
         from functools import partial
 
-        from k2cli import origins, taken
+        from k2cli import taken
 
-        read = {picture: origins.read(picture) for picture in pictures}
-        compose, notes = partial(taken.project_text, origins=taken.name(read.values())), taken.notes(read)
+        read, silent = taken.gather(pictures)
+        compose = partial(taken.project_text, origins=list(read.values()))
+        notes = taken.notes(read, silent)
         turbo = " --turbo" if all(each.turbo for each in read.values()) else ""
     made = Folder.create(Path(folder), compose)
     result(near(made))
@@ -281,7 +288,6 @@ def render(
       k2 render --resume                    go on with a run that was stopped
     """
     from functools import partial
-    from shlex import quote
 
     from k2cli.carry import carry_out, plan_project, show_plan
     from k2cli.cluster import Cluster
@@ -293,7 +299,7 @@ def render(
     for name in named:
         if not os.path.exists(name):  # what most people type first
             short = name if len(name) < 80 else f"{name[:80]}…"
-            raise K2Error(f"There is no project {short}.", hint=f"A prompt goes with -p: k2 render -p {quote(name)}")
+            raise K2Error(f"There is no project {short}.", hint=meant_by(name))
     opened = open_projects(named, project, allow_outside)
     options = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,

@@ -9,7 +9,9 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -137,6 +139,16 @@ EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata
 def variant_of(turbo: bool | None) -> str | None:
     """What --turbo or --raw asks for; None where neither was said."""
     return None if turbo is None else "turbo" if turbo else "raw"
+
+
+def meant_by(word: str) -> str:
+    """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new."""
+    from k2cli.project import Project
+
+    with suppress(K2Error):
+        if (here := Project.around(Path.cwd())) and here.choose([word]):
+            return f"The prompt of that name: k2 render --only {quote(word)}"
+    return f"A prompt goes with -p: k2 render -p {quote(word)}"
 
 
 def find_file(file: Path, project: Path | None) -> Path:

@@ -41,6 +41,7 @@ DEEPEST = 8  # brackets in brackets
 MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
 MOST_SAMPLERS = 50  # of a graph that are asked for a prompt
 SIDE = ".metadata.json"
+TELLING = "Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out."
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,6 @@ class Origin:
 
 def read(path: Path) -> Origin:
     """The origin of a picture. Raises K2Error where it is none, or says nothing that can be read."""
-    if path.is_dir():
-        raise K2Error(f"{path} is a folder.", hint="Name a picture in it.")
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
     if path.suffix == ".json":
@@ -88,10 +87,7 @@ def read(path: Path) -> Origin:
         if found.prompt:
             whole = found.width is not None and found.height is not None
             return found if whole else replace(found, width=size[0], height=size[1])
-    raise K2Error(
-        f"{path} says nothing of its prompt.",
-        hint="Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out.",
-    )
+    raise K2Error(f"{path} says nothing of its prompt.", hint=TELLING)
 
 
 def read_side_file(path: Path) -> Origin:

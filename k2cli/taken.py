@@ -5,30 +5,71 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from k2cli import models
 from k2cli.matrix import escape
-from k2cli.origins import Origin
+from k2cli.origins import TELLING, Origin, read
+from k2cli.pictures import in_folder
 from k2cli.prompts import slug
 from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
 from model import library
 from model.errors import K2Error
 
+MOST = 1000  # pictures of a folder, and of a batch
 
-def name(origins: Iterable[Origin]) -> dict[str, Origin]:
+
+def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
+    """The origins of pictures and of those in folders; and which of the latter say nothing. Raises K2Error."""
+    found: dict[Path, Origin] = {}
+    silent: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found[path] = read(path)
+            continue
+        pictures = in_folder(path)
+        if len(pictures) > MOST:
+            raise K2Error(f"{path} holds more than {MOST:,} pictures.", hint="Name those to take.")
+        for picture in pictures:
+            try:
+                found[picture] = read(picture)
+            except K2Error:
+                silent.append(picture)
+    if not found:
+        raise K2Error(f"No picture in {next(iter(paths))} says anything of its prompt.", hint=TELLING)
+    return found, silent
+
+
+def batches(origins: Sequence[Origin]) -> dict[Origin, int]:
+    """Pictures that differ in nothing but seeds which follow one another are a batch: the first of them -> how many."""
+    seeds: dict[Origin, set[int | None]] = defaultdict(set)
+    for each in origins:
+        seeds[replace(each, seed=None)].add(each.seed)
+    found: dict[Origin, int] = {}
+    for each in origins:
+        alike = seeds[replace(each, seed=None)]
+        if each.seed is None:
+            found[each] = 1
+        elif each.seed - 1 not in alike:
+            found[each] = next(n for n in count(1) if each.seed + n not in alike)
+    return found
+
+
+def named(origins: Iterable[Origin]) -> dict[str, Origin]:
     """A name for the prompt of each, made of its words, numbered where two would be alike."""
-    named: dict[str, Origin] = {}
+    found: dict[str, Origin] = {}
     for each in origins:
         stem = slug(each.prompt)
         numbers = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
-        named[next(called for called in numbers if called not in named)] = each
-    return named
+        found[next(called for called in numbers if called not in found)] = each
+    return found
 
 
 def settings_of(origin: Origin) -> dict[str, Any]:
@@ -65,15 +106,19 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
     return lost
 
 
-def notes(origins: Mapping[Path, Origin]) -> list[str]:
-    """What stays behind of each picture, a sentence for each thing."""
+def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[str]:
+    """What stays behind of each picture, a sentence for each thing, and of how many everything."""
     first = next(iter(origins.values()))
     lost = ((path, thing) for path, each in origins.items() for thing in left_behind(each, first))
-    return [f"{path.name}: {thing} stayed behind." for path, thing in lost]
+    told = [f"{path.name}: {thing} stayed behind." for path, thing in lost]
+    if silent:
+        others = f" and {len(silent) - 1} more say" if len(silent) > 1 else " says"
+        told.append(f"{silent[0].name}{others} nothing of a prompt, and stayed behind.")
+    return told
 
 
-def project_text(name: str, origins: Mapping[str, Origin]) -> str:
-    """A k2.toml that asks for these pictures anew; name of a prompt -> origin.
+def project_text(name: str, origins: Sequence[Origin]) -> str:
+    """A k2.toml that asks for these pictures anew.
 
     Seeds, shapes and words are taken over. Steps and guidance are another model's, so they are told and not set,
     except for pictures of k2's own; and those of --turbo are its own.
@@ -82,7 +127,7 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    first = next(iter(origins.values()))
+    first, counts = origins[0], batches(origins)
     own = first.tool == "k2"
     model = model_of(first)
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]
@@ -93,11 +138,12 @@ def project_text(name: str, origins: Mapping[str, Origin]) -> str:
     for key, value in (taken_over if own else settings_of)(first).items():
         line = f"{key} = {text(value)}" if isinstance(value, str) else f"{key} = {value:g}"
         lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
-    for called, each in origins.items():
+    for called, each in named(counts).items():
         lines += ["", "[[prompt]]".ljust(22) + f"# from a picture of {each.tool}", f"name = {text(called)}"]
         lines.append(f"text = {text(escape(each.prompt))}")
         lines += [f"avoid = {text(each.avoid)}"] if each.avoid else []
         lines += [f"seed = {each.seed}"] if each.seed is not None else []
+        lines += [f"batch = {counts[each]}"] if counts[each] > 1 else []
         if (other := size_of(each, model)) and other != size:
             shape = f'size = "{other}"'
             lines.append(shape if each.tool == "k2" else told(shape, each))

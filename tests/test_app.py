@@ -831,6 +831,15 @@ def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
     assert [spec.prompt for spec in fake.seen] == ["-5 degrees", "--help", "-"]
 
 
+@pytest.mark.parametrize(("word", "meant"), [("fox", "--only fox"), ("a blue owl", "-p 'a blue owl'")])
+def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
+    hint = k2("render", word, code=1).stderr.strip().rpartition("k2 render ")[2]
+    assert hint == meant
+
+    k2("render", *shlex.split(hint), "--batch", "1")
+    assert len(fake.seen) == 1
+
+
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(moody.parent)
     assert "moody: 2 prompts" in k2("doctor", "--project", moody).stdout

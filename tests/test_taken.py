@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from conftest import write_weights
@@ -33,9 +34,44 @@ def test_a_new_project_from_pictures(moody, k2, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
 
 
+def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
+    """Seeds that follow one another are a batch; what says nothing is told; a run's contact sheet is no picture."""
+    k2("render", "-p", "a fox", "--batch", "3", "--steps", "3")
+    k2("render", "-p", "a fox", "--seed", "40", "--steps", "3")
+    (tmp_path / "old").mkdir()
+    for made in moody.glob("outputs/*/a-fox-*.png"):
+        shutil.copy(made, tmp_path / "old")
+    for name in ("bare.png", "plain.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "old" / name)
+
+    said = k2("new", tmp_path / "again", "--from", tmp_path / "old").stderr
+    project = Project.open(tmp_path / "again")
+
+    assert "bare.png and 1 more say nothing of a prompt, and stayed behind." in said
+    assert len(project.prompts) == 2
+    assert sorted(shot.spec.seed for shot in project.shots(project.settle())) == [7, 8, 9, 40]
+
+    assert "stayed behind" not in k2("new", tmp_path / "run", "--from", *moody.glob("outputs/0001-*")).stderr
+    for name in ("bare.png", "plain.png"):
+        shutil.move(tmp_path / "old" / name, tmp_path)
+    (tmp_path / "nothing").mkdir()
+    for folder in (tmp_path / "nothing", tmp_path / "old" / ".."):
+        k2("new", tmp_path / "none", "--from", folder, code=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_batches_are_of_pictures_alike_but_for_their_seeds():
+    def made(*seeds, **facts):
+        return [origins.Origin("k2", prompt="fox", seed=seed, **facts) for seed in seeds]
+
+    found = taken.batches([*made(9, 7, 8, 7, 40), *made(10, width=64), *made(None)])
+
+    assert list(found.items()) == [(made(7)[0], 3), (made(40)[0], 1), (made(10, width=64)[0], 1), (made(None)[0], 1)]
+
+
 def test_prompts_that_would_be_called_alike():
     """However their own numbers fall."""
-    named = taken.name([origins.Origin("k2", prompt=prompt) for prompt in ("fox", "fox 3", "fox", "fox")])
+    named = taken.named([origins.Origin("k2", prompt=prompt) for prompt in ("fox", "fox 3", "fox", "fox")])
     assert list(named) == ["fox", "fox-3", "fox-2", "fox-4"]
 
 
