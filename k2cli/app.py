@@ -328,7 +328,7 @@ def render(
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            axes = compared or (each.matrices if prompts is None else ())
+            axes = compared or (each.comparing(wanted) if prompts is None else ())
             jobs.append(plan_project(each, each.settle(**settings), wanted, weights, axes, quiet=quiet))
     if dry_run:
         show_plan(jobs, as_json=json, quiet=quiet)

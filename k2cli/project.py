@@ -24,7 +24,6 @@ from k2cli.tables import (
     check_keys,
     check_value,
     label_of,
-    listed,
     nearest,
     plain,
     read_table,
@@ -175,6 +174,11 @@ class Project(Folder):
                 )
         return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in names)
 
+    def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
+        """The matrices that are about these of the project's prompts, or about any; without one they are batches."""
+        names = [base for _, base in name_files(self.prompts if prompts is None else prompts)]
+        return tuple(matrix for matrix in self.matrices if any(map(matrix.about, names)))
+
     def uncompared(self, prompts: Sequence[Prompt] | None, matrices: Sequence[Matrix]) -> list[str]:
         """The names of the prompts that no matrix is about: they are not rendered beside those that are compared."""
         if not matrices:
@@ -221,11 +225,6 @@ class Project(Folder):
                 raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
             if letters > MOST_PLAN:
                 raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
-        if not shots:
-            about = listed(list(dict.fromkeys(base for _, base in readings)))
-            raise K2Error(
-                f"No [[matrix]] is about {about}.", hint="Name it in one, or compare here: --matrix steps=4,8"
-            )
         batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
         return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
 

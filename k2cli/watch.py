@@ -122,12 +122,14 @@ def look(
     from k2cli.records import request
 
     chosen = project.settle(**settings)
-    shots = project.shots(chosen, project.choose(only) if only else None, None, project.matrices)
+    prompts = project.choose(only) if only else None
+    matrices = project.comparing(prompts)
+    shots = project.shots(chosen, prompts, None, matrices)
     held = vars(chosen.held())
     known = {key_of([held, shot.format, request(shot, project.root)]): shot for shot in shots}
     left = {key: shot for key, shot in known.items() if key not in made}
     keys = {shot.stem: key for key, shot in left.items()}
-    return plan_job(project, chosen, list(left.values()), compared=bool(project.matrices)), keys
+    return plan_job(project, chosen, list(left.values()), compared=bool(matrices)), keys
 
 
 def note(made: set[str], keys: Mapping[str, str], saved: Saved) -> None:

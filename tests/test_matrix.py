@@ -164,12 +164,17 @@ def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(mood
     assert seeds == [7, 7] and len(plan(k2)) == 8
 
 
-def test_what_no_matrix_is_about_is_told(dusky, k2):
-    said = k2("render", "--only", "an-owl-at-night", code=1).stderr
-
-    assert "No [[matrix]] is about an-owl-at-night." in said and not (dusky / "outputs").exists()
+def test_what_no_matrix_is_about_is_told_and_rendered_where_it_alone_is_asked_for(dusky, k2):
     assert "moody: no [[matrix]] is about an-owl-at-night." in k2("render", "--dry-run").stderr
     assert "about" not in k2("render", "--dry-run", "--only", "fox").stderr
+
+    told = k2("render", "--dry-run", "--only", "an-owl-at-night", "--batch", "3").stderr
+    assert "about" not in told
+    (alone,) = plan(k2, "--only", "an-owl-at-night")
+    assert alone["file"] == "an-owl-at-night-7.png" and alone["prompt"]["row"] is None
+    assert len(plan(k2, "--only", "an-owl-at-night", "--batch", "3")) == 3
+    both = plan(k2, "--only", "an-owl-at-night", "--only", "fox")
+    assert {each["prompt"]["name"].rpartition("-")[0] for each in both} == {"fox"}
 
 
 def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
