@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.spec import RenderSpec
+from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
 
 SAYS_NOTHING = "a picture"  # what a prompt says that says nothing
@@ -37,7 +37,8 @@ def avoided(spec: RenderSpec) -> Avoided:
     for phrase, strength in of_styles(spec):
         strengths[phrase].append(strength)
     weights = defaultdict(float, {phrase: min(math.fsum(each), MOST) for phrase, each in strengths.items()})
-    for phrase in Counter(phrases(spec.negative)) - Counter(phrase for phrase, _ in of_styles(spec)):
+    joined = dict.fromkeys(text for style in spec.styles for text in unsaid(style))  # what two avoid is said once
+    for phrase in Counter(phrases(spec.negative)) - Counter(phrase for text in joined for phrase in phrases(text)):
         weights[phrase] = max(weights[phrase], 1.0)
     return tuple(sorted((phrase, weight) for phrase, weight in weights.items() if weight))
 
@@ -49,13 +50,15 @@ def negative_prompt(spec: RenderSpec) -> str:
     return ", ".join(filter(None, [spec.negative, *lacking]))
 
 
+def unsaid(style: Style) -> tuple[str, ...]:
+    """What a style joins to the negative prompt."""
+    return style.avoids if style.strength > 0 else style.keywords
+
+
 def of_styles(spec: RenderSpec) -> list[tuple[str, float]]:
     """Each phrase that a style avoids, and how strongly: as often as styles do."""
     return [
-        (phrase, abs(style.strength))
-        for style in spec.styles
-        for text in (style.avoids if style.strength > 0 else style.keywords)
-        for phrase in phrases(text)
+        (phrase, abs(style.strength)) for style in spec.styles for text in unsaid(style) for phrase in phrases(text)
     ]
 
 

@@ -22,12 +22,11 @@ class Said(NamedTuple):
     """What pictures made together are told: contexts [1, T, D], one for each picture."""
 
     ways: Mapping[str, Sequence[Sequence[Tensor]]]  # as `model.settle.ways` names and orders them, of every wording
-    negative: Sequence[Tensor] = ()  # where there is guidance
+    negative: Sequence[Sequence[Tensor]] = ()  # of every wording of what guidance leads away from, where there is any
 
     @property
     def branches(self) -> list[Sequence[Tensor]]:
-        ways = [branch for way in self.ways.values() for branch in way]
-        return [*ways, self.negative] if self.negative else ways
+        return [*(branch for way in self.ways.values() for branch in way), *self.negative]
 
 
 class Group(NamedTuple):
@@ -53,22 +52,26 @@ class Branches:
         style_guidance: float | None,
         presence: float = 1.0,
         shares: Sequence[float] = (1.0,),
+        against: Sequence[float] = (1.0,),
         splice: Splice | None = None,
         tie: Tie | None = None,
         pack: int = 0,
     ):
         """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture is the leader. `presence`: how much
         of what is "styled" and not "lasting" counts, below 1 on the way to none. `shares`: of the wordings, whose sum
-        is 1. `pack`: up to so many image tokens all groups are one stream."""
+        is 1; `against`: of the negative ones. `pack`: up to so many image tokens all groups are one stream."""
         self.dit, self.said, self.mods, self.grid = dit, said, mods, grid
         self.guidance, self.style_guidance, self.presence, self.shares = guidance, style_guidance, presence, shares
+        self.against = against
         self.splice, self.tie, self.pack = splice, tie, pack
         self.count, self.pictures = len(said.branches), len(said.branches[0])
         rows = [context for branch in said.branches for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
         # is the difference between a branch that has it and one that has not.
         plain = [context for branch in said.ways.get("plain", ()) for context in branch]
-        styled = range(len(rows) if style_guidance is None else len(rows) - len(plain) - len(said.negative))
+        styled = range(
+            len(rows) if style_guidance is None else len(rows) - len(plain) - self.pictures * len(said.negative)
+        )
         self.spliced = [] if splice is None else self._groups(rows, styled)
         self.others = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
 
@@ -79,19 +82,15 @@ class Branches:
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
         answers, wordings = v.chunk(self.count), len(self.shares)
-        ways = {way: self._whole(answers[i * wordings :][:wordings]) for i, way in enumerate(self.said.ways)}
+        ways = {way: whole(answers[i * wordings :][:wordings], self.shares) for i, way in enumerate(self.said.ways)}
         with_style = ways["styled"]
         if self.presence < 1:
             with_style = torch.lerp(ways["lasting" if "lasting" in ways else "plain"], with_style, self.presence)
         conditional = with_style if self.style_guidance is None else ways["plain"]
-        v = guided(conditional, answers[-1], self.guidance) if self.said.negative else conditional
+        v = conditional
+        if self.said.negative:
+            v = guided(conditional, whole(answers[-len(self.against) :], self.against), self.guidance)
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
-
-    def _whole(self, wordings: Sequence[Tensor]) -> Tensor:
-        """The velocity that those of all wordings make together."""
-        if len(wordings) == 1:
-            return wordings[0]
-        return torch.stack([share * each for share, each in zip(self.shares, wordings, strict=True)]).sum(0)
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
         """The leader's first."""
@@ -129,3 +128,10 @@ class Branches:
             return attend
         branches = [row // self.pictures for row in group.rows]
         return self.tie.listen(attend, branches, step) if group.leads else self.tie.follow(attend, branches)
+
+
+def whole(wordings: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The velocity that those of all wordings make together."""
+    if len(wordings) == 1:
+        return wordings[0]
+    return torch.stack([share * each for share, each in zip(shares, wordings, strict=True)]).sum(0)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
-from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, negative_prompt, steer_away
+from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, steer_away
 from model.branches import Branches, Said
 from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
@@ -46,7 +46,19 @@ from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
 from model.sampler import euler, shifted_sigmas
-from model.settle import Able, Settled, presence, read_beside, schedule, settle, ways, weighed, wordings
+from model.settle import (
+    Able,
+    Settled,
+    branches,
+    presence,
+    read_beside,
+    schedule,
+    settle,
+    unwanted,
+    ways,
+    weighed,
+    wordings,
+)
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.style import StyleEncoder, Weighed
@@ -202,7 +214,7 @@ class Pipeline:
             limit = max(limit, TOKENS_STREAMED)
         batch: list[Settled] = []
         for spec in specs:
-            rows = (len(batch) + 1) * (len(wordings(spec)) * len(ways(spec)) + bool(spec.guidance))
+            rows = (len(batch) + 1) * branches(spec)
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
             most = limit * (2 if spec.cohesion and roomy else 1)  # in larger company a leader costs less
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
@@ -241,6 +253,7 @@ class Pipeline:
         leader = leader_of(first)
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
         worded = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
+        negative = list(zip(*map(unwanted, made), strict=True)) if first.guidance else []
 
         def contexts(way: str) -> list[list[Tensor]]:
             return [
@@ -253,7 +266,7 @@ class Pipeline:
 
         said = Said(
             {way: contexts(way) for way in ways(first)},
-            [self._context(negative_prompt(spec), adapters) for spec in made] if first.guidance else (),
+            [[self._context(wording.prompt, adapters) for wording in each] for each in negative],
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
@@ -266,6 +279,7 @@ class Pipeline:
             style_guidance=first.style_guidance,
             presence=presence(first),
             shares=[each[0].share for each in worded],
+            against=[each[0].share for each in negative],
             splice=self._splice(first, sigmas, mods, grid, adapters),
             tie=Tie(config, first.cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from model.avoid import negative_prompt, phrases, unsaid
 from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
@@ -194,17 +195,36 @@ def wordings(spec: RenderSpec) -> list[Wording]:
     of none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a style's strength, its words join
     whole, also where such a style says them too.
     """
-    alone = [style for style in spec.styles if style.keywords and not (style.references or style.lora)]
-    strengths = sorted({style.strength for style in alone if style.strength > 0})
-    others = [style for style in spec.styles if style not in alone or style.strength < 0]
-    joined = ((*style.keywords, *style.triggers) if style.strength > 0 else style.avoids for style in others)
-    whole = {word for words in joined for word in words}
-    found, prompt, before = [], spec.prompt, 0.0
-    for strength in strengths:
+    said = [(style, style.keywords if style.strength > 0 else style.avoids) for style in spec.styles]
+    whole = {word for style, words in said if carried(style) for word in (*words, *style.triggers)}
+    return by_strength(
+        spec.prompt, [(abs(style.strength), words) for style, words in said if not carried(style)], whole
+    )
+
+
+def unwanted(spec: RenderSpec) -> list[Wording]:
+    """The same of the negative prompt, for guidance: what styles avoid, or want where they are turned around."""
+    said = [(style, [phrase for text in unsaid(style) for phrase in phrases(text)]) for style in spec.styles]
+    whole = {phrase for style, found in said if carried(style) for phrase in found}
+    alone = [(abs(style.strength), found) for style, found in said if not carried(style)]
+    prompt = negative_prompt(spec)
+    found = by_strength(", ".join(phrases(prompt)), alone, whole)
+    return found if len(found) > 1 else [Wording(prompt, 1.0)]
+
+
+def carried(style: Style) -> bool:
+    """Whether something else than words has a style's strength."""
+    return bool(style.references or style.lora)
+
+
+def by_strength(prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole: Collection[str]) -> list[Wording]:
+    """A prompt in its wordings: with all words of these strengths, with those of the stronger ones … and with none."""
+    found, before = [], 0.0
+    for strength in sorted({strength for strength, words in alone if words}):
         reached = eased(strength)
         found.append(Wording(prompt, reached - before))
-        lost = [word for style in alone if style.strength == strength for word in style.keywords]
-        kept = whole | {word for style in alone if style.strength > strength for word in style.keywords}
+        lost = dict.fromkeys(word for at, words in alone if at == strength for word in words)
+        kept = {*whole, *(word for at, words in alone if at > strength for word in words)}
         prompt, before = without(prompt, [word for word in lost if word not in kept]), reached
     return [each for each in (*found, Wording(prompt, 1 - before)) if each.share]
 
@@ -223,10 +243,16 @@ def without(prompt: str, words: Iterable[str]) -> str:
     return prompt
 
 
+def branches(spec: Settled) -> int:
+    """How many evaluations a step of a picture takes, those of a splice aside."""
+    return len(wordings(spec)) * len(ways(spec)) + (len(unwanted(spec)) if spec.guidance else 0)
+
+
 def schedule(spec: Settled) -> Hashable:
     """What pictures that are made together have in common."""
     course = (spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.style_guidance, spec.adapters)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
-    shares = tuple(wording.share for wording in wordings(spec))
+    said = (wordings(spec), unwanted(spec) if spec.guidance else ())
+    shares = tuple(tuple(wording.share for wording in each) for each in said)
     looks = (presence(spec), ways(spec), shares, spec.leak_guard, spliced)
     return course, looks, spec.cohesion, leader_of(spec)

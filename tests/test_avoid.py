@@ -149,6 +149,9 @@ def test_a_prompts_own_phrase_weighs_one_whatever_a_style_says_of_it():
     faint = Style("x", 0.05, avoids=("glossy",))
     assert avoided(replace(FOX, negative="glossy, glossy", styles=(faint,))) == (("glossy", 1.0),)
     assert avoided(replace(FOX, negative="glossy, glossy", styles=(replace(faint, strength=1.5),)))[0][1] == 1.5
+    assert avoided(replace(FOX, negative="glossy, glossy", styles=(faint, replace(faint, name="y")))) == (
+        ("glossy", 1.0),
+    )
 
 
 def test_guidance_leads_away_from_what_styles_avoid(tiny):  # noqa: F811
@@ -158,11 +161,12 @@ def test_guidance_leads_away_from_what_styles_avoid(tiny):  # noqa: F811
 
     pipeline = Pipeline.load("tiny", device="cpu")
     spec = RenderSpec("a red fox", seed=7, guidance=2.0)
-    said, worn, plain = (
+    whole = replace(dusk, strength=1.0)
+    said, worn, plain, half = (
         pipeline.render([each])[0].record["pixels"]
-        for each in (replace(spec, negative="fog, snow"), replace(spec, styles=(dusk,)), spec)
+        for each in (replace(spec, negative="fog, snow"), *(replace(spec, styles=s) for s in ((whole,), (), (dusk,))))
     )
-    assert said == worn != plain
+    assert said == worn and len({said, plain, half}) == 3
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])

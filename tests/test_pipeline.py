@@ -28,7 +28,7 @@ from model.parts import side_of
 from model.pipeline import Pipeline
 from model.safety import Verdict
 from model.sampler import raw_mu
-from model.settle import weighed, wordings
+from model.settle import unwanted, weighed, wordings
 from model.spec import Picture, Reference, RenderSpec, Style, tied
 from model.text_encoder import PROMPT_TOKENS
 
@@ -266,7 +266,7 @@ def test_pictures_and_adapters_carry_a_styles_strength_themselves():
     [
         Style("red", 0.5, (Reference(Path("a.png")),), keywords=("grain",)),
         Style("film", 0.5, lora=Path("a.safetensors"), triggers=("grain",)),
-        Style("clean", -0.5, avoids=("grain",)),
+        Style("red", -0.5, (Reference(Path("a.png")),), avoids=("grain",)),
     ],
     ids=["pictures", "LoRA", "turned around"],
 )
@@ -275,6 +275,43 @@ def test_a_style_of_words_takes_none_from_another_that_joins_whole(other):
     spec = worded(("wet", 0.2, ("grain", "soft light")))
     said = wordings(replace(spec, styles=(*spec.styles, other)))
     assert [prompt for prompt, _ in said] == [f"{FOX.prompt}, grain, soft light", f"{FOX.prompt}, grain"]
+
+
+def test_a_style_of_words_is_turned_around_by_its_strength():
+    """What it avoids joins the prompt, what it wants the negative one; and what is avoided weighs as its style does."""
+    turned = Style("wet", -0.3, keywords=("watercolour, wet",), avoids=("grain",))
+    spec = replace(FOX, prompt=f"{FOX.prompt}, grain", negative="rain, watercolour, wet", styles=(turned,))
+    assert wordings(spec) == [(f"{FOX.prompt}, grain", 0.3), (FOX.prompt, 0.7)]
+    assert unwanted(spec) == [("rain, watercolour, wet", 0.3), ("rain", 0.7)]
+
+    clean, twice = Style("clean", 0.6, avoids=("grain",)), Style("again", 0.6, avoids=("grain",))
+    assert unwanted(replace(FOX, negative="grain, grain", styles=(clean, twice))) == [
+        ("grain, grain", 0.6),
+        ("grain", 0.4),
+    ]
+    assert unwanted(replace(FOX, negative="a,b", styles=(replace(clean, strength=1.0),))) == [("a,b, grain", 1.0)]
+    carried = replace(clean, lora=Path("a.safetensors"))
+    assert unwanted(replace(FOX, styles=(carried, twice))) == [("grain", 0.6), ("grain", 0.4)]
+    assert unwanted(replace(FOX, negative="rain", styles=(carried,))) == [("rain, grain", 1.0)]
+
+
+@pytest.mark.parametrize("side", ["keywords", "avoids"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("settings", [{"guidance": 2.0}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
+def test_words_that_are_wanted_or_avoided_come_in_without_a_jump(pipeline, red, settings, side, sign):
+    def made(strength: float) -> np.ndarray:
+        style = Style("wet", sign * strength, **{side: ("watercolour",)})
+        wanted, against = (("keywords", "avoids") if sign > 0 else ("avoids", "keywords")) if strength else ("", "")
+        said = ", ".join((FOX.prompt, *getattr(style, wanted, ())))
+        spec = replace(FOX, prompt=said, negative=", ".join(getattr(style, against, ())), steps=3, **settings)
+        look = Style("red", 0.7, (Reference(red),))
+        return np.asarray(pipeline.render([replace(spec, styles=(style, look))])[0].image, np.float32)
+
+    def off(one: float, other: float) -> float:
+        return float(np.abs(made(one) - made(other)).mean())
+
+    assert off(0.0, 1e-6) < 0.01 and off(1.0, 1 + 1e-6) < 0.01
+    assert 0.01 < off(0.0, 0.2) < off(0.0, 0.5) < off(0.0, 1.0) < off(0.0, 1.9)
 
 
 @pytest.mark.parametrize("method", ["tokens", "splice"])
