@@ -21,7 +21,10 @@ from model.train.data import DATA, Catalog, article
 from model.train.judge import Judge
 from model.train.study import Pixels, conduct, embed, figure, mean, names_of, paint, parser_of, sheet
 
-SIZES = ("256x256", "288x224", "320x224", "224x320", "320x192", "192x320", "352x192", "192x192", "384x384")
+SIZES = (
+    *("256x256", "288x224", "320x224", "224x320", "320x192", "192x320", "352x192", "192x192"),
+    *("384x384", "480x320"),
+)
 SHOWN = 8  # pictures of each size on the sheet
 
 
