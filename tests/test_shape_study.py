@@ -36,6 +36,36 @@ def test_what_is_recognised_is_counted_size_by_size(tmp_path, monkeypatch):
     assert (tmp_path / shape_study.sheet_of(study)["file"]).is_file()
 
 
+class Framed(Drawings):
+    """Real pictures of any shape."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def picture(self, item, shape):
+        return np.asarray(Image.fromarray(super().picture(item)).resize(shape[::-1], Image.Resampling.NEAREST))
+
+
+def test_pictures_as_the_real_ones_are_at_no_distance(tmp_path, monkeypatch):
+    monkeypatch.setattr(shape_study, "SIZES", ("64x64", "96x64"))
+    monkeypatch.setattr(shape_study, "Catalog", Framed)
+    items = Framed().items("styles")[:60]
+    monkeypatch.setattr(shape_study, "held_out_prompts", lambda *_: [(item, item.pair.subject) for item in items])
+
+    class Knows(Painter):
+        """Of squares all looks, of wide pictures one."""
+
+        def render(self, specs):
+            at = [spec.seed - 2000 if spec.width == spec.height else 0 for spec in specs]
+            shapes = [(spec.height, spec.width) for spec in specs]
+            made = [Framed().picture(items[i], shape) for i, shape in zip(at, shapes, strict=True)]
+            return [Picture(Image.fromarray(each), {}) for each in made]
+
+    found = shape_study.distance(Study(Knows(), Rims(), [], tmp_path, None, 60))
+
+    assert abs(found["64x64"]) < 0.05 < 0.2 < found["96x64"]
+
+
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
 def test_a_square_holds_the_picture_in_its_middle(shape):
     picture = np.arange(np.prod(shape) * 3, dtype=np.uint8).reshape(*shape, 3)

@@ -1,7 +1,8 @@
 """Pictures of other sizes than the training had, by the judge: `python -m model.train.shape_study JUDGE OUT`.
 
-shapes  of every size, is the prompt's subject the nearest among the names of all, in one prompt per subject
-sheet   the first few of them, a row a size, for the eye
+shapes    of every size, is the prompt's subject the nearest among the names of all, in one prompt per subject
+distance  squared kernel distance, in the judge's features, to real pictures of that size that were never trained on
+sheet     the first few of them, a row a size, for the eye
 
 The judge knows squares: of a picture of another shape it sees the square in the middle, and the whole with its edges
 going on until it is a square; the better view of the two counts for each name.
@@ -18,7 +19,9 @@ import numpy as np
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, article
+from model.train.evaluate import held_out_prompts, kernel_distance, specs_of
 from model.train.judge import Judge
+from model.train.shapes import Shape
 from model.train.study import Pixels, conduct, embed, figure, mean, names_of, paint, parser_of, sheet
 
 SIZES = (
@@ -80,13 +83,29 @@ def shapes(study: Study) -> dict[str, Any]:
     return found
 
 
+def distance(study: Study) -> dict[str, Any]:
+    """Of pictures by the real ones' captions, size by size: 0 where nothing is different, as torn edges are."""
+    found: dict[str, Any] = {}
+    for size in SIZES:
+        shape = Shape.of(size)
+        catalog = Catalog(DATA, shape.renders)
+        items, captions = zip(*held_out_prompts(catalog, study.count), strict=True)
+        settings = {"width": shape.width, "height": shape.height, "steps": study.steps}
+        made = paint(study.pipeline, specs_of(captions, seed=2000, **settings))
+        real = [catalog.picture(item, shape) for item in items]
+        seen = (np.concatenate(embed(study.judge, [squared(each) for each in those]), 1) for those in (made, real))
+        found[size] = round(kernel_distance(*seen), 4)
+        print(f"  {size}", flush=True)
+    return found
+
+
 def sheet_of(study: Study) -> dict[str, Any]:
     rows = [[squared(each, "constant") for each in study.paint(size, SHOWN)] for size in SIZES]
     labels = [size.replace("x", "\n") for size in SIZES]
     return {"file": sheet(study.folder / "shapes.png", study.chosen[:SHOWN], rows, labels).name}
 
 
-FIGURES = {"shapes": shapes, "sheet": sheet_of}
+FIGURES = {"shapes": shapes, "distance": distance, "sheet": sheet_of}
 
 
 def main() -> None:
