@@ -46,7 +46,7 @@ def main(run: str, folder: Path = BOX) -> None:
         "torch": torch.__version__,
     }
     shared = {"native": recipe["size"], "training": training}
-    shared |= {"shapes": list(stage.shapes)} if stage.shapes else {}
+    shared |= {"shapes": list(dict.fromkeys(stage.shapes))} if stage.shapes else {}
     dit: dict[str, Any] = {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED}
     distilled = isinstance(stage, turbo.Recipe)
     if distilled or stage.init == "turbo":  # what began as Turbo stays one
