@@ -27,7 +27,8 @@ from model.errors import K2Error
 from model.picture_file import passed_over
 from model.vocabulary import vocabulary
 
-LEAST, MOST = 0.5, 1.5  # of the areas that a model was trained for, what it still paints whole
+LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
+FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
 
 
 def plan_project(
@@ -185,8 +186,9 @@ def say_doubts(job: Job) -> None:
 def far_off(job: Job) -> str:
     """That pictures are far larger, or smaller, than what a model says it was trained for; else nothing."""
     native, _, known = grid(job.model.name, job.model.variant)
+    beyond = MOST if known and known[0] == known[1] else FURTHEST
     for width, height in {(shot.spec.width, shot.spec.height): None for shot in job.left}:
-        if known and width and height and not LEAST * known[0] <= width * height <= MOST * known[1]:
+        if known and width and height and not LEAST * known[0] <= width * height <= beyond * known[1]:
             made_for = f"the {native}x{native} that the model was made for"
             return f"{width}x{height} is far from {made_for}: expect broken pictures."
     return ""
