@@ -105,6 +105,25 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
 
 
+def test_what_is_validated_are_the_averages_and_the_last_weights_are_saved(workshop, monkeypatch):  # noqa: F811
+    from model.train import validation
+
+    seen = {}
+
+    def look(model, *_):
+        seen.update({name: value.clone() for name, value in model.state_dict().items()})
+        return 0.5
+
+    monkeypatch.setattr(validation, "validation_loss", look)
+    base()
+    run("middle", "midtrain", "repeats = 2\nclusters = 3")
+    made = state("middle")
+
+    assert record("middle")["figures"]["validation"] == 0.5
+    assert all(torch.equal(made[f"ema.{name}"], value) for name, value in seen.items())
+    assert not all(torch.equal(made[f"model.{name}"], value) for name, value in seen.items())
+
+
 def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa: F811
     """A head that foretells a teacher's view, as pretraining may have one, or a preference's β is no part of them."""
     base("align = 0.1\n")

@@ -61,10 +61,13 @@ def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, 
 
 
 def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -> loop.Run:
-    """Run a stage to its end, from where it stands, and validate what came of it."""
+    """Run a stage to its end, from where it stands, and validate what comes of it: its averages, which others take."""
     recipe = stage.recipe
     run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)
+    last = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    stage.model.load_state_dict(run.ema)
     run.figures["validation"] = validation_loss(stage.model, data, recipe)
+    stage.model.load_state_dict(last)
     run.save(last=True)
     report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
     return run
