@@ -220,12 +220,13 @@ def carried(style: Style) -> bool:
 def by_strength(prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole: Collection[str]) -> list[Wording]:
     """A prompt in its wordings: with all words of these strengths, with those of the stronger ones … and with none."""
     found, before = [], 0.0
-    for strength in sorted({strength for strength, words in alone if words}):
-        reached = eased(strength)
-        found.append(Wording(prompt, reached - before))
-        lost = dict.fromkeys(word for at, words in alone if at == strength for word in words)
+    for strength in sorted({strength for strength, _ in alone}):
+        said = dict.fromkeys(word for at, words in alone if at == strength for word in words)
         kept = {*whole, *(word for at, words in alone if at > strength for word in words)}
-        prompt, before = without(prompt, [word for word in lost if word not in kept]), reached
+        if lost := [word for word in said if word not in kept]:
+            reached = eased(strength)
+            found.append(Wording(prompt, reached - before))
+            prompt, before = without(prompt, lost), reached
     return [each for each in (*found, Wording(prompt, 1 - before)) if each.share]
 
 
