@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
-from model.avoid import SAYS_NOTHING, Avoided, avoided, directions, steer_away
+from model.avoid import avoided
 from model.branches import Branches, Said
-from model.checkpoint import Checkpoint
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
+from model.conditioning import Conditioning
 from model.errors import K2Error
 from model.fast import accelerate, keep_pages
 from model.hashes import Hashes, cache_folder, sha256
@@ -33,7 +33,6 @@ from model.lora import Adapter, laid_over, read_lora, weights_file
 from model.parts import (
     DTYPES,
     files_of,
-    load_style,
     load_vae,
     numbers_of,
     pick_device,
@@ -51,7 +50,6 @@ from model.settle import (
     Settled,
     branches,
     presence,
-    read_beside,
     schedule,
     settle,
     unwanted,
@@ -61,9 +59,8 @@ from model.settle import (
 )
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
-from model.style import StyleEncoder, Weighed
+from model.style import Weighed
 from model.text_encoder import TextEncoder
-from model.vision import Reader, find_tower
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
@@ -71,8 +68,6 @@ PIXELS_AT_ONCE = 2**19  # decoded: eight pictures of 256 px, less memory than on
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
-REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
-MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
 MOST_ADAPTERS = 8  # kept, of those that the last pictures used
 
 
@@ -105,11 +100,9 @@ class Pipeline:
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
         self.dit.side = side_of(checkpoint, self._unit)
-        self._contexts: Recent[Tensor]
-        self._rows: Recent[Tensor]
-        self.forget()
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         refuse_misfits(parts, self.dit, self.text, self.vae)
+        self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)
 
     @classmethod
     def load(
@@ -187,7 +180,7 @@ class Pipeline:
 
     def forget(self) -> None:
         """Let go of what is kept of prompts and styles; whatever asks for them next reads them again."""
-        self._contexts, self._rows = Recent(REMEMBERED), Recent(MOST_TEXTS)
+        self.conditioning.forget()
 
     def export(self, folder: Path | str) -> None:
         """Write the model as a folder that `diffusers.Krea2Pipeline.from_pretrained` opens."""
@@ -204,7 +197,7 @@ class Pipeline:
 
     @cached_property
     def _able(self) -> Able:
-        sees, reads = self._vision_tower is not None, self.parts.style is not None
+        reads, sees = self.parts.style is not None, self.conditioning.sees
         return Able(self.name, self.native, self._unit, self.recommended, reads=reads, sees=sees)
 
     def _batches(self, specs: Iterable[Settled]) -> Iterator[list[Settled]]:
@@ -258,7 +251,7 @@ class Pipeline:
         def contexts(way: str) -> list[list[Tensor]]:
             return [
                 [
-                    self._context(wording.prompt, adapters, spec, way, avoided(spec))
+                    self.conditioning.context(wording.prompt, adapters, spec, way, avoided(spec))
                     for wording, spec in zip(each, made, strict=True)
                 ]
                 for each in worded
@@ -266,7 +259,7 @@ class Pipeline:
 
         said = Said(
             {way: contexts(way) for way in ways(first)},
-            [[self._context(wording.prompt, adapters) for wording in each] for each in negative],
+            [[self.conditioning.context(wording.prompt, adapters) for wording in each] for each in negative],
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
@@ -296,65 +289,9 @@ class Pipeline:
             raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
-    def _context(
-        self, prompt: str, adapters: Hashable, spec: RenderSpec | None = None, way: str = "plain", away: Avoided = ()
-    ) -> Tensor:
-        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, led away from what is
-        avoided, [1, T, D]."""
-        references, shown = read_beside(spec, way) if spec else ((), ())
-        tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
-
-        def read() -> Tensor:
-            if shown:
-                assert tiles
-                pictures = [self._reader.show(r.image, r.weight, tiles) for r in shown]
-                embeds = self._reader.encode(prompt, pictures, keep_rows=keep_rows)
-            else:
-                embeds = self._speak(prompt)
-            if away:
-                led = directions(self._speak, prompt, away)
-                words = len(self.text.token_ids(prompt))  # rows of pictures stand behind them, and stay as they are
-                steered = steer_away(embeds[:, :words], led, self._speak(SAYS_NOTHING))
-                embeds = torch.cat((steered, embeds[:, words:]), 1)
-            if references:
-                embeds = torch.cat((embeds, self._style_rows(references)[None].to(embeds)), 1)
-            return self.dit.encode_text(embeds)
-
-        seen = [tuple((r.sha256, r.weight) for r in each) for each in (references, shown)]
-        return self._contexts.ask((prompt, adapters, away, *seen, tiles, keep_rows), read)
-
-    def _speak(self, text: str) -> Tensor:
-        """A text's rows [1, T, N, E]; kept, for what is avoided is read beside many prompts."""
-        return self._rows.ask(text, lambda: self.text.encode([text])[0])
-
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
         return self._adapters.ask((lora.path, sha256(weights_file(lora.path))), lambda: read_lora(lora.path, self.dit))
-
-    def _style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
-        """References as extra prompt rows [K, N, E]."""
-        rows, (encoder, side) = [], self._style_encoder
-        for reference in references:
-            pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
-            rows.append(encoder.read(self.vae.encode(pixels).float()))
-        return encoder.mix(rows, [reference.weight for reference in references])
-
-    @cached_property
-    def _style_encoder(self) -> tuple[StyleEncoder, int]:
-        """It, and the side in pixels at which it reads references."""
-        assert self.parts.style is not None  # or `resolve` would have refused
-        return load_style(self.parts.style, self.device)
-
-    @cached_property
-    def _vision_tower(self) -> Checkpoint | None:
-        """Where it lies; nothing of it is read yet."""
-        return find_tower(self.parts.text)
-
-    @cached_property
-    def _reader(self) -> Reader:
-        """The text encoder with eyes; the tower is loaded when the first picture is shown."""
-        assert self._vision_tower is not None  # or `resolve` would have refused
-        return Reader(self.text, self._vision_tower)
 
     @cached_property
     def _captures(self) -> CaptureCache:
@@ -368,7 +305,7 @@ class Pipeline:
         if not references:
             return None
         assert spec.leak_guard
-        context = self._context(NEUTRAL, adapters)
+        context = self.conditioning.context(NEUTRAL, adapters)
         rope = self.dit.rope(context.shape[1], grid)
         patch, shape = self.dit.config.patch, (spec.height // self.vae.factor, spec.width // self.vae.factor)
         fixed = noise(SEED, self.dit.config.channels, *shape).to(self.device)

@@ -18,8 +18,8 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import models
 from model import library
-from model import pipeline as module
 from model.checkpoint import open_checkpoint, read, save
+from model.conditioning import REMEMBERED
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
@@ -123,7 +123,7 @@ def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
     assert encoded == ["a red fox", ""]
 
     for _ in pipeline.stream(replace(FOX, prompt=f"fox {i}", steps=1) for i in range(100)):
-        assert len(pipeline._contexts.values) <= module.REMEMBERED
+        assert len(pipeline.conditioning._contexts.values) <= REMEMBERED
     assert encoded.count("") == 1  # the negative one stays, being asked for all the time
 
     encoded.clear()
@@ -415,7 +415,7 @@ def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red)
     for box in (tiny, tmp_path / "box"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(library, "BOX", box)
-            rows.append(Pipeline.load("tiny", device="cpu")._style_rows(weighed(spec, "tokens")))
+            rows.append(Pipeline.load("tiny", device="cpu").conditioning.style_rows(weighed(spec, "tokens")))
     assert torch.equal(*rows)
 
 

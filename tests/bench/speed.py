@@ -412,7 +412,7 @@ class Bench:
         net, unit = self.mini.dit, self.mini._unit
         grid = ((spec.height or 64) // unit, (spec.width or 64) // unit)
         both = random((2, grid[0] * grid[1], net.config.token_dim), 1, self.mini.dtype, self.device)
-        text = self.mini._context(PROMPTS[0], (), ())
+        text = self.mini.conditioning.context(PROMPTS[0], ())
         one_step, turn = net.modulate(torch.tensor([0.5], device=self.device)), net.rope(text.shape[1], grid)
         yield compare(
             "both sides of guidance in one batch (mini)",
@@ -420,7 +420,7 @@ class Bench:
             lambda: [net.velocity(each, text, one_step, turn) for each in both.split(1)],
         )
 
-        embeds = [self.mini._context(text, (), ()) for text in PROMPTS]
+        embeds = [self.mini.conditioning.context(text, ()) for text in PROMPTS]
         groups = [(both[:1], context, net.rope(context.shape[1], grid)) for context in embeds]
         yield compare(
             "prompts of several lengths as one stream (mini)",
@@ -448,9 +448,11 @@ class Bench:
 
         def anew() -> None:
             self.mini.forget()
-            self.mini._context(PROMPTS[0], (), ())
+            self.mini.conditioning.context(PROMPTS[0], ())
 
-        yield compare("prompts asked for again are kept (mini)", lambda: self.mini._context(PROMPTS[0], (), ()), anew)
+        yield compare(
+            "prompts asked for again are kept (mini)", lambda: self.mini.conditioning.context(PROMPTS[0], ()), anew
+        )
         file = self.scratch / "transformer"
         if not file.exists():
             self.theirs.save_pretrained(file)

@@ -1,0 +1,112 @@
+"""What the transformer is told: a prompt's rows, with those of styles and pictures, led away from what is avoided."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from model.avoid import SAYS_NOTHING, Avoided, directions, steer_away
+from model.checkpoint import Checkpoint
+from model.dit import Krea2
+from model.library import Parts
+from model.parts import SpreadFluxVAE, load_style
+from model.recent import Recent
+from model.references import to_pixels
+from model.settle import Settled, read_beside
+from model.style import StyleEncoder, Weighed
+from model.text_encoder import TextEncoder
+from model.vae import QwenImageVAE
+from model.vision import Reader, find_tower
+
+REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
+MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
+
+
+class Conditioning:
+    """A model's parts that read prompts and references; the style encoder and the vision tower are loaded when needed.
+
+    What was asked last is kept: shapes are T tokens, N tapped layers, E the text encoder's width, D the transformer's.
+    """
+
+    def __init__(
+        self,
+        dit: Krea2,
+        text: TextEncoder,
+        vae: QwenImageVAE | SpreadFluxVAE,
+        parts: Parts,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.dit, self.text, self.vae, self.parts = dit, text, vae, parts
+        self.device, self.dtype = device, dtype
+        self._contexts: Recent[Tensor]
+        self._rows: Recent[Tensor]
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what is kept; whatever is asked next is read again."""
+        self._contexts, self._rows = Recent(REMEMBERED), Recent(MOST_TEXTS)
+
+    def context(
+        self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain", away: Avoided = ()
+    ) -> Tensor:
+        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, led away from what is
+        avoided, [1, T, D]. `adapters` says which lie over the transformer's weights."""
+        references, shown = read_beside(spec, way) if spec else ((), ())
+        tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
+
+        def read() -> Tensor:
+            if shown:
+                assert tiles
+                pictures = [self._reader.show(r.image, r.weight, tiles) for r in shown]
+                embeds = self._reader.encode(prompt, pictures, keep_rows=keep_rows)
+            else:
+                embeds = self._speak(prompt)
+            if away:
+                led = directions(self._speak, prompt, away)
+                words = len(self.text.token_ids(prompt))  # rows of pictures stand behind them, and stay as they are
+                steered = steer_away(embeds[:, :words], led, self._speak(SAYS_NOTHING))
+                embeds = torch.cat((steered, embeds[:, words:]), 1)
+            if references:
+                embeds = torch.cat((embeds, self.style_rows(references)[None].to(embeds)), 1)
+            return self.dit.encode_text(embeds)
+
+        seen = [tuple((r.sha256, r.weight) for r in each) for each in (references, shown)]
+        return self._contexts.ask((prompt, adapters, away, *seen, tiles, keep_rows), read)
+
+    def style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
+        """References, by the style encoder, as extra prompt rows [K, N, E]."""
+        rows, (encoder, side) = [], self._style_encoder
+        for reference in references:
+            pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
+            rows.append(encoder.read(self.vae.encode(pixels).float()))
+        return encoder.mix(rows, [reference.weight for reference in references])
+
+    @property
+    def sees(self) -> bool:
+        """Whether the text encoder has eyes."""
+        return self._vision_tower is not None
+
+    def _speak(self, text: str) -> Tensor:
+        """A text's rows [1, T, N, E]; kept, for what is avoided is read beside many prompts."""
+        return self._rows.ask(text, lambda: self.text.encode([text])[0])
+
+    @cached_property
+    def _style_encoder(self) -> tuple[StyleEncoder, int]:
+        """It, and the side in pixels at which it reads references."""
+        assert self.parts.style is not None  # or settling would have refused
+        return load_style(self.parts.style, self.device)
+
+    @cached_property
+    def _vision_tower(self) -> Checkpoint | None:
+        """Where it lies; nothing of it is read yet."""
+        return find_tower(self.parts.text)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        """The text encoder with eyes; the tower is loaded when the first picture is shown."""
+        assert self._vision_tower is not None  # or settling would have refused
+        return Reader(self.text, self._vision_tower)
