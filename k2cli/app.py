@@ -24,6 +24,7 @@ from k2cli.options import (
     FormatOption,
     Group,
     GuidanceOption,
+    GuidanceUntilOption,
     JsonOption,
     ModelOption,
     OffloadOption,
@@ -228,7 +229,7 @@ def render(
             "--matrix",
             metavar="KEY=V,V",
             help="Compare: a picture of every combination, or --batch of each. style.NAME, seed, size, steps, "
-            "guidance, creativity.",
+            "guidance, guidance_until, creativity.",
         ),
     ] = None,
     batch: BatchOption = None,
@@ -245,6 +246,7 @@ def render(
     ] = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_until: GuidanceUntilOption = None,
     style_guidance: StyleGuidanceOption = None,
     cohesion: Annotated[
         float | None,
@@ -303,8 +305,8 @@ def render(
     opened = open_projects(named, project, allow_outside)
     options = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
-        "steps": steps, "guidance": guidance, "style_guidance": style_guidance, "model": model, "device": device,
-        "variant": variant_of(turbo),
+        "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
+        "model": model, "device": device, "variant": variant_of(turbo),
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format,
     }  # fmt: skip

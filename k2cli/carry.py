@@ -79,7 +79,9 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
-                facts = [f"{made['steps']} steps", f"guidance {made['guidance']:g}"]
+                until = made["guidance_until"] if made["guidance"] else None
+                lasting = "" if until in (None, 1) else f" until {until:g}"
+                facts = [f"{made['steps']} steps", f"guidance {made['guidance']:g}{lasting}"]
                 facts += [f"{style.name}={style.strength:g}" for style in shot.spec.styles if style.strength]
                 facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
                 result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")

@@ -232,6 +232,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("loras", "\n".join(history.loras(made.table))),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
         *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance")),
+        ("guided until", "" if made["settings.guidance_until"] == 1 else made.text("settings.guidance_until")),
         ("style guidance", made.text("settings.style_guidance")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),

@@ -109,6 +109,10 @@ StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", help="D
 GuidanceOption = Annotated[
     float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
 ]
+GuidanceUntilOption = Annotated[
+    float | None,
+    typer.Option("--guidance-until", metavar="SHARE", help="Guide this share of the steps, the first ones."),
+]
 StyleGuidanceOption = Annotated[
     float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
 ]

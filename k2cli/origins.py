@@ -60,6 +60,7 @@ class Origin:
     left_out: tuple[str, ...] = field(default=())  # what has no counterpart here
     turbo: bool = False  # made by k2's distilled checkpoint
     creativity: str = "raw"  # of k2's
+    guidance_until: float | None = None  # of k2's, where guidance ended before the last step
 
 
 def read(path: Path) -> Origin:
@@ -165,6 +166,7 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
             own_phrases(plain(asked.get("avoid")), table),
             made,
             guidance=decimal(made.get("guidance")),
+            guidance_until=None if (until := decimal(made.get("guidance_until"))) == 1 else until,
             model=plain(used.get("name")),
             turbo=used.get("variant") == "turbo",
             creativity=level if level in LEVELS else "raw",

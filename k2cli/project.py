@@ -261,6 +261,7 @@ class Project(Folder):
             height=height,
             steps=settings.steps,
             guidance=settings.guidance,
+            guidance_until=settings.guidance_until,
             mu=settings.mu,
             style_guidance=settings.style_guidance,
             leak_guard=settings.leak_guard,

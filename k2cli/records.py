@@ -32,6 +32,7 @@ from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
 SCHEMA = 1
 
 SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "cohesion")
+SPEC_KEYS += ("guidance_until",)  # where there is guidance
 SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class MadeWith:
     height: int | None = between(None, 16, 4096)
     steps: int | None = as_asked("steps")
     guidance: float | None = as_asked("guidance")
+    guidance_until: float | None = as_asked("guidance_until")
     mu: float | None = as_asked("mu")
     cohesion: float = as_asked("cohesion")
     style_guidance: float | None = as_asked("style_guidance")
@@ -255,6 +257,7 @@ def describe(record: Record) -> str:
         for style in spec.styles
     ]
     versions, blocked = table.get("versions", {}), table.get("blocked")
+    lasting = "" if spec.guidance_until in (None, 1) else f", until {spec.guidance_until:g} of the steps"
     facts = {
         "blocked": f"by {blocked.get('filter')}: {blocked.get('reason')}" if isinstance(blocked, dict) else "",
         "prompt": record.shot.given,
@@ -264,7 +267,9 @@ def describe(record: Record) -> str:
         "styles": "\n".join(looks),
         "loras": "\n".join(loras(table)),
         "size": f"{spec.width} x {spec.height}",
-        **{key: getattr(spec, key) for key in ("seed", "steps", "guidance", "mu")},
+        **{key: getattr(spec, key) for key in ("seed", "steps")},
+        "guidance": f"{spec.guidance}{lasting}",
+        "mu": spec.mu,
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
         else "",
@@ -298,6 +303,8 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)
+    if shot.spec.guidance_until is None:  # before this could be said, guidance lasted
+        shot = replace(shot, spec=replace(shot.spec, guidance_until=1.0))
     used, made = part(models.Held, table, "model", place), part(MadeWith, table, "settings", place)
     files = table["model"].get("files")
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):

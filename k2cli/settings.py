@@ -35,6 +35,7 @@ class Settings:
     seed: int = between(0, 0, 2**63 - 1)
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
+    guidance_until: float | None = between(None, 0.01, 1)  # share of the steps that are guided, from the first on
     mu: float | None = between(None, -10, 10)
     style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)

@@ -11,7 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -263,11 +263,11 @@ class Pipeline:
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
-        velocity = Branches(
+        field = partial(
+            Branches,
             self.dit,
-            said,
-            mods,
-            grid,
+            mods=mods,
+            grid=grid,
             guidance=first.guidance,
             style_guidance=first.style_guidance,
             presence=presence(first),
@@ -277,6 +277,11 @@ class Pipeline:
             tie=Tie(config, first.cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,
         )
+        led, alone = field(said), field(said._replace(negative=()))  # while guidance is on, and after it
+
+        def velocity(tokens: Tensor, step: int) -> Tensor:
+            return (led if step < first.guided_steps else alone)(tokens, step)
+
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
         if leader:
             start = shared_noise(start, first.cohesion)

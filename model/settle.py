@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -47,12 +48,20 @@ class Settled(RenderSpec):
     guidance: float = 0.0
     mu: float = 0.0
 
+    @property
+    def guided_steps(self) -> int:
+        """How many steps are guided; the others, the last, take their prompt's branches alone."""
+        if not self.guidance:
+            return 0
+        return self.steps if self.guidance_until is None else math.ceil(round(self.guidance_until * self.steps, 6))
+
 
 def settle(spec: RenderSpec, able: Able) -> Settled:
     """The spec as this model renders it. Raises K2Error for what it cannot."""
     width, height = size_of(spec, able)
     steps = able.recommended["steps"] if spec.steps is None else spec.steps
     guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)
+    until = able.recommended.get("guidance_until", 1.0) if spec.guidance_until is None else spec.guidance_until
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
     mu = raw_mu(width * height // able.unit**2) if mu == "auto" else float(mu)
     if not (isinstance(steps, int) and 1 <= steps <= MOST_STEPS):
@@ -61,10 +70,16 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
         raise K2Error(
             f"Guidance {guidance:g} with mu {mu:g} leads nowhere.", hint="Guidance is 0 to 100, mu −10 to 10."
         )
+    if not 0 < until <= 1:
+        raise K2Error(
+            f"Guidance cannot end after {until:g} of the steps.",
+            hint="It is a share of them, above 0 and up to 1; guidance 0 is none at all.",
+        )
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
     loras = tuple(lora for lora in spec.loras if lora.weight)
     said = vars(spec) | {"width": width, "height": height, "steps": steps, "guidance": guidance, "mu": mu}
+    said["guidance_until"] = float(until) if guidance else None
     settled = settle_styles(Settled(**(said | {"styles": styles, "loras": loras})))
     for lora in settled.adapters:
         if not abs(lora.weight) <= MOST_WEIGHT:
@@ -245,15 +260,15 @@ def without(prompt: str, words: Iterable[str]) -> str:
 
 
 def branches(spec: Settled) -> int:
-    """How many evaluations a step of a picture takes, those of a splice aside."""
+    """How many evaluations a step of a picture takes at most, those of a splice aside."""
     return len(wordings(spec)) * len(ways(spec)) + (len(unwanted(spec)) if spec.guidance else 0)
 
 
 def schedule(spec: Settled) -> Hashable:
     """What pictures that are made together have in common."""
-    course = (spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.style_guidance, spec.adapters)
+    course = (spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.guided_steps, spec.style_guidance)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
     said = (wordings(spec), unwanted(spec) if spec.guidance else ())
     shares = tuple(tuple(wording.share for wording in each) for each in said)
     looks = (presence(spec), ways(spec), shares, spec.leak_guard, spliced)
-    return course, looks, spec.cohesion, leader_of(spec)
+    return course, looks, spec.adapters, spec.cohesion, leader_of(spec)

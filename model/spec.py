@@ -80,6 +80,7 @@ class RenderSpec:
     loras: tuple[Lora, ...] = ()
     cohesion: float = 0.0  # 0 … 1: how much is shared with the leader (`model/cohesion.py`); 0 is the picture by itself
     leader: Leader | None = None
+    guidance_until: float | None = None  # the share of the steps, from the first on, that guidance is on for
 
     @property
     def adapters(self) -> tuple[Lora, ...]:

@@ -193,6 +193,9 @@ def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
         "render", "--only", "fox", "--matrix", "steps=1,2", "--style", "dusk=-1", "--dry-run"
     ).stdout.splitlines()
     assert [line.split("\t")[3] for line in lines] == [f"{n} steps, guidance 3.5, dusk=-1" for n in (1, 2)]
+    for given, told in ((("0.5",), " until 0.5"), (("1",), ""), (("0.5", "--guidance", "0"), "")):
+        line = k2("render", "--only", "fox", "--guidance-until", *given, "--dry-run").stdout.splitlines()[0]
+        assert line.split("\t")[3] == f"52 steps, guidance {0 if '--guidance' in given else 3.5:g}{told}"
     tied = k2("render", "--scope", "run", "--cohesion", "0.8", "--dry-run").stdout.splitlines()
     assert all("cohesion 0.8" in line for line in tied)
     of_two = k2("render", moody, tmp_path / "other", "--dry-run").stdout.splitlines()

@@ -85,6 +85,22 @@ def test_rerun_makes_the_same_pixels(den, k2):
         assert "Identical, pixel for pixel." in k2("rerun", file).stderr
 
 
+def test_rerun_guides_as_many_steps(den, k2):
+    """And all of them where a record is older than the setting."""
+    options = ("--quiet", "--only", "owl", "--batch", "1", "--steps", "4")
+    half, whole = (Path(k2("render", *options, "--guidance-until", until).stdout.split()[0]) for until in ("0.5", "1"))
+    assert (record(half)["settings"]["guidance_until"], record(whole)["settings"]["guidance_until"]) == (0.5, 1.0)
+    assert record(half)["pixels"] != record(whole)["pixels"]
+    assert "2.0, until 0.5 of the steps" in k2("show", half).stdout and "until" not in k2("show", whole).stdout
+    assert "Identical, pixel for pixel." in k2("rerun", half).stderr
+
+    (den / "k2.toml").write_text((den / "k2.toml").read_text().replace("[render]", "[render]\nguidance_until = 0.5"))
+    table = whole.with_suffix(".toml")
+    table.write_text(table.read_text().replace("guidance_until = 1.0\n", ""))
+    assert "guidance_until" not in record(whole)["settings"]
+    assert "Identical, pixel for pixel." in k2("rerun", table).stderr
+
+
 def test_rerun_makes_the_same_pixels_with_styles_of_both_kinds(den, k2, monkeypatch):
     """The record holds how each reference reached the network, whatever `auto` may come to mean."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(den / "cache"))

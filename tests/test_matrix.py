@@ -203,6 +203,8 @@ def test_a_matrix_of_the_command_line(dusky, k2):
         (2, 2.5),
     ]
     assert {each["settings"]["steps"] for each in cells} == {4}
+    ends = plan(k2, "-p", "tea", "--matrix", "guidance_until=0.5,1")
+    assert [each["settings"]["guidance_until"] for each in ends] == [0.5, 1.0]
     assert "--matrix lists the seeds" in k2("render", "--dry-run", *seeds, "--batch", "9", code=2).stderr
 
 

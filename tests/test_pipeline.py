@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,15 @@ from model.conditioning import REMEMBERED
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
-from model.latents import patchify
+from model.latents import noise, patchify, unpatchify
 from model.parts import side_of
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
-from model.sampler import raw_mu
+from model.sampler import guided, raw_mu, shifted_sigmas
 from model.settle import unwanted, weighed, wordings
 from model.spec import Picture, Reference, RenderSpec, Style, tied
 from model.text_encoder import PROMPT_TOKENS
+from model.train.rollout import conditioned
 
 FOX = RenderSpec("a red fox", seed=7)
 
@@ -206,7 +208,7 @@ def test_styles(pipeline, red, tmp_path):
     assert pixels(render((red, 1.0))) == pixels(render((blue, 1.0))) != pixels(before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}, {"guidance_until": 0.5}], ids=str)
 def test_a_style_comes_in_without_a_jump(pipeline, red, settings):
     """Rows that say nothing are rows all the same: next to 0 they must count for next to nothing."""
 
@@ -221,6 +223,56 @@ def test_a_style_comes_in_without_a_jump(pipeline, red, settings):
         assert off(0.0, sign * 1e-6) < 0.01 < off(0.0, sign * 0.1)
         steps = [off(sign * at / 100, sign * (at + 2) / 100) for at in range(0, 16, 2)]
         assert max(steps) < 0.5 * off(0.0, sign * 0.16)
+
+
+def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
+    """The steps after it are the prompt's own, by its branch alone: half the work."""
+    spec = replace(FOX, steps=5, guidance=3.0)
+    rows = []
+    velocity = pipeline.dit.velocity
+
+    def watched(tokens, *args, **more):
+        rows.append(len(tokens))
+        return velocity(tokens, *args, **more)
+
+    monkeypatch.setattr(pipeline.dit, "velocity", watched)
+    monkeypatch.setattr(Pipeline, "_one_stream", property(lambda self: 0))
+
+    def made(**changes: float) -> Picture:
+        rows.clear()
+        return pipeline.render([replace(spec, **changes)])[0]
+
+    whole = made()
+    assert (sum(rows), whole.record["guidance_until"]) == (10, 1.0)
+    assert pixels(made(guidance_until=1.0)) == pixels(whole)
+    for until, guided_steps in ((0.4, 2), (0.41, 3), (0.8, 4), (0.01, 1)):
+        picture = made(guidance_until=until)
+        assert (sum(rows), picture.record["guidance_until"]) == (5 + guided_steps, until)
+    rest = made(guidance=0.0, guidance_until=0.4)
+    assert sum(rows) == 5 and "guidance_until" not in rest.record
+
+    settled, config = pipeline.resolve(spec), pipeline.dit.config
+    cells = settled.width // pipeline.vae.factor
+    grid = (cells // config.patch, cells // config.patch)
+    tokens = patchify(noise(FOX.seed, config.channels, cells, cells), config.patch)
+    sigmas = shifted_sigmas(5, settled.mu)
+    with torch.inference_mode():
+        said, unsaid = (
+            conditioned(pipeline.dit, pipeline.text.encode([text])[0], None, grid) for text in (FOX.prompt, "")
+        )
+        for step, (sigma, following) in enumerate(pairwise(sigmas)):
+            level = torch.tensor([sigma])
+            v = said(tokens, level)
+            v = guided(v, unsaid(tokens, level), 3.0) if step < 2 else v
+            tokens = tokens + (following - sigma) * v
+        expected = pipeline.vae.decode(unpatchify(tokens, config.patch, cells, cells))[0]
+    assert np.abs(np.asarray(to_image(expected), int) - np.asarray(made(guidance_until=0.4).image, int)).max() <= 1
+
+
+@pytest.mark.parametrize("until", [0.0, -0.5, 1.01, float("nan")])
+def test_guidance_ends_somewhere_on_the_way(pipeline, until):
+    with pytest.raises(K2Error, match="Guidance cannot end after"):
+        pipeline.resolve(replace(FOX, guidance_until=until))
 
 
 def worded(*styles: tuple[str, float, tuple[str, ...]], **changes) -> RenderSpec:

@@ -63,7 +63,13 @@ def test_a_record_leads_back_to_its_spec(moody):
         Style("dusk", -0.6, (Reference(reference, 0.5),), ("film",), ("gloss",), method="splice"),
         Style("ink", 0.5, lora=lora, triggers=("inkk",)),
     )
-    read = {"style_guidance": 1.5, "leak_guard": "shift", "vision_tiles": 4, "vision_rows": False}
+    read = {
+        "guidance_until": 0.6,
+        "style_guidance": 1.5,
+        "leak_guard": "shift",
+        "vision_tiles": 4,
+        "vision_rows": False,
+    }
     asked = shot(styles=looks, cohesion=0.5, leader=Leader("tea", 3, "milk"), **read)
     asked = replace(asked, row="a row", caption="a caption", creativity="high")
     text = dump(records.compose(asked, picture(), moody)).decode()

@@ -77,7 +77,19 @@ def test_prompts_that_would_be_called_alike():
 
 @pytest.mark.parametrize("keep", ["k2", "parameters"])
 def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
-    k2("render", "-p", r"a fox in \{a|b\}", "--size", "64x96", "--steps", "5", "--guidance", "1.5")
+    k2(
+        "render",
+        "-p",
+        r"a fox in \{a|b\}",
+        "--size",
+        "64x96",
+        "--steps",
+        "5",
+        "--guidance",
+        "1.5",
+        "--guidance-until",
+        "0.5",
+    )
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
         png(tmp_path / "moved.png", **{keep: image.text[keep]})
@@ -88,6 +100,7 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
 
     assert shot.spec.prompt == "a fox in {a|b}" and shot.spec.seed == 7
     assert (shot.spec.width, shot.spec.height, shot.spec.steps, shot.spec.guidance) == (64, 96, 5, 1.5)
+    assert shot.spec.guidance_until == (0.5 if keep == "k2" else None)
 
 
 @pytest.mark.parametrize("keep", ["k2", "parameters"])

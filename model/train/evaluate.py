@@ -180,10 +180,12 @@ def carry_out(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> 
     )
 
 
-def measure(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, sheet: Path) -> dict[str, Any]:
+def measure(
+    judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, sheet: Path, **settings: Any
+) -> dict[str, Any]:
     """The figures of one checkpoint; each with what real pictures reach where that is known."""
     task = Task.of(judge, catalog, count)
-    painted = carry_out(task, judge, pipeline)
+    painted = carry_out(task, judge, pipeline, **settings)
     small = [resize(picture, 64) for picture in painted.pictures[:200]]
     rows = [np.concatenate(small[i : i + 20], 1) for i in range(0, len(small) - 19, 20)]
     Image.fromarray(np.concatenate(rows)).save(sheet)
@@ -201,7 +203,14 @@ def measure(judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, shee
     }
 
 
-def main(judge_path: Path, count: int, variants: Sequence[str], out: Path, dtype: str | None = None) -> None:
+def main(
+    judge_path: Path,
+    count: int,
+    variants: Sequence[str],
+    out: Path,
+    dtype: str | None = None,
+    guidance_until: float | None = None,
+) -> None:
     """Measure checkpoints of the box, print and keep what was found."""
     from model.pipeline import Pipeline
 
@@ -211,8 +220,9 @@ def main(judge_path: Path, count: int, variants: Sequence[str], out: Path, dtype
     for variant in variants:
         pipeline = Pipeline.load("mini", variant=variant, dtype=dtype, filters=())
         found["dtype"] = pipeline.plan.dtype
+        sheet = out.with_name(f"rendered-{variant}.png")
         found[variant] = measure(
-            judge, Catalog(DATA, pipeline.native), pipeline, count, out.with_name(f"rendered-{variant}.png")
+            judge, Catalog(DATA, pipeline.native), pipeline, count, sheet, guidance_until=guidance_until
         )
         out.write_text(tomli_w.dumps(found))
         print(*lines_of(variant, found[variant]), sep="\n", flush=True)
@@ -224,6 +234,7 @@ if __name__ == "__main__":
     parser.add_argument("count", type=int, nargs="?", default=500)
     parser.add_argument("--variant", nargs="+", default=["raw", "turbo"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--guidance-until", type=float, help="the share of the steps that are guided")
     parser.add_argument("--out", type=Path, default=Path(".runs/judge/figures.toml"))
     options = parser.parse_args()
-    main(options.judge, options.count, options.variant, options.out, options.dtype)
+    main(options.judge, options.count, options.variant, options.out, options.dtype, options.guidance_until)
