@@ -33,6 +33,7 @@ from k2cli.options import (
     PrecisionOption,
     ProjectOption,
     QuietOption,
+    SamplerOption,
     ScopeOption,
     SizeOption,
     StepsOption,
@@ -229,7 +230,7 @@ def render(
             "--matrix",
             metavar="KEY=V,V",
             help="Compare: a picture of every combination, or --batch of each. style.NAME, seed, size, steps, "
-            "guidance, guidance_until, creativity.",
+            "guidance, guidance_until, sampler, creativity.",
         ),
     ] = None,
     batch: BatchOption = None,
@@ -247,6 +248,7 @@ def render(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     guidance_until: GuidanceUntilOption = None,
+    sampler: SamplerOption = None,
     style_guidance: StyleGuidanceOption = None,
     cohesion: Annotated[
         float | None,
@@ -306,7 +308,7 @@ def render(
     options = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
-        "model": model, "device": device, "variant": variant_of(turbo),
+        "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format,
     }  # fmt: skip

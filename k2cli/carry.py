@@ -81,7 +81,10 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 size = f"{made['width']}x{made['height']}"
                 until = made["guidance_until"] if made["guidance"] else None
                 lasting = "" if until in (None, 1) else f" until {until:g}"
-                facts = [f"{made['steps']} steps", f"guidance {made['guidance']:g}{lasting}"]
+                facts = [
+                    f"{made['steps']} steps{' of ab2' if made['sampler'] == 'ab2' else ''}",
+                    f"guidance {made['guidance']:g}{lasting}",
+                ]
                 facts += [f"{style.name}={style.strength:g}" for style in shot.spec.styles if style.strength]
                 facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
                 result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")

@@ -14,6 +14,7 @@ from k2cli import formats
 from k2cli.dialect import dump
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+SAMPLERS = {"euler": "Euler", "ab2": "AB2"}  # as galleries show them
 XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
 
 
@@ -38,7 +39,7 @@ def parameters(record: Mapping[str, Any]) -> str:
     lines = [prompt["expanded"], f"Negative prompt: {prompt['avoid']}" if prompt["avoid"] else ""]
     facts = {
         "Steps": made["steps"],
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS[made.get("sampler") or "euler"],
         "CFG scale": f"{made['guidance'] + 1:g}",
         "Seed": made["seed"],
         "Size": f"{made['width']}x{made['height']}",

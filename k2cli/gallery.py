@@ -29,7 +29,10 @@ from model import picture_file
 from model.errors import K2Error, count_of
 
 PAGE, FOLDER = "index.html", "pictures"
-COMPARED = ("settings.steps", "settings.guidance", "prompt.creativity")  # what tells a run's pictures apart, unseen
+COMPARED = (  # what tells a run's pictures apart, unseen
+    *(f"settings.{key}" for key in ("steps", "guidance", "guidance_until", "sampler")),
+    "prompt.creativity",
+)
 MARK = b'<meta name="generator" content="k2 gallery">'
 
 
@@ -231,8 +234,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("references", "\n".join(references(made))),
         ("loras", "\n".join(history.loras(made.table))),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
-        *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance")),
-        ("guided until", "" if made["settings.guidance_until"] == 1 else made.text("settings.guidance_until")),
+        *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
         ("style guidance", made.text("settings.style_guidance")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),

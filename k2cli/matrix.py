@@ -22,14 +22,10 @@ MOST = 10_000  # pictures that a run may come to
 MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
 MOST_LETTERS = 10_000_000  # characters that the readings of a project's prompts come to, all together
 DEEPEST = 32  # braces within braces
-AXES = (
-    "seed",
-    "size",
-    "steps",
-    "guidance",
-    "guidance_until",
+AXES = (  # settings that can be compared; and styles' weights
+    *("seed", "size", "steps", "guidance", "guidance_until", "sampler"),
     "creativity",
-)  # settings that can be compared; and styles' weights
+)
 SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
 
 

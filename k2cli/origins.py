@@ -61,6 +61,7 @@ class Origin:
     turbo: bool = False  # made by k2's distilled checkpoint
     creativity: str = "raw"  # of k2's
     guidance_until: float | None = None  # of k2's, where guidance ended before the last step
+    sampler: str | None = None  # of k2's, where it was not Euler's
 
 
 def read(path: Path) -> Origin:
@@ -167,6 +168,7 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
             made,
             guidance=decimal(made.get("guidance")),
             guidance_until=None if (until := decimal(made.get("guidance_until"))) == 1 else until,
+            sampler=None if (sampler := plain(made.get("sampler"))) in ("", "euler") else sampler,
             model=plain(used.get("name")),
             turbo=used.get("variant") == "turbo",
             creativity=level if level in LEVELS else "raw",

@@ -262,6 +262,7 @@ class Project(Folder):
             steps=settings.steps,
             guidance=settings.guidance,
             guidance_until=settings.guidance_until,
+            sampler=settings.sampler,
             mu=settings.mu,
             style_guidance=settings.style_guidance,
             leak_guard=settings.leak_guard,

@@ -31,7 +31,7 @@ from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
 
-SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "cohesion")
+SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "sampler", "cohesion")
 SPEC_KEYS += ("guidance_until",)  # where there is guidance
 SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
 
@@ -62,6 +62,7 @@ class MadeWith:
     guidance: float | None = as_asked("guidance")
     guidance_until: float | None = as_asked("guidance_until")
     mu: float | None = as_asked("mu")
+    sampler: str | None = as_asked("sampler")
     cohesion: float = as_asked("cohesion")
     style_guidance: float | None = as_asked("style_guidance")
     leak_guard: str | None = as_asked("leak_guard")
@@ -270,6 +271,7 @@ def describe(record: Record) -> str:
         **{key: getattr(spec, key) for key in ("seed", "steps")},
         "guidance": f"{spec.guidance}{lasting}",
         "mu": spec.mu,
+        "sampler": spec.sampler if spec.sampler != "euler" else "",
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
         else "",
@@ -303,8 +305,9 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)
-    if shot.spec.guidance_until is None:  # before this could be said, guidance lasted
-        shot = replace(shot, spec=replace(shot.spec, guidance_until=1.0))
+    until, sampler = shot.spec.guidance_until, shot.spec.sampler
+    until = 1.0 if until is None else until  # so it was before it could be said, as it was Euler
+    shot = replace(shot, spec=replace(shot.spec, guidance_until=until, sampler=sampler or "euler"))
     used, made = part(models.Held, table, "model", place), part(MadeWith, table, "settings", place)
     files = table["model"].get("files")
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):

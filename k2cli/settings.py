@@ -13,7 +13,7 @@ from k2cli.tables import NO_KEY, PATH, between, check_value, hints_of, like, one
 from model.errors import K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import LEAK_GUARDS, TILES
+from model.spec import LEAK_GUARDS, SAMPLERS, TILES
 
 SCOPES = ("prompt", "run")
 OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
@@ -35,6 +35,7 @@ class Settings:
     seed: int = between(0, 0, 2**63 - 1)
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
+    sampler: str | None = one_of(None, *SAMPLERS)
     guidance_until: float | None = between(None, 0.01, 1)  # share of the steps that are guided, from the first on
     mu: float | None = between(None, -10, 10)
     style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt

@@ -74,7 +74,7 @@ def named(origins: Iterable[Origin]) -> dict[str, Origin]:
 
 def settings_of(origin: Origin) -> dict[str, Any]:
     """What a picture says of [render], but for its model and shape. Turbo's steps and guidance are the checkpoint's."""
-    numbers = () if origin.turbo else ("steps", "guidance", "guidance_until")
+    numbers = () if origin.turbo else ("steps", "guidance", "guidance_until", "sampler")
     made = {key: value for key in numbers if (value := getattr(origin, key)) is not None}
     return made | ({} if origin.creativity == "raw" else {"creativity": origin.creativity})
 

@@ -44,7 +44,7 @@ from model.plan import Plan, choose, eight_bits, free_memory, known_precisions, 
 from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, review
-from model.sampler import euler, shifted_sigmas
+from model.sampler import adams_bashforth, euler, shifted_sigmas
 from model.settle import (
     Able,
     Settled,
@@ -263,6 +263,7 @@ class Pipeline:
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
+        splice = self._splice(first, sigmas, mods, grid, adapters)
         field = partial(
             Branches,
             self.dit,
@@ -273,7 +274,7 @@ class Pipeline:
             presence=presence(first),
             shares=[each[0].share for each in worded],
             against=[each[0].share for each in negative],
-            splice=self._splice(first, sigmas, mods, grid, adapters),
+            splice=splice,
             tie=Tie(config, first.cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,
         )
@@ -286,7 +287,16 @@ class Pipeline:
         if leader:
             start = shared_noise(start, first.cohesion)
         start = patchify(start.to(self.device), config.patch)
-        tokens = euler(velocity, start, sigmas, on_step and (lambda done: on_step(done, first.steps)))
+
+        def count(done: int) -> None:
+            if on_step is not None:
+                on_step(done, first.steps)
+
+        if first.sampler == "euler":
+            tokens = euler(velocity, start, sigmas, count)
+        else:
+            changed = {first.guided_steps, *([1] if splice else [])}  # pure noise has no reference spliced in
+            tokens = adams_bashforth(velocity, start, sigmas, count, changed)
         if leader:
             following = iter(range(1, len(made)))
             tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]

@@ -12,7 +12,7 @@ from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
 from model.sampler import raw_mu
-from model.spec import LEAK_GUARDS, METHODS, TILES, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES
 from model.style import Weighed, weigh
 from model.vision import MOST_PICTURES
@@ -47,6 +47,7 @@ class Settled(RenderSpec):
     steps: int = 0
     guidance: float = 0.0
     mu: float = 0.0
+    sampler: str = "euler"
 
     @property
     def guided_steps(self) -> int:
@@ -75,11 +76,14 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
             f"Guidance cannot end after {until:g} of the steps.",
             hint="It is a share of them, above 0 and up to 1; guidance 0 is none at all.",
         )
+    sampler = able.recommended.get("sampler", "euler") if spec.sampler is None else spec.sampler
+    if sampler not in SAMPLERS:
+        raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
     loras = tuple(lora for lora in spec.loras if lora.weight)
     said = vars(spec) | {"width": width, "height": height, "steps": steps, "guidance": guidance, "mu": mu}
-    said["guidance_until"] = float(until) if guidance else None
+    said |= {"sampler": sampler, "guidance_until": float(until) if guidance else None}
     settled = settle_styles(Settled(**(said | {"styles": styles, "loras": loras})))
     for lora in settled.adapters:
         if not abs(lora.weight) <= MOST_WEIGHT:
@@ -266,9 +270,10 @@ def branches(spec: Settled) -> int:
 
 def schedule(spec: Settled) -> Hashable:
     """What pictures that are made together have in common."""
-    course = (spec.height, spec.width, spec.steps, spec.mu, spec.guidance, spec.guided_steps, spec.style_guidance)
+    course = (spec.height, spec.width, spec.steps, spec.mu, spec.sampler)
+    guided = (spec.guidance, spec.guided_steps, spec.style_guidance)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
     said = (wordings(spec), unwanted(spec) if spec.guidance else ())
     shares = tuple(tuple(wording.share for wording in each) for each in said)
     looks = (presence(spec), ways(spec), shares, spec.leak_guard, spliced)
-    return course, looks, spec.adapters, spec.cohesion, leader_of(spec)
+    return course, guided, looks, spec.adapters, spec.cohesion, leader_of(spec)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "tokens", "splice", "vision")  # auto: tokens where the model has a style encoder, else splice
 TILES = (1, 2, 4)  # along a side, that a reference is cut into and shuffled before a vision tower sees it
+SAMPLERS = ("euler", "ab2")  # how the flow is followed; see `model/sampler.py`
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
 
 
@@ -80,6 +81,7 @@ class RenderSpec:
     loras: tuple[Lora, ...] = ()
     cohesion: float = 0.0  # 0 … 1: how much is shared with the leader (`model/cohesion.py`); 0 is the picture by itself
     leader: Leader | None = None
+    sampler: str | None = None  # one of SAMPLERS
     guidance_until: float | None = None  # the share of the steps, from the first on, that guidance is on for
 
     @property

@@ -83,7 +83,13 @@ def test_influence_rises_with_cohesion_and_begins_at_nothing(pipeline):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"guidance": 0.0}, {"style_guidance": 1.0}, {"guidance": 0.0, "negative": "fog"}, {"guidance_until": 0.5}],
+    [
+        {},
+        {"guidance": 0.0},
+        {"style_guidance": 1.0},
+        {"guidance": 0.0, "negative": "fog"},
+        {"guidance_until": 0.5, "sampler": "ab2"},
+    ],
 )
 @pytest.mark.parametrize("method", [None, "splice", "tokens"])
 def test_a_picture_does_not_depend_on_the_company_it_was_made_in(pipeline, board, method, changes):

@@ -85,19 +85,25 @@ def test_rerun_makes_the_same_pixels(den, k2):
         assert "Identical, pixel for pixel." in k2("rerun", file).stderr
 
 
-def test_rerun_guides_as_many_steps(den, k2):
-    """And all of them where a record is older than the setting."""
+def test_rerun_follows_the_flow_as_it_was_followed(den, k2):
+    """Guided for as many steps, by the same sampler; to the end and by Euler's where a record is older than both."""
     options = ("--quiet", "--only", "owl", "--batch", "1", "--steps", "4")
     half, whole = (Path(k2("render", *options, "--guidance-until", until).stdout.split()[0]) for until in ("0.5", "1"))
     assert (record(half)["settings"]["guidance_until"], record(whole)["settings"]["guidance_until"]) == (0.5, 1.0)
     assert record(half)["pixels"] != record(whole)["pixels"]
     assert "2.0, until 0.5 of the steps" in k2("show", half).stdout and "until" not in k2("show", whole).stdout
     assert "Identical, pixel for pixel." in k2("rerun", half).stderr
+    second = Path(k2("render", *options, "--sampler", "ab2").stdout.split()[0])
+    assert record(second)["settings"]["sampler"] == "ab2" and record(second)["pixels"] != record(whole)["pixels"]
+    assert "Identical, pixel for pixel." in k2("rerun", second).stderr
+    with Image.open(second) as image:
+        assert "Sampler: AB2" in image.text["parameters"]
 
-    (den / "k2.toml").write_text((den / "k2.toml").read_text().replace("[render]", "[render]\nguidance_until = 0.5"))
+    text = (den / "k2.toml").read_text()
+    (den / "k2.toml").write_text(text.replace("[render]", '[render]\nguidance_until = 0.5\nsampler = "ab2"'))
     table = whole.with_suffix(".toml")
-    table.write_text(table.read_text().replace("guidance_until = 1.0\n", ""))
-    assert "guidance_until" not in record(whole)["settings"]
+    table.write_text(table.read_text().replace("guidance_until = 1.0\n", "").replace('sampler = "euler"\n', ""))
+    assert not {"guidance_until", "sampler"} & set(record(whole)["settings"])
     assert "Identical, pixel for pixel." in k2("rerun", table).stderr
 
 
@@ -129,8 +135,8 @@ def test_a_record_says_everything_that_was_left_to_the_model(den, k2):
 
     found = record(path)
     assert found["settings"] == {
-        "seed": 0, "width": 64, "height": 64, "steps": 2, "guidance": 0.0, "mu": 1.15, "cohesion": 0.0,
-        "device": "cpu", "dtype": "float32",
+        "seed": 0, "width": 64, "height": 64, "steps": 2, "guidance": 0.0, "mu": 1.15,
+        "sampler": "euler", "cohesion": 0.0, "device": "cpu", "dtype": "float32",
         "precision": "native",
         "offload": "none",
         "threads": torch.get_num_threads(),

@@ -273,9 +273,11 @@ def test_pictures_of_a_comparison_can_be_told_apart(moody, k2):
     """The line over a run said that all of them had the steps of the first, and the lines below them were the same."""
     k2("render", "--only", "fox", "--matrix", "steps=4,8")
     k2("render", "--only", "fox", "--steps", "4")
+    k2("render", "--only", "fox", "--matrix", "sampler=euler,ab2", "--matrix", "guidance_until=0.5,1")
     k2("gallery")
 
-    compared, alike = data_of(moody / "gallery")["runs"]
+    compared, alike, ways = data_of(moody / "gallery")["runs"]
+    assert ways["apart"] == ["guidance_until", "sampler"]
     assert compared["about"].endswith(" · mini raw") and compared["apart"] == ["steps"]
     assert alike["about"].endswith(" · 4 steps") and alike["apart"] == []
 

@@ -28,7 +28,7 @@ from model.latents import noise, patchify, unpatchify
 from model.parts import side_of
 from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
-from model.sampler import guided, raw_mu, shifted_sigmas
+from model.sampler import adams_bashforth, guided, raw_mu, shifted_sigmas
 from model.settle import unwanted, weighed, wordings
 from model.spec import Picture, Reference, RenderSpec, Style, tied
 from model.text_encoder import PROMPT_TOKENS
@@ -208,7 +208,9 @@ def test_styles(pipeline, red, tmp_path):
     assert pixels(render((red, 1.0))) == pixels(render((blue, 1.0))) != pixels(before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}, {"guidance_until": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"guidance": 0.0}, {"style_guidance": 1.5}, {"guidance_until": 0.5, "sampler": "ab2"}], ids=str
+)
 def test_a_style_comes_in_without_a_jump(pipeline, red, settings):
     """Rows that say nothing are rows all the same: next to 0 they must count for next to nothing."""
 
@@ -267,6 +269,31 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
             tokens = tokens + (following - sigma) * v
         expected = pipeline.vae.decode(unpatchify(tokens, config.patch, cells, cells))[0]
     assert np.abs(np.asarray(to_image(expected), int) - np.asarray(made(guidance_until=0.4).image, int)).max() <= 1
+
+
+def test_a_sampler_of_the_second_order_begins_anew_where_the_field_changes(pipeline, red, tmp_path, monkeypatch):
+    """Where guidance ends, and after pure noise, which holds nothing of a spliced reference."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = []
+
+    def watched(velocity, tokens, sigmas, on_step, anew):
+        changes.append(set(anew))
+        return adams_bashforth(velocity, tokens, sigmas, on_step, anew)
+
+    monkeypatch.setattr("model.pipeline.adams_bashforth", watched)
+    spec = replace(FOX, steps=6, guidance_until=0.5, sampler="ab2")
+    spliced = (Style("red", 0.7, (Reference(red),), method="splice"),)
+    pipeline.render([spec, replace(spec, styles=spliced)])
+    assert changes == [{3}, {3, 1}]
+
+
+def test_samplers_are_recorded_and_others_refused(pipeline):
+    first, second = (pipeline.render([replace(FOX, sampler=sampler)])[0] for sampler in (None, "ab2"))
+    assert (first.record["sampler"], second.record["sampler"]) == ("euler", "ab2")
+    once = [pixels(pipeline.render([replace(FOX, sampler=sampler, steps=1)])[0]) for sampler in ("euler", "ab2")]
+    assert pixels(first) != pixels(second) and once[0] == once[1]
+    with pytest.raises(K2Error, match='no sampler "heun"'):
+        pipeline.resolve(replace(FOX, sampler="heun"))
 
 
 @pytest.mark.parametrize("until", [0.0, -0.5, 1.01, float("nan")])

@@ -65,6 +65,7 @@ def test_a_record_leads_back_to_its_spec(moody):
     )
     read = {
         "guidance_until": 0.6,
+        "sampler": "ab2",
         "style_guidance": 1.5,
         "leak_guard": "shift",
         "vision_tiles": 4,

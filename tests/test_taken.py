@@ -89,6 +89,8 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
         "1.5",
         "--guidance-until",
         "0.5",
+        "--sampler",
+        "ab2",
     )
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
@@ -100,7 +102,7 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
 
     assert shot.spec.prompt == "a fox in {a|b}" and shot.spec.seed == 7
     assert (shot.spec.width, shot.spec.height, shot.spec.steps, shot.spec.guidance) == (64, 96, 5, 1.5)
-    assert shot.spec.guidance_until == (0.5 if keep == "k2" else None)
+    assert (shot.spec.guidance_until, shot.spec.sampler) == ((0.5, "ab2") if keep == "k2" else (None, None))
 
 
 @pytest.mark.parametrize("keep", ["k2", "parameters"])

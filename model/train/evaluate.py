@@ -15,6 +15,7 @@ Intervals of retrieval are drawn over drawings (a subject in a drawing set): hel
 from __future__ import annotations
 
 import argparse
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -209,21 +210,20 @@ def main(
     variants: Sequence[str],
     out: Path,
     dtype: str | None = None,
-    guidance_until: float | None = None,
+    **settings: Any,
 ) -> None:
-    """Measure checkpoints of the box, print and keep what was found."""
+    """Measure checkpoints of the box, print and keep what was found; `settings` of specs are the checkpoint's own
+    where left out."""
     from model.pipeline import Pipeline
 
     judge = Judge.load(judge_path)
-    found: dict[str, Any] = {"count": count}
+    found: dict[str, Any] = {"count": count, **settings}
     out.parent.mkdir(parents=True, exist_ok=True)
     for variant in variants:
         pipeline = Pipeline.load("mini", variant=variant, dtype=dtype, filters=())
         found["dtype"] = pipeline.plan.dtype
         sheet = out.with_name(f"rendered-{variant}.png")
-        found[variant] = measure(
-            judge, Catalog(DATA, pipeline.native), pipeline, count, sheet, guidance_until=guidance_until
-        )
+        found[variant] = measure(judge, Catalog(DATA, pipeline.native), pipeline, count, sheet, **settings)
         out.write_text(tomli_w.dumps(found))
         print(*lines_of(variant, found[variant]), sep="\n", flush=True)
 
@@ -234,7 +234,14 @@ if __name__ == "__main__":
     parser.add_argument("count", type=int, nargs="?", default=500)
     parser.add_argument("--variant", nargs="+", default=["raw", "turbo"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--guidance-until", type=float, help="the share of the steps that are guided")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help='as TOML: sampler="ab2"')
     parser.add_argument("--out", type=Path, default=Path(".runs/judge/figures.toml"))
     options = parser.parse_args()
-    main(options.judge, options.count, options.variant, options.out, options.dtype, options.guidance_until)
+    main(
+        options.judge,
+        options.count,
+        options.variant,
+        options.out,
+        options.dtype,
+        **tomllib.loads("\n".join(options.set)),
+    )
