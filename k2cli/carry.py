@@ -19,7 +19,7 @@ from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
-from k2cli.records import portable, request
+from k2cli.records import course, portable, request
 from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
 from k2cli.tables import listed
@@ -79,12 +79,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
-                until = made["guidance_until"] if made["guidance"] else None
-                lasting = "" if until in (None, 1) else f" until {until:g}"
-                facts = [
-                    f"{made['steps']} steps{' of ab2' if made['sampler'] == 'ab2' else ''}",
-                    f"guidance {made['guidance']:g}{lasting}",
-                ]
+                facts = [*course(made)]
                 facts += [f"{style.name}={style.strength:g}" for style in shot.spec.styles if style.strength]
                 facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
                 result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")

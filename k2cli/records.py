@@ -25,7 +25,7 @@ from k2cli.project import Shot
 from k2cli.settings import as_asked
 from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, masked, one_of, read_table
 from model import picture_file
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 from model.hashes import sha256
 from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
 
@@ -287,6 +287,14 @@ def describe(record: Record) -> str:
     }
     lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
     return aligned([(name, masked(line)) for name, line in lines], 2 + max(map(len, facts)))
+
+
+def course(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Steps and guidance for people, with what of them is not as usual: a sampler that is not Euler's, an early end."""
+    sampler, until = settings.get("sampler"), settings.get("guidance_until")
+    steps = count_of(settings["steps"], "step") + (f" of {sampler}" if sampler not in (None, "euler") else "")
+    lasting = f" until {until:g}" if settings["guidance"] and until not in (None, 1) else ""
+    return steps, f"guidance {settings['guidance']:g}{lasting}"
 
 
 Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside

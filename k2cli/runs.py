@@ -24,7 +24,7 @@ from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
 from model import picture_file
-from model.errors import K2Error, count_of
+from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
 if TYPE_CHECKING:
@@ -166,11 +166,16 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
     record = records.parse(toml, project.inside)
     made, made_on = record.shot.spec, toml.table.get("created")
+    steps, guidance = records.course(vars(made))
+
+    def alike(*keys: str) -> bool:
+        return len({tuple(getattr(shot.spec, key) for key in keys) for shot in shots}) == 1
+
     facts = [
         f"run {number_of(run.folder):04d}",
         f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
-        *([count_of(made.steps, "step")] if len({shot.spec.steps for shot in shots}) == 1 else []),
-        *([f"guidance {made.guidance or 0:g}"] if len({shot.spec.guidance for shot in shots}) == 1 else []),
+        *([steps] if alike("steps", "sampler") else []),
+        *([guidance] if alike("guidance", "guidance_until") else []),
         # captions, where there are any, tell of each picture's own
         *(f"{style.name} {style.strength:g}" for style in made.styles if not shots[0].caption),
         f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",

@@ -192,10 +192,12 @@ def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
     lines = k2(
         "render", "--only", "fox", "--matrix", "steps=1,2", "--style", "dusk=-1", "--dry-run"
     ).stdout.splitlines()
-    assert [line.split("\t")[3] for line in lines] == [f"{n} steps, guidance 3.5, dusk=-1" for n in (1, 2)]
+    assert [line.split("\t")[3] for line in lines] == [f"{n}, guidance 3.5, dusk=-1" for n in ("1 step", "2 steps")]
     for given, told in ((("0.5",), " until 0.5"), (("1",), ""), (("0.5", "--guidance", "0"), "")):
         line = k2("render", "--only", "fox", "--guidance-until", *given, "--dry-run").stdout.splitlines()[0]
         assert line.split("\t")[3] == f"52 steps, guidance {0 if '--guidance' in given else 3.5:g}{told}"
+    line = k2("render", "--only", "fox", "--sampler", "ab2", "--dry-run").stdout.splitlines()[0]
+    assert line.split("\t")[3] == "52 steps of ab2, guidance 3.5"
     tied = k2("render", "--scope", "run", "--cohesion", "0.8", "--dry-run").stdout.splitlines()
     assert all("cohesion 0.8" in line for line in tied)
     of_two = k2("render", moody, tmp_path / "other", "--dry-run").stdout.splitlines()
@@ -627,12 +629,16 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
     k2("render", "--matrix", "steps=4,8", "--style", "dusk=0.5")  # there the captions tell
     k2("render", "--matrix", "guidance=0,1.5")
     k2("render", "--steps", "1")
+    k2("render", "--guidance-until", "0.5", "--sampler", "ab2")
+    k2("render", "--matrix", "sampler=euler,ab2", "--matrix", "guidance_until=0.5,1")
 
     assert told == [
         ("moody", ["run 10000", "mini raw", "4 steps", "guidance 0", "dusk 0.5"]),
         ("moody", ["run 10001", "mini raw", "guidance 2.5"]),
         ("moody", ["run 10002", "mini raw", "28 steps"]),
         ("moody", ["run 10003", "mini raw", "1 step", "guidance 2.5"]),
+        ("moody", ["run 10004", "mini raw", "28 steps of ab2", "guidance 2.5 until 0.5"]),
+        ("moody", ["run 10005", "mini raw"]),
     ]
 
 
