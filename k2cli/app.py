@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.complete import complete_weight
-from k2cli.history_app import gallery, log
+from k2cli.history_app import gallery, log, rerun, show
 from k2cli.models_app import models_app
 from k2cli.options import (
     BatchOption,
     CreativityOption,
     DeviceOption,
     EmbedOption,
-    FileArgument,
     FormatOption,
     Group,
     GuidanceOption,
@@ -39,8 +38,6 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
-    find_file,
-    find_home,
     meant_by,
     open_projects,
     read_matrix,
@@ -348,86 +345,8 @@ app.command("train")(train)
 app.command()(watch)
 app.command()(log)
 app.command()(gallery)
-
-
-@app.command()
-def show(
-    file: FileArgument,
-    project: ProjectOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Show a picture and what it was made from.
-
-    The picture on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
-    half-blocks. To choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
-
-    \b
-    Examples:
-      k2 show outputs/0001-fox/fox-7.png
-      k2 show outputs/0001-fox/fox-7.png --json | jq .settings
-    """
-    from k2cli import records
-    from k2cli.console import result
-    from k2cli.history import in_full
-
-    file = find_file(file, project)
-    record = records.parse(records.read(file), Path)
-    if not json and sys.stdout.isatty():
-        from k2cli.outputs import picture_of
-        from k2cli.preview import preview
-
-        if (picture := picture_of(file)).is_file():
-            preview(picture)
-    result(to_json(in_full(record.table)) if json else records.describe(record))
-
-
-@app.command()
-def rerun(
-    file: FileArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write; else a new run of the project."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="DEVICE", help="In the place of the recorded one.")
-    ] = None,
-    project: ProjectOption = None,
-    no_embed: EmbedOption = False,
-    allow_outside: OutsideOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Make a picture again from its record, and compare.
-
-    Refuses when the model or a reference is not what it was. Exits with 1 when the pixels differ.
-
-    \b
-    Examples:
-      k2 rerun outputs/0001-fox/fox-7.png
-      k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
-    """
-    from k2cli.console import meter, near, result, say
-    from k2cli.runs import rerun as make_again
-    from k2cli.runs import was_changed
-
-    file = find_file(file, project)
-    home = find_home(file, project, allow_outside)
-    with meter(1, quiet=quiet) as bar:
-        saved, off = make_again(file, home, output=output, device=device, embed=not no_embed, on_step=bar.step)
-    identical = off == 0
-    verdict = {"identical": identical, "levels_off": off}
-    result(to_json({"file": near(saved.path), **verdict, **saved.record}) if json else near(saved.path))
-    if not quiet:
-        by = "" if off is None else f", by {off} of 255 levels at most"
-        rounding = " That is rounding, as on another machine or in other company." if off == 1 else ""
-        say(
-            "Identical, pixel for pixel." if identical else f"The pixels differ from the recorded ones{by}.{rounding}",
-            "green" if identical else "yellow",
-        )
-        if was_changed(file):
-            say(f"{near(file)} was changed since it was made: its own pixels are others.", "yellow")
-    if not identical:
-        raise typer.Exit(1)
+app.command()(show)
+app.command()(rerun)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.complete import complete_run, complete_style
-from k2cli.options import JsonOption, OutsideOption, ProjectOption, QuietOption, find_folders, open_projects, to_json
+from k2cli.options import (
+    EmbedOption,
+    FileArgument,
+    JsonOption,
+    OutsideOption,
+    ProjectOption,
+    QuietOption,
+    find_file,
+    find_folders,
+    find_home,
+    open_projects,
+    to_json,
+)
 from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
@@ -218,6 +231,99 @@ def gallery(
         if unread:
             say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
         say(f"{count:,} pictures. Open the page in a browser." if count != 1 else "1 picture.", "dim")
+
+
+def show(
+    file: FileArgument,
+    project: ProjectOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show a picture and what it was made from.
+
+    The picture on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
+    half-blocks. To choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
+
+    \b
+    Examples:
+      k2 show outputs/0001-fox/fox-7.png
+      k2 show outputs/0001-fox/fox-7.png --json | jq .settings
+    """
+    from k2cli import records
+    from k2cli.console import result
+    from k2cli.history import in_full
+
+    file = find_file(file, project)
+    record = records.parse(records.read(file), Path)
+    if not json and sys.stdout.isatty():
+        from k2cli.outputs import picture_of
+        from k2cli.preview import preview
+
+        if (picture := picture_of(file)).is_file():
+            preview(picture)
+    result(to_json(in_full(record.table)) if json else records.describe(record))
+
+
+def rerun(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Pictures that k2 made, or their records; a run's folder for all of it."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write one; else a new run of the project."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="DEVICE", help="In the place of the recorded one.")
+    ] = None,
+    project: ProjectOption = None,
+    no_embed: EmbedOption = False,
+    allow_outside: OutsideOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make pictures again from their records, and compare.
+
+    Refuses when the model or a reference is not what it was. Exits with 1 when the pixels of any differ.
+
+    \b
+    Examples:
+      k2 rerun outputs/0001-fox/fox-7.png
+      k2 rerun outputs/0001-fox                    all pictures of a run
+      k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
+    """
+    from k2cli.console import meter, near, result, say, show_error
+    from k2cli.rerun import Shelf, pictures_in, verdict, was_changed
+    from k2cli.rerun import rerun as make_again
+
+    named = pictures_in(find_file(file, project) for file in files)
+    if output is not None and len(named) > 1:
+        raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
+    several, identical = len(named) > 1, 0
+    with Shelf() as shelf, meter(len(named), quiet=quiet) as bar:
+        for done, file in enumerate(named, 1):
+            try:
+                home = find_home(file, project, allow_outside)
+                saved, off = make_again(file, home, shelf, output, device, embed=not no_embed, on_step=bar.step)
+            except K2Error as error:
+                if not several:
+                    raise
+                show_error(error)
+                continue
+            finally:
+                bar.saved(done)
+            identical += off == 0
+            about = {"identical": off == 0, "levels_off": off}
+            result(to_json({"file": near(saved.path), **about, **saved.record}) if json else near(saved.path))
+            if not quiet and not (several and off == 0):
+                say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
+            if not quiet and was_changed(file):
+                say(f"{near(file)} was changed since it was made: its own pixels are others.", "yellow")
+    if several and not quiet:
+        say(f"{identical} of {len(named)} are identical, pixel for pixel.", "dim")
+    if identical < len(named):
+        raise typer.Exit(1)
 
 
 def where_am_i() -> str:

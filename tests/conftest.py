@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from k2cli import runs
+from k2cli import hands
 from k2cli.app import app
 from model import library
 from model.errors import K2Error
@@ -113,9 +113,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeP
     module = ModuleType("model.pipeline")
     module.Pipeline = type("Pipeline", (FakePipeline,), {"loaded": [], "held": [], "seen": []})
     monkeypatch.setitem(sys.modules, "model.pipeline", module)
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     yield module.Pipeline
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
 
 def write_weights(path: Path, about: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
-from k2cli import runs, sheet
+from k2cli import hands, runs, sheet
 from k2cli.tables import Toml
 from model import library
 from model.errors import K2Error
@@ -292,7 +292,7 @@ def test_how_weights_are_held_reaches_the_model_the_plan_and_the_record(moody, k
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nprecision = "fp8"'))
     k2("render", "--only", "fox", "--offload", "all")
     made = Path(k2("render", "-p", "tea", "--project", moody, "--precision", "native").stdout.strip())
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     k2("rerun", folder / "fox-7.png", "-o", "again.png")
 
     assert fake.held == [("int8", "text"), ("fp8", "all"), ("native", None), ("int8", "text")]
@@ -308,7 +308,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
     k2("render", "--precision", "int8", "--offload", "all")
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml").unlink()
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
     k2("render", "--resume")
 
@@ -594,7 +594,7 @@ def test_a_run_stopped_before_its_sheet_gets_it(moody, k2, fake):
     folder = moody / "outputs" / "0001-fox-and-1-more"
     undisturbed = tree(folder)
     (folder / "sheet.png").unlink()
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     fake.loaded.clear()
 
     k2("render", "--resume")
@@ -711,7 +711,7 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
 def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
     """How weights are held may depend on the memory that is free; a run's pictures must not."""
     interrupt(fake, k2, 3)
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
     k2("render", "--resume")
 

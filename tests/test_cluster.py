@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from test_hands import PROJECT, made, needs_weights
 
-from k2cli import cluster, runs
+from k2cli import cluster, hands
 from k2cli.cluster import files_of, moved, pack, unpack
 from model.errors import K2Error
 from model.spec import Lora, Reference, RenderSpec, Style
@@ -109,7 +109,7 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
     monkeypatch.setitem(sys.modules, "ray", ray)
     options = ("render", "--quiet", "--batch", "2", "--style", "dusk=0.5")
     k2(*options)
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
     k2(*options, "--ray", "here:6379")
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageChops
 from tiny import DIT, tiny, tiny_box  # noqa: F401
 
-from k2cli import runs
+from k2cli import hands
 from model.cohesion import GUARD, PULL, Heard, Tie, leader_of, leads, shared_noise, tied
 from model.dit import attention
 from model.errors import K2Error
@@ -245,12 +245,12 @@ avoid = "fog"
 
 @pytest.fixture
 def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     (folder := tmp_path / "den").mkdir()
     (folder / "k2.toml").write_text(PROJECT)
     monkeypatch.chdir(folder)
     yield folder
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
 
 def test_pictures_of_a_project_are_made_again_one_by_one(den, k2):

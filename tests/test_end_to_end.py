@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import runs
+from k2cli import hands
 from k2cli.models import grid
 from k2cli.tables import Toml
 from model import library
@@ -38,7 +38,7 @@ text = "an owl"
 @pytest.fixture
 def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
     """A project that renders with the tiny model, and is the current folder."""
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     (tmp_path / "den").mkdir()
     (tmp_path / "den" / "k2.toml").write_text(PROJECT)
     monkeypatch.chdir(tmp_path / "den")
@@ -59,7 +59,7 @@ def test_rerun_holds_the_weights_as_they_were_held(den, k2):
     options = ["--quiet", "--only", "fox", "--batch", "1"]
     (plain,) = k2("render", *options).stdout.splitlines()
     (held,) = k2("render", *options, "--precision", "int8", "--offload", "all").stdout.splitlines()
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
     again = k2("rerun", held)
 
@@ -221,7 +221,7 @@ def record(path: str) -> dict:
 @pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
 @pytest.mark.parametrize("name", ["stickers", "cast"])
 def test_the_examples_render_as_they_stand(name, tmp_path, k2):
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     project = tmp_path / name
     shutil.copytree(ROOT / "projects_example" / name, project, ignore=shutil.ignore_patterns("outputs"))
 

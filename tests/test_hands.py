@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import runs
+from k2cli import hands
 from k2cli.hands import TRIES, Group, Held, Lost, News, Processes, Ready, groups_of, load, spread
 from k2cli.tables import Toml
 from model import library
@@ -197,10 +197,10 @@ def den(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     yield tmp_path
     torch.set_num_threads(threads)
-    runs.load.cache_clear()
+    hands.load.cache_clear()
 
 
 def made(folder: Path) -> dict[str, dict]:

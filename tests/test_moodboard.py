@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import moodboard, runs
+from k2cli import hands, moodboard
 from k2cli.project import Project
 from k2cli.tables import Toml
 from model import library
@@ -161,7 +161,7 @@ def test_words_of_a_kind_that_was_wrong_on_unseen_looks_are_not_said():
 def den(tiny, tmp_path, monkeypatch) -> Path:  # noqa: F811
     """A project with a board of two looks, six pictures each: dark stripes and bright squares."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    runs.load.cache_clear()
+    hands.load.cache_clear()
     folder = tmp_path / "den"
     (folder / "refs" / "board").mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import tomllib
 import xml.etree.ElementTree as ElementTree
 import zlib
 from dataclasses import replace
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import embedded, models, records, runs
+from k2cli import embedded, models, records
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml
@@ -313,6 +314,43 @@ class TestRerun:
         asked, again = fake.seen
         assert replace(again, **{key: getattr(asked, key) for key in records.SPEC_KEYS}) == asked
 
+    def test_several_are_made_again_in_one_run(self, moody, k2):
+        """A run's folder is all of it; where a name comes twice there is another run."""
+        k2("render", "--only", "fox", "--batch", "2")
+        k2("render", "--only", "fox", "--batch", "1")
+
+        result = k2("rerun", "outputs/0001-fox", "outputs/0002-fox/fox-7.toml")
+        assert result.stdout.split() == [
+            *("outputs/0003-fox/fox-7.png", "outputs/0003-fox/fox-8.png"),
+            "outputs/0004-fox/fox-7.png",
+        ]
+        assert result.stderr == "3 of 3 are identical, pixel for pixel.\n"
+        objects = [
+            json.loads(line) for line in k2("rerun", "outputs/0001-fox", "--json", "--quiet").stdout.splitlines()
+        ]
+        assert [(each["file"], each["identical"]) for each in objects] == [
+            ("outputs/0005-fox/fox-7.png", True),
+            ("outputs/0005-fox/fox-8.png", True),
+        ]
+
+    def test_of_several_each_is_told(self, moody, k2):
+        """One that differs, one that is none, and one that is as it was; and nothing is lost."""
+        k2("render", "--only", "fox", "--batch", "2")
+        record = Path("outputs/0001-fox/fox-7.toml")
+        pixels = tomllib.loads(record.read_text())["pixels"]
+        record.write_text(record.read_text().replace(pixels, "0" * 64))
+
+        result = k2("rerun", record, "gone.png", "outputs/0001-fox/fox-8.png", code=1)
+        assert result.stdout.split() == ["outputs/0002-fox/fox-7.png", "outputs/0002-fox/fox-8.png"]
+        said = result.stderr.splitlines()
+        assert said[0] == "outputs/0001-fox/fox-7.toml: The pixels differ from the recorded ones."
+        assert "There is no gone.png." in said[1] and said[-1] == "1 of 3 are identical, pixel for pixel."
+
+        both = ("outputs/0001-fox", "-o", "one.png")
+        assert "one file for 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
+        Path("empty").mkdir()
+        assert "There are no pictures of k2 in empty." in k2("rerun", "empty", code=1).stderr
+
     def test_the_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
 
@@ -385,7 +423,7 @@ class TestRerun:
 
     def test_it_works_where_it_is_told_by_as_many_threads_as_before(self, made, k2, monkeypatch):
         used = []
-        monkeypatch.setattr(runs, "use_threads", used.append)
+        monkeypatch.setattr("k2cli.rerun.use_threads", used.append)
         record = made.with_suffix(".toml")
         record.write_text(record.read_text().replace("[settings]\n", "[settings]\nthreads = 3\n"))
 
