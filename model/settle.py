@@ -62,7 +62,7 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     width, height = size_of(spec, able)
     steps = able.recommended["steps"] if spec.steps is None else spec.steps
     guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)
-    until = able.recommended.get("guidance_until", 1.0) if spec.guidance_until is None else spec.guidance_until
+    until, sampler = 1.0 if spec.guidance_until is None else spec.guidance_until, spec.sampler or "euler"
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
     mu = raw_mu(width * height // able.unit**2) if mu == "auto" else float(mu)
     if not (isinstance(steps, int) and 1 <= steps <= MOST_STEPS):
@@ -76,7 +76,6 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
             f"Guidance cannot end after {until:g} of the steps.",
             hint="It is a share of them, above 0 and up to 1; guidance 0 is none at all.",
         )
-    sampler = able.recommended.get("sampler", "euler") if spec.sampler is None else spec.sampler
     if sampler not in SAMPLERS:
         raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
     check_company(spec)

@@ -61,7 +61,7 @@ class Leader:
 
 @dataclass(frozen=True)
 class RenderSpec:
-    """One picture to render. What is None is the checkpoint's own recommendation."""
+    """One picture to render. What is None is the checkpoint's own recommendation, or what is usual."""
 
     prompt: str
     width: int | None = None  # pixels, multiples of a token's side: 16, mini's 32
@@ -81,8 +81,8 @@ class RenderSpec:
     loras: tuple[Lora, ...] = ()
     cohesion: float = 0.0  # 0 … 1: how much is shared with the leader (`model/cohesion.py`); 0 is the picture by itself
     leader: Leader | None = None
-    sampler: str | None = None  # one of SAMPLERS
-    guidance_until: float | None = None  # the share of the steps, from the first on, that guidance is on for
+    sampler: str | None = None  # one of SAMPLERS; None: euler
+    guidance_until: float | None = None  # the share of the steps, from the first on, that guidance is on for; None: 1
 
     @property
     def adapters(self) -> tuple[Lora, ...]:
