@@ -1,7 +1,7 @@
 """Every stage from its recipe, at smoke size: it runs, its parts fit together, and it resumes to the last bit."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -284,3 +284,12 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
     for stage in ("stpo", "grpo"):
         with pytest.raises(K2Error, match="references means nothing"):
             recipe.saved(table | {"stage": stage, "references": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"init": ""}, "init names none"), ({"clusters": 0}, "clusters must be at least 1")]
+)
+def test_midtraining_goes_on_from_a_run_by_clusters(settings, message):
+    whole = asdict(recipe.load("midtrain-256"))
+    with pytest.raises(K2Error, match=message):
+        recipe.saved(whole | settings)

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from model.errors import K2Error
 from model.train import loop, pretrain, states
 from model.train.loop import Report
 from model.train.pretrain import Pretraining
+from model.train.recipe import at_least
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, rest_for_validation
 
@@ -27,6 +29,12 @@ class Recipe(pretrain.Recipe):
     stage: str = "midtrain"
     clusters: int = 24
     balance: float = 1.0  # 1: every cluster alike; 0: as often as its pictures come in pretraining
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "clusters")
+        if not self.init:
+            raise K2Error(f'Recipe "{self.name}": midtraining goes on from a run, and init names none.')
 
 
 def kmeans(points: NDArray[np.floating], count: int, seed: int = 0, rounds: int = 25) -> NDArray[np.int64]:
