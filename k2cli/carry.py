@@ -170,14 +170,17 @@ def say_finished(job: Job) -> None:
 
 
 def say_doubts(job: Job) -> None:
-    """That some prompts will get a picture of something else, that sizes are too far from what the model knows, or
-    that references and moodboard have pictures beside them that nothing reads, or that are broken."""
+    """That some prompts will get a picture of something else, that sizes are too far from what the model knows, that
+    guidance ends which never began, or that references and moodboard have pictures beside them that nothing reads, or
+    that are broken."""
     if over := passed_over(job.project.others):
         say(over, "yellow")
     if unread := sorted(path.name for path in job.project.unread):
         say(f"Left out of the moodboard, as they cannot be read: {listed(unread)}.", "yellow")
     if far := far_off(job):
         say(far, "yellow")
+    if until := never_guided(job):
+        say(f"Guidance is off, so that guidance_until = {until:g} changes nothing.", "yellow")
     if strange := undrawable(job):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
@@ -192,6 +195,15 @@ def far_off(job: Job) -> str:
             made_for = f"the {native}x{native} that the model was made for"
             return f"{width}x{height} is far from {made_for}: expect broken pictures."
     return ""
+
+
+def never_guided(job: Job) -> float | None:
+    """When guidance is to end, where no picture has any."""
+    said = {shot.spec.guidance_until for shot in job.left if shot.spec.guidance_until is not None}
+    if not said or any(shot.spec.guidance for shot in job.left):
+        return None
+    own = recommended(job.model.name, job.model.variant)["guidance"]
+    return None if own and any(shot.spec.guidance is None for shot in job.left) else min(said)
 
 
 def undrawable(job: Job) -> list[str]:

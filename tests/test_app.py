@@ -196,6 +196,10 @@ def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
     for given, told in ((("0.5",), " until 0.5"), (("1",), ""), (("0.5", "--guidance", "0"), "")):
         line = k2("render", "--only", "fox", "--guidance-until", *given, "--dry-run").stdout.splitlines()[0]
         assert line.split("\t")[3] == f"52 steps, guidance {0 if '--guidance' in given else 3.5:g}{told}"
+    off = ("--guidance-until", "0.5", "--dry-run")
+    told = "Guidance is off, so that guidance_until = 0.5 changes nothing."
+    assert told in k2("render", *off, "--guidance", "0").stderr and told not in k2("render", *off).stderr
+    assert told not in k2("render", *off, "--matrix", "guidance=0,1").stderr
     line = k2("render", "--only", "fox", "--sampler", "ab2", "--dry-run").stdout.splitlines()[0]
     assert line.split("\t")[3] == "52 steps of ab2, guidance 3.5"
     tied = k2("render", "--scope", "run", "--cohesion", "0.8", "--dry-run").stdout.splitlines()
