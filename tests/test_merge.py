@@ -148,7 +148,7 @@ def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  # noqa: F811
     keys = {"name": "middle", "size": 64, "steps": 1, "batch": 2, "repeats": 1, "mu": 0.0, "lr": 1e-3, "muon_lr": 1e-3}
-    small = midtrain.Recipe(**keys, network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1})
+    small = midtrain.Recipe(**keys, init="box", network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1})
     data = training_set(small, device)
 
     found = midtrain.features(data, pretrain.trainee(small, len(data.looks)).to(device))
