@@ -294,8 +294,7 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
     """
     from k2cli.console import meter, near, result, say, show_error
-    from k2cli.rerun import Shelf, pictures_in, verdict, was_changed
-    from k2cli.rerun import rerun as make_again
+    from k2cli.rerun import Shelf, pictures_in, repeat, verdict, was_changed
 
     named = pictures_in(find_file(file, project) for file in files)
     if output is not None and len(named) > 1:
@@ -305,7 +304,7 @@ def rerun(
         for done, file in enumerate(named, 1):
             try:
                 home = find_home(file, project, allow_outside)
-                saved, off = make_again(file, home, shelf, output, device, embed=not no_embed, on_step=bar.step)
+                saved, off = repeat(file, home, shelf, output, device, embed=not no_embed, on_step=bar.step)
             except K2Error as error:
                 if not several:
                     raise

@@ -258,7 +258,6 @@ def describe(record: Record) -> str:
         for style in spec.styles
     ]
     versions, blocked = table.get("versions", {}), table.get("blocked")
-    lasting = "" if spec.guidance_until in (None, 1) else f", until {spec.guidance_until:g} of the steps"
     facts = {
         "blocked": f"by {blocked.get('filter')}: {blocked.get('reason')}" if isinstance(blocked, dict) else "",
         "prompt": record.shot.given,
@@ -269,7 +268,7 @@ def describe(record: Record) -> str:
         "loras": "\n".join(loras(table)),
         "size": f"{spec.width} x {spec.height}",
         **{key: getattr(spec, key) for key in ("seed", "steps")},
-        "guidance": f"{spec.guidance}{lasting}",
+        "guidance": f"{spec.guidance}{lasting(spec.guidance_until)}",
         "mu": spec.mu,
         "sampler": spec.sampler if spec.sampler != "euler" else "",
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
@@ -289,12 +288,16 @@ def describe(record: Record) -> str:
     return aligned([(name, masked(line)) for name, line in lines], 2 + max(map(len, facts)))
 
 
+def lasting(until: float | None) -> str:
+    """What is said behind guidance of when it ends, where that is before the last step."""
+    return "" if until in (None, 1) else f" until {until:g}"
+
+
 def course(settings: Mapping[str, Any]) -> tuple[str, str]:
     """Steps and guidance for people, with what of them is not as usual: a sampler that is not Euler's, an early end."""
     sampler, until = settings.get("sampler"), settings.get("guidance_until")
     steps = count_of(settings["steps"], "step") + (f" of {sampler}" if sampler not in (None, "euler") else "")
-    lasting = f" until {until:g}" if settings["guidance"] and until not in (None, 1) else ""
-    return steps, f"guidance {settings['guidance']:g}{lasting}"
+    return steps, f"guidance {settings['guidance']:g}{lasting(until) if settings['guidance'] else ''}"
 
 
 Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside

@@ -57,7 +57,7 @@ def pictures_in(files: Iterable[Path]) -> list[Path]:
     return found
 
 
-def rerun(
+def repeat(
     file: Path,
     home: Project | None,
     shelf: Shelf,

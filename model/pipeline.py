@@ -278,7 +278,9 @@ class Pipeline:
             tie=Tie(config, first.cohesion, sigmas, grid) if leader else None,
             pack=self._one_stream,
         )
-        led, alone = field(said), field(said._replace(negative=()))  # while guidance is on, and after it
+        led = alone = field(said)  # while guidance is on, and after it
+        if 0 < first.guided_steps < first.steps:
+            alone = field(said._replace(negative=()))
 
         def velocity(tokens: Tensor, step: int) -> Tensor:
             return (led if step < first.guided_steps else alone)(tokens, step)

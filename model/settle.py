@@ -52,9 +52,7 @@ class Settled(RenderSpec):
     @property
     def guided_steps(self) -> int:
         """How many steps are guided; the others, the last, take their prompt's branches alone."""
-        if not self.guidance:
-            return 0
-        return self.steps if self.guidance_until is None else math.ceil(round(self.guidance_until * self.steps, 6))
+        return math.ceil(round((self.guidance_until or 0) * self.steps, 6))
 
 
 def settle(spec: RenderSpec, able: Able) -> Settled:

@@ -77,21 +77,8 @@ def test_prompts_that_would_be_called_alike():
 
 @pytest.mark.parametrize("keep", ["k2", "parameters"])
 def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
-    k2(
-        "render",
-        "-p",
-        r"a fox in \{a|b\}",
-        "--size",
-        "64x96",
-        "--steps",
-        "5",
-        "--guidance",
-        "1.5",
-        "--guidance-until",
-        "0.5",
-        "--sampler",
-        "ab2",
-    )
+    numbers = ("--size", "64x96", "--steps", "5", "--guidance", "1.5")
+    k2("render", "-p", r"a fox in \{a|b\}", *numbers, "--guidance-until", "0.5", "--sampler", "ab2")
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
         png(tmp_path / "moved.png", **{keep: image.text[keep]})
