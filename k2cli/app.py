@@ -227,7 +227,7 @@ def render(
             "--matrix",
             metavar="KEY=V,V",
             help="Compare: a picture of every combination, or --batch of each. style.NAME, seed, size, steps, "
-            "guidance, guidance_until, sampler, creativity.",
+            "guidance, guidance_until, sampler, creativity, denoise.",
         ),
     ] = None,
     batch: BatchOption = None,
@@ -241,6 +241,13 @@ def render(
         typer.Option(
             "--resolution", metavar="R", help="With an aspect: 1K, 2K, or the side of a square of as many pixels."
         ),
+    ] = None,
+    init_image: Annotated[
+        Path | None,
+        typer.Option("--init-image", metavar="PICTURE", help="Begin with this picture, in the place of noise."),
+    ] = None,
+    denoise: Annotated[
+        float | None, typer.Option("--denoise", metavar="D", help="How much of it is made anew, up to 1: all.")
     ] = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
@@ -284,6 +291,7 @@ def render(
       k2 render                             the project here, whole
       k2 render -p "a red fox" --batch 4    one prompt, four seeds
       k2 render --style dusk=0.6 --seed 40
+      k2 render --only fox --init-image sketch.png --denoise 0.6
       cat prompts.txt | k2 render - --json
       k2 render -p "a {red|green} apple" --matrix style.dusk=0,0.5,1
       k2 render --resume                    go on with a run that was stopped
@@ -307,7 +315,7 @@ def render(
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
         "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
-        "format": format,
+        "format": format, "init_image": None if init_image is None else str(init_image), "denoise": denoise,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
     if resume:

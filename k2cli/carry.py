@@ -25,6 +25,7 @@ from k2cli.settings import Settings
 from k2cli.tables import listed
 from model.errors import K2Error
 from model.picture_file import passed_over
+from model.spec import DENOISE
 from model.vocabulary import vocabulary
 
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
@@ -47,6 +48,10 @@ def plan_project(
     shots = project.shots(settings, prompts, styles, matrices)
     if not quiet and (names := project.uncompared(prompts, matrices)):
         say(f"{project.name}: no [[matrix]] is about {listed(names)}.", "yellow")
+    if not quiet and not any(shot.spec.init_image for shot in shots):
+        said = [vars(settings), *of_prompts, *(matrix.axes for matrix in matrices)]
+        if any(each.get("denoise") is not None for each in said):
+            say("Nothing begins with a picture, so that denoise changes nothing.", "yellow")
     return plan_job(project, settings, shots, compared=bool(matrices))
 
 
@@ -72,6 +77,8 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             asked = request(shot, job.project.root)
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said
+            if asked["init_image"]:
+                asked["settings"]["denoise"] = said.get("denoise", DENOISE)
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
@@ -82,6 +89,8 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 facts = [*course(made)]
                 facts += [f"{style.name}={style.strength:g}" for style in shot.spec.styles if style.strength]
                 facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
+                facts += [f"begun with {begun['image']}"] if (begun := asked["init_image"]) else []
+                facts += [f"denoise {made['denoise']:g}"] if made.get("denoise") is not None else []
                 result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")
 
 
@@ -222,6 +231,7 @@ def go_on(job: Job, folder: Path) -> str:
     words += [] if last and last.folder == folder else [f"--run {number_of(folder)}"]
     words += [] if here and here.samefile(root) else [f"--project {typed(root)}"]
     model = Path(job.model.name)
-    outside = model.is_absolute() and not model.is_relative_to(root)
+    files = {model, *(shot.spec.init_image for shot in job.shots if shot.spec.init_image)}
+    outside = any(file.is_absolute() and not file.is_relative_to(root) for file in files)
     words += ["--allow-outside"] if job.project.allow_outside or outside else []
     return " ".join(words)

@@ -41,6 +41,7 @@ def parameters(record: Mapping[str, Any]) -> str:
         "Steps": made["steps"],
         "Sampler": SAMPLERS[made.get("sampler") or "euler"],
         "CFG scale": f"{made['guidance'] + 1:g}",
+        **({"Denoising strength": f"{made['denoise']:g}"} if made.get("denoise") else {}),
         "Seed": made["seed"],
         "Size": f"{made['width']}x{made['height']}",
         "Model hash": next(iter(used["files"].values()))[:10],

@@ -30,7 +30,7 @@ from model.errors import K2Error, count_of
 
 PAGE, FOLDER = "index.html", "pictures"
 COMPARED = (  # what tells a run's pictures apart, unseen
-    *(f"settings.{key}" for key in ("steps", "guidance", "guidance_until", "sampler")),
+    *(f"settings.{key}" for key in ("steps", "guidance", "guidance_until", "sampler", "denoise")),
     "prompt.creativity",
 )
 MARK = b'<meta name="generator" content="k2 gallery">'
@@ -235,6 +235,8 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("loras", "\n".join(history.loras(made.table))),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
         *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
+        ("begun with", made.text("init_image.image")),
+        ("denoise", made.text("settings.denoise")),
         ("style guidance", made.text("settings.style_guidance")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),

@@ -38,9 +38,12 @@ def loras(table: Mapping[str, Any]) -> list[str]:
 
 
 MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
-    "": ("blocked", "leader", "style", "lora"),
+    "": ("blocked", "leader", "init_image", "style", "lora"),
     "prompt": ("row", "caption", "unread"),
-    "settings": ("sampler", "guidance_until", "style_guidance", "leak_guard", "vision_tiles", "vision_rows"),
+    "settings": (
+        *("sampler", "guidance_until", "denoise"),
+        *("style_guidance", "leak_guard", "vision_tiles", "vision_rows"),
+    ),
     "leader": ("shared",),
 }
 

@@ -24,7 +24,7 @@ MOST_LETTERS = 10_000_000  # characters that the readings of a project's prompts
 DEEPEST = 32  # braces within braces
 AXES = (  # settings that can be compared; and styles' weights
     *("seed", "size", "steps", "guidance", "guidance_until", "sampler"),
-    "creativity",
+    *("creativity", "denoise"),
 )
 SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
 

@@ -41,6 +41,7 @@ DEEPEST = 8  # brackets in brackets
 MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
 MOST_SAMPLERS = 50  # of a graph that are asked for a prompt
 SIDE = ".metadata.json"
+BEGINNING = "its initial picture"
 TELLING = "Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out."
 
 
@@ -159,6 +160,8 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
         level = plain(asked.get("creativity"))
         led, tied = table.get("leader"), decimal(made.get("cohesion"))
         ties = [f'cohesion {tied:g} with "{plain(led.get("prompt"))}"'] if isinstance(led, dict) and tied else []
+        init = table.get("init_image")
+        begun = [f"{BEGINNING} {plain(init.get('image'))}"] if isinstance(init, dict) else []
         styles = [f"style {plain(name)}" for name in values(table, "style", "name")]
         loras = [f"LoRA {plain(file)}" for file in values(table, "lora", "file")]
         yield origin(
@@ -172,7 +175,7 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
             model=plain(used.get("name")),
             turbo=used.get("variant") == "turbo",
             creativity=level if level in LEVELS else "raw",
-            left_out=(*ties, *styles, *loras),
+            left_out=(*ties, *begun, *styles, *loras),
         )
 
 
@@ -223,7 +226,7 @@ def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
         table,
         guidance=scale(table.get("cfg_scale")),
         model=plain(name),
-        left_out=("LoRAs",) if isinstance(loras, list) and loras else (),
+        left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (BEGINNING,) * bool(table.get("init_image")),
     )
 
 
@@ -237,7 +240,7 @@ def of_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
         table,
         guidance=None,  # of a distilled network, or of another scale: nothing of ours
         model=plain(table.get("model")),
-        left_out=("LoRAs",) if isinstance(loras, list) and loras else (),
+        left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (BEGINNING,) * bool(table.get("image_path")),
     )
 
 
@@ -255,7 +258,17 @@ def of_a1111(text: str) -> Origin:
     if facts.get("Version", "").startswith("k2 "):  # written here, with the variant behind the model's name
         tool, turbo = "k2", model.endswith("-turbo")
         model = model.removesuffix("-raw").removesuffix("-turbo")
-    return origin(tool, asked, avoid, table, guidance=scale(facts.get("CFG scale")), model=model, turbo=turbo)
+    begun = "Denoising strength" in facts and not any(key.startswith("Hires") for key in facts)  # else in two passes
+    return origin(
+        tool,
+        asked,
+        avoid,
+        table,
+        guidance=scale(facts.get("CFG scale")),
+        model=model,
+        turbo=turbo,
+        left_out=(BEGINNING,) * begun,
+    )
 
 
 def unquoted(value: str) -> str:

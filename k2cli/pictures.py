@@ -129,6 +129,13 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 
 
+def aspect_of(path: Path) -> str:
+    """A picture's proportions, as they are looked at, within what a model can paint: "1.5:1"."""
+    with picture_file.opened(path) as image:
+        width, height = picture_file.sides(image)
+    return f"{min(max(width / height, 1 / 4), 4):.4f}:1"
+
+
 def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, by their names; no contact sheets, and nothing hidden, as with a glob."""
     named = (path for path in folder.iterdir() if picture_file.is_named_so(path) and path.is_file())

@@ -15,6 +15,7 @@ from k2cli.expander import expander
 from k2cli.folder import FILE, Folder, Outside, root_above
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
+from k2cli.pictures import aspect_of, check_picture
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, Settings, check_frame
 from k2cli.styles import Styles, words
@@ -32,6 +33,7 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.spec import RenderSpec, Style, tied
 
+INIT_OPTION = "--init-image"
 MOST_PLAN = 32 << 20  # bytes of a run.toml
 
 
@@ -161,6 +163,17 @@ class Project(Folder):
             *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model, self.unread),
         )
 
+    def beginning(self, settings: Settings, where: str) -> Path | None:
+        """The picture that a prompt's pictures begin with, where there is one. Raises K2Error."""
+        if settings.init_image is None:
+            return None
+        shells = where == INIT_OPTION  # a path of the shell's, not of the project's
+        path = Path(settings.init_image).absolute() if shells else self.inside(settings.init_image, where)
+        if shells and not path.exists():
+            raise K2Error(f"{where}: there is no {settings.init_image}.", hint="Paths start from the current folder.")
+        check_picture(path, where, settings.init_image)
+        return path
+
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file."""
         names = [unicodedata.normalize("NFC", name) for name in names]  # as theirs are
@@ -250,7 +263,8 @@ class Project(Folder):
             if sum(map(len, said)) > MOST_WORDS:
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        width, height = settings.pixels(where, grid)
+        begun = self.beginning(settings, where("init_image"))
+        width, height = settings.pixels(where, grid, aspect_of(begun) if begun else None)
         seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
@@ -264,6 +278,8 @@ class Project(Folder):
             guidance_until=settings.guidance_until,
             sampler=settings.sampler,
             mu=settings.mu,
+            init_image=begun,
+            denoise=settings.denoise if begun else None,
             style_guidance=settings.style_guidance,
             leak_guard=settings.leak_guard,
             vision_tiles=settings.vision_tiles,

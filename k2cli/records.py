@@ -33,6 +33,7 @@ SCHEMA = 1
 
 SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "sampler", "cohesion")
 SPEC_KEYS += ("guidance_until",)  # where there is guidance
+SPEC_KEYS += ("denoise",)  # where there is an initial picture
 SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class MadeWith:
     guidance_until: float | None = as_asked("guidance_until")
     mu: float | None = as_asked("mu")
     sampler: str | None = as_asked("sampler")
+    denoise: float | None = as_asked("denoise")
     cohesion: float = as_asked("cohesion")
     style_guidance: float | None = as_asked("style_guidance")
     leak_guard: str | None = as_asked("leak_guard")
@@ -94,6 +96,14 @@ class ReferenceUsed:
     image: str = field(metadata=PATH)
     sha256: str
     weight: float = field(default=1.0, metadata=WEIGHT)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The picture that another began with, as it was."""
+
+    image: str = field(metadata=PATH)
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class Record:
 
 def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """What is known of a picture before it is rendered; reference paths are relative to the project."""
-    spec, led = shot.spec, shot.spec.leader
+    spec, led, begun = shot.spec, shot.spec.leader, shot.spec.init_image
     return {
         "prompt": {
             "name": shot.name,
@@ -144,6 +154,7 @@ def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
         "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
+        "init_image": begun and {"image": os.path.relpath(begun, root), "sha256": (hash_of or sha256)(begun)},
         "style": [style_table(style, root, hash_of) for style in spec.styles] or None,
     }
 
@@ -173,6 +184,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     made = dict(picture.record)
     used = {each["image"]: each["sha256"] for style in made.get("styles", ()) for each in style["references"]}
     used |= {lora["path"]: lora["sha256"] for lora in made.get("loras", ())}
+    used |= {begun["image"]: begun["sha256"] for begun in filter(None, [made.get("init_image")])}
 
     def hash_of(path: Path) -> str:
         """Of a file as the picture was made with it: by now it may be another, or gone."""
@@ -188,6 +200,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "prompt": asked["prompt"] | {"unread": made.get("unread")},
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
         "leader": asked["leader"] and asked["leader"] | {"shared": made.get("shared")},
+        "init_image": asked["init_image"],
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": with_methods(asked.get("style"), made.get("styles", ())),
         "lora": [  # how much of each adapter found its place in the network
@@ -276,6 +289,7 @@ def describe(record: Record) -> str:
         else "",
         "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
         "guard": spec.leak_guard or "",
+        "begun with": f"{spec.init_image}, {spec.denoise:g} of it made anew" if spec.init_image else "",
         "model": f"{used.name} {used.variant or ''}",
         "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in record.files.items()),
         "device": f"{used.device}, {used.dtype}",
@@ -354,11 +368,13 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     entries = enumerate(tables_of(table, "style", place))
     styles = [style_of(entry, place.below("style", index), own) for index, entry in entries]
     led = part(LedBy, table, "leader", place) if made.cohesion else None
+    begun = part(Beginning, table, "init_image", place) if "init_image" in table else None
     spec = RenderSpec(
         prompt=prompt.expanded,
         negative=prompt.avoid,
         styles=tuple(styles),
         leader=Leader(led.prompt, led.seed, led.avoid) if led else None,
+        init_image=own(begun.image, begun.sha256) if begun else None,
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"

@@ -19,6 +19,7 @@ SCOPES = ("prompt", "run")
 OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
     *("batch", "seed", "size", "aspect", "resolution"),
     *("steps", "guidance", "creativity"),
+    *("init_image", "denoise"),
 )
 
 
@@ -38,6 +39,8 @@ class Settings:
     sampler: str | None = one_of(None, *SAMPLERS)
     guidance_until: float | None = between(None, 0.01, 1)  # share of the steps that are guided, from the first on
     mu: float | None = between(None, -10, 10)
+    init_image: str | None = field(default=None, metadata=PATH)  # that pictures begin with, in the place of noise
+    denoise: float | None = between(None, 0.01, 1)  # how much of it is made anew
     style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)
@@ -89,15 +92,18 @@ class Settings:
         theirs = " and ".join(f"{key} = {value:g}" for key, value in odd.items())
         return theirs and f"{theirs}; {self.variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
 
-    def pixels(self, where: Callable[[str], str], grid: models.Grid) -> tuple[int | None, int | None]:
-        """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages."""
+    def pixels(
+        self, where: Callable[[str], str], grid: models.Grid, own: str | None = None
+    ) -> tuple[int | None, int | None]:
+        """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages; `own`
+        is the aspect of the picture that it begins with."""
         if self.size is not None:
             return parse_size(self.size, where("size"), grid.step)
-        if self.aspect is None and self.resolution is None:
+        if self.aspect is None and self.resolution is None and own is None:
             return None, None
         edge = grid.native if self.resolution is None else parse_resolution(self.resolution, where("resolution"))
         said = where("resolution" if self.aspect is None else "aspect")
-        return fit_aspect(self.aspect or "1:1", edge, said, grid.step)
+        return fit_aspect(self.aspect or own or "1:1", edge, said, grid.step)
 
 
 FIELDS = {f.name: f for f in fields(Settings)}

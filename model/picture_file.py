@@ -28,6 +28,7 @@ MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
 MOST_ASIDE = 32 << 20  # bytes of metadata
 MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
+ORIENTATION = 0x0112  # the EXIF tag
 BLOCK = 1 << 20  # bytes read at once
 MADE = ("outputs", "gallery")  # of a project's folder: what is made, not what it is made of
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
@@ -66,6 +67,12 @@ def opened(path: Path) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore")
         with Image.open(path, formats=FORMATS) as image:
             yield image
+
+
+def sides(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened picture as it is looked at: a camera's may lie on its side."""
+    lies = image.getexif().get(ORIENTATION, 1) >= 5
+    return image.size[::-1] if lies else image.size
 
 
 def check(path: Path) -> None:

@@ -224,8 +224,9 @@ class Pipeline:
         if self.device.type == "cuda":  # another pipeline may have made another card the one in hand
             torch.cuda.set_device(self.dit.first.weight.device)
         adapters = [(self._adapter(lora), lora.weight) for lora in specs[0].adapters]
-        references = (r.image for spec in specs for style in spec.styles for r in style.references)
-        files = {path: sha256(path) for path in references}  # as they are now: they may be gone once it is done
+        pictures = [r.image for spec in specs for style in spec.styles for r in style.references]
+        pictures += [spec.init_image for spec in specs if spec.init_image]
+        files = {path: sha256(path) for path in pictures}  # as they are now: they may be gone once it is done
         with laid_over(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.vae.factor**2))
@@ -279,26 +280,29 @@ class Pipeline:
             pack=self._one_stream,
         )
         led = alone = field(said)  # while guidance is on, and after it
-        if 0 < first.guided_steps < first.steps:
+        if first.first_step < first.end_of_guidance < first.steps:
             alone = field(said._replace(negative=()))
 
         def velocity(tokens: Tensor, step: int) -> Tensor:
-            return (led if step < first.guided_steps else alone)(tokens, step)
+            return (led if step < first.end_of_guidance else alone)(tokens, step)
 
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
         if leader:
             start = shared_noise(start, first.cohesion)
+        if first.first_step:
+            begun = [self.conditioning.beginning(s.init_image, s.width, s.height) for s in made if s.init_image]
+            start = torch.lerp(torch.cat(begun), start, sigmas[first.first_step])
         start = patchify(start.to(self.device), config.patch)
 
         def count(done: int) -> None:
             if on_step is not None:
-                on_step(done, first.steps)
+                on_step(done, first.steps - first.first_step)
 
         if first.sampler == "euler":
-            tokens = euler(velocity, start, sigmas, count)
+            tokens = euler(velocity, start, sigmas, count, first.first_step)
         else:
-            changed = {first.guided_steps, *([1] if splice else [])}  # pure noise has no reference spliced in
-            tokens = adams_bashforth(velocity, start, sigmas, count, changed)
+            changed = {first.end_of_guidance, *([1] if splice else [])}  # pure noise has no reference spliced in
+            tokens = adams_bashforth(velocity, start, sigmas, count, changed, first.first_step)
         if leader:
             following = iter(range(1, len(made)))
             tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]
@@ -360,11 +364,14 @@ class Pipeline:
         files: Mapping[Path, str],
         loras: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        """How a picture was made, in plain values: enough to make it again. `files` are its references' hashes."""
+        """How a picture was made, in plain values: enough to make it again. `files` are the hashes of its references
+        and of its initial picture."""
+        begun, apart = spec.init_image, ("styles", "loras", "leader", "init_image")
         unread = self.text.unread(spec.prompt)
         return {
             "schema": 1,
-            **{k: v for k, v in vars(spec).items() if k not in ("styles", "loras", "leader") and v is not None},
+            **{k: v for k, v in vars(spec).items() if k not in apart and v is not None},
+            **({"init_image": {"image": str(begun), "sha256": files[begun]}} if begun else {}),
             **({"unread": unread} if unread else {}),
             **({"leader": vars(spec.leader), "shared": shares(spec)} if leader_of(spec) else {}),
             "styles": [

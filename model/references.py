@@ -16,7 +16,6 @@ from model.errors import K2Error
 from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
 
 STRIP = 512  # rows
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on the picture lies on its side
 
 
 def to_pixels(path: Path, width: int, height: int) -> Tensor:
@@ -39,8 +38,7 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
 def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
     """Width and height of at most `pixels` in multiples of `unit`, in about a picture's proportions. Raises K2Error."""
     with opened(path) as image:
-        lies = image.getexif().get(ORIENTATION, 1) >= 5
-        width, height = image.size[::-1] if lies else image.size
+        width, height = picture_file.sides(image)
     ratio = min(max(width / height, 1 / 4), 4)
     sides = ((pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5)
     return max(unit, int(sides[0] / unit) * unit), max(unit, int(sides[1] / unit) * unit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -39,13 +39,17 @@ def style_guided(styled: Tensor, conditional: Tensor, guided: Tensor, style_guid
 
 @torch.no_grad()
 def euler(
-    velocity: StepVelocity, tokens: Tensor, sigmas: list[float], on_step: Callable[[int], None] | None = None
+    velocity: StepVelocity,
+    tokens: Tensor,
+    sigmas: list[float],
+    on_step: Callable[[int], None] | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Follow the flow from sigmas[0] (noise) to sigmas[-1] (image); `on_step(steps done)` after every step."""
-    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
+    """Follow the flow from sigmas[first] (0: noise) to sigmas[-1] (image); `on_step(steps done)` after every step."""
+    for step, (sigma, next_sigma) in islice(enumerate(pairwise(sigmas)), first, None):
         tokens = tokens + (next_sigma - sigma) * velocity(tokens, step)
         if on_step is not None:
-            on_step(step + 1)
+            on_step(step + 1 - first)
     return tokens
 
 
@@ -56,6 +60,7 @@ def adams_bashforth(
     sigmas: list[float],
     on_step: Callable[[int], None] | None = None,
     anew: Collection[int] = (),
+    first: int = 0,
 ) -> Tensor:
     """`euler` to the second order: a step goes on with what the last one changed, and takes no evaluation more.
 
@@ -64,12 +69,12 @@ def adams_bashforth(
     that of the step before, where a line through both would mislead; they are Euler's, as the first is.
     """
     before: tuple[Tensor, float] | None = None
-    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
+    for step, (sigma, next_sigma) in islice(enumerate(pairwise(sigmas)), first, None):
         v, length = velocity(tokens, step), next_sigma - sigma
         ahead = v
         if before is not None and step not in anew:
             ahead = v + length / (2 * before[1]) * (v - before[0])
         tokens, before = tokens + length * ahead, (v, length)
         if on_step is not None:
-            on_step(step + 1)
+            on_step(step + 1 - first)
     return tokens

@@ -12,7 +12,7 @@ from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
 from model.sampler import raw_mu
-from model.spec import LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style
+from model.spec import DENOISE, LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES
 from model.style import Weighed, weigh
 from model.vision import MOST_PICTURES
@@ -50,9 +50,17 @@ class Settled(RenderSpec):
     sampler: str = "euler"
 
     @property
-    def guided_steps(self) -> int:
-        """How many steps are guided; the others, the last, take their prompt's branches alone."""
-        return math.ceil(round((self.guidance_until or 0) * self.steps, 6))
+    def first_step(self) -> int:
+        """The step that it begins with: of those before it an initial picture takes none."""
+        if self.denoise is None:
+            return 0
+        return self.steps - max(math.floor(round(self.denoise * self.steps, 6) + 0.5), 1)
+
+    @property
+    def end_of_guidance(self) -> int:
+        """The first step that takes its prompt's branches alone; those that are taken before it are guided."""
+        taken = self.steps - self.first_step
+        return self.first_step + math.ceil(round((self.guidance_until or 0) * taken, 6))
 
 
 def settle(spec: RenderSpec, able: Able) -> Settled:
@@ -76,11 +84,19 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
         )
     if sampler not in SAMPLERS:
         raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
+    denoise = DENOISE if spec.denoise is None else spec.denoise
+    if not 0 < denoise <= 1:
+        raise K2Error(
+            f"A denoise of {denoise:g} takes no picture anywhere.", hint="It is above 0, and up to 1, where all is new."
+        )
+    if spec.denoise is not None and spec.init_image is None:
+        raise K2Error("There is no picture to denoise from.", hint="Name one as init_image, or leave denoise out.")
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
     loras = tuple(lora for lora in spec.loras if lora.weight)
     said = vars(spec) | {"width": width, "height": height, "steps": steps, "guidance": guidance, "mu": mu}
     said |= {"sampler": sampler, "guidance_until": float(until) if guidance else None}
+    said |= {"denoise": float(denoise) if spec.init_image else None}
     settled = settle_styles(Settled(**(said | {"styles": styles, "loras": loras})))
     for lora in settled.adapters:
         if not abs(lora.weight) <= MOST_WEIGHT:
@@ -267,8 +283,8 @@ def branches(spec: Settled) -> int:
 
 def schedule(spec: Settled) -> Hashable:
     """What pictures that are made together have in common."""
-    course = (spec.height, spec.width, spec.steps, spec.mu, spec.sampler)
-    guided = (spec.guidance, spec.guided_steps, spec.style_guidance)
+    course = (spec.height, spec.width, spec.steps, spec.first_step, spec.mu, spec.sampler)
+    guided = (spec.guidance, spec.end_of_guidance, spec.style_guidance)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
     said = (wordings(spec), unwanted(spec) if spec.guidance else ())
     shares = tuple(tuple(wording.share for wording in each) for each in said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tree
@@ -105,6 +106,24 @@ def test_rerun_follows_the_flow_as_it_was_followed(den, k2):
     table.write_text(table.read_text().replace("guidance_until = 1.0\n", "").replace('sampler = "euler"\n', ""))
     assert not {"guidance_until", "sampler"} & set(record(whole)["settings"])
     assert "Identical, pixel for pixel." in k2("rerun", table).stderr
+
+
+@pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
+def test_the_more_is_made_anew_the_less_stays(tmp_path, monkeypatch, k2):
+    """With the weights in the box; all made anew is the picture without the one that it began with."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "k2.toml").touch()
+    options = ("--quiet", "--turbo", "--size", "128x128", "--seed", "3")
+    (first,) = k2("render", *options, "-p", "a red apple on a white background").stdout.split()
+    asked = (*options, "-p", "a pumpkin on a white background")
+    (alone,) = k2("render", *asked).stdout.split()
+    ladder = k2("render", *asked, "--init-image", first, "--matrix", "denoise=0.25,0.5,0.75,1").stdout.split()
+
+    begun = np.asarray(Image.open(first), float)
+    apart = [np.abs(np.asarray(Image.open(each), float) - begun).mean() for each in ladder]
+    assert apart == sorted(apart) and apart[0] < 0.5 * apart[-1]
+    assert record(ladder[-1])["pixels"] == record(alone)["pixels"]
+    assert "Identical, pixel for pixel." in k2("rerun", ladder[1]).stderr
 
 
 def test_rerun_makes_the_same_pixels_with_styles_of_both_kinds(den, k2, monkeypatch):

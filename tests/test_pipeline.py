@@ -276,9 +276,9 @@ def test_a_sampler_of_the_second_order_begins_anew_where_the_field_changes(pipel
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes = []
 
-    def watched(velocity, tokens, sigmas, on_step, anew):
+    def watched(velocity, tokens, sigmas, on_step, anew, first):
         changes.append(set(anew))
-        return adams_bashforth(velocity, tokens, sigmas, on_step, anew)
+        return adams_bashforth(velocity, tokens, sigmas, on_step, anew, first)
 
     monkeypatch.setattr("model.pipeline.adams_bashforth", watched)
     spec = replace(FOX, steps=6, guidance_until=0.5, sampler="ab2")

@@ -58,6 +58,7 @@ def test_a_record_leads_back_to_its_spec(moody):
     reference = moody / "refs" / "a.png"
     reference.parent.mkdir()
     picture().image.save(reference)
+    picture().image.resize((8, 8)).save(reference.with_name("sketch.png"))
     lora = moody / "ink.safetensors"
     lora.touch()
     looks = (
@@ -67,6 +68,8 @@ def test_a_record_leads_back_to_its_spec(moody):
     read = {
         "guidance_until": 0.6,
         "sampler": "ab2",
+        "init_image": reference.with_name("sketch.png"),
+        "denoise": 0.4,
         "style_guidance": 1.5,
         "leak_guard": "shift",
         "vision_tiles": 4,
@@ -82,7 +85,7 @@ def test_a_record_leads_back_to_its_spec(moody):
     assert read.model == models.Held("mini", "raw", "cpu", "float32", "int8", "text")
     assert read.pixels == records.pixel_hash(picture().image)
     assert read.files == {"mini-raw.safetensors": "ab" * 32}
-    assert list(read.references) == [reference, lora]
+    assert list(read.references) == [reference, lora, reference.with_name("sketch.png")]
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

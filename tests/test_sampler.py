@@ -99,6 +99,20 @@ def test_steps_are_counted_and_reported(sampler):
     assert asked == [0, 1, 2] and done == [1, 2, 3]
 
 
+@pytest.mark.parametrize("sampler", [euler, adams_bashforth])
+def test_a_later_beginning_is_the_rest_of_the_way(sampler):
+    """Steps keep their numbers, by which the field knows its noise level; those that are taken are counted."""
+    sigmas, start, asked, done = shifted_sigmas(7, 0.5), torch.randn(5), [], []
+
+    def velocity(x: torch.Tensor, step: int) -> torch.Tensor:
+        asked.append(step)
+        return x * sigmas[step] + 1
+
+    late = sampler(velocity, start, sigmas, done.append, first=4)
+    assert asked == [4, 5, 6] and done == [1, 2, 3]
+    torch.testing.assert_close(late, sampler(lambda x, step: velocity(x, step + 4), start, sigmas[4:]))
+
+
 def test_no_steps_are_refused():
     with pytest.raises(ValueError):
         shifted_sigmas(0, 0.5)

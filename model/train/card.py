@@ -7,6 +7,7 @@ samples.webp   the training's own sheet: subjects, then media and grounds
 scenes.webp    the forty subjects again, each on a ground of a colour and in a medium, all in turn
 prompts.webp   `prompts.txt`: forty prompts by somebody who had the list of subjects and nothing else
 all.webp       every subject of the training list, in one look
+begun.webp     pictures that begin with a picture, and more and more of it made anew
 
 Raw paints the first five, Turbo the others.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 
@@ -34,6 +37,13 @@ SUBJECTS = (
 )
 GROUNDS = ("flat", "gradient", "scene", "floor")
 LOOK = "soft shaded vector"  # of the sheet of all subjects
+BEGUN = {  # subject of the initial picture -> what is asked for
+    "fox": "a wolf",
+    "red apple": "a pumpkin",
+    "house": "a house on an orange background, pencil hatching",
+    "car": "a taxi, pixel art",
+}
+EIGHTHS = [n / 8 for n in range(2, 9)]  # of Turbo's steps, that are taken
 NEAR = {  # a word that no training has said -> the subject that it means, or lies near to
     "hound": "dog",
     "kitty": "cat",
@@ -90,6 +100,20 @@ def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int = 
     return page
 
 
+def ladder(pipeline: Pipeline, side: int = 160) -> Image.Image:
+    """Initial pictures, and beside each what comes of it, by how much is made anew; seeds 0 to 3, and 100 more."""
+    begun = list(pipeline.stream([RenderSpec(phrase(name), seed=seed) for seed, name in enumerate(BEGUN)]))
+    page = Image.new("RGB", ((1 + len(EIGHTHS)) * side, len(BEGUN) * side))
+    with TemporaryDirectory() as folder:
+        for row, (first, prompt) in enumerate(zip(begun, BEGUN.values(), strict=True)):
+            first.image.save(path := Path(folder) / f"{row}.png")
+            spec = RenderSpec(prompt, seed=100 + row, init_image=path)
+            rest = pipeline.stream([replace(spec, denoise=share) for share in EIGHTHS])
+            for column, made in enumerate((first, *rest)):
+                page.paste(made.image.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
+    return page
+
+
 def phrase(name: str) -> str:
     return f"{article(name)}{name}"
 
@@ -113,6 +137,8 @@ def main(folder: Path = BOX) -> None:
         for name, (texts, columns, side) in sheets.items():
             sheet(pipeline, texts, columns, side).save(folder / f"{name}.webp", quality=85)
             print(folder / f"{name}.webp")
+    ladder(pipeline).save(folder / "begun.webp", quality=85)
+    print(folder / "begun.webp")
 
 
 if __name__ == "__main__":

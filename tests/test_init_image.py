@@ -1,0 +1,249 @@
+"""Pictures that begin with a picture: how much of it stays, where it comes from, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny, tiny_box  # noqa: F401
+
+from k2cli import origins
+from k2cli.cluster import files_of, moved
+from k2cli.project import Project
+from k2cli.watch import look
+from model.errors import K2Error
+from model.hashes import sha256
+from model.latents import noise, patchify, unpatchify
+from model.pipeline import Pipeline, to_image
+from model.references import to_pixels
+from model.sampler import guided, shifted_sigmas
+from model.spec import DENOISE, Picture, RenderSpec, tied
+from model.train.rollout import conditioned
+
+FOX = RenderSpec("a red fox", seed=7, steps=8)
+
+
+@pytest.fixture
+def pipeline(tiny):  # noqa: F811
+    return Pipeline.load("tiny", device="cpu")
+
+
+@pytest.fixture
+def sketch(tmp_path) -> Path:
+    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(tmp_path / "sketch.png")
+    return tmp_path / "sketch.png"
+
+
+def made(pipeline: Pipeline, *specs: RenderSpec) -> list[str]:
+    return [picture.record["pixels"] for picture in pipeline.render(specs)]
+
+
+def as_array(picture: Picture) -> np.ndarray:
+    return np.asarray(picture.image, int)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("denoise", "taken"), [(0.5, 4), (0.3, 2), (0.01, 1), (0.99, 8)])
+def test_the_last_steps_are_taken_from_the_picture_with_as_much_noise(pipeline, sketch, denoise, taken):
+    """Beside diffusers' own scheduler, which noises and steps by itself; to the nearest whole step, and at least one.
+
+    Where guidance ends is counted over the steps that are taken.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    spec = replace(FOX, init_image=sketch, denoise=denoise, guidance=3.0, guidance_until=0.5)
+    (picture,) = pipeline.render([spec])
+
+    settled, config = pipeline.resolve(spec), pipeline.dit.config
+    cells = settled.width // pipeline.vae.factor
+    grid = (cells // config.patch, cells // config.patch)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    theirs.set_timesteps(sigmas=shifted_sigmas(8, settled.mu)[:-1])
+    theirs.set_begin_index(8 - taken)
+    with torch.inference_mode():
+        latents = pipeline.vae.encode(to_pixels(sketch, settled.width, settled.height))
+        fresh = noise(FOX.seed, config.channels, cells, cells)
+        begun = theirs.scale_noise(latents, theirs.timesteps[8 - taken : 9 - taken], fresh)
+        tokens = patchify(begun, config.patch)
+        said, unsaid = (
+            conditioned(pipeline.dit, pipeline.text.encode([text])[0], None, grid) for text in (FOX.prompt, "")
+        )
+        for step, time in enumerate(theirs.timesteps[8 - taken :]):
+            level = time[None] / 1000
+            v = said(tokens, level)
+            v = guided(v, unsaid(tokens, level), 3.0) if 2 * step < taken else v
+            tokens = theirs.step(v, time, tokens).prev_sample
+        expected = to_image(pipeline.vae.decode(unpatchify(tokens, config.patch, cells, cells))[0])
+    assert np.abs(np.asarray(expected, int) - as_array(picture)).max() <= 1
+
+
+def test_all_made_anew_is_the_picture_without(pipeline, sketch):
+    """Bit for bit; and less is something else."""
+    whole, less = replace(FOX, init_image=sketch, denoise=1.0), replace(FOX, init_image=sketch, denoise=0.9)
+    assert made(pipeline, whole) == made(pipeline, FOX) != made(pipeline, less)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ab2"])
+def test_pictures_that_begin_differently_keep_no_company(pipeline, sketch, tmp_path, sampler):
+    """Two beginnings share a batch, another share has its own; none depends on the others. A changed file is read."""
+    other = tmp_path / "other.png"
+    Image.new("RGB", (50, 50), "teal").save(other)
+    spec = replace(FOX, sampler=sampler)
+    specs = [
+        replace(spec, init_image=sketch, denoise=0.5),
+        replace(spec, init_image=other, denoise=0.5),
+        replace(spec, init_image=other, denoise=0.75),
+        spec,
+    ]
+    assert pipeline.batches(specs) == [2, 1, 1]
+    together = [as_array(each) for each in pipeline.render(specs)]
+    alone = [as_array(pipeline.render([each])[0]) for each in specs]
+    assert max(np.abs(a - b).max() for a, b in zip(together, alone, strict=True)) <= 1
+    assert all(np.abs(a - b).max() > 1 for a, b in pairwise(alone))
+    sketch.write_bytes(other.read_bytes())
+    assert made(pipeline, specs[0]) == made(pipeline, specs[1])
+
+
+def test_the_first_of_a_batch_is_what_it_would_be_alone(pipeline, sketch):
+    """And the leader of the others begins as they do."""
+    spec = replace(FOX, init_image=sketch, denoise=0.6)
+    alone = [as_array(pipeline.render([each])[0]) for each in (spec, replace(spec, seed=8))]
+    first, second = (as_array(each) for each in pipeline.render(tied([spec, replace(spec, seed=8)], 1.0)))
+    assert np.abs(first - alone[0]).max() <= 1 < np.abs(second - alone[1]).max()
+
+
+def test_steps_are_told_as_they_are_taken(pipeline, sketch):
+    told = []
+    pipeline.render(
+        [replace(FOX, init_image=sketch, denoise=0.5)], on_step=lambda done, steps: told.append((done, steps))
+    )
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_record_names_the_picture_and_its_hash(pipeline, sketch):
+    (picture,) = pipeline.render([replace(FOX, init_image=sketch)])
+    assert picture.record["init_image"] == {"image": str(sketch), "sha256": sha256(sketch)}
+    assert picture.record["denoise"] == DENOISE
+    assert not {"init_image", "denoise"} & set(pipeline.render([FOX])[0].record)
+
+
+def test_what_no_picture_can_begin_with_is_refused(pipeline, sketch, tmp_path):
+    for denoise in (0.0, -0.5, 1.01, float("nan")):
+        with pytest.raises(K2Error, match="takes no picture anywhere"):
+            pipeline.resolve(replace(FOX, init_image=sketch, denoise=denoise))
+    with pytest.raises(K2Error, match="no picture to denoise from"):
+        pipeline.resolve(replace(FOX, denoise=0.5))
+    (tmp_path / "broken.png").write_bytes(sketch.read_bytes()[:100])
+    with pytest.raises(K2Error, match=r"broken\.png cannot be read"):
+        pipeline.render([replace(FOX, init_image=tmp_path / "broken.png")])
+
+
+# ---- projects -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(moody):
+    """A project whose fox begins with a wide picture that lies in it."""
+    (moody / "refs").mkdir()
+    Image.new("RGB", (300, 200), "orange").save(moody / "refs" / "wide.png")
+    text = (moody / "k2.toml").read_text()
+    (moody / "k2.toml").write_text(text.replace('name = "fox"', 'name = "fox"\ninit_image = "refs/wide.png"', 1))
+    return moody
+
+
+def plan(k2, *options: object) -> list[dict]:
+    return [json.loads(line) for line in k2("render", "--dry-run", "--json", *options).stdout.splitlines()]
+
+
+def test_a_prompt_begins_with_its_own_picture_and_takes_its_shape(begun, k2):
+    fox = plan(k2, "--only", "fox")[0]
+    assert fox["init_image"] == {"image": "refs/wide.png", "sha256": sha256(begun / "refs" / "wide.png")}
+    assert (fox["settings"]["width"], fox["settings"]["height"]) == (160, 112)
+    assert fox["settings"]["denoise"] == DENOISE
+    assert plan(k2, "--only", "an-owl-at-night")[0]["init_image"] is None
+    assert [each["settings"]["width"] for each in plan(k2, "--only", "fox", "--size", "256x256")][:1] == [256]
+    shares = plan(k2, "--only", "fox", "--matrix", "denoise=0.25,0.5")
+    assert [each["settings"]["denoise"] for each in shares] == [0.25, 0.5]
+
+
+def test_a_picture_that_lies_on_its_side_is_taken_as_it_is_looked_at(begun, k2):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (300, 200)).save(begun / "refs" / "wide.png", exif=exif)
+    fox = plan(k2, "--only", "fox")[0]
+    assert (fox["settings"]["width"], fox["settings"]["height"]) == (112, 160)
+
+
+def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, tmp_path):
+    """Anywhere: whoever types a path may use it. A record that leads out of the project asks first."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (64, 64), "navy").save(elsewhere / "dot.png")
+    monkeypatch.chdir(elsewhere)
+    options = ("--project", begun, "-p", "tea", "--batch", "1", "--init-image", "dot.png", "--denoise", "0.5")
+    assert plan(k2, *options)[0]["init_image"]["sha256"] == sha256(elsewhere / "dot.png")
+    (made,) = k2("render", *options).stdout.splitlines()
+    assert "dot.png, 0.5 of it made anew" in k2("show", made).stdout
+    refused = k2("rerun", made, code=1)
+    assert "lies outside the project" in refused.stderr and "--allow-outside" in refused.stderr
+    assert "Identical" in k2("rerun", made, "--allow-outside").stderr
+    Image.new("RGB", (64, 64), "red").save(elsewhere / "dot.png")
+    assert "is not what it was" in k2("rerun", made, "--allow-outside", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("../secret.png", "lies outside the project"),
+        ("refs/none.png", "there is no picture refs/none.png"),
+        ("k2.toml", "k2.toml is not a picture that can be read"),
+    ],
+)
+def test_a_projects_picture_is_its_own_and_one(begun, k2, said, message):
+    (begun / "k2.toml").write_text((begun / "k2.toml").read_text().replace("refs/wide.png", said))
+    refused = k2("render", "--only", "fox", code=1)
+    assert f'The init_image of "fox": {message}' in refused.stderr or message in refused.stderr
+    assert not list((begun / "outputs").glob("*"))
+
+
+def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
+    told = "Nothing begins with a picture, so that denoise changes nothing."
+    assert told in k2("render", "-p", "tea", "--denoise", "0.5", "--dry-run").stderr
+    assert told in k2("render", "--only", "an-owl-at-night", "--matrix", "denoise=0.5,1", "--dry-run").stderr
+    assert told not in k2("render", "--denoise", "0.5", "--dry-run").stderr  # the fox begins with one
+
+
+def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
+    made = k2("render", "--only", "fox", "--batch", "1", "--denoise", "0.4").stdout.split()[0]
+    with Image.open(made) as image:
+        assert "Denoising strength: 0.4, " in image.text["parameters"]
+    assert origins.read(Path(made)).left_out[:1] == ("its initial picture refs/wide.png",)
+    assert "its initial picture refs/wide.png stayed behind" in k2("new", tmp_path / "anew", "--from", made).stderr
+    said = "a fox\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.6"
+    assert origins.of_a1111(said).left_out == ("its initial picture",)
+    assert origins.of_a1111(said + ", Hires upscale: 2").left_out == ()  # of a second pass over its own
+    (mflux,) = origins.of_mflux({"prompt": "a fox", "image_path": "a.png", "mflux_version": "1"})
+    assert mflux.left_out == ("its initial picture",)
+
+
+def test_a_cluster_gets_the_picture_too(tmp_path):
+    spec = RenderSpec("a fox", init_image=tmp_path / "a.png", denoise=0.5)
+    assert files_of(spec) == {tmp_path / "a.png"}
+    assert moved(spec, lambda path: Path("/far") / path.name).init_image == Path("/far/a.png")
+
+
+def test_watch_sees_another_beginning(begun, k2):
+    """What a picture is known by holds the hash of what it begins with."""
+    settings = dict.fromkeys(("variant", "batch", "steps", "size", "device"))
+    _, before = look(Project.open(begun), ["fox"], settings, set())
+    Image.new("RGB", (300, 200), "teal").save(begun / "refs" / "wide.png")
+    _, after = look(Project.open(begun), ["fox"], settings, set())
+    assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
