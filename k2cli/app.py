@@ -38,6 +38,8 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
+    find_file,
+    find_home,
     meant_by,
     open_projects,
     read_matrix,
@@ -207,6 +209,10 @@ def render(
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
     ] = None,
     only: OnlyOption = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", metavar="PICTURE", help="With the settings and styles of this one, and its prompt."),
+    ] = None,
     turbo: TurboOption = None,
     style: Annotated[
         list[str] | None,
@@ -294,6 +300,7 @@ def render(
       k2 render --only fox --init-image sketch.png --denoise 0.6
       cat prompts.txt | k2 render - --json
       k2 render -p "a {red|green} apple" --matrix style.dusk=0,0.5,1
+      k2 render --like outputs/0001-fox/fox-7.png --batch 8
       k2 render --resume                    go on with a run that was stopped
     """
     from functools import partial
@@ -301,6 +308,7 @@ def render(
     from k2cli.carry import carry_out, plan_project, show_plan
     from k2cli.cluster import Cluster
     from k2cli.hands import Processes
+    from k2cli.like import Example
     from k2cli.matrix import settled_by
     from k2cli.runs import resume as last_run
 
@@ -309,6 +317,11 @@ def render(
         if not os.path.exists(name):  # what most people type first
             short = name if len(name) < 80 else f"{name[:80]}…"
             raise K2Error(f"There is no project {short}.", hint=meant_by(name))
+    if like is not None:
+        like = find_file(like, project)
+        named = named or [str(home.root) for home in [find_home(like, project, allow_outside)] if home and not project]
+        if len(named) > 1:
+            raise typer.BadParameter("a picture is of one project", param_hint="--like")
     opened = open_projects(named, project, allow_outside)
     options = {
         "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
@@ -319,7 +332,7 @@ def render(
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
     if resume:
-        if any((prompt, only, style, matrix, stdin, settings)) or moodboard is not None:
+        if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:
             raise typer.BadParameter(
                 "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
             )
@@ -334,10 +347,15 @@ def render(
         weights = read_weights(style or [], "--style")
         compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
         prompts = read_prompts(prompt or [], stdin=stdin)
+        if like is not None:
+            example, said = Example.read(like, opened[0]), settings | (dict(compared[0].axes) if compared else {})
+            own = prompts is None and not only
+            opened = [example.within(opened[0], said, own_prompt=own)]
+            prompts = [example.prompt()] if own else prompts
         jobs = []
         for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
             wanted = prompts if prompts is not None else each.choose(only) if only else None
-            axes = compared or (each.comparing(wanted) if prompts is None else ())
+            axes = compared or (each.comparing(wanted) if prompts is None and like is None else ())
             jobs.append(plan_project(each, each.settle(**settings), wanted, weights, axes, quiet=quiet))
     if dry_run:
         show_plan(jobs, as_json=json, quiet=quiet)

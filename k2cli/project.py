@@ -31,7 +31,7 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
-from model.spec import RenderSpec, Style, tied
+from model.spec import Leader, RenderSpec, Style, tied
 
 INIT_OPTION = "--init-image"
 MOST_PLAN = 32 << 20  # bytes of a run.toml
@@ -66,6 +66,7 @@ class Project(Folder):
     toml: Toml
     board: moodboard.Moodboard | None = None
     matrices: tuple[Matrix, ...] = ()
+    leader: Leader | None = None  # whose look is shared, where it is not that of a batch's first
     others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that its folders and globs name
     unread: set[Path] = field(default_factory=set, compare=False)  # of the moodboard, left out
 
@@ -239,7 +240,7 @@ class Project(Folder):
             if letters > MOST_PLAN:
                 raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
         batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
-        return [shot for batch in batches for shot in tie(batch, settings.cohesion)]
+        return [shot for batch in batches for shot in tie(batch, settings.cohesion, self.leader)]
 
     def series(
         self,
@@ -320,7 +321,7 @@ def weigh(shot: Shot) -> int:
     )
 
 
-def tie(shots: Sequence[Shot], cohesion: float) -> list[Shot]:
-    """Shots as pictures that belong together, the first of them leading."""
-    specs = tied([shot.spec for shot in shots], cohesion)
+def tie(shots: Sequence[Shot], cohesion: float, leader: Leader | None) -> list[Shot]:
+    """Shots as pictures that belong together, the first of them leading, or another."""
+    specs = tied([shot.spec for shot in shots], cohesion, leader)
     return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]

@@ -94,11 +94,11 @@ class RenderSpec:
         return tuple(sorted((lora for lora in own if lora.weight), key=lambda lora: (lora.path, lora.weight)))
 
 
-def tied(specs: Sequence[RenderSpec], cohesion: float) -> list[RenderSpec]:
-    """Specs as a batch that belongs together: the first one leads."""
+def tied(specs: Sequence[RenderSpec], cohesion: float, leader: Leader | None = None) -> list[RenderSpec]:
+    """Specs as a batch that belongs together: the first one leads, or a picture that is none of them."""
     if not specs or not cohesion:
         return list(specs)
-    leader = Leader(specs[0].prompt, specs[0].seed, specs[0].negative)
+    leader = leader or Leader(specs[0].prompt, specs[0].seed, specs[0].negative)
     return [replace(spec, cohesion=cohesion, leader=leader) for spec in specs]
 
 

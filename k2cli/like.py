@@ -1,0 +1,87 @@
+"""More like a picture that was made: its prompt, settings and styles, and the picture itself as the one that leads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from k2cli import moodboard, records
+from k2cli.matrix import escape
+from k2cli.origins import own_phrases
+from k2cli.project import Project
+from k2cli.prompts import Prompt, prompt_of
+from k2cli.records import SPEC_KEYS, Record
+from k2cli.tables import nearest
+from model.errors import K2Error
+from model.spec import Leader
+
+OPTION = "--like"
+OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu")  # what another has others for
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of a project that others are to be like."""
+
+    record: Record
+
+    @classmethod
+    def read(cls, file: Path, project: Project) -> Example:
+        """Raises K2Error where it is none of k2's. Its files may have changed since: they count as they are now."""
+        return cls(records.parse(records.read(file), project.inside))
+
+    def prompt(self) -> Prompt:
+        """What it shows, in words."""
+        shot = self.record.shot
+        avoid = own_phrases(shot.spec.negative, self.record.table)
+        return Prompt(escape(shot.given), prompt_of(shot.name, shot.caption), avoid)
+
+    def settings(self, said: Collection[str]) -> dict[str, Any]:
+        """Of [render], but for what is said otherwise, and for what that makes void."""
+        shot, used = self.record.shot, self.record.model
+        spec = shot.spec
+        found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
+        found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
+        found |= {"size": f"{spec.width}x{spec.height}", "init_image": spec.init_image and str(spec.init_image)}
+        void = set(said)
+        if void & {"model", "variant"}:
+            void |= set(OF_CHECKPOINT)
+        if void & {"size", "aspect", "resolution"}:
+            void |= {"size", "mu"}
+        if not spec.guidance:
+            void |= {"guidance_until"}
+        return {key: value for key, value in found.items() if value is not None and key not in void}
+
+    def leader(self) -> Leader:
+        """It, or what it was led by itself: whose look the batch has that it is of."""
+        spec = self.record.shot.spec
+        return spec.leader or Leader(spec.prompt, spec.seed, spec.negative)
+
+    def within(self, project: Project, said: Mapping[str, Any], *, own_prompt: bool) -> Project:
+        """Its project with its settings and styles in the place of the project's own. Raises K2Error.
+
+        said        settings of the command line, which go before, and what a matrix compares
+        own_prompt  its prompt is rendered: with the seeds after its own, where none are said
+        """
+        spec = self.record.shot.spec
+        settings = self.settings(said)
+        if own_prompt and "seed" not in said:
+            settings["seed"] = spec.seed + 1
+        weights = {style.name: style.strength for style in spec.styles}
+        strength = weights.pop(moodboard.NAME, 0.0)
+        for name in weights:
+            if name not in project.styles.known:
+                raise K2Error(
+                    f'{OPTION}: {project.name} has no style "{name}" any more.',
+                    hint=nearest(name, project.styles.known),
+                )
+        if strength or project.board:
+            project = project.with_board(strength)
+        return replace(
+            project,
+            settings=project.settings.over(settings, dict.fromkeys(settings, OPTION)),
+            weights=weights,
+            leader=self.leader(),
+        )

@@ -1,0 +1,97 @@
+"""More like a picture that was made: what is taken from it, and what goes before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+LOOK = 'keywords = ["film grain"]\navoids = ["gloss"]\n'
+
+
+@pytest.fixture
+def dusky(moody):
+    """A project with two styles, one of them on."""
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text(LOOK)
+    (moody / "styles" / "ink.toml").write_text('keywords = ["ink"]\n')
+    (moody / "k2.toml").write_text((moody / "k2.toml").read_text() + "\n[style]\nink = 1\n")
+    return moody
+
+
+def plan(k2, *options: object) -> list[dict]:
+    return [json.loads(line) for line in k2("render", "--dry-run", "--json", *options).stdout.splitlines()]
+
+
+def rendered(k2, *options: object) -> str:
+    return k2("render", *options, "--batch", "1").stdout.split()[0]
+
+
+def test_another_of_the_kind_differs_by_its_seed_alone(dusky, k2):
+    """The prompt as it was given, so that styles and what they avoid join once; seeds follow the picture's own."""
+    asked = ("-p", "a {red} fox", "--style", "dusk=0.6", "--style", "ink=0", "--steps", "9", "--guidance", "3")
+    made = rendered(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--seed", "40")
+    (before,) = plan(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--batch", "1")
+    first, second = plan(k2, "--like", made, "--batch", "2")
+    assert (first["settings"]["seed"], second["settings"]["seed"]) == (41, 42)
+    for key in ("prompt", "style", "leader", "init_image"):
+        assert first[key] == before[key]
+    assert first["settings"] | {"seed": 7, "mu": None} == before["settings"] | {"seed": 7, "mu": None}
+    assert first["settings"]["mu"] == 0.5  # as it turned out
+
+
+def test_what_is_said_goes_before_and_makes_void_what_hung_on_it(dusky, k2):
+    made = rendered(k2, "-p", "tea", "--steps", "9", "--size", "64x96", "--seed", "40")
+    (other,) = plan(k2, "--like", made, "--batch", "1", "--raw", "--aspect", "1:1", "--seed", "3", "--style", "ink=0.5")
+    said = other["settings"]
+    assert (said["seed"], said["width"], said["height"], other["variant"]) == (3, 128, 128, "raw")
+    assert said["steps"] != 9 and said["mu"] is None  # the checkpoint's own, and the size's
+    assert [(style["name"], style["strength"]) for style in other["style"]] == [("ink", 0.5)]
+    steps = plan(k2, "--like", made, "--matrix", "steps=4,16")
+    assert [each["settings"]["steps"] for each in steps] == [4, 16]
+    assert {each["settings"]["seed"] for each in steps} == {41}
+    assert [each["settings"]["seed"] for each in plan(k2, "--like", made, "--matrix", "seed=1,2")] == [1, 2]
+
+
+def test_other_prompts_share_the_look_of_the_picture_that_leads(dusky, k2):
+    """As those of its own batch do: a picture that was led itself hands on what led it."""
+    made = rendered(k2, "-p", "tea", "--seed", "40", "--style", "dusk=1")
+    owl, tea = plan(k2, "--like", made, "-p", "an owl", "-p", "tea", "--cohesion", "0.8", "--batch", "1")
+    assert owl["leader"] == tea["leader"] == {"prompt": "tea, film grain, ink", "seed": 40, "avoid": "gloss"}
+    assert owl["settings"]["seed"] == 7 and owl["style"] == tea["style"]
+    whole = ("--scope", "run", "--cohesion", "0.5")
+    _, led = k2("render", "-p", "a cup", "-p", "a pot", *whole, "--batch", "1").stdout.split()
+    (third,) = plan(k2, "--like", led, "-p", "a jug", "--batch", "1")
+    assert third["settings"]["cohesion"] == 0.5 and third["leader"]["prompt"].startswith("a cup")
+    named = plan(k2, "--like", made, "--only", "fox", "--batch", "1")
+    assert [each["prompt"]["text"] for each in named] == ["a red fox"] and named[0]["style"] == owl["style"]
+
+
+def test_a_picture_that_began_with_another_goes_on_doing_so(dusky, k2):
+    (dusky / "refs").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
+    made = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--denoise", "0.4")
+    (again,) = plan(k2, "--like", made, "--batch", "1")
+    assert (again["init_image"]["image"], again["settings"]["denoise"]) == ("refs/a.png", 0.4)
+
+
+def test_its_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
+    made = dusky / rendered(k2, "-p", "tea").removeprefix(f"{dusky}/")
+    monkeypatch.chdir(tmp_path)
+    assert rendered(k2, "--like", made).endswith("tea-8.png")
+    assert len(list((dusky / "outputs").iterdir())) == 2
+
+
+def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
+    made = rendered(k2, "-p", "tea", "--style", "dusk=1")
+    Image.new("RGB", (8, 8)).save(dusky / "bare.png")
+    assert "carries no record" in k2("render", "--like", "bare.png", code=1).stderr
+    assert "no none.png" in k2("render", "--like", "none.png", code=1).stderr
+    (dusky / "styles" / "dusk.toml").unlink()
+    gone = k2("render", "--like", made, code=2).stderr
+    assert 'moody has no style "dusk" any more' in gone and "ink" in gone
+    assert "no other setting goes with it" in k2("render", "--resume", "--like", made, code=2).stderr
+    shutil.copytree(dusky, tmp_path / "other")
+    assert "of one project" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
