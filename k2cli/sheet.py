@@ -85,7 +85,7 @@ def shape_of(longest: int, strips: int, columns: int | None) -> tuple[int, int]:
 def contact_sheet(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Image.Image:
-    """One sheet; the strips stand in as many columns as told, or as bring it nearest to a landscape page."""
+    """One sheet; the strips stand in as many columns as told, or as look best: a landscape page, few empty places."""
     strips = [list(strip) for _, strip in groupby(entries, key=lambda entry: entry.strip)]
     with Image.open(entries[0].path) as first:
         scale = scale_to_cell(max(first.size))
@@ -108,8 +108,12 @@ def contact_sheet(
             2 * MARGIN + head + rows * strip_height + (rows - 1) * BETWEEN,
         )
 
-    best = min(range(1, len(strips) + 1), key=lambda n: abs(math.log(extent(n)[0] / extent(n)[1] / 1.4)))
-    columns = min(columns or best, len(strips))
+    def ugliness(columns: int) -> float:
+        """How far it is from a landscape page, and the share of places that stay empty at its end."""
+        (width, height), places = extent(columns), math.ceil(len(strips) / columns) * columns
+        return abs(math.log(width / height / 1.4)) + 1.5 * (places - len(strips)) / places
+
+    columns = min(columns or min(range(1, len(strips) + 1), key=ugliness), len(strips))
     sheet = Image.new("RGB", extent(columns), PAPER)
     draw = ImageDraw.Draw(sheet)
     width = sheet.width - 2 * MARGIN

@@ -45,6 +45,15 @@ def test_a_long_strip_is_broken_into_rows(tmp_path, prompts, batch, columns, acr
     assert page.width == 2 * sheet.MARGIN + across * 320 + (across - 1) * sheet.GAP
 
 
+@pytest.mark.parametrize(
+    ("prompts", "columns"), [(2, 2), (3, 3), (4, 4), (5, 3), (6, 3), (8, 4), (9, 5), (10, 5), (12, 4)]
+)
+def test_few_places_stay_empty(tmp_path, prompts, columns):
+    """Four pictures are a row, and not three with one below; a page is landscape all the same."""
+    page = contact_sheet(entries(tmp_path, prompts, 1, (256, 256)), "moody", "run 0001")
+    assert page.width == 2 * sheet.MARGIN + columns * 256 + (columns - 1) * sheet.BETWEEN
+
+
 def test_long_runs_take_several_sheets(tmp_path, monkeypatch):
     monkeypatch.setattr(sheet, "PER_SHEET", 4)
 
