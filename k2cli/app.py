@@ -18,12 +18,14 @@ from k2cli.models_app import models_app
 from k2cli.options import (
     BatchOption,
     CreativityOption,
+    DenoiseOption,
     DeviceOption,
     EmbedOption,
     FormatOption,
     Group,
     GuidanceOption,
     GuidanceUntilOption,
+    InitImageOption,
     JsonOption,
     ModelOption,
     OffloadOption,
@@ -248,13 +250,8 @@ def render(
             "--resolution", metavar="R", help="With an aspect: 1K, 2K, or the side of a square of as many pixels."
         ),
     ] = None,
-    init_image: Annotated[
-        Path | None,
-        typer.Option("--init-image", metavar="PICTURE", help="Begin with this picture, in the place of noise."),
-    ] = None,
-    denoise: Annotated[
-        float | None, typer.Option("--denoise", metavar="D", help="How much of it is made anew, up to 1: all.")
-    ] = None,
+    init_image: InitImageOption = None,
+    denoise: DenoiseOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     guidance_until: GuidanceUntilOption = None,
@@ -328,7 +325,7 @@ def render(
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
         "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
-        "format": format, "init_image": None if init_image is None else str(init_image), "denoise": denoise,
+        "format": format, "init_image": init_image and str(init_image), "denoise": denoise,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
     if resume:

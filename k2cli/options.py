@@ -116,6 +116,13 @@ GuidanceUntilOption = Annotated[
 StyleGuidanceOption = Annotated[
     float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
 ]
+InitImageOption = Annotated[
+    Path | None,
+    typer.Option("--init-image", metavar="PICTURE", help="Begin with this picture, in the place of noise."),
+]
+DenoiseOption = Annotated[
+    float | None, typer.Option("--denoise", metavar="D", help="How much of it is made anew, up to 1: all.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import groupby
@@ -17,7 +17,7 @@ from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.pictures import aspect_of, check_picture
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
-from k2cli.settings import HOMES, Settings, check_frame
+from k2cli.settings import HOMES, OF_PICTURE, Settings, check_frame
 from k2cli.styles import Styles, words
 from k2cli.tables import (
     Place,
@@ -164,16 +164,16 @@ class Project(Folder):
             *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model, self.unread),
         )
 
-    def beginning(self, settings: Settings, where: str) -> Path | None:
-        """The picture that a prompt's pictures begin with, where there is one. Raises K2Error."""
-        if settings.init_image is None:
-            return None
+    def beginning(self, said: str | None, where: str) -> tuple[Path | None, str | None]:
+        """The picture that others begin with, and its aspect, where one is said. Raises K2Error."""
+        if said is None:
+            return None, None
         shells = where == INIT_OPTION  # a path of the shell's, not of the project's
-        path = Path(settings.init_image).absolute() if shells else self.inside(settings.init_image, where)
+        path = Path(said).absolute() if shells else self.inside(said, where)
         if shells and not path.exists():
-            raise K2Error(f"{where}: there is no {settings.init_image}.", hint="Paths start from the current folder.")
-        check_picture(path, where, settings.init_image)
-        return path
+            raise K2Error(f"{where}: there is no {said}.", hint="Paths start from the current folder.")
+        check_picture(path, where, said)
+        return path, aspect_of(path)
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file."""
@@ -221,6 +221,7 @@ class Project(Folder):
         typed = {key: getattr(settings, key) for key in settings.elsewhere}
         grid = models.grid(settings.model, settings.variant)
         looks = cache(lambda asked: self.looks(settings, dict(asked), styles or {}))  # many ask for the same weights
+        beginning = cache(self.beginning)  # ... and for the same picture
         alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
@@ -232,7 +233,7 @@ class Project(Folder):
             for name, cell in cells:
                 made = wanted.over(cell.settings, {key: f'The {key} of "{name}"' for key in cell.settings})
                 axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
-                series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid)
+                series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid, beginning)
                 shots += series
                 letters += len(series) * weigh(series[0])
             if len(shots) > MOST:
@@ -250,6 +251,7 @@ class Project(Folder):
         looks: tuple[Style, ...],
         cell: Cell,
         grid: models.Grid,
+        beginning: Callable[[str | None, str], tuple[Path | None, str | None]],
     ) -> list[Shot]:
         """One prompt's pictures, seed by seed."""
         place = Place(self.toml, ("render",))
@@ -264,8 +266,8 @@ class Project(Folder):
             if sum(map(len, said)) > MOST_WORDS:
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        begun = self.beginning(settings, where("init_image"))
-        width, height = settings.pixels(where, grid, aspect_of(begun) if begun else None)
+        begun, aspect = beginning(settings.init_image, where("init_image"))
+        width, height = settings.pixels(where, grid, aspect)
         seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
@@ -274,18 +276,10 @@ class Project(Folder):
             negative=", ".join(avoids),
             width=width,
             height=height,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            guidance_until=settings.guidance_until,
-            sampler=settings.sampler,
-            mu=settings.mu,
             init_image=begun,
             denoise=settings.denoise if begun else None,
-            style_guidance=settings.style_guidance,
-            leak_guard=settings.leak_guard,
-            vision_tiles=settings.vision_tiles,
-            vision_rows=settings.vision_rows,
             styles=looks,
+            **{key: getattr(settings, key) for key in OF_PICTURE},
         )
         row = " · ".join(filter(None, [prompt.text, cell.row])) if cell.row else ""
         expand = expander(settings.model, settings.creativity, settings.device)

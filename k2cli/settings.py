@@ -22,6 +22,11 @@ OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
     *("init_image", "denoise"),
 )
 
+OF_PICTURE = (  # what goes as it stands into the spec of a picture
+    *("steps", "guidance", "guidance_until", "sampler", "mu"),
+    *("style_guidance", "leak_guard", "vision_tiles", "vision_rows"),
+)
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -11,15 +11,19 @@ import typer
 
 from k2cli.complete import complete_method, complete_style, complete_weight
 from k2cli.options import (
+    DenoiseOption,
     DeviceOption,
     EmbedOption,
     Group,
     GuidanceOption,
+    GuidanceUntilOption,
+    InitImageOption,
     JsonOption,
     ModelOption,
     OutsideOption,
     ProjectOption,
     QuietOption,
+    SamplerOption,
     SizeOption,
     StepsOption,
     StyleGuidanceOption,
@@ -194,8 +198,12 @@ def mix_styles(
     turbo: TurboOption = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same for every picture.")] = None,
     size: SizeOption = None,
+    init_image: InitImageOption = None,
+    denoise: DenoiseOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_until: GuidanceUntilOption = None,
+    sampler: SamplerOption = None,
     style_guidance: StyleGuidanceOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -209,13 +217,15 @@ def mix_styles(
     """Mix styles by weight, see the mix, keep it as a style.
 
     Prints the style's file, if it is saved, then the path of each picture, then the sheet that shows them.
-    With --sweep two styles give a path, three a triangle, more the paths of every pair.
+    With --sweep two styles give a path, three a triangle, more the paths of every pair. With --init-image all show the
+    same picture.
 
     \b
     Examples:
       k2 mix-styles dusk=0.7 riso=0.3 --save-as blend
       k2 mix-styles dusk=1 riso=1 --sweep 8
       k2 mix-styles dusk=1 riso=1 ink=1 --sweep 4 -p "a teapot"
+      k2 mix-styles dusk=1 riso=1 --init-image sketch.png --denoise 0.6
     """
     from k2cli import mix
     from k2cli.carry import carry_out
@@ -234,7 +244,8 @@ def mix_styles(
     if sweep is not None or preview:
         settings = opened.settle(
             **{"variant": variant_of(turbo), "seed": seed, "size": size, "steps": steps, "guidance": guidance},
-            **{"style_guidance": style_guidance, "model": model, "device": device},
+            **{"guidance_until": guidance_until, "sampler": sampler, "style_guidance": style_guidance},
+            **{"init_image": init_image and str(init_image), "denoise": denoise, "model": model, "device": device},
         )
         layout = mix.preview(weights) if sweep is None else mix.sweep(weights, sweep)
         asked = pick_prompt(opened, prompt)

@@ -214,6 +214,17 @@ def test_a_projects_picture_is_its_own_and_one(begun, k2, said, message):
     assert not list((begun / "outputs").glob("*"))
 
 
+def test_mixes_are_seen_on_one_picture(begun, k2):
+    """The same without a style, in the parts and in the mix, whatever the project's own prompts begin with."""
+    (begun / "styles").mkdir()
+    for name in ("dusk", "ink"):
+        (begun / "styles" / f"{name}.toml").write_text(f'keywords = ["{name}"]\n')
+    Image.new("RGB", (64, 64), "navy").save(begun / "dot.png")
+    k2("mix-styles", "dusk=1", "ink=1", "-p", "tea", "--init-image", "dot.png", "--denoise", "0.6", "--sampler", "ab2")
+    made = [json.loads(line) for line in k2("log", "--json").stdout.splitlines()]
+    assert len(made) == 4 and {each["init_image"]["image"] for each in made} == {"dot.png"}
+
+
 def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
     told = "Nothing begins with a picture, so that denoise changes nothing."
     assert told in k2("render", "-p", "tea", "--denoise", "0.5", "--dry-run").stderr
