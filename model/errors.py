@@ -1,5 +1,9 @@
 """The one kind of error that a user can act on, and what messages are put together with."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class K2Error(Exception):
     """A problem the user can fix; `hint` says how. Anything else is a bug and keeps its traceback."""
@@ -7,6 +11,20 @@ class K2Error(Exception):
     def __init__(self, message: str, *, hint: str = ""):
         super().__init__(message)
         self.hint = hint
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Around what is run as a module: such a problem ends in its sentence, its hint and exit code 1, and so does a file
+    that cannot be had."""
+    try:
+        yield
+    except K2Error as error:
+        sys.exit(f"Error: {error}" + (f"\nHint:  {error.hint}" if error.hint else ""))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"Error: {error.filename}: {error.strerror}.")
 
 
 def brief(error: object, most: int = 200) -> str:

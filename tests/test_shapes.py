@@ -11,7 +11,9 @@ from model.errors import K2Error
 from model.latents import grid_of, patchify, unpatchify
 from model.library import BOX
 from model.text_encoder import TextEncoder
+from model.train import data as train_data
 from model.train import encode, pretrain, turbo
+from model.train.data import latents_file
 from model.train.looks import MEDIA, Look, compose, place
 from model.train.pretrain import Recipe
 from model.train.shapes import SHARE, Shape, of_shape
@@ -97,7 +99,7 @@ def data(tmp_path_factory):
     for shape in map(Shape.of, SHAPES):
         cells = (shape.height // FACTOR, shape.width // FACTOR)
         latents = rng.normal(size=(len(of_shape(items, shape)), 16, *cells))
-        np.save(folder / f"latents-{shape}.npy", latents.astype(np.float16))
+        np.save(latents_file(folder, shape), latents.astype(np.float16))
     return TrainingSet(catalog, TextEncoder.load(BOX / "mini-text.safetensors"), RECIPE)
 
 
@@ -198,8 +200,12 @@ def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):
 
     encode.main(shape)
 
-    made = np.load(folder / f"latents-{shape}.npy")
+    made = np.load(latents_file(folder, shape))
     assert made.shape == (len(of_shape(data.items, shape)), 16, 2, 6) and np.isfinite(made).all()
     with pytest.raises(K2Error, match="no latents of 64x32 px") as told:
         read_latents(folder, Shape.of("64x32"), 1)
     assert told.value.hint.endswith("python -m model.train.encode 64x32")
+    (tmp_path / "another.safetensors").touch()
+    monkeypatch.setattr(train_data, "AUTOENCODER", tmp_path / "another.safetensors")
+    with pytest.raises(K2Error, match="by the autoencoder in the box"):
+        read_latents(folder, shape, len(made))

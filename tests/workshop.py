@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model import library
-from model.train.data import DATA, DRAWINGS, Catalog, read_subjects
+from model.train.data import DATA, DRAWINGS, Catalog, latents_file, read_subjects
 
 SIZES = (64, 128)
 FACTOR = 16  # pixels to a latent cell, as in the box
@@ -35,7 +35,7 @@ def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
         centres = rng.normal(size=(len(pairs), 16, size // FACTOR, size // FACTOR))
         noise = rng.normal(size=(len(items), 16, size // FACTOR, size // FACTOR))
         np.save(
-            folder / f"latents-{size}.npy",
+            latents_file(folder, size),
             np.stack([centres[item.row] + 0.5 * n for item, n in zip(items, noise, strict=True)]).astype(np.float16),
         )
     return catalog

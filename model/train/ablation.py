@@ -29,7 +29,7 @@ import numpy as np
 import tomli_w
 import torch
 
-from model.errors import K2Error
+from model.errors import K2Error, reported
 from model.pipeline import Pipeline
 from model.train import release
 from model.train.data import DATA, Catalog
@@ -173,11 +173,12 @@ def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: s
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure checkpoints before and after a stage.")
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME[:STEPS[:GUIDANCE]]")
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    options = parser.parse_args()
-    main(options.judge, options.out, options.checkpoints, options.count, options.dtype)
+    with reported():
+        parser = argparse.ArgumentParser(description="Measure checkpoints before and after a stage.")
+        parser.add_argument("judge", type=Path)
+        parser.add_argument("out", type=Path)
+        parser.add_argument("checkpoints", nargs="+", metavar="NAME[:STEPS[:GUIDANCE]]")
+        parser.add_argument("--count", type=int, default=300)
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+        options = parser.parse_args()
+        main(options.judge, options.out, options.checkpoints, options.count, options.dtype)

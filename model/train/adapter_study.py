@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import library
+from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

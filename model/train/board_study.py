@@ -28,6 +28,7 @@ from PIL import Image
 
 from model.avoid import phrases
 from model.colours import named_colours, oklab
+from model.errors import reported
 from model.expand import LEVELS, expand
 from model.moodboard import Board, analyse
 from model.pipeline import Pipeline
@@ -369,4 +370,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from model.errors import reported
 from model.library import BOX
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
@@ -142,4 +143,5 @@ def main(folder: Path = BOX) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    with reported():
+        main(*map(Path, sys.argv[1:2]))

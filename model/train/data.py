@@ -28,7 +28,9 @@ import tomli_w
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.errors import K2Error
+from model.errors import K2Error, reported
+from model.hashes import sha256
+from model.library import BOX
 from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks, resize
 from model.whole import whole
 
@@ -45,6 +47,7 @@ PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
 }
 HERE = Path(__file__).parent
 DATA = Path(".data/mini")
+AUTOENCODER = BOX / "mini-vae.safetensors"
 SIZE = 128  # px of the renders that say which drawings there are
 NATIVE = 256  # px of the pictures that the model is to make
 
@@ -171,6 +174,11 @@ def renders_path(folder: Path, size: int) -> Path:
     return folder / ("renders.npy" if size == SIZE else f"renders-{size}.npy")
 
 
+def latents_file(folder: Path, size: object) -> Path:
+    """Where the latents of a size lie; those of another autoencoder, which mean nothing to this one, lie elsewhere."""
+    return folder / f"latents-{size}-{sha256(AUTOENCODER)[:8]}.npy"
+
+
 def read_renders(folder: Path, size: int, count: int) -> NDArray[np.uint8]:
     """RGBA [count, size, size, 4], not read before it is asked for. Raises `K2Error` where they are not there."""
     path, hint = renders_path(folder, size), f"make them with: python -m model.train.data {size}"
@@ -276,7 +284,7 @@ def build(folder: Path = DATA) -> None:
     (folder / "pairs.json").write_text(json.dumps(pairs))
     manifest = {
         "packages": PACKAGES,
-        "archives": {p: _sha256(folder / f"iconify-json-{p}-{v}.tgz") for p, v in PACKAGES.items()},
+        "archives": {p: sha256(folder / f"iconify-json-{p}-{v}.tgz") for p, v in PACKAGES.items()},
         "renders": {"count": len(pairs), "size": SIZE, "sha256": hashlib.sha256(stacked.tobytes()).hexdigest()},
         "repeats": repeats,
     }
@@ -321,16 +329,15 @@ def write_renders(folder: Path, renders: NDArray[np.uint8]) -> None:
         np.save(file, renders)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        enlarge(int(sys.argv[1]))
-    else:
-        build()
-        enlarge(NATIVE)
-    catalog = Catalog()
-    print(f"{len(catalog.pairs)} renders of {len(catalog.subjects)} subjects")
-    print(*(f"{split}: {len(catalog.items(split))} pictures" for split in ("train", "held-out", "styles")), sep="\n")
+    with reported():
+        if len(sys.argv) > 1:
+            enlarge(int(sys.argv[1]))
+        else:
+            build()
+            enlarge(NATIVE)
+        catalog = Catalog()
+        print(f"{len(catalog.pairs)} renders of {len(catalog.subjects)} subjects")
+        print(
+            *(f"{split}: {len(catalog.items(split))} pictures" for split in ("train", "held-out", "styles")), sep="\n"
+        )

@@ -1,13 +1,13 @@
 """Encode the data set's pictures once, ahead of training: latents of every training picture at a size.
 
-`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE.npy`, float16 [pictures, C, H/f, W/f] for an
+`python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE-….npy`, float16 [pictures, C, H/f, W/f] for an
 autoencoder of factor f, in the train split's own order. SIZE is a side of squares, of all pictures, or a shape like
 320x192, of those that come in it.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import repeat
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.library import BOX
+from model.errors import reported
 from model.train.autoencoder import load as load_autoencoder
-from model.train.data import DATA, Catalog, Item
+from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
 from model.train.looks import resize
 from model.train.shapes import Shape, of_shape
 from model.whole import whole
@@ -54,9 +54,9 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
     items = catalog.items("train")
     if isinstance(size, Shape):
         items = [items[index] for index in of_shape(items, size)]
-    vae = load_autoencoder(BOX / "mini-vae.safetensors").to(device)
+    vae = load_autoencoder(AUTOENCODER).to(device)
     cells = [side // vae.factor for side in ((size, size) if isinstance(size, int) else size)]
-    with whole(DATA / f"latents-{size}.npy") as draft, ProcessPoolExecutor() as pool:
+    with whole(latents_file(DATA, size)) as draft, ProcessPoolExecutor() as pool:
         out = np.lib.format.open_memmap(draft, "w+", np.float16, (len(items), vae.config.z_dim, *cells))
         starts = range(0, len(items), batch)
         work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))
@@ -67,4 +67,9 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1].isdecimal() else Shape.of(sys.argv[1]), *sys.argv[2:3])
+    with reported():
+        parser = argparse.ArgumentParser(description="Encode the train split at a size.")
+        parser.add_argument("size", help="a side of squares, or a shape like 320x192")
+        parser.add_argument("device", nargs="?", default="cpu")
+        options = parser.parse_args()
+        main(int(options.size) if options.size.isdecimal() else Shape.of(options.size), options.device)

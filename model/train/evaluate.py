@@ -25,6 +25,7 @@ import tomli_w
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.errors import reported
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, Item, Pair
 from model.train.encode import scale
@@ -229,19 +230,20 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure the box's checkpoints by a judge.")
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("count", type=int, nargs="?", default=500)
-    parser.add_argument("--variant", nargs="+", default=["raw", "turbo"])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help='as TOML: sampler="ab2"')
-    parser.add_argument("--out", type=Path, default=Path(".runs/judge/figures.toml"))
-    options = parser.parse_args()
-    main(
-        options.judge,
-        options.count,
-        options.variant,
-        options.out,
-        options.dtype,
-        **tomllib.loads("\n".join(options.set)),
-    )
+    with reported():
+        parser = argparse.ArgumentParser(description="Measure the box's checkpoints by a judge.")
+        parser.add_argument("judge", type=Path)
+        parser.add_argument("count", type=int, nargs="?", default=500)
+        parser.add_argument("--variant", nargs="+", default=["raw", "turbo"])
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help='as TOML: sampler="ab2"')
+        parser.add_argument("--out", type=Path, default=Path(".runs/judge/figures.toml"))
+        options = parser.parse_args()
+        main(
+            options.judge,
+            options.count,
+            options.variant,
+            options.out,
+            options.dtype,
+            **tomllib.loads("\n".join(options.set)),
+        )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model.errors import reported
 from model.spec import RenderSpec
 from model.train.card import phrase
 from model.train.data import DATA, Catalog, stable_seed
@@ -70,10 +71,11 @@ def main(judge: Path, variant: str, count: int, dtype: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure which looks may be added unasked.")
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("--variant", default="turbo")
-    parser.add_argument("--count", type=int, default=12, help="pictures of each drawing in each medium")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    options = parser.parse_args()
-    main(options.judge, options.variant, options.count, options.dtype)
+    with reported():
+        parser = argparse.ArgumentParser(description="Measure which looks may be added unasked.")
+        parser.add_argument("judge", type=Path)
+        parser.add_argument("--variant", default="turbo")
+        parser.add_argument("--count", type=int, default=12, help="pictures of each drawing in each medium")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+        options = parser.parse_args()
+        main(options.judge, options.variant, options.count, options.dtype)

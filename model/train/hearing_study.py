@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.errors import reported
 from model.train.data import DATA, Catalog, article
 from model.train.evaluate import candidates, held_out_prompts, retrieval, specs_of
 from model.train.judge import Judge
@@ -126,4 +127,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.errors import reported
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, stable_seed
@@ -257,5 +258,6 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
 
 
 if __name__ == "__main__":
-    seed, minutes, size = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else data.NATIVE
-    main(Recipe(name=f"judge-{seed}", seed=seed, minutes=minutes, size=size, lr=2e-3, muon_lr=2e-3, decay=0.5))
+    with reported():
+        seed, minutes, size = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else data.NATIVE
+        main(Recipe(name=f"judge-{seed}", seed=seed, minutes=minutes, size=size, lr=2e-3, muon_lr=2e-3, decay=0.5))

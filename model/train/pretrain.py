@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.dit import PRESETS, DiTConfig, Krea2
-from model.errors import K2Error
+from model.errors import K2Error, reported
 from model.latents import grid_of, patchify
 from model.style import StyleConfig, StyleEncoder
 from model.train import loop, states
@@ -295,8 +295,9 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Run:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Run one stage of pretraining.")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    main(Recipe.read(options.recipe), options.device)
+    with reported():
+        parser = argparse.ArgumentParser(description="Run one stage of pretraining.")
+        parser.add_argument("recipe", type=Path)
+        parser.add_argument("--device", default="cpu")
+        options = parser.parse_args()
+        main(Recipe.read(options.recipe), options.device)

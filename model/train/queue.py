@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from model.errors import reported
 from model.train import data, encode, recipe, release, samples
 from model.train.data import DATA
 from model.train.shapes import LARGE, Shape
@@ -38,7 +39,7 @@ def main(minutes: float, out: Path, device: str) -> None:
     for name, share in STAGES:
         stage = replace(recipe.load(name), minutes=minutes * share)
         for size in (stage.size, *map(Shape.of, stage.shapes)):
-            if not (DATA / f"latents-{size}.npy").exists():
+            if not data.latents_file(DATA, size).exists():
                 encode.main(size, device, batch=256)
         recipe.module(stage.stage, name).main(stage, device)
         samples.main(name, device=device)
@@ -50,9 +51,10 @@ def main(minutes: float, out: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the next stages on a GPU.")
-    parser.add_argument("minutes", type=float, nargs="?", default=15)
-    parser.add_argument("--out", type=Path, default=RUNS / "queue")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    main(options.minutes, options.out, options.device)
+    with reported():
+        parser = argparse.ArgumentParser(description="Train the next stages on a GPU.")
+        parser.add_argument("minutes", type=float, nargs="?", default=15)
+        parser.add_argument("--out", type=Path, default=RUNS / "queue")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        options = parser.parse_args()
+        main(options.minutes, options.out, options.device)

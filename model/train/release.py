@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import read, save
+from model.errors import reported
 from model.library import BOX
 from model.quantize import quantise
 from model.style import StyleConfig
@@ -79,4 +80,5 @@ def main(run: str, folder: Path = BOX) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with reported():
+        main(sys.argv[1])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from model.dit import Krea2
+from model.errors import reported
 from model.library import BOX
 from model.text_encoder import TextEncoder
 from model.train.autoencoder import load as load_autoencoder
@@ -47,4 +48,5 @@ def main(run: str, device: str = "cpu") -> Path:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1]))
+    with reported():
+        print(main(sys.argv[1]))

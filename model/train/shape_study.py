@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, article
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

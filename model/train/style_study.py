@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import Reference, RenderSpec, Style
 from model.train.data import DATA, Catalog, Item, article
@@ -376,4 +377,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

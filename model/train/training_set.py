@@ -19,7 +19,7 @@ from model.errors import K2Error
 from model.library import BOX
 from model.style import STYLE_ROWS, destroy_content
 from model.text_encoder import TextEncoder
-from model.train.data import DATA, Catalog, stable_seed
+from model.train.data import DATA, Catalog, latents_file, stable_seed
 from model.train.loop import Batch
 from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
@@ -178,9 +178,9 @@ def training_set(recipe: Recipe, device: str) -> TrainingSet:
 
 def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.float16]:
     """The train split's latents at a size, float16 [count, C, H/f, W/f]."""
-    path, hint = folder / f"latents-{size}.npy", f"encode them with: python -m model.train.encode {size}"
+    path, hint = latents_file(folder, size), f"encode them with: python -m model.train.encode {size}"
     if not path.exists():
-        raise K2Error(f"there are no latents of {size} px in {folder}.", hint=hint)
+        raise K2Error(f"there are no latents of {size} px by the autoencoder in the box in {folder}.", hint=hint)
     latents = np.load(path)
     if len(latents) != count:
         raise K2Error(f"{path} holds {len(latents)} pictures, the data set {count}.", hint=hint)

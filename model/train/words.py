@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model import library
 from model.checkpoint import save
+from model.errors import reported
 from model.hashes import sha256
 from model.seeing import Eye
 from model.train.data import DATA, Catalog, Item, stable_seed
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()
