@@ -27,6 +27,7 @@ from k2cli.options import (
     GuidanceUntilOption,
     InitImageOption,
     JsonOption,
+    MaskOption,
     ModelOption,
     OffloadOption,
     OnlyOption,
@@ -252,6 +253,7 @@ def render(
     ] = None,
     init_image: InitImageOption = None,
     denoise: DenoiseOption = None,
+    mask: MaskOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     guidance_until: GuidanceUntilOption = None,
@@ -326,6 +328,7 @@ def render(
         "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format, "init_image": init_image and str(init_image), "denoise": denoise,
+        "mask": mask,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
     if resume:

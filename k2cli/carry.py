@@ -12,6 +12,7 @@ from k2cli import licence
 from k2cli.console import meter, near, result, say, typed
 from k2cli.disk import DiskFull
 from k2cli.expander import forget
+from k2cli.facts import course
 from k2cli.folder import root_above
 from k2cli.matrix import Matrix
 from k2cli.models import grid, recommended
@@ -19,13 +20,13 @@ from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
-from k2cli.records import course, portable, request
+from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
 from k2cli.tables import listed
 from model.errors import K2Error
 from model.picture_file import passed_over
-from model.spec import DENOISE
+from model.spec import DENOISE, DENOISE_MASKED
 from model.vocabulary import vocabulary
 
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
@@ -78,7 +79,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said
             if asked["init_image"]:
-                asked["settings"]["denoise"] = said.get("denoise", DENOISE)
+                asked["settings"]["denoise"] = said.get("denoise", DENOISE_MASKED if asked["mask"] else DENOISE)
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
@@ -91,6 +92,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
                 facts += [f"begun with {begun['image']}"] if (begun := asked["init_image"]) else []
                 facts += [f"denoise {made['denoise']:g}"] if made.get("denoise") is not None else []
+                facts += [f"mask {mask.get('region') or mask['image']}"] if (mask := asked["mask"]) else []
                 result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")
 
 
@@ -231,7 +233,8 @@ def go_on(job: Job, folder: Path) -> str:
     words += [] if last and last.folder == folder else [f"--run {number_of(folder)}"]
     words += [] if here and here.samefile(root) else [f"--project {typed(root)}"]
     model = Path(job.model.name)
-    files = {model, *(shot.spec.init_image for shot in job.shots if shot.spec.init_image)}
+    begun = (path for shot in job.shots for path in (shot.spec.init_image, shot.spec.mask))
+    files = [model, *(path for path in begun if isinstance(path, Path))]
     outside = any(file.is_absolute() and not file.is_relative_to(root) for file in files)
     words += ["--allow-outside"] if job.project.allow_outside or outside else []
     return " ".join(words)

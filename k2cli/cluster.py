@@ -134,7 +134,8 @@ def own_versions() -> dict[str, str]:
 def files_of(spec: RenderSpec) -> set[Path]:
     """The project's files that a picture needs."""
     found = {reference.image for style in spec.styles for reference in style.references}
-    found |= {style.lora for style in spec.styles if style.lora} | ({spec.init_image} if spec.init_image else set())
+    found |= {style.lora for style in spec.styles if style.lora}
+    found |= {path for path in (spec.init_image, spec.mask) if isinstance(path, Path)}
     return found | {lora.path for lora in spec.loras}
 
 
@@ -165,4 +166,5 @@ def moved(spec: RenderSpec, place: Callable[[Path], Path]) -> RenderSpec:
         ),
         loras=tuple(replace(lora, path=place(lora.path)) for lora in spec.loras),
         init_image=place(spec.init_image) if spec.init_image else None,
+        mask=place(spec.mask) if isinstance(spec.mask, Path) else spec.mask,
     )

@@ -237,6 +237,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
         ("begun with", made.text("init_image.image")),
         ("denoise", made.text("settings.denoise")),
+        ("mask", made.text("mask.region") or made.text("mask.image")),
         ("style guidance", made.text("settings.style_guidance")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),

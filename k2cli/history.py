@@ -38,7 +38,7 @@ def loras(table: Mapping[str, Any]) -> list[str]:
 
 
 MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
-    "": ("blocked", "leader", "init_image", "style", "lora"),
+    "": ("blocked", "leader", "init_image", "mask", "style", "lora"),
     "prompt": ("row", "caption", "unread"),
     "settings": (
         *("sampler", "guidance_until", "denoise"),

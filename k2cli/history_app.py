@@ -250,6 +250,7 @@ def show(
     """
     from k2cli import records
     from k2cli.console import result
+    from k2cli.facts import describe
     from k2cli.history import in_full
 
     file = find_file(file, project)
@@ -260,7 +261,7 @@ def show(
 
         if (picture := picture_of(file)).is_file():
             preview(picture)
-    result(to_json(in_full(record.table)) if json else records.describe(record))
+    result(to_json(in_full(record.table)) if json else describe(record))
 
 
 def rerun(

@@ -45,6 +45,7 @@ class Example:
         found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
         found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
         found |= {"size": f"{spec.width}x{spec.height}", "init_image": spec.init_image and str(spec.init_image)}
+        found |= {"mask": spec.mask and str(spec.mask)}
         void = set(said)
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)

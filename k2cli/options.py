@@ -123,6 +123,10 @@ InitImageOption = Annotated[
 DenoiseOption = Annotated[
     float | None, typer.Option("--denoise", metavar="D", help="How much of it is made anew, up to 1: all.")
 ]
+MaskOption = Annotated[
+    str | None,
+    typer.Option("--mask", metavar="PART", help="Which part, white in a picture or WxH+X+Y; the rest stays."),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(

@@ -31,9 +31,11 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
+from model.region import Region
 from model.spec import Leader, RenderSpec, Style, tied
 
-INIT_OPTION = "--init-image"
+INIT_OPTION, MASK_OPTION = "--init-image", "--mask"
+ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
 MOST_PLAN = 32 << 20  # bytes of a run.toml
 
 
@@ -168,12 +170,31 @@ class Project(Folder):
         """The picture that others begin with, and its aspect, where one is said. Raises K2Error."""
         if said is None:
             return None, None
-        shells = where == INIT_OPTION  # a path of the shell's, not of the project's
+        path = self.picture(said, where)
+        return path, aspect_of(path)
+
+    def mask(self, said: str, where: str, size: tuple[int | None, int | None], aspect: str | None) -> Path | str:
+        """Which part of the picture that others begin with is made anew: a region of them, or a picture of the same
+        proportions. Raises K2Error."""
+        if aspect is None:
+            raise K2Error(f"{where}: there is no init_image to be masked.", hint="Name the picture that is to be kept.")
+        if region := Region.read(said):
+            assert size[0] and size[1]  # an aspect leads to them
+            region.check(size[0], size[1], f"{where}: ")
+            return str(region)
+        path = self.picture(said, where)
+        if abs(float(aspect_of(path).partition(":")[0]) / float(aspect.partition(":")[0]) - 1) > ALIKE:
+            raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
+        return path
+
+    def picture(self, said: str, where: str) -> Path:
+        """A picture by its path: of the project, or of the shell if that names it. Raises K2Error."""
+        shells = where in (INIT_OPTION, MASK_OPTION)
         path = Path(said).absolute() if shells else self.inside(said, where)
         if shells and not path.exists():
             raise K2Error(f"{where}: there is no {said}.", hint="Paths start from the current folder.")
         check_picture(path, where, said)
-        return path, aspect_of(path)
+        return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file."""
@@ -268,6 +289,7 @@ class Project(Folder):
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         begun, aspect = beginning(settings.init_image, where("init_image"))
         width, height = settings.pixels(where, grid, aspect)
+        mask = settings.mask and self.mask(settings.mask, where("mask"), (width, height), aspect)
         seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
@@ -278,6 +300,7 @@ class Project(Folder):
             height=height,
             init_image=begun,
             denoise=settings.denoise if begun else None,
+            mask=mask or None,
             styles=looks,
             **{key: getattr(settings, key) for key in OF_PICTURE},
         )

@@ -19,13 +19,11 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from k2cli import formats, models
-from k2cli.console import aligned
-from k2cli.history import loras
 from k2cli.project import Shot
 from k2cli.settings import as_asked
-from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, masked, one_of, read_table
+from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, one_of, read_table
 from model import picture_file
-from model.errors import K2Error, count_of
+from model.errors import K2Error
 from model.hashes import sha256
 from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
 
@@ -107,6 +105,15 @@ class Beginning:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """Which part of that was made anew: a region, or a picture as it was."""
+
+    region: str | None = None
+    image: str | None = field(default=None, metadata=PATH)
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
 class LoraUsed:
     """A style's LoRA, as it was."""
 
@@ -155,8 +162,16 @@ def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
         "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
         "init_image": begun and {"image": os.path.relpath(begun, root), "sha256": (hash_of or sha256)(begun)},
+        "mask": spec.mask and mask_table(spec.mask, root, hash_of),
         "style": [style_table(style, root, hash_of) for style in spec.styles] or None,
     }
+
+
+def mask_table(mask: Path | str, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+    """A mask as records hold it."""
+    if isinstance(mask, str):
+        return {"region": mask}
+    return {"image": os.path.relpath(mask, root), "sha256": (hash_of or sha256)(mask)}
 
 
 def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
@@ -184,7 +199,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     made = dict(picture.record)
     used = {each["image"]: each["sha256"] for style in made.get("styles", ()) for each in style["references"]}
     used |= {lora["path"]: lora["sha256"] for lora in made.get("loras", ())}
-    used |= {begun["image"]: begun["sha256"] for begun in filter(None, [made.get("init_image")])}
+    used |= {made[key]["image"]: made[key]["sha256"] for key in ("init_image", "mask") if "image" in made.get(key, ())}
 
     def hash_of(path: Path) -> str:
         """Of a file as the picture was made with it: by now it may be another, or gone."""
@@ -201,6 +216,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "settings": asked["settings"] | {key: made[key] for key in (f.name for f in fields(MadeWith)) if key in made},
         "leader": asked["leader"] and asked["leader"] | {"shared": made.get("shared")},
         "init_image": asked["init_image"],
+        "mask": asked["mask"],
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": with_methods(asked.get("style"), made.get("styles", ())),
         "lora": [  # how much of each adapter found its place in the network
@@ -262,58 +278,6 @@ def read(path: Path) -> Toml:
     )
 
 
-def describe(record: Record) -> str:
-    """A record for people: what it says, a fact a line."""
-    spec, used, table = record.shot.spec, record.model, record.table
-    looks = [
-        f"{style.name} {style.strength:g}{', ' + style.method if style.references else ''}"
-        + "".join(f"\n  {reference.image}" for reference in style.references)
-        for style in spec.styles
-    ]
-    versions, blocked = table.get("versions", {}), table.get("blocked")
-    facts = {
-        "blocked": f"by {blocked.get('filter')}: {blocked.get('reason')}" if isinstance(blocked, dict) else "",
-        "prompt": record.shot.given,
-        "expanded": "" if spec.prompt == record.shot.given else spec.prompt,
-        "creativity": record.shot.creativity if record.shot.creativity != "raw" else "",
-        "avoid": spec.negative,
-        "styles": "\n".join(looks),
-        "loras": "\n".join(loras(table)),
-        "size": f"{spec.width} x {spec.height}",
-        **{key: getattr(spec, key) for key in ("seed", "steps")},
-        "guidance": f"{spec.guidance}{lasting(spec.guidance_until)}",
-        "mu": spec.mu,
-        "sampler": spec.sampler if spec.sampler != "euler" else "",
-        "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
-        if spec.leader
-        else "",
-        "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
-        "guard": spec.leak_guard or "",
-        "begun with": f"{spec.init_image}, {spec.denoise:g} of it made anew" if spec.init_image else "",
-        "model": f"{used.name} {used.variant or ''}",
-        "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in record.files.items()),
-        "device": f"{used.device}, {used.dtype}",
-        "weights": "" if used.precision in (None, "native") else used.precision,
-        "offload": "" if used.offload in (None, "none") else used.offload,
-        **{key: table.get(key, "") for key in ("created", "seconds", "pixels")},
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
-    }
-    lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
-    return aligned([(name, masked(line)) for name, line in lines], 2 + max(map(len, facts)))
-
-
-def lasting(until: float | None) -> str:
-    """What is said behind guidance of when it ends, where that is before the last step."""
-    return "" if until in (None, 1) else f" until {until:g}"
-
-
-def course(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Steps and guidance for people, with what of them is not as usual: a sampler that is not Euler's, an early end."""
-    sampler, until = settings.get("sampler"), settings.get("guidance_until")
-    steps = count_of(settings["steps"], "step") + (f" of {sampler}" if sampler not in (None, "euler") else "")
-    return steps, f"guidance {settings['guidance']:g}{lasting(until) if settings['guidance'] else ''}"
-
-
 Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside
 
 
@@ -369,12 +333,14 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     styles = [style_of(entry, place.below("style", index), own) for index, entry in entries]
     led = part(LedBy, table, "leader", place) if made.cohesion else None
     begun = part(Beginning, table, "init_image", place) if "init_image" in table else None
+    mask = part(Masked, table, "mask", place) if "mask" in table else Masked()
     spec = RenderSpec(
         prompt=prompt.expanded,
         negative=prompt.avoid,
         styles=tuple(styles),
         leader=Leader(led.prompt, led.seed, led.avoid) if led else None,
         init_image=own(begun.image, begun.sha256) if begun else None,
+        mask=own(mask.image, mask.sha256) if mask.image else mask.region,
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"

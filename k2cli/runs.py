@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from k2cli import embedded, models, records
 from k2cli.dialect import dump, parse_long
 from k2cli.disk import undisturbed, write
+from k2cli.facts import course
 from k2cli.formats import SUFFIXES
 from k2cli.hands import Crew, OnStep, make_here, spread
 from k2cli.outputs import RUN, SHEET, Run, number_of
@@ -163,7 +164,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
     record = records.parse(toml, project.inside)
     made, made_on = record.shot.spec, toml.table.get("created")
-    steps, guidance = records.course(vars(made))
+    steps, guidance = course(vars(made))
 
     def alike(*keys: str) -> bool:
         return len({tuple(getattr(shot.spec, key) for key in keys) for shot in shots}) == 1

@@ -19,7 +19,7 @@ SCOPES = ("prompt", "run")
 OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
     *("batch", "seed", "size", "aspect", "resolution"),
     *("steps", "guidance", "creativity"),
-    *("init_image", "denoise"),
+    *("init_image", "denoise", "mask"),
 )
 
 OF_PICTURE = (  # what goes as it stands into the spec of a picture
@@ -46,6 +46,7 @@ class Settings:
     mu: float | None = between(None, -10, 10)
     init_image: str | None = field(default=None, metadata=PATH)  # that pictures begin with, in the place of noise
     denoise: float | None = between(None, 0.01, 1)  # how much of it is made anew
+    mask: str | None = field(default=None, metadata=PATH)  # which part of it: white in a picture, or "96x64+80+120"
     style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)

@@ -1,11 +1,9 @@
-"""What the transformer is told: a prompt's rows, with those of styles and pictures, led away from what is avoided; and
-the picture that it begins with, where there is one."""
+"""What the transformer is told: a prompt's rows, with those of styles and pictures, led away from what is avoided."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from torch import Tensor
 from model.avoid import SAYS_NOTHING, Avoided, directions, steer_away
 from model.checkpoint import Checkpoint
 from model.dit import Krea2
-from model.hashes import sha256
 from model.library import Parts
 from model.parts import SpreadFluxVAE, load_style
 from model.recent import Recent
@@ -25,7 +22,6 @@ from model.vae import QwenImageVAE
 from model.vision import Reader, find_tower
 
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
-MOST_BEGINNINGS = 16  # initial pictures whose latents are kept
 MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
 
 
@@ -48,12 +44,11 @@ class Conditioning:
         self.device, self.dtype = device, dtype
         self._contexts: Recent[Tensor]
         self._rows: Recent[Tensor]
-        self._beginnings: Recent[Tensor]
         self.forget()
 
     def forget(self) -> None:
         """Let go of what is kept; whatever is asked next is read again."""
-        self._contexts, self._rows, self._beginnings = Recent(REMEMBERED), Recent(MOST_TEXTS), Recent(MOST_BEGINNINGS)
+        self._contexts, self._rows = Recent(REMEMBERED), Recent(MOST_TEXTS)
 
     def context(
         self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain", away: Avoided = ()
@@ -89,16 +84,6 @@ class Conditioning:
             pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
             rows.append(encoder.read(self.vae.encode(pixels).float()))
         return encoder.mix(rows, [reference.weight for reference in references])
-
-    def beginning(self, image: Path, width: int, height: int) -> Tensor:
-        """The latents of an initial picture, which fills width x height from its middle -> [1, C, H/f, W/f], fp32, on
-        the CPU as noise is. Raises K2Error."""
-
-        def read() -> Tensor:
-            pixels = to_pixels(image, width, height).to(self.device, self.dtype)
-            return self.vae.encode(pixels).float().cpu()
-
-        return self._beginnings.ask((sha256(image), width, height), read)
 
     @property
     def sees(self) -> bool:

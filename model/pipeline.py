@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model import library
 from model.avoid import avoided
+from model.beginning import Beginnings
 from model.branches import Branches, Said
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.conditioning import Conditioning
@@ -103,6 +104,7 @@ class Pipeline:
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         refuse_misfits(parts, self.dit, self.text, self.vae)
         self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)
+        self.beginnings = Beginnings(self.vae, self.dit.config.patch, device, dtype)
 
     @classmethod
     def load(
@@ -225,12 +227,13 @@ class Pipeline:
             torch.cuda.set_device(self.dit.first.weight.device)
         adapters = [(self._adapter(lora), lora.weight) for lora in specs[0].adapters]
         pictures = [r.image for spec in specs for style in spec.styles for r in style.references]
-        pictures += [spec.init_image for spec in specs if spec.init_image]
+        pictures += [path for spec in specs for path in (spec.init_image, spec.mask) if isinstance(path, Path)]
         files = {path: sha256(path) for path in pictures}  # as they are now: they may be gone once it is done
         with laid_over(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.vae.factor**2))
-        images = [to_image(picture) for some in latents.split(at_once) for picture in self.vae.decode(some)]
+        decoded = (picture for some in latents.split(at_once) for picture in self.vae.decode(some))
+        images = [to_image(self.beginnings.with_rest(spec, each)) for spec, each in zip(specs, decoded, strict=True)]
         seconds = (time.perf_counter() - started) / len(specs)
         loras = [adapter.report(weight) for adapter, weight in adapters]
         return [
@@ -283,26 +286,24 @@ class Pipeline:
         if first.first_step < first.end_of_guidance < first.steps:
             alone = field(said._replace(negative=()))
 
-        def velocity(tokens: Tensor, step: int) -> Tensor:
-            return (led if step < first.end_of_guidance else alone)(tokens, step)
-
         start = torch.cat([noise(spec.seed, config.channels, rows, columns) for spec in made])
         if leader:
             start = shared_noise(start, first.cohesion)
-        if first.first_step:
-            begun = [self.conditioning.beginning(s.init_image, s.width, s.height) for s in made if s.init_image]
-            start = torch.lerp(torch.cat(begun), start, sigmas[first.first_step])
         start = patchify(start.to(self.device), config.patch)
+        way = self.beginnings.way(made, start, sigmas[first.first_step])
+
+        def velocity(tokens: Tensor, step: int) -> Tensor:
+            return way.held((led if step < first.end_of_guidance else alone)(tokens, step))
 
         def count(done: int) -> None:
             if on_step is not None:
                 on_step(done, first.steps - first.first_step)
 
         if first.sampler == "euler":
-            tokens = euler(velocity, start, sigmas, count, first.first_step)
+            tokens = euler(velocity, way.start, sigmas, count, first.first_step)
         else:
             changed = {first.end_of_guidance, *([1] if splice else [])}  # pure noise has no reference spliced in
-            tokens = adams_bashforth(velocity, start, sigmas, count, changed, first.first_step)
+            tokens = adams_bashforth(velocity, way.start, sigmas, count, changed, first.first_step)
         if leader:
             following = iter(range(1, len(made)))
             tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]
@@ -366,12 +367,14 @@ class Pipeline:
     ) -> dict[str, Any]:
         """How a picture was made, in plain values: enough to make it again. `files` are the hashes of its references
         and of its initial picture."""
-        begun, apart = spec.init_image, ("styles", "loras", "leader", "init_image")
+        begun, mask, apart = spec.init_image, spec.mask, ("styles", "loras", "leader", "init_image", "mask")
+        about = {"image": str(mask), "sha256": files[mask]} if isinstance(mask, Path) else {"region": mask}
         unread = self.text.unread(spec.prompt)
         return {
             "schema": 1,
             **{k: v for k, v in vars(spec).items() if k not in apart and v is not None},
             **({"init_image": {"image": str(begun), "sha256": files[begun]}} if begun else {}),
+            **({"mask": about} if mask else {}),
             **({"unread": unread} if unread else {}),
             **({"leader": vars(spec.leader), "shared": shares(spec)} if leader_of(spec) else {}),
             "styles": [

@@ -8,12 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from model import picture_file
 from model.errors import K2Error
 from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
+from model.region import Region
 
 STRIP = 512  # rows
 
@@ -33,6 +35,27 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
     on_white = laid_on_white(rgba).convert("RGB")
     pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (width, height)).tobytes()), dtype=torch.uint8)
     return pixels.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
+    """What is made anew of a picture, 1, and what stays, 0 -> [1, 1, height, width]. Raises K2Error.
+
+    A picture counts by its lightness, and fills width x height as `to_pixels` has it; a text is a region.
+    """
+    if isinstance(mask, Path):
+        return (to_pixels(mask, width, height).mean(1, keepdim=True) + 1) / 2
+    region = Region.read(mask)
+    assert region is not None  # or settling would have refused
+    found = torch.zeros(1, 1, height, width)
+    found[..., region.top : region.top + region.height, region.left : region.left + region.width] = 1
+    return found
+
+
+def feathered(mask: Tensor, radius: int) -> Tensor:
+    """A mask [1, 1, H, W] that comes in over `radius` pixels within its edge, and is nowhere where it was not."""
+    around = F.pad(mask, [radius] * 4, mode="replicate")  # the picture's own edge is none of the mask's
+    mean = F.avg_pool2d(around, 2 * radius + 1, stride=1)
+    return torch.minimum(mask, (2 * mean - 1).clamp(0, 1))
 
 
 def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from model.avoid import negative_prompt, phrases, unsaid
 from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
+from model.region import Region
 from model.sampler import raw_mu
-from model.spec import DENOISE, LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style
+from model.spec import DENOISE, DENOISE_MASKED, LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style
 from model.splice import LEAK_GUARD, MOST_REFERENCES
 from model.style import Weighed, weigh
 from model.vision import MOST_PICTURES
@@ -84,13 +85,19 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
         )
     if sampler not in SAMPLERS:
         raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
-    denoise = DENOISE if spec.denoise is None else spec.denoise
+    denoise = (DENOISE_MASKED if spec.mask else DENOISE) if spec.denoise is None else spec.denoise
     if not 0 < denoise <= 1:
         raise K2Error(
             f"A denoise of {denoise:g} takes no picture anywhere.", hint="It is above 0, and up to 1, where all is new."
         )
-    if spec.denoise is not None and spec.init_image is None:
-        raise K2Error("There is no picture to denoise from.", hint="Name one as init_image, or leave denoise out.")
+    if spec.init_image is None and (spec.denoise is not None or spec.mask):
+        what = "mask" if spec.mask else "denoise from"
+        raise K2Error(f"There is no picture to {what}.", hint="Name it as init_image.")
+    if isinstance(spec.mask, str):
+        region = Region.read(spec.mask)
+        if region is None:
+            raise K2Error(f'"{spec.mask}" is no region.', hint="Like 96x64+80+120: width, height, left, top.")
+        region.check(width, height)
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
     loras = tuple(lora for lora in spec.loras if lora.weight)
@@ -283,7 +290,7 @@ def branches(spec: Settled) -> int:
 
 def schedule(spec: Settled) -> Hashable:
     """What pictures that are made together have in common."""
-    course = (spec.height, spec.width, spec.steps, spec.first_step, spec.mu, spec.sampler)
+    course = (spec.height, spec.width, spec.steps, spec.first_step, bool(spec.mask), spec.mu, spec.sampler)
     guided = (spec.guidance, spec.end_of_guidance, spec.style_guidance)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")
     said = (wordings(spec), unwanted(spec) if spec.guidance else ())

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 METHODS = ("auto", "tokens", "splice", "vision")  # auto: tokens where the model has a style encoder, else splice
 TILES = (1, 2, 4)  # along a side, that a reference is cut into and shuffled before a vision tower sees it
 SAMPLERS = ("euler", "ab2")  # how the flow is followed; see `model/sampler.py`
-DENOISE = 0.75  # where none is asked for: the prompt says what is there, the picture that it began with where
+DENOISE = 0.75  # where none is asked for: the prompt says what is there, the picture that it began with where; and
+DENOISE_MASKED = 1.0  # within a mask, as there is enough around it to fit in with
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
 
 
@@ -86,6 +87,7 @@ class RenderSpec:
     guidance_until: float | None = None  # the share of the steps, from the first on, that guidance is on for; None: 1
     init_image: Path | None = None  # a picture that it begins with, in the place of pure noise
     denoise: float | None = None  # the share of the steps, the last ones, that it then takes; None: DENOISE, 1: all
+    mask: Path | str | None = None  # of init_image what is made anew: white in a picture, or a region, "96x64+80+120"
 
     @property
     def adapters(self) -> tuple[Lora, ...]:

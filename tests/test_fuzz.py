@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_records import MADE, shot
 
-from k2cli import embedded, moodboard, records
+from k2cli import embedded, facts, moodboard, records
 from k2cli.dialect import dump
 from k2cli.pictures import check_picture
 from k2cli.project import Project
@@ -272,7 +272,7 @@ def test_records(studio, content):
     inside = Project.open(studio).inside
     with nothing_but_k2_errors():
         record = records.parse(records.read(studio / "fox.toml"), inside)
-        records.describe(record)
+        facts.describe(record)
         records.locate(record, inside)
 
 

@@ -21,9 +21,9 @@ from model.errors import K2Error
 from model.hashes import sha256
 from model.latents import noise, patchify, unpatchify
 from model.pipeline import Pipeline, to_image
-from model.references import to_pixels
+from model.references import feathered, to_mask, to_pixels
 from model.sampler import guided, shifted_sigmas
-from model.spec import DENOISE, Picture, RenderSpec, tied
+from model.spec import DENOISE, DENOISE_MASKED, Picture, RenderSpec, tied
 from model.train.rollout import conditioned
 
 FOX = RenderSpec("a red fox", seed=7, steps=8)
@@ -146,6 +146,102 @@ def test_what_no_picture_can_begin_with_is_refused(pipeline, sketch, tmp_path):
         pipeline.render([replace(FOX, init_image=tmp_path / "broken.png")])
 
 
+@pytest.fixture
+def noisy(pipeline, tmp_path) -> Path:
+    """A picture of the model's own size, of which every pixel is another."""
+    side = pipeline.native
+    Image.effect_noise((side, side), 90).convert("RGB").save(tmp_path / "noisy.png")
+    return tmp_path / "noisy.png"
+
+
+def masked(path: Path, box: tuple[int, int, int, int], size: tuple[int, int]) -> Path:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    mask.save(path)
+    return path
+
+
+@pytest.mark.parametrize("denoise", [None, 0.5])
+@pytest.mark.parametrize("sampler", ["euler", "ab2"])
+def test_around_a_mask_every_pixel_stays(pipeline, noisy, denoise, sampler):
+    """And within it, but for a margin that leads over, none does; by another seed it is another."""
+    side = pipeline.native
+    spec = replace(
+        FOX, init_image=noisy, mask=f"{side // 2}x{side // 4}+8+{side // 4}", denoise=denoise, sampler=sampler
+    )
+    before = np.asarray(Image.open(noisy), int)
+    first, other = (as_array(pipeline.render([each])[0]) for each in (spec, replace(spec, seed=8)))
+    inside = np.zeros((side, side), bool)
+    inside[side // 4 : side // 2, 8 : 8 + side // 2] = True
+    changed = (first != before).any(-1)
+    assert not changed[~inside].any() and changed[inside].mean() > 0.9
+    assert (first != other)[inside].any() and pipeline.resolve(spec).denoise == (denoise or 1.0)
+
+
+def test_what_stays_is_at_every_step_what_noise_has_left_of_it(pipeline, noisy, monkeypatch):
+    """The network sees both at one noise level: the kept tokens lie on the straight way from picture to noise."""
+    side, cell = pipeline.native, pipeline.vae.factor * pipeline.dit.config.patch
+    spec = replace(FOX, init_image=noisy, mask=f"{cell}x{cell}+0+0")
+    seen = []
+    velocity = pipeline.dit.velocity
+
+    def watched(tokens, *args, **more):
+        seen.append(tokens[:1])
+        return velocity(tokens, *args, **more)
+
+    monkeypatch.setattr(pipeline.dit, "velocity", watched)
+    monkeypatch.setattr(Pipeline, "_one_stream", property(lambda self: 0))
+    pipeline.render([spec])
+    config, cells = pipeline.dit.config, side // pipeline.vae.factor
+    image = patchify(pipeline.beginnings.latents(noisy, side, side), config.patch)
+    fresh = patchify(noise(FOX.seed, config.channels, cells, cells), config.patch)
+    sigmas = shifted_sigmas(8, pipeline.resolve(spec).mu)
+    for tokens, sigma in zip(seen[:: len(seen) // 8], sigmas[:-1], strict=True):
+        torch.testing.assert_close(tokens[:, 1:], ((1 - sigma) * image + sigma * fresh)[:, 1:], rtol=1e-4, atol=1e-4)
+        assert sigma == 1 or not torch.allclose(tokens[:, 0], ((1 - sigma) * image + sigma * fresh)[:, 0], atol=1e-2)
+
+
+def test_a_mask_may_be_a_picture(pipeline, noisy, tmp_path):
+    """White is made anew, black stays, as the region of the same pixels has it; pictures of a batch have their own."""
+    side = pipeline.native
+    box = (side // 4, 0, side // 2, side // 2)
+    region = replace(FOX, init_image=noisy, mask=f"{side // 4}x{side // 2}+{side // 4}+0")
+    drawn = replace(region, mask=masked(tmp_path / "mask.png", box, (side, side)))
+    other = replace(region, mask=f"{side // 4}x{side // 4}+0+0")
+    assert made(pipeline, region) == made(pipeline, drawn) != made(pipeline, other)
+    assert pipeline.batches([region, drawn, other]) == [3]
+    together = [as_array(each) for each in pipeline.render([region, drawn, other])]
+    alone = [as_array(pipeline.render([each])[0]) for each in (region, drawn, other)]
+    assert max(np.abs(a - b).max() for a, b in zip(together, alone, strict=True)) <= 1
+    record = pipeline.render([drawn])[0].record
+    assert record["mask"] == {"image": str(drawn.mask), "sha256": sha256(drawn.mask)}
+    assert pipeline.render([region])[0].record["mask"] == {"region": region.mask}
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("96x64", "is no region"),
+        ("8x8+0", "is no region"),
+        ("0x8+0+0", "is empty"),
+        ("8x9999+0+0", "leaves the picture"),
+    ],
+)
+def test_what_masks_nothing_is_refused(pipeline, noisy, mask, message):
+    with pytest.raises(K2Error, match=message):
+        pipeline.resolve(replace(FOX, init_image=noisy, mask=mask))
+    with pytest.raises(K2Error, match="no picture to mask"):
+        pipeline.resolve(replace(FOX, mask="8x8+0+0"))
+
+
+def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
+    mask = to_mask("20x40+0+0", 40, 40)
+    soft = feathered(mask, 4)
+    assert (soft[..., 20:] == 0).all() and (soft[..., :16] == 1).all()
+    ramp = soft[0, 0, 5, 15:21]
+    assert (ramp.diff() <= 0).all() and 0 < ramp[3] < 1
+
+
 # ---- projects -------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +287,7 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
     options = ("--project", begun, "-p", "tea", "--batch", "1", "--init-image", "dot.png", "--denoise", "0.5")
     assert plan(k2, *options)[0]["init_image"]["sha256"] == sha256(elsewhere / "dot.png")
     (made,) = k2("render", *options).stdout.splitlines()
-    assert "dot.png, 0.5 of it made anew" in k2("show", made).stdout
+    assert "made anew   0.5\n" in k2("show", made).stdout
     refused = k2("rerun", made, code=1)
     assert "lies outside the project" in refused.stderr and "--allow-outside" in refused.stderr
     assert "Identical" in k2("rerun", made, "--allow-outside").stderr
@@ -212,6 +308,38 @@ def test_a_projects_picture_is_its_own_and_one(begun, k2, said, message):
     refused = k2("render", "--only", "fox", code=1)
     assert f'The init_image of "fox": {message}' in refused.stderr or message in refused.stderr
     assert not list((begun / "outputs").glob("*"))
+
+
+def test_a_mask_is_recorded_and_led_back_to(begun, k2):
+    (region,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "40x30+8+16").stdout.splitlines()
+    assert "40x30+8+16" in k2("show", region).stdout
+    masked(begun / "refs" / "mask.png", (0, 0, 50, 50), (150, 100))  # half as large, of the same proportions
+    (drawn,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "refs/mask.png").stdout.splitlines()
+    first, second = (json.loads(line) for line in k2("log", "--json").stdout.splitlines())
+    assert first["mask"] == {"region": "40x30+8+16"}
+    assert second["mask"] == {"image": "refs/mask.png", "sha256": sha256(begun / "refs" / "mask.png")}
+    for made in (region, drawn):
+        assert "Identical" in k2("rerun", made).stderr
+        assert plan(k2, "--like", made, "--batch", "1")[0]["mask"] == (first if made == region else second)["mask"]
+    assert plan(k2, "--only", "fox", "--mask", "8x8+0+0")[0]["settings"]["denoise"] == DENOISE_MASKED
+    masked(begun / "refs" / "mask.png", (0, 0, 60, 50), (150, 100))
+    assert "is not what it was" in k2("rerun", drawn, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to be masked"),
+        (("--only", "fox", "--mask", "161x8+0+0"), "leaves the picture, which is 160x112"),
+        (("--only", "fox", "--mask", "8x0+0+0"), "is empty"),
+        (("--only", "fox", "--mask", "96x64"), "there is no 96x64"),
+        (("--only", "fox", "--mask", "refs/square.png"), "has not the shape of its init_image"),
+    ],
+)
+def test_a_mask_lies_on_its_picture(begun, k2, options, message):
+    masked(begun / "refs" / "square.png", (0, 0, 50, 50), (100, 100))
+    assert message in k2("render", *options, code=2).stderr
+    assert not (begun / "outputs").exists()
 
 
 def test_mixes_are_seen_on_one_picture(begun, k2):
@@ -246,9 +374,12 @@ def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
 
 
 def test_a_cluster_gets_the_picture_too(tmp_path):
-    spec = RenderSpec("a fox", init_image=tmp_path / "a.png", denoise=0.5)
-    assert files_of(spec) == {tmp_path / "a.png"}
-    assert moved(spec, lambda path: Path("/far") / path.name).init_image == Path("/far/a.png")
+    spec = RenderSpec("a fox", init_image=tmp_path / "a.png", mask=tmp_path / "b.png")
+    assert files_of(spec) == {tmp_path / "a.png", tmp_path / "b.png"}
+    there = moved(spec, lambda path: Path("/far") / path.name)
+    assert (there.init_image, there.mask) == (Path("/far/a.png"), Path("/far/b.png"))
+    region = replace(spec, mask="8x8+0+0")
+    assert files_of(region) == {tmp_path / "a.png"} and moved(region, Path).mask == "8x8+0+0"
 
 
 def test_watch_sees_another_beginning(begun, k2):

@@ -70,6 +70,7 @@ def test_a_record_leads_back_to_its_spec(moody):
         "sampler": "ab2",
         "init_image": reference.with_name("sketch.png"),
         "denoise": 0.4,
+        "mask": "8x8+0+0",
         "style_guidance": 1.5,
         "leak_guard": "shift",
         "vision_tiles": 4,

@@ -8,6 +8,7 @@ scenes.webp    the forty subjects again, each on a ground of a colour and in a m
 prompts.webp   `prompts.txt`: forty prompts by somebody who had the list of subjects and nothing else
 all.webp       every subject of the training list, in one look
 begun.webp     pictures that begin with a picture, and more and more of it made anew
+masked.webp    a part of pictures made anew by five seeds, and the rest as it was
 
 Raw paints the first five, Turbo the others.
 """
@@ -20,11 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from model.errors import reported
 from model.library import BOX
 from model.pipeline import Pipeline
+from model.region import Region
 from model.spec import RenderSpec
 from model.train.data import article, read_subjects
 from model.train.looks import MEDIA, PALETTES, Look
@@ -43,6 +45,11 @@ BEGUN = {  # subject of the initial picture -> what is asked for
     "red apple": "a pumpkin",
     "house": "a house on an orange background, pencil hatching",
     "car": "a taxi, pixel art",
+}
+MASKED = {  # prompt -> what is made anew of its picture
+    "a guitar on a white background": "176x144+16+96",
+    "a cactus on a white background": "96x128+16+64",
+    "a house on a white background": "256x96+0+0",
 }
 EIGHTHS = [n / 8 for n in range(2, 9)]  # of Turbo's steps, that are taken
 NEAR = {  # a word that no training has said -> the subject that it means, or lies near to
@@ -115,6 +122,23 @@ def ladder(pipeline: Pipeline, side: int = 160) -> Image.Image:
     return page
 
 
+def mended(pipeline: Pipeline, side: int = 160, count: int = 5) -> Image.Image:
+    """Pictures with a frame around a part of them, and beside each what comes of that; seeds 0 to 2, then 0 to 4."""
+    begun = list(pipeline.stream([RenderSpec(prompt, seed=seed) for seed, prompt in enumerate(MASKED)]))
+    page = Image.new("RGB", ((1 + count) * side, len(MASKED) * side))
+    with TemporaryDirectory() as folder:
+        for row, (first, (prompt, region)) in enumerate(zip(begun, MASKED.items(), strict=True)):
+            first.image.save(path := Path(folder) / f"{row}.png")
+            specs = [RenderSpec(prompt, seed=seed, init_image=path, mask=region) for seed in range(count)]
+            framed = first.image.copy()
+            if part := Region.read(region):
+                box = (part.left, part.top, part.left + part.width - 1, part.top + part.height - 1)
+                ImageDraw.Draw(framed).rectangle(box, outline="blue", width=2)
+            for column, picture in enumerate([framed, *(made.image for made in pipeline.stream(specs))]):
+                page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
+    return page
+
+
 def phrase(name: str) -> str:
     return f"{article(name)}{name}"
 
@@ -138,8 +162,9 @@ def main(folder: Path = BOX) -> None:
         for name, (texts, columns, side) in sheets.items():
             sheet(pipeline, texts, columns, side).save(folder / f"{name}.webp", quality=85)
             print(folder / f"{name}.webp")
-    ladder(pipeline).save(folder / "begun.webp", quality=85)
-    print(folder / "begun.webp")
+    for name, page in (("begun", ladder(pipeline)), ("masked", mended(pipeline))):
+        page.save(folder / f"{name}.webp", quality=85)
+        print(folder / f"{name}.webp")
 
 
 if __name__ == "__main__":

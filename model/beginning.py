@@ -1,0 +1,83 @@
+"""Pictures that begin with a picture, in the place of pure noise: all of it is made anew to a degree, or a part of it.
+
+On the straight way from a picture z to its noise ε lie x(σ) = z + σ (ε − z). What is made anew to a degree begins
+there, at a noise level below 1 (SDEdit, Meng et al. 2022). What a mask says that it stays keeps to that way, whose
+velocity is ε − z: the rest is painted beside it, both at the same noise level (Blended Latent Diffusion, Avrahami et
+al. 2023, which puts the same points back in after every step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.hashes import sha256
+from model.latents import patchify
+from model.parts import SpreadFluxVAE
+from model.recent import Recent
+from model.references import feathered, to_mask, to_pixels
+from model.settle import Settled
+from model.vae import QwenImageVAE
+
+REMEMBERED = 16  # pictures whose latents are kept
+
+
+class Way(NamedTuple):
+    """Where pictures made together begin, and what keeps to the way there: tokens [B, L, C·p·p], fp32."""
+
+    start: Tensor
+    straight: Tensor | None = None  # the velocity of what stays
+    anew: Tensor | None = None  # how much of each number does not, 0 … 1; all of it where None
+
+    def held(self, velocity: Tensor) -> Tensor:
+        """The network's velocity, and that of what stays in its place."""
+        if self.straight is None or self.anew is None:
+            return velocity
+        return self.straight.lerp(velocity, self.anew)
+
+
+class Beginnings:
+    """An autoencoder's view of the pictures that others begin with; what was asked for last is kept."""
+
+    def __init__(self, vae: QwenImageVAE | SpreadFluxVAE, patch: int, device: torch.device, dtype: torch.dtype):
+        self.vae, self.patch, self.device, self.dtype = vae, patch, device, dtype
+        self._latents: Recent[Tensor] = Recent(REMEMBERED)
+
+    def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:
+        """Of pictures of one schedule, whose noise is in tokens. sigma: that of the first step. Raises K2Error."""
+        first = specs[0]
+        if not (first.first_step or first.mask):  # as much noise as a picture without
+            return Way(noise)
+        image = torch.cat([self.latents(spec.init_image, spec.width, spec.height) for spec in specs if spec.init_image])
+        straight = noise - self._tokens(image)
+        start = noise - (1 - sigma) * straight
+        if not first.mask:
+            return Way(start)
+        masks = [to_mask(spec.mask, spec.width, spec.height) for spec in specs if spec.mask]
+        cells = F.avg_pool2d(torch.cat(masks), self.vae.factor)
+        return Way(start, straight, self._tokens(cells.expand_as(image)))
+
+    def latents(self, image: Path, width: int, height: int) -> Tensor:
+        """Of a picture that fills width x height from its middle -> [1, C, H/f, W/f], fp32, on the CPU as noise is.
+        Raises K2Error."""
+
+        def read() -> Tensor:
+            pixels = to_pixels(image, width, height).to(self.device, self.dtype)
+            return self.vae.encode(pixels).float().cpu()
+
+        return self._latents.ask((sha256(image), width, height), read)
+
+    def with_rest(self, spec: Settled, pixels: Tensor) -> Tensor:
+        """A decoded picture [3, H, W], and where its mask says that it stays the initial one, exactly as it is."""
+        if not spec.mask or not spec.init_image:
+            return pixels
+        alpha = feathered(to_mask(spec.mask, spec.width, spec.height), self.vae.factor // 2)[0]
+        return to_pixels(spec.init_image, spec.width, spec.height)[0].lerp(pixels.float().cpu(), alpha)
+
+    def _tokens(self, latents: Tensor) -> Tensor:
+        return patchify(latents.to(self.device), self.patch)

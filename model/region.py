@@ -1,0 +1,38 @@
+"""The part of a picture that is made anew while the rest stays: a rectangle, written as X11 and ImageMagick do."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from model.errors import K2Error
+
+SHAPE = re.compile(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})\+(\d{1,5})")
+
+
+class Region(NamedTuple):
+    """Pixels of the picture that is rendered, from its upper left corner on."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+    @classmethod
+    def read(cls, text: str) -> Region | None:
+        """ "96x64+80+120": 96 wide, 64 high, 80 from the left, 120 from the top. None for what is none."""
+        found = SHAPE.fullmatch(text)
+        return cls(*map(int, found.groups())) if found else None
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}+{self.left}+{self.top}"
+
+    def check(self, width: int, height: int, where: str = "") -> None:
+        """Raises K2Error where it is empty, or leaves a picture of this size."""
+        if not (self.width and self.height):
+            raise K2Error(f"{where}The region {self} is empty.", hint="Like 96x64+80+120: width, height, left, top.")
+        if self.left + self.width > width or self.top + self.height > height:
+            raise K2Error(
+                f"{where}The region {self} leaves the picture, which is {width}x{height}.",
+                hint="It is width x height + left + top, in pixels of the picture that is rendered.",
+            )
