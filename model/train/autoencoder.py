@@ -26,12 +26,11 @@ from model.checkpoint import read, save
 from model.library import BOX
 from model.train import data, loop
 from model.train import recipe as recipes
-from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.linear_start import start_linear
 from model.train.loop import Batch, Report
 from model.train.recipe import refuse
 from model.train.states import RUNS
-from model.train.training_set import fingerprint
 from model.vae import QwenImageVAE, VAEConfig
 from model.whole import whole
 

@@ -261,6 +261,11 @@ def render_icon(icons: dict[str, Any], name: str, size: int) -> NDArray[np.uint8
     return np.asarray(picture)
 
 
+def fingerprint(catalog: Catalog) -> str:
+    """The hash of the data set's manifest."""
+    return sha256(catalog.folder / "manifest.toml")
+
+
 def build(folder: Path = DATA) -> None:
     """Fetch, render, drop exact repeats, write the renders and their manifest."""
     folder.mkdir(parents=True, exist_ok=True)

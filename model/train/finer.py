@@ -23,11 +23,10 @@ from torch import Tensor
 from model.errors import K2Error
 from model.train import autoencoder, data, looks, loop
 from model.train.autoencoder import GRAINY, infidelity
-from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import refuse
 from model.train.states import RUNS
-from model.train.training_set import fingerprint
 from model.vae import QwenImageVAE
 from model.whole import whole
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from model.errors import K2Error
 from model.latents import patchify, unpatchify
 from model.train import loop, parallel, pretrain, states
-from model.train.data import stable_seed
+from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, fingerprint, training_set
+from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from model.latents import grid_of, patchify
 from model.text_encoder import SUFFIX_TOKENS
 from model.train import loop, pretrain
-from model.train.data import Item, stable_seed
+from model.train.data import Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.pretrain import Trainee
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
 from model.train.thesaurus import one
-from model.train.training_set import TrainingSet, fingerprint, training_set
+from model.train.training_set import TrainingSet, training_set
 
 TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
 

@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from model.errors import reported
 from model.train import data, loop
 from model.train import recipe as recipes
-from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.encode import catalog_of_process, scale
 from model.train.looks import resize
 from model.train.loop import Batch, Report
 from model.train.states import RUNS
-from model.train.training_set import fingerprint
 from model.whole import whole
 
 SIZE = 64  # px that a judge looks at

@@ -25,13 +25,13 @@ from model.latents import grid_of, patchify
 from model.style import StyleConfig, StyleEncoder
 from model.train import loop, states
 from model.train.alignment import CLEANER, Pupil, Teacher
-from model.train.data import Item
+from model.train.data import Item, fingerprint
 from model.train.loop import Batch, Report
 from model.train.products import convert, parse
 from model.train.recipe import at_least
 from model.train.rollout import noised, with_rows
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, fingerprint, training_set
+from model.train.training_set import TrainingSet, training_set
 
 
 class Sampling(NamedTuple):

@@ -30,13 +30,13 @@ from torch import Tensor
 from model.errors import K2Error
 from model.latents import patchify
 from model.train import loop, pretrain, states
-from model.train.data import stable_seed
+from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, refuse
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, fingerprint, training_set
+from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -185,8 +184,3 @@ def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.floa
     if len(latents) != count:
         raise K2Error(f"{path} holds {len(latents)} pictures, the data set {count}.", hint=hint)
     return latents
-
-
-def fingerprint(catalog: Catalog) -> str:
-    """The hash of the data set's manifest."""
-    return hashlib.sha256((catalog.folder / "manifest.toml").read_bytes()).hexdigest()

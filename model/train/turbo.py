@@ -22,13 +22,14 @@ from model.latents import grid_of, patchify
 from model.sampler import guided, shifted_sigmas
 from model.style import StyleEncoder
 from model.train import loop, pretrain
+from model.train.data import fingerprint
 from model.train.distill import Chance, fake_loss, student_loss, walk
 from model.train.loop import Batch, Report
 from model.train.pretrain import Trainee
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, fingerprint, training_set
+from model.train.training_set import TrainingSet, training_set
 
 METHODS = ("guidance", "trajectory")
 
