@@ -32,12 +32,14 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
     **{f"Empty{kind}LatentImage": SIZE for kind in ("", "SD3", "Hunyuan", "Flux2")},
     "CheckpointLoaderSimple": ("ckpt_name",),
     "UNETLoader": ("unet_name",),
+    "LoadImage": ("image",),
     **{f"Primitive{kind}": ("value",) for kind in ("String", "StringMultiline", "Int", "Float")},
 }
 
 
 def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
-    """What each sampler was given, the last first: prompt, avoid, seed, steps, cfg, width, height, model, loras."""
+    """What each sampler was given, the last first: prompt, avoid, seed, steps, cfg, width, height, model, loras; and
+    begun, the picture that was encoded for it."""
     loras = any("Lora" in kind_of(graph, node) for node in graph)
     for node in [*graph][::-1]:
         here = inputs(graph, node)
@@ -55,6 +57,7 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             **{side: find(graph, start, (side,), int) for side in SIZE},
             "model": find(graph, here.get("model", guider.get("model")), ("ckpt_name", "unet_name"), str),
             "loras": loras,
+            "begun": find(graph, inputs(graph, linked(start)).get("pixels"), ("image",), str),
         }
 
 

@@ -288,7 +288,8 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
             given,
             guidance=scale(given["cfg"]),
             model=plain(given["model"]),
-            left_out=("LoRAs",) if given["loras"] else (),
+            left_out=("LoRAs",) * given["loras"]
+            + ((f"{BEGINNING} {plain(given['begun'])}",) if given["begun"] else ()),
         )
 
 

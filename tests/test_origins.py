@@ -120,6 +120,18 @@ def test_comfyui(tmp_path):
     )
 
 
+def test_comfyui_tells_what_a_picture_began_with():
+    """A picture that was encoded for the sampler; not the first sampler's of a second pass."""
+    (sampler,) = [node for node in GRAPH if GRAPH[node]["class_type"].startswith("KSampler")]
+    own = {**GRAPH[sampler]["inputs"], "latent_image": ["90", 0]}
+    encode = {"class_type": "VAEEncode", "inputs": {"pixels": ["91", 0], "vae": ["4", 2]}}
+    load = {"class_type": "LoadImage", "inputs": {"image": "sketch.png", "upload": "image"}}
+    begun = {**GRAPH, sampler: {**GRAPH[sampler], "inputs": own}, "90": encode, "91": load}
+    assert next(origins.of_comfy(begun)).left_out == ("LoRAs", "its initial picture sketch.png")
+    second = {**GRAPH[sampler], "inputs": {**own, "latent_image": [sampler, 0]}}
+    assert next(origins.of_comfy({**begun, "99": second})).left_out == ("LoRAs",)
+
+
 def test_comfyui_with_a_guider(tmp_path):
     found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(FLUX)))
 
