@@ -65,10 +65,24 @@ def test_odd_sizes_are_refused(pair):
 
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(64, 64, 16), (65, 64, 16), (200, 64, 16), (129, 32, 31)])
 def test_tiles_cover(length, tile, overlap):
-    """Tiles reach both borders and neighbours overlap by no less than asked."""
+    """Tiles reach both borders, neighbours overlap by no less than asked, and one tile fewer would not do."""
     begin = starts(length, tile, overlap, unit=1)
     assert begin[0] == 0 and begin[-1] == max(0, length - tile)
     assert all(after - before <= tile - overlap for before, after in pairwise(begin))
+    assert len(begin) == 1 or tile + (len(begin) - 2) * (tile - overlap) < length
+
+
+def test_no_more_than_a_tile_is_worked_on_at_a_time():
+    seen = set()
+
+    def look(part: torch.Tensor) -> torch.Tensor:
+        seen.add(tuple(part.shape))
+        return part
+
+    for shape in ((40, 72), (10, 72), (16, 16)):
+        x = torch.randn(1, 1, *shape)
+        torch.testing.assert_close(tiled(look, x, 16, 4, Fraction(1)), x)
+    assert seen == {(1, 1, 16, 16), (1, 1, 10, 16)}
 
 
 def test_blending_is_exact_where_tiles_agree():
@@ -109,6 +123,11 @@ def test_a_latent_cell_is_of_eight_pixels():
             FluxVAEConfig.from_dict(scales)
 
 
-def test_impossible_tiles_are_refused():
+@pytest.mark.parametrize(
+    ("tile", "overlap", "unit", "scale"),
+    [(4, 4, 1, "1"), (4, 0, 1, "1"), (5, 2, 2, "1"), (4, 1, 2, "1"), (4, 2, 1, "1/2")],
+)
+def test_impossible_tiles_are_refused(tile, overlap, unit, scale):
+    """Those without a step or an overlap, and cells of the picture that would be cut in two."""
     with pytest.raises(ValueError, match="overlap"):
-        tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), 4, 4, Fraction(1))
+        tiled(torch.nn.Identity(), torch.zeros(1, 1, 9, 9), tile, overlap, Fraction(scale), unit)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from model.sampler import adams_bashforth, euler, guided, raw_mu, shifted_sigmas
+from model.sampler import adams_bashforth, euler, guided, raw_mu, shifted_sigmas, style_guided
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15])
@@ -54,6 +54,13 @@ def test_guidance_zero_is_off_and_one_doubles_the_difference():
     conditional, unconditional = torch.randn(2, 3)
     assert torch.equal(guided(conditional, unconditional, 0.0), conditional)
     torch.testing.assert_close(guided(conditional, unconditional, 1.0), 2 * conditional - unconditional)
+
+
+def test_style_guidance_zero_adds_the_style_once_and_one_twice():
+    """Beside whatever the prompt's own guidance has made of the velocity."""
+    styled, conditional, led = torch.randn(3, 4)
+    torch.testing.assert_close(style_guided(styled, conditional, conditional, 0.0), styled)
+    torch.testing.assert_close(style_guided(styled, conditional, led, 1.0), led + 2 * (styled - conditional))
 
 
 def test_adams_bashforth_is_of_the_second_order():
