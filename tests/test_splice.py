@@ -19,9 +19,27 @@ from tiny import DIT, tiny, tiny_box  # noqa: F401
 from model import splice as module
 from model.dit import Krea2, attention, rotate
 from model.errors import K2Error
+from model.latents import patchify
 from model.pipeline import Pipeline
 from model.spec import LEAK_GUARDS, Picture, Reference, RenderSpec, Style
-from model.splice import SPARE_BYTES, Capture, CaptureCache, Splice, attends, damping, mixture, moments, pulled, shifted
+from model.splice import (
+    KEY_GAIN,
+    PULL,
+    SPARE_BYTES,
+    Capture,
+    CaptureCache,
+    Splice,
+    attends,
+    capture,
+    damping,
+    first_block,
+    guarded,
+    mixture,
+    moments,
+    noised,
+    pulled,
+    shifted,
+)
 from model.style import Weighed
 
 FOX = RenderSpec("a red fox", seed=7, steps=3, guidance=0.0)
@@ -224,7 +242,7 @@ def test_damping_spares_what_turns_slowly():
     rows, columns = late[frame : frame + side], late[frame + side :]
     assert torch.equal(rows, columns) and torch.equal(rows[0::2], rows[1::2])  # a pair turns together
     assert rows[0] < 0.05 and 1.05 < rows[-1] < 1.15 and rows.tolist() == sorted(rows.tolist())
-    assert early[frame:].min() > 0.98
+    assert early[frame:].min() > 0.98 and early[-1] < late[-1]
 
 
 def test_shifted_keys_are_those_of_a_picture_to_the_right():
@@ -237,6 +255,15 @@ def test_shifted_keys_are_those_of_a_picture_to_the_right():
     turned = [rotate(k.transpose(0, 1)[None], rope)[0].transpose(0, 1) for rope in (here, there)]
 
     torch.testing.assert_close(shifted(turned[0], DIT, 4), turned[1])
+
+
+def test_guards_do_what_they_are_called():
+    k = torch.randn(1, DIT.kv_heads, 12, DIT.head_dim)
+    damped = k * damping(DIT, 0.4)
+    expected = {"none": k, "damping": damped, "shift": shifted(k, DIT, 4), "both": shifted(damped, DIT, 4)}
+    assert expected.keys() == set(LEAK_GUARDS)
+    for guard, keys in expected.items():
+        torch.testing.assert_close(guarded(k, DIT, guard, 0.4, 4), KEY_GAIN * keys)
 
 
 # ---- the mathematics --------------------------------------------------------------------------------------------
@@ -258,6 +285,35 @@ def scene():
     return stream, references
 
 
+def test_a_capture_is_of_the_image_tokens_and_the_deeper_blocks():
+    """What their attention is given, keys turned already; the words leave nothing."""
+    torch.manual_seed(0)
+    (dit := Krea2(replace(DIT, blocks=8)).eval()).initialise()
+    tokens, context = torch.randn(1, 12, DIT.token_dim), torch.randn(1, 5, DIT.width)
+    given = (tokens, context, dit.modulate(torch.tensor([0.4])), dit.rope(5, (3, 4)))
+    seen = []
+
+    def look(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append([x[0, :, 5:] for x in (q, k, v)])
+        return attention(q, k, v)
+
+    with torch.no_grad():
+        dit.velocity(*given, attend=[look] * 8)
+        found = capture(dit, *given)
+
+    assert [first_block(blocks) for blocks in (8, 28)] == [2, 7]
+    q, k, v = (torch.stack(each) for each in zip(*seen[2:], strict=True))
+    for got, expected in zip(found, (k, v, *moments(q), *moments(k)), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_reference_is_noised_along_the_way_from_noise_to_picture():
+    latents, noise = torch.randn(2, 1, 4, 6, 8)
+    for sigma in (0.0, 0.3, 1.0):
+        expected = patchify(latents + sigma * (noise - latents), 2)
+        torch.testing.assert_close(noised(latents, noise, sigma, 2), expected)
+
+
 def test_a_mixture_has_the_moments_of_all_its_tokens():
     torch.manual_seed(0)
     a, b = torch.randn(2, 12, 16), 3 + 2 * torch.randn(2, 12, 16)
@@ -271,6 +327,9 @@ def test_pulled_all_the_way_statistics_are_the_references():
     for got, expected in zip(moments(pulled(x, *moments(reference), 1.0)), moments(reference), strict=True):
         torch.testing.assert_close(got, expected.expand_as(got), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(pulled(x, *moments(reference), 0.0), x)
+    flat = torch.ones(2, 4, 50, 16)  # has no deviation to be stretched
+    mean = moments(reference)[0].expand_as(flat)
+    torch.testing.assert_close(pulled(flat, *moments(reference), 1.0), mean)
 
 
 def test_words_never_see_the_reference(scene):
@@ -297,6 +356,30 @@ def test_a_reference_of_little_weight_hardly_counts(scene):
         (mixed,) = attends([one, other], [one.k, other.k], [1 - weight, weight])
         far.append((mixed(*stream) - alone(*stream)).norm().item())
     assert far == sorted(far) and far[0] < 1e-3
+
+
+@pytest.mark.parametrize(("strength", "pull"), [(0.6, PULL), (1.0, PULL), (1.5, (1 + PULL) / 2), (2.0, 1.0)])
+def test_what_a_strength_does_by_its_formula(scene, strength, pull):
+    """Up to 1 an answer is blended in; beyond, references count in the softmax as often, and statistics pull harder."""
+    (q, k, v), references = scene
+    shares = (0.25, 0.75)
+    (attend,) = attends(references, [r.k for r in references], [strength * share for share in shares])
+
+    of_queries, of_keys = (
+        mixture([r[at][0] for r in references], [r[at + 1][0] for r in references], shares) for at in (2, 4)
+    )
+    queries = pulled(q[:, :, 5:], *of_queries, pull)
+    own = torch.cat((k[:, :, :5], pulled(k[:, :, 5:], *of_keys, pull)), 2)
+    keys, values = (
+        torch.cat((mine[0], *theirs), 1).repeat_interleave(2, 0)
+        for mine, theirs in ((own, [r.k[0] for r in references]), (v, [r.v[0] for r in references]))
+    )
+    often = torch.cat((torch.ones(17), *(torch.full((12,), share * max(strength, 1.0)) for share in shares)))
+    weights = often * (queries[0] @ keys.transpose(1, 2) / 4).exp()  # 4 is √16
+    spliced = (weights / weights.sum(-1, keepdim=True)) @ values
+    expected = attention(q, k, v)[0, :, 5:].lerp(spliced, min(strength, 1.0))
+
+    torch.testing.assert_close(attend(q, k, v)[0, :, 5:], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_strength_has_no_jumps(scene):
