@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import models
 from model import library
+from model.branches import Branches, Said
 from model.checkpoint import open_checkpoint, read, save
 from model.conditioning import REMEMBERED
+from model.dit import attention
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
@@ -269,6 +272,45 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
             tokens = tokens + (following - sigma) * v
         expected = pipeline.vae.decode(unpatchify(tokens, config.patch, cells, cells))[0]
     assert np.abs(np.asarray(to_image(expected), int) - np.asarray(made(guidance_until=0.4).image, int)).max() <= 1
+
+
+class Talker:
+    """A network whose velocity is the number that its context is made of, and 100 more where a splice is in it."""
+
+    def rope(self, text_tokens: int, grid: tuple[int, int]) -> torch.Tensor:
+        return torch.zeros(text_tokens)
+
+    def velocity(self, tokens, context, mods, rope, attend=None):
+        return (context.mean((1, 2), keepdim=True) + (100 if attend else 0)).expand_as(tokens)
+
+
+@pytest.mark.parametrize("style_guidance", [None, 1.5])
+@pytest.mark.parametrize("presence", [1.0, 0.25])
+@pytest.mark.parametrize("spliced", [True, False])
+def test_branches_add_up_to_the_formulas_of_guidance(style_guidance, presence, spliced):
+    """Of two pictures, whose prompts differ in length, two wordings each and two negative ones. A splice enters every
+    branch; where styles have a guidance of their own, those that have the style alone."""
+    ways = ("styled", "lasting", *(("plain",) if style_guidance is not None else ()))
+    shares, against, guidance = (0.7, 0.3), (0.4, 0.6), 3.0
+    numbers = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0]).view(4, 2)  # of each way, and the negative one
+    told = [[[torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)] for w in (0, 1)] for row in numbers]
+    said = Said(dict(zip(ways, told, strict=False)), told[-1])
+    splice = SimpleNamespace(velocity=lambda evaluate, step: evaluate([attention])) if spliced else None
+    branches = Branches(
+        Talker(), said, torch.zeros(1, 1, 7), (2, 2), guidance=guidance, style_guidance=style_guidance,
+        presence=presence, shares=shares, against=against, splice=splice,
+    )  # fmt: skip
+
+    found = branches(torch.zeros(2, 4, 3), 0)
+
+    (styled, lasting, plain), negative = numbers[:3] @ torch.tensor(shares), numbers[3] @ torch.tensor(against)
+    styled = lasting + presence * (styled - lasting) + 100 * spliced
+    if style_guidance is None:
+        expected = styled + guidance * (styled - negative - 100 * spliced)
+    else:
+        expected = plain + guidance * (plain - negative) + (1 + style_guidance) * (styled - plain)
+    for picture, more in zip(found, (0, 10), strict=True):
+        torch.testing.assert_close(picture, (expected + more).expand(4, 3))
 
 
 def test_a_sampler_of_the_second_order_begins_anew_where_the_field_changes(pipeline, red, tmp_path, monkeypatch):
