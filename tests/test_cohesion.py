@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from tiny import DIT, tiny, tiny_box  # noqa: F401
 
 from k2cli import hands
-from model.cohesion import GUARD, PULL, Heard, Tie, leader_of, leads, shared_noise, tied
+from model.cohesion import GUARD, NOISE, PULL, SHARE, Heard, Tie, leader_of, leads, shared_noise, tied
 from model.dit import attention
 from model.errors import K2Error
 from model.pipeline import Pipeline
@@ -124,7 +124,7 @@ def test_a_guided_picture_follows_in_every_branch(pipeline):
 def test_the_record_says_what_was_shared_with_whom(pipeline):
     first, second, _ = (picture.record for picture in pipeline.render(tie(BATCH, 0.5)))
     assert second["cohesion"] == 0.5 and second["leader"] == {"prompt": "a red fox", "seed": 7, "negative": ""}
-    assert 0 < second["shared"]["attention"] < 0.5 and all(second["shared"].values())
+    assert second["shared"] == pytest.approx({"noise": NOISE / 2, "statistics": PULL / 2, "attention": SHARE / 2})
     assert first["leader"] == second["leader"] and not any(first["shared"].values())
     assert "leader" not in pipeline.render([FOX])[0].record
 
@@ -149,16 +149,17 @@ def test_who_leads():
     first, second, _ = tie(BATCH, 0.5)
     assert leader_of(FOX) is None and leader_of(first) == leader_of(second) == FOX
     assert leads(first) and not leads(second)
+    assert leader_of(replace(second, cohesion=0.0)) is None
 
 
 def test_shared_noise_is_still_noise():
     """Of the same size at any cohesion, the mean of a channel too, and all else of it left alone."""
     torch.manual_seed(0)
-    starts = torch.randn(400, 16, 8, 8)
+    starts = torch.randn(3, 3200, 8, 8)
     for cohesion in (0.0, 0.3, 0.5, 1.0):
         noise = shared_noise(starts, cohesion)
         assert torch.equal(noise[0], starts[0])
-        assert 0.9 < noise[1:].mean((2, 3)).std() * 8 < 1.1
+        assert 0.96 < noise[1:].mean((2, 3)).std() * 8 < 1.04
         torch.testing.assert_close(noise.var((2, 3)), starts.var((2, 3)))
     torch.testing.assert_close(shared_noise(starts, 0.0), starts)
     led = shared_noise(starts, 1.0).mean((2, 3))
@@ -210,6 +211,20 @@ def test_image_tokens_go_towards_the_leaders_statistics(scene):
     torch.testing.assert_close(k, pulled(stream[1][:, :, 5:], heard.k_mean, heard.k_var, PULL * 0.5))
 
 
+def test_what_a_tie_does_by_its_formula(scene):
+    """A share of each image token's answer is from attention to the leader's tokens and its own stream's."""
+    (q, k, v), heard = scene
+    queries = pulled(q[:, :, 5:], heard.q_mean, heard.q_var, PULL / 2)
+    own = torch.cat((k[:, :, :5], pulled(k[:, :, 5:], heard.k_mean, heard.k_var, PULL / 2)), 2)
+    keys, values = (torch.cat(pair, 2).repeat_interleave(2, 1) for pair in ((own, heard.k), (v, heard.v)))
+    together = (queries @ keys.transpose(2, 3) / 4).softmax(-1) @ values  # 4 is √16
+
+    answer = tied(attention, heard, 0.5)(q, k, v)
+
+    expected = attention(q, k, v)[:, :, 5:].lerp(together, SHARE / 2)
+    torch.testing.assert_close(answer[:, :, 5:], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_leader_is_heard_in_the_deeper_blocks_and_guarded():
     config = replace(DIT, blocks=8)
     bond = Tie(config, 0.5, [1.0, 0.6], (3, 4))
@@ -221,6 +236,14 @@ def test_the_leader_is_heard_in_the_deeper_blocks_and_guarded():
     (heard,) = bond.heard[0]
     torch.testing.assert_close(heard.k, guarded(k[0, :, 5:], config, GUARD, 0.6, 4))
     torch.testing.assert_close(heard.k_mean, k[0, :, 5:].mean(1, keepdim=True))
+
+    def twice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return 2 * attention(q, k, v)
+
+    within = bond.listen([None, twice] * 4, [0], 1)  # a splice is, which ties are put around
+    assert within[:2] == [None, twice]
+    for block, times in ((2, 1), (3, 2)):
+        assert torch.equal(within[block](q, k, v), times * attention(q, k, v))
 
 
 # ---- the command line -------------------------------------------------------------------------------------------
