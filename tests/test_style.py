@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.spec import Reference, Style
-from model.style import StyleConfig, StyleEncoder, Weighed, destroy_content, even_out, response, weigh
+from model.style import SHUFFLES, StyleConfig, StyleEncoder, Weighed, destroy_content, even_out, response, weigh
 
 
 @pytest.fixture
@@ -104,13 +104,19 @@ def test_references_are_weighed_by_content(tmp_path):
 
 
 def test_destroying_content_moves_tiles_and_loses_none():
-    latents = torch.arange(2 * 4 * 4.0).view(2, 1, 4, 4)
+    """And turns all of them around or none."""
+    latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
 
-    shuffled = destroy_content(latents, 2, torch.Generator().manual_seed(1))
+    def tiles(latents: torch.Tensor) -> list[list[list[float]]]:
+        cut = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return [sorted(each.tolist()) for each in cut]
 
-    assert shuffled.shape == latents.shape
-    assert not torch.equal(shuffled, latents)
-    torch.testing.assert_close(shuffled.flatten(1).sort().values, latents.flatten(1))
+    ways = []
+    for seed in range(8):
+        shuffled = destroy_content(latents, 2, torch.Generator().manual_seed(seed))
+        assert shuffled.shape == latents.shape and not torch.equal(shuffled, latents)
+        ways.append([tiles(latents), tiles(latents.flip(-1))].index(tiles(shuffled)))
+    assert set(ways) == {0, 1}
 
 
 def test_a_reference_is_read_in_shuffled_tiles_always_the_same_way(encoder):
@@ -125,7 +131,21 @@ def test_a_reference_is_read_in_shuffled_tiles_always_the_same_way(encoder):
         apart = (encoder.read(moved[0]) - encoder.read(moved[1])).norm()
 
     assert apart < 0.7 * (plainly[0] - plainly[1]).norm()
-    assert encoder.read(torch.randn(1, 16, 4, 4)).isfinite().all()  # too small to be cut
+    for side in (4, 22):  # too small to be cut, and that cannot be cut in four
+        assert encoder.read(torch.randn(1, 16, side, side)).isfinite().all()
+
+
+def test_a_reference_is_read_in_the_tiles_that_training_knew(encoder, monkeypatch):
+    """An eighth and a quarter of its side, in cells, as often (`model/train/training_set.py`)."""
+    sizes = []
+
+    def cut(latents: torch.Tensor, tile: int, generator: torch.Generator) -> torch.Tensor:
+        sizes.append(tile)
+        return latents
+
+    monkeypatch.setattr("model.style.destroy_content", cut)
+    encoder.read(torch.randn(1, 16, 64, 64))
+    assert sorted(sizes) == [8] * SHUFFLES + [16] * SHUFFLES
 
 
 def test_statistics_forget_where_things_are(encoder):
