@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from model.parts import side_of
 from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
 from model.sampler import adams_bashforth, guided, raw_mu, shifted_sigmas
-from model.settle import unwanted, weighed, wordings
+from model.settle import SIDES, branches, unwanted, weighed, wordings
 from model.spec import Picture, Reference, RenderSpec, Style, tied
 from model.text_encoder import PROMPT_TOKENS
 from model.train.rollout import conditioned
@@ -249,6 +250,7 @@ def test_guidance_may_end_before_the_last_step(pipeline, monkeypatch):
 
     whole = made()
     assert (sum(rows), whole.record["guidance_until"]) == (10, 1.0)
+    assert branches(pipeline.resolve(spec)) == 2
     assert pixels(made(guidance_until=1.0)) == pixels(whole)
     for until, guided_steps in ((0.4, 2), (0.41, 3), (0.8, 4), (0.01, 1)):
         picture = made(guidance_until=until)
@@ -296,12 +298,12 @@ def test_branches_add_up_to_the_formulas_of_guidance(style_guidance, presence, s
     told = [[[torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)] for w in (0, 1)] for row in numbers]
     said = Said(dict(zip(ways, told, strict=False)), told[-1])
     splice = SimpleNamespace(velocity=lambda evaluate, step: evaluate([attention])) if spliced else None
-    branches = Branches(
+    velocity = Branches(
         Talker(), said, torch.zeros(1, 1, 7), (2, 2), guidance=guidance, style_guidance=style_guidance,
         presence=presence, shares=shares, against=against, splice=splice,
     )  # fmt: skip
 
-    found = branches(torch.zeros(2, 4, 3), 0)
+    found = velocity(torch.zeros(2, 4, 3), 0)
 
     (styled, lasting, plain), negative = numbers[:3] @ torch.tensor(shares), numbers[3] @ torch.tensor(against)
     styled = lasting + presence * (styled - lasting) + 100 * spliced
@@ -609,6 +611,16 @@ print(*{"transformers", "diffusers", "sympy", "scipy", "torch._dynamo", "torch._
 
 
 # ---- what must be refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 64), (63, 130), (0, 5000)])
+def test_a_size_that_cannot_be_made_is_answered_by_the_next_that_can(pipeline, width, height):
+    with pytest.raises(K2Error) as error:
+        pipeline.resolve(replace(FOX, width=width, height=height))
+    sides = [int(side) for side in re.search(r"(\d+)x(\d+), say", error.value.hint).groups()]
+    made = pipeline.resolve(replace(FOX, width=sides[0], height=sides[1]))
+    for side, asked in ((made.width, width), (made.height, height)):
+        assert abs(side - min(max(asked, SIDES[0]), SIDES[1])) <= 8  # half of a token's side
 
 
 @pytest.mark.parametrize(

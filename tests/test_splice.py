@@ -195,7 +195,8 @@ def test_the_styles_own_guidance(pipeline, refs, guidance):
         for g in (0.0, 0.5, 1.0)
     ]
     assert far == sorted(far)
-    assert torch.equal(latents(pipeline, replace(FOX, guidance=guidance, style_guidance=2.0)), plain)
+    without = replace(FOX, guidance=guidance, style_guidance=2.0)
+    assert torch.equal(latents(pipeline, without), plain) and pipeline.resolve(without).style_guidance is None
     if not guidance:
         once = latents(pipeline, styled((refs[0], 1.0), style_guidance=0.0))
         torch.testing.assert_close(once, latents(pipeline, styled((refs[0], 1.0))), rtol=1e-4, atol=1e-5)
