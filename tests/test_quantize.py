@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from test_dit import SIZES, inputs, random_model, relative_error
 
-from model.quantize import dequantise, quantise
+from model.quantize import dequantise, quantise, restore, to_int8, to_rows
 
 
 def test_rows_have_their_own_scale():
@@ -25,11 +25,33 @@ def test_quantising_again_changes_nothing():
     torch.testing.assert_close(dequantise(quantise(once)), once, rtol=1e-6, atol=0)
 
 
+def test_a_stored_scale_of_any_shape_is_one_for_each_row():
+    """As other tools write them: of a tensor or of rows, flat or as a column."""
+    rows, scales = to_int8(torch.randn(8, 4))
+    for stored in (scales, scales[:, None], scales[:1], scales[0]):
+        kept, each = to_rows(rows, torch.int8, stored)
+        assert torch.equal(kept, rows) and torch.equal(each, stored.flatten().expand(8))
+        anew = to_rows(rows, torch.float8_e4m3fn, stored)
+        for got, expected in zip(anew, to_rows(restore(rows, each, torch.float32), torch.float8_e4m3fn), strict=True):
+            assert torch.equal(got.float(), expected.float())
+    of_convolution = restore(torch.ones(8, 4, 3, 3), scales, torch.float32)
+    assert torch.equal(of_convolution, scales.view(8, 1, 1, 1).expand(8, 4, 3, 3))
+
+
+def test_fp8_keeps_three_bits_of_small_numbers_too():
+    """e4m3: half a step is a sixteenth of a number, or 2^−10 of those below 2^−6."""
+    matrix = torch.randn(64, 128) * torch.logspace(-3, 0, 128)
+    rows, scales = to_rows(matrix, torch.float8_e4m3fn)
+    off = (restore(rows, scales, torch.float32) - matrix).abs()
+    assert (off <= torch.maximum(matrix.abs() / 16, 2**-10 * scales[:, None]) * 1.001).all()
+
+
 def test_what_stays_in_bf16():
-    state = random_model(SIZES["mini"]).state_dict()
+    state = random_model(SIZES["mini"]).state_dict() | {"table": torch.randn(256, 128)}  # no scale would be found again
     stored = quantise(state)
 
-    assert list(dequantise(stored)) == list(state)
+    assert list(back := dequantise(stored)) == list(state)
+    assert {tensor.dtype for tensor in back.values()} == {torch.float32}
     eight = {name for name, tensor in stored.items() if tensor.dtype == torch.int8}
     assert not [n for n in eight if n.startswith(("first", "last", "tmlp", "tproj")) or "norm" in n or "mod" in n]
     assert {"blocks.0.attn.wq.weight", "blocks.7.mlp.down.weight", "txtfusion.refiner_blocks.1.attn.wo.weight"} <= eight
