@@ -10,7 +10,7 @@ from test_lora import TINY, dense, linears, random_pairs
 
 from model import eight_bit
 from model.checkpoint import save
-from model.eight_bit import NUMBERS, EightBitLinear, formats, shrink, widened
+from model.eight_bit import NUMBERS, EightBitLinear, asked, formats, shrink, widened
 from model.layouts import load_dit
 from model.lora import laid_over, read_lora
 from model.quantize import quantise, to_rows
@@ -63,6 +63,51 @@ def test_a_token_does_not_depend_on_its_company(way):
     if small.multiplies(tokens):
         assert torch.equal(small(tokens)[300:301], alone)
     torch.testing.assert_close(small(tokens)[300:301], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_rounded_matrix(way):
+    """Tokens that learn are not rounded, whatever this processor multiplies."""
+    small, tokens = layer(torch.randn(48, 32), "int8"), torch.randn(5, 32, requires_grad=True)
+    rounded, slope = small.weight.float() * small.weight_scale[:, None], torch.randn(5, 48)
+
+    answer = small(tokens)
+
+    torch.testing.assert_close(answer, F.linear(tokens, rounded), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(answer, tokens, slope)[0], slope @ rounded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "inward", "outward", "expected"),
+    [
+        ("cpu", 1, 8, 8, True),
+        ("mps", 17, 64, 64, False),
+        ("cuda", 16, 64, 64, False),
+        ("cuda", 17, 64, 64, True),
+        ("cuda", 17, 72, 64, False),
+        ("cuda", 17, 64, 72, False),
+    ],
+)
+def test_cards_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, inward, outward, expected):
+    rows = type("Rows", (list,), {"device": torch.device(device)})(range(tokens))
+    monkeypatch.setattr(eight_bit, "native", lambda number, device: number == torch.int8 and device != "mps")
+    assert EightBitLinear(inward, outward, False, torch.int8).multiplies(rows) is expected
+
+
+def test_which_devices_multiply_in_8_bits(monkeypatch):
+    def both(device: str) -> tuple[bool, bool]:
+        return tuple(bool(asked.__wrapped__(number, device)) for number in NUMBERS.values())
+
+    for known, able in (({}, False), ({"avx512_vnni": False, "amx_int8": True}, True), ({"avx512_bf16": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert both("cpu") == (able, False) and both("mps") == (False, False)
+    for version, able in (
+        ((7, 5), (False, False)),
+        ((8, 0), (True, False)),
+        ((8, 9), (True, False)),
+        ((9, 0), (True, True)),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda version=version: version)
+        assert both("cuda") == able
 
 
 def test_nothing_and_silence():
