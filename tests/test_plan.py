@@ -12,7 +12,18 @@ from model import library, plan
 from model.errors import K2Error
 from model.parts import numbers_of, pick_dtype, release_numbers
 from model.pipeline import Pipeline
-from model.plan import OFFLOADS, PRECISIONS, choose, default_dtype, known_precisions, limit_left, needs, ways
+from model.plan import (
+    IN_HAND,
+    OFFLOADS,
+    PRECISIONS,
+    Numbers,
+    choose,
+    default_dtype,
+    known_precisions,
+    limit_left,
+    needs,
+    ways,
+)
 
 GB = 10**9
 
@@ -52,6 +63,27 @@ def test_what_is_asked_for_is_kept_to(release):
     assert choose(release, 24 * GB, dtype="bfloat16", precision="native").offload == "all"
     assert choose(release, 24 * GB, dtype="bfloat16", offload="text").precision == "int8"
     assert choose(release, 30 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
+
+
+def test_needs_are_weights_in_memory_and_a_picture_in_the_making(release):
+    """Of what is streamed, the blocks in hand; the picture costs the same however the weights are held."""
+    n, rest = release, release.outside + release.others
+
+    def picture(numbers: Numbers) -> int:
+        return needs(numbers, "bfloat16", "native", "none") - 2 * (numbers.inside + numbers.text + rest)
+
+    for precision, size in (("native", 2), ("int8", 1), ("fp8", 1)):
+        for offload, inside, text in (
+            ("none", 1.0, 1.0),
+            ("text", 1.0, IN_HAND / n.layers),
+            ("all", IN_HAND / n.blocks, IN_HAND / n.layers),
+        ):
+            held = size * inside * n.inside + 2 * (text * n.text + rest)
+            assert needs(n, "bfloat16", precision, offload) == pytest.approx(held + picture(n), abs=8)
+    assert needs(n, "float32", "native", "none") == 2 * needs(n, "bfloat16", "native", "none")
+    tokens = (n.native // 16) ** 2  # two rows of which, guided, hold both halves of a feed-forward
+    assert picture(n) > 2 * 2 * tokens * 2 * n.hidden
+    assert 3 < picture(replace(n, native=2 * n.native)) / picture(n) < 4
 
 
 def test_where_nothing_fits_the_least_is_taken(release):
@@ -113,6 +145,16 @@ def test_number_formats(monkeypatch):
     assert pick_dtype("bfloat16", torch.device("cpu"), 384) == "bfloat16"
     with pytest.raises(K2Error, match="no number format"):
         pick_dtype("float64", torch.device("cpu"), 384)
+
+
+def test_what_a_processor_multiplies_fastest(monkeypatch):
+    for known, able in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert plan.native_bf16("cpu") is able
+    assert plan.native_bf16("cuda") and not plan.native_bf16("mps")
+    for number, precision in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8"), (None, "int8")):
+        monkeypatch.setattr("model.eight_bit.native", lambda asked, device, number=number: asked == number)
+        assert plan.eight_bits("cpu") == precision
 
 
 def test_a_limit_set_for_the_process_counts(tmp_path):
