@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -87,6 +87,28 @@ def test_diffusers_folder_in_shards(tmp_path, model, state, variant):
 
     assert loaded.config == TINY
     assert_same(loaded, state)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"time_dim": 128, "multiplier": 2, "width": 128, "kv_heads": 1},
+        {"width": 32, "heads": 2, "text_width": 64},  # whose feed-forward is as wide by a multiplier of 1
+    ],
+    ids=str,
+)
+def test_a_shape_is_told_by_tensors_and_a_folders_settings(tmp_path, changes):
+    config = replace(TINY, rope_base=500.0, eps=1e-6, **changes)
+    save(tmp_path / "model.safetensors", random_model(config).state_dict(), {})
+    (tmp_path / "config.json").write_text('{"rope_theta": 500, "norm_eps": 1e-6}')
+    assert load_dit(tmp_path)[0].config == config
+
+
+@pytest.mark.parametrize("lost", ["first.weight", "blocks.0.attn.qknorm.qnorm.scale", "tmlp.0.weight"])
+def test_a_shape_that_cannot_be_told_is_one_sentence(tmp_path, state, lost):
+    save(tmp_path / "part.safetensors", {name: tensor for name, tensor in state.items() if name != lost}, {})
+    with pytest.raises(K2Error, match=f"lacks {lost}"):
+        load_dit(tmp_path / "part.safetensors")
 
 
 def test_the_key_map_is_a_bijection_onto_diffusers(model, state):
