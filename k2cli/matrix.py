@@ -73,8 +73,7 @@ def cell(values: Mapping[str, Any], where: str) -> Cell:
     styles = {name.removeprefix("style."): value for name, value in values.items() if name.startswith("style.")}
     asked = {name: value for name, value in values.items() if name in AXES}
     called = [f"{name.removeprefix('style.')} {show(value)}" for name, value in values.items()]
-    one = {"batch": 1} if "seed" in asked else {}
-    return Cell(styles, asked | one, " · ".join(called[:-1]), "".join(called[-1:]), where)
+    return Cell(styles, asked, " · ".join(called[:-1]), "".join(called[-1:]), where)
 
 
 def show(value: Any) -> str:
