@@ -191,7 +191,7 @@ class Styles:
     def is_mix(self, name: str, weights: Mapping[str, float]) -> bool:
         """Whether a style is there already, and is this mix and nothing else."""
         with suppress(K2Error):
-            return name in self.files and self.read(name, "") == StyleFile(mix=dict(weights))
+            return self.read(name, "") == StyleFile(mix=dict(weights))
         return False
 
     def adapter(self, file: str, where: str) -> Path:
