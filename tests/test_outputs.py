@@ -190,6 +190,16 @@ def test_nothing_is_cleared_away_beside_a_process_that_stands_still(tmp_path, mo
     assert (tmp_path / "0001").is_dir()
 
 
+def test_a_number_that_a_living_process_holds_is_not_cleared_away(tmp_path):
+    """It did not wait any longer for one that stood still, and is about to name it."""
+    (tmp_path / "0001").mkdir()
+
+    with opened(tmp_path / "0001", FOLDER) as handle:
+        assert hold(handle)
+        assert Run.claim(tmp_path, "fox").folder.name == "0002-fox"
+    assert (tmp_path / "0001").is_dir()
+
+
 def test_nothing_is_cleared_away_behind_a_link(tmp_path):
     half = tmp_path / "elsewhere" / ".1-0abc.draft"
     half.parent.mkdir()
@@ -206,6 +216,7 @@ def test_a_folder_with_a_number_and_content_is_left_alone(tmp_path):
     (tmp_path / "0003").mkdir()
     (tmp_path / "0003" / "notes.txt").write_text("mine")
     (tmp_path / "0003" / "run.toml").touch()
+    (tmp_path / "12").mkdir()  # no run's number
 
     assert Run.claim(tmp_path, "fox").folder.name == "0004-fox"
-    assert tree(tmp_path / "0003") == {"notes.txt": b"mine", "run.toml": b""}
+    assert tree(tmp_path / "0003") == {"notes.txt": b"mine", "run.toml": b""} and (tmp_path / "12").is_dir()
