@@ -92,6 +92,17 @@ def test_a_mix_takes_the_first_choice(moody, k2):
     assert "The first of the prompt's 2 choices is taken." in told
     assert "choices" not in k2("mix-styles", "dusk=1", "-p", "a red fox").stderr
 
+def test_names_of_long_choices_stay_short_and_their_own(moody, k2):
+    """Cut where they are alike, they are numbered, and nothing is written over."""
+    long, name = "very " * 12, "a-fox-of-a-certain-age"
+    text = PROJECT.replace("a red fox", f"a {{{long}red|{long}blue|{long}teal}} fox")
+    (moody / "k2.toml").write_text(text.replace('"fox"', f'"{name}"'))
+
+    stem = f"{name}-very-very-very-very-very-ve"
+    files = [each["file"] for each in plan(k2, "--only", name)]
+    assert len(stem) == 50 and files == [f"{stem}-7.png", f"{stem}-2-7.png", f"{stem}-3-7.png"]
+
+
     texts = {tomllib.loads(path.read_text())["prompt"]["text"] for path in moody.glob("outputs/*/*-7.toml")}
     assert texts == {"a red fox"}
 
@@ -142,6 +153,15 @@ def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
         assert sheet.height > sheet.width * 0.6  # two strips of three, one below the other
     (folder / "fox-06-7.png").unlink()
     (folder / "sheet.png").unlink()
+def test_cells_of_prompts_with_long_names_never_collide(moody, k2):
+    """They are cut, and counted on where they are alike then."""
+    long = "a-fox-of-a-certain-age-that-lives-in-a-wood-far-away"
+    (moody / "k2.toml").write_text("".join(f'[[prompt]]\nname = "{long}-{i}"\ntext = "fox {i}"\n' for i in "ab"))
+
+    files = [each["file"] for each in plan(k2, "--matrix", "steps=4,8")]
+    assert files == [f"{long[:50]}-{i:02}-0.png" for i in range(1, 5)]
+
+
 
     assert k2("render", "--resume").stdout == "outputs/0001-matrix-fox/fox-06-7.png\n"
     with Image.open(folder / "sheet.png") as sheet:

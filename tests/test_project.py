@@ -353,6 +353,7 @@ def test_names_come_from_texts_and_never_collide():
     named = name_files([Prompt("A red fox!"), Prompt("a red fox"), Prompt("x", name="a-red-fox-2"), Prompt("∞")])
 
     assert [name for _, name in named] == ["a-red-fox", "a-red-fox-3", "a-red-fox-2", "prompt"]
+    assert [name for _, name in name_files([Prompt("x", name="Tea"), Prompt("tea")])] == ["Tea", "tea-2"]
     assert slug("an astonishingly long prompt about a lighthouse") == "an-astonishingly-long-prompt-about-a"
     assert slug("ein Ha\u0308schen") == slug("ein H\u00e4schen") == "ein-h\u00e4schen"
 
