@@ -26,6 +26,7 @@ from model.errors import K2Error
         ("a {curly} brace | bar", ["a {curly} brace | bar"]),
         ("{a {b} c|d}", ["a {b} c", "d"]),
         (r"\{a\|b\}", ["{a|b}"]),
+        (r"{a\}|b\|c}", ["a}", "b|c"]),
         ("an {open|brace", ["an {open|brace"]),
         ("a closed} one", ["a closed} one"]),
         ("{{a|b}|c", ["{a|c", "{b|c"]),
@@ -48,6 +49,13 @@ def test_any_text_has_a_reading(text):
 def test_too_many_readings():
     with pytest.raises(K2Error, match="is 1,048,576 prompts"):
         variants("{a|b|c|d}" * 10)
+
+
+def test_too_many_braces():
+    deep = "{a|" * 32 + "b" + "}" * 32
+    assert len(variants(deep)) == 33
+    with pytest.raises(K2Error, match="more than 32 braces within braces"):
+        variants(f"{{a|{deep}}}")
 
 
 def test_too_many_letters():
@@ -84,14 +92,6 @@ def test_choices_are_prompts_with_the_same_seeds(moody, k2):
     ]
 
 
-def test_a_mix_takes_the_first_choice(moody, k2):
-    (moody / "styles").mkdir()
-    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
-
-    told = k2("mix-styles", "dusk=1", "-p", "a {red|blue} fox").stderr
-    assert "The first of the prompt's 2 choices is taken." in told
-    assert "choices" not in k2("mix-styles", "dusk=1", "-p", "a red fox").stderr
-
 def test_names_of_long_choices_stay_short_and_their_own(moody, k2):
     """Cut where they are alike, they are numbered, and nothing is written over."""
     long, name = "very " * 12, "a-fox-of-a-certain-age"
@@ -102,6 +102,14 @@ def test_names_of_long_choices_stay_short_and_their_own(moody, k2):
     files = [each["file"] for each in plan(k2, "--only", name)]
     assert len(stem) == 50 and files == [f"{stem}-7.png", f"{stem}-2-7.png", f"{stem}-3-7.png"]
 
+
+def test_a_mix_takes_the_first_choice(moody, k2):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+
+    told = k2("mix-styles", "dusk=1", "-p", "a {red|blue} fox").stderr
+    assert "The first of the prompt's 2 choices is taken." in told
+    assert "choices" not in k2("mix-styles", "dusk=1", "-p", "a red fox").stderr
 
     texts = {tomllib.loads(path.read_text())["prompt"]["text"] for path in moody.glob("outputs/*/*-7.toml")}
     assert texts == {"a red fox"}
@@ -145,14 +153,6 @@ def test_files_sort_as_they_are_numbered(dusky, k2):
     assert files == [f"tea-{i:03}-7.png" for i in range(1, 101)] == sorted(files)
 
 
-def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
-    k2("render")
-    folder = dusky / "outputs" / "0001-matrix-fox"
-    with Image.open(folder / "sheet.png") as sheet:
-        size = sheet.size
-        assert sheet.height > sheet.width * 0.6  # two strips of three, one below the other
-    (folder / "fox-06-7.png").unlink()
-    (folder / "sheet.png").unlink()
 def test_cells_of_prompts_with_long_names_never_collide(moody, k2):
     """They are cut, and counted on where they are alike then."""
     long = "a-fox-of-a-certain-age-that-lives-in-a-wood-far-away"
@@ -162,6 +162,14 @@ def test_cells_of_prompts_with_long_names_never_collide(moody, k2):
     assert files == [f"{long[:50]}-{i:02}-0.png" for i in range(1, 5)]
 
 
+def test_a_matrix_becomes_a_sheet_and_goes_on_where_it_stopped(dusky, k2):
+    k2("render")
+    folder = dusky / "outputs" / "0001-matrix-fox"
+    with Image.open(folder / "sheet.png") as sheet:
+        size = sheet.size
+        assert sheet.height > sheet.width * 0.6  # two strips of three, one below the other
+    (folder / "fox-06-7.png").unlink()
+    (folder / "sheet.png").unlink()
 
     assert k2("render", "--resume").stdout == "outputs/0001-matrix-fox/fox-06-7.png\n"
     with Image.open(folder / "sheet.png") as sheet:
@@ -187,6 +195,9 @@ def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(mood
 def test_what_no_matrix_is_about_is_told_and_rendered_where_it_alone_is_asked_for(dusky, k2):
     assert "moody: no [[matrix]] is about an-owl-at-night." in k2("render", "--dry-run").stderr
     assert "about" not in k2("render", "--dry-run", "--only", "fox").stderr
+    (dusky / "k2.toml").write_text(f'{MATRIX}[[matrix]]\nprompt = ["an-owl-at-night"]\nsteps = [4, 8]\n')
+    assert "about" not in k2("render", "--dry-run").stderr
+    (dusky / "k2.toml").write_text(MATRIX)
 
     told = k2("render", "--dry-run", "--only", "an-owl-at-night", "--batch", "3").stderr
     assert "about" not in told
@@ -203,6 +214,8 @@ def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
     (dusky / "k2.toml").write_text(text.replace("seed = 7", "seed = 7\nbatch = 2"))
 
     assert len(plan(k2)) == 6 and len(plan(k2, "--batch", "2")) == 12
+    captions = [each["prompt"]["caption"] for each in plan(k2, "--batch", "2")[:3]]
+    assert captions == ["dusk 0 · seed 7", "dusk 0 · seed 8", "dusk 0.5 · seed 7"]
     assert len(plan(k2, "-p", "tea", "--matrix", "steps=4,8")) == 2 and len(plan(k2, "-p", "tea")) == 2
 
 
