@@ -358,6 +358,17 @@ class TestRerun:
     def test_the_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
 
+    def test_each_is_made_again_in_its_own_project(self, moody, k2, tmp_path):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
+        made = k2("render", "../other", moody).stdout.split()
+
+        again = k2("rerun", *made).stdout.split()
+        assert again == [
+            *(str(tmp_path / "other/outputs/0002-tea/tea-0.png"), "outputs/0002-fox/fox-7.png"),
+            "outputs/0002-fox/an-owl-at-night-7.png",
+        ]
+
         assert "Identical" in k2("rerun", made).stderr
 
     def test_output_goes_where_it_is_told(self, made, k2, tmp_path):
@@ -413,13 +424,24 @@ class TestRerun:
             for picture in alone(self, specs, on_step):
                 lighter = picture.image.point(lambda level: min(255, level + (len(specs) > 1)))
                 yield replace(picture, image=lighter)
+    def test_one_that_lies_among_those_of_another_run_is_made_by_itself(self, made, k2, fake):
+        """Moved there by hand, its plan says nothing of it."""
+        k2("render", "--only", "an-owl-at-night", "--batch", "2")
+        record = made.with_suffix(".toml")
+        moved = Path("outputs/0002-an-owl-at-night/fox-7.toml")
+        moved.write_text(record.read_text().replace("a red fox", "a blue fox"))
+
+        assert "The pixels differ" in k2("rerun", moved, code=1).stderr
+        assert [spec.prompt for spec in fake.seen[3:]] == ["a blue fox"]
+
 
         monkeypatch.setattr(fake, "stream", stream)
         monkeypatch.setattr(fake, "batches", lambda self, specs: [2] * (len(specs) // 2))
         k2("render", "--only", "fox", "--batch", "4")
         made = moody / "outputs" / "0001-fox" / "fox-9.png"
         if beside:
-            result = k2("rerun", made, "--json")
+            monkeypatch.chdir(made.parent)
+            result = k2("rerun", "../0001-fox/fox-9.png", "--json")
             assert json.loads(result.stdout)["identical"] and [spec.seed for spec in fake.seen[-2:]] == [9, 9]
             return
         result = k2("rerun", shutil.copy(made, tmp_path / "moved.png"), "--project", ".", code=1)
