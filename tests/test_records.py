@@ -13,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, tree
+from conftest import PROJECT, tree, write_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import embedded, models, records
+from k2cli import embedded, models, records, runs
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml
@@ -169,6 +169,26 @@ def test_a_model_within_the_project_moves_with_it(tmp_path):
     assert records.portable("mini", tmp_path) == "mini"
 
 
+def test_a_project_that_holds_its_model_takes_plans_and_records_along(moody):
+    write_weights(moody / "ink.safetensors", {"kind": "dit", "native": 128})
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'model = "ink.safetensors"'))
+    project = Project.open(moody)
+    chosen = project.settle()
+    made = MADE | {"model": MADE["model"] | {"name": chosen.model}}
+
+    assert Path(chosen.model).is_absolute()
+    assert runs.plan(runs.Job(project, project.shots(chosen), chosen.held()))["model"]["name"] == "ink.safetensors"
+    assert records.compose(shot(), Picture(picture().image, made), moody)["model"]["name"] == "ink.safetensors"
+
+
+def test_a_record_from_before_samplers_was_made_with_eulers_and_guided_to_the_end(moody):
+    table = records.compose(shot(), picture(), moody)
+    assert {table["settings"]["sampler"], table["settings"]["guidance_until"]} == {None}
+
+    spec = records.parse(Toml(dump(table).decode(), "fox-7.toml"), None).shot.spec
+    assert (spec.sampler, spec.guidance_until) == ("euler", 1.0)
+
+
 def test_a_private_picture_says_nothing(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
@@ -224,7 +244,8 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
     shown = [k2("show", path).stdout for path in (made, made.with_suffix(".toml"), bare)]
 
     assert shown[0] == shown[1] == shown[2]
-    assert "prompt      tea\n" in shown[0] and "seed        7\n" in shown[0]
+    for fact in ("prompt      tea", "seed        7", "mu          0.5", "seconds     0.25"):
+        assert f"{fact}\n" in shown[0]
     as_usual = {"blocked", "expanded", "creativity", "avoid", "cohesion", "apart", "guard", "weights", "offload"}
     assert not as_usual & {line.split(" ")[0] for line in shown[0].splitlines()}
 
@@ -337,6 +358,17 @@ class TestRerun:
             ("outputs/0005-fox/fox-8.png", True),
         ]
 
+    def test_each_is_made_again_in_its_own_project(self, moody, k2, tmp_path):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
+        made = k2("render", "../other", moody).stdout.split()
+
+        again = k2("rerun", *made).stdout.split()
+        assert again == [
+            *(str(tmp_path / "other/outputs/0002-tea/tea-0.png"), "outputs/0002-fox/fox-7.png"),
+            "outputs/0002-fox/an-owl-at-night-7.png",
+        ]
+
     def test_of_several_each_is_told(self, moody, k2):
         """One that differs, one that is none, and one that is as it was; and nothing is lost."""
         k2("render", "--only", "fox", "--batch", "2")
@@ -357,17 +389,6 @@ class TestRerun:
 
     def test_the_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
-
-    def test_each_is_made_again_in_its_own_project(self, moody, k2, tmp_path):
-        (tmp_path / "other").mkdir()
-        (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
-        made = k2("render", "../other", moody).stdout.split()
-
-        again = k2("rerun", *made).stdout.split()
-        assert again == [
-            *(str(tmp_path / "other/outputs/0002-tea/tea-0.png"), "outputs/0002-fox/fox-7.png"),
-            "outputs/0002-fox/an-owl-at-night-7.png",
-        ]
 
         assert "Identical" in k2("rerun", made).stderr
 
@@ -403,6 +424,16 @@ class TestRerun:
         assert "The pixels differ" in result.stderr
         assert result.stdout == "outputs/0002-fox/fox-7.png\n"
 
+    def test_one_that_lies_among_those_of_another_run_is_made_by_itself(self, made, k2, fake):
+        """Moved there by hand, its plan says nothing of it."""
+        k2("render", "--only", "an-owl-at-night", "--batch", "2")
+        record = made.with_suffix(".toml")
+        moved = Path("outputs/0002-an-owl-at-night/fox-7.toml")
+        moved.write_text(record.read_text().replace("a red fox", "a blue fox"))
+
+        assert "The pixels differ" in k2("rerun", moved, code=1).stderr
+        assert [spec.prompt for spec in fake.seen[3:]] == ["a blue fox"]
+
     def test_a_recorded_picture_that_is_no_picture_is_not_compared(self, made, k2, monkeypatch):
         """Pillow would hand PostScript to Ghostscript, whatever its file is called."""
         record = made.with_suffix(".toml")
@@ -424,16 +455,6 @@ class TestRerun:
             for picture in alone(self, specs, on_step):
                 lighter = picture.image.point(lambda level: min(255, level + (len(specs) > 1)))
                 yield replace(picture, image=lighter)
-    def test_one_that_lies_among_those_of_another_run_is_made_by_itself(self, made, k2, fake):
-        """Moved there by hand, its plan says nothing of it."""
-        k2("render", "--only", "an-owl-at-night", "--batch", "2")
-        record = made.with_suffix(".toml")
-        moved = Path("outputs/0002-an-owl-at-night/fox-7.toml")
-        moved.write_text(record.read_text().replace("a red fox", "a blue fox"))
-
-        assert "The pixels differ" in k2("rerun", moved, code=1).stderr
-        assert [spec.prompt for spec in fake.seen[3:]] == ["a blue fox"]
-
 
         monkeypatch.setattr(fake, "stream", stream)
         monkeypatch.setattr(fake, "batches", lambda self, specs: [2] * (len(specs) // 2))
