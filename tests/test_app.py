@@ -250,6 +250,8 @@ def test_several_projects_load_the_weights_once(moody, k2, fake, tmp_path):
 
     assert len(result.stdout.splitlines()) == 3
     assert fake.loaded == [("mini", None, None, None)]
+    planned = k2("render", moody, tmp_path / "other", "--dry-run", "--json").stdout.splitlines()
+    assert [json.loads(line)["project"] for line in planned] == [str(moody), str(moody), str(tmp_path / "other")]
 
 
 def test_a_project_that_is_named_in_several_ways_is_rendered_once(moody, k2, tmp_path):
