@@ -104,6 +104,16 @@ def test_how_a_picture_is_made_and_kept_counts(moody, k2, changes, line):
     assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 2
 
 
+def test_what_lies_outside_is_used_where_that_is_allowed(moody, k2, changes):
+    Image.new("RGB", (64, 64), "navy").save(moody.parent / "a.png")
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "../a.png"\n')
+    (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+
+    assert k2("watch", "--allow-outside", code=130).stdout.count(".png\n") == 2
+    assert "lies outside the project" in k2("watch", code=130).stderr
+
+
 def test_what_is_made_is_no_change(tmp_path):
     before = watch.stamp(tmp_path)
     for folder in ("outputs/0001-x", "gallery", ".git"):
