@@ -68,6 +68,26 @@ def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
     assert down.prompt == "a red fox" and down.styles[0].lora
 
 
+def test_a_lora_may_be_all_that_a_style_is(styled):
+    """And a mix brings it along."""
+    write_weights(styled / "ink.safetensors", {})
+    write(styled, "ink", 'lora = "ink.safetensors"\n')
+    write(styled, "half", "[mix]\nink = 0.5\n")
+
+    for name, strength in (("ink", 1.0), ("half", 0.5)):
+        (style,) = resolve(styled, **{name: 1.0}).styles
+        assert (style.name, style.strength, style.lora) == ("ink", strength, (styled / "ink.safetensors").resolve())
+
+
+def test_only_toml_is_a_style(styled):
+    """A board has its colours beside it, and editors leave copies there."""
+    for file in ("board.png", "dusk.toml~", "dusk.toml.orig"):
+        (styled / "styles" / file).touch()
+
+    styles = Project.open(styled).styles
+    assert styles.known == ("blend", "dusk", "riso") and styles.file_of("dusk") == "styles/dusk.toml"
+
+
 def test_a_style_may_say_how_its_pictures_are_read(styled):
     write(styled, "cut", 'method = "splice"\n[[reference]]\nimage = "refs/a/a.png"\n')
 
