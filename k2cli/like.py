@@ -44,16 +44,20 @@ class Example:
         spec = shot.spec
         found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
         found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
-        found |= {"size": f"{spec.width}x{spec.height}", "init_image": spec.init_image and str(spec.init_image)}
-        found |= {"mask": spec.mask and str(spec.mask)}
+        found |= {"size": f"{spec.width}x{spec.height}"}
+        found = {key: value for key, value in found.items() if value is not None}
+        found |= {key: value and str(value) for key, value in (("init_image", spec.init_image), ("mask", spec.mask))}
+        found |= {"denoise": spec.denoise}  # none of these says something, too: that it began with noise
         void = set(said)
+        if "init_image" in void:
+            void |= {"denoise", "mask"}
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)
         if void & {"size", "aspect", "resolution"}:
             void |= {"size", "mu"}
         if not spec.guidance:
             void |= {"guidance_until"}
-        return {key: value for key, value in found.items() if value is not None and key not in void}
+        return {key: value for key, value in found.items() if key not in void}
 
     def leader(self) -> Leader:
         """It, or what it was led by itself: whose look the batch has that it is of."""

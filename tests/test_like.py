@@ -75,6 +75,15 @@ def test_a_picture_that_began_with_another_goes_on_doing_so(dusky, k2):
     made = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--denoise", "0.4")
     (again,) = plan(k2, "--like", made, "--batch", "1")
     assert (again["init_image"]["image"], again["settings"]["denoise"]) == ("refs/a.png", 0.4)
+    masked = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--mask", "8x8+0+0")
+    Image.new("RGB", (64, 64), "navy").save(dusky / "refs" / "b.png")
+    (other,) = plan(k2, "--like", masked, "--batch", "1", "--init-image", "refs/b.png")
+    assert (other["init_image"]["image"], other["mask"]) == ("refs/b.png", None)  # that lay on the one before
+    noise = rendered(k2, "-p", "tea")
+    text = (dusky / "k2.toml").read_text()
+    (dusky / "k2.toml").write_text(text.replace("[render]", '[render]\ninit_image = "refs/a.png"\nmask = "8x8+0+0"'))
+    (without,) = plan(k2, "--like", noise, "--batch", "1")
+    assert (without["init_image"], without["mask"]) == (None, None)
 
 
 def test_its_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
