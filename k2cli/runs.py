@@ -162,7 +162,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
 def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     """A line on what a run's pictures have in common, by the record of the first. Raises K2Error."""
     toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
-    record = records.parse(toml, project.inside)
+    record = records.parse(toml, project.root.joinpath)  # of files anywhere, which are not opened
     made, made_on = record.shot.spec, toml.table.get("created")
     steps, guidance = course(vars(made))
 

@@ -295,6 +295,12 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
     assert "is not what it was" in k2("rerun", made, "--allow-outside", code=1).stderr
 
 
+def test_a_run_of_pictures_begun_elsewhere_gets_its_sheet(begun, k2, tmp_path):
+    Image.new("RGB", (64, 64), "navy").save(tmp_path / "dot.png")
+    made = k2("render", "--only", "fox", "--batch", "2", "--init-image", tmp_path / "dot.png").stdout.split()
+    assert len(made) == 2 and Path(made[0]).with_name("sheet.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
