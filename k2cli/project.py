@@ -193,7 +193,7 @@ class Project(Folder):
         path = Path(said).absolute() if shells else self.inside(said, where)
         if shells and not path.exists():
             raise K2Error(f"{where}: there is no {said}.", hint="Paths start from the current folder.")
-        check_picture(path, where, said)
+        check_picture(path, where, said, whole=True)
         return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:

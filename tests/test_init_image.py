@@ -301,6 +301,15 @@ def test_a_run_of_pictures_begun_elsewhere_gets_its_sheet(begun, k2, tmp_path):
     assert len(made) == 2 and Path(made[0]).with_name("sheet.png").is_file()
 
 
+@pytest.mark.parametrize("option", ["--init-image", "--mask"])
+def test_a_picture_that_is_cut_off_is_refused_before_anything_is_made(begun, k2, tmp_path, option):
+    Image.effect_noise((300, 200), 90).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    refused = k2("render", "--only", "fox", option, tmp_path / "cut.png", code=2)
+    assert f"Error: {option}: " in refused.stderr and "is not a picture that can be read" in refused.stderr
+    assert not (begun / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
