@@ -235,6 +235,6 @@ def go_on(job: Job, folder: Path) -> str:
     model = Path(job.model.name)
     begun = (path for shot in job.shots for path in (shot.spec.init_image, shot.spec.mask))
     files = [model, *(path for path in begun if isinstance(path, Path))]
-    outside = any(file.is_absolute() and not file.is_relative_to(root) for file in files)
+    outside = any(file.is_absolute() and not file.resolve().is_relative_to(root.resolve()) for file in files)
     words += ["--allow-outside"] if job.project.allow_outside or outside else []
     return " ".join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -190,7 +191,7 @@ class Project(Folder):
     def picture(self, said: str, where: str) -> Path:
         """A picture by its path: of the project, or of the shell if that names it. Raises K2Error."""
         shells = where in (INIT_OPTION, MASK_OPTION)
-        path = Path(said).absolute() if shells else self.inside(said, where)
+        path = Path(os.path.realpath(said)) if shells else self.inside(said, where)
         if shells and not path.exists():
             raise K2Error(f"{where}: there is no {said}.", hint="Paths start from the current folder.")
         check_picture(path, where, said, whole=True)

@@ -161,7 +161,7 @@ def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
         "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
-        "init_image": begun and {"image": os.path.relpath(begun, root), "sha256": (hash_of or sha256)(begun)},
+        "init_image": begun and {"image": relative(begun, root), "sha256": (hash_of or sha256)(begun)},
         "mask": spec.mask and mask_table(spec.mask, root, hash_of),
         "style": [style_table(style, root, hash_of) for style in spec.styles] or None,
     }
@@ -171,7 +171,12 @@ def mask_table(mask: Path | str, root: Path, hash_of: Callable[[Path], str] | No
     """A mask as records hold it."""
     if isinstance(mask, str):
         return {"region": mask}
-    return {"image": os.path.relpath(mask, root), "sha256": (hash_of or sha256)(mask)}
+    return {"image": relative(mask, root), "sha256": (hash_of or sha256)(mask)}
+
+
+def relative(path: Path, root: Path) -> str:
+    """A path from the project's folder on, or from where a link to that leads: ".." goes up from there."""
+    return os.path.relpath(path, root if path.is_relative_to(root) else root.resolve())
 
 
 def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import origins
+from k2cli import origins, records, runs
+from k2cli.carry import go_on
 from k2cli.cluster import files_of, moved
 from k2cli.project import Project
 from k2cli.watch import look
@@ -293,6 +294,36 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
     assert "Identical" in k2("rerun", made, "--allow-outside").stderr
     Image.new("RGB", (64, 64), "red").save(elsewhere / "dot.png")
     assert "is not what it was" in k2("rerun", made, "--allow-outside", code=1).stderr
+
+
+@pytest.mark.parametrize("said", ["../dot.png", "refs/link.png", "refs/loop.png"])
+def test_what_lies_elsewhere_is_known_by_where_it_lies(begun, k2, said):
+    """However the shell calls it, so that a rerun and the way to go on ask for what they need."""
+    Image.new("RGB", (64, 64), "navy").save(begun.parent / "dot.png")
+    (begun / "refs" / "link.png").symlink_to(begun.parent / "dot.png")
+    (begun / "refs" / "loop.png").symlink_to("loop.png")
+    options = ("--only", "fox", "--batch", "1", "--init-image", said)
+    if "loop" in said:
+        assert "there is no refs/loop.png" in k2("render", *options, code=2).stderr
+        return
+    (made,) = k2("render", *options).stdout.split()
+    assert records.read(Path(made)).table["init_image"]["image"] == "../dot.png"
+    assert "Identical" in k2("rerun", made, "--allow-outside").stderr
+    job = runs.resume(Project.open(begun, allow_outside=True), 1)
+    asked = replace(job, project=Project.open(begun))
+    assert go_on(asked, Path(made).parent) == "k2 render --resume --run 1 --allow-outside"
+
+
+def test_a_project_is_a_link_to_one(begun, k2, tmp_path, monkeypatch):
+    """What it is made with is named from where the link leads: ".." goes up from there."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "link").symlink_to(begun)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "navy").save(tmp_path / "dot.png")
+    for picture in (tmp_path / "dot.png", begun / "refs" / "wide.png"):
+        options = ("--project", "deep/link", "--only", "fox", "--batch", "1", "--init-image", picture)
+        (made,) = k2("render", *options).stdout.split()
+        assert "Identical" in k2("rerun", made, "--project", "deep/link", "--allow-outside").stderr
 
 
 def test_a_run_of_pictures_begun_elsewhere_gets_its_sheet(begun, k2, tmp_path):
