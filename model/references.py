@@ -20,11 +20,11 @@ from model.region import Region
 STRIP = 512  # rows
 
 
-def to_pixels(path: Path, width: int, height: int) -> Tensor:
+def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Tensor:
     """A reference picture, filling width x height from its middle -> [1, 3, height, width] in −1 … 1. Raises K2Error.
 
-    Turned as its camera says, transparency on white, of an animation the first frame, the colours of phones and print
-    and 16 bits as the eye would have them.
+    Turned as its camera says, transparency on the ground, of an animation the first frame, the colours of phones and
+    print and 16 bits as the eye would have them.
     """
     with opened(path) as image:
         if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
@@ -32,18 +32,19 @@ def to_pixels(path: Path, width: int, height: int) -> Tensor:
         ImageOps.exif_transpose(image, in_place=True)
         rgba = to_rgba(image)
     del image  # a large one is a quarter of a gigabyte
-    on_white = laid_on_white(rgba).convert("RGB")
-    pixels = torch.frombuffer(bytearray(ImageOps.fit(on_white, (width, height)).tobytes()), dtype=torch.uint8)
+    opaque = laid_on(ground, rgba).convert("RGB")
+    pixels = torch.frombuffer(bytearray(ImageOps.fit(opaque, (width, height)).tobytes()), dtype=torch.uint8)
     return pixels.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
     """What is made anew of a picture, 1, and what stays, 0 -> [1, 1, height, width]. Raises K2Error.
 
-    A picture counts by its lightness, and fills width x height as `to_pixels` has it; a text is a region.
+    A picture counts by its lightness, as black where it is transparent, and fills width x height as `to_pixels` has it;
+    a text is a region.
     """
     if isinstance(mask, Path):
-        return (to_pixels(mask, width, height).mean(1, keepdim=True) + 1) / 2
+        return (to_pixels(mask, width, height, "black").mean(1, keepdim=True) + 1) / 2
     region = Region.read(mask)
     assert region is not None  # or settling would have refused
     found = torch.zeros(1, 1, height, width)
@@ -80,11 +81,11 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise K2Error(f"{path} cannot be read as a picture: {error}.", hint=hint) from None
 
 
-def laid_on_white(rgba: Image.Image) -> Image.Image:
-    """The picture, opaque: what shone through is white. In place and by strips, as it may be large."""
+def laid_on(ground: str, rgba: Image.Image) -> Image.Image:
+    """The picture, opaque: what shone through is the ground. In place and by strips, as it may be large."""
     for top in range(0, rgba.height, STRIP):
         strip = rgba.crop((0, top, rgba.width, min(top + STRIP, rgba.height)))
-        rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip), (0, top))
+        rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip), (0, top))
     return rgba
 
 

@@ -219,6 +219,14 @@ def test_a_mask_may_be_a_picture(pipeline, noisy, tmp_path):
     assert pipeline.render([region])[0].record["mask"] == {"region": region.mask}
 
 
+def test_where_a_mask_is_transparent_nothing_is_made_anew(tmp_path):
+    """Painted white on a layer of its own, as it comes out of a drawing program."""
+    layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    layer.paste("white", (8, 0, 16, 32))
+    layer.save(tmp_path / "layer.png")
+    assert torch.equal(to_mask(tmp_path / "layer.png", 32, 32), to_mask("8x32+8+0", 32, 32))
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
