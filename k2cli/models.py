@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from k2cli.sizes import WIDEST
 from k2cli.tables import PATH, check_path, masked, nearest, one_of
 from model import library
 from model.errors import K2Error
@@ -99,6 +100,12 @@ class Grid(NamedTuple):
     native: int  # the side that it was trained for
     step: int  # what sides are multiples of: a token, which is two latent cells wide
     known: tuple[int, int] | None = None  # the least and the most pixels that it says it was trained for
+
+    def knows(self, width: int, height: int) -> bool:
+        """Whether pictures of this size are of those that it was trained for."""
+        least, most = self.known or (self.native**2, self.native**2)
+        fits = width % self.step == height % self.step == 0 and max(width, height) <= WIDEST * min(width, height)
+        return fits and least <= width * height <= most
 
 
 def grid(name: str, variant: str | None = None) -> Grid:

@@ -129,11 +129,10 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 
 
-def aspect_of(path: Path) -> str:
-    """A picture's proportions, as they are looked at, within what a model can paint: "1.5:1"."""
+def sides_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as it is looked at."""
     with picture_file.opened(path) as image:
-        width, height = picture_file.sides(image)
-    return f"{min(max(width / height, 1 / 4), 4):.4f}:1"
+        return picture_file.sides(image)
 
 
 def in_folder(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from k2cli.expander import expander
 from k2cli.folder import FILE, Folder, Outside, root_above
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.pictures import aspect_of, check_picture
+from k2cli.pictures import check_picture, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, OF_PICTURE, Settings, check_frame
 from k2cli.styles import Styles, words
@@ -36,6 +36,7 @@ from model.region import Region
 from model.spec import Leader, RenderSpec, Style, tied
 
 INIT_OPTION, MASK_OPTION = "--init-image", "--mask"
+Sides = tuple[int, int]  # width and height of a picture
 ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
 MOST_PLAN = 32 << 20  # bytes of a run.toml
 
@@ -167,34 +168,32 @@ class Project(Folder):
             *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model, self.unread),
         )
 
-    def beginning(self, said: str | None, where: str) -> tuple[Path | None, str | None]:
-        """The picture that others begin with, and its aspect, where one is said. Raises K2Error."""
-        if said is None:
-            return None, None
-        path = self.picture(said, where)
-        return path, aspect_of(path)
+    @cached_property
+    def pictures(self) -> Callable[[str, str], tuple[Path, Sides]]:
+        """`picture`, and each is looked at once, however many begin with it."""
+        return cache(self.picture)
 
-    def mask(self, said: str, where: str, size: tuple[int | None, int | None], aspect: str | None) -> Path | str:
-        """Which part of the picture that others begin with is made anew: a region of them, or a picture of the same
-        proportions. Raises K2Error."""
-        if aspect is None:
-            raise K2Error(f"{where}: there is no init_image to be masked.", hint="Name the picture that is to be kept.")
-        if region := Region.read(said):
-            assert size[0] and size[1]  # an aspect leads to them
-            region.check(size[0], size[1], f"{where}: ")
-            return str(region)
-        path = self.picture(said, where)
-        if abs(float(aspect_of(path).partition(":")[0]) / float(aspect.partition(":")[0]) - 1) > ALIKE:
-            raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
-        return path
-
-    def picture(self, said: str, where: str) -> Path:
-        """A picture by its path: of the project, or of the shell if that names it. Raises K2Error."""
+    def picture(self, said: str, where: str) -> tuple[Path, Sides]:
+        """A picture by its path, of the project, or of the shell if that names it, and its sides. Raises K2Error."""
         shells = where in (INIT_OPTION, MASK_OPTION)
         path = Path(os.path.realpath(said)) if shells else self.inside(said, where)
         if shells and not path.exists():
             raise K2Error(f"{where}: there is no {said}.", hint="Paths start from the current folder.")
         check_picture(path, where, said, whole=True)
+        return path, sides_of(path)
+
+    def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides | None) -> Path | str:
+        """Which part of the picture that others begin with is made anew: a region of them, or a picture of the same
+        proportions. Raises K2Error."""
+        if begun is None:
+            raise K2Error(f"{where}: there is no init_image to be masked.", hint="Name the picture that is to be kept.")
+        if region := Region.read(said):
+            assert size[0] and size[1]  # what it begins with leads to them
+            region.check(size[0], size[1], f"{where}: ")
+            return str(region)
+        path, (width, height) = self.pictures(said, where)
+        if abs(width / height * begun[1] / begun[0] - 1) > ALIKE:
+            raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
         return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
@@ -243,7 +242,6 @@ class Project(Folder):
         typed = {key: getattr(settings, key) for key in settings.elsewhere}
         grid = models.grid(settings.model, settings.variant)
         looks = cache(lambda asked: self.looks(settings, dict(asked), styles or {}))  # many ask for the same weights
-        beginning = cache(self.beginning)  # ... and for the same picture
         alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
@@ -255,7 +253,7 @@ class Project(Folder):
             for name, cell in cells:
                 made = wanted.over(cell.settings, {key: f'The {key} of "{name}"' for key in cell.settings})
                 axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
-                series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid, beginning)
+                series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid)
                 shots += series
                 letters += len(series) * weigh(series[0])
             if len(shots) > MOST:
@@ -273,7 +271,6 @@ class Project(Folder):
         looks: tuple[Style, ...],
         cell: Cell,
         grid: models.Grid,
-        beginning: Callable[[str | None, str], tuple[Path | None, str | None]],
     ) -> list[Shot]:
         """One prompt's pictures, seed by seed."""
         place = Place(self.toml, ("render",))
@@ -288,9 +285,13 @@ class Project(Folder):
             if sum(map(len, said)) > MOST_WORDS:
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
-        begun, aspect = beginning(settings.init_image, where("init_image"))
-        width, height = settings.pixels(where, grid, aspect)
-        mask = settings.mask and self.mask(settings.mask, where("mask"), (width, height), aspect)
+        begun, sides = None, None
+        if settings.init_image is not None:
+            begun, sides = self.pictures(settings.init_image, where("init_image"))
+        width, height = settings.pixels(where, grid, sides)
+        mask = None
+        if settings.mask is not None:
+            mask = self.mask(settings.mask, where("mask"), (width, height), sides)
         seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
@@ -301,7 +302,7 @@ class Project(Folder):
             height=height,
             init_image=begun,
             denoise=settings.denoise if begun else None,
-            mask=mask or None,
+            mask=mask,
             styles=looks,
             **{key: getattr(settings, key) for key in OF_PICTURE},
         )

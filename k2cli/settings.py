@@ -8,7 +8,7 @@ from typing import Any
 
 from k2cli import models
 from k2cli.formats import SUFFIXES
-from k2cli.sizes import fit_aspect, parse_resolution, parse_size
+from k2cli.sizes import fit_aspect, parse_resolution, parse_size, shape_of
 from k2cli.tables import NO_KEY, PATH, between, check_value, hints_of, like, one_of
 from model.errors import K2Error
 from model.expand import LEVELS
@@ -99,17 +99,17 @@ class Settings:
         return theirs and f"{theirs}; {self.variant} is made for {' '.join(f'--{key} {own[key]:g}' for key in odd)}"
 
     def pixels(
-        self, where: Callable[[str], str], grid: models.Grid, own: str | None = None
+        self, where: Callable[[str], str], grid: models.Grid, begun: tuple[int, int] | None = None
     ) -> tuple[int | None, int | None]:
-        """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages; `own`
-        is the aspect of the picture that it begins with."""
+        """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages.
+        `begun` are the sides of the picture that it begins with: they stay if the model knows such, or their shape."""
         if self.size is not None:
             return parse_size(self.size, where("size"), grid.step)
-        if self.aspect is None and self.resolution is None and own is None:
-            return None, None
+        if self.aspect is None and self.resolution is None and (begun is None or grid.knows(*begun)):
+            return begun or (None, None)
         edge = grid.native if self.resolution is None else parse_resolution(self.resolution, where("resolution"))
         said = where("resolution" if self.aspect is None else "aspect")
-        return fit_aspect(self.aspect or own or "1:1", edge, said, grid.step)
+        return fit_aspect(self.aspect or shape_of(*(begun or (1, 1))), edge, said, grid.step)
 
 
 FIELDS = {f.name: f for f in fields(Settings)}

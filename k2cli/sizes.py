@@ -8,6 +8,7 @@ import re
 from model.errors import K2Error
 
 STEP, SMALLEST, LARGEST = 16, 64, 4096  # px; some models take larger steps
+WIDEST = 4  # to 1, of a shape that nobody asked for by its name
 ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
 
@@ -38,6 +39,11 @@ def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[in
         raise K2Error(f'{where}: "{aspect}" is not an aspect.', hint=f"Write width:height, like {ASPECTS}.")
     width, height = (round(edge * math.sqrt(r) / step) * step for r in (ratio, 1 / ratio))
     return parse_size(f"{width}x{height}", where, step)
+
+
+def shape_of(width: int, height: int) -> str:
+    """The aspect of a picture, within what a model can paint: "1.5000:1"."""
+    return f"{min(max(width / height, 1 / WIDEST), WIDEST):.4f}:1"
 
 
 def parse_resolution(resolution: str | int, where: str) -> int:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
-from k2cli import origins, records, runs
+from k2cli import models, origins, records, runs
 from k2cli.carry import go_on
 from k2cli.cluster import files_of, moved
 from k2cli.project import Project
@@ -277,6 +277,25 @@ def test_a_prompt_begins_with_its_own_picture_and_takes_its_shape(begun, k2):
     assert [each["settings"]["width"] for each in plan(k2, "--only", "fox", "--size", "256x256")][:1] == [256]
     shares = plan(k2, "--only", "fox", "--matrix", "denoise=0.25,0.5")
     assert [each["settings"]["denoise"] for each in shares] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("sides", "rendered"),
+    [
+        ((160, 96), (160, 96)),  # as the model knows them
+        ((160, 100), (160, 96)),  # no multiples of its tokens
+        ((480, 320), (160, 112)),  # more than it knows
+        ((64, 64), (128, 128)),  # less
+        ((3000, 100), (256, 64)),
+    ],
+)
+def test_a_picture_keeps_its_size_where_the_model_knows_such(begun, k2, monkeypatch, sides, rendered):
+    monkeypatch.setattr(models, "grid", lambda *_: models.Grid(128, 16, (120 * 120, 160 * 160)))
+    Image.new("RGB", sides).save(begun / "refs" / "wide.png")
+    fox = plan(k2, "--only", "fox")[0]["settings"]
+    assert (fox["width"], fox["height"]) == rendered
+    said = plan(k2, "--only", "fox", "--aspect", "1:1")[0]["settings"]
+    assert (said["width"], said["height"]) == (128, 128)
 
 
 def test_a_picture_that_lies_on_its_side_is_taken_as_it_is_looked_at(begun, k2):
