@@ -135,6 +135,16 @@ def sides_of(path: Path) -> tuple[int, int]:
         return picture_file.sides(image)
 
 
+def is_dark(path: Path) -> bool:
+    """Whether a picture is nowhere lighter than half, as masks count: transparency on black."""
+    with picture_file.opened(path) as image:
+        rgba = image.convert("RGBA")  # 16 bits come out lighter than they are
+    opaque = Image.new("RGB", rgba.size)
+    opaque.paste(rgba, mask=rgba)
+    lightest = opaque.convert("L").getextrema()[1]
+    return isinstance(lightest, int) and lightest < 128
+
+
 def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, by their names; no contact sheets, and nothing hidden, as with a glob."""
     named = (path for path in folder.iterdir() if picture_file.is_named_so(path) and path.is_file())

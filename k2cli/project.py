@@ -16,7 +16,7 @@ from k2cli.expander import expander
 from k2cli.folder import FILE, Folder, Outside, root_above
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.pictures import check_picture, sides_of
+from k2cli.pictures import check_picture, is_dark, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, OF_PICTURE, Settings, check_frame
 from k2cli.styles import Styles, words
@@ -32,7 +32,7 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
-from model.region import Region
+from model.region import ALMOST, LIKE, Region
 from model.spec import Leader, RenderSpec, Style, tied
 
 INIT_OPTION, MASK_OPTION = "--init-image", "--mask"
@@ -175,6 +175,8 @@ class Project(Folder):
 
     def picture(self, said: str, where: str) -> tuple[Path, Sides]:
         """A picture by its path, of the project, or of the shell if that names it, and its sides. Raises K2Error."""
+        if not said:
+            raise K2Error(f"{where} names no picture.", hint="Name one, or leave it out.")
         shells = where in (INIT_OPTION, MASK_OPTION)
         path = Path(os.path.realpath(said)) if shells else self.inside(said, where)
         if shells and not path.exists():
@@ -191,7 +193,11 @@ class Project(Folder):
             assert size[0] and size[1]  # what it begins with leads to them
             region.check(size[0], size[1], f"{where}: ")
             return str(region)
+        if ALMOST.fullmatch(said):
+            raise K2Error(f'{where}: "{said}" is no region.', hint=LIKE)
         path, (width, height) = self.pictures(said, where)
+        if is_dark(path):
+            raise K2Error(f"{where}: nothing in {said} is white.", hint="White is made anew, black stays as it is.")
         if abs(width / height * begun[1] / begun[0] - 1) > ALIKE:
             raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
         return path

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from model.errors import K2Error
 
+LIKE = "Like 96x64+80+120: width, height, left, top."
+ALMOST = re.compile(r"\s*\d+\s*[xX×][-+\s\dxX×]*")  # what is meant for one, and is no file's name
 SHAPE = re.compile(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})\+(\d{1,5})")
 
 
@@ -30,7 +32,7 @@ class Region(NamedTuple):
     def check(self, width: int, height: int, where: str = "") -> None:
         """Raises K2Error where it is empty, or leaves a picture of this size."""
         if not (self.width and self.height):
-            raise K2Error(f"{where}The region {self} is empty.", hint="Like 96x64+80+120: width, height, left, top.")
+            raise K2Error(f"{where}The region {self} is empty.", hint=LIKE)
         if self.left + self.width > width or self.top + self.height > height:
             raise K2Error(
                 f"{where}The region {self} leaves the picture, which is {width}x{height}.",

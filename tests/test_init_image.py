@@ -405,12 +405,16 @@ def test_a_mask_is_recorded_and_led_back_to(begun, k2):
         (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to be masked"),
         (("--only", "fox", "--mask", "161x8+0+0"), "leaves the picture, which is 160x112"),
         (("--only", "fox", "--mask", "8x0+0+0"), "is empty"),
-        (("--only", "fox", "--mask", "96x64"), "there is no 96x64"),
+        (("--only", "fox", "--mask", "96x64"), '"96x64" is no region'),
+        (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),
+        (("--only", "fox", "--mask", ""), "--mask names no picture"),
+        (("--only", "fox", "--mask", "refs/dark.png"), "nothing in refs/dark.png is white"),
         (("--only", "fox", "--mask", "refs/square.png"), "has not the shape of its init_image"),
     ],
 )
 def test_a_mask_lies_on_its_picture(begun, k2, options, message):
     masked(begun / "refs" / "square.png", (0, 0, 50, 50), (100, 100))
+    masked(begun / "refs" / "dark.png", (0, 0, 0, 0), (300, 200))
     assert message in k2("render", *options, code=2).stderr
     assert not (begun / "outputs").exists()
 
