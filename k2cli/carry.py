@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +18,17 @@ from k2cli.matrix import Matrix
 from k2cli.models import grid, recommended
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
+from k2cli.pictures import sides_of
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
 from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, Saved, SheetForm, render
 from k2cli.settings import Settings
 from k2cli.tables import listed
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 from model.picture_file import passed_over
-from model.spec import DENOISE, DENOISE_MASKED
+from model.region import Region
+from model.spec import denoise_of, steps_taken
 from model.vocabulary import vocabulary
 
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
@@ -53,7 +55,11 @@ def plan_project(
         said = [vars(settings), *of_prompts, *(matrix.axes for matrix in matrices)]
         if any(each.get("denoise") is not None for each in said):
             say("Nothing begins with a picture, so that denoise changes nothing.", "yellow")
-    return plan_job(project, settings, shots, compared=bool(matrices))
+    job = plan_job(project, settings, shots, compared=bool(matrices))
+    if not quiet:
+        for doubt in misbegun(job):
+            say(doubt, "yellow")
+    return job
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:
@@ -62,6 +68,25 @@ def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, com
     if not (compared and shots):
         return job
     return replace(job, called=f"matrix-{shots[0].name.rpartition('-')[0]}", sheet=SheetForm(columns=1))
+
+
+def misbegun(job: Job) -> Iterator[str]:
+    """Of pictures that begin with one: that nothing stays of it though something is to, that what stays is scaled, or
+    that a region is too narrow to be painted."""
+    begun = [shot.spec for shot in job.shots if shot.spec.init_image]
+    own = recommended(job.model.name, job.model.variant)["steps"] if begun else 0
+    for mask, denoise, steps in {(spec.mask, spec.denoise, spec.steps or own): None for spec in begun}:
+        part = denoise_of(denoise, masked=bool(mask))
+        if not mask and part < 1 and steps_taken(part, steps) == steps:
+            yield f"Of {count_of(steps, 'step')} denoise {part:g} takes all: nothing of the initial picture stays."
+    for path, width, height in {(spec.init_image, spec.width, spec.height): None for spec in begun if spec.mask}:
+        if path and (sides := sides_of(path)) != (width, height):
+            was = "x".join(map(str, sides))
+            yield f"{path.name} is {was} and becomes {width}x{height}, so that what a mask keeps of it is scaled, too."
+    step = grid(job.model.name, job.model.variant).step
+    for region in {Region.read(spec.mask): None for spec in begun if isinstance(spec.mask, str)}:
+        if region and min(region.width, region.height) < step:
+            yield f"The region {region} is narrower than {step} pixels: expect little to change in it, or nothing."
 
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
@@ -79,7 +104,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said
             if asked["init_image"]:
-                asked["settings"]["denoise"] = said.get("denoise", DENOISE_MASKED if asked["mask"] else DENOISE)
+                asked["settings"]["denoise"] = denoise_of(said.get("denoise"), masked=bool(asked["mask"]))
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}

@@ -11,9 +11,9 @@ from model.avoid import negative_prompt, phrases, unsaid
 from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
-from model.region import Region
+from model.region import LIKE, Region
 from model.sampler import raw_mu
-from model.spec import DENOISE, DENOISE_MASKED, LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style
+from model.spec import LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style, denoise_of, steps_taken
 from model.splice import LEAK_GUARD, MOST_REFERENCES
 from model.style import Weighed, weigh
 from model.vision import MOST_PICTURES
@@ -55,7 +55,7 @@ class Settled(RenderSpec):
         """The step that it begins with: of those before it an initial picture takes none."""
         if self.denoise is None:
             return 0
-        return self.steps - max(math.floor(round(self.denoise * self.steps, 6) + 0.5), 1)
+        return self.steps - steps_taken(self.denoise, self.steps)
 
     @property
     def end_of_guidance(self) -> int:
@@ -85,7 +85,7 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
         )
     if sampler not in SAMPLERS:
         raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
-    denoise = (DENOISE_MASKED if spec.mask else DENOISE) if spec.denoise is None else spec.denoise
+    denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
     if not 0 < denoise <= 1:
         raise K2Error(
             f"A denoise of {denoise:g} takes no picture anywhere.", hint="It is above 0, and up to 1, where all is new."
@@ -96,7 +96,7 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     if isinstance(spec.mask, str):
         region = Region.read(spec.mask)
         if region is None:
-            raise K2Error(f'"{spec.mask}" is no region.', hint="Like 96x64+80+120: width, height, left, top.")
+            raise K2Error(f'"{spec.mask}" is no region.', hint=LIKE)
         region.check(width, height)
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,16 @@ SAMPLERS = ("euler", "ab2")  # how the flow is followed; see `model/sampler.py`
 DENOISE = 0.75  # where none is asked for: the prompt says what is there, the picture that it began with where; and
 DENOISE_MASKED = 1.0  # within a mask, as there is enough around it to fit in with
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
+
+
+def denoise_of(denoise: float | None, *, masked: bool) -> float:
+    """How much of an initial picture is made anew."""
+    return (DENOISE_MASKED if masked else DENOISE) if denoise is None else denoise
+
+
+def steps_taken(denoise: float, steps: int) -> int:
+    """How many of the steps that comes to, to the nearest: at least one."""
+    return max(math.floor(round(denoise * steps, 6) + 0.5), 1)
 
 
 @dataclass(frozen=True)

@@ -437,6 +437,19 @@ def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
     assert told not in k2("render", "--denoise", "0.5", "--dry-run").stderr  # the fox begins with one
 
 
+def test_what_may_not_be_meant_is_told(begun, k2):
+    def told(*options: str) -> str:
+        return k2("render", "--only", "fox", *options, "--dry-run").stderr
+
+    nothing, scaled, narrow = "nothing of the initial picture stays", "a mask keeps of it is scaled", "is narrower than"
+    assert f"Of 1 step denoise 0.75 takes all: {nothing}" in told("--steps", "1")
+    assert "wide.png is 300x200 and becomes 160x112" in told("--mask", "64x64+0+0")
+    assert "The region 64x8+0+0 is narrower than 16 pixels" in told("--mask", "64x8+0+0")
+    Image.new("RGB", (160, 112)).save(begun / "refs" / "wide.png")
+    quiet = told("--mask", "64x64+0+0", "--steps", "1") + told("--denoise", "1", "--steps", "1") + told()
+    assert not any(each in quiet for each in (nothing, scaled, narrow))
+
+
 def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
     made = k2("render", "--only", "fox", "--batch", "1", "--denoise", "0.4").stdout.split()[0]
     with Image.open(made) as image:
