@@ -39,24 +39,23 @@ class Example:
         return Prompt(escape(shot.given), prompt_of(shot.name, shot.caption), avoid)
 
     def settings(self, said: Collection[str]) -> dict[str, Any]:
-        """Of [render], but for what is said otherwise, and for what that makes void."""
+        """Of [render], but for what is said otherwise, and for what that makes void. None is none, whatever the project
+        has come to say since."""
         shot, used = self.record.shot, self.record.model
         spec = shot.spec
         found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
         found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
-        found |= {"size": f"{spec.width}x{spec.height}"}
-        found = {key: value for key, value in found.items() if value is not None}
-        found |= {key: value and str(value) for key, value in (("init_image", spec.init_image), ("mask", spec.mask))}
-        found |= {"denoise": spec.denoise}  # none of these says something, too: that it began with noise
+        found |= {"size": f"{spec.width}x{spec.height}", "init_image": spec.init_image and str(spec.init_image)}
+        found |= {"mask": spec.mask and str(spec.mask)}
+        if not spec.guidance:
+            found["guidance_until"] = None
         void = set(said)
-        if "init_image" in void:
-            void |= {"denoise", "mask"}
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)
         if void & {"size", "aspect", "resolution"}:
             void |= {"size", "mu"}
-        if not spec.guidance:
-            void |= {"guidance_until"}
+        if "init_image" in void:  # its shape is another's, and a mask was drawn on the one before
+            void |= {"size", "mu", "mask"} | ({"denoise"} if spec.mask or not spec.init_image else set())
         return {key: value for key, value in found.items() if key not in void}
 
     def leader(self) -> Leader:

@@ -86,6 +86,31 @@ def test_a_picture_that_began_with_another_goes_on_doing_so(dusky, k2):
     assert (without["init_image"], without["mask"]) == (None, None)
 
 
+def test_another_beginning_brings_its_shape_and_no_mask(dusky, k2):
+    """Within the mask all was made anew; of the other picture nothing would stay."""
+    (dusky / "refs").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
+    Image.new("RGB", (200, 100), "teal").save(dusky / "refs" / "wide.png")
+    masked = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--mask", "64x64+0+0")
+    plain = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--denoise", "0.4")
+    for made, denoise in ((masked, 0.75), (plain, 0.4)):
+        (other,) = plan(k2, "--like", made, "--init-image", "refs/wide.png", "--batch", "1")
+        assert (other["mask"], other["settings"]["denoise"]) == (None, denoise)
+        assert (other["settings"]["width"], other["settings"]["height"]) == (176, 96)
+
+
+def test_what_it_had_none_of_the_project_does_not_give_it(dusky, k2):
+    made = rendered(k2, "-p", "tea", "--guidance", "0")
+    (dusky / "refs").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
+    since = 'init_image = "refs/a.png"\ndenoise = 0.3\nstyle_guidance = 2\nguidance_until = 0.5\n'
+    text = (dusky / "k2.toml").read_text()
+    (dusky / "k2.toml").write_text(text.replace("[render]\n", f"[render]\n{since}"))
+    (again,) = plan(k2, "--like", made, "--batch", "1")
+    assert again["init_image"] is None
+    assert {again["settings"][key] for key in ("denoise", "style_guidance", "guidance_until")} == {None}
+
+
 def test_its_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
     made = dusky / rendered(k2, "-p", "tea").removeprefix(f"{dusky}/")
     monkeypatch.chdir(tmp_path)
