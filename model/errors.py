@@ -22,9 +22,11 @@ def reported() -> Iterator[None]:
     except K2Error as error:
         sys.exit(f"Error: {error}" + (f"\nHint:  {error.hint}" if error.hint else ""))
     except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"Error: {error.filename}: {error.strerror}.")
+        if error.filename is not None:
+            sys.exit(f"Error: {error.filename}: {error.strerror}.")
+        if isinstance(error, FileNotFoundError):  # of safetensors, which names the file in its message alone
+            sys.exit(f"Error: {error}.")
+        raise
 
 
 def brief(error: object, most: int = 200) -> str:

@@ -8,11 +8,11 @@ from a generator seeded by what it shows, so that a picture is the same whenever
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
 import subprocess
-import sys
 import tarfile
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -336,8 +336,11 @@ def write_renders(folder: Path, renders: NDArray[np.uint8]) -> None:
 
 if __name__ == "__main__":
     with reported():
-        if len(sys.argv) > 1:
-            enlarge(int(sys.argv[1]))
+        parser = argparse.ArgumentParser(description="Build the data set, or render it at another size.")
+        parser.add_argument("size", type=int, nargs="?")
+        size = parser.parse_args().size
+        if size is not None:
+            enlarge(size)
         else:
             build()
             enlarge(NATIVE)

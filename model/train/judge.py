@@ -8,9 +8,9 @@ real pictures from the same ones broken by rule: doubled, melted, patched, torn,
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -258,5 +258,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
 
 if __name__ == "__main__":
     with reported():
-        seed, minutes, size = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if sys.argv[3:] else data.NATIVE
-        main(Recipe(name=f"judge-{seed}", seed=seed, minutes=minutes, size=size, lr=2e-3, muon_lr=2e-3, decay=0.5))
+        parser = argparse.ArgumentParser(description="Train a judge.")
+        parser.add_argument("seed", type=int)
+        parser.add_argument("minutes", type=float)
+        parser.add_argument("size", type=int, nargs="?", default=data.NATIVE)
+        options = parser.parse_args()
+        name = f"judge-{options.seed}"
+        main(Recipe(name=name, **vars(options), lr=2e-3, muon_lr=2e-3, decay=0.5))

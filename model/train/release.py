@@ -8,7 +8,7 @@ needs new words: `python -m model.train.words`.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,4 +81,6 @@ def main(run: str, folder: Path = BOX) -> None:
 
 if __name__ == "__main__":
     with reported():
-        main(sys.argv[1])
+        parser = argparse.ArgumentParser(description="Pack a run's weights into the box.")
+        parser.add_argument("run", metavar="RUN")
+        main(parser.parse_args().run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -49,4 +49,6 @@ def main(run: str, device: str = "cpu") -> Path:
 
 if __name__ == "__main__":
     with reported():
-        print(main(sys.argv[1]))
+        parser = argparse.ArgumentParser(description="Draw what a run has learned.")
+        parser.add_argument("run", metavar="RUN")
+        print(main(parser.parse_args().run))
