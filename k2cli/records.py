@@ -339,6 +339,8 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     led = part(LedBy, table, "leader", place) if made.cohesion else None
     begun = part(Beginning, table, "init_image", place) if "init_image" in table else None
     mask = part(Masked, table, "mask", place) if "mask" in table else Masked()
+    if "mask" in table and bool(mask.region) == bool(mask.image):
+        raise K2Error(f"{place('mask')}: expected a region, or an image.", hint="Is it a record that k2 wrote?")
     spec = RenderSpec(
         prompt=prompt.expanded,
         negative=prompt.avoid,

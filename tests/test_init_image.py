@@ -399,6 +399,16 @@ def test_a_mask_is_recorded_and_led_back_to(begun, k2):
     assert "is not what it was" in k2("rerun", drawn, code=1).stderr
 
 
+@pytest.mark.parametrize("said", ["", 'image = ""', 'region = ""', 'region = "8x8+0+0"\nimage = "refs/wide.png"'])
+def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
+    """And not read as if all of the picture had been made anew."""
+    (made,) = k2("render", "--only", "fox", "--batch", "1", "--mask", "40x30+8+16", "--no-embed").stdout.split()
+    record = Path(made).with_suffix(".toml")
+    record.write_text(record.read_text().replace('region = "40x30+8+16"', said))
+    for command in (("show", made), ("rerun", made), ("render", "--like", made)):
+        assert "expected a region, or an image" in k2(*command, code=1).stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
