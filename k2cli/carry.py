@@ -74,7 +74,9 @@ def misbegun(job: Job) -> Iterator[str]:
     """Of pictures that begin with one: that nothing stays of it though something is to, that what stays is scaled, or
     that a region is too narrow to be painted."""
     begun = [shot.spec for shot in job.shots if shot.spec.init_image]
-    own = recommended(job.model.name, job.model.variant)["steps"] if begun else 0
+    if not begun:  # nor need the model's headers be read
+        return
+    own = recommended(job.model.name, job.model.variant)["steps"]
     for mask, denoise, steps in {(spec.mask, spec.denoise, spec.steps or own): None for spec in begun}:
         part = denoise_of(denoise, masked=bool(mask))
         if not mask and part < 1 and steps_taken(part, steps) == steps:
