@@ -88,25 +88,23 @@ class StyleUsed:
 
 
 @dataclass(frozen=True)
-class ReferenceUsed:
-    """A picture of a style, as it was."""
+class PictureUsed:
+    """A picture that another was made from, as it was."""
 
     image: str = field(metadata=PATH)
     sha256: str
+
+
+@dataclass(frozen=True)
+class ReferenceUsed(PictureUsed):
+    """One of a style."""
+
     weight: float = field(default=1.0, metadata=WEIGHT)
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """The picture that another began with, as it was."""
-
-    image: str = field(metadata=PATH)
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Masked:
-    """Which part of that was made anew: a region, or a picture as it was."""
+    """Which part of an initial picture was made anew: a region, or a picture as it was."""
 
     region: str | None = None
     image: str | None = field(default=None, metadata=PATH)
@@ -337,7 +335,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     entries = enumerate(tables_of(table, "style", place))
     styles = [style_of(entry, place.below("style", index), own) for index, entry in entries]
     led = part(LedBy, table, "leader", place) if made.cohesion else None
-    begun = part(Beginning, table, "init_image", place) if "init_image" in table else None
+    begun = part(PictureUsed, table, "init_image", place) if "init_image" in table else None
     mask = part(Masked, table, "mask", place) if "mask" in table else Masked()
     if "mask" in table and bool(mask.region) == bool(mask.image):
         raise K2Error(f"{place('mask')}: expected a region, or an image.", hint="Is it a record that k2 wrote?")
