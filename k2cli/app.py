@@ -57,7 +57,8 @@ from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from k2cli.runs import Hire
+    from k2cli.prompts import Prompt
+    from k2cli.runs import Hire, Job
 
 
 # As one comes to need them; what is not named here stands last.
@@ -282,6 +283,9 @@ def render(
         int | None, typer.Option("--run", metavar="N", help="With --resume: the run of this number.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be rendered.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Render each line of standard input as it comes, a run of its own.")
+    ] = False,
     no_embed: EmbedOption = False,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
@@ -298,6 +302,7 @@ def render(
       k2 render --style dusk=0.6 --seed 40
       k2 render --only fox --init-image sketch.png --denoise 0.6
       cat prompts.txt | k2 render - --json
+      tail -f wishes.txt | k2 render --stream
       k2 render -p "a {red|green} apple" --matrix style.dusk=0,0.5,1
       k2 render --like outputs/0001-fox/fox-7.png --batch 8
       k2 render --resume                    go on with a run that was stopped
@@ -309,9 +314,11 @@ def render(
     from k2cli.hands import Processes
     from k2cli.like import Example
     from k2cli.matrix import settled_by
+    from k2cli.prompts import typed
     from k2cli.runs import resume as last_run
+    from k2cli.stream import render_each
 
-    named, stdin = [name for name in projects or [] if name != "-"], "-" in (projects or [])
+    named, stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])
     for name in named:
         if not os.path.exists(name):  # what most people type first
             short = name if len(name) < 80 else f"{name[:80]}…"
@@ -331,39 +338,52 @@ def render(
         "mask": mask,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
+    hire: Hire | None = partial(Processes, workers) if workers and workers > 1 else None
+    if ray is not None:
+        hire = partial(Cluster, ray, workers)
+
+    def carry(jobs: list[Job]) -> None:
+        if dry_run:
+            show_plan(jobs, as_json=json, quiet=quiet)
+        else:
+            carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
+
     if resume:
         if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:
             raise typer.BadParameter(
                 "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
             )
-        jobs = [last_run(each, run) for each in opened]
-    elif run is not None:
+        return carry([last_run(each, run) for each in opened])
+    if run is not None:
         raise typer.BadParameter("it says which run is resumed, so it goes with --resume", param_hint="--run")
-    else:
-        if only and (prompt or stdin):
-            raise typer.BadParameter(
-                "it chooses of the project's prompts, so no other goes with it", param_hint="--only"
-            )
-        weights = read_weights(style or [], "--style")
-        compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
-        prompts = read_prompts(prompt or [], stdin=stdin)
-        if like is not None:
-            example, said = Example.read(like, opened[0]), settings | (dict(compared[0].axes) if compared else {})
-            own = prompts is None and not only
-            opened = [example.within(opened[0], said, own_prompt=own)]
-            prompts = [example.prompt()] if own else prompts
+    if only and (prompt or stdin):
+        raise typer.BadParameter("it chooses of the project's prompts, so no other goes with it", param_hint="--only")
+    if stream and prompt:
+        raise typer.BadParameter("its prompts come by standard input, so no other goes with it", param_hint="--stream")
+    weights = read_weights(style or [], "--style")
+    compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
+    prompts = None if stream else read_prompts(prompt or [], stdin=stdin)
+    if like is not None:
+        example, said = Example.read(like, opened[0]), settings | (dict(compared[0].axes) if compared else {})
+        own = prompts is None and not only and not stream
+        opened = [example.within(opened[0], said, own_prompt=own)]
+        prompts = [example.prompt()] if own else prompts
+    if moodboard is not None:
+        opened = [each.with_board(moodboard) for each in opened]
+
+    def plan(prompts: list[Prompt] | None, quiet: bool) -> list[Job]:
         jobs = []
-        for each in opened if moodboard is None else [each.with_board(moodboard) for each in opened]:
+        for each in opened:
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             axes = compared or (each.comparing(wanted) if prompts is None and like is None else ())
             jobs.append(plan_project(each, each.settle(**settings), wanted, weights, axes, quiet=quiet))
-    if dry_run:
-        show_plan(jobs, as_json=json, quiet=quiet)
-    else:
-        hire: Hire | None = partial(Processes, workers) if workers and workers > 1 else None
-        if ray is not None:
-            hire = partial(Cluster, ray, workers)
-        carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
+        return jobs
+
+    if not stream:
+        return carry(plan(prompts, quiet))
+    plan([typed("anything")], quiet=True)  # what no line could make right is refused before the first
+    if render_each(lambda one: carry(plan([one], quiet)), as_json=json):
+        raise typer.Exit(1)
 
 
 app.command("mix-styles")(mix_styles)

@@ -271,12 +271,17 @@ def read_input() -> str:
         text = sys.stdin.read()
         text.encode()  # in some locales Python keeps bytes that are no text
     except UnicodeError:
-        from k2cli.tables import USE_UTF_8
-
-        encoding = codecs.lookup(sys.stdin.encoding).name
-        hint = "Save it as UTF-8." if encoding == "utf-8" else USE_UTF_8
-        raise K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint=hint) from None
+        raise not_text() from None
     return text.removeprefix("\ufeff")
+
+
+def not_text() -> K2Error:
+    """That standard input cannot be read as it is encoded."""
+    from k2cli.tables import USE_UTF_8
+
+    encoding = codecs.lookup(sys.stdin.encoding).name
+    hint = "Save it as UTF-8." if encoding == "utf-8" else USE_UTF_8
+    return K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint=hint)
 
 
 def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:

@@ -75,6 +75,16 @@ def test_recipes_of_the_shell(shell):
     assert packed == "moody/outputs/0002-fox-and-1-more/an-owl-moody-7.png\n"
 
 
+def test_the_recipe_of_a_program_that_asks_for_one_picture_after_another(shell):
+    fox, wrong, owl = shell(blocks("bash")[1], "jq").splitlines()
+
+    assert (fox, owl) == (
+        "moody/outputs/0001-a-red-fox/a-red-fox-7.png",
+        "moody/outputs/0002-a-snowy-owl/a-snowy-owl-7.png",
+    )
+    assert wrong == 'A reading of "{|}" is empty.'
+
+
 def test_the_recipe_of_make(shell):
     (shell.home / "Makefile").write_text(blocks("make")[0])
 
@@ -103,8 +113,9 @@ def test_the_schema_that_is_told_is_the_one_that_is_printed(shell, tmp_path):
     picture = shell("k2 render --project moody --only fox --json --quiet")
     again = shell(f"k2 rerun --json --quiet {json.loads(picture)['file']}")
     planned = shell("k2 render --project moody --dry-run --json").splitlines()[0]
+    wrong = shell("echo '{|}' | k2 render --project moody --stream --json --quiet || true")
 
-    found = set().union(*(json.loads(text) for text in (picture, again, planned)))
+    found = set().union(*(json.loads(text) for text in (picture, again, planned, wrong)))
     rows = re.findall(r"^\| `(prompt|settings)` \| (.*) \|$", table, re.MULTILINE)
     parts = {key: set(re.findall(r"`(\w+)`", row)) for key, row in rows}
 
