@@ -147,7 +147,7 @@ def k2(
     if context.invoked_subcommand is None:
         from k2cli.console import result
         from k2cli.folder import Outside
-        from k2cli.history_app import where_am_i
+        from k2cli.here import where_am_i
 
         try:
             result(where_am_i() or context.get_help())

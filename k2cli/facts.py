@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from k2cli.console import aligned
@@ -11,46 +12,79 @@ from k2cli.records import Record
 from k2cli.tables import masked
 from model.errors import count_of
 
+NAMED = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # what is several, and one of it
+OF_ITS_OWN = ("created", "seconds", "pixels")  # of every picture, however it was made
 
-def describe(record: Record) -> str:
-    """A record for people: what it says, a fact a line."""
+Facts = dict[str, str | dict[str, str]]
+
+
+def facts_of(record: Record) -> Facts:
+    """What a record says, by name, and of what is several by the name of each; "" is nothing."""
     spec, used, table = record.shot.spec, record.model, record.table
-    looks = [
-        f"{style.name} {style.strength:g}{', ' + style.method if style.references else ''}"
-        + "".join(f"\n  {reference.image}" for reference in style.references)
-        for style in spec.styles
-    ]
-    versions, blocked = table.get("versions", {}), table.get("blocked")
-    facts = {
+    versions, blocked = table.get("versions") or {}, table.get("blocked")
+    return {
         "blocked": f"by {blocked.get('filter')}: {blocked.get('reason')}" if isinstance(blocked, dict) else "",
         "prompt": record.shot.given,
         "expanded": "" if spec.prompt == record.shot.given else spec.prompt,
         "creativity": record.shot.creativity if record.shot.creativity != "raw" else "",
         "avoid": spec.negative,
-        "styles": "\n".join(looks),
-        "loras": "\n".join(loras(table)),
+        "styles": {
+            style.name: f"{style.strength:g}{', ' + style.method if style.references else ''}" for style in spec.styles
+        },
+        "loras": dict(lora.rsplit(" ", 1) for lora in loras(table)),
         "size": f"{spec.width} x {spec.height}",
-        **{key: getattr(spec, key) for key in ("seed", "steps")},
+        **{key: f"{getattr(spec, key)}" for key in ("seed", "steps")},
         "guidance": f"{spec.guidance}{lasting(spec.guidance_until)}",
-        "mu": spec.mu,
-        "sampler": spec.sampler if spec.sampler != "euler" else "",
+        "mu": f"{spec.mu}",
+        "sampler": spec.sampler if spec.sampler and spec.sampler != "euler" else "",
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
         else "",
         "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
         "guard": spec.leak_guard or "",
-        "begun with": spec.init_image or "",
+        "begun with": f"{spec.init_image or ''}",
         "made anew": " of ".join(str(part) for part in (spec.denoise, spec.mask) if part is not None),
         "model": f"{used.name} {used.variant or ''}",
-        "files": "\n".join(f"{sha[:12]}  {name}" for name, sha in record.files.items()),
+        "files": {name: sha[:12] for name, sha in record.files.items()},
         "device": f"{used.device}, {used.dtype}",
-        "weights": "" if used.precision in (None, "native") else used.precision,
-        "offload": "" if used.offload in (None, "none") else used.offload,
-        **{key: table.get(key, "") for key in ("created", "seconds", "pixels")},
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) if versions else "",
+        "weights": used.precision if used.precision and used.precision != "native" else "",
+        "offload": used.offload if used.offload and used.offload != "none" else "",
+        **{key: f"{table.get(key, '')}" for key in OF_ITS_OWN},
+        "versions": {name: f"{number}" for name, number in versions.items()},
     }
-    lines = [(name, line) for name, fact in facts.items() if fact != "" for line in str(fact).split("\n")]
-    return aligned([(name, masked(line)) for name, line in lines], 2 + max(map(len, facts)))
+
+
+def describe(record: Record) -> str:
+    """A record for people: what it says, a fact a line."""
+    facts = facts_of(record)
+    pictures = {style.name: [f"  {each.image}" for each in style.references] for style in record.shot.spec.styles}
+    rows = []
+    for name, fact in facts.items():
+        if isinstance(fact, str):
+            lines = fact.split("\n") if fact else []
+        else:
+            lines = []
+            for one, how in fact.items():
+                lines += [f"{how}  {one}" if name == "files" else f"{one} {how}"]
+                lines += pictures[one] if name == "styles" else []
+            lines = [", ".join(lines)] if name == "versions" and lines else lines
+        rows += [(name, masked(line)) for line in lines]
+    return aligned(rows, 2 + max(map(len, facts)))
+
+
+def differences(records: Sequence[Record]) -> dict[str, list[str]]:
+    """By what pictures were not made alike: a fact's name -> what it is of each; "" is nothing."""
+    flat: list[dict[str, str]] = []
+    for record in records:
+        facts = facts_of(record) | {"references": {f"{path}": sha[:12] for path, sha in record.references.items()}}
+        flat.append({})
+        for name, fact in facts.items():
+            if isinstance(fact, dict):
+                flat[-1] |= {f"{NAMED.get(name, 'file')} {one}": how for one, how in fact.items()}
+            elif name not in OF_ITS_OWN:
+                flat[-1][name] = fact
+    rows = {name: [facts.get(name, "") for facts in flat] for name in dict.fromkeys(chain.from_iterable(flat))}
+    return {name: row for name, row in rows.items() if len({*row}) > 1}
 
 
 def lasting(until: float | None) -> str:

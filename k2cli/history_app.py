@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -15,7 +14,6 @@ import typer
 from k2cli.complete import complete_run, complete_style
 from k2cli.options import (
     EmbedOption,
-    FileArgument,
     JsonOption,
     OutsideOption,
     ProjectOption,
@@ -26,17 +24,13 @@ from k2cli.options import (
     open_projects,
     to_json,
 )
-from model.errors import K2Error, count_of
+from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from k2cli.history import Made
-    from k2cli.outputs import Run
-    from k2cli.project import Project
+    from k2cli.records import Record
 
 SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
-PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
 
 
 def log(
@@ -234,34 +228,82 @@ def gallery(
 
 
 def show(
-    file: FileArgument,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="A picture that k2 made, or its record; from here, or in --project. Of several, what is different.",
+        ),
+    ],
     project: ProjectOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show a picture and what it was made from.
+    """Show what a picture was made from, or by what several differ.
 
-    The picture on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
+    The pictures on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
     half-blocks. To choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
 
     \b
     Examples:
       k2 show outputs/0001-fox/fox-7.png
+      k2 show outputs/0001-fox/fox-7.png outputs/0002-fox/fox-7.png
       k2 show outputs/0001-fox/fox-7.png --json | jq .settings
     """
     from k2cli import records
-    from k2cli.console import result
+    from k2cli.console import near, result
     from k2cli.facts import describe
     from k2cli.history import in_full
+    from k2cli.outputs import picture_of
+    from model.picture_file import is_sheet
 
-    file = find_file(file, project)
-    record = records.parse(records.read(file), Path)
-    if not json and sys.stdout.isatty():
-        from k2cli.outputs import picture_of
+    named = [find_file(file, project) for file in files]
+    if len(named) > 1:  # a shell's * finds a run's contact sheet, too
+        named = [file for file in named if not is_sheet(file)] or named
+    found = [records.parse(records.read(file), Path) for file in named]
+    if json:
+        for file, record in zip(named, found, strict=True):
+            result(to_json({"file": near(picture_of(file)), **in_full(record.table)}))
+        return
+    if sys.stdout.isatty():
         from k2cli.preview import preview
 
-        if (picture := picture_of(file)).is_file():
-            preview(picture)
-    result(to_json(in_full(record.table)) if json else describe(record))
+        preview([picture for file in named if (picture := picture_of(file)).is_file()])
+    if len(found) == 1:
+        result(describe(found[0]))
+    else:
+        show_differences([near(file) for file in named], found)
+
+
+def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
+    """A fact a row and a picture a column: a table on a terminal, parted by tabs in a pipe."""
+    from k2cli.console import result, say
+    from k2cli.facts import differences
+
+    short = [name.rpartition("/")[2] for name in names]
+    rows = {"": short if len({*short}) == len(short) else [*names], **differences(found)}
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        from k2cli.tables import masked
+
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(style="dim", overflow="fold")
+        for _ in found:
+            table.add_column(overflow="fold")
+        for name, row in rows.items():
+            table.add_row(Text(masked(name)), *(Text(masked(fact), "" if name else "bold") for fact in row))
+        Console(highlight=False).print(table)
+    else:
+        for name, row in rows.items():
+            result("\t".join([name, *(" ".join(fact.split()) for fact in row)]))
+    alike = len({str(record.pixels) for record in found}) == 1
+    if len(rows) == 1:
+        pixels = ", nor are their pixels" if alike else ", and yet their pixels are"
+        say(f"Nothing that they were made by is different{pixels}.", "dim")
+    elif alike:
+        say("Their pixels are the same.", "dim")
 
 
 def rerun(
@@ -324,94 +366,3 @@ def rerun(
         say(f"{identical} of {len(named)} are identical, pixel for pixel.", "dim")
     if identical < len(named):
         raise typer.Exit(1)
-
-
-def where_am_i() -> str:
-    """The project around the current folder in a few lines, and what to do next; empty where there is none.
-
-    Raises K2Error where its k2.toml cannot be read.
-    """
-    from datetime import UTC, datetime
-    from shlex import quote
-
-    from k2cli import history
-    from k2cli.console import aligned, harmless
-    from k2cli.outputs import SHEET, Run
-    from k2cli.project import Project
-    from k2cli.prompts import name_files
-    from k2cli.tables import listed
-
-    project = Project.around(Path.cwd())
-    if project is None:
-        return ""
-    names = [name for _, name in name_files(project.prompts)]
-    runs = history.runs_of(project.outputs)
-    newest = next((made[-1] for run in reversed(runs) if (made := history.read_run(run))), None)
-    last = Run.last(project.outputs)
-    # what a run with a sheet lacks was deleted since
-    done, planned = progress(last) if last and last.folder in runs and not last[SHEET].exists() else (0, 0)
-    when = f", the last {newest.run}, {ago(newest.created, datetime.now(UTC))}" if newest else ""
-    facts = [
-        ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
-        ("  styles", listed(styles_worn(project)) or "none"),
-        ("  model", f"{project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt"),
-        ("  runs", f"{len(runs) or 'none yet'}{when}"),
-    ]
-    steps = {}
-    if last and done < planned:
-        there = f"{last.folder.name} has {done} of {count_of(planned, 'picture')}"
-        if last.busy:
-            there += " and is being rendered"
-        else:
-            steps["k2 render --resume"] = "make the rest"
-        facts.append(("  runs", there))
-    steps |= {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
-    if newest:
-        shown = newest.path.relative_to(project.root) if Path.cwd() == project.root else newest.path
-        steps |= {
-            f"k2 show {quote(str(shown))}": "what it was made from",
-            "k2 log": "all that was made",
-            "k2 gallery": "a page of it for the browser",
-        }
-    else:
-        steps |= {"k2 render --dry-run": "what would be made"}
-    steps |= {"k2 --help": "everything else"}
-    told = aligned([(f"  {step}", what) for step, what in steps.items()], 4 + max(map(len, steps)))
-    return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12)}\n\n{told}")
-
-
-def styles_worn(project: Project) -> list[str]:
-    """The project's styles: with their weights, those of single prompts, and those that are off."""
-    weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
-    of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
-    worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
-    unused = (name for name in project.styles.known if not project.weights.get(name) and name not in worn)
-    return [*weights, *worn.values(), *(f"{name} (off)" for name in unused)]
-
-
-def progress(run: Run) -> tuple[int, int]:
-    """How many of a run's pictures are made, and how many are planned; 0 of 0 where its plan cannot be read.
-
-    A plan may be megabytes long: the names are looked for, and the rest is not parsed.
-    """
-    from k2cli.outputs import RUN
-    from k2cli.project import MOST_PLAN
-    from model.headers import open_file
-
-    try:
-        with open_file(run[RUN]) as file:
-            stems = [stem.decode() for stem in PLANNED.findall(file.read(MOST_PLAN))]
-        return sum(map(run.has, stems)), len(stems)
-    except (OSError, ValueError):
-        return 0, 0
-
-
-def ago(moment: datetime | None, now: datetime) -> str:
-    """ "5 minutes ago"."""
-    if moment is None:
-        return "some time ago"
-    seconds = int((now - moment).total_seconds())
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            return f"{count_of(seconds // length, unit)} ago"
-    return "just now"

@@ -85,10 +85,6 @@ def is_somewhere() -> bool:
 ProjectOption = Annotated[
     Path | None, typer.Option("--project", metavar="DIR", help="The project, if not that of the current folder.")
 ]
-FileArgument = Annotated[
-    Path,
-    typer.Argument(metavar="FILE", help="A picture that k2 made, or its record; from here, or in --project."),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
 OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -27,19 +27,21 @@ CELL = (8, 16)  # pixels of a cell, where the terminal does not say
 PATIENCE = 0.2  # seconds for a terminal to answer what it can do
 
 
-def preview(path: Path) -> None:
-    """Print a picture where standard output is a terminal that can show one; else, and for what is none, nothing."""
+def preview(paths: Sequence[Path]) -> None:
+    """Print pictures, side by side, where standard output is a terminal that can show one; else, and for what is none,
+    nothing."""
     if not sys.stdout.isatty():
         return
     way = choose(os.environ, draws_sixels)
     if way == "off":
         return
-    with suppress(Exception):  # Pillow raises anything over a broken file
-        with picture_file.opened(path) as image:
-            if image.width * image.height > picture_file.MOST_PIXELS:
-                return
-            drawn = draw(image.convert("RGB"), way, os.environ)
-        sys.stdout.write(drawn + "\n")
+    images = []
+    for path in paths:
+        with suppress(Exception), picture_file.opened(path) as image:  # Pillow raises anything over a broken file
+            if image.width * image.height <= picture_file.MOST_PIXELS:
+                images.append(image.convert("RGB"))
+    if images:
+        sys.stdout.write(draw(beside(images), way, os.environ, len(images)) + "\n")
         sys.stdout.flush()
 
 
@@ -85,10 +87,23 @@ def draws_sixels() -> bool:
     return found is not None and b"4" in found[1].split(b";")
 
 
-def draw(image: Image.Image, way: str, environ: Mapping[str, str]) -> str:
-    """The picture as the characters that draw it, in at most WIDEST x TALLEST cells."""
+def beside(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row, as high as the first, with a little black between them."""
+    height = images[0].height
+    scaled = [image.resize((max(round(image.width * height / image.height), 1), height)) for image in images]
+    gap = height // TALLEST
+    row = Image.new("RGB", (sum(image.width + gap for image in scaled) - gap, height))
+    left = 0
+    for image in scaled:
+        row.paste(image, (left, 0))
+        left += image.width + gap
+    return row
+
+
+def draw(image: Image.Image, way: str, environ: Mapping[str, str], count: int = 1) -> str:
+    """The picture, or so many in a row, as the characters that draw it, in at most WIDEST x TALLEST cells each."""
     columns, lines = shutil.get_terminal_size()
-    across, down = cells(image.size, min(WIDEST, columns - 1), min(TALLEST, max(lines - 4, 4)))
+    across, down = cells(image.size, min(WIDEST * count, columns - 1), min(TALLEST, max(lines - 4, 4)))
     if way == "blocks":
         return blocks(image.resize((across, 2 * down)), environ.get("COLORTERM", "") in ("truecolor", "24bit"))
     width, height = cell_size()

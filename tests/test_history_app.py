@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, many_pictures
+from PIL import Image
 
 from k2cli import history_app
 from k2cli.options import to_json
@@ -153,6 +154,74 @@ def test_a_record_as_json_is_what_its_render_printed(moody, k2, asked):
     assert objects(k2("log", "--json").stdout) == objects(rendered)
     first = objects(rendered)[0]
     assert {"file": first["file"], **json.loads(k2("show", first["file"], "--json").stdout)} == first
+
+
+def test_of_several_pictures_what_is_different_is_shown(moody, k2):
+    """A fact a line, a picture a column, and nothing that they have in common."""
+    (moody / "styles").mkdir()
+    (moody / "refs").mkdir()
+    reference = moody / "refs" / "night.png"
+    Image.new("RGB", (64, 64), "navy").save(reference)
+    (moody / "styles" / "night.toml").write_text('[[reference]]\nimage = "refs/night.png"\n')
+    plain = k2("render", "--only", "fox").stdout.strip()
+    worn = k2("render", "--only", "fox", "--style", "night=0.5", "--steps", "3").stdout.strip()
+    stronger = k2("render", "--only", "fox", "--style", "night=0.9", "--steps", "3").stdout.strip()
+    Image.new("RGB", (64, 64), "black").save(reference)
+    other = k2("render", "--only", "fox", "--style", "night=0.9", "--steps", "3").stdout.strip()
+
+    def rows(*files):
+        return [line.split("\t") for line in k2("show", *files).stdout.splitlines()]
+
+    head, *facts = rows(plain, worn)
+    assert head == ["", plain, worn]  # both are called alike
+    assert {name for name, *_ in facts} == {"steps", "style night", "file refs/night.png"}
+    assert ["style night", "", "0.5, auto"] in facts
+    assert rows(worn, stronger)[1:] == [["style night", "0.5, auto", "0.9, auto"]]
+    ((name, *hashes),) = rows(stronger, other)[1:]
+    assert name == "file refs/night.png" and len({*hashes}) == 2
+
+
+def test_pictures_that_were_made_alike(moody, k2):
+    first, second = (k2("render", "--only", "fox").stdout.strip() for _ in range(2))
+    made = k2("show", first, second)
+
+    assert len(made.stdout.splitlines()) == 1
+    assert made.stderr == "Nothing that they were made by is different, nor are their pixels.\n"
+    record = Path(second).with_suffix(".toml")
+    changed = re.sub(r'pixels = "\w+"', f'pixels = "{"ab" * 32}"', record.read_text())
+    record.write_text(changed)
+    assert "and yet their pixels are" in k2("show", first, record).stderr
+    record.write_text(Path(first).with_suffix(".toml").read_text().replace("seed = 7", "seed = 8"))
+    made = k2("show", first, record)
+    assert made.stdout.splitlines()[1:] == ["seed\t7\t8"] and made.stderr == "Their pixels are the same.\n"
+
+
+def test_of_all_that_lies_in_a_run_the_sheet_is_left_out(moody, k2):
+    k2("render")
+    run = moody / "outputs" / "0001-fox-and-1-more"
+    pictures = sorted(run.glob("*.png"))
+
+    assert len(pictures) == 3
+    assert k2("show", *pictures).stdout.splitlines()[0] == "\tan-owl-at-night-7.png\tfox-7.png"
+    shown = [json.loads(line) for line in k2("show", *pictures, "--json").stdout.splitlines()]
+    assert [table["prompt"]["name"] for table in shown] == ["an-owl-at-night", "fox"]
+    assert "carries no record" in k2("show", run / "sheet.png", run / "sheet.png", code=1).stderr
+
+
+def test_what_is_different_is_a_table_on_a_terminal(moody, k2, monkeypatch, capsys):
+    made = [k2("render", "-p", "an owl " * 20, "--seed", seed).stdout.strip() for seed in ("3", "4")]
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("k2cli.preview.preview", lambda paths: print(*paths))
+
+    history_app.show([*map(Path, made)])
+
+    pictures, *table = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    assert pictures.split() == made
+    assert max(map(len, table)) <= 60 and table[-1].split() == ["seed", "3", "4"]
+    left, right = table[-1].index("3"), table[-1].index("4")
+    heads = ["".join(line[start:end].strip() for line in table[:-1]) for start, end in ((left, right), (right, None))]
+    assert heads == [Path(each).name for each in made]  # whole, on as many lines as it takes
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -311,7 +380,7 @@ def test_k2_alone_imports_no_network(moody, k2, fake):
     k2("render")
     code = """if True:
         import sys
-        from k2cli.history_app import where_am_i
+        from k2cli.here import where_am_i
         assert "0001-fox-and-1-more has 1 of 2 pictures" in where_am_i()
         heavy = {"torch", "transformers"} & set(sys.modules)
         sys.exit(f"imported: {heavy}" if heavy else 0)

@@ -67,6 +67,18 @@ def test_kitty_gets_the_picture_in_pieces(monkeypatch):
         assert columns == 2 * lines and image.size == (columns * preview.CELL[0], lines * preview.CELL[1])
 
 
+def test_several_pictures_stand_side_by_side_and_as_high_as_each_other(monkeypatch):
+    monkeypatch.setattr(preview.shutil, "get_terminal_size", lambda: (200, 50))
+    row = preview.beside([Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 128), "blue")])
+    gap = 64 // preview.TALLEST
+
+    assert row.size == (64 + gap + 32, 64)
+    assert [row.getpixel((x, 32)) for x in (63, 64, 64 + gap)] == [(255, 0, 0), (0, 0, 0), (0, 0, 255)]
+    lines = preview.draw(row, "blocks", {}, 2).splitlines()
+    assert len(lines) == preview.TALLEST  # as each of them would have
+    assert lines[0].count("▀") > preview.WIDEST
+
+
 def test_iterm2_gets_a_file():
     about, data = re.fullmatch(r"\x1b\]1337;File=([^:]*):(.*)\a", preview.draw(PICTURE, "iterm2", {})).groups()
 
@@ -178,7 +190,7 @@ def test_a_picture_is_drawn_however_it_is_called(moody, k2, name):
 )
 def test_a_real_terminal_is_asked(tmp_path, monkeypatch, answer, drawn):
     PICTURE.save(tmp_path / "x.png")
-    code = "from pathlib import Path; from k2cli.preview import preview; preview(Path('x.png')); print('after')"
+    code = "from pathlib import Path; from k2cli.preview import preview; preview([Path('x.png')]); print('after')"
     environ = {"TERM": "xterm-256color", "TERM_PROGRAM": "", "LC_TERMINAL": "", "NO_COLOR": "", "K2_PREVIEW": ""}
     for key in ("TMUX", "KITTY_WINDOW_ID"):
         monkeypatch.delenv(key, raising=False)

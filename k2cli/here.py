@@ -1,0 +1,96 @@
+"""`k2` alone, inside a project: where you are, and what to do next."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from shlex import quote
+
+from k2cli import history
+from k2cli.console import aligned, harmless
+from k2cli.outputs import RUN, SHEET, Run
+from k2cli.project import MOST_PLAN, Project
+from k2cli.prompts import name_files
+from k2cli.tables import listed
+from model.errors import count_of
+from model.headers import open_file
+
+PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
+
+
+def where_am_i() -> str:
+    """The project around the current folder in a few lines, and what to do next; empty where there is none.
+
+    Raises K2Error where its k2.toml cannot be read.
+    """
+    project = Project.around(Path.cwd())
+    if project is None:
+        return ""
+    names = [name for _, name in name_files(project.prompts)]
+    runs = history.runs_of(project.outputs)
+    newest = next((made[-1] for run in reversed(runs) if (made := history.read_run(run))), None)
+    last = Run.last(project.outputs)
+    # what a run with a sheet lacks was deleted since
+    done, planned = progress(last) if last and last.folder in runs and not last[SHEET].exists() else (0, 0)
+    when = f", the last {newest.run}, {ago(newest.created, datetime.now(UTC))}" if newest else ""
+    facts = [
+        ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
+        ("  styles", listed(styles_worn(project)) or "none"),
+        ("  model", f"{project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt"),
+        ("  runs", f"{len(runs) or 'none yet'}{when}"),
+    ]
+    steps = {}
+    if last and done < planned:
+        there = f"{last.folder.name} has {done} of {count_of(planned, 'picture')}"
+        if last.busy:
+            there += " and is being rendered"
+        else:
+            steps["k2 render --resume"] = "make the rest"
+        facts.append(("  runs", there))
+    steps |= {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
+    if newest:
+        shown = newest.path.relative_to(project.root) if Path.cwd() == project.root else newest.path
+        steps |= {
+            f"k2 show {quote(str(shown))}": "what it was made from",
+            "k2 log": "all that was made",
+            "k2 gallery": "a page of it for the browser",
+        }
+    else:
+        steps |= {"k2 render --dry-run": "what would be made"}
+    steps |= {"k2 --help": "everything else"}
+    told = aligned([(f"  {step}", what) for step, what in steps.items()], 4 + max(map(len, steps)))
+    return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12)}\n\n{told}")
+
+
+def styles_worn(project: Project) -> list[str]:
+    """The project's styles: with their weights, those of single prompts, and those that are off."""
+    weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
+    of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
+    worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
+    unused = (name for name in project.styles.known if not project.weights.get(name) and name not in worn)
+    return [*weights, *worn.values(), *(f"{name} (off)" for name in unused)]
+
+
+def progress(run: Run) -> tuple[int, int]:
+    """How many of a run's pictures are made, and how many are planned; 0 of 0 where its plan cannot be read.
+
+    A plan may be megabytes long: the names are looked for, and the rest is not parsed.
+    """
+    try:
+        with open_file(run[RUN]) as file:
+            stems = [stem.decode() for stem in PLANNED.findall(file.read(MOST_PLAN))]
+        return sum(map(run.has, stems)), len(stems)
+    except (OSError, ValueError):
+        return 0, 0
+
+
+def ago(moment: datetime | None, now: datetime) -> str:
+    """ "5 minutes ago"."""
+    if moment is None:
+        return "some time ago"
+    seconds = int((now - moment).total_seconds())
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return f"{count_of(seconds // length, unit)} ago"
+    return "just now"
