@@ -366,7 +366,8 @@ def render(
     if like is not None:
         example, said = Example.read(like, opened[0]), settings | (dict(compared[0].axes) if compared else {})
         own = prompts is None and not only and not stream
-        opened = [example.within(opened[0], said, own_prompt=own)]
+        alike, weights = example.within(opened[0], said, weights, own_prompt=own)
+        opened = [alike]
         prompts = [example.prompt()] if own else prompts
     if moodboard is not None:
         opened = [each.with_board(moodboard) for each in opened]

@@ -23,7 +23,7 @@ from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
 from k2cli.records import portable, request
 from k2cli.runs import Hire, Job, Saved, SheetForm, render
-from k2cli.settings import Settings
+from k2cli.settings import NONE, Settings
 from k2cli.tables import listed
 from model.errors import K2Error, count_of
 from model.picture_file import passed_over
@@ -52,7 +52,8 @@ def plan_project(
     if not quiet and (names := project.uncompared(prompts, matrices)):
         say(f"{project.name}: no [[matrix]] is about {listed(names)}.", "yellow")
     if not quiet and not any(shot.spec.init_image for shot in shots):
-        said = [vars(settings), *of_prompts, *(matrix.axes for matrix in matrices)]
+        theirs = of_prompts if settings.init_image != NONE else ()
+        said = [vars(settings), *theirs, *(matrix.axes for matrix in matrices)]
         if any(each.get("denoise") is not None for each in said):
             say("Nothing begins with a picture, so that denoise changes nothing.", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from k2cli import moodboard, records
@@ -13,7 +14,6 @@ from k2cli.origins import own_phrases
 from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
-from k2cli.tables import nearest
 from model.errors import K2Error
 from model.spec import Leader
 
@@ -63,10 +63,14 @@ class Example:
         spec = self.record.shot.spec
         return spec.leader or Leader(spec.prompt, spec.seed, spec.negative)
 
-    def within(self, project: Project, said: Mapping[str, Any], *, own_prompt: bool) -> Project:
-        """Its project with its settings and styles in the place of the project's own. Raises K2Error.
+    def within(
+        self, project: Project, said: Mapping[str, Any], styles: Mapping[str, float], *, own_prompt: bool
+    ) -> tuple[Project, dict[str, float]]:
+        """Its project with its settings and styles in the place of the project's own, and the styles that the command
+        line has something left to say of. Raises K2Error.
 
         said        settings of the command line, which go before, and what a matrix compares
+        styles      weights of the command line, which go before; a style that is gone may be left out by it
         own_prompt  its prompt is rendered: with the seeds after its own, where none are said
         """
         spec = self.record.shot.spec
@@ -75,17 +79,20 @@ class Example:
             settings["seed"] = spec.seed + 1
         weights = {style.name: style.strength for style in spec.styles}
         strength = weights.pop(moodboard.NAME, 0.0)
-        for name in weights:
-            if name not in project.styles.known:
+        gone = [name for name in weights if name not in project.styles.known]
+        for name in gone:
+            if styles.get(name) != 0:
                 raise K2Error(
                     f'{OPTION}: {project.name} has no style "{name}" any more.',
-                    hint=nearest(name, project.styles.known),
+                    hint=f"Make it, or leave it out: --style {quote(name)}=0",
                 )
+        weights = {name: weight for name, weight in weights.items() if name not in gone}
         if strength or project.board:
             project = project.with_board(strength)
-        return replace(
+        project = replace(
             project,
             settings=project.settings.over(settings, dict.fromkeys(settings, OPTION)),
             weights=weights,
             leader=self.leader(),
         )
+        return project, {name: weight for name, weight in styles.items() if name not in gone}

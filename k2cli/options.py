@@ -114,7 +114,7 @@ StyleGuidanceOption = Annotated[
 ]
 InitImageOption = Annotated[
     Path | None,
-    typer.Option("--init-image", metavar="PICTURE", help="Begin with this picture, in the place of noise."),
+    typer.Option("--init-image", metavar="PICTURE", help="Begin with this picture, or with none."),
 ]
 DenoiseOption = Annotated[
     float | None, typer.Option("--denoise", metavar="D", help="How much of it is made anew, up to 1: all.")

@@ -18,7 +18,7 @@ from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.pictures import check_picture, is_dark, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
-from k2cli.settings import HOMES, OF_PICTURE, Settings, check_frame
+from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame
 from k2cli.styles import Styles, words
 from k2cli.tables import (
     Place,
@@ -176,7 +176,7 @@ class Project(Folder):
     def picture(self, said: str, where: str) -> tuple[Path, Sides]:
         """A picture by its path, of the project, or of the shell if that names it, and its sides. Raises K2Error."""
         if not said:
-            raise K2Error(f"{where} names no picture.", hint="Name one, or leave it out.")
+            raise K2Error(f"{where} names no picture.", hint='Name one, or "none".')
         shells = where in (INIT_OPTION, MASK_OPTION)
         path = Path(os.path.realpath(said)) if shells else self.inside(said, where)
         if shells and not path.exists():
@@ -292,11 +292,11 @@ class Project(Folder):
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         begun, sides = None, None
-        if settings.init_image is not None:
+        if settings.init_image not in (None, NONE):
             begun, sides = self.pictures(settings.init_image, where("init_image"))
         width, height = settings.pixels(where, grid, sides)
         mask = None
-        if settings.mask is not None:
+        if settings.mask not in (None, NONE):
             mask = self.mask(settings.mask, where("mask"), (width, height), sides)
         seed, batch = settings.seed, settings.batch
         if seed + batch > 2**63:

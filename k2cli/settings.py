@@ -16,6 +16,7 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, SAMPLERS, TILES
 
 SCOPES = ("prompt", "run")
+NONE = "none"  # in the place of a picture: there is to be none, whatever was said before
 OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
     *("batch", "seed", "size", "aspect", "resolution"),
     *("steps", "guidance", "creativity"),
@@ -75,6 +76,8 @@ class Settings:
             said = {"aspect": None, "resolution": None, **said}
         elif "aspect" in said or "resolution" in said:
             said = {"size": None, **said}
+        if said.get("init_image") == NONE:  # there is nothing left to be kept, in part or in a mask's place
+            said = {"denoise": None, "mask": None, **said}
         return replace(self, **said, elsewhere={**self.elsewhere, **where})
 
     def held(self) -> models.Held:

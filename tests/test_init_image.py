@@ -418,6 +418,7 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
         (("--only", "fox", "--mask", "96x64"), '"96x64" is no region'),
         (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),
         (("--only", "fox", "--mask", ""), "--mask names no picture"),
+        (("--only", "fox", "--mask", "none", "--init-image", ""), "--init-image: . is not a picture"),
         (("--only", "fox", "--mask", "refs/dark.png"), "nothing in refs/dark.png is white"),
         (("--only", "fox", "--mask", "refs/square.png"), "has not the shape of its init_image"),
     ],
@@ -427,6 +428,23 @@ def test_a_mask_lies_on_its_picture(begun, k2, options, message):
     masked(begun / "refs" / "dark.png", (0, 0, 0, 0), (300, 200))
     assert message in k2("render", *options, code=2).stderr
     assert not (begun / "outputs").exists()
+
+
+def test_none_is_none_whatever_was_said_before(begun, k2):
+    """And what hung on the picture goes with it; what was said of no picture is still told to change nothing."""
+    text = (begun / "k2.toml").read_text().replace('name = "fox"\n', 'name = "fox"\ndenoise = 0.3\nmask = "8x8+0+0"\n')
+    (begun / "k2.toml").write_text(text.replace("[render]", '[render]\ninit_image = "refs/wide.png"'))
+    fox, owl = plan(k2)
+    assert fox["init_image"] == owl["init_image"] != None and fox["mask"]  # noqa: E711
+    assert plan(k2, "--mask", "none")[0]["mask"] is None
+    for each in plan(k2, "--init-image", "none"):
+        assert (each["init_image"], each["mask"], each["settings"]["denoise"]) == (None, None, None)
+        assert (each["settings"]["width"], each["settings"]["height"]) == (128, 128)
+    told = k2("render", "--init-image", "none", "--dry-run").stderr
+    assert "denoise" not in told
+    assert "denoise changes nothing" in k2("render", "--init-image", "none", "--denoise", "0.5", "--dry-run").stderr
+    (begun / "k2.toml").write_text(text.replace('init_image = "refs/wide.png"', 'init_image = "none"'))
+    assert "no init_image to be masked" in k2("render", "--only", "fox", code=1).stderr
 
 
 def test_mixes_are_seen_on_one_picture(begun, k2):

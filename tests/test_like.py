@@ -125,7 +125,10 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     assert "no none.png" in k2("render", "--like", "none.png", code=1).stderr
     (dusky / "styles" / "dusk.toml").unlink()
     gone = k2("render", "--like", made, code=2).stderr
-    assert 'moody has no style "dusk" any more' in gone and "ink" in gone
+    assert 'moody has no style "dusk" any more' in gone and "leave it out: --style dusk=0" in gone
+    (without,) = plan(k2, "--like", made, "--batch", "1", "--style", "dusk=0", "--style", "ink=0.5")
+    assert [(style["name"], style["strength"]) for style in without["style"]] == [("ink", 0.5)]
+    assert 'no style "dsk"' in k2("render", "--like", made, "--style", "dusk=0", "--style", "dsk=0", code=2).stderr
     assert "no other setting goes with it" in k2("render", "--resume", "--like", made, code=2).stderr
     shutil.copytree(dusky, tmp_path / "other")
     assert "of one project" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
