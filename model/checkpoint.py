@@ -19,11 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.blockwise import in_blocks, padded
 from model.eight_bit import formats
 from model.errors import K2Error
 from model.gguf_file import GGUFTensors
 from model.headers import AGAIN, read_header, read_json, shards, some
-from model.marks import PASSENGERS, SUFFIX, Mark, rotation, table_of, unreadable, weight_of
+from model.marks import (
+    BLOCKS,
+    PASSENGERS,
+    SECOND,
+    SUFFIX,
+    Mark,
+    blocks_of,
+    rotation,
+    shape_of,
+    table_of,
+    unreadable,
+    weight_of,
+)
 from model.quantize import FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of, to_rows
 from model.whole import whole
 
@@ -37,13 +50,15 @@ NUMBERS = {  # safetensors' names of number formats
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
+SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # of blocks
 WIDE = ("F64", "F32", "F16", "BF16")
 WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights they are the bits of something else
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: in which file, under which name, in what shape and number format (the file's own word)."""
+    """Where a tensor lies: in which file, under which name, in what number format (the file's own word), and the shape
+    of its numbers, however many of them share a byte."""
 
     path: Path
     name: str
@@ -93,7 +108,11 @@ class Checkpoint:
             name = order[index]
             scale = scale_of(name, self.tensors)
             tensor = files.get(self.tensors[name], rooms[index % 2] if name in passing else None)
-            return tensor, None if scale is None else files.get(self.tensors[scale])
+            factor = None if scale is None else files.get(self.tensors[scale])
+            if factor is None or not (kind := blocks_of(self.tensors[name].marks)):
+                return tensor, factor
+            whole = self.tensors.get(name + SECOND)
+            return in_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
 
         where = "cpu" if torch.device(device).type == "mps" else str(device)  # Metal knows no 8-bit floats
         with Opened(where) as files, ThreadPoolExecutor(1, "weights") as reader:
@@ -225,7 +244,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     about = header.pop("__metadata__", {})
     marks = marks_of(path, header, about.get("_quantization_metadata"))
     tensors = {
-        name: Stored(path, name, tuple(entry["shape"]), entry["dtype"], tuple(marks.pop(name, ())))
+        name: Stored(path, name, shape_of(name, header), entry["dtype"], tuple(marks.pop(name, ())))
         for name, entry in header.items()
     }
     astray = tuple(mark for name, those in marks.items() if not name.startswith(PASSENGERS) for mark in those)
@@ -330,15 +349,22 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
         formats.add(unreadable(stored.marks, stored.dtype, stored.shape))
+        if kind := blocks_of(stored.marks):
+            factor = checkpoint.tensors[scale] if scale else None
+            formats.add(lacking(kind, stored, factor, checkpoint.tensors.get(name + SECOND)))
+            continue
         if scale and prod(checkpoint.tensors[scale].shape) not in (1, *stored.shape[:1]):
             formats.add(f"{stored.dtype} with scales of {list(checkpoint.tensors[scale].shape)}")
         if not scale and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
-        if stored.dtype in WHOLE and name.endswith(".weight"):
+        if name + SECOND in checkpoint.tensors:
+            formats.add(f'{stored.dtype} with "weight{SECOND}" beside it, and no mark of what that is')
+        elif stored.dtype in WHOLE and name.endswith(".weight"):
             formats.add(f"{stored.dtype}, as numbers of another kind")
         if FOREIGN_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
-        stem = next((name.removesuffix(suffix) for suffix in SCALE_SUFFIXES if name.endswith(suffix)), None)
+        ends = (*SCALE_SUFFIXES, f".weight{SECOND}")
+        stem = next((name.removesuffix(suffix) for suffix in ends if name.endswith(suffix)), None)
         if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
             formats.add("scales without their weights")
     formats.discard("")
@@ -347,3 +373,18 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds weights stored as {some(sorted(formats))}, which k2 does not read.",
             hint=PLAINER,
         )
+
+
+def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | None) -> str:
+    """What a matrix that is scaled in blocks lacks to be read, or has instead; empty where nothing is wrong."""
+    rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
+    if not numbers or numbers % BLOCKS[kind]:
+        return f"{kind} of the shape {list(stored.shape)}"
+    if (kind == "nvfp4") != (whole is not None):
+        return f"{kind} with{'out' if whole is None else ''} a scale of the whole matrix"
+    if whole is not None and (whole.dtype, prod(whole.shape)) != ("F32", 1):
+        return f"{kind} with {whole.dtype} {list(whole.shape)} as the scale of the whole matrix"
+    if scale is None:
+        return f"{kind} without scales"
+    right = scale.dtype in SCALES[kind] and prod(scale.shape) == prod(padded(rows, numbers // BLOCKS[kind]))
+    return "" if right else f"{kind} with scales of {scale.dtype} {list(scale.shape)}"

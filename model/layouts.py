@@ -19,7 +19,7 @@ from model.checkpoint import AGAIN, Checkpoint, Stored, load, open_checkpoint, r
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
-from model.marks import PASSENGERS, PREFIXES, rotation
+from model.marks import PASSENGERS, PREFIXES, SECOND, blocks_of, rotation
 from model.quantize import SCALE_SUFFIXES
 from model.stream import stream
 
@@ -108,7 +108,9 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
-        back |= {other + end: ours + end for end in SCALE_SUFFIXES for other, ours in stems.items()}
+        back |= {
+            other + end: ours + end for end in (*SCALE_SUFFIXES, f".weight{SECOND}") for other, ours in stems.items()
+        }
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native), layout="diffusers")
     what = next(
@@ -222,6 +224,6 @@ def load_dit(
 def stored_precision(checkpoint: Checkpoint) -> str | None:
     """The 8-bit precision in which the blocks' matrices lie in the file, if it is one that they can be held in."""
     matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
-    if matrix is None or rotation(matrix.marks):
+    if matrix is None or rotation(matrix.marks) or blocks_of(matrix.marks):
         return None
     return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype)

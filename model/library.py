@@ -19,6 +19,7 @@ from typing import Any
 
 from model.errors import K2Error
 from model.headers import read_header
+from model.marks import SECOND, shape_of
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -318,17 +319,18 @@ def describe(path: Path) -> dict[str, Any]:
     """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
     header = read_header(path)
     about = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
-    beside = ("_scale", ".scale_weight", ".comfy_quant")
-    tensors = {name: entry for name, entry in header.items() if not name.endswith(beside)}
+    beside = ("_scale", ".scale_weight", ".comfy_quant", SECOND)
+    shapes = {name: shape for name, shape in shapes_of(header).items() if not name.endswith(beside)}
     precision: dict[str, int] = {}
-    for entry in tensors.values():
-        precision[entry["dtype"]] = precision.get(entry["dtype"], 0) + prod(entry["shape"])
-    layout, shape = dit_shape(shapes_of(tensors))
+    for name, shape in shapes.items():
+        number = "NVFP4" if name + SECOND in header else header[name]["dtype"]
+        precision[number] = precision.get(number, 0) + prod(shape)
+    layout, main = dit_shape(shapes)
     found = {
         "layout": layout,
         "precision": {name: precision[name] for name in sorted(precision, key=lambda name: -precision[name])},
         "parameters": sum(precision.values()),
-        "shape": shape,
+        "shape": main,
     }
     return {key: value for key, value in found.items() if value} | about
 
@@ -368,4 +370,4 @@ def is_release(path: Path) -> bool:
 
 
 def shapes_of(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: shape_of(name, header) for name in header if name != "__metadata__"}

@@ -2,7 +2,7 @@
 
 A mark is a tensor `LAYER.comfy_quant` beside the weight, or stands in the file's metadata; some files have both. Most
 name a number format, whose numbers times a scale are the weight. int8 may also have been *rotated* ("ConvRot", as
-comfy-kitchen defines it): see `model/quantize.py`.
+comfy-kitchen defines it): see `model/quantize.py`. Other formats scale blocks of a row: see `model/blockwise.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.
 SUFFIX = ".comfy_quant"
 
 PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
+BLOCKS = {"nvfp4": 16, "mxfp8": 32}  # formats of one scale for so many numbers of a row
+STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3"}  # the file's word for their numbers
+SECOND = "_scale_2"  # behind a weight's name: NVFP4's other scale, of the whole matrix
 HARMLESS = {  # told by scales and shapes as well, or of before
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape",
 }  # fmt: skip
@@ -49,17 +52,39 @@ def rotation(marks: Sequence[Mark]) -> int:
         return 0
 
 
+def blocks_of(marks: Sequence[Mark]) -> str:
+    """The format of a weight that is scaled in blocks; empty for any other.
+
+    marks: as of `rotation`.
+    """
+    try:
+        return next((kind for kind in BLOCKS if marks and terms(marks[0])["format"] == kind), "")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return ""
+
+
+def shape_of(name: str, header: Mapping[str, Any]) -> tuple[int, ...]:
+    """A tensor's shape as the network has it: NVFP4 keeps two numbers in a byte."""
+    shape = tuple(header[name]["shape"])
+    packed = header[name]["dtype"] == "U8" and name + SECOND in header and len(shape) == 2
+    return (shape[0], 2 * shape[1]) if packed else shape
+
+
 def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
     """What is strange in the marks of a weight; empty where `model/quantize.py` can restore it.
 
-    Others pack two numbers into a byte, scale in blocks, or rotate in ways of their own.
+    Others scale in blocks of their own, or rotate in their own ways.
     """
     try:
         found = [terms(mark) for mark in marks]
         for how in found:
             extra = sorted(name for name, value in how.items() if name not in HARMLESS | TURNED and value)
-            if how["format"] not in PLAIN or extra:
+            if how["format"] not in PLAIN | BLOCKS.keys() or extra:
                 return " with ".join([str(how["format"]), *extra[:1]])
+        formats = {how["format"] for how in found}
+        blocks = formats & BLOCKS.keys()
+        if blocks and (len(formats) > 1 or dtype != STORED_AS[min(blocks)]):
+            return f"{dtype} with marks of {' and '.join(sorted(formats))}"
         groups = {group_of(how) for how in found}
         if len(groups) > 1:
             return f"{found[0]['format']} with marks that contradict each other"

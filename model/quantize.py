@@ -14,12 +14,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from model.marks import SECOND
+
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # ours and most others'; some of ComfyUI's
 NOT_WEIGHTS = re.compile(
     r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$"
 )  # what 8-bit files add for their own kernels
-FOREIGN_SCALES = re.compile(  # of 8-bit weights that a number times one scale is not
-    r"\.(weight_scale_inv|weight_scale_\d+|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+FOREIGN_SCALES = re.compile(  # of weights that a number times one scale is not
+    r"\.(weight_scale_inv|weight_scale_(?!2$)\d+|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
 )
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
@@ -58,15 +60,15 @@ def to_rows(matrix: Tensor, number: torch.dtype, scale: Tensor | None = None, gr
     """A matrix in 8 bits, a scale a row: matrix [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
 
     `scale` is that of a matrix which is stored in 8 bits; where those are the bits asked for they are kept as they are.
-    One that is rotated in groups is rotated back, and rounded a second time.
+    One that is rotated in groups is rotated back, and rounded a second time; so is one of a scale for each block.
     """
-    if scale is not None and matrix.dtype == number and not group:
+    if scale is not None and matrix.dtype == number and not group and scale.numel() in (1, len(matrix)):
         return matrix, scale.float().flatten().expand(len(matrix)).contiguous()
     rows, scales = torch.empty_like(matrix, dtype=number), matrix.new_empty(len(matrix), dtype=torch.float32)
     step = max(1, _AT_ONCE // matrix.shape[1])
     for start in range(0, len(matrix), step):
         part = slice(start, start + step)
-        stored = scale if scale is None or scale.numel() == 1 else scale.flatten()[part]
+        stored = scale if scale is None or scale.numel() == 1 else scale.reshape(len(matrix), -1)[part]
         rows[part], scales[part] = round_rows(restore(matrix[part], stored, torch.float32, group), number)
     return rows, scales
 
@@ -79,13 +81,15 @@ def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int = 0) -> Tensor:
-    """A stored tensor as floats; the scale holds one number, or one for each row.
+    """A stored tensor as floats; the scale holds one number, or one for each row, or for each block of every row.
 
     group: of how many numbers of a row were rotated together before they were rounded; 0 where none were.
     """
     if scale is None:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
-    wide = tensor.float() * scale.float().view(-1, *[1] * (tensor.ndim - 1))
+    rows = 1 if scale.numel() == 1 else len(tensor)
+    blocks = scale.float().reshape(rows, -1, 1)
+    wide = (tensor.float().reshape(rows, blocks.shape[1], -1) * blocks).view(tensor.shape)
     return (rotate(wide, group) if group else wide).to(dtype)
 
 
@@ -117,5 +121,5 @@ def scale_of(name: str, names: Mapping[str, object]) -> str | None:
 
 
 def is_auxiliary(name: str) -> bool:
-    """Whether a stored tensor is no weight of the network but something that 8-bit storage added."""
-    return name.endswith(SCALE_SUFFIXES) or NOT_WEIGHTS.search(name) is not None
+    """Whether a stored tensor is no weight of the network but something that storage in few bits added."""
+    return name.endswith((*SCALE_SUFFIXES, SECOND)) or NOT_WEIGHTS.search(name) is not None

@@ -1,0 +1,56 @@
+"""Matrices whose rows are scaled in blocks, as ComfyUI stores them (comfy-kitchen): NVFP4 and MXFP8.
+
+NVFP4: numbers of 4 bits (e2m1), two a byte and the higher half first; a scale in e4m3 for every 16 of a row, and one in
+fp32 for all. MXFP8: numbers in e4m3, and a power of 2 (e8m0) for every 32. Scales lie in the order that cuBLAS wants
+("1D Block Scaling Factors Layout" of its documentation): tiles of 128 rows by 4 blocks, in which the rows i, i + 32,
+i + 64 and i + 96 stand side by side; the last tiles are filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.marks import BLOCKS
+
+HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # e2m1, times 2
+TILE = (128, 4)  # rows and blocks
+STACKED = 32  # rows of a tile below one another
+AT_ONCE = 1 << 22  # bytes that are taken apart at once: the working copies stay small
+
+
+def in_blocks(kind: str, matrix: Tensor, scale: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A matrix as it is stored -> numbers [out, in], int8 or fp8, and fp32 scales [out, in / block].
+
+    whole: NVFP4's scale of the matrix.
+    """
+    numbers = from_halves(matrix) if kind == "nvfp4" else matrix
+    scales = in_order(scale, len(numbers), numbers.shape[1] // BLOCKS[kind])
+    if whole is None:
+        return numbers, scales.view(torch.float8_e8m0fnu).float()
+    return numbers, scales.float() * (whole.float() / 2)
+
+
+def from_halves(matrix: Tensor) -> Tensor:
+    """Bytes [out, in / 2] -> twice the numbers in them, int8 [out, in]."""
+    halves = HALVES.to(matrix.device)
+    numbers = torch.empty(*matrix.shape, 2, dtype=torch.int8, device=matrix.device)
+    step = max(AT_ONCE // matrix.shape[1], 1)
+    for start in range(0, len(matrix), step):
+        rows = matrix[start : start + step]
+        numbers[start : start + step] = halves[torch.stack([rows >> 4, rows & 15], -1).int()]
+    return numbers.view(len(matrix), -1)
+
+
+def in_order(scale: Tensor, rows: int, blocks: int) -> Tensor:
+    """Scales in cuBLAS's order -> [rows, blocks]."""
+    tiles = [whole // size for whole, size in zip(padded(rows, blocks), TILE, strict=True)]
+    stored = scale.view(*tiles, STACKED, TILE[0] // STACKED, TILE[1])
+    return stored.permute(0, 3, 2, 1, 4).reshape(tiles[0] * TILE[0], -1)[:rows, :blocks].contiguous()
+
+
+def padded(rows: int, blocks: int) -> Sequence[int]:
+    """How many rows and blocks have a scale: whole tiles of them."""
+    return [-(-count // size) * size for count, size in zip((rows, blocks), TILE, strict=True)]

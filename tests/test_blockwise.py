@@ -1,0 +1,205 @@
+"""NVFP4 and MXFP8 as ComfyUI's own library writes them, read back as it reads them itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy_kitchen.tensor as kitchen
+import pytest
+import torch
+from comfy_kitchen.float_utils import from_blocked, to_blocked
+from safetensors.torch import save_file
+from test_dit import inputs, random_model, relative_error
+from test_layouts import TINY, native, refused, velocity
+from test_marks import PREFIX, TEXT, assert_means, prefixed, raw, with_table
+from torch import Tensor
+
+from model import library
+from model.blockwise import in_blocks, in_order, padded
+from model.layouts import load_dit, stored_precision, to_diffusers
+
+LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
+KINDS = pytest.mark.parametrize("kind", LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return random_model(TINY).state_dict()
+
+
+def packed(kind: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What comfy-kitchen stores of a matrix, by the ends of its names, and what it stands for."""
+    layout = LAYOUTS[kind]
+    numbers, how = layout.quantize(matrix)
+    return layout.state_dict_tensors(numbers, how), layout.dequantize(numbers, how)
+
+
+def stored(kind: str, state: dict[str, Tensor], mark: object = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state dict as ComfyUI saves it, the blocks' matrices in few bits; and what it stands for."""
+    saved, means = dict(state), dict(state)
+    for name in [n for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2]:
+        ends, means[name] = packed(kind, state[name])
+        saved |= {name + end: tensor for end, tensor in ends.items()}
+        if mark is not False:
+            saved[name.removesuffix("weight") + "comfy_quant"] = raw(mark or {"format": kind})
+    return saved, means
+
+
+# ---- numbers and scales -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (16, 4), (128, 4), (130, 5), (300, 96), (33, 3)])
+def test_scales_are_put_in_order(rows, blocks):
+    scales = torch.randint(0, 255, (rows, blocks), dtype=torch.uint8)
+    swizzled = to_blocked(scales, flatten=False)
+
+    assert tuple(swizzled.shape) == tuple(padded(rows, blocks))
+    assert torch.equal(in_order(swizzled, rows, blocks), scales)
+    assert torch.equal(in_order(swizzled.flatten(), rows, blocks), from_blocked(swizzled, rows, blocks))
+
+
+@KINDS
+@pytest.mark.parametrize("shape", [(32, 32), (160, 96), (256, 1024)])
+def test_a_matrix_is_what_its_writer_reads(kind, shape):
+    ends, means = packed(kind, torch.randn(shape) * torch.logspace(-6, 2, shape[0])[:, None])
+    numbers, scales = in_blocks(kind, ends[""], ends["_scale"], ends.get("_scale_2"))
+
+    assert numbers.shape == shape and scales.dtype == torch.float32
+    assert torch.equal((numbers.float().view(*scales.shape, -1) * scales[..., None]).view(shape), means)
+
+
+def test_every_number_of_4_bits():
+    codes = torch.arange(16, dtype=torch.uint8).repeat_interleave(16) << 4 | torch.arange(16, dtype=torch.uint8).repeat(
+        16
+    )
+    scale = to_blocked(torch.ones(16, 2), flatten=False).to(torch.float8_e4m3fn)
+    numbers, scales = in_blocks("nvfp4", codes.view(16, 16), scale, torch.tensor(1.0))
+    ours = numbers.float() * scales.repeat_interleave(16, 1)
+
+    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    assert torch.equal(ours[0, 1::2], torch.cat([e2m1, -e2m1]))  # the lower half of a byte comes second
+    assert torch.equal(ours[:, 0], torch.cat([e2m1, -e2m1]))
+
+
+# ---- whole networks -----------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_network_is_the_weights_it_stands_for(tmp_path, state, kind):
+    saved, means = stored(kind, state)
+    loaded, checkpoint = load_dit(native(tmp_path, saved))
+
+    assert loaded.config == TINY and stored_precision(checkpoint) is None
+    assert_means(loaded, means)
+    whole = random_model(TINY)
+    assert 0 < relative_error(velocity(loaded), velocity(whole)) < (0.2 if kind == "nvfp4" else 0.05)
+
+
+@KINDS
+def test_where_marks_and_prefixes_stand(tmp_path, state, kind):
+    saved, means = stored(kind, state, mark=False)
+    layers = {name.removesuffix(".weight_scale") for name in saved if name.endswith(".weight_scale")}
+    marks = {PREFIX + layer: {"format": kind, "full_precision_matrix_mult": True} for layer in layers}
+    assert_means(load_dit(with_table(tmp_path, prefixed(saved), marks))[0], means)
+
+    beside = {f"{TEXT}.weight": torch.ones(8, 16, dtype=torch.uint8), f"{TEXT}.weight_scale_2": torch.ones(())}
+    whole, _ = stored(kind, state)
+    loaded, checkpoint = load_dit(native(tmp_path, prefixed(whole) | beside))
+    assert_means(loaded, means)
+    assert set(beside) <= set(checkpoint.unused)
+
+
+@KINDS
+def test_under_diffusers_names(tmp_path, state, kind):
+    saved, means = stored(kind, state)
+    back = {id(tensor): name for name, tensor in to_diffusers(state, TINY).items() if tensor.ndim == 2}
+    theirs = to_diffusers(state, TINY)
+    for name, tensor in state.items():
+        if name + "_scale" in saved:
+            other = back[id(tensor)].removesuffix("weight")
+            own = name.removesuffix("weight")
+            theirs |= {other + n.removeprefix(own): t for n, t in saved.items() if n.startswith(own)}
+    assert_means(load_dit(native(tmp_path, theirs))[0], means)
+
+
+@torch.no_grad()
+@KINDS
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_in_8_bits_it_is_rounded_anew(tmp_path, state, kind, precision):
+    """Numbers whose scales are those of blocks are not those of rows."""
+    saved, means = stored(kind, state)
+    loaded, _ = load_dit(native(tmp_path, saved), precision=precision)
+
+    layer, name = loaded.blocks[0].mlp.down, "blocks.0.mlp.down.weight"
+    back = layer.weight.float() * layer.weight_scale[:, None]
+    step = means[name].abs().amax(1, keepdim=True) / (127 if precision == "int8" else 14)
+    assert ((back - means[name]).abs() <= step * 0.5001).all()
+    given = inputs(TINY)
+    assert relative_error(loaded(*given), load_dit(native(tmp_path, saved))[0](*given)) < 0.08
+
+
+@KINDS
+def test_streamed(tmp_path, state, kind):
+    path = native(tmp_path, stored(kind, state)[0])
+    assert torch.equal(velocity(load_dit(path, streamed=True)[0]), velocity(load_dit(path)[0]))
+
+
+@KINDS
+def test_what_is_told_of_a_file_is_of_the_network(tmp_path, state, kind):
+    """Two numbers a byte make no narrower network: nor is one the less under its licence."""
+    plain, few = (library.describe(native(tmp_path, tensors)) for tensors in (state, stored(kind, state)[0]))
+
+    assert few["shape"] == plain["shape"] and few["parameters"] == plain["parameters"]
+    assert ("NVFP4" if kind == "nvfp4" else "F8_E4M3") in few["precision"]
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+ONE = "blocks.0.attn.wq."
+
+
+def changed(saved: dict[str, Tensor], **ends: object) -> dict[str, Tensor]:
+    """The same with other tensors of one layer; None takes one away."""
+    new = {ONE + end: tensor for end, tensor in ends.items()}
+    return {name: tensor for name, tensor in (saved | new).items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ({"comfy_quant": None}, 'U8 with "weight_scale_2" beside it'),  # other tools pack the other way round
+        ({"weight_scale": None}, "nvfp4 without scales"),
+        ({"weight_scale": torch.ones(256, 16)}, "nvfp4 with scales of F32"),
+        ({"weight_scale": torch.ones(128, 16).to(torch.float8_e4m3fn)}, "nvfp4 with scales of F8_E4M3 [128, 16]"),
+        ({"weight_scale_2": None}, "nvfp4 without a scale of the whole"),
+        ({"weight_scale_2": torch.ones(256)}, "nvfp4 with F32 [256] as the scale"),
+        ({"weight": torch.ones(256, 256).to(torch.float8_e4m3fn)}, "F8_E4M3 with marks of nvfp4"),
+        ({"comfy_quant": raw({"format": "mxfp8"})}, "U8 with marks of mxfp8"),
+        ({"comfy_quant": raw({"format": "nvfp4", "convrot": True})}, "rotated"),
+        ({"comfy_quant": raw({"format": "nvfp4", "hadamard": True})}, "nvfp4 with hadamard"),
+        ({"comfy_quant": raw({"format": ["nvfp4"]})}, "something unknown"),
+        ({"weight": None}, "without their weights"),
+    ],
+)
+def test_what_cannot_be_read_right(tmp_path, state, ends, said):
+    assert said in refused(native(tmp_path, changed(stored("nvfp4", state)[0], **ends)))
+
+
+def test_powers_of_2_are_kept_as_such(tmp_path, state):
+    saved, means = stored("mxfp8", state)
+    scale = saved[f"{ONE}weight_scale"]
+    assert_means(load_dit(native(tmp_path, changed(saved, weight_scale=scale.view(torch.uint8))))[0], means)
+    wide = changed(saved, weight_scale=scale.float())
+    assert "mxfp8 with scales of F32" in refused(native(tmp_path, wide))
+    assert "mxfp8 with a scale of the whole" in refused(native(tmp_path, changed(saved, weight_scale_2=torch.ones(()))))
+
+
+def test_marks_that_contradict_each_other(tmp_path: Path, state):
+    saved, _ = stored("nvfp4", state)
+    save_file(
+        saved,
+        tmp_path / "x.safetensors",
+        {"_quantization_metadata": json.dumps({"layers": {ONE[:-1]: {"format": "int8_tensorwise"}}})},
+    )
+    assert "U8 with marks of int8_tensorwise and nvfp4" in refused(tmp_path / "x.safetensors")
