@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from k2cli.complete import complete_model
-from k2cli.options import AcceptOption, Group, JsonOption, QuietOption, to_json
+from k2cli.options import AcceptOption, Group, JsonOption, PrecisionOption, QuietOption, to_json
 from model.errors import K2Error
 
 models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
@@ -119,24 +119,47 @@ def export(
             metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.", autocompletion=complete_model
         ),
     ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="The folder to make, for diffusers; or a .safetensors file.")
+    ],
     turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
+    precision: PrecisionOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model as a folder for diffusers.Krea2Pipeline.
+    """Write a model as a folder for diffusers, or its transformer as a file.
+
+    The folder opens in diffusers.Krea2Pipeline. The file is k2's own, in bf16, or rounded once for all to int8 or fp8:
+    half as large, and sooner read where memory is short.
 
     \b
-    Example:
+    Examples:
       k2 models export mini mini-diffusers
+      k2 models export krea-2-turbo turbo-int8.safetensors --precision int8
     """
     from k2cli import licence, models
     from k2cli.console import near, result
+    from k2cli.settings import check_setting
+    from model import library
 
     name, variant = models.resolve(model), "turbo" if turbo else None
-    if folder.exists():
-        raise K2Error(f"{folder} exists already.", hint="Choose another name.")
+    if target.exists():
+        raise K2Error(f"{target} exists already.", hint="Choose another name.")
+    file = target.suffix == ".safetensors"
+    if precision is not None and not file:
+        raise typer.BadParameter(
+            "a folder for diffusers holds bf16; name a .safetensors file", param_hint="--precision"
+        )
+    chosen = check_setting("precision", precision or "native", "--precision")
     licence.require_for(name, variant)
-    from model.pipeline import Pipeline
+    if file:
+        from model.compact import write_compact
 
-    Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(folder)
-    result(near(folder))
+        found = library.find(name, variant)
+        if found is None:
+            raise K2Error(f'"{name}" has no turbo checkpoint here.', hint="Leave --turbo out, or name another.")
+        write_compact(library.find_parts(found).dit, target, chosen, found.variant)
+    else:
+        from model.pipeline import Pipeline
+
+        Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(target)
+    result(near(target))

@@ -299,6 +299,15 @@ def load(
     Norm scales stay fp32, as the norms compute in it. Tensors to skip are compared and stay on meta. Raises K2Error
     that names what does not fit.
     """
+    check(model, checkpoint)
+    state = reader(model, checkpoint, device=device, dtype=dtype)(name for name in shapes_of(model) if not skip(name))
+    left = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
+    model.load_state_dict(state | left, strict=True, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def check(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Compare names and shapes, and how the tensors are stored. Raises K2Error that names what does not fit."""
     expected = shapes_of(model)
     refuse_unreadable(checkpoint)
     stored = {name: s.shape for name, s in checkpoint.tensors.items() if not is_auxiliary(name)}
@@ -315,10 +324,6 @@ def load(
     problems = [f"{len(names)} {what} ({some(names)})" for what, names in found.items() if names]
     if problems:
         raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=AGAIN)
-    state = reader(model, checkpoint, device=device, dtype=dtype)(name for name in expected if not skip(name))
-    left = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
-    model.load_state_dict(state | left, strict=True, assign=True)
-    model.requires_grad_(False).eval()
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,75 @@
+"""A transformer as one .safetensors file under native names, its blocks' matrices in 8 bits if that is asked for.
+
+They are rounded once, as they would be whenever weights of more bits are held in 8: what is read is half as much, and
+nothing is left to do. A tensor at a time is in memory, so that a file larger than the memory can be written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import NUMBERS, check, reader
+from model.eight_bit import NUMBERS as EIGHT_BITS
+from model.eight_bit import formats, shrink
+from model.errors import K2Error
+from model.layouts import open_dit
+from model.whole import whole
+
+WORDS = {number: word for word, number in NUMBERS.items()}
+ALIGNED = 64  # bytes that the tensors begin at a multiple of, so that they can be mapped
+
+
+def write_compact(source: Path, target: Path, precision: str, variant: str | None) -> None:
+    """Write a transformer of any layout that k2 reads, whole or not at all. Raises K2Error.
+
+    source     as of `open_dit`
+    precision  of the blocks' matrices: "int8", "fp8", or "native", which is bf16; all else is bf16, norm scales fp32
+    variant    raw or turbo, where the source does not say it itself
+    """
+    if target.exists():
+        raise K2Error(f"{target} exists already.", hint="Choose another name.")
+    model, checkpoint = open_dit(source)
+    check(model, checkpoint)
+    if precision != "native":
+        shrink(model.blocks, EIGHT_BITS[precision])
+    read = reader(model, checkpoint, device="cpu", dtype=torch.bfloat16)
+    about = {"kind": "dit", "config": asdict(model.config)} | ({"variant": variant} if variant else {})
+    header = header_of(model, about | checkpoint.metadata)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole(target) as draft, draft.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for tensor in tensors(model, read):
+                raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
+                file.write(memoryview(raw))  # type: ignore[arg-type]
+    except OSError as error:
+        raise K2Error(f"{target} cannot be written: {error.strerror or error}.") from None
+
+
+def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
+    """safetensors' header for what `tensors` yields, in its order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "k2": json.dumps(about, sort_keys=True)}}
+    eight, end = formats(model), 0
+    for name, tensor in model.state_dict().items():
+        exact = name.endswith((".scale", "_scale"))  # of norms, and of rows
+        number = eight.get(name, torch.float32 if exact else torch.bfloat16)
+        begin, end = end, end + tensor.numel() * number.itemsize
+        entries[name] = {"dtype": WORDS[number], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-(8 + len(text)) % ALIGNED)
+
+
+def tensors(model: nn.Module, read: Callable[[Iterable[str]], dict[str, Tensor]]) -> Iterator[Tensor]:
+    """What a network on the meta device holds, one after the other; a scale comes with its matrix."""
+    come: dict[str, Tensor] = {}
+    for name in model.state_dict():
+        if name not in come:
+            come |= read([name])
+        yield come.pop(name)
