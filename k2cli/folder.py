@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -57,11 +58,9 @@ class Folder:
         """A path of the project, absolute. Links count as where they lead."""
         full, asked = self.root / path, f"{where}: " if where else ""
         check_path(path, asked)
-        try:
-            leaves = not full.resolve().is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError):  # Python tells of links in a circle by the latter
-            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.") from None
-        if leaves and not self.allow_outside:
+        if in_circle(full):
+            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.")
+        if not self.allow_outside and not full.resolve().is_relative_to(self.root.resolve()):
             raise Outside(
                 f"{asked}{path} lies outside the project.",
                 hint="Copy it into the project, or allow it: --allow-outside",
@@ -110,6 +109,15 @@ def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:
             for part in moved:
                 os.replace(end / part, start / part)
             raise
+
+
+def in_circle(path: Path) -> bool:
+    """Whether links lead back to themselves on the way there: not every Python's `resolve` tells."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def root_above(folder: Path) -> Path | None:
