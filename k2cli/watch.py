@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -30,10 +31,14 @@ from k2cli.options import (
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from k2cli.project import Project
+    from k2cli.project import Project, Shot
     from k2cli.runs import Job, Saved
 
 EVERY = 0.4  # seconds between two looks at the files
+WEIGHTS = (".safetensors", ".gguf", ".json")  # and what says how a model is built
+GONE = (0, 0)  # the stamp of a file that was there
+
+Stamps = Mapping[str, tuple[int, int]]
 
 
 def watch(
@@ -71,11 +76,13 @@ def watch(
     check_options(settings)
     root = root_of(folder or project, allow_outside)
     made: set[str] = set()
+    before: Stamps = {}
     try:
         while True:
-            before = stamp(root)
+            before = stamp(root, before)
             try:
-                job, keys = look(find_project(root, allow_outside), only, settings, made)
+                job, keys, used = look(find_project(root, allow_outside), only, settings, made)
+                before = {**stamp_of(used), **before}
                 if job.shots:
                     saved = partial(note, made, keys)
                     carry_out([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
@@ -115,9 +122,9 @@ def root_of(folder: Path | None, allow_outside: bool) -> Path:
 
 def look(
     project: Project, only: list[str] | None, settings: Mapping[str, object], made: set[str]
-) -> tuple[Job, dict[str, str]]:
-    """The run of what is not made yet, and what each of its pictures, by its stem, is known by: all that goes into it,
-    hashed."""
+) -> tuple[Job, dict[str, str], set[Path]]:
+    """The run of what is not made yet; what each of its pictures, by its stem, is known by: all that goes into it,
+    hashed; and the files that the project's pictures are made of."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
@@ -129,7 +136,16 @@ def look(
     known = {key_of([held, shot.format, request(shot, project.root)]): shot for shot in shots}
     left = {key: shot for key, shot in known.items() if key not in made}
     keys = {shot.stem: key for key, shot in left.items()}
-    return plan_job(project, chosen, list(left.values()), compared=bool(matrices)), keys
+    return plan_job(project, chosen, list(left.values()), compared=bool(matrices)), keys, set(files_of(shots))
+
+
+def files_of(shots: Sequence[Shot]) -> Iterator[Path]:
+    """What pictures are made of, wherever it lies and whatever it is called."""
+    for spec in (shot.spec for shot in shots):
+        yield from (path for path in (spec.init_image, spec.mask) if isinstance(path, Path))
+        for style in spec.styles:
+            yield from (reference.image for reference in style.references)
+            yield from [style.lora] if style.lora else []
 
 
 def note(made: set[str], keys: Mapping[str, str], saved: Saved) -> None:
@@ -141,32 +157,42 @@ def key_of(asked: Any) -> str:
     return sha256(to_json(asked).encode()).hexdigest()
 
 
-def stamp(root: Path) -> dict[str, tuple[int, int]]:
-    """When each file that a picture could be made of was changed, and its size."""
-    from model.picture_file import MADE
+def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
+    """When each file that a picture could be made of was changed, and its size; and of each that counted before.
 
-    found = {}
+    No other: what `k2 watch` itself says may go to a file of the project, which would be a change for ever.
+    """
+    from model.picture_file import MADE, is_named_so
+
+    found: dict[str, tuple[int, int]] = {}
     for folder, folders, names in os.walk(root):
         top = Path(folder) == root
         folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in MADE)]
-        for name in names:
-            try:
-                about = os.stat(os.path.join(folder, name))
-            except OSError:  # gone in this moment
-                continue
-            found[os.path.join(folder, name)] = (about.st_mtime_ns, about.st_size)
+        paths = (Path(folder, name) for name in names if not name.startswith("."))  # editors' own
+        found |= stamp_of(path for path in paths if is_named_so(path) or path.suffix in (".toml", *WEIGHTS))
+    elsewhere = stamp_of(Path(path) for path in before if path not in found)
+    return {**dict.fromkeys(before, GONE), **found, **elsewhere}
+
+
+def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """The stamps of these files; of those that are gone none."""
+    found = {}
+    for path in files:
+        with suppress(OSError):
+            about = path.stat()
+            found[str(path)] = (about.st_mtime_ns, about.st_size)
     return found
 
 
-def wait(root: Path, before: Mapping[str, tuple[int, int]]) -> None:
+def wait(root: Path, before: Stamps) -> None:
     """Until a file is not what it was, and then until whoever writes has come to an end."""
     now = before
     while now == before:
         time.sleep(EVERY)
-        now = stamp(root)
+        now = stamp(root, before)
     while True:
         time.sleep(EVERY)
-        later = stamp(root)
+        later = stamp(root, before)
         if later == now:
             return
         now = later

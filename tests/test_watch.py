@@ -125,9 +125,42 @@ def test_what_is_made_is_no_change(tmp_path):
     assert watch.stamp(tmp_path) != before
 
 
+@pytest.mark.parametrize("name", ["watch.log", "nohup.out", "4913", ".k2.toml.swp", ".#k2.toml", "k2.toml~", "a.psd"])
+def test_what_no_picture_is_made_of_is_no_change(tmp_path, name):
+    """What watch says may go to a log in the project: were that a change, it would say more, for ever."""
+    (tmp_path / "k2.toml").touch()
+    before = watch.stamp(tmp_path)
+    (tmp_path / name).write_text("x")
+
+    assert watch.stamp(tmp_path, before) == before
+
+
+def test_a_file_counts_wherever_it_lies_and_whatever_it_is_called(moody, k2, monkeypatch):
+    """It does where a style names it; and once it is gone, that it comes back is a change, too."""
+    picture = moody.parent / "sketch"
+    Image.new("RGB", (64, 64), "navy").save(picture, "PNG")
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "../sketch"\n')
+    (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+    stamps = []
+
+    def wait(root, before):
+        stamps.append(before)
+        edit = [picture.touch, picture.unlink, lambda: Image.new("RGB", (64, 64), "red").save(picture, "PNG")]
+        if len(stamps) > len(edit):
+            raise KeyboardInterrupt
+        edit[len(stamps) - 1]()
+        assert watch.stamp(root, before) != before
+
+    monkeypatch.setattr(watch, "wait", wait)
+    result = k2("watch", "--allow-outside", "--only", "fox", code=130)
+
+    assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
+
+
 def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
     stamps = iter([{}, {"a": (1, 1)}, {"a": (2, 9)}, {"a": (2, 9)}])
-    monkeypatch.setattr(watch, "stamp", lambda root: next(stamps))
+    monkeypatch.setattr(watch, "stamp", lambda root, before: next(stamps))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     watch.wait(tmp_path, {})
