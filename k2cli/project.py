@@ -253,11 +253,11 @@ class Project(Folder):
         letters = 0
         for prompt, cells in compare(readings, matrices, settled) if matrices else alone:
             own = {**prompt.settings, "batch": 1} if matrices else prompt.settings  # a cell is one picture ...
-            wanted = settings.over(own, {key: f'The {key} of "{prompt.name}"' for key in own})
+            wanted = settings.over(own, {key: prompt.where(key) for key in own})
             wanted = wanted.over(typed, settings.elsewhere)  # ... unless more are asked for here and now
             asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
             for name, cell in cells:
-                made = wanted.over(cell.settings, {key: f'The {key} of "{name}"' for key in cell.settings})
+                made = wanted.over(cell.settings, dict.fromkeys(cell.settings, cell.where))
                 axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
                 series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid)
                 shots += series

@@ -89,8 +89,28 @@ def test_a_size_that_is_not_the_models_is_blamed_on_whoever_said_it(moody, text,
     with pytest.raises(K2Error, match=re.escape(place)):
         shots(Project.open(moody), **options)
     (moody / "k2.toml").write_text(PROJECT + 'size = "112x64"\n')
-    with pytest.raises(K2Error, match='The size of "an-owl-at-night": the sides'):
+    with pytest.raises(K2Error, match=f"k2.toml, line {len(PROJECT.splitlines()) + 1}: the sides"):
         shots(Project.open(moody))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('aspect = "wide"', '"wide" is not an aspect.'),
+        ('resolution = "9K"', "9216x9216 is no size for a picture."),
+        ('init_image = "refs/none.png"', "there is no picture refs/none.png."),
+        ('mask = "8x8+0+0"', "there is no init_image to be masked."),
+        ('[[matrix]]\nsize = ["64x64", "80x80"]', "the sides of 80x80 are not multiples of 32."),
+    ],
+)
+def test_what_a_prompt_or_a_matrix_says_is_blamed_on_its_line(moody, monkeypatch, line, problem):
+    monkeypatch.setattr(models, "grid", lambda model, variant: models.Grid(256, 32))
+    (moody / "k2.toml").write_text(f"{PROJECT}{line}\n")
+    project = Project.open(moody)
+
+    with pytest.raises(K2Error) as caught:
+        project.shots(project.settle(), matrices=project.matrices)
+    assert str(caught.value) == f"k2.toml, line {len(PROJECT.splitlines()) + 1}: {problem}"
 
 
 def test_of_many_names_a_hint_has_ten(moody):
