@@ -37,6 +37,7 @@ MOST = 1000  # pictures of a board
 READING = 3  # changes whenever the same pictures would be read in another way
 WIDE = 118  # characters of a comment
 NAME = "moodboard"  # of the style that the table renders as
+NAME_SOME = "Name png, jpg or webp files, or put some there."
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 
@@ -52,14 +53,21 @@ class Moodboard:
 def gather(
     patterns: Sequence[str], root: Path, inside: Inside, where: str, others: set[Path] | None = None
 ) -> list[Path]:
-    """The pictures that paths, folders and globs name, each once, sorted. Whether they can be read is seen later.
+    """The pictures that paths, folders and globs name, each of them at least one; each once, sorted. Whether they can
+    be read is seen later.
 
     What folders and globs hold besides is added to `others`.
     """
+    if not patterns:
+        raise K2Error(f"{where}: the board holds no picture.", hint=NAME_SOME)
     found: set[Path] = set()
     others = set() if others is None else others
     for pattern in patterns:
-        named = find(pattern, root, inside, where, MOST, others)
+        beside: set[Path] = set()
+        named = find(pattern, root, inside, where, MOST, beside)
+        if not named:
+            raise K2Error(f"{where}: {pattern} names no picture.", hint=picture_file.passed_over(beside) or NAME_SOME)
+        others |= beside
         for path in named:
             if not path.exists():
                 raise K2Error(f"{where}: there is no {pattern}.", hint="Check the name.")
@@ -68,9 +76,6 @@ def gather(
         found.update(named)
         if len(found) > MOST:
             raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
-    if not found:
-        hint = picture_file.passed_over(others) or "Name png, jpg or webp files, or put some there."
-        raise K2Error(f"{where}: the board holds no picture.", hint=hint)
     return sorted(found)
 
 

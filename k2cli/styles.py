@@ -300,15 +300,18 @@ def add_style(
     for image in images:
         if not image.exists():
             raise K2Error(f"There is no {masked(str(image))}.", hint="Name pictures, or a folder of them.")
+        if image.is_dir() and not in_folder(image):
+            hint = passed_over(image.iterdir()) or "Name pictures, or a folder of them."
+            raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
     over = passed_over(path for image in images if image.is_dir() for path in image.iterdir())
     kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
-    if not 1 <= len(hashes) <= MOST_REFERENCES:
+    if len(hashes) > MOST_REFERENCES:
         raise K2Error(
             f'Style "{name}" would have {len(hashes)} reference pictures.',
-            hint=(over if not hashes else "") or f"Give 1 to {MOST_REFERENCES}, those that show the look best.",
+            hint=f"Give at most {MOST_REFERENCES}, those that show the look best.",
         )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

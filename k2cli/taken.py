@@ -35,6 +35,8 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
             found[path] = read(path)
             continue
         pictures = in_folder(path)
+        if not pictures:
+            raise K2Error(f"{path} holds no picture.", hint="Name pictures, or a folder of them.")
         if len(pictures) > MOST:
             raise K2Error(f"{path} holds more than {MOST:,} pictures.", hint="Name those to take.")
         for picture in pictures:

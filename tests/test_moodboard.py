@@ -259,7 +259,7 @@ def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
     assert k2("render", "--dry-run").stderr.count(over) == 1
     for picture in (den / "refs" / "board").glob("*.png"):
         picture.unlink()
-    assert f"the board holds no picture.\nHint:  {over}" in k2("render", code=1).stderr
+    assert f"refs/board/* names no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
 def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
@@ -382,7 +382,8 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('images = ["refs/none/*"]', "k2.toml, line 2: the board holds no picture"),
+        ('images = ["refs/none/*"]', "k2.toml, line 2: refs/none/* names no picture"),
+        ('images = ["refs/board/*", "refs/none/*"]', "k2.toml, line 2: refs/none/* names no picture"),
         ('images = ["refs/none.png"]', "k2.toml, line 2: there is no refs/none.png"),
         ('images = ["../*"]', "lies outside the project"),
         ("images = []", "the board holds no picture"),

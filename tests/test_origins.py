@@ -252,7 +252,7 @@ def test_what_says_nothing_is_one_sentence(k2, tmp_path):
         ("bare.png", "says nothing of its prompt"),
         ("text.png", "not a picture"),
         ("gone.png", "There is no"),
-        ("outputs", "No picture in"),
+        ("outputs", "outputs holds no picture."),
     ):
         assert message in k2("new", tmp_path / "x", "--from", tmp_path / name, code=1).stderr
     assert not (tmp_path / "x").exists()

@@ -57,7 +57,8 @@ def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
     (tmp_path / "nothing").mkdir()
     for folder in (tmp_path / "nothing", tmp_path / "old" / ".."):
         k2("new", tmp_path / "none", "--from", folder, code=1)
-    assert not (tmp_path / "none").exists()
+    refused = k2("new", tmp_path / "none", "--from", tmp_path / "old", "--from", tmp_path / "nothing", code=1)
+    assert "nothing holds no picture." in refused.stderr and not (tmp_path / "none").exists()
 
 
 def test_batches_are_of_pictures_alike_but_for_their_seeds():
