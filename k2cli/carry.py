@@ -31,6 +31,7 @@ from model.region import Region
 from model.spec import denoise_of, steps_taken
 from model.vocabulary import vocabulary
 
+CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
 FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
 
@@ -72,8 +73,8 @@ def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, com
 
 
 def misbegun(job: Job) -> Iterator[str]:
-    """Of pictures that begin with one: that nothing stays of it though something is to, that what stays is scaled, or
-    that a region is too narrow to be painted."""
+    """Of pictures that begin with one: that nothing stays of it though something is to, that much of it is cut off,
+    that what stays is scaled, or that a region is too narrow to be painted."""
     begun = [shot.spec for shot in job.shots if shot.spec.init_image]
     if not begun:  # nor need the model's headers be read
         return
@@ -82,9 +83,15 @@ def misbegun(job: Job) -> Iterator[str]:
         part = denoise_of(denoise, masked=bool(mask))
         if not mask and part < 1 and steps_taken(part, steps) == steps:
             yield f"Of {count_of(steps, 'step')} denoise {part:g} takes all: nothing of the initial picture stays."
-    for path, width, height in {(spec.init_image, spec.width, spec.height): None for spec in begun if spec.mask}:
-        if path and (sides := sides_of(path)) != (width, height):
-            was = "x".join(map(str, sides))
+    framed = {(spec.init_image, spec.width, spec.height, bool(spec.mask)): None for spec in begun}
+    for path, width, height, masked in framed:
+        if not (path and width and height):
+            continue
+        sides = sides_of(path)
+        was, shape = "x".join(map(str, sides)), width / height * sides[1] / sides[0]
+        if (cut := 1 - min(shape, 1 / shape)) > CUT:
+            yield f"{path.name} is {was} and fills {width}x{height}: {cut:.0%} of it is cut off, at its ends."
+        if masked and sides != (width, height):
             yield f"{path.name} is {was} and becomes {width}x{height}, so that what a mask keeps of it is scaled, too."
     step = grid(job.model.name, job.model.variant).step
     for region in {Region.read(spec.mask): None for spec in begun if isinstance(spec.mask, str)}:

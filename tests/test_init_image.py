@@ -479,6 +479,19 @@ def test_what_may_not_be_meant_is_told(begun, k2):
     assert not any(each in quiet for each in (nothing, scaled, narrow))
 
 
+def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
+    """A strip longer than pictures may be, and what a size that was said otherwise leaves of a picture."""
+
+    def told(sides: tuple[int, int], *options: str) -> str:
+        Image.new("RGB", sides).save(begun / "refs" / "wide.png")
+        return k2("render", "--only", "fox", *options, "--dry-run").stderr
+
+    assert "wide.png is 3000x100 and fills 256x64: 87% of it is cut off, at its ends." in told((3000, 100))
+    assert "wide.png is 300x200 and fills 256x256: 33% of it is cut off" in told((300, 200), "--size", "256x256")
+    assert "wide.png is 100x200 and fills 128x128: 50% of it is cut off" in told((100, 200), "--aspect", "1:1")
+    assert "cut off" not in told((300, 200)) + told((640, 480))
+
+
 def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
     made = k2("render", "--only", "fox", "--batch", "1", "--denoise", "0.4").stdout.split()[0]
     with Image.open(made) as image:
