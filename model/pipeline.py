@@ -159,10 +159,11 @@ class Pipeline:
         A sequence is checked as a whole before the first picture, an iterator as it goes. `on_step(done, steps)` is
         called after every step of the pictures in hand.
         """
+        resolved = self._resolved(specs)
         if isinstance(specs, Sequence):
             for spec in specs:
                 self.resolve(spec)
-        for batch in self._batches(map(self.resolve, specs)):
+        for batch in self._batches(resolved):
             with lacking_memory(f"a picture of {batch[0].width}x{batch[0].height}"):
                 pictures = self._render(batch, on_step)
             for picture in pictures:
@@ -174,7 +175,7 @@ class Pipeline:
         A picture does not depend on its company, but for the last bits of its numbers: kernels add in an order that
         suits the size of a batch.
         """
-        return [len(batch) for batch in self._batches(map(self.resolve, specs))]
+        return [len(batch) for batch in self._batches(self._resolved(specs))]
 
     def hashes(self) -> dict[str, str]:
         """sha256 of the files that the weights came from, by name."""
@@ -196,6 +197,12 @@ class Pipeline:
         for lora in spec.adapters:
             self._adapter(lora)
         return spec
+
+    def _resolved(self, specs: Iterable[RenderSpec]) -> Iterator[Settled]:
+        """Each of them as it is asked for. Raises K2Error where one spec stands alone, or something else."""
+        if isinstance(specs, str) or not isinstance(specs, Iterable):
+            raise K2Error("Pictures are rendered of a list of specs.", hint="Like render([RenderSpec(...)]).")
+        return map(self.resolve, specs)
 
     @cached_property
     def _able(self) -> Able:

@@ -11,6 +11,7 @@ from model.avoid import negative_prompt, phrases, unsaid
 from model.cohesion import leader_of
 from model.errors import K2Error
 from model.hashes import sha256
+from model.kinds import check_kinds
 from model.region import LIKE, Region
 from model.sampler import raw_mu
 from model.spec import LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style, denoise_of, steps_taken
@@ -66,6 +67,7 @@ class Settled(RenderSpec):
 
 def settle(spec: RenderSpec, able: Able) -> Settled:
     """The spec as this model renders it. Raises K2Error for what it cannot."""
+    check_kinds(spec, RenderSpec)
     width, height = size_of(spec, able)
     steps = able.recommended["steps"] if spec.steps is None else spec.steps
     guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)

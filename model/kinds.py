@@ -1,0 +1,68 @@
+"""Specs from callers whom no type checker has told: every value of the kind that its field says. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from model.errors import K2Error, brief
+
+CALLED = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", Path: "a Path"}
+LIKE = {str: '"a fox"', int: "7", float: "0.5", bool: "True", Path: 'Path("fox.png")'}
+NUMBERS = {int: Integral, float: Real}  # NumPy's count, too
+
+
+def check_kinds(value: Any, cls: type) -> None:
+    """Refuse what is no `cls`, a dataclass, and a field of it, or of one that it holds, of another kind than it says.
+
+    Raises K2Error.
+    """
+    if not isinstance(value, cls):
+        raise K2Error(f"Expected a {cls.__name__}, not {brief(repr(value), 60)}.", hint=f"Like {like(cls)}.")
+    for name, kinds in kinds_of(cls).items():
+        each = getattr(value, name)
+        if type(each) not in kinds and not any(fits(each, kind) for kind in kinds):
+            wanted, said = " or ".join(map(called, kinds)), brief(repr(each), 60)
+            meant = f"Path({said})" if isinstance(each, str) and Path in kinds else like(kinds[0])
+            raise K2Error(f"{cls.__name__}.{name} must be {wanted}, not {said}.", hint=f"Like {meant}.")
+        for part in parts_of(each):
+            check_kinds(part, type(part))
+
+
+@cache
+def kinds_of(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The fields of a dataclass, and what each may be."""
+    hints = get_type_hints(cls)
+    return {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:  # a list does as well; a text is one of letters to Python alone
+        one = get_args(kind)[0]
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(each, one) for each in value)
+    return isinstance(value, NUMBERS.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """The dataclasses that a field holds."""
+    for each in value if isinstance(value, tuple | list) else (value,):
+        if is_dataclass(each):
+            yield each
+
+
+def called(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a tuple of {'texts' if (one := get_args(kind)[0]) is str else one.__name__}"
+    return "None" if kind is NoneType else CALLED.get(kind) or f"a {kind.__name__}"
+
+
+def like(kind: Any) -> str:
+    """How one is written."""
+    if get_origin(kind) is tuple:
+        return f"({like(get_args(kind)[0])},)"
+    return LIKE.get(kind) or f"{kind.__name__}(...)"
