@@ -44,7 +44,7 @@ from model.parts import (
 from model.plan import Plan, choose, eight_bits, free_memory, known_precisions, lacking_memory
 from model.recent import Recent
 from model.references import to_pixels
-from model.safety import Filter, installed, review
+from model.safety import Filter, installed, listed, review
 from model.sampler import adams_bashforth, euler, shifted_sigmas
 from model.settle import (
     Able,
@@ -132,7 +132,7 @@ class Pipeline:
             raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Leave the variant out, or name another.")
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
-        checks = installed() if filters is None else filters
+        checks = installed() if filters is None else listed(filters)
         parts = library.find_parts(model)
         numbers = numbers_of(parts)
         if chosen.index is not None and chosen.type == "cuda":

@@ -11,7 +11,7 @@ nothing through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -48,6 +48,18 @@ def installed() -> dict[str, Filter]:
         except Exception as error:  # whatever a foreign package raises while it is imported
             raise failure(point.name, error) from error
     return filters
+
+
+def listed(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
+    """Filters as a caller gives them, to be asked about every picture: an iterator would be about the first alone.
+
+    Raises K2Error where they are none.
+    """
+    if isinstance(filters, Iterable) and not isinstance(filters, str):
+        found = dict(filters) if isinstance(filters, Mapping) else tuple(filters)
+        if all(map(callable, found.values() if isinstance(found, dict) else found)):
+            return found
+    raise K2Error("Filters are a list of functions.", hint="Like filters=[check].")
 
 
 def name_of(check: Filter) -> str:

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import tree
 from PIL import Image
+from tiny import tiny, tiny_box  # noqa: F401
 
 from model import safety
 from model.errors import K2Error
+from model.pipeline import Pipeline
 from model.safety import Verdict, installed, review
-from model.spec import Picture
+from model.spec import Picture, RenderSpec
 
 RED = Picture(Image.new("RGB", (8, 4), "red"), {"prompt": "a rose", "seed": 7})
 
@@ -52,6 +54,21 @@ def test_filters_of_one_name_are_all_asked():
 
     for words in (("roses", "tulips"), ("tulips", "roses")):
         assert review(RED, map(made, words)).record["blocked"] == {"filter": "check", "reason": "roses"}
+
+
+def test_a_filter_out_of_an_iterator_sees_every_picture(tiny):  # noqa: F811
+    pipeline = Pipeline.load("tiny", device="cpu", filters=iter([no_roses]))
+    made = []
+    for _ in range(2):
+        made += pipeline.render([RenderSpec("a rose", width=64, height=64, steps=1)])
+
+    assert [picture.record["blocked"]["reason"] for picture in made] == ["roses are forbidden"] * 2
+
+
+@pytest.mark.parametrize("filters", [no_roses, "no_roses", [no_roses, None], {"botany": 1}, 5])
+def test_what_are_no_filters_is_refused_before_the_weights_are_read(tiny, filters):  # noqa: F811
+    with pytest.raises(K2Error, match="a list of functions"):
+        Pipeline.load("tiny", device="cpu", filters=filters)
 
 
 @pytest.mark.parametrize("result", [None, True, "yes"])
