@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import cache
-from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,7 +13,7 @@ from model.errors import K2Error, brief
 
 CALLED = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", Path: "a Path"}
 LIKE = {str: '"a fox"', int: "7", float: "0.5", bool: "True", Path: 'Path("fox.png")'}
-NUMBERS = {int: Integral, float: Real}  # NumPy's count, too
+NUMBERS = {float: (int, float)}  # Python's own: no record can hold NumPy's
 
 
 def check_kinds(value: Any, cls: type) -> None:

@@ -25,6 +25,8 @@ def style(**said):
         ({"prompt": None}, "RenderSpec.prompt must be a text, not None."),
         ({"negative": None}, "RenderSpec.negative must be a text, not None."),
         ({"width": 64.0}, "RenderSpec.width must be a whole number or None, not 64.0."),
+        ({"width": np.int64(64)}, "RenderSpec.width must be a whole number or None, not np.int64(64)."),
+        ({"cohesion": np.float32(1)}, "RenderSpec.cohesion must be a number, not np.float32(1.0)."),
         ({"seed": True}, "RenderSpec.seed must be a whole number, not True."),
         ({"guidance": "2"}, "RenderSpec.guidance must be a number or None, not '2'."),
         ({"vision_rows": "no"}, "RenderSpec.vision_rows must be True or False or None, not 'no'."),
@@ -68,12 +70,12 @@ def test_what_has_a_long_form_is_shown_in_short():
 
 
 def test_what_does_as_well_is_let_through():
-    """Whole numbers where any will do, NumPy's of either, lists for tuples, and every field left alone."""
-    look = Style("dusk", 1, references=[Reference(Path("a.png"), np.float32(0.5))], keywords=["film"])
+    """Whole numbers where any will do, lists for tuples, and every field left alone."""
+    look = Style("dusk", 1, references=[Reference(Path("a.png"), 1)], keywords=["film"])
     leader = Leader("a fox", 7)
     for spec in (
         RenderSpec("a fox"),
-        RenderSpec("a fox", width=np.int64(64), height=64, guidance=2, mu=np.float64(1), styles=[look], leader=leader),
+        RenderSpec("a fox", width=64, height=64, guidance=2, mu=np.float64(1), styles=[look], leader=leader),
         RenderSpec("a fox", init_image=Path("a.png"), mask=Path("b.png"), vision_rows=False),
         RenderSpec("a fox", init_image=Path("a.png"), mask="8x8+0+0"),
     ):
