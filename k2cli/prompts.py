@@ -48,8 +48,8 @@ def typed(text: str) -> Prompt:
 
 def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     """The [[prompt]] tables: every text there, every name fit for a file and its own."""
-    if not isinstance(entries, list):
-        raise K2Error(f"{place('prompt')}: prompts are a list.", hint="Write [[prompt]], with two brackets.")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise K2Error(f"{place('prompt')}: prompts are a list of tables.", hint="Write [[prompt]], with two brackets.")
     if len(entries) > MOST_PROMPTS:
         raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
     prompts: list[Prompt] = []

@@ -46,8 +46,12 @@ SYNTAX = (  # how tomllib's messages begin, and what to do
     (("Unterminated", "Illegal character", 'Expected "\'"'), "A text ends on its line, by the quote it began with."),
     (("Cannot declare", "Cannot overwrite"), "It is there already, further up: make one of the two."),
     (("Expected newline", "Expected '='", "Invalid statement"), "A line is a key = value, a [table], or a # comment."),
+    (("Expected ']",), "A table's name stands between as many brackets on both sides: [render], [[prompt]]."),
     (("Unclosed",), "It ends with the bracket it began with, its values parted by commas."),
 )
+
+QUOTED = r"'([^']*)'"
+TWICE = re.compile(rf"\(({QUOTED}(?:, {QUOTED})*),?\)(?= twice)")  # a table's name in the words of Python
 
 T = TypeVar("T")
 
@@ -184,7 +188,8 @@ class Toml:
             raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
         except ValueError as error:  # tomllib's own is one
             hint = next((hint for begins, hint in SYNTAX if str(error).startswith(begins)), "")
-            raise K2Error(f"{label} is not valid TOML: {masked(str(error))}.", hint=hint) from None
+            said = TWICE.sub(lambda found: f"[{'.'.join(re.findall(QUOTED, found[1]))}]", masked(str(error)))
+            raise K2Error(f"{label} is not valid TOML: {said}.", hint=hint) from None
 
     @classmethod
     def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
@@ -310,7 +315,8 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         value = float(value)
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
-        raise K2Error(f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.")
+        meant = f"Like {key} = [{describe(value)}]." if kinds == [list] and describe(value) == f'"{value}"' else ""
+        raise K2Error(f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.", hint=meant)
     if isinstance(value, list) and any(not isinstance(item, str) for item in value):
         raise K2Error(f"{called} must be a list of texts.", hint=f'Like {key} = ["one", "two"].')
     if ("low" in limits and not (limits["low"] <= value <= limits["high"])) or (
@@ -332,7 +338,8 @@ def describe(value: Any) -> str:
     """A value in a message, short."""
     if isinstance(value, dict | list):
         return KINDS[type(value)]
-    text = masked(repr(value) if not isinstance(value, str) else f'"{value}"')
+    said = str(value).lower() if isinstance(value, bool) else repr(value)  # as TOML has it
+    text = masked(f'"{value}"' if isinstance(value, str) else said)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
