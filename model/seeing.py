@@ -17,10 +17,11 @@ from torch import Tensor
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import sha256
-from model.parts import load_style, load_vae
+from model.parts import SpreadFluxVAE, load_style, load_vae
 from model.picture_file import LEAST_SIDE, MOST_PIXELS
 from model.references import to_rgba
 from model.style import StyleEncoder
+from model.vae import QwenImageVAE
 from model.words import Words
 
 Pixels = NDArray[np.uint8]  # RGB [S, S, 3]
@@ -31,7 +32,9 @@ one_at_a_time = Lock()
 class Eye:
     """A style encoder with the autoencoder that it looks through, and its words where it has any."""
 
-    def __init__(self, encoder: StyleEncoder, vae: torch.nn.Module, side: int, words: Words | None, why: str = ""):
+    def __init__(
+        self, encoder: StyleEncoder, vae: QwenImageVAE | SpreadFluxVAE, side: int, words: Words | None, why: str
+    ):
         self.encoder, self.vae, self.side, self.words, self.why = encoder, vae, side, words, why
 
     @classmethod
@@ -47,14 +50,13 @@ class Eye:
             if words.made_for != {"style": sha256(style), "vae": sha256(vae)}:
                 words, why = None, f"{table.name} was measured for another style encoder"
         encoder, side = load_style(style, where)
-        return cls(encoder, load_vae(vae, where, torch.float32), side, words, why)  # type: ignore[arg-type]
+        return cls(encoder, load_vae(vae, where, torch.float32), side, words, why)
 
     @torch.inference_mode()
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, S, S] in −1 … 1 -> unit style vectors [B, V], feature statistics [B, 2·width]."""
-        latents = self.vae.encode(pixels)  # type: ignore[operator]
-        features = self.encoder.blocks(self.encoder.inward(latents.float())).flatten(2)
-        return self.encoder(latents.float())[1], torch.cat((features.mean(-1), features.std(-1)), -1)
+        statistics = self.encoder.statistics(self.vae.encode(pixels).float())
+        return self.encoder.told(statistics)[1], statistics
 
 
 def read_picture(path: Path, side: int) -> Pixels:

@@ -69,9 +69,16 @@ class StyleEncoder(nn.Module):
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents [B, C, H, W], normalised, H and W even -> rows [B, K, N, E], unit vectors [B, V]."""
-        c = self.config
+        return self.told(self.statistics(latents))
+
+    def statistics(self, latents: Tensor) -> Tensor:
+        """All that is seen of latents [B, C, H, W]: means and deviations of features [B, 2·width]."""
         x = self.blocks(self.inward(latents)).flatten(2)
-        trunk = self.trunk(torch.cat((x.mean(-1), x.std(-1)), -1))
+        return torch.cat((x.mean(-1), x.std(-1)), -1)
+
+    def told(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` makes of statistics [B, 2·width]."""
+        c, trunk = self.config, self.trunk(statistics)
         rows = self.to_rows(trunk).view(-1, c.rows, c.text_taps, c.text_width)
         return rows, F.normalize(self.to_vector(trunk), dim=-1)
 
