@@ -36,10 +36,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 KREA_TAPS = tuple(range(2, 36, 3))  # of Qwen3-VL-4B's 36 layers
 PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # before the tower's names, by who saved them
 
-Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
-
-
 MOST_SIZE, MOST_LAYERS = 1 << 20, 256  # of what a config may state
+
+Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
 
 
 @dataclass(frozen=True)
@@ -212,10 +211,10 @@ class TextTower(nn.Module):
         x = self.embed_tokens(ids)
         mask = torch.ones(length, before + length, dtype=torch.bool, device=ids.device).tril(before)
         if seen is None:
-            rope = self.rope(before - saved, length, x)
+            positions = torch.arange(before - saved, before - saved + length, device=ids.device).expand(3, -1)
         else:
-            x[:, seen.where] = seen.rows
-            rope = self.rope_at(seen.positions, x)
+            x[:, seen.where], positions = seen.rows, seen.positions
+        rope = self.rope(positions, x)
         states, cache = [x], []
         for index, layer in enumerate(self.layers):
             x, keys_values = layer(x, rope, mask, past[index] if past else None)
@@ -228,16 +227,9 @@ class TextTower(nn.Module):
             states[-1] = self.norm(x)
         return torch.stack([states[tap] for tap in self.config.taps], 2), cache
 
-    def rope(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [T, D] of the positions start … start + length − 1; angles in fp32."""
-        c = self.config
-        frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
-        angles = torch.arange(start, start + length, device=like.device).float().outer(frequencies).repeat(1, 2)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-    def rope_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [T, D] of positions [3, T]: every third pair turns with the row, every third with the column,
-        for as many as `mrope_section` says, and the others with time."""
+    def rope(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [T, D] of positions [3, T]; angles in fp32. Every third pair turns with the row, every third
+        with the column, for as many as `mrope_section` says, and the others with time: in text all count alike."""
         c = self.config
         frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
         angles = positions[..., None].float() * frequencies

@@ -26,7 +26,7 @@ from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.errors import K2Error, brief
 from model.headers import AGAIN
 from model.references import fitting, to_pixels
-from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, weights_of
+from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, rotate, weights_of
 
 PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who saved them
 PIXELS = 512 * 512  # that a reference is read at
@@ -86,14 +86,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x [P, W], rope twice [P, d] -> [P, W]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        q, k = (turned(each.float(), *rope).to(x.dtype) for each in (q, k))
+        q, k = (rotate(each.float(), *rope).to(x.dtype) for each in (q, k))
         out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
         return self.proj(out.transpose(0, 1).flatten(1))
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
 
 
 class MLP(nn.Module):
@@ -191,7 +186,7 @@ class VisionTower(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The learned square of positions, stretched over the grid -> [P, W]."""
-        side = round(self.config.num_position_embeddings**0.5)
+        side = isqrt(self.config.num_position_embeddings)
         square = self.pos_embed.weight.T.unflatten(1, (side, side))[None].float()
         stretched = F.interpolate(square, grid, mode="bilinear", align_corners=True)[0]
         return self.in_order(stretched).to(self.pos_embed.weight.dtype)
@@ -211,11 +206,8 @@ def find_tower(path: Path) -> Checkpoint | None:
     if not folder.is_dir():
         return None
     checkpoint = open_checkpoint(folder)
-    has_tower, stated = (
-        any(name.startswith(PREFIXES) for name in checkpoint.tensors),
-        checkpoint.config.get("vision_config"),
-    )
-    return checkpoint if has_tower and isinstance(stated, dict) and stated.get("depth") else None
+    stated, here = checkpoint.config.get("vision_config"), any(name.startswith(PREFIXES) for name in checkpoint.tensors)
+    return checkpoint if here and isinstance(stated, dict) and stated.get("depth") else None
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
