@@ -337,11 +337,7 @@ def shift_of(path: Path, module: str, part: Mapping[str, Tensor], scale: float, 
     whole = part.get("diff")
     shape = tuple(whole.shape) if whole is not None else check_product(path, module, part["up"], part["down"])
     if shape != tuple(own.shape) and (own.ndim > 1 or math.prod(shape) != own.numel()):
-        raise K2Error(
-            f"{path} is made for a network of another size: its change of {module} is {list(shape)}, this one's "
-            f"{list(own.shape)}.",
-            hint="Give the model that it was trained on.",
-        )
+        raise of_another_size(path, f"its change of {module} is {list(shape)}, this one's {list(own.shape)}")
     delta = whole.float() if whole is not None else part["up"].float() @ part["down"].float() * scale
     return Shift(delta.view(own.shape))
 
@@ -371,12 +367,7 @@ def kronecker_of(
     (a, b), (c, d) = (
         check_product(path, module, *pair) if len(pair) == 2 else check_matrix(path, module, *pair) for pair in halves
     )
-    if (len(range(a * c)[rows]), b * d) != tuple(weight.shape):
-        raise K2Error(
-            f"{path} is made for a network of another size: its {module} turns {b * d} numbers into "
-            f"{len(range(a * c)[rows])}, this one {weight.shape[1]} into {weight.shape[0]}.",
-            hint="Give the model that it was trained on.",
-        )
+    check_span(path, module, len(range(a * c)[rows]), b * d, weight)
     ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
     left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
     scale = alpha / ranks[-1] if ranks and alpha is not None else 1.0
@@ -408,11 +399,8 @@ def check_wholes(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.
     """What is added as it is must have the shape of what it is added to. Raises K2Error."""
     for what, own in (("diff", "weight"), ("diff_b", "bias")):
         if what in part and part[what].shape != (shape := layer.get_parameter(own).shape):
-            raise K2Error(
-                f"{path} is made for a network of another size: its {module}.{what} is {list(part[what].shape)}, "
-                f"this one's {own} {list(shape)}.",
-                hint="Give the model that it was trained on.",
-            )
+            theirs = f"its {module}.{what} is {list(part[what].shape)}"
+            raise of_another_size(path, f"{theirs}, this one's {own} {list(shape)}")
 
 
 def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, weight: Tensor, width: int) -> None:
@@ -423,9 +411,17 @@ def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, weight: Tens
     check_product(path, module, up, down)
     if len(down) > width:
         raise K2Error(f"{path} is damaged: {module} has a rank of {len(down)}.", hint="Fetch it again.")
-    if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-        raise K2Error(
-            f"{path} is made for a network of another size: its {module} turns {down.shape[1]} numbers into "
-            f"{up.shape[0]}, this one {weight.shape[1]} into {weight.shape[0]}.",
-            hint="Give the model that it was trained on.",
-        )
+    check_span(path, module, up.shape[0], down.shape[1], weight)
+
+
+def check_span(path: Path, module: str, out: int, inward: int, weight: Tensor) -> None:
+    """What changes a layer must turn as many numbers into as many as its weight [out, in]. Raises K2Error."""
+    if (out, inward) != tuple(weight.shape):
+        ours = f"this one {weight.shape[1]} into {weight.shape[0]}"
+        raise of_another_size(path, f"its {module} turns {inward} numbers into {out}, {ours}")
+
+
+def of_another_size(path: Path, how: str) -> K2Error:
+    return K2Error(
+        f"{path} is made for a network of another size: {how}.", hint="Give the model that it was trained on."
+    )
