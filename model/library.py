@@ -302,7 +302,7 @@ def variant_of(path: Path) -> str | None:
 def stated_variant(path: Path) -> str | None:
     """raw or turbo, by the weights' own metadata or by diffusers' index; None where neither says."""
     inner = path / "transformer" if (path / "transformer").is_dir() else path
-    for file in sorted(weights(inner)) if path.is_dir() else [path]:
+    for file in files_in(inner):
         with suppress(K2Error):
             about = json.loads(read_header(file).get("__metadata__", {}).get("k2", "{}"))
             if file.suffix in WEIGHTS and about.get("variant"):
