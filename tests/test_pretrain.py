@@ -10,7 +10,7 @@ import pytest
 import torch
 from workshop import workshop  # noqa: F401
 
-from model.dit import DiTConfig
+from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.train import optim, pretrain
 from model.train.data import Item, Pair
@@ -24,7 +24,7 @@ TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_ta
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "RUNS", tmp_path)
-    monkeypatch.setitem(pretrain.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
     return Recipe(
         name="tiny",
         size=64,

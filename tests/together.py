@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model.dit import DiTConfig
+from model.dit import PRESETS, DiTConfig
 from model.train import loop, optim, parallel, pretrain
 from model.train.loop import Batch, Run, Stage
 
@@ -63,7 +63,7 @@ class Branches(Stage):
 
 def run(kind: str, folder: Path) -> Run:
     """A run of either stage, in fp32."""
-    pretrain.PRESETS["tiny"] = TINY
+    PRESETS["tiny"] = TINY
     loop.native_bf16 = optim.native_bf16 = lambda device: False
     made = Run(Pretraining(RECIPE, 3) if kind == "sharded" else Branches(RECIPE), folder)
     assert not made.bf16

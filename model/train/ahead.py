@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.train.loop import Batch, Run
+Batches = list[dict[str, Any]]  # of a step's parts
 
 
 class Ahead:
     """A run's batches. On a card the next one is made, in a thread and a stream of its own, while it works on the last:
     a batch is a function of the step alone, so that it does not matter when it is made."""
 
-    def __init__(self, run: Run):
-        self.run, self.card = run, run.device.type == "cuda"
-        self.coming: dict[int, Future[list[Batch]]] = {}
+    def __init__(self, make: Callable[[int], Batches], device: torch.device):
+        self.make, self.device, self.card = make, device, device.type == "cuda"
+        self.coming: dict[int, Future[Batches]] = {}
         if self.card:
-            self.thread, self.stream = ThreadPoolExecutor(1), torch.cuda.Stream(run.device)
+            self.thread, self.stream = ThreadPoolExecutor(1), torch.cuda.Stream(device)
 
-    def make(self, step: int) -> list[Batch]:
-        return [self.run.stage.batch(step, part) for part in self.run.parts]
-
-    def beside(self, step: int) -> list[Batch]:
+    def beside(self, step: int) -> Batches:
         with torch.cuda.stream(self.stream):
             made = self.make(step)
         self.stream.synchronize()
         return made
 
-    def __call__(self, step: int) -> list[Batch]:
+    def __call__(self, step: int) -> Batches:
         if not self.card:
             return self.make(step)
         for each in (step, step + 1, step + 2):
@@ -40,7 +37,7 @@ class Ahead:
         batches = self.coming.pop(step).result()
         for tensor in (value for batch in batches for value in batch.values() if isinstance(value, Tensor)):
             if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(self.run.device))
+                tensor.record_stream(torch.cuda.current_stream(self.device))
         return batches
 
     def stop(self) -> None:

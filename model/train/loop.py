@@ -333,7 +333,7 @@ def _train(run: Run, report: Report) -> Run:
     last_save = started = time.monotonic()
     before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
-    batches = Ahead(run)
+    batches = Ahead(lambda step: [stage.batch(step, part) for part in run.parts], run.device)
     while not run.done:
         window.append(run.advance(*batches(run.step)))
         run.seconds = here.agree(before + time.monotonic() - started)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,8 @@ from model.latents import patchify, unpatchify
 from model.sampler import euler, guided, raw_mu, shifted_sigmas
 from model.train.data import stable_seed
 from model.train.looks import Look
-
-if TYPE_CHECKING:
-    from model.train.training_set import TrainingSet
-    from model.vae import QwenImageVAE
+from model.train.training_set import TrainingSet
+from model.vae import QwenImageVAE
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (points [B, ...], noise levels [B]) -> noise − image there, fp32
 Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> right-padded text features [B, T, N, E], mask [B, T]

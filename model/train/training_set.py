@@ -1,34 +1,114 @@
-"""What a step of training draws: pictures' latents, captions in the text encoder's features, style references."""
+"""What a step of training draws: pictures' latents, captions in the text encoder's features, style references.
+
+And the recipe that says how: the keys that all stages share which train the transformer on the data set.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.library import BOX
 from model.style import STYLE_ROWS, destroy_content
 from model.text_encoder import TextEncoder
-from model.train.data import DATA, Catalog, latents_file, stable_seed
+from model.train import recipe as recipes
+from model.train.data import DATA, Catalog, Item, latents_file, stable_seed
 from model.train.loop import Batch
+from model.train.recipe import at_least
 from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
-
-if TYPE_CHECKING:
-    from model.train.pretrain import Recipe
 
 KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
 UNSAID = 0.1  # share of the pictures that are shown without their caption, for guidance
 WIDTHS = 8  # tokens that captions are encoded in multiples of
+
+
+class Sampling(NamedTuple):
+    """How pictures are drawn."""
+
+    steps: int
+    guidance: float
+    mu: float | None = None  # shift of the noise levels; none: Raw's own for the picture's size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(recipes.Recipe):
+    """A run that learns from the data set, as its TOML file says it: pretraining's, and what other stages add to."""
+
+    size: int  # px
+    batch: int  # pictures a step
+    repeats: int  # noise levels for each of them: the prompt's part is computed once for all
+    mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
+    preset: str = "mini"
+    network: dict[str, int] = field(default_factory=dict)  # what differs from the preset, as width or blocks
+    references: float = 0.5  # share of the steps that show a style reference
+    white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
+    grounds: float = 1.7  # the same for plain pictures on other grounds
+    later: float = 0.0  # how much oftener than the others the subjects marked so come; 0 leaves them out
+    null: float = 0.1  # share of the pictures with style rows whose rows say nothing
+    said: float = 0.5  # share of the others with style rows whose caption says the look too
+    unasked: tuple[str, ...] = ()  # drawing sets that bare words may mean, without a medium; empty: any look
+    forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
+    reworded: float = 0.0  # share of the captions that are said in other words
+    strangers: float = 0.0  # share of the captions that strange words are put around
+    style_loss: float = 0.05
+    frozen: tuple[str, ...] = ()  # modules that stay as they are, "style"
+    align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
+    shapes: tuple[str, ...] = ()  # other sizes of pictures, "320x192" ...
+    shaped: float = 0.5  # ... and the share of the steps that have one of them, each as often
+    sheets: float = 0.0  # minutes from one sheet of samples to the next, as runs are saved; 0 draws none
+    recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
+    rows: int = 8  # prompts are padded until a stream is a multiple of it: fewer lengths, and less is compiled
+    products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "batch", "repeats", "rows")
+        if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
+            raise K2Error(f'Recipe "{self.name}": forms are three shares, whose sum is 1.')
+
+    @property
+    def config(self) -> DiTConfig:
+        """Of the network. Raises K2Error where there is none such."""
+        where, known = f'Recipe "{self.name}"', [each.name for each in fields(DiTConfig)]
+        if self.preset not in PRESETS:
+            raise K2Error(f'{where}: there is no preset "{self.preset}".', hint=f"Choose of {', '.join(PRESETS)}.")
+        if unknown := [key for key in self.network if key not in known]:
+            raise K2Error(f'{where}: a network has no "{unknown[0]}".', hint=f"It has {', '.join(known)}.")
+        try:
+            return replace(PRESETS[self.preset], **self.network)
+        except ValueError as error:
+            raise K2Error(f"{where}: there is no such network: {error}.") from None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How samples are drawn by what it trains."""
+        return Sampling(steps=16, guidance=2.5)
+
+    def weight(self, item: Item, later: bool) -> float:
+        """How often a picture is drawn, next to one with a medium; `later` says whether its subject joined late."""
+        share = self.later if later else 1.0
+        if item.look.medium != "plain":
+            return share
+        return share * (self.white if item.look.ground == "white" else self.grounds)
+
+    def form(self, item: Item, form: str) -> str:
+        """The form of a caption that alone says the look: a look that nobody gets unasked is always asked for."""
+        tasteful = not self.unasked or (item.look.medium == "plain" and item.pair.drawing in self.unasked)
+        return form if tasteful or form != "short" else "medium"
 
 
 class TrainingSet:

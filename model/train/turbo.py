@@ -29,7 +29,7 @@ from model.train.pretrain import Trainee
 from model.train.recipe import at_least, refuse
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet, training_set
+from model.train.training_set import Sampling, TrainingSet, training_set
 
 METHODS = ("guidance", "trajectory")
 
@@ -51,8 +51,8 @@ class Recipe(pretrain.Recipe):
     repeats: int = 1
 
     @property
-    def sampling(self) -> pretrain.Sampling:
-        return pretrain.Sampling(self.walk_steps, 0.0, self.walk_mu)
+    def sampling(self) -> Sampling:
+        return Sampling(self.walk_steps, 0.0, self.walk_mu)
 
     def __post_init__(self) -> None:
         super().__post_init__()
