@@ -18,7 +18,7 @@ import argparse
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tomli_w
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.errors import reported
+from model.pipeline import Pipeline
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, Item, Pair
 from model.train.encode import scale
@@ -33,9 +34,6 @@ from model.train.judge import Judge
 from model.train.looks import resize
 from model.train.rewards import top_octave
 from model.train.study import Floats, Pixels, embed, figure, lines_of, mean, names_of, paint, ratio
-
-if TYPE_CHECKING:
-    from model.pipeline import Pipeline
 
 PROMPTS, SEEDS = 25, 4  # of which diversity is taken
 GRAINY = 40  # pictures of which grain is taken
@@ -215,8 +213,6 @@ def main(
 ) -> None:
     """Measure checkpoints of the box, print and keep what was found; `settings` of specs are the checkpoint's own
     where left out."""
-    from model.pipeline import Pipeline
-
     judge = Judge.load(judge_path)
     found: dict[str, Any] = {"count": count, **settings}
     out.parent.mkdir(parents=True, exist_ok=True)

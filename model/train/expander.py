@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model.errors import reported
+from model.pipeline import Pipeline
 from model.spec import RenderSpec
 from model.train.card import phrase
 from model.train.data import DATA, Catalog, stable_seed
@@ -23,9 +23,6 @@ from model.train.evaluate import candidates, retrieval
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.study import Floats, paint
-
-if TYPE_CHECKING:
-    from model.pipeline import Pipeline
 
 ENOUGH = 0.75  # of the subjects right
 FIRST_SEED = 900_000  # far from those of the studies
@@ -57,8 +54,6 @@ def asked_only(table: Floats) -> dict[str, list[str]]:
 
 def main(judge: Path, variant: str, count: int, dtype: str | None) -> None:
     """Measure, and print the table and the lines."""
-    from model.pipeline import Pipeline
-
     pipeline = Pipeline.load("mini", variant, dtype=dtype, filters=())
     table = measure(pipeline, Judge.load(judge), Catalog(DATA, pipeline.native), count)
     print(f"{'':<28}", *(f"{medium[:8]:>9}" for medium in MEDIA), f"{'mean':>9}")

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import reported
+from model.pipeline import Pipeline
 from model.train.data import DATA, Catalog, article
 from model.train.evaluate import candidates, held_out_prompts, retrieval, specs_of
 from model.train.judge import Judge
@@ -28,10 +29,6 @@ from model.train.strangers import Wording
 from model.train.study import Floats, Pixels, conduct, embed, figure, mean, paint, parser_of
 from model.train.thesaurus import called, one
 from model.vocabulary import held_out
-
-if TYPE_CHECKING:
-    from model.pipeline import Pipeline
-
 
 SAID = {"plain": (0.0, 0.0), "other words": (1.0, 0.0), "wrapped": (0.0, 1.0), "both": (1.0, 1.0)}
 

@@ -21,7 +21,7 @@ from model.dit import DiTConfig, Krea2
 from model.errors import K2Error, reported
 from model.latents import grid_of, patchify
 from model.style import StyleConfig, StyleEncoder
-from model.train import loop, states
+from model.train import loop, samples, states
 from model.train.alignment import CLEANER, Pupil, Teacher
 from model.train.data import fingerprint
 from model.train.loop import Batch, Report
@@ -135,8 +135,6 @@ class Drawing(loop.Stage):
         return self.recipe.sheets
 
     def sheet(self) -> Path:
-        from model.train import samples  # its autoencoder is trained beside what is here
-
         return samples.main(self.recipe.name)
 
 

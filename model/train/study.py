@@ -12,7 +12,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -20,14 +20,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from model.pipeline import Pipeline
 from model.spec import RenderSpec
 from model.train.data import Catalog, Item, stable_seed
 from model.train.encode import to_tensor
 from model.train.judge import SIZE, Judge
 from model.train.looks import Look
-
-if TYPE_CHECKING:
-    from model.pipeline import Pipeline
 
 Floats = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]  # [H, W, 3]
@@ -195,8 +193,6 @@ def conduct(
     *more: Any,
 ) -> None:
     """Take the figures that the options ask for, each of what `begin` makes and of `more`, and write them."""
-    from model.pipeline import Pipeline
-
     options.out.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
     study = begin(pipeline, Judge.load(options.judge))
