@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,6 @@ from model.train.training_set import TrainingSet
 from model.vae import QwenImageVAE
 
 EVALUATION = 77  # the seed of the judge that only evaluates
-NAMES = ("subject", "style", "artefact", "grain")
-
-Reward = Callable[[Tensor, Sequence[Asked]], Tensor]  # (pictures [B, 3, H, W] in −1 … 1, what was asked) -> [B], 0 … 1
 
 
 def top_octave(pictures: Tensor) -> Tensor:
@@ -110,23 +107,21 @@ class Rewards:
             return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
 
     def each(self, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        """Every reward by name, [B] each, in fp32; without a critic there is no `artefact`."""
+        """Every reward by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1; without a critic there is no
+        `artefact`."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            return self._each(pictures, asked)
-
-    def _each(self, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        subject, style = self.see(pictures)
-        wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
-        real = torch.stack([self.styles[a.look] for a in asked])
-        octave = torch.stack([self.octaves[a.look] for a in asked])
-        found = {
-            "subject": (16 * subject @ self.names.T).softmax(1).gather(1, wanted[:, None])[:, 0],
-            "style": (1 + (style * real).sum(1)) / 2,
-            "grain": (-(top_octave(pictures).log() - octave).abs()).exp(),
-        }
-        if self.critic is not None:
-            found["artefact"] = self.critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
-        return found
+            subject, style = self.see(pictures)
+            wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
+            real = torch.stack([self.styles[a.look] for a in asked])
+            octave = torch.stack([self.octaves[a.look] for a in asked])
+            found = {
+                "subject": (16 * subject @ self.names.T).softmax(1).gather(1, wanted[:, None])[:, 0],
+                "style": (1 + (style * real).sum(1)) / 2,
+                "grain": (-(top_octave(pictures).log() - octave).abs()).exp(),
+            }
+            if self.critic is not None:
+                found["artefact"] = self.critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
+            return found
 
     def chosen(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> dict[str, Tensor]:
         """The rewards that `weights` names."""
