@@ -164,9 +164,8 @@ class Run:
     def advance(self, *batches: Batch) -> dict[str, float]:
         """One step of the optimisers, from the mean gradient of its parts; `batches` are those of this process."""
         recipe = self.recipe
-        factor = min(1.0, (self.step + 1) / recipe.warmup_steps) * warmup_stable_decay(
-            self.progress, recipe.total, warmup=0, decay=recipe.decay
-        )
+        done = self.progress / recipe.total
+        factor = warmup_stable_decay(self.step, recipe.warmup_steps, done, recipe.decay)
         rows: list[dict[str, float]] = []
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

@@ -84,7 +84,11 @@ def for_muon(name: str, param: Tensor) -> bool:
     return param.ndim == 2 and min(param.shape) > 1 and any(part in f".{name}" for part in MUON)
 
 
-def warmup_stable_decay(step: float, total: float, warmup: float = 0.02, decay: float = 0.2) -> float:
-    """Factor of the learning rate: up, flat, and linearly down to zero over the last `decay` of the run."""
-    done = step / total
-    return max(0.0, min(done / warmup if warmup else 1.0, 1.0, (1 - done) / decay if decay else 1.0))
+def warmup_stable_decay(step: int, warmup_steps: int, done: float, decay: float) -> float:
+    """Factor of the learning rate: linearly up over the first steps, flat, and down to zero over the last `decay`.
+
+    step   how many were taken before
+    done   how much of the run is, 0 … 1, by its steps or by the clock
+    """
+    falling = max(0.0, min(1.0, (1 - done) / decay)) if decay else 1.0
+    return min(1.0, (step + 1) / warmup_steps) * falling
