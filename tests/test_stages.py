@@ -102,6 +102,7 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     stpo, grpo = record("stpo")["figures"], record("grpo")["figures"]
     assert {"aside_winner", "aside_loser", "held", "reward_win_rate", "top_octave_after", "apart_after"} <= stpo.keys()
     assert 50 <= stpo["beta"] <= 5000 and stpo["beta"] != 500
+    assert record("stpo")["pictures"] == 2 * 2 * 2  # steps, pairs of each, both of a pair
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
 
 

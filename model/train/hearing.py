@@ -134,9 +134,6 @@ class Hearing(pretrain.Drawing):
     def muon(self, name: str, param: Tensor) -> bool:
         return param.ndim == 2 and min(param.shape) > 1
 
-    def pictures(self) -> int:
-        return self.recipe.batch
-
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         device = self.model.look_head.weight.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}

@@ -131,6 +131,9 @@ class Drawing(loop.Stage):
 
     recipe: Recipe
 
+    def pictures(self) -> int:
+        return self.recipe.batch * self.recipe.repeats
+
     def sheets(self) -> float:
         return self.recipe.sheets
 
@@ -188,9 +191,6 @@ class Pretraining(Drawing):
 
     def rate(self, name: str) -> float:
         return float(not name.startswith(tuple(f"{module}." for module in self.recipe.frozen)))
-
-    def pictures(self) -> int:
-        return self.recipe.batch * self.recipe.repeats
 
     def compile(self) -> None:
         compile_blocks(self.recipe, self.model.dit)

@@ -259,6 +259,9 @@ class Preference(pretrain.Drawing):
         """The figures of each pair held aside, at noise that is always the same."""
         return self.compare(self.of(list(range(self.recipe.aside)), 0))[1]
 
+    def pictures(self) -> int:
+        return 2 * self.recipe.batch
+
     def after(self, step: int) -> Mapping[str, float]:
         recipe = self.recipe
         if not recipe.aside:

@@ -99,9 +99,6 @@ class Turbo(pretrain.Drawing):
     def rate(self, name: str) -> float:
         return self.recipe.fake_rate if name.startswith("fake.") else 1.0
 
-    def pictures(self) -> int:
-        return self.recipe.batch
-
     def compile(self) -> None:
         networks = (self.model.dit, self.model.fake, self.teacher.dit)
         pretrain.compile_blocks(self.recipe, *(network for network in networks if network is not None))
