@@ -131,9 +131,6 @@ class Hearing(pretrain.Drawing):
     def rate(self, name: str) -> float:
         return float(name.startswith(TRAINED))
 
-    def muon(self, name: str, param: Tensor) -> bool:
-        return param.ndim == 2 and min(param.shape) > 1
-
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         device = self.model.look_head.weight.device
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
