@@ -235,17 +235,31 @@ def measure(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
 def write(vae: QwenImageVAE, path: Path, training: dict[str, Any], size: int) -> None:
     """The finished autoencoder as a checkpoint of its own kind, meant for pictures of this size in px."""
     metadata = {"kind": "vae", "config": asdict(vae.config), "native": size, "training": training}
-    save(path, {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, metadata)
+    save(path, vae.state_dict(), metadata)
 
 
-class Autoencoding(loop.Stage):
-    """The stage: both halves, or the decoder alone."""
+class Stage(loop.Stage):
+    """A stage whose model is an autoencoder."""
 
+    recipe: Recipe
     narrow = False
+
+    def muon(self, name: str, param: Tensor) -> bool:
+        return param.ndim == 4 and param.shape[0] >= 8
+
+    def pictures(self) -> int:
+        return self.recipe.batch
+
+    def compile(self) -> None:
+        model.vae.norm_silu = torch.compile(model.vae.norm_silu, dynamic=True)
+
+
+class Autoencoding(Stage):
+    """The stage: both halves, or the decoder alone."""
 
     def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool):
         torch.manual_seed(recipe.seed)
-        self.recipe: Recipe = recipe
+        self.recipe = recipe
         self.pool, self.data = pool, fingerprint(catalog)
         if recipe.decoder:
             self.model: QwenImageVAE = load(BOX / "mini-vae.safetensors")
@@ -263,17 +277,8 @@ class Autoencoding(loop.Stage):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         return loss(self.model, batch["images"], batch["grainy"], self.recipe, batch["generator"]), {}
 
-    def muon(self, name: str, param: Tensor) -> bool:
-        return param.ndim == 4 and param.shape[0] >= 8
-
     def rate(self, name: str) -> float:
         return 0.0 if self.recipe.decoder and name.startswith(ENCODER) else 1.0
-
-    def pictures(self) -> int:
-        return self.recipe.batch
-
-    def compile(self) -> None:
-        model.vae.norm_silu = torch.compile(model.vae.norm_silu, dynamic=True)
 
 
 def conclude(vae: QwenImageVAE, catalog: Catalog, recipe: Recipe, steps: int, report: Report) -> None:

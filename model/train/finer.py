@@ -159,14 +159,14 @@ def grown(teacher: QwenImageVAE) -> QwenImageVAE:
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class Growing(loop.Stage):
+class Growing(autoencoder.Stage):
     """The stage: both halves at once, each by what the teacher says of the coarse twin."""
 
-    narrow = False
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool, teacher: QwenImageVAE):
         torch.manual_seed(recipe.seed)
-        self.recipe: Recipe = recipe
+        self.recipe = recipe
         self.pool, self.data, self.teacher = pool, fingerprint(catalog), teacher.requires_grad_(False)
         self.frozen = teacher
         self.model: QwenImageVAE = grown(teacher)
@@ -211,17 +211,8 @@ class Growing(loop.Stage):
         drawn = infidelity(vae.reconstruct(noisy), fine, grainy, recipe, generator)
         return drawn + recipe.match * off, {"drawn": drawn.detach(), "off": off.detach()}
 
-    def muon(self, name: str, param: Tensor) -> bool:
-        return param.ndim == 4 and param.shape[0] >= 8
-
     def rate(self, name: str) -> float:
         return 1.0 if name.startswith(self.new) else 0.3
-
-    def pictures(self) -> int:
-        return self.recipe.batch
-
-    def compile(self) -> None:
-        autoencoder.Autoencoding.compile(self)  # type: ignore[arg-type]
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
