@@ -26,7 +26,7 @@ from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import Lora, RenderSpec
 from model.train import adapter
-from model.train.data import DATA, Catalog, Item, article
+from model.train.data import DATA, Catalog, Item, phrase
 from model.train.evaluate import candidates, retrieval
 from model.train.judge import Judge
 from model.train.looks import Look
@@ -59,7 +59,7 @@ def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
     for subject, item in chosen:
         stem = folder / subject.replace(" ", "-")
         Image.fromarray(catalog.picture(item)).save(stem.with_suffix(".png"))
-        stem.with_suffix(".txt").write_text(f"{article(subject)}{subject}")
+        stem.with_suffix(".txt").write_text(phrase(subject))
     return [subject for subject, _ in chosen]
 
 
@@ -76,9 +76,7 @@ def study(
 
     among = candidates(catalog)
     subjects = [subject for subject in among if subject not in taught][:count]
-    plain = [
-        RenderSpec(f"{article(subject)}{subject}", seed=500 + i, steps=steps) for i, subject in enumerate(subjects)
-    ]
+    plain = [RenderSpec(phrase(subject), seed=500 + i, steps=steps) for i, subject in enumerate(subjects)]
     said = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
     taught_by = (Lora(run.result),)
     ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=taught_by) for spec in said]}

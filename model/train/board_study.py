@@ -34,8 +34,7 @@ from model.moodboard import Board, analyse
 from model.pipeline import Pipeline
 from model.seeing import Eye
 from model.spec import Reference, RenderSpec, Style, tied
-from model.train.card import phrase
-from model.train.data import DATA, Catalog, Item, stable_seed
+from model.train.data import DATA, Catalog, Item, phrase, stable_seed
 from model.train.judge import Judge
 from model.train.looks import MEDIA, PALETTES, Look
 from model.train.study import (

@@ -28,7 +28,7 @@ from model.library import BOX
 from model.pipeline import Pipeline
 from model.region import Region
 from model.spec import RenderSpec
-from model.train.data import article, read_subjects
+from model.train.data import phrase, read_subjects
 from model.train.looks import MEDIA, PALETTES, Look
 from model.train.samples import PROMPTS
 
@@ -137,10 +137,6 @@ def mended(pipeline: Pipeline, side: int = 160, count: int = 5) -> Image.Image:
             for column, picture in enumerate([framed, *(made.image for made in pipeline.stream(specs))]):
                 page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
     return page
-
-
-def phrase(name: str) -> str:
-    return f"{article(name)}{name}"
 
 
 def main(folder: Path = BOX) -> None:

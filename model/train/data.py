@@ -156,7 +156,7 @@ class Catalog:
         words = [str(rng.choice(medium))] if medium else []
         if not words or rng.random() < 0.6:
             words.append(str(rng.choice(drawing)))
-        subject_words = f"{article(name)}{name}" if rng.random() < 0.8 else name
+        subject_words = phrase(name) if rng.random() < 0.8 else name
         where = item.look.ground_words
         if not style:
             bare = form == "short" or item.look.medium != "plain"
@@ -209,6 +209,11 @@ def article(name: str) -> str:
         return ""
     vowel = (name[0] in "aeiou" and not name.startswith(("uni", "ufo"))) or name.startswith("hour")
     return "an " if vowel else "a "
+
+
+def phrase(name: str) -> str:
+    """A subject's name with its article, as short captions have it."""
+    return f"{article(name)}{name}"
 
 
 def pack(package: str, version: str, folder: Path) -> Path:

@@ -17,8 +17,7 @@ import numpy as np
 from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
-from model.train.card import phrase
-from model.train.data import DATA, Catalog, stable_seed
+from model.train.data import DATA, Catalog, phrase, stable_seed
 from model.train.evaluate import candidates, retrieval
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA

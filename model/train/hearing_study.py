@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from model.errors import reported
 from model.pipeline import Pipeline
-from model.train.data import DATA, Catalog, article
+from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import candidates, held_out_prompts, retrieval, specs_of
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
@@ -64,7 +64,7 @@ def names(study: Study) -> dict[str, Any]:
         subjects, every = [subject for subject, _ in chosen], list(study.catalog.subjects)
         for said, captions in (
             (kind, [called(name) for _, name in chosen]),
-            (f"own names of the {kind}", [f"{article(subject)}{subject}" for subject in subjects]),
+            (f"own names of the {kind}", list(map(phrase, subjects))),
         ):
             found[said] = figure(mean, study.right(captions, subjects, every), groups=subjects)
             found[said]["of"] = len(chosen)
@@ -82,7 +82,7 @@ def looks(study: Study) -> dict[str, Any]:
         spoken = one(MEDIA[item.look.medium] or DRAWINGS[item.pair.drawing], rng)
         other = one(study.wording.thesaurus.looks[spoken], rng)
         for said, look in zip(captions, ("", f", {spoken}", f", {other}"), strict=True):
-            captions[said].append(f"{article(subject)}{subject}{look}")
+            captions[said].append(phrase(subject) + look)
     real = embed(study.judge, [study.catalog.picture(item) for item in chosen])[1]
     kinds = [item.pair.drawing if item.look.medium == "plain" else item.look.medium for item in chosen]
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ import numpy as np
 from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
-from model.train.data import DATA, Catalog, article
+from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import held_out_prompts, kernel_distance, specs_of
 from model.train.judge import Judge
 from model.train.shapes import Shape
@@ -52,7 +52,7 @@ class Study:
     def paint(self, size: str, count: int) -> list[Pixels]:
         width, height = map(int, size.split("x"))
         asked = [
-            RenderSpec(f"{article(subject)}{subject}", seed=100 + index, width=width, height=height, steps=self.steps)
+            RenderSpec(phrase(subject), seed=100 + index, width=width, height=height, steps=self.steps)
             for index, subject in enumerate(self.chosen[:count])
         ]
         return paint(self.pipeline, asked)

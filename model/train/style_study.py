@@ -31,7 +31,7 @@ from PIL import Image
 from model.errors import reported
 from model.pipeline import Pipeline
 from model.spec import Reference, RenderSpec, Style
-from model.train.data import DATA, Catalog, Item, article
+from model.train.data import DATA, Catalog, Item, phrase
 from model.train.evaluate import candidates
 from model.train.judge import Judge
 from model.train.looks import Look
@@ -81,7 +81,7 @@ class Trial:
 
     @property
     def prompt(self) -> str:
-        return f"{article(self.subject)}{self.subject}"
+        return phrase(self.subject)
 
 
 def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int, seed: int = 11) -> list[Trial]:

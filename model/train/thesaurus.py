@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from model.train.data import Subject, article
+from model.train.data import Subject, phrase
 from model.train.looks import PALETTES
 from model.vocabulary import held_out, said_of_look
 
@@ -30,7 +30,7 @@ def named(caption: str, names: Iterable[str]) -> str | None:
 def called(name: str) -> str:
     """A name with its article, if it takes one."""
     plural = name.endswith("s") and not name.endswith(("ss", "us"))
-    return name if plural else article(name) + name
+    return name if plural else phrase(name)
 
 
 class Thesaurus:
@@ -86,7 +86,7 @@ class Thesaurus:
         others = self.taught(subject.name)
         if name is None or not others:
             return caption, subject.words
-        other, said = one(others, rng), f"{article(name)}{name}"
+        other, said = one(others, rng), phrase(name)
         return caption.replace(*((said, called(other)) if said in caption else (name, other)), 1), (other,)
 
     def _look(self, part: str, rng: np.random.Generator) -> str:
