@@ -13,7 +13,7 @@ from model.errors import K2Error
 from model.text_encoder import TextConfig, TextEncoder
 from model.train import phrases, text
 from model.train.loop import Run
-from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, batches, build, export
+from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, build, chosen, export
 
 RECIPE = Recipe(name="text", steps=4, lr=2e-3, batch=3, warmup_steps=1, decay=0.5, every=2)
 TINY = TextConfig(8192, 16, 24, 2, 2, 1, 8, 1e4, 1e-6, (1, 2))
@@ -130,18 +130,10 @@ def test_its_words_are_fetched_once(tmp_path, monkeypatch):
 def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():
     corpus = start()[2]
 
-    first = [i for _, batch in zip(range(3), batches(corpus, 3, 0, 0), strict=False) for i in batch]
+    first = [i for number in range(3) for i in chosen(corpus, 3, number, 0)]
 
     assert len(set(first)) == 9
     assert min(first) >= corpus.held_out
-
-
-@pytest.mark.parametrize("step", [1, 3, 7])
-def test_a_step_has_its_batch_wherever_one_starts(step):
-    corpus = start()[2]
-    order = [batch for _, batch in zip(range(9), batches(corpus, 3, 0, 0), strict=False)]
-
-    assert next(batches(corpus, 3, step, 0)) == order[step]
 
 
 def test_words_start_as_the_teacher_sees_them():

@@ -9,9 +9,7 @@ the whole batch.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -200,20 +198,16 @@ def objective(
     return loss + kept + 0.05 * size
 
 
-def batches(corpus: Corpus, batch: int, start: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of like length; which one comes at a step depends on nothing but seed and step."""
+def chosen(corpus: Corpus, batch: int, number: int, seed: int) -> list[int]:
+    """The phrases of the batch of this number, of like length; none that is held out, and none twice in an epoch."""
     lengths = [len(row) for row in corpus.rows]
     count, pool = (len(lengths) - corpus.held_out) // batch, 16 * batch
-    for epoch in itertools.count(start // count):
-        dice = torch.Generator().manual_seed(seed + epoch)
-        order = (torch.randperm(len(lengths) - corpus.held_out, generator=dice) + corpus.held_out)[
-            : count * batch
-        ].tolist()
-        ordered = [
-            i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)
-        ]
-        for place in torch.randperm(count, generator=dice).tolist()[start % count if epoch == start // count else 0 :]:
-            yield ordered[place * batch : (place + 1) * batch]
+    epoch, place = divmod(number, count)
+    dice = torch.Generator().manual_seed(seed + epoch)
+    order = (torch.randperm(len(lengths) - corpus.held_out, generator=dice) + corpus.held_out)[: count * batch].tolist()
+    ordered = [i for at in range(0, len(order), pool) for i in sorted(order[at : at + pool], key=lengths.__getitem__)]
+    start = batch * int(torch.randperm(count, generator=dice)[place])
+    return ordered[start : start + batch]
 
 
 @torch.no_grad()
@@ -288,7 +282,7 @@ class Distilling(loop.Stage):
         """The suffix's first row learns most; the rest follows every fourth time, at less cost."""
         number = step * self.recipe.accumulate + part
         tail = SUFFIX_TOKENS if number % 4 == 0 else 1
-        indices = next(batches(self.corpus, self.recipe.batch, number, self.recipe.seed))
+        indices = chosen(self.corpus, self.recipe.batch, number, self.recipe.seed)
         return {"part": self.corpus.batch(indices, tail), "tail": tail}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
