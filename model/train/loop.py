@@ -234,8 +234,7 @@ class Run:
 
         Raises K2Error where the recipe now makes or trains other tensors than were saved.
         """
-        sharded = path.is_dir()
-        place = parallel.place_of(path) if sharded else place_of(path)
+        place = place_of(path)
         self.step, self.seconds = place["step"], place["seconds"]
         self.figures = place.get("figures", {})
         now = asdict(self.recipe)
@@ -254,7 +253,7 @@ class Run:
                 f"{', '.join(self.changed) or 'they are of another kind'}.",
                 hint=f"Go on as it began, remove {self.folder} to begin anew, or name the run otherwise.",
             )
-        tensors = parallel.load(path, self._room) if sharded else load_file(path, str(self.device))
+        tensors = parallel.load(path, self._room) if path.is_dir() else load_file(path, str(self.device))
         weights = self.model.state_dict()
         self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
         self.ema = {name: as_sharded(tensors[f"ema.{name}"], like) for name, like in weights.items()}

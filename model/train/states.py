@@ -37,13 +37,14 @@ def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], recor
 def newest_state(folder: Path) -> Path | None:
     """What a run goes on from: the whole state of one process or the parts of several, whichever is further."""
     file = folder / "state.safetensors"
-    found = [(place_of(file)["step"], file)] if file.exists() else []
-    found += [(parallel.place_of(path)["step"], path) for path in parallel.saved(folder)[-1:]]
-    return max(found, key=lambda each: each[0])[1] if found else None
+    found = [*([file] if file.exists() else []), *parallel.saved(folder)[-1:]]
+    return max(found, key=lambda path: place_of(path)["step"], default=None)
 
 
 def place_of(path: Path) -> dict[str, Any]:
-    """Where a saved run stands: step, seconds, recipe."""
+    """Where a saved run stands, of one process or of several: step, seconds, recipe."""
+    if path.is_dir():
+        return parallel.place_of(path)
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["place"])
 
