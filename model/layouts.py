@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import AGAIN, Checkpoint, Stored, load, open_checkpoint, reader, some
+from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
+from model.headers import AGAIN, some
 from model.marks import PASSENGERS, PREFIXES, SECOND, blocks_of, rotation
 from model.quantize import SCALE_SUFFIXES
 from model.stream import stream

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.checkpoint import Checkpoint, open_checkpoint, read_json, refuse_unreadable, some
+from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.errors import K2Error, count_of
+from model.headers import read_json, some
 from model.quantize import is_auxiliary
 from model.stream import stream
 
