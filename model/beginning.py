@@ -18,11 +18,10 @@ from torch import Tensor
 
 from model.hashes import sha256
 from model.latents import patchify
-from model.parts import SpreadFluxVAE
+from model.parts import Autoencoder
 from model.recent import Recent
 from model.references import feathered, to_mask, to_pixels
 from model.settle import Settled
-from model.vae import QwenImageVAE
 
 REMEMBERED = 16  # pictures whose latents are kept
 
@@ -44,7 +43,7 @@ class Way(NamedTuple):
 class Beginnings:
     """An autoencoder's view of the pictures that others begin with; what was asked for last is kept."""
 
-    def __init__(self, vae: QwenImageVAE | SpreadFluxVAE, patch: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, vae: Autoencoder, patch: int, device: torch.device, dtype: torch.dtype):
         self.vae, self.patch, self.device, self.dtype = vae, patch, device, dtype
         self._latents: Recent[Tensor] = Recent(REMEMBERED)
 

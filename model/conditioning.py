@@ -12,13 +12,12 @@ from model.avoid import SAYS_NOTHING, Avoided, directions, steer_away
 from model.checkpoint import Checkpoint
 from model.dit import Krea2
 from model.library import Parts
-from model.parts import SpreadFluxVAE, load_style
+from model.parts import Autoencoder, load_style
 from model.recent import Recent
 from model.references import to_pixels
 from model.settle import Settled, read_beside
 from model.style import StyleEncoder, Weighed
 from model.text_encoder import TextEncoder
-from model.vae import QwenImageVAE
 from model.vision import Reader, find_tower
 
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
@@ -35,7 +34,7 @@ class Conditioning:
         self,
         dit: Krea2,
         text: TextEncoder,
-        vae: QwenImageVAE | SpreadFluxVAE,
+        vae: Autoencoder,
         parts: Parts,
         device: torch.device,
         dtype: torch.dtype,

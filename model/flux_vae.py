@@ -1,7 +1,8 @@
-"""The FLUX.2 autoencoder: factor 8, 32 channels, packed 2 x 2 to 128 and normalised by running statistics.
+"""The FLUX.2 autoencoder: factor 8, 32 channels, normalised by running statistics of packs of 2 x 2 cells.
 
-Parameter names are diffusers' (`AutoencoderKLFlux2`). Shapes: B pictures, H x W pixels; pictures are RGB in -1 ... 1;
-one packed latent cell is 16 x 16 pixels.
+Parameter names are diffusers' (`AutoencoderKLFlux2`), whose pipeline leaves the latents packed, 128 channels of 16 x 16
+pixels; here they are spread out again, as `patchify` wants them. Shapes: B pictures, H x W pixels; pictures are RGB in
+-1 ... 1; one latent cell is 8 x 8 pixels.
 """
 
 from __future__ import annotations
@@ -205,12 +206,14 @@ class Decoder(nn.Module):
 
 
 class FluxVAE(nn.Module):
-    """Pictures to packed, normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
+    """Pictures to normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
+
+    factor = 2 ** (SCALES - 1)  # pixels along the side of a latent cell
 
     def __init__(self, config: FluxVAEConfig, tile: int = 1536, overlap: int = 256):
         super().__init__()
         self.config, self.tile, self.overlap = config, tile, overlap
-        z = config.latent_channels
+        z = self.channels = config.latent_channels
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
@@ -218,28 +221,29 @@ class FluxVAE(nn.Module):
         self.bn = nn.BatchNorm2d(4 * z, eps=config.batch_norm_eps, affine=False)  # never trained: a normaliser
 
     def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], H and W multiples of 16 -> packed normalised latents [B, 128, H/16, W/16]."""
+        """images [B, 3, H, W], H and W multiples of 16 -> normalised latents [B, 32, H/8, W/8]."""
         if images.shape[-2] % 16 or images.shape[-1] % 16:
             raise ValueError(f"height and width must be multiples of 16, not {tuple(images.shape[-2:])}")
-        mean = tiled(self._mean, images, self.tile, self.overlap, Fraction(1, 8), unit=16)
-        return self._normalise(F.pixel_unshuffle(mean, 2))  # channel, row, column: the order of `patchify`
+        latents = tiled(self._mean, images, self.tile, self.overlap, Fraction(1, 8), unit=16)
+        std, mean = self._statistics(latents.dtype)
+        return F.pixel_shuffle((F.pixel_unshuffle(latents, 2) - mean) / std, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Packed normalised latents [B, 128, h, w] -> images [B, 3, 16h, 16w] in -1 ... 1."""
+        """Normalised latents [B, 32, h, w], h and w even -> images [B, 3, 8h, 8w] in -1 ... 1."""
         std, mean = self._statistics(latents.dtype)
-        z = F.pixel_shuffle(latents * std + mean, 2)
+        z = F.pixel_shuffle(F.pixel_unshuffle(latents, 2) * std + mean, 2)
         images = tiled(self._picture, z, self.tile // 8, self.overlap // 8, Fraction(8))
         return images.clamp(-1, 1)
+
+    def load_diffusers(self, state: Mapping[str, Tensor]) -> None:
+        """Load diffusers' weights. Raises RuntimeError on any misfit."""
+        self.load_state_dict(state, strict=True, assign=True)
 
     def _mean(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images)).chunk(2, dim=1)[0]
 
     def _picture(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
-
-    def _normalise(self, packed: Tensor) -> Tensor:
-        std, mean = self._statistics(packed.dtype)
-        return (packed - mean) / std
 
     def _statistics(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Standard deviation and mean of packed latents, [1, 128, 1, 1]."""

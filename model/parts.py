@@ -7,12 +7,11 @@ from math import prod
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
+from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.headers import AGAIN
 from model.layouts import dit_config, native_names, stored_precision
 from model.library import Parts
@@ -20,6 +19,8 @@ from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
 from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, weights_of
 from model.vae import QwenImageVAE, VAEConfig
+
+Autoencoder = QwenImageVAE | FluxVAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QWEN_VAE_NUMBERS = 127_000_000
@@ -85,63 +86,32 @@ def release_numbers() -> Numbers:
     )
 
 
-def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> QwenImageVAE | SpreadFluxVAE:
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """An autoencoder from our own file or from diffusers' folder. Raises K2Error."""
     checkpoint = open_checkpoint(path)
     refuse_unreadable(checkpoint)
     stated = checkpoint.metadata.get("config") or checkpoint.config
     stated = dict(stated) if isinstance(stated, Mapping) else {}
-    if stated.get("_class_name") == "AutoencoderKLFlux2":
-        return SpreadFluxVAE(checkpoint, device, dtype)
-    if checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated:
+    flux = stated.get("_class_name") == "AutoencoderKLFlux2"
+    if not flux and (checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated):
         raise K2Error(f"{path} is no autoencoder that k2 knows.", hint="Qwen-Image's and FLUX.2's are known.")
     stated.setdefault("temporal_downsample", stated.get("temperal_downsample"))
     try:
-        config = VAEConfig.from_dict({key: stated[key] for key in VAEConfig.__dataclass_fields__ if key in stated})
+        with torch.device("meta"):
+            vae = FluxVAE(FluxVAEConfig.from_dict(stated)) if flux else QwenImageVAE(VAEConfig.from_dict(stated))
     except (TypeError, ValueError) as error:
         raise K2Error(f"The config of {path} is none: {error}.", hint=AGAIN) from None
-    with torch.device("meta"):
-        vae = QwenImageVAE(config)
+    state = dict(checkpoint.read(device=device, dtype=dtype))
     try:
-        vae.load_diffusers(dict(checkpoint.read(device=device, dtype=dtype)))
+        vae.load_diffusers(state)
     except RuntimeError as error:
         raise K2Error(f"The tensors of {path} do not fit its config: {brief(error)}.", hint=AGAIN) from None
-    for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
-        setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
-    if device.type == "cpu":  # its narrow outer scales are convolved in half the time so, the release's a sixth sooner
-        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(vae, QwenImageVAE):
+        for name, values in (("mean", vae.config.latents_mean), ("std", vae.config.latents_std)):
+            setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
+        if device.type == "cpu":  # narrow outer scales are convolved in half the time so, the release's a sixth sooner
+            vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae.requires_grad_(False).eval()
-
-
-class SpreadFluxVAE:
-    """FLUX.2's autoencoder with its packed latents spread out, [B, 32, H/8, W/8], as `patchify` wants them."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
-        from model.flux_vae import FluxVAE, FluxVAEConfig
-
-        try:
-            config = FluxVAEConfig.from_dict(checkpoint.config)
-        except (TypeError, ValueError) as error:
-            raise K2Error(f"The config of {checkpoint.path} is none: {error}.", hint=AGAIN) from None
-        with torch.device("meta"):
-            self.packed = FluxVAE(config)
-        state = dict(checkpoint.read(device=device, dtype=dtype))
-        try:
-            self.packed.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise K2Error(
-                f"The tensors of {checkpoint.path} do not fit its config: {brief(error)}.", hint=AGAIN
-            ) from None
-        self.packed.requires_grad_(False).eval()
-        self.channels, self.factor = self.packed.config.latent_channels, 8
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> normalised latents [B, 32, H/8, W/8]."""
-        return F.pixel_shuffle(self.packed.encode(images), 2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, 32, H/8, W/8] -> images [B, 3, H, W] in −1 … 1."""
-        return self.packed.decode(F.pixel_unshuffle(latents, 2))
 
 
 def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
@@ -158,7 +128,7 @@ def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
     return encoder, int(checkpoint.metadata.get("native", 128))
 
 
-def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: QwenImageVAE | SpreadFluxVAE) -> None:
+def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder) -> None:
     """The parts must speak of the same numbers. Raises K2Error."""
     asked, spoken = dit.config, text.tower.config
     if (spoken.hidden_size, len(spoken.taps)) != (asked.text_width, asked.text_taps):
@@ -167,10 +137,9 @@ def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: QwenImageVA
             f"{parts.text} speaks {len(spoken.taps)} of {spoken.hidden_size}.",
             hint="Give the text encoder that the transformer was trained with.",
         )
-    channels = vae.config.z_dim if isinstance(vae, QwenImageVAE) else vae.channels
-    if channels != asked.channels:
+    if vae.channels != asked.channels:
         raise K2Error(
-            f"{parts.dit} paints in {asked.channels} channels, {parts.vae} reads {channels}.",
+            f"{parts.dit} paints in {asked.channels} channels, {parts.vae} reads {vae.channels}.",
             hint="Give the autoencoder that the transformer was trained with.",
         )
 

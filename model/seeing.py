@@ -17,11 +17,10 @@ from torch import Tensor
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import sha256
-from model.parts import SpreadFluxVAE, load_style, load_vae
+from model.parts import Autoencoder, load_style, load_vae
 from model.picture_file import LEAST_SIDE, MOST_PIXELS
 from model.references import to_rgba
 from model.style import StyleEncoder
-from model.vae import QwenImageVAE
 from model.words import Words
 
 Pixels = NDArray[np.uint8]  # RGB [S, S, 3]
@@ -32,9 +31,7 @@ one_at_a_time = Lock()
 class Eye:
     """A style encoder with the autoencoder that it looks through, and its words where it has any."""
 
-    def __init__(
-        self, encoder: StyleEncoder, vae: QwenImageVAE | SpreadFluxVAE, side: int, words: Words | None, why: str
-    ):
+    def __init__(self, encoder: StyleEncoder, vae: Autoencoder, side: int, words: Words | None, why: str):
         self.encoder, self.vae, self.side, self.words, self.why = encoder, vae, side, words, why
 
     @classmethod

@@ -52,8 +52,12 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """From JSON values, where sequences are lists. Raises TypeError or ValueError for what no autoencoder is."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        """From JSON values; keys that do not shape the network (as in diffusers' config.json) are left aside.
+
+        Raises TypeError or ValueError for what no autoencoder is.
+        """
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         config = cls(**fields)
         sizes = [(config.base_dim, 4096), (config.z_dim, 1024), (config.num_res_blocks, 64)]
         sizes += [(factor, 64) for factor in config.dim_mult]
@@ -247,7 +251,7 @@ class QwenImageVAE(nn.Module):
     def __init__(self, config: VAEConfig, tile: int = 1536, overlap: int = 256):
         super().__init__()
         self.config, self.tile, self.overlap = config, tile, overlap
-        self.factor = config.factor  # pixels along the side of a latent cell
+        self.factor, self.channels = config.factor, config.z_dim  # factor: pixels along the side of a latent cell
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)

@@ -50,11 +50,11 @@ def test_parity(pair):
     mean = theirs.bn.running_mean.view(1, -1, 1, 1)
 
     packed = (Flux2Pipeline._patchify_latents(theirs.encode(images).latent_dist.mean) - mean) / std
-    assert relative(ours.encode(images), packed) < 1e-4
+    assert relative(torch.nn.functional.pixel_unshuffle(ours.encode(images), 2), packed) < 1e-4
 
     latents = torch.randn(2, 128, 4, 2)
     decoded = theirs.decode(Flux2Pipeline._unpatchify_latents(latents * std + mean)).sample.clamp(-1, 1)
-    assert relative(ours.decode(latents), decoded) < 1e-4
+    assert relative(ours.decode(torch.nn.functional.pixel_shuffle(latents, 2)), decoded) < 1e-4
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_tiles_against_the_whole(pair):
     """
     ours, _ = pair
     torch.manual_seed(1)
-    latents = torch.randn(1, 128, 24, 16)  # alike everywhere, so that a tile's statistics resemble the whole's
+    latents = torch.randn(1, 32, 48, 32)  # alike everywhere, so that a tile's statistics resemble the whole's
     whole = ours.decode(latents)
     ours.tile, ours.overlap = 192, 64
     try:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from model.errors import K2Error
 from model.hashes import sha256
-from model.parts import SpreadFluxVAE
+from model.parts import Autoencoder
 from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet
 from model.references import fitting, to_pixels
-from model.vae import QwenImageVAE
 
 MOST_TEXT = 1 << 16  # bytes of a caption's file
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
@@ -84,7 +83,7 @@ def join(caption: str, trigger: str) -> str:
 
 @torch.inference_mode()
 def encode(
-    pictures: Sequence[Captioned], vae: QwenImageVAE | SpreadFluxVAE, size: int, unit: int, *, mirrored: bool = False
+    pictures: Sequence[Captioned], vae: Autoencoder, size: int, unit: int, *, mirrored: bool = False
 ) -> dict[tuple[int, int], tuple[Tensor, list[int]]]:
     """Latents of pictures, each in about its own proportions, sorted by shape. Raises K2Error for broken ones.
 
@@ -93,7 +92,7 @@ def encode(
     mirrored  each once more, left to right
     returns   (rows, columns) -> latents [n, C, rows, columns], fp32 on the CPU, and the index of each in `pictures`
     """
-    device, dtype = next((p.device, p.dtype) for p in module_of(vae).parameters())
+    device, dtype = next((p.device, p.dtype) for p in vae.parameters())
     found: dict[tuple[int, int], list[tuple[Tensor, int]]] = defaultdict(list)
     for index, picture in enumerate(pictures):
         pixels = to_pixels(picture.path, *fitting(picture.path, size**2, unit)).to(device, dtype)
@@ -104,10 +103,6 @@ def encode(
         shape: (torch.cat([latents for latents, _ in group]).clone(), [index for _, index in group])
         for shape, group in found.items()
     }
-
-
-def module_of(vae: QwenImageVAE | SpreadFluxVAE) -> torch.nn.Module:
-    return vae.packed if isinstance(vae, SpreadFluxVAE) else vae
 
 
 def manifest(pictures: Sequence[Captioned]) -> list[dict[str, str]]:
