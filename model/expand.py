@@ -19,28 +19,10 @@ LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots
 LOOK = ("drawing", "medium")  # the slots that a style's pictures or its LoRA already fill
 SLOTS = ("ground", *LOOK)  # in the order of their words
 LONGEST = 600  # characters that a language model's expansion may have
-SMALL = frozenset(  # words that tell nothing of a look
-    (
-        "a",
-        "an",
-        "the",
-        "of",
-        "on",
-        "in",
-        "at",
-        "with",
-        "and",
-        "or",
-        "its",
-        "his",
-        "her",
-        "their",
-        "to",
-        "by",
-        "from",
-        "for",
-    )
-)
+SMALL = frozenset((  # words that tell nothing of a look
+    "a", "an", "the", "of", "on", "in", "at", "with", "and", "or", "its", "his", "her", "their", "to", "by", "from",
+    "for",
+))  # fmt: skip
 
 
 @cache
