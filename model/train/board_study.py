@@ -208,12 +208,15 @@ def make_with(study: Study, style: Style | None, index: int) -> tuple[list[str],
     """Subjects and specs of the pictures for one board; the same without it."""
     rng = np.random.default_rng(stable_seed("board", index))
     subjects = [str(name) for name in rng.choice(study.subjects, PER_BOARD, replace=False)]
-    words = style.keywords if style else ()
-    more: dict[str, Any] = {"styles": (style,), "negative": ", ".join(style.avoids)} if style else {}
-    return subjects, [
-        study.spec(", ".join([phrase(name), *words]), 5000 + PER_BOARD * index + i, **more)
-        for i, name in enumerate(subjects)
-    ]
+    return subjects, [styled(study, name, 5000 + PER_BOARD * index + i, style) for i, name in enumerate(subjects)]
+
+
+def styled(study: Study, name: str, seed: int, style: Style | None) -> RenderSpec:
+    """A subject with a board's pictures and words, or without."""
+    if style is None:
+        return study.spec(phrase(name), seed)
+    prompt, negative = ", ".join([phrase(name), *style.keywords]), ", ".join(style.avoids)
+    return study.spec(prompt, seed, styles=(style,), negative=negative)
 
 
 # ---- creativity -----------------------------------------------------------------------------------------------------
@@ -329,19 +332,10 @@ def sheets(study: Study) -> dict[str, Any]:
     rows = []
     for look in choose_looks(study.catalog)[:4]:
         truth, board = lay_out(study, [look], eye)
-        style = style_of(board)
-        plain = [study.spec(phrase(name), 40 + i) for i, name in enumerate(subjects)]
-        after = [
-            study.spec(
-                ", ".join([phrase(name), *style.keywords]),
-                40 + i,
-                styles=(style,),
-                negative=", ".join(style.avoids),
-            )
-            for i, name in enumerate(subjects)
-        ]
+        ways = (None, style_of(board))
+        specs = [styled(study, name, 40 + i, way) for way in ways for i, name in enumerate(subjects)]
         shown = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(truth)[:3]]
-        rows.append([*shown, *(each.picture for each in study.see([*plain, *after]))])
+        rows.append([*shown, *(each.picture for each in study.see(specs))])
     heads = ["of the board", "", "", "without", "", "", "with the board", "", ""]
     files.append(sheet(study.folder / "board.png", heads, rows))
     return {"files": [file.name for file in files]}
