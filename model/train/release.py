@@ -29,6 +29,7 @@ RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
 
 def main(run: str, folder: Path = BOX) -> None:
+    """Store what a run has learned, as files of the box, in a folder."""
     path = RUNS / run / "state.safetensors"
     place = place_of(path)
     recipe = place["recipe"]
@@ -49,32 +50,23 @@ def main(run: str, folder: Path = BOX) -> None:
     shared = {"native": recipe["size"], "training": training}
     shared |= {"shapes": list(dict.fromkeys(stage.shapes))} if stage.shapes else {}
     dit: dict[str, Any] = {"kind": "dit", "variant": "raw", "config": asdict(config), "recommended": RECOMMENDED}
+
+    def put(name: str, prefix: str, about: dict[str, Any]) -> None:
+        state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        save(folder / f"mini-{name}.safetensors", quantise(state), about | shared)
+
     distilled = isinstance(stage, turbo.Recipe)
     if distilled or stage.init == "turbo":  # what began as Turbo stays one
         if distilled:
             own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
         else:
             own = read(BOX / "mini-turbo.safetensors")[1]["recommended"]
-        state = {k.removeprefix("dit."): v for k, v in weights.items() if k.startswith("dit.")}
-        save(
-            folder / "mini-turbo.safetensors", quantise(state), dit | shared | {"variant": "turbo", "recommended": own}
-        )
+        put("turbo", "dit.", dit | {"variant": "turbo", "recommended": own})
         return
-    parts: dict[str, tuple[str, dict[str, Any]]] = {
-        "dit.": ("mini-raw", dit),
-        "style.": (
-            "mini-style",
-            {
-                "kind": "style",
-                "config": asdict(StyleConfig(text_width=config.text_width, text_taps=config.text_taps)),
-            },
-        ),
-    }
-    if isinstance(stage, hearing.Recipe) or "style" in stage.frozen:  # the style encoder stays, words and all
-        del parts["style."]
-    for prefix, (name, metadata) in parts.items():
-        state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        save(folder / f"{name}.safetensors", quantise(state), metadata | shared)
+    put("raw", "dit.", dit)
+    if not (isinstance(stage, hearing.Recipe) or "style" in stage.frozen):  # or it stays, words and all
+        style = StyleConfig(text_width=config.text_width, text_taps=config.text_taps)
+        put("style", "style.", {"kind": "style", "config": asdict(style)})
     for file in sorted(folder.glob("mini-*.safetensors")):
         print(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB")
 
