@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageChops
-from tiny import DIT, tiny, tiny_box  # noqa: F401
+from PIL import Image
+from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
 from k2cli import hands
 from model.cohesion import GUARD, NOISE, PULL, SHARE, Heard, Tie, leader_of, leads, shared_noise, tied
 from model.dit import attention
 from model.errors import K2Error
 from model.pipeline import Pipeline
-from model.spec import Leader, Picture, Reference, RenderSpec, Style
+from model.spec import Leader, Reference, RenderSpec, Style
 from model.spec import tied as tie
 from model.splice import guarded, moments, pulled
 
@@ -42,14 +42,6 @@ def pipeline(request, tiny, tmp_path) -> Pipeline:  # noqa: F811
 def board(tmp_path) -> Path:
     Image.linear_gradient("L").convert("RGB").save(tmp_path / "board.png")
     return tmp_path / "board.png"
-
-
-def pixels(picture: Picture) -> str:
-    return picture.record["pixels"]
-
-
-def difference(a: Picture, b: Picture) -> int:
-    return max(ImageChops.difference(a.image, b.image).tobytes())
 
 
 def latents(pipeline: Pipeline, specs: list[RenderSpec]) -> torch.Tensor:

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
-from tiny import tiny, tiny_box  # noqa: F401
+from PIL import Image
+from tiny import difference, pixels, tiny, tiny_box  # noqa: F401
 
 from k2cli import models
 from model import library
@@ -50,15 +50,6 @@ def pipeline(tiny):  # noqa: F811
 def red(tmp_path) -> Path:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     return tmp_path / "red.png"
-
-
-def difference(a: Picture, b: Picture) -> int:
-    """Of two pictures' pixels, the largest."""
-    return max(ImageChops.difference(a.image, b.image).tobytes())
-
-
-def pixels(picture: Picture) -> str:
-    return picture.record["pixels"]
 
 
 def test_again_is_the_same_bit_for_bit(tiny, pipeline):  # noqa: F811

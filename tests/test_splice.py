@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
-from tiny import DIT, tiny, tiny_box  # noqa: F401
+from PIL import Image
+from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
 from model import splice as module
 from model.dit import Krea2, attention, rotate
@@ -79,14 +79,6 @@ def refs(tmp_path) -> list[Path]:
 def styled(*weights: tuple[Path, float], **changes) -> RenderSpec:
     styles = tuple(Style(path.stem, weight, (Reference(path),)) for path, weight in weights)
     return replace(FOX, styles=styles, **changes)
-
-
-def pixels(picture: Picture) -> str:
-    return picture.record["pixels"]
-
-
-def difference(a: Picture, b: Picture) -> int:
-    return max(ImageChops.difference(a.image, b.image).tobytes())
 
 
 def latents(pipeline: Pipeline, spec: RenderSpec) -> torch.Tensor:

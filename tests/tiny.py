@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ImageChops
 
 from model import library
 from model.checkpoint import save
 from model.dit import DiTConfig, Krea2
+from model.spec import Picture
 from model.style import StyleConfig, StyleEncoder
 from model.text_encoder import TextConfig, TextTower
 from model.vae import QwenImageVAE, VAEConfig
@@ -65,6 +67,15 @@ def make_box(folder: Path) -> None:
 
 def random_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in module.state_dict().items()}
+
+
+def pixels(picture: Picture) -> str:
+    return picture.record["pixels"]
+
+
+def difference(a: Picture, b: Picture) -> int:
+    """Of two pictures' pixels, the largest."""
+    return max(ImageChops.difference(a.image, b.image).tobytes())
 
 
 @pytest.fixture(scope="session")
