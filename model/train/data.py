@@ -316,11 +316,7 @@ def draw_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> I
         pack(f"@iconify-json/{package}", version, folder)
     packages, subjects = zip(*asked, strict=True)
     with ProcessPoolExecutor() as pool:
-        yield from pool.map(draw_one, repeat(folder), packages, subjects, repeat(size), chunksize=32)
-
-
-def draw_one(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
-    return draw(icons_of_process(folder, package), subject, size)
+        yield from pool.map(draw, repeat(folder), packages, subjects, repeat(size), chunksize=32)
 
 
 @cache
@@ -328,8 +324,9 @@ def icons_of_process(folder: Path, package: str) -> dict[str, Any]:
     return fetch(package, PACKAGES[package], folder)
 
 
-def draw(icons: dict[str, Any], subject: Subject, size: int) -> NDArray[np.uint8] | None:
+def draw(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
     """A subject in a drawing set, RGBA [size, size, 4], or None where the set has none of its icons."""
+    icons = icons_of_process(folder, package)
     found = (render_icon(icons, name, size) for name in subject.icons)
     return next((picture for picture in found if picture is not None), None)
 

@@ -29,6 +29,7 @@ PROMPTS = [
 
 @torch.inference_mode()
 def main(run: str, device: str = "cpu") -> Path:
+    """Draw `PROMPTS` by a run's averaged weights, eight a row -> where the sheet is."""
     path = RUNS / run / "state.safetensors"
     place = place_of(path)
     recipe = saved(place["recipe"])
