@@ -9,7 +9,6 @@ real pictures from the same ones broken by rule: doubled, melted, patched, torn,
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,10 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.checkpoint import read, save
 from model.errors import reported
 from model.train import data, loop
 from model.train import recipe as recipes
@@ -34,7 +32,6 @@ from model.train.encode import catalog_of_process, scale
 from model.train.looks import resize
 from model.train.loop import Batch, Report
 from model.train.states import RUNS
-from model.whole import whole
 
 SIZE = 64  # px that a judge looks at
 
@@ -98,10 +95,10 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Judge:
-        with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["k2"])["config"]
-        judge = cls(JudgeConfig(**config | {"words": tuple(config["words"])}))
-        judge.load_state_dict(load_file(path))
+        """A trained one, to read by. Raises K2Error where the file cannot be read."""
+        state, about = read(path)
+        judge = cls(JudgeConfig(**about["config"] | {"words": tuple(about["config"]["words"])}))
+        judge.load_state_dict(state)
         return judge.eval()
 
 
@@ -129,8 +126,9 @@ class Critic(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Critic:
+        """As `Judge.load`."""
         critic = cls()
-        critic.load_state_dict(load_file(path))
+        critic.load_state_dict(read(path)[0])
         return critic.eval()
 
 
@@ -250,9 +248,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     training = {"seed": recipe.seed, "minutes": round(run.seconds / 60, 1), "steps": run.step, "size": recipe.size}
     for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
         config = asdict(stage.judge.config) if kind == "judge" else {}
-        metadata = {"kind": kind, "config": config, "training": training}
-        with whole(folder / f"{kind}-{recipe.seed}.safetensors") as draft:
-            save_file(module.state_dict(), draft, {"k2": json.dumps(metadata)})
+        about = {"kind": kind, "config": config, "training": training}
+        save(folder / f"{kind}-{recipe.seed}.safetensors", module.state_dict(), about)
     return run
 
 

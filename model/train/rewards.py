@@ -9,15 +9,14 @@ grain     the power in the top octave of its spectrum against real pictures of t
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
+from model.checkpoint import open_checkpoint
 from model.errors import K2Error
 from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
@@ -85,8 +84,7 @@ class Rewards:
         path = RUNS / "judge" / f"{name}.safetensors"
         if not path.exists():
             raise K2Error(f'There is no judge "{name}" to reward by.', hint="Train one first: k2 train judge-11")
-        with safe_open(path, "pt") as file:
-            seed = json.loads(file.metadata()["k2"])["training"]["seed"]
+        seed = open_checkpoint(path).metadata["training"]["seed"]
         if seed == EVALUATION:
             raise K2Error(
                 f"Judge {seed} is for evaluation; no training may see it.",
