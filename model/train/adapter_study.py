@@ -24,10 +24,10 @@ from PIL import Image
 from model import library
 from model.errors import reported
 from model.pipeline import Pipeline
-from model.spec import Lora, RenderSpec
+from model.spec import Lora
 from model.train import adapter
 from model.train.data import DATA, Catalog, Item, phrase
-from model.train.evaluate import candidates, retrieval
+from model.train.evaluate import candidates, retrieval, specs_of
 from model.train.judge import Judge
 from model.train.looks import Look
 from model.train.study import (
@@ -76,7 +76,7 @@ def study(
 
     among = candidates(catalog)
     subjects = [subject for subject in among if subject not in taught][:count]
-    plain = [RenderSpec(phrase(subject), seed=500 + i, steps=steps) for i, subject in enumerate(subjects)]
+    plain = specs_of(list(map(phrase, subjects)), 500, steps=steps)
     said = [replace(spec, prompt=f"{spec.prompt}, {TRIGGER}") for spec in plain]
     taught_by = (Lora(run.result),)
     ways = {"plain": plain, "words": said, "lora": [replace(spec, loras=taught_by) for spec in said]}

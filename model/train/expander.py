@@ -16,9 +16,8 @@ import numpy as np
 
 from model.errors import reported
 from model.pipeline import Pipeline
-from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, phrase, stable_seed
-from model.train.evaluate import candidates, retrieval
+from model.train.evaluate import candidates, retrieval, specs_of
 from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.study import Floats, paint
@@ -37,8 +36,7 @@ def measure(pipeline: Pipeline, judge: Judge, catalog: Catalog, count: int) -> F
             subjects = [str(name) for name in rng.choice(among, count, replace=False)]
             texts = [", ".join([phrase(name), how[0], *told[:1]]) for name in subjects]
             first = FIRST_SEED + count * (i * len(MEDIA) + j)
-            specs = [RenderSpec(prompt=text, seed=first + k) for k, text in enumerate(texts)]
-            table[i, j] = retrieval(judge, paint(pipeline, specs), subjects, among).mean()
+            table[i, j] = retrieval(judge, paint(pipeline, specs_of(texts, first)), subjects, among).mean()
     return table
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from model.errors import reported
 from model.pipeline import Pipeline
-from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import held_out_prompts, kernel_distance, specs_of
 from model.train.judge import Judge
@@ -51,11 +50,8 @@ class Study:
 
     def paint(self, size: str, count: int) -> list[Pixels]:
         width, height = map(int, size.split("x"))
-        asked = [
-            RenderSpec(phrase(subject), seed=100 + index, width=width, height=height, steps=self.steps)
-            for index, subject in enumerate(self.chosen[:count])
-        ]
-        return paint(self.pipeline, asked)
+        captions = list(map(phrase, self.chosen[:count]))
+        return paint(self.pipeline, specs_of(captions, 100, width=width, height=height, steps=self.steps))
 
 
 def squared(picture: Pixels, mode: Literal["edge", "constant"] = "edge") -> Pixels:
