@@ -398,7 +398,9 @@ class TestPlans:
 
         k2("render", "--resume")
 
-        for sheet in plan.parent.glob("sheet*.png"):
+        sheets = list(plan.parent.glob("sheet*.png"))
+        assert sheets
+        for sheet in sheets:
             with Image.open(sheet) as image:
                 assert image.width * image.height < 120_000_000
 
