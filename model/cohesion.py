@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from model.dit import Attend, DiTConfig, attention
 from model.spec import RenderSpec
-from model.splice import first_block, guarded, moments, pulled
+from model.splice import Capture, first_block, guarded, moments, pulled
 
 Spec = TypeVar("Spec", bound=RenderSpec)
 
@@ -69,17 +69,6 @@ def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
     return torch.cat((starts[:1], starts[1:] + (mixed - means[1:])))
 
 
-class Heard(NamedTuple):
-    """What of the leader reaches a block of the others, for each of B rows."""
-
-    k: Tensor  # [B, K, L, d], guarded
-    v: Tensor  # [B, K, L, d]
-    q_mean: Tensor  # [B, H, 1, d] over the image tokens, fp32, as the three below
-    q_var: Tensor
-    k_mean: Tensor  # [B, K, 1, d]
-    k_var: Tensor
-
-
 class Tie:
     """Listens to the leader in an evaluation of the network, and lets the rows evaluated after it follow."""
 
@@ -87,7 +76,7 @@ class Tie:
         """sigmas of the steps, grid of the image tokens."""
         self.config, self.cohesion, self.sigmas, self.grid = config, cohesion, sigmas, grid
         self.first = first_block(config.blocks)
-        self.heard: dict[int, list[Heard]] = {}  # branch -> of each tied block, of one row
+        self.heard: dict[int, list[Capture]] = {}  # branch -> of each tied block what the leader left, keys guarded
 
     def listen(self, attend: Sequence[Attend | None] | None, branches: Sequence[int], step: int) -> list[Attend | None]:
         """The attention of the leader's rows, which are of these branches: as it is, and remembered."""
@@ -98,9 +87,9 @@ class Tie:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 own_q, own_k, own_v = (x[:, :, -tokens:] for x in (q, k, v))
                 keys = guarded(own_k, self.config, GUARD, sigma, self.grid[1])
-                heard = Heard(keys, own_v, *moments(own_q), *moments(own_k))
+                heard = Capture(keys, own_v, *moments(own_q), *moments(own_k))
                 for row, branch in enumerate(branches):
-                    self.heard[branch].append(Heard(*(x[row] for x in heard)))
+                    self.heard[branch].append(Capture(*(x[row] for x in heard)))
                 return inner(q, k, v)
 
             return block
@@ -112,7 +101,8 @@ class Tie:
 
         def following(inner: Attend, index: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                heard = Heard(*map(torch.stack, zip(*(self.heard[branch][index] for branch in branches), strict=True)))
+                each = (self.heard[branch][index] for branch in branches)
+                heard = Capture(*map(torch.stack, zip(*each, strict=True)))
                 return tied(inner, heard, self.cohesion)(q, k, v)
 
             return block
@@ -126,7 +116,7 @@ class Tie:
         return inner[: self.first] + [wrap(each or attention, i) for i, each in enumerate(inner[self.first :])]
 
 
-def tied(inner: Attend, heard: Heard, cohesion: float) -> Attend:
+def tied(inner: Attend, heard: Capture, cohesion: float) -> Attend:
     """A block's attention, and in the image tokens' answers a share of one that the leader is part of."""
     tokens, pull, share = heard.k.shape[2], PULL * cohesion, SHARE * cohesion
 

@@ -59,7 +59,10 @@ def first_block(blocks: int) -> int:
 
 
 class Capture(NamedTuple):
-    """What a reference leaves at one noise level, of the spliced blocks."""
+    """What image tokens leave for others to attend to: a reference's at one noise level in n spliced blocks.
+
+    In `model/cohesion.py` it is what a leader leaves in one block, n then being the rows that hear it.
+    """
 
     k: Tensor  # [n, K, L, d]
     v: Tensor  # [n, K, L, d]

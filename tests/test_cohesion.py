@@ -11,13 +11,13 @@ from PIL import Image
 from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
 from k2cli import hands
-from model.cohesion import GUARD, NOISE, PULL, SHARE, Heard, Tie, leader_of, leads, shared_noise, tied
+from model.cohesion import GUARD, NOISE, PULL, SHARE, Tie, leader_of, leads, shared_noise, tied
 from model.dit import attention
 from model.errors import K2Error
 from model.pipeline import Pipeline
 from model.spec import Leader, Reference, RenderSpec, Style
 from model.spec import tied as tie
-from model.splice import guarded, moments, pulled
+from model.splice import Capture, guarded, moments, pulled
 
 FOX = RenderSpec("a red fox", seed=7, steps=3)
 OWL = RenderSpec("an owl in flight over a dark forest", seed=9, steps=3)
@@ -166,7 +166,7 @@ def scene():
     torch.manual_seed(0)
     stream = torch.randn(2, 4, 17, 16), torch.randn(2, 2, 17, 16), torch.randn(2, 2, 17, 16)
     keys, values, queries = 1 + torch.randn(2, 2, 12, 16), 2 + torch.randn(2, 2, 12, 16), torch.randn(2, 4, 12, 16) - 1
-    return stream, Heard(keys, values, *moments(queries), *moments(keys))
+    return stream, Capture(keys, values, *moments(queries), *moments(keys))
 
 
 def test_words_never_see_the_leader(scene):
@@ -184,7 +184,7 @@ def test_an_answer_has_no_jump_at_nothing(scene):
 def test_who_follows_itself_stays_as_it_is(scene):
     """The same keys twice are the same answer, and its own statistics are there already."""
     q, k, v = (x[:, :, 5:] for x in scene[0])
-    answer = tied(attention, Heard(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
+    answer = tied(attention, Capture(k, v, *moments(q), *moments(k)), 1.0)(q, k, v)
     torch.testing.assert_close(answer, attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
