@@ -59,7 +59,10 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
     if short == "krea-2" or short in library.OFFICIAL:
         pulled = shown if short in library.OFFICIAL else f"krea-2-{variant or 'turbo'}"
         raise K2Error(f"{shown} is not on this machine.", hint=f"Fetch it with: k2 models pull {pulled}")
-    if "/" in name or "." in name:
+    base, _, wanted = name.lower().rpartition("-")
+    if wanted in ("turbo", "raw") and base in ("", *library.box()):
+        hint = f'A variant is no part of the name: variant = "{wanted}" below [render], or --{wanted}.'
+    elif "/" in name or "." in name:
         hint = "Name a folder or a file that is there, or fetch it from the hub with: k2 models pull ORG/NAME"
     else:
         hint = nearest(name, [*library.box(), *library.OFFICIAL])

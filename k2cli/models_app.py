@@ -126,7 +126,7 @@ def export(
     precision: PrecisionOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model as a folder for diffusers, or its transformer as a file.
+    """Write a model for diffusers, or its transformer as one file.
 
     The folder opens in diffusers.Krea2Pipeline. The file is k2's own, in bf16, or rounded once for all to int8 or fp8:
     half as large, and sooner read where memory is short.

@@ -28,6 +28,8 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others
     A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet. The rest is
     added to `others`.
     """
+    if not pattern.strip():
+        raise K2Error(f"{where}: the path is empty.", hint="Name a picture, a folder, or a glob of pictures.")
     if pattern.count("**") > 1:  # each further one multiplies the folders walked
         raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
     if len(pattern) > LONGEST:

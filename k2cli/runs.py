@@ -204,7 +204,8 @@ def resume(project: Project, number: int | None = None) -> Job:
     run = Run.last(project.outputs, number)
     if run is None:
         which = "run" if number is None else f"run {number:04d}"
-        raise K2Error(f"{project.name} has no {which} to go on with.", hint="Start one with: k2 render")
+        hint = "Start one with: k2 render" if number is None else "Which there are: k2 log"
+        raise K2Error(f"{project.name} has no {which} to go on with.", hint=hint)
     toml, planned = read_plan(project, run)
     place = Place(toml)
     used = records.part(models.Held, toml.table, "model", place)

@@ -122,7 +122,16 @@ HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     "style": "Weights of styles stand below [style].",
     "images": "It belongs below [moodboard].",
     "turbo": 'Say variant = "turbo" below [render].',
-    **dict.fromkeys(("mix", "reference", "keywords", "avoids"), "It belongs into a style: styles/NAME.toml."),
+    **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs into a style: styles/NAME.toml."),
+    # what other tools call them
+    **dict.fromkeys(("negative", "negative_prompt"), "It is called avoid, below [[prompt]]."),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), "It is called guidance, and is 1 less than a CFG scale."),
+    **dict.fromkeys(("width", "height"), 'Say both at once: size = "320x192".'),
+    **dict.fromkeys(("num_steps", "num_inference_steps"), "It is called steps."),
+    **dict.fromkeys(("batch_size", "num_images", "count"), "It is called batch."),
+    **dict.fromkeys(("denoising_strength", "image_strength"), "It is called denoise, and 1 is all made anew."),
+    **dict.fromkeys(("checkpoint", "ckpt"), "It is called model."),
+    "seeds": "Say seed, and batch for more; or a [[matrix]] of seed = [1, 5].",
 }
 
 

@@ -706,12 +706,35 @@ def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
     assert tree(folder)["sheet.png"] == undisturbed["sheet.png"]
 
 
+@pytest.mark.parametrize(
+    ("toml", "message", "hint"),
+    [
+        (
+            '[render]\nmodel = "turbo"\n',
+            'There is no model "turbo" here.',
+            'variant = "turbo" below [render], or --turbo',
+        ),
+        ('[render]\nmodel = "mini-raw"\n', 'There is no model "mini-raw" here.', 'variant = "raw" below [render]'),
+        ('[render]\nmodel = "my-turbo"\n', 'There is no model "my-turbo" here.', "Did you mean"),
+        ('[moodboard]\nimages = [""]\n', "the path is empty.", "Name a picture, a folder, or a glob of pictures."),
+    ],
+)
+def test_what_is_found_out_when_it_is_rendered(moody, k2, toml, message, hint):
+    text = (moody / "k2.toml").read_text()
+    changed = text.replace("[render]\n", toml, 1) if "[render]" in toml else text + toml
+    (moody / "k2.toml").write_text(changed)
+
+    said = k2("render", code=1).stderr
+    assert message in said and hint in said
+
+
 def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
     interrupt(fake, k2, 3)
     k2("render", "-p", "tea")
 
     assert k2("render", "--resume", "--run", "1").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-8.png\n"
-    assert "has no run 0007 to go on with" in k2("render", "--resume", "--run", "7", code=1).stderr
+    none = k2("render", "--resume", "--run", "7", code=1).stderr
+    assert "has no run 0007 to go on with" in none and "Which there are: k2 log" in none
     assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
 
 

@@ -292,6 +292,13 @@ text = "a bun"
         ("[render]\nturbo = true\n", 'line 2: unknown key "turbo" in [render].', 'Say variant = "turbo"'),
         (TWO + 'aspect = "1:1"\nsize = "64x64"\n', 'line 8: "size" excludes "aspect"', "Keep the one"),
         (TWO + "steps = 0\n", 'line 7: "steps" must lie between 1 and 1,000, not 0.', ""),
+        (
+            TWO + 'negative = "snow"\n',
+            'line 7: unknown key "negative" in [prompt].',
+            "It is called avoid, below [[prompt]].",
+        ),
+        ("[render]\ncfg_scale = 4\n", 'line 2: unknown key "cfg_scale" in [render].', "called guidance, and is 1 less"),
+        ("[render]\nwidth = 256\n", 'line 2: unknown key "width" in [render].', 'Say both at once: size = "320x192".'),
         (TWO + "cohesion = 1\n", 'line 7: unknown key "cohesion" in [prompt].', "It belongs below [render]."),
         (TWO + "[prompt.style]\ndusk = 3\n", 'line 8: "dusk" must lie between −2 and 2, not 3.0.', ""),
         ("[moodboard]\n", 'line 1: "images" is missing in [moodboard].', ""),
