@@ -1,0 +1,123 @@
+"""Pictures that begin with others, by the judge: `python -m model.train.begin_study JUDGE OUT`.
+
+became  a picture of one subject and the prompt of another: share by share of it that is made anew, as which of the two
+        it is read among the names of all, and how far its pixels have gone, of how far they go where nothing is kept
+mended  the right half made anew by the picture's own prompt and another seed: whether it is read as what it was
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from model.errors import reported
+from model.pipeline import Pipeline
+from model.spec import RenderSpec
+from model.train.data import DATA, Catalog, phrase
+from model.train.evaluate import specs_of
+from model.train.judge import Judge
+from model.train.study import Floats, Pixels, conduct, embed, figure, mean, names_of, paint, parser_of, ratio
+
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for: `count` subjects, each led to the next."""
+
+    pipeline: Pipeline
+    judge: Judge
+    subjects: list[str]  # all there are
+    folder: Path
+    steps: int | None
+    count: int
+
+    @property
+    def chosen(self) -> list[str]:
+        order = np.random.default_rng(6).permutation(len(self.subjects))
+        return [self.subjects[index] for index in order[: self.count]]
+
+    def first(self) -> tuple[list[Path], list[Pixels]]:
+        """The pictures that others begin with, and their files."""
+        pictures = paint(self.pipeline, self.specs(self.chosen, 100))
+        files = [self.folder / f"first-{index}.png" for index in range(len(pictures))]
+        for file, picture in zip(files, pictures, strict=True):
+            Image.fromarray(picture).save(file)
+        return files, pictures
+
+    def specs(self, subjects: list[str], seed: int) -> list[RenderSpec]:
+        return specs_of(list(map(phrase, subjects)), seed, steps=self.steps)
+
+    def read_as(self, pictures: list[Pixels], subjects: list[str]) -> Floats:
+        """Of each picture whether its own subject's name is the nearest."""
+        near = embed(self.judge, pictures)[0] @ names_of(self.judge, self.subjects).T
+        nearest = [self.subjects[index] for index in near.argmax(1)]
+        return np.array([a == b for a, b in zip(nearest, subjects, strict=True)], float)
+
+
+def became(study: Study) -> dict[str, Any]:
+    """Share of the steps -> how many are read as their prompt's subject, how many as that of the picture before, and
+    the mean distance to it."""
+    files, before = study.first()
+    wanted = [*study.chosen[1:], study.chosen[0]]
+    made = {share: begun(study, files, wanted, share) for share in SHARES}
+    gone = {share: np.array(list(map(distance, those, before))) for share, those in made.items()}
+    found = {"before": {"was": figure(mean, study.read_as(before, study.chosen))}}
+    for share, those in made.items():
+        found[f"{share:g}"] = {
+            "is": figure(mean, study.read_as(those, wanted)),
+            "was": figure(mean, study.read_as(those, study.chosen)),
+            "gone": figure(ratio, gone[share], gone[SHARES[-1]]),
+        }
+    return found
+
+
+def begun(study: Study, files: list[Path], subjects: list[str], share: float) -> list[Pixels]:
+    specs = study.specs(subjects, 500)
+    return paint(study.pipeline, [with_first(spec, file, share) for spec, file in zip(specs, files, strict=True)])
+
+
+def with_first(spec: RenderSpec, file: Path, share: float, mask: str | None = None) -> RenderSpec:
+    return replace(spec, init_image=file, denoise=share, mask=mask)
+
+
+def distance(one: Pixels, other: Pixels) -> float:
+    """Root mean square of pixels' differences, of 255."""
+    return float(np.sqrt(np.mean((one.astype(float) - other) ** 2)))
+
+
+def mended(study: Study) -> dict[str, Any]:
+    """How many are read as their subject, before and after their right half was made anew."""
+    files, before = study.first()
+    height, width = before[0].shape[:2]
+    edge = width // 2
+    asked = zip(study.specs(study.chosen, 900), files, strict=True)
+    after = paint(study.pipeline, [with_first(*each, 1.0, f"{width - edge}x{height}+{edge}+0") for each in asked])
+    gone = [distance(one[:, edge:], other[:, edge:]) / 255 for one, other in zip(after, before, strict=True)]
+    return {
+        "before": figure(mean, study.read_as(before, study.chosen)),
+        "after": figure(mean, study.read_as(after, study.chosen)),
+        "gone": figure(mean, np.array(gone)),
+    }
+
+
+FIGURES = {"became": became, "mended": mended}
+
+
+def main() -> None:
+    options = parser_of(__doc__, list(FIGURES)).parse_args()
+
+    def begin(pipeline: Pipeline, judge: Judge) -> Study:
+        subjects = list(Catalog(DATA, pipeline.native).subjects)
+        return Study(pipeline, judge, subjects, options.out, options.steps, options.count)
+
+    conduct(options, FIGURES, begin)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

@@ -1,0 +1,58 @@
+"""The study of pictures that begin with others, on a painter who keeps a known part of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_style_study import SUBJECTS, Painter, Rims, colour, draw
+
+from model.spec import Picture
+from model.train.begin_study import Study, became, distance, mended
+
+
+class Keeps(Painter):
+    """Keeps what there was up to a share, then paints what is asked for; in a region always."""
+
+    def render(self, specs):
+        made = []
+        for spec in specs:
+            picture = draw(np.full(3, 128.0), colour(spec.prompt.split(" ", 1)[1]))
+            if spec.init_image:
+                before = np.asarray(Image.open(spec.init_image))
+                if spec.mask:
+                    assert spec.mask == "64x128+64+0"
+                    picture = np.concatenate([before[:, :64], 255 - before[:, 64:]], 1)
+                elif spec.denoise < 0.6:
+                    picture = before
+            made.append(Picture(Image.fromarray(picture), {}))
+        return made
+
+
+@pytest.fixture
+def study(tmp_path) -> Study:
+    return Study(Keeps(), Rims(), list(SUBJECTS), tmp_path, None, len(SUBJECTS))
+
+
+def test_what_a_picture_is_read_as_is_counted_share_by_share(study):
+    found = became(study)
+
+    assert found["before"]["was"]["value"] == 1
+    for share in ("0.25", "0.375", "0.5"):
+        assert [found[share][key]["value"] for key in ("is", "was", "gone")] == [0, 1, 0]
+    for share in ("0.625", "0.875", "1"):
+        assert [found[share][key]["value"] for key in ("is", "was", "gone")] == [1, 0, 1]
+
+
+def test_half_a_picture_made_anew(study):
+    found = mended(study)
+
+    assert found["before"]["value"] == 1 and found["after"]["value"] < 0.5  # as half of it is its opposite
+    assert found["gone"]["value"] > 0.1
+
+
+def test_a_distance_is_that_of_levels():
+    one = np.zeros((4, 4, 3), np.uint8)
+
+    assert distance(one, one) == 0
+    assert distance(one, np.full_like(one, 255)) == distance(np.full_like(one, 255), one) == 255
