@@ -311,7 +311,7 @@ def render(
 
     from k2cli.carry import carry_out, plan_project, show_plan
     from k2cli.cluster import Cluster
-    from k2cli.hands import Processes
+    from k2cli.hands import Processes, load
     from k2cli.like import Example
     from k2cli.matrix import settled_by
     from k2cli.prompts import typed
@@ -382,7 +382,9 @@ def render(
 
     if not stream:
         return carry(plan(prompts, quiet))
-    plan([typed("anything")], quiet=True)  # what no line could make right is refused before the first
+    first, *_ = plan([typed("anything")], quiet=True)  # what no line could make right is refused before the first
+    if not (dry_run or hire):
+        load(first.model)  # while it is awaited
     if render_each(lambda one: carry(plan([one], quiet)), as_json=json):
         raise typer.Exit(1)
 

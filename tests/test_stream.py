@@ -42,6 +42,17 @@ def test_a_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
     assert len(fake.loaded) == 1
 
 
+def test_the_weights_are_there_before_the_first_line(moody, k2, monkeypatch, fake):
+    seen = []
+    monkeypatch.setattr(stream, "lines", lambda: seen.append(len(fake.loaded)) or iter([]))
+
+    k2("render", "--stream")
+    k2("render", "--stream", "--dry-run", "--turbo", code=1)  # which the box has not
+    assert seen == [1] and not (moody / "outputs").exists()
+    k2("render", "--stream", "--dry-run", "--size", "64x64")
+    assert len(fake.loaded) == 1
+
+
 def test_a_line_that_goes_wrong_is_told_and_the_next_is_read(moody, k2, asks, fake):
     def fail(index: int) -> None:
         if len(fake.seen) == 1:
