@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.checkpoint import NUMBERS as NUMBER_FORMATS
 from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
 from model.headers import AGAIN, some
 from model.marks import PASSENGERS, PREFIXES, SECOND, blocks_of, rotation
+from model.plan import SPARE, free_memory
 from model.quantize import SCALE_SUFFIXES
 from model.stream import stream
 
@@ -218,7 +220,9 @@ def load_dit(
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
         again = precision not in ("native", stored_precision(checkpoint))
-        stream(model, "blocks", reader(model, checkpoint, device="cpu", dtype=dtype), torch.device(device), keep=again)
+        room = sum(tensor.nbytes for tensor in model.blocks.state_dict().values()) < SPARE * free_memory("cpu")
+        read = reader(model, checkpoint, device="cpu", dtype=dtype)
+        stream(model, "blocks", read, torch.device(device), keep=again and room)
     return model, checkpoint
 
 
@@ -228,3 +232,11 @@ def stored_precision(checkpoint: Checkpoint) -> str | None:
     if matrix is None or rotation(matrix.marks) or blocks_of(matrix.marks):
         return None
     return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype)
+
+
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Whether the blocks' matrices are no numbers times a scale, but have to be worked out when they are read."""
+    matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
+    if matrix is None:
+        return False
+    return bool(rotation(matrix.marks) or blocks_of(matrix.marks)) or matrix.dtype not in NUMBER_FORMATS

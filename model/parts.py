@@ -13,7 +13,7 @@ from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.headers import AGAIN
-from model.layouts import dit_config, native_names, stored_precision
+from model.layouts import dit_config, is_packed, native_names, stored_precision
 from model.library import Parts
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
@@ -49,6 +49,7 @@ def numbers_of(parts: Parts) -> Numbers:
         text=count(layers),
         others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
         stored=stored_precision(dit),
+        packed=is_packed(dit),
     )
 
 

@@ -43,6 +43,7 @@ class Numbers:
     text: int  # numbers in all of them
     others: int  # embedding, autoencoder, style encoder
     stored: str | None = None  # the precision of the blocks on disk, where it is one of 8 bits
+    packed: bool = False  # they have to be worked out whenever they are read
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def ways(
     """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
     if precision is not None:
         return [(precision, offload) for offload in OFFLOADS]
-    # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do
-    last = numbers.stored if numbers.stored and numbers.stored in known else "native"
+    # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do; what has to be
+    # worked out is, once, and kept where it takes the least
+    last = numbers.stored if numbers.stored and numbers.stored in known else eight if numbers.packed else "native"
     return [("native", "none"), ("native", "text"), (eight, "none"), (eight, "text"), (last, "all")]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import library
 from model.blockwise import in_blocks, in_order, padded
-from model.layouts import load_dit, stored_precision, to_diffusers
+from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 
 LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
 KINDS = pytest.mark.parametrize("kind", LAYOUTS)
@@ -90,7 +90,8 @@ def test_a_network_is_the_weights_it_stands_for(tmp_path, state, kind):
     saved, means = stored(kind, state)
     loaded, checkpoint = load_dit(native(tmp_path, saved))
 
-    assert loaded.config == TINY and stored_precision(checkpoint) is None
+    assert loaded.config == TINY and stored_precision(checkpoint) is None and is_packed(checkpoint)
+    assert not is_packed(load_dit(native(tmp_path, state))[1])
     assert_means(loaded, means)
     whole = random_model(TINY)
     assert 0 < relative_error(velocity(loaded), velocity(whole)) < (0.2 if kind == "nvfp4" else 0.05)
@@ -143,6 +144,17 @@ def test_in_8_bits_it_is_rounded_anew(tmp_path, state, kind, precision):
 def test_streamed(tmp_path, state, kind):
     path = native(tmp_path, stored(kind, state)[0])
     assert torch.equal(velocity(load_dit(path, streamed=True)[0]), velocity(load_dit(path)[0]))
+
+
+@pytest.mark.parametrize(("free", "kept"), [(1 << 40, True), (1 << 10, False)])
+def test_what_is_worked_out_is_kept_where_there_is_room(tmp_path, state, monkeypatch, free, kept):
+    told = []
+    monkeypatch.setattr("model.layouts.stream", lambda *_, keep: told.append(keep))
+    monkeypatch.setattr("model.layouts.free_memory", lambda device: free)
+    path = native(tmp_path, stored("nvfp4", state)[0])
+    for precision in ("int8", "native"):
+        load_dit(path, precision=precision, streamed=True)
+    assert told == [kept, False]  # what is exact would take twice the room
 
 
 @KINDS

@@ -19,7 +19,7 @@ from model import gguf_file
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.headers import read_header
-from model.layouts import load_dit, to_diffusers
+from model.layouts import is_packed, load_dit, to_diffusers
 from model.quantize import quantise, to_int8
 
 # wide enough for GGUF's blocks of 256; the text's matrices are narrower, as some of every real network's are
@@ -178,9 +178,10 @@ def test_the_same_velocity_from_every_layout(tmp_path, model, state, case):
 @pytest.mark.parametrize("case", ROUNDED)
 def test_rounded_layouts_are_off_by_their_rounding(tmp_path, model, state, case):
     of_weight, of_velocity, write = ROUNDED[case]
-    loaded, _ = load_dit(write(tmp_path, model, state))
+    loaded, checkpoint = load_dit(write(tmp_path, model, state))
 
     assert loaded.config == TINY
+    assert is_packed(checkpoint) == (case in ("GGUF Q8_0", "GGUF Q4_K"))
     for name, tensor in loaded.state_dict().items():
         assert (tensor - state[name]).abs().max() <= of_weight * state[name].abs().max(), name
     assert 0 < relative_error(velocity(loaded), velocity(model)) < of_velocity

@@ -97,6 +97,14 @@ def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
     assert choose(stored, 6 * GB, dtype="bfloat16").precision == "int8"
 
 
+def test_streamed_weights_that_have_to_be_worked_out_are_so_once(release):
+    """In the bits that are kept in the least room; where there is room for all, they are held as any are."""
+    packed = replace(release, packed=True)
+    assert choose(packed, 6 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
+    assert choose(packed, 80 * GB, dtype="bfloat16") == choose(release, 80 * GB, dtype="bfloat16")
+    assert choose(packed, 6 * GB, dtype="bfloat16", precision="native").precision == "native"
+
+
 def test_a_device_is_given_numbers_that_it_has(release):
     """Metal has no 8-bit floats: a file of them is widened on its way, and who asks for them is told."""
     known, stored = known_precisions("mps"), replace(release, stored="fp8")
