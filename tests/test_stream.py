@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 
 import pytest
 
@@ -73,6 +76,32 @@ def test_a_line_that_goes_wrong_is_told_and_the_next_is_read(moody, k2, asks, fa
         "file": None, "error": "The plum cannot be drawn.", "hint": "Ask for a pear.", "prompt": {"text": "a plum"}
     }  # fmt: skip
     assert "The plum cannot be drawn." in done.stderr and "Ask for a pear." in done.stderr
+
+
+def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
+    asks("{|}", "tea")
+
+    assert k2("render", "--stream", code=1).stdout == "outputs/0001-tea/tea-7.png\n"
+
+
+def test_a_bug_is_none_of_a_line(moody, k2, asks, fake):
+    def fail(index: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    fake.stop = staticmethod(fail)
+    asks("tea")
+
+    with pytest.raises(OSError, match="Input/output"):
+        k2("render", "--stream")
+
+
+def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n\n"))
+    assert [*stream.lines()] == ["tea"] and capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert [*stream.lines()] == ["tea"]
+    assert capsys.readouterr() == ("", "A prompt a line, rendered as it comes; Ctrl-D ends.\n")
 
 
 def test_lines_are_what_stands_between_breaks_and_nothing_empty(moody, k2):
