@@ -91,14 +91,14 @@ class Meter:
         if self.progress is not None:
             self.progress.update(self.steps, completed=done, total=of, visible=True)
 
-    def saved(self, done: int) -> None:
+    def saved(self, done: int, of: int | None = None) -> None:
         if self.progress is not None:
-            self.progress.update(self.pictures, completed=done)
+            self.progress.update(self.pictures, completed=done, total=of)
 
 
 @contextmanager
-def meter(total: int, *, quiet: bool) -> Iterator[Meter]:
-    """A bar for the pictures and one for the steps of those in hand, on a terminal only."""
+def meter(total: int | None, *, quiet: bool, what: str = "pictures") -> Iterator[Meter]:
+    """A bar for the pictures, or whatever is made, and one for the steps of those in hand, on a terminal only."""
     if quiet or not console.is_terminal:
         yield Meter()
         return
@@ -109,6 +109,6 @@ def meter(total: int, *, quiet: bool) -> Iterator[Meter]:
     with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         yield Meter(
             progress,
-            progress.add_task("pictures", total=total),
+            progress.add_task(what, total=total),
             progress.add_task("   steps", total=None, visible=False),
         )

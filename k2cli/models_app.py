@@ -137,7 +137,7 @@ def export(
       k2 models export krea-2-turbo turbo-int8.safetensors --precision int8
     """
     from k2cli import licence, models
-    from k2cli.console import near, result
+    from k2cli.console import meter, near, result
     from k2cli.settings import check_setting
     from model import library
 
@@ -157,7 +157,8 @@ def export(
         found = library.find(name, variant)
         if found is None:
             raise K2Error(f'"{name}" has no turbo checkpoint here.', hint="Leave --turbo out, or name another.")
-        write_compact(library.find_parts(found).dit, target, chosen, found.variant)
+        with meter(None, quiet=quiet, what="tensors") as bar:
+            write_compact(library.find_parts(found).dit, target, chosen, found.variant, bar.saved)
     else:
         from model.pipeline import Pipeline
 

@@ -26,7 +26,12 @@ WORDS = {number: word for word, number in NUMBERS.items()}
 ALIGNED = 64  # bytes that the tensors begin at a multiple of, so that they can be mapped
 
 
-def write_compact(source: Path, target: Path, precision: str, variant: str | None) -> None:
+OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
+
+
+def write_compact(
+    source: Path, target: Path, precision: str, variant: str | None, on_tensor: OnTensor | None = None
+) -> None:
     """Write a transformer of any layout that k2 reads, whole or not at all. Raises K2Error.
 
     source     as of `open_dit`
@@ -41,14 +46,16 @@ def write_compact(source: Path, target: Path, precision: str, variant: str | Non
         shrink(model.blocks, EIGHT_BITS[precision])
     read = reader(model, checkpoint, device="cpu", dtype=torch.bfloat16)
     about = {"kind": "dit", "config": asdict(model.config)} | ({"variant": variant} if variant else {})
-    header = header_of(model, about | checkpoint.metadata)
+    header, count = header_of(model, about | checkpoint.metadata), len(model.state_dict())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as draft, draft.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for tensor in tensors(model, read):
+            for done, tensor in enumerate(tensors(model, read), 1):
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
                 file.write(memoryview(raw))  # type: ignore[arg-type]
+                if on_tensor:
+                    on_tensor(done, count)
     except OSError as error:
         raise K2Error(f"{target} cannot be written: {error.strerror or error}.") from None
 

@@ -71,6 +71,14 @@ def test_other_programs_open_it(tmp_path, state, precision):
         assert file.metadata()["format"] == "pt"
 
 
+def test_how_far_it_is_is_told(tmp_path, state):
+    told: list[tuple[int, int]] = []
+    write_compact(native(tmp_path, state), tmp_path / "x.safetensors", "int8", None, lambda *far: told.append(far))
+
+    count = len(load_file(tmp_path / "x.safetensors"))
+    assert told == [(done, count) for done in range(1, count + 1)]
+
+
 def test_once_is_enough(tmp_path, state):
     """What is in 8 bits stays as it is; streamed, it is what it is in memory."""
     made = compact(tmp_path, native(tmp_path, state), "int8")
