@@ -279,7 +279,7 @@ def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
     from k2cli.console import result, say
     from k2cli.facts import differences
 
-    short = [name.rpartition("/")[2] for name in names]
+    short = [Path(name).name for name in names]
     rows = {"": short if len({*short}) == len(short) else [*names], **differences(found)}
     if sys.stdout.isatty():
         from rich.console import Console

@@ -25,7 +25,6 @@ from model.whole import whole
 WORDS = {number: word for word, number in NUMBERS.items()}
 ALIGNED = 64  # bytes that the tensors begin at a multiple of, so that they can be mapped
 
-
 OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
 
 
