@@ -32,12 +32,12 @@ from k2cli.tables import (
     read_weights,
 )
 from model.errors import K2Error
+from model.picture_file import same_shape
 from model.region import ALMOST, LIKE, Region
 from model.spec import Leader, RenderSpec, Style, tied
 
 INIT_OPTION, MASK_OPTION = "--init-image", "--mask"
 Sides = tuple[int, int]  # width and height of a picture
-ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
 MOST_PLAN = 32 << 20  # bytes of a run.toml
 
 
@@ -195,10 +195,10 @@ class Project(Folder):
             return str(region)
         if ALMOST.fullmatch(said):
             raise K2Error(f'{where}: "{said}" is no region.', hint=LIKE)
-        path, (width, height) = self.pictures(said, where)
+        path, sides = self.pictures(said, where)
         if is_dark(path):
             raise K2Error(f"{where}: nothing in {said} is white.", hint="White is made anew, black stays as it is.")
-        if abs(width / height * begun[1] / begun[0] - 1) > ALIKE:
+        if not same_shape(sides, begun):
             raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
         return path
 

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import picture_file
+from model.errors import K2Error
 from model.hashes import sha256
 from model.latents import patchify
 from model.parts import Autoencoder
 from model.recent import Recent
-from model.references import feathered, to_mask, to_pixels
+from model.references import feathered, opened, to_mask, to_pixels
 from model.settle import Settled
 
 REMEMBERED = 16  # pictures whose latents are kept
@@ -46,6 +48,19 @@ class Beginnings:
     def __init__(self, vae: Autoencoder, patch: int, device: torch.device, dtype: torch.dtype):
         self.vae, self.patch, self.device, self.dtype = vae, patch, device, dtype
         self._latents: Recent[Tensor] = Recent(REMEMBERED)
+
+    def check(self, spec: Settled) -> None:
+        """Raises K2Error where a mask's picture does not lie on the one that it masks: neither is stretched."""
+        if isinstance(spec.mask, Path) and spec.init_image:
+            found = []
+            for path in (spec.mask, spec.init_image):
+                with opened(path) as image:
+                    found.append(picture_file.sides(image))
+            if not picture_file.same_shape(*found):
+                raise K2Error(
+                    f"{spec.mask} has not the shape of {spec.init_image}.",
+                    hint="Draw it on a copy of that.",
+                )
 
     def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:
         """Of pictures of one schedule, whose noise is in tokens. sigma: that of the first step. Raises K2Error."""

@@ -23,6 +23,7 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".w
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
 LEAST_SIDE, MOST_PIXELS = 8, 1 << 26  # of a picture that is decoded
+ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
 WILL_DO = f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do."
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
@@ -73,6 +74,11 @@ def sides(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened picture as it is looked at: a camera's may lie on its side."""
     lies = image.getexif().get(ORIENTATION, 1) >= 5
     return image.size[::-1] if lies else image.size
+
+
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether a picture of these sides lies on one of those, whatever their size."""
+    return abs(one[0] / one[1] * other[1] / other[0] - 1) <= ALIKE
 
 
 def check(path: Path) -> None:

@@ -194,6 +194,7 @@ class Pipeline:
     def resolve(self, spec: RenderSpec) -> Settled:
         """The spec with every recommendation filled in. Raises K2Error for what cannot be rendered."""
         spec = settle(spec, self._able)
+        self.beginnings.check(spec)
         for lora in spec.adapters:
             self._adapter(lora)
         return spec

@@ -220,6 +220,16 @@ def test_a_mask_may_be_a_picture(pipeline, noisy, tmp_path):
     assert pipeline.render([region])[0].record["mask"] == {"region": region.mask}
 
 
+def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline, noisy, tmp_path):
+    side = pipeline.native
+    wide = masked(tmp_path / "wide.png", (0, 0, side, side // 2), (2 * side, side))
+    specs = [FOX, replace(FOX, init_image=noisy, mask=wide)]
+    with pytest.raises(K2Error, match=r"wide.png has not the shape of .*noisy"):
+        next(pipeline.stream(specs))
+    larger = masked(tmp_path / "larger.png", (0, 0, side, side), (2 * side, 2 * side))
+    assert pipeline.render([replace(FOX, init_image=noisy, mask=larger)])
+
+
 def test_where_a_mask_is_transparent_nothing_is_made_anew(tmp_path):
     """Painted white on a layer of its own, as it comes out of a drawing program."""
     layer = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
