@@ -11,6 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ class Pipeline:
         numbers = numbers_of(parts)
         if chosen.index is not None and chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # streams and recordings are of the card in hand
+        if chosen.type != "cuda":  # elsewhere there is no other memory to keep in what was worked out
+            numbers = replace(numbers, packed=False)
         plan = choose(
             numbers,
             free_memory(chosen),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import comfy_kitchen.tensor as kitchen
@@ -13,11 +14,15 @@ from safetensors.torch import save_file
 from test_dit import inputs, random_model, relative_error
 from test_layouts import TINY, native, refused, velocity
 from test_marks import PREFIX, TEXT, assert_means, prefixed, raw, with_table
+from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor
 
 from model import library
 from model.blockwise import in_blocks, in_order, padded
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
+from model.parts import numbers_of
+from model.pipeline import Pipeline
+from model.plan import choose
 
 LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
 KINDS = pytest.mark.parametrize("kind", LAYOUTS)
@@ -155,6 +160,20 @@ def test_what_is_worked_out_is_kept_where_there_is_room(tmp_path, state, monkeyp
     for precision in ("int8", "native"):
         load_dit(path, precision=precision, streamed=True)
     assert told == [kept, False]  # what is exact would take twice the room
+
+
+def test_a_processor_reads_what_is_packed_as_it_is(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """It would have to round it anew for every step, and nothing would be gained."""
+    asked = []
+
+    def chosen(numbers, *free, **wishes):
+        asked.append(numbers)
+        return choose(numbers, *free, **wishes)
+
+    monkeypatch.setattr("model.pipeline.numbers_of", lambda parts: replace(numbers_of(parts), packed=True))
+    monkeypatch.setattr("model.pipeline.choose", chosen)
+    Pipeline.load("tiny", device="cpu")
+    assert not asked[0].packed
 
 
 @KINDS
