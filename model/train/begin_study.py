@@ -7,7 +7,7 @@ mended  the right half made anew by the picture's own prompt and another seed: w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,16 @@ import numpy as np
 from PIL import Image
 
 from model.errors import reported
-from model.pipeline import Pipeline
 from model.spec import RenderSpec
-from model.train.data import DATA, Catalog, phrase
+from model.train.data import phrase
 from model.train.evaluate import specs_of
-from model.train.judge import Judge
-from model.train.study import Floats, Pixels, conduct, embed, figure, mean, names_of, paint, parser_of, ratio
+from model.train.study import Floats, OfSubjects, Pixels, embed, figure, mean, names_of, paint, parser_of, ratio
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is asked for: `count` subjects, each led to the next."""
-
-    pipeline: Pipeline
-    judge: Judge
-    subjects: list[str]  # all there are
-    folder: Path
-    steps: int | None
-    count: int
-
-    @property
-    def chosen(self) -> list[str]:
-        order = np.random.default_rng(6).permutation(len(self.subjects))
-        return [self.subjects[index] for index in order[: self.count]]
+class Study(OfSubjects):
+    """Each subject is led to the next."""
 
     def first(self) -> tuple[list[Path], list[Pixels]]:
         """The pictures that others begin with, and their files."""
@@ -109,13 +94,7 @@ FIGURES = {"became": became, "mended": mended}
 
 
 def main() -> None:
-    options = parser_of(__doc__, list(FIGURES)).parse_args()
-
-    def begin(pipeline: Pipeline, judge: Judge) -> Study:
-        subjects = list(Catalog(DATA, pipeline.native).subjects)
-        return Study(pipeline, judge, subjects, options.out, options.steps, options.count)
-
-    conduct(options, FIGURES, begin)
+    Study.conduct(parser_of(__doc__, list(FIGURES)).parse_args(), FIGURES)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,15 @@ going on until it is a square; the better view of the two counts for each name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from model.errors import reported
-from model.pipeline import Pipeline
 from model.train.data import DATA, Catalog, phrase
 from model.train.evaluate import held_out_prompts, kernel_distance, specs_of
-from model.train.judge import Judge
 from model.train.shapes import Shape
-from model.train.study import Pixels, conduct, embed, figure, mean, names_of, paint, parser_of, sheet
+from model.train.study import OfSubjects, Pixels, embed, figure, mean, names_of, paint, parser_of, sheet
 
 SIZES = (
     *("256x256", "288x224", "320x224", "224x320", "320x192", "192x320", "352x192", "192x192"),
@@ -32,21 +28,8 @@ SIZES = (
 SHOWN = 8  # pictures of each size on the sheet
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is asked for: `count` subjects, each with a seed of its own."""
-
-    pipeline: Pipeline
-    judge: Judge
-    subjects: list[str]  # all there are
-    folder: Path
-    steps: int | None
-    count: int
-
-    @property
-    def chosen(self) -> list[str]:
-        order = np.random.default_rng(5).permutation(len(self.subjects))
-        return [self.subjects[index] for index in order[: self.count]]
+class Study(OfSubjects):
+    """Each picture has a seed of its own."""
 
     def paint(self, size: str, count: int) -> list[Pixels]:
         width, height = map(int, size.split("x"))
@@ -107,13 +90,7 @@ FIGURES = {"shapes": shapes, "distance": distance, "sheet": sheet_of}
 
 
 def main() -> None:
-    options = parser_of(__doc__, list(FIGURES)).parse_args()
-
-    def begin(pipeline: Pipeline, judge: Judge) -> Study:
-        subjects = list(Catalog(DATA, pipeline.native).subjects)
-        return Study(pipeline, judge, subjects, options.out, options.steps, options.count)
-
-    conduct(options, FIGURES, begin)
+    Study.conduct(parser_of(__doc__, list(FIGURES)).parse_args(), FIGURES)
 
 
 if __name__ == "__main__":

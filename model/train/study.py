@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.pipeline import Pipeline
 from model.spec import RenderSpec
-from model.train.data import Catalog, Item, stable_seed
+from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
 from model.train.judge import SIZE, Judge
 from model.train.looks import Look
@@ -32,6 +33,33 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 LOOKS = 20  # held-out looks that are studied
 PROTOTYPE = 40  # real pictures whose mean stands for a look
+
+
+@dataclass(frozen=True)
+class OfSubjects:
+    """A study of `count` subjects, each of them asked for once."""
+
+    pipeline: Pipeline
+    judge: Judge
+    subjects: list[str]  # all there are
+    folder: Path
+    steps: int | None
+    count: int
+
+    @property
+    def chosen(self) -> list[str]:
+        order = np.random.default_rng(5).permutation(len(self.subjects))
+        return [self.subjects[index] for index in order[: self.count]]
+
+    @classmethod
+    def conduct(cls, options: argparse.Namespace, figures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+        """Take the figures that the options ask for, of all subjects that the training knew."""
+
+        def begin(pipeline: Pipeline, judge: Judge) -> OfSubjects:
+            subjects = list(Catalog(DATA, pipeline.native).subjects)
+            return cls(pipeline, judge, subjects, options.out, options.steps, options.count)
+
+        conduct(options, figures, begin)
 
 
 # ---- looks and pictures ---------------------------------------------------------------------------------------------
