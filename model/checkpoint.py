@@ -27,6 +27,7 @@ from model.headers import AGAIN, read_header, read_json, shards, some
 from model.marks import (
     BLOCKS,
     PASSENGERS,
+    SCALES,
     SECOND,
     SUFFIX,
     Mark,
@@ -50,7 +51,6 @@ NUMBERS = {  # safetensors' names of number formats
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
-SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # of blocks
 WIDE = ("F64", "F32", "F16", "BF16")
 WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights they are the bits of something else
 

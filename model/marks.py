@@ -18,6 +18,7 @@ SUFFIX = ".comfy_quant"
 PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
 BLOCKS = {"nvfp4": 16, "mxfp8": 32}  # formats of one scale for so many numbers of a row
 STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3"}  # the file's word for their numbers
+SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # and for their scales
 SECOND = "_scale_2"  # behind a weight's name: NVFP4's other scale, of the whole matrix
 HARMLESS = {  # told by scales and shapes as well, or of before
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape",
