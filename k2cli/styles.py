@@ -313,10 +313,9 @@ def add_style(
             f'Style "{name}" would have {len(hashes)} reference pictures.',
             hint=f"Give at most {MOST_REFERENCES}, those that show the look best.",
         )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file.parent.mkdir(exist_ok=True)
-    for each in (folder, file.parent):
+    for each in (file.parent, folder):
+        with writing(each):
+            each.mkdir(parents=True, exist_ok=True)
         sweep(each)
     for key, image in reversed(hashes.items()):
         if key not in there:

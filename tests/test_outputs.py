@@ -110,11 +110,12 @@ def test_a_picture_that_is_not_there_would_be_a_png(tmp_path):
     assert Run(tmp_path).picture("fox-7").name == "fox-7.png"
 
 
-def test_a_folder_in_the_way_is_one_sentence(tmp_path):
+def test_a_file_in_the_way_is_one_sentence(tmp_path):
     (tmp_path / "outputs").write_text("a file")
 
-    with pytest.raises(K2Error, match=r"outputs.* cannot be written: Not a directory\."):
+    with pytest.raises(K2Error, match=r"outputs.* cannot be written: Not a directory\.") as caught:
         Run.claim(tmp_path / "outputs", "fox")
+    assert caught.value.hint == "A file stands where a folder belongs: move it away."
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")

@@ -237,6 +237,16 @@ def test_add_refuses_in_one_sentence_and_writes_nothing(moody, photos, k2, name,
     assert tree(moody) == before
 
 
+@pytest.mark.parametrize("file", ["styles", "refs"])
+def test_add_names_the_file_that_is_in_its_way(moody, photos, k2, file):
+    (moody / file).write_text("a file")
+
+    result = k2("style", "add", "dusk", photos / "a.png", code=1)
+
+    assert f"moody/{file}" in result.stderr.split(" cannot be written: ")[0]
+    assert result.stderr.endswith("Hint:  A file stands where a folder belongs: move it away.\n")
+
+
 @pytest.mark.parametrize("option", ["--keyword", "--avoid"])
 def test_add_writes_no_empty_word(moody, photos, k2, option):
     before = tree(moody)
