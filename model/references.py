@@ -1,4 +1,4 @@
-"""Reference pictures on their way in: whatever a png, jpg or webp may hold becomes plain colour, or is refused."""
+"""Pictures on their way in: whatever a png, jpg or webp may hold becomes plain colour, or is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRIP = 512  # rows
 
 
 def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Tensor:
-    """A reference picture, filling width x height from its middle -> [1, 3, height, width] in −1 … 1. Raises K2Error.
+    """A picture, filling width x height from its middle -> [1, 3, height, width] in −1 … 1. Raises K2Error.
 
     Turned as its camera says, transparency on the ground, of an animation the first frame, the colours of phones and
     print and 16 bits as the eye would have them.
@@ -76,8 +76,12 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except K2Error:
         raise
+    except FileNotFoundError:
+        raise K2Error(
+            f"There is no {path}.", hint="Pictures have to stay in their place until a run is done."
+        ) from None
     except Exception as error:
-        hint = picture_file.cut_off(error) or "References are png, jpg or webp."
+        hint = picture_file.cut_off(error) or "Use png, jpg or webp."
         raise K2Error(f"{path} cannot be read as a picture: {error}.", hint=hint) from None
 
 

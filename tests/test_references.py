@@ -179,7 +179,7 @@ def test_sizes_that_fit_a_picture(tmp_path):
     sizes = {name: fitting(tmp_path / f"{name}.png", 512 * 512, 32) for name in ("wide", "lying", "thin")}
 
     assert sizes == {"wide": (704, 352), "lying": (352, 704), "thin": (1024, 256)}
-    with pytest.raises(K2Error, match="cannot be read"):
+    with pytest.raises(K2Error, match="There is no"):
         fitting(tmp_path / "none.png", 4096, 32)
 
 
@@ -207,7 +207,7 @@ def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left
     ("name", "message"),
     [
         ("text.png", "cannot be read as a picture"),
-        ("missing.png", "cannot be read as a picture"),
+        ("missing.png", r"There is no .*missing\.png"),
         ("empty.png", "cannot be read as a picture"),
         ("cut.png", "cannot be read as a picture"),
         ("a.gif", "cannot be read as a picture"),
@@ -216,7 +216,7 @@ def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left
         (".", "cannot be read as a picture"),
     ],
 )
-def test_what_is_no_reference(tmp_path, name, message):
+def test_what_is_no_picture_to_go_by(tmp_path, name, message):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
     Image.effect_noise((64, 64), 80).save(tmp_path / "cut.png")
@@ -227,4 +227,5 @@ def test_what_is_no_reference(tmp_path, name, message):
 
     with pytest.raises(K2Error, match=message) as error:
         to_pixels(tmp_path / name, 64, 64)
-    assert error.value.hint and "\n" not in str(error.value)
+    assert error.value.hint and "eference" not in error.value.hint  # it may be one that others begin with, or a mask
+    assert "\n" not in str(error.value)
