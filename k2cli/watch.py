@@ -59,8 +59,9 @@ def watch(
 ) -> None:
     """Render, and again whenever the project's files change.
 
-    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different. The
-    weights stay in memory. A mistake in a file is told, and waited out. Ctrl-C ends it.
+    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different, and
+    those that are gone from outputs. The weights stay in memory. A mistake in a file is told, and waited out. Ctrl-C
+    ends it.
 
     \b
     Examples:
@@ -75,7 +76,7 @@ def watch(
     settings = {"variant": variant_of(turbo), "batch": batch, "steps": steps, "size": size, "device": device}
     check_options(settings)
     root = root_of(folder or project, allow_outside)
-    made: set[str] = set()
+    made: dict[str, Path] = {}
     before: Stamps = {}
     try:
         while True:
@@ -121,10 +122,10 @@ def root_of(folder: Path | None, allow_outside: bool) -> Path:
 
 
 def look(
-    project: Project, only: list[str] | None, settings: Mapping[str, object], made: set[str]
+    project: Project, only: list[str] | None, settings: Mapping[str, object], made: Mapping[str, Path]
 ) -> tuple[Job, dict[str, str], set[Path]]:
-    """The run of what is not made yet; what each of its pictures, by its stem, is known by: all that goes into it,
-    hashed; and the files that the project's pictures are made of."""
+    """The run of what is not made yet, or is gone; what each of its pictures, by its stem, is known by: all that goes
+    into it, hashed; and the files that the project's pictures are made of."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
@@ -134,7 +135,7 @@ def look(
     shots = project.shots(chosen, prompts, None, matrices)
     held = vars(chosen.held())
     known = {key_of([held, shot.format, request(shot, project.root)]): shot for shot in shots}
-    left = {key: shot for key, shot in known.items() if key not in made}
+    left = {key: shot for key, shot in known.items() if key not in made or not made[key].exists()}
     keys = {shot.stem: key for key, shot in left.items()}
     return plan_job(project, chosen, list(left.values()), compared=bool(matrices)), keys, set(files_of(shots))
 
@@ -148,9 +149,9 @@ def files_of(shots: Sequence[Shot]) -> Iterator[Path]:
             yield from [style.lora] if style.lora else []
 
 
-def note(made: set[str], keys: Mapping[str, str], saved: Saved) -> None:
-    """That a picture is made: an error in a later one does not make it again."""
-    made.add(keys[saved.stem])
+def note(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
+    """That a picture is made, and where: an error in a later one does not make it again."""
+    made[keys[saved.stem]] = saved.path
 
 
 def key_of(asked: Any) -> str:

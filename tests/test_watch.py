@@ -52,6 +52,13 @@ def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
     assert len(fake.loaded) == 1
 
 
+def test_what_is_gone_is_made_again_with_the_next_change(moody, k2, changes):
+    """As `k2 render --resume` does."""
+    changes += [(moody / "outputs/0001-fox-and-1-more/fox-7.png").unlink]
+
+    assert k2("watch", code=130).stdout.splitlines()[2:] == ["outputs/0002-fox/fox-7.png"]
+
+
 def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
     toml = moody / "k2.toml"
     changes += [lambda: toml.write_text("[render\n"), lambda: toml.write_text(PROJECT.replace("owl", "emu"))]
