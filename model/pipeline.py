@@ -408,7 +408,7 @@ class Pipeline:
             "precision": self.plan.precision,
             "offload": self.plan.offload,
             **({"threads": self._threads} if self._threads else {}),
-            "versions": {"torch": torch.__version__},
+            "versions": {"torch": str(torch.__version__)},  # of a class of torch's own: to unpickle it imports torch
             "seconds": round(seconds, 3),
             "pixels": hashlib.sha256(image.tobytes()).hexdigest(),
         }

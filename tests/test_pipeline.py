@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -184,6 +186,16 @@ def test_the_record_says_everything(tiny, pipeline, red):  # noqa: F811
         }
     ]
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_who_gets_a_record_from_another_process_imports_nothing_for_it(pipeline):
+    class Plain(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            raise AssertionError(f"{name} of {module}")
+
+    record = pipeline.render([FOX])[0].record
+
+    assert Plain(io.BytesIO(pickle.dumps(record))).load() == record
 
 
 def test_styles(pipeline, red, tmp_path):
