@@ -115,7 +115,7 @@ def parse(name: str, device: torch.device | str = "cpu") -> Products | None:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Ada and Hopper on; with a scale a row Hopper on, whose kernels alone know it."""
+    """From Ada on, with one scale or with one a row: PyTorch has kernels of both for each of these cards."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
