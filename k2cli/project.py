@@ -197,7 +197,7 @@ class Project(Folder):
             raise K2Error(f'{where}: "{said}" is no region.', hint=LIKE)
         path, sides = self.pictures(said, where)
         if is_dark(path):
-            raise K2Error(f"{where}: nothing in {said} is white.", hint="White is made anew, black stays as it is.")
+            raise K2Error(f"{where}: nothing in {said} is white.", hint="White is made anew, dark stays as it is.")
         if not same_shape(sides, begun):
             raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
         return path

@@ -40,8 +40,8 @@ def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Ten
 def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
     """What is made anew of a picture, 1, and what stays, 0 -> [1, 1, height, width]. Raises K2Error.
 
-    A picture counts by its lightness, as black where it is transparent, and fills width x height as `to_pixels` has it;
-    a text is a region.
+    A picture counts by the mean of its colours, as black where it is transparent, and fills width x height as
+    `to_pixels` has it; a text is a region.
     """
     if isinstance(mask, Path):
         return (to_pixels(mask, width, height, "black").mean(1, keepdim=True) + 1) / 2
@@ -53,10 +53,13 @@ def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
 
 
 def feathered(mask: Tensor, radius: int) -> Tensor:
-    """A mask [1, 1, H, W] that comes in over `radius` pixels within its edge, and is nowhere where it was not."""
+    """A mask [1, 1, H, W] that comes in over `radius` pixels within its edge, and is nowhere where it was not.
+
+    Greys lighter than half come in as an edge does; darker ones are nowhere, beside white too.
+    """
     around = F.pad(mask, [radius] * 4, mode="replicate")  # the picture's own edge is none of the mask's
     mean = F.avg_pool2d(around, 2 * radius + 1, stride=1)
-    return torch.minimum(mask, (2 * mean - 1).clamp(0, 1))
+    return (2 * torch.minimum(mask, mean) - 1).clamp(0, 1)
 
 
 def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:

@@ -262,6 +262,14 @@ def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
     assert (ramp.diff() <= 0).all() and 0 < ramp[3] < 1
 
 
+def test_greys_lighter_than_half_lead_over_to_what_is_made_anew():
+    soft = [feathered(torch.full((1, 1, 16, 16), grey), 4).unique().tolist() for grey in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert soft == [[0.0], [0.0], [0.0], [0.5], [1.0]]
+    white = torch.ones(1, 1, 16, 16)
+    white[..., 8, 8] = 0.5
+    assert feathered(white, 4)[0, 0, 8, 8] == 0
+
+
 # ---- projects -------------------------------------------------------------------------------------------------------
 
 
@@ -431,12 +439,14 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
         (("--only", "fox", "--mask", ""), "--mask names no picture"),
         (("--only", "fox", "--mask", "none", "--init-image", ""), "--init-image: . is not a picture"),
         (("--only", "fox", "--mask", "refs/dark.png"), "nothing in refs/dark.png is white"),
+        (("--only", "fox", "--mask", "refs/green.png"), "nothing in refs/green.png is white"),
         (("--only", "fox", "--mask", "refs/square.png"), "has not the shape of its init_image"),
     ],
 )
 def test_a_mask_lies_on_its_picture(begun, k2, options, message):
     masked(begun / "refs" / "square.png", (0, 0, 50, 50), (100, 100))
     masked(begun / "refs" / "dark.png", (0, 0, 0, 0), (300, 200))
+    Image.new("RGB", (300, 200), "lime").save(begun / "refs" / "green.png")  # of three colours one: a third of white
     assert message in k2("render", *options, code=2).stderr
     assert not (begun / "outputs").exists()
 
