@@ -21,6 +21,7 @@ from model.clusters import find_looks
 from model.colours import Colour, colour_words, find_palette
 from model.errors import K2Error
 from model.expand import trusted, vocabulary
+from model.references import from_bytes
 from model.seeing import Eye, Pixels, read_all
 from model.speaker import Speaker
 from model.words import AGAIN, speak
@@ -106,8 +107,7 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
         notes.append("One picture makes a thin board: its subject cannot be told from its look.")
     parts = []
     for start in range(0, len(pictures), AT_ONCE):
-        batch = torch.from_numpy(np.stack(pictures[start : start + AT_ONCE]))
-        parts.append(eye.see(batch.permute(0, 3, 1, 2).float() / 127.5 - 1))
+        parts.append(eye.see(from_bytes(np.stack(pictures[start : start + AT_ONCE]))))
     vectors, statistics = (torch.cat(each) for each in zip(*parts, strict=True))
     return Seen(good, pictures, vectors.double().numpy(), statistics, notes, unread)
 

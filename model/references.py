@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
@@ -33,8 +35,12 @@ def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Ten
         rgba = to_rgba(image)
     del image  # a large one is a quarter of a gigabyte
     opaque = laid_on(ground, rgba).convert("RGB")
-    pixels = torch.frombuffer(bytearray(ImageOps.fit(opaque, (width, height)).tobytes()), dtype=torch.uint8)
-    return pixels.view(1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_bytes(np.array(ImageOps.fit(opaque, (width, height)))[None])
+
+
+def from_bytes(pictures: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
+    """RGB of 0 … 255 [B, H, W, 3] -> [B, 3, H, W] in −1 … 1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_mask(mask: Path | str, width: int, height: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 import model.vae
 from model.checkpoint import read, save
 from model.library import BOX
+from model.references import from_bytes
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
@@ -106,7 +107,7 @@ def crops(pool: Pool, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor,
             top : top + recipe.crop, left : left + recipe.crop, rng.permutation(3) if rng.random() < 0.3 else [0, 1, 2]
         ]
         row[:] = cut[:, ::-1] if rng.random() < 0.5 else cut
-    images = torch.from_numpy(out).permute(0, 3, 1, 2) / 127.5 - 1  # channels_last in memory
+    images = from_bytes(out)  # channels_last in memory
     return images, torch.from_numpy(pool.grainy[which])
 
 
@@ -225,8 +226,7 @@ def measure(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
     """
     means = []
     for start in range(0, len(pictures), 32):
-        images = torch.from_numpy(np.array(pictures[start : start + 32])).permute(0, 3, 1, 2)
-        means.append(vae.moments(images / 127.5 - 1)[0])
+        means.append(vae.moments(from_bytes(np.array(pictures[start : start + 32])))[0])
     std, mean = torch.std_mean(torch.cat(means), dim=(0, 2, 3))
     std = (std * std.mean()).sqrt()
     return replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
@@ -265,7 +265,7 @@ class Autoencoding(Stage):
             self.model: QwenImageVAE = load(BOX / "mini-vae.safetensors")
         else:
             self.model = QwenImageVAE(SHAPE)
-            start_linear(self.model, torch.from_numpy(np.array(pool.pictures[:40])).permute(0, 3, 1, 2) / 127.5 - 1)
+            start_linear(self.model, from_bytes(np.array(pool.pictures[:40])))
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, step: int, part: int = 0) -> Batch:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import reported
+from model.references import from_bytes
 from model.train.autoencoder import load as load_autoencoder
 from model.train.data import AUTOENCODER, DATA, Catalog, Item, latents_file
 from model.train.looks import resize
@@ -28,12 +29,7 @@ from model.whole import whole
 
 def to_tensor(pictures: list[NDArray[np.uint8]], size: int) -> Tensor:
     """uint8 RGB pictures -> [B, 3, size, size] in -1 ... 1."""
-    return scale(np.stack([resize(picture, size) for picture in pictures]))
-
-
-def scale(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, H, W, 3] -> [B, 3, H, W] in -1 ... 1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return from_bytes(np.stack([resize(picture, size) for picture in pictures]))
 
 
 @cache
@@ -61,7 +57,7 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
         starts = range(0, len(items), batch)
         work = pool.map(compose_all, repeat(DATA), repeat(size), (items[start : start + batch] for start in starts))
         for start, pictures in zip(starts, work, strict=True):
-            latents = vae.encode(scale(pictures).to(device))
+            latents = vae.encode(from_bytes(pictures).to(device))
             out[start : start + batch] = latents.half().cpu().numpy()
         out.flush()
 

@@ -27,9 +27,9 @@ from PIL import Image
 
 from model.errors import reported
 from model.pipeline import Pipeline
+from model.references import from_bytes
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, Item, Pair
-from model.train.encode import scale
 from model.train.judge import Judge
 from model.train.looks import resize
 from model.train.rewards import top_octave
@@ -148,7 +148,7 @@ class Task(NamedTuple):
             pictures,
             nearest(judge, seen[0], subjects, among),
             np.concatenate(seen, 1),
-            top_octave(scale(np.stack([catalog.picture(item) for item in grainy]))).numpy(),
+            top_octave(from_bytes(np.stack([catalog.picture(item) for item in grainy]))).numpy(),
         )
 
 
@@ -176,7 +176,7 @@ def carry_out(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> 
         seen[1],
         np.concatenate(seen, 1),
         spread(np.concatenate(embed(judge, alike), 1), SEEDS),
-        top_octave(scale(np.stack(grain))).numpy(),
+        top_octave(from_bytes(np.stack(grain))).numpy(),
     )
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.errors import K2Error
+from model.references import from_bytes
 from model.train import autoencoder, data, looks, loop
 from model.train.autoencoder import GRAINY, infidelity
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
@@ -194,8 +195,8 @@ class Growing(autoencoder.Stage):
                 out.append(cut[:, turn, order])
             which.append(bool(self.pool.grainy[index]))
         return {
-            "fine": torch.from_numpy(np.stack(fine)).permute(0, 3, 1, 2) / 127.5 - 1,
-            "coarse": torch.from_numpy(np.stack(coarse)).permute(0, 3, 1, 2) / 127.5 - 1,
+            "fine": from_bytes(np.stack(fine)),
+            "coarse": from_bytes(np.stack(coarse)),
             "grainy": torch.tensor(which),
             "generator": torch.Generator().manual_seed(int(rng.integers(2**62))),
         }

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from model.checkpoint import read, save
 from model.errors import reported
+from model.references import from_bytes
 from model.train import data, loop
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
-from model.train.encode import catalog_of_process, scale
+from model.train.encode import catalog_of_process
 from model.train.looks import resize
 from model.train.loop import Batch, Report
 from model.train.states import RUNS
@@ -195,7 +196,7 @@ class Judging(loop.Stage):
         for index in chosen:
             if index not in self.seen:
                 self.seen[index] = resize(self.catalog.picture(self.items[index]), SIZE)
-        x = scale(np.stack([self.seen[index] for index in chosen]))
+        x = from_bytes(np.stack([self.seen[index] for index in chosen]))
         x = torch.roll(x, tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
         x = x * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
         soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders leave pictures
