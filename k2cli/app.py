@@ -57,8 +57,9 @@ from k2cli.watch import watch
 from model.errors import K2Error
 
 if TYPE_CHECKING:
+    from k2cli.hands import Crew
     from k2cli.prompts import Prompt
-    from k2cli.runs import Hire, Job
+    from k2cli.runs import Job
 
 
 # As one comes to need them; what is not named here stands last.
@@ -205,6 +206,7 @@ def new(
 
 @app.command()
 def render(
+    context: typer.Context,
     projects: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROJECT", help="Project folders. A - reads prompts from standard input, one a line."),
@@ -307,8 +309,6 @@ def render(
       k2 render --like outputs/0001-fox/fox-7.png --batch 8
       k2 render --resume                    go on with a run that was stopped
     """
-    from functools import partial
-
     from k2cli.carry import carry_out, plan_project, show_plan
     from k2cli.cluster import Cluster
     from k2cli.hands import Processes, load
@@ -338,15 +338,17 @@ def render(
         "mask": mask,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
-    hire: Hire | None = partial(Processes, workers) if workers and workers > 1 else None
+    crew: Crew | None = Processes(workers) if workers and workers > 1 else None
     if ray is not None:
-        hire = partial(Cluster, ray, workers)
+        crew = Cluster(ray, workers)
+    if crew:
+        context.call_on_close(crew.close)
 
     def carry(jobs: list[Job]) -> None:
         if dry_run:
             show_plan(jobs, as_json=json, quiet=quiet)
         else:
-            carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, hire=hire)
+            carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, crew=crew)
 
     if resume:
         if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:
@@ -383,7 +385,7 @@ def render(
     if not stream:
         return carry(plan(prompts, quiet))
     first, *_ = plan([typed("anything")], quiet=True)  # what no line could make right is refused before the first
-    if not (dry_run or hire):
+    if not (dry_run or crew):
         load(first.model)  # while it is awaited
     if render_each(lambda one: carry(plan([one], quiet)), as_json=json):
         raise typer.Exit(1)

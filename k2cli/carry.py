@@ -14,6 +14,7 @@ from k2cli.disk import DiskFull
 from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.folder import root_above
+from k2cli.hands import Crew
 from k2cli.matrix import Matrix
 from k2cli.models import grid, recommended
 from k2cli.options import to_json
@@ -22,7 +23,7 @@ from k2cli.pictures import sides_of
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
 from k2cli.records import portable, request
-from k2cli.runs import Hire, Job, Saved, SheetForm, render
+from k2cli.runs import Job, Saved, SheetForm, render
 from k2cli.settings import NONE, Settings
 from k2cli.tables import listed
 from model.errors import K2Error, count_of
@@ -137,7 +138,7 @@ def carry_out(
     embed: bool,
     as_json: bool,
     quiet: bool,
-    hire: Hire | None = None,
+    crew: Crew | None = None,
     on_saved: Callable[[Saved], object] | None = None,
 ) -> list[Path]:
     """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
@@ -153,13 +154,13 @@ def carry_out(
         if not quiet:
             say_doubts(job)
         job = replace(job, embed=job.embed and embed)
-        folder = carry(job, as_json=as_json, quiet=quiet, hire=hire, on_saved=on_saved)
+        folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved)
         folders += [folder] if folder is not None else []
     return folders
 
 
 def carry(
-    job: Job, *, as_json: bool, quiet: bool, hire: Hire | None, on_saved: Callable[[Saved], object] | None
+    job: Job, *, as_json: bool, quiet: bool, crew: Crew | None, on_saved: Callable[[Saved], object] | None
 ) -> Path | None:
     """One job, with a word on how to go on where it is cut short -> the run's folder, if it has a picture more."""
     total, done, kept_back, folder = len(job.left), 0, 0, None
@@ -167,7 +168,7 @@ def carry(
     told: set[str] = set()  # prompts
     try:
         with meter(total, quiet=quiet) as bar:
-            for saved in render(job, on_start=begun.append, on_step=bar.step, hire=hire):
+            for saved in render(job, on_start=begun.append, on_step=bar.step, crew=crew):
                 done, folder = done + 1, saved.path.parent
                 bar.saved(done)
                 if on_saved:

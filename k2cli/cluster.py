@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import chdir, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from k2cli.hands import Group, Hand, Held, Lost, News, Ready
+from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
@@ -24,41 +24,51 @@ PATIENCE = 300.0  # seconds that a cluster may take to find room for the first h
 VERSIONS = ("k2", "torch", "pillow")  # that pictures depend on
 
 
-class Cluster:
+class Cluster(Crew):
     """Hands that are actors: one for every GPU of the cluster, or for every processor core where it has none."""
 
     where = "of the cluster"
+    ray: Any = None
 
-    def __init__(self, address: str, most: int | None, specs: Sequence[RenderSpec]):
-        """most: hands at work at a time; as many as there is room for where left out. Raises K2Error."""
+    def __init__(self, address: str, most: int | None):
+        """most: hands at work at a time; as many as there is room for where left out."""
+        super().__init__()
+        self.address, self.most = address, most
+        self.actors: dict[int, Any] = {}
+        self.awaited: dict[Any, int] = {}  # what a hand will answer with -> its number
+        self.placed: set[int] = set()  # hands that have found room
+
+    def begin(self, specs: Sequence[RenderSpec]) -> None:
+        super().begin(specs)
+        if self.ray is None:
+            self.connect()
+        self.parcel = self.ray.put(pack(specs))
+
+    def connect(self) -> None:
+        """Raises K2Error."""
         try:
             import ray
         except ImportError:
             raise K2Error("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
-        self.ray: Any = ray
         try:
             with chdir(os.sep):  # Ray's workers import from the folder that they are asked from: not from a project's
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+                ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:  # whatever keeps it from answering
-            raise K2Error(f"No Ray cluster answers at {address}: {error}.", hint="Start one with: ray start") from None
+            what = f"No Ray cluster answers at {self.address}: {error}."
+            raise K2Error(what, hint="Start one with: ray start") from None
         room = ray.cluster_resources()
         gpus = int(room.get("GPU", 0))
         self.needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
-        self.size = max(1, min(gpus or int(room.get("CPU", 1)), most or 1 << 30))
-        self.specs, self.parcel = specs, ray.put(pack(specs))
-        self.actors: dict[int, Any] = {}
-        self.awaited: dict[Any, int] = {}  # what a hand will answer with -> its number
-        self.placed: set[int] = set()  # hands that have found room
-        self.hired = 0
+        self.size = max(1, min(gpus or int(room.get("CPU", 1)), self.most or 1 << 30))
+        self.ray = ray
 
-    def hire(self, held: Held) -> int:
-        self.hired += 1
+    def start(self, hand: int) -> None:
         options = {**self.needs, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-        actor = self.ray.remote(FarHand).options(**options).remote(held, self.specs, self.parcel)
-        self.actors[self.hired] = actor
-        self.awaited[actor.here.remote()] = self.hired
-        self.awaited[actor.ready.remote()] = self.hired
-        return self.hired
+        self.actors[hand] = self.ray.remote(FarHand).options(**options).remote()
+        self.awaited[self.actors[hand].here.remote()] = hand
+
+    def load(self, hand: int) -> None:
+        self.awaited[self.actors[hand].ready.remote(self.holds[hand], self.specs, self.parcel)] = hand
 
     def give(self, hand: int, group: Group) -> None:
         self.awaited[self.actors[hand].make.remote(group)] = hand
@@ -73,7 +83,7 @@ class Cluster:
         except self.ray.exceptions.RayTaskError as error:
             return hand, error.cause if isinstance(error.cause, K2Error) else RuntimeError(str(error))
         except self.ray.exceptions.RayError as error:
-            self.dismiss(hand)
+            self.dismiss([hand])
             return hand, Lost(type(error).__name__)
         if news is None:  # it has found its place, and begins to load
             self.placed.add(hand)
@@ -85,35 +95,35 @@ class Cluster:
                 raise K2Error(f"A machine of the cluster has {theirs}.", hint="Install there what is installed here.")
         return hand, news
 
-    def dismiss(self, hand: int) -> None:
-        """Forget a lost hand, and all that it would have answered."""
-        self.actors.pop(hand)
-        self.placed.discard(hand)
-        self.awaited = {ref: each for ref, each in self.awaited.items() if each != hand}
+    def stop(self, hands: Collection[int]) -> None:
+        for hand in hands:
+            with suppress(Exception):  # it is gone
+                self.ray.kill(self.actors.pop(hand))
+        self.placed.difference_update(hands)
+        self.awaited = {answer: hand for answer, hand in self.awaited.items() if hand not in hands}
 
     def close(self) -> None:
-        for actor in self.actors.values():
-            with suppress(Exception):
-                self.ray.kill(actor)
-        self.ray.shutdown()
+        super().close()
+        if self.ray:
+            self.ray.shutdown()
+            self.ray = None
 
 
 class FarHand:
     """A hand in an actor; files of the project lie in a folder of its own."""
 
-    def __init__(self, held: Held, specs: Sequence[RenderSpec], parcel: Mapping[Path, bytes]):
-        self.held = held
-        self.folder = tempfile.TemporaryDirectory(prefix="k2-")
-        self.here_of = unpack(parcel, Path(self.folder.name))
-        self.home_of = {str(here): str(home) for home, here in self.here_of.items()}
-        self.specs = [moved(spec, self.here_of.__getitem__) for spec in specs]
-
     def here(self) -> None:
         """Answered as soon as the hand has its place."""
 
-    def ready(self) -> tuple[Ready, dict[str, str]]:
-        self.hand = Hand(self.held, self.specs)
-        return self.hand.ready(self.held), own_versions()
+    def ready(
+        self, held: Held, specs: Sequence[RenderSpec], parcel: Mapping[Path, bytes]
+    ) -> tuple[Ready, dict[str, str]]:
+        """For a run: its files lie where the hand is then."""
+        self.folder = tempfile.TemporaryDirectory(prefix="k2-")
+        here_of = unpack(parcel, Path(self.folder.name))
+        self.home_of = {str(here): str(home) for home, here in here_of.items()}
+        self.hand = Hand(held, [moved(spec, here_of.__getitem__) for spec in specs])
+        return self.hand.ready(held), own_versions()
 
     def make(self, group: Group) -> list[Picture]:
         return [Picture(each.image, self.as_at_home(each.record)) for each in self.hand.make(group)]

@@ -1,7 +1,8 @@
 """Who makes a run's pictures: this process, processes beside it, or a cluster. What comes back is the same.
 
-A hand is a pipeline somewhere that has all specs of a run and makes the groups it is given; a crew hires hands and
-hears from them. How groups are dealt, and what happens when a hand is lost, is the same for every crew: `spread`.
+A hand is a pipeline somewhere that has all specs of a run and makes the groups it is given; a crew hires hands, hears
+from them, and keeps them from run to run, so that weights are read once. How groups are dealt, and what happens when a
+hand is lost, is the same for every crew: `spread`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from k2cli import licence
 from k2cli.disk import undisturbed
@@ -116,23 +118,68 @@ class Lost:
 News = Ready | list[Picture] | Lost | Exception
 
 
-class Crew(Protocol):
+class Crew(ABC):
     """Hands of one kind. They are known by numbers; what becomes of each is heard in the order in which it happens."""
 
     size: int  # hands at work at a time
     where: str  # for messages
 
-    def hire(self, held: Held) -> int:
-        """Begin to load a pipeline somewhere -> the hand's number."""
+    def __init__(self) -> None:
+        self.holds: dict[int, Held] = {}  # every hand, and what it was told to hold
+        self.kept: list[int] = []  # hands of earlier runs that have nothing to do
+        self.hired = 0
 
+    def begin(self, specs: Sequence[RenderSpec]) -> None:
+        """A run, for which hands are hired from now on. Raises K2Error."""
+        self.specs = specs
+
+    def hire(self, held: Held) -> int:
+        """A hand begins to load a pipeline, or has it still from an earlier run -> its number."""
+        hand = min(self.kept, key=lambda each: self.holds[each] != held, default=None)
+        if hand is None:
+            self.hired += 1
+            self.start(hand := self.hired)
+        else:
+            self.kept.remove(hand)
+        self.holds[hand] = held
+        self.load(hand)
+        return hand
+
+    def keep(self, idle: Collection[int]) -> None:
+        """The run is done: hands that are idle stay, and others go, as they would answer for it yet."""
+        self.kept = [hand for hand in self.holds if hand in idle or hand in self.kept]
+        self.dismiss(set(self.holds) - set(self.kept))
+
+    def dismiss(self, hands: Collection[int]) -> None:
+        """End these hands at once; those that are lost are forgotten."""
+        self.stop(hands)
+        for hand in hands:
+            del self.holds[hand]
+        self.kept = [hand for hand in self.kept if hand in self.holds]
+
+    def close(self) -> None:
+        """Dismiss all hands."""
+        self.dismiss(set(self.holds))
+
+    @abstractmethod
+    def start(self, hand: int) -> None:
+        """Make a hand of this number, somewhere."""
+
+    @abstractmethod
+    def load(self, hand: int) -> None:
+        """Have it load the pipeline that it holds, and answer how it is ready for the run."""
+
+    @abstractmethod
     def give(self, hand: int, group: Group) -> None:
         """To a hand that is ready and has nothing to do."""
 
+    @abstractmethod
     def hear(self) -> tuple[int, News]:
-        """Wait for the next news of any hand."""
+        """Wait for the next news of any hand; one that is lost is dismissed."""
 
-    def close(self) -> None:
-        """Dismiss all hands, at once."""
+    @abstractmethod
+    def stop(self, hands: Collection[int]) -> None:
+        """End them, whatever they do."""
 
 
 def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[int, Picture]]:
@@ -182,40 +229,45 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
             hand = idle.pop()
             at_work[hand] = left.popleft()
             crew.give(hand, at_work[hand])
+    crew.keep(idle)
 
 
 # ---- processes of this machine ----------------------------------------------------------------------------------
 
 
-class Processes:
+class Processes(Crew):
     """Hands that are processes beside this one. They end with it, however it ends."""
 
     where = "on this machine"
 
-    def __init__(self, size: int, specs: Sequence[RenderSpec]):
-        self.size, self.specs = size, specs
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
         methods = multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:  # torch is imported once for all
+        self.hands: dict[int, tuple[Any, Connection]] = {}
+
+    def start(self, hand: int) -> None:
+        if self.context.get_start_method() == "forkserver":  # torch is imported once for all
             self.context.set_forkserver_preload(["model.pipeline"])
             start_server()
-        self.hands: dict[int, tuple[Any, Connection]] = {}
-        self.hired = 0
-
-    def hire(self, held: Held) -> int:
         ours, theirs = self.context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
-        process = self.context.Process(target=work, args=(theirs, held, self.specs, threads), daemon=True)
+        process = self.context.Process(target=work, args=(theirs, threads), daemon=True)
         with installed_modules_only():
             process.start()
         theirs.close()
-        self.hired += 1
-        self.hands[self.hired] = process, ours
-        return self.hired
+        self.hands[hand] = process, ours
+
+    def load(self, hand: int) -> None:
+        self.send(hand, (self.holds[hand], self.specs))
 
     def give(self, hand: int, group: Group) -> None:
+        self.send(hand, group)
+
+    def send(self, hand: int, order: Any) -> None:
         with suppress(OSError):  # it is gone, which will be heard
-            self.hands[hand][1].send(group)
+            self.hands[hand][1].send(order)
 
     def hear(self) -> tuple[int, News]:
         by_pipe = {pipe: hand for hand, (_, pipe) in self.hands.items()}
@@ -224,19 +276,19 @@ class Processes:
         try:
             return hand, pipe.recv()
         except (EOFError, OSError):
-            process, _ = self.hands.pop(hand)
+            process, _ = self.hands[hand]
             process.join()
-            pipe.close()
+            self.dismiss([hand])
             code = process.exitcode
             return hand, Lost(f"ended by signal {-code}" if code and code < 0 else f"ended with {code}")
 
-    def close(self) -> None:
-        for process, _ in self.hands.values():
+    def stop(self, hands: Collection[int]) -> None:
+        ending = [self.hands.pop(hand) for hand in hands if hand in self.hands]  # not where Ctrl-C cut this off before
+        for process, _ in ending:
             process.kill()  # it has nothing of its own to lose
-        for process, pipe in self.hands.values():
+        for process, pipe in ending:
             process.join()
             pipe.close()
-        self.hands.clear()
 
 
 def start_server() -> None:
@@ -270,8 +322,8 @@ def installed_modules_only() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def work(pipe: Connection, held: Held, specs: Sequence[RenderSpec], threads: int) -> None:
-    """The life of a hand in a process."""
+def work(pipe: Connection, threads: int) -> None:
+    """The life of a hand in a process: before the groups of a run comes what to hold, and its specs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -279,10 +331,13 @@ def work(pipe: Connection, held: Held, specs: Sequence[RenderSpec], threads: int
 
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
-        hand = Hand(held, specs)
-        pipe.send(hand.ready(held))
         while True:
-            pipe.send(list(hand.make(pipe.recv())))
+            match pipe.recv():
+                case (Held() as held, specs):
+                    hand = Hand(held, specs)
+                    pipe.send(hand.ready(held))
+                case group:
+                    pipe.send(list(hand.make(group)))
     except EOFError:
         return
     except K2Error as error:

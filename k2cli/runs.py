@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,12 @@ from k2cli.prompts import prompt_of
 from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
 from model.errors import K2Error
-from model.spec import Picture, RenderSpec
+from model.spec import Picture
 
 if TYPE_CHECKING:
     pass
 
 LONGEST_CALLED = 50  # characters
-Hire = Callable[[Sequence[RenderSpec]], Crew]
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,12 @@ def render(
     *,
     on_start: Callable[[Path], None] | None = None,
     on_step: OnStep | None = None,
-    hire: Hire | None = None,
+    crew: Crew | None = None,
 ) -> Iterator[Saved]:
     """Make a job's pictures; each is on disk with its record before it is yielded.
 
     Ctrl-C while a picture is written waits until the caller has heard of it, and so it does while the run's folder is
-    made, which `on_start` is told. `hire` says who makes them, where it is not this process; they come in the order in
-    which they are finished then.
+    made, which `on_start` is told. Where a crew makes them, and not this process, they come as they are finished.
     """
     planned = b"" if job.run else dump(plan(job))
     if len(planned) > MOST_PLAN:
@@ -105,7 +103,7 @@ def render(
                 on_start(run.folder)
         run.lock()
         if left := job.left:
-            for shot, picture in make(job, left, on_step, hire):
+            for shot, picture in make(job, left, on_step, crew):
                 record = records.compose(shot, picture, job.project.root)
                 with undisturbed():
                     yield Saved(save(run, shot, picture, record, embed=job.embed), record, shot.stem)
@@ -115,18 +113,22 @@ def render(
             write(dict(reversed(files.items())))  # whoever finds the first finds them all
 
 
-def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, hire: Hire | None) -> Iterator[tuple[Shot, Picture]]:
+def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, crew: Crew | None) -> Iterator[tuple[Shot, Picture]]:
     """What is left of a job, as it is finished."""
     specs = [shot.spec for shot in job.shots]
     stems = {shot.stem for shot in left}
     wanted = {index for index, shot in enumerate(job.shots) if shot.stem in stems}
-    if hire is None:
+    if crew is None:
         made = make_here(job.model, specs, wanted, on_step)
         yield from ((job.shots[index], picture) for index, picture in made)
         return
-    with closing(hire(specs)) as crew:
+    crew.begin(specs)
+    try:
         for index, picture in spread(crew, job.model, wanted):
             yield job.shots[index], picture
+    except BaseException:
+        crew.close()  # its hands have work for a run that comes to no end
+        raise
 
 
 def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, embed: bool) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from test_hands import PROJECT, made, needs_weights
 
-from k2cli import cluster, hands
+from k2cli import cluster, hands, stream
 from k2cli.cluster import files_of, moved, pack, unpack
 from model.errors import K2Error
 from model.spec import Lora, Reference, RenderSpec, Style
@@ -40,7 +41,7 @@ class StandIn(ModuleType):
 
     def __init__(self, cores: int, deadly: tuple[int, ...] = ()):
         super().__init__("ray")
-        self.cores, self.deadly, self.calls, self.dead = cores, deadly, 0, set()
+        self.cores, self.deadly, self.calls, self.dead, self.hired = cores, deadly, 0, set(), 0
         self.at: str | None = None
 
     def init(self, address: str, **options: Any) -> None:
@@ -66,6 +67,7 @@ class StandIn(ModuleType):
         class Actor:
             def __init__(self, *arguments: Any):
                 self.inner = cls(*arguments)
+                ray.hired += 1
 
             def __getattr__(self, name: str) -> Any:
                 actor = self
@@ -117,6 +119,19 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
     assert made(local) == made(spread_out) and len(made(local)) == 4
     assert {path.name for path in local.iterdir()} == {path.name for path in spread_out.iterdir()}
     assert ray.at is None
+
+
+def test_actors_are_kept_from_line_to_line(painted, k2, monkeypatch):
+    """And what a project brings is sent for each."""
+    ray = StandIn(2)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(stream, "lines", lambda: iter(["a pear", "a plum"]))
+
+    result = k2("render", "--stream", "--ray", "here", "--batch", "2", "--style", "dusk=0.5", "--json")
+
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each["style"][0]["reference"][0]["image"] for each in answers] == ["a.png"] * 4
+    assert ray.hired == 2 and ray.at is None
 
 
 def test_trouble_is_one_sentence(painted, k2, monkeypatch):

@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import hands
-from k2cli.hands import TRIES, Group, Held, Lost, News, Processes, Ready, groups_of, load, spread
+from k2cli import hands, stream
+from k2cli.hands import TRIES, Crew, Group, Held, Lost, News, Processes, Ready, groups_of, load, spread
 from k2cli.tables import Toml
 from model import library
 from model.errors import K2Error
@@ -32,7 +32,8 @@ def test_ctrl_c_in_a_terminal_does_not_reach_the_import_of_torch():
         import os, signal, threading
         from k2cli.hands import Held, Processes
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        crew = Processes(2, [])
+        crew = Processes(2)
+        crew.begin([])
         threading.Timer(0.5, lambda: os.killpg(0, signal.SIGINT)).start()
         try:
             crew.hire(Held("mini"))
@@ -63,23 +64,25 @@ def test_ctrl_c_waits_until_torch_is_there(monkeypatch):
     assert whole == ["Pipeline"]
 
 
-class Scripted:
+class Scripted(Crew):
     """Hands in name only. Which of them has news next, and whether it is a loss, is drawn by lot."""
 
     size, where = 3, "in this test"
 
     def __init__(self, batches: list[int], seed: int, losing: float):
+        super().__init__()
         self.batches, self.random, self.losing = batches, random.Random(seed), losing
         self.loading: list[int] = []
         self.at_work: dict[int, Group] = {}
-        self.hired = 0
         self.held: list[Held] = []
 
-    def hire(self, held: Held) -> int:
-        self.hired += 1
-        self.held.append(held)
-        self.loading.append(self.hired)
-        return self.hired
+    def start(self, hand: int) -> None:
+        assert len(self.holds) < self.size
+
+    def load(self, hand: int) -> None:
+        assert hand not in self.at_work and hand not in self.loading
+        self.held.append(self.holds[hand])
+        self.loading.append(hand)
 
     def give(self, hand: int, group: Group) -> None:
         assert hand not in self.at_work and hand not in self.loading
@@ -87,12 +90,17 @@ class Scripted:
 
     def hear(self):
         hand = self.random.choice([*self.loading, *self.at_work])
-        lost = self.random.random() < self.losing
+        if self.random.random() < self.losing:
+            self.dismiss([hand])
+            return hand, Lost("struck")
         if hand in self.loading:
             self.loading.remove(hand)
-            return hand, Lost("struck") if lost else Ready(Held("mini", dtype="float32"), self.batches)
-        group = self.at_work.pop(hand)
-        return hand, Lost("struck") if lost else [Picture(PICTURE, {"model": {}, "seed": index}) for index in group]
+            return hand, Ready(Held("mini", dtype="float32"), self.batches)
+        return hand, [Picture(PICTURE, {"model": {}, "seed": index}) for index in self.at_work.pop(hand)]
+
+    def stop(self, hands: Collection[int]) -> None:
+        self.loading = [hand for hand in self.loading if hand not in hands]
+        self.at_work = {hand: group for hand, group in self.at_work.items() if hand not in hands}
 
     def close(self) -> None:
         raise AssertionError("whoever hired them dismisses them")
@@ -112,6 +120,12 @@ def test_every_picture_comes_once_whoever_is_lost(batches, wanted, seed):
     assert all(picture.record["seed"] == index for index, picture in made)
     first = 1 + crew.held[1:].count(Held("mini"))
     assert set(crew.held[first:]) <= {Held("mini", dtype="float32")}  # as the first hand holds the weights
+    assert set(crew.kept) == set(crew.holds) and not (crew.loading or crew.at_work)
+
+    crew.losing, kept, hired = 0.0, len(crew.kept), crew.hired
+    again = list(spread(crew, Held("mini"), wanted))  # by those that were kept, and as many more as there is room for
+    assert sorted(index for index, _ in again) == sorted(wanted)
+    assert crew.hired - hired <= crew.size - kept
 
 
 def test_what_kills_every_hand_is_given_up():
@@ -133,7 +147,10 @@ class Told(Scripted):
         self.given.append((hand, group))
 
     def hear(self):
-        return next(self.news)
+        hand, news = next(self.news)
+        if isinstance(news, Lost):
+            self.dismiss([hand])
+        return hand, news
 
 
 READY = Ready(Held("mini", dtype="float32"), [1, 1])
@@ -145,7 +162,7 @@ def test_a_hand_that_is_lost_while_idle_is_given_nothing_more():
     crew = Told((1, READY), (2, READY), (1, FIRST), (1, lost), (2, lost), (3, READY), (3, SECOND))
 
     assert [index for index, _ in spread(crew, Held("mini"), {0, 1})] == [0, 1]
-    assert crew.given == [(1, (0,)), (2, (1,)), (3, (1,))]
+    assert crew.given == [(1, (0,)), (2, (1,)), (3, (1,))] and crew.kept == [3]
     assert crew.held == [Held("mini"), READY.held, READY.held]
 
 
@@ -237,6 +254,33 @@ def test_workers_make_what_one_process_makes(den, k2):
     assert made(local) == made(spread_out) and len(made(local)) == 6
     assert (spread_out / "sheet.png").exists()
     assert sorted(result.stdout.splitlines()) == sorted(f"outputs/{spread_out.name}/{n[:-5]}.png" for n in made(local))
+
+
+@needs_weights
+def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
+    """One that is lost in between is replaced; with the last line all are gone."""
+    started: list[tuple[Processes, int]] = []
+    start = Processes.start
+
+    def watched(crew: Processes, hand: int) -> None:
+        started.append((crew, hand))
+        start(crew, hand)
+
+    def lines() -> Iterator[str]:
+        yield "a red fox"
+        yield "an owl"
+        (crew, hand), *more = started
+        assert not more
+        os.kill(crew.hands[hand][0].pid, signal.SIGKILL)
+        yield "a sailboat"
+
+    monkeypatch.setattr(Processes, "start", watched)
+    monkeypatch.setattr(stream, "lines", lines)
+    result = k2("render", "--stream", "--workers", "2", "--quiet", "--size", "64x64")
+
+    assert len(result.stdout.splitlines()) == 6
+    (crew, first), (same, second) = started
+    assert crew is same and (first, second) == (1, 2) and crew.hands == {}
 
 
 @needs_weights
