@@ -65,7 +65,7 @@ def contact_sheets(
             part = part[: len(part) // 2]
         start += len(part)
         buffer = io.BytesIO()
-        contact_sheet(part, title, subtitle, columns=columns, centred=centred).save(buffer, "PNG", optimize=True)
+        contact_sheet(part, title, subtitle, columns=columns, centred=centred).save(buffer, "PNG")
         yield buffer.getvalue()
 
 
