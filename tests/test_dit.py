@@ -148,6 +148,13 @@ def test_rope_turns_by_distance_only():
     assert not torch.allclose(image[3, 4] * image[1, 1].conj(), image[4, 3] * image[1, 1].conj())
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+def test_a_quarter_of_a_head_turns_with_the_frame(head_dim):
+    """And the rest by halves with row and column: the published 32, 48, 48 of 128, in proportion."""
+    axes = replace(SIZES["mini"], width=6 * head_dim).rope_axes
+    assert axes == tuple(head_dim * eighths // 8 for eighths in (2, 3, 3))
+
+
 def test_another_grid_lies_around_the_middle_of_the_one_it_was_trained_on():
     """The square itself stays as it is, to the bit, and text where it was."""
     model = random_model(SIZES["mini"])
