@@ -243,6 +243,8 @@ def test_attention_of_ones_own():
     assert not torch.allclose(model.velocity(*given, attend=[None, None, lambda q, k, v: 0 * q]), plain)
     with pytest.raises(ValueError, match="without a mask"):
         model.velocity(*given, prompt_mask=torch.ones(2, 5, dtype=torch.bool), attend=[None] * 3)
+    with pytest.raises(ValueError):
+        model.velocity(*given, attend=[None] * 2)  # the last block would be left out in silence
 
 
 def test_rows_of_several_prompt_lengths_are_one_stream():

@@ -33,6 +33,8 @@ def test_shapes_and_unit_vectors(encoder):
 def test_strength_zero_is_no_style_and_one_is_the_style(encoder, rows):
     torch.testing.assert_close(encoder.mix(rows[:1], [0.0]), encoder.null.detach(), rtol=0, atol=0)
     torch.testing.assert_close(encoder.mix(rows[:1], [1.0]), rows[0])
+    with pytest.raises(ValueError):
+        encoder.mix(rows, [1.0])  # the others' are not taken for 0
 
 
 def test_negative_strength_mirrors(encoder, rows):
