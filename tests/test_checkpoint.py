@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
 from model import checkpoint
-from model.checkpoint import Room, SafeTensors, open_checkpoint, read, save
+from model.checkpoint import SMALL, Room, SafeTensors, open_checkpoint, read, save
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.layouts import diffusers_names, load_dit, to_diffusers
@@ -316,6 +317,17 @@ def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch)
     before = (tmp_path / "kinds.safetensors").read_bytes()
     found["0.torch.float32"].zero_()
     assert (tmp_path / "kinds.safetensors").read_bytes() == before
+
+
+def test_small_tensors_keep_no_window_of_a_file(tmp_path):
+    """All that was read of it would stay with them. A large one is the window's own pages, and costs no copy."""
+    state = {"small": torch.ones(3), "large": torch.ones(SMALL)}
+    save_file(state, tmp_path / "two.safetensors")
+    for name, kept in (("small", False), ("large", True)):
+        with SafeTensors(tmp_path / "two.safetensors", "cpu") as opened:
+            found, window = opened.get_tensor(name), weakref.ref(opened.pages)
+        del opened
+        assert torch.equal(found, state[name]) and (window() is not None) is kept
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
