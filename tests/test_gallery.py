@@ -114,7 +114,7 @@ def test_no_run_of_a_gallery_leads_out_of_it(moody, k2, tmp_path, run):
     assert (pictures / "0001-fox-and-1-more" / "fox-7.png").exists()
 
 
-@pytest.mark.parametrize("holds", ["a file of mine", "a page of mine", "a link out of it"])
+@pytest.mark.parametrize("holds", ["notes.txt", "index.html", ".hidden", "mine.draft", "a link out of it"])
 def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
     k2("render")
     if holds == "a link out of it":
@@ -125,7 +125,7 @@ def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
         Path("gallery/pictures").symlink_to(tmp_path / "precious")
     else:
         Path("gallery").mkdir()
-        Path("gallery", "index.html" if "page" in holds else "x.txt").write_text("mine")
+        Path("gallery", holds).write_text("mine")
     before = tree(tmp_path)
 
     assert "holds something that is no gallery" in k2("gallery", code=1).stderr
