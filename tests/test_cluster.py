@@ -41,8 +41,10 @@ class StandIn(ModuleType):
 
     def __init__(self, cores: int, deadly: tuple[int, ...] = ()):
         super().__init__("ray")
-        self.cores, self.deadly, self.calls, self.dead, self.hired = cores, deadly, 0, set(), 0
+        self.deadly, self.calls, self.dead, self.hired = deadly, 0, set(), 0
         self.at: str | None = None
+        self.room: dict[str, float] = {"CPU": cores}
+        self.patience: list[float | None] = []
 
     def init(self, address: str, **options: Any) -> None:
         if address == "nowhere":
@@ -53,7 +55,7 @@ class StandIn(ModuleType):
         self.at = None
 
     def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": self.cores}
+        return self.room
 
     def put(self, value: Any) -> Any:
         return value
@@ -76,6 +78,7 @@ class StandIn(ModuleType):
         return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=Actor))
 
     def wait(self, calls: list[Call], num_returns: int, timeout: float | None) -> tuple[list[Call], list[Call]]:
+        self.patience.append(timeout)
         return calls[:1], calls[1:]
 
     def get(self, call: Call) -> Any:
@@ -119,6 +122,26 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
     assert made(local) == made(spread_out) and len(made(local)) == 4
     assert {path.name for path in local.iterdir()} == {path.name for path in spread_out.iterdir()}
     assert ray.at is None
+    if not deadly:  # once a hand has its place, its pictures may take as long as they do
+        assert ray.patience[0] == cluster.PATIENCE and set(ray.patience[1:]) == {None}
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "size", "gpus"),
+    [
+        ({"CPU": 3.0}, None, 3, 0),
+        ({"CPU": 3.0}, 2, 2, 0),
+        ({"CPU": 8.0, "GPU": 2.0}, None, 2, 1),
+        ({"CPU": 8.0, "GPU": 2.0}, 4, 2, 1),
+        ({}, None, 1, 0),
+    ],
+)
+def test_a_hand_is_hired_for_every_gpu_or_else_for_every_core(monkeypatch, room, most, size, gpus):
+    monkeypatch.setitem(sys.modules, "ray", ray := StandIn(0))
+    ray.room = room
+    crew = cluster.Cluster("here:6379", most)
+    crew.begin([])
+    assert (crew.size, crew.needs) == (size, {"num_cpus": 1, "num_gpus": gpus})
 
 
 def test_actors_are_kept_from_line_to_line(painted, k2, monkeypatch):
