@@ -104,7 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(refusal[0], b'{"error": "no"}', refusal[1])
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            return self.info("/".join(parts[2:4]), parts[5] if parts[4:5] == ["revision"] else "main")
+            whole = "blobs" in urlsplit(self.path).query
+            return self.info("/".join(parts[2:4]), parts[5] if parts[4:5] == ["revision"] else "main", whole)
         if parts[2:3] == ["resolve"]:
             repo, name = "/".join(parts[:2]), "/".join(parts[4:])
             commit = hub.refs.get(parts[3], parts[3])
@@ -122,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def info(self, repo: str, revision: str) -> None:
+    def info(self, repo: str, revision: str, whole: bool) -> None:
+        """What there is; sizes and hashes only where the whole is asked for."""
         commits = self.hub.repos.get(repo)
         if commits is None:
             return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -131,8 +133,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         siblings = []
         for name, content in commits[commit].items():
-            entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": etag(content)}
-            if len(content) > 1000:
+            entry: dict[str, Any] = {"rfilename": name}
+            if whole:
+                entry |= {"size": len(content), "blobId": etag(content)}
+            if whole and len(content) > 1000:
                 entry["lfs"] = {"size": len(content), "sha256": etag(content), "pointerSize": 134}
             siblings.append(entry)
         about = {"id": repo, "sha": commit, "siblings": siblings, "cardData": self.hub.card, "tags": []}
@@ -274,6 +278,14 @@ def test_the_bar_counts_bytes(monkeypatch):
     assert "1.0/2.0 MB" in screen.file.getvalue() and "[bold]turbo.safetensors" in screen.file.getvalue()
 
 
+def test_progress_is_of_the_whole_pull_byte_by_byte(hf: Hub):
+    plan, seen = hub.look_up("krea-2-turbo"), []
+    hub.fetch(plan, lambda what, done: seen.append(done))
+
+    assert seen == sorted(seen) and seen[-1] == plan.size == sum(len(PIPELINE[name]) for name in NEEDED)
+    assert len(set(seen)) > 2 * len(NEEDED)  # not only where a file ends
+
+
 def test_a_second_pull_fetches_nothing_but_mends_what_rotted(hf: Hub, k2):
     snapshot = Path(k2("models", "pull", "krea-2-turbo").stdout.strip())
     hf.asked.clear()
@@ -340,6 +352,15 @@ def test_a_damaged_beginning_is_found_out(hf: Hub, k2):
     assert "arrived damaged" in k2("models", "pull", "krea-2-turbo", code=1).stderr
     k2("models", "pull", "krea-2-turbo")
     assert hf.gets(SHARDS[0]) == ["bytes=1000-", ""]
+
+
+def test_a_beginning_that_is_longer_than_the_file_is_none(hf: Hub, k2):
+    partial = library.folder_of(REPO) / "blobs" / f"{etag(PIPELINE[SHARDS[0]])}.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(bytes(len(PIPELINE[SHARDS[0]]) + 1))
+
+    k2("models", "pull", "krea-2-turbo")
+    assert hf.gets(SHARDS[0]) == [""]
 
 
 def test_small_files_are_checked_too(hf: Hub, k2):
@@ -427,6 +448,12 @@ def test_room_is_looked_for_before_the_first_byte(hf: Hub, k2, monkeypatch):
     assert hf.files == set()
 
 
+def test_what_is_here_needs_no_room(hf: Hub, k2, monkeypatch):
+    snapshot = k2("models", "pull", "krea-2-turbo").stdout
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert k2("models", "pull", "krea-2-turbo").stdout == snapshot
+
+
 @pytest.mark.parametrize(
     ("trouble", "code", "words"),
     [(OSError(errno.ENOSPC, "No space"), 1, "is full"), (KeyboardInterrupt(), 130, "Interrupted; what came is kept")],
@@ -458,6 +485,8 @@ def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hf.asked.clear()
     assert k2("models", "pull", "krea-2-turbo").stdout == snapshot
+    licence.record_file().unlink()
+    assert "has not been accepted" in k2("models", "pull", "krea-2-turbo", code=1).stderr
     assert hf.asked == []
 
 
