@@ -284,6 +284,24 @@ def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
 
 
 @needs_weights
+def test_workers_end_with_a_process_that_is_killed():
+    """In the middle of a picture that nobody waits for any more; its output stays open as long as one of them lives."""
+    code = """if __name__ == "__main__":
+        import os, signal
+        from k2cli.hands import Held, Processes
+        from model.spec import RenderSpec
+        crew = Processes(1)
+        crew.begin([RenderSpec("a red fox", steps=1000)])
+        hand = crew.hire(Held("mini"))
+        crew.hear()
+        crew.give(hand, (0,))
+        os.kill(os.getpid(), signal.SIGKILL)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+
+    assert done.returncode == -signal.SIGKILL
+
+
+@needs_weights
 def test_a_worker_says_what_is_wrong_in_one_sentence(den, k2):
     result = k2("render", "--quiet", "--workers", "2", "--device", "cuda:99", code=1)
 
