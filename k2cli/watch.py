@@ -59,9 +59,9 @@ def watch(
 ) -> None:
     """Render, and again whenever the project's files change.
 
-    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different, and
-    those that are gone from outputs. The weights stay in memory. A mistake in a file is told, and waited out. Ctrl-C
-    ends it.
+    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different.
+    What you throw away of them stays away until it is asked for anew. The weights stay in memory. A mistake in a file
+    is told, and waited out. Ctrl-C ends it.
 
     \b
     Examples:
@@ -77,12 +77,13 @@ def watch(
     check_options(settings)
     root = root_of(folder or project, allow_outside)
     made: dict[str, Path] = {}
+    keys: dict[str, str] = {}
     before: Stamps = {}
     try:
         while True:
             before = stamp(root, before)
             try:
-                job, keys, used = look(find_project(root, allow_outside), only, settings, made)
+                job, keys, used = look(find_project(root, allow_outside), only, settings, made, keys)
                 before = {**stamp_of(used), **before}
                 if job.shots:
                     saved = partial(note, made, keys)
@@ -122,10 +123,15 @@ def root_of(folder: Path | None, allow_outside: bool) -> Path:
 
 
 def look(
-    project: Project, only: list[str] | None, settings: Mapping[str, object], made: Mapping[str, Path]
+    project: Project,
+    only: list[str] | None,
+    settings: Mapping[str, object],
+    made: Mapping[str, Path],
+    asked: Mapping[str, str],
 ) -> tuple[Job, dict[str, str], set[Path]]:
-    """The run of what is not made yet, or is gone; what each of its pictures, by its stem, is known by: all that goes
-    into it, hashed; and the files that the project's pictures are made of."""
+    """The run of what is not made yet; what each picture of the project, by its stem, is known by: all that goes into
+    it, hashed; and the files that they are made of. What is made and gone is made again unless it was `asked` for the
+    last time, too, by the same table: then somebody looked at it and threw it away."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
@@ -135,9 +141,10 @@ def look(
     shots = project.shots(chosen, prompts, None, matrices)
     held = vars(chosen.held())
     known = {key_of([held, shot.format, request(shot, project.root)]): shot for shot in shots}
-    left = {key: shot for key, shot in known.items() if key not in made or not made[key].exists()}
-    keys = {shot.stem: key for key, shot in left.items()}
-    return plan_job(project, chosen, list(left.values()), compared=bool(matrices)), keys, set(files_of(shots))
+    new = known.keys() - set(asked.values())
+    left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
+    keys = {shot.stem: key for key, shot in known.items()}
+    return plan_job(project, chosen, left, compared=bool(matrices)), keys, set(files_of(shots))
 
 
 def files_of(shots: Sequence[Shot]) -> Iterator[Path]:

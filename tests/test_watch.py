@@ -52,11 +52,17 @@ def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
     assert len(fake.loaded) == 1
 
 
-def test_what_is_gone_is_made_again_with_the_next_change(moody, k2, changes):
-    """As `k2 render --resume` does."""
-    changes += [(moody / "outputs/0001-fox-and-1-more/fox-7.png").unlink]
+def test_what_is_thrown_away_stays_away_until_it_is_asked_for_anew(moody, k2, changes):
+    toml = moody / "k2.toml"
+    changes += [
+        (moody / "outputs/0001-fox-and-1-more/fox-7.png").unlink,
+        lambda: toml.write_text(PROJECT.replace("fox", "wolf")),
+        lambda: toml.write_text(PROJECT),
+    ]
 
-    assert k2("watch", code=130).stdout.splitlines()[2:] == ["outputs/0002-fox/fox-7.png"]
+    made = k2("watch", code=130).stdout.splitlines()[2:]
+
+    assert made == ["outputs/0002-wolf/wolf-7.png", "outputs/0003-fox/fox-7.png"]
 
 
 def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
