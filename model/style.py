@@ -98,7 +98,7 @@ class StyleEncoder(nn.Module):
         return self(torch.cat(shuffled) if shuffled else latents)[0].mean(0)
 
     def initialise(self) -> None:
-        """Rows start as noise of the text rows' own size, so that they are heard but say nothing yet."""
+        """Rows start as noise fainter than the text's rows: they are heard, and say nothing yet."""
         nn.init.normal_(self.null, std=0.5)
         nn.init.normal_(self.to_rows.weight, std=0.7 * self.config.hidden**-0.5)
 
