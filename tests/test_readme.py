@@ -41,6 +41,12 @@ def test_the_first_two_blocks_install():
     assert tuple(block.strip() for block in blocks("sh")[:2]) == INSTALLS
 
 
+def test_the_pytorch_that_it_names_is_one_that_k2_takes():
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    (bounds,) = re.findall(r"^torch(\S+)$", "\n".join(needed), re.MULTILINE)
+    assert f'"torch{bounds.split(",")[-1]}"' in README
+
+
 @needs_weights
 def test_every_command_works_in_its_turn(clone):
     """One shell reads all blocks, as a reader would; what the suite itself stands on is left out."""
