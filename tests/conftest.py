@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,17 @@ from model.spec import Picture, RenderSpec
 
 SIDE = 64
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a process for every core
+
 hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is no failure
 hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("k2"), max_examples=20_000)
 hypothesis.settings.load_profile("k2")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests share the cores, up to four; files that are named are run here, which begins sooner."""
+    return min(4, os.cpu_count() or 1) if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
