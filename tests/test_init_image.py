@@ -537,7 +537,7 @@ def test_a_cluster_gets_the_picture_too(tmp_path):
 def test_watch_sees_another_beginning(begun, k2):
     """What a picture is known by holds the hash of what it begins with."""
     settings = dict.fromkeys(("variant", "batch", "steps", "size", "device"))
-    _, before, _ = look(Project.open(begun), ["fox"], settings, set())
+    _, before, _ = look(Project.open(begun), ["fox"], settings, {}, {})
     Image.new("RGB", (300, 200), "teal").save(begun / "refs" / "wide.png")
-    _, after, _ = look(Project.open(begun), ["fox"], settings, set())
+    _, after, _ = look(Project.open(begun), ["fox"], settings, {}, {})
     assert before.keys() == after.keys() and not set(before.values()) & set(after.values())
