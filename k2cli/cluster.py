@@ -16,11 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready
+from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready, load
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
 
 PATIENCE = 300.0  # seconds that a cluster may take to find room for the first hand
+LEAVING = 5.0  # seconds that one may take to clear up
 VERSIONS = ("k2", "torch", "pillow")  # that pictures depend on
 
 
@@ -103,6 +104,9 @@ class Cluster(Crew):
         self.awaited = {answer: hand for answer, hand in self.awaited.items() if hand not in hands}
 
     def close(self) -> None:
+        for hand in self.kept:
+            with suppress(Exception):  # it is gone
+                self.ray.get(self.actors[hand].leave.remote(), timeout=LEAVING)
         super().close()
         if self.ray:
             self.ray.shutdown()
@@ -118,12 +122,17 @@ class FarHand:
     def ready(
         self, held: Held, specs: Sequence[RenderSpec], parcel: Mapping[Path, bytes]
     ) -> tuple[Ready, dict[str, str]]:
-        """For a run: its files lie where the hand is then."""
+        """For a run: its files lie where the hand is then, once it has loaded. One killed before leaves none behind."""
+        load(held)
         self.folder = tempfile.TemporaryDirectory(prefix="k2-")
         here_of = unpack(parcel, Path(self.folder.name))
         self.home_of = {str(here): str(home) for home, here in here_of.items()}
         self.hand = Hand(held, [moved(spec, here_of.__getitem__) for spec in specs])
         return self.hand.ready(held), own_versions()
+
+    def leave(self) -> None:
+        """Clear up: whoever is killed cannot."""
+        self.folder.cleanup()
 
     def make(self, group: Group) -> list[Picture]:
         return [Picture(each.image, self.as_at_home(each.record)) for each in self.hand.make(group)]

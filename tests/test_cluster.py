@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ class StandIn(ModuleType):
         self.patience.append(timeout)
         return calls[:1], calls[1:]
 
-    def get(self, call: Call) -> Any:
+    def get(self, call: Call, timeout: float | None = None) -> Any:
         self.calls += 1
         if self.calls in self.deadly:
             self.dead.add(call.actor)
@@ -155,6 +156,17 @@ def test_actors_are_kept_from_line_to_line(painted, k2, monkeypatch):
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert [each["style"][0]["reference"][0]["image"] for each in answers] == ["a.png"] * 4
     assert ray.hired == 2 and ray.at is None
+
+
+def test_nothing_of_a_project_stays_where_its_hands_were(painted, k2, monkeypatch, tmp_path):
+    """They are killed in the end, and would not clear up by themselves."""
+    monkeypatch.setitem(sys.modules, "ray", StandIn(2))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "far"))
+    (tmp_path / "far").mkdir()
+
+    k2("render", "--ray", "here", "--style", "dusk=0.5")
+
+    assert not list((tmp_path / "far").glob("k2-*"))
 
 
 def test_trouble_is_one_sentence(painted, k2, monkeypatch):
