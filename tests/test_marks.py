@@ -292,6 +292,12 @@ def test_whole_numbers_that_stand_for_others(tmp_path, state, number):
         assert "as numbers of another kind" in refused(path)
 
 
+def test_eight_bit_whole_numbers_need_scales(tmp_path, state):
+    name = "blocks.0.attn.wq.weight"
+    path = native(tmp_path, state | {name: torch.ones(256, 256, dtype=torch.int8)})
+    assert "I8 without scales" in refused(path)
+
+
 @pytest.mark.parametrize("mark", [{}, {"per_row": True}, {"quarot": True}, {"convrot_groupsize": 256}, [], 3, "x"])
 def test_marks_that_say_too_little(tmp_path, state, mark):
     stored, _ = rotated(state, 256, mark=False)
