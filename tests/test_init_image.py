@@ -254,6 +254,17 @@ def test_what_masks_nothing_is_refused(pipeline, noisy, mask, message):
         pipeline.resolve(replace(FOX, mask="8x8+0+0"))
 
 
+def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
+    """So far, within the mask, the initial picture and what is painted run into each other."""
+    side, half = pipeline.native, pipeline.beginnings.vae.factor // 2
+    spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{side // 2}x{side}+0+0"))
+
+    found = pipeline.beginnings.with_rest(spec, torch.full((3, side, side), 3.0))  # as no picture is
+
+    soft = side // 2 - half
+    assert (found[..., :soft] == 3).all() and (found[..., soft] < 3).all()
+
+
 def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
     mask = to_mask("20x40+0+0", 40, 40)
     soft = feathered(mask, 4)
