@@ -168,6 +168,19 @@ def test_what_pushes_away_is_a_mixture_of_strength_one(monkeypatch):
     assert asked == [pytest.approx([1 / 3, 2 / 3])]
 
 
+def test_what_pushes_away_is_measured_from_the_picture_of_its_own(monkeypatch):
+    """v = v_toward − s (v_away − v_native): what draws it near has no part in how far it is pushed."""
+    native, near, far = torch.randn(3, 1, 4, 8)
+    monkeypatch.setattr(Splice, "_attends", lambda self, references, step: [references[0].sha256])
+    both = Weighed("near", Path("a.png"), 1.0), Weighed("far", Path("b.png"), -0.4)
+    answers = {None: native, "near": near, "far": far}
+    splice = Splice(None, both, None, [1.0, 0.5, 0.0], 4)
+
+    velocity = splice.velocity(lambda attend: answers[attend and attend[0]], 1)
+
+    torch.testing.assert_close(velocity, near - 0.4 * (far - native))
+
+
 # ---- guidance ---------------------------------------------------------------------------------------------------
 
 
