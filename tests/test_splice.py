@@ -446,6 +446,13 @@ def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache)
     assert len(list(cache.iterdir())) == known + 1
 
 
+def test_captures_are_known_by_their_facts_in_any_order(tmp_path):
+    cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
+    cache.put({"step": 0, "guard": "shift"}, made)
+    found = cache.get({"guard": "shift", "step": 0}, CPU)
+    assert found is not None and torch.equal(found.k, made.k)
+
+
 def test_a_broken_capture_is_made_again(pipeline, refs, cache):
     first = pipeline.render([styled((refs[0], 1.0))])[0]
     for file in cache.iterdir():
