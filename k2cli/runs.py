@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from k2cli import embedded, models, records
 from k2cli.dialect import dump, parse_long
@@ -24,9 +24,6 @@ from k2cli.sheet import Entry, contact_sheets
 from k2cli.tables import Place, Toml, between, read_table
 from model.errors import K2Error
 from model.spec import Picture
-
-if TYPE_CHECKING:
-    pass
 
 LONGEST_CALLED = 50  # characters
 

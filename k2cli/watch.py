@@ -130,8 +130,8 @@ def look(
     asked: Mapping[str, str],
 ) -> tuple[Job, dict[str, str], set[Path]]:
     """The run of what is not made yet; what each picture of the project, by its stem, is known by: all that goes into
-    it, hashed; and the files that they are made of. What is made and gone is made again unless it was `asked` for the
-    last time, too, by the same table: then somebody looked at it and threw it away."""
+    it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
+    made again only if it is not there, for otherwise somebody threw it away."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
