@@ -142,7 +142,7 @@ CreativityOption = Annotated[
     str | None, choice("creativity", "LEVEL", "raw, low, medium, high: what may be added to a prompt.")
 ]
 SamplerOption = Annotated[str | None, choice("sampler", "NAME", "Of the flow: euler, or ab2, of the second order.")]
-PrecisionOption = Annotated[str | None, choice("precision", "BITS", "Of the weights: native, int8 or fp8.")]
+PrecisionOption = Annotated[str | None, choice("precision", "BITS", "Of the weights: native, int8, fp8 or int4.")]
 OffloadOption = Annotated[str | None, choice("offload", "PART", "Read as needed: none, text (encoder) or all.")]
 FormatOption = Annotated[str | None, choice("format", "KIND", "Of the files: png, webp (lossless) or jpeg.")]
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]

@@ -9,11 +9,13 @@ i + 64 and i + 96 stand side by side; the last tiles are filled up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from model.marks import BLOCKS
+from model.headers import Stored
+from model.marks import BLOCKS, SCALES
 
 HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # e2m1, times 2
 TILE = (128, 4)  # rows and blocks
@@ -54,3 +56,18 @@ def in_order(scale: Tensor, rows: int, blocks: int) -> Tensor:
 def padded(rows: int, blocks: int) -> Sequence[int]:
     """How many rows and blocks have a scale: whole tiles of them."""
     return [-(-count // size) * size for count, size in zip((rows, blocks), TILE, strict=True)]
+
+
+def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | None) -> str:
+    """What a matrix that is scaled in blocks lacks to be read, or has instead; empty where nothing is wrong."""
+    rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
+    if not numbers or numbers % BLOCKS[kind]:
+        return f"{kind} of the shape {list(stored.shape)}"
+    if (kind == "nvfp4") != (whole is not None):
+        return f"{kind} with{'out' if whole is None else ''} a scale of the whole matrix"
+    if whole is not None and (whole.dtype, prod(whole.shape)) != ("F32", 1):
+        return f"{kind} with {whole.dtype} {list(whole.shape)} as the scale of the whole matrix"
+    if scale is None:
+        return f"{kind} without scales"
+    right = scale.dtype in SCALES[kind] and prod(scale.shape) == prod(padded(rows, numbers // BLOCKS[kind]))
+    return "" if right else f"{kind} with scales of {scale.dtype} {list(scale.shape)}"

@@ -19,26 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.blockwise import in_blocks, padded
-from model.eight_bit import formats
+from model import blockwise, four_bit
 from model.errors import K2Error
+from model.few_bits import ENDS, Format, few_bit_layers, hold
+from model.four_bit import Codes, codes_of
 from model.gguf_file import GGUFTensors
-from model.headers import AGAIN, read_header, read_json, shards, some
+from model.headers import AGAIN, Stored, read_header, read_json, shards, some
 from model.marks import (
+    BESIDE,
     BLOCKS,
+    CODES,
     PASSENGERS,
-    SCALES,
     SECOND,
     SUFFIX,
     Mark,
-    blocks_of,
+    form_of,
     rotation,
     shape_of,
     table_of,
     unreadable,
     weight_of,
 )
-from model.quantize import FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of, to_rows
+from model.quantize import FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of
 from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
@@ -53,18 +55,6 @@ NUMBERS = {  # safetensors' names of number formats
 PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
 WIDE = ("F64", "F32", "F16", "BF16")
 WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights they are the bits of something else
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: in which file, under which name, in what number format (the file's own word), and the shape
-    of its numbers, however many of them share a byte."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    marks: tuple[Mark, ...] = ()  # what ComfyUI's file says of how it is stored
 
 
 @dataclass(frozen=True)
@@ -89,30 +79,35 @@ class Checkpoint:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        eight: Mapping[str, torch.dtype] | None = None,
+        few: Mapping[str, Format] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Tensors one by one, in file order, 8-bit ones dequantised; floats in `dtype` (none: as stored).
+        """Tensors one by one, in file order, those in few bits dequantised; floats in `dtype` (none: as stored).
 
         What `refuse_unreadable` lets pass is read right.
 
-        eight: matrices that are wanted in 8 bits, and which; a scale for every row follows each, as NAME_scale. They
-        are rounded one at a time, the next being read meanwhile, or taken as they are where the file holds the very
-        same format, not rotated.
+        few: matrices that are wanted in few bits, and how; what it takes to read each follows it, under the names of
+        `few_bits.ENDS`. They are rounded one at a time, the next being read meanwhile, or taken as they are where the
+        file holds the very same format.
         """
-        wanted, eight = set(self.tensors) if names is None else set(names), eight or {}
+        wanted, few = set(self.tensors) if names is None else set(names), few or {}
         order = [name for name in self.tensors if name in wanted and not is_auxiliary(name)]
-        passing = {name for name in order if name in eight and self.tensors[name].dtype in WIDE}
+        passing = {name for name in order if name in few and self.tensors[name].dtype in WIDE}
         rooms = [Room(), Room()]  # one is worked on, one is filled
 
-        def fetch(index: int) -> tuple[Tensor, Tensor | None]:
+        def fetch(index: int) -> tuple[Tensor | Codes, Tensor | None]:
             name = order[index]
-            scale = scale_of(name, self.tensors)
-            tensor = files.get(self.tensors[name], rooms[index % 2] if name in passing else None)
+            stored, scale = self.tensors[name], scale_of(name, self.tensors)
+            tensor = files.get(stored, rooms[index % 2] if name in passing else None)
             factor = None if scale is None else files.get(self.tensors[scale])
-            if factor is None or not (kind := blocks_of(self.tensors[name].marks)):
-                return tensor, factor
-            whole = self.tensors.get(name + SECOND)
-            return in_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
+            if factor is None:
+                return tensor, None
+            if stored.dtype == "I8" and (kind := form_of(stored.marks, CODES)):
+                groups, levels = (files.get(s) if (s := self.tensors.get(name + end)) else None for end in BESIDE)
+                return codes_of(kind, tensor, factor, groups, levels), factor
+            if kind := form_of(stored.marks, BLOCKS):
+                whole = self.tensors.get(name + SECOND)
+                return blockwise.in_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
+            return tensor, factor
 
         where = "cpu" if torch.device(device).type == "mps" else str(device)  # Metal knows no 8-bit floats
         with Opened(where) as files, ThreadPoolExecutor(1, "weights") as reader:
@@ -122,11 +117,12 @@ class Checkpoint:
                 tensor, factor = coming.result()
                 coming = reader.submit(fetch, index + 1) if index + 1 < len(order) else None
                 group = rotation(self.tensors[name].marks)
-                if name in eight:
-                    rows, factors = to_rows(tensor, eight[name], factor, group)
-                    yield name, rows.to(device)
-                    yield f"{name}_scale", factors.to(device)
+                if name in few:
+                    held = hold(tensor, factor, group, few[name])
+                    for end, part in zip(ENDS[few[name].bits], held, strict=True):
+                        yield name + end, part.to(device)
                 else:
+                    tensor = tensor.numbers if isinstance(tensor, Codes) else tensor
                     wide = dtype or (tensor.dtype if factor is None else torch.float32)
                     yield name, restore(tensor, factor, wide, group).to(device)
 
@@ -244,8 +240,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     about = header.pop("__metadata__", {})
     marks = marks_of(path, header, about.get("_quantization_metadata"))
     tensors = {
-        name: Stored(path, name, shape_of(name, header), entry["dtype"], tuple(marks.pop(name, ())))
+        name: Stored(path, name, shape_of(name, header, own), entry["dtype"], own)
         for name, entry in header.items()
+        for own in [tuple(marks.pop(name, ()))]
     }
     astray = tuple(mark for name, those in marks.items() if not name.startswith(PASSENGERS) for mark in those)
     return Checkpoint(path, tensors, json.loads(about.get("k2", "{}")), astray=astray)
@@ -327,23 +324,25 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors that a checkpoint must hold for a network; the scales of 8-bit layers are made where it has none."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_auxiliary(name)}
+    """The tensors that a checkpoint must hold for a network; what else few bits take is made where it has none."""
+    few = {name: (layer.out_features, layer.in_features) for name, layer in few_bit_layers(model).items()}
+    whole = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_auxiliary(name)}
+    return whole | few
 
 
 def reader(
     model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype
 ) -> Callable[[Iterable[str]], dict[str, Tensor]]:
-    """What reads some of a network's tensors, as it wants them: norm scales fp32, 8-bit matrices with their scales."""
-    shapes, eight = shapes_of(model), formats(model)
+    """What reads some of a network's tensors, as it wants them: norm scales fp32, few bits as their layers do."""
+    shapes, few = shapes_of(model), {name: layer.format for name, layer in few_bit_layers(model).items()}
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
-        if name.removesuffix("_scale") in eight:
+        if name in few or name not in shapes:
             return tensor
         return (tensor.float() if name.endswith(".scale") else tensor.to(dtype)).view(shapes[name])
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: wanted(name, tensor) for name, tensor in checkpoint.read(names, device=device, eight=eight)}
+        return {name: wanted(name, tensor) for name, tensor in checkpoint.read(names, device=device, few=few)}
 
     return read
 
@@ -354,21 +353,24 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
         formats.add(unreadable(stored.marks, stored.dtype, stored.shape))
-        if kind := blocks_of(stored.marks):
-            factor = checkpoint.tensors[scale] if scale else None
-            formats.add(lacking(kind, stored, factor, checkpoint.tensors.get(name + SECOND)))
+        factor = checkpoint.tensors[scale] if scale else None
+        if kind := form_of(stored.marks, BLOCKS):
+            formats.add(blockwise.lacking(kind, stored, factor, checkpoint.tensors.get(name + SECOND)))
             continue
-        if scale and prod(checkpoint.tensors[scale].shape) not in (1, *stored.shape[:1]):
-            formats.add(f"{stored.dtype} with scales of {list(checkpoint.tensors[scale].shape)}")
-        if not scale and stored.dtype == "I8" and name.endswith(".weight"):
+        if kind := form_of(stored.marks, CODES):
+            formats.add(four_bit.lacking(kind, stored, factor, *(checkpoint.tensors.get(name + end) for end in BESIDE)))
+            continue
+        if factor and prod(factor.shape) not in (1, *stored.shape[:1]):
+            formats.add(f"{stored.dtype} with scales of {list(factor.shape)}")
+        if not factor and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
-        if name + SECOND in checkpoint.tensors:
-            formats.add(f'{stored.dtype} with "weight{SECOND}" beside it, and no mark of what that is')
+        if strange := next((end for end in (SECOND, *BESIDE) if name + end in checkpoint.tensors), None):
+            formats.add(f'{stored.dtype} with "weight{strange}" beside it, and no mark of what that is')
         elif stored.dtype in WHOLE and name.endswith(".weight"):
             formats.add(f"{stored.dtype}, as numbers of another kind")
         if FOREIGN_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
-        ends = (*SCALE_SUFFIXES, f".weight{SECOND}")
+        ends = (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))
         stem = next((name.removesuffix(suffix) for suffix in ends if name.endswith(suffix)), None)
         if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
             formats.add("scales without their weights")
@@ -378,18 +380,3 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds weights stored as {some(sorted(formats))}, which k2 does not read.",
             hint=PLAINER,
         )
-
-
-def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | None) -> str:
-    """What a matrix that is scaled in blocks lacks to be read, or has instead; empty where nothing is wrong."""
-    rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
-    if not numbers or numbers % BLOCKS[kind]:
-        return f"{kind} of the shape {list(stored.shape)}"
-    if (kind == "nvfp4") != (whole is not None):
-        return f"{kind} with{'out' if whole is None else ''} a scale of the whole matrix"
-    if whole is not None and (whole.dtype, prod(whole.shape)) != ("F32", 1):
-        return f"{kind} with {whole.dtype} {list(whole.shape)} as the scale of the whole matrix"
-    if scale is None:
-        return f"{kind} without scales"
-    right = scale.dtype in SCALES[kind] and prod(scale.shape) == prod(padded(rows, numbers // BLOCKS[kind]))
-    return "" if right else f"{kind} with scales of {scale.dtype} {list(scale.shape)}"

@@ -1,6 +1,6 @@
-"""A transformer as one .safetensors file under native names, its blocks' matrices in 8 bits if that is asked for.
+"""A transformer as one .safetensors file under native names, its blocks' matrices in few bits if that is asked for.
 
-They are rounded once, as they would be whenever weights of more bits are held in 8: what is read is half as much, and
+They are rounded once, as they would be whenever weights of more bits are held in few: what is read is less, and
 nothing is left to do. A tensor at a time is in memory, so that a file larger than the memory can be written.
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import NUMBERS, check, reader
-from model.eight_bit import NUMBERS as EIGHT_BITS
-from model.eight_bit import formats, shrink
 from model.errors import K2Error
-from model.layouts import open_dit
+from model.few_bits import ENDS, few_bit_layers
+from model.layouts import hold_blocks, open_dit
+from model.marks import mark_of
 from model.whole import whole
 
 WORDS = {number: word for word, number in NUMBERS.items()}
@@ -34,15 +34,15 @@ def write_compact(
     """Write a transformer of any layout that k2 reads, whole or not at all. Raises K2Error.
 
     source     as of `open_dit`
-    precision  of the blocks' matrices: "int8", "fp8", or "native", which is bf16; all else is bf16, norm scales fp32
+    precision  of the blocks' matrices: "int8", "fp8", "int4", or "native", which is bf16; all else is bf16, norm scales
+               fp32
     variant    raw or turbo, where the source does not say it itself
     """
     if target.exists():
         raise K2Error(f"{target} exists already.", hint="Choose another name.")
     model, checkpoint = open_dit(source)
     check(model, checkpoint)
-    if precision != "native":
-        shrink(model.blocks, EIGHT_BITS[precision])
+    hold_blocks(model, checkpoint, precision)
     read = reader(model, checkpoint, device="cpu", dtype=torch.bfloat16)
     about = {"kind": "dit", "config": asdict(model.config)} | ({"variant": variant} if variant else {})
     header, count = header_of(model, about | checkpoint.metadata), len(model.state_dict())
@@ -61,11 +61,17 @@ def write_compact(
 
 def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
     """safetensors' header for what `tensors` yields, in its order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "k2": json.dumps(about, sort_keys=True)}}
-    eight, end = formats(model), 0
+    few = few_bit_layers(model)
+    marks = {name.removesuffix(".weight"): mark for name, layer in few.items() if (mark := mark_of(*layer.format[1:]))}
+    table = {"_quantization_metadata": json.dumps({"layers": marks})} if marks else {}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "k2": json.dumps(about, sort_keys=True), **table}}
+    held = {f"{name}{end}" for name, layer in few.items() for end in ENDS[layer.format.bits]}
+    end = 0
     for name, tensor in model.state_dict().items():
-        exact = name.endswith((".scale", "_scale"))  # of norms, and of rows
-        number = eight.get(name, torch.float32 if exact else torch.bfloat16)
+        if name in held:  # the bits of scales in e4m3 are bytes to us
+            number = torch.float8_e4m3fn if tensor.dtype == torch.uint8 else tensor.dtype
+        else:
+            number = torch.float32 if name.endswith(".scale") else torch.bfloat16  # norms compute in fp32
         begin, end = end, end + tensor.numel() * number.itemsize
         entries[name] = {"dtype": WORDS[number], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()

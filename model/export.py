@@ -19,8 +19,8 @@ from torch import Tensor
 
 from model.checkpoint import save
 from model.dit import DiTConfig, hidden_width
-from model.eight_bit import widened
 from model.errors import K2Error
+from model.few_bits import widened
 from model.layouts import to_diffusers
 from model.sampler import TURBO_MU
 from model.text_encoder import SPECIAL_TOKENS, TextConfig, TextEncoder

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.dit import Krea2
-from model.eight_bit import formats, native
+from model.few_bits import few_bit_layers, native
 from model.hashes import cache_folder
 from model.plan import NARROW
 from model.recent import Recent
@@ -37,7 +37,7 @@ def accelerate(dit: Krea2) -> None:
         # Compiled kernels outlive the process: the next one finds them in a second.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch.compiler.assume_constant_result(native)  # a question to the device would cut every block in pieces
-    compiled = wide and compilers_know(formats(dit).values()) and can_compile()
+    compiled = wide and compilers_know(layer.format.number for layer in few_bit_layers(dit).values()) and can_compile()
     if compiled:
         for block in dit.blocks:
             block.compile()  # one after the other: they share code, so one compilation serves all

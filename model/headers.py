@@ -9,12 +9,14 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from model.errors import K2Error, brief
 from model.gguf_file import read_gguf_header
+from model.marks import Mark
 
 AGAIN = "The download may have been cut short: fetch it again."
 TAKEN = "k2 reads weights from .safetensors and .gguf files only."
@@ -35,6 +37,18 @@ BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # known to be whole, t
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 MOST_DIMENSIONS = 8
 MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would come to gigabytes in memory
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: in which file, under which name, in what number format (the file's own word), and the shape
+    of its numbers, however many of them share a byte."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    marks: tuple[Mark, ...] = ()  # what ComfyUI's file says of how it is stored
 
 
 @contextmanager

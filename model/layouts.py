@@ -13,15 +13,16 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint import NUMBERS as NUMBER_FORMATS
 from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
-from model.eight_bit import NUMBERS, shrink
 from model.errors import K2Error
+from model.few_bits import FORMATS, Format, shrink
+from model.four_bit import width_of_turns
 from model.headers import AGAIN, some
-from model.marks import PASSENGERS, PREFIXES, SECOND, blocks_of, rotation
+from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
 from model.quantize import SCALE_SUFFIXES
 from model.stream import stream
@@ -112,7 +113,9 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
         back |= {
-            other + end: ours + end for end in (*SCALE_SUFFIXES, f".weight{SECOND}") for other, ours in stems.items()
+            other + end: ours + end
+            for end in (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))
+            for other, ours in stems.items()
         }
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native), layout="diffusers")
@@ -210,13 +213,12 @@ def load_dit(
     """A transformer ready to infer, and the checkpoint it came from. Raises K2Error.
 
     path       as of `open_dit`
-    precision  of the blocks' matrices: "native" is `dtype`; "int8", "fp8" have a scale for every row. All that is
-               outside of the blocks stays in `dtype`: few numbers, and every step's error passes through them
+    precision  of the blocks' matrices: "native" is `dtype`; others as of `hold_blocks`. All that is outside of the
+               blocks stays in `dtype`: few numbers, and every step's error passes through them
     streamed   the blocks stay on disk, and each is read while the one before it works
     """
     model, checkpoint = open_dit(path)
-    if precision != "native":
-        shrink(model.blocks, NUMBERS[precision])
+    hold_blocks(model, checkpoint, precision)
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
         again = precision not in ("native", stored_precision(checkpoint))
@@ -226,10 +228,40 @@ def load_dit(
     return model, checkpoint
 
 
+def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
+    """Let the matrices of a network's blocks, still on the meta device, be held as a precision has it.
+
+    "int8" and "fp8" have a scale for every row, "int4" has codes for int8. What the file holds in such numbers is held
+    as it lies there, rotated or not. Where some of its matrices are in 4 bits, "int4" leaves the others as they are:
+    whoever wrote it had their reasons.
+    """
+    if precision == "native":
+        return
+    asked, lying = FORMATS[precision], stored_precision(checkpoint)
+
+    def format_of(name: str, layer: nn.Linear) -> Format | None:
+        stored = checkpoint.tensors.get(f"blocks.{name}.weight")
+        group = rotation(stored.marks) if stored else 0
+        if stored and stored.dtype == "I8" and asked == FORMATS["int8"]:
+            return asked._replace(turned=group)
+        if precision != "int4":
+            return asked
+        if lying != "int4" or stored is None:
+            return asked._replace(turned=width_of_turns(layer.in_features))
+        if stored.dtype == "I8":
+            return Format(torch.int8, 4 if form_of(stored.marks, CODES) else 8, group)
+        return None
+
+    shrink(model.blocks, format_of)
+
+
 def stored_precision(checkpoint: Checkpoint) -> str | None:
-    """The 8-bit precision in which the blocks' matrices lie in the file, if it is one that they can be held in."""
+    """The precision in which the blocks' matrices lie in the file, if it is one of few bits that they are held in."""
+    blocks = [stored for name, stored in checkpoint.tensors.items() if name.startswith("blocks.")]
+    if any(form_of(stored.marks, CODES) for stored in blocks):
+        return "int4"
     matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
-    if matrix is None or rotation(matrix.marks) or blocks_of(matrix.marks):
+    if matrix is None or form_of(matrix.marks, BLOCKS):
         return None
     return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype)
 
@@ -239,4 +271,4 @@ def is_packed(checkpoint: Checkpoint) -> bool:
     matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
     if matrix is None:
         return False
-    return bool(rotation(matrix.marks) or blocks_of(matrix.marks)) or matrix.dtype not in NUMBER_FORMATS
+    return bool(form_of(matrix.marks, BLOCKS)) or matrix.dtype not in NUMBER_FORMATS

@@ -139,17 +139,18 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             layers[name] = shift_of(file, module, part, scale, bares[name])
             continue
         layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
         if "diff_b" in part and layer.bias is None:
             del part["diff_b"]
             unmatched.append(f"{module}.diff_b")
         check_wholes(file, module, part, layer)
-        weight = layer.get_parameter("weight")
+        shape = layer.out_features, layer.in_features  # what is held in few bits is packed
         if any(what.startswith("w") for what in part):
-            layers[name] = kronecker_of(file, module, part, alpha, rows, weight)
+            layers[name] = kronecker_of(file, module, part, alpha, rows, shape)
             continue
-        down, up = pair_of(part, weight)
+        down, up = pair_of(part, shape)
         if "down" in part:
-            check_shapes(file, module, down, up, weight, network.config.width)
+            check_shapes(file, module, down, up, shape, network.config.width)
         if part:
             layers[name] = LowRank(down, up, scale, part.get("diff_b"))
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
@@ -357,30 +358,30 @@ def check_product(path: Path, module: str, a: Tensor, b: Tensor) -> tuple[int, i
 
 
 def kronecker_of(
-    path: Path, module: str, part: Mapping[str, Tensor], alpha: float | None, rows: slice, weight: Tensor
+    path: Path, module: str, part: Mapping[str, Tensor], alpha: float | None, rows: slice, shape: tuple[int, int]
 ) -> Kronecker:
     """A layer's Kronecker product. Where both factors are whole there is no rank, and alpha means nothing (LyCORIS).
 
-    Raises K2Error for factors that do not make up the layer's weight [out, in].
+    Raises K2Error for factors that do not make up the layer's shape, (out, in).
     """
     halves = [(part[what],) if what in part else (part[f"{what}_a"], part[f"{what}_b"]) for what in ("w1", "w2")]
     (a, b), (c, d) = (
         check_product(path, module, *pair) if len(pair) == 2 else check_matrix(path, module, *pair) for pair in halves
     )
-    check_span(path, module, len(range(a * c)[rows]), b * d, weight)
+    check_span(path, module, len(range(a * c)[rows]), b * d, shape)
     ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
     left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
     scale = alpha / ranks[-1] if ranks and alpha is not None else 1.0
     return Kronecker(left, right, scale, rows, part.get("diff_b"))
 
 
-def pair_of(part: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+def pair_of(part: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A layer's low-rank pair. A whole matrix is one too, of the rank of its shorter side, with as many ones."""
     if "down" in part:
         return part["down"], part["up"]
     if "diff" not in part:
-        return torch.zeros(0, weight.shape[1]), torch.zeros(weight.shape[0], 0)
-    whole, (out, inward) = part["diff"], weight.shape
+        return torch.zeros(0, shape[1]), torch.zeros(shape[0], 0)
+    whole, (out, inward) = part["diff"], shape
     return (whole, torch.eye(out)) if out <= inward else (torch.eye(inward), whole)
 
 
@@ -395,29 +396,30 @@ def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None
         raise K2Error(f"{path} {why}: it has layers like {some(list(unmatched), 2)}.", hint=ON_RAW)
 
 
-def check_wholes(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.Module) -> None:
+def check_wholes(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.Linear) -> None:
     """What is added as it is must have the shape of what it is added to. Raises K2Error."""
-    for what, own in (("diff", "weight"), ("diff_b", "bias")):
-        if what in part and part[what].shape != (shape := layer.get_parameter(own).shape):
+    whole = layer.out_features, layer.in_features
+    for what, own, shape in (("diff", "weight", whole), ("diff_b", "bias", whole[:1])):
+        if what in part and part[what].shape != shape:
             theirs = f"its {module}.{what} is {list(part[what].shape)}"
             raise of_another_size(path, f"{theirs}, this one's {own} {list(shape)}")
 
 
-def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, weight: Tensor, width: int) -> None:
-    """Both halves must share a rank and span the layer's weight [out, in]. Raises K2Error.
+def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, shape: tuple[int, int], width: int) -> None:
+    """Both halves must share a rank and span the layer's shape, (out, in). Raises K2Error.
 
     A rank may exceed one side of a small layer (trainers give all layers one rank), but never the network's width.
     """
     check_product(path, module, up, down)
     if len(down) > width:
         raise K2Error(f"{path} is damaged: {module} has a rank of {len(down)}.", hint="Fetch it again.")
-    check_span(path, module, up.shape[0], down.shape[1], weight)
+    check_span(path, module, up.shape[0], down.shape[1], shape)
 
 
-def check_span(path: Path, module: str, out: int, inward: int, weight: Tensor) -> None:
-    """What changes a layer must turn as many numbers into as many as its weight [out, in]. Raises K2Error."""
-    if (out, inward) != tuple(weight.shape):
-        ours = f"this one {weight.shape[1]} into {weight.shape[0]}"
+def check_span(path: Path, module: str, out: int, inward: int, shape: tuple[int, int]) -> None:
+    """What changes a layer must turn as many numbers into as many as it does itself. Raises K2Error."""
+    if (out, inward) != shape:
+        ours = f"this one {shape[1]} into {shape[0]}"
         raise of_another_size(path, f"its {module} turns {inward} numbers into {out}, {ours}")
 
 

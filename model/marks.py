@@ -2,7 +2,8 @@
 
 A mark is a tensor `LAYER.comfy_quant` beside the weight, or stands in the file's metadata; some files have both. Most
 name a number format, whose numbers times a scale are the weight. int8 may also have been *rotated* ("ConvRot", as
-comfy-kitchen defines it): see `model/quantize.py`. Other formats scale blocks of a row: see `model/blockwise.py`.
+comfy-kitchen defines it): see `model/quantize.py`. Other formats scale blocks of a row (`model/blockwise.py`), or are
+codes for int8 (`model/four_bit.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ BLOCKS = {"nvfp4": 16, "mxfp8": 32}  # formats of one scale for so many numbers 
 STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3"}  # the file's word for their numbers
 SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # and for their scales
 SECOND = "_scale_2"  # behind a weight's name: NVFP4's other scale, of the whole matrix
+W4A8, W4A4 = "asym_w4a8_int8", "convrot_w4a4"
+CODES = (W4A8, W4A4)  # formats of two numbers in every int8, rotated always
+NEIGHBOURS = {"group_size": 16, "quant_group_size": 64}  # the groups that they are defined for, in the terms for them
+BESIDE = ("_s_rel", "_codebook")  # behind a weight's name: W4A8's scales of neighbours, and its levels
 HARMLESS = {  # told by scales and shapes as well, or of before
-    "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape",
+    "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "linear_dtype",
 }  # fmt: skip
 TURNED = {"convrot", "convrot_groupsize"}
 USUAL_GROUP = 256  # where a mark says no more than that the weight was rotated
@@ -35,6 +40,14 @@ def table_of(text: str | None) -> dict[str, Mark]:
         return {layer: json.dumps(mark) for layer, mark in json.loads(text)["layers"].items()} if text else {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {"": ""}
+
+
+def mark_of(bits: int, turned: int) -> dict[str, Any]:
+    """The mark of a matrix as `few_bits.Format` has it; empty where scales and shapes tell all."""
+    rotated = {"convrot": True, "convrot_groupsize": turned} if turned else {}
+    if bits == 4:
+        return {"format": W4A8, "group_size": NEIGHBOURS["group_size"], **rotated}
+    return {"format": "int8_tensorwise", **rotated} if turned else {}
 
 
 def weight_of(layer: str, names: Iterable[str]) -> str:
@@ -53,22 +66,22 @@ def rotation(marks: Sequence[Mark]) -> int:
         return 0
 
 
-def blocks_of(marks: Sequence[Mark]) -> str:
-    """The format of a weight that is scaled in blocks; empty for any other.
+def form_of(marks: Sequence[Mark], kinds: Iterable[str]) -> str:
+    """The format of a weight if it is one of these kinds (`BLOCKS`, `CODES`); empty for any other.
 
     marks: as of `rotation`.
     """
     try:
-        return next((kind for kind in BLOCKS if marks and terms(marks[0])["format"] == kind), "")
+        return next((kind for kind in kinds if marks and terms(marks[0])["format"] == kind), "")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""
 
 
-def shape_of(name: str, header: Mapping[str, Any]) -> tuple[int, ...]:
-    """A tensor's shape as the network has it: NVFP4 keeps two numbers in a byte."""
-    shape = tuple(header[name]["shape"])
-    packed = header[name]["dtype"] == "U8" and name + SECOND in header and len(shape) == 2
-    return (shape[0], 2 * shape[1]) if packed else shape
+def shape_of(name: str, header: Mapping[str, Any], marks: Sequence[Mark] = ()) -> tuple[int, ...]:
+    """A tensor's shape as the network has it: where numbers have 4 bits, a byte holds two."""
+    shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+    packed = (dtype == "U8" and name + SECOND in header) or (dtype == "I8" and form_of(marks, CODES))
+    return (shape[0], 2 * shape[1]) if packed and len(shape) == 2 else shape
 
 
 def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
@@ -80,7 +93,9 @@ def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
         found = [terms(mark) for mark in marks]
         for how in found:
             extra = sorted(name for name, value in how.items() if name not in HARMLESS | TURNED and value)
-            if how["format"] not in PLAIN | BLOCKS.keys() or extra:
+            usual = {name for name in extra if how["format"] in CODES and how[name] == NEIGHBOURS.get(name)}
+            extra = [name for name in extra if name not in usual]
+            if how["format"] not in {*PLAIN, *BLOCKS, *CODES} or extra:
                 return " with ".join([str(how["format"]), *extra[:1]])
         formats = {how["format"] for how in found}
         blocks = formats & BLOCKS.keys()
@@ -89,7 +104,9 @@ def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
         groups = {group_of(how) for how in found}
         if len(groups) > 1:
             return f"{found[0]['format']} with marks that contradict each other"
-        turned = any(how.get("convrot") for how in found)
+        if formats & set(CODES) and (len(formats) > 1 or dtype != "I8"):
+            return f"{dtype} with marks of {' and '.join(sorted(formats))}"
+        turned = any(map(is_turned, found))
         if turned and not can_be_turned(group := groups.pop(), found[0]["format"], dtype, shape):
             return f"{dtype} rows of {shape[-1]} rotated in groups of {group} (convrot)"
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
@@ -105,10 +122,15 @@ def terms(mark: Mark) -> dict[str, Any]:
 
 
 def group_of(how: Mapping[str, Any]) -> Any:
-    return how.get("convrot_groupsize", USUAL_GROUP) if how.get("convrot") else 0
+    return how.get("convrot_groupsize", USUAL_GROUP) if is_turned(how) else 0
+
+
+def is_turned(how: Mapping[str, Any]) -> bool:
+    return bool(how.get("convrot")) or how["format"] in CODES
 
 
 def can_be_turned(group: Any, format: str, dtype: str, shape: Sequence[int]) -> bool:
-    """Rotations are defined for int8 matrices whose rows divide into groups of a power of 4."""
+    """Rotations are defined for matrices of whole numbers whose rows divide into groups of a power of 4."""
     power_of_4 = type(group) is int and group >= 4 and group.bit_count() == 1 and group.bit_length() % 2 == 1
-    return power_of_4 and (format, dtype) == ("int8_tensorwise", "I8") and len(shape) == 2 and shape[1] % group == 0
+    whole = format in ("int8_tensorwise", *CODES) and dtype == "I8"
+    return power_of_4 and whole and len(shape) == 2 and shape[1] % group == 0

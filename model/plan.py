@@ -17,9 +17,10 @@ from model.errors import K2Error
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("native", "int8", "fp8")  # of the blocks' matrices; native is the numbers that are computed with
+PRECISIONS = ("native", "int8", "fp8", "int4")  # of the blocks' matrices; native is the numbers that are computed with
 OFFLOADS = ("none", "text", "all")  # what is read block by block as it is needed: the text encoder, all but the ends
 BYTES = {"float32": 4, "bfloat16": 2}
+HELD = {"int8": 1, "fp8": 1, "int4": 9 / 16}  # bytes of a number: of 4 bits with the scale that 16 share
 SMALL = 1 << 30  # bytes of weights up to which a model is held as it is: there is nothing to gain
 NARROW = 1024  # width below which a CPU computes in fp32
 IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
@@ -42,7 +43,7 @@ class Numbers:
     layers: int  # of the text encoder
     text: int  # numbers in all of them
     others: int  # embedding, autoencoder, style encoder
-    stored: str | None = None  # the precision of the blocks on disk, where it is one of 8 bits
+    stored: str | None = None  # the precision of the blocks on disk, where it is one of few bits
     packed: bool = False  # they have to be worked out whenever they are read
 
 
@@ -76,15 +77,19 @@ def choose(
     """
     for value, those, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
         if value not in (None, *those):
-            raise K2Error(f'There is no {what} "{value}".', hint=f"Choose {', '.join(those[:-1])} or {those[-1]}.")
+            raise K2Error(f'There is no {what} "{value}".', hint=one_of(those))
     if precision not in (None, *known):
-        raise K2Error(f"This device has no {precision} numbers.", hint=f"Choose {' or '.join(known)}.")
+        raise K2Error(f"This device has no {precision} numbers.", hint=one_of(known))
     if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL:
         open_ways = [(precision or "native", offload or "none")]
     else:
         open_ways = [way for way in ways(numbers, eight, precision, known) if offload in (None, way[1])]
     plans = [Plan(dtype, *way, needs(numbers, dtype, *way)) for way in open_ways]
     return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.needs))
+
+
+def one_of(those: Sequence[str]) -> str:
+    return f"Choose {', '.join(those[:-1])} or {those[-1]}."
 
 
 def ways(
@@ -96,13 +101,14 @@ def ways(
     # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do; what has to be
     # worked out is, once, and kept where it takes the least
     last = numbers.stored if numbers.stored and numbers.stored in known else eight if numbers.packed else "native"
-    return [("native", "none"), ("native", "text"), (eight, "none"), (eight, "text"), (last, "all")]
+    less = last if last == "int4" else eight
+    return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), (last, "all")]
 
 
 def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
     """Bytes of weights and of one picture in the making, guidance on."""
     size, n = BYTES[dtype], numbers
-    inside = n.inside * (size if precision == "native" else 1)
+    inside = int(n.inside * HELD.get(precision, size))
     text = n.text * size
     if offload == "all":
         inside = inside * IN_HAND // n.blocks
@@ -142,7 +148,7 @@ def eight_bits(device: torch.device | str) -> str:
     """The 8-bit precision that a device is fastest in, or, where it knows none, that is widened fastest."""
     import torch
 
-    from model.eight_bit import native
+    from model.few_bits import native
 
     return "fp8" if native(torch.float8_e4m3fn, torch.device(device).type) else "int8"
 

@@ -2,26 +2,26 @@
 
 A stored matrix `NAME.weight` is int8 beside `NAME.weight_scale`, fp32 [out]; everything else is bf16. The same reader
 takes the fp8 files of other tools, which carry one scale per tensor, and int8 that was rotated before it was rounded.
-`model/eight_bit.py` multiplies by such matrices.
+`model/few_bits.py` multiplies by such matrices.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from model.marks import SECOND
+from model.marks import BESIDE, SECOND
 
-SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # ours and most others'; some of ComfyUI's
+SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours and most others'; ComfyUI's
 NOT_WEIGHTS = re.compile(
     r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$"
 )  # what 8-bit files add for their own kernels
 FOREIGN_SCALES = re.compile(  # of weights that a number times one scale is not
-    r"\.(weight_scale_inv|weight_scale_(?!2$)\d+|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+    r"\.(weight_scale_inv|weight_correction|weight_scale_(?!2$)\d+|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
 )
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
@@ -56,21 +56,33 @@ def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return to_rows(matrix, torch.int8)
 
 
-def to_rows(matrix: Tensor, number: torch.dtype, scale: Tensor | None = None, group: int = 0) -> tuple[Tensor, Tensor]:
+def to_rows(
+    matrix: Tensor, number: torch.dtype, scale: Tensor | None = None, group: int = 0, turned: int = 0
+) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, a scale a row: matrix [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
 
-    `scale` is that of a matrix which is stored in 8 bits; where those are the bits asked for they are kept as they are.
-    One that is rotated in groups is rotated back, and rounded a second time; so is one of a scale for each block.
+    `scale` and `group` are those of a matrix which is stored in few bits, as of `restore`; where it lies in just those
+    that are asked for, rotated as it is asked for (`turned`), it is kept as it is, and else rounded a second time.
     """
-    if scale is not None and matrix.dtype == number and not group and scale.numel() in (1, len(matrix)):
+    if scale is not None and matrix.dtype == number and group == turned and scale.numel() in (1, len(matrix)):
         return matrix, scale.float().flatten().expand(len(matrix)).contiguous()
     rows, scales = torch.empty_like(matrix, dtype=number), matrix.new_empty(len(matrix), dtype=torch.float32)
+    start = 0
+    for part in parts_of(matrix, scale, group, turned):
+        place = slice(start, start := start + len(part))
+        rows[place], scales[place] = round_rows(part, number)
+    return rows, scales
+
+
+def parts_of(matrix: Tensor, scale: Tensor | None, group: int, turned: int) -> Iterator[Tensor]:
+    """A stored matrix, some rows of it after the others, as `restore` gives them in fp32, rotated in groups of
+    `turned`, 0 for none."""
     step = max(1, _AT_ONCE // matrix.shape[1])
     for start in range(0, len(matrix), step):
         part = slice(start, start + step)
         stored = scale if scale is None or scale.numel() == 1 else scale.reshape(len(matrix), -1)[part]
-        rows[part], scales[part] = round_rows(restore(matrix[part], stored, torch.float32, group), number)
-    return rows, scales
+        wide = restore(matrix[part], stored, torch.float32, group)
+        yield rotate(wide, turned) if turned else wide
 
 
 def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,9 +112,9 @@ def rotate(matrix: Tensor, group: int) -> Tensor:
     are rotated too, as ComfyUI does it: (x H)(W H)ᵀ = x Wᵀ.
     """
     inner = min(group, 256)
-    parts = matrix.view(-1, group // inner, inner) @ hadamard(inner).to(matrix.device)
+    parts = matrix.reshape(-1, group // inner, inner) @ hadamard(inner).to(matrix)
     if group > inner:  # H of a product of sizes is their Kronecker product: the large one is never made
-        parts = hadamard(group // inner).to(matrix.device) @ parts
+        parts = hadamard(group // inner).to(matrix) @ parts
     return parts.view(matrix.shape)
 
 
@@ -122,4 +134,4 @@ def scale_of(name: str, names: Mapping[str, object]) -> str | None:
 
 def is_auxiliary(name: str) -> bool:
     """Whether a stored tensor is no weight of the network but something that storage in few bits added."""
-    return name.endswith((*SCALE_SUFFIXES, SECOND)) or NOT_WEIGHTS.search(name) is not None
+    return name.endswith((*SCALE_SUFFIXES, SECOND, *BESIDE)) or NOT_WEIGHTS.search(name) is not None

@@ -21,8 +21,8 @@ from torch import Tensor
 from model import library
 from model.checkpoint import open_checkpoint, read, save
 from model.dit import Krea2
-from model.eight_bit import EightBitLinear, widened
 from model.errors import K2Error
+from model.few_bits import FewBitLinear, widened
 from model.hashes import sha256
 from model.headers import read_header
 from model.latents import position_ids
@@ -218,7 +218,7 @@ def test_a_base_in_8_bits_gives_the_dequantised_bases_gradients(tmp_path, precis
 
     ours, theirs = gradients(stage(small)), gradients(stage(plain))
 
-    assert any(isinstance(layer, EightBitLinear) for layer in small.modules())
+    assert any(isinstance(layer, FewBitLinear) for layer in small.modules())
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.norm() > 0, name
@@ -271,7 +271,7 @@ def test_recipes_that_cannot_be_followed():
         {"rank": 0},
         {"size": -64},
         {"drop": 1.5},
-        {"precision": "int4"},
+        {"precision": "int3"},
         {"variant": "lightning"},
     ):
         with pytest.raises(K2Error, match=next(iter(wrong))):

@@ -18,7 +18,7 @@ ARGUMENTS = {
     "gpu.py": [],
     "products.py": [],
     "modulation.py": ["--seeds", "2"],
-    "true_size.py": ["scratch", "--stored", "int8"],
+    "true_size.py": ["scratch", "--stored", "int4"],
 }
 
 

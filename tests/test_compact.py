@@ -21,9 +21,10 @@ from model.compact import write_compact
 from model.errors import K2Error
 from model.layouts import load_dit, stored_precision, to_diffusers
 from model.pipeline import Pipeline
+from model.quantize import is_auxiliary
 from model.spec import RenderSpec
 
-PRECISIONS = pytest.mark.parametrize("precision", ["native", "int8", "fp8"])
+PRECISIONS = pytest.mark.parametrize("precision", ["native", "int8", "fp8", "int4"])
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,10 @@ def test_other_programs_open_it(tmp_path, state, precision):
     made = compact(tmp_path, native(tmp_path, state), precision)
     tensors = load_file(made)
 
-    assert set(state) == {name for name in tensors if not name.endswith("_scale")}
+    assert set(state) == {name for name in tensors if not is_auxiliary(name)}
     kinds = {tensors[name].dtype for name in state if name.startswith("blocks.") and state[name].ndim == 2}
-    assert kinds == {{"native": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[precision]}
+    held = {"native": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int8}
+    assert kinds == {held[precision]}
     assert {tensor.dtype for name, tensor in tensors.items() if name.endswith(".scale")} == {torch.float32}
     length = int.from_bytes(made.read_bytes()[:8], "little")
     assert (8 + length) % 64 == 0
@@ -105,7 +107,7 @@ def test_what_weights_say_of_themselves_goes_along(tmp_path, state):
 def test_pictures_of_it(tiny, tmp_path, monkeypatch):  # noqa: F811
     helpers, spec = library.helpers("tiny"), RenderSpec("a red fox", seed=3)
     monkeypatch.setattr(library, "helpers", lambda name: helpers)
-    for precision in ("int8", "fp8"):
+    for precision in ("int8", "fp8", "int4"):
         made = compact(tmp_path, library.BOX / "tiny-turbo.safetensors", precision)
         kept = Pipeline.load("tiny", "turbo", "cpu", "bfloat16", precision=precision).render([spec])[0]
         pipeline = Pipeline.load(str(made), device="cpu", dtype="bfloat16", precision=precision)

@@ -12,7 +12,7 @@ from test_lora import TINY, random_pairs
 from model import fast
 from model.checkpoint import save
 from model.dit import Krea2
-from model.eight_bit import NUMBERS, formats, shrink
+from model.few_bits import FORMATS, few_bit_layers, shrink
 from model.lora import laid_over, read_lora
 from model.quantize import to_rows
 
@@ -73,8 +73,8 @@ def test_a_block_in_8_bits_is_compiled_in_one_piece(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = random_model(TINY)
     exact, given = model.state_dict(), (torch.randn(1, 20, TINY.width), torch.randn(1, 1, 6 * TINY.width))
-    shrink(model.blocks, torch.int8)
-    for name in formats(model):
+    shrink(model.blocks, lambda name, layer: FORMATS["int8"])
+    for name in few_bit_layers(model):
         exact[name], exact[f"{name}_scale"] = to_rows(exact[name], torch.int8)
     model.load_state_dict(exact, assign=True)
 
@@ -96,7 +96,7 @@ def test_a_card_compiles_what_its_compiler_can_read(monkeypatch, tmp_path, preci
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = random_model(TINY)
-    shrink(model.blocks, NUMBERS[precision])
+    shrink(model.blocks, lambda name, layer: FORMATS[precision])
 
     fast.accelerate(model)
 

@@ -115,7 +115,7 @@ def test_a_device_is_given_numbers_that_it_has(release):
     assert (chosen.precision, chosen.offload) == ("native", "all")
     with pytest.raises(K2Error, match="no fp8 numbers") as error:
         choose(release, 80 * GB, dtype="bfloat16", known=known, precision="fp8")
-    assert error.value.hint == "Choose native or int8."
+    assert error.value.hint == "Choose native, int8 or int4."
 
 
 def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
@@ -136,9 +136,9 @@ def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
 
 
 def test_what_there_is_not_is_refused(tiny):  # noqa: F811
-    with pytest.raises(K2Error, match='no precision "int4"') as error:
-        Pipeline.load("tiny", device="cpu", precision="int4")
-    assert error.value.hint == "Choose native, int8 or fp8."
+    with pytest.raises(K2Error, match='no precision "int3"') as error:
+        Pipeline.load("tiny", device="cpu", precision="int3")
+    assert error.value.hint == "Choose native, int8, fp8 or int4."
     with pytest.raises(K2Error, match='no offload "disk"') as error:
         Pipeline.load("tiny", device="cpu", offload="disk")
     assert error.value.hint == "Choose none, text or all."
@@ -161,7 +161,7 @@ def test_what_a_processor_multiplies_fastest(monkeypatch):
         assert plan.native_bf16("cpu") is able
     assert plan.native_bf16("cuda") and not plan.native_bf16("mps")
     for number, precision in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8"), (None, "int8")):
-        monkeypatch.setattr("model.eight_bit.native", lambda asked, device, number=number: asked == number)
+        monkeypatch.setattr("model.few_bits.native", lambda asked, device, number=number: asked == number)
         assert plan.eight_bits("cpu") == precision
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from model import library
 from model.checkpoint import save
 from model.dit import Krea2
-from model.eight_bit import EightBitLinear
 from model.errors import K2Error, count_of
+from model.few_bits import FewBitLinear
 from model.hashes import sha256
 from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
@@ -70,7 +70,7 @@ class Recipe(loop.Recipe):
     mu: float | None = None  # shift of the training timesteps; left out: Raw's own for the number of image tokens
     drop: float = 0.1  # share of the pictures that are shown without their caption, for guidance
     mirror: bool = False  # show pictures left to right as well
-    precision: str = ""  # of the frozen base: native, int8, fp8; left out: what fits into memory
+    precision: str = ""  # of the frozen base: native, int8, fp8, int4; left out: what fits into memory
     recompute: bool | None = None  # work blocks out again on the way back instead of keeping them; left out: if large
 
     lr: float = 1e-3
@@ -188,9 +188,9 @@ class Adapting(Stage):
 
 
 def freeze(network: Krea2) -> Krea2:
-    """Nothing of it learns, and 8-bit layers answer as their dequantised matrices would."""
+    """Nothing of it learns, and layers of few bits answer as their dequantised matrices would."""
     for layer in network.modules():
-        if isinstance(layer, EightBitLinear):
+        if isinstance(layer, FewBitLinear):
             layer.exact = True
     return network.requires_grad_(False).eval()
 

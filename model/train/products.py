@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.eight_bit import FEW
 from model.errors import K2Error
+from model.few_bits import FEW
 from model.quantize import LARGEST
 
 MULTIPLE = 16  # that both sides of a matrix must be of: what 8-bit kernels take

@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.dit import Krea2, attention
-from model.eight_bit import NUMBERS, formats, native, shrink
 from model.export import transformer_config
 from model.fast import Graph, accelerate
+from model.few_bits import FORMATS, few_bit_layers, native, shrink
 from model.latents import noise, patchify, unpatchify
 from model.layouts import to_diffusers
 from model.quantize import to_rows
@@ -157,10 +157,10 @@ def main() -> None:
     def shrunk(precision: str) -> None:
         with torch.device("meta"):
             small = Krea2(replace(config))
-        shrink(small.blocks, NUMBERS[precision])
+        shrink(small.blocks, lambda name, layer: FORMATS[precision])
         state = dict(dit.state_dict())
-        for name in formats(small):
-            state[name], state[f"{name}_scale"] = to_rows(state[name], NUMBERS[precision])
+        for name in few_bit_layers(small):
+            state[name], state[f"{name}_scale"] = to_rows(state[name], FORMATS[precision].number)
         small.load_state_dict(state, strict=True, assign=True)
         networks[precision] = small.requires_grad_(False).eval()
 

@@ -47,9 +47,9 @@ from torch import Tensor, nn
 from model.branches import Branches, Said
 from model.cohesion import Tie
 from model.dit import Krea2
-from model.eight_bit import NUMBERS, formats, shrink
 from model.export import transformer_config
 from model.fast import keep_pages
+from model.few_bits import FORMATS, few_bit_layers, shrink
 from model.latents import position_ids
 from model.layouts import load_dit, to_diffusers
 from model.pipeline import Pipeline
@@ -151,9 +151,9 @@ class Bench:
     def int8(self) -> Iterator[Row]:
         with torch.device("meta"):
             small = Krea2(self.config)
-        shrink(small.blocks, NUMBERS["int8"])
+        shrink(small.blocks, lambda name, layer: FORMATS["int8"])
         state = dict(self.dit.state_dict())
-        for name in formats(small):
+        for name in few_bit_layers(small):
             state[name], state[f"{name}_scale"] = to_rows(state[name], torch.int8)
         small.load_state_dict(state, strict=True, assign=True)
         side = self.sides[0]

@@ -1,9 +1,9 @@
-"""The open weights' true size on this machine: loaded in int8, and streamed; memory and time to the first step.
+"""The open weights' true size on this machine: loaded in few bits, and streamed; memory and time to the first step.
 
-`python tests/bench/true_size.py FOLDER [--stored bf16|int8] [--size 256] [--keep] [--smoke]`. Writes a file of random
-weights into FOLDER, block by block (26 GB, or 13 as int8), and measures each way to hold it in a process of its own:
-its highest resident memory, and the time to the first step beside that of reading the file once. The file's pages are
-dropped from the system's cache before every reading. It is deleted at the end unless kept.
+`python tests/bench/true_size.py FOLDER [--stored bf16|int8|int4] [--size 256] [--keep] [--smoke]`. Writes a file of
+random weights into FOLDER, block by block (26 GB; 14 as int8, 8 as int4), and measures each way to hold it in a process
+of its own: its highest resident memory, and the time to the first step beside that of reading the file once. The file's
+pages are dropped from the system's cache before every reading. It is deleted at the end unless kept.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from measure import MEDIUM, SMALL, random, write_toml
 
+from model.compact import header_of, tensors
 from model.dit import DiTConfig, Krea2
 from model.fast import keep_pages
+from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink
+from model.four_bit import width_of_turns
 from model.layouts import load_dit
 from model.plan import NARROW, native_bf16
-from model.quantize import quantise
 
-WAYS = {  # what is measured: precision, streamed, the most GiB that it may take
-    "int8": ("int8", False, 15),
-    "streamed": ("native", True, 6),
+WAYS = {  # what is measured: precision, streamed, the most GiB that it may take; of files that are stored so
+    "int8": ("int8", False, 15, ("bf16", "int8")),
+    "int4": ("int4", False, 9, ("bf16", "int4")),
+    "streamed": ("native", True, 6, ("bf16", "int8")),
+    "int4, streamed": ("int4", True, 4, ("int4",)),
 }
 CHUNK = 1 << 24
 GIB = 1 << 30
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}
 
 
 def write(path: Path, config: DiTConfig, stored: str) -> None:
-    """A native checkpoint of random weights; no more than one tensor of it is ever in memory."""
+    """A native checkpoint of random weights; no more than one matrix of it is ever in memory."""
     with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in Krea2(config).state_dict().items()}
-    header: dict[str, object] = {"__metadata__": {"k2": json.dumps({"kind": "dit", "config": asdict(config)})}}
-    end = 0
-    for name, shape in shapes.items():
-        for part, tensor in made(name, shape, stored, "meta").items():
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            header[part] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
+        network = Krea2(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if stored in FORMATS:
+        turned = width_of_turns if stored == "int4" else lambda inward: 0
+        shrink(network.blocks, lambda name, layer: FORMATS[stored]._replace(turned=turned(layer.in_features)))
+    few = few_bit_layers(network)
+
+    def made(names: Iterable[str]) -> dict[str, torch.Tensor]:
+        (name,) = names
+        tensor = random(
+            shapes[name], 0.02 if len(shapes[name]) < 2 else shapes[name][-1] ** -0.5, torch.bfloat16, "cpu"
+        )
+        if name not in few:
+            return {name: tensor.float() if name.endswith(".scale") else tensor}
+        format = few[name].format
+        return {name + end: part for end, part in zip(ENDS[format.bits], hold(tensor, None, 0, format), strict=True)}
+
+    header = header_of(network, {"kind": "dit", "config": asdict(config)})
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, shape in shapes.items():
-            for tensor in made(name, shape, stored, "cpu").values():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors(network, made):
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def made(name: str, shape: tuple[int, ...], stored: str, device: str) -> dict[str, torch.Tensor]:
-    """One tensor as it is stored, alone or with its scales."""
-    std = 0.02 if len(shape) < 2 else shape[-1] ** -0.5
-    if device == "meta":
-        tensor = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        if stored == "int8" and set(quantise({name: torch.empty(shape, device="meta")})) != {name}:
-            return {name: tensor.to(torch.int8), f"{name}_scale": torch.empty(shape[0], device="meta")}
-        return {name: tensor}
-    tensor = random(shape, std, torch.bfloat16, "cpu")
-    return quantise({name: tensor}) if stored == "int8" else {name: tensor}
 
 
 def forget(path: Path) -> None:
@@ -89,7 +89,7 @@ def read_once(path: Path) -> float:
 @torch.inference_mode()
 def measure(path: Path, way: str, side: int) -> None:
     """In a process of its own: prints a line of JSON."""
-    precision, streamed, _ = WAYS[way]
+    precision, streamed, *_ = WAYS[way]
     started = time.perf_counter()
     wide = torch.float32 if not native_bf16("cpu") else torch.bfloat16
     dit, _ = load_dit(path, dtype=wide, precision=precision, streamed=streamed)
@@ -111,7 +111,7 @@ def measure(path: Path, way: str, side: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--stored", choices=("bf16", "int8"), default="bf16")
+    parser.add_argument("--stored", choices=("bf16", "int8", "int4"), default="bf16")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path(".cache/bench/true-size.toml"))
     parser.add_argument("--keep", action="store_true")
@@ -129,7 +129,9 @@ def main() -> None:
             write(path, config, options.stored)
         once, found = read_once(path), []
         print(f"{path.stat().st_size / 1e9:.1f} GB, read once in {once:.1f} s")
-        for way, (_, _, most) in WAYS.items():
+        for way, (_, _, most, those) in WAYS.items():
+            if options.stored not in those:
+                continue
             forget(path)
             command = [sys.executable, __file__, str(options.folder), "--stored", options.stored]
             command += ["--size", str(options.size), "--measure", way, *(["--smoke"] if options.smoke else [])]
@@ -137,7 +139,7 @@ def main() -> None:
             row |= {"way": way, "most_gib": most, "over_reading": row["first"] / once}
             found.append(row)
             print(
-                f"{way:<9} loaded in {row['load']:.1f} s, first step done at {row['first']:.1f} s "
+                f"{way:<15} loaded in {row['load']:.1f} s, first step done at {row['first']:.1f} s "
                 f"({row['over_reading']:.2f} × reading), second {row['second']:.1f} s, "
                 f"peak {row['peak_gib']:.2f} of {most} GiB",
                 flush=True,

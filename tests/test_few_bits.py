@@ -1,4 +1,4 @@
-"""Layers that multiply in 8 bits: right within their rounding, independent of company, and of the file's own bits."""
+"""Layers of few bits: right within their rounding, independent of company, and of the file's own bits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from test_dit import inputs, random_model, relative_error
 from test_lora import TINY, dense, linears, random_pairs
 
-from model import eight_bit
+from model import few_bits
 from model.checkpoint import save
-from model.eight_bit import NUMBERS, EightBitLinear, asked, formats, shrink, widened
+from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, widened
+from model.four_bit import width_of_turns
 from model.layouts import load_dit
 from model.lora import laid_over, read_lora
 from model.quantize import quantise, to_rows
@@ -18,21 +19,25 @@ from model.quantize import quantise, to_rows
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def layer(matrix: torch.Tensor, precision: str, bias: torch.Tensor | None = None) -> EightBitLinear:
-    made = EightBitLinear(matrix.shape[1], matrix.shape[0], bias is not None, NUMBERS[precision])
-    weight, scale = to_rows(matrix, NUMBERS[precision])
-    state = {"weight": weight, "weight_scale": scale} | ({} if bias is None else {"bias": bias})
-    made.load_state_dict(state, assign=True)
+def layer(
+    matrix: torch.Tensor, precision: str, bias: torch.Tensor | None = None, turned: int | None = None
+) -> FewBitLinear:
+    usual = width_of_turns(matrix.shape[1]) if precision == "int4" else 0
+    format = FORMATS[precision]._replace(turned=usual if turned is None else turned)
+    made = FewBitLinear(matrix.shape[1], matrix.shape[0], bias is not None, format)
+    held = hold(matrix, None, 0, format)
+    state = {f"weight{end}": tensor for end, tensor in zip(ENDS[format.bits], held, strict=True)}
+    made.load_state_dict(state | ({} if bias is None else {"bias": bias}), assign=True)
     return made.requires_grad_(False)
 
 
 @pytest.fixture(params=[True, False], ids=["multiplied in 8 bits", "widened"])
 def way(request, monkeypatch):
     """Both ways to the product, whatever this processor is good at."""
-    monkeypatch.setattr(eight_bit, "native", lambda number, device: request.param and number == torch.int8)
+    monkeypatch.setattr(few_bits, "native", lambda number, device: request.param and number == torch.int8)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("int8", 0.01), ("fp8", 0.03)])
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.01), ("fp8", 0.03), ("int4", 0.06)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_answers_are_right_within_the_rounding(way, precision, most, dtype):
     """Rows and tokens of very different sizes: each has a scale of its own, by which its errors are measured."""
@@ -49,26 +54,28 @@ def test_answers_are_right_within_the_rounding(way, precision, most, dtype):
 
 
 def test_widened_products_are_those_of_the_rounded_matrix(monkeypatch):
-    monkeypatch.setattr(eight_bit, "native", lambda number, device: False)
+    monkeypatch.setattr(few_bits, "native", lambda number, device: False)
     matrix, x = torch.randn(48, 32), torch.randn(5, 32)
-    for precision in NUMBERS:
+    for precision in FORMATS:
         small = layer(matrix, precision)
-        rounded = small.weight.float() * small.weight_scale[:, None]
-        torch.testing.assert_close(small(x), F.linear(x, rounded), rtol=1e-5, atol=1e-5)
+        assert 0 < relative_error(small.matrix(), matrix) < 0.1
+        torch.testing.assert_close(small(x), F.linear(x, small.matrix()), rtol=1e-5, atol=1e-5)
 
 
-def test_a_token_does_not_depend_on_its_company(way):
-    small, tokens = layer(torch.randn(64, 128), "int8"), torch.randn(700, 128)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_token_does_not_depend_on_its_company(way, precision):
+    small, tokens = layer(torch.randn(64, 128), precision), torch.randn(700, 128)
     alone = small(tokens[300:301])
     if small.multiplies(tokens):
         assert torch.equal(small(tokens)[300:301], alone)
     torch.testing.assert_close(small(tokens)[300:301], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_rounded_matrix(way):
+@pytest.mark.parametrize("precision", FORMATS)
+def test_gradients_are_those_of_the_rounded_matrix(way, precision):
     """Tokens that learn are not rounded, whatever this processor multiplies."""
-    small, tokens = layer(torch.randn(48, 32), "int8"), torch.randn(5, 32, requires_grad=True)
-    rounded, slope = small.weight.float() * small.weight_scale[:, None], torch.randn(5, 48)
+    small, tokens = layer(torch.randn(48, 32), precision), torch.randn(5, 32, requires_grad=True)
+    rounded, slope = small.matrix(), torch.randn(5, 48)
 
     answer = small(tokens)
 
@@ -89,13 +96,13 @@ def test_gradients_are_those_of_the_rounded_matrix(way):
 )
 def test_cards_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, inward, outward, expected):
     rows = type("Rows", (list,), {"device": torch.device(device)})(range(tokens))
-    monkeypatch.setattr(eight_bit, "native", lambda number, device: number == torch.int8 and device != "mps")
-    assert EightBitLinear(inward, outward, False, torch.int8).multiplies(rows) is expected
+    monkeypatch.setattr(few_bits, "native", lambda number, device: number == torch.int8 and device != "mps")
+    assert FewBitLinear(inward, outward, False, FORMATS["int8"]).multiplies(rows) is expected
 
 
 def test_which_devices_multiply_in_8_bits(monkeypatch):
     def both(device: str) -> tuple[bool, bool]:
-        return tuple(bool(asked.__wrapped__(number, device)) for number in NUMBERS.values())
+        return tuple(bool(asked.__wrapped__(FORMATS[each].number, device)) for each in ("int8", "fp8"))
 
     for known, able in (({}, False), ({"avx512_vnni": False, "amx_int8": True}, True), ({"avx512_bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
@@ -110,24 +117,25 @@ def test_which_devices_multiply_in_8_bits(monkeypatch):
         assert both("cuda") == able
 
 
-def test_nothing_and_silence():
-    small = layer(torch.zeros(16, 16), "int8")
+@pytest.mark.parametrize("precision", FORMATS)
+def test_nothing_and_silence(precision):
+    small = layer(torch.zeros(16, 16), precision)
     assert small(torch.empty(0, 16)).shape == (0, 16)
     assert torch.equal(small(torch.zeros(3, 16)), torch.zeros(3, 16))
     assert torch.equal(small(torch.randn(3, 16)), torch.zeros(3, 16))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("precision", "most"), [("int8", 0.05), ("fp8", 0.1)])
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.02), ("fp8", 0.05), ("int4", 0.1)])
 def test_a_whole_network(tmp_path, precision, most):
     """From a wide file, whose matrices are rounded as they are read; only the blocks' are."""
     model = random_model(TINY)
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
     small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
 
-    eight = formats(small)
-    assert set(eight) == {f"{name}.weight" for name in linears(model) if name.startswith("blocks.")}
-    assert {small.get_parameter(name).dtype for name in eight} == {NUMBERS[precision]}
+    few = few_bit_layers(small)
+    assert set(few) == {f"{name}.weight" for name in linears(model) if name.startswith("blocks.")}
+    assert {layer.format[:2] for layer in few.values()} == {FORMATS[precision][:2]}
     tokens, sigma, embeds, grid = inputs(TINY)
     assert relative_error(small(tokens, sigma, embeds, grid), model(tokens, sigma, embeds, grid)) < most
     assert list(widened(small, torch.float32)) == list(model.state_dict())
@@ -168,10 +176,11 @@ def test_a_matrix_is_rounded_part_by_part(monkeypatch):
 
 
 @torch.no_grad()
-def test_adapters_lie_over_8_bits(tmp_path):
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.05), ("int4", 0.1)])
+def test_adapters_lie_over_few_bits(tmp_path, precision, most):
     model = random_model(TINY)
     save(tmp_path / "wide.safetensors", model.state_dict(), {})
-    small, _ = load_dit(tmp_path / "wide.safetensors", precision="int8")
+    small, _ = load_dit(tmp_path / "wide.safetensors", precision=precision)
     pairs = random_pairs(model)
     lora = {f"{n}.lora_{half}.weight": t for n, pair in pairs.items() for half, t in zip("AB", pair, strict=True)}
     save(tmp_path / "lora.safetensors", lora, {})
@@ -183,7 +192,7 @@ def test_adapters_lie_over_8_bits(tmp_path):
         changed = small(*given)
 
     assert len(adapter.layers) == len(pairs) and not adapter.unmatched
-    assert relative_error(changed, dense(model, (pairs, 0.5))(*given)) < 0.05
+    assert relative_error(changed, dense(model, (pairs, 0.5))(*given)) < most
     assert relative_error(changed, before) > 0.1
     assert torch.equal(small(*given), before)
 
@@ -191,15 +200,20 @@ def test_adapters_lie_over_8_bits(tmp_path):
 def test_only_linear_layers_shrink():
     with torch.device("meta"):
         network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
-    shrink(network, torch.int8)
-    assert formats(network) == {"0.weight": torch.int8, "2.weight": torch.int8}
+    shrink(network, lambda name, layer: FORMATS["int8"] if name == "2" else None)
+    assert list(few_bit_layers(network)) == ["2.weight"] and type(network[0]) is torch.nn.Linear
+    shrink(network, lambda name, layer: FORMATS["fp8"])
+    assert {name: layer.format for name, layer in few_bit_layers(network).items()} == {
+        f"{n}.weight": FORMATS["fp8"] for n in "02"
+    }
     assert network[0].bias is not None and network[2].bias is None
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("precision", NUMBERS)
-def test_on_a_card(precision):
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.03), ("fp8", 0.05), ("int4", 0.1)])
+def test_on_a_card(precision, most):
     matrix, x = torch.randn(512, 256, device="cuda"), torch.randn(100, 256, device="cuda")
-    answer = layer(matrix, precision)(x.bfloat16())
-    assert relative_error(answer.float(), F.linear(x, matrix)) < 0.05
+    small = layer(matrix, precision)
+    for work in (small, torch.compile(small)):
+        assert relative_error(work(x.bfloat16()).float(), F.linear(x, matrix)) < most

@@ -1,0 +1,217 @@
+"""Linear layers whose matrix stays in 8 bits, or in 4, in memory.
+
+Where the hardware multiplies 8-bit numbers, each token is rounded to 8 bits as well, by its own largest number, so a
+token's answer does not depend on its company. Elsewhere the matrix is widened for the length of one product. Either
+way scales are put to the product, not to the matrix. 4 bits are codes for 8, and become them for the length of one
+product (`model/four_bit.py`). Where a matrix was rotated before it was rounded, tokens are rotated too:
+(x H)(W H)ᵀ = x Wᵀ, H being orthogonal. A state dict holds `NAME.weight` and what it takes to read it, as `ENDS` has it.
+
+Gradients pass through to the tokens, never to the matrix: tokens are then not rounded, so they are the dequantised
+matrix's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.four_bit import GROUP, Codes, numbers_of, to_codes
+from model.quantize import parts_of, restore, rotate, round_rows, to_rows
+
+FEW = 16  # tokens up to which CUDA's 8-bit products refuse to work
+TOKENS_AT_ONCE = 256  # on a CPU: their wide copies then stay in the cache
+
+
+class Format(NamedTuple):
+    """How a matrix is held."""
+
+    number: torch.dtype  # that products are taken in: int8 or float8_e4m3fn
+    bits: int = 8  # 4: codes for those numbers
+    turned: int = 0  # in groups of how many numbers its rows are rotated; 0: not
+
+
+FORMATS = {"int8": Format(torch.int8), "fp8": Format(torch.float8_e4m3fn), "int4": Format(torch.int8, bits=4)}
+ENDS = {8: ("", "_scale"), 4: ("", "_s_rel", "_s_channel", "_codebook")}  # of a weight's name; of 4 bits ComfyUI's
+
+
+class FewBitLinear(nn.Linear):
+    """A linear layer (adapters and `isinstance` know it as such) of weight int8 or e4m3 [out, in] and its scales, or of
+    codes and theirs."""
+
+    exact = False  # never round tokens, as where something is learned on top
+
+    def __init__(self, inward: int, outward: int, bias: bool, format: Format):
+        """Built on the meta device: there is nothing to draw in few bits."""
+        super().__init__(inward, outward, bias, device="meta")
+        self.format = format
+        with torch.device("meta"):
+            rows = torch.empty(outward)
+            if format.bits == 8:
+                held = {"": torch.empty(outward, inward, dtype=format.number), "_scale": rows}
+            else:
+                packed = torch.empty(outward, inward // 2, dtype=torch.int8)
+                groups = torch.empty(outward, inward // GROUP, dtype=torch.uint8)
+                held = dict(zip(ENDS[4], Codes(packed, groups, rows, torch.empty(16)), strict=True))
+        self.weight = nn.Parameter(held.pop(""), requires_grad=False)
+        for end, tensor in held.items():
+            self.register_buffer(f"weight{end}", tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        tokens = x.flatten(0, -2)
+        if self.format.turned:
+            tokens = rotate(tokens, self.format.turned)
+        if self.exact or (tokens.requires_grad and torch.is_grad_enabled()):
+            answer = Widened.apply(tokens, *self.held)
+        elif self.multiplies(tokens):
+            answer = eight_bit_product(tokens, *in_eight(*self.held))
+        else:
+            answer = widened_product(tokens, *in_eight(*self.held))
+        if self.bias is not None:
+            answer = answer + self.bias.to(x.dtype)
+        return answer.unflatten(0, x.shape[:-1])
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors of the matrix, in the order of `ENDS`."""
+        return tuple(getattr(self, f"weight{end}") for end in ENDS[self.format.bits])
+
+    def matrix(self) -> Tensor:
+        """What the layer multiplies by, dequantised and as it was before it was rotated: fp32 [out, in]."""
+        return restore(*in_eight(*self.held), torch.float32, self.format.turned)
+
+    def multiplies(self, tokens: Tensor) -> bool:
+        """Whether the product itself is taken in 8 bits: where the device can, and its kernels take the shape."""
+        if not native(self.format.number, tokens.device.type):
+            return False
+        fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        return tokens.device.type == "cpu" or (fits and len(tokens) > FEW)
+
+
+def in_eight(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's tensors -> its matrix in 8 bits [out, in], and the scales of its rows [out]."""
+    if len(others) == 1:
+        return weight, others[0]
+    groups, rows, levels = others
+    return numbers_of(weight, groups, levels), rows
+
+
+class Widened(torch.autograd.Function):
+    """Tokens times a frozen matrix in few bits, with a gradient. The matrix is widened anew on the way back: autograd
+    would keep the wide copy of every layer, and with it the memory that few bits save."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, *held: Tensor) -> Tensor:
+        ctx.save_for_backward(*held)
+        return widened_product(tokens, *in_eight(*held))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = in_eight(*ctx.saved_tensors)
+        tokens = (gradient * scale).to(gradient.dtype) @ weight.to(gradient.dtype)
+        return tokens, *(None for _ in ctx.saved_tensors)
+
+
+def widened_product(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """tokens [M, K] times (weight [N, K] · scale [N]) transposed -> [M, N] in the tokens' dtype."""
+    return (F.linear(tokens, weight.to(tokens.dtype)) * scale).to(tokens.dtype)
+
+
+def native(number: torch.dtype, device: str) -> bool:
+    """Whether a kind of device multiplies numbers of this format faster than bf16; compilers take it as it is.
+
+    CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with a scale for every
+    row from Hopper on.
+    """
+    return asked(number, device)
+
+
+@cache
+def asked(number: torch.dtype, device: str) -> bool:
+    """What the device itself says to `native`."""
+    if device == "cpu":
+        known = torch.cpu.get_capabilities()
+        return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= ((8, 0) if number == torch.int8 else (9, 0))
+    return False
+
+
+def eight_bit_product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """tokens [M, K], rounded to 8 bits, times (weight [N, K] · weight_scale [N]) transposed -> [M, N] in tokens' dtype.
+
+    On a CPU part by part.
+    """
+    if tokens.device.type != "cpu":
+        return product(tokens, weight, weight_scale).to(tokens.dtype)
+    answer = tokens.new_empty(len(tokens), len(weight))
+    for part, room in zip(tokens.split(TOKENS_AT_ONCE), answer.split(TOKENS_AT_ONCE), strict=True):
+        room.copy_(product(part.float(), weight, weight_scale))
+    return answer
+
+
+def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """As `eight_bit_product`, all at once, -> fp32, or bf16 where the numbers are fp8."""
+    rows, scale = round_rows(tokens, weight.dtype)
+    if weight.dtype == torch.int8:
+        whole = torch._int_mm(rows, weight.t())  # int32: exact, in any order
+        return (whole * scale[:, None]).mul_(weight_scale)
+    return torch._scaled_mm(
+        rows,
+        weight.t(),
+        scale_a=scale[:, None],
+        scale_b=weight_scale[None],
+        out_dtype=torch.bfloat16,  # the only one that kernels with row scales know
+        use_fast_accum=True,
+    )
+
+
+def shrink(network: nn.Module, format_of: Callable[[str, nn.Linear], Format | None]) -> None:
+    """Put layers of few bits, still empty, in the place of linear ones below a network on the meta device.
+
+    format_of: by a layer's name and itself, how its matrix is to be held; None leaves it as it is.
+    """
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear) and (format := format_of(name, layer)):
+            parent, _, own = name.rpartition(".")
+            small = FewBitLinear(layer.in_features, layer.out_features, layer.bias is not None, format)
+            setattr(network.get_submodule(parent), own, small)
+
+
+def few_bit_layers(network: nn.Module) -> dict[str, FewBitLinear]:
+    """Name of each weight that is held in few bits -> its layer."""
+    return {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, FewBitLinear)}
+
+
+def hold(stored: Tensor | Codes, scale: Tensor | None, group: int, format: Format) -> tuple[Tensor, ...]:
+    """A matrix as it is stored -> the tensors of a layer, in the order of `ENDS`. It is rounded part by part, and not
+    at all where it is stored as it is held.
+
+    stored, scale, group: as of `quantize.restore`, or codes and the rotation of their rows.
+    """
+    if isinstance(stored, Codes) and (format.bits, format.turned) == (4, group):
+        return tuple(stored)
+    matrix, scale = (stored.numbers, stored.rows) if isinstance(stored, Codes) else (stored, scale)
+    if format.bits == 8:
+        return to_rows(matrix, format.number, scale, group, format.turned)
+    codes = (to_codes(part) for part in parts_of(matrix, scale, group, format.turned))
+    packed, groups, rows, levels = zip(*codes, strict=True)
+    return torch.cat(packed), torch.cat(groups), torch.cat(rows), levels[0]
+
+
+def widened(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The network's state dict as if nothing were in few bits: matrices in `dtype`, no scales."""
+    few = few_bit_layers(network)
+    beside = {f"{name}{end}" for name, layer in few.items() for end in ENDS[layer.format.bits][1:]}
+    return {
+        name: few[name].matrix().to(dtype) if name in few else tensor
+        for name, tensor in network.state_dict().items()
+        if name not in beside
+    }

@@ -1,0 +1,124 @@
+"""Matrices in 4 bits, as codes for whole numbers of 8: what ComfyUI calls asym_w4a8_int8 (comfy-kitchen).
+
+A code picks one of 16 levels. Times the scale of its 16 neighbours and rounded, that is a whole number of −127 … 127;
+times the scale of its row, a weight. So a product is taken in 8 bits, as if the matrix had been stored in them (in two
+steps, as QServe does it, arXiv 2405.04532). Rows are rotated first, which leaves their numbers normally distributed;
+the levels are those of the least squared error for such numbers over the largest of 16 (Lloyd and Max).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.headers import Stored
+from model.marks import W4A4, W4A8
+from model.quantize import LARGEST
+
+GROUP = 16  # neighbours in a row, of one scale
+LEVELS = (  # comfy-kitchen's: its kernels know no others
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)  # fmt: skip
+UNSIGNED, SIGNED = tuple(range(-8, 8)), (*range(8), *range(-8, 0))  # levels of files that bring none: codes as numbers
+ONE = 0x38  # in e4m3
+TINY = torch.finfo(torch.float32).tiny
+FINE = 512  # steps from 0 to a group's largest number in which the nearest level is looked up, not searched
+WIDEST = 256  # rotation
+MOST = LARGEST[torch.int8]
+AT_ONCE = {"cpu": 1 << 18}  # numbers in hand: working copies that leave a processor's cache cost twice the time
+ELSEWHERE = 1 << 26
+
+
+class Codes(NamedTuple):
+    """A matrix [out, in] in 4 bits."""
+
+    packed: Tensor  # int8 [out, in / 2], two codes a byte, the first in its lower half
+    groups: Tensor  # uint8 [out, in / 16], the bits of scales in e4m3
+    rows: Tensor  # fp32 [out]
+    levels: Tensor  # fp32 [16]
+
+    @property
+    def numbers(self) -> Tensor:
+        """The whole numbers that the codes stand for, int8 [out, in]."""
+        return numbers_of(self.packed, self.groups, self.levels)
+
+
+def codes_of(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, levels: Tensor | None) -> Codes:
+    """Codes as ComfyUI stores them: W4A8, with levels of its own or without, or W4A4, which has no groups."""
+    if kind == W4A4 or groups is None:
+        groups = torch.full((len(packed), 2 * packed.shape[1] // GROUP), ONE, dtype=torch.uint8, device=packed.device)
+    if levels is None:
+        levels = torch.tensor(SIGNED if kind == W4A4 else UNSIGNED, device=packed.device)
+    return Codes(packed, groups.view(torch.uint8), rows.float().flatten(), levels.float())
+
+
+def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
+    """See `Codes`. -> int8 [out, in]. Looked up by scale and byte, two numbers at once: there are 65,536 answers."""
+    both = torch.arange(256, device=packed.device)
+    pairs = levels[torch.stack([both & 15, both >> 4], -1)]
+    table = (e4m3(both)[:, None, None] * pairs).round().clamp(-MOST, MOST).to(torch.int8).view(torch.int16).flatten()
+    numbers = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
+    step = max(1, AT_ONCE.get(packed.device.type, ELSEWHERE) // max(1, packed.shape[1]))
+    for some, scales, room in zip(packed.split(step), groups.split(step), numbers.split(step), strict=True):
+        places = some.view(torch.uint8).int().view(len(some), -1, GROUP // 2) + (scales.int() << 8)[..., None]
+        room.copy_(table.index_select(0, places.flatten()).view(room.shape))
+    return numbers.view(torch.int8)
+
+
+def e4m3(bits: Tensor) -> Tensor:
+    """The numbers that bytes mean in e4m3, which not every device knows; 480 in the place of none."""
+    exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
+    size = torch.where(exponent > 0, torch.ldexp(1 + fraction, exponent - 7), torch.ldexp(fraction, exponent - 6))
+    return torch.where(bits > 127, -size, size)
+
+
+def to_codes(matrix: Tensor) -> Codes:
+    """A matrix [out, in] whose rows are rotated -> its codes; in is a multiple of 16.
+
+    A group's scale is that of the least squares for the levels which are nearest if its largest number is 1.
+    """
+    levels = torch.tensor(LEVELS, device=matrix.device)
+    steps = torch.arange(-FINE, FINE + 1, device=matrix.device) / FINE
+    nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+    def codes_of(shares: Tensor) -> Tensor:
+        places = shares.mul_(FINE).add_(FINE + 0.5).clamp_(0, 2 * FINE).int()
+        return nearest.index_select(0, places.flatten()).view(shares.shape)
+
+    wide = matrix.float().unflatten(1, (-1, GROUP))
+    codes = codes_of(wide / wide.abs().amax(-1, keepdim=True).clamp(min=TINY))
+    near = levels.index_select(0, codes.flatten().int()).view(wide.shape)
+    scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
+    rows = scale.amax(1) * (LEVELS[-1] / MOST)
+    groups = (scale / rows.clamp(min=TINY)[:, None]).to(torch.float8_e4m3fn)
+    codes = codes_of(wide / (groups.float() * rows[:, None]).clamp(min=TINY)[..., None]).view(len(matrix), -1, 2)
+    packed = codes[..., 0] | codes[..., 1] << 4
+    return Codes(packed.view(torch.int8), groups.view(torch.uint8), rows, levels)
+
+
+def width_of_turns(inward: int) -> int:
+    """In groups of how many numbers rows of this length are rotated: the largest power of 4 that divides them."""
+    return next(size for size in (WIDEST, 64, 16, 4, 1) if inward % size == 0)
+
+
+def lacking(kind: str, stored: Stored, rows: Stored | None, groups: Stored | None, levels: Stored | None) -> str:
+    """What a matrix of codes lacks to be read, or has instead; empty where nothing is wrong."""
+    outward, inward = stored.shape if len(stored.shape) == 2 else (0, 0)
+    if not inward or inward % GROUP:
+        return f"{kind} of the shape {list(stored.shape)}"
+    if rows is None or (kind == W4A8 and groups is None):
+        return f"{kind} without scales"
+    if rows.dtype != "F32" or prod(rows.shape) != outward:
+        return f"{kind} with scales of {rows.dtype} {list(rows.shape)}"
+    if kind == W4A4:
+        return f"{kind} with scales of groups" if groups or levels else ""
+    assert groups
+    if groups.dtype not in ("F8_E4M3", "U8") or groups.shape != (outward, inward // GROUP):
+        return f"{kind} with scales of {groups.dtype} {list(groups.shape)}"
+    if levels and (levels.dtype, levels.shape) != ("F32", (16,)):
+        return f"{kind} with levels of {levels.dtype} {list(levels.shape)}"
+    return ""
