@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.four_bit import GROUP, Codes, numbers_of, to_codes
+from model.four_bit import GROUP, Codes, numbers_of, to_codes, width_of_turns
 from model.quantize import parts_of, restore, rotate, round_rows, to_rows
 
 FEW = 16  # tokens up to which CUDA's 8-bit products refuse to work
@@ -37,6 +37,12 @@ class Format(NamedTuple):
 
 FORMATS = {"int8": Format(torch.int8), "fp8": Format(torch.float8_e4m3fn), "int4": Format(torch.int8, bits=4)}
 ENDS = {8: ("", "_scale"), 4: ("", "_s_rel", "_s_channel", "_codebook")}  # of a weight's name; of 4 bits ComfyUI's
+
+
+def usual(precision: str, inward: int) -> Format:
+    """How a matrix [out, in] is held where its file does not decide: 4 bits want rotated rows."""
+    format = FORMATS[precision]
+    return format._replace(turned=width_of_turns(inward)) if format.bits == 4 else format
 
 
 class FewBitLinear(nn.Linear):

@@ -19,8 +19,7 @@ from model.checkpoint import NUMBERS as NUMBER_FORMATS
 from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
-from model.few_bits import FORMATS, Format, shrink
-from model.four_bit import width_of_turns
+from model.few_bits import FORMATS, Format, shrink, usual
 from model.headers import AGAIN, some
 from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
@@ -237,20 +236,16 @@ def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
     """
     if precision == "native":
         return
-    asked, lying = FORMATS[precision], stored_precision(checkpoint)
+    lying = stored_precision(checkpoint)
 
     def format_of(name: str, layer: nn.Linear) -> Format | None:
         stored = checkpoint.tensors.get(f"blocks.{name}.weight")
-        group = rotation(stored.marks) if stored else 0
-        if stored and stored.dtype == "I8" and asked == FORMATS["int8"]:
-            return asked._replace(turned=group)
-        if precision != "int4":
-            return asked
-        if lying != "int4" or stored is None:
-            return asked._replace(turned=width_of_turns(layer.in_features))
+        if stored is None or precision == "fp8" or (precision == "int4" != lying):
+            return usual(precision, layer.in_features)
         if stored.dtype == "I8":
-            return Format(torch.int8, 4 if form_of(stored.marks, CODES) else 8, group)
-        return None
+            four = precision == "int4" and form_of(stored.marks, CODES)
+            return Format(torch.int8, 4 if four else 8, rotation(stored.marks))
+        return None if precision == "int4" else FORMATS["int8"]
 
     shrink(model.blocks, format_of)
 

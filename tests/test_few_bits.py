@@ -10,8 +10,7 @@ from test_lora import TINY, dense, linears, random_pairs
 
 from model import few_bits
 from model.checkpoint import save
-from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, widened
-from model.four_bit import width_of_turns
+from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, usual, widened
 from model.layouts import load_dit
 from model.lora import laid_over, read_lora
 from model.quantize import quantise, to_rows
@@ -19,11 +18,8 @@ from model.quantize import quantise, to_rows
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def layer(
-    matrix: torch.Tensor, precision: str, bias: torch.Tensor | None = None, turned: int | None = None
-) -> FewBitLinear:
-    usual = width_of_turns(matrix.shape[1]) if precision == "int4" else 0
-    format = FORMATS[precision]._replace(turned=usual if turned is None else turned)
+def layer(matrix: torch.Tensor, precision: str, bias: torch.Tensor | None = None) -> FewBitLinear:
+    format = usual(precision, matrix.shape[1])
     made = FewBitLinear(matrix.shape[1], matrix.shape[0], bias is not None, format)
     held = hold(matrix, None, 0, format)
     state = {f"weight{end}": tensor for end, tensor in zip(ENDS[format.bits], held, strict=True)}

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from measure import (
     rate,
     row,
     save,
+    shrunk,
     small_tower,
     stream_operations,
     write_rows,
@@ -40,10 +40,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.dit import Krea2, attention
 from model.export import transformer_config
 from model.fast import Graph, accelerate
-from model.few_bits import FORMATS, few_bit_layers, native, shrink
+from model.few_bits import native
 from model.latents import noise, patchify, unpatchify
 from model.layouts import to_diffusers
-from model.quantize import to_rows
 from model.sampler import TURBO_MU, euler, shifted_sigmas
 from model.text_encoder import QWEN3_VL_4B, Cache, TextTower
 from model.vae import QwenImageVAE, VAEConfig
@@ -154,18 +153,9 @@ def main() -> None:
 
     networks = {"bf16": dit}
 
-    def shrunk(precision: str) -> None:
-        with torch.device("meta"):
-            small = Krea2(replace(config))
-        shrink(small.blocks, lambda name, layer: FORMATS[precision])
-        state = dict(dit.state_dict())
-        for name in few_bit_layers(small):
-            state[name], state[f"{name}_scale"] = to_rows(state[name], FORMATS[precision].number)
-        small.load_state_dict(state, strict=True, assign=True)
-        networks[precision] = small.requires_grad_(False).eval()
-
-    for precision in ["int8"] if options.smoke else ["fp8"] if native(torch.float8_e4m3fn, device) else []:
-        attempt(f"to {precision}", lambda precision=precision: shrunk(precision))
+    for precision in ["int8", "int4"] if options.smoke else ["fp8", "int4"]:
+        if precision != "fp8" or native(torch.float8_e4m3fn, device):
+            attempt(f"to {precision}", lambda p=precision: networks.update({p: shrunk(dit, p)}))
 
     def compiled_for_good(network: Krea2) -> None:
         accelerate(network)

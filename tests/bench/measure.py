@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from model.dit import PRESETS, DiTConfig, hidden_width
+from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
+from model.few_bits import ENDS, few_bit_layers, hold, shrink, usual
 from model.text_encoder import QWEN3_VL_4B, TextConfig
 
 Work = Callable[[], Any]
@@ -141,6 +142,19 @@ def random(shape: Sequence[int], std: float, dtype: torch.dtype, device: str) ->
 @cache
 def drawn() -> Tensor:
     return torch.randn(PATTERN, generator=torch.Generator().manual_seed(0))
+
+
+def shrunk(network: Krea2, precision: str) -> Krea2:
+    """The same network with its blocks' matrices in few bits; it shares all else."""
+    with torch.device("meta"):
+        small = Krea2(network.config)
+    shrink(small.blocks, lambda name, layer: usual(precision, layer.in_features))
+    state = dict(network.state_dict())
+    for name, layer in few_bit_layers(small).items():
+        held = hold(state.pop(name), None, 0, layer.format)
+        state |= {name + end: part for end, part in zip(ENDS[layer.format.bits], held, strict=True)}
+    small.load_state_dict(state, strict=True, assign=True)
+    return small.requires_grad_(False).eval()
 
 
 def small_tower() -> TextConfig:

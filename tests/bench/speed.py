@@ -38,6 +38,7 @@ from measure import (
     rate,
     row,
     save,
+    shrunk,
     small_tower,
     stream_operations,
     tower_operations,
@@ -49,12 +50,10 @@ from model.cohesion import Tie
 from model.dit import Krea2
 from model.export import transformer_config
 from model.fast import keep_pages
-from model.few_bits import FORMATS, few_bit_layers, shrink
 from model.latents import position_ids
 from model.layouts import load_dit, to_diffusers
 from model.pipeline import Pipeline
 from model.plan import default_dtype
-from model.quantize import to_rows
 from model.spec import RenderSpec
 from model.text_encoder import QWEN3_VL_4B, TextTower
 from model.upsample import doubled
@@ -149,37 +148,33 @@ class Bench:
             )
 
     def int8(self) -> Iterator[Row]:
-        with torch.device("meta"):
-            small = Krea2(self.config)
-        shrink(small.blocks, lambda name, layer: FORMATS["int8"])
-        state = dict(self.dit.state_dict())
-        for name in few_bit_layers(small):
-            state[name], state[f"{name}_scale"] = to_rows(state[name], torch.int8)
-        small.load_state_dict(state, strict=True, assign=True)
-        side = self.sides[0]
+        small, smaller, side = shrunk(self.dit, "int8"), shrunk(self.dit, "int4"), self.sides[0]
         given = self.stream(side)
 
         def run(network: Krea2, count: int) -> None:
             with fewer(network, "blocks", count):
                 network.velocity(*given)
 
-        works = [(net, count) for net in (small, self.dit) for count in (1, 3)]
+        works = [(net, count) for net in (small, self.dit, smaller) for count in (1, 3)]
         times = interleaved([lambda w=work: run(*w) for work in works], self.rounds)
-        yield row(f"step at {side} px, int8 beside bf16", extrapolated(*times[:2]), extrapolated(*times[2:]), aim=1.2)
-        yield self.likeness()
+        eight, wide, four = (extrapolated(*times[i : i + 2]) for i in (0, 2, 4))
+        yield row(f"step at {side} px, int8 beside bf16", eight, wide, aim=1.2)
+        yield row(f"step at {side} px, int4 beside bf16", four, wide)
+        yield self.likeness("int8", 35)
+        yield self.likeness("int4", 20)
 
-    def likeness(self) -> Row:
-        """Mini's pictures with weights and products in int8, beside those in fp32: not a time but decibels."""
+    def likeness(self, precision: str, aim: float) -> Row:
+        """Mini's pictures with weights and products in few bits, beside those in fp32: not a time but decibels."""
         specs = [RenderSpec(text, seed=seed) for seed, text in enumerate(PROMPTS[: 1 if self.smoke else None])]
         specs = [replace(spec, steps=2, width=64, height=64) for spec in specs] if self.smoke else specs
         plain, small = (
             Pipeline.load("mini", device=self.device, precision=precision, filters=()).render(specs)
-            for precision in ("native", "int8")
+            for precision in ("native", precision)
         )
         found = [psnr(a.image, b.image) for a, b in zip(plain, small, strict=True)]
         return Row(
-            "int8 pictures (mini), mean and worst PSNR over the aim", float(np.mean(found)), min(found),
-            min(found) / 35, "dB", 1.0,
+            f"{precision} pictures (mini), mean and worst PSNR over the aim", float(np.mean(found)), min(found),
+            min(found) / aim, "dB", 1.0,
         )  # fmt: skip
 
     # ---- the other parts --------------------------------------------------------------------------------------

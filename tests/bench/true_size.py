@@ -25,8 +25,7 @@ from measure import MEDIUM, SMALL, random, write_toml
 from model.compact import header_of, tensors
 from model.dit import DiTConfig, Krea2
 from model.fast import keep_pages
-from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink
-from model.four_bit import width_of_turns
+from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink, usual
 from model.layouts import load_dit
 from model.plan import NARROW, native_bf16
 
@@ -46,8 +45,7 @@ def write(path: Path, config: DiTConfig, stored: str) -> None:
         network = Krea2(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if stored in FORMATS:
-        turned = width_of_turns if stored == "int4" else lambda inward: 0
-        shrink(network.blocks, lambda name, layer: FORMATS[stored]._replace(turned=turned(layer.in_features)))
+        shrink(network.blocks, lambda name, layer: usual(stored, layer.in_features))
     few = few_bit_layers(network)
 
     def made(names: Iterable[str]) -> dict[str, torch.Tensor]:
