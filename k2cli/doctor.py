@@ -16,6 +16,7 @@ from k2cli.console import aligned
 from k2cli.project import Project
 from model import library, safety
 from model.errors import K2Error, count_of
+from model.plan import SPARE
 
 PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
@@ -91,8 +92,10 @@ def plans(device: str) -> list[dict[str, Any]]:
     for name, numbers in counted.items():
         dtype = default_dtype(device, numbers.width)
         chosen = choose(numbers, free, dtype=dtype, eight=eight, known=known)
-        open_ways = ways(numbers, eight, known=known)
+        by_hand = [("int4", "none"), ("int4", "text")]  # nothing is rounded as far as that unasked
+        open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])
         others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
+        others = dict(sorted(others.items(), key=lambda way: -way[1]))
         found.append(
             {
                 "model": name,
@@ -131,7 +134,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
                 f"{plan['free_gb']:g} GB free may be used."
             )
         elif plan["offload"] == "all":
-            lines.append(f"{plan['model']} is read from disk for every step: it is too large to be held.")
+            four = min(needs for way, needs in plan["ways_gb"].items() if way.startswith("int4"))
+            why = "only in 4 bits could it be held (--precision int4)" if four <= SPARE * plan["free_gb"] else ""
+            lines.append(f"{plan['model']} is read from disk for every step: {why or 'it is too large to be held'}.")
     if memory_gb["free"] < 2:
         lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
     return lines

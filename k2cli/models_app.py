@@ -128,8 +128,8 @@ def export(
 ) -> None:
     """Write a model for diffusers, or its transformer as one file.
 
-    The folder opens in diffusers.Krea2Pipeline. The file is k2's own, in bf16, or rounded once for all to int8 or fp8:
-    half as large, and sooner read where memory is short.
+    The folder opens in diffusers.Krea2Pipeline. The file is k2's own, in bf16, or rounded once for all: to int8 or fp8,
+    half as large, or to int4, a third, which ComfyUI reads too. Where memory is short it is sooner read.
 
     \b
     Examples:

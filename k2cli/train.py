@@ -18,7 +18,7 @@ from k2cli.options import QuietOption
 from model.errors import K2Error, brief
 
 LESS = (  # memory
-    'In a recipe lower batch or size, or set recompute = true; of a LoRA also precision = "int8". '
+    'In a recipe lower batch or size, or set recompute = true; of a LoRA also precision = "int8" or "int4". '
     "Or end what else takes memory."
 )
 

@@ -24,27 +24,21 @@ from model.errors import K2Error
 from model.few_bits import ENDS, Format, few_bit_layers, hold
 from model.four_bit import Codes, codes_of
 from model.gguf_file import GGUFTensors
-from model.headers import AGAIN, Stored, read_header, read_json, shards, some
+from model.headers import AGAIN, Stored, read_header, read_json, shards, some, stored_in
 from model.marks import (
     BESIDE,
     BLOCKS,
     CODES,
-    PASSENGERS,
     SECOND,
-    SUFFIX,
     Mark,
     form_of,
     rotation,
-    shape_of,
-    table_of,
     unreadable,
-    weight_of,
 )
 from model.quantize import FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of
 from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
-LONGEST_MARK = 1 << 16  # bytes
 SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
 NUMBERS = {  # safetensors' names of number formats
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -236,31 +230,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
         astray = tuple(mark for part in parts for mark in part.astray)
         return Checkpoint(path, tensors, parts[0].metadata, config, astray=astray)
-    header = read_header(path)
-    about = header.pop("__metadata__", {})
-    marks = marks_of(path, header, about.get("_quantization_metadata"))
-    tensors = {
-        name: Stored(path, name, shape_of(name, header, own), entry["dtype"], own)
-        for name, entry in header.items()
-        for own in [tuple(marks.pop(name, ()))]
-    }
-    astray = tuple(mark for name, those in marks.items() if not name.startswith(PASSENGERS) for mark in those)
+    tensors, about, astray = stored_in(path)
     return Checkpoint(path, tensors, json.loads(about.get("k2", "{}")), astray=astray)
-
-
-def marks_of(path: Path, header: Mapping[str, Any], table: str | None) -> dict[str, list[Mark]]:
-    """A weight's name -> ComfyUI's marks of it, in a file's metadata and beside it. Raises K2Error."""
-    found: dict[str, list[Mark]] = {}
-    for layer, mark in table_of(table).items():
-        found.setdefault(weight_of(layer, header), []).append(mark)
-    names = [name for name in header if name.endswith(SUFFIX)]
-    if names:
-        with open_tensors(path, "cpu") as file:
-            for name in names:
-                short = prod(header[name]["shape"]) <= LONGEST_MARK
-                mark = bytes(file.get_tensor(name).flatten().byte().tolist()) if short else b""
-                found.setdefault(name.removesuffix(SUFFIX) + ".weight", []).append(mark)
-    return found
 
 
 def open_tensors(path: Path, device: str) -> Any:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from model.errors import K2Error, brief
 from model.gguf_file import read_gguf_header
-from model.marks import Mark
+from model.marks import PASSENGERS, SUFFIX, Mark, shape_of, table_of, weight_of
 
 AGAIN = "The download may have been cut short: fetch it again."
 TAKEN = "k2 reads weights from .safetensors and .gguf files only."
@@ -36,6 +36,7 @@ BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "
 BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # known to be whole, though nothing reads them
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 MOST_DIMENSIONS = 8
+LONGEST_MARK = 1 << 16  # bytes
 MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would come to gigabytes in memory
 
 
@@ -93,6 +94,37 @@ def read_header(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise K2Error(f"{path} is damaged: {brief(error)}.", hint=AGAIN) from None
     return header
+
+
+def stored_in(path: Path) -> tuple[dict[str, Stored], dict[str, str], tuple[Mark, ...]]:
+    """A weights file's tensors by name, its metadata, and marks of weights that it does not hold. Raises K2Error."""
+    header = read_header(path)
+    about = header.pop("__metadata__", {})
+    marks: dict[str, list[Mark]] = {}
+    for layer, mark in table_of(about.get("_quantization_metadata")).items():
+        marks.setdefault(weight_of(layer, header), []).append(mark)
+    for name, raw in marks_beside(path, header):
+        marks.setdefault(name.removesuffix(SUFFIX) + ".weight", []).append(raw)
+    tensors = {
+        name: Stored(path, name, shape_of(name, header, own), entry["dtype"], own)
+        for name, entry in header.items()
+        for own in [tuple(marks.pop(name, ()))]
+    }
+    astray = tuple(mark for name, those in marks.items() if not name.startswith(PASSENGERS) for mark in those)
+    return tensors, about, astray
+
+
+def marks_beside(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """The marks that lie beside the weights of a .safetensors file; of one that is too long to be read nothing."""
+    names = [name for name in header if name.endswith(SUFFIX)]
+    if not names:
+        return
+    with open_file(path) as file:
+        start = os.fstat(file.fileno()).st_size - max(entry["data_offsets"][1] for entry in header.values())
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            file.seek(start + begin)
+            yield name, file.read(end - begin) if end - begin <= LONGEST_MARK else b""
 
 
 def check_header(header: dict[str, Any], data: int) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import K2Error
-from model.headers import read_header
-from model.marks import SECOND, shape_of
+from model.headers import read_header, stored_in
+from model.marks import BESIDE, SECOND, SUFFIX, W4A4, W4A8, form_of
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -125,7 +125,7 @@ def helpers(name: str) -> tuple[Path, Path, Path | None]:
 
 def listens(dit: Path, text: Path) -> bool:
     """Whether a transformer takes as many layers, as wide, as a text encoder of ours speaks."""
-    shapes = {name: shape for file in files_in(dit) for name, shape in shapes_of(read_header(file)).items()}
+    shapes = {name: shape for file in files_in(dit) for name, shape in shapes_in(file).items()}
     heard = [next((shape[-1] for name, shape in shapes.items() if name.endswith(ends)), 0) for ends in HEARD]
     config = describe(text).get("config") or {}
     return heard == [config.get("hidden_size"), len(config.get("taps") or ())]
@@ -317,13 +317,14 @@ def stated_variant(path: Path) -> str | None:
 
 def describe(path: Path) -> dict[str, Any]:
     """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
-    header = read_header(path)
-    about = json.loads(header.pop("__metadata__", {}).get("k2", "{}"))
-    beside = ("_scale", ".scale_weight", ".comfy_quant", SECOND)
-    shapes = {name: shape for name, shape in shapes_of(header).items() if not name.endswith(beside)}
+    tensors, metadata, _ = stored_in(path)
+    about = json.loads(metadata.get("k2", "{}"))
+    beside = ("_scale", ".scale_weight", ".weight_s_channel", SUFFIX, SECOND, *BESIDE)
+    shapes = {name: stored.shape for name, stored in tensors.items() if not name.endswith(beside)}
     precision: dict[str, int] = {}
     for name, shape in shapes.items():
-        number = "NVFP4" if name + SECOND in header else header[name]["dtype"]
+        four = form_of(tensors[name].marks, FOUR_BITS) or ("nvfp4" if name + SECOND in tensors else "")
+        number = FOUR_BITS[four] if four else tensors[name].dtype
         precision[number] = precision.get(number, 0) + prod(shape)
     layout, main = dit_shape(shapes)
     found = {
@@ -334,6 +335,8 @@ def describe(path: Path) -> dict[str, Any]:
     }
     return {key: value for key, value in found.items() if value} | about
 
+
+FOUR_BITS = {"nvfp4": "NVFP4", W4A8: "W4A8", W4A4: "W4A4"}  # ComfyUI's mark -> what it is called
 
 ATTENTION = {  # layout -> the blocks' stem, and its attention's query, key and query norm
     "native": ("blocks", "wq.weight", "wk.weight", "qknorm.qnorm.scale"),
@@ -364,10 +367,11 @@ def is_release(path: Path) -> bool:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.suffix in WEIGHTS:
-            shapes |= shapes_of(read_header(file))
+            shapes |= shapes_in(file)
     _, shape = dit_shape(shapes)
     return all(shape.get(key) == value for key, value in RELEASE.items())
 
 
-def shapes_of(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: shape_of(name, header) for name in header if name != "__metadata__"}
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of a weights file's tensors, as the network has them."""
+    return {name: stored.shape for name, stored in stored_in(path)[0].items()}

@@ -26,7 +26,7 @@ NARROW = 1024  # width below which a CPU computes in fp32
 IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
 OUT_OF_IT = ("can't allocate memory", "out of memory")  # what the allocators of processors and of cards say
 UNTOLD = 8 << 30  # bytes taken for free where a system does not say
-SMALLER = "Choose a smaller size, --precision int8 or --offload all, or end what else takes memory."
+SMALLER = "Choose a smaller size, --precision int4 or --offload all, or end what else takes memory."
 SPARE = 0.9  # of the memory that is free now may be counted on
 
 

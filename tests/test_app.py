@@ -21,7 +21,7 @@ import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
-from k2cli import hands, runs, sheet
+from k2cli import doctor, hands, runs, sheet
 from k2cli.tables import Toml
 from model import library
 from model.errors import K2Error
@@ -877,6 +877,19 @@ def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
 
     k2("render", *shlex.split(hint), "--batch", "1")
     assert len(fake.seen) == 1
+
+
+@pytest.mark.parametrize(("free", "said"), [(80, ""), (18, "only in 4 bits could it be held"), (10, "too large to be")])
+def test_doctor_says_what_has_to_be_streamed(monkeypatch, free, said):
+    monkeypatch.setattr("model.plan.free_memory", lambda device: free << 30)
+    found = doctor.examine()
+
+    (plan,) = [plan for plan in found["plans"] if plan["model"] == "krea-2 (12.9B)"]
+    notes = [note for note in found["notes"] if note.startswith("krea-2")]
+    assert [said in note for note in notes] == [True] * bool(said)
+    assert (plan["offload"] == "all") == bool(said)
+    sizes = list(plan["ways_gb"].values())
+    assert sizes == sorted(sizes, reverse=True) and plan["ways_gb"]["int4, offload text"] < 13
 
 
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from test_layouts import TINY, native, refused, velocity
 from test_marks import ROTATED, assert_means, convrot, prefixed, raw, stands_for, with_table
 from torch import Tensor
 
-from model import few_bits
+from model import few_bits, library
 from model.compact import write_compact
 from model.few_bits import few_bit_layers
 from model.four_bit import LEVELS, Codes, e4m3, numbers_of, to_codes, width_of_turns
@@ -207,6 +207,20 @@ def test_where_bits_are_mixed_each_matrix_is_held_as_it_lies(tmp_path, state):
     write_compact(path, tmp_path / "again.safetensors", "int4", None)
     again = few_bit_layers(load_dit(tmp_path / "again.safetensors", precision="int4")[0])
     assert {name: layer.format for name, layer in again.items()} == held
+
+
+@LAYOUTS
+def test_what_a_file_says_needs_no_torch(tmp_path, state, layout, monkeypatch):
+    """Nor its licence: the open weights' shape is theirs in any number of bits."""
+    saved, _ = stored(state, layout)
+    path = native(tmp_path, saved)
+    about, word = library.describe(path), {W4A8: "W4A8", W4A4: "W4A4"}[layout]
+    inside = sum(t.numel() for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2)
+    assert about["precision"][word] == inside
+    assert about["parameters"] == sum(tensor.numel() for tensor in state.values())
+    assert (about["shape"]["width"], about["shape"]["heads"]) == (TINY.width, TINY.heads)
+    monkeypatch.setattr(library, "RELEASE", {"width": TINY.width, "blocks": TINY.blocks})
+    assert library.is_release(path)
 
 
 # ---- files of ours ------------------------------------------------------------------------------
