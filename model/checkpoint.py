@@ -95,7 +95,7 @@ class Checkpoint:
             factor = None if scale is None else files.get(self.tensors[scale])
             if factor is None:
                 return tensor, None
-            if stored.dtype == "I8" and (kind := form_of(stored.marks, CODES)):
+            if kind := form_of(stored.marks, CODES):
                 groups, levels = (files.get(s) if (s := self.tensors.get(name + end)) else None for end in BESIDE)
                 return codes_of(kind, tensor, factor, groups, levels), factor
             if kind := form_of(stored.marks, BLOCKS):

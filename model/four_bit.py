@@ -83,19 +83,19 @@ def to_codes(matrix: Tensor) -> Codes:
     """
     levels = torch.tensor(LEVELS, device=matrix.device)
     steps = torch.arange(-FINE, FINE + 1, device=matrix.device) / FINE
-    nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    table = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
-    def codes_of(shares: Tensor) -> Tensor:
+    def nearest_to(shares: Tensor) -> Tensor:
         places = shares.mul_(FINE).add_(FINE + 0.5).clamp_(0, 2 * FINE).int()
-        return nearest.index_select(0, places.flatten()).view(shares.shape)
+        return table.index_select(0, places.flatten()).view(shares.shape)
 
     wide = matrix.float().unflatten(1, (-1, GROUP))
-    codes = codes_of(wide / wide.abs().amax(-1, keepdim=True).clamp(min=TINY))
+    codes = nearest_to(wide / wide.abs().amax(-1, keepdim=True).clamp(min=TINY))
     near = levels.index_select(0, codes.flatten().int()).view(wide.shape)
     scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
     rows = scale.amax(1) * (LEVELS[-1] / MOST)
     groups = (scale / rows.clamp(min=TINY)[:, None]).to(torch.float8_e4m3fn)
-    codes = codes_of(wide / (groups.float() * rows[:, None]).clamp(min=TINY)[..., None]).view(len(matrix), -1, 2)
+    codes = nearest_to(wide / (groups.float() * rows[:, None]).clamp(min=TINY)[..., None]).view(len(matrix), -1, 2)
     packed = codes[..., 0] | codes[..., 1] << 4
     return Codes(packed.view(torch.int8), groups.view(torch.uint8), rows, levels)
 

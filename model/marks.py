@@ -18,14 +18,14 @@ SUFFIX = ".comfy_quant"
 
 PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
 BLOCKS = {"nvfp4": 16, "mxfp8": 32}  # formats of one scale for so many numbers of a row
-STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3"}  # the file's word for their numbers
-SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # and for their scales
+SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # the file's word for those scales
 SECOND = "_scale_2"  # behind a weight's name: NVFP4's other scale, of the whole matrix
 W4A8, W4A4 = "asym_w4a8_int8", "convrot_w4a4"
 CODES = (W4A8, W4A4)  # formats of two numbers in every int8, rotated always
+STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3", W4A8: "I8", W4A4: "I8"}  # the file's word for their numbers
 NEIGHBOURS = {"group_size": 16, "quant_group_size": 64}  # the groups that they are defined for, in the terms for them
 BESIDE = ("_s_rel", "_codebook")  # behind a weight's name: W4A8's scales of neighbours, and its levels
-HARMLESS = {  # told by scales and shapes as well, or of before
+HARMLESS = {  # told by scales and shapes as well, of before, or of tokens
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "linear_dtype",
 }  # fmt: skip
 TURNED = {"convrot", "convrot_groupsize"}
@@ -92,20 +92,16 @@ def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
     try:
         found = [terms(mark) for mark in marks]
         for how in found:
-            extra = sorted(name for name, value in how.items() if name not in HARMLESS | TURNED and value)
-            usual = {name for name in extra if how["format"] in CODES and how[name] == NEIGHBOURS.get(name)}
-            extra = [name for name in extra if name not in usual]
+            extra = sorted(name for name in how if how[name] and not is_harmless(name, how))
             if how["format"] not in {*PLAIN, *BLOCKS, *CODES} or extra:
                 return " with ".join([str(how["format"]), *extra[:1]])
         formats = {how["format"] for how in found}
-        blocks = formats & BLOCKS.keys()
-        if blocks and (len(formats) > 1 or dtype != STORED_AS[min(blocks)]):
+        others = formats & STORED_AS.keys()
+        if others and (len(formats) > 1 or dtype != STORED_AS[min(others)]):
             return f"{dtype} with marks of {' and '.join(sorted(formats))}"
         groups = {group_of(how) for how in found}
         if len(groups) > 1:
             return f"{found[0]['format']} with marks that contradict each other"
-        if formats & set(CODES) and (len(formats) > 1 or dtype != "I8"):
-            return f"{dtype} with marks of {' and '.join(sorted(formats))}"
         turned = any(map(is_turned, found))
         if turned and not can_be_turned(group := groups.pop(), found[0]["format"], dtype, shape):
             return f"{dtype} rows of {shape[-1]} rotated in groups of {group} (convrot)"
@@ -119,6 +115,11 @@ def terms(mark: Mark) -> dict[str, Any]:
     how = dict(json.loads(mark))
     how = dict(how.pop("params", None) or {}) | how
     return {"format": "int8_tensorwise"} | how if "convrot" in how else how
+
+
+def is_harmless(name: str, how: Mapping[str, Any]) -> bool:
+    """Whether a term of a mark changes nothing, or is one that is understood."""
+    return name in HARMLESS | TURNED or (how["format"] in CODES and how[name] == NEIGHBOURS.get(name))
 
 
 def group_of(how: Mapping[str, Any]) -> Any:
