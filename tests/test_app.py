@@ -330,7 +330,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--nonsense"], 2, "No such option: --nonsense", ""),
         (["rendr"], 2, "No such command 'rendr'. Did you mean 'render', 'rerun'?", ""),
         (["render", "--style", "dusk"], 2, '"dusk" is not NAME=WEIGHT', ""),
-        (["render", "--precision", "int4"], 2, '--precision cannot be "int4".', 'Did you mean "int8"?'),
+        (["render", "--precision", "int5"], 2, '--precision cannot be "int5".', 'Did you mean "int8"?'),
         (["render", "--offload", "disk"], 2, '--offload cannot be "disk".', "Known: none, text, all."),
         (["render", "--cohesion", "3"], 2, "--cohesion must lie between 0 and 1, not 3.0.", ""),
         (["render", "--matrix", "steps"], 2, '--matrix: "steps" has no values to compare.', "Like steps=1,2."),

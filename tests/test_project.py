@@ -253,7 +253,7 @@ text = "a bun"
     ("toml", "message", "hint"),
     [
         ("[render]\nsed = 3\n", 'line 2: unknown key "sed" in [render].', 'Did you mean "seed"?'),
-        ('[render]\nprecision = "fp16"\n', 'line 2: "precision" cannot be "fp16".', "Known: native, int8, fp8."),
+        ('[render]\nprecision = "fp16"\n', 'line 2: "precision" cannot be "fp16".', "Known: native, int8, fp8, int4."),
         ("[render]\noffload = true\n", 'line 2: "offload" must be a text in quotes, not true.', ""),
         ("[rendr]\nseed = 3\n", 'line 1: unknown key "rendr".', 'Did you mean "render"?'),
         ('[[prompt]]\ntext = "a"\nnmae = "b"\n', 'line 3: unknown key "nmae" in [prompt].', 'Did you mean "name"?'),
