@@ -274,6 +274,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     [
         (without(f"{NAME}_s_rel"), "asym_w4a8_int8 without scales"),
         (without(f"{NAME}_s_channel"), "asym_w4a8_int8 without scales"),
+        (with_("", lambda packed: packed[:, :4].contiguous()), "asym_w4a8_int8 of the shape [768, 8]"),
         (with_("_correction", lambda packed: torch.ones(16, len(packed))), 'with "weight_correction" beside them'),
         (with_("_codebook", lambda levels: levels.repeat(4)), "with levels of F32 [64]"),
         (with_("_s_channel", lambda rows: rows[:1]), "with scales of F32 [1]"),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.checkpoint import open_checkpoint, save
 from model.errors import K2Error
+from model.few_bits import ENDS
+from model.four_bit import to_codes
 from model.quantize import rotate, to_int8
 from model.text_encoder import PREFIX, PROMPT_TOKENS, SPECIAL_TOKENS, SUFFIX, TextConfig, TextEncoder, TextTower
 
@@ -213,15 +216,24 @@ def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
         TextEncoder.load(tmp_path, taps=TAPS)
 
 
-def test_rotated_int8_is_the_encoder_it_stands_for(qwen, tmp_path):
-    """As ComfyUI's text encoders come; of the widths here, all are multiples of 16."""
-    mark = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16})
+@pytest.mark.parametrize("layers", ["int8_tensorwise", "asym_w4a8_int8"])
+def test_few_bits_are_the_encoder_they_stand_for(qwen, tmp_path, layers):
+    """As ComfyUI's text encoders come, the embedding in int8; of the widths here, all are multiples of 16."""
     state = dict(open_checkpoint(qwen.folder).read())
     stored, means = dict(state), dict(state)
-    for name in [name for name, t in state.items() if "language_model.layers" in name and t.ndim == 2]:
-        rows, scale = to_int8(rotate(state[name], 16))
-        stored |= {name: rows, f"{name}_scale": scale[:, None]}
-        stored[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(mark.encode()), dtype=torch.uint8)
+    for name in [n for n, t in state.items() if re.search("language_model.(layers|embed_tokens)", n) and t.ndim == 2]:
+        kind = "int8_tensorwise" if "embed_tokens" in name else layers
+        mark = json.dumps({"format": kind, "convrot": True, "convrot_groupsize": 16}).encode()
+        stored[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+        turned = rotate(state[name], 16)
+        if kind == "int8_tensorwise":
+            rows, scale = to_int8(turned)
+            stored |= {name: rows, f"{name}_scale": scale[:, None]}
+        else:
+            codes = to_codes(turned)
+            ends = (codes.packed, codes.groups.view(torch.float8_e4m3fn), codes.rows, codes.levels)
+            stored |= {name + end: part for end, part in zip(ENDS[4], ends, strict=True)}
+            rows, scale = codes.numbers, codes.rows
         means[name] = rotate(rows.float() * scale[:, None], 16)
     encoders = []
     for folder, tensors in ((tmp_path / "stored", stored), (tmp_path / "means", means)):
