@@ -270,8 +270,8 @@ class Processes(Crew):
             self.hands[hand][1].send(order)
 
     def hear(self) -> tuple[int, News]:
-        by_pipe = {pipe: hand for hand, (_, pipe) in self.hands.items()}
-        pipe = next(each for each in wait(list(by_pipe)) if isinstance(each, Connection))
+        by_pipe: dict[Any, int] = {pipe: hand for hand, (_, pipe) in self.hands.items()}
+        pipe: Any = wait(list(by_pipe))[0]  # on Windows of another class
         hand = by_pipe[pipe]
         try:
             return hand, pipe.recv()
