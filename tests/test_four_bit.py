@@ -298,6 +298,12 @@ def test_other_groups(tmp_path, state, how):
     assert next(iter(how)) in message or "in groups of 512" in message
 
 
+def test_w4a4_has_no_groups(tmp_path, state):
+    saved, _ = stored(state, W4A4)
+    groups = torch.ones(len(state[NAME]), state[NAME].shape[1] // 16).to(torch.float8_e4m3fn)
+    assert "convrot_w4a4 with scales of groups" in refused(native(tmp_path, saved | {f"{NAME}_s_rel": groups}))
+
+
 def test_6_bits(tmp_path, state):
     """The same mark, other widths."""
     saved, _ = stored(state, bits=6)

@@ -27,6 +27,7 @@ from PIL import Image
 
 from model.errors import reported
 from model.pipeline import Pipeline
+from model.plan import PRECISIONS
 from model.references import from_bytes
 from model.spec import RenderSpec
 from model.train.data import DATA, Catalog, Item, Pair
@@ -209,6 +210,7 @@ def main(
     variants: Sequence[str],
     out: Path,
     dtype: str | None = None,
+    precision: str | None = None,
     **settings: Any,
 ) -> None:
     """Measure checkpoints of the box, print and keep what was found; `settings` of specs are the checkpoint's own
@@ -217,8 +219,8 @@ def main(
     found: dict[str, Any] = {"count": count, **settings}
     out.parent.mkdir(parents=True, exist_ok=True)
     for variant in variants:
-        pipeline = Pipeline.load("mini", variant=variant, dtype=dtype, filters=())
-        found["dtype"] = pipeline.plan.dtype
+        pipeline = Pipeline.load("mini", variant=variant, dtype=dtype, precision=precision, filters=())
+        found |= {"dtype": pipeline.plan.dtype, "precision": pipeline.plan.precision}
         sheet = out.with_name(f"rendered-{variant}.png")
         found[variant] = measure(judge, Catalog(DATA, pipeline.native), pipeline, count, sheet, **settings)
         out.write_text(tomli_w.dumps(found))
@@ -232,6 +234,7 @@ if __name__ == "__main__":
         parser.add_argument("count", type=int, nargs="?", default=500)
         parser.add_argument("--variant", nargs="+", default=["raw", "turbo"])
         parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+        parser.add_argument("--precision", choices=PRECISIONS)
         parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help='as TOML: sampler="ab2"')
         parser.add_argument("--out", type=Path, default=Path(".runs/judge/figures.toml"))
         options = parser.parse_args()
@@ -241,5 +244,6 @@ if __name__ == "__main__":
             options.variant,
             options.out,
             options.dtype,
+            options.precision,
             **tomllib.loads("\n".join(options.set)),
         )
