@@ -374,6 +374,65 @@ class TestInABrowser:
         assert "seed 79 · steps 4 · dusk 0.6" in under and "seed 78 · steps 28 · dusk 0.6" in under
         assert "seed 40 · steps" not in under  # of a run whose pictures have the same
 
+    def test_pictures_are_picked_for_a_command(self, page):
+        """By mouse and by key; the page says what to type, in the order in which they were made."""
+
+        def line() -> str:
+            return page.locator("#line").inner_text()
+
+        picks, choice = page.locator("#picks"), page.get_by_label("What they are for")
+        assert not picks.is_visible()
+        page.get_by_label("Order").select_option(label="Oldest first")
+        page.locator(".cell").nth(2).hover()
+        page.locator(".pick").nth(2).click()
+        page.locator(".tile").nth(0).focus()
+        page.keyboard.press("p")
+        assert page.locator("#picked").inner_text() == "2 picked" and not page.locator("#view").is_visible()
+        odd = """'outputs/0001-fox/it'"'"'s #1 100% fox.png'"""
+        assert line() == f"k2 style add picked {odd} outputs/0001-fox/fox-2.png"
+        choice.select_option(label="A new project")
+        assert line() == f"k2 new picked --from {odd} --from outputs/0001-fox/fox-2.png"
+        choice.select_option(label="Their files")
+        assert line() == f"{odd} outputs/0001-fox/fox-2.png"
+
+        page.locator(".tile").nth(0).click()
+        page.keyboard.press("p")
+        assert page.locator("#choose").get_attribute("aria-pressed") == "false"
+        page.keyboard.press("ArrowRight")
+        page.get_by_role("button", name="Pick", exact=True).click()
+        page.keyboard.press("Escape")
+        choice.select_option(label="A moodboard")
+        assert line() == "k2 moodboard analyze outputs/0001-fox/fox-1.png outputs/0001-fox/fox-2.png"
+        page.locator("#drop").click()
+        assert not picks.is_visible() and "pick" not in page.url
+
+    def test_picks_are_kept_in_the_address_and_can_be_all_that_is_shown(self, page):
+        page.get_by_label("Order").select_option(label="Oldest first")
+        for at in (5, 7):
+            page.locator(".tile").nth(at).focus()
+            page.keyboard.press("p")
+        page.get_by_label("Run").select_option(label="0003-teapot")
+        page.locator(".pick").first.click(force=True)
+        page.get_by_role("button", name="Show all").click()
+        page.get_by_role("button", name="Only these").click()
+        assert page.locator("#count").inner_text() == "3 of 80 pictures in 2 runs"
+        page.reload()
+        assert page.locator("#count").inner_text() == "3 of 80 pictures in 2 runs"
+        assert page.locator("#picked").inner_text() == "3 picked" and page.locator(".tile").count() == 3
+        assert page.locator(".pick[aria-pressed=true]").count() == 3
+
+        page.locator(".tile").nth(1).click()
+        page.keyboard.press("p")
+        assert page.locator("#place").inner_text() == "2 of 3"  # it stays while one looks
+        page.keyboard.press("Escape")
+        assert page.locator("#count").inner_text() == "2 of 80 pictures in 2 runs"
+        for _ in range(2):
+            page.locator(".tile").first.focus()
+            page.keyboard.press("p")
+        assert (
+            page.locator("#count").inner_text() == "80 pictures in 4 runs" and not page.locator("#picks").is_visible()
+        )
+
     def test_nothing_matches_and_the_way_back(self, page):
         page.locator("#styles").get_by_role("button", name="dusk").click()
         page.get_by_label("Prompt", exact=True).select_option(label="owl (20)")
