@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
@@ -49,9 +50,14 @@ def facts_of(record: Record) -> Facts:
         "device": f"{used.device}, {used.dtype}",
         "weights": used.precision if used.precision and used.precision != "native" else "",
         "offload": used.offload if used.offload and used.offload != "none" else "",
-        **{key: f"{table.get(key, '')}" for key in OF_ITS_OWN},
+        **{key: f"{to_the_second(table.get(key, ''))}" for key in OF_ITS_OWN},
         "versions": {name: f"{number}" for name, number in versions.items()},
     }
+
+
+def to_the_second(value: Any) -> Any:
+    """A moment as people want it; anything else as it is."""
+    return value.replace(microsecond=0) if isinstance(value, datetime) else value
 
 
 def describe(record: Record) -> str:

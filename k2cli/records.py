@@ -211,7 +211,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
     asked = request(shot, root, hash_of)
     return {
         "schema": SCHEMA,
-        "created": datetime.now(UTC).replace(microsecond=0),
+        "created": datetime.now(UTC),
         "seconds": made.pop("seconds", None),
         "pixels": pixel_hash(picture.image),
         "blocked": made.get("blocked"),  # by an output filter, and why

@@ -31,6 +31,16 @@ def test_the_log_in_a_pipe_is_a_line_a_picture(moody, k2):
     ]
 
 
+def test_pictures_stand_in_the_order_they_were_asked_for(moody, k2):
+    """Several a second, made together and saved in turn."""
+    k2("render", "-p", "a whale", "-p", "an apple", "-p", "a boat", "--batch", "3", "--steps", "1", "--size", "64x64")
+    names = [Path(line.split("\t")[0]).stem for line in k2("log").stdout.splitlines()]
+
+    assert names == [f"{name}-{seed}" for name in ("a-whale", "an-apple", "a-boat") for seed in (7, 8, 9)]
+    shown = k2("show", "outputs/0001-a-whale-and-2-more/a-boat-8.png").stdout
+    assert re.search(r"^created +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00$", shown, re.MULTILINE)
+
+
 def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
     """Whatever the folder above is called."""
     odd = moody.rename(moody.with_name("two\nlines\t'"))
