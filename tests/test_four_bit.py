@@ -24,7 +24,10 @@ from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 from model.quantize import rotate
 
 W4A8, W4A4 = kitchen.AsymW4A8Int8Layout, kitchen.TensorCoreConvRotW4A4Layout
-MARKS = {W4A8: {"format": "asym_w4a8_int8", "group_size": 16}, W4A4: {"format": "convrot_w4a4", "linear_dtype": "int4"}}
+MARKS = {
+    W4A8: {"format": "asym_w4a8_int8", "group_size": 16},
+    W4A4: {"format": "convrot_w4a4", "quant_group_size": 64, "linear_dtype": "int4"},
+}
 LAYOUTS = pytest.mark.parametrize("layout", [W4A8, W4A4])
 NAME = "blocks.0.mlp.up.weight"
 
