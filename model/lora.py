@@ -2,9 +2,9 @@
 
 A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
 it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
-bits that were there. Some files add a whole matrix to a layer (`.diff`), something to its bias (`.diff_b`), or a
-Kronecker product (LoKr); and some change the scales of norms, or what a layer adds to the time's modulation. These few
-numbers are exchanged for as long as the layer that they belong to works.
+bits that were there. Some files add a whole matrix to a layer (`.diff`), something to its bias (`.diff_b`), a Kronecker
+product (LoKr) or a Hadamard one (LoHa): see `model/second_path.py`. And some change the scales of norms, or what a
+layer adds to the time's modulation. These few numbers are exchanged for as long as the layer that they belong to works.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint, refuse_unreadable
@@ -27,7 +26,8 @@ from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import some
 from model.layouts import diffusers_names
-from model.lora_file import ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
+from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
+from model.second_path import Hadamard, Kronecker, LowRank, SecondPath, Update
 
 PREFIXES = (
     "base_model.model.",  # PEFT
@@ -49,29 +49,8 @@ OTHER_MODELS = {  # whose layers are called so; the first that fits
 }
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
-ROWS = ("up", "diff", "diff_b")  # what has as many rows as a layer has
+ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a")  # what has as many rows as a layer has
 TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to one layer at weight 1: scale · up @ down, and something to its bias."""
-
-    down: Tensor  # [r, in]
-    up: Tensor  # [out, r]
-    scale: float  # alpha / rank
-    bias: Tensor | None = None  # [out]
-
-
-@dataclass(frozen=True)
-class Kronecker:
-    """What a LoKr adds to one layer at weight 1: scale · left ⊗ right (some of its rows), and something to its bias."""
-
-    left: Tensor  # [a, b]
-    right: Tensor  # [c, d], for a layer of b·d numbers in and a·c out
-    scale: float
-    rows: slice
-    bias: Tensor | None = None  # [out]
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class Shift:
     delta: Tensor  # in the parameter's shape
 
 
-Change = LowRank | Kronecker | Shift
+Change = Update | Shift
 
 
 @dataclass(frozen=True)
@@ -109,7 +88,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     """Read a .safetensors file, or PEFT's folder of one, and match its layers with the network's.
 
     Layers that the network lacks (of a text encoder, say) are named in `unmatched`. Raises K2Error where none match,
-    where the file is made for another model or is no plain LoRA, and for shapes that do not fit.
+    where the file is made for another model or is an adapter of another kind, and for shapes that do not fit.
     """
     file = weights_file(Path(path))
     checkpoint = open_checkpoint(file)
@@ -133,7 +112,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             continue
         part, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
         scale, alpha = 1.0, alphas.get(called)
-        if rank := len(part.get("down", ())):
+        if rank := len(part.get("down", part.get("hada_w1_b", ()))):
             scale = settings.scale(name, bare(called), rank) if alpha is None else alpha / rank
         if name in bares:
             layers[name] = shift_of(file, module, part, scale, bares[name])
@@ -146,13 +125,13 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         check_wholes(file, module, part, layer)
         shape = layer.out_features, layer.in_features  # what is held in few bits is packed
         if any(what.startswith("w") for what in part):
-            layers[name] = kronecker_of(file, module, part, alpha, rows, shape)
-            continue
-        down, up = pair_of(part, shape)
-        if "down" in part:
-            check_shapes(file, module, down, up, shape, network.config.width)
+            update: Update = kronecker_of(file, module, part, alpha, rows, shape)
+        elif part.keys() >= HADAMARD:
+            update = hadamard_of(file, module, part, scale, shape, network.config.width)
+        else:
+            update = low_rank_of(file, module, part, scale, shape, network.config.width)
         if part:
-            layers[name] = LowRank(down, up, scale, part.get("diff_b"))
+            layers[name] = replace(update, bias=part.get("diff_b"))
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
     return Adapter(Path(path), sha256(file), layers, tuple(unmatched))
 
@@ -170,10 +149,10 @@ def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iter
     """
     with ExitStack() as stack:
         for name, changes in together(adapters).items():
-            if isinstance(changes[0][0], Shift):
-                stack.enter_context(Exchange(network, name, changes).at_work())
+            if updates := [(each, weight) for each, weight in changes if isinstance(each, Update)]:
+                stack.enter_context(network.get_submodule(name).register_forward_hook(SecondPath(updates)))
             else:
-                stack.enter_context(network.get_submodule(name).register_forward_hook(SecondPath(changes)))
+                stack.enter_context(Exchange(network, name, changes).at_work())
         yield
 
 
@@ -207,38 +186,6 @@ class Exchange:
     def take(self, reader: nn.Module, inputs: Any, answer: Any) -> None:
         if self.before:
             setattr(self.holder, self.own, self.before.pop())
-
-
-class SecondPath:
-    """A forward hook: the layer's answer plus up(down(x)), something for its bias, and Kronecker products."""
-
-    def __init__(self, weighted: Sequence[tuple[Change, float]]):
-        """What several adapters add to one layer, each at its weight: down [Σr, in] and up [out, Σr] are stacked."""
-        pairs = [(each, weight) for each, weight in weighted if isinstance(each, LowRank) and len(each.down)]
-        self.products = [(each, weight) for each, weight in weighted if isinstance(each, Kronecker)]
-        self.tensors = {}
-        if pairs:
-            self.tensors["down"] = torch.cat([each.down.float() for each, _ in pairs])
-            self.tensors["up"] = torch.cat([each.up.float() * (each.scale * weight) for each, weight in pairs], 1)
-        both = [(each, weight) for each, weight in weighted if isinstance(each, LowRank | Kronecker)]
-        if biases := [each.bias.float() * weight for each, weight in both if each.bias is not None]:
-            self.tensors["bias"] = torch.stack(biases).sum(0)
-        for index, (each, weight) in enumerate(self.products):
-            self.tensors |= {f"left {index}": each.left.float() * (each.scale * weight), f"right {index}": each.right}
-
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
-        (x,) = inputs
-        # x tells where, and how exactly, the layer computes
-        self.tensors = tensors = {name: tensor.to(x) for name, tensor in self.tensors.items()}
-        if "down" in tensors:
-            answer = answer + F.linear(F.linear(x, tensors["down"]), tensors["up"])
-        if "bias" in tensors:
-            answer = answer + tensors["bias"]
-        for index, (each, _) in enumerate(self.products):
-            left, right = tensors[f"left {index}"], tensors[f"right {index}"]
-            parts = F.linear(x.unflatten(-1, (left.shape[1], right.shape[1])), right)  # [..., b, c]
-            answer = answer + (left @ parts).flatten(-2)[..., each.rows]
-        return answer
 
 
 def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[tuple[Change, float]]]:
@@ -357,6 +304,30 @@ def check_product(path: Path, module: str, a: Tensor, b: Tensor) -> tuple[int, i
     return a.shape[0], b.shape[1]
 
 
+def low_rank_of(
+    path: Path, module: str, part: Mapping[str, Tensor], scale: float, shape: tuple[int, int], width: int
+) -> LowRank:
+    """A layer's low-rank pair. A whole matrix is one too, of the rank of its shorter side, with as many ones; so is
+    nothing, of no rank. Raises K2Error for halves that do not fit."""
+    out, inward = shape
+    if "down" in part:
+        check_factors(path, module, part["up"], part["down"], shape, width)
+        return LowRank(part["down"], part["up"], scale=scale)
+    if "diff" not in part:
+        return LowRank(torch.zeros(0, inward), torch.zeros(out, 0))
+    return LowRank(part["diff"], torch.eye(out)) if out <= inward else LowRank(torch.eye(inward), part["diff"])
+
+
+def hadamard_of(
+    path: Path, module: str, part: Mapping[str, Tensor], scale: float, shape: tuple[int, int], width: int
+) -> Hadamard:
+    """A layer's Hadamard product of two low-rank matrices. Raises K2Error for factors that do not fit."""
+    factors = [part[what] for what in sorted(HADAMARD)]
+    for a, b in (factors[:2], factors[2:]):
+        check_factors(path, module, a, b, shape, width)
+    return Hadamard(*factors, scale=scale)
+
+
 def kronecker_of(
     path: Path, module: str, part: Mapping[str, Tensor], alpha: float | None, rows: slice, shape: tuple[int, int]
 ) -> Kronecker:
@@ -371,18 +342,7 @@ def kronecker_of(
     check_span(path, module, len(range(a * c)[rows]), b * d, shape)
     ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
     left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
-    scale = alpha / ranks[-1] if ranks and alpha is not None else 1.0
-    return Kronecker(left, right, scale, rows, part.get("diff_b"))
-
-
-def pair_of(part: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A layer's low-rank pair. A whole matrix is one too, of the rank of its shorter side, with as many ones."""
-    if "down" in part:
-        return part["down"], part["up"]
-    if "diff" not in part:
-        return torch.zeros(0, shape[1]), torch.zeros(shape[0], 0)
-    whole, (out, inward) = part["diff"], shape
-    return (whole, torch.eye(out)) if out <= inward else (torch.eye(inward), whole)
+    return Kronecker(left, right, rows, scale=alpha / ranks[-1] if ranks and alpha is not None else 1.0)
 
 
 def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:
@@ -405,15 +365,15 @@ def check_wholes(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.
             raise of_another_size(path, f"{theirs}, this one's {own} {list(shape)}")
 
 
-def check_shapes(path: Path, module: str, down: Tensor, up: Tensor, shape: tuple[int, int], width: int) -> None:
-    """Both halves must share a rank and span the layer's shape, (out, in). Raises K2Error.
+def check_factors(path: Path, module: str, a: Tensor, b: Tensor, shape: tuple[int, int], width: int) -> None:
+    """Both factors of a @ b must share a rank and span the layer's shape, (out, in). Raises K2Error.
 
     A rank may exceed one side of a small layer (trainers give all layers one rank), but never the network's width.
     """
-    check_product(path, module, up, down)
-    if len(down) > width:
-        raise K2Error(f"{path} is damaged: {module} has a rank of {len(down)}.", hint="Fetch it again.")
-    check_span(path, module, up.shape[0], down.shape[1], shape)
+    out, inward = check_product(path, module, a, b)
+    if len(b) > width:
+        raise K2Error(f"{path} is damaged: {module} has a rank of {len(b)}.", hint="Fetch it again.")
+    check_span(path, module, out, inward, shape)
 
 
 def check_span(path: Path, module: str, out: int, inward: int, shape: tuple[int, int]) -> None:

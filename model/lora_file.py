@@ -17,14 +17,15 @@ from torch import Tensor
 from model.errors import K2Error, brief
 from model.headers import read_header, read_json, some
 
-PART = re.compile(  # module . half [. the adapter's name] [. weight]
-    r"(?P<module>.+?)\.lora(_|\.)(?P<half>A|B|down|up)(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
+PART = re.compile(  # module . part [. the adapter's name] [. weight]
+    r"(?P<module>.+?)\.(lora[_.](?P<half>A|B|down|up)|(?P<factor>hada_w[12]_[ab]))"
+    r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
 WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
 KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a factor, or the two that it is made of
 OTHER_KINDS = {  # adapters that are none of these, or more than one
     r"\.lokr_t[12]$": "a LoKr of convolutions",
-    r"\.hada_": "a LoHa",
+    r"\.hada_t[12]$": "a LoHa of convolutions",
     r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "a DoRA",
     r"\.(oft_|boft_)": "an OFT",
     r"\.([ab][12]|bm)\.weight$": "a GLoRA",
@@ -35,8 +36,9 @@ OTHER_KINDS = {  # adapters that are none of these, or more than one
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
 }
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
-PAIR, LEFT, RIGHT = ({"down", "up"},), ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
-WHOLE_KINDS = [*PAIR, *(left | right for left in LEFT for right in RIGHT)]  # what a layer's change consists of
+PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
+WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # what a change consists of
 ON_RAW = "Give a LoRA that was trained on Krea 2."
 PLAIN = "Give a plain LoRA; where this is one, fetch it again."
 
@@ -51,8 +53,8 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …} or {"diff": …}, and "diff_b"; module -> alpha,
-    where it is stated. A factor may be two, {"w2_a": …, "w2_b": …}.
+    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …}, `HADAMARD` or {"diff": …}, and "diff_b";
+    module -> alpha, where it is stated. A factor may be two, {"w2_a": …, "w2_b": …}.
 
     Raises K2Error.
     """
@@ -66,13 +68,13 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         elif match := WHOLE.fullmatch(name) or KRONECKER.fullmatch(name):
             parts.setdefault(match["module"], {})[match["what"]] = tensor
         elif match := PART.fullmatch(name):
-            half = {"A": "down", "B": "up"}.get(match["half"], match["half"])
-            if half in parts.setdefault(match["module"], {}):
+            what = {"A": "down", "B": "up"}.get(match["half"], match["half"]) or match["factor"]
+            if what in parts.setdefault(match["module"], {}):
                 raise K2Error(f"{path} holds more than one adapter: {name} is there twice.", hint="Give one a file.")
-            parts[match["module"]][half] = tensor
+            parts[match["module"]][what] = tensor
         else:
             strange.append(name)
-    kinds = {module: {what for what in part if what != "diff_b"} for module, part in parts.items()}
+    kinds = {module: part.keys() - {"diff_b"} for module, part in parts.items()}
     strange += [module for module, kind in kinds.items() if "diff" not in kind and kind and kind not in WHOLE_KINDS]
     strange += [f"{module}.alpha" for module in alphas if kinds.get(module, {"diff"}) <= {"diff"}]
     if strange:
@@ -108,15 +110,15 @@ def peft_settings(path: Path) -> PeftSettings:
             stated = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
         else:
             stated = read_json(beside) if path.name == "adapter_model.safetensors" and beside.exists() else {}
-        alpha = stated.get("lora_alpha")
+        kind = str(stated.get("peft_type") or "LORA").rpartition(".")[2].upper()
+        alpha = stated.get("alpha" if kind == "LOHA" else "lora_alpha")
         alphas = {layers(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}
         numbers = [*alphas.values(), 0.0 if alpha is None else float(alpha)]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("an alpha that is no number")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
-    kind = str(stated.get("peft_type") or "LORA").rpartition(".")[2].upper()
-    if kind != "LORA":  # their scales are stated otherwise
+    if kind not in ("LORA", "LOHA"):  # their scales are stated otherwise
         raise K2Error(f"{path} is a {brief(kind)} of PEFT's, which k2 does not read.", hint="Give a plain LoRA.")
     if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
         raise K2Error(

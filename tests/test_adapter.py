@@ -27,8 +27,9 @@ from model.hashes import sha256
 from model.headers import read_header
 from model.latents import position_ids
 from model.layouts import load_dit
-from model.lora import LowRank, read_lora
+from model.lora import read_lora
 from model.pipeline import Pipeline
+from model.second_path import LowRank
 from model.spec import Lora, RenderSpec
 from model.train import adapter, loop, states
 from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
@@ -323,7 +324,7 @@ def test_it_survives_every_layout(tmp_path, written, halves, model, layout):
 
 
 def test_scales_go_into_the_file(tmp_path, halves, model):
-    doubled = {name: LowRank(pair.down, pair.up, 2.0) for name, pair in halves.pairs().items()}
+    doubled = {name: LowRank(pair.down, pair.up, scale=2.0) for name, pair in halves.pairs().items()}
     write(tmp_path / "doubled.safetensors", doubled, TINY.blocks, {})
     read = read_lora(tmp_path / "doubled.safetensors", model)
     assert all(torch.equal(read.layers[n].up, 2 * p.up) and read.layers[n].scale == 1 for n, p in doubled.items())

@@ -403,7 +403,7 @@ def test_alpha_of_queries_keys_and_values_as_one(tmp_path, model, pairs):
     assert {each.scale for each in layers.values()} == {6 / len(whole[0])} and len(layers) == 3
 
 
-@pytest.mark.parametrize("kind", ["LOKR", "LOHA", "PeftType.OFT", "ADALORA", 3])
+@pytest.mark.parametrize("kind", ["LOKR", "PeftType.OFT", "ADALORA", 3])
 def test_adapters_of_peft_that_are_no_lora(tmp_path, model, kind):
     """A LoKr of PEFT's looks as LyCORIS's does, and its scale is another."""
     state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)

@@ -31,11 +31,11 @@ from model.few_bits import FewBitLinear
 from model.hashes import sha256
 from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
-from model.lora import LowRank
 from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype, side_of
 from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
 from model.sampler import raw_mu
+from model.second_path import LowRank
 from model.text_encoder import TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
@@ -125,7 +125,7 @@ class Halves(nn.Module):
         """Native layer -> its halves, these or those of a state dict."""
         state = self.state_dict() if state is None else state
         keys = {name: name.replace(".", "_") for name in self.names}
-        return {name: LowRank(state[f"down.{key}"], state[f"up.{key}"], 1.0) for name, key in keys.items()}
+        return {name: LowRank(state[f"down.{key}"], state[f"up.{key}"]) for name, key in keys.items()}
 
 
 @dataclass
