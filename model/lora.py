@@ -3,8 +3,9 @@
 A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
 it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
 bits that were there. Some files add a whole matrix to a layer (`.diff`), something to its bias (`.diff_b`), a Kronecker
-product (LoKr) or a Hadamard one (LoHa): see `model/second_path.py`. And some change the scales of norms, or what a
-layer adds to the time's modulation. These few numbers are exchanged for as long as the layer that they belong to works.
+product (LoKr) or a Hadamard one (LoHa), or say how long its rows are to be (DoRA): see `model/second_path.py`. And some
+change the scales of norms, or what a layer adds to the time's modulation. These few numbers are exchanged for as long
+as the layer that they belong to works.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ OTHER_MODELS = {  # whose layers are called so; the first that fits
 }
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
-ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a")  # what has as many rows as a layer has
+ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # what has as many rows as a layer has
 TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
 
 
@@ -131,7 +132,8 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         else:
             update = low_rank_of(file, module, part, scale, shape, network.config.width)
         if part:
-            layers[name] = replace(update, bias=part.get("diff_b"))
+            magnitude = magnitude_of(file, module, part, shape, stated=settings.dora)
+            layers[name] = replace(update, bias=part.get("diff_b"), magnitude=magnitude)
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
     return Adapter(Path(path), sha256(file), layers, tuple(unmatched))
 
@@ -252,6 +254,9 @@ def part_fused(
             continue  # it is named with the others that do not match
         sizes = [network.get_submodule(str(name)).get_parameter("weight").shape[0] for name in names]
         whole, start = parts.pop(module), 0
+        if "magnitude" in whole and is_row(whole["magnitude"]):
+            why = "holds the lengths of columns (DoRA) that three layers have together"
+            raise K2Error(f"{path} {why}: see its {module}.", hint=PLAIN)
         heights = {len(tensor) for what, tensor in whole.items() if what in ROWS}
         if factors := [tensor for what, tensor in whole.items() if what in TALL]:
             heights.add(math.prod(map(len, factors)))
@@ -267,12 +272,12 @@ def part_fused(
 
 
 def trained(part: Mapping[str, Tensor]) -> bool:
-    """Whether it changes anything: a product does where none of its factors is all noughts."""
+    """Whether it changes anything: a product does where none of its factors is all noughts, and a magnitude may."""
     wholes, factors = (
         [bool(tensor.any()) for what, tensor in part.items() if what.startswith("diff") == whole]
         for whole in (True, False)
     )
-    return any(wholes) or (bool(factors) and all(factors))
+    return any(wholes) or (bool(factors) and all(factors)) or "magnitude" in part
 
 
 def shift_of(path: Path, module: str, part: Mapping[str, Tensor], scale: float, own: nn.Parameter) -> Shift:
@@ -343,6 +348,29 @@ def kronecker_of(
     ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
     left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
     return Kronecker(left, right, rows, scale=alpha / ranks[-1] if ranks and alpha is not None else 1.0)
+
+
+def magnitude_of(
+    path: Path, module: str, part: Mapping[str, Tensor], shape: tuple[int, int], *, stated: bool
+) -> Tensor | None:
+    """A DoRA's lengths: of rows as a column [out, 1], of columns as a row [1, in]. PEFT's vector is of rows.
+
+    stated: whether the file says that it is a DoRA. Raises K2Error where it then is none, and for another shape.
+    """
+    magnitude = part.get("magnitude")
+    if magnitude is None:
+        if stated:
+            raise K2Error(f"{path} says that it is a DoRA, and has no magnitude of {module}.", hint="Fetch it again.")
+        return None
+    lengths = magnitude[:, None] if magnitude.ndim == 1 else magnitude
+    if lengths.shape not in ((shape[0], 1), (1, shape[1])):
+        theirs, ours = list(magnitude.shape), f"this one has {shape[0]} rows and {shape[1]} columns"
+        raise of_another_size(path, f"the magnitude of its {module} is {theirs}, {ours}")
+    return lengths
+
+
+def is_row(magnitude: Tensor) -> bool:
+    return magnitude.ndim == 2 and len(magnitude) == 1
 
 
 def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:

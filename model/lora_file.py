@@ -18,7 +18,7 @@ from model.errors import K2Error, brief
 from model.headers import read_header, read_json, some
 
 PART = re.compile(  # module . part [. the adapter's name] [. weight]
-    r"(?P<module>.+?)\.(lora[_.](?P<half>A|B|down|up)|(?P<factor>hada_w[12]_[ab]))"
+    r"(?P<module>.+?)\.(lora[_.](?P<half>A|B|down|up)|(?P<factor>hada_w[12]_[ab])|dora_scale|lora_magnitude_vector)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
 WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
@@ -26,7 +26,8 @@ KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a fac
 OTHER_KINDS = {  # adapters that are none of these, or more than one
     r"\.lokr_t[12]$": "a LoKr of convolutions",
     r"\.hada_t[12]$": "a LoHa of convolutions",
-    r"\.(dora_scale|lora_magnitude_vector|magnitude)\b": "a DoRA",
+    r"\.magnitude\b": "a DoRA whose norm is without alpha (ai-toolkit)",
+    r"\.wd_for_diff$": "a DoRA of differences",
     r"\.(oft_|boft_)": "an OFT",
     r"\.([ab][12]|bm)\.weight$": "a GLoRA",
     r"\.on_input$": "an IA3",
@@ -53,8 +54,8 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …}, `HADAMARD` or {"diff": …}, and "diff_b";
-    module -> alpha, where it is stated. A factor may be two, {"w2_a": …, "w2_b": …}.
+    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …}, `HADAMARD` or {"diff": …}, and "diff_b" and
+    "magnitude" (DoRA's); module -> alpha, where it is stated. A factor may be two, {"w2_a": …, "w2_b": …}.
 
     Raises K2Error.
     """
@@ -68,15 +69,16 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         elif match := WHOLE.fullmatch(name) or KRONECKER.fullmatch(name):
             parts.setdefault(match["module"], {})[match["what"]] = tensor
         elif match := PART.fullmatch(name):
-            what = {"A": "down", "B": "up"}.get(match["half"], match["half"]) or match["factor"]
+            what = {"A": "down", "B": "up"}.get(match["half"], match["half"]) or match["factor"] or "magnitude"
             if what in parts.setdefault(match["module"], {}):
                 raise K2Error(f"{path} holds more than one adapter: {name} is there twice.", hint="Give one a file.")
             parts[match["module"]][what] = tensor
         else:
             strange.append(name)
-    kinds = {module: part.keys() - {"diff_b"} for module, part in parts.items()}
+    kinds = {module: part.keys() - {"diff_b", "magnitude"} for module, part in parts.items()}
     strange += [module for module, kind in kinds.items() if "diff" not in kind and kind and kind not in WHOLE_KINDS]
     strange += [f"{module}.alpha" for module in alphas if kinds.get(module, {"diff"}) <= {"diff"}]
+    strange += [f"the magnitude of {m}" for m, part in parts.items() if "magnitude" in part and kinds[m] <= {"diff"}]
     if strange:
         raise K2Error(f"{path} holds what belongs to no whole low-rank pair or product: {some(strange)}.", hint=PLAIN)
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
@@ -93,6 +95,7 @@ class PeftSettings:
     alpha: float | None = None
     alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first that fits
     by_root: bool = False  # rank-stabilised: alpha / √rank
+    dora: bool = False  # every layer has a magnitude
 
     def scale(self, native: str, theirs: str, rank: int) -> float:
         patterns = (self.alphas or {}).items()
@@ -125,7 +128,8 @@ def peft_settings(path: Path) -> PeftSettings:
             f"{path} is an adapter of weights that PEFT changed first ({brief(begun)}), not of the model's own.",
             hint="Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
         )
-    return PeftSettings(None if alpha is None else float(alpha), alphas, bool(stated.get("use_rslora")))
+    roots, dora = bool(stated.get("use_rslora")), bool(stated.get("use_dora"))
+    return PeftSettings(None if alpha is None else float(alpha), alphas, roots, dora)
 
 
 def layers(key: str) -> re.Pattern[str]:

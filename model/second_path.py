@@ -1,17 +1,36 @@
-"""What adapters add to a linear layer, as a second path beside it: low-rank, Hadamard and Kronecker products.
+"""What adapters add to a linear layer, as a second path beside it: low-rank, Hadamard and Kronecker products, and DoRA.
 
-A layer answers W x + b, and an update U at the weight s adds s U x: adapters add up, in any order.
+A layer answers W x + b, and an update U at the weight s adds s U x. Where the update has a magnitude m it is a DoRA
+(Liu et al. 2024, arXiv 2402.09353), and W' takes the place of W:
+
+    W' = g (W + U),  g = m / ‖W + U‖
+
+The norm is that of each row, as in PEFT, where m is [out, 1], and of each column, as in OneTrainer, where m is [1, in];
+LyCORIS trains either. (ComfyUI divides rows by ‖W‖ alone; those who train them do not.) s scales the difference, as in
+ComfyUI, so that at 0 the layer is itself:
+
+    rows:     s (W' − W) x = s (g − 1) W x + s g U x          W x is there already
+    columns:  s (W' − W) x = W (s (g − 1) x) + s U (g x)      W multiplies once more
+
+So W' is never made, nor W + U but a few rows at a time for the norm, and a matrix in few bits keeps its fast product. W
+is the untouched one, as it is when dequantised, and U the DoRA's own, whatever else lies over the layer: adapters add
+up, in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.few_bits import FewBitLinear, in_eight
+from model.quantize import parts_of
+
+EPS = torch.finfo(torch.float32).eps  # beside a norm, as in LyCORIS: a row of noughts has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +40,14 @@ class Update:
     scaled: ClassVar[str]  # the factor that takes a scale
     scale: float = 1.0  # alpha / rank
     bias: Tensor | None = None  # [out]
+    magnitude: Tensor | None = None  # of a DoRA: [out, 1] or [1, in]
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], without the scale."""
+        raise NotImplementedError
+
+    def dense(self, rows: slice) -> Tensor:
+        """Some rows of the matrix [out, in], without the scale."""
         raise NotImplementedError
 
     def times(self, weight: float) -> Self:
@@ -49,6 +73,9 @@ class LowRank(Update):
     def product(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down), self.up)
 
+    def dense(self, rows: slice) -> Tensor:
+        return self.up[rows] @ self.down
+
 
 @dataclass(frozen=True)
 class Hadamard(Update):
@@ -64,13 +91,13 @@ class Hadamard(Update):
         """It is of rank r·q: up and down are all products of columns of w1_a and w2_a, and of rows of w1_b and w2_b."""
         rank, out, inward = len(self.w1_b) * len(self.w2_b), len(self.w1_a), x.shape[-1]
         if rank * (out + inward) > out * inward:
-            return F.linear(x, self.dense())
+            return F.linear(x, self.dense(slice(None)))
         down = (self.w1_b[:, None] * self.w2_b).flatten(0, 1)
         up = (self.w1_a[:, :, None] * self.w2_a[:, None]).flatten(1)
         return F.linear(F.linear(x, down), up)
 
-    def dense(self) -> Tensor:
-        return (self.w1_a @ self.w1_b) * (self.w2_a @ self.w2_b)
+    def dense(self, rows: slice) -> Tensor:
+        return (self.w1_a[rows] @ self.w1_b) * (self.w2_a[rows] @ self.w2_b)
 
 
 @dataclass(frozen=True)
@@ -86,20 +113,28 @@ class Kronecker(Update):
         parts = F.linear(x.unflatten(-1, (self.left.shape[1], self.right.shape[1])), self.right)  # [..., b, c]
         return (self.left @ parts).flatten(-2)[..., self.rows]
 
+    def dense(self, rows: slice) -> Tensor:
+        places = torch.arange(len(self.left) * len(self.right), device=self.left.device)[self.rows][rows]
+        left, right = self.left[places // len(self.right)], self.right[places % len(self.right)]
+        return (left[:, :, None] * right[:, None]).flatten(1)
+
 
 class SecondPath:
     """A forward hook: the layer's answer, and what several updates add to it, each at its weight."""
 
     def __init__(self, weighted: Sequence[tuple[Update, float]]):
-        updates = [each.times(weight) for each, weight in weighted]
-        pairs = [each for each in updates if isinstance(each, LowRank) and len(each.down)]
-        others = [each for each in updates if not isinstance(each, LowRank)]
+        plain = [each.times(weight) for each, weight in weighted if each.magnitude is None]
+        pairs = [each for each in plain if isinstance(each, LowRank) and len(each.down)]
+        others = [each for each in plain if not isinstance(each, LowRank)]
         self.updates: list[Update] = [*stacked(pairs), *others]
+        self.doras = [Dora(each, weight) for each, weight in weighted if each.magnitude is not None]
         biases = [each.bias.float() * weight for each, weight in weighted if each.bias is not None]
         self.bias = torch.stack(biases).sum(0) if biases else None
 
     def __call__(self, layer: nn.Linear, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
         (x,) = inputs
+        first = next(iter(layer._forward_hooks.values())) is self  # else others have added to the answer
+        own = answer if first or not self.doras else layer.forward(x)
         # x tells where, and how exactly, the layer computes
         self.updates = [each.to(x) for each in self.updates]
         for each in self.updates:
@@ -107,6 +142,8 @@ class SecondPath:
         if self.bias is not None:
             self.bias = self.bias.to(x)
             answer = answer + self.bias
+        for dora in self.doras:
+            answer = answer + dora.difference(layer, x, own)
         return answer
 
 
@@ -115,3 +152,51 @@ def stacked(pairs: Sequence[LowRank]) -> list[LowRank]:
     if not pairs:
         return []
     return [LowRank(torch.cat([each.down.float() for each in pairs]), torch.cat([each.up for each in pairs], 1))]
+
+
+class Dora:
+    """A DoRA over a layer, at a weight s. Its norm is taken when the layer first works: streamed, it has no matrix
+    before."""
+
+    def __init__(self, update: Update, weight: float):
+        self.update, self.weight = update, weight
+        self.gain: Tensor | None = None  # g, [out] or [in]
+        self.more: Tensor  # s (g − 1)
+        self.by_row: bool
+
+    def difference(self, layer: nn.Linear, x: Tensor, own: Tensor) -> Tensor:
+        """x [..., in], own [..., out] what the layer alone answers -> s (W' − W) x [..., out]."""
+        if self.gain is None:
+            gain = gain_of(layer, self.update)
+            self.by_row = gain.shape == (layer.out_features, 1)
+            self.gain, self.more = gain.flatten(), self.weight * (gain - 1).flatten()  # in bf16 g − 1 would be lost
+            self.update = self.update.times(self.weight)
+        self.update, self.gain, self.more = self.update.to(x), self.gain.to(x), self.more.to(x)
+        bias = 0 if layer.bias is None else layer.bias.to(own)
+        if self.by_row:
+            return self.more * (own - bias) + self.gain * self.update.product(x)
+        return layer.forward(self.more * x) - bias + self.update.product(self.gain * x)
+
+
+@torch.no_grad()
+def gain_of(layer: nn.Linear, update: Update) -> Tensor:
+    """m / ‖W + U‖ in m's shape, [out, 1] or [1, in], fp32. Of W + U some rows are there at a time."""
+    update = update.times(1.0).to(layer.weight.device, torch.float32)
+    assert update.magnitude is not None
+    by_row = update.magnitude.shape == (layer.out_features, 1)
+    squares, start = torch.zeros_like(update.magnitude), 0
+    for own in parts(layer):
+        rows = slice(start, start := start + len(own))
+        changed = (own + update.dense(rows)).square()
+        if by_row:
+            squares[rows] = changed.sum(1, keepdim=True)
+        else:
+            squares += changed.sum(0, keepdim=True)
+    return update.magnitude / (squares.sqrt() + EPS)
+
+
+def parts(layer: nn.Linear) -> Iterator[Tensor]:
+    """A layer's matrix, dequantised, some rows after the others, in fp32."""
+    if isinstance(layer, FewBitLinear):
+        return parts_of(*in_eight(*layer.held), layer.format.turned, 0)
+    return parts_of(layer.weight, None, 0, 0)

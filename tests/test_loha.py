@@ -98,7 +98,7 @@ def test_the_cheaper_way_is_taken(monkeypatch, rank, whole):
     """A few ranks are a pair of their product; of many the whole matrix is less work."""
     update = Hadamard(torch.ones(64, rank), torch.ones(rank, 48), torch.ones(64, rank), torch.ones(rank, 48))
     made, dense = [], Hadamard.dense
-    monkeypatch.setattr(Hadamard, "dense", lambda self: made.append(self) or dense(self))
+    monkeypatch.setattr(Hadamard, "dense", lambda self, rows: made.append(rows) or dense(self, rows))
     assert torch.equal(update.product(torch.ones(3, 48)), torch.full((3, 64), 48.0 * rank**2))
     assert bool(made) == whole
 
