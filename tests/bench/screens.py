@@ -26,6 +26,7 @@ from rich.text import Text
 
 HERE = Path(__file__).parents[2] / "projects_example" / "screens"
 COLUMNS, LINES = 96, 48
+PICKED = (0, 3, 4)  # in the gallery
 PAGE = """<meta charset="utf-8"><style>
 body {{ margin: 0; background: {background}; color: {foreground}; }}
 pre {{ margin: 0; padding: 18px 22px; width: max-content; font: 14px "DejaVu Sans Mono", monospace; }}
@@ -85,6 +86,8 @@ def main(project: Path, folder: Path = HERE) -> None:
             tab.goto((site / "index.html").as_uri())
             if name == "picture":
                 tab.locator(".tile").first.click()
+            for at in PICKED if name == "gallery" else ():
+                tab.locator(".pick").nth(at).click()
             tab.wait_for_load_state("networkidle")
             keep(tab, folder / f"{name}.webp")
         browser.close()
