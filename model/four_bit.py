@@ -62,10 +62,10 @@ def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
     pairs = levels[torch.stack([both & 15, both >> 4], -1)]
     table = (e4m3(both)[:, None, None] * pairs).round().clamp(-MOST, MOST).to(torch.int8).view(torch.int16).flatten()
     numbers = torch.empty(packed.shape, dtype=torch.int16, device=packed.device)
+    codes, scales = packed.view(torch.uint8).unflatten(1, (-1, GROUP // 2)), (groups.int() << 8)[..., None]
     step = max(1, AT_ONCE.get(packed.device.type, ELSEWHERE) // max(1, packed.shape[1]))
-    for some, scales, room in zip(packed.split(step), groups.split(step), numbers.split(step), strict=True):
-        places = some.view(torch.uint8).int().view(len(some), -1, GROUP // 2) + (scales.int() << 8)[..., None]
-        room.copy_(table.index_select(0, places.flatten()).view(room.shape))
+    for some, high, room in zip(codes.split(step), scales.split(step), numbers.split(step), strict=True):
+        torch.index_select(table, 0, (some + high).flatten(), out=room.flatten())
     return numbers.view(torch.int8)
 
 
