@@ -19,6 +19,7 @@ up, in any order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -34,7 +35,7 @@ EPS = torch.finfo(torch.float32).eps  # beside a norm, as in LyCORIS: a row of n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class Update(ABC):
     """What is added to one linear layer at weight 1: scale · a product of factors, and something to its bias."""
 
     scaled: ClassVar[str]  # the factor that takes a scale
@@ -42,13 +43,13 @@ class Update:
     bias: Tensor | None = None  # [out]
     magnitude: Tensor | None = None  # of a DoRA: [out, 1] or [1, in]
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], without the scale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, rows: slice) -> Tensor:
         """Some rows of the matrix [out, in], without the scale."""
-        raise NotImplementedError
 
     def times(self, weight: float) -> Self:
         """The same with scale · weight in a factor, in fp32."""
