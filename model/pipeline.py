@@ -88,6 +88,8 @@ class Pipeline:
         self.dtype = dtype = DTYPES[plan.dtype]
         self._hashes = Hashes(files_of(parts), (model.root, parts.lender))
         streamed = plan.offload == "all"
+        if device.type == "cpu":
+            keep_pages()  # before weights are rounded, which takes as much memory again and again
         self.dit, checkpoint = load_dit(
             parts.dit, device=device, dtype=dtype, precision=plan.precision, streamed=streamed
         )
@@ -95,8 +97,6 @@ class Pipeline:
         self.vae = load_vae(parts.vae, device, dtype)
         if device.type == "cuda" and not streamed:
             accelerate(self.dit)
-        elif device.type == "cpu":
-            keep_pages()
         self.metadata = checkpoint.metadata
         self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
