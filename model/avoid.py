@@ -74,16 +74,24 @@ class Direction(NamedTuple):
     weight: float
 
 
-def directions(encode: Callable[[str], Tensor], prompt: str, away: Avoided) -> list[Direction]:
-    """Avoided phrases beside a prompt. `encode` makes a prompt's rows [1, T, N, E].
+def directions(
+    encode: Callable[[str], Tensor], unread: Callable[[str], int], prompt: str, away: Avoided
+) -> list[Direction]:
+    """Avoided phrases beside a prompt.
+
+    encode  makes a prompt's rows [1, T, N, E]
+    unread  tokens at a prompt's end that are too many, and cut off
 
     The suffix sums the prompt up, so what a phrase adds to it depends on the others: it is the difference between the
-    prompt with it and without. A prompt may hold the phrase already; then the one without is the shorter.
+    prompt with it and without. A prompt may hold the phrase already; then the one without is the shorter. One that
+    is too long to be read with the phrase behind it gives up its last words, each being a token at the least.
     """
     found = []
     for phrase, weight in away:
-        without = re.sub(rf"[\s,]*(?<!\w){re.escape(phrase)}(?!\w)", "", prompt, flags=re.IGNORECASE)
-        with_it = prompt if without != prompt else ", ".join(filter(None, (prompt, phrase)))
+        too_many = unread(f"{prompt}, {phrase}")
+        said = " ".join(prompt.split()[:-too_many]) if too_many else prompt
+        without = re.sub(rf"[\s,]*(?<!\w){re.escape(phrase)}(?!\w)", "", said, flags=re.IGNORECASE)
+        with_it = said if without != said else ", ".join(filter(None, (said, phrase)))
         suffixes = [split(encode(text).cpu().double())[1] for text in (with_it, without)]
         found.append(Direction(split(encode(phrase))[0], suffixes[0] - suffixes[1], weight))
     return found

@@ -65,7 +65,7 @@ class Conditioning:
             else:
                 embeds = self._speak(prompt)
             if away:
-                led = directions(self._speak, prompt, away)
+                led = directions(self._speak, self.text.unread, prompt, away)
                 words = len(self.text.token_ids(prompt))  # rows of pictures stand behind them, and stay as they are
                 steered = steer_away(embeds[:, :words], led, self._speak(SAYS_NOTHING))
                 embeds = torch.cat((steered, embeds[:, words:]), 1)

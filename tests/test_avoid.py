@@ -141,12 +141,23 @@ def test_what_a_phrase_adds_is_told_beside_the_prompt(text, with_it, without):
         asked.append(words)
         return prompt(2, len(words))
 
-    ((rows, adds, weight),) = directions(encode, text, (("ink on fog", 0.5),))
+    ((rows, adds, weight),) = directions(encode, lambda text: 0, text, (("ink on fog", 0.5),))
 
     assert asked == [with_it, without, "ink on fog"] and weight == 0.5
     assert torch.equal(rows, split(prompt(2, 10))[0])
     suffixes = [split(prompt(2, len(words)).double())[1] for words in (with_it, without)]
     assert torch.equal(adds, suffixes[0] - suffixes[1])
+
+
+@pytest.mark.parametrize("text", ["a fox " * 300, "a fox " * 300 + ", ink", "a fox " * 253])
+def test_what_a_phrase_adds_to_a_prompt_that_is_too_long_is_not_lost(tiny, text):  # noqa: F811
+    speaks = Pipeline.load("tiny", filters=()).text
+
+    def adds(prompt: str) -> float:
+        (led,) = directions(lambda words: speaks.encode([words])[0], speaks.unread, prompt, (("ink", 1.0),))
+        return led.adds.abs().max().item()
+
+    assert speaks.unread(f"{text}, ink") and adds(text) > 0.1 * adds("a fox")
 
 
 # ---- what is avoided ----------------------------------------------------------------------------
