@@ -22,6 +22,7 @@ from model.dit import Krea2
 from model.few_bits import few_bit_layers, native
 from model.hashes import cache_folder
 from model.plan import NARROW
+from model.quantize import hadamard
 from model.recent import Recent
 
 MOST_GRAPHS = 8  # shapes kept; each holds its own working memory
@@ -37,6 +38,7 @@ def accelerate(dit: Krea2) -> None:
         # Compiled kernels outlive the process: the next one finds them in a second.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         torch.compiler.assume_constant_result(native)  # a question to the device would cut every block in pieces
+        torch.compiler.assume_constant_result(hadamard)  # or it would be made anew by every call
     compiled = wide and compilers_know(layer.format.number for layer in few_bit_layers(dit).values()) and can_compile()
     if compiled:
         for block in dit.blocks:

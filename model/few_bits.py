@@ -136,17 +136,17 @@ def native(number: torch.dtype, device: str) -> bool:
     CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with a scale for every
     row from Hopper on.
     """
-    return asked(number, device)
+    return asked(number, device, torch.cuda.current_device() if device == "cuda" else 0)
 
 
 @cache
-def asked(number: torch.dtype, device: str) -> bool:
-    """What the device itself says to `native`."""
+def asked(number: torch.dtype, device: str, card: int) -> bool:
+    """What the device itself says to `native`; of several cards the one with that index."""
     if device == "cpu":
         known = torch.cpu.get_capabilities()
         return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     if device == "cuda":
-        return torch.cuda.get_device_capability() >= ((8, 0) if number == torch.int8 else (9, 0))
+        return torch.cuda.get_device_capability(card) >= ((8, 0) if number == torch.int8 else (9, 0))
     return False
 
 

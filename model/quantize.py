@@ -112,18 +112,29 @@ def rotate(matrix: Tensor, group: int) -> Tensor:
     are rotated too, as ComfyUI does it: (x H)(W H)ᵀ = x Wᵀ.
     """
     inner = min(group, 256)
-    parts = matrix.reshape(-1, group // inner, inner) @ hadamard(inner).to(matrix)
+    parts = matrix.reshape(-1, group // inner, inner) @ hadamard(inner, matrix.dtype, matrix.device)
     if group > inner:  # H of a product of sizes is their Kronecker product: the large one is never made
-        parts = hadamard(group // inner).to(matrix) @ parts
+        parts = hadamard(group // inner, matrix.dtype, matrix.device) @ parts
     return parts.view(matrix.shape)
 
 
-@cache
-def hadamard(size: int) -> Tensor:
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[size, size], symmetric and orthogonal: Kronecker powers of a matrix of 4 whose rows and columns all have the
-    same sum, not Sylvester's, whose first column would gather what a row has in common (comfy-kitchen)."""
-    small = (1 - 2 * torch.eye(4).flip(1)) / 2
-    return torch.ones(1, 1) if size == 1 else torch.kron(small, hadamard(size // 4))
+    same sum, not Sylvester's, whose first column would gather what a row has in common (comfy-kitchen).
+
+    It is made once for each device: copies to a card cannot be recorded, and compilers take it as a constant.
+    """
+    return powers(size, dtype, device)
+
+
+@cache
+@torch.inference_mode(False)  # whoever asks first, gradients may pass through it later
+def powers(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `hadamard` is."""
+    small, whole = (1 - 2 * torch.eye(4).flip(1)) / 2, torch.ones(1, 1)
+    while len(whole) < size:
+        whole = torch.kron(small, whole)
+    return whole.to(device, dtype)
 
 
 def scale_of(name: str, names: Mapping[str, object]) -> str | None:

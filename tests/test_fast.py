@@ -12,9 +12,8 @@ from test_lora import TINY, random_pairs
 from model import fast
 from model.checkpoint import save
 from model.dit import Krea2
-from model.few_bits import FORMATS, few_bit_layers, shrink
+from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink, usual
 from model.lora import laid_over, read_lora
-from model.quantize import to_rows
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -66,24 +65,31 @@ def test_what_is_laid_over_is_noticed(monkeypatch):
     assert taken == ["replayed", "plain", "plain", "replayed"]
 
 
-def test_a_block_in_8_bits_is_compiled_in_one_piece(monkeypatch, tmp_path):
-    """Nothing in it asks the device anything while it is traced; needs no card."""
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_block_in_few_bits_is_compiled_in_one_piece(monkeypatch, tmp_path, precision):
+    """Nothing in it asks the device anything while it is traced, and no matrix is made in it; needs no card."""
     monkeypatch.setattr(fast, "NARROW", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = random_model(TINY)
+    model, made = random_model(TINY), []
     exact, given = model.state_dict(), (torch.randn(1, 20, TINY.width), torch.randn(1, 1, 6 * TINY.width))
-    shrink(model.blocks, lambda name, layer: FORMATS["int8"])
-    for name in few_bit_layers(model):
-        exact[name], exact[f"{name}_scale"] = to_rows(exact[name], torch.int8)
+    shrink(model.blocks, lambda name, layer: usual(precision, layer.in_features))
+    for name, layer in few_bit_layers(model).items():
+        held = hold(exact[name], None, 0, layer.format)
+        exact |= {name + end: part for end, part in zip(ENDS[layer.format.bits], held, strict=True)}
     model.load_state_dict(exact, assign=True)
 
     fast.accelerate(model)
 
+    def backend(graph, inputs):
+        made.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
     block, rope = model.blocks[0], model.rope(4, (4, 4))
-    whole = torch.compile(block, backend="eager", fullgraph=True)
+    whole = torch.compile(block, backend=backend, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(whole(*given, rope, None), block(*given, rope, None), rtol=1e-4, atol=1e-4)
+    assert made and not any("kron" in name for name in made)
 
 
 @pytest.mark.parametrize(

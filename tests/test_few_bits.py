@@ -13,7 +13,7 @@ from model.checkpoint import save
 from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, usual, widened
 from model.layouts import load_dit
 from model.lora import laid_over, read_lora
-from model.quantize import quantise, to_rows
+from model.quantize import powers, quantise, to_rows
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -98,7 +98,7 @@ def test_cards_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, in
 
 def test_which_devices_multiply_in_8_bits(monkeypatch):
     def both(device: str) -> tuple[bool, bool]:
-        return tuple(bool(asked.__wrapped__(FORMATS[each].number, device)) for each in ("int8", "fp8"))
+        return tuple(bool(asked.__wrapped__(FORMATS[each].number, device, 0)) for each in ("int8", "fp8"))
 
     for known, able in (({}, False), ({"avx512_vnni": False, "amx_int8": True}, True), ({"avx512_bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
@@ -109,8 +109,30 @@ def test_which_devices_multiply_in_8_bits(monkeypatch):
         ((8, 9), (True, False)),
         ((9, 0), (True, True)),
     ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda version=version: version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card, version=version: version)
         assert both("cuda") == able
+
+
+def test_cards_of_different_kinds_are_asked_one_by_one(monkeypatch):
+    hopper_and_ampere = [(9, 0), (8, 6)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: hopper_and_ampere[card])
+    asked.cache_clear()
+    for card, able in enumerate((True, False, True)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda card=card: card % 2)
+        assert few_bits.native(torch.float8_e4m3fn, "cuda") is able
+    asked.cache_clear()
+
+
+@pytest.mark.parametrize("precision", FORMATS)
+def test_something_is_learned_on_top_after_a_picture_was_rendered(precision):
+    """What was made while rendering is no inference tensor, which no gradient could pass."""
+    few_bits_of_rows = layer(torch.randn(64, 64), precision)
+    powers.cache_clear()
+    with torch.inference_mode():
+        few_bits_of_rows(torch.randn(2, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    few_bits_of_rows(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("precision", FORMATS)
