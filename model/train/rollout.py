@@ -62,7 +62,8 @@ def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
     """Shifted logit-normal noise levels [count], stratified: no step sees only easy or only hard ones."""
     dice: dict[str, Any] = {"generator": generator, "device": generator.device}
     spread = (torch.randperm(count, **dice) + torch.rand(count, **dice)) / count
-    return torch.sigmoid(mu + torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4)))
+    normal = torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4).cpu()).to(spread.device)  # Metal knows no ndtri
+    return torch.sigmoid(mu + normal)
 
 
 def noised(image: Tensor, mu: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
