@@ -34,8 +34,8 @@ KINDS = {
     dict: "a table",
     list: "a list",
 }
-UNPRINTABLE = re.compile(  # what terminals obey; and surrogates, as which Python keeps bytes of a name that are no text
-    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+UNPRINTABLE = re.compile(  # what terminals obey; surrogates, as which Python keeps bytes that are no text; no letters
+    r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # signs that say how those beside them are drawn
 USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"

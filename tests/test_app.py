@@ -379,6 +379,7 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
         (["--style", "dusk=1"], '--style: there is no style "dusk".', "Write it as styles/dusk.toml."),
         (["--only", "fux"], '--only: moody has no prompt named "fux".', 'Did you mean "fox"?'),
         (["-p", "a\x1b[2Jb"], "A prompt holds a control character.", ""),
+        (["-p", "a fox \uffff"], "A prompt holds a control character.", ""),
         (["--resume"], "moody has no run to go on with.", "Start one with: k2 render"),
         (["-"], "Standard input holds no prompt.", "Give one a line"),
         (["-p", ""], "A prompt is empty.", "Say what the picture should show."),
