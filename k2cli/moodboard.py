@@ -10,7 +10,6 @@ import glob
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +22,7 @@ from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
 from k2cli.pictures import Inside, find
 from k2cli.styles import reference
-from k2cli.tables import PATH, between
+from k2cli.tables import PATH, between, relative
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
@@ -176,7 +175,7 @@ def style_file(board: Board, root: Path) -> str:
         words = "".join(f", {name} {share:.0%}" for name, share in each.words.values())
         lines += ["", f"# look {number} of {len(board.looks)}: {each.share:.0%} of the board{words}"]
         for path, weight in each.representatives:
-            lines.append(reference(glob.escape(os.path.relpath(path, root)), weight).decode())
+            lines.append(reference(glob.escape(relative(path, root)), weight).decode())
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -191,9 +190,9 @@ def to_table(board: Board, root: Path) -> dict[str, Any]:
         "looks": [
             {
                 "share": look.share,
-                "pictures": [os.path.relpath(path, root) for path in look.pictures],
+                "pictures": [relative(path, root) for path in look.pictures],
                 "representatives": [
-                    {"image": os.path.relpath(path, root), "weight": weight} for path, weight in look.representatives
+                    {"image": relative(path, root), "weight": weight} for path, weight in look.representatives
                 ],
                 "words": {kind: {"name": name, "share": share} for kind, (name, share) in look.words.items()},
             }

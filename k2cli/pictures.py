@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from k2cli.tables import printable
+from k2cli.tables import printable, relative
 from model import picture_file
 from model.errors import K2Error
 from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
@@ -37,14 +37,14 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others
     magic = glob.has_magic(pattern) and not os.path.exists(root / pattern)
     named = inside(pattern.split("*")[0] if magic else pattern, where)
     if not magic and named.is_dir():
-        pattern, magic = os.path.join(glob.escape(pattern), "*"), True
+        pattern, magic = f"{glob.escape(pattern)}/*", True
     if not magic:
         return [named]
     found: set[Path] = set()
     for path in matches(root, pattern, inside, where):
         if picture_file.is_named_so(path) and not picture_file.is_sheet(path):
             printable(path.name, f"{where}: the name of {path.name}", "Rename the file.")
-            found.add(inside(os.path.relpath(path, root), where))
+            found.add(inside(relative(path, root), where))
             if len(found) > most:
                 raise K2Error(
                     f"{where}: {pattern} names more than {most} pictures.",
@@ -67,7 +67,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
             if not rest and os.path.exists(path):
                 yield path
             elif rest and path.is_dir():
-                left.append((inside(os.path.relpath(path, root), where), tuple(rest)))
+                left.append((inside(relative(path, root), where), tuple(rest)))
             continue
         about = os.stat(folder)
         key = (about.st_dev, about.st_ino, (part, *rest))
@@ -92,7 +92,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
                 yield folder / entry.name
             elif is_folder(entry):
                 path = folder / entry.name
-                left.append((inside(os.path.relpath(path, root), where) if entry.is_symlink() else path, deeper))
+                left.append((inside(relative(path, root), where) if entry.is_symlink() else path, deeper))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

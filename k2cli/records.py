@@ -7,7 +7,6 @@ run.toml is the same table as far as it is known before rendering, so one reader
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +20,7 @@ from PIL import Image
 from k2cli import formats, models
 from k2cli.project import Shot
 from k2cli.settings import as_asked
-from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, one_of, read_table
+from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, one_of, read_table, relative
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import sha256
@@ -172,11 +171,6 @@ def mask_table(mask: Path | str, root: Path, hash_of: Callable[[Path], str] | No
     return {"image": relative(mask, root), "sha256": (hash_of or sha256)(mask)}
 
 
-def relative(path: Path, root: Path) -> str:
-    """A path from the project's folder on, or from where a link to that leads: ".." goes up from there."""
-    return os.path.relpath(path, root if path.is_relative_to(root) else root.resolve())
-
-
 def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """A style as records hold it, with the hash of every file it is made of."""
     hash_of = hash_of or sha256
@@ -187,13 +181,12 @@ def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None 
         "avoids": list(style.avoids),
         "method": style.method if style.references else None,
         "reference": [
-            {"image": os.path.relpath(r.image, root), "weight": r.weight, "sha256": hash_of(r.image)}
-            for r in style.references
+            {"image": relative(r.image, root), "weight": r.weight, "sha256": hash_of(r.image)} for r in style.references
         ],
     }
     if style.lora:
         table["triggers"] = list(style.triggers)
-        table["lora"] = {"file": os.path.relpath(style.lora, root), "sha256": hash_of(style.lora)}
+        table["lora"] = {"file": relative(style.lora, root), "sha256": hash_of(style.lora)}
     return table
 
 
@@ -223,7 +216,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": with_methods(asked.get("style"), made.get("styles", ())),
         "lora": [  # how much of each adapter found its place in the network
-            {"file": os.path.relpath(lora["path"], root), **{key: lora[key] for key in lora if key != "path"}}
+            {"file": relative(Path(lora["path"]), root), **{key: lora[key] for key in lora if key != "path"}}
             for lora in made.get("loras", ())
         ]
         or None,
@@ -244,7 +237,7 @@ def with_methods(asked: list[dict[str, Any]] | None, made: Iterable[Mapping[str,
 
 def portable(name: str, root: Path) -> str:
     """A model's name; a path within the project is relative to it, so that the project can move."""
-    return str(Path(name).relative_to(root)) if Path(name).is_relative_to(root) else name
+    return Path(name).relative_to(root).as_posix() if Path(name).is_relative_to(root) else name
 
 
 def pixel_hash(image: Image.Image) -> str:

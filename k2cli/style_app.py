@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -153,6 +152,7 @@ def show_style(
     """
     from k2cli.console import result
     from k2cli.records import style_table
+    from k2cli.tables import relative
 
     opened = find_project(project, allow_outside)
     parts = opened.styles.resolve({name: 1.0}, lambda name: "k2 style show")
@@ -165,11 +165,10 @@ def show_style(
             "keywords": ", ".join(part.keywords),
             "avoids": ", ".join(part.avoids),
             "triggers": ", ".join(part.triggers),
-            "lora": os.path.relpath(part.lora, opened.root) if part.lora else "",
+            "lora": relative(part.lora, opened.root) if part.lora else "",
             "method": part.method if part.references else "",
             "pictures": "\n            ".join(
-                f"{reference.weight:<5g} {os.path.relpath(reference.image, opened.root)}"
-                for reference in part.references
+                f"{reference.weight:<5g} {relative(reference.image, opened.root)}" for reference in part.references
             ),
         }
         for key, fact in facts.items():
@@ -343,10 +342,11 @@ def pictures_of(home: Project, images: Sequence[Path] | None, others: set[Path])
     """The pictures of a board: those that were named, else those of [moodboard]; what lies beside them is added to
     `others`. Raises K2Error."""
     from k2cli import moodboard
+    from k2cli.tables import relative
 
     if images:
         root = home.root.resolve()  # either may be reached by a link
-        typed = [os.path.relpath(image.parent.resolve() / image.name, root) for image in images]
+        typed = [relative(image.parent.resolve() / image.name, root) for image in images]
         return moodboard.gather(typed, home.root, home.inside, "The board", others)
     if home.board:
         return home.board_pictures(home.board, others)

@@ -31,6 +31,7 @@ from k2cli.tables import (
     plain,
     read_table,
     read_weights,
+    relative,
 )
 from model.errors import K2Error
 from model.hashes import sha256
@@ -216,7 +217,7 @@ class Styles:
             raise K2Error(f"{where}: {pattern} names no picture.", hint=hint)
         self.others.update(others)
         for path in found:
-            check_picture(path, where, os.path.relpath(path, self.root))
+            check_picture(path, where, relative(path, self.root))
         return found
 
     def resolve(self, weights: Mapping[str, float], where: Callable[[str], str]) -> tuple[Style, ...]:

@@ -254,6 +254,15 @@ def from_here(path: Path) -> str:
     return str(full.relative_to(Path.cwd())) if full.is_relative_to(Path.cwd()) else str(full)
 
 
+def relative(path: Path, root: Path) -> str:
+    """A path from the project's folder on, or from where a link to that leads: ".." goes up from there. With slashes,
+    wherever it is written; of another drive (Windows has such) the whole."""
+    try:
+        return Path(os.path.relpath(path, root if path.is_relative_to(root) else root.resolve())).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
 def label_of(root: Path, file: str) -> str:
     """What messages call a file of a project: its name in there; from outside of the project, its path."""
     return file if Path.cwd().is_relative_to(root.absolute()) else from_here(root / file)

@@ -21,7 +21,7 @@ from PIL import Image
 from k2cli import embedded, models, records, runs
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
-from k2cli.tables import LIMIT, Toml
+from k2cli.tables import LIMIT, Toml, relative
 from model.errors import K2Error
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
 
@@ -491,3 +491,14 @@ class TestRerun:
         result = k2("rerun", bare, "--output", "x.png", code=1)
 
         assert "refs/a.png of its project" in result.stderr and "--project" in result.stderr
+
+
+def test_paths_are_written_from_the_project_on_with_slashes_and_whole_on_another_drive(tmp_path, monkeypatch):
+    assert relative(tmp_path / "moody" / "refs" / "a.png", tmp_path / "moody") == "refs/a.png"
+    assert relative(tmp_path / "a.png", tmp_path / "moody") == "../a.png"
+
+    def other_drive(path: Path, start: Path) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")  # as on Windows
+
+    monkeypatch.setattr("os.path.relpath", other_drive)
+    assert relative(tmp_path / "a.png", tmp_path / "moody") == (tmp_path / "a.png").as_posix()
