@@ -220,7 +220,8 @@ def say_doubts(job: Job) -> None:
     """That some prompts will get a picture of something else, that sizes are too far from what the model knows, that
     guidance ends which never began, or that references and moodboard have pictures beside them that nothing reads, or
     that are broken."""
-    if over := passed_over(job.project.others):
+    used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
+    if over := passed_over(job.project.others - used):
         say(over, "yellow")
     if unread := sorted(path.name for path in job.project.unread):
         say(f"Left out of the moodboard, as they cannot be read: {listed(unread)}.", "yellow")

@@ -75,6 +75,7 @@ def gather(
         found.update(named)
         if len(found) > MOST:
             raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
+    others -= {path.parent for path in found}  # a folder within that is named by itself
     return sorted(found)
 
 

@@ -52,6 +52,7 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others
                 )
         else:
             others.add(path)
+    others -= {path.parent for path in found}  # folders within that the glob walks, too
     return sorted(found)
 
 

@@ -305,7 +305,8 @@ def add_style(
             hint = passed_over(image.iterdir()) or "Name pictures, or a folder of them."
             raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
-    over = passed_over(path for image in images if image.is_dir() for path in image.iterdir())
+    beside = {path for image in images if image.is_dir() for path in image.iterdir()}
+    over = passed_over(beside - {each.parent for each in files})
     kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
     there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
     hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first

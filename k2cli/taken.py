@@ -22,6 +22,7 @@ from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
 from model import library
 from model.errors import K2Error
+from model.picture_file import passed_over
 
 MOST = 1000  # pictures of a folder, and of a batch
 
@@ -36,7 +37,8 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
             continue
         pictures = in_folder(path)
         if not pictures:
-            raise K2Error(f"{path} holds no picture.", hint="Name pictures, or a folder of them.")
+            hint = passed_over(path.iterdir()) or "Name pictures, or a folder of them."
+            raise K2Error(f"{path} holds no picture.", hint=hint)
         if len(pictures) > MOST:
             raise K2Error(f"{path} holds more than {MOST:,} pictures.", hint="Name those to take.")
         for picture in pictures:

@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,10 +46,23 @@ def is_sheet(path: Path) -> bool:
 
 
 def passed_over(paths: Iterable[Path]) -> str:
-    """Of what lies in folders: a sentence on the pictures that nothing here reads; "" where there are none."""
-    found = sorted(path.name for path in paths if path.suffix.lower() in OTHERS and not path.name.startswith("."))
-    kinds = ", ".join(sorted({Path(name).suffix.lower()[1:] for name in found}))
-    return f"Passed over: {count_of(len(found), 'picture')} ({kinds}); png, jpg and webp are read." if found else ""
+    """Of what lies in folders: sentences on the pictures that nothing here reads, and on folders within that hold
+    pictures; "" where there are none."""
+    seen = sorted(path for path in paths if not path.name.startswith("."))
+    others = [path.suffix.lower()[1:] for path in seen if path.suffix.lower() in OTHERS]
+    kinds = ", ".join(sorted(set(others)))
+    within = [path.name for path in seen if holds_pictures(path)]
+    folders = ", ".join(within[:3] + ["…"] * (len(within) > 3))
+    told = [f"Passed over: {count_of(len(others), 'picture')} ({kinds}); png, jpg and webp are read."] * bool(others)
+    told += [f"Passed over: pictures in folders within ({folders}); name those folders, too."] * bool(folders)
+    return " ".join(told)
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether it is a folder with a picture in it."""
+    with suppress(OSError):
+        return path.is_dir() and any(is_named_so(each) for each in path.iterdir())
+    return False
 
 
 def cut_off(error: Exception) -> str:

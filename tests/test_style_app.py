@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from k2cli.complete import complete_style
 from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.tables import Toml
+from model.picture_file import passed_over
 
 
 @pytest.fixture
@@ -151,6 +153,29 @@ def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
 
     none = k2("style", "add", "night", photos / "raw", code=1)
     assert said.format("2 pictures (tif, tiff); png, jpg and webp are") in none.stderr
+
+
+def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody, photos, k2):
+    within = photos / "more" / "at night"
+    within.mkdir()
+    Image.new("RGB", (32, 32), "navy").save(within / "c.png")
+    said = "Passed over: pictures in folders within (at night); name those folders, too."
+
+    assert said in k2("style", "add", "dusk", photos / "more").stderr
+    assert said not in k2("style", "add", "dusk", photos / "more", within, "--force").stderr
+    above = photos / "above"
+    shutil.copytree(within, above / "at night")
+    assert said in k2("style", "add", "night", above, code=1).stderr
+    assert said in k2("new", "another", "--from", above, code=1).stderr
+    shutil.copytree(photos / "more", moody / "refs" / "deep")
+    for patterns, told in ((["refs/deep"], said), (["refs/deep", "refs/deep/at night"], "")):
+        others: set[Path] = set()
+        gather(patterns, moody, lambda path, where: moody / path, "board", others)
+        assert passed_over(others) == told
+    for pattern, told in (("refs/deep", True), ("refs/deep/**/*", False)):
+        (moody / "styles" / "dusk.toml").write_text(f'[[reference]]\nimage = "{pattern}"\n')
+        (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+        assert (said in k2("render", "--dry-run").stderr) is told
 
 
 def test_a_render_tells_once_of_references_that_are_not_read(looks, photos, k2):
