@@ -266,8 +266,19 @@ class Project(Folder):
                 raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
             if letters > MOST_PLAN:
                 raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
-        batches = [shots] if settings.scope == "run" else [list(batch) for _, batch in groupby(shots, lambda s: s.name)]
+        if settings.scope == "run":
+            return tie(shots, settings.cohesion, self.leader or self.first_of(settings, prompts, styles))
+        batches = [list(batch) for _, batch in groupby(shots, lambda shot: shot.name)]
         return [shot for batch in batches for shot in tie(batch, settings.cohesion, self.leader)]
+
+    def first_of(
+        self, settings: Settings, prompts: Sequence[Prompt] | None, styles: Mapping[str, float] | None
+    ) -> Leader | None:
+        """The project's first picture, where prompts are only some of its own: they belong together with the others."""
+        if not prompts or prompts[0] not in self.prompts[1:]:
+            return None
+        spec = self.shots(settings, self.prompts[:1], styles)[0].spec
+        return Leader(spec.prompt, spec.seed, spec.negative)
 
     def series(
         self,

@@ -287,11 +287,23 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
     assert led() == [fox, fox, owl, owl]
     assert led("--scope", "run", "--cohesion", "0.2") == [fox] * 4
     assert led("--cohesion", "0") == [()] * 4
+    assert led("--scope", "run", "--only", "fox") == [fox] * 2
+    assert led("--scope", "run", "--only", "owl") == [fox] * 2  # as when all were rendered
+    assert led("--scope", "run", "-p", "a hen") == [("a hen", 0, "")] * 2
     for options, message in (
         (("--cohesion", "2"), "--cohesion must lie between 0 and 1, not 2.0."),
         (("--scope", "all"), '--scope cannot be "all".'),
     ):
         assert message in " ".join(k2("render", *options, code=2).stderr.split())
+
+
+def test_some_of_a_run_are_what_they_are_among_all(den, k2):
+    def pixels(*options: str) -> dict[str, bytes]:
+        paths = map(Path, k2("render", "--scope", "run", "--batch", "1", "--quiet", *options).stdout.split())
+        return {path.name: Image.open(path).tobytes() for path in paths}
+
+    every, owl = pixels(), pixels("--only", "owl")
+    assert owl == {"owl-0.png": every["owl-0.png"]}
 
 
 def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
