@@ -29,7 +29,7 @@ from k2cli.tables import listed
 from model.errors import K2Error, count_of
 from model.picture_file import passed_over
 from model.region import Region
-from model.spec import denoise_of, steps_taken
+from model.spec import Leader, denoise_of, steps_taken
 from model.vocabulary import vocabulary
 
 CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
@@ -60,9 +60,19 @@ def plan_project(
             say("Nothing begins with a picture, so that denoise changes nothing.", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
-        for doubt in misbegun(job):
+        for doubt in (*idle(settings, shots), *misbegun(job)):
             say(doubt, "yellow")
     return job
+
+
+def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
+    """Of settings that were typed for this run: that they change nothing in it."""
+    specs, here = [shot.spec for shot in shots], settings.elsewhere
+    lead = all(spec.leader == Leader(spec.prompt, spec.seed, spec.negative) for spec in specs)
+    if "cohesion" in here and settings.cohesion and lead:
+        yield "Every picture is the first of its own, so that cohesion changes nothing."
+    if "style_guidance" in here and not any(style.references for spec in specs for style in spec.styles):
+        yield "No style has reference pictures, so that style_guidance changes nothing."
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:

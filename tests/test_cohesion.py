@@ -306,6 +306,19 @@ def test_some_of_a_run_are_what_they_are_among_all(den, k2):
     assert owl == {"owl-0.png": every["owl-0.png"]}
 
 
+def test_what_is_typed_and_changes_nothing_is_told(den, k2):
+    def told(*options: str) -> str:
+        return k2("render", "--dry-run", *options).stderr
+
+    alone = "Every picture is the first of its own, so that cohesion changes nothing."
+    assert alone in told("--cohesion", "0.5", "--batch", "1")
+    for options in (["--batch", "1"], ["--cohesion", "0.5"], ["--cohesion", "0", "--batch", "1"]):
+        assert alone not in told(*options)
+    assert alone not in told("--cohesion", "0.5", "--batch", "1", "--scope", "run")
+    wordless = "No style has reference pictures, so that style_guidance changes nothing."
+    assert wordless in told("--style-guidance", "2") and wordless not in told()
+
+
 def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
     whole = k2("render", "--quiet").stdout.split()
     before = [Image.open(path).tobytes() for path in whole]
