@@ -65,9 +65,14 @@ class Run:
     @classmethod
     def last(cls, outputs: Path, number: int | None = None) -> Run | None:
         """The run with the highest number, or with this one, that a plan was written for."""
-        runs = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name))
-        asked = [folder for folder in runs if number in (None, number_of(folder))]
-        return cls(max(asked, key=number_of)) if asked else None
+        asked = [run for run in cls.planned_in(outputs) if number in (None, number_of(run.folder))]
+        return asked[-1] if asked else None
+
+    @classmethod
+    def planned_in(cls, outputs: Path) -> list[Run]:
+        """The runs that a plan was written for, by their numbers."""
+        found = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name))
+        return [cls(folder) for folder in sorted(found, key=number_of)]
 
     def __enter__(self) -> Run:
         return self

@@ -206,15 +206,19 @@ def resume(project: Project, number: int | None = None) -> Job:
         hint = "Start one with: k2 render" if number is None else "Which there are: k2 log"
         raise K2Error(f"{project.name} has no {which} to go on with.", hint=hint)
     toml, planned = read_plan(project, run)
-    place = Place(toml)
-    used = records.part(models.Held, toml.table, "model", place)
-    held = replace(used, name=models.resolve(used.name, project.inside, used.variant))
-    sheet = read_table(SheetForm, toml.table.get("sheet", {}), place.below("sheet"))
+    held = weights_of(toml, project)
+    sheet = read_table(SheetForm, toml.table.get("sheet", {}), Place(toml).below("sheet"))
     for _, hashes in planned:
         records.verify(hashes)
     shots = [shot for shot, _ in planned]
     held = as_begun(project, run, shots, held)
     return Job(project, shots, held, run=run, sheet=sheet, embed=toml.table.get("embed", True) is True)
+
+
+def weights_of(toml: Toml, project: Project) -> models.Held:
+    """The weights that a plan names, as far as it does. Raises K2Error where they are not here."""
+    used = records.part(models.Held, toml.table, "model", Place(toml))
+    return replace(used, name=models.resolve(used.name, project.inside, used.variant))
 
 
 def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.Held) -> models.Held:

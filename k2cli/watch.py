@@ -31,11 +31,13 @@ from k2cli.options import (
 from model.errors import K2Error
 
 if TYPE_CHECKING:
+    from k2cli.outputs import Run
     from k2cli.project import Project, Shot
     from k2cli.runs import Job, Saved
 
 EVERY = 0.4  # seconds between two looks at the files
 WEIGHTS = (".safetensors", ".gguf", ".json")  # and what says how a model is built
+LOOKED_BACK = 50  # runs in which pictures are found that need not be made
 GONE = (0, 0)  # the stamp of a file that was there
 
 Stamps = Mapping[str, tuple[int, int]]
@@ -59,9 +61,9 @@ def watch(
 ) -> None:
     """Render, and again whenever the project's files change.
 
-    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different.
-    What you throw away of them stays away until it is asked for anew. The weights stay in memory. A mistake in a file
-    is told, and waited out. Ctrl-C ends it.
+    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different;
+    what the last runs made is not made again. What you throw away stays away until it is asked for anew. The weights
+    stay in memory. A mistake in a file is told, and waited out. Ctrl-C ends it.
 
     \b
     Examples:
@@ -76,7 +78,7 @@ def watch(
     settings = {"variant": variant_of(turbo), "batch": batch, "steps": steps, "size": size, "device": device}
     check_options(settings)
     root = root_of(folder or project, allow_outside)
-    made: dict[str, Path] = {}
+    made = made_before(root, allow_outside)
     keys: dict[str, str] = {}
     before: Stamps = {}
     try:
@@ -120,6 +122,30 @@ def root_of(folder: Path | None, allow_outside: bool) -> Path:
     named = folder.parent if folder and folder.is_file() else folder
     root = named.absolute() if named else root_above(Path.cwd())
     return root if root and (root / FILE).is_file() else find_project(folder, allow_outside).root
+
+
+def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:
+    """The pictures of the project's last runs that are there yet, by what they are known by."""
+    from k2cli.outputs import Run
+
+    try:
+        project = find_project(root, allow_outside)
+        runs = Run.planned_in(project.outputs)[-LOOKED_BACK:]
+    except K2Error:  # it is told when the project is rendered
+        return {}
+    return {key: path for run in runs for key, path in made_by(run, project) if path.is_file()}
+
+
+def made_by(run: Run, project: Project) -> Iterator[tuple[str, Path]]:
+    """The pictures of a run's plan, and what they are known by; none where it cannot be read any more."""
+    from k2cli.records import request
+    from k2cli.runs import read_plan, weights_of
+
+    with suppress(K2Error):
+        toml, planned = read_plan(project, run)
+        held = vars(weights_of(toml, project))
+        for shot, hashes in planned:
+            yield key_of([held, shot.format, request(shot, project.root, hashes.__getitem__)]), run[shot.file]
 
 
 def look(

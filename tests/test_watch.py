@@ -52,6 +52,19 @@ def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
     assert len(fake.loaded) == 1
 
 
+def test_what_the_last_runs_made_is_not_made_again(moody, k2, changes):
+    owl = k2("render").stdout.splitlines()[1]
+
+    assert "No picture is different." in k2("watch", code=130).stderr
+    (moody / owl).unlink()
+    (moody / "outputs/0001-fox-and-1-more/an-owl-at-night-7.toml").unlink()
+    assert k2("watch", code=130).stdout.splitlines() == ["outputs/0002-an-owl-at-night/an-owl-at-night-7.png"]
+    assert not k2("watch", code=130).stdout
+    assert k2("watch", "--steps", "3", code=130).stdout.count("outputs/0003-") == 2
+    (moody / "outputs/0003-fox-and-1-more/run.toml").write_text("broken")
+    assert k2("watch", "--steps", "3", code=130).stdout.count("outputs/0004-") == 2
+
+
 def test_what_is_thrown_away_stays_away_until_it_is_asked_for_anew(moody, k2, changes):
     toml = moody / "k2.toml"
     changes += [
