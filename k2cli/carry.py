@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from model.vocabulary import vocabulary
 
 CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
+FOREIGN = re.compile(r"<lora:[^<>]+>|\([^()]{1,200}:(?:\d|\d?\.\d+)\)")
 FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
 
 
@@ -227,9 +229,9 @@ def say_finished(job: Job) -> None:
 
 
 def say_doubts(job: Job) -> None:
-    """That some prompts will get a picture of something else, that sizes are too far from what the model knows, that
-    guidance ends which never began, or that references and moodboard have pictures beside them that nothing reads, or
-    that are broken."""
+    """That some prompts will get a picture of something else, or hold another tool's signs, that sizes are too far
+    from what the model knows, that guidance ends which never began, or that references and moodboard have pictures
+    beside them that nothing reads, or that are broken."""
     used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
     if over := passed_over(job.project.others - used):
         say(over, "yellow")
@@ -239,6 +241,8 @@ def say_doubts(job: Job) -> None:
         say(far, "yellow")
     if until := never_guided(job):
         say(f"Guidance is off, so that guidance_until = {until:g} changes nothing.", "yellow")
+    if signs := foreign_signs(job):
+        say(f"{signs} is read as words: a style has a weight, and may name a LoRA.", "yellow")
     if strange := undrawable(job):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
@@ -262,6 +266,12 @@ def never_guided(job: Job) -> float | None:
         return None
     own = recommended(job.model.name, job.model.variant)["guidance"]
     return None if own and any(shot.spec.guidance is None for shot in job.left) else min(said)
+
+
+def foreign_signs(job: Job) -> str:
+    """What the first prompt that has some says in the signs of A1111 and those who read them: (words:1.3), <lora:…>."""
+    found = (FOREIGN.search(shot.given) for shot in job.left)
+    return next((sign[0] for sign in found if sign), "")
 
 
 def undrawable(job: Job) -> list[str]:

@@ -795,6 +795,20 @@ def test_models_are_listed_and_described(moody, k2):
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    ("prompt", "signs"),
+    [
+        ("(a fox:1.4), <lora:ink:0.8>", "(a fox:1.4)"),
+        ("a fox <lora:ink:0.8>", "<lora:ink:0.8>"),
+        ("a fox (at 12:30)", ""),
+        ("a fox (red)", ""),
+    ],
+)
+def test_signs_of_other_tools_are_told(moody, k2, prompt, signs):
+    said = k2("render", "--dry-run", "-p", prompt).stderr
+    assert (f"{signs} is read as words: a style has a weight, and may name a LoRA." in said) is bool(signs)
+
+
 @pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1b[2J", "a\n"])
 def test_a_project_has_its_name_on_one_line(moody, k2, name):
     """Its path is a line of results, and of what is said to be typed next."""
