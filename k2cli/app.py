@@ -16,6 +16,7 @@ from k2cli.complete import complete_weight
 from k2cli.history_app import gallery, log, rerun, show
 from k2cli.models_app import models_app
 from k2cli.options import (
+    ALLOWED,
     BatchOption,
     CreativityOption,
     DenoiseOption,
@@ -151,9 +152,10 @@ def k2(
         from k2cli.here import where_am_i
 
         try:
-            result(where_am_i() or context.get_help())
+            allowed = os.environ.get(ALLOWED, "").lower() in ("1", "true", "t", "yes", "y", "on")  # as options read it
+            result(where_am_i(allow_outside=allowed) or context.get_help())
         except Outside as error:  # whose hint is an option that k2 alone has not
-            hint = "Put it in the place of the link, or say --allow-outside to k2 render, log and gallery."
+            hint = f"Put it in the place of the link, or allow it, here for all commands: export {ALLOWED}=1"
             raise K2Error(str(error), hint=hint) from None
 
 

@@ -19,12 +19,12 @@ from model.headers import open_file
 PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
 
 
-def where_am_i() -> str:
+def where_am_i(*, allow_outside: bool = False) -> str:
     """The project around the current folder in a few lines, and what to do next; empty where there is none.
 
     Raises K2Error where its k2.toml cannot be read.
     """
-    project = Project.around(Path.cwd())
+    project = Project.around(Path.cwd(), allow_outside=allow_outside)
     if project is None:
         return ""
     names = [name for _, name in name_files(project.prompts)]

@@ -87,7 +87,10 @@ ProjectOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")]
-OutsideOption = Annotated[bool, typer.Option("--allow-outside", help="Let the project use files outside its folder.")]
+ALLOWED = "K2_ALLOW_OUTSIDE"
+OutsideOption = Annotated[
+    bool, typer.Option("--allow-outside", envvar=ALLOWED, help="Let the project use files outside its folder.")
+]
 AcceptOption = Annotated[
     bool, typer.Option("--accept-licence", help="You have read the weights' licence and accept it.")
 ]

@@ -333,13 +333,17 @@ def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
     assert "runs      1, the last 0001-fox" in later and "k2 show outputs/0001-fox/fox-2.png" in later
 
 
-def test_k2_alone_speaks_of_no_option_that_it_lacks(moody, k2, tmp_path):
+def test_outputs_may_lie_elsewhere_once_for_all(moody, k2, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (moody / "outputs").symlink_to(tmp_path / "elsewhere")
 
     said = k2(code=1).stderr
+    assert "outputs lies outside the project." in said and "export K2_ALLOW_OUTSIDE=1" in said
 
-    assert "outputs lies outside the project." in said and "--allow-outside to k2 render" in said
+    monkeypatch.setenv("K2_ALLOW_OUTSIDE", "1")
+    assert k2("render").stdout and "runs      1" in k2().stdout and k2("log").stdout
+    monkeypatch.setenv("K2_ALLOW_OUTSIDE", "0")
+    k2(code=1), k2("log", code=1)
 
 
 def test_k2_alone_tells_of_a_run_that_is_not_finished(moody, k2, fake):
