@@ -18,6 +18,7 @@ from typing import Any
 
 from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready, load
 from model.errors import K2Error
+from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, settings_beside
 from model.spec import Picture, RenderSpec
 
 PATIENCE = 300.0  # seconds that a cluster may take to find room for the first hand
@@ -153,20 +154,24 @@ def own_versions() -> dict[str, str]:
 def files_of(spec: RenderSpec) -> set[Path]:
     """The project's files that a picture needs."""
     found = {reference.image for style in spec.styles for reference in style.references}
-    found |= {style.lora for style in spec.styles if style.lora}
     found |= {path for path in (spec.init_image, spec.mask) if isinstance(path, Path)}
-    return found | {lora.path for lora in spec.loras}
+    adapters = {style.lora for style in spec.styles if style.lora} | {lora.path for lora in spec.loras}
+    return found | adapters | {settings for path in adapters if (settings := settings_beside(path))}
 
 
 def pack(specs: Sequence[RenderSpec]) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for spec in specs for path in files_of(spec)}
+    """The files of all pictures, each read once."""
+    return {path: path.read_bytes() for path in {path for spec in specs for path in files_of(spec)}}
 
 
 def unpack(parcel: Mapping[Path, bytes], folder: Path) -> dict[Path, Path]:
-    """Write the files, each under a number -> where each lies now."""
-    places = {}
-    for number, (path, data) in enumerate(sorted(parcel.items())):
-        places[path] = folder / f"{number:05}{path.suffix}"
+    """Write the files, each in a folder of a number, in their order -> where each lies now. An adapter's settings stay
+    beside it, and both are called as they were, or nobody would find them."""
+    places, numbers = {}, {path: f"{number:05}" for number, path in enumerate(sorted(parcel))}
+    for path, data in parcel.items():
+        beside = path.with_name(PEFT_WEIGHTS) if path.name == PEFT_SETTINGS else path
+        places[path] = folder / numbers.get(beside, numbers[path]) / path.name
+        places[path].parent.mkdir(exist_ok=True)
         places[path].write_bytes(data)
     return places
 

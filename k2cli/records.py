@@ -23,7 +23,7 @@ from k2cli.settings import as_asked
 from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, one_of, read_table, relative
 from model import picture_file
 from model.errors import K2Error
-from model.hashes import sha256
+from model.hashes import identity, sha256
 from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
@@ -173,7 +173,7 @@ def mask_table(mask: Path | str, root: Path, hash_of: Callable[[Path], str] | No
 
 def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """A style as records hold it, with the hash of every file it is made of."""
-    hash_of = hash_of or sha256
+    hash_of = hash_of or identity
     table = {
         "name": style.name,
         "strength": style.strength,
@@ -199,7 +199,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
 
     def hash_of(path: Path) -> str:
         """Of a file as the picture was made with it: by now it may be another, or gone."""
-        return used.get(str(path)) or sha256(path)
+        return used.get(str(path)) or identity(path)
 
     asked = request(shot, root, hash_of)
     return {
@@ -393,7 +393,7 @@ def verify(hashes: Mapping[Path, str]) -> None:
             raise K2Error(
                 f"{path} is gone, and the picture was made with it.", hint="Bring it back to make the picture again."
             )
-        if sha256(path) != expected:
+        if expected not in (identity(path), sha256(path)):  # records knew of no settings beside an adapter once
             raise K2Error(
                 f"{path} is not what it was when the picture was made.",
                 hint="Bring the old file back to make the picture again.",

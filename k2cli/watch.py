@@ -29,6 +29,7 @@ from k2cli.options import (
     variant_of,
 )
 from model.errors import K2Error
+from model.hashes import settings_beside
 
 if TYPE_CHECKING:
     from k2cli.outputs import Run
@@ -179,7 +180,8 @@ def files_of(shots: Sequence[Shot]) -> Iterator[Path]:
         yield from (path for path in (spec.init_image, spec.mask) if isinstance(path, Path))
         for style in spec.styles:
             yield from (reference.image for reference in style.references)
-            yield from [style.lora] if style.lora else []
+            if style.lora:
+                yield from filter(None, (style.lora, settings_beside(style.lora)))
 
 
 def note(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:

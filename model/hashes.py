@@ -15,6 +15,7 @@ from pathlib import Path
 from model.errors import K2Error
 from model.whole import whole
 
+PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
 
 
@@ -46,6 +47,21 @@ def sha256(path: Path) -> str:
         return _sha256(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def identity(path: Path) -> str:
+    """What a file's part in a picture is known by: its hash, and of an adapter with settings beside it that of both
+    hashes. Raises K2Error."""
+    settings = settings_beside(path)
+    if settings is None:
+        return sha256(path)
+    return hashlib.sha256(f"{sha256(path)} {sha256(settings)}".encode()).hexdigest()
+
+
+def settings_beside(path: Path) -> Path | None:
+    """PEFT's adapter_config.json, which says how strong the weights beside it are."""
+    file = path.with_name(PEFT_SETTINGS)
+    return file if path.name == PEFT_WEIGHTS and file.is_file() else None
 
 
 @cache

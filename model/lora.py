@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model.checkpoint import open_checkpoint, refuse_unreadable
 from model.dit import Krea2, Modulation
 from model.errors import K2Error
-from model.hashes import sha256
+from model.hashes import PEFT_WEIGHTS, identity
 from model.headers import some
 from model.layouts import diffusers_names
 from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
@@ -69,7 +69,7 @@ class Adapter:
     """A LoRA file, matched against a network."""
 
     path: Path
-    sha256: str
+    sha256: str  # of the file, and of settings beside it: see `hashes.identity`
     layers: Mapping[str, Change]  # by the native name of the linear layer, or of the parameter
     unmatched: tuple[str, ...]  # layers that the network lacks, as the file calls them
 
@@ -135,12 +135,12 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             magnitude = magnitude_of(file, module, part, shape, stated=settings.dora)
             layers[name] = replace(update, bias=part.get("diff_b"), magnitude=magnitude)
     refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
-    return Adapter(Path(path), sha256(file), layers, tuple(unmatched))
+    return Adapter(Path(path), identity(file), layers, tuple(unmatched))
 
 
 def weights_file(path: Path) -> Path:
     """PEFT saves a folder."""
-    return path / "adapter_model.safetensors" if path.is_dir() else path
+    return path / PEFT_WEIGHTS if path.is_dir() else path
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model.errors import K2Error, brief
+from model.hashes import settings_beside
 from model.headers import read_header, read_json, some
 
 PART = re.compile(  # module . part [. the adapter's name] [. weight]
@@ -106,13 +107,13 @@ class PeftSettings:
 
 def peft_settings(path: Path) -> PeftSettings:
     """From the file's own metadata, as diffusers writes it, or from PEFT's adapter_config.json beside it."""
-    beside = path.with_name("adapter_config.json")
+    beside = settings_beside(path)
     try:
         text = read_header(path).get("__metadata__", {}).get("lora_adapter_metadata")
         if text:
             stated = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
         else:
-            stated = read_json(beside) if path.name == "adapter_model.safetensors" and beside.exists() else {}
+            stated = read_json(beside) if beside else {}
         kind = str(stated.get("peft_type") or "LORA").rpartition(".")[2].upper()
         alpha = stated.get("alpha" if kind == "LOHA" else "lora_alpha")
         alphas = {layers(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}

@@ -28,7 +28,7 @@ from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.conditioning import Conditioning
 from model.errors import K2Error
 from model.fast import accelerate, keep_pages
-from model.hashes import Hashes, cache_folder, sha256
+from model.hashes import Hashes, cache_folder, identity, sha256
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over, read_lora, weights_file
@@ -324,7 +324,8 @@ class Pipeline:
 
     def _adapter(self, lora: Lora) -> Adapter:
         """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
-        return self._adapters.ask((lora.path, sha256(weights_file(lora.path))), lambda: read_lora(lora.path, self.dit))
+        key = (lora.path, identity(weights_file(lora.path)))
+        return self._adapters.ask(key, lambda: read_lora(lora.path, self.dit))
 
     @cached_property
     def _captures(self) -> CaptureCache:

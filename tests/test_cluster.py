@@ -18,6 +18,7 @@ from test_hands import PROJECT, made, needs_weights
 from k2cli import cluster, hands, stream
 from k2cli.cluster import files_of, moved, pack, unpack
 from model.errors import K2Error
+from model.hashes import settings_beside
 from model.spec import Lora, Reference, RenderSpec, Style
 
 
@@ -197,6 +198,23 @@ def test_files_travel_and_their_order_stays(tmp_path):
     assert [each.image.read_text() for each in far.styles[0].references] == ["b.png", "a.png"]
     assert far.loras[0].path.read_text() == "l.safetensors"
     assert moved(far, {here: home for home, here in places.items()}.__getitem__) == spec
+
+
+def test_an_adapters_settings_travel_with_it(tmp_path, monkeypatch):
+    names = ("adapter_config.json", "adapter_model.safetensors", "ink.png")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or path.read_text().encode())
+    read: list[Path] = []
+    lora = Lora(tmp_path / "adapter_model.safetensors")
+    specs = [RenderSpec("a fox", seed=seed, loras=(lora,), init_image=tmp_path / "ink.png") for seed in range(3)]
+    (tmp_path / "there").mkdir()
+
+    places = unpack(pack(specs), tmp_path / "there")
+
+    assert sorted(read) == [tmp_path / name for name in names]  # each once
+    assert {path.name for path in places.values()} == set(names)
+    assert settings_beside(moved(specs[0], places.__getitem__).loras[0].path) == places[tmp_path / names[0]]
 
 
 @needs_weights

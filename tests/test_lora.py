@@ -502,6 +502,31 @@ def test_a_file_that_changes_is_read_again(pipeline, path, tmp_path):
     assert pixels(pipeline, spec) != before
 
 
+def test_settings_beside_a_file_count_as_the_file_does(pipeline, tmp_path):
+    """PEFT's alpha stands in a file of its own: another alpha is another adapter, to caches and to records."""
+    state = LAYOUTS["PEFT"](random_pairs(pipeline.dit))
+    spec = replace(FOX, loras=(Lora(write(tmp_path, state, "adapter_model.safetensors")),))
+    made = []
+    for alpha in (4, 32):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        made += pipeline.render([spec])
+
+    four, many = (picture.record["pixels"] for picture in made)
+    assert four != many and pixels(Pipeline.load("tiny", device="cpu"), spec) == [many]
+    assert len({picture.record["loras"][0]["sha256"] for picture in made}) == 2
+
+
+def test_the_texts_way_in_is_adapted_after_a_plain_picture_too(pipeline, tmp_path):
+    """Prompts are kept: with an adapter they are others."""
+    inner = {name: pair for name, pair in random_pairs(pipeline.dit).items() if name.startswith("txt")}
+    adapted = replace(FOX, loras=(Lora(write(tmp_path, LAYOUTS["kohya"](inner))),))
+    (alone,) = pixels(Pipeline.load("tiny", device="cpu"), adapted)
+
+    plain, after = pixels(pipeline, FOX, adapted)
+
+    assert plain != alone and after == alone
+
+
 @pytest.mark.parametrize("weight", [11, float("nan"), float("-inf")])
 def test_weights_that_lead_nowhere(pipeline, path, weight):
     with pytest.raises(K2Error, match="weight"):

@@ -23,6 +23,7 @@ from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml, relative
 from model.errors import K2Error
+from model.hashes import identity, sha256
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
 
 MADE = {
@@ -491,6 +492,22 @@ class TestRerun:
         result = k2("rerun", bare, "--output", "x.png", code=1)
 
         assert "refs/a.png of its project" in result.stderr and "--project" in result.stderr
+
+
+def test_an_adapter_is_verified_with_the_settings_beside_it(tmp_path):
+    """Records that knew of no settings still name the weights alone."""
+    weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    weights.write_text("weights")
+    alone = identity(weights)
+    settings.write_text("4")
+    both = identity(weights)
+
+    records.verify({weights: alone})
+    records.verify({weights: both})
+    settings.write_text("32")
+    with pytest.raises(K2Error, match="is not what it was"):
+        records.verify({weights: both})
+    assert alone == sha256(weights) != both
 
 
 def test_paths_are_written_from_the_project_on_with_slashes_and_whole_on_another_drive(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
 from model import splice as module
@@ -21,7 +22,7 @@ from model.dit import Krea2, attention, rotate
 from model.errors import K2Error
 from model.latents import patchify
 from model.pipeline import Pipeline
-from model.spec import LEAK_GUARDS, Picture, Reference, RenderSpec, Style
+from model.spec import LEAK_GUARDS, Lora, Picture, Reference, RenderSpec, Style
 from model.splice import (
     KEY_GAIN,
     PULL,
@@ -444,6 +445,29 @@ def test_what_a_capture_depends_on_is_in_its_name(folder, pipeline, refs, cache)
     refs[0].rename(moved := refs[0].with_name("moved.png"))
     pipeline.render([styled((moved, 1.0), steps=steps)])
     assert len(list(cache.iterdir())) == known + 1
+
+
+def test_a_reference_is_read_anew_with_an_adapter(folder, pipeline, refs, tmp_path, monkeypatch):
+    path = tmp_path / "ink.safetensors"
+    layers = {name: layer for name, layer in pipeline.dit.named_modules() if isinstance(layer, torch.nn.Linear)}
+    pairs = {
+        f"{name}.lora_{half}.weight": torch.randn(*((2, layer.in_features) if half == "A" else (layer.out_features, 2)))
+        for name, layer in layers.items()
+        for half in "AB"
+    }
+    save_file(pairs, path)
+    spec = replace(styled((refs[0], 1.0)), loras=(Lora(path, 0.1),))
+    pipeline.render([styled((refs[0], 1.0))])
+    after = pixels(pipeline.render([spec])[0])
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert after == pixels(Pipeline.load(str(folder), device="cpu").render([spec])[0])
+
+
+def test_pictures_of_one_call_have_their_own_guards(pipeline, refs):
+    specs = [styled((refs[0], 1.0), leak_guard=guard) for guard in LEAK_GUARDS]
+    together = [pixels(picture) for picture in pipeline.render(specs)]
+    assert together == [pixels(pipeline.render([spec])[0]) for spec in specs]
 
 
 def test_captures_are_known_by_their_facts_in_any_order(tmp_path):
