@@ -254,6 +254,14 @@ def test_what_masks_nothing_is_refused(pipeline, noisy, mask, message):
         pipeline.resolve(replace(FOX, mask="8x8+0+0"))
 
 
+def test_a_region_may_touch_every_edge(pipeline, noisy):
+    whole = replace(FOX, init_image=noisy, width=96, height=64, mask="96x64+0+0")
+    assert pipeline.resolve(whole).mask == whole.mask
+    for beyond in ("8x8+89+0", "8x8+0+57"):
+        with pytest.raises(K2Error, match="leaves the picture"):
+            pipeline.resolve(replace(whole, mask=beyond))
+
+
 def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
     """So far, within the mask, the initial picture and what is painted run into each other."""
     side, half = pipeline.native, pipeline.beginnings.vae.factor // 2
