@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +273,28 @@ def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_pa
         "snapshot-0000004.safetensors",
         "snapshot-0000006.safetensors",
     ]
+
+
+def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path, monkeypatch):
+    recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2, "every": 100})
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        train(run(recipe, tmp_path / "a", die_at=5), lambda line: None)
+    assert [states.step_of(path) for path in states.snapshots(tmp_path / "a")] == [2, 4]
+    begun = run(recipe, tmp_path / "a")
+    begun.step = 2
+    begun.save()
+
+    run(recipe, tmp_path / "a")
+
+    assert [states.step_of(path) for path in states.snapshots(tmp_path / "a")] == [2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_run_that_goes_on_holds_its_file_no_longer(tmp_path):
+    train(run(RECIPE, tmp_path / "a"), lambda line: None)
+    again = run(RECIPE, tmp_path / "a")
+    assert again.step == 12 and str(tmp_path / "a") not in Path("/proc/self/maps").read_text()
 
 
 def test_the_checkpoint_says_how_it_came_about(tmp_path):

@@ -35,7 +35,7 @@ from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
-from model.train.states import commit, newest_state, parent, place_of, snapshots, start, write
+from model.train.states import commit, newest_state, parent, place_of, snapshots, start, step_of, write
 from model.whole import whole
 
 SAVE_EVERY = 180.0  # seconds
@@ -253,7 +253,7 @@ class Run:
                 f"{', '.join(self.changed) or 'they are of another kind'}.",
                 hint=f"Go on as it began, remove {self.folder} to begin anew, or name the run otherwise.",
             )
-        tensors = parallel.load(path, self._room) if path.is_dir() else load_file(path, str(self.device))
+        tensors = parallel.load(path, self._room) if path.is_dir() else read_whole(path, self.device)
         weights = self.model.state_dict()
         self.model.load_state_dict({name: as_sharded(tensors[f"model.{name}"], like) for name, like in weights.items()})
         self.ema = {name: as_sharded(tensors[f"ema.{name}"], like) for name, like in weights.items()}
@@ -267,6 +267,10 @@ class Run:
                         value = torch.empty_like(param, dtype=value.dtype).copy_(as_sharded(value, param))
                     states[int(index)][slot] = value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
+        if self.world.leads:
+            for later in snapshots(self.folder):
+                if step_of(later) > self.step:  # of a past that was not saved
+                    later.unlink()
 
     def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Where a tensor of a saved state is to be read into."""
@@ -306,6 +310,11 @@ class Run:
             "seconds": round(self.seconds, 1),
             "figures": self.figures,
         }
+
+
+def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """A file's tensors, in memory of their own: Windows replaces no file that somebody holds mapped."""
+    return {name: tensor.clone() for name, tensor in load_file(path, str(device)).items()}
 
 
 def train(run: Run, report: Report = print) -> Run:

@@ -54,6 +54,11 @@ def snapshots(folder: Path) -> list[Path]:
     return sorted(folder.glob("snapshot-*.safetensors"))
 
 
+def step_of(snapshot: Path) -> int:
+    """After how many steps a snapshot was kept."""
+    return int(snapshot.stem.rpartition("-")[2])
+
+
 def commit() -> str:
     """The commit of the code that runs, with a + where files differ from it; empty outside a repository."""
     here = Path(__file__).parent
