@@ -57,11 +57,14 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
         draft.chmod(0o755)
         write_transformer(pipeline, draft / "transformer")
         write_scheduler(pipeline, draft / "scheduler")
-        if pipeline.parts.text.is_dir():
-            for name in ("text_encoder", "tokenizer"):
-                shutil.copytree(pipeline.parts.text / name, draft / name)
+        lender = pipeline.parts.text
+        if lender.is_dir():
+            shutil.copytree(lender / "text_encoder", draft / "text_encoder")
         else:
             write_text_encoder(pipeline.text, draft / "text_encoder")
+        if (lender / "tokenizer").is_dir():
+            shutil.copytree(lender / "tokenizer", draft / "tokenizer")
+        else:  # a lone tokenizer.json, which is read just as well
             write_tokenizer(pipeline.text, draft / "tokenizer")
         if pipeline.parts.vae.is_dir():
             shutil.copytree(pipeline.parts.vae, draft / "vae")

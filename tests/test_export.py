@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,16 @@ def test_k2_reads_its_export(tiny, tmp_path):  # noqa: F811
             assert one.read_bytes()[start:] == other.read_bytes()[start:], one.name
         else:
             assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_a_tokenizer_that_lies_alone_is_exported(tiny, tmp_path):  # noqa: F811
+    Pipeline.load("tiny", device="cpu").export(made := tmp_path / "out")
+    (made / "tokenizer" / "tokenizer.json").rename(made / "tokenizer.json")
+    shutil.rmtree(made / "tokenizer")
+    pipeline = Pipeline.load(str(made), device="cpu")
+    pipeline.export(tmp_path / "again")
+
+    assert_same_pictures(pipeline, tmp_path / "again", RenderSpec("a red fox"))
 
 
 def test_an_existing_folder_is_left_alone(tiny, tmp_path):  # noqa: F811
