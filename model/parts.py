@@ -17,7 +17,7 @@ from model.layouts import dit_config, is_packed, native_names, stored_precision
 from model.library import Parts
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
-from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, weights_of
+from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, tokenizer_file, weights_of
 from model.vae import QwenImageVAE, VAEConfig
 
 Autoencoder = QwenImageVAE | FluxVAE
@@ -27,9 +27,12 @@ QWEN_VAE_NUMBERS = 127_000_000
 
 
 def files_of(parts: Parts) -> list[Path]:
-    """Every weights file, the transformer's first."""
+    """Every file that has a part in a picture: weights, the transformer's first, the tokenizer, and what folders say
+    of how they are built."""
     paths = [parts.dit, weights_of(parts.text), parts.vae, *([parts.style] if parts.style else [])]
-    return [file for path in paths for file in open_checkpoint(path).files]
+    stated = [*(path / "config.json" for path in paths), parts.text / "model_index.json"]
+    weights = [file for path in paths for file in open_checkpoint(path).files]
+    return [*weights, tokenizer_file(parts.text), *filter(Path.is_file, stated)]
 
 
 def numbers_of(parts: Parts) -> Numbers:

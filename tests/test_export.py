@@ -15,6 +15,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 from model import library
 from model.checkpoint import read, save
 from model.errors import K2Error
+from model.hashes import sha256
 from model.headers import read_header
 from model.latents import noise, patchify
 from model.pipeline import Pipeline
@@ -121,6 +122,17 @@ def test_a_tokenizer_that_lies_alone_is_exported(tiny, tmp_path):  # noqa: F811
     pipeline.export(tmp_path / "again")
 
     assert_same_pictures(pipeline, tmp_path / "again", RenderSpec("a red fox"))
+
+
+def test_what_a_folder_says_of_its_parts_is_in_the_record(tiny, tmp_path):  # noqa: F811
+    Pipeline.load("tiny", device="cpu").export(made := tmp_path / "out")
+
+    files = Pipeline.load(str(made), device="cpu").hashes()
+
+    configs = {f"{part}/config.json" for part in ("transformer", "text_encoder", "vae")}
+    beside = {"tokenizer/tokenizer.json", "model_index.json"}
+    assert {name for name in files if not name.endswith(".safetensors")} == configs | beside
+    assert next(iter(files)).startswith("transformer/") and all(files[name] == sha256(made / name) for name in files)
 
 
 def test_an_existing_folder_is_left_alone(tiny, tmp_path):  # noqa: F811

@@ -173,8 +173,8 @@ def test_the_record_says_everything(tiny, pipeline, red):  # noqa: F811
     assert record["prompt"] == "a red fox" and record["seed"] == 7
     assert record["device"] == "cpu" and record["dtype"] == "float32"
     assert record["model"]["name"] == "tiny" and record["model"]["variant"] == "raw"
-    names = ["tiny-raw.safetensors", "tiny-text.safetensors", "tiny-vae.safetensors", "tiny-style.safetensors"]
-    assert record["model"]["files"] == {name: sha256(tiny / name) for name in names}
+    weights = [f"tiny-{part}.safetensors" for part in ("raw", "text", "vae", "style")]
+    assert record["model"]["files"] == {name: sha256(tiny / name) for name in (*weights, "tiny-tokenizer.json")}
     assert record["styles"] == [
         {
             "name": "dusk",
@@ -489,7 +489,9 @@ def test_what_a_release_lends_is_named_apart_and_found_again(tiny, tmp_path, mon
     files = Pipeline.load(str(tmp_path / "mine"), device="cpu").hashes()
 
     weights = "diffusion_pytorch_model.safetensors"
-    assert sorted(files) == [weights, "text_encoder/model.safetensors", f"vae/{weights}"]
+    own = {weights, "config.json"}
+    lent = {f"vae/{name}" for name in own} | {f"text_encoder/{name}" for name in ("model.safetensors", "config.json")}
+    assert files.keys() == own | lent | {"tokenizer/tokenizer.json", "model_index.json"}
     assert all(sha256(models.file_of(str(tmp_path / "mine"), file)) == files[file] for file in files)
 
 
