@@ -238,17 +238,26 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("begun with", made.text("init_image.image")),
         ("denoise", made.text("settings.denoise")),
         ("mask", made.text("mask.region") or made.text("mask.image")),
+        ("cohesion", cohesion_of(made)),
         ("style guidance", made.text("settings.style_guidance")),
+        ("guard", made.text("settings.leak_guard")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),
         ("model", model_of(made)),
         ("device", ", ".join(filter(None, (made.text(f"settings.{key}") for key in ("device", "dtype"))))),
         ("weights", "" if made["settings.precision"] == "native" else made.text("settings.precision")),
+        ("offload", "" if made["settings.offload"] == "none" else made.text("settings.offload")),
         ("created", f"{created:%Y-%m-%d %H:%M:%S}" if created else ""),
         ("seconds", number(made["seconds"])),
         ("pixels", made.text("pixels")[:16]),
     ]
     return [(name, fact) for name, fact in facts if fact]
+
+
+def cohesion_of(made: Made) -> str:
+    """How much a picture shares, and with which."""
+    seed, prompt = made.text("leader.seed"), made.text("leader.prompt")
+    return f"{made.text('settings.cohesion')}, led by seed {seed} of: {prompt}" if prompt or seed else ""
 
 
 def references(made: Made) -> Iterable[str]:

@@ -175,6 +175,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         *([guidance] if alike("guidance", "guidance_until") else []),
         *([f"begun with {made.init_image.name}"] if made.init_image and alike("init_image") else []),
         *([f"denoise {made.denoise:g}"] if made.denoise and alike("denoise") else []),
+        *([f"cohesion {made.cohesion:g}"] if made.cohesion and alike("cohesion") else []),
         # captions, where there are any, tell of each picture's own
         *(f"{style.name} {style.strength:g}" for style in made.styles if not shots[0].caption),
         f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",

@@ -639,6 +639,7 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
     k2("render", "--steps", "1")
     k2("render", "--guidance-until", "0.5", "--sampler", "ab2")
     k2("render", "--matrix", "sampler=euler,ab2", "--matrix", "guidance_until=0.5,1")
+    k2("render", "--cohesion", "0.5", "--batch", "2", "--steps", "4")
 
     assert told == [
         ("moody", ["run 10000", "mini raw", "4 steps", "guidance 0", "dusk 0.5"]),
@@ -647,6 +648,7 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
         ("moody", ["run 10003", "mini raw", "1 step", "guidance 2.5"]),
         ("moody", ["run 10004", "mini raw", "28 steps of ab2", "guidance 2.5 until 0.5"]),
         ("moody", ["run 10005", "mini raw"]),
+        ("moody", ["run 10006", "mini raw", "4 steps", "guidance 2.5", "cohesion 0.5"]),
     ]
 
 

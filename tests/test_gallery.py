@@ -257,6 +257,20 @@ def test_the_facts_leave_out_what_says_nothing(tmp_path):
     assert told == ["dusk 0.5", "refs/a.png", "high", "int8"]
 
 
+def test_the_facts_say_what_a_picture_shares_and_with_which(tmp_path):
+    many_pictures(tmp_path, 1)
+    (path,) = tmp_path.glob("*/*.toml")
+    text = path.read_text().replace(
+        "[settings]\n", '[settings]\ncohesion = 0.9\nleak_guard = "shift"\noffload = "all"\n', 1
+    )
+    path.write_text(text + '[leader]\nprompt = "an owl"\nseed = 7\n')
+
+    facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])
+
+    assert facts["cohesion"] == "0.9, led by seed 7 of: an owl"
+    assert (facts["guard"], facts["offload"]) == ("shift", "all")
+
+
 def test_cells_of_a_matrix_are_of_their_prompt(moody, k2):
     (moody / "k2.toml").write_text(
         '[[prompt]]\nname = "fox"\ntext = "a fox"\n[[prompt]]\nname = "fox-02"\ntext = "two"\n'
