@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -132,8 +133,8 @@ class Chosen:
 def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:
     """All pictures of an outputs folder, run after run in the order in which they were made.
 
-    A picture without a record, or with one that cannot be read, is handed to `skipped`. Raises K2Error if the folder
-    cannot be listed.
+    A picture without a record that can be read, beside it or within, is handed to `skipped`. Raises K2Error if the
+    folder cannot be listed.
     """
     chosen = chosen or Chosen()
     for run in runs_of(outputs):
@@ -170,7 +171,8 @@ def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
         stem, dot, suffix = name.rpartition(".")
         if dot + suffix not in PICTURES or picture_file.is_sheet(run / name):
             continue
-        table = load(run / f"{stem}.toml") if f"{stem}.toml" in names else None
+        beside = load(run / f"{stem}.toml") if f"{stem}.toml" in names else None
+        table = beside or carried(run / name)
         if table is not None:
             pictures.append(Made(run / name, table))
         elif skipped:
@@ -194,7 +196,21 @@ def load(path: Path) -> dict[str, Any] | None:
         table = dialect.parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError
         return None
-    return table if table and isinstance(table.get("prompt"), dict) and is_finite(table) else None
+    return table if is_record(table) else None
+
+
+def carried(picture: Path) -> dict[str, Any] | None:
+    """The record's table that a picture itself carries, where none that can be read stands beside it."""
+    from k2cli.records import read as read_record
+
+    with suppress(K2Error):
+        table = dict(read_record(picture).table)
+        return table if is_record(table) else None
+    return None
+
+
+def is_record(table: dict[str, Any] | None) -> bool:
+    return table is not None and isinstance(table.get("prompt"), dict) and is_finite(table)
 
 
 def is_finite(table: Any) -> bool:

@@ -43,15 +43,16 @@ class Shelf(ExitStack):
 
 
 def pictures_in(files: Iterable[Path]) -> list[Path]:
-    """Pictures and records as they are named, and for a run's folder all its pictures. Raises K2Error where it has
-    none."""
+    """Pictures and records as they are named, and for a run's folder all its pictures, also those that nothing is known
+    of. Raises K2Error where it has none."""
     found: list[Path] = []
     for file in files:
         if file.is_dir():
-            made = history.read_run(file)
-            if not made:
+            unknown: list[Path] = []
+            made = history.read_run(file, skipped=unknown.append)
+            if not (made or unknown):
                 raise K2Error(f"There are no pictures of k2 in {file}.", hint="Name a picture, a record, or a run.")
-            found += [each.path for each in made]
+            found += [*(each.path for each in made), *sorted(unknown)]
         else:
             found.append(file)
     return found

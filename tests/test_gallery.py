@@ -260,9 +260,7 @@ def test_the_facts_leave_out_what_says_nothing(tmp_path):
 def test_the_facts_say_what_a_picture_shares_and_with_which(tmp_path):
     many_pictures(tmp_path, 1)
     (path,) = tmp_path.glob("*/*.toml")
-    text = path.read_text().replace(
-        "[settings]\n", '[settings]\ncohesion = 0.9\nleak_guard = "shift"\noffload = "all"\n', 1
-    )
+    text = path.read_text().replace('offload = "none"', 'offload = "all"\ncohesion = 0.9\nleak_guard = "shift"')
     path.write_text(text + '[leader]\nprompt = "an owl"\nseed = 7\n')
 
     facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])

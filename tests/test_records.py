@@ -359,6 +359,18 @@ class TestRerun:
             ("outputs/0005-fox/fox-8.png", True),
         ]
 
+    def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
+        """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
+        k2("render", "--only", "fox", "--batch", "2")
+        Path("outputs/0001-fox/fox-7.toml").unlink()
+        assert k2("log").stdout.count("outputs/0001-fox/fox-") == 2
+        assert k2("rerun", "outputs/0001-fox").stderr == "2 of 2 are identical, pixel for pixel.\n"
+
+        k2("render", "--only", "fox", "--batch", "2", "--no-embed")
+        Path("outputs/0003-fox/fox-7.toml").unlink()
+        said = k2("rerun", "outputs/0003-fox", code=1).stderr
+        assert "fox-7.png carries no record" in said and "1 of 2 are identical" in said
+
     def test_each_is_made_again_in_its_own_project(self, moody, k2, tmp_path):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')

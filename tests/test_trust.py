@@ -266,7 +266,7 @@ class TestText:
         assert "k2.toml is n" in refused()  # … nested too deeply, or not valid
 
     def test_a_record_of_that_kind_does_not_hold_up_the_log(self, moody, k2):
-        k2("render")
+        k2("render", "--no-embed")
         record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
         record.write_text(record.read_text() + "[x]\n" + "a." * 400_000 + "a = 1\n")
         started = time.process_time()
