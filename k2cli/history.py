@@ -143,17 +143,19 @@ def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
 
 
 def runs_of(outputs: Path) -> list[Path]:
-    """The folders of all runs, the oldest first. Links are passed over: what they lead to was not made here.
+    """The folders of all runs, the oldest first, and before them those that were given other names. Links are passed
+    over: what they lead to was not made here.
 
-    So are names with control characters, which k2 gives to nothing: a line break would make two lines of one in a pipe.
+    So is what is hidden, and names with control characters, which k2 gives to nothing: a line break would make two
+    lines of one in a pipe.
     """
     try:
         names = os.listdir(outputs) if outputs.is_dir() else []
     except OSError as error:
         raise K2Error(f"{outputs} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
-    found = [outputs / name for name in names if NUMBER.match(name) and not UNPRINTABLE.search(name)]
+    found = [outputs / name for name in names if not name.startswith(".") and not UNPRINTABLE.search(name)]
     runs = [path for path in found if path.is_dir() and not path.is_symlink()]
-    return sorted(runs, key=lambda run: (number_of(run), run.name))
+    return sorted(runs, key=lambda run: (number_of(run) if NUMBER.match(run.name) else -1, run.name))
 
 
 def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:

@@ -49,6 +49,16 @@ def test_a_prompt_is_found_by_its_name_too(tmp_path):
     assert len(list(history.read(tmp_path, Chosen(prompt="fox")))) == 1
 
 
+def test_a_run_by_another_name_is_one_still(tmp_path):
+    many_pictures(tmp_path, 3, per_run=1)
+    (tmp_path / "0002-owl").rename(tmp_path / "for the client")
+    (tmp_path / ".trash").mkdir()
+
+    assert [run.name for run in history.runs_of(tmp_path)] == ["for the client", "0001-fox", "0003-teapot"]
+    assert [made.path.name for made in history.read(tmp_path, history.Chosen(run="client"))] == ["owl-1.png"]
+    assert [made.path.name for made in history.read(tmp_path, history.Chosen(run="3"))] == ["teapot-2.png"]
+
+
 def test_damaged_and_foreign_files_are_passed_over(tmp_path):
     many_pictures(tmp_path, 3, per_run=3)
     run = tmp_path / "0001-fox"
