@@ -353,6 +353,9 @@ def rerun(
                     raise
                 show_error(error)
                 continue
+            except KeyboardInterrupt:
+                say(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")
+                raise typer.Exit(130) from None
             finally:
                 bar.saved(done)
             identical += off == 0

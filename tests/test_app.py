@@ -489,6 +489,20 @@ def test_an_interrupted_run_is_gone_on_with_by_the_line_that_is_printed(moody, k
     assert k2(*shlex.split(line)[1:]).stdout == "my mood/outputs/0002-fox-and-1-more/an-owl-at-night-7.png\n"
 
 
+def test_pictures_made_again_and_interrupted_are_counted(moody, k2, fake):
+    folder = Path(k2("render", "--batch", "2").stdout.splitlines()[0]).parent
+    made: list[int] = []
+
+    def stop(index: int) -> None:
+        made.append(index)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+
+    fake.stop = stop
+    said = k2("rerun", folder, code=130).stderr
+    assert said.endswith("Interrupted: 2 of 4 were made again, 2 of them identical.\n")
+
+
 def test_resume_finishes_what_was_planned(moody, k2, fake):
     """Interrupted, edited, resumed: the pictures are those of the undisturbed run."""
     k2("render", "--batch", "2")
