@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ class Update(ABC):
     scale: float = 1.0  # alpha / rank
     bias: Tensor | None = None  # [out]
     magnitude: Tensor | None = None  # of a DoRA: [out, 1] or [1, in]
+    gains: WeakKeyDictionary[nn.Linear, Tensor] = field(default_factory=WeakKeyDictionary)  # by layer, once taken
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -168,7 +170,9 @@ class Dora:
     def difference(self, layer: nn.Linear, x: Tensor, own: Tensor) -> Tensor:
         """x [..., in], own [..., out] what the layer alone answers -> s (W' − W) x [..., out]."""
         if self.gain is None:
-            gain = gain_of(layer, self.update)
+            gain = self.update.gains.get(layer)
+            if gain is None:  # a whole matrix is read for it
+                gain = self.update.gains[layer] = gain_of(layer, self.update)
             self.by_row = gain.shape == (layer.out_features, 1)
             self.gain, self.more = gain.flatten(), self.weight * (gain - 1).flatten()  # in bf16 g − 1 would be lost
             self.update = self.update.times(self.weight)

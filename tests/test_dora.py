@@ -16,6 +16,7 @@ from test_lora_kinds import factors, product, with_differences
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor, nn
 
+from model import second_path
 from model.checkpoint import save
 from model.dit import Krea2
 from model.few_bits import FewBitLinear, few_bit_layers, widened
@@ -80,6 +81,18 @@ def test_every_layout_is_the_definition(tmp_path, model, layout, form):
     assert adapter.report(1)["matched"] == adapter.report(1)["modules"] == len(changes)
     expected = velocity(with_differences(model, 1, changes))
     assert relative_error(velocity(model, (adapter, 1)), expected) < 1e-4
+
+
+def test_a_norm_is_taken_once_and_not_for_every_batch(tmp_path, model, monkeypatch):
+    state, _ = lora(model, "PEFT", "rows")
+    adapter = read_lora(write(tmp_path, state), model)
+    taken: list[nn.Linear] = []
+    monkeypatch.setattr(second_path, "gain_of", lambda layer, update: taken.append(layer) or gain_of(layer, update))
+
+    first, half, again = (velocity(model, (adapter, weight)) for weight in (1.0, 0.5, 1.0))
+
+    assert len(taken) == len(set(taken)) == len(adapter.layers)
+    assert torch.equal(first, again) and not torch.equal(first, half)
 
 
 @torch.no_grad()
