@@ -18,6 +18,7 @@ SHEET = "sheet.png"
 BLOCKED = ".blocked.toml"
 PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
 PATIENCE = 10.0  # seconds to wait for another process that claims a number
+SWEPT: set[Path] = set()  # outputs in which drafts were looked for
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
 
@@ -177,13 +178,17 @@ def number_of(folder: Path) -> int:
 
 
 def clear(outputs: Path) -> None:
-    """Drafts of dead processes in all runs, and numbers that they claimed without coming to name them.
+    """Numbers that dead processes claimed without coming to name them, and, once in this process's life, their drafts
+    in all runs: a process that claims run after run would look through thousands of folders for each.
 
     Only for whoever is `alone`: a living process that claims a number holds `outputs` until it has named it.
     """
     if not LOCKS:
         return
-    for folder in [path for path in outputs.iterdir() if NUMBER.match(path.name) and not path.is_symlink()]:
+    swept = outputs in SWEPT
+    SWEPT.add(outputs)
+    names = [name for name in os.listdir(outputs) if NUMBER.match(name) and not (swept and "-" in name)]
+    for folder in [path for name in names if not (path := outputs / name).is_symlink()]:
         sweep(folder)
         if folder.name.isdigit():
             with suppress(OSError), opened(folder, FOLDER) as handle:

@@ -173,6 +173,7 @@ def test_what_a_dead_process_left_is_gone_at_the_next_start_and_the_living_keep_
     dead.join()
     assert dead.exitcode == 9 and len(list(run.folder.iterdir())) == 2 and (tmp_path / "0002").exists()
 
+    outputs.SWEPT.clear()  # as in a process that has only just started
     second = Run.claim(tmp_path, "owl")
 
     assert list(run.folder.iterdir()) == [mine]
@@ -221,3 +222,15 @@ def test_a_folder_with_a_number_and_content_is_left_alone(tmp_path):
 
     assert Run.claim(tmp_path, "fox").folder.name == "0004-fox"
     assert tree(tmp_path / "0003") == {"notes.txt": b"mine", "run.toml": b""} and (tmp_path / "12").is_dir()
+
+
+def test_drafts_are_looked_for_once_a_process(tmp_path, monkeypatch):
+    looked: list[str] = []
+    monkeypatch.setattr(outputs, "sweep", lambda folder: looked.append(folder.name))
+    Run.claim(tmp_path / "outputs", "fox", {"run.toml": b""})
+    outputs.SWEPT.clear()
+
+    for name in ("owl", "hen"):
+        Run.claim(tmp_path / "outputs", name, {"run.toml": b""})
+
+    assert [name for name in looked if "-" in name] == ["0001-fox"]
