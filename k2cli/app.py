@@ -17,6 +17,7 @@ from k2cli.history_app import gallery, log, rerun, show
 from k2cli.models_app import models_app
 from k2cli.options import (
     ALLOWED,
+    AvoidOption,
     BatchOption,
     CreativityOption,
     DenoiseOption,
@@ -30,6 +31,7 @@ from k2cli.options import (
     JsonOption,
     MaskOption,
     ModelOption,
+    NegativeOption,
     OffloadOption,
     OnlyOption,
     OutsideOption,
@@ -217,6 +219,8 @@ def render(
         list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
     ] = None,
     only: OnlyOption = None,
+    avoid: AvoidOption = None,
+    negative: NegativeOption = None,
     like: Annotated[
         Path | None,
         typer.Option("--like", metavar="PICTURE", help="With the settings and styles of this one, and its prompt."),
@@ -337,7 +341,7 @@ def render(
         "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,
         "format": format, "init_image": init_image and str(init_image), "denoise": denoise,
-        "mask": mask,
+        "mask": mask, "avoid": ", ".join(avoid) if avoid else None,
     }  # fmt: skip
     settings = {key: value for key, value in options.items() if value is not None}
     crew: Crew | None = Processes(workers) if workers and workers > 1 else None

@@ -77,6 +77,8 @@ class Example:
         settings = self.settings(said)
         if own_prompt and "seed" not in said:
             settings["seed"] = spec.seed + 1
+        if own_prompt and "avoid" not in said:
+            settings["avoid"] = ""  # what the project said then is among what its prompt avoids
         weights = {style.name: style.strength for style in spec.styles}
         strength = weights.pop(moodboard.NAME, 0.0)
         gone = [name for name in weights if name not in project.styles.known]

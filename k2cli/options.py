@@ -102,6 +102,10 @@ TurboOption = Annotated[
     bool | None,
     typer.Option("--turbo/--raw", help="Take the distilled checkpoint, of few steps and no guidance; or the other."),
 ]
+AvoidOption = Annotated[
+    list[str] | None,
+    typer.Option("--avoid", metavar="WORDS", help="Negative prompt, in the place of [render]'s; may come again."),
+]
 BatchOption = Annotated[int | None, typer.Option("--batch", "-n", metavar="N", help="Pictures per prompt.")]
 SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16, mini's of 32.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
@@ -133,6 +137,17 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
+
+
+def refuse_negative(value: str | None) -> None:
+    """Other tools' name of an option that is looked for before any other. Raises K2Error."""
+    if value is not None:
+        raise K2Error("--negative: there is no such option.", hint="It is called --avoid.")
+
+
+NegativeOption = Annotated[
+    str | None, typer.Option("--negative", "--negative-prompt", hidden=True, callback=refuse_negative)
+]
 
 
 def choice(key: str, metavar: str, help: str) -> Any:

@@ -297,7 +297,7 @@ class Project(Folder):
             return settings.elsewhere.get(key) or place(key)
 
         joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
-        avoids = [*filter(None, [prompt.avoid]), *words(looks, "avoids", "keywords")]
+        avoids = [*filter(None, dict.fromkeys([prompt.avoid, settings.avoid])), *words(looks, "avoids", "keywords")]
         for said, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
             if sum(map(len, said)) > MOST_WORDS:
                 raise K2Error(f'The {what} of "{name}" is longer than {MOST_WORDS:,} characters.', hint="Shorten it.")

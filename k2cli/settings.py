@@ -40,6 +40,7 @@ class Settings:
     resolution: str | int | None = None
     batch: int = between(1, 1, 1000)
     seed: int = between(0, 0, 2**63 - 1)
+    avoid: str = ""  # of every prompt, beside what each avoids itself
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
     sampler: str | None = one_of(None, *SAMPLERS)
@@ -118,13 +119,14 @@ class Settings:
 FIELDS = {f.name: f for f in fields(Settings)}
 HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     **{key: "It belongs below [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
-    **dict.fromkeys(("text", "avoid"), "It belongs below [[prompt]]."),
+    "text": "It belongs below [[prompt]].",
+    "avoid": "It belongs below [render] or [[prompt]].",
     "style": "Weights of styles stand below [style].",
     "images": "It belongs below [moodboard].",
     "turbo": 'Say variant = "turbo" below [render].',
     **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs into a style: styles/NAME.toml."),
     # what other tools call them
-    **dict.fromkeys(("negative", "negative_prompt"), "It is called avoid, below [[prompt]]."),
+    **dict.fromkeys(("negative", "negative_prompt"), "It is called avoid, below [render] or [[prompt]]."),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), "It is called guidance, and is 1 less than a CFG scale."),
     **dict.fromkeys(("width", "height"), 'Say both at once: size = "320x192".'),
     **dict.fromkeys(("num_steps", "num_inference_steps"), "It is called steps."),

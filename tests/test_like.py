@@ -55,6 +55,20 @@ def test_what_is_said_goes_before_and_makes_void_what_hung_on_it(dusky, k2):
     assert [each["settings"]["seed"] for each in plan(k2, "--like", made, "--matrix", "seed=1,2")] == [1, 2]
 
 
+def test_what_its_prompt_avoided_counts_once(dusky, k2):
+    """Though the project says it of every prompt, whatever it has come to say since."""
+    toml = (dusky / "k2.toml").read_text()
+    (dusky / "k2.toml").write_text(toml.replace("seed = 7", 'seed = 7\navoid = "snow"'))
+    made = rendered(k2, "-p", "tea", "--style", "dusk=1")
+    (dusky / "k2.toml").write_text(toml.replace("seed = 7", 'seed = 7\navoid = "fog"'))
+
+    (again,), (more,) = plan(k2, "--like", made), plan(k2, "--like", made, "--avoid", "rain")
+    (other,) = plan(k2, "--like", made, "-p", "a cup")
+
+    assert (again["prompt"]["avoid"], more["prompt"]["avoid"]) == ("snow, gloss", "snow, rain, gloss")
+    assert other["prompt"]["avoid"] == "fog, gloss"
+
+
 def test_other_prompts_share_the_look_of_the_picture_that_leads(dusky, k2):
     """As those of its own batch do: a picture that was led itself hands on what led it."""
     made = rendered(k2, "-p", "tea", "--seed", "40", "--style", "dusk=1")

@@ -130,6 +130,36 @@ def test_a_prompt_may_differ_from_the_rest(moody):
     assert (planned[1].spec.width, planned[1].spec.height, planned[1].spec.negative) == (64, 96, "snow")
 
 
+def test_what_is_to_be_avoided_adds_up(moody, k2):
+    """A prompt's own, that of [render] or of --avoid, and what styles avoid; each phrase once."""
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["matt"]\navoids = ["gloss"]\n')
+    said = PROJECT.replace("seed = 7", 'seed = 7\navoid = "snow"') + 'avoid = "fog"\n\n[style]\ndusk = 1\n'
+    (moody / "k2.toml").write_text(said)
+
+    def avoided(*options):
+        return [
+            json.loads(line)["prompt"]["avoid"]
+            for line in k2("render", "--dry-run", "--json", *options).stdout.split("\n")[:-1]
+        ]
+
+    assert avoided() == ["snow, gloss", "fog, snow, gloss"]
+    assert avoided("--avoid", "rain", "--avoid", "text, ink") == [
+        "rain, text, ink, gloss",
+        "fog, rain, text, ink, gloss",
+    ]
+    assert avoided("--avoid", "") == ["gloss", "fog, gloss"]
+    assert avoided("--avoid", "fog") == ["fog, gloss", "fog, gloss"]
+    assert avoided("--avoid", "rain", "-p", "tea") == ["rain, gloss"]
+
+
+@pytest.mark.parametrize("option", ["--negative", "--negative-prompt"])
+def test_what_others_call_a_negative_prompt_is_told_its_name(moody, k2, option):
+    refused = k2("render", option, "snow", "--dry-run", code=2)
+
+    assert refused.stderr == "Error: --negative: there is no such option.\nHint:  It is called --avoid.\n"
+
+
 OWN = """aspect = "2:1"
 steps = 8
 guidance = 1.5
@@ -295,7 +325,7 @@ text = "a bun"
         (
             TWO + 'negative = "snow"\n',
             'line 7: unknown key "negative" in [prompt].',
-            "It is called avoid, below [[prompt]].",
+            "It is called avoid, below [render] or [[prompt]].",
         ),
         ("[render]\ncfg_scale = 4\n", 'line 2: unknown key "cfg_scale" in [render].', "called guidance, and is 1 less"),
         ("[render]\nwidth = 256\n", 'line 2: unknown key "width" in [render].', 'Say both at once: size = "320x192".'),
