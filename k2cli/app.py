@@ -51,6 +51,7 @@ from k2cli.options import (
     read_matrix,
     read_prompts,
     read_weights,
+    seed_of,
     to_json,
     variant_of,
 )
@@ -249,7 +250,7 @@ def render(
         ),
     ] = None,
     batch: BatchOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i.")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i; or random.")] = None,
     size: SizeOption = None,
     aspect: Annotated[
         str | None, typer.Option("--aspect", metavar="W:H", help="In the place of a size, like 3:2.")
@@ -336,7 +337,7 @@ def render(
             raise typer.BadParameter("a picture is of one project", param_hint="--like")
     opened = open_projects(named, project, allow_outside)
     options = {
-        "batch": batch, "seed": seed, "size": size, "aspect": aspect, "resolution": resolution,
+        "batch": batch, "seed": seed_of(seed), "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
         "model": model, "device": device, "variant": variant_of(turbo), "sampler": sampler,
         "cohesion": cohesion, "scope": scope, "creativity": creativity, "precision": precision, "offload": offload,

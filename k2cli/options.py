@@ -166,6 +166,14 @@ FormatOption = Annotated[str | None, choice("format", "KIND", "Of the files: png
 EmbedOption = Annotated[bool, typer.Option("--no-embed", help="Write no metadata into the pictures.")]
 
 
+def seed_of(text: str | None) -> int | str | None:
+    """A seed as it was typed, a number if it is one."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
 def variant_of(turbo: bool | None) -> str | None:
     """What --turbo or --raw asks for; None where neither was said."""
     return None if turbo is None else "turbo" if turbo else "raw"

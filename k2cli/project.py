@@ -18,7 +18,7 @@ from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
 from k2cli.pictures import check_picture, is_dark, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
-from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame
+from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
 from k2cli.styles import Styles, words
 from k2cli.tables import (
     Place,
@@ -118,8 +118,9 @@ class Project(Folder):
         return Styles(self.root, self.inside, self.others)
 
     def settle(self, **given: Any) -> Settings:
-        """The project's settings, options of a command line in their place, with the model found."""
-        settings = self.settings.override(**given)
+        """The project's settings, options of a command line in their place, with the model found and a seed drawn for
+        where it is to be random."""
+        settings = replace(self.settings.override(**given), drawn=draw())
         shells = given.get("model") is not None  # a path of the shell's, not of the project's
         try:
             inside = None if shells else self.inside
@@ -309,7 +310,7 @@ class Project(Folder):
         mask = None
         if settings.mask not in (None, NONE):
             mask = self.mask(settings.mask, where("mask"), (width, height), sides)
-        seed, batch = settings.seed, settings.batch
+        seed, batch = settings.first_seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")
         spec = RenderSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,6 +17,7 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, SAMPLERS, TILES
 
 SCOPES = ("prompt", "run")
+RANDOM = "random"  # in the place of a seed
 NONE = "none"  # in the place of a picture: there is to be none, whatever was said before
 OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
     *("batch", "seed", "size", "aspect", "resolution"),
@@ -39,7 +41,7 @@ class Settings:
     aspect: str | None = None
     resolution: str | int | None = None
     batch: int = between(1, 1, 1000)
-    seed: int = between(0, 0, 2**63 - 1)
+    seed: int | str = field(default=0, metadata={"low": 0, "high": 2**63 - 1, "word": RANDOM})
     avoid: str = ""  # of every prompt, beside what each avoids itself
     steps: int | None = between(None, 1, 1000)
     guidance: float | None = between(None, 0, 100)
@@ -60,6 +62,7 @@ class Settings:
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
     format: str = one_of("png", *SUFFIXES)  # of the files; only JPEG loses anything
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
+    drawn: int = field(default=0, metadata=NO_KEY)  # the seed that "random" is, of a whole run
     elsewhere: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # said not in [render]: where
 
     def override(self, **given: Any) -> Settings:
@@ -80,6 +83,11 @@ class Settings:
         if said.get("init_image") == NONE:  # there is nothing left to be kept, in part or in a mask's place
             said = {"denoise": None, "mask": None, **said}
         return replace(self, **said, elsewhere={**self.elsewhere, **where})
+
+    @property
+    def first_seed(self) -> int:
+        """That of a batch's first picture."""
+        return self.drawn if isinstance(self.seed, str) else self.seed
 
     def held(self) -> models.Held:
         """The weights that these settings ask for, once the model is found."""
@@ -114,6 +122,11 @@ class Settings:
         edge = grid.native if self.resolution is None else parse_resolution(self.resolution, where("resolution"))
         said = where("resolution" if self.aspect is None else "aspect")
         return fit_aspect(self.aspect or shape_of(*(begun or (1, 1))), edge, said, grid.step)
+
+
+def draw() -> int:
+    """A seed by chance, short enough to be typed."""
+    return int.from_bytes(os.urandom(4))
 
 
 FIELDS = {f.name: f for f in fields(Settings)}

@@ -29,6 +29,7 @@ from k2cli.options import (
     TurboOption,
     find_project,
     read_weights,
+    seed_of,
     to_json,
     variant_of,
 )
@@ -195,7 +196,9 @@ def mix_styles(
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to paint; else the project's first.")
     ] = None,
     turbo: TurboOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The same for every picture.")] = None,
+    seed: Annotated[
+        str | None, typer.Option("--seed", metavar="N", help="The same for every picture; or random.")
+    ] = None,
     size: SizeOption = None,
     init_image: InitImageOption = None,
     denoise: DenoiseOption = None,
@@ -242,7 +245,7 @@ def mix_styles(
     jobs = []
     if sweep is not None or preview:
         settings = opened.settle(
-            **{"variant": variant_of(turbo), "seed": seed, "size": size, "steps": steps, "guidance": guidance},
+            **{"variant": variant_of(turbo), "seed": seed_of(seed), "size": size, "steps": steps, "guidance": guidance},
             **{"guidance_until": guidance_until, "sampler": sampler, "style_guidance": style_guidance},
             **{"init_image": init_image and str(init_image), "denoise": denoise, "model": model, "device": device},
         )

@@ -321,18 +321,26 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
     called = where if where == f"--{key.replace('_', '-')}" else f'{where}: "{key}"'
     kinds = [k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None)]
     kinds = [getattr(k, "__origin__", k) for k in kinds]
+    word, drawn = limits.get("word"), ""
+    if word and str in kinds:  # not in a record, where it has become a number
+        if value == word:
+            return value
+        kinds.remove(str)
+        drawn = f'Or "{word}", which is another one every time.'
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         value = float(value)
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
         meant = f"Like {key} = [{describe(value)}]." if kinds == [list] and describe(value) == f'"{value}"' else ""
-        raise K2Error(f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.", hint=meant)
+        raise K2Error(
+            f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.", hint=meant or drawn
+        )
     if isinstance(value, list) and any(not isinstance(item, str) for item in value):
         raise K2Error(f"{called} must be a list of texts.", hint=f'Like {key} = ["one", "two"].')
     if ("low" in limits and not (limits["low"] <= value <= limits["high"])) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
-        raise K2Error(f"{called} must lie between {low} and {high}, not {value}.")
+        raise K2Error(f"{called} must lie between {low} and {high}, not {value}.", hint=drawn)
     if value not in (choices := limits.get("choices", (value,))):
         raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
     if isinstance(value, str) and not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):

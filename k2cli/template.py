@@ -8,7 +8,7 @@ name = "{name}"
 model = "mini"        # the model in the box; or a folder, or a .safetensors file
 # variant = "turbo"   # as --turbo does; --raw takes the other
 batch = 2             # pictures per prompt
-seed = 7              # picture i uses seed + i
+seed = 7              # picture i uses seed + i; "random" is another one every run
 # size = "256x192"    # or aspect = "4:3"; the model's own size where left out
 # cohesion = 0.5      # 0 every picture by itself … 1 one look; scope = "run" ties prompts together too
 # creativity = "low"  # raw, low, medium, high: how far prompts are led beyond what they say

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -73,6 +74,7 @@ def watch(
     """
     from k2cli.carry import carry_out
     from k2cli.console import say, show_error
+    from k2cli.settings import draw
 
     if folder and project:
         raise typer.BadParameter("name the project as an argument or with --project, not both", param_hint="--project")
@@ -82,11 +84,12 @@ def watch(
     made = made_before(root, allow_outside)
     keys: dict[str, str] = {}
     before: Stamps = {}
+    drawn = draw()  # once: else a random seed would make every picture different by any change
     try:
         while True:
             before = stamp(root, before)
             try:
-                job, keys, used = look(find_project(root, allow_outside), only, settings, made, keys)
+                job, keys, used = look(find_project(root, allow_outside), only, settings, made, keys, drawn)
                 before = {**stamp_of(used), **before}
                 if job.shots:
                     saved = partial(note, made, keys)
@@ -155,14 +158,15 @@ def look(
     settings: Mapping[str, object],
     made: Mapping[str, Path],
     asked: Mapping[str, str],
+    drawn: int = 0,
 ) -> tuple[Job, dict[str, str], set[Path]]:
     """The run of what is not made yet; what each picture of the project, by its stem, is known by: all that goes into
     it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
-    made again only if it is not there, for otherwise somebody threw it away."""
+    made again only if it is not there, for otherwise somebody threw it away. `drawn`: the seed where it is random."""
     from k2cli.carry import plan_job
     from k2cli.records import request
 
-    chosen = project.settle(**settings)
+    chosen = replace(project.settle(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
     matrices = project.comparing(prompts)
     shots = project.shots(chosen, prompts, None, matrices)

@@ -13,7 +13,7 @@ from conftest import PROJECT, write_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2cli import models
+from k2cli import models, project
 from k2cli.folder import Folder
 from k2cli.matrix import read_axes
 from k2cli.project import Project, Shot
@@ -158,6 +158,40 @@ def test_what_others_call_a_negative_prompt_is_told_its_name(moody, k2, option):
     refused = k2("render", option, "snow", "--dry-run", code=2)
 
     assert refused.stderr == "Error: --negative: there is no such option.\nHint:  It is called --avoid.\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [("seed = 7", ("--seed", "random")), ('seed = "random"', ()), ('seed = "random"', ("--only", "fox"))],
+)
+def test_a_random_seed_is_drawn_once_a_run(moody, k2, monkeypatch, line, options):
+    """All prompts have it, as they would have another; a prompt may say so itself; and records have a number."""
+    draws = iter(range(40, 99, 10))
+    monkeypatch.setattr(project, "draw", lambda: next(draws))
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", line))
+
+    first, again = (k2("render", "--batch", "2", "--json", *options).stdout.splitlines() for _ in range(2))
+
+    seeds = [[json.loads(each)["settings"]["seed"] for each in made] for made in (first, again)]
+    assert seeds[0] == [40, 41] * (len(first) // 2) and seeds[1] == [50, 51] * (len(first) // 2)
+    assert k2("rerun", json.loads(first[0])["file"]).exit_code == 0
+
+
+def test_a_prompts_own_seed_may_be_random(moody, k2):
+    (moody / "k2.toml").write_text(PROJECT + 'seed = "random"\n')
+
+    fox, owl = (
+        json.loads(line)["settings"]["seed"] for line in k2("render", "--dry-run", "--json").stdout.splitlines()
+    )
+
+    assert fox == 7 and 0 <= owl < 2**32
+
+
+@pytest.mark.parametrize("seed", ["-1", "anything"])
+def test_a_seed_that_is_none_is_told_of_random(moody, k2, seed):
+    refused = k2("render", "--seed", seed, code=2)
+
+    assert refused.stderr.startswith("Error: --seed must") and 'Or "random"' in refused.stderr
 
 
 OWN = """aspect = "2:1"

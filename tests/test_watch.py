@@ -65,6 +65,16 @@ def test_what_the_last_runs_made_is_not_made_again(moody, k2, changes):
     assert k2("watch", "--steps", "3", code=130).stdout.count("outputs/0004-") == 2
 
 
+def test_a_random_seed_stays_while_it_is_watched(moody, k2, changes):
+    toml, said = moody / "k2.toml", PROJECT.replace("seed = 7", 'seed = "random"')
+    toml.write_text(said)
+    changes += [lambda: toml.write_text(said.replace("a red fox", "a blue fox"))]
+
+    fox, owl, blue = k2("watch", code=130).stdout.splitlines()
+
+    assert Path(fox).name == Path(blue).name != Path(owl).name
+
+
 def test_what_is_thrown_away_stays_away_until_it_is_asked_for_anew(moody, k2, changes):
     toml = moody / "k2.toml"
     changes += [
