@@ -63,7 +63,7 @@ from model.errors import K2Error
 if TYPE_CHECKING:
     from k2cli.hands import Crew
     from k2cli.prompts import Prompt
-    from k2cli.runs import Job
+    from k2cli.runs import Job, Saved
 
 
 # As one comes to need them; what is not named here stands last.
@@ -316,7 +316,7 @@ def render(
       k2 render --like outputs/0001-fox/fox-7.png --batch 8
       k2 render --resume                    go on with a run that was stopped
     """
-    from k2cli.carry import carry_out, plan_project, show_plan
+    from k2cli.carry import carry_out, plan_project, say_again, show_plan
     from k2cli.cluster import Cluster
     from k2cli.hands import Processes, load
     from k2cli.like import Example
@@ -355,7 +355,14 @@ def render(
         if dry_run:
             show_plan(jobs, as_json=json, quiet=quiet)
         else:
-            carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, crew=crew)
+            made: dict[Path, str] = {}
+
+            def note(saved: Saved) -> None:
+                made[saved.path] = saved.record["pixels"]
+
+            carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, crew=crew, on_saved=note)
+            if not (quiet or resume):
+                say_again(made)
 
     if resume:
         if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from k2cli import licence
+from k2cli import history, licence
 from k2cli.console import meter, near, result, say, typed
 from k2cli.disk import DiskFull
 from k2cli.expander import forget
@@ -226,6 +226,26 @@ def tell(saved: Saved, told: set[str], *, as_json: bool, quiet: bool) -> None:
 def say_finished(job: Job) -> None:
     """That nothing is left of a run."""
     say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
+
+
+def say_again(made: Mapping[Path, str]) -> None:
+    """That all pictures of a run are those of the run before it.
+
+    made  the pictures of finished runs, and the hashes of their pixels
+    """
+    runs: dict[Path, dict[str, str]] = {}
+    for path, pixels in made.items():
+        runs.setdefault(path.parent, {})[path.stem] = pixels
+    for run, hashes in runs.items():
+        before = [each for each in history.runs_of(run.parent) if number_of(each) < number_of(run)]
+        if before and holds(before[-1], hashes):
+            which = "picture" if len(hashes) == 1 else "pictures"
+            say(f"The same {which} as run {number_of(before[-1]):04d}; --seed N or --seed random for others.", "dim")
+
+
+def holds(run: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether a run has pictures of these stems, with these pixels; the first that differs is the last looked at."""
+    return all((history.load(run / f"{stem}.toml") or {}).get("pixels") == sha for stem, sha in hashes.items())
 
 
 def say_doubts(job: Job) -> None:

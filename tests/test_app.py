@@ -994,3 +994,17 @@ def test_threads_do_not_spin_unless_asked_to(before: dict[str, str], after: str)
     code = "import os; from k2cli import app; app.app = lambda **_: print(os.environ['OMP_WAIT_POLICY']); app.main()"
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == after
+
+
+def test_the_pictures_of_the_run_before_are_told_to_be_the_same(moody, k2):
+    first = k2("render").stderr
+    again, other, more = k2("render"), k2("render", "--seed", "8"), k2("render", "--seed", "8", "--batch", "2")
+    once, twice = (k2("render", "-p", "tea") for _ in range(2))
+
+    said = "The same pictures as run 0001; --seed N or --seed random for others."
+    assert said in again.stderr and len(again.stdout.splitlines()) == 2
+    assert not any("The same picture" in each for each in (first, other.stderr, more.stderr, once.stderr))
+    assert "The same picture as run 0005;" in twice.stderr
+    assert "The same picture" not in k2("render", "-p", "tea", "--quiet").stderr
+    (moody / "outputs" / "0007-tea" / "tea-7.toml").unlink()
+    assert "The same picture" not in k2("render", "-p", "tea").stderr
