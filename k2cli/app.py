@@ -62,6 +62,7 @@ from model.errors import K2Error
 
 if TYPE_CHECKING:
     from k2cli.hands import Crew
+    from k2cli.project import Project
     from k2cli.prompts import Prompt
     from k2cli.runs import Job, Saved
 
@@ -379,29 +380,36 @@ def render(
     weights = read_weights(style or [], "--style")
     compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
     prompts = None if stream else read_prompts(prompt or [], stdin=stdin)
-    if like is not None:
-        example, said = Example.read(like, opened[0]), settings | (dict(compared[0].axes) if compared else {})
-        own = prompts is None and not only and not stream
-        alike, weights = example.within(opened[0], said, weights, own_prompt=own)
-        opened = [alike]
-        prompts = [example.prompt()] if own else prompts
-    if moodboard is not None:
-        opened = [each.with_board(moodboard) for each in opened]
+    example, own = Example.read(like, opened[0]) if like else None, prompts is None and not only and not stream
+    if example and own:
+        prompts = [example.prompt()]
 
-    def plan(prompts: list[Prompt] | None, quiet: bool) -> list[Job]:
-        jobs = []
+    def plan(opened: list[Project], prompts: list[Prompt] | None, quiet: bool) -> list[Job]:
+        jobs, styles = [], weights
+        if example:
+            said = settings | (dict(compared[0].axes) if compared else {})
+            alike, styles = example.within(opened[0], said, weights, own_prompt=own)
+            opened = [alike]
+        if moodboard is not None:
+            opened = [each.with_board(moodboard) for each in opened]
         for each in opened:
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             axes = compared or (each.comparing(wanted) if prompts is None and like is None else ())
-            jobs.append(plan_project(each, each.settle(**settings), wanted, weights, axes, quiet=quiet))
+            jobs.append(plan_project(each, each.settle(**settings), wanted, styles, axes, quiet=quiet))
         return jobs
 
     if not stream:
-        return carry(plan(prompts, quiet))
-    first, *_ = plan([typed("anything")], quiet=True)  # what no line could make right is refused before the first
+        return carry(plan(opened, prompts, quiet))
+    # What no line could make right is refused before the first.
+    first, *_ = plan(opened, [typed("anything")], quiet=True)
     if not (dry_run or crew):
         load(first.model)  # while it is awaited
-    if render_each(lambda one: carry(plan([one], quiet)), as_json=json):
+
+    def answer(one: Prompt) -> None:
+        """A line, by the projects as they are by now."""
+        carry(plan(open_projects(named, project, allow_outside), [one], quiet))
+
+    if render_each(answer, as_json=json):
         raise typer.Exit(1)
 
 

@@ -8,8 +8,10 @@ import json
 import sys
 
 import pytest
+from conftest import write_weights
 
 from k2cli import stream
+from model import library
 from model.errors import K2Error
 
 
@@ -76,6 +78,46 @@ def test_a_line_that_goes_wrong_is_told_and_the_next_is_read(moody, k2, asks, fa
         "file": None, "error": "The plum cannot be drawn.", "hint": "Ask for a pear.", "prompt": {"text": "a plum"}
     }  # fmt: skip
     assert "The plum cannot be drawn." in done.stderr and "Ask for a pear." in done.stderr
+
+
+def test_a_project_that_changes_counts_from_the_next_line_on(moody, k2, monkeypatch, fake):
+    """And a mistake in it is told of the lines that come while it is there; the weights stay where they are."""
+    toml = moody / "k2.toml"
+    whole = toml.read_text()
+
+    def lines():
+        yield "a pear"
+        toml.write_text(whole.replace("seed = 7", "seed = 40"))
+        yield "tea"
+        toml.write_text(whole.replace("seed = 7", "sed = 40"))
+        yield "a plum"
+        (moody / "styles").mkdir()
+        (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
+        toml.write_text(whole + "\n[style]\ndusk = 1\n")
+        yield "a fig"
+
+    monkeypatch.setattr(stream, "lines", lines)
+
+    done = k2("render", "--stream", code=1)
+
+    assert [spec.prompt for spec in fake.seen] == ["a pear", "tea", "a fig, film grain"]
+    assert [spec.seed for spec in fake.seen] == [7, 40, 7]
+    assert 'unknown key "sed" in [render].' in done.stderr and len(fake.loaded) == 1
+
+
+def test_another_model_is_loaded_for_the_line_after(moody, k2, monkeypatch, fake):
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    toml = moody / "k2.toml"
+
+    def lines():
+        yield "a pear"
+        toml.write_text(toml.read_text().replace("seed = 7", 'variant = "turbo"'))
+        yield "tea"
+
+    monkeypatch.setattr(stream, "lines", lines)
+    k2("render", "--stream")
+
+    assert [variant for _, variant, *_ in fake.loaded] == [None, "turbo"]
 
 
 def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
