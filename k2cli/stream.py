@@ -34,13 +34,13 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
 
 
 def lines() -> Iterator[str]:
-    """Lines of standard input as they come, but for empty ones. Raises K2Error where one is no text."""
+    """Lines of standard input as they come; whoever sent one waits for an answer, be it empty. Raises K2Error where one
+    is no text."""
     if sys.stdin.isatty():
         typer.echo("A prompt a line, rendered as it comes; Ctrl-D ends.", err=True)
     try:
         for line in sys.stdin:
             line.encode()  # in some locales Python keeps bytes that are no text
-            if text := line.strip().removeprefix("\ufeff"):
-                yield text
+            yield line.strip().removeprefix("\ufeff")
     except UnicodeError:
         raise not_text() from None

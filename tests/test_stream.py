@@ -138,7 +138,7 @@ def test_a_bug_is_none_of_a_line(moody, k2, asks, fake):
 
 
 def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n"))
     assert [*stream.lines()] == ["tea"] and capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -146,10 +146,14 @@ def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "A prompt a line, rendered as it comes; Ctrl-D ends.\n")
 
 
-def test_lines_are_what_stands_between_breaks_and_nothing_empty(moody, k2):
-    done = k2("render", "--stream", "--dry-run", "--json", input="\ufeffa pear\r\n\n  a plum of\u2028glass \n")
+def test_lines_are_what_stands_between_breaks_and_an_empty_one_is_answered(moody, k2):
+    """For otherwise whoever sent it waits for ever."""
+    said = "\ufeffa pear\r\n\n  a plum of\u2028glass \n"
+    done = k2("render", "--stream", "--dry-run", "--json", input=said, code=1)
 
-    assert [json.loads(line)["prompt"]["text"] for line in done.stdout.splitlines()] == ["a pear", "a plum of glass"]
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["prompt"]["text"] for answer in answers] == ["a pear", "", "a plum of glass"]
+    assert [answer.get("error") for answer in answers] == [None, "A prompt is empty.", None]
     assert not (moody / "outputs").exists()
 
 
