@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from model.spec import LEAK_GUARDS, SAMPLERS, TILES
 SCOPES = ("prompt", "run")
 RANDOM = "random"  # in the place of a seed
 NONE = "none"  # in the place of a picture: there is to be none, whatever was said before
+FRAME = {"size", "aspect", "resolution"}  # of which the one said last counts
 OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
     *("batch", "seed", "size", "aspect", "resolution"),
     *("steps", "guidance", "creativity"),
@@ -83,6 +84,11 @@ class Settings:
         if said.get("init_image") == NONE:  # there is nothing left to be kept, in part or in a mask's place
             said = {"denoise": None, "mask": None, **said}
         return replace(self, **said, elsewhere={**self.elsewhere, **where})
+
+    def yielding_to(self, said: Collection[str]) -> Settings:
+        """These settings, in the place of which a prompt may say its own even where a command line has named them."""
+        theirs = {*said, *(FRAME if FRAME & set(said) else ())}
+        return replace(self, elsewhere={key: where for key, where in self.elsewhere.items() if key not in theirs})
 
     @property
     def first_seed(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -9,8 +11,12 @@ import typer
 
 from k2cli.console import result, show_error
 from k2cli.options import as_problem, not_text, to_json
-from k2cli.prompts import Prompt, typed
+from k2cli.prompts import Prompt, read_prompts, typed
+from k2cli.tables import Place, Toml, check_numbers
 from model.errors import K2Error
+
+OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
+KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
 
 
 def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
@@ -21,7 +27,7 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
     wrong = 0
     for line in lines():
         try:
-            render(typed(line))
+            render(asked_by(line))
         except (K2Error, OSError) as error:
             problem = as_problem(error)
             if problem is None:
@@ -31,6 +37,21 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
             if as_json:
                 result(to_json({"file": None, "error": str(problem), "hint": problem.hint, "prompt": {"text": line}}))
     return wrong
+
+
+def asked_by(line: str) -> Prompt:
+    """What a line asks for: a prompt, or a JSON object of what a [[prompt]] may say. Raises K2Error."""
+    if not OBJECT.match(line):
+        return typed(line)
+    try:
+        said = json.loads(line)
+        check_numbers(said)
+    except (ValueError, RecursionError) as error:
+        hint = 'Like {"prompt": "a red fox", "seed": 4}.'
+        raise K2Error(f"The line is no JSON: {error}.", hint=hint) from None
+    entry = {"text": ""} | {KEYS.get(key, key): value for key, value in said.items()}
+    (prompt,) = read_prompts([entry], Place(Toml("", "The line")))
+    return prompt
 
 
 def lines() -> Iterator[str]:

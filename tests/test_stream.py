@@ -11,6 +11,7 @@ import pytest
 from conftest import write_weights
 
 from k2cli import stream
+from k2cli.prompts import Prompt
 from model import library
 from model.errors import K2Error
 
@@ -30,6 +31,13 @@ def asks(monkeypatch, fake):
         return painted
 
     return say
+
+
+@pytest.fixture
+def dusky(moody):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
+    return moody
 
 
 def test_a_line_is_rendered_before_the_next_is_read(moody, k2, asks, fake):
@@ -118,6 +126,55 @@ def test_another_model_is_loaded_for_the_line_after(moody, k2, monkeypatch, fake
     k2("render", "--stream")
 
     assert [variant for _, variant, *_ in fake.loaded] == [None, "turbo"]
+
+
+def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
+    """It was said last, so that it goes before the command line."""
+    asks(
+        '{"prompt": "a {red|green} pear", "seed": 40, "batch": 2, "avoid": "snow", "styles": {"dusk": -1}}',
+        '{"text": "tea", "name": "cup", "aspect": "1:1", "guidance": 1}',
+        "a fig",
+    )
+
+    typed = ("--seed", "3", "--batch", "1", "--size", "64x96", "--style", "dusk=1", "--avoid", "fog")
+    made = k2("render", "--stream", *typed).stdout.splitlines()
+
+    assert [(spec.prompt, spec.seed, spec.negative) for spec in fake.seen] == [
+        *((f"a {colour} pear", seed, "snow, fog, film grain") for colour in ("red", "green") for seed in (40, 41)),
+        ("tea, film grain", 3, "fog"),
+        ("a fig, film grain", 3, "fog"),
+    ]
+    assert [(spec.width, spec.height, spec.guidance) for spec in fake.seen[-2:]] == [(128, 128, 1), (64, 96, None)]
+    assert made[-2] == "outputs/0002-cup/cup-3.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "hint"),
+    [
+        ('{"prompt": "tea", "sed": 4}', 'The line: unknown key "sed" in [prompt].', 'Did you mean "seed"?'),
+        ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must lie between', 'Or "random"'),
+        ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
+        ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", "The line is no JSON: a whole number has more than", "Like"),
+        ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
+        ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
+        ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
+        ('{"seed": 4}', "The line: the prompt is empty.", ""),
+        ('{"prompt": "tea"', "The line is no JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
+        ('{"a":' * 100_000, "The line is no JSON", "Like"),
+    ],
+)
+def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, line, said, hint):
+    asks(line, "a pear")
+
+    answer, pear = map(json.loads, k2("render", "--stream", "--json", code=1).stdout.splitlines())
+
+    assert answer["error"].startswith(said) and hint in answer["hint"]
+    assert pear["prompt"]["text"] == "a pear"
+
+
+@pytest.mark.parametrize("line", ["{}", "{red|blue} fox", '{|"} tea'])
+def test_a_prompt_that_begins_with_a_brace_is_a_prompt(line):
+    assert stream.asked_by(line) == Prompt(line)
 
 
 def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
