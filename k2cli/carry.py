@@ -114,6 +114,7 @@ def misbegun(job: Job) -> Iterator[str]:
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
+    of = places(jobs)
     for job in jobs:
         left = job.left
         if not left and not quiet:
@@ -131,7 +132,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
-                result(to_json(about | asked | {"model": used}))
+                result(to_json(about | asked | {"model": used, "of": next(of)}))
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
@@ -155,6 +156,7 @@ def carry_out(
 ) -> list[Path]:
     """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
     folders: list[Path] = []
+    of = places(jobs)
     forget()
     for job in jobs:
         licence.require_for(job.model.name, job.model.variant)
@@ -166,13 +168,25 @@ def carry_out(
         if not quiet:
             say_doubts(job)
         job = replace(job, embed=job.embed and embed)
-        folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved)
+        folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=of)
         folders += [folder] if folder is not None else []
     return folders
 
 
+def places(jobs: Sequence[Job]) -> Iterator[list[int]]:
+    """Which picture of how many each is, so that whoever reads them knows which is the last: [1, 2], [2, 2]."""
+    total = sum(len(job.left) for job in jobs)
+    return ([number, total] for number in range(1, total + 1))
+
+
 def carry(
-    job: Job, *, as_json: bool, quiet: bool, crew: Crew | None, on_saved: Callable[[Saved], object] | None
+    job: Job,
+    *,
+    as_json: bool,
+    quiet: bool,
+    crew: Crew | None,
+    on_saved: Callable[[Saved], object] | None,
+    of: Iterator[list[int]],
 ) -> Path | None:
     """One job, with a word on how to go on where it is cut short -> the run's folder, if it has a picture more."""
     total, done, kept_back, folder = len(job.left), 0, 0, None
@@ -188,7 +202,7 @@ def carry(
                 if done == 1 and not quiet:
                     for lora in saved.record.get("lora") or ():
                         say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
-                tell(saved, told, as_json=as_json, quiet=quiet)
+                tell(saved, told, next(of), as_json=as_json, quiet=quiet)
                 kept_back += bool(saved.record["blocked"])
     except (KeyboardInterrupt, BrokenPipeError) as reason:
         interrupted = isinstance(reason, KeyboardInterrupt)
@@ -208,7 +222,7 @@ def carry(
     return folder
 
 
-def tell(saved: Saved, told: set[str], *, as_json: bool, quiet: bool) -> None:
+def tell(saved: Saved, told: set[str], of: list[int], *, as_json: bool, quiet: bool) -> None:
     """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind. That it was
     blocked is said even if all else is quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
@@ -218,7 +232,7 @@ def tell(saved: Saved, told: set[str], *, as_json: bool, quiet: bool) -> None:
     if blocked:
         say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
     if as_json:
-        result(to_json({"file": None if blocked else near(saved.path), **saved.record}))
+        result(to_json({"file": None if blocked else near(saved.path), **saved.record, "of": of}))
     elif not blocked:
         result(near(saved.path))
 

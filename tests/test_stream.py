@@ -177,6 +177,18 @@ def test_a_prompt_that_begins_with_a_brace_is_a_prompt(line):
     assert stream.asked_by(line) == Prompt(line)
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_of_several_pictures_each_says_which_of_how_many_it_is(moody, k2, asks, tmp_path, dry):
+    """So that whoever asked knows when to stop reading; in several projects a line has them all."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k2.toml").write_text("")
+    asks("a {red|green} pear", "tea")
+
+    said = k2("render", "--stream", "--json", moody, tmp_path / "other", *dry).stdout.splitlines()
+
+    assert [json.loads(answer)["of"] for answer in said] == [[1, 4], [2, 4], [3, 4], [4, 4], [1, 2], [2, 2]]
+
+
 def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
     asks("{|}", "tea")
 
