@@ -61,7 +61,8 @@ class Settings:
     offload: str | None = one_of(None, *OFFLOADS)
     cohesion: float = between(0.0, 0, 1)  # how much pictures share with the first of their prompt, or of the run
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
-    format: str = one_of("png", *SUFFIXES)  # of the files; only JPEG loses anything
+    # of the files; only JPEG loses anything
+    format: str = field(default="png", metadata={"choices": tuple(SUFFIXES), "also": {"jpg": "jpeg"}})
     creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
     drawn: int = field(default=0, metadata=NO_KEY)  # the seed that "random" is, of a whole run
     elsewhere: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # said not in [render]: where
@@ -139,6 +140,7 @@ FIELDS = {f.name: f for f in fields(Settings)}
 HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     **{key: "It belongs below [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
     "text": "It belongs below [[prompt]].",
+    "prompt": "It is called text, below [[prompt]].",
     "avoid": "It belongs below [render] or [[prompt]].",
     "style": "Weights of styles stand below [style].",
     "images": "It belongs below [moodboard].",

@@ -341,6 +341,7 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
         raise K2Error(f"{called} must lie between {low} and {high}, not {value}.", hint=drawn)
+    value = limits["also"].get(value, value) if "also" in limits else value
     if value not in (choices := limits.get("choices", (value,))):
         raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
     if isinstance(value, str) and not re.fullmatch(limits.get("pattern", ".*"), value, re.DOTALL):

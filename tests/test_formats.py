@@ -32,6 +32,15 @@ def test_pictures_say_what_other_tools_look_for(moody, k2, format, suffix):
     assert (found.tool, found.prompt, found.seed) == ("k2", "a red fox", 7)
 
 
+def test_a_jpg_is_a_jpeg(moody, k2):
+    (moody / "k2.toml").write_text((moody / "k2.toml").read_text().replace("seed = 7", 'seed = 7\nformat = "jpg"'))
+
+    made = k2("render", "--only", "fox").stdout.strip(), k2("render", "--only", "fox", "--format", "jpg").stdout.strip()
+
+    assert [records.read(moody / each).table["prompt"]["name"] for each in made] == ["fox", "fox"]
+    assert made == ("outputs/0001-fox/fox-7.jpg", "outputs/0002-fox/fox-7.jpg")
+
+
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="there is no exiftool on this machine")
 @pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
 def test_exiftool_reads_them(moody, k2, format):

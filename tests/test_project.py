@@ -316,6 +316,11 @@ text = "a bun"
 @pytest.mark.parametrize(
     ("toml", "message", "hint"),
     [
+        (
+            '[[prompt]]\nprompt = "a"\n',
+            'line 2: unknown key "prompt" in [prompt].',
+            "It is called text, below [[prompt]].",
+        ),
         ("[render]\nsed = 3\n", 'line 2: unknown key "sed" in [render].', 'Did you mean "seed"?'),
         ('[render]\nprecision = "fp16"\n', 'line 2: "precision" cannot be "fp16".', "Known: native, int8, fp8, int4."),
         ("[render]\noffload = true\n", 'line 2: "offload" must be a text in quotes, not true.', ""),
@@ -510,7 +515,7 @@ def test_aspects_keep_area_and_shape(ratio, edge):
 
 
 def test_sizes_and_resolutions_as_people_write_them():
-    assert parse_size("256×384", "here") == (256, 384)
+    assert parse_size("256×384", "here") == parse_size("256X384", "here") == (256, 384)
     assert [parse_resolution(text, "here") for text in ("1K", "2k", "1.5K", 256, "0.5K")] == [
         1024,
         2048,
