@@ -15,6 +15,7 @@ from k2cli.tables import check_path, printable
 from model.errors import K2Error
 
 FILE = "k2.toml"
+IGNORE = ".gitignore"
 
 
 class Outside(K2Error):
@@ -69,14 +70,14 @@ class Folder:
 
     @staticmethod
     def create(folder: Path, compose: Callable[[str], str] | None = None) -> Path:
-        """A new project that renders as it stands; it appears whole or not at all.
+        """A new project that renders as it stands; it appears whole or not at all, and in the place of nothing.
 
         compose  k2.toml for a project of this name, in the place of the template and its style
         """
         folder = Path(os.path.abspath(folder))
         name = " ".join(printable(folder.name, "The project's name").split())
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise K2Error(f"{folder} exists already and is not an empty folder.", hint="Choose another name.")
+        if folder.exists() and not folder.is_dir():
+            raise K2Error(f"{folder} exists already and is no folder.", hint="Choose another name.")
         there = folder.exists()  # perhaps a mount, to which nothing moves from beside it
         draft = (folder if there else folder.parent) / f".{folder.name}.draft-{os.getpid()}"
         try:
@@ -88,13 +89,30 @@ class Folder:
                 (draft / FILE).write_text(text, "utf-8")
                 if not compose:
                     (draft / "styles" / "sticker.toml").write_text(template.STYLE, "utf-8")
+                if not os.path.lexists(folder / IGNORE):
+                    (draft / IGNORE).write_text(template.IGNORE, "utf-8")
                 if there:  # a shell may stand in it, so it stays, and k2.toml moves in last
-                    move_all(draft, folder, ("refs", "styles", FILE))
+                    move_all(draft, folder, missing(draft, folder, ("refs", "styles", IGNORE, FILE)))
                 else:
                     os.replace(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return folder
+
+
+def missing(start: Path, end: Path, parts: Sequence[str]) -> list[str]:
+    """Parts of a folder that are to be moved into another; of a folder that both have, what lies in it. Raises K2Error
+    where one is there already."""
+    found: list[str] = []
+    for part in (part for part in parts if (start / part).exists()):
+        inside = [f"{part}/{name}" for name in os.listdir(start / part)] if (start / part).is_dir() else None
+        linked = inside and (end / part).is_symlink()  # to where a project writes nothing
+        new = [part] if inside is None or linked or not (end / part).is_dir() else inside
+        for name in new:
+            if os.path.lexists(end / name):
+                raise K2Error(f"{end} holds {name} already.", hint="Nothing is overwritten: choose another folder.")
+        found += new
+    return found
 
 
 def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:

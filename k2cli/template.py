@@ -35,6 +35,12 @@ sticker = 1.0
 # style.sticker = [0, 0.5, 1]
 """
 
+IGNORE = """\
+# What k2 makes of the project, and can make again.
+/outputs/
+/gallery/
+"""
+
 STYLE = """\
 # A style: words, and pictures that have the look.
 keywords = ["sticker style"]

@@ -838,7 +838,7 @@ def test_a_project_has_its_name_on_one_line(moody, k2, name):
 
 def test_a_project_without_a_name_is_none(moody, k2):
     assert "The project's name is empty." in k2("new", "", code=1).stderr
-    assert "exists already" in k2("new", ".", code=1).stderr
+    assert "holds k2.toml already" in k2("new", ".", code=1).stderr
 
 
 @pytest.mark.parametrize(

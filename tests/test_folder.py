@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import tree
 from k2cli.folder import Folder
 from k2cli.project import Project
 from model.errors import K2Error
+from model.picture_file import MADE
 
 
 def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch):
@@ -22,11 +24,12 @@ def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch)
     Folder.create(Path("."))
 
     assert Project.find(Path.cwd()).name == "moody"
-    assert sorted(path.name for path in Path(".").iterdir()) == ["k2.toml", "refs", "styles"]
+    assert sorted(path.name for path in Path(".").iterdir()) == [".gitignore", "k2.toml", "refs", "styles"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert tuple(re.findall(r"(?m)^/(\w+)/$", Path(".gitignore").read_text())) == MADE
 
 
-@pytest.mark.parametrize("stuck", ["", "styles", "k2.toml"])
+@pytest.mark.parametrize("stuck", ["", "styles", ".gitignore", "k2.toml"])
 def test_an_empty_folder_may_be_a_mount_and_gets_all_or_nothing(fake, tmp_path, monkeypatch, stuck):
     folder = tmp_path / "moody"
     folder.mkdir()
@@ -43,14 +46,42 @@ def test_an_empty_folder_may_be_a_mount_and_gets_all_or_nothing(fake, tmp_path, 
 
     with pytest.raises(K2Error, match="Input/output error") if stuck else nullcontext():
         Folder.create(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ([] if stuck else ["k2.toml", "refs", "styles"])
+    assert sorted(path.name for path in folder.iterdir()) == (
+        [] if stuck else [".gitignore", "k2.toml", "refs", "styles"]
+    )
 
 
-def test_a_new_project_never_overwrites(fake, tmp_path):
-    (tmp_path / "moody").mkdir()
-    (tmp_path / "moody" / "notes.txt").write_text("mine")
+def test_a_project_is_made_around_what_is_there(fake, tmp_path):
+    """As by `git init`: reference pictures, styles and notes stay, and what git is to ignore is left to who said it."""
+    folder = tmp_path / "moody"
+    for name in ("refs/fox.png", "styles/dusk.toml", ".gitignore", ".git/HEAD", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = tree(folder)
+
+    Folder.create(folder)
+
+    after = tree(folder)
+    assert after.items() >= before.items() and after.keys() - before.keys() == {"k2.toml", "styles/sticker.toml"}
+    assert len(Project.open(folder).prompts) == 3
+
+
+@pytest.mark.parametrize("name", ["k2.toml", "styles/sticker.toml", "refs", "styles"])
+def test_a_new_project_never_overwrites(fake, tmp_path, name):
+    (tmp_path / "moody" / name).parent.mkdir(parents=True)
+    (tmp_path / "moody" / name).write_text("mine")
     before = tree(tmp_path)
 
-    with pytest.raises(K2Error, match="not an empty folder"):
+    with pytest.raises(K2Error, match="already"):
         Folder.create(tmp_path / "moody")
     assert tree(tmp_path) == before
+
+
+def test_a_new_project_follows_no_link(fake, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "moody").mkdir()
+    (tmp_path / "moody" / "styles").symlink_to(tmp_path / "other")
+
+    with pytest.raises(K2Error, match="holds styles already"):
+        Folder.create(tmp_path / "moody")
+    assert [*(tmp_path / "other").iterdir()] == []
