@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -12,7 +13,7 @@ from k2cli.console import aligned, harmless
 from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MOST_PLAN, Project
 from k2cli.prompts import name_files
-from k2cli.tables import listed
+from k2cli.tables import Place, listed
 from model.errors import count_of
 from model.headers import open_file
 
@@ -22,7 +23,7 @@ PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTI
 def where_am_i(*, allow_outside: bool = False) -> str:
     """The project around the current folder in a few lines, and what to do next; empty where there is none.
 
-    Raises K2Error where its k2.toml cannot be read.
+    Raises K2Error where its k2.toml cannot be read, or a style that it wears.
     """
     project = Project.around(Path.cwd(), allow_outside=allow_outside)
     if project is None:
@@ -37,7 +38,8 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     facts = [
         ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
         ("  styles", listed(styles_worn(project)) or "none"),
-        ("  model", f"{project.settings.model}, {count_of(project.settings.batch, 'picture')} a prompt"),
+        ("  model", f"{model_of(project)}, {count_of(project.settings.batch, 'picture')} a prompt"),
+        *([("  together", together(project))] if project.settings.cohesion else []),
         ("  runs", f"{len(runs) or 'none yet'}{when}"),
     ]
     steps = {}
@@ -63,13 +65,29 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12)}\n\n{told}")
 
 
+def model_of(project: Project) -> str:
+    """The model, and which of its checkpoints where the project names one."""
+    return " ".join(filter(None, (project.settings.model, project.settings.variant)))
+
+
+def together(project: Project) -> str:
+    """How much pictures share, and with which."""
+    whose = "a prompt's first picture" if project.settings.scope == "prompt" else "the first picture of all"
+    return f"cohesion {project.settings.cohesion:g}, with {whose}"
+
+
 def styles_worn(project: Project) -> list[str]:
-    """The project's styles: with their weights, those of single prompts, and those that are off."""
+    """The project's styles: with their weights, those of single prompts, and those that are off; and its moodboard.
+    Raises K2Error for one that is not there."""
+    board = [f"moodboard {project.board.strength:g}"] if project.board and project.board.strength else []
+    project.styles.resolve(dict.fromkeys(project.weights, 0.0), Place(project.toml, ("style",)))
+    for prompt in project.prompts:
+        project.styles.resolve(dict.fromkeys(prompt.style, 0.0), partial(prompt.where, "style"))
     weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
     of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
     worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
     unused = (name for name in project.styles.known if not project.weights.get(name) and name not in worn)
-    return [*weights, *worn.values(), *(f"{name} (off)" for name in unused)]
+    return [*board, *weights, *worn.values(), *(f"{name} (off)" for name in unused)]
 
 
 def progress(run: Run) -> tuple[int, int]:

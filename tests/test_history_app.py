@@ -335,6 +335,21 @@ def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
     assert "runs      1, the last 0001-fox" in later and "k2 show outputs/0001-fox/fox-2.png" in later
 
 
+def test_k2_alone_tells_what_all_pictures_have_in_common(moody, k2):
+    toml = moody / "k2.toml"
+    assert "cohesion" not in k2().stdout and "moodboard" not in k2().stdout
+    toml.write_text(
+        PROJECT.replace("seed = 7", 'seed = 7\nvariant = "turbo"\ncohesion = 0.9\nscope = "run"')
+        + '[moodboard]\nimages = ["refs"]\nstrength = 0.5\n'
+    )
+    said = " ".join(k2().stdout.split())
+    assert "styles moodboard 0.5" in said and "model mini turbo" in said
+    assert "cohesion 0.9, with the first picture of all" in said
+
+    toml.write_text(PROJECT + "style.badge = 1\n")
+    assert 'there is no style "badge"' in k2(code=1).stderr
+
+
 def test_outputs_may_lie_elsewhere_once_for_all(moody, k2, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     (moody / "outputs").symlink_to(tmp_path / "elsewhere")
