@@ -166,6 +166,7 @@ def k2(
 @app.command()
 def new(
     folder: Annotated[str, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="PICTURE", help="More pictures, with --from.")] = None,
     pictures: Annotated[
         list[Path] | None,
         typer.Option(
@@ -184,7 +185,7 @@ def new(
     \b
     Examples:
       k2 new moody
-      k2 new taken --from fox.png --from owl.jpg
+      k2 new taken --from *.png
       k2 new taken --from outputs/0001-fox
     """
     from k2cli.console import near, result, say, typed
@@ -192,22 +193,23 @@ def new(
 
     if not folder:  # as a path it would be the current folder
         raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
-    compose, notes, turbo = None, [], ""
+    compose, notes = None, []
+    if more and not pictures:
+        raise typer.BadParameter("a name is one word, or stands in quotes; pictures go with --from", param_hint="NAME")
     if pictures:
         from functools import partial
 
         from k2cli import taken
 
-        read, silent = taken.gather(pictures)
+        read, silent = taken.gather([*pictures, *(more or [])])
         compose = partial(taken.project_text, origins=list(read.values()))
         notes = taken.notes(read, silent)
-        turbo = " --turbo" if all(each.turbo for each in read.values()) else ""
     made = Folder.create(Path(folder), compose)
     result(near(made))
     if not quiet:
         for note in notes:
             say(note, "yellow")
-        say(f"Next: cd {typed(made)} && k2 render{turbo}", "dim")
+        say(f"Next: cd {typed(made)} && k2 render", "dim")
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 A1111 and its kin: text `parameters`, or the EXIF comment. ComfyUI: texts `prompt` and `workflow`, the graph as JSON, in
 a WebP the EXIF tags of camera and maker. InvokeAI: text `invokeai_metadata`, earlier `sd-metadata`. mflux: JSON in the
-EXIF comment, and a file of it beside the picture. All of it is somebody's text: nothing of it is trusted, only read.
+EXIF comment, and a file of it beside the picture, as k2's record is. All of it is somebody's text: nothing of it
+is trusted, only read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from k2cli import comfy
+from k2cli import comfy, history
 from k2cli.formats import record_of
 from k2cli.tables import UNPRINTABLE, loads, tables_in
 from model import picture_file
@@ -86,7 +87,8 @@ def read(path: Path) -> Origin:
     except Exception:  # Pillow raises anything over a broken file
         raise K2Error(f"{path} is not a picture that can be read.", hint="PNG, JPEG and WebP can be.") from None
     beside = path.with_suffix(SIDE)
-    for found in (*readings(texts, comment), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
+    kept = history.load(path.with_suffix(".toml")) or {}
+    for found in (*readings(texts, comment), *of_k2(kept), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
         if found.prompt:
             whole = found.width is not None and found.height is not None
             return found if whole else replace(found, width=size[0], height=size[1])
@@ -298,6 +300,8 @@ def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: 
     tidy = unmarked if tool in MARKING else plain
     loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
+    seed = integer(table.get("seed"))
+    left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's have a bit more
     numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
     return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
 
@@ -319,11 +323,16 @@ def plain(text: Any) -> str:
 
 def whole(value: Any) -> int | None:
     """A whole number that a seed, a side or steps may be."""
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+    number = integer(value)
     return number if 0 <= number < 2**63 else None
+
+
+def integer(value: Any) -> int:
+    """A whole number; −1 of anything else."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return -1
 
 
 def decimal(value: Any) -> float | None:

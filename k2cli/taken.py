@@ -106,6 +106,7 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
     if origin.tool == "k2":
         kept = taken_over(first) if first.tool == "k2" else {}
         lost += [f"model {origin.model}"] if origin.model not in ("", model_of(first)) else []
+        lost += [f"variant {'turbo' if origin.turbo else 'raw'}"] if origin.turbo != first.turbo else []
         lost += [f"{key} {value}" for key, value in settings_of(origin).items() if kept.get(key) != value]
     return lost
 
@@ -136,6 +137,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
     model = model_of(first)
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]
     lines.append(f"model = {text(model)}" if model == first.model else 'model = "mini"        # the model in the box')
+    lines += ['variant = "turbo"'] if own and first.turbo else []
     if size := size_of(first, model):
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
         lines.append(shape if own else told(shape, first))

@@ -105,8 +105,50 @@ def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep):
     result = k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
     project = Project.open(tmp_path / "again")
 
-    assert "&& k2 render --turbo" in result.stderr
-    assert (project.settings.model, project.settings.steps, project.settings.guidance) == ("mini", None, None)
+    assert "&& k2 render\n" in result.stderr
+    settings = project.settings
+    assert (settings.model, settings.variant, settings.steps, settings.guidance) == ("mini", "turbo", None, None)
+
+
+def test_one_of_another_variant_is_told(moody, k2, tmp_path):
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    turbo, raw = (k2("render", "-p", "a fox", way).stdout.strip() for way in ("--turbo", "--raw"))
+
+    said = k2("new", tmp_path / "again", "--from", turbo, raw).stderr
+
+    assert "a-fox-7.png: variant raw stayed behind." in said
+    assert Project.open(tmp_path / "again").settings.variant == "turbo"
+
+
+def test_a_record_beside_a_picture_that_carries_none_is_read(moody, k2, tmp_path):
+    made = k2("render", "-p", "a fox", "--seed", "40", "--size", "64x96", "--no-embed").stdout.strip()
+
+    k2("new", tmp_path / "again", "--from", made)
+    (shot,) = (project := Project.open(tmp_path / "again")).shots(project.settle())
+
+    assert (shot.given, shot.spec.seed, shot.spec.width, shot.spec.height) == ("a fox", 40, 64, 96)
+
+
+@pytest.mark.parametrize(("seed", "told"), [(2**63 - 1, False), (2**63, True), (2**64 - 1, True)])
+def test_a_seed_that_has_no_place_here_is_told(k2, fake, tmp_path, seed, told):
+    graph = json.loads(json.dumps(GRAPH).replace("99", str(seed)))
+    png(tmp_path / "a.png", prompt=json.dumps(graph))
+
+    said = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png").stderr
+
+    assert (f"a.png: seed {seed} stayed behind." in said) == told
+    assert Project.open(tmp_path / "taken").prompts[0].settings.get("seed") == (None if told else seed)
+
+
+def test_pictures_may_follow_as_a_shell_lays_them_out(k2, fake, tmp_path):
+    pictures = [
+        png(tmp_path / f"{name}.png", parameters=f"a {name}\nSteps: 20, Seed: 3") for name in ("fox", "owl", "cup")
+    ]
+
+    k2("new", tmp_path / "taken", "--from", *pictures)
+
+    assert [prompt.text for prompt in Project.open(tmp_path / "taken").prompts] == ["a fox", "a owl", "a cup"]
+    assert "pictures go with --from" in k2("new", tmp_path / "my", "project", code=2).stderr
 
 
 def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
