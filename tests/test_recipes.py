@@ -79,13 +79,13 @@ def test_recipes_of_the_shell(shell):
 
 
 def test_the_recipe_of_a_program_that_asks_for_one_picture_after_another(shell):
-    fox, wrong, owl = shell(blocks("bash")[1], "jq").splitlines()
+    fox, wrong, empty, owl = shell(blocks("bash")[1], "jq").splitlines()
 
     assert (fox, owl) == (
         "moody/outputs/0001-a-red-fox/a-red-fox-7.png",
         "moody/outputs/0002-a-snowy-owl/a-snowy-owl-7.png",
     )
-    assert wrong == 'A reading of "{|}" is empty.'
+    assert (wrong, empty) == ('A reading of "{|}" is empty.', "A prompt is empty.")
 
 
 def test_the_recipe_of_make(shell):
