@@ -209,7 +209,8 @@ def new(
     if not quiet:
         for note in notes:
             say(note, "yellow")
-        say(f"Next: cd {typed(made)} && k2 render", "dim")
+        there = "" if made == Path.cwd() else f"cd {typed(made)} && "
+        say(f"Next: {there}k2 render", "dim")
 
 
 @app.command()

@@ -114,6 +114,9 @@ def test_new_then_render(fake, k2, tmp_path, monkeypatch):
 def test_printed_commands_can_be_typed(fake, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "Next: cd 'my mood' && k2 render\n" in k2("new", "my mood").stderr
+    Path("here").mkdir()
+    monkeypatch.chdir("here")
+    assert k2("new", ".").stderr == "Next: k2 render\n"
     (tmp_path / "my mood" / "refs" / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "my mood" / "refs" / "deep")
     k2("render", "-p", "tea")
