@@ -251,7 +251,8 @@ def say_again(made: Mapping[Path, str]) -> None:
     for path, pixels in made.items():
         runs.setdefault(path.parent, {})[path.stem] = pixels
     for run, hashes in runs.items():
-        before = [each for each in history.runs_of(run.parent) if number_of(each) < number_of(run)]
+        folders = [each.folder for each in Run.planned_in(run.parent)]  # a run may have been given another name
+        before = [each for each in folders if number_of(each) < number_of(run)]
         if before and holds(before[-1], hashes):
             which = "picture" if len(hashes) == 1 else "pictures"
             say(f"The same {which} as run {number_of(before[-1]):04d}; --seed N or --seed random for others.", "dim")

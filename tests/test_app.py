@@ -1011,3 +1011,11 @@ def test_the_pictures_of_the_run_before_are_told_to_be_the_same(moody, k2):
     assert "The same picture" not in k2("render", "-p", "tea", "--quiet").stderr
     (moody / "outputs" / "0007-tea" / "tea-7.toml").unlink()
     assert "The same picture" not in k2("render", "-p", "tea").stderr
+
+
+def test_a_run_by_another_name_is_no_run_before(moody, k2):
+    first = Path(k2("render").stdout.splitlines()[0]).parent
+    first.rename(first.with_name("for the client"))
+    k2("render"), k2("render", "--seed", "9")
+
+    assert "The same pictures as run 0002" in k2("render", "--seed", "9").stderr
