@@ -45,6 +45,9 @@ class Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = in_plain_words(error)
+            raise
         except (K2Error, OSError, UnicodeEncodeError) as error:
             problem = as_problem(error)
             if problem is None:
@@ -53,6 +56,20 @@ class Group(TyperGroup):
 
             show_error(problem)
             raise typer.Exit(2 if problem is error and str(error).startswith("--") else 1) from None
+
+
+def in_plain_words(error: typer.BadParameter) -> str:
+    """What is wrong with an option's value; where it should be a number, not in the words of the parser's library."""
+    cause: Any = error.__cause__
+    if not hasattr(cause, "errors"):
+        return error.message
+    problem = cause.errors()[0]
+    noun = {"int_parsing": "a whole number", "float_parsing": "a number"}.get(problem["type"])
+    if noun is None:
+        return error.message
+    given = str(problem["input"])
+    with_point = re.fullmatch(r"[+-]?\d*,\d+", given) and noun == "a number"
+    return f'"{given}" is not {noun}' + (f", but {given.replace(',', '.')} is" if with_point else "")
 
 
 def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:

@@ -329,7 +329,9 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
     ("arguments", "code", "message", "hint"),
     [
         (["render"], 1, 'k2.toml, line 5: unknown key "sed" in [render].', 'Did you mean "seed"?'),
-        (["render", "--batch", "many"], 2, "Invalid value for '--batch' / '-n'", ""),
+        (["render", "--batch", "many"], 2, "Invalid value for '--batch' / '-n': \"many\" is not a whole number", ""),
+        (["render", "--steps", "1.5"], 2, "Invalid value for '--steps': \"1.5\" is not a whole number", ""),
+        (["render", "--cohesion", "0,5"], 2, "'--cohesion': \"0,5\" is not a number, but 0.5 is", ""),
         (["render", "--nonsense"], 2, "No such option: --nonsense", ""),
         (["rendr"], 2, "No such command 'rendr'. Did you mean 'render', 'rerun'?", ""),
         (["render", "--style", "dusk"], 2, '"dusk" is not NAME=WEIGHT', ""),
