@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -246,6 +246,7 @@ class Processes(Crew):
         methods = multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.hands: dict[int, tuple[Any, Connection]] = {}
+        self.seats: dict[int, int] = {}  # each hand's, from 0 on; that of one that is lost is taken by the next
 
     def start(self, hand: int) -> None:
         if self.context.get_start_method() == "forkserver":  # torch is imported once for all
@@ -253,7 +254,8 @@ class Processes(Crew):
             start_server()
         ours, theirs = self.context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self.size)
-        process = self.context.Process(target=work, args=(theirs, threads), daemon=True)
+        self.seats[hand] = next(seat for seat in count() if seat not in self.seats.values())
+        process = self.context.Process(target=work, args=(theirs, threads, self.seats[hand]), daemon=True)
         with installed_modules_only():
             process.start()
         theirs.close()
@@ -284,6 +286,7 @@ class Processes(Crew):
 
     def stop(self, hands: Collection[int]) -> None:
         ending = [self.hands.pop(hand) for hand in hands if hand in self.hands]  # not where Ctrl-C cut this off before
+        self.seats = {hand: seat for hand, seat in self.seats.items() if hand in self.hands}
         for process, _ in ending:
             process.kill()  # it has nothing of its own to lose
         for process, pipe in ending:
@@ -322,8 +325,11 @@ def installed_modules_only() -> Iterator[None]:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def work(pipe: Connection, threads: int) -> None:
-    """The life of a hand in a process: before the groups of a run comes what to hold, and its specs."""
+def work(pipe: Connection, threads: int, seat: int) -> None:
+    """The life of a hand in a process: before the groups of a run comes what to hold, and its specs.
+
+    By their seats hands take the machine's cards in turn, where they are told none by its number.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -334,6 +340,8 @@ def work(pipe: Connection, threads: int) -> None:
         while True:
             match pipe.recv():
                 case (Held() as held, specs):
+                    if held.device in (None, "cuda") and (cards := torch.cuda.device_count()):
+                        torch.cuda.set_device(seat % cards)
                     hand = Hand(held, specs)
                     pipe.send(hand.ready(held))
                 case group:

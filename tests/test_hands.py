@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -281,6 +282,63 @@ def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
     assert len(result.stdout.splitlines()) == 6
     (crew, first), (same, second) = started
     assert crew is same and (first, second) == (1, 2) and crew.hands == {}
+
+
+def test_workers_sit_where_those_sat_who_are_lost(monkeypatch):
+    class Idle:
+        exitcode = 0
+
+        def __init__(self, target, args, daemon):
+            seats.append(args[-1])
+
+        def start(self):
+            pass
+
+        kill = join = start
+
+    seats: list[int] = []
+    crew = Processes(3)
+    crew.context = SimpleNamespace(get_start_method=lambda: "spawn", Pipe=multiprocessing.Pipe, Process=Idle)
+    crew.begin([])
+    _, second, _ = (crew.hire(Held("mini")) for _ in range(3))
+    crew.dismiss([second])
+    crew.hire(Held("mini"))
+    crew.close()
+    crew.hire(Held("mini"))
+
+    assert seats == [0, 1, 2, 1, 0]
+    crew.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "seat", "cards", "chosen"),
+    [(None, 0, 2, [0]), ("cuda", 3, 2, [1]), ("cuda:1", 2, 4, []), ("cpu", 1, 2, []), (None, 1, 0, [])],
+)
+def test_workers_take_the_cards_in_turn(device, seat, cards, chosen, monkeypatch):
+    """Unless they are told which; a machine without cards, or a run on its processor, asks for none."""
+    import torch
+
+    class Pipe:
+        orders = iter([(Held("mini", device=device), [])])
+        send = print
+
+        def recv(self):
+            try:
+                return next(self.orders)
+            except StopIteration:
+                raise EOFError from None
+
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(hands, "Hand", lambda held, specs: SimpleNamespace(ready=lambda held: (held, list(taken))))
+    monkeypatch.setattr(hands, "end_with_parent", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    hands.work(Pipe(), 1, seat)
+
+    assert taken == chosen
 
 
 @needs_weights
