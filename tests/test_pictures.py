@@ -1,0 +1,146 @@
+"""Which pictures a path, a folder or a glob names: what Python's own `glob` finds, and no more than may be named."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, sides_of
+from model.errors import K2Error
+
+NAMES = ["a.png", "b.jpg", ".c.png", "d", ".e", "[f]"]
+TREE = [
+    f"{a}{b}{c}" for a in ("", "d/", ".e/", "[f]/") for b in ("", "d/", ".e/") for c in ("a.png", "b.jpg", ".c.png")
+]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    for each in TREE:
+        (root / each).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (LEAST_SIDE, LEAST_SIDE)).save(root / each)
+    return root
+
+
+PARTS = st.sampled_from([*NAMES, "*", "*.png", "?", ".*", ".e", "[ab]*", "[!a]*", "[[]f]", "**", "nothing", "d*"])
+
+
+@given(st.lists(PARTS, min_size=1, max_size=4).filter(lambda parts: parts.count("**") < 2))
+def test_a_glob_names_what_python_finds(tree, parts):
+    """Of the folders that are found it names the first one, too, and makes folders of files."""
+    pattern = "/".join(parts)
+
+    found = set(matches(tree, pattern, lambda path, where: tree / path, "here"))
+
+    theirs = glob.glob(pattern, root_dir=tree, recursive=True)
+    files = {tree / each for each in theirs if (tree / each).is_file() and not each.endswith("/")}
+    assert {path for path in found if path.is_file()} == files
+    assert all(path.is_dir() for path in found - files)
+
+
+def found_in(root: Path, pattern: str, most: int = 100) -> tuple[list[str], list[str]]:
+    others: set[Path] = set()
+    found = find(pattern, root, lambda path, where: root / path, "here", most, others)
+    return [path.relative_to(root).as_posix() for path in found], sorted(path.name for path in others)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("d", ["d/a.png", "d/b.jpg"]),
+        ("[f]", ["[f]/a.png", "[f]/b.jpg"]),  # a folder that is there is no glob
+        ("d/a.png", ["d/a.png"]),
+        (".e/*.jpg", [".e/b.jpg"]),
+        ("*/.e/.*", ["[f]/.e/.c.png", "d/.e/.c.png"]),
+        ("gone.png", ["gone.png"]),  # said by whoever opens it
+        ("gone/*.png", []),
+    ],
+)
+def test_a_folder_names_what_lies_in_it_and_nothing_hidden(tree, pattern, named):
+    assert found_in(tree, pattern)[0] == named
+
+
+def test_what_is_no_picture_and_what_is_a_sheet_is_told(tree, tmp_path):
+    for name in ("a.png", "notes.txt", "z.webp"):
+        (tmp_path / name).write_bytes((tree / "a.png").read_bytes())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/b.png").write_bytes((tree / "a.png").read_bytes())
+
+    assert found_in(tmp_path, "*") == (["a.png", "z.webp"], ["folder", "notes.txt"])
+    assert found_in(tmp_path, "**") == (["a.png", "folder/b.png", "z.webp"], ["notes.txt"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (" ", "here: the path is empty."),
+        ("**/d/**", "here: **/d/** has more than one **."),
+        ("x" * (LONGEST + 1), "here: a path of 1,001 characters."),
+        ("**/*.png", "here: **/*.png names more than 3 pictures."),
+    ],
+)
+def test_what_names_nothing_or_too_much_is_refused(tree, pattern, message):
+    with pytest.raises(K2Error) as error:
+        found_in(tree, pattern, most=3)
+    assert str(error.value) == message
+
+
+def test_as_many_as_may_be_named_and_the_longest_path_are_not_refused(tree):
+    assert len(found_in(tree, "**/a.png", most=5)[0]) == 5
+    assert found_in(tree, "." + "/" * (LONGEST - 6) + "a.png")[0] == ["a.png"]
+
+
+def test_a_picture_is_told_by_what_is_in_it_and_one_cut_off_only_if_it_is_decoded(tmp_path):
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "a.jpg")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((tmp_path / "a.jpg").read_bytes()[:-300])
+
+    assert check_picture(tmp_path / "a.jpg", "here", "a", whole=True) == "jpg"
+    assert check_picture(cut, "here", "cut") == "jpg"
+    with pytest.raises(K2Error, match="here: cut is not a picture"):
+        check_picture(cut, "here", "cut", whole=True)
+
+
+@pytest.mark.parametrize(("size", "fine"), [((LEAST_SIDE, LEAST_SIDE), True), ((LEAST_SIDE - 1, 64), False)])
+def test_a_picture_too_small_to_look_at_is_refused(tmp_path, size, fine):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    if fine:
+        assert check_picture(tmp_path / "a.png", "here", "a") == "png"
+        return
+    with pytest.raises(K2Error, match=f"a has {size[0]} x {size[1]} pixels"):
+        check_picture(tmp_path / "a.png", "here", "a")
+
+
+def test_the_sides_of_a_photograph_are_those_it_is_looked_at_by(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert sides_of(tmp_path / "a.jpg") == (30, 40)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "dark"),
+    [
+        ("L", 127, True),
+        ("L", 128, False),
+        ("RGB", (0, 255, 0), True),  # a third of white, whatever the eye says
+        ("RGBA", (255, 255, 255, 120), True),
+        ("RGBA", (255, 255, 255, 140), False),
+        ("LA", (255, 0), True),
+    ],
+)
+def test_a_mask_that_paints_nothing_is_dark(tmp_path, mode, colour, dark):
+    Image.new(mode, (20, 20), colour).save(tmp_path / "a.png")
+    assert is_dark(tmp_path / "a.png") == dark
+
+
+def test_pictures_in_a_folder_are_neither_hidden_nor_folders(tree, tmp_path):
+    assert [path.name for path in in_folder(tree / "d")] == ["a.png", "b.jpg"]
+    (tmp_path / "folder.png").mkdir()
+    assert in_folder(tmp_path) == []
