@@ -21,7 +21,6 @@ from k2cli.options import (
     find_file,
     find_folders,
     find_home,
-    open_projects,
     to_json,
 )
 from model.errors import K2Error
@@ -215,13 +214,20 @@ def gallery(
     """
     from k2cli.console import near, result, say
     from k2cli.gallery import PAGE, build
+    from k2cli.project import Project
 
-    (opened,) = open_projects([folder] if folder else [], project, allow_outside)
-    target = output or opened.inside("gallery")
+    (there,), wrong = find_folders([folder] if folder else [], project, allow_outside)
+    target, name = output or there.inside("gallery"), there.root.name
+    try:  # what was made can be looked at, whatever is being written now
+        name = Project.open(there.root, allow_outside=allow_outside).name
+    except K2Error as error:
+        wrong.append(error)
     unread: list[Path] = []
-    count = build(opened.outputs, target, opened.name, skipped=unread.append)
+    count = build(there.outputs, target, name, skipped=unread.append)
     result(to_json({"file": near(target / PAGE), "pictures": count}) if json else near(target / PAGE))
     if not quiet:
+        for problem in wrong:
+            say(f"{problem} The page is called after the folder.", "yellow")
         if unread:
             say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
         say(f"{count:,} pictures. Open the page in a browser." if count != 1 else "1 picture.", "dim")

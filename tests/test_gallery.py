@@ -49,6 +49,18 @@ def test_of_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
     assert "gallery in the project" in " ".join(k2("gallery", "--help").stdout.split())
 
 
+def test_of_a_project_whose_file_is_being_written(moody, k2):
+    """What was made can be looked at; only the name of the project is not known."""
+    k2("render")
+    (moody / "k2.toml").write_text("[project]\nname = ")
+
+    result = k2("gallery")
+
+    assert "The page is called after the folder." in result.stderr and "not valid TOML" in result.stderr
+    assert len(data_of(moody / "gallery")["pictures"]) == 2 and data_of(moody / "gallery")["project"] == "moody"
+    assert "after the folder" not in k2("gallery", "--quiet").stderr
+
+
 def test_once_more_brings_it_up_to_date(moody, k2):
     k2("render")
     k2("gallery")
