@@ -1,12 +1,10 @@
 """Pretraining: the transformer and the style encoder together, from words and reference pictures to latents.
 
-`python -m model.train.pretrain RECIPE.toml` runs one stage by the loop of `model/train/loop.py`. Every step's pictures,
-captions, references and noise follow from the recipe's seed and the step's number.
+Every step's pictures, captions, references and noise follow from the recipe's seed and the step's number.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.dit import DiTConfig, Krea2
-from model.errors import K2Error, reported
+from model.errors import K2Error
 from model.latents import grid_of, patchify
 from model.style import StyleConfig, StyleEncoder
 from model.train import loop, samples, states
@@ -212,12 +210,3 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Run:
     report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")
     loop.train(run, report)
     return run
-
-
-if __name__ == "__main__":
-    with reported():
-        parser = argparse.ArgumentParser(description="Run one stage of pretraining.")
-        parser.add_argument("recipe", type=Path)
-        parser.add_argument("--device", default="cpu")
-        options = parser.parse_args()
-        main(Recipe.read(options.recipe), options.device)
