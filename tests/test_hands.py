@@ -284,7 +284,7 @@ def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
     assert crew is same and (first, second) == (1, 2) and crew.hands == {}
 
 
-def test_workers_sit_where_those_sat_who_are_lost(monkeypatch):
+def test_workers_sit_where_those_sat_who_are_lost():
     class Idle:
         exitcode = 0
 

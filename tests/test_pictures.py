@@ -66,7 +66,7 @@ def test_a_folder_names_what_lies_in_it_and_nothing_hidden(tree, pattern, named)
     assert found_in(tree, pattern)[0] == named
 
 
-def test_what_is_no_picture_and_what_is_a_sheet_is_told(tree, tmp_path):
+def test_what_is_no_picture_is_told(tree, tmp_path):
     for name in ("a.png", "notes.txt", "z.webp"):
         (tmp_path / name).write_bytes((tree / "a.png").read_bytes())
     (tmp_path / "folder").mkdir()
