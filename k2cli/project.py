@@ -275,9 +275,13 @@ class Project(Folder):
     def first_of(
         self, settings: Settings, prompts: Sequence[Prompt] | None, styles: Mapping[str, float] | None
     ) -> Leader | None:
-        """The project's first picture, where prompts are only some of its own: they belong together with the others."""
-        if not prompts or prompts[0] not in self.prompts[1:]:
+        """The project's first picture, where prompts are only some of its own: they belong together with the others. A
+        seed that is said for these few is theirs alone, unless the first's is another every time."""
+        if not prompts or prompts[0].place is None:
             return None
+        settings = replace(settings, scope="prompt")
+        if not isinstance(self.settings.seed, str):
+            settings = replace(settings.yielding_to(["seed"]), seed=self.settings.seed)
         spec = self.shots(settings, self.prompts[:1], styles)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
 

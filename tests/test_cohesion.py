@@ -289,12 +289,25 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
     assert led("--cohesion", "0") == [()] * 4
     assert led("--scope", "run", "--only", "fox") == [fox] * 2
     assert led("--scope", "run", "--only", "owl") == [fox] * 2  # as when all were rendered
+    assert led("--scope", "run", "--only", "owl", "--seed", "9") == [fox] * 2  # another owl among the others
+    assert led("--scope", "run", "--only", "fox", "--seed", "9") == [fox] * 2
+    assert led("--scope", "run", "--seed", "9") == [("a red fox", 9, "")] * 4
     assert led("--scope", "run", "-p", "a hen") == [("a hen", 0, "")] * 2
     for options, message in (
         (("--cohesion", "2"), "--cohesion must lie between 0 and 1, not 2.0."),
         (("--scope", "all"), '--scope cannot be "all".'),
     ):
         assert message in " ".join(k2("render", *options, code=2).stderr.split())
+
+
+def test_prompts_without_a_name_and_with_choices_have_the_first_of_all(den, k2):
+    import json
+
+    text = (den / "k2.toml").read_text()
+    (den / "k2.toml").write_text(text + '\n[[prompt]]\ntext = "a hen"\n\n[[prompt]]\ntext = "a {red|blue} car"\n')
+    for name in ("a-hen", "a-blue-car"):
+        lines = k2("render", "--scope", "run", "--only", name, "--batch", "1", "--dry-run", "--json").stdout
+        assert json.loads(lines)["leader"]["prompt"] == "a red fox"
 
 
 def test_some_of_a_run_are_what_they_are_among_all(den, k2):
@@ -317,6 +330,8 @@ def test_what_is_typed_and_changes_nothing_is_told(den, k2):
     assert alone not in told("--cohesion", "0.5", "--batch", "1", "--scope", "run")
     wordless = "No style has reference pictures, so that style_guidance changes nothing."
     assert wordless in told("--style-guidance", "2") and wordless not in told()
+    made = k2("render", "--only", "fox", "--batch", "1", "--quiet").stdout.strip()
+    assert wordless not in told("--like", made)
 
 
 def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
