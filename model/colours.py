@@ -29,10 +29,12 @@ class Colour:
         return "#{:02x}{:02x}{:02x}".format(*self.rgb)
 
 
-NEUTRALS = {"white": (252, 252, 252), "black": (16, 16, 18), "dark grey": (80, 82, 86)}
-BASIC = {  # what the palettes of the data lack; the text encoder knows them all
-    "red": (214, 36, 40), "green": (70, 160, 60), "blue": (40, 90, 200), "purple": (120, 60, 160),
-    "brown": (120, 76, 44), "yellow": (250, 214, 50),
+LIGHTNESS = 0.7  # of a difference in lightness counts for a name: dark red is red before it is a dark blue
+BASIC = {  # what the palettes of the data lack, in hue or in depth; the text encoder knows them all
+    "white": [(252, 252, 252)], "black": [(16, 16, 18)], "dark grey": [(80, 82, 86)], "red": [(214, 36, 40)],
+    "brick red": [(92, 22, 30)], "green": [(70, 160, 60), (24, 76, 34)], "blue": [(40, 90, 200), (70, 130, 190)],
+    "sky blue": [(0, 190, 235)], "purple": [(120, 60, 160), (60, 24, 84)], "brown": [(120, 76, 44), (66, 38, 28)],
+    "yellow": [(250, 214, 50)],
 }  # fmt: skip
 
 
@@ -61,15 +63,15 @@ def named_colours() -> dict[str, list[tuple[int, int, int]]]:
         name: [(int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)) for code in codes]
         for name, codes in vocabulary()["palette"].items()
     }
-    return known | {name: [rgb] for name, rgb in (NEUTRALS | BASIC).items()}
+    return known | {name: known.get(name, []) + rgbs for name, rgbs in BASIC.items()}
 
 
 def name_of(rgb: Iterable[int]) -> str:
-    """The nearest named colour."""
+    """The nearest named colour, by hue rather than by lightness."""
     lab = oklab(np.array(list(rgb)) / 255)
     entries = [(name, colour) for name, colours in named_colours().items() for colour in colours]
-    distances = np.linalg.norm(oklab(np.array([colour for _, colour in entries]) / 255) - lab, axis=1)
-    return entries[int(distances.argmin())][0]
+    away = (oklab(np.array([colour for _, colour in entries]) / 255) - lab) * (LIGHTNESS, 1, 1)
+    return entries[int(np.linalg.norm(away, axis=1).argmin())][0]
 
 
 def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:

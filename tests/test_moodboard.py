@@ -117,6 +117,28 @@ def test_colours_have_plain_names():
     assert [name_of(rgb) for rgb in ((255, 255, 255), (0, 0, 0), (38, 54, 96))] == ["white", "black", "night blue"]
 
 
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("5a141e", "brick red"), ("8b0000", "brick red"), ("50271d", "brown"), ("3d2b1f", "brown"), ("14501e", "green"),
+        ("355e3b", "green"), ("4b0082", "purple"), ("191970", "night blue"), ("202020", "black"),
+        ("0dcef0", "sky blue"), ("008080", "teal"), ("4682b4", "blue"),
+        ("d2691e", "orange"), ("808080", "grey"), ("404040", "dark grey"),
+    ],
+)  # fmt: skip
+def test_a_dark_or_a_vivid_colour_is_named_after_its_hue(code, name):
+    assert name_of(bytes.fromhex(code)) == name
+
+
+def test_a_dark_red_board_is_not_painted_blue():
+    picture = np.full((64, 64, 3), (90, 20, 30), np.uint8)
+    picture[20:40, 20:40] = (150, 40, 50)
+
+    wanted, _ = colour_words(find_palette([picture]))
+
+    assert wanted == ["brick red"]
+
+
 # ---- words --------------------------------------------------------------------------------------
 
 
