@@ -268,12 +268,16 @@ class Project(Folder):
             if letters > MOST_PLAN:
                 raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
         if settings.scope == "run":
-            return tie(shots, settings.cohesion, self.leader or self.first_of(settings, prompts, styles))
+            return tie(shots, settings.cohesion, self.leader or self.first_of(settings, prompts, styles, matrices))
         batches = [list(batch) for _, batch in groupby(shots, lambda shot: shot.name)]
         return [shot for batch in batches for shot in tie(batch, settings.cohesion, self.leader)]
 
     def first_of(
-        self, settings: Settings, prompts: Sequence[Prompt] | None, styles: Mapping[str, float] | None
+        self,
+        settings: Settings,
+        prompts: Sequence[Prompt] | None,
+        styles: Mapping[str, float] | None,
+        matrices: Sequence[Matrix],
     ) -> Leader | None:
         """The project's first picture, where prompts are only some of its own: they belong together with the others. A
         seed that is said for these few is theirs alone, unless the first's is another every time."""
@@ -282,7 +286,9 @@ class Project(Folder):
         settings = replace(settings, scope="prompt")
         if not isinstance(self.settings.seed, str):
             settings = replace(settings.yielding_to(["seed"]), seed=self.settings.seed)
-        spec = self.shots(settings, self.prompts[:1], styles)[0].spec
+        if matrices and tuple(matrices) == self.comparing(prompts):
+            matrices = self.matrices
+        spec = self.shots(settings, self.prompts if matrices else self.prompts[:1], styles, matrices)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
 
     def series(

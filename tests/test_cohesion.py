@@ -310,6 +310,19 @@ def test_prompts_without_a_name_and_with_choices_have_the_first_of_all(den, k2):
         assert json.loads(lines)["leader"]["prompt"] == "a red fox"
 
 
+def test_compared_prompts_have_the_first_of_the_whole_comparison(den, k2):
+    import json
+
+    text = (den / "k2.toml").read_text()
+    (den / "k2.toml").write_text(text + "\n[[matrix]]\nseed = [4, 5]\n")
+
+    def led(*options: str) -> set[tuple[str, int]]:
+        lines = k2("render", "--scope", "run", "--dry-run", "--json", *options).stdout.splitlines()
+        return {(leader["prompt"], leader["seed"]) for line in lines if (leader := json.loads(line)["leader"])}
+
+    assert led() == led("--only", "owl") == {("a red fox", 4)}
+
+
 def test_some_of_a_run_are_what_they_are_among_all(den, k2):
     def pixels(*options: str) -> dict[str, bytes]:
         paths = map(Path, k2("render", "--scope", "run", "--batch", "1", "--quiet", *options).stdout.split())
