@@ -111,14 +111,14 @@ class Chosen:
     """Which pictures are wanted; what is empty leaves all of them in."""
 
     run: str = ""  # a number, or a part of the folder's name
-    prompt: str = ""  # words that all occur in what was asked
+    prompt: str = ""  # words that all occur in what was asked, or begin one that does
     styles: Collection[str] = ()  # that it was all made with
     since: datetime | None = None
 
     def __contains__(self, made: Made) -> bool:
         asked = " ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")).casefold()
         return (
-            all(word in asked for word in self.prompt.casefold().split())
+            all(re.search(rf"(?<![a-z0-9]){re.escape(word)}", asked) for word in self.prompt.casefold().split())
             and all(style in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )

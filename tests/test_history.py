@@ -49,6 +49,16 @@ def test_a_prompt_is_found_by_its_name_too(tmp_path):
     assert len(list(history.read(tmp_path, Chosen(prompt="fox")))) == 1
 
 
+@pytest.mark.parametrize(
+    ("word", "found"), [("owl", True), ("OWL", True), ("ow", True), ("wl", False), ("bow", False), ("雪", True)]
+)
+def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path):
+    """A bowl is no owl. Languages that do not part their words are searched as they are written."""
+    many_pictures(tmp_path, 1, text="owls, 白雪")
+
+    assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
+
+
 def test_a_run_by_another_name_is_one_still(tmp_path):
     many_pictures(tmp_path, 3, per_run=1)
     (tmp_path / "0002-owl").rename(tmp_path / "for the client")
