@@ -126,7 +126,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
                 f"bfloat16 is {ratio:.1f} times slower than float32: the processor has no instructions for it."
             )
     if cpu["threads"] < (cpu["cores"] or 1):
-        lines.append(f"{cpu['threads']} of {cpu['cores']} cores are used: OMP_NUM_THREADS or the machine says so.")
+        used = f"{cpu['threads']} of {cpu['cores']} cores {'is' if cpu['threads'] == 1 else 'are'} used"
+        lines.append(f"{used}: OMP_NUM_THREADS or the machine says so.")
     for plan in found["plans"]:
         if not plan["fits"]:
             lines.append(
@@ -193,9 +194,11 @@ def describe(found: Mapping[str, Any]) -> str:
     ]
     for plan in found["plans"]:
         chosen = f"{plan['dtype']}, precision {plan['precision']}, offload {plan['offload']}"
-        ways = "; ".join(f"{way} {gb:g} GB" for way, gb in plan["ways_gb"].items())
-        rows.append(("plan", f"{plan['model']}: {chosen}, {plan['needs_gb']:g} of {plan['free_gb']:g} GB free"))
-        rows += [("plan", f"  could be {ways}")] if plan["needs_gb"] >= 1 else []
+        needs = f"needs {plan['needs_gb']:g} GB, {plan['free_gb']:g} GB are free"
+        rows.append(("plan", f"{plan['model']}: {chosen}; {needs}"))
+        for way, gb in plan["ways_gb"].items() if plan["needs_gb"] >= 1 else ():
+            fits = "" if gb <= SPARE * plan["free_gb"] else ", too much"
+            rows.append(("plan", f"  or precision {way:<22}{gb:>5} GB{fits}"))
     if project := found.get("project"):
         counts = f"{count_of(project['prompts'], 'prompt')}, {count_of(len(project['styles']), 'style')}"
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
