@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -64,10 +64,25 @@ def unwritable(error: OSError) -> K2Error:
     return K2Error(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
 
 
-def aligned(rows: Sequence[tuple[str, str]], width: int) -> str:
-    """Facts below one another, each behind its name; a name that the row above has is not said again."""
-    pairs = pairwise([("", ""), *rows])
-    return "\n".join(f"{'' if name == above else name:<{width}}{fact}" for (above, _), (name, fact) in pairs)
+def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = None) -> str:
+    """Facts below one another, each behind its name, or below one that is longer than `width`; a name that the row
+    above has is not said again. On a screen of so many cells no word is cut."""
+    lines = []
+    for (above, _), (name, fact) in pairwise([("", ""), *rows]):
+        said = "" if name == above else name
+        if len(said) >= width:
+            lines.append(said)
+            said = ""
+        folded = [fact]
+        if cells and fact:
+            folded = [line.plain.rstrip() for line in Text(fact).wrap(console, max(20, cells - width))]
+        lines += [f"{begin:<{width}}{line}" for begin, line in zip_longest([said], folded, fillvalue="")]
+    return "\n".join(lines)
+
+
+def screen() -> int | None:
+    """How many cells a line of standard output has, where that is a terminal."""
+    return Console().width if sys.stdout.isatty() else None
 
 
 def near(path: Path) -> str:

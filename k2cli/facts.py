@@ -33,10 +33,10 @@ def facts_of(record: Record) -> Facts:
             style.name: f"{style.strength:g}{', ' + style.method if style.references else ''}" for style in spec.styles
         },
         "loras": dict(lora.rsplit(" ", 1) for lora in loras(table)),
-        "size": f"{spec.width} x {spec.height}",
+        "size": f"{spec.width}x{spec.height}",
         **{key: f"{getattr(spec, key)}" for key in ("seed", "steps")},
-        "guidance": f"{spec.guidance}{lasting(spec.guidance_until)}",
-        "mu": f"{spec.mu}",
+        "guidance": f"{spec.guidance:g}{lasting(spec.guidance_until)}",
+        "mu": f"{spec.mu:g}",
         "sampler": spec.sampler if spec.sampler and spec.sampler != "euler" else "",
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
@@ -44,7 +44,8 @@ def facts_of(record: Record) -> Facts:
         "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
         "guard": spec.leak_guard or "",
         "begun with": f"{spec.init_image or ''}",
-        "made anew": " of ".join(str(part) for part in (spec.denoise, spec.mask) if part is not None),
+        "denoise": "" if spec.denoise is None else f"{spec.denoise:g}",
+        "mask": f"{spec.mask or ''}",
         "model": f"{used.name} {used.variant or ''}",
         "files": {name: sha[:12] for name, sha in record.files.items()},
         "device": f"{used.device}, {used.dtype}",
@@ -56,12 +57,15 @@ def facts_of(record: Record) -> Facts:
 
 
 def to_the_second(value: Any) -> Any:
-    """A moment as people want it; anything else as it is."""
-    return value.replace(microsecond=0) if isinstance(value, datetime) else value
+    """A moment as people want it, by their clock; anything else as it is."""
+    try:
+        return value.astimezone().replace(microsecond=0) if isinstance(value, datetime) else value
+    except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock
+        return value
 
 
-def describe(record: Record) -> str:
-    """A record for people: what it says, a fact a line."""
+def describe(record: Record, cells: int | None = None) -> str:
+    """A record for people: what it says, a fact a line, or on a screen of so many cells as many as it takes."""
     facts = facts_of(record)
     pictures = {style.name: [f"  {each.image}" for each in style.references] for style in record.shot.spec.styles}
     rows = []
@@ -75,7 +79,7 @@ def describe(record: Record) -> str:
                 lines += pictures[one] if name == "styles" else []
             lines = [", ".join(lines)] if name == "versions" and lines else lines
         rows += [(name, masked(line)) for line in lines]
-    return aligned(rows, 2 + max(map(len, facts)))
+    return aligned(rows, 2 + max(map(len, facts)), cells)
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from k2cli import history
-from k2cli.console import aligned, harmless
+from k2cli.console import aligned, harmless, screen
 from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MOST_PLAN, Project
 from k2cli.prompts import name_files
@@ -61,8 +61,8 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     else:
         steps |= {"k2 render --dry-run": "what would be made"}
     steps |= {"k2 --help": "everything else"}
-    told = aligned([(f"  {step}", what) for step, what in steps.items()], 4 + max(map(len, steps)))
-    return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12)}\n\n{told}")
+    told = aligned([(f"  {step}", what) for step, what in steps.items()], 23)
+    return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12, screen())}\n\n{told}")
 
 
 def model_of(project: Project) -> str:

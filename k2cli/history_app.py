@@ -165,11 +165,11 @@ def show_table(found: Sequence[Made]) -> None:
             Text(f"seed {made.text('settings.seed')}", "dim", overflow="ellipsis"),
             Text(made.size, "dim", overflow="ellipsis"),
             Text(styles_of(made, ", "), "cyan", overflow="ellipsis"),
-            Text(made.text("prompt.text")),
+            Text.assemble((told_apart(made), "cyan"), "  " * bool(told_apart(made)), made.text("prompt.text")),
         )
         for made in found
     ]
-    most = (screen.width // 2, 30, 30, 28)  # cells of a column; what was asked for has the rest of the line
+    most = (screen.width // 3, 30, 30, screen.width // 5)  # cells of a column; what was asked for has the rest
     widths = [min(limit, max(row[column].cell_len for row in rows)) for column, limit in enumerate(most) if rows]
     runs = groupby(zip(found, rows, strict=True), key=lambda pair: pair[0].path.parent)
     for number, (folder, pictures) in enumerate(runs):
@@ -182,6 +182,12 @@ def show_table(found: Sequence[Made]) -> None:
             for column, width in enumerate(widths):
                 cells[column].align("right" if column == 1 else "left", width)
             screen.print(Text("  ").join(cells), no_wrap=True, overflow="ellipsis")
+
+
+def told_apart(made: Made) -> str:
+    """What a picture of a comparison has that those beside it may not."""
+    row = made.text("prompt.row").removeprefix(made.text("prompt.text")).removeprefix(" · ")
+    return " · ".join(filter(None, [row, made.text("prompt.caption")]))
 
 
 def styles_of(made: Made, joint: str) -> str:
@@ -256,7 +262,7 @@ def show(
       k2 show outputs/0001-fox/fox-7.png --json | jq .settings
     """
     from k2cli import records
-    from k2cli.console import near, result
+    from k2cli.console import near, result, screen
     from k2cli.facts import describe
     from k2cli.history import in_full
     from k2cli.outputs import picture_of
@@ -275,7 +281,7 @@ def show(
 
         preview([picture for file in named if (picture := picture_of(file)).is_file()])
     if len(found) == 1:
-        result(describe(found[0]))
+        result(describe(found[0], screen()))
     else:
         show_differences([near(file) for file in named], found)
 

@@ -38,7 +38,7 @@ def test_pictures_stand_in_the_order_they_were_asked_for(moody, k2):
 
     assert names == [f"{name}-{seed}" for name in ("a-whale", "an-apple", "a-boat") for seed in (7, 8, 9)]
     shown = k2("show", "outputs/0001-a-whale-and-2-more/a-boat-8.png").stdout
-    assert re.search(r"^created +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00$", shown, re.MULTILINE)
+    assert re.search(r"^created +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d$", shown, re.MULTILINE)
 
 
 def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
@@ -292,6 +292,58 @@ def test_the_log_on_a_narrow_terminal_keeps_what_tells_pictures_apart(moody, mon
     ]
 
 
+def test_the_log_leaves_room_for_prompts_beside_long_names(moody, monkeypatch, capsys):
+    many_pictures(moody / "outputs", 1)
+    (moody / "outputs" / "0001-fox" / "fox-0.png").rename(moody / "outputs" / "0001-fox" / f"{'owl' * 14}.png")
+    (moody / "outputs" / "0001-fox" / "fox-0.toml").rename(moody / "outputs" / "0001-fox" / f"{'owl' * 14}.toml")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    history_app.log()
+
+    assert "a red fox" in capsys.readouterr().out
+
+
+def test_the_log_tells_the_cells_of_a_comparison_apart(moody, monkeypatch, capsys, k2):
+    k2("render", "-p", "a fox", "--matrix", "steps=1,2", "--matrix", "guidance=0,1", "--size", "64x64", "--quiet")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    history_app.log()
+
+    rows = [line for line in re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines() if "seed" in line]
+    assert len({line.split("seed")[1] for line in rows}) == len(rows) == 4
+    assert "steps 2 · guidance 1  a fox" in rows[3]
+
+
+def test_a_long_prompt_is_shown_below_itself_and_no_word_is_cut(moody, monkeypatch, capsys):
+    many_pictures(moody / "outputs", 1, text="evening light over quiet hills " * 8)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("K2_PREVIEW", "off")
+
+    history_app.show([moody / "outputs" / "0001-fox" / "fox-0.png"])
+
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "prompt      evening light over quiet hills evening light"
+    assert second == " " * 12 + "over quiet hills evening light over quiet hills"
+
+
+def test_pictures_are_dated_by_the_clock_of_whoever_looks(moody, monkeypatch, k2):
+    import time
+
+    many_pictures(moody / "outputs", 1)
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    try:
+        shown = k2("show", moody / "outputs" / "0001-fox" / "fox-0.png").stdout
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert "created     2026-01-01 14:00:00+14:00\n" in shown
+
+
 def test_the_log_needs_no_settings_that_can_be_read(moody, k2, tmp_path):
     """And goes on past a folder that is no project."""
     many_pictures(moody / "outputs", 1)
@@ -405,6 +457,16 @@ def test_k2_alone_bears_a_damaged_plan(moody, k2, plan):
     (folder / "run.toml").unlink()
     os.mkfifo(folder / "run.toml")
     assert "--resume" not in k2().stdout
+
+
+def test_what_k2_advises_fits_a_terminal_of_eighty(moody, k2, fake):
+    """The name of a picture may be longer than what the other lines say together."""
+    k2("render", "-p", "a quiet evening in the hills above the sea", "-p", "an owl")
+
+    lines = k2().stdout.partition("\n\n")[2].splitlines()
+
+    assert max(len(line) for line in lines if not line.startswith("  k2 show outputs/")) <= 80
+    assert " " * 23 + "what it was made from" in lines
 
 
 def test_k2_alone_imports_no_network(moody, k2, fake):

@@ -353,7 +353,7 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
     options = ("--project", begun, "-p", "tea", "--batch", "1", "--init-image", "dot.png", "--denoise", "0.5")
     assert plan(k2, *options)[0]["init_image"]["sha256"] == sha256(elsewhere / "dot.png")
     (made,) = k2("render", *options).stdout.splitlines()
-    assert "made anew   0.5\n" in k2("show", made).stdout
+    assert "denoise     0.5\n" in k2("show", made).stdout
     refused = k2("rerun", made, code=1)
     assert "lies outside the project" in refused.stderr and "--allow-outside" in refused.stderr
     assert "Identical" in k2("rerun", made, "--allow-outside").stderr
