@@ -188,11 +188,11 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
     The first hand decides how the weights are held and what is rendered together; the others do as it does. What a
     lost hand had in work is made again by another. Raises K2Error.
     """
-    left, at_work, losses = deque[Group](), dict[int, Group](), Counter[Group]()
+    left, at_work, losses = deque[Group](), dict[int, Group](), Counter[Group]()  # of () over loading
     idle: list[int] = []
     agreed: Held | None = None
     weights: Any = None
-    crew.hire(held)
+    loading = {crew.hire(held)}
     while agreed is None or left or at_work:
         hand, news = crew.hear()
         if isinstance(news, Exception):
@@ -201,21 +201,24 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
         if isinstance(news, Lost):
             idle = [each for each in idle if each != hand]
             left.extendleft([group] if group else [])
-            losses[group] += 1
-            if losses[group] == TRIES:
+            losses[group] += bool(group) or hand in loading
+            loading.discard(hand)
+            alone = not (at_work or idle or loading)
+            if losses[group] >= TRIES and (group or alone):  # of those that load, others may do without
                 over = "the same pictures" if group else "loading the model"
                 raise K2Error(
-                    f"{TRIES} workers {crew.where} were lost over {over}: {news.why}.",
+                    f"{losses[group]} workers {crew.where} were lost over {over}: {news.why}.",
                     hint="Is there memory for so many? Try fewer, or none.",
                 )
-            if agreed is None or (left and not idle):
-                crew.hire(agreed or held)
+            if (alone and (agreed is None or left)) or (left and not idle and losses[()] < TRIES):
+                loading.add(crew.hire(agreed or held))
         elif isinstance(news, Ready):
             if agreed is None:
                 agreed = news.held
                 left.extend(groups_of(news.batches, wanted))
-                for _ in range(min(crew.size, len(left)) - 1):
-                    crew.hire(agreed)
+                loading |= {crew.hire(agreed) for _ in range(min(crew.size, len(left)) - 1)}
+            loading.discard(hand)
+            losses.pop((), None)
             idle.append(hand)
         else:
             for index, picture in zip(group, news, strict=True):

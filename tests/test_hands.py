@@ -167,6 +167,22 @@ def test_a_hand_that_is_lost_while_idle_is_given_nothing_more():
     assert crew.held == [Held("mini"), READY.held, READY.held]
 
 
+def test_hands_that_are_lost_with_nothing_to_do_end_no_run():
+    """Nor those that do not get as far as to load, while another one works."""
+    lost, ready = Lost("struck"), Ready(READY.held, [1] * TRIES + [1])
+    made = [[Picture(PICTURE, {"model": {}, "seed": seed})] for seed in range(TRIES + 1)]
+    others = range(2, TRIES + 2)
+    crew = Told((1, ready), *((hand, ready) for hand in others), *((hand, made[hand - 1]) for hand in others),
+                *((hand, lost) for hand in others), (1, made[0]))  # fmt: skip
+    crew.size = TRIES + 1
+    assert sorted(index for index, _ in spread(crew, Held("mini"), set(range(TRIES + 1)))) == [*range(TRIES + 1)]
+
+    crew = Told((1, READY), (2, lost), (3, lost), (4, lost), (1, FIRST), (1, SECOND))
+    crew.size = 2
+    assert [index for index, _ in spread(crew, Held("mini"), {0, 1})] == [0, 1]
+    assert crew.hired == 1 + TRIES  # and no more of them
+
+
 def test_what_a_lost_hand_had_is_given_to_an_idle_one():
     crew = Told((1, READY), (2, READY), (1, FIRST), (2, Lost("struck")), (1, SECOND))
 
