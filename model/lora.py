@@ -96,7 +96,8 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
     refuse_others(file, checkpoint.tensors)
     refuse_unreadable(checkpoint)
     refuse_giants(file, network)
-    parts, alphas = sort_out(file, dict(checkpoint.read()))
+    # copies: what is kept of the file must not change with it
+    parts, alphas = sort_out(file, {name: tensor.clone() for name, tensor in checkpoint.read()})
     spellings = layer_names(network)
     bares = dict(bare_parameters(network))
     fused = part_fused(file, parts, spellings, network)

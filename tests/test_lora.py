@@ -502,6 +502,19 @@ def test_a_file_that_changes_is_read_again(pipeline, path, tmp_path):
     assert pixels(pipeline, spec) != before
 
 
+def test_what_was_read_stays_though_the_file_is_written_over(monkeypatch, model, pairs, tmp_path):
+    """Large tensors of a file are views of its pages: an adapter is kept, and answers for what it was."""
+    monkeypatch.setattr("model.checkpoint.SMALL", 0)
+    file = write(tmp_path, LAYOUTS["diffusers"](pairs))
+    adapter = read_lora(file, model)
+    before = velocity(model, (adapter, 1.0))
+
+    with file.open("r+b") as same:
+        same.write(bytes(file.stat().st_size))
+
+    assert torch.equal(velocity(model, (adapter, 1.0)), before)
+
+
 def test_settings_beside_a_file_count_as_the_file_does(pipeline, tmp_path):
     """PEFT's alpha stands in a file of its own: another alpha is another adapter, to caches and to records."""
     state = LAYOUTS["PEFT"](random_pairs(pipeline.dit))
