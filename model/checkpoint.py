@@ -103,7 +103,10 @@ class Checkpoint:
                 return blockwise.in_blocks(kind, tensor, factor, None if whole is None else files.get(whole))
             return tensor, factor
 
-        where = "cpu" if torch.device(device).type == "mps" else str(device)  # Metal knows no 8-bit floats
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:  # the one in hand: threads have each their own
+            device = torch.device("cuda", torch.cuda.current_device())
+        where = "cpu" if device.type == "mps" else str(device)  # Metal knows no 8-bit floats
         with Opened(where) as files, ThreadPoolExecutor(1, "weights") as reader:
             coming = reader.submit(fetch, 0) if order else None
             for index, name in enumerate(order):

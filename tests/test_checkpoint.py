@@ -330,6 +330,24 @@ def test_small_tensors_keep_no_window_of_a_file(tmp_path):
         assert torch.equal(found, state[name]) and (window() is not None) is kept
 
 
+def test_weights_go_to_the_card_in_hand_whichever_thread_reads_them(file, monkeypatch):
+    """Which one "cuda" is differs from thread to thread, and is the first in a new one."""
+    opened: list[str] = []
+
+    class Elsewhere(checkpoint.Opened):
+        def __init__(self, device: str):
+            opened.append(device)
+            raise RuntimeError("no card here")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(checkpoint, "Opened", Elsewhere)
+    for device in ("cuda", "cuda:1", "cpu", "mps"):
+        with pytest.raises(RuntimeError, match="no card here"):
+            next(open_checkpoint(file).read(device=device))
+
+    assert opened == ["cuda:3", "cuda:1", "cpu", "cpu"]
+
+
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
 def test_a_header_of_any_length_is_one(tmp_path, length):
     """A file begins with it: of these many bytes it begins as pickles do."""
