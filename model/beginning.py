@@ -42,6 +42,17 @@ class Way(NamedTuple):
         return self.straight.lerp(velocity, self.anew)
 
 
+class Rest(NamedTuple):
+    """What stays of a picture: its pixels [3, H, W], and how much of each is made anew, 0 … 1."""
+
+    pixels: Tensor
+    anew: Tensor
+
+    def around(self, made: Tensor) -> Tensor:
+        """A decoded picture [3, H, W], and the other one, exactly as it is, where that stays."""
+        return self.pixels.lerp(made.float().cpu(), self.anew)
+
+
 class Beginnings:
     """An autoencoder's view of the pictures that others begin with; what was asked for last is kept."""
 
@@ -86,12 +97,13 @@ class Beginnings:
 
         return self._latents.ask((sha256(image), width, height), read)
 
-    def with_rest(self, spec: Settled, pixels: Tensor) -> Tensor:
-        """A decoded picture [3, H, W], and where its mask says that it stays the initial one, exactly as it is."""
+    def rest(self, spec: Settled) -> Rest | None:
+        """What a mask leaves of the initial picture; to be read before the first step, as files may change meanwhile.
+        Raises K2Error."""
         if not spec.mask or not spec.init_image:
-            return pixels
-        alpha = feathered(to_mask(spec.mask, spec.width, spec.height), self.vae.factor // 2)[0]
-        return to_pixels(spec.init_image, spec.width, spec.height)[0].lerp(pixels.float().cpu(), alpha)
+            return None
+        anew = feathered(to_mask(spec.mask, spec.width, spec.height), self.vae.factor // 2)[0]
+        return Rest(to_pixels(spec.init_image, spec.width, spec.height)[0], anew)
 
     def _tokens(self, latents: Tensor) -> Tensor:
         return patchify(latents.to(self.device), self.patch)

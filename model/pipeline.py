@@ -240,11 +240,12 @@ class Pipeline:
         pictures = [r.image for spec in specs for style in spec.styles for r in style.references]
         pictures += [path for spec in specs for path in (spec.init_image, spec.mask) if isinstance(path, Path)]
         files = {path: sha256(path) for path in pictures}  # as they are now: they may be gone once it is done
+        rests = [self.beginnings.rest(spec) for spec in specs]
         with laid_over(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
         at_once = max(1, PIXELS_AT_ONCE // (latents[0, 0].numel() * self.vae.factor**2))
         decoded = (picture for some in latents.split(at_once) for picture in self.vae.decode(some))
-        images = [to_image(self.beginnings.with_rest(spec, each)) for spec, each in zip(specs, decoded, strict=True)]
+        images = [to_image(rest.around(each) if rest else each) for rest, each in zip(rests, decoded, strict=True)]
         seconds = (time.perf_counter() - started) / len(specs)
         loras = [adapter.report(weight) for adapter, weight in adapters]
         return [

@@ -267,10 +267,26 @@ def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
     side, half = pipeline.native, pipeline.beginnings.vae.factor // 2
     spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{side // 2}x{side}+0+0"))
 
-    found = pipeline.beginnings.with_rest(spec, torch.full((3, side, side), 3.0))  # as no picture is
+    found = pipeline.beginnings.rest(spec).around(torch.full((3, side, side), 3.0))  # as no picture is
 
     soft = side // 2 - half
     assert (found[..., :soft] == 3).all() and (found[..., soft] < 3).all()
+
+
+def test_files_may_change_and_go_once_a_picture_is_begun(pipeline, noisy, tmp_path):
+    """What stays is what was there then, as the record's hash says."""
+    part = Image.new("L", Image.open(noisy).size)
+    part.paste(255, (0, 0, part.width // 2, part.height))
+    part.save(tmp_path / "part.png")
+    spec = replace(FOX, init_image=noisy, mask=tmp_path / "part.png")
+    (before,) = pipeline.render([spec])
+
+    def gone(done: int, of: int) -> None:
+        for path in (noisy, tmp_path / "part.png"):
+            path.unlink(missing_ok=True)
+
+    (after,) = pipeline.render([spec], on_step=gone)
+    assert after.image.tobytes() == before.image.tobytes()
 
 
 def test_a_mask_comes_in_within_its_edge_and_not_at_the_pictures():
