@@ -92,7 +92,8 @@ def plans(device: str) -> list[dict[str, Any]]:
     for name, numbers in counted.items():
         dtype = default_dtype(device, numbers.width)
         chosen = choose(numbers, free, dtype=dtype, eight=eight, known=known)
-        by_hand = [("int4", "none"), ("int4", "text")]  # nothing is rounded as far as that unasked
+        # nothing is rounded as far as that unasked, nor what is streamed
+        by_hand = [("int4", "none"), ("int4", "text"), ("int8", "all"), ("int4", "all")]
         open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])
         others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
         others = dict(sorted(others.items(), key=lambda way: -way[1]))
