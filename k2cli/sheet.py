@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#8d8780", "#e4dfd7"
+PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#6c665f", "#e4dfd7"
 MARGIN, GAP, BETWEEN = 40, 12, 32  # px: around the sheet, between pictures of a strip, between strips
 TITLE, LABEL, CAPTION = 26, 16, 13  # px of type
 CELL = range(192, 321)  # px that the longer side of a picture is shown at

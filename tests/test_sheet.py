@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from k2cli import sheet
 from k2cli.sheet import Entry, contact_sheet, contact_sheets, fit, font, typeset, wrap
@@ -52,6 +52,18 @@ def test_few_places_stay_empty(tmp_path, prompts, columns):
     """Four pictures are a row, and not three with one below; a page is landscape all the same."""
     page = contact_sheet(entries(tmp_path, prompts, 1, (256, 256)), "moody", "run 0001")
     assert page.width == 2 * sheet.MARGIN + columns * 256 + (columns - 1) * sheet.BETWEEN
+
+
+@pytest.mark.parametrize("ink", [sheet.INK, sheet.FAINT])
+def test_what_is_written_can_be_read(ink):
+    """By people of weak sight, too: 4.5 to 1 is what WCAG 2.2 asks of small type (1.4.3)."""
+
+    def luminance(colour: str) -> float:
+        parts = (part / 255 for part in ImageColor.getrgb(colour))
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    assert (luminance(sheet.PAPER) + 0.05) / (luminance(ink) + 0.05) >= 4.5
 
 
 def test_long_runs_take_several_sheets(tmp_path, monkeypatch):
