@@ -16,6 +16,7 @@ from k2cli.disk import undisturbed, write
 from k2cli.facts import course
 from k2cli.formats import SUFFIXES
 from k2cli.hands import Crew, OnStep, make_here, spread
+from k2cli.history import Made
 from k2cli.outputs import RUN, SHEET, Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import MOST_PLAN, Project, Shot
@@ -160,9 +161,10 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
 
 def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     """A line on what a run's pictures have in common, by the record of the first. Raises K2Error."""
-    toml = Toml.read(run[f"{shots[0].stem}.toml"], shots[0].stem)
+    file = run[f"{shots[0].stem}.toml"]
+    toml = Toml.read(file, shots[0].stem)
     record = records.parse(toml, project.root.joinpath)  # of files anywhere, which are not opened
-    made, made_on = record.shot.spec, toml.table.get("created")
+    made, made_on = record.shot.spec, Made(file, toml.table).created
     steps, guidance = course(vars(made))
 
     def alike(*keys: str) -> bool:
@@ -178,7 +180,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         *([f"cohesion {made.cohesion:g}"] if made.cohesion and alike("cohesion") else []),
         # captions, where there are any, tell of each picture's own
         *(f"{style.name} {style.strength:g}" for style in made.styles if not shots[0].caption),
-        f"{made_on if isinstance(made_on, datetime) else datetime.now():%Y-%m-%d}",
+        f"{(made_on or datetime.now()).astimezone():%Y-%m-%d}",
     ]
     return " · ".join(facts)
 

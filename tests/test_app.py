@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -669,6 +671,25 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
         ("moody", ["run 10005", "mini raw"]),
         ("moody", ["run 10006", "mini raw", "4 steps", "guidance 2.5", "cohesion 0.5"]),
     ]
+
+
+@pytest.mark.parametrize(("zone", "day"), [("Etc/GMT-14", "2026-12-01"), ("Etc/GMT+12", "2026-11-30")])
+def test_a_sheet_has_the_date_that_the_log_has(moody, k2, monkeypatch, zone, day):
+    """That of the clock on the wall; records are in UTC."""
+    subtitles = []
+    monkeypatch.setattr(runs, "contact_sheets", lambda entries, title, common, **form: subtitles.append(common) or [])
+    k2("render")
+    (run,) = (moody / "outputs").iterdir()
+    record = run / "fox-7.toml"
+    record.write_text(re.sub(r"created = .*", "created = 2026-11-30T23:30:00Z", record.read_text()))
+
+    with monkeypatch.context() as abroad:
+        abroad.setenv("TZ", zone)
+        time.tzset()
+        k2("render", "--resume")
+    time.tzset()
+
+    assert subtitles[-1].endswith(day)
 
 
 TWINS = """
