@@ -49,7 +49,7 @@ class Shot:
     name: str
     given: str
     spec: RenderSpec
-    row: str = ""  # over its strip on a contact sheet; the prompt where empty
+    row: str = ""  # over its strip on a contact sheet, before the prompt
     caption: str = ""  # below it; the seed where empty
     creativity: str = "raw"  # by which the spec's prompt came from the given one
     format: str = "png"  # of the file
@@ -334,7 +334,6 @@ class Project(Folder):
             styles=looks,
             **{key: getattr(settings, key) for key in OF_PICTURE},
         )
-        row = " · ".join(filter(None, [prompt.text, cell.row])) if cell.row else ""
         expand = expander(settings.model, settings.creativity, settings.device)
         shots: list[Shot] = []
         whole: dict[str, str] = {}  # a long prompt is kept once, and not once for every seed
@@ -343,7 +342,7 @@ class Project(Folder):
             made = replace(spec, seed=n, prompt=whole.setdefault(led, ", ".join([led, *joined])))
             caption = f"{cell.caption} · seed {n}" if cell.caption and batch > 1 else cell.caption
             shots.append(
-                Shot(f"{name}-{n}", name, prompt.text, made, row, caption, settings.creativity, settings.format)
+                Shot(f"{name}-{n}", name, prompt.text, made, cell.row, caption, settings.creativity, settings.format)
             )
         return shots
 

@@ -151,9 +151,11 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     prompts = Counter(given for given, _ in {(shot.given, prompt_of(shot.name, shot.caption)) for shot in shots})
     entries = []
     for shot in shots:
-        name, label = prompt_of(shot.name, shot.caption), shot.row or shot.given
+        name, label = prompt_of(shot.name, shot.caption), shot.given
+        if shot.row:
+            label = f"{shot.row} · {label}"  # in front, as a long label is cut at its end
         if prompts[shot.given] > 1:
-            label = f"{name}: {label}"  # in front, as a long label is cut at its end
+            label = f"{name}: {label}"
         entries.append(Entry(run.picture(shot.stem), label, shot.caption or f"seed {shot.spec.seed}", name))
     common = in_common(job.project, run, shots)
     return contact_sheets(entries, job.project.name, common, columns=job.sheet.columns, centred=job.sheet.centred)

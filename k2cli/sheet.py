@@ -122,12 +122,11 @@ def contact_sheet(
 
     for index, strip in enumerate(strips):
         row, column = divmod(index, columns)
-        left = MARGIN + column * (strip_width + BETWEEN)
-        if centred:
-            left += (across - min(len(strip), across)) * (cell_width + GAP) // 2
+        indent = (across - min(len(strip), across)) * (cell_width + GAP) // 2 if centred else 0
+        left = MARGIN + column * (strip_width + BETWEEN) + indent
         top = MARGIN + head + row * (strip_height + BETWEEN)
         text, face = typeset(strip[0].label, LABEL)
-        for number, line in enumerate(wrap(text, face, strip_width, lines)):
+        for number, line in enumerate(wrap(text, face, strip_width - indent, lines)):
             draw.text((left, top + number * (LABEL + 5)), line, INK, face)
         for place, entry in enumerate(strip):
             x = left + place % across * (cell_width + GAP)

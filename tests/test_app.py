@@ -711,7 +711,7 @@ text = "a fox"
         (["--matrix", "steps=4,8"], {"day: a fox": ["steps 4", "steps 8"], "a-fox: a fox": ["steps 4", "steps 8"]}),
         (["-p", "a fox", "--matrix", "steps=4,8"], {"a fox": ["steps 4", "steps 8"]}),
         (["--only", "day", "--matrix", "seed=1,2", "--matrix", "steps=4"], {
-            "a fox · seed 1": ["steps 4"], "a fox · seed 2": ["steps 4"]
+            "seed 1 · a fox": ["steps 4"], "seed 2 · a fox": ["steps 4"]
         }),
     ],
 )  # fmt: skip

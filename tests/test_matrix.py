@@ -143,7 +143,7 @@ def test_a_matrix_is_every_combination_with_the_same_seed(dusky, k2):
     ]
     assert {each["settings"]["seed"] for each in cells} == {7}
     assert [[style["strength"] for style in each.get("style") or []] for each in cells[:3]] == [[], [0.5], [1.0]]
-    assert cells[0]["prompt"]["row"] == "a red fox · size 64x64"
+    assert cells[0]["prompt"]["row"] == "size 64x64"
 
 
 def test_files_sort_as_they_are_numbered(dusky, k2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_text_never_runs_over(tmp_path):
     lines = wrap(long, face, 150, 2)
     assert len(lines) == 2 and lines[1].endswith("…") and all(face.getlength(line) <= 150 for line in lines)
     assert wrap("short", face, 150, 2) == ["", "short"]
+
+
+def test_a_long_label_of_a_centred_strip_ends_within_the_sheet(tmp_path):
+    first, *more = (replace(entry, label="a teapot " * 20) for entry in entries(tmp_path, 1, 4))
+    page = contact_sheet([first, *(replace(each, prompt="wider") for each in more)], "", "", columns=1, centred=True)
+
+    margin = page.crop((page.width - sheet.MARGIN + 1, 0, page.width, page.height))
+    assert margin.getcolors() == [(margin.width * margin.height, ImageColor.getrgb(sheet.PAPER))]
 
 
 def test_no_writing_is_lost_without_a_wider_typeface(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT, tree
 from PIL import Image
 
-from k2cli import mix, sheet
+from k2cli import mix, runs, sheet
 from k2cli.complete import complete_style
 from k2cli.moodboard import gather
 from k2cli.project import Project
@@ -386,6 +386,18 @@ def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks, k2):
     made = k2("mix-styles", "dusk=1", "riso=1", "--sweep", "100", "--quiet").stdout.splitlines()[:-1]
 
     assert [Path(line).stem.split("-")[-2] for line in made] == [f"{i:03}" for i in range(1, 101)]
+
+
+def test_over_the_strips_of_a_sweep_stands_what_was_painted(looks, k2, monkeypatch):
+    """Where from and where to first, as a long prompt is cut at its end."""
+    told = []
+    monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **form: told.extend(entries) or iter(()))
+
+    k2("mix-styles", "dusk=1", "riso=1", "ink=0", "--sweep", "2", "-p", "a teapot")
+    k2("mix-styles", "dusk=1", "riso=1", "-p", "a {red|blue} pot")
+
+    rows = ["dusk 1 · a teapot", "dusk 0 · a teapot", "dusk 0 · a teapot"]
+    assert [entry.label for entry in told] == [*rows, *["a red pot"] * 4]
 
 
 def test_the_triangle_is_drawn(looks, k2):
