@@ -168,6 +168,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     record = records.parse(toml, project.root.joinpath)  # of files anywhere, which are not opened
     made, made_on = record.shot.spec, Made(file, toml.table).created
     steps, guidance = course(vars(made))
+    weights = [{style.name: style.strength for style in shot.spec.styles} for shot in shots]
 
     def alike(*keys: str) -> bool:
         return len({tuple(getattr(shot.spec, key) for key in keys) for shot in shots}) == 1
@@ -178,10 +179,11 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         *([steps] if alike("steps", "sampler") else []),
         *([guidance] if alike("guidance", "guidance_until") else []),
         *([f"begun with {made.init_image.name}"] if made.init_image and alike("init_image") else []),
+        *([f"mask {Path(made.mask).name}"] if made.mask and alike("mask") else []),  # its file, or its region
         *([f"denoise {made.denoise:g}"] if made.denoise and alike("denoise") else []),
         *([f"cohesion {made.cohesion:g}"] if made.cohesion and alike("cohesion") else []),
-        # captions, where there are any, tell of each picture's own
-        *(f"{style.name} {style.strength:g}" for style in made.styles if not shots[0].caption),
+        *(f"{name} {own:g}" for name, own in weights[0].items() if all(each.get(name) == own for each in weights)),
+        *([f"seed {made.seed}"] if shots[0].caption and alike("seed") else []),  # else it is below each picture
         f"{(made_on or datetime.now()).astimezone():%Y-%m-%d}",
     ]
     return " · ".join(facts)

@@ -655,21 +655,31 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     k2("render", "--steps", "4", "--guidance", "0", "--style", "dusk=0.5")
-    k2("render", "--matrix", "steps=4,8", "--style", "dusk=0.5")  # there the captions tell
-    k2("render", "--matrix", "guidance=0,1.5")
+    k2("render", "--matrix", "steps=4,8", "--style", "dusk=0.5")
+    k2("render", "--matrix", "guidance=0,1.5", "--matrix", "style.dusk=0,1")  # there the captions tell
     k2("render", "--steps", "1")
     k2("render", "--guidance-until", "0.5", "--sampler", "ab2")
     k2("render", "--matrix", "sampler=euler,ab2", "--matrix", "guidance_until=0.5,1")
     k2("render", "--cohesion", "0.5", "--batch", "2", "--steps", "4")
+    Image.new("RGB", (64, 64), "white").save("dot.png")
+    masked = ("--steps", "4", "--init-image", "dot.png")
+    k2("render", *masked, "--mask", "32x16+8+16")
+    k2("render", *masked, "--mask", "dot.png", "--matrix", "seed=1,2", "--matrix", "denoise=0.5,1")
+    (moody / "k2.toml").write_text(PROJECT.replace('name = "fox"', "style.dusk = 1"))
+    k2("render", "--steps", "4")  # of one prompt alone
 
+    usual = ["mini raw", "4 steps", "guidance 2.5"]
     assert told == [
         ("moody", ["run 10000", "mini raw", "4 steps", "guidance 0", "dusk 0.5"]),
-        ("moody", ["run 10001", "mini raw", "guidance 2.5"]),
-        ("moody", ["run 10002", "mini raw", "28 steps"]),
+        ("moody", ["run 10001", "mini raw", "guidance 2.5", "dusk 0.5", "seed 7"]),
+        ("moody", ["run 10002", "mini raw", "28 steps", "seed 7"]),
         ("moody", ["run 10003", "mini raw", "1 step", "guidance 2.5"]),
         ("moody", ["run 10004", "mini raw", "28 steps of ab2", "guidance 2.5 until 0.5"]),
-        ("moody", ["run 10005", "mini raw"]),
+        ("moody", ["run 10005", "mini raw", "seed 7"]),
         ("moody", ["run 10006", "mini raw", "4 steps", "guidance 2.5", "cohesion 0.5"]),
+        ("moody", ["run 10007", *usual, "begun with dot.png", "mask 32x16+8+16"]),
+        ("moody", ["run 10008", *usual, "begun with dot.png", "mask dot.png"]),
+        ("moody", ["run 10009", *usual]),
     ]
 
 
