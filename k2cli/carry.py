@@ -28,7 +28,7 @@ from k2cli.runs import Job, Saved, SheetForm, render
 from k2cli.settings import NONE, Settings
 from k2cli.tables import listed
 from model.errors import K2Error, count_of
-from model.picture_file import passed_over
+from model.picture_file import is_sheet, passed_over
 from model.region import Region
 from model.spec import Leader, denoise_of, steps_taken
 from model.vocabulary import vocabulary
@@ -219,7 +219,9 @@ def carry(
         hint = f"Make room, then go on with: {go_on(job, stands)}" if stands else error.hint
         raise K2Error(str(error), hint=hint) from None
     if not quiet and total - kept_back > 1 and folder is not None:
-        say(f"{total - kept_back} pictures and a contact sheet in {near(folder)}", "dim")
+        sheets = sum(map(is_sheet, folder.iterdir()))
+        more = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
+        say(f"{total - kept_back} pictures and {more} in {near(folder)}", "dim")
     return folder
 
 

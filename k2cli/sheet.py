@@ -54,19 +54,24 @@ class Entry:
 def contact_sheets(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Iterator[bytes]:
-    """PNGs of all entries in their order, at most PER_SHEET pictures on each, or PER_GRID in told columns.
+    """PNGs of all entries in their order, at most PER_SHEET pictures on each, or PER_GRID in told columns."""
+    parts = list(parts_of(entries, columns))
+    for number, part in enumerate(parts, 1):
+        which = f"sheet {number} of {len(parts)} · " if len(parts) > 1 else ""
+        buffer = io.BytesIO()
+        contact_sheet(part, title, which + subtitle, columns=columns, centred=centred).save(buffer, "PNG")
+        yield buffer.getvalue()
 
-    There are fewer on a sheet where one long strip would leave most of a large sheet blank.
-    """
+
+def parts_of(entries: Sequence[Entry], columns: int | None) -> Iterator[Sequence[Entry]]:
+    """What stands on each sheet: fewer where one long strip would leave most of a large sheet blank."""
     most, start = PER_GRID if columns else PER_SHEET, 0
     while start < len(entries):
         part = entries[start : start + most]
         while len(part) > 1 and cells_of(part, columns) > MOST_CELLS:
             part = part[: len(part) // 2]
         start += len(part)
-        buffer = io.BytesIO()
-        contact_sheet(part, title, subtitle, columns=columns, centred=centred).save(buffer, "PNG")
-        yield buffer.getvalue()
+        yield part
 
 
 def cells_of(entries: Sequence[Entry], columns: int | None) -> int:

@@ -633,7 +633,8 @@ def test_a_run_stopped_before_its_sheet_gets_it(moody, k2, fake):
 
 def test_no_page_of_a_sheet_is_called_as_a_picture_may_be(moody, k2, monkeypatch):
     monkeypatch.setattr(sheet, "PER_SHEET", 2)
-    k2("render", "-p", "sheet", "--seed", "1", "--batch", "5", "--size", "64x96")
+    made = k2("render", "-p", "sheet", "--seed", "1", "--batch", "5", "--size", "64x96")
+    assert "5 pictures and 3 contact sheets in outputs/0001-sheet" in made.stderr
 
     (folder,) = moody.glob("outputs/*")
     pictures = [f"sheet-{seed}.png" for seed in range(1, 6)]

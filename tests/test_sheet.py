@@ -75,6 +75,19 @@ def test_long_runs_take_several_sheets(tmp_path, monkeypatch):
     assert len(pages) == 2 and all(Image.open(io.BytesIO(page)).format == "PNG" for page in pages)
 
 
+@pytest.mark.parametrize(("batch", "told"), [(2, ["run 1"]), (3, ["sheet 1 of 2 · run 1", "sheet 2 of 2 · run 1"])])
+def test_one_of_several_sheets_says_so(tmp_path, monkeypatch, batch, told):
+    subtitles = []
+    draw = sheet.contact_sheet
+    monkeypatch.setattr(sheet, "PER_SHEET", 2)
+    monkeypatch.setattr(
+        sheet, "contact_sheet", lambda part, title, *more, **form: subtitles.extend(more) or draw(part, title, *more)
+    )
+
+    assert len(list(contact_sheets(entries(tmp_path, 1, batch), "moody", "run 1"))) == len(told)
+    assert subtitles == told
+
+
 def test_text_never_runs_over(tmp_path):
     face = font(16)
     long = "a very long prompt about a lighthouse that goes on, and on, and on"
