@@ -96,21 +96,26 @@ def contact_sheet(
         scale = scale_to_cell(max(first.size))
     sizes = {entry: shown_size(entry.path, scale) for entry in entries}
     cell_width = max(max(width for width, _ in sizes.values()), CELL[0])
-    cell_height = max(height for _, height in sizes.values())
     across, down = shape_of(max(map(len, strips)), len(strips), columns)
     strip_width = across * cell_width + (across - 1) * GAP
 
     lines = 2 if across == 1 else 1  # a label over one picture has less room
     label_height = lines * (LABEL + 5) + 8
-    picture_height = cell_height + CAPTION + 12
-    strip_height = label_height + down * picture_height + (down - 1) * GAP
     head = TITLE + CAPTION + 36
 
+    def rows_in(columns: int) -> list[tuple[list[list[Entry]], int]]:
+        """The strips that stand side by side, and how high the tallest picture in them is, with its caption."""
+        rows = [strips[start : start + columns] for start in range(0, len(strips), columns)]
+        return [(row, max(sizes[entry][1] for strip in row for entry in strip) + CAPTION + 12) for row in rows]
+
+    def strip_height(picture_height: int) -> int:
+        return label_height + down * picture_height + (down - 1) * GAP
+
     def extent(columns: int) -> tuple[int, int]:
-        rows = math.ceil(len(strips) / columns)
+        heights = [strip_height(picture_height) for _, picture_height in rows_in(columns)]
         return (
             2 * MARGIN + columns * strip_width + (columns - 1) * BETWEEN,
-            2 * MARGIN + head + rows * strip_height + (rows - 1) * BETWEEN,
+            2 * MARGIN + head + sum(heights) + (len(heights) - 1) * BETWEEN,
         )
 
     def ugliness(columns: int) -> float:
@@ -125,23 +130,29 @@ def contact_sheet(
     write(draw, (MARGIN, MARGIN), title, TITLE, INK, width)
     write(draw, (MARGIN, MARGIN + TITLE + 12), subtitle, CAPTION, FAINT, width)
 
-    for index, strip in enumerate(strips):
-        row, column = divmod(index, columns)
-        indent = (across - min(len(strip), across)) * (cell_width + GAP) // 2 if centred else 0
-        left = MARGIN + column * (strip_width + BETWEEN) + indent
-        top = MARGIN + head + row * (strip_height + BETWEEN)
-        text, face = typeset(strip[0].label, LABEL)
-        for number, line in enumerate(wrap(text, face, strip_width - indent, lines)):
-            draw.text((left, top + number * (LABEL + 5)), line, INK, face)
-        for place, entry in enumerate(strip):
-            x = left + place % across * (cell_width + GAP)
-            y = top + label_height + place // across * (picture_height + GAP)
-            with Image.open(entry.path) as image:
-                shown = image.convert("RGB").resize(sizes[entry], Image.Resampling.LANCZOS)
-            sheet.paste(shown, (x, y))
-            draw.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=EDGE)
-            write(draw, (x, y + cell_height + 7), entry.caption, CAPTION, FAINT, cell_width)
+    top = MARGIN + head
+    for row, picture_height in rows_in(columns):
+        for column, strip in enumerate(row):
+            indent = (across - min(len(strip), across)) * (cell_width + GAP) // 2 if centred else 0
+            left = MARGIN + column * (strip_width + BETWEEN) + indent
+            text, face = typeset(strip[0].label, LABEL)
+            for number, line in enumerate(wrap(text, face, strip_width - indent, lines)):
+                draw.text((left, top + number * (LABEL + 5)), line, INK, face)
+            for place, entry in enumerate(strip):
+                x = left + place % across * (cell_width + GAP)
+                y = top + label_height + place // across * (picture_height + GAP)
+                show(sheet, (x, y), entry, sizes[entry], cell_width)
+        top += strip_height(picture_height) + BETWEEN
     return sheet
+
+
+def show(sheet: Image.Image, at: tuple[int, int], entry: Entry, size: tuple[int, int], width: int) -> None:
+    """A picture in its frame, and its caption below it in as much room as told."""
+    (x, y), (shown, height), draw = at, size, ImageDraw.Draw(sheet)
+    with Image.open(entry.path) as image:
+        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), at)
+    draw.rectangle((x - 1, y - 1, x + shown, y + height), outline=EDGE)
+    write(draw, (x, y + height + 7), entry.caption, CAPTION, FAINT, width)
 
 
 def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, ink: str, width: int) -> None:

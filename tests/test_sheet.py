@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image, ImageChops, ImageColor
 
 from k2cli import sheet
 from k2cli.sheet import Entry, contact_sheet, contact_sheets, fit, font, typeset, wrap
@@ -33,6 +33,25 @@ def test_every_picture_is_shown_once_and_whole(tmp_path, prompts, batch, size):
     counts = {colour: count for count, colour in page.getcolors(1 << 24) if colour[0] == 200 and colour[1] < 60}
     assert len(counts) == prompts * batch
     assert len(set(counts.values())) == 1  # all in one size, none overlapped
+
+
+@pytest.mark.parametrize(("columns", "heights"), [(1, [64, 320]), (2, [320])])
+def test_a_caption_stands_below_its_own_picture(tmp_path, columns, heights):
+    """However tall others are; and a row of strips is as high as its own pictures."""
+    made = []
+    for colour, size in (("red", (320, 64)), ("blue", (320, 320))):
+        made.append(Entry(tmp_path / f"{colour}.png", "", "caption", prompt=colour))
+        Image.new("RGB", size, colour).save(made[-1].path)
+
+    page = contact_sheet(made, "", "", columns=columns)
+
+    for colour in ("red", "blue"):
+        apart = ImageChops.difference(page, Image.new("RGB", page.size, colour)).convert("L")
+        left, _, right, bottom = apart.point(lambda level: 255 * (level == 0)).getbbox()
+        assert len(page.crop((left, bottom + 1, right, bottom + 7 + sheet.CAPTION)).getcolors()) > 1
+    rows = [2 * (sheet.LABEL + 5) + 8 + height + sheet.CAPTION + 12 for height in heights]
+    head = 2 * sheet.MARGIN + sheet.TITLE + sheet.CAPTION + 36
+    assert page.height == head + sum(rows) + sheet.BETWEEN * (len(rows) - 1)
 
 
 @pytest.mark.parametrize(
