@@ -200,10 +200,12 @@ def new(
         from functools import partial
 
         from k2cli import taken
+        from k2cli.pictures import without_sheets
 
-        read, silent = taken.gather([*pictures, *(more or [])])
+        named, sheets = without_sheets([*pictures, *(more or [])])
+        read, silent = taken.gather(named)
         compose = partial(taken.project_text, origins=list(read.values()))
-        notes = taken.notes(read, silent)
+        notes = [*filter(None, [sheets]), *taken.notes(read, silent)]
     made = Folder.create(Path(folder), compose)
     result(near(made))
     if not quiet:

@@ -349,9 +349,13 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
     """
     from k2cli.console import meter, near, result, say, show_error
+    from k2cli.pictures import without_sheets
     from k2cli.rerun import Shelf, pictures_in, repeat, verdict, was_changed
 
-    named = pictures_in(find_file(file, project) for file in files)
+    asked, sheets = without_sheets([find_file(file, project) for file in files])
+    if sheets and not quiet:
+        say(sheets, "yellow")
+    named = pictures_in(asked)
     if output is not None and len(named) > 1:
         raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0

@@ -6,14 +6,14 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from k2cli.tables import printable, relative
+from k2cli.tables import masked, printable, relative
 from model import picture_file
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
 
 MOST_SEEN = 100_000  # names that a glob may look at
@@ -152,3 +152,14 @@ def in_folder(folder: Path) -> list[Path]:
     """The pictures in a folder, by their names; no contact sheets, and nothing hidden, as with a glob."""
     named = (path for path in folder.iterdir() if picture_file.is_named_so(path) and path.is_file())
     return sorted(path for path in named if not picture_file.is_sheet(path) and not path.name.startswith("."))
+
+
+def without_sheets(files: Sequence[Path]) -> tuple[list[Path], str]:
+    """Of what was typed, all but k2's contact sheets, which a shell's * finds beside a run's pictures; and a sentence
+    on them. Raises K2Error where nothing else is left."""
+    kept = [file for file in files if not picture_file.is_sheet(file)]
+    if files and not kept:
+        hint = "Name the pictures that it shows, or their folder."
+        raise K2Error(f"{masked(str(files[0]))} is a contact sheet.", hint=hint)
+    sheets = len(files) - len(kept)
+    return kept, f"Passed over: {count_of(sheets, 'contact sheet')}." if sheets else ""

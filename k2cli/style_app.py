@@ -83,12 +83,14 @@ def add(
     """
     from k2cli.console import near, result, say
     from k2cli.folder import Outside
+    from k2cli.pictures import without_sheets
     from k2cli.styles import add_style
     from k2cli.tables import check_value
     from model.spec import METHODS
 
     if method is not None:
         check_value("method", method, str, {"choices": METHODS}, "--method")
+    images, sheets = without_sheets(images)
     words = {"keywords": keyword or [], "avoids": avoid or []}
     try:
         styles = find_project(project).styles
@@ -98,8 +100,8 @@ def add(
     about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
     result(to_json(about) if json else near(file))
     if not quiet:
-        if over:
-            say(over, "yellow")
+        for note in filter(None, (sheets, over)):
+            say(note, "yellow")
         say(f"{count_of(len(pictures), 'picture')}. Next: k2 render --style {name}=0.6", "dim")
 
 
@@ -304,6 +306,7 @@ def analyze(
     from k2cli import moodboard
     from k2cli.console import meter, near, result, say
     from k2cli.disk import Exists
+    from k2cli.pictures import without_sheets
     from k2cli.tables import check_name
     from model.picture_file import passed_over
 
@@ -318,11 +321,11 @@ def analyze(
             if path.exists():
                 raise taken(path)
     others: set[Path] = set()
+    images, sheets = without_sheets(images or [])
     paths = pictures_of(home, images, others)
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
-    if over := passed_over(others):
-        board = replace(board, notes=(over, *board.notes))
+    board = replace(board, notes=(*filter(None, (sheets, passed_over(others))), *board.notes))
     model = ""
     with suppress(K2Error):  # one that is not here yet tells nothing
         model = home.settle().model
@@ -341,7 +344,7 @@ def analyze(
         say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
 
 
-def pictures_of(home: Project, images: Sequence[Path] | None, others: set[Path]) -> list[Path]:
+def pictures_of(home: Project, images: Sequence[Path], others: set[Path]) -> list[Path]:
     """The pictures of a board: those that were named, else those of [moodboard]; what lies beside them is added to
     `others`. Raises K2Error."""
     from k2cli import moodboard

@@ -274,6 +274,17 @@ def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
         assert "Passed over: 1 picture (heic); png, jpg and webp are read." in told and "12 pictures in" in told
 
 
+def test_contact_sheets_that_a_shell_finds_are_not_on_the_board(den, k2):
+    board = den / "refs" / "board"
+    (board / "run.toml").write_bytes(b"")
+    (board / "dark-0.png").rename(board / "sheet.png")
+
+    told = k2("moodboard", "analyze", *board.glob("*.png")).stderr
+    assert "Passed over: 1 contact sheet.\n" in told and "11 pictures in" in told
+    refused = k2("moodboard", "analyze", "refs/board/sheet.png", "--name", "sheet", code=1)
+    assert "refs/board/sheet.png is a contact sheet." in refused.stderr
+
+
 def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
     (den / "refs" / "board" / "IMG_1.HEIC").write_bytes(b"")
     over = "Passed over: 1 picture (heic); png, jpg and webp are read.\n"

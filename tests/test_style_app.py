@@ -99,19 +99,22 @@ def test_add_takes_pictures_that_are_there_already_as_they_lie(moody, photos, k2
 
 
 def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k2, monkeypatch):
-    """But for one that is named itself."""
+    """Whether its folder is named, or what a shell's * finds in it."""
     monkeypatch.setattr(sheet, "PER_SHEET", 2)
     k2("render", "--batch", "2")
     run = next((moody / "outputs").iterdir())
     assert {path.name for path in run.glob("sheet*.png")} == {"sheet.png", "sheet.2.png"}
 
     k2("style", "add", "made", run)
-    k2("style", "add", "shown", run / "sheet.png")
+    added = k2("style", "add", "found", *run.glob("*.png"))
+    refused = k2("style", "add", "shown", *run.glob("sheet*"), code=1)
     (moody / "styles" / "there.toml").write_text(f'[[reference]]\nimage = "outputs/{run.name}"\n')
     board = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).inside, "here")
 
-    assert [path.name for path in (moody / "refs" / "shown").iterdir()] == ["sheet.png"]
-    assert len(list((moody / "refs" / "made").iterdir())) == 4
+    assert len(list((moody / "refs" / "made").iterdir())) == len(list((moody / "refs" / "found").iterdir())) == 4
+    assert added.stderr == "Passed over: 2 contact sheets.\n4 pictures. Next: k2 render --style found=0.6\n"
+    assert "Passed over" not in k2("style", "add", "found", *run.glob("*.png"), "--force", "--quiet").stderr
+    assert "is a contact sheet.\nHint:  Name the pictures" in refused.stderr and not (moody / "refs" / "shown").exists()
     assert [reference.image for reference in spec_of(moody, there=1).styles[0].references] == board
     assert len(board) == 4 and not any("sheet" in path.name for path in board)
 

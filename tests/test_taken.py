@@ -52,6 +52,8 @@ def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
     assert sorted(shot.spec.seed for shot in project.shots(project.settle())) == [7, 8, 9, 40]
 
     assert "stayed behind" not in k2("new", tmp_path / "run", "--from", *moody.glob("outputs/0001-*")).stderr
+    said = k2("new", tmp_path / "all", "--from", *moody.glob("outputs/0001-*/*.png")).stderr  # as a shell finds them
+    assert "Passed over: 1 contact sheet." in said and "stayed behind" not in said
     for name in ("bare.png", "plain.png"):
         shutil.move(tmp_path / "old" / name, tmp_path)
     (tmp_path / "nothing").mkdir()
