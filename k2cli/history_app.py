@@ -185,7 +185,7 @@ def show_table(found: Sequence[Made]) -> None:
 
 
 def told_apart(made: Made) -> str:
-    """What a picture of a comparison has that those beside it may not."""
+    """What a picture of a comparison has that those beside it may not; the rows of older records begin with prompts."""
     row = made.text("prompt.row").removeprefix(made.text("prompt.text")).removeprefix(" · ")
     return " · ".join(filter(None, [row, made.text("prompt.caption")]))
 
