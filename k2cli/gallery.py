@@ -61,7 +61,7 @@ def build(
         (target / FOLDER).mkdir(exist_ok=True)
     wanted: dict[str, set[str]] = {}
     for each in made:
-        wanted.setdefault(each.run, set()).update((each.path.name, each.path.with_suffix(".toml").name))
+        wanted.setdefault(each.run, set()).update(path.name for path in (each.path, record_beside(each.path)) if path)
     for run, names in wanted.items():
         bring(outputs / run, target / FOLDER / run, names)
     write({target / PAGE: page(title, made).encode()})
@@ -78,6 +78,12 @@ def can_be_shown(path: Path, skipped: Callable[[Path], None] | None = None) -> b
         if skipped:
             skipped(path)
         return False
+
+
+def record_beside(path: Path) -> Path | None:
+    """A picture's record, where it has one beside it; that within is enough to be shown."""
+    record = path.with_suffix(".toml")
+    return record if record.is_file() and not record.is_symlink() else None
 
 
 def check_target(target: Path) -> None:
@@ -172,11 +178,15 @@ def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
     """What the page's script reads: runs, pictures, and the tables in which pictures look their words up."""
     runs: dict[str, Made] = {}  # the first picture of each
     told: dict[str, dict[str, set[str]]] = {}  # of each, what its pictures say of what may be compared
-    numbers, strings, looks, facts, pictures = Table(), Table(), Table(), Table(), []
+    numbers, strings, looks, facts = Table(), Table(), Table(), Table()
+    pictures: list[list[Any]] = []
+    within: list[int] = []  # the pictures with no record but that within them
     for each in made:
         runs.setdefault(each.run, each)
         for key in COMPARED:
             told.setdefault(each.run, {}).setdefault(key, set()).add(each.text(key))
+        if record_beside(each.path) is None:
+            within.append(len(pictures))
         pictures.append(
             [
                 numbers.number(each.run),
@@ -203,6 +213,7 @@ def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
         "looks": list(looks),
         "facts": list(facts),
         "pictures": pictures,
+        "within": within,
     }
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import many_pictures, tree
+from PIL import Image
 
-from k2cli import gallery, history
+from k2cli import embedded, gallery, history
 from k2cli.dialect import dump
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -218,6 +219,28 @@ def test_a_picture_that_is_none_is_left_out(moody, k2, content):
     assert not (moody / "gallery" / "pictures" / run.name / "fox-7.png").exists()
 
 
+@pytest.mark.parametrize("beside", ["nothing", "a folder", "a link"])
+def test_a_picture_whose_record_is_within_it_alone(moody, k2, tmp_path, beside):
+    """It is in the page all the same, which has no link to a record then."""
+    k2("render")
+    k2("gallery")
+    record = moody / "outputs" / "0001-fox-and-1-more" / "fox-7.toml"
+    record.unlink()
+    if beside == "a folder":
+        record.mkdir()
+    if beside == "a link":
+        (tmp_path / "other.toml").write_text("mine")
+        record.symlink_to(tmp_path / "other.toml")
+
+    assert json.loads(k2("gallery", "--json").stdout)["pictures"] == 2
+
+    data = data_of(moody / "gallery")
+    assert [data["pictures"][at][1] for at in data["within"]] == ["fox-7.png"]
+    assert {path.name for path in (moody / "gallery" / "pictures" / record.parent.name).iterdir()} == {
+        *("fox-7.png", "an-owl-at-night-7.png", "an-owl-at-night-7.toml"),
+    }
+
+
 def test_a_project_without_pictures(moody, k2):
     assert "0 pictures" in k2("gallery").stderr
     assert data_of(moody / "gallery")["pictures"] == []
@@ -339,7 +362,10 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """80 pictures in 4 runs, the second of them with a prompt that would take the page over."""
+    """80 pictures in 4 runs, the second of them with a prompt that would take the page over.
+
+    One has its record within it alone.
+    """
     root = tmp_path_factory.mktemp("project")
     many_pictures(root / "outputs", 80, per_run=20)
     for path in root.glob("outputs/0002-*/*.toml"):
@@ -351,6 +377,9 @@ def folder(tmp_path_factory):
     odd = root / "outputs" / "0001-fox"
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
+    record = root / "outputs" / "0003-teapot" / "teapot-40.toml"
+    record.with_suffix(".png").write_bytes(embedded.encode(Image.new("RGB", (64, 64)), history.load(record)))
+    record.unlink()
     gallery.build(root / "outputs", root / "gallery", "moody <b>")
     return root / "gallery"
 
@@ -520,6 +549,14 @@ class TestInABrowser:
         page.goto("about:blank")
         page.goto(address)
         assert page.locator("#place").inner_text() == "2 of 80"
+
+    def test_a_record_has_a_link_where_it_stands_beside_its_picture(self, page):
+        page.get_by_label("Run").select_option(label="0003-teapot")
+        page.locator(".tile").first.click()
+        assert page.locator("#file").is_visible() and not page.locator("#record").is_visible()
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#record").get_attribute("href") == "pictures/0003-teapot/teapot-41.toml"
+        assert page.locator("#record").is_visible()
 
     def test_the_address_keeps_what_is_asked_for(self, page):
         """Loaded anew, the page is as it was; an address that is pasted into it is followed; a wrong one is nothing."""
