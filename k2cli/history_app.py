@@ -23,7 +23,7 @@ from k2cli.options import (
     find_home,
     to_json,
 )
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
     from k2cli.history import Made
@@ -236,7 +236,10 @@ def gallery(
             say(f"{problem} The page is called after the folder.", "yellow")
         if unread:
             say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
-        say(f"{count:,} pictures. Open the page in a browser." if count != 1 else "1 picture.", "dim")
+        if count:
+            say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
+        elif not unread:
+            say("No pictures yet. Make some: k2 render", "dim")
 
 
 def show(

@@ -214,7 +214,7 @@ def test_a_picture_that_is_none_is_left_out(moody, k2, content):
     result = k2("gallery")
 
     assert f"1 left out, whose pictures or records cannot be read: outputs/{run.name}/fox-7.png" in result.stderr
-    assert "1 picture." in result.stderr
+    assert "1 picture. Open the page in a browser." in result.stderr
     assert [each[1] for each in data_of(moody / "gallery")["pictures"]] == ["an-owl-at-night-7.png"]
     assert not (moody / "gallery" / "pictures" / run.name / "fox-7.png").exists()
 
@@ -242,8 +242,18 @@ def test_a_picture_whose_record_is_within_it_alone(moody, k2, tmp_path, beside):
 
 
 def test_a_project_without_pictures(moody, k2):
-    assert "0 pictures" in k2("gallery").stderr
+    assert k2("gallery").stderr == "No pictures yet. Make some: k2 render\n"
     assert data_of(moody / "gallery")["pictures"] == []
+
+
+def test_a_project_whose_pictures_can_all_not_be_read(moody, k2):
+    k2("render")
+    for path in moody.glob("outputs/*/*.png"):
+        path.write_bytes(b"no picture")
+
+    said = k2("gallery").stderr
+
+    assert "2 left out" in said and "No pictures yet" not in said and "Open the page" not in said
 
 
 def test_markup_in_a_prompt_stays_inside_the_data(tmp_path):
