@@ -436,6 +436,8 @@ class TestInABrowser:
 
         assert "seed 79 · steps 4 · dusk 0.6" in under and "seed 78 · steps 28 · dusk 0.6" in under
         assert "seed 40 · steps" not in under  # of a run whose pictures have the same
+        told = "a red lighthouse, seed 79, steps 4, dusk 0.6"
+        assert page.get_by_alt_text(told).count() == page.get_by_label(f"Pick: {told}").count() == 1
 
     def test_pictures_are_picked_for_a_command(self, page):
         """By mouse and by key; the page says what to type, in the order in which they were made."""
