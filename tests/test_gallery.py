@@ -19,6 +19,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 EVIL = (
     """</script><script>document.title = "taken"</script><img src=x onerror="document.title='taken'"> "a" & 'b' <!--"""
 )
+LED = '\n[leader]\nprompt = "an owl"\nseed = 12\n'
 
 
 def data_of(folder: Path) -> dict:
@@ -383,7 +384,7 @@ def folder(tmp_path_factory):
         table["prompt"]["text"] = EVIL
         path.write_bytes(dump(table))
     other = root / "outputs" / "0004-lighthouse" / "lighthouse-79.toml"
-    other.write_text(other.read_text().replace("steps = 28", "steps = 4"))
+    other.write_text(other.read_text().replace("steps = 28", "steps = 4") + LED)
     odd = root / "outputs" / "0001-fox"
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
@@ -430,6 +431,35 @@ class TestInABrowser:
         page.keyboard.press("Escape")
         page.get_by_label("Run").select_option(label="All runs")
         assert count() == "80 pictures in 4 runs" and not page.locator("#all").is_visible()
+
+    @pytest.mark.parametrize(
+        ("words", "found"),
+        [
+            ("9", [9]),
+            ("seed 9", [9]),
+            ("SEED   8", [8]),
+            ("seed 12", [12]),  # and not the one that it led
+            ("steps 4", [79]),
+            ("4", [4, 79]),
+            ("steps 4 seed 79", [79]),
+            ("fox 7", [7]),
+            ("fox-7", [7]),
+            ("dusk 0.6 20", [20]),
+            ("dusk 0.5", []),
+            ("guidance 2.5 64x64 64 × 64 teapot", [*range(40, 60)]),
+            ("0003", [*range(40, 60)]),
+            ("lighthouse", [*range(60, 80)]),
+            ("lighth 60", [60]),
+            ("100% (", []),
+            ("seed", [*range(80)]),
+        ],
+    )
+    def test_a_number_that_is_sought_is_a_whole_one(self, page, words, found):
+        page.get_by_label("Order").select_option(label="Oldest first")
+        page.get_by_label("Search").fill(words)
+        page.wait_for_url("**search=**")
+
+        assert page.evaluate("shown.map(picture => picture.index)") == found
 
     def test_what_a_run_compares_stands_below_its_pictures(self, page):
         under = " ".join(page.locator(".tile").all_inner_texts())
