@@ -19,6 +19,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 EVIL = (
     """</script><script>document.title = "taken"</script><img src=x onerror="document.title='taken'"> "a" & 'b' <!--"""
 )
+ARABIC = "ثعلب أحمر صغير يجلس تحت الثلج مع زهور كثيرة"
 LED = '\n[leader]\nprompt = "an owl"\nseed = 12\n'
 
 
@@ -385,6 +386,8 @@ def folder(tmp_path_factory):
         path.write_bytes(dump(table))
     other = root / "outputs" / "0004-lighthouse" / "lighthouse-79.toml"
     other.write_text(other.read_text().replace("steps = 28", "steps = 4") + LED)
+    other = other.with_name("lighthouse-60.toml")
+    other.write_text(other.read_text().replace("a red lighthouse", ARABIC))
     odd = root / "outputs" / "0001-fox"
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
@@ -448,7 +451,7 @@ class TestInABrowser:
             ("dusk 0.5", []),
             ("guidance 2.5 64x64 64 × 64 teapot", [*range(40, 60)]),
             ("0003", [*range(40, 60)]),
-            ("lighthouse", [*range(60, 80)]),
+            ("lighthouse dusk", [*range(60, 80)]),
             ("lighth 60", [60]),
             ("100% (", []),
             ("seed", [*range(80)]),
@@ -562,6 +565,20 @@ class TestInABrowser:
         tile.click()
         assert page.locator("#prompt").inner_text() == " ".join(EVIL.split())
         assert page.title() == "moody <b>" and page.locator("script").count() == 2
+
+    def test_a_prompt_that_is_read_from_the_right_is_cut_at_its_end(self, page):
+        page.get_by_label("Run").select_option(label="0004-lighthouse")
+        tile, told = page.locator(".tile").first, [page.locator("#prompt"), page.locator("#facts dd").first]
+
+        def directions() -> list[str]:
+            return [each.evaluate("element => getComputedStyle(element).direction") for each in said]
+
+        said = [tile.locator("span").first, *told]
+        assert ARABIC in tile.inner_text() and tile.locator("span").last.inner_text().startswith("seed 60")
+        tile.click()
+        assert directions() == ["rtl"] * 3
+        page.keyboard.press("ArrowRight")
+        assert directions() == ["rtl", "ltr", "ltr"]
 
     def test_one_picture_by_mouse_and_by_keys(self, page):
         page.get_by_label("Order").select_option(label="Oldest first")
