@@ -484,7 +484,7 @@ class TestInABrowser:
         page.locator(".cell").nth(2).hover()
         page.locator(".pick").nth(2).click()
         page.locator(".tile").nth(0).focus()
-        page.keyboard.press("p")
+        page.keyboard.press("P")  # as with Caps Lock on
         assert page.locator("#picked").inner_text() == "2 picked" and not page.locator("#view").is_visible()
         odd = """'outputs/0001-fox/it'"'"'s #1 100% fox.png'"""
         assert line() == f"k2 style add picked {odd} outputs/0001-fox/fox-2.png"
@@ -494,7 +494,7 @@ class TestInABrowser:
         assert line() == f"{odd} outputs/0001-fox/fox-2.png"
 
         page.locator(".tile").nth(0).click()
-        page.keyboard.press("p")
+        page.keyboard.press("Shift+P")
         assert page.locator("#choose").get_attribute("aria-pressed") == "false"
         page.keyboard.press("ArrowRight")
         page.get_by_role("button", name="Pick", exact=True).click()
