@@ -617,6 +617,18 @@ class TestInABrowser:
         assert page.locator("#record").get_attribute("href") == "pictures/0003-teapot/teapot-41.toml"
         assert page.locator("#record").is_visible()
 
+    def test_the_focus_stays_on_the_way_to_the_first_picture_and_to_the_last(self, page):
+        place = page.locator("#place")
+        for at, way, ends in ((1, "Previous picture", "1 of 80"), (78, "Next picture", "80 of 80")):
+            page.locator(".tile").nth(at).click()
+            button = page.get_by_role("button", name=way)
+            button.focus()
+            page.keyboard.press("Enter")
+            page.keyboard.press("Enter")
+            assert place.inner_text() == ends and button.get_attribute("aria-disabled") == "true"
+            assert button.evaluate("button => button === document.activeElement")
+            page.keyboard.press("Escape")
+
     def test_the_address_keeps_what_is_asked_for(self, page):
         """Loaded anew, the page is as it was; an address that is pasted into it is followed; a wrong one is nothing."""
 
