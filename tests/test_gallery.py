@@ -609,6 +609,16 @@ class TestInABrowser:
         page.goto(address)
         assert page.locator("#place").inner_text() == "2 of 80"
 
+    def test_no_tile_in_focus_lies_under_the_bars(self, page):
+        page.locator(".tile").last.focus()
+        page.keyboard.press("p")
+        bars = "['header', '#picks'].map(bar => document.querySelector(bar).getBoundingClientRect())"
+        for key in ["ArrowUp"] * 6 + ["ArrowDown"] * 4:
+            page.keyboard.press(key)
+            tile = page.evaluate("document.activeElement.getBoundingClientRect()")
+            header, picks = page.evaluate(bars)
+            assert header["bottom"] < tile["top"] and tile["bottom"] < picks["top"]
+
     def test_a_record_has_a_link_where_it_stands_beside_its_picture(self, page):
         page.get_by_label("Run").select_option(label="0003-teapot")
         page.locator(".tile").first.click()
