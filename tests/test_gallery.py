@@ -639,6 +639,21 @@ class TestInABrowser:
             assert button.evaluate("button => button === document.activeElement")
             page.keyboard.press("Escape")
 
+    def test_what_is_picked_is_seen_by_more_than_its_colour(self, page):
+        """Where the system has colours of its own, by its colour for that, too."""
+        page.emulate_media(forced_colors="active")
+        page.locator(".tile").first.focus()
+        page.keyboard.press("p")
+
+        def looks(selector: str, name: str, part: str = "") -> list[str]:
+            told = f"all => all.slice(0, 2).map(each => getComputedStyle(each, '{part}').{name})"
+            return page.locator(selector).evaluate_all(told)
+
+        assert looks(".pick", "content", "::before") == ['"✓"', '"+"']
+        page.locator("#styles button").first.click()
+        pressed, other = looks("#styles button", "backgroundColor")
+        assert pressed != other
+
     def test_the_address_keeps_what_is_asked_for(self, page):
         """Loaded anew, the page is as it was; an address that is pasted into it is followed; a wrong one is nothing."""
 
