@@ -718,6 +718,22 @@ class TestInABrowser:
         page.locator("#theme").click()
         assert paper() == "rgb(25, 24, 23)"
 
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_what_can_be_sought_is_read_well(self, page, scheme):
+        """A contrast of 4.5 at least, by WCAG 2.2."""
+
+        def light(colour: str) -> float:
+            parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+            linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+            return 0.05 + 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+        page.emulate_media(color_scheme=scheme)
+        search = page.locator("#search")
+        ink = light(search.evaluate("element => getComputedStyle(element, '::placeholder').color"))
+        card = light(search.evaluate("element => getComputedStyle(element).backgroundColor"))
+
+        assert max(ink, card) / min(ink, card) >= 4.5
+
     @pytest.mark.parametrize("width", [360, 1200])
     def test_nothing_is_wider_than_the_window(self, page, width):
         page.set_viewport_size({"width": width, "height": 740})
