@@ -718,6 +718,15 @@ class TestInABrowser:
         page.locator("#theme").click()
         assert paper() == "rgb(25, 24, 23)"
 
+    def test_without_scripts_there_is_a_way_to_the_pictures_and_nothing_that_does_nothing(self, chromium, folder):
+        page = chromium.new_page(java_script_enabled=False)
+        page.goto((folder / "index.html").as_uri())
+
+        assert not any(each.is_visible() for each in page.locator("button, input, select").all())
+        page.get_by_role("link", name="pictures").click()
+        assert page.url == f"{folder.as_uri()}/pictures/"
+        page.close()
+
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_what_can_be_sought_is_read_well(self, page, scheme):
         """A contrast of 4.5 at least, by WCAG 2.2."""
