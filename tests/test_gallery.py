@@ -746,6 +746,8 @@ class TestInABrowser:
     @pytest.mark.parametrize("width", [360, 1200])
     def test_nothing_is_wider_than_the_window(self, page, width):
         page.set_viewport_size({"width": width, "height": 740})
+        order, theme = (page.locator(f"#{each}").bounding_box() for each in ("order", "theme"))
+        assert order["y"] == pytest.approx(theme["y"], abs=2)  # neither has a line of its own
         widest = "document.documentElement.scrollWidth"
 
         assert page.evaluate(widest) <= width
