@@ -727,6 +727,31 @@ class TestInABrowser:
         assert page.url == f"{folder.as_uri()}/pictures/"
         page.close()
 
+    def test_all_of_it_is_printed_and_nothing_to_press(self, chromium, tmp_path):
+        """In dark ink, whatever colours were chosen for the screen."""
+        many_pictures(tmp_path / "outputs", 260)
+        gallery.build(tmp_path / "outputs", tmp_path / "gallery", "moody")
+        page = chromium.new_page(color_scheme="dark")
+        page.goto((tmp_path / "gallery" / "index.html").as_uri())
+        page.locator("#theme").click(click_count=2)
+        assert page.locator("#theme").inner_text() == "◐ Dark" and page.locator(".tile").count() < 260
+
+        page.pdf()
+        page.emulate_media(media="print")
+
+        assert page.locator(".tile").count() == page.locator(".tile img[loading=eager]").count() == 260
+        assert not any(each.is_visible() for each in page.locator("button:not(.tile), input, select").all())
+        assert page.locator("h1").evaluate("element => getComputedStyle(element).color") == "rgb(38, 36, 34)"
+        page.close()
+
+    def test_of_one_picture_one_page_is_printed(self, page):
+        page.locator(".tile").first.click()
+        pages = re.findall(rb"/Type\s*/Page\b", page.pdf())
+        page.emulate_media(media="print")
+
+        assert len(pages) == 1 and not page.locator("h1").is_visible() and page.locator("#facts").is_visible()
+        assert not page.locator("#copy").is_visible()
+
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_what_can_be_sought_is_read_well(self, page, scheme):
         """A contrast of 4.5 at least, by WCAG 2.2."""
