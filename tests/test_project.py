@@ -399,6 +399,22 @@ def test_mistakes_are_named_by_line(tmp_path, monkeypatch, toml, message, hint):
     assert hint in error.value.hint
 
 
+def test_a_size_is_told_by_the_steps_of_the_model_wherever_it_is_said(tmp_path, k2, monkeypatch):
+    """Mini's are of 32: what a hint names as the nearest size must not be refused in turn."""
+    k2("new", tmp_path / "den", "--quiet")
+    monkeypatch.chdir(tmp_path / "den")
+    text = Path("k2.toml").read_text()
+    asked = {
+        '[[prompt]]\ntext = "a hen"\nsize = "300x200"\n': (),
+        '[[matrix]]\nsize = ["300x200"]\n': (),
+        "": ("--matrix", "size=300x200"),
+    }
+    for more, options in asked.items():
+        Path("k2.toml").write_text(f"{text}\n{more}")
+        said = k2("render", "--dry-run", *options, code=2 if options else 1).stderr
+        assert "multiples of 32." in said and "The nearest size is 288x192." in said
+
+
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
