@@ -231,10 +231,10 @@ class Wording(NamedTuple):
 def wordings(spec: RenderSpec) -> list[Wording]:
     """The prompts whose velocities make the picture's, at shares whose sum is 1; one where nothing is weighed.
 
-    Words have no strength: a style of words alone gets its own by the velocity. With the strengths t_1 < t_2 < … of
-    such styles, `eased`, v_k the velocity of the prompt with the words of those of t_k and more, and v_0 with the words
-    of none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a style's strength, its words join
-    whole, also where such a style says them too.
+    Words have no strength: those of a style of words alone get its own by the velocity, or what several styles give
+    them together, up to 1. With their strengths t_1 < t_2 < …, `eased`, v_k the velocity of the prompt with the words
+    of t_k and more, and v_0 with none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a
+    style's strength, its words join whole, also where such a style says them too.
     """
     said = [(style, style.keywords if style.strength > 0 else style.avoids) for style in spec.styles]
     whole = {word for style, words in said if carried(style) for word in (*words, *style.triggers)}
@@ -259,15 +259,17 @@ def carried(style: Style) -> bool:
 
 
 def by_strength(prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole: Collection[str]) -> list[Wording]:
-    """A prompt in its wordings: with all words of these strengths, with those of the stronger ones … and with none."""
+    """A prompt in its wordings: with all words of these strengths, with the stronger ones … and with none."""
+    parts: dict[str, list[float]] = {}
+    for strength, words in alone:
+        for word in dict.fromkeys(words):
+            parts.setdefault(word, []).append(strength)
+    strengths = {word: min(math.fsum(each), max(1, *each)) for word, each in parts.items() if word not in whole}
     found, before = [], 0.0
-    for strength in sorted({strength for strength, _ in alone}):
-        said = dict.fromkeys(word for at, words in alone if at == strength for word in words)
-        kept = {*whole, *(word for at, words in alone if at > strength for word in words)}
-        if lost := [word for word in said if word not in kept]:
-            reached = eased(strength)
-            found.append(Wording(prompt, reached - before))
-            prompt, before = without(prompt, lost), reached
+    for strength in sorted({*strengths.values()}):
+        reached = eased(strength)
+        found.append(Wording(prompt, reached - before))
+        prompt, before = without(prompt, [word for word, own in strengths.items() if own == strength]), reached
     return [each for each in (*found, Wording(prompt, 1 - before)) if each.share]
 
 

@@ -369,11 +369,14 @@ def test_a_style_of_words_takes_part_by_its_strength():
         (", watercolour, soft light", 0.4),
         ("", 0.3),
     ]
-    assert found(wet, ("like", 0.7, ("soft light",))) == found(wet)
+    halves = [(name, 0.5, ("watercolour",)) for name in "ab"]
+    assert found(*halves) == found(("whole", 1.0, ("watercolour",)))  # as of pictures
+    assert found(wet, ("like", 0.7, ("soft light",))) == [(", watercolour, soft light", 0.7), (", soft light", 0.3)]
     assert found(wet, ("less", 0.2, ("soft light", "grain"))) == [
         (", watercolour, soft light, grain", 0.2),
         (", watercolour, soft light", 0.5),
-        ("", 0.3),
+        (", soft light", 0.2),
+        ("", pytest.approx(0.1)),
     ]
     assert found(("wet", 2.0, ("watercolour",))) == [(", watercolour", 1.5), ("", -0.5)]  # beyond 1 half as fast
     unsaid = replace(FOX, styles=(Style("wet", 0.5, keywords=("watercolour",)),))
@@ -410,16 +413,16 @@ def test_a_style_of_words_is_turned_around_by_its_strength():
     assert wordings(spec) == [(f"{FOX.prompt}, grain", 0.3), (FOX.prompt, 0.7)]
     assert unwanted(spec) == [("rain, watercolour, wet", 0.3), ("rain", 0.7)]
 
-    clean, twice = Style("clean", 0.6, avoids=("grain",)), Style("again", 0.6, avoids=("grain",))
+    clean, twice = Style("clean", 0.25, avoids=("grain",)), Style("again", 0.5, avoids=("grain",))
     assert unwanted(replace(FOX, negative="grain, grain", styles=(clean, twice))) == [
-        ("grain, grain", 0.6),
-        ("grain", 0.4),
+        ("grain, grain", 0.75),
+        ("grain", 0.25),
     ]
     assert unwanted(replace(FOX, negative="a,b", styles=(replace(clean, strength=1.0),))) == [("a,b, grain", 1.0)]
     carried = replace(clean, lora=Path("a.safetensors"))
     assert unwanted(replace(FOX, styles=(carried, twice))) == [("grain", 1.0)]
-    faint = replace(twice, strength=0.1)  # what a stronger style says too costs no evaluation of its own
-    assert unwanted(replace(FOX, styles=(faint, clean))) == unwanted(replace(FOX, styles=(clean,)))
+    faint, both = replace(twice, strength=0.125), replace(clean, strength=0.375)
+    assert unwanted(replace(FOX, styles=(faint, clean))) == unwanted(replace(FOX, styles=(both,)))
     assert unwanted(replace(FOX, negative="rain", styles=(carried,))) == [("rain, grain", 1.0)]
 
 
