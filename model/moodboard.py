@@ -102,7 +102,8 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
     if copies and len(good) == 1:
         notes.append(f"All {copies + 1} pictures are the same one, so this is the look of one picture.")
     elif copies:
-        notes.append(f"{copies} of them are copies of others and count once.")
+        are = "is a copy of another and counts" if copies == 1 else "are copies of others and count"
+        notes.append(f"{copies} of them {are} once.")
     elif len(good) == 1:
         notes.append("One picture makes a thin board: its subject cannot be told from its look.")
     parts = []
