@@ -18,7 +18,7 @@ from model import library, safety
 from model.errors import K2Error, count_of
 from model.plan import SPARE
 
-PACKAGES = ("k2", "torch", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
+PACKAGES = ("k2", "torch", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
 
 def examine(folder: Path | None = None) -> dict[str, Any]:
