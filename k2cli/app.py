@@ -393,9 +393,9 @@ def render(
         jobs, styles = [], weights
         if example:
             said = settings | (dict(compared[0].axes) if compared else {})
-            alike, styles = example.within(opened[0], said, weights, own_prompt=own)
+            alike, styles = example.within(opened[0], said, weights, moodboard, own_prompt=own)
             opened = [alike]
-        if moodboard is not None:
+        elif moodboard is not None:
             opened = [each.with_board(moodboard) for each in opened]
         for each in opened:
             wanted = prompts if prompts is not None else each.choose(only) if only else None

@@ -64,13 +64,20 @@ class Example:
         return spec.leader or Leader(spec.prompt, spec.seed, spec.negative)
 
     def within(
-        self, project: Project, said: Mapping[str, Any], styles: Mapping[str, float], *, own_prompt: bool
+        self,
+        project: Project,
+        said: Mapping[str, Any],
+        styles: Mapping[str, float],
+        board: float | None,
+        *,
+        own_prompt: bool,
     ) -> tuple[Project, dict[str, float]]:
         """Its project with its settings and styles in the place of the project's own, and the styles that the command
         line has something left to say of. Raises K2Error.
 
         said        settings of the command line, which go before, and what a matrix compares
         styles      weights of the command line, which go before; a style that is gone may be left out by it
+        board       strength of the moodboard of the command line; one that is gone may be left out by it
         own_prompt  its prompt is rendered: with the seeds after its own, where none are said
         """
         spec = self.record.shot.spec
@@ -89,8 +96,13 @@ class Example:
                     hint=f"Make it, or leave it out: --style {quote(name)}=0",
                 )
         weights = {name: weight for name, weight in weights.items() if name not in gone}
-        if strength or project.board:
-            project = project.with_board(strength)
+        if strength and board is None and not project.board:
+            raise K2Error(
+                f"{OPTION}: {project.name} has no moodboard any more.",
+                hint="Add one to k2.toml, or leave it out: --moodboard 0",
+            )
+        if project.board or board:
+            project = project.with_board(strength if board is None else board)
         project = replace(
             project,
             settings=project.settings.over(settings, dict.fromkeys(settings, OPTION)),

@@ -8,6 +8,9 @@ import shutil
 import pytest
 from PIL import Image
 
+from k2cli import moodboard
+from model.spec import Style
+
 LOOK = 'keywords = ["film grain"]\navoids = ["gloss"]\n'
 
 
@@ -146,3 +149,27 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     assert "no other setting goes with it" in k2("render", "--resume", "--like", made, code=2).stderr
     shutil.copytree(dusky, tmp_path / "other")
     assert "of one project" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
+
+
+def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
+    """As a style that is gone may."""
+
+    def seen(board, *_):
+        return (Style(moodboard.NAME, board.strength, keywords=("fog",)),) if board.strength else ()
+
+    monkeypatch.setattr(moodboard, "as_style", seen)
+    Image.new("RGB", (64, 64)).save(dusky / "a.png")
+    bare = (dusky / "k2.toml").read_text()
+    (dusky / "k2.toml").write_text(bare + '\n[moodboard]\nimages = ["a.png"]\n')
+    made = rendered(k2, "-p", "tea")
+    for strength, keywords in (("0", []), ("0.5", ["fog"])):
+        (other,) = plan(k2, "--like", made, "--batch", "1", "--moodboard", strength)
+        assert [word for style in other["style"] for word in style["keywords"]] == ["ink", *keywords]
+    (dusky / "k2.toml").write_text(bare)
+
+    gone = k2("render", "--like", made, code=2).stderr
+    (without,) = plan(k2, "--like", made, "--batch", "1", "--moodboard", "0")
+
+    assert "moody has no moodboard any more" in gone and "leave it out: --moodboard 0" in gone
+    assert [style["name"] for style in without["style"]] == ["ink"]
+    assert "moody has no moodboard." in k2("render", "--like", made, "--moodboard", "0.5", code=1).stderr
