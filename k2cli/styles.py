@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.dialect import dump
-from k2cli.disk import sweep, write, write_toml, writing
+from k2cli.disk import Exists, sweep, write, writing
 from k2cli.pictures import Inside, check_picture, find, in_folder
 from k2cli.tables import (
     PATH,
@@ -186,7 +186,7 @@ class Styles:
         """Where a style of this name is written. Refuses what exists already, unless forced."""
         path = self.inside(self.file_of(check_name(name, "The style")), "")
         if path.exists() and not force:
-            raise K2Error(f"There is a style {name} already.", hint="Choose another name, or replace it: --force")
+            raise taken(name)
         return path
 
     def is_mix(self, name: str, weights: Mapping[str, float]) -> bool:
@@ -327,7 +327,7 @@ def add_style(
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
-    write({file: b"\n".join(blocks)})
+    put(file, b"\n".join(blocks), name, force=force)
     return file, pictures, over
 
 
@@ -339,8 +339,20 @@ def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: b
         raise K2Error(f"{name} is itself part of the mix.", hint="Save it under another name.")
     with writing(file):
         file.parent.mkdir(exist_ok=True)
-    write_toml(file, {"mix": weights})
+    put(file, dump({"mix": weights}), name, force=force or same)
     return file
+
+
+def put(file: Path, data: bytes, name: str, *, force: bool) -> None:
+    """Write a style's file, and unless forced replace none, not even one that came since `new_file` looked."""
+    try:
+        write({file: data}, new=not force)
+    except Exists:
+        raise taken(name) from None
+
+
+def taken(name: str) -> K2Error:
+    return K2Error(f"There is a style {name} already.", hint="Choose another name, or replace it: --force")
 
 
 def reference(image: str, weight: float) -> bytes:

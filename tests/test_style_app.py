@@ -11,8 +11,9 @@ import pytest
 from conftest import PROJECT, tree
 from PIL import Image
 
-from k2cli import mix, runs, sheet
+from k2cli import mix, runs, sheet, styles
 from k2cli.complete import complete_style
+from k2cli.dialect import dump
 from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.tables import Toml
@@ -80,6 +81,24 @@ def test_add_refuses_to_overwrite_and_loses_no_picture_when_forced(moody, photos
     assert table(moody / "styles" / "dusk.toml")["reference"] == [{"image": "refs/dusk/a.jpg", "weight": 1.0}]
     assert (moody / "refs" / "dusk" / "a.png").exists()
     assert spec_of(moody, dusk=1).styles[0].method == "splice"
+
+
+@pytest.mark.parametrize("command", ["style add dusk {}/a.png", "mix-styles ink=1 --save-as dusk"])
+def test_a_style_that_came_while_another_was_made_stays(looks, photos, k2, monkeypatch, command):
+    """As of two commands at once: what was not there when one of them looked."""
+    file = looks / "styles" / "dusk.toml"
+    file.unlink()
+
+    def slowly(table):
+        file.write_text('keywords = ["mine"]\n')
+        return dump(table)
+
+    monkeypatch.setattr(styles, "dump", slowly)
+
+    said = k2(*command.format(photos).split(), code=1).stderr
+
+    assert "There is a style dusk already." in said and "--force" in said
+    assert file.read_text() == 'keywords = ["mine"]\n'
 
 
 def test_add_takes_pictures_that_are_there_already_as_they_lie(moody, photos, k2):
