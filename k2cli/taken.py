@@ -77,8 +77,8 @@ def named(origins: Iterable[Origin]) -> dict[str, Origin]:
 
 
 def settings_of(origin: Origin) -> dict[str, Any]:
-    """What a picture says of [render], but for its model and shape. Turbo's steps and guidance are the checkpoint's."""
-    numbers = () if origin.turbo else ("steps", "guidance", "guidance_until", "sampler")
+    """What a picture says of [render], but for its model and shape."""
+    numbers = ("steps", "guidance", "guidance_until", "sampler")
     made = {key: value for key in numbers if (value := getattr(origin, key)) is not None}
     return made | ({} if origin.creativity == "raw" else {"creativity": origin.creativity})
 
@@ -86,6 +86,20 @@ def settings_of(origin: Origin) -> dict[str, Any]:
 def taken_over(origin: Origin) -> dict[str, Any]:
     """The same of a picture of k2's own, as far as [render] allows it."""
     return {key: value for key, value in settings_of(origin).items() if allowed(key, value)}
+
+
+def written(origin: Origin) -> dict[str, Any]:
+    """The same as k2.toml says it: without Turbo's own steps and guidance, with which raw would come to nothing."""
+    own = turbos_own(model_of(origin)) if origin.turbo else {}
+    return {key: value for key, value in taken_over(origin).items() if own.get(key) != value}
+
+
+def turbos_own(model: str) -> Mapping[str, Any]:
+    """What a model's distilled checkpoint takes where nothing is said; of one that is not here, the open weights'."""
+    with suppress(K2Error):
+        if library.find(model, "turbo"):
+            return models.recommended(model, "turbo")
+    return library.RECOMMENDED["turbo"]
 
 
 def allowed(key: str, value: Any) -> bool:
@@ -126,7 +140,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
     """A k2.toml that asks for these pictures anew.
 
     Seeds, shapes and words are taken over. Steps and guidance are another model's, so they are told and not set,
-    except for pictures of k2's own; and those of --turbo are its own.
+    except for pictures of k2's own.
     """
 
     def text(value: str) -> str:
@@ -141,7 +155,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
     if size := size_of(first, model):
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
         lines.append(shape if own else told(shape, first))
-    for key, value in (taken_over if own else settings_of)(first).items():
+    for key, value in (written if own else settings_of)(first).items():
         line = f"{key} = {text(value)}" if isinstance(value, str) else f"{key} = {value:g}"
         lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
     for called, each in named(counts).items():

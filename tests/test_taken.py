@@ -96,20 +96,39 @@ def test_a_picture_of_k2_is_asked_for_again(moody, k2, tmp_path, keep):
 
 
 @pytest.mark.parametrize("keep", ["k2", "parameters"])
-def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep):
-    """Its steps and guidance are the distilled checkpoint's own, and the others' would do with neither."""
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (("--steps", "8", "--guidance", "0"), (None, None)),  # as Turbo does by itself, and raw would come to nothing
+        (("--steps", "12", "--guidance", "0"), (12, None)),
+        (("--steps", "8", "--guidance", "2"), (None, 2)),
+    ],
+)
+def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep, options, kept):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
-    k2("render", "-p", "a fox", "--turbo", "--steps", "5", "--guidance", "0")
+    k2("render", "-p", "a fox", "--turbo", *options)
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
         png(tmp_path / "moved.png", **{keep: image.text[keep]})
 
     result = k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
-    project = Project.open(tmp_path / "again")
+    settings = Project.open(tmp_path / "again").settings
 
-    assert "&& k2 render\n" in result.stderr
-    settings = project.settings
-    assert (settings.model, settings.variant, settings.steps, settings.guidance) == ("mini", "turbo", None, None)
+    assert "&& k2 render\n" in result.stderr and "stayed behind" not in result.stderr
+    assert (settings.model, settings.variant, settings.steps, settings.guidance) == ("mini", "turbo", *kept)
+
+
+def test_a_picture_of_turbo_brings_what_it_was_asked_for_besides(moody, k2, tmp_path):
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    turbo = ("--turbo", "--steps", "8", "--guidance", "2")
+    first = k2("render", "-p", "a fox", *turbo, "--guidance-until", "0.5", "--sampler", "ab2").stdout.strip()
+    other = k2("render", "-p", "an owl", "--turbo", "--steps", "4", "--guidance", "0").stdout.strip()
+
+    said = k2("new", tmp_path / "again", "--from", first, other).stderr
+    settings = Project.open(tmp_path / "again").settings
+
+    assert (settings.guidance, settings.guidance_until, settings.sampler) == (2, 0.5, "ab2")
+    assert "owl-7.png: steps 4 stayed behind." in said and "owl-7.png: guidance 0.0 stayed behind." in said
 
 
 def test_one_of_another_variant_is_told(moody, k2, tmp_path):
