@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from k2cli.dialect import dump
 from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
-from k2cli.pictures import Inside, find
-from k2cli.styles import reference
+from k2cli.pictures import Inside, check_picture, find
+from k2cli.styles import copied, reference
 from k2cli.tables import PATH, between, relative
 from model import library, picture_file
 from model.errors import K2Error
@@ -30,7 +30,8 @@ from model.plan import lacking_memory
 from model.spec import Reference, Style
 
 if TYPE_CHECKING:
-    from model.moodboard import Board
+    from k2cli.folder import Folder
+    from model.moodboard import Board, Look
 
 MOST = 1000  # pictures of a board
 READING = 3  # changes whenever the same pictures would be read in another way
@@ -149,6 +150,22 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 
 
 # ---- the style file ---------------------------------------------------------------------------------------------
+
+
+def outlasting(board: Board, home: Folder, folder: str) -> Board:
+    """The board, in the place of its representatives that lie in the outputs, which may be deleted, with copies of them
+    in a folder of the project."""
+    outputs = (home.root / "outputs").resolve()
+    lost = [path for path, _ in board.representatives if path.resolve().is_relative_to(outputs)]
+    if not lost:
+        return board
+    kinds = {path: check_picture(path, "The board", relative(path, home.root)) for path in lost}
+    copies = copied(kinds, home.inside(folder))
+
+    def kept(look: Look) -> Look:
+        return replace(look, representatives=tuple((copies.get(path, path), w) for path, w in look.representatives))
+
+    return replace(board, looks=tuple(map(kept, board.looks)))
 
 
 def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:

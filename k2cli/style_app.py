@@ -294,7 +294,8 @@ def analyze(
     """Find a board's looks, colours and words; write a style.
 
     Makes styles/NAME.toml, to edit as you like, with the pictures that stand for each look, and its colours as
-    styles/NAME.png. With the open weights their text encoder looks at the board too, and says what it is drawn to.
+    styles/NAME.png. Of pictures in outputs/ it takes copies, in refs/NAME-looks. With the open weights their text
+    encoder looks at the board too, and says what it is drawn to.
 
     \b
     Examples:
@@ -331,6 +332,8 @@ def analyze(
         model = home.settle().model
     if model:
         board = moodboard.tell(board, model, home.settings.device)
+    # The project's board may be refs/NAME itself, and is not to grow by its own looks.
+    board = moodboard.outlasting(board, home, f"refs/{target.stem}-looks")
     try:
         strip = moodboard.save(board, home.root, target, new=not force)
     except Exists as error:  # only since it was asked

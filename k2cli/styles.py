@@ -308,27 +308,38 @@ def add_style(
     beside = {path for image in images if image.is_dir() for path in image.iterdir()}
     over = passed_over(beside - {each.parent for each in files})
     kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
-    there = {sha256(each): each for each in in_folder(folder)} if folder.is_dir() else {}
-    hashes = {sha256(each): each for each in reversed(kinds)}  # of the same picture twice, the first
-    if len(hashes) > MOST_REFERENCES:
+    count = len({sha256(each) for each in kinds})
+    if count > MOST_REFERENCES:
         raise K2Error(
-            f'Style "{name}" would have {len(hashes)} reference pictures.',
+            f'Style "{name}" would have {count} reference pictures.',
             hint=f"Give at most {MOST_REFERENCES}, those that show the look best.",
         )
-    for each in (file.parent, folder):
-        with writing(each):
-            each.mkdir(parents=True, exist_ok=True)
-        sweep(each)
-    for key, image in reversed(hashes.items()):
-        if key not in there:
-            there[key] = free_name(folder, image.stem, kinds[image])
-            write({there[key]: image.read_bytes()})
-    pictures = sorted(there[key] for key in hashes)
+    make(file.parent)
+    pictures = sorted({*copied(kinds, folder).values()})
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
     put(file, b"\n".join(blocks), name, force=force)
     return file, pictures, over
+
+
+def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
+    """Copy pictures, of which the kinds are known, into a folder -> where each lies there. One that is there already,
+    under whatever name, is not copied again."""
+    make(folder)
+    there = {sha256(each): each for each in in_folder(folder)}
+    for image, kind in kinds.items():
+        if (key := sha256(image)) not in there:
+            there[key] = free_name(folder, image.stem, kind)
+            write({there[key]: image.read_bytes()})
+    return {image: there[sha256(image)] for image in kinds}
+
+
+def make(folder: Path) -> None:
+    """A folder that is there, and holds nothing that a killed process left."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
 
 
 def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool = False) -> Path:

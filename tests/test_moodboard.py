@@ -265,6 +265,25 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
 
 
+def test_a_style_of_a_board_outlives_the_outputs(den, k2):
+    """By copies of its representatives, beside a board that may be called as it is; others stay where they lie."""
+    (den / "outputs").mkdir()
+    (den / "refs" / "board").rename(den / "outputs" / "0001-fox")
+    lying = den / "refs" / "board" / "lone.png"
+    lying.parent.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(lying)
+
+    made = json.loads(k2("moodboard", "analyze", "outputs/0001-fox", "refs/board", "--json").stdout)
+    shutil.rmtree(den / "outputs")
+
+    named = [entry["image"] for entry in tomllib.loads((den / "styles" / "board.toml").read_text())["reference"]]
+    assert named == [each["image"] for look in made["looks"] for each in look["representatives"]]
+    assert {str(Path(image).parent) for image in named} == {"refs/board", "refs/board-looks"}
+    (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {"board": 0.35})
+    assert len(shot.spec.styles[0].references) == len(named)
+    assert list(lying.parent.iterdir()) == [lying]
+
+
 def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
     for name in ("IMG_1.HEIC", "notes.txt"):
         (den / "refs" / "board" / name).write_bytes(b"")
