@@ -152,8 +152,9 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"The disk is full: {path} was not written.", hint="Make room, and try again.") from None
         reason = {errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only"}.get(error.errno or 0)
-        blocked = error.errno in (errno.ENOTDIR, errno.EEXIST)
-        hint = "A file stands where a folder belongs: move it away." if blocked else "Check the folder's permissions."
+        blocked = "A file stands where a folder belongs: move it away."
+        hints = {errno.ENOTDIR: blocked, errno.EEXIST: blocked, errno.ENOENT: "Its folder is gone, or was moved."}
+        hint = hints.get(error.errno or 0, "Check the folder's permissions.")
         raise K2Error(f"{path} cannot be written: {reason or error.strerror}.", hint=hint) from None
 
 

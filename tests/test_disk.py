@@ -57,6 +57,12 @@ def test_what_was_replaced_is_not_taken_away_by_what_could_not_be(tmp_path, monk
     assert tree(tmp_path) == {"a": b"new"}
 
 
+def test_a_folder_that_is_gone_is_not_blamed_on_permissions(tmp_path):
+    with pytest.raises(K2Error, match="cannot be written") as caught:
+        write({tmp_path / "gone" / "a": b"new"})
+    assert caught.value.hint == "Its folder is gone, or was moved."
+
+
 def test_names_are_flushed_to_disk_after_the_files(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
