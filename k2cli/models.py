@@ -39,7 +39,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
     """
     if name in library.box():
         if library.find(name, variant) is None:
-            raise K2Error(f"The box holds no {variant} checkpoint of {name}.", hint=f"Leave --{variant} out.")
+            raise K2Error(f"The box holds no {variant} checkpoint of {name}.", hint=f"Take --{other(variant)}.")
         return name
     path = inside(name) if inside else Path(name).absolute()
     if name and os.path.exists(path):
@@ -72,7 +72,12 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
 def check_variant(name: str, variant: str | None) -> None:
     """Raises K2Error where the weights of a path or of the hub say that they are another variant."""
     if variant and library.find(name, variant) is None:
-        raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Leave --{variant} out, or name others.")
+        raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Take --{other(variant)}, or name others.")
+
+
+def other(variant: str | None) -> str:
+    """The variant that weights are where they are not this one."""
+    return "turbo" if variant == "raw" else "raw"
 
 
 def files(name: str) -> list[Path]:

@@ -232,6 +232,9 @@ def test_a_project_may_ask_for_turbo_itself(moody, k2, fake):
     k2("render", "--only", "fox")
     k2("render", "--resume", "--raw", code=2)
     assert fake.loaded == [("mini", "turbo", None, None)]
+    write_weights(moody / "lone.safetensors", {"kind": "dit", "variant": "raw"})
+    refused = k2("render", "--model", "lone.safetensors", code=2).stderr
+    assert "lone.safetensors holds no turbo weights." in refused and "Take --raw, or name others." in refused
     (moody / "k2.toml").write_text(text.replace("[render]\n", '[render]\nvariant = "turbe"\n'))
     assert 'Did you mean "turbo"?' in k2("render", code=1).stderr
 
@@ -378,7 +381,7 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
         (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
         (["--device", "cuda:7"], 'There is no device "cuda:7".', "Here is: cpu."),
-        (["--turbo"], "The box holds no turbo checkpoint of mini.", "Leave --turbo out."),
+        (["--turbo"], "The box holds no turbo checkpoint of mini.", "Take --raw."),
         (["--model", "minni"], '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
         (["--model", ""], '--model: There is no model "" here.', "Known: mini"),
         (["--model", "."], "--model: . holds no weights: no .safetensors or .gguf.", "Name a folder or a file"),
