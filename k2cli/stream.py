@@ -49,6 +49,9 @@ def asked_by(line: str) -> Prompt:
     except (ValueError, RecursionError) as error:
         hint = 'Like {"prompt": "a red fox", "seed": 4}.'
         raise K2Error(f"The line is no JSON: {error}.", hint=hint) from None
+    for key, own in KEYS.items():
+        if key in said and own in said:
+            raise K2Error(f'The line: "{key}" and "{own}" are the same.', hint="Keep the one or the other.")
     entry = {"text": ""} | {KEYS.get(key, key): value for key, value in said.items()}
     (prompt,) = read_prompts([entry], Place(Toml("", "The line")))
     return prompt

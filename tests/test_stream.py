@@ -158,6 +158,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
+        ('{"text": "tea", "prompt": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
         ('{"prompt": "tea"', "The line is no JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
         ('{"a":' * 100_000, "The line is no JSON", "Like"),
