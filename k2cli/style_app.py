@@ -129,7 +129,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
         about = {
             "name": name,
             "file": near(path),
-            "references": len(style.references),
+            "references": [near(each.image) for each in style.references],
             "keywords": list(style.keywords),
             "avoids": list(style.avoids),
             "method": style.method,

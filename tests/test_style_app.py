@@ -314,7 +314,7 @@ def test_add_stays_in_the_project(moody, photos, k2):
 
 
 def test_list_and_show(looks, photos, k2):
-    k2("style", "add", "photo", photos / "a.png", "--method", "tokens")
+    added = json.loads(k2("style", "add", "photo", photos / "a.png", "--method", "tokens", "--json").stdout)
     k2("mix-styles", "photo=0.5", "dusk=-0.25", "--save-as", "blend", "--no-preview")
 
     assert k2("style", "list").stdout.splitlines() == [
@@ -327,6 +327,7 @@ def test_list_and_show(looks, photos, k2):
     ]
     listed = [json.loads(line) for line in k2("style", "list", "--json").stdout.splitlines()]
     assert [each["name"] for each in listed] == ["blend", "dusk", "ink", "neon", "photo", "riso"]
+    assert listed[4]["references"] == added["references"] == ["refs/photo/a.png"] and listed[0]["references"] == []
     assert listed[0]["mix"] == {"photo": 0.5, "dusk": -0.25} and listed[4]["method"] == "tokens"
 
     assert [line.split() for line in k2("style", "show", "blend").stdout.splitlines()] == [
