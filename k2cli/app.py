@@ -31,7 +31,6 @@ from k2cli.options import (
     JsonOption,
     MaskOption,
     ModelOption,
-    NegativeOption,
     OffloadOption,
     OnlyOption,
     OutsideOption,
@@ -227,7 +226,6 @@ def render(
     ] = None,
     only: OnlyOption = None,
     avoid: AvoidOption = None,
-    negative: NegativeOption = None,
     like: Annotated[
         Path | None,
         typer.Option("--like", metavar="PICTURE", help="With the settings and styles of this one, and its prompt."),

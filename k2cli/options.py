@@ -56,6 +56,31 @@ class Group(TyperGroup):
 
             show_error(problem)
             raise typer.Exit(2 if problem is error and str(error).startswith("--") else 1) from None
+        except Exception as error:  # Typer has no public name for what it raises of an unknown option
+            problem = as_ours(error)
+            if problem is None:
+                raise
+            from k2cli.console import show_error
+
+            show_error(problem)
+            raise typer.Exit(2) from None
+
+
+def as_ours(error: Exception) -> K2Error | None:
+    """An option that a command does not have, with what it is called here, or where a project says it; None where that
+    is not known, or the error is another."""
+    context: Any = getattr(error, "ctx", None)
+    if context is None or not hasattr(error, "possibilities"):
+        return None
+    from k2cli.settings import HOMES, OTHERS
+
+    option = str(getattr(error, "option_name", ""))
+    key = option.removeprefix("--").replace("-", "_")
+    ours, how = OTHERS.get(key, ("", ""))
+    hint = HOMES.get(key) if context.command.name == "render" else None
+    if any(f"--{ours}" in each.opts for each in context.command.params):
+        hint = f"It is called --{ours}{how}."
+    return K2Error(f"{option}: there is no such option.", hint=hint) if hint else None
 
 
 def in_plain_words(error: typer.BadParameter) -> str:
@@ -127,7 +152,7 @@ BatchOption = Annotated[int | None, typer.Option("--batch", "-n", metavar="N", h
 SizeOption = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16, mini's of 32.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
 GuidanceOption = Annotated[
-    float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off.")
+    float | None, typer.Option("--guidance", metavar="G", help="How far to follow the prompt; 0 is off, 6 is CFG 7.")
 ]
 GuidanceUntilOption = Annotated[
     float | None,
@@ -154,17 +179,6 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
-
-
-def refuse_negative(value: str | None) -> None:
-    """Other tools' name of an option that is looked for before any other. Raises K2Error."""
-    if value is not None:
-        raise K2Error("--negative: there is no such option.", hint="It is called --avoid.")
-
-
-NegativeOption = Annotated[
-    str | None, typer.Option("--negative", "--negative-prompt", hidden=True, callback=refuse_negative)
-]
 
 
 def choice(key: str, metavar: str, help: str) -> Any:

@@ -137,6 +137,15 @@ def draw() -> int:
 
 
 FIELDS = {f.name: f for f in fields(Settings)}
+OTHERS = {  # what other tools call a setting: its name here, and in what it differs
+    **dict.fromkeys(("negative", "negative_prompt"), ("avoid", "")),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), ("guidance", ", and is 1 less than a CFG scale")),
+    **dict.fromkeys(("width", "height"), ("size", ', of both sides: "320x192"')),
+    **dict.fromkeys(("num_steps", "num_inference_steps"), ("steps", "")),
+    **dict.fromkeys(("batch_size", "num_images", "count"), ("batch", "")),
+    **dict.fromkeys(("strength", "denoising_strength", "image_strength"), ("denoise", ", and 1 is all made anew")),
+    **dict.fromkeys(("checkpoint", "ckpt"), ("model", "")),
+}
 HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     **{key: "It belongs below [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
     "text": "It belongs below [[prompt]].",
@@ -146,14 +155,7 @@ HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     "images": "It belongs below [moodboard].",
     "turbo": 'Say variant = "turbo" below [render].',
     **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs into a style: styles/NAME.toml."),
-    # what other tools call them
-    **dict.fromkeys(("negative", "negative_prompt"), "It is called avoid, below [render] or [[prompt]]."),
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), "It is called guidance, and is 1 less than a CFG scale."),
-    **dict.fromkeys(("width", "height"), 'Say both at once: size = "320x192".'),
-    **dict.fromkeys(("num_steps", "num_inference_steps"), "It is called steps."),
-    **dict.fromkeys(("batch_size", "num_images", "count"), "It is called batch."),
-    **dict.fromkeys(("denoising_strength", "image_strength"), "It is called denoise, and 1 is all made anew."),
-    **dict.fromkeys(("checkpoint", "ckpt"), "It is called model."),
+    **{theirs: f"It is called {ours}{how}." for theirs, (ours, how) in OTHERS.items()},
     "seeds": "Say seed, and batch for more; or a [[matrix]] of seed = [1, 5].",
 }
 

@@ -153,11 +153,28 @@ def test_what_is_to_be_avoided_adds_up(moody, k2):
     assert avoided("--avoid", "rain", "-p", "tea") == ["rain, gloss"]
 
 
-@pytest.mark.parametrize("option", ["--negative", "--negative-prompt"])
-def test_what_others_call_a_negative_prompt_is_told_its_name(moody, k2, option):
-    refused = k2("render", option, "snow", "--dry-run", code=2)
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--negative", "It is called --avoid."),
+        ("--negative-prompt", "It is called --avoid."),
+        ("--cfg-scale", "It is called --guidance, and is 1 less than a CFG scale."),
+        ("--width", 'It is called --size, of both sides: "320x192".'),
+        ("--strength", "It is called --denoise, and 1 is all made anew."),
+        ("--lora", "It belongs into a style: styles/NAME.toml."),
+        ("--mu", "It belongs below [render]."),
+    ],
+)
+def test_an_option_of_another_tool_is_told_its_name(moody, k2, option, hint):
+    refused = k2("render", option, "0.5", "--dry-run", code=2)
 
-    assert refused.stderr == "Error: --negative: there is no such option.\nHint:  It is called --avoid.\n"
+    assert refused.stderr == f"Error: {option}: there is no such option.\nHint:  {hint}\n"
+
+
+def test_an_option_of_another_command_or_of_none_is_no_other_tools(moody, k2):
+    for command in (["render", "--foo"], ["mix-styles", "dusk=1", "--batch", "2"], ["log", "--steps", "2"]):
+        assert "No such option" in k2(*command, code=2).stderr
+    assert "called --guidance" in k2("mix-styles", "dusk=1", "--cfg", "7", code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -364,10 +381,10 @@ text = "a bun"
         (
             TWO + 'negative = "snow"\n',
             'line 7: unknown key "negative" in [prompt].',
-            "It is called avoid, below [render] or [[prompt]].",
+            "It is called avoid.",
         ),
         ("[render]\ncfg_scale = 4\n", 'line 2: unknown key "cfg_scale" in [render].', "called guidance, and is 1 less"),
-        ("[render]\nwidth = 256\n", 'line 2: unknown key "width" in [render].', 'Say both at once: size = "320x192".'),
+        ("[render]\nwidth = 256\n", 'line 2: unknown key "width" in [render].', 'of both sides: "320x192".'),
         (TWO + "cohesion = 1\n", 'line 7: unknown key "cohesion" in [prompt].', "It belongs below [render]."),
         (TWO + "[prompt.style]\ndusk = 3\n", 'line 8: "dusk" must lie between −2 and 2, not 3.0.', ""),
         ("[moodboard]\n", 'line 1: "images" is missing in [moodboard].', ""),
