@@ -188,7 +188,7 @@ def new(
       k2 new taken --from outputs/0001-fox
     """
     from k2cli.console import near, result, say, typed
-    from k2cli.folder import Folder
+    from k2cli.folder import Folder, keeps_outputs
 
     if not folder:  # as a path it would be the current folder
         raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
@@ -210,6 +210,8 @@ def new(
     if not quiet:
         for note in notes:
             say(note, "yellow")
+        if keeps_outputs(made):
+            say("Git will keep every picture: add outputs/, gallery/ and .runs/ to the .gitignore.", "yellow")
         there = "" if made == Path.cwd() else f"cd {typed(made)} && "
         say(f"Next: {there}k2 render", "dim")
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,14 @@ class Folder:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return folder
+
+
+def keeps_outputs(folder: Path) -> bool:
+    """Whether a .gitignore, which may be the user's own, has no word of the outputs."""
+    with suppress(OSError):
+        lines = (folder / IGNORE).read_text("utf-8", "replace").splitlines()
+        return not any("outputs" in line for line in lines if not line.startswith(("#", "!")))
+    return False
 
 
 def missing(start: Path, end: Path, parts: Sequence[str]) -> list[str]:

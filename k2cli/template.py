@@ -39,6 +39,7 @@ IGNORE = """\
 # What k2 makes of the project, and can make again.
 /outputs/
 /gallery/
+/.runs/
 """
 
 STYLE = """\

@@ -26,7 +26,7 @@ def test_an_empty_folder_becomes_a_project_in_place(fake, tmp_path, monkeypatch)
     assert Project.find(Path.cwd()).name == "moody"
     assert sorted(path.name for path in Path(".").iterdir()) == [".gitignore", "k2.toml", "refs", "styles"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert tuple(re.findall(r"(?m)^/(\w+)/$", Path(".gitignore").read_text())) == MADE
+    assert tuple(re.findall(r"(?m)^/(.+)/$", Path(".gitignore").read_text())) == (*MADE, ".runs")
 
 
 @pytest.mark.parametrize("stuck", ["", "styles", ".gitignore", "k2.toml"])
@@ -64,6 +64,22 @@ def test_a_project_is_made_around_what_is_there(fake, tmp_path):
     after = tree(folder)
     assert after.items() >= before.items() and after.keys() - before.keys() == {"k2.toml", "styles/sticker.toml"}
     assert len(Project.open(folder).prompts) == 3
+
+
+@pytest.mark.parametrize(
+    ("ignored", "told"), [(None, False), ("/outputs/\n", False), ("*.pyc\n# no outputs\n!outputs/\n", True), ("", True)]
+)
+def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told):
+    """The file of whoever said what git is to ignore stays as it is."""
+    folder = tmp_path / "moody"
+    folder.mkdir()
+    if ignored is not None:
+        (folder / ".gitignore").write_text(ignored)
+
+    said = k2("new", folder).stderr
+
+    assert ("Git will keep every picture: add outputs/" in said) is told
+    assert ignored is None or (folder / ".gitignore").read_text() == ignored
 
 
 @pytest.mark.parametrize("name", ["k2.toml", "styles/sticker.toml", "refs", "styles"])
