@@ -136,7 +136,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
                 f"{plan['free_gb']:g} GB free may be used."
             )
         elif plan["offload"] == "all":
-            four = min(needs for way, needs in plan["ways_gb"].items() if way.startswith("int4"))
+            four = plan["ways_gb"]["int4, offload text"]
             why = "only in 4 bits could it be held (--precision int4)" if four <= SPARE * plan["free_gb"] else ""
             lines.append(f"{plan['model']} is read from disk for every step: {why or 'it is too large to be held'}.")
     if memory_gb["free"] < 2:
