@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from k2cli.complete import complete_recipe
-from k2cli.disk import DiskFull
 from k2cli.options import QuietOption
 from model.errors import K2Error, brief
 
@@ -30,6 +29,7 @@ def explained(name: str) -> Iterator[None]:
     """What the machine refuses a run within the context, in one sentence. Raises K2Error."""
     from safetensors import SafetensorError
 
+    from k2cli.disk import DiskFull
     from model.plan import lacking_memory
 
     try:
