@@ -26,6 +26,7 @@ class Hashes:
         """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
+        self._stamps = {name: stamp(file) for name, file in self._files.items()}
         self._found: Future[dict[str, str]] = Future()
         threading.Thread(target=self._work, daemon=True).start()  # a pool's would keep the process from ending
 
@@ -36,8 +37,22 @@ class Hashes:
             self._found.set_exception(error)
 
     def by_name(self) -> dict[str, str]:
-        """File name -> hash. Raises K2Error where a file could not be read."""
-        return dict(self._found.result())
+        """File name -> hash. Raises K2Error where a file could not be read, or was written over: what is held may be
+        its very pages. One that came in its place is another file."""
+        found = self._found.result()
+        for name, file in self._files.items():
+            before, now = self._stamps[name], stamp(file)
+            if now[:1] == before[:1] and now != before and sha256(file) != found[name]:
+                raise K2Error(f"{file} was written over after it had been loaded.", hint="Start again.")
+        return dict(found)
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Which file it is, and by what one can tell that it has been written to; of none, nothing."""
+    with suppress(OSError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return ()
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from model import hashes
 from model.errors import K2Error
-from model.hashes import sha256
+from model.hashes import Hashes, sha256
 
 
 @pytest.mark.parametrize("large", [1 << 28, 1])
@@ -43,3 +43,23 @@ def test_the_next_process_knows_the_hash_of_a_large_file(tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path):
     with pytest.raises(K2Error, match="cannot be read: No such file or directory"):
         sha256(tmp_path / "none.png")
+
+
+def test_a_models_file_may_be_replaced_and_not_be_written_over(tmp_path):
+    """What is loaded may be the pages of the file itself: then no record could name it any more."""
+    path = tmp_path / "mini.safetensors"
+    path.write_bytes(b"raw")
+    held = Hashes([path], [tmp_path])
+    known = held.by_name()
+
+    (tmp_path / "other").write_bytes(b"turbo")
+    os.replace(tmp_path / "other", path)
+    assert held.by_name() == known == {"mini.safetensors": hashlib.sha256(b"raw").hexdigest()}
+
+    held = Hashes([path], [tmp_path])
+    known = held.by_name()
+    os.utime(path, (1, 1))
+    assert held.by_name() == known
+    path.write_bytes(b"raw")
+    with pytest.raises(K2Error, match="was written over after it had been loaded"):
+        held.by_name()
