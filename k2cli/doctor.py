@@ -13,6 +13,7 @@ from typing import Any
 
 from k2cli import models
 from k2cli.console import aligned
+from k2cli.hands import cores
 from k2cli.project import Project
 from model import library, safety
 from model.errors import K2Error, count_of
@@ -32,7 +33,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
         "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],
         "cpu": {
             "name": cpu_name(),
-            "cores": os.cpu_count(),
+            "cores": cores(),
             "threads": torch.get_num_threads(),
             "kernels": torch.backends.cpu.get_cpu_capability(),
         },
@@ -126,7 +127,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"bfloat16 is {ratio:.1f} times slower than float32: the processor has no instructions for it."
             )
-    if cpu["threads"] < (cpu["cores"] or 1):
+    if cpu["threads"] < cpu["cores"]:
         used = f"{cpu['threads']} of {cpu['cores']} cores {'is' if cpu['threads'] == 1 else 'are'} used"
         lines.append(f"{used}: OMP_NUM_THREADS or the machine says so.")
     for plan in found["plans"]:

@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from abc import ABC, abstractmethod
@@ -238,6 +239,13 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
 # ---- processes of this machine ----------------------------------------------------------------------------------
 
 
+def cores() -> int:
+    """How many cores this process may use: a cluster, a container or taskset may leave it fewer than there are."""
+    if sys.version_info >= (3, 13):
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Processes(Crew):
     """Hands that are processes beside this one. They end with it, however it ends."""
 
@@ -256,7 +264,7 @@ class Processes(Crew):
             self.context.set_forkserver_preload(["model.pipeline"])
             start_server()
         ours, theirs = self.context.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // self.size)
+        threads = max(1, cores() // self.size)
         self.seats[hand] = next(seat for seat in count() if seat not in self.seats.values())
         process = self.context.Process(target=work, args=(theirs, threads, self.seats[hand]), daemon=True)
         with installed_modules_only():

@@ -300,30 +300,82 @@ def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
     assert crew is same and (first, second) == (1, 2) and crew.hands == {}
 
 
-def test_workers_sit_where_those_sat_who_are_lost():
+def unmanned(size: int) -> tuple[Processes, list[tuple[int, int]]]:
+    """Workers whose processes do nothing, and the threads and the seat that each is given."""
+
     class Idle:
         exitcode = 0
 
         def __init__(self, target, args, daemon):
-            seats.append(args[-1])
+            _, threads, seat = args
+            given.append((threads, seat))
 
         def start(self):
             pass
 
         kill = join = start
 
-    seats: list[int] = []
-    crew = Processes(3)
+    given: list[tuple[int, int]] = []
+    crew = Processes(size)
     crew.context = SimpleNamespace(get_start_method=lambda: "spawn", Pipe=multiprocessing.Pipe, Process=Idle)
     crew.begin([])
+    return crew, given
+
+
+def test_workers_sit_where_those_sat_who_are_lost():
+    crew, given = unmanned(3)
     _, second, _ = (crew.hire(Held("mini")) for _ in range(3))
     crew.dismiss([second])
     crew.hire(Held("mini"))
     crew.close()
     crew.hire(Held("mini"))
 
-    assert seats == [0, 1, 2, 1, 0]
+    assert [seat for _, seat in given] == [0, 1, 2, 1, 0]
     crew.close()
+
+
+@pytest.mark.parametrize(("cores", "size", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_workers_share_out_the_cores(cores, size, threads, monkeypatch):
+    """All at work together take no more threads than one process would, and each has one at least."""
+    monkeypatch.setattr(hands, "cores", lambda: cores)
+    crew, given = unmanned(size)
+    for _ in range(size):
+        crew.hire(Held("mini"))
+    crew.close()
+
+    assert [each for each, _ in given] == [threads] * size
+
+
+@pytest.mark.parametrize(("said", "taken"), [(None, [3]), ("2", [])])
+def test_a_worker_takes_its_share_of_threads_unless_the_user_said_how_many(said, taken, monkeypatch):
+    import torch
+
+    class Over:
+        def recv(self):
+            raise EOFError
+
+    counts: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(hands, "end_with_parent", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+
+    hands.work(Over(), 3, seat=0)
+
+    assert counts == taken
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be kept to some cores here")
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    """Of a node that is shared out, or under taskset; k2 doctor counts the same."""
+    from k2cli import doctor
+
+    monkeypatch.setattr(doctor, "speed", lambda dtype: 1.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 4, 5})
+    assert hands.cores() == doctor.examine()["cpu"]["cores"] == 3
 
 
 @pytest.mark.parametrize(
