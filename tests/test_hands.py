@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -63,6 +64,27 @@ def test_ctrl_c_waits_until_torch_is_there(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load(Held("mini"))
     assert whole == ["Pipeline"]
+
+
+def test_a_model_is_gone_before_the_next_is_read(fake, monkeypatch):
+    """Two may not fit. One that is made faster refers to itself."""
+
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def read(*_: object, **__: object) -> Model:
+        still_there.append([known() is not None for known in models])
+        models.append(weakref.ref(model := Model()))
+        return model
+
+    models: list[weakref.ref[Model]] = []
+    still_there: list[list[bool]] = []
+    monkeypatch.setattr(fake, "load", read)
+    for held in (Held("mini"), Held("mini"), Held("mini", variant="turbo")):
+        load(held)
+
+    assert still_there == [[], [False]]  # and the one that is wanted again is not read again
 
 
 class Scripted(Crew):
@@ -188,6 +210,27 @@ def test_what_a_lost_hand_had_is_given_to_an_idle_one():
 
     assert [index for index, _ in spread(crew, Held("mini"), {0, 1})] == [0, 1]
     assert crew.given == [(1, (0,)), (2, (1,)), (1, (1,))] and crew.hired == 2
+
+
+def test_what_a_lost_hand_had_is_made_next():
+    """What kills every hand that has it is known early, and not once all else is made."""
+    ready = Ready(READY.held, [1, 1, 1])
+    crew = Told((1, ready), (2, ready), (1, Lost("struck")), (2, SECOND), (2, FIRST), (2, SECOND))
+    crew.size = 2
+
+    list(spread(crew, Held("mini"), {0, 1, 2}))
+    assert crew.given == [(1, (0,)), (2, (1,)), (2, (0,)), (2, (2,))]
+
+
+def test_a_kept_hand_that_holds_the_weights_is_preferred():
+    """To one that would have to let go of others, and read them."""
+    crew = Told()
+    mini, other = Held("mini"), Held("other")
+    hired = [crew.hire(held) for held in (other, mini)]
+    crew.loading.clear()
+    crew.keep(hired)
+
+    assert [crew.hire(mini), crew.hire(mini)] == [2, 1]
 
 
 def test_no_more_hands_are_hired_than_there_is_work_for():
