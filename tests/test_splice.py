@@ -252,6 +252,19 @@ def test_damping_spares_what_turns_slowly():
     assert early[frame:].min() > 0.98 and early[-1] < late[-1]
 
 
+@pytest.mark.parametrize("sigma", [0.9, 0.5, 0.1])
+def test_damping_by_its_formula(sigma):
+    """On the way from noise to picture pairs that turn fast go from 1.04 to 0, slow ones from 1 to 1.10, and those in
+    between by x^2.5 along the axis."""
+    done, pairs = 1 - sigma, DIT.rope_axes[1] // 2
+    fast, slow = 1.04 * (1 - done), 1 + 0.10 * done
+    along = [(pair / (pairs - 1)) ** 2.5 for pair in range(pairs)]
+    side = [(1 - x) * fast + x * slow for x in along for _ in range(2)]
+
+    expected = torch.tensor([1.0] * DIT.rope_axes[0] + 2 * side)
+    torch.testing.assert_close(damping(DIT, sigma), expected)
+
+
 def test_shifted_keys_are_those_of_a_picture_to_the_right():
     torch.manual_seed(0)
     dit = Krea2(DIT)
@@ -508,6 +521,25 @@ def test_the_longest_unused_is_forgotten_first(tmp_path):
 
     cache.put({"step": 4}, made, of=100)  # they cannot all stay, so none is worth the writing
     assert cache.get({"step": 4}, CPU) is None
+
+
+def test_a_run_whose_captures_cannot_all_stay_keeps_none(pipeline, refs, cache, monkeypatch):
+    """They would push out one another, and what others keep, before anything is read again."""
+    spec = styled((refs[0], 0.5), (refs[1], 0.5))
+    pipeline.render([spec])
+    (size,) = {file.stat().st_size for file in cache.iterdir()}
+    shutil.rmtree(cache)
+
+    monkeypatch.setattr(pipeline._captures, "limit", 3 * size)  # of two references at two steps each
+    pipeline.render([spec])
+    assert not cache.exists()
+
+
+def test_a_capture_of_another_format_is_not_taken(tmp_path, monkeypatch):
+    cache, made = CaptureCache(tmp_path), Capture(*torch.randn(6, 1, 1, 4, 16))
+    cache.put({"step": 0}, made)
+    monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
+    assert cache.get({"step": 0}, CPU) is None
 
 
 def test_a_disk_that_is_nearly_full_is_not_filled(tmp_path, monkeypatch):
