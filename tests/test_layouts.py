@@ -267,6 +267,16 @@ def test_scales_of_blocks(tmp_path, state):
     assert "F8_E4M3 with scales of [256, 8]" in refused(native(tmp_path, stored))
 
 
+@pytest.mark.parametrize(("number", "called"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_scales_of_columns(tmp_path, state, number, called):
+    """As many as a row is long: k2 reads one for each row."""
+    name = "blocks.0.mlp.up.weight"
+    rows, columns = state[name].shape
+    stored = state | {name: state[name].to(number), f"{name}_scale": torch.ones(columns)}
+    assert rows != columns
+    assert f"{called} with scales of [{columns}]" in refused(native(tmp_path, stored))
+
+
 @pytest.mark.parametrize(
     ("beside", "what"),
     [
