@@ -17,6 +17,8 @@ SIZES = {
     "small-medium": DiTConfig(width=384, heads=12, kv_heads=3, blocks=3, text_width=160, text_taps=12, text_heads=5),
 }
 
+SMALL = replace(PRESETS["mini"], width=64, text_width=64, heads=4, kv_heads=2, blocks=2)
+
 
 def random_model(config: DiTConfig, seed: int = 0) -> Krea2:
     """Random everywhere, norms and modulation too, so that no part can hide behind its zero."""
@@ -182,7 +184,7 @@ def test_parts_give_what_the_whole_gives():
 
 def test_training_starts_at_zero_and_every_parameter_learns():
     torch.manual_seed(0)
-    model = Krea2(replace(PRESETS["mini"], width=64, text_width=64, heads=4, kv_heads=2, blocks=2))
+    model = Krea2(SMALL)
     model.initialise()
     tokens, sigma, embeds, grid = inputs(model.config)
     assert not model(tokens, sigma, embeds, grid).any()
@@ -195,6 +197,29 @@ def test_training_starts_at_zero_and_every_parameter_learns():
         (model(tokens, sigma, embeds, grid) - torch.randn_like(tokens)).square().mean().backward()
         optimizer.step()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_residual_branches_start_quiet():
+    """Together all of a stack add as much as one product that keeps the variance, however deep it is."""
+    torch.manual_seed(0)
+    for blocks in (2, 6):
+        (model := Krea2(replace(SMALL, blocks=blocks))).initialise()
+        for stack in (model.blocks, model.txtfusion):
+            ends = [layer for name, layer in stack.named_modules() if name.endswith((".wo", ".down"))]
+            added = sum(layer(torch.randn(256, layer.in_features)).var().item() for layer in ends)
+            assert added == pytest.approx(1, rel=0.1)
+
+
+@torch.no_grad()
+def test_gates_start_open_at_every_noise_level():
+    """Near one, and scales and shifts near zero: what the time says of them is still small."""
+    torch.manual_seed(0)
+    (model := Krea2(SMALL)).initialise()
+    shared = model.modulate(torch.linspace(0, 1, 9))[..., : 6 * model.config.width]
+    parts = (shared + model.blocks[0].mod.lin).unflatten(-1, (6, -1))
+
+    start = torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].expand_as(parts)
+    torch.testing.assert_close(parts, start, rtol=0, atol=0.25)
 
 
 def test_preset_sizes():
