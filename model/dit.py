@@ -140,12 +140,17 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Key-value heads x [B, K, S, d] -> [B, H, S, d], one for each query head: the first H / K share the first."""
+    return x.repeat_interleave(heads // x.shape[1], 1)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q [B, H, S, d], k and v [B, K, S', d], mask broadcast to [B, H, S, S'] -> [B, H, S, d]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel walks over heads: every stride costs it
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.device.type == "cuda" and mask is not None:  # no fused kernel there has both: it would hold all logits in fp32
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width, rms_norm, rotate
+from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width, repeated, rms_norm, rotate
 from model.latents import position_ids
 
 SIZES = {
@@ -248,6 +248,15 @@ def test_preset_sizes():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValueError):
         replace(PRESETS["mini"], **wrong)
+
+
+def test_query_heads_share_key_value_heads_in_groups_of_neighbours():
+    """Also where no kernel knows of sharing, and the heads are repeated."""
+    q, k, v = torch.randn(2, 12, 5, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
+    groups = [attention(q[:, 4 * i : 4 * i + 4], k[:, i : i + 1], v[:, i : i + 1]) for i in range(3)]
+
+    for answer in (attention(q, k, v), attention(q, repeated(k, 12), repeated(v, 12))):
+        torch.testing.assert_close(answer, torch.cat(groups, 1))
 
 
 def test_attention_of_ones_own():
