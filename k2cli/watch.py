@@ -108,11 +108,11 @@ def watch(
 def check_options(settings: Mapping[str, Any]) -> None:
     """Refuse options that no change of a file could make right. Raises K2Error."""
     from k2cli.settings import Settings
-    from k2cli.sizes import parse_size
+    from k2cli.sizes import STEP, parse_size
 
     Settings().override(**settings)
     if settings["size"] is not None:
-        parse_size(settings["size"], "--size")
+        parse_size(settings["size"], "--size", STEP)
     if settings["device"] is not None:
         from model.parts import pick_device
 
