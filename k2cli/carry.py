@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from k2cli import history, licence
-from k2cli.console import meter, near, result, say, typed
+from k2cli.console import meter, near, result, results, say, typed
 from k2cli.disk import DiskFull
 from k2cli.expander import forget
 from k2cli.facts import course
@@ -124,6 +124,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             say_doubts(job)
         own = recommended(job.model.name, job.model.variant) if left else {}
         folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
+        rows = []
         for shot in left:
             asked = request(shot, job.project.root)
             said = {key: value for key, value in asked["settings"].items() if value is not None}
@@ -143,7 +144,9 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 facts += [f"begun with {begun['image']}"] if (begun := asked["init_image"]) else []
                 facts += [f"denoise {made['denoise']:g}"] if made.get("denoise") is not None else []
                 facts += [f"mask {mask.get('region') or mask['image']}"] if (mask := asked["mask"]) else []
-                result(f"{folder}{shot.file}\t{size}\tseed {made['seed']}\t{', '.join(facts)}\t{shot.spec.prompt}")
+                row = [f"{folder}{shot.file}", size, f"seed {made['seed']}", ", ".join(facts), shot.spec.prompt]
+                rows.append(row)
+        results(rows)
 
 
 def carry_out(

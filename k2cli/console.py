@@ -80,6 +80,26 @@ def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = Non
     return "\n".join(lines)
 
 
+def results(rows: Sequence[Sequence[str]]) -> None:
+    """Lines of results, each of as many fields: parted by tabs in a pipe, and on a terminal columns, folded where they
+    are too long; the first, of names, is not if that leaves room for the others."""
+    cells = screen()
+    if not cells:
+        for row in rows:
+            result("\t".join(row).rstrip("\t"))
+    elif rows:
+        from rich.table import Column, Table
+
+        fields = [[Text(harmless(field)) for field in row] for row in rows]
+        whole = max(name.cell_len for name, *_ in fields) <= cells // 2
+        more = (Column(overflow="fold") for _ in fields[0][1:])
+        table = Table.grid(Column(no_wrap=whole, overflow="fold"), *more, padding=(0, 2, 0, 0))
+        for texts in fields:
+            table.add_row(*texts)
+        with delivering():
+            Console(highlight=False).print(table)
+
+
 def screen() -> int | None:
     """How many cells a line of standard output has, where that is a terminal."""
     return Console().width if sys.stdout.isatty() else None

@@ -84,10 +84,16 @@ def styles_worn(project: Project) -> list[str]:
     for prompt in project.prompts:
         project.styles.resolve(dict.fromkeys(prompt.style, 0.0), partial(prompt.where, "style"))
     weights = [f"{name} {weight:g}" for name, weight in project.weights.items() if weight]
-    of_prompts = {name for prompt in project.prompts for name, weight in prompt.style.items() if weight}
-    worn = {name: f"{name} (some prompts)" for name in sorted(of_prompts) if not project.weights.get(name)}
-    unused = (name for name in project.styles.known if not project.weights.get(name) and name not in worn)
-    return [*board, *weights, *worn.values(), *(f"{name} (off)" for name in unused)]
+    others = {name: weight_in(project, name) for name in project.styles.known if not project.weights.get(name)}
+    unused = [f"{name} (off)" for name, weight in others.items() if weight == "off"]
+    return [*board, *weights, *(f"{name} ({weight})" for name, weight in others.items() if weight != "off"), *unused]
+
+
+def weight_in(project: Project, style: str) -> str:
+    """A style's weight in the project, or that only some prompts have one, or that it is off."""
+    if weight := project.weights.get(style):
+        return f"weight {weight:g}"
+    return "some prompts" if any(prompt.style.get(style) for prompt in project.prompts) else "off"
 
 
 def progress(run: Run) -> tuple[int, int]:

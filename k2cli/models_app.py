@@ -64,18 +64,21 @@ def show_vocabulary(
       k2 models vocabulary | grep fruit
       k2 models vocabulary kitten "8-bit"
     """
-    from k2cli.console import result
+    from k2cli.console import result, results
     from k2cli.tables import listed
     from model.vocabulary import vocabulary
 
-    known, unknown = vocabulary(), []
+    known, unknown, rows = vocabulary(), [], []
     for asked in words or [""]:
         found = known.meaning(asked) if words else known.entries
         if not found:
             unknown.append(f'"{asked}"')
         for entry in found:
-            line = f"{entry.kind}\t{entry.name}\t{', '.join(entry.others)}"
-            result(to_json(entry._asdict()) if json else line.rstrip())
+            if json:
+                result(to_json(entry._asdict()))
+            rows.append([entry.kind, entry.name, ", ".join(entry.others)])
+    if not json:
+        results(rows)
     if unknown:
         raise K2Error(f"The weights in the box do not know {listed(unknown)}.", hint="All: k2 models vocabulary")
 

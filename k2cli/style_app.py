@@ -107,10 +107,14 @@ def add(
 
 @style_app.command("list")
 def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = False, json: JsonOption = False) -> None:
-    """List the styles: file, what it is made of, its words."""
-    from k2cli.console import near, result, show_error
+    """List the styles: file, what it is made of, its words.
 
-    opened, broken = find_project(project, allow_outside), False
+    On a terminal with the weight that each has in the project; in a pipe a line each, the fields parted by tabs.
+    """
+    from k2cli.console import near, result, results, screen, show_error
+    from k2cli.here import weight_in
+
+    opened, broken, rows = find_project(project, allow_outside), False, []
     for name in opened.styles.known:
         path = opened.root / opened.styles.file_of(name)
         try:
@@ -135,9 +139,14 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
             "method": style.method,
             "mix": dict(style.mix),
             "lora": near(style.lora) if style.lora else None,
+            "weight": opened.weights.get(name, 0.0),
         }
-        line = "\t".join([near(path), ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
-        result(to_json(about) if json else line.rstrip("\t"))
+        if json:
+            result(to_json(about))
+        weight = [weight_in(opened, name)] if screen() else []
+        rows.append([near(path), *weight, ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
+    if not json:
+        results(rows)
     if broken:
         raise typer.Exit(1)
 

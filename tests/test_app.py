@@ -24,6 +24,8 @@ from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
 from k2cli import doctor, hands, runs, sheet
+from k2cli.carry import plan_job, show_plan
+from k2cli.project import Project
 from k2cli.tables import Toml
 from model import library
 from model.errors import K2Error
@@ -186,6 +188,21 @@ def test_a_dry_run_shows_everything_and_writes_nothing(moody, k2, fake):
     assert [each["prompt"]["expanded"] for each in objects] == ["a red fox", "an owl at night"]
     assert objects[0]["model"] == {"name": "mini", "variant": None} and objects[0]["variant"] is None
     assert tree(moody) == before and fake.loaded == []
+
+
+def test_a_dry_run_on_a_terminal_is_a_table(moody, fake, monkeypatch, capsys):
+    project = Project.open(moody)
+    settings = project.settle()
+    job = plan_job(project, settings, project.shots(settings), compared=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    show_plan([job], as_json=False, quiet=True)
+
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "fox-7.png              128x128  seed 7  52 steps, guidance 3.5  a red fox",
+        "an-owl-at-night-7.png  128x128  seed 7  52 steps, guidance 3.5  an owl at night",
+    ]
 
 
 def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):

@@ -16,6 +16,7 @@ from k2cli.complete import complete_style
 from k2cli.dialect import dump
 from k2cli.moodboard import gather
 from k2cli.project import Project
+from k2cli.style_app import list_styles
 from k2cli.tables import Toml
 from model.picture_file import passed_over
 
@@ -329,6 +330,7 @@ def test_list_and_show(looks, photos, k2):
     assert [each["name"] for each in listed] == ["blend", "dusk", "ink", "neon", "photo", "riso"]
     assert listed[4]["references"] == added["references"] == ["refs/photo/a.png"] and listed[0]["references"] == []
     assert listed[0]["mix"] == {"photo": 0.5, "dusk": -0.25} and listed[4]["method"] == "tokens"
+    assert {each["weight"] for each in listed} == {0.0}
 
     assert [line.split() for line in k2("style", "show", "blend").stdout.splitlines()] == [
         ["photo", "0.5"],
@@ -340,6 +342,32 @@ def test_list_and_show(looks, photos, k2):
     shown = json.loads(k2("style", "show", "blend", "--json").stdout)
     assert shown["parts"][0]["reference"][0]["sha256"] and shown["parts"][1]["strength"] == -0.25
     assert 'Did you mean "dusk"?' in k2("style", "show", "disk", code=1).stderr
+
+
+def test_the_list_on_a_terminal_is_a_table_that_says_what_is_worn(looks, k2, monkeypatch, capsys):
+    """In cells, of which a Chinese letter takes two."""
+    (looks / "styles" / "夜の色.toml").write_text('keywords = ["night blue", "a sky of very many stars"]\n')
+    (looks / "styles" / "riso.toml").write_text("[mix]\nink = 1\n")
+    toml = (looks / "k2.toml").read_text()
+    (looks / "k2.toml").write_text(toml + "style.neon = 1\n\n[style]\ndusk = 0.6\n")
+    weights = {
+        each["name"]: each["weight"] for each in map(json.loads, k2("style", "list", "--json").stdout.splitlines())
+    }
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "64")
+
+    list_styles()
+
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "styles/dusk.toml    weight 0.6    words         dusk look",
+        "styles/ink.toml     off           words         ink look",
+        "styles/neon.toml    some prompts  words         neon look",
+        "styles/riso.toml    off           a mix of ink",
+        "styles/夜の色.toml  off           words         night blue, a",
+        "                                                sky of very many",
+        "                                                stars",
+    ]
+    assert weights == {"dusk": 0.6, "ink": 0.0, "neon": 0.0, "riso": 0.0, "夜の色": 0.0}
 
 
 # ---- mix-styles -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from k2cli.carry import undrawable
 from k2cli.models import Held
+from k2cli.models_app import show_vocabulary
 from k2cli.project import Project, Shot
 from k2cli.runs import Job
 from model.spec import Lora, RenderSpec
@@ -70,6 +71,17 @@ def test_the_command_lists_all_or_says_what_words_mean(k2):
     some = k2("models", "vocabulary", "kitten", "zebu", "FOXES", "nope", code=1)
     assert [line.split("\t")[1] for line in some.stdout.splitlines()] == ["cat", "fox"]
     assert 'do not know "zebu", "nope".' in some.stderr
+
+
+def test_what_words_mean_is_a_table_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+
+    show_vocabulary(["8-bit", "kitten"])
+
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith("look     pixel art  8-bit, ") and lines[1].startswith(" " * 20)
+    assert any(line.startswith("subject  cat        kitt") for line in lines)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
