@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from k2cli.project import Project
     from k2cli.prompts import Prompt
+    from k2cli.styles import StyleFile, Styles
 
 style_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 moodboard_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
@@ -111,20 +112,13 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
     On a terminal with the weight that each has in the project; in a pipe a line each, the fields parted by tabs.
     """
-    from k2cli.console import near, result, results, screen, show_error
+    from k2cli.console import near, result, results, screen
     from k2cli.here import weight_in
 
-    opened, broken, rows = find_project(project, allow_outside), False, []
-    for name in opened.styles.known:
+    opened, rows = find_project(project, allow_outside), []
+    usable = usable_of(opened.styles)
+    for name, style in usable.items():
         path = opened.root / opened.styles.file_of(name)
-        try:
-            style = opened.styles.read(name, "k2 style list")
-            if style.mix:
-                opened.styles.resolve({name: 0.0}, lambda name: "k2 style list")  # which is too strong for none
-        except K2Error as error:
-            show_error(error)
-            broken = True
-            continue
         kinds = [
             count_of(len(style.references), "picture") if style.references else "",
             "a mix of " + ", ".join(style.mix) if style.mix else "",
@@ -147,8 +141,33 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
         rows.append([near(path), *weight, ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
     if not json:
         results(rows)
-    if broken:
+    if len(usable) < len(opened.styles.known):
         raise typer.Exit(1)
+
+
+def usable_of(styles: Styles) -> dict[str, StyleFile]:
+    """The styles that can be used, by name. What is wrong with the others is told, of a mix that it is one, where that
+    was told already."""
+    from k2cli.console import show_error
+    from k2cli.tables import label_of
+
+    usable: dict[str, StyleFile] = {}
+    told: set[str] = set()
+    for name in styles.known:
+        try:
+            usable[name] = styles.read(name, "k2 style list")
+        except K2Error as error:
+            show_error(error)
+            told.add(str(error))
+    for name in [name for name, style in usable.items() if style.mix]:
+        try:
+            styles.resolve({name: 0.0}, lambda name: "k2 style list")  # which is too strong for none
+        except K2Error as error:
+            again = K2Error(f"{label_of(styles.root, styles.file_of(name))} mixes a style that cannot be used.")
+            show_error(again if str(error) in told else error)
+            told.add(str(error))
+            del usable[name]
+    return usable
 
 
 @style_app.command("show")

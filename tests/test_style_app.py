@@ -518,6 +518,21 @@ def test_the_list_tells_mixes_that_work_from_those_that_cannot(looks, k2):
     assert "styles/self.toml, line 2: the styles mix themselves, self → self." in listed.stderr
 
 
+def test_a_broken_style_is_told_once_and_mixes_of_it_by_their_names(looks, k2):
+    (looks / "styles" / "ink.toml").write_text("keywords = 1\n")
+    for name, of in (("bold", "ink"), ("pale", "bold"), ("good", "dusk")):
+        (looks / "styles" / f"{name}.toml").write_text(f"[mix]\n{of} = 1\n")
+
+    listed = k2("style", "list", code=1)
+
+    assert listed.stderr.count("styles/ink.toml, line 1: ") == 1
+    for name in ("bold", "pale"):
+        assert f"styles/{name}.toml mixes a style that cannot be used.\n" in listed.stderr
+    assert [line.split("\t")[0] for line in listed.stdout.splitlines()] == [
+        f"styles/{name}.toml" for name in ("dusk", "good", "neon", "riso")
+    ]
+
+
 def test_styles_that_may_not_be_read_are_not_taken_for_none(looks, k2, monkeypatch):
     listdir = os.listdir
 
