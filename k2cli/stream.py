@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import typer
 
@@ -35,8 +36,20 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
             show_error(problem)
             wrong += 1
             if as_json:
-                result(to_json({"file": None, "error": str(problem), "hint": problem.hint, "prompt": {"text": line}}))
+                about = {"file": None, "error": str(problem), "hint": problem.hint}
+                result(to_json({**about, "prompt": {"text": text_of(line)}}))
     return wrong
+
+
+def text_of(line: str) -> str:
+    """The prompt's text as a line says it; the line itself where none can be read in it."""
+    with suppress(ValueError, RecursionError):
+        said = json.loads(line) if OBJECT.match(line) else {}
+        text = said.get("prompt", said.get("text"))
+        if isinstance(text, str):
+            text.encode()  # JSON may hold halves of characters
+            return text
+    return line
 
 
 def asked_by(line: str) -> Prompt:

@@ -158,8 +158,10 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
-        ('{"text": "tea", "prompt": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
+        ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
+        ('{"prompt": 4}', 'The line: "text" must be', ""),
+        ('{"prompt": "\\ud83e"}', "The line: ", ""),
         ('{"prompt": "tea"', "The line is no JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
         ('{"a":' * 100_000, "The line is no JSON", "Like"),
     ],
@@ -170,6 +172,7 @@ def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, l
     answer, pear = map(json.loads, k2("render", "--stream", "--json", code=1).stdout.splitlines())
 
     assert answer["error"].startswith(said) and hint in answer["hint"]
+    assert answer["prompt"]["text"] == ("tea" if line.startswith('{"prompt": "tea",') else line)
     assert pear["prompt"]["text"] == "a pear"
 
 
