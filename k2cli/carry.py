@@ -223,8 +223,9 @@ def carry(
         raise K2Error(str(error), hint=hint) from None
     if not quiet and total - kept_back > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))
-        more = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
-        say(f"{total - kept_back} pictures and {more} in {near(folder)}", "dim")
+        beside = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
+        more = " more" if total < len(job.shots) else ""
+        say(f"{total - kept_back}{more} pictures and {beside} in {near(folder)}", "dim")
     return folder
 
 

@@ -561,7 +561,9 @@ def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, f
     fake.stop = stop_at(0, KeyboardInterrupt())
     assert f"Interrupted: 1 of 4 pictures are in {folder}." in k2("render", "--resume", code=130).stderr
     fake.stop = staticmethod(lambda at: None)
-    assert len(k2("render", "--resume").stdout.splitlines()) == 3
+    rest = k2("render", "--resume")
+    assert len(rest.stdout.splitlines()) == 3
+    assert rest.stderr == f"3 more pictures and a contact sheet in {folder}\n"
     assert k2("render", "--resume").stderr == f"{folder}: every picture of the run is there.\n"
 
 
