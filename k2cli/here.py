@@ -32,8 +32,7 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     runs = history.runs_of(project.outputs)
     newest = next((made[-1] for run in reversed(runs) if (made := history.read_run(run))), None)
     last = Run.last(project.outputs)
-    # what a run with a sheet lacks was deleted since
-    done, planned = progress(last) if last and last.folder in runs and not last[SHEET].exists() else (0, 0)
+    done, planned = progress(last) if last and last.folder in runs else (0, 0)
     when = f", the last {newest.run}, {ago(newest.created, datetime.now(UTC))}" if newest else ""
     facts = [
         ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
@@ -97,16 +96,26 @@ def weight_in(project: Project, style: str) -> str:
 
 
 def progress(run: Run) -> tuple[int, int]:
-    """How many of a run's pictures are made, and how many are planned; 0 of 0 where its plan cannot be read.
+    """How many of a run's pictures are made, and how many are planned; 0 of 0 where its plan cannot be read, or the run
+    has its sheet: what it lacks was deleted since.
 
     A plan may be megabytes long: the names are looked for, and the rest is not parsed.
     """
+    if run[SHEET].exists():
+        return 0, 0
     try:
         with open_file(run[RUN]) as file:
             stems = [stem.decode() for stem in PLANNED.findall(file.read(MOST_PLAN))]
         return sum(map(run.has, stems)), len(stems)
     except (OSError, ValueError):
         return 0, 0
+
+
+def first_step(outputs: Path) -> str:
+    """The command that makes the first pictures of a project: of a run that was stopped before it had any, the rest."""
+    last = Run.last(outputs)
+    done, planned = progress(last) if last else (0, 0)
+    return "k2 render --resume" if last and done < planned and not last.busy else "k2 render"
 
 
 def ago(moment: datetime | None, now: datetime) -> str:

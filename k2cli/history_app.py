@@ -26,6 +26,7 @@ from k2cli.options import (
 from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
+    from k2cli.folder import Folder
     from k2cli.history import Made
     from k2cli.records import Record
 
@@ -118,7 +119,7 @@ def log(
     if not quiet:
         if not count and not wrong:
             anything = run or prompt or style or since
-            say("No picture matches." if anything else "No pictures yet. Make some: k2 render", "dim")
+            say("No picture matches." if anything else none_yet(folders), "dim")
         elif len(found) < count:
             say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
         if unread:
@@ -127,6 +128,14 @@ def log(
         show_error(problem)
     if wrong:
         raise typer.Exit(1)
+
+
+def none_yet(folders: Sequence[Folder]) -> str:
+    """That projects have no pictures, and what makes some."""
+    from k2cli.here import first_step
+
+    step = first_step(folders[0].outputs) if len(folders) == 1 else "k2 render"
+    return f"No pictures yet. Make some: {step}"
 
 
 def near_file(made: Made) -> str:
@@ -239,7 +248,7 @@ def gallery(
         if count:
             say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
         elif not unread:
-            say("No pictures yet. Make some: k2 render", "dim")
+            say(none_yet([there]), "dim")
 
 
 def show(

@@ -440,6 +440,19 @@ def test_k2_alone_tells_of_a_run_that_is_not_finished(moody, k2, fake):
     assert "--resume" not in k2().stdout and " of 3 " not in k2().stdout
 
 
+def test_where_there_is_no_picture_yet_a_stopped_run_is_gone_on_with(moody, k2, fake):
+    assert k2("log").stderr == "No pictures yet. Make some: k2 render\n"
+
+    def stop(at: int) -> None:
+        raise KeyboardInterrupt
+
+    fake.stop = staticmethod(stop)
+    k2("render", code=130)
+
+    for command in ("log", "gallery"):
+        assert k2(command).stderr == "No pictures yet. Make some: k2 render --resume\n"
+
+
 def test_a_run_whose_bad_pictures_were_deleted_is_finished(moody, k2):
     k2("render")
     (moody / "outputs" / "0001-fox-and-1-more" / "fox-7.png").unlink()
