@@ -73,7 +73,7 @@ def watch(
       k2 watch moody --turbo --only fox --batch 1
     """
     from k2cli.carry import carry_out
-    from k2cli.console import say, show_error
+    from k2cli.console import console, say, show_error
     from k2cli.settings import draw
 
     if folder and project:
@@ -102,6 +102,8 @@ def watch(
                 say("Waiting for a change; Ctrl-C ends.", "dim")
             wait(root, before)
     except KeyboardInterrupt:
+        if console.is_terminal:
+            say("")  # which shows ^C, and the shell goes on where the line ends
         raise typer.Exit(130) from None
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 from PIL import Image
+from rich.console import Console
 
-from k2cli import watch
+from k2cli import console, watch
 from model.errors import K2Error
 
 K2 = Path(sys.executable).with_name("k2")
@@ -202,6 +203,14 @@ def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
     watch.wait(tmp_path, {})
 
     assert next(stamps, None) is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_ends_its_line_on_a_terminal(moody, k2, changes, monkeypatch, terminal):
+    """The shell's prompt stood behind the ^C."""
+    monkeypatch.setattr(console, "console", Console(stderr=True, force_terminal=terminal))
+
+    assert k2("watch", "--quiet", code=130).stderr == "\n" * terminal
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
