@@ -159,7 +159,12 @@ GuidanceUntilOption = Annotated[
     typer.Option("--guidance-until", metavar="SHARE", help="Guide this share of the steps, the first ones."),
 ]
 StyleGuidanceOption = Annotated[
-    float | None, typer.Option("--style-guidance", metavar="G", help="How far to follow the styles; 0 is once.")
+    float | None,
+    typer.Option(
+        "--style-guidance",
+        metavar="G",
+        help="How far to follow reference pictures: 0 as they are, 1 twice as far.",
+    ),
 ]
 InitImageOption = Annotated[
     Path | None,
@@ -186,7 +191,7 @@ def choice(key: str, metavar: str, help: str) -> Any:
     return typer.Option(f"--{key}", metavar=metavar, help=help, autocompletion=complete_setting(key))
 
 
-ScopeOption = Annotated[str | None, choice("scope", "S", "Whose first: the prompt's own, or that of the run.")]
+ScopeOption = Annotated[str | None, choice("scope", "S", "Whose first: prompt (each its own) or run (one for all).")]
 CreativityOption = Annotated[
     str | None, choice("creativity", "LEVEL", "raw, low, medium, high: what may be added to a prompt.")
 ]
