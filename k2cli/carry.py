@@ -197,7 +197,8 @@ def carry(
     begun: list[Path] = []  # the run's folder
     told: set[str] = set()  # prompts
     try:
-        with meter(total, quiet=quiet) as bar:
+        before = "" if crew else "loading the model"  # whose steps nobody hears of
+        with meter(total, quiet=quiet, before=before) as bar:
             for saved in render(job, on_start=begun.append, on_step=bar.step, crew=crew):
                 done, folder = done + 1, saved.path.parent
                 bar.saved(done)

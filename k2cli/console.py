@@ -119,11 +119,12 @@ def typed(path: Path) -> str:
 class Meter:
     """Progress over pictures and steps; a silent one where nobody watches."""
 
-    def __init__(self, progress: Any = None, pictures: Any = None, steps: Any = None):
-        self.progress, self.pictures, self.steps = progress, pictures, steps
+    def __init__(self, progress: Any = None, pictures: Any = None, steps: Any = None, what: str = ""):
+        self.progress, self.pictures, self.steps, self.what = progress, pictures, steps, what
 
     def step(self, done: int, of: int) -> None:
         if self.progress is not None:
+            self.progress.update(self.pictures, description=self.what)
             self.progress.update(self.steps, completed=done, total=of, visible=True)
 
     def saved(self, done: int, of: int | None = None) -> None:
@@ -132,8 +133,9 @@ class Meter:
 
 
 @contextmanager
-def meter(total: int | None, *, quiet: bool, what: str = "pictures") -> Iterator[Meter]:
-    """A bar for the pictures, or whatever is made, and one for the steps of those in hand, on a terminal only."""
+def meter(total: int | None, *, quiet: bool, what: str = "pictures", before: str = "") -> Iterator[Meter]:
+    """A bar for the pictures, or whatever is made, and one for the steps of those in hand, on a terminal only. It says
+    what is done `before` the first step."""
     if quiet or not console.is_terminal:
         yield Meter()
         return
@@ -144,6 +146,7 @@ def meter(total: int | None, *, quiet: bool, what: str = "pictures") -> Iterator
     with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         yield Meter(
             progress,
-            progress.add_task(what, total=total),
+            progress.add_task(before or what, total=total),
             progress.add_task("   steps", total=None, visible=False),
+            what,
         )

@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
+from rich.console import Console
 
-from k2cli import doctor, hands, runs, sheet
+from k2cli import console, doctor, hands, runs, sheet
 from k2cli.carry import plan_job, show_plan
 from k2cli.project import Project
 from k2cli.tables import Toml
@@ -113,6 +114,15 @@ def test_new_then_render(fake, k2, tmp_path, monkeypatch):
         )
     with Image.open("outputs/0001-fox-and-2-more/sheet.png") as sheet:
         assert sheet.width > 6 * 64
+
+
+def test_what_is_done_before_the_first_step_is_told_on_a_terminal(moody, k2, monkeypatch):
+    monkeypatch.setattr(console, "console", Console(stderr=True, force_terminal=True))
+
+    before, _, after = k2("render").stderr.partition("pictures")
+
+    assert "loading the model" in before and "loading the model" not in after
+    assert "loading" not in k2("render", "--quiet").stderr
 
 
 def test_printed_commands_can_be_typed(fake, k2, tmp_path, monkeypatch):
