@@ -17,7 +17,7 @@ from k2cli.facts import course
 from k2cli.folder import root_above
 from k2cli.hands import Crew
 from k2cli.matrix import Matrix
-from k2cli.models import grid, recommended
+from k2cli.models import grid, reads_styles, recommended
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import sides_of
@@ -32,6 +32,7 @@ from model.picture_file import is_sheet, passed_over
 from model.region import Region
 from model.spec import Leader, denoise_of, steps_taken
 from model.vocabulary import vocabulary
+from model.weighed import check_number
 
 CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
@@ -120,6 +121,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         left = job.left
         if not left and not quiet:
             say_finished(job)
+        check_references(job)
         if not quiet:
             say_doubts(job)
         own = recommended(job.model.name, job.model.variant) if left else {}
@@ -164,6 +166,7 @@ def carry_out(
     forget()
     for job in jobs:
         licence.require_for(job.model.name, job.model.variant)
+        check_references(job)
     for job in jobs:
         if not job.left and not job.lacks_sheet:
             if not quiet:
@@ -175,6 +178,14 @@ def carry_out(
         folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=of)
         folders += [folder] if folder is not None else []
     return folders
+
+
+def check_references(job: Job) -> None:
+    """Refuse more reference pictures than a model takes at once, before its weights are read. Raises K2Error."""
+    looks = {shot.spec.styles for shot in job.left if any(style.references for style in shot.spec.styles)}
+    auto = "tokens" if looks and reads_styles(job.model.name, job.model.variant) else "splice"
+    for styles in looks:
+        check_number([replace(style, method=auto) if style.method == "auto" else style for style in styles])
 
 
 def places(jobs: Sequence[Job]) -> Iterator[list[int]]:

@@ -132,6 +132,12 @@ def grid(name: str, variant: str | None = None) -> Grid:
     return Grid(native or NATIVE, step, (min(areas), max(areas)) if areas else None)
 
 
+def reads_styles(name: str, variant: str | None = None) -> bool:
+    """Whether a model has a style encoder. Its weights are not read."""
+    found = library.find(name, variant)
+    return found is not None and library.find_parts(found).style is not None
+
+
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     """What a model takes where nothing is said: width, height, steps, guidance. Its weights are not read."""
     found = library.find(name, variant)

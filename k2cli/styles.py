@@ -38,6 +38,7 @@ from model.hashes import sha256
 from model.headers import read_header
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style
+from model.weighed import MOST_AT_ONCE
 
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
 MOST_MIXES = 16  # styles that mix styles that mix styles …
@@ -309,10 +310,11 @@ def add_style(
     over = passed_over(beside - {each.parent for each in files})
     kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
     count = len({sha256(each) for each in kinds})
-    if count > MOST_REFERENCES:
+    most, by = MOST_AT_ONCE.get(method or "", MOST_REFERENCES), f" by {method}" if method in MOST_AT_ONCE else ""
+    if count > most:
         raise K2Error(
-            f'Style "{name}" would have {count} reference pictures.',
-            hint=f"Give at most {MOST_REFERENCES}, those that show the look best.",
+            f'Style "{name}" would have {count} reference pictures{by}.',
+            hint=f"Give at most {most}, those that show the look best.",
         )
     make(file.parent)
     pictures = sorted({*copied(kinds, folder).values()})

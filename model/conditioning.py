@@ -16,9 +16,10 @@ from model.parts import Autoencoder, load_style
 from model.recent import Recent
 from model.references import to_pixels
 from model.settle import Settled, read_beside
-from model.style import StyleEncoder, Weighed
+from model.style import StyleEncoder
 from model.text_encoder import TextEncoder
 from model.vision import Reader, find_tower
+from model.weighed import Weighed
 
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
 MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes

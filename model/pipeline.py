@@ -61,8 +61,8 @@ from model.settle import (
 )
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
-from model.style import Weighed
 from model.text_encoder import TextEncoder
+from model.weighed import Weighed
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 

@@ -15,9 +15,8 @@ from model.kinds import check_kinds
 from model.region import LIKE, Region
 from model.sampler import raw_mu
 from model.spec import LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style, denoise_of, steps_taken
-from model.splice import LEAK_GUARD, MOST_REFERENCES
-from model.style import Weighed, weigh
-from model.vision import MOST_PICTURES
+from model.splice import LEAK_GUARD
+from model.weighed import Weighed, check_number, weigh
 
 SIDES = (64, 4096)
 MOST_PIXELS = 2048 * 2048
@@ -169,12 +168,7 @@ def settle_styles(spec: Settled) -> Settled:
     tokens, spliced, shown = (weighed(spec, method) for method in ("tokens", "splice", "vision"))
     if spliced and spec.steps == 1:
         raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
-    for found, what, most in ((spliced, "spliced", MOST_REFERENCES), (shown, "read by vision", MOST_PICTURES)):
-        if len(found) > most:
-            raise K2Error(
-                f"{len(found)} reference pictures are {what}, and {most} is the most.",
-                hint="Choose those that show the look best.",
-            )
+    check_number(spec.styles)
     return replace(
         spec,
         style_guidance=spec.style_guidance if tokens or spliced or shown else None,

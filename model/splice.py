@@ -36,7 +36,7 @@ from torch import Tensor
 
 from model.dit import Attend, DiTConfig, Krea2, attention, rotate
 from model.latents import patchify
-from model.style import Weighed
+from model.weighed import Weighed
 from model.whole import sweep, whole
 
 # Where none is asked for. On mini the reference's subject shows under neither guard; "shift" comes nearer to its look
@@ -47,7 +47,6 @@ SEED = 0x57A1E  # of the references' noise
 PULL = 0.85  # how far queries and keys go towards the reference's statistics, at strengths up to 1
 KEY_GAIN = 1.06
 DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
-MOST_REFERENCES = 16  # at once; each lengthens every attention by a picture
 CACHE_BYTES = 8 << 30
 SPARE_BYTES = 2 << 30  # that a disk keeps free of captures
 FORMAT = 2  # of the captures on disk

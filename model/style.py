@@ -9,17 +9,14 @@ strengths that are evened out first (`response`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from model.spec import Style
 
 STYLE_ROWS = 4  # prompt rows that one style takes
 SHUFFLES = 4  # of a reference, in each of two sizes of tiles
@@ -131,34 +128,6 @@ def even_out(strengths: Sequence[float]) -> list[float]:
     """Strengths as the rows take them: those for a style and those against it each keep their proportions."""
     sums = {sign: math.fsum(abs(s) for s in strengths if (s > 0) is sign) for sign in (True, False)}
     return [s * response(total) / total if (total := sums[s > 0]) else 0.0 for s in strengths]
-
-
-class Weighed(NamedTuple):
-    """A reference picture and what all styles' strengths and weights come to for it."""
-
-    sha256: str
-    image: Path
-    weight: float
-
-
-def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weighed, ...]:
-    """Every reference picture of the styles once, in the order of their hashes, never in that of the arguments.
-
-    Within a style its references share its strength by weight. The same picture twice is the picture at the sum of its
-    weights; one whose weights come to nothing is left out.
-    """
-    shares: dict[str, list[float]] = {}
-    images: dict[str, Path] = {}
-    for style in styles:
-        total = math.fsum(abs(reference.weight) for reference in style.references)
-        for reference in style.references:
-            if reference.weight and style.strength:
-                key = sha256(reference.image)
-                images[key] = min(images.get(key, reference.image), reference.image)
-                shares.setdefault(key, []).append(style.strength * reference.weight / total)
-    # fsum rounds once, in whatever order; 0.1 + 0.2 − 0.3 is nothing
-    sums = ((key, round(math.fsum(shares[key]), 12)) for key in sorted(shares))
-    return tuple(Weighed(key, images[key], weight) for key, weight in sums if weight)
 
 
 def destroy_content(latents: Tensor, tile: int, generator: torch.Generator) -> Tensor:

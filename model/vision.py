@@ -31,7 +31,6 @@ from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, rotate
 PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who saved them
 PIXELS = 512 * 512  # that a reference is read at
 SEED = 0x71135  # of the shuffling: a reference is always shuffled alike
-MOST_PICTURES = 16
 FAINT = 0.1  # of the heaviest picture's weight, below which a picture's rows are thinned out, down to none at 0
 
 

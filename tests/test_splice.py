@@ -41,7 +41,7 @@ from model.splice import (
     pulled,
     shifted,
 )
-from model.style import Weighed
+from model.weighed import Weighed
 
 FOX = RenderSpec("a red fox", seed=7, steps=3, guidance=0.0)
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.spec import Reference, Style
-from model.style import SHUFFLES, StyleConfig, StyleEncoder, Weighed, destroy_content, even_out, response, weigh
+from model.style import SHUFFLES, StyleConfig, StyleEncoder, destroy_content, even_out, response
+from model.weighed import Weighed, weigh
 
 
 @pytest.fixture

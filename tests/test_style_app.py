@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, tree
+from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
 from k2cli import mix, runs, sheet, styles
@@ -18,6 +18,7 @@ from k2cli.moodboard import gather
 from k2cli.project import Project
 from k2cli.style_app import list_styles
 from k2cli.tables import Toml
+from model import library
 from model.picture_file import passed_over
 
 
@@ -301,6 +302,36 @@ def test_add_writes_no_empty_word(moody, photos, k2, option):
 
     assert " is empty." in k2("style", "add", "dusk", photos / "a.png", option, " ", code=1).stderr
     assert tree(moody) == before
+
+
+@pytest.mark.parametrize("method", ["splice", "vision"])
+def test_more_pictures_than_a_method_takes_at_once_are_refused_at_once(moody, photos, k2, method):
+    many = [photos / f"{index}.png" for index in range(17)]
+    for index, path in enumerate(many):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(path)
+    before = tree(moody)
+
+    said = k2("style", "add", "dusk", *many, "--method", method, code=1).stderr
+
+    assert f"would have 17 reference pictures by {method}.\nHint:  Give at most 16" in said and tree(moody) == before
+    k2("style", "add", "dusk", *many[:16], "--method", method)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_more_pictures_than_all_styles_may_have_at_once_are_told_without_weights(moody, photos, k2, fake, dry):
+    """Nine and eight of them are spliced where the model has no style encoder; shares of the same add up."""
+    for index in range(17):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(photos / f"{index}.png")
+    k2("style", "add", "first", *(photos / f"{index}.png" for index in range(9)))
+    k2("style", "add", "then", *(photos / f"{index}.png" for index in range(9, 17)))
+    k2("style", "add", "again", *(photos / f"{index}.png" for index in range(9)), "--method", "splice")
+
+    said = k2("render", "--style", "first=0.5", "--style", "then=0.5", *dry, code=1).stderr
+
+    assert "17 reference pictures are spliced, and 16 is the most." in said and not fake.loaded
+    k2("render", "--style", "first=0.5", "--style", "again=0.5", *dry)
+    write_weights(library.BOX / "mini-style.safetensors", {"kind": "style"})
+    k2("render", "--style", "first=0.5", "--style", "then=0.5", *dry)
 
 
 def test_add_stays_in_the_project(moody, photos, k2):

@@ -34,6 +34,7 @@ from model.vision import (
     positions,
     shuffled,
 )
+from model.weighed import MOST_AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +393,7 @@ def test_vision_needs_an_encoder_that_sees(tiny, seeing, refs, tmp_path):  # noq
 
 
 def test_more_pictures_than_one_vision_span_holds(seeing, tmp_path):
-    many = [tmp_path / f"{index}.png" for index in range(vision.MOST_PICTURES + 1)]
+    many = [tmp_path / f"{index}.png" for index in range(MOST_AT_ONCE["vision"] + 1)]
     for index, path in enumerate(many):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
 
