@@ -74,8 +74,8 @@ def add(
 ) -> None:
     """Make a style of pictures.
 
-    Copies them into refs/NAME and writes styles/NAME.toml. With --force the style file is written anew; pictures that
-    lie in refs/NAME stay there.
+    Copies them into refs/NAME and writes styles/NAME.toml, never by a link out of the project, whatever
+    K2_ALLOW_OUTSIDE says. With --force the style file is written anew; pictures that lie in refs/NAME stay there.
 
     \b
     Examples:
