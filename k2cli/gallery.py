@@ -245,12 +245,12 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("references", "\n".join(references(made))),
         ("loras", "\n".join(history.loras(made.table))),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
-        *((key, made.text(f"settings.{key}")) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
+        *((key, setting(made, key)) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
         ("begun with", made.text("init_image.image")),
-        ("denoise", made.text("settings.denoise")),
+        ("denoise", setting(made, "denoise")),
         ("mask", made.text("mask.region") or made.text("mask.image")),
         ("cohesion", cohesion_of(made)),
-        ("style guidance", made.text("settings.style_guidance")),
+        ("style guidance", setting(made, "style_guidance")),
         ("guard", made.text("settings.leak_guard")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),
@@ -265,10 +265,16 @@ def record_of(made: Made) -> list[tuple[str, str]]:
     return [(name, fact) for name, fact in facts if fact]
 
 
+def setting(made: Made, key: str) -> str:
+    """A setting as one would type it: 1 and not 1.0."""
+    value = made[f"settings.{key}"]
+    return f"{value:g}" if isinstance(value, float) else made.text(f"settings.{key}")
+
+
 def cohesion_of(made: Made) -> str:
     """How much a picture shares, and with which."""
     seed, prompt = made.text("leader.seed"), made.text("leader.prompt")
-    return f"{made.text('settings.cohesion')}, led by seed {seed} of: {prompt}" if prompt or seed else ""
+    return f"{setting(made, 'cohesion')}, led by seed {seed} of: {prompt}" if prompt or seed else ""
 
 
 def references(made: Made) -> Iterable[str]:
