@@ -235,14 +235,13 @@ def find_file(file: Path, project: Path | None) -> Path:
     return there if not os.path.exists(file) and os.path.exists(there) else file
 
 
-def find_home(file: Path, project: Path | None, allow_outside: bool) -> Project | None:
-    """A picture's project: the one named, else the nearest above the picture, else above the current folder."""
-    from k2cli.project import Project
+def find_home(file: Path, project: Path | None, allow_outside: bool) -> Folder | None:
+    """A picture's project: the one named, else the nearest above the picture, else above the current folder. Whatever
+    its k2.toml says by now, the picture was made."""
+    from k2cli.folder import Folder, root_above
 
-    if project:
-        return Project.open(project, allow_outside=allow_outside)
-    around = (Project.around(start, allow_outside=allow_outside) for start in (file.absolute().parent, Path.cwd()))
-    return next(filter(None, around), None)
+    root = project or root_above(file.absolute().parent) or root_above(Path.cwd())
+    return Folder.at(root, allow_outside=allow_outside) if root else None
 
 
 def find_project(project: Path | None, allow_outside: bool = False) -> Project:

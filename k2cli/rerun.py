@@ -13,10 +13,10 @@ from PIL import Image, ImageChops
 from k2cli import embedded, history, records
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
+from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import OnStep, groups_of, load
 from k2cli.outputs import RUN, Run, picture_of
-from k2cli.project import Project
 from k2cli.runs import Saved, read_plan
 from model import picture_file
 from model.errors import K2Error
@@ -33,7 +33,7 @@ class Shelf(ExitStack):
         super().__init__()
         self.runs: list[Run] = []
 
-    def room(self, home: Project, name: str, stem: str) -> Run:
+    def room(self, home: Folder, name: str, stem: str) -> Run:
         """A run of this project, newly claimed or of before, that has no such picture yet. Raises K2Error."""
         for run in self.runs:
             if run.folder.parent == home.outputs and not run.has(stem):
@@ -60,7 +60,7 @@ def pictures_in(files: Iterable[Path]) -> list[Path]:
 
 def repeat(
     file: Path,
-    home: Project | None,
+    home: Folder | None,
     shelf: Shelf,
     output: Path | None,
     device: str | None,
@@ -110,7 +110,7 @@ def check_output(output: Path) -> None:
 
 
 def make_again(
-    pipeline: Pipeline, record: records.Record, file: Path, home: Project | None, on_step: OnStep | None
+    pipeline: Pipeline, record: records.Record, file: Path, home: Folder | None, on_step: OnStep | None
 ) -> tuple[Picture, dict[str, Any]]:
     """A recorded picture and its new record: made by itself or, where only so it is the same, in the company that it
     was made in, as numbers round as they did then."""
@@ -132,7 +132,7 @@ def make_again(
     return picture, again
 
 
-def company(file: Path, home: Project | None, stem: str) -> tuple[list[RenderSpec], int]:
+def company(file: Path, home: Folder | None, stem: str) -> tuple[list[RenderSpec], int]:
     """All that was to be made in a picture's run, and its place in it; nothing where its plan is not beside it."""
     folder = file.absolute().parent
     if home is not None and (folder / RUN).is_file():

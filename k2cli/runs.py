@@ -14,6 +14,7 @@ from k2cli import embedded, models, records
 from k2cli.dialect import dump, parse_long
 from k2cli.disk import undisturbed, write
 from k2cli.facts import course
+from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES
 from k2cli.hands import Crew, OnStep, make_here, spread
 from k2cli.history import Made
@@ -242,7 +243,7 @@ def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.
     return planned
 
 
-def read_plan(project: Project, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
+def read_plan(project: Folder, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Path, str]]]]:
     """A run's plan, and the pictures in it with the hashes of their references. Raises K2Error."""
     project.inside(run.folder)
     toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_long)

@@ -305,6 +305,11 @@ class TestRerun:
         assert "Identical, pixel for pixel." in result.stderr
         assert Path("outputs/0002-fox/fox-7.png").read_bytes()[:4] == b"\x89PNG"
 
+    def test_whatever_the_project_says_by_now(self, made, k2):
+        Path("k2.toml").write_text("[render\n")
+
+        assert "Identical, pixel for pixel." in k2("rerun", made).stderr
+
     @pytest.mark.parametrize(("kind", "suffix"), [("webp", "webp"), ("jpeg", "jpg")])
     def test_a_record_is_rerun_into_the_kind_of_its_picture(self, moody, k2, kind, suffix):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f'seed = 7\nformat = "{kind}"'))
