@@ -281,14 +281,16 @@ class Project(Folder):
     ) -> Leader | None:
         """The project's first picture, where prompts are only some of its own: they belong together with the others. A
         seed that is said for these few is theirs alone, unless the first's is another every time."""
-        if not prompts or prompts[0].place is None:
+        if not settings.cohesion or not prompts or prompts[0].place is None or prompts[0].place.toml is not self.toml:
             return None
         settings = replace(settings, scope="prompt")
         if not isinstance(self.settings.seed, str):
             settings = replace(settings.yielding_to(["seed"]), seed=self.settings.seed)
         if matrices and tuple(matrices) == self.comparing(prompts):
             matrices = self.matrices
-        spec = self.shots(settings, self.prompts if matrices else self.prompts[:1], styles, matrices)[0].spec
+        known = name_files(self.prompts)
+        first = next(prompt for prompt, name in known if not matrices or any(each.about(name) for each in matrices))
+        spec = self.shots(settings, [first], styles, matrices)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
 
     def series(

@@ -310,6 +310,21 @@ def test_prompts_without_a_name_and_with_choices_have_the_first_of_all(den, k2):
         assert json.loads(lines)["leader"]["prompt"] == "a red fox"
 
 
+def test_a_line_of_a_stream_is_none_of_the_projects_prompts(den, k2):
+    """Be it JSON or not; and of a project without any."""
+    import json
+
+    lines = 'a cat\n{"prompt": "a cat"}\n'
+
+    def led() -> list[str]:
+        told = k2("render", "--stream", "--scope", "run", "--dry-run", "--json", "--batch", "1", input=lines).stdout
+        return [json.loads(line)["leader"]["prompt"] for line in told.splitlines()]
+
+    assert led() == ["a cat", "a cat"]
+    (den / "k2.toml").write_text('[render]\nmodel = "tiny"\ncohesion = 0.5\n')
+    assert led() == ["a cat", "a cat"]
+
+
 def test_compared_prompts_have_the_first_of_the_whole_comparison(den, k2):
     import json
 
