@@ -343,7 +343,8 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
     kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
-    return Shot(stem, prompt.name, prompt.text, spec, prompt.row, prompt.caption, prompt.creativity, kept), hashes
+    row = prompt.row.removeprefix(prompt.text).removeprefix(" · ")  # that of older plans begins with the prompt
+    return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
 
 
 def style_of(table: Mapping[str, Any], place: Place, own: Callable[[str, str], Path]) -> Style:

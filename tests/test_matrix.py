@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from k2cli import runs
 from k2cli.matrix import escape, read_axes, variants
 from model.errors import K2Error
 
@@ -283,3 +285,18 @@ def test_a_matrix_has_an_end(dusky, k2):
         "more than 10,000 pictures"
         in k2("render", "--matrix", f"seed={many}", "--matrix", f"steps={many[2:]}", code=1).stderr
     )
+
+
+def test_rows_of_older_plans_say_their_prompt_once(moody, k2, monkeypatch):
+    """They began with it."""
+    k2("render", "--only", "fox", "--matrix", "steps=1,2", "--matrix", "seed=1,2", "--quiet")
+    (folder,) = Path("outputs").iterdir()
+    plan = (folder / "run.toml").read_text()
+    (folder / "run.toml").write_text(plan.replace('row = "steps', 'row = "a red fox · steps'))
+    (folder / "sheet.png").unlink()
+    labels: list[str] = []
+    monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **__: labels.extend(e.label for e in entries) or [])
+
+    k2("render", "--resume")
+
+    assert plan.count('row = "steps') == 4 and {*labels} == {"steps 1 · a red fox", "steps 2 · a red fox"}
