@@ -258,7 +258,9 @@ def by_strength(prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole
     for strength, words in alone:
         for word in dict.fromkeys(words):
             parts.setdefault(word, []).append(strength)
-    strengths = {word: min(math.fsum(each), max(1, *each)) for word, each in parts.items() if word not in whole}
+    # rounded, as 0.1 + 0.2 would be one more strength than 0.3
+    sums = {word: round(math.fsum(each), 12) for word, each in parts.items() if word not in whole}
+    strengths = {word: min(total, max(1, *parts[word])) for word, total in sums.items()}
     found, before = [], 0.0
     for strength in sorted({*strengths.values()}):
         reached = eased(strength)

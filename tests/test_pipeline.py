@@ -371,6 +371,7 @@ def test_a_style_of_words_takes_part_by_its_strength():
     ]
     halves = [(name, 0.5, ("watercolour",)) for name in "ab"]
     assert found(*halves) == found(("whole", 1.0, ("watercolour",)))  # as of pictures
+    assert len(found(("a", 0.1, ("wet",)), ("b", 0.2, ("wet",)), ("c", 0.3, ("dry",)))) == 2  # 0.1 + 0.2 is 0.3
     assert found(wet, ("like", 0.7, ("soft light",))) == [(", watercolour, soft light", 0.7), (", soft light", 0.3)]
     assert found(wet, ("less", 0.2, ("soft light", "grain"))) == [
         (", watercolour, soft light, grain", 0.2),
