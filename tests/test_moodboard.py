@@ -121,9 +121,9 @@ def test_colours_have_plain_names():
     ("code", "name"),
     [
         ("5a141e", "brick red"), ("8b0000", "brick red"), ("50271d", "brown"), ("3d2b1f", "brown"), ("14501e", "green"),
-        ("355e3b", "green"), ("4b0082", "purple"), ("191970", "night blue"), ("202020", "black"),
+        ("355e3b", "green"), ("4b0082", "purple"), ("191970", "night blue"), ("1c1c1c", "black"),
         ("0dcef0", "sky blue"), ("008080", "teal"), ("4682b4", "blue"),
-        ("d2691e", "orange"), ("808080", "grey"), ("404040", "dark grey"),
+        ("d2691e", "orange"), ("808080", "grey"), ("404040", "dark grey"), ("2d2d2d", "dark grey"),
     ],
 )  # fmt: skip
 def test_a_dark_or_a_vivid_colour_is_named_after_its_hue(code, name):
