@@ -118,7 +118,7 @@ class Chosen:
     def __contains__(self, made: Made) -> bool:
         asked = " ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")).casefold()
         return (
-            all(re.search(rf"(?<![a-z0-9]){re.escape(word)}", asked) for word in self.prompt.casefold().split())
+            all(begins_in(word, asked) for word in self.prompt.casefold().split())
             and all(style in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
@@ -128,6 +128,13 @@ class Chosen:
             return self.run in name
         number = NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
+
+
+def begins_in(word: str, text: str) -> bool:
+    """Whether a word of the text begins so; in scripts that join words to others, or do not part them, whether it is in
+    it."""
+    parted = word[0] < "\u0590"  # Latin, Greek, Cyrillic and their like come first
+    return re.search(("(?<![^\\W_])" if parted else "") + re.escape(word), text) is not None
 
 
 def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:

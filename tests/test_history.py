@@ -50,11 +50,22 @@ def test_a_prompt_is_found_by_its_name_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "found"), [("owl", True), ("OWL", True), ("ow", True), ("wl", False), ("bow", False), ("雪", True)]
+    ("word", "found"),
+    [
+        ("owl", True),
+        ("OWL", True),
+        ("ow", True),
+        ("wl", False),
+        ("bow", False),
+        ("雪", True),
+        ("cole", False),
+        ("кот", True),
+        ("от", False),
+    ],
 )
 def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path):
     """A bowl is no owl. Languages that do not part their words are searched as they are written."""
-    many_pictures(tmp_path, 1, text="owls, 白雪")
+    many_pictures(tmp_path, 1, text="owls, 白雪, école, рыжий кот")
 
     assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
 
