@@ -19,6 +19,7 @@ from k2cli.tables import from_here, masked
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
+MOST_ROWS = 500  # in columns, which take half a millisecond each
 
 console = Console(stderr=True, highlight=False)
 
@@ -82,9 +83,9 @@ def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = Non
 
 def results(rows: Sequence[Sequence[str]]) -> None:
     """Lines of results, each of as many fields: parted by tabs in a pipe, and on a terminal columns, folded where they
-    are too long; the first, of names, is not if that leaves room for the others."""
+    are too long; the first, of names, is not if that leaves room for the others. Very many are not laid out."""
     cells = screen()
-    if not cells:
+    if not cells or len(rows) > MOST_ROWS:
         for row in rows:
             result("\t".join(row).rstrip("\t"))
     elif rows:
