@@ -102,10 +102,10 @@ class Folder:
 
 
 def keeps_outputs(folder: Path) -> bool:
-    """Whether a .gitignore, which may be the user's own, has no word of the outputs."""
+    """Whether a .gitignore, which may be the user's own, has no line for the outputs."""
     with suppress(OSError):
         lines = (folder / IGNORE).read_text("utf-8", "replace").splitlines()
-        return not any("outputs" in line for line in lines if not line.startswith(("#", "!")))
+        return not any(line.strip().strip("/").removesuffix("/*") in ("outputs", "*", "**") for line in lines)
     return False
 
 

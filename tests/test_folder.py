@@ -67,7 +67,15 @@ def test_a_project_is_made_around_what_is_there(fake, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ignored", "told"), [(None, False), ("/outputs/\n", False), ("*.pyc\n# no outputs\n!outputs/\n", True), ("", True)]
+    ("ignored", "told"),
+    [
+        (None, False),
+        ("/outputs/\n", False),
+        ("*.pyc\n# no outputs\n!outputs/\n", True),
+        ("", True),
+        ("*\n", False),
+        ("my_outputs.txt\n", True),
+    ],
 )
 def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told):
     """The file of whoever said what git is to ignore stays as it is."""
