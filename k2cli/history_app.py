@@ -132,10 +132,15 @@ def log(
 
 def none_yet(folders: Sequence[Folder]) -> str:
     """That projects have no pictures, and what makes some."""
+    from k2cli.console import typed
+    from k2cli.folder import root_above
     from k2cli.here import first_step
 
-    step = first_step(folders[0].outputs) if len(folders) == 1 else "k2 render"
-    return f"No pictures yet. Make some: {step}"
+    if len(folders) > 1:
+        return "No pictures yet. Make some: k2 render"
+    here, root = root_above(Path.cwd()), folders[0].root
+    there = "" if here and here.samefile(root) else f" --project {typed(root)}"
+    return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
 
 
 def near_file(made: Made) -> str:
