@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
@@ -26,7 +27,7 @@ class Hashes:
         """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
-        self._stamps = {name: stamp(file) for name, file in self._files.items()}
+        self._held = Held(self._files)
         self._found: Future[dict[str, str]] = Future()
         threading.Thread(target=self._work, daemon=True).start()  # a pool's would keep the process from ending
 
@@ -40,19 +41,37 @@ class Hashes:
         """File name -> hash. Raises K2Error where a file could not be read, or was written over: what is held may be
         its very pages. One that came in its place is another file."""
         found = self._found.result()
-        for name, file in self._files.items():
-            before, now = self._stamps[name], stamp(file)
-            if now[:1] == before[:1] and now != before and sha256(file) != found[name]:
+        for name in self._held.changed():
+            if sha256(file := self._files[name]) != found[name]:
                 raise K2Error(f"{file} was written over after it had been loaded.", hint="Start again.")
         return dict(found)
 
 
-def stamp(path: Path) -> tuple[int, ...]:
-    """Which file it is, and by what one can tell that it has been written to; of none, nothing."""
-    with suppress(OSError):
-        stat = path.stat()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
-    return ()
+class Held:
+    """Files that are kept open, so that each stays the one that it was, whatever comes in its place."""
+
+    def __init__(self, files: Mapping[str, Path]):
+        self._open: dict[str, int] = {}
+        weakref.finalize(self, close, self._open)
+        for name, path in files.items():
+            with suppress(OSError):
+                self._open[name] = os.open(path, os.O_RDONLY)
+        self._stamps = {name: stamp(file) for name, file in self._open.items()}
+
+    def changed(self) -> Iterator[str]:
+        """Which of them seem to have been written to."""
+        return (name for name, file in self._open.items() if stamp(file) != self._stamps[name])
+
+
+def close(files: Mapping[str, int]) -> None:
+    for file in files.values():
+        os.close(file)
+
+
+def stamp(file: int) -> tuple[int, int]:
+    """By what one can tell that an open file has been written to."""
+    stat = os.fstat(file)
+    return stat.st_size, stat.st_mtime_ns
 
 
 def sha256(path: Path) -> str:
