@@ -195,10 +195,11 @@ def describe(found: Mapping[str, Any]) -> str:
         *(("weights", f"{each['sha256'][:12]}  {each['file']}, {each['megabytes']:g} MB") for each in found["models"]),
     ]
     for plan in found["plans"]:
-        chosen = f"{plan['dtype']}, precision {plan['precision']}, offload {plan['offload']}"
+        own = f"{plan['precision']}, offload {plan['offload']}"
         needs = f"needs {plan['needs_gb']:g} GB, {plan['free_gb']:g} GB are free"
-        rows.append(("plan", f"{plan['model']}: {chosen}; {needs}"))
-        for way, gb in plan["ways_gb"].items() if plan["needs_gb"] >= 1 else ():
+        rows.append(("plan", f"{plan['model']}: {plan['dtype']}, precision {own}; {needs}"))
+        others = {way: gb for way, gb in plan["ways_gb"].items() if way != own and plan["needs_gb"] >= 1}
+        for way, gb in others.items():
             fits = "" if gb <= SPARE * plan["free_gb"] else ", too much"
             rows.append(("plan", f"  or precision {way:<22}{gb:>5} GB{fits}"))
     if project := found.get("project"):
