@@ -27,7 +27,7 @@ class Hashes:
         """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
-        self._held = Held(self._files)
+        self._watched = Watched(self._files)
         self._found: Future[dict[str, str]] = Future()
         threading.Thread(target=self._work, daemon=True).start()  # a pool's would keep the process from ending
 
@@ -41,13 +41,13 @@ class Hashes:
         """File name -> hash. Raises K2Error where a file could not be read, or was written over: what is held may be
         its very pages. One that came in its place is another file."""
         found = self._found.result()
-        for name in self._held.changed():
+        for name in self._watched.changed():
             if sha256(file := self._files[name]) != found[name]:
                 raise K2Error(f"{file} was written over after it had been loaded.", hint="Start again.")
         return dict(found)
 
 
-class Held:
+class Watched:
     """Files that are kept open, so that each stays the one that it was, whatever comes in its place."""
 
     def __init__(self, files: Mapping[str, Path]):
