@@ -60,11 +60,14 @@ def keep_pages() -> None:
 
 
 def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
-    """Whether Triton can read these number formats on the card: e4m3 from Ada on; plain kernels widen it anywhere.
+    """Whether Triton can read these number formats on the card: e4m3 from Ada on, and on few of AMD's; plain kernels
+    widen it anywhere.
 
     `can_compile` would not find out: Triton says so when such a matrix is met, in the middle of the first picture.
     """
-    return torch.float8_e4m3fn not in numbers or torch.cuda.get_device_capability() >= (8, 9)
+    if torch.float8_e4m3fn not in numbers:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9)
 
 
 def can_compile(device: torch.device | str = "cuda") -> bool:

@@ -12,6 +12,7 @@ matrix's own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -134,7 +135,8 @@ def native(number: torch.dtype, device: str) -> bool:
     """Whether a kind of device multiplies numbers of this format faster than bf16; compilers take it as it is.
 
     CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with a scale for every
-    row from Hopper on.
+    row from Hopper on, under Windows on Hopper alone, where cuBLAS has it: PyTorch's own kernel is not built there.
+    ROCm: neither, its libraries have it for some cards only, and others crash.
     """
     return asked(number, device, torch.cuda.current_device() if device == "cuda" else 0)
 
@@ -145,8 +147,11 @@ def asked(number: torch.dtype, device: str, card: int) -> bool:
     if device == "cpu":
         known = torch.cpu.get_capabilities()
         return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    if device == "cuda":
-        return torch.cuda.get_device_capability(card) >= ((8, 0) if number == torch.int8 else (9, 0))
+    if device == "cuda" and torch.version.hip is None:
+        major, _ = torch.cuda.get_device_capability(card)
+        if number == torch.int8:
+            return major >= 8
+        return major == 9 or (major > 9 and sys.platform != "win32")
     return False
 
 

@@ -93,13 +93,21 @@ def test_a_block_in_few_bits_is_compiled_in_one_piece(monkeypatch, tmp_path, pre
 
 
 @pytest.mark.parametrize(
-    ("precision", "card", "compiled"), [("fp8", (8, 6), False), ("fp8", (8, 9), True), ("int8", (8, 6), True)]
+    ("precision", "card", "rocm", "compiled"),
+    [
+        ("fp8", (8, 6), None, False),
+        ("fp8", (8, 9), None, True),
+        ("int8", (8, 6), None, True),
+        ("fp8", (11, 0), "7.0", False),
+        ("int8", (11, 0), "7.0", True),
+    ],
 )
-def test_a_card_compiles_what_its_compiler_can_read(monkeypatch, tmp_path, precision, card, compiled):
+def test_a_card_compiles_what_its_compiler_can_read(monkeypatch, tmp_path, precision, card, rocm, compiled):
     """Triton knows no e4m3 before Ada, and would say so in the middle of the first picture; needs no card."""
     monkeypatch.setattr(fast, "NARROW", 1)
     monkeypatch.setattr(fast, "can_compile", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: card)
+    monkeypatch.setattr(torch.version, "hip", rocm)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = random_model(TINY)
     shrink(model.blocks, lambda name, layer: FORMATS[precision])

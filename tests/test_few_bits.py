@@ -103,14 +103,20 @@ def test_which_devices_multiply_in_8_bits(monkeypatch):
     for known, able in (({}, False), ({"avx512_vnni": False, "amx_int8": True}, True), ({"avx512_bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert both("cpu") == (able, False) and both("mps") == (False, False)
-    for version, able in (
-        ((7, 5), (False, False)),
-        ((8, 0), (True, False)),
-        ((8, 9), (True, False)),
-        ((9, 0), (True, True)),
+    for system, version, able in (
+        ("linux", (7, 5), (False, False)),
+        ("linux", (8, 0), (True, False)),
+        ("linux", (8, 9), (True, False)),
+        ("linux", (9, 0), (True, True)),
+        ("linux", (12, 0), (True, True)),
+        ("win32", (9, 0), (True, True)),
+        ("win32", (12, 0), (True, False)),  # where no kernel with row scales is built
     ):
+        monkeypatch.setattr("sys.platform", system)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card, version=version: version)
         assert both("cuda") == able
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert both("cuda") == (False, False)
 
 
 def test_cards_of_different_kinds_are_asked_one_by_one(monkeypatch):
