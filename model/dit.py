@@ -149,7 +149,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """q [B, H, S, d], k and v [B, K, S', d], mask broadcast to [B, H, S, S'] -> [B, H, S, d]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel walks over heads: every stride costs it
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if q.device.type == "cuda" and mask is not None:  # no fused kernel there has both: it would hold all logits in fp32
+    if q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
+        # the fused kernel there that takes these knows no shared heads: all logits would be held, in fp32
         k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 

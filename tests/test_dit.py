@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width, repeated, rms_norm, rotate
 from model.latents import position_ids
@@ -257,6 +259,25 @@ def test_query_heads_share_key_value_heads_in_groups_of_neighbours():
 
     for answer in (attention(q, k, v), attention(q, repeated(k, 12), repeated(v, 12))):
         torch.testing.assert_close(answer, torch.cat(groups, 1))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "heads"),
+    [
+        ("cuda", torch.bfloat16, False, 3),
+        ("cuda", torch.bfloat16, True, 12),
+        ("cuda", torch.float32, False, 12),
+        ("cpu", torch.float32, True, 3),
+    ],
+)
+def test_on_a_card_heads_are_repeated_where_its_kernels_share_none(monkeypatch, device, dtype, masked, heads):
+    """Needs no card: nothing is computed."""
+    seen = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: seen.extend([k.shape[1], v.shape[1]]))
+    with FakeTensorMode():
+        q, k = (torch.empty(1, count, 5, 16, dtype=dtype, device=device) for count in (12, 3))
+        attention(q, k, k, torch.ones(1, 1, 1, 5, dtype=torch.bool, device=device) if masked else None)
+    assert seen == [heads, heads]
 
 
 def test_attention_of_ones_own():
