@@ -121,12 +121,15 @@ def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
 
 
 def native_bf16(device: torch.device | str) -> bool:
-    """Whether the device multiplies bf16 numbers itself: elsewhere it is slower than fp32, not faster."""
+    """Whether the device multiplies bf16 numbers itself, as cards do from Ampere on: elsewhere it is slower than fp32,
+    not faster."""
     import torch
 
     kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
     if kind != "cpu":
-        return kind == "cuda"
+        return False
     known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
@@ -139,9 +142,10 @@ def default_dtype(device: torch.device | str, width: int) -> str:
     """
     import torch
 
-    if torch.device(device).type == "cpu":
-        return "bfloat16" if width >= NARROW and native_bf16(device) else "float32"
-    return "bfloat16"
+    kind = torch.device(device).type
+    if kind == "cpu" and width < NARROW:
+        return "float32"
+    return "bfloat16" if kind == "mps" or native_bf16(device) else "float32"
 
 
 def eight_bits(device: torch.device | str) -> str:

@@ -145,11 +145,13 @@ def test_what_there_is_not_is_refused(tiny):  # noqa: F811
 
 
 def test_number_formats(monkeypatch):
-    """Wide networks in bf16 where the processor multiplies it, narrow ones never, unless told."""
+    """bf16 where the device multiplies it, narrow networks on a processor never, unless told."""
     for native, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(plan, "native_bf16", lambda device, native=native: native)
         assert default_dtype("cpu", 6144) == expected
         assert default_dtype("cpu", 384) == "float32"
+        assert default_dtype("cuda", 6144) == default_dtype("cuda", 384) == expected
+        assert default_dtype("mps", 384) == "bfloat16"
     assert pick_dtype("bfloat16", torch.device("cpu"), 384) == "bfloat16"
     with pytest.raises(K2Error, match="no number format"):
         pick_dtype("float64", torch.device("cpu"), 384)
@@ -159,7 +161,10 @@ def test_what_a_processor_multiplies_fastest(monkeypatch):
     for known, able in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert plan.native_bf16("cpu") is able
-    assert plan.native_bf16("cuda") and not plan.native_bf16("mps")
+    for card, able in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, card=card: card)
+        assert plan.native_bf16("cuda") is able
+    assert not plan.native_bf16("mps")
     for number, precision in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8"), (None, "int8")):
         monkeypatch.setattr("model.few_bits.native", lambda asked, device, number=number: asked == number)
         assert plan.eight_bits("cpu") == precision
