@@ -17,4 +17,5 @@ def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     wide = F.pad(conv.weight.float().flip(2, 3), (1, 1, 1, 1))
     rows = wide[:, :, 1:] + wide[:, :, :-1]
     taps = (rows[..., 1:] + rows[..., :-1]).to(conv.weight.dtype)
-    return F.conv_transpose2d(x, taps.transpose(0, 1), conv.bias, stride=2, padding=1)
+    taps = taps.transpose(0, 1).contiguous()  # PyTorch on Metal has read other weights as if they were
+    return F.conv_transpose2d(x, taps, conv.bias, stride=2, padding=1)
