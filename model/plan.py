@@ -5,6 +5,7 @@ Counting needs headers only, choosing needs none: torch is asked about devices, 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,15 @@ HELD = {"int8": 1, "fp8": 1, "int4": 9 / 16}  # bytes of a number: of 4 bits wit
 SMALL = 1 << 30  # bytes of weights up to which a model is held as it is: there is nothing to gain
 NARROW = 1024  # width below which a CPU computes in fp32
 IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
-OUT_OF_IT = ("can't allocate memory", "out of memory")  # what the allocators of processors and of cards say
+OUT_OF_IT = (  # what the allocators of processors and of cards say
+    "can't allocate memory",
+    "not enough memory",  # of Windows
+    "out of memory",
+    "invalid buffer size",  # of Metal
+    "_status_alloc_failed",  # of cuBLAS and its kin
+    "cannot allocate memory",  # of a file's pages, elsewhere than under Windows ...
+    "error 1455",  # ... and there, whatever its language
+)
 UNTOLD = 8 << 30  # bytes taken for free where a system does not say
 SMALLER = "Choose a smaller size, --precision int4 or --offload all, or end what else takes memory."
 SPARE = 0.9  # of the memory that is free now may be counted on
@@ -196,7 +205,8 @@ def lacking_memory(what: str, hint: str = SMALLER) -> Iterator[None]:
     """Memory that runs out for a picture of some size, or whatever is made, in one sentence."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_IT)):
+    except (RuntimeError, MemoryError, OSError) as error:
+        short = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if not (short or any(words in str(error).lower() for words in OUT_OF_IT)):
             raise
         raise K2Error(f"There is not enough memory for {what}.", hint=hint) from None

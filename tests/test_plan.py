@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from model.plan import (
     choose,
     default_dtype,
     known_precisions,
+    lacking_memory,
     limit_left,
     needs,
     ways,
@@ -177,3 +179,30 @@ def test_a_limit_set_for_the_process_counts(tmp_path):
     assert limit_left(tmp_path, 5000) == 350
     (tmp_path / "memory.max").write_text("max\n")
     assert limit_left(tmp_path, 5000) == 5000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("Invalid buffer size: 20.25 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Nicht genug Speicher"),
+        OSError("Cannot allocate memory (os error 12)"),
+        OSError("[WinError 1455] Die Auslagerungsdatei ist zu klein, um diesen Vorgang durchzuführen"),
+    ],
+    ids=str,
+)
+def test_memory_that_runs_out_is_known_by_what_every_system_says(error):
+    with pytest.raises(K2Error, match="not enough memory for a picture of 8x8"), lacking_memory("a picture of 8x8"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), OSError(errno.ENOSPC, "No space left")])
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, lacking_memory("a picture"):
+        raise error
+    assert raised.value is error
