@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -134,7 +133,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         if not plan["fits"]:
             lines.append(
                 f"{plan['model']} does not fit: {plan['needs_gb']:g} GB are needed, nine tenths of the "
-                f"{plan['free_gb']:g} GB free may be used."
+                f"{about(memory_gb)}{plan['free_gb']:g} GB free may be used."
             )
         elif plan["offload"] == "all":
             four = plan["ways_gb"]["int4, offload text"]
@@ -158,13 +157,13 @@ def speed(dtype: Any, side: int = 512) -> float:
     return 2 * side**3 / best / 1e9
 
 
-def memory() -> dict[str, float]:
-    """Gigabytes in all and free, as plans count them: within the limit that is set for this process."""
-    from model.plan import free_memory
+def memory() -> dict[str, Any]:
+    """Gigabytes in all and free, as plans count them: within the limit that is set for this process. What is free may
+    be an estimate."""
+    from model.plan import free_memory, machine_memory
 
-    free = free_memory("cpu")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else free
-    return {"total": round(total / 1e9, 1), "free": round(free / 1e9, 1)}
+    whole, _, told = machine_memory()
+    return {"total": round(whole / 1e9, 1), "free": round(free_memory("cpu") / 1e9, 1), "estimated": not told}
 
 
 def cpu_name() -> str:
@@ -182,6 +181,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def about(memory_gb: Mapping[str, Any]) -> str:
+    """What stands before gigabytes that are free where the system does not say how many are."""
+    return "about " if memory_gb["estimated"] else ""
+
+
 def describe(found: Mapping[str, Any]) -> str:
     """The findings for people."""
     cpu, memory_gb = found["cpu"], found["memory_gb"]
@@ -189,14 +193,14 @@ def describe(found: Mapping[str, Any]) -> str:
     rows = [
         ("device", found["device"] + "".join(f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"])),
         ("processor", f"{cpu['name']}, {cores}, {threads}, {cpu['kernels']} kernels"),
-        ("memory", f"{memory_gb['total']:g} GB, {memory_gb['free']:g} GB free"),
+        ("memory", f"{memory_gb['total']:g} GB, {about(memory_gb)}{memory_gb['free']:g} GB free"),
         ("speed", ", ".join(f"{name} {value:g} GFLOP/s" for name, value in found["gflops"].items())),
         ("versions", ", ".join(f"{name} {number or 'missing'}" for name, number in found["versions"].items())),
         *(("weights", f"{each['sha256'][:12]}  {each['file']}, {each['megabytes']:g} MB") for each in found["models"]),
     ]
     for plan in found["plans"]:
         own = f"{plan['precision']}, offload {plan['offload']}"
-        needs = f"needs {plan['needs_gb']:g} GB, {plan['free_gb']:g} GB are free"
+        needs = f"needs {plan['needs_gb']:g} GB, {about(memory_gb)}{plan['free_gb']:g} GB are free"
         rows.append(("plan", f"{plan['model']}: {plan['dtype']}, precision {own}; {needs}"))
         others = {way: gb for way, gb in plan["ways_gb"].items() if way != own and plan["needs_gb"] >= 1}
         for way, gb in others.items():

@@ -5,13 +5,15 @@ Counting needs headers only, choosing needs none: torch is asked about devices, 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from model.errors import K2Error
 
@@ -34,7 +36,6 @@ OUT_OF_IT = (  # what the allocators of processors and of cards say
     "cannot allocate memory",  # of a file's pages, elsewhere than under Windows ...
     "error 1455",  # ... and there, whatever its language
 )
-UNTOLD = 8 << 30  # bytes taken for free where a system does not say
 SMALLER = "Choose a smaller size, --precision int4 or --offload all, or end what else takes memory."
 SPARE = 0.9  # of the memory that is free now may be counted on
 
@@ -173,20 +174,42 @@ def known_precisions(device: torch.device | str) -> tuple[str, ...]:
     return tuple(each for each in PRECISIONS if each != "fp8" or torch.device(device).type != "mps")
 
 
+class Memory(NamedTuple):
+    """A machine's own, in bytes."""
+
+    whole: int
+    free: int
+    told: bool = True  # what is free; else it is an estimate
+
+
+def machine_memory() -> Memory:
+    """What the system says of this machine's memory; where it does not say what is free, as on a Mac, two thirds are
+    taken for it."""
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # a MEMORYSTATUSEX, which begins with its own size
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        _, whole, free, _, promised, *_ = status
+        return Memory(whole, min(free, promised))  # what the paging file has no room for cannot be had
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
+        return Memory(whole, int(lines["MemAvailable"].split()[0]) << 10)
+    except (OSError, KeyError, ValueError):
+        return Memory(whole, whole * 2 // 3, told=False)
+
+
 def free_memory(device: torch.device | str) -> int:
     """Bytes that can be had on a device now: a card's own, else the machine's within the limit set for this process."""
     import torch
 
-    if torch.device(device).type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.empty_cache()  # what a model before this one left is free too
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
-        free = int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        if not hasattr(os, "sysconf"):
-            return UNTOLD
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not told what is free: all that there is
+    if kind == "mps":  # which lends a part of the machine's
+        torch.mps.empty_cache()
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    free = machine_memory().free
     return min(free, limit_left(Path("/sys/fs/cgroup"), free))
 
 

@@ -992,6 +992,15 @@ def test_doctor_says_what_has_to_be_streamed(monkeypatch, free, said):
     assert sizes == sorted(sizes, reverse=True) and plan["ways_gb"]["int4, offload text"] < 13
 
 
+@pytest.mark.parametrize(("told", "said"), [(True, " GB, 20 GB free\n"), (False, " GB, about 20 GB free\n")])
+def test_doctor_says_where_it_estimates(moody, k2, monkeypatch, told, said):
+    monkeypatch.setattr("model.plan.machine_memory", lambda: (32 * 10**9, 20 * 10**9, told))
+    monkeypatch.setattr("model.plan.free_memory", lambda device: 20 * 10**9)
+    found = k2("doctor").stdout
+    assert said in found and (", about 20 GB are free\n" in found) is not told
+    assert json.loads(k2("doctor", "--json").stdout)["memory_gb"] == {"total": 32, "free": 20, "estimated": not told}
+
+
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(moody.parent)
     assert "moody: 2 prompts" in k2("doctor", "--project", moody).stdout

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +174,33 @@ def test_what_a_processor_multiplies_fastest(monkeypatch):
     for number, precision in ((torch.float8_e4m3fn, "fp8"), (torch.int8, "int8"), (None, "int8")):
         monkeypatch.setattr("model.few_bits.native", lambda asked, device, number=number: asked == number)
         assert plan.eight_bits("cpu") == precision
+
+
+@pytest.mark.parametrize(("promised", "free"), [(30, 20), (12, 12)])
+def test_windows_says_what_memory_is_free(monkeypatch, promised, free):
+    """What the paging file has no room for is not."""
+
+    def fill(status: ctypes.Array) -> None:
+        assert ctypes.sizeof(status) == status[0] == 64  # of a MEMORYSTATUSEX; the load is in the upper half
+        status[:5] = [64 | 40 << 32, 32 * GB, 20 * GB, 50 * GB, promised * GB]
+
+    windows = SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=fill))
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr(ctypes, "windll", windows, raising=False)
+    assert plan.machine_memory() == (32 * GB, free * GB, True)
+
+
+def test_where_a_system_does_not_say_what_is_free_two_thirds_are_taken_for_it(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert plan.machine_memory() == (whole, whole * 2 // 3, False)
+    assert plan.free_memory("cpu") == whole * 2 // 3
+
+
+def test_metal_lends_a_part_of_a_macs_memory(monkeypatch):
+    for name, value in (("empty_cache", None), ("recommended_max_memory", 12 * GB), ("driver_allocated_memory", GB)):
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
+    assert plan.free_memory("mps") == 11 * GB
 
 
 def test_a_limit_set_for_the_process_counts(tmp_path):
