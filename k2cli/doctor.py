@@ -25,11 +25,14 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
     """Everything `k2 doctor` knows, of a project too. `problems` keep k2 from working, `notes` say what is slow."""
     import torch
 
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    mps = torch.backends.mps.is_available()
+    from model.parts import has_kernels, pick_device
+
+    gpus = [(torch.cuda.get_device_properties(i), has_kernels(i)) for i in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
-        "device": "cuda" if gpus else "mps" if mps else "cpu",
-        "gpus": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1)} for gpu in gpus],
+        "device": str(pick_device(None)),
+        "gpus": [
+            {"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1), "usable": usable} for gpu, usable in gpus
+        ],
         "cpu": {
             "name": cpu_name(),
             "cores": cores(),
@@ -114,12 +117,19 @@ def plans(device: str) -> list[dict[str, Any]]:
 
 def notes(found: Mapping[str, Any]) -> list[str]:
     """What will be slow, and why."""
+    from model.parts import OTHER_BUILD
+
     cpu, gflops, memory_gb = found["cpu"], found["gflops"], found["memory_gb"]
-    lines = []
+    lines = [
+        f"{gpu['name']} is not used: this PyTorch has no kernels for it. {OTHER_BUILD}"
+        for gpu in found["gpus"]
+        if not gpu["usable"]
+    ]
     if found["device"] == "cpu":
+        none = "No GPU is used" if found["gpus"] else "No GPU"
         rate = f"{gflops['float32']:g} GFLOP/s"
         lines.append(
-            f"No GPU: everything runs on the processor, at {rate}. Mini is made for that, the open weights are not."
+            f"{none}: everything runs on the processor, at {rate}. Mini is made for that, the open weights are not."
         )
         if gflops["bfloat16"] < gflops["float32"]:
             ratio = gflops["float32"] / max(gflops["bfloat16"], 0.1)
@@ -190,8 +200,9 @@ def describe(found: Mapping[str, Any]) -> str:
     """The findings for people."""
     cpu, memory_gb = found["cpu"], found["memory_gb"]
     cores, threads = count_of(cpu["cores"], "core"), count_of(cpu["threads"], "thread")
+    usable = [f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"] if gpu["usable"]]
     rows = [
-        ("device", found["device"] + "".join(f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"])),
+        ("device", found["device"] + "".join(usable)),
         ("processor", f"{cpu['name']}, {cores}, {threads}, {cpu['kernels']} kernels"),
         ("memory", f"{memory_gb['total']:g} GB, {about(memory_gb)}{memory_gb['free']:g} GB free"),
         ("speed", ", ".join(f"{name} {value:g} GFLOP/s" for name, value in found["gflops"].items())),

@@ -24,6 +24,7 @@ Autoencoder = QwenImageVAE | FluxVAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QWEN_VAE_NUMBERS = 127_000_000
+OTHER_BUILD = "Old cards need a build for an older CUDA, new ones for a newer: https://pytorch.org/get-started/locally"
 
 
 def files_of(parts: Parts) -> list[Path]:
@@ -148,13 +149,29 @@ def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder
         )
 
 
+def has_kernels(card: int) -> bool:
+    """Whether this PyTorch can run on a card: it holds binaries for its generation, no newer than itself, or PTX no
+    newer, which the driver compiles."""
+    built = torch.cuda.get_arch_list()  # sm_80 is a binary, compute_120 PTX
+    if torch.version.hip or not built:
+        return True  # or so it is taken to be
+    own = torch.cuda.get_device_capability(card)
+    versions = [(kind, divmod(int(number.rstrip("af")), 10)) for kind, number in (each.split("_") for each in built)]
+    return any(version <= own and (kind == "compute" or version[0] == own[0]) for kind, version in versions)
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is. Raises K2Error where it is not here."""
-    here = ["cpu"]
+    here, useless = ["cpu"], {}
     if torch.backends.mps.is_available():
         here = ["mps", *here]
     if torch.cuda.is_available():
-        here = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *here]
+        cards = {f"cuda:{i}": i for i in range(torch.cuda.device_count())}
+        cards = {"cuda": torch.cuda.current_device()} | cards
+        useless = {each: i for each, i in cards.items() if not has_kernels(i)}
+        here = [*(each for each in cards if each not in useless), *here]
+    if name in useless:
+        raise K2Error(f"This PyTorch has no kernels for {torch.cuda.get_device_name(useless[name])}.", hint=OTHER_BUILD)
     if name not in (None, *here):
         raise K2Error(f'There is no device "{name}".', hint=f"Here: {', '.join(here)}.")
     return torch.device(name or here[0])

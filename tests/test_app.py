@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -999,6 +1000,18 @@ def test_doctor_says_where_it_estimates(moody, k2, monkeypatch, told, said):
     found = k2("doctor").stdout
     assert said in found and (", about 20 GB are free\n" in found) is not told
     assert json.loads(k2("doctor", "--json").stdout)["memory_gb"] == {"total": 32, "free": 20, "estimated": not told}
+
+
+def test_doctor_names_a_card_that_cannot_be_used(monkeypatch):
+    card = SimpleNamespace(name="GeForce GTX 1080", total_memory=8 * 10**9)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    monkeypatch.setattr("model.parts.has_kernels", lambda _: False)
+    found = doctor.examine()
+
+    assert found["device"] == "cpu" and found["gpus"][0]["usable"] is False
+    assert "GeForce GTX 1080 is not used: this PyTorch has no kernels for it." in found["notes"][0]
+    assert found["notes"][1].startswith("No GPU is used: everything runs on the processor")
 
 
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):

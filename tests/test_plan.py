@@ -15,7 +15,7 @@ from tiny import tiny, tiny_box  # noqa: F401
 
 from model import library, plan
 from model.errors import K2Error
-from model.parts import numbers_of, pick_dtype, release_numbers
+from model.parts import has_kernels, numbers_of, pick_device, pick_dtype, release_numbers
 from model.pipeline import Pipeline
 from model.plan import (
     IN_HAND,
@@ -201,6 +201,47 @@ def test_metal_lends_a_part_of_a_macs_memory(monkeypatch):
     for name, value in (("empty_cache", None), ("recommended_max_memory", 12 * GB), ("driver_allocated_memory", GB)):
         monkeypatch.setattr(torch.mps, name, lambda value=value: value)
     assert plan.free_memory("mps") == 11 * GB
+
+
+@pytest.mark.parametrize(
+    ("built", "card", "able"),
+    [
+        ("sm_75 sm_80 sm_90 compute_90", (6, 1), False),
+        ("sm_75 sm_80 sm_90", (8, 9), True),  # binaries run on later cards of their generation
+        ("sm_86 sm_90", (8, 0), False),
+        ("sm_75 sm_80 sm_90", (12, 0), False),
+        ("sm_75 sm_80 sm_90 compute_90", (12, 0), True),  # PTX on any later
+        ("sm_90a sm_120", (9, 0), True),
+        ("", (6, 1), True),
+    ],
+)
+def test_which_cards_a_build_has_kernels_for(monkeypatch, built, card, able):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card)
+    assert has_kernels(0) is able
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert has_kernels(0)
+
+
+def test_a_card_without_kernels_is_taken_by_nobody(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce GTX 1080")
+    usable = {0: True, 1: True}
+    monkeypatch.setattr("model.parts.has_kernels", usable.get)
+    assert str(pick_device(None)) == "cuda" and str(pick_device("cuda:1")) == "cuda:1"
+
+    usable[0] = False
+    assert str(pick_device(None)) == "cuda:1"
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(K2Error, match="This PyTorch has no kernels for GeForce GTX 1080") as error:
+            pick_device(name)
+        assert "older CUDA" in error.value.hint
+    with pytest.raises(K2Error, match="no device") as error:
+        pick_device("cuda:2")
+    assert error.value.hint == "Here: cuda:1, cpu."
+    usable[1] = False
+    assert str(pick_device(None)) == "cpu"
 
 
 def test_a_limit_set_for_the_process_counts(tmp_path):
