@@ -246,6 +246,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def start_method() -> str:
+    """How processes begin: forked from one that has torch, which is quick; afresh where Metal, which does not survive a
+    fork, may be used, and where there is no fork."""
+    forks = sys.platform != "darwin" and "forkserver" in multiprocessing.get_all_start_methods()
+    return "forkserver" if forks else "spawn"
+
+
 class Processes(Crew):
     """Hands that are processes beside this one. They end with it, however it ends."""
 
@@ -254,8 +261,7 @@ class Processes(Crew):
     def __init__(self, size: int):
         super().__init__()
         self.size = size
-        methods = multiprocessing.get_all_start_methods()
-        self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        self.context: Any = multiprocessing.get_context(start_method())
         self.hands: dict[int, tuple[Any, Connection]] = {}
         self.seats: dict[int, int] = {}  # each hand's, from 0 on; that of one that is lost is taken by the next
 

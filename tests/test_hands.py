@@ -365,6 +365,16 @@ def unmanned(size: int) -> tuple[Processes, list[tuple[int, int]]]:
     return crew, given
 
 
+@pytest.mark.parametrize(("platform", "method"), [("linux", "forkserver"), ("darwin", "spawn"), ("win32", "spawn")])
+def test_workers_are_forked_only_where_what_they_use_survives_it(platform, method, monkeypatch):
+    """Metal hangs or crashes in a process that was forked."""
+    methods = ["spawn"] if platform == "win32" else ["fork", "spawn", "forkserver"]
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(sys, "platform", platform)
+
+    assert Processes(2).context.get_start_method() == method
+
+
 def test_workers_sit_where_those_sat_who_are_lost():
     crew, given = unmanned(3)
     _, second, _ = (crew.hire(Held("mini")) for _ in range(3))
