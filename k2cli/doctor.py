@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -126,10 +127,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         if not gpu["usable"]
     ]
     if found["device"] == "cpu":
-        none = "No GPU is used" if found["gpus"] else "No GPU"
+        none = "No GPU is used" if found["gpus"] else without_gpu()
         rate = f"{gflops['float32']:g} GFLOP/s"
         lines.append(
-            f"{none}: everything runs on the processor, at {rate}. Mini is made for that, the open weights are not."
+            f"{none}: everything runs on the processor, at {rate}. "
+            "Mini is made for that, the open weights are not."
         )
         if gflops["bfloat16"] < gflops["float32"]:
             ratio = gflops["float32"] / max(gflops["bfloat16"], 0.1)
@@ -152,6 +154,14 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     if memory_gb["free"] < 2:
         lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
     return lines
+
+
+def without_gpu() -> str:
+    """Why no card is found: there is none, or PyTorch would find none, as pip's on Windows. Macs need no CUDA."""
+    from torch import version
+
+    blind = version.cuda is None and version.hip is None and sys.platform != "darwin"
+    return "This PyTorch is built without CUDA and uses no GPU" if blind else "No GPU"
 
 
 def speed(dtype: Any, side: int = 512) -> float:

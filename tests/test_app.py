@@ -1014,6 +1014,21 @@ def test_doctor_names_a_card_that_cannot_be_used(monkeypatch):
     assert found["notes"][1].startswith("No GPU is used: everything runs on the processor")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "platform", "said"),
+    [("13.0", "linux", "No GPU"), (None, "linux", "This PyTorch is built without CUDA"), (None, "darwin", "No GPU")],
+)
+def test_doctor_says_when_no_card_could_be_used(monkeypatch, cuda, platform, said):
+    """pip's PyTorch for Windows has no CUDA, and finds no card whatever there is."""
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.version.hip", None)
+    monkeypatch.setattr(sys, "platform", platform)
+
+    rates, cores = {"float32": 9.0, "bfloat16": 9.0}, {"threads": 2, "cores": 2}
+    found = {"device": "cpu", "gpus": [], "cpu": cores, "gflops": rates, "memory_gb": {"free": 9.0}, "plans": []}
+    assert [note.startswith(said) for note in doctor.notes(found)] == [True]
+
+
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(moody.parent)
     assert "moody: 2 prompts" in k2("doctor", "--project", moody).stdout
