@@ -6,8 +6,9 @@ import fnmatch
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from PIL import Image
 
@@ -59,8 +60,8 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others
 def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Path]:
     """What a glob names, as `glob.glob` reads it. Every folder is looked at once, so that links make no circles."""
     seen: set[tuple[int, int, tuple[str, ...]]] = set()
-    looked_at, start = 0, Path("/") if pattern.startswith("/") else root
-    left = [(start, tuple(part for part in pattern.split("/") if part not in ("", ".")))]
+    start, parts = split(Path(pattern))
+    looked_at, left = 0, [(root / start, parts)]
     while left:
         folder, (part, *rest) = left.pop()
         if not glob.has_magic(part):
@@ -77,7 +78,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
         seen.add(key)
         if part == "**":  # no folder at all, too
             left.append((folder, tuple(rest) or ("*",)))
-        like = re.compile(fnmatch.translate(part)).match
+        like = re.compile(fnmatch.translate(part), re.IGNORECASE if sys.platform == "win32" else 0).match
         for entry in names(folder):
             looked_at += 1
             if looked_at > MOST_SEEN:
@@ -94,6 +95,11 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
             elif is_folder(entry):
                 path = folder / entry.name
                 left.append((inside(relative(path, root), where) if entry.is_symlink() else path, deeper))
+
+
+def split(pattern: PurePath) -> tuple[str, tuple[str, ...]]:
+    """Where a glob starts, with its drive where there are such, and nothing if that is the project; and its parts."""
+    return pattern.anchor, pattern.parts[bool(pattern.anchor) :]
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

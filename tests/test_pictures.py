@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import glob
-from pathlib import Path
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, sides_of
+from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, sides_of, split
 from model.errors import K2Error
 
 NAMES = ["a.png", "b.jpg", ".c.png", "d", ".e", "[f]"]
@@ -64,6 +65,34 @@ def found_in(root: Path, pattern: str, most: int = 100) -> tuple[list[str], list
 )
 def test_a_folder_names_what_lies_in_it_and_nothing_hidden(tree, pattern, named):
     assert found_in(tree, pattern)[0] == named
+
+
+@pytest.mark.parametrize(
+    ("pattern", "start", "parts"),
+    [
+        (PurePosixPath("/pics/*.png"), "/", ("pics", "*.png")),
+        (PurePosixPath("refs/./*.png"), "", ("refs", "*.png")),
+        (PurePosixPath(r"a\*.png"), "", (r"a\*.png",)),
+        (PureWindowsPath(r"refs\*.png"), "", ("refs", "*.png")),
+        (PureWindowsPath("C:/pics/*.png"), "C:\\", ("pics", "*.png")),
+        (PureWindowsPath("//server/share/*"), r"\\server\share" + "\\", ("*",)),
+    ],
+)
+def test_a_glob_starts_where_its_system_says(pattern, start, parts):
+    assert split(pattern) == (start, parts)
+
+
+def test_a_glob_from_the_root_on_names_what_lies_there(tree):
+    assert found_in(tree, f"{tree}/d/*.png")[0] == ["d/a.png"]
+
+
+@pytest.mark.parametrize(("platform", "named"), [("linux", ["a.png"]), ("win32", ["B.PNG", "a.png"])])
+def test_case_means_nothing_to_a_glob_on_windows(tree, tmp_path, monkeypatch, platform, named):
+    for name in ("a.png", "B.PNG"):
+        (tmp_path / name).write_bytes((tree / "a.png").read_bytes())
+    monkeypatch.setattr(sys, "platform", platform)
+
+    assert found_in(tmp_path, "*.png")[0] == named
 
 
 def test_what_is_no_picture_is_told(tree, tmp_path):
