@@ -323,22 +323,17 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
 
 
 def read_input() -> str:
-    """All of standard input, without the mark that some editors begin a text with."""
-    try:
-        text = sys.stdin.read()
-        text.encode()  # in some locales Python keeps bytes that are no text
-    except UnicodeError:
-        raise not_text() from None
-    return text.removeprefix("\ufeff")
+    """All of standard input, without the mark that some editors begin a text with. Raises K2Error where it is none."""
+    return decoded(sys.stdin.buffer.read()).removeprefix("\ufeff")
 
 
-def not_text() -> K2Error:
-    """That standard input cannot be read as it is encoded."""
-    from k2cli.tables import USE_UTF_8
-
+def decoded(said: bytes) -> str:
+    """What came on standard input: UTF-8, as programs write it, else in the encoding here. Raises K2Error."""
     encoding = codecs.lookup(sys.stdin.encoding).name
-    hint = "Save it as UTF-8." if encoding == "utf-8" else USE_UTF_8
-    return K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint=hint)
+    for each in ("utf-8", encoding):
+        with suppress(UnicodeError):
+            return said.decode(each)
+    raise K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint="Save it as UTF-8.")
 
 
 def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:

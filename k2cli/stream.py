@@ -11,7 +11,7 @@ from contextlib import suppress
 import typer
 
 from k2cli.console import result, show_error
-from k2cli.options import as_problem, not_text, to_json
+from k2cli.options import as_problem, decoded, to_json
 from k2cli.prompts import Prompt, read_prompts, typed
 from k2cli.tables import Place, Toml, check_numbers
 from model.errors import K2Error
@@ -75,9 +75,5 @@ def lines() -> Iterator[str]:
     is no text."""
     if sys.stdin.isatty():
         typer.echo("A prompt a line, rendered as it comes; Ctrl-D ends.", err=True)
-    try:
-        for line in sys.stdin:
-            line.encode()  # in some locales Python keeps bytes that are no text
-            yield line.strip().removeprefix("\ufeff")
-    except UnicodeError:
-        raise not_text() from None
+    for line in sys.stdin.buffer:
+        yield decoded(line).strip().removeprefix("\ufeff")

@@ -111,7 +111,7 @@ def test_results_that_find_no_room(moody, words, buffered):
         ),
         (f"{ASCII} k2 render -p füchse", 1, f"A prompt is no text in the encoding here, ascii.\nHint:  {LOCALE}"),
         (f"{ASCII} k2 new füchse", 1, f"The project's name is no text in the encoding here, ascii.\nHint:  {LOCALE}"),
-        (f"echo füchse | {ASCII} k2 render -", 1, f"input is no text in the encoding here, ascii.\nHint:  {LOCALE}"),
+        (rf"printf '\374' | {ASCII} k2 render -", 1, "no text in the encoding here, ascii.\nHint:  Save it as UTF-8."),
         (r"k2 render -p $'a\377'", 1, "A prompt is no text in the encoding here, utf-8.\nHint:  Type the text again"),
         ("echo 'prompt=[{text=\"狐\"}]' > k2.toml; " + ASCII + " k2 render", 1, "ascii"),
         ("mkdir gone && cd gone && rmdir ../gone && k2", 1, "The current folder is gone."),

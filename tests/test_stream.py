@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -211,9 +213,9 @@ def test_a_bug_is_none_of_a_line(moody, k2, asks, fake):
 
 
 def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     assert [*stream.lines()] == ["tea"] and capsys.readouterr() == ("", "")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("tea\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert [*stream.lines()] == ["tea"]
     assert capsys.readouterr() == ("", "A prompt a line, rendered as it comes; Ctrl-D ends.\n")
@@ -228,6 +230,27 @@ def test_lines_are_what_stands_between_breaks_and_an_empty_one_is_answered(moody
     assert [answer["prompt"]["text"] for answer in answers] == ["a pear", "", "a plum of glass"]
     assert [answer.get("error") for answer in answers] == [None, "A prompt is empty.", None]
     assert not (moody / "outputs").exists()
+
+
+@pytest.mark.parametrize("said", ["a café", '{"prompt": "a café"}'])
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_input_is_utf_8_or_else_in_the_encoding_here(moody, said, encoding):
+    """Windows speaks cp1252 to pipes, and programs at their other ends UTF-8."""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    for how in ("--stream",) if said.startswith("{") else ("--stream", "-"):
+        line = [sys.executable, "-m", "k2cli", "render", how, "--dry-run", "--json"]
+        done = subprocess.run(line, input=said.encode(encoding), capture_output=True, check=True, env=environment)
+
+        assert {json.loads(each)["prompt"]["text"] for each in done.stdout.splitlines()} == {"a café"}
+
+
+def test_a_line_is_rendered_before_the_next_is_there(moody):
+    line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", "--json"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as asked:
+        for wish in ("a pear", "a plum"):
+            asked.stdin.write(f"{wish}\n")
+            assert json.loads(asked.stdout.readline())["prompt"]["text"] == wish
+        asked.stdin.close()
 
 
 def test_each_line_is_led_by_the_picture_that_all_are_to_be_like(moody, k2, asks):
