@@ -158,7 +158,7 @@ def k2(
             allowed = os.environ.get(ALLOWED, "").lower() in ("1", "true", "t", "yes", "y", "on")  # as options read it
             result(where_am_i(allow_outside=allowed) or context.get_help())
         except Outside as error:  # whose hint is an option that k2 alone has not
-            hint = f"Put it in the place of the link, or allow it, here for all commands: export {ALLOWED}=1"
+            hint = f"Put it in the place of the link, or allow it, for all commands: set {ALLOWED}=1 in the environment"
             raise K2Error(str(error), hint=hint) from None
 
 

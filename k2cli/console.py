@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from k2cli.tables import from_here, masked
+from k2cli.tables import from_here, masked, quote
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error

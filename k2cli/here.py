@@ -6,14 +6,13 @@ import re
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from shlex import quote
 
 from k2cli import history
 from k2cli.console import aligned, harmless, screen
 from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MOST_PLAN, Project
 from k2cli.prompts import name_files
-from k2cli.tables import Place, listed
+from k2cli.tables import Place, listed, quote
 from model.errors import count_of
 from model.headers import open_file
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from k2cli import moodboard, records
@@ -14,6 +13,7 @@ from k2cli.origins import own_phrases
 from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
+from k2cli.tables import quote
 from model.errors import K2Error
 from model.spec import Leader
 

@@ -101,10 +101,9 @@ def pull(
     They go into the Hugging Face cache; what was interrupted goes on. HF_TOKEN, HF_ENDPOINT, HF_HOME and
     HF_HUB_OFFLINE are honoured. Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
     """
-    from shlex import quote
-
     from k2cli import hub
     from k2cli.console import result, say
+    from k2cli.tables import quote
 
     try:
         found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -218,6 +217,7 @@ def variant_of(turbo: bool | None) -> str | None:
 def meant_by(word: str) -> str:
     """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new."""
     from k2cli.project import Project
+    from k2cli.tables import quote
 
     with suppress(K2Error):
         if (here := Project.around(Path.cwd())) and here.choose([word]):

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 import tomllib
 import unicodedata
@@ -108,6 +109,15 @@ def printable(text: str, place: str, hint: str = "Type the text again, without e
 def masked(text: str) -> str:
     """The text to be shown: with a ? for every control character."""
     return UNPRINTABLE.sub("?", text)
+
+
+def quote(word: str) -> str:
+    """A word of a command, to be typed into a shell. Those of Windows know double quotes alike, not single ones, and
+    need none for a backslash."""
+    if sys.platform != "win32":
+        return shlex.quote(word)
+    escaped = word.replace('"', r"\"")
+    return word if re.fullmatch(r"[\w+=:./\\~-]+", word) else f'"{escaped}"'
 
 
 def is_mark(sign: str) -> bool:

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -88,6 +87,7 @@ def train(
 
     from k2cli import licence
     from k2cli.console import near, result, say
+    from k2cli.tables import quote
     from model.train import recipe as recipes
 
     chosen: Any = recipes.load(recipe)

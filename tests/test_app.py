@@ -28,7 +28,7 @@ from rich.console import Console
 from k2cli import console, doctor, hands, runs, sheet
 from k2cli.carry import plan_job, show_plan
 from k2cli.project import Project
-from k2cli.tables import Toml
+from k2cli.tables import Toml, quote
 from model import library
 from model.errors import K2Error
 
@@ -969,6 +969,23 @@ def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
     k2(*shlex.split(hint)[1:], "--batch", "1")
     k2("render", "-", input="--help\n-\n")
     assert [spec.prompt for spec in fake.seen] == ["-5 degrees", "--help", "-"]
+
+
+@pytest.mark.parametrize(
+    ("word", "linux", "windows"),
+    [
+        (r"C:\pics\fox-7.png", r"'C:\pics\fox-7.png'", r"C:\pics\fox-7.png"),
+        ("a red fox.png", "'a red fox.png'", '"a red fox.png"'),
+        ("a&b", "'a&b'", '"a&b"'),
+        ('a "fox"', "'a \"fox\"'", r'"a \"fox\""'),
+    ],
+)
+def test_what_k2_advises_can_be_typed_into_the_shell_at_hand(word, linux, windows, monkeypatch):
+    """cmd.exe hands single quotes on as a part of the word."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert quote(word) == linux
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert quote(word) == windows
 
 
 @pytest.mark.parametrize(("word", "meant"), [("fox", "--only fox"), ("a blue owl", "-p 'a blue owl'")])

@@ -591,6 +591,10 @@ class TestInABrowser:
         page.keyboard.press("ArrowLeft")
         assert page.locator("#place").inner_text() == "1 of 80" and page.locator("#back").is_disabled()
         assert page.locator("#command").inner_text() == ("""k2 rerun 'outputs/0001-fox/it'"'"'s #1 100% fox.png'""")
+        page.evaluate("Object.defineProperty(navigator, 'platform', {get: () => 'Win32'})")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowLeft")
+        assert page.locator("#command").inner_text() == """k2 rerun "outputs/0001-fox/it's #1 100% fox.png\""""
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
         fit = picture.bounding_box()["width"]
         page.keyboard.press("+")

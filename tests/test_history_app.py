@@ -410,7 +410,7 @@ def test_outputs_may_lie_elsewhere_once_for_all(moody, k2, tmp_path, monkeypatch
     (moody / "outputs").symlink_to(tmp_path / "elsewhere")
 
     said = k2(code=1).stderr
-    assert "outputs lies outside the project." in said and "export K2_ALLOW_OUTSIDE=1" in said
+    assert "outputs lies outside the project." in said and "set K2_ALLOW_OUTSIDE=1" in said
 
     monkeypatch.setenv("K2_ALLOW_OUTSIDE", "1")
     assert k2("render").stdout and "runs      1" in k2().stdout and k2("log").stdout
