@@ -340,7 +340,7 @@ def analyze(
     from model.picture_file import passed_over
 
     home = find_project(project, allow_outside)
-    target = home.inside(f"styles/{check_name(name, '--name')}.toml")
+    target = home.inside(f"styles/{check_name(name, '--name', alone=True)}.toml")
 
     def taken(path: Path) -> K2Error:
         return K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")

@@ -185,7 +185,7 @@ class Styles:
 
     def new_file(self, name: str, *, force: bool) -> Path:
         """Where a style of this name is written. Refuses what exists already, unless forced."""
-        path = self.inside(self.file_of(check_name(name, "The style")), "")
+        path = self.inside(self.file_of(check_name(name, "The style", alone=True)), "")
         if path.exists() and not force:
             raise taken(name)
         return path

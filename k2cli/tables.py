@@ -38,6 +38,7 @@ KINDS = {
 UNPRINTABLE = re.compile(  # what terminals obey; surrogates, as which Python keeps bytes that are no text; no letters
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
+DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")  # what Windows takes for one in any folder
 UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # signs that say how those beside them are drawn
 USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
 
@@ -134,8 +135,9 @@ def as_name(text: str, besides: str = "") -> str:
     return re.sub("-+", "-", "".join(signs))
 
 
-def check_name(name: str, where: str) -> str:
-    """The name, accents that stand apart joined to their letters. Refuses what cannot name files everywhere."""
+def check_name(name: str, where: str, *, alone: bool = False) -> str:
+    """The name, accents that stand apart joined to their letters. Refuses what cannot name files everywhere: `alone`,
+    a folder too, else followed by a - and more."""
     name = unicodedata.normalize("NFC", name)
     bare = name[:1] + "".join(sign for sign in name[1:] if not is_mark(sign))
     if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > LONGEST_NAME:
@@ -143,6 +145,8 @@ def check_name(name: str, where: str) -> str:
             f'{where}: "{name[:LONGEST_NAME]}" cannot name files.',
             hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",
         )
+    if DEVICE.match(name if alone else f"{name}-") or (alone and name.endswith(".")):
+        raise K2Error(f'{where}: "{name}" cannot name files on Windows.', hint="Choose another name.")
     return name
 
 

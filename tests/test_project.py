@@ -536,6 +536,26 @@ def test_any_text_makes_a_file_name(text):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "by_itself", "before_a_seed"),
+    [
+        *((name, False, True) for name in ("con", "AUX", "Nul", "prn", "com1", "LPT9", "dusk.")),
+        *((name, False, False) for name in ("con.x", "lpt1.fox.7")),
+        *((name, True, True) for name in ("cone", "com", "com10", "fox.con", "con-fox")),
+    ],
+)
+def test_what_windows_takes_for_a_device_names_no_file(name, by_itself, before_a_seed):
+    """A style's name is that of its file and its folder; a prompt's has a seed behind it, so any text may be one."""
+
+    def passes(**how: bool) -> bool:
+        try:
+            return check_name(name, "here", **how) == name
+        except K2Error as error:
+            return str(error) != f'here: "{name}" cannot name files on Windows.'
+
+    assert (passes(alone=True), passes()) == (by_itself, before_a_seed)
+
+
 @settings(max_examples=50)
 @given(st.floats(1 / 8, 8), st.integers(64, 1024))
 def test_aspects_keep_area_and_shape(ratio, edge):

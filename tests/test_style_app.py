@@ -265,6 +265,7 @@ def test_add_with_json(moody, photos, k2):
         ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a picture that can be read.\nHint:  The file is cut off"),
         ("dusk", ["a.png", "missing.png"], "There is no "),
         ("../dusk", ["a.png"], "cannot name files"),
+        ("AUX", ["a.png"], "cannot name files on Windows"),
         ("dusk", ["empty"], "empty holds no picture.\nHint:  Name pictures, or a folder of them."),
         ("dusk", ["a.png", "empty"], "empty holds no picture."),
         ("dusk", ["many"], "would have 65 reference pictures"),
