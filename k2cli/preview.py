@@ -24,6 +24,7 @@ from model import picture_file
 WAYS = ("kitty", "iterm2", "sixel", "blocks", "off")
 WIDEST, TALLEST = 40, 20  # cells that a preview takes at most
 CELL = (8, 16)  # pixels of a cell, where the terminal does not say
+WINDOWS = "WT_SESSION"  # set by Windows Terminal, which sets no TERM and knows all colours
 PATIENCE = 0.2  # seconds for a terminal to answer what it can do
 
 
@@ -50,7 +51,7 @@ def choose(environ: Mapping[str, str], ask: Callable[[], bool]) -> str:
     if (told := environ.get("K2_PREVIEW", "")) in WAYS:
         return told
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
-    if environ.get("NO_COLOR") or term in ("", "dumb"):
+    if environ.get("NO_COLOR") or term == "dumb" or not (term or WINDOWS in environ):
         return "off"
     if "TMUX" in environ or term.startswith(("tmux", "screen")):
         return "blocks"  # what is outside is hidden, and may change
@@ -105,7 +106,8 @@ def draw(image: Image.Image, way: str, environ: Mapping[str, str], count: int = 
     columns, lines = shutil.get_terminal_size()
     across, down = cells(image.size, min(WIDEST * count, columns - 1), min(TALLEST, max(lines - 4, 4)))
     if way == "blocks":
-        return blocks(image.resize((across, 2 * down)), environ.get("COLORTERM", "") in ("truecolor", "24bit"))
+        exact = environ.get("COLORTERM", "") in ("truecolor", "24bit") or WINDOWS in environ
+        return blocks(image.resize((across, 2 * down)), exact)
     width, height = cell_size()
     small = image.resize((across * width, down * height))
     if way == "sixel":
