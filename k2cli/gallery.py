@@ -224,8 +224,7 @@ def whole(value: Any) -> int | None:
 
 def about(made: Made, apart: Collection[str]) -> str:
     """What a run has in common, after its name; `apart` are the settings in which its pictures differ."""
-    local = made.created.astimezone() if made.created else None
-    when = f"{local.day} {local:%b %Y, %H:%M}" if local else ""
+    when = f"{made.local.day} {made.local:%b %Y, %H:%M}" if made.local else ""
     steps = "" if "settings.steps" in apart else made.text("settings.steps")
     return " · ".join(filter(None, [when, model_of(made), count_of(steps, "step") if steps else ""]))
 
@@ -237,7 +236,6 @@ def model_of(made: Made) -> str:
 def record_of(made: Made) -> list[tuple[str, str]]:
     """A picture's record, a fact a line, as `k2 show` tells it; what says nothing is left out."""
     expanded = made.text("prompt.expanded")
-    created = made.created.astimezone() if made.created else None
     facts: list[tuple[str, Any]] = [
         ("expanded", "" if expanded == made.text("prompt.text") else expanded),
         ("avoid", made.text("prompt.avoid")),
@@ -258,7 +256,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("device", ", ".join(filter(None, (made.text(f"settings.{key}") for key in ("device", "dtype"))))),
         ("weights", "" if made["settings.precision"] == "native" else made.text("settings.precision")),
         ("offload", "" if made["settings.offload"] == "none" else made.text("settings.offload")),
-        ("created", f"{created:%Y-%m-%d %H:%M:%S}" if created else ""),
+        ("created", f"{made.local:%Y-%m-%d %H:%M:%S}" if made.local else ""),
         ("seconds", number(made["seconds"])),
         ("pixels", made.text("pixels")[:16]),
     ]

@@ -93,6 +93,14 @@ class Made:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
     @cached_property
+    def local(self) -> datetime | None:
+        """The same by the clock here, or in UTC where that does not go so far: on Windows not before 1970."""
+        try:
+            return self.created and self.created.astimezone()
+        except (OverflowError, ValueError, OSError):
+            return self.created
+
+    @cached_property
     def styles(self) -> dict[str, float]:
         """Name -> strength of every style that had a part in it."""
         return {

@@ -188,7 +188,7 @@ def show_table(found: Sequence[Made]) -> None:
     runs = groupby(zip(found, rows, strict=True), key=lambda pair: pair[0].path.parent)
     for number, (folder, pictures) in enumerate(runs):
         (first, row), *more = pictures
-        when = f"{first.created.astimezone():%Y-%m-%d %H:%M}" if first.created else ""
+        when = f"{first.local:%Y-%m-%d %H:%M}" if first.local else ""
         about = " · ".join(filter(None, [when, f"{first.text('model.name')} {first.text('model.variant')}".strip()]))
         heading = Text.assemble("\n" * bool(number), (near(folder), "bold"), "  ", (about, "dim"))
         screen.print(heading, no_wrap=True, overflow="ellipsis")

@@ -167,7 +167,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
     file = run[f"{shots[0].stem}.toml"]
     toml = Toml.read(file, shots[0].stem)
     record = records.parse(toml, project.root.joinpath)  # of files anywhere, which are not opened
-    made, made_on = record.shot.spec, Made(file, toml.table).created
+    made, made_on = record.shot.spec, Made(file, toml.table).local
     steps, guidance = course(vars(made))
     weights = [{style.name: style.strength for style in shot.spec.styles} for shot in shots]
 
@@ -185,7 +185,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         *([f"cohesion {made.cohesion:g}"] if made.cohesion and alike("cohesion") else []),
         *(f"{name} {own:g}" for name, own in weights[0].items() if all(each.get(name) == own for each in weights)),
         *([f"seed {made.seed}"] if shots[0].caption and alike("seed") else []),  # else it is below each picture
-        f"{(made_on or datetime.now()).astimezone():%Y-%m-%d}",
+        f"{made_on or datetime.now():%Y-%m-%d}",
     ]
     return " · ".join(facts)
 

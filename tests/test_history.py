@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from conftest import many_pictures
 
-from k2cli import history
-from k2cli.history import Chosen
+from k2cli import gallery, history
+from k2cli.history import Chosen, Made
 from model.errors import K2Error
 
 
@@ -161,3 +162,18 @@ def test_a_run_that_may_not_be_read_hides_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(history.os, "scandir", scandir)
     assert list(history.read(tmp_path, skipped=skipped.append)) == []
     assert [path.name for path in skipped] == ["0001-fox"]
+
+
+def test_a_moment_that_the_clock_here_does_not_know_is_told_in_utc():
+    """On Windows it begins in 1970, and pictures may come with any date."""
+
+    class Early(datetime):
+        def astimezone(self, zone=None):
+            if zone is None:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return super().astimezone(zone)
+
+    made = Made(Path("fox-7.png"), {"created": Early(1969, 7, 20, 20, 17, tzinfo=UTC)})
+
+    assert gallery.about(made, ()) == "20 Jul 1969, 20:17"
+    assert dict(gallery.record_of(made))["created"] == "1969-07-20 20:17:00"
