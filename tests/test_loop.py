@@ -207,6 +207,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     train(run(RECIPE, tmp_path), lambda line: None)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     longer = Recipe(**{**RECIPE.__dict__, "steps": 15})
+    kept["snapshot-0000014.safetensors"] = b"of the other"
+    (tmp_path / "snapshot-0000014.safetensors").write_bytes(b"of the other")
     command = [sys.executable, "-c", OTHER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
@@ -216,6 +218,17 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         other.kill()
 
     assert train(run(longer, tmp_path), lambda line: None).step == 15
+
+
+def test_a_run_that_another_process_took_further_is_not_overwritten(tmp_path):
+    """Between its reading and its lock another may come and go."""
+    late = run(RECIPE, tmp_path)
+    train(run(RECIPE, tmp_path), lambda line: None)
+    kept = (tmp_path / "state.safetensors").read_bytes()
+
+    with pytest.raises(K2Error, match="Another process has trained in"):
+        train(late, lambda line: None)
+    assert (tmp_path / "state.safetensors").read_bytes() == kept
 
 
 def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path):
@@ -285,7 +298,8 @@ def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path,
     begun.step = 2
     begun.save()
 
-    run(recipe, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train(run(recipe, tmp_path / "a", die_at=2), lambda line: None)
 
     assert [states.step_of(path) for path in states.snapshots(tmp_path / "a")] == [2]
 

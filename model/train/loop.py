@@ -267,10 +267,6 @@ class Run:
                         value = torch.empty_like(param, dtype=value.dtype).copy_(as_sharded(value, param))
                     states[int(index)][slot] = value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
-        if self.world.leads:
-            for later in snapshots(self.folder):
-                if step_of(later) > self.step:  # of a past that was not saved
-                    later.unlink()
 
     def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Where a tensor of a saved state is to be read into."""
@@ -320,7 +316,22 @@ def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
 def train(run: Run, report: Report = print) -> Run:
     """Take a run to its end, from where it stands; `report` gets a line now and then. Raises K2Error."""
     with alone(run.folder) if run.world.leads else nullcontext():
+        if run.world.leads:
+            clear(run)
         return _train(run, report)
+
+
+def clear(run: Run) -> None:
+    """Remove snapshots of a past that was not saved. Raises K2Error where another process has gone further meanwhile:
+    the run was read before it was locked."""
+    state = newest_state(run.folder)
+    if state is not None and place_of(state)["step"] > run.step:
+        raise K2Error(
+            f"Another process has trained in {run.folder} meanwhile.", hint="Train again: it goes on from there."
+        )
+    for later in snapshots(run.folder):
+        if step_of(later) > run.step:
+            later.unlink()
 
 
 def _train(run: Run, report: Report) -> Run:
