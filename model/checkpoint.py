@@ -249,12 +249,30 @@ def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, A
 
     beside: further entries of the header, for other tools' eyes.
     """
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
+    write(Path(path), tensors, header)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file, whole or not at all: the same content is the same bytes."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
-    with whole(Path(path)) as draft:
-        save_file(tensors, draft, header)
+    with whole(path) as draft:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, dict(metadata))
+        sort_metadata(draft)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put a file's metadata in order, in its place: safetensors leaves theirs to chance."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()  # as safetensors writes it
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load(

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
@@ -52,6 +53,17 @@ def test_what_is_saved_is_read_back(file, state):
     assert metadata["config"] == asdict(TINY)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     assert [path.name for path in file.parent.iterdir()] == ["tiny.safetensors"]  # no draft is left
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    """safetensors' own order of metadata is another in every file."""
+    more = {name: f'{name} "ü"\u2028\n\x01\x7f' for name in "qwertzuiop"}
+    for index in range(3):
+        save(tmp_path / f"{index}.safetensors", {"a": torch.ones(3)}, {"kind": "lora"}, **more)
+
+    assert len({(tmp_path / f"{index}.safetensors").read_bytes() for index in range(3)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata()["q"] == more["q"] and torch.equal(file.get_tensor("a"), torch.ones(3))
 
 
 def test_a_failed_save_leaves_the_old_file(file, state):

@@ -209,11 +209,9 @@ def test_memory_that_runs_out_is_one_sentence(k2, workshop, monkeypatch, error):
     ],
 )
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(k2, workshop, monkeypatch, error):  # noqa: F811
-    from model.train import states
-
     path = written(workshop, SMALL + TINY)
     with monkeypatch.context() as patch:
-        patch.setattr(states, "save_file", lambda *_: (_ for _ in ()).throw(error))
+        patch.setattr("safetensors.torch.save_file", lambda *_: (_ for _ in ()).throw(error))
         said = k2("train", path, code=1).stderr
     assert "Error: The disk is full: .runs/small was not written." in said and "goes on" in said
     assert not list(Path(".runs/small").glob(".*"))

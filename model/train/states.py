@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.checkpoint import read
+from model import checkpoint
 from model.errors import K2Error
 from model.library import BOX
 from model.train import parallel
-from model.whole import whole
 
 RUNS = Path(".runs")
 PACKAGED = {"box": "raw", "turbo": "turbo"}  # what recipes call the package's weights -> the variant
@@ -30,8 +29,7 @@ def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], recor
     """A state and its record into a run's folder, in one move."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"place": json.dumps(place), "record": json.dumps(record)}
-    with whole(folder / "state.safetensors") as draft:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, draft, metadata)
+    checkpoint.write(folder / "state.safetensors", tensors, metadata)
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -90,7 +88,7 @@ def averages(path: Path) -> dict[str, Tensor]:
 def box(variant: str = "raw") -> dict[str, Tensor]:
     """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
     parts = {"dit.": f"mini-{variant}", "style.": "mini-style"}
-    states = ((prefix, read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
+    states = ((prefix, checkpoint.read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
     return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
 

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model import checkpoint
 from model.errors import K2Error
 from model.latents import patchify
 from model.train import loop, pretrain, states
@@ -38,7 +39,6 @@ from model.train.rollout import Asked, asked, conditioned, decode, noised, sampl
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
-from model.whole import whole
 
 KINDS = ("dpo", "dpo+sft", "stpo")
 CHOSEN_BY = (  # of a recipe: what its pairs depend on
@@ -141,8 +141,7 @@ class Pairs:
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         metadata = metadata | {"captions": self.captions}
-        with whole(path) as draft:
-            save_file(self.latents._asdict(), draft, {"pairs": json.dumps(metadata)})
+        checkpoint.write(path, self.latents._asdict(), {"pairs": json.dumps(metadata)})
 
     @classmethod
     def load(cls, path: Path) -> Pairs:
