@@ -403,6 +403,23 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, pictures, tiny, monkeypatch):
     assert all(torch.equal(straight[name], again[name]) for name in straight)
 
 
+def test_a_finished_one_is_left_as_it_is(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    """Pictures remember it by its hash. What is missing is written, from the state."""
+    monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
+    recipe = replace(RECIPE, pictures=str(pictures), size=64)
+    path = main(recipe, "cpu", lambda line: None).result
+    before = {each.name: (each.read_bytes(), each.stat().st_ino) for each in path.parent.iterdir()}
+
+    said: list[str] = []
+    main(replace(recipe, steps=4, every=1), "cpu", said.append)
+    assert {each.name: (each.read_bytes(), each.stat().st_ino) for each in path.parent.iterdir()} == before
+    assert any("already done at step 8" in line for line in said)
+
+    path.unlink()
+    main(recipe, "cpu", lambda line: None)
+    assert path.read_bytes()[-1000:] == before[path.name][0][-1000:]
+
+
 def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa: F811
     """A folder is a recipe; what it gives renders under a style's lines as the command prints them."""
     monkeypatch.chdir(tmp_path)

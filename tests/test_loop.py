@@ -192,8 +192,11 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     done = loop.train(run(RECIPE, tmp_path), lambda line: None)
     written = (tmp_path / "state.safetensors").read_bytes()
 
-    again = loop.train(run(RECIPE, tmp_path), lambda line: None)
+    said: list[str] = []
+    shorter = Recipe(**{**RECIPE.__dict__, "steps": 6})
+    again = loop.train(run(shorter, tmp_path), said.append)
 
+    assert said == ["line: already done at step 12; with more steps or minutes it goes on"]
     assert (again.step, again.figures) == (done.step, done.figures) and again.figures
     assert (tmp_path / "state.safetensors").read_bytes() == written
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from model import library
-from model.checkpoint import save
+from model.checkpoint import open_checkpoint, save
 from model.dit import Krea2
 from model.errors import K2Error, count_of
 from model.few_bits import FewBitLinear
@@ -264,8 +264,8 @@ class Run(loop.Run):
         return self.folder / f"{self.recipe.name}.safetensors"
 
     def finish(self) -> None:
-        """Write the averaged adapter."""
-        if not self.world.leads:
+        """Write the averaged adapter, where that of these steps is not there yet."""
+        if not self.world.leads or (self.idle and steps_of(self.result) == self.step):
             return
         about = {
             "kind": "lora",
@@ -286,6 +286,14 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
     loop.train(run, report)
     run.finish()
     return run
+
+
+def steps_of(adapter: Path) -> int | None:
+    """After how many steps an adapter was written; none where there is none that can be read."""
+    try:
+        return open_checkpoint(adapter).metadata["training"]["steps"]
+    except (K2Error, KeyError):
+        return None
 
 
 def hashes_of(base: Mapping[str, Any]) -> str:

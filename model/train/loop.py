@@ -114,6 +114,7 @@ class Run:
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.figures: dict[str, float] = {}
+        self.idle = False  # nothing was left to do, or to write
         self.changed: list[str] = []  # what the recipe says otherwise than when the run was saved
         self.bf16 = stage.narrow and native_bf16(self.device)
         self.learned_from = {"data set": stage.data} if stage.data else {}
@@ -153,9 +154,14 @@ class Run:
         return self.step if self.recipe.steps else self.seconds
 
     @property
+    def saved(self) -> Path:
+        """Its whole state on disk, once it is through."""
+        return self.folder / "state.safetensors"
+
+    @property
     def result(self) -> Path:
         """What it leaves behind."""
-        return self.folder / "state.safetensors"
+        return self.saved
 
     @property
     def done(self) -> bool:
@@ -338,10 +344,12 @@ def _train(run: Run, report: Report) -> Run:
     recipe, stage, here = run.recipe, run.stage, run.world
     journal = Journal(run.folder / "log.csv", run.step) if here.leads else None
     report = report if here.leads else lambda line: None
+    if run.done and newest_state(run.folder) == run.saved:
+        run.idle = True
+        report(f"{recipe.name}: already done at step {run.step}; with more steps or minutes it goes on")
+        return run
     if run.changed:
         report(f"{recipe.name} goes on otherwise than it began: {', '.join(run.changed)}")
-    if run.done and newest_state(run.folder) == run.result:  # nothing is left to do, or to write
-        return run
     compiles = type(stage).compile is not Stage.compile
     if compiles and max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
         if can_compile(run.device):

@@ -316,7 +316,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     run.world.wait()
     stage.pairs = Pairs.load(path)
     loop.train(run, report)
-    if not recipe.look:
+    if not recipe.look or (run.idle and "reward_after" in run.figures):
         return run
     figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
     run.figures |= figures

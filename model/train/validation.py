@@ -64,6 +64,8 @@ def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -
     """Run a stage to its end, from where it stands, and validate what comes of it: its averages, which others take."""
     recipe = stage.recipe
     run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)
+    if run.idle and "validation" in run.figures:
+        return run
     last = {name: value.clone() for name, value in stage.model.state_dict().items()}
     stage.model.load_state_dict(run.ema)
     run.figures["validation"] = validation_loss(stage.model, data, recipe)
