@@ -281,6 +281,15 @@ def test_a_rate_of_zero_freezes_and_another_scales(tmp_path):
     assert moved["out.bias"] == pytest.approx(full["out.bias"], rel=1e-3)
 
 
+def test_a_stage_of_which_nothing_learns_is_refused(tmp_path):
+    class Frozen(Line):
+        def rate(self, name):
+            return 0.0
+
+    with pytest.raises(K2Error, match="nothing learns"):
+        Run(Frozen(RECIPE), tmp_path)
+
+
 def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_path):
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
     train(run(recipe, tmp_path / "a"), lambda line: None)
@@ -365,7 +374,19 @@ def test_curves_are_drawn_where_the_log_says(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"steps": 0}, "either minutes or steps"), ({"minutes": 2}, "either minutes or steps"), ({"every": 0}, "every")],
+    [
+        ({"steps": 0}, "either minutes or steps"),
+        ({"minutes": 2}, "either minutes or steps"),
+        ({"steps": -3, "minutes": 5}, "steps must be at least 0"),
+        ({"every": 0}, "every"),
+        ({"clip": 0}, "clip must be more than 0"),
+        ({"decay": 1.5}, "decay is a share"),
+        ({"average": -0.1}, "average is a share"),
+        ({"average": 1}, "average must be less than 1"),
+        ({"keep": -1, "keep_every": 1}, "keep must be at least 0"),
+        ({"keep": 2}, "keep and keep_every"),
+        ({"keep_every": 2}, "keep and keep_every"),
+    ],
 )
 def test_a_recipe_that_cannot_run_says_why(change, words):
     with pytest.raises(K2Error, match=words):

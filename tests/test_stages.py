@@ -23,6 +23,7 @@ COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-
 NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
 WEIGHTS = "weights = {subject = 1.0, style = 0.5, artefact = 0.5, grain = 0.5}\n"
 VAE = BOX / "mini-vae.safetensors"
+ON_THE_DATA = ("pretrain", "midtrain", "sft", "hearing", "turbo", "stpo", "grpo")
 POST = 'judge = "judge-3"\nsample_steps = 3\nprompts = 8\n' + WEIGHTS
 
 
@@ -268,23 +269,65 @@ def test_what_evaluates_never_rewards(workshop):  # noqa: F811
     ],
 )
 def test_counts_of_none_are_refused_before_anything_is_loaded(stage, keys):
-    table: dict = {"name": "x", "stage": stage, "steps": 1, "lr": 0.1, "muon_lr": 0.1}
-    table |= {"pictures": "."} if stage == "lora" else {"size": 64, "batch": 1, "mu": 0.0}
-    table |= {"weights": {"subject": 1.0}} if stage in ("stpo", "grpo") else {}
-    table |= {"method": "trajectory"} if stage == "turbo" else {}
-    recipe.saved(table | {"every": 2})
+    table = least(stage)
+    recipe.saved(table)
     for key in keys:
         with pytest.raises(K2Error, match=f"{key} must be at least"):
-            recipe.saved(table | {"every": 2, key: 0})
+            recipe.saved(table | {key: 0})
+
+
+def least(stage):
+    """A recipe that says no more than it has to."""
+    table = {"name": "x", "stage": stage, "steps": 1, "lr": 0.1, "muon_lr": 0.0, "every": 2}
+    table |= {"pictures": "."} if stage == "lora" else {}
+    table |= {"size": 64, "batch": 1, "repeats": 1, "mu": 0.0} if stage in ON_THE_DATA else {}
+    table |= {"weights": {"subject": 1.0}} if stage in ("stpo", "grpo") else {}
+    return table | ({"method": "trajectory"} if stage == "turbo" else {})
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "wrong", "message"),
+    [
+        *(("pretrain", key, 1.7, "is a share") for key in ("references", "said", "reworded", "strangers", "shaped")),
+        ("pretrain", "null", -1, "is a share"),
+        *(("pretrain", key, -3, "at least 0") for key in ("white", "grounds", "later", "style_loss", "align")),
+        ("pretrain", "unasked", ["notto"], 'no drawing set "notto"'),
+        ("sft", "on", ["gradiant"], 'no ground "gradiant"'),
+        ("sft", "media", ["oyl"], 'no medium "oyl"'),
+        ("sft", "per_subject", 0, "at least 1"),
+        ("midtrain", "balance", 2, "is a share"),
+        ("stpo", "beta", -5, "more than 0"),
+        ("stpo", "aside", -3, "at least 0"),
+        ("stpo", "weights", {}, "must name rewards"),
+        ("grpo", "weights", {"style": 0.0}, "must name rewards"),
+        ("grpo", "noise", 0, "more than 0"),
+        ("turbo", "untouched", 2, "is a share"),
+        ("hearing", "plain", 2, "is a share"),
+        ("lora", "drop", 2, "is a share"),
+        *((stage, "batch", 0, "at least 1") for stage in ("judge", "text", "autoencoder", "finer")),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(stage, key, wrong, message):
+    table = least(stage) | ({"init": "box"} if stage == "midtrain" else {})
+    recipe.saved(table)
+    with pytest.raises(K2Error, match=message) as error:
+        recipe.saved(table | {key: tuple(wrong) if isinstance(wrong, list) else wrong})
+    assert str(error.value).startswith('Recipe "x": ')
 
 
 def test_keys_that_mean_nothing_to_a_stage_are_refused():
-    keys = {"name": "x", "stage": "stpo", "steps": 1, "lr": 0.1, "muon_lr": 0.1, "size": 64, "batch": 1, "mu": 0.0}
-    table = keys | {"weights": {"subject": 1.0}}
-    recipe.saved(table)
+    idle = {"references": 0.2, "align": 0.5, "said": 0.2, "reworded": 0.2, "strangers": 0.2, "fresh": ("dit",)}
+    idle |= {"unasked": ("noto",), "forms": (1.0, 0.0, 0.0)}
     for stage in ("stpo", "grpo"):
-        with pytest.raises(K2Error, match="references means nothing"):
-            recipe.saved(table | {"stage": stage, "references": 0.2})
+        for key, value in idle.items():
+            with pytest.raises(K2Error, match=f"{key} means nothing"):
+                recipe.saved(least(stage) | {key: value})
+    for key, value in (("fakes", 3), ("fake_rate", 2.0)):
+        recipe.saved(least("turbo") | {key: value})
+        with pytest.raises(K2Error, match=f"{key} means nothing"):
+            recipe.saved(least("turbo") | {"method": "guidance", key: value})
+    with pytest.raises(K2Error, match="fresh means nothing"):
+        recipe.saved(least("lora") | {"fresh": ("up",)})
 
 
 @pytest.mark.parametrize(

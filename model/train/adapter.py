@@ -42,7 +42,7 @@ from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder
 from model.train.pretrain import recompute
-from model.train.recipe import at_least
+from model.train.recipe import at_least, refuse, share
 from model.train.rollout import noised
 from model.train.training_set import pad
 
@@ -92,8 +92,8 @@ class Recipe(loop.Recipe):
                 )
         at_least(self, 1, "rank", "batch", "repeats")
         at_least(self, 0, "size")
-        if not 0 <= self.drop <= 1:
-            raise K2Error(f'Recipe "{self.name}": drop is a share, from 0 to 1.')
+        share(self, "drop")
+        refuse(self, "fresh")
 
 
 class Halves(nn.Module):

@@ -30,7 +30,7 @@ from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, fingerprint, stable_seed
 from model.train.linear_start import start_linear
 from model.train.loop import Batch, Report
-from model.train.recipe import refuse
+from model.train.recipe import at_least, refuse, share
 from model.train.states import RUNS
 from model.vae import QwenImageVAE, VAEConfig
 from model.whole import whole
@@ -66,6 +66,9 @@ class Recipe(recipes.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "init", "fresh")
+        at_least(self, 1, "batch", "crop", "pictures", "held_out")
+        at_least(self, 0, "edges", "squares", "texture", "kl", "noise")
+        share(self, "grainy", "plain")
 
 
 class Pool(NamedTuple):

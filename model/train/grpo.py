@@ -26,8 +26,8 @@ from model.latents import patchify, unpatchify
 from model.train import loop, parallel, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, refuse
-from model.train.rewards import Rewards
+from model.train.recipe import at_least, more_than_none, refuse
+from model.train.rewards import Rewards, rewarding
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
@@ -60,8 +60,11 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
+        refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
         at_least(self, 1, "updates", "prompts", "pool")
         at_least(self, 2, "group")
+        more_than_none(self, "noise", "trust")
+        rewarding(self.name, self.weights)
         if self.every % self.updates:
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."

@@ -25,7 +25,7 @@ from model.train import loop, pretrain
 from model.train.data import Item, fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.pretrain import Trainee
-from model.train.recipe import at_least, refuse
+from model.train.recipe import at_least, refuse, share
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
 from model.train.thesaurus import one
@@ -54,6 +54,8 @@ class Recipe(pretrain.Recipe):
         super().__post_init__()
         refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
         at_least(self, 1, "whole", "swapped", "pool")
+        at_least(self, 0, "swap")
+        share(self, "plain", "inserted")
 
 
 class Hearing(pretrain.Drawing):

@@ -45,6 +45,10 @@ class Recipe(recipes.Recipe):
     batch: int = 64
     size: int = data.NATIVE  # px of the pictures before they are made small: that of the checkpoints to be judged
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        recipes.at_least(self, 1, "batch", "size")
+
 
 @dataclass(frozen=True)
 class JudgeConfig:

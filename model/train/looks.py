@@ -23,6 +23,7 @@ from model.vocabulary import MEDIA as MEDIA
 Array = NDArray[np.floating[Any]]  # float32, or float64 where a product widened it
 Generator = np.random.Generator
 
+GROUNDS = ("white", "flat", "gradient", "scene", "floor")
 MONOCHROME = ("fluent-emoji-high-contrast", "emojione-monotone")
 
 PALETTES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # name -> main colour, second colour
@@ -47,7 +48,7 @@ class Look:
 
     drawing: str
     medium: str = "plain"
-    ground: str = "white"  # white | flat | gradient | scene | floor
+    ground: str = "white"  # one of GROUNDS
     palette: str = "cream"
 
     @property

@@ -146,6 +146,8 @@ class Run:
             made["adamw"] = torch.optim.AdamW(
                 adamw, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
             )
+        if not made:
+            raise K2Error(f'Recipe "{recipe.name}": nothing learns, as all of it is frozen.')
         return made
 
     @property

@@ -17,7 +17,7 @@ from model.errors import K2Error
 from model.train import loop, pretrain, states
 from model.train.loop import Report
 from model.train.pretrain import Pretraining
-from model.train.recipe import at_least
+from model.train.recipe import at_least, share
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, rest_for_validation
 
@@ -33,6 +33,7 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "clusters")
+        share(self, "balance")
         if not self.init:
             raise K2Error(f'Recipe "{self.name}": midtraining goes on from a run, and init names none.')
 

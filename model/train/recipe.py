@@ -9,7 +9,7 @@ import math
 import re
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
@@ -94,12 +94,16 @@ class Recipe(Table):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.minutes > 0) == (self.steps > 0):
-            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
+        at_least(self, 0, "minutes", "steps", "lr", "muon_lr", "weight_decay", "keep", "keep_every")
         at_least(self, 1, "accumulate", "every", "warmup_steps")
-        for key in ("lr", "muon_lr", "weight_decay"):
-            if getattr(self, key) < 0:
-                raise K2Error(f'Recipe "{self.name}": {key} must not be negative.')
+        more_than_none(self, "clip")
+        share(self, "decay", "average")
+        if bool(self.minutes) == bool(self.steps):
+            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
+        if bool(self.keep) != bool(self.keep_every):
+            raise K2Error(f'Recipe "{self.name}": keep and keep_every say together which snapshots stay.')
+        if self.average == 1:
+            raise K2Error(f'Recipe "{self.name}": average must be less than 1, or the averages stay as they begin.')
 
     @property
     def total(self) -> float:
@@ -151,7 +155,7 @@ def saved(table: Mapping[str, Any]) -> Any:
 
 def module(stage: Any, where: str) -> Any:
     """The module of a stage. Raises `K2Error` where there is none of that name."""
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         near = get_close_matches(str(stage), STAGES, 1)
         hint = f'Did you mean "{near[0]}"?' if near else f"Stages: {', '.join(STAGES)}."
         raise K2Error(f'{where}: there is no stage "{stage}".', hint=hint)
@@ -166,10 +170,31 @@ def refuse(recipe: Table, *keys: str) -> None:
 
 
 def at_least(recipe: Table, least: int, *keys: str) -> None:
-    """Raises K2Error where one of these counts is less."""
+    """Raises K2Error where one of these numbers is less."""
     for key in keys:
         if getattr(recipe, key) < least:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be at least {least}.')
+
+
+def more_than_none(recipe: Table, *keys: str) -> None:
+    """Raises K2Error where one of these numbers is 0 or less."""
+    for key in keys:
+        if getattr(recipe, key) <= 0:
+            raise K2Error(f'Recipe "{recipe.name}": {key} must be more than 0.')
+
+
+def share(recipe: Table, *keys: str) -> None:
+    """Raises K2Error where one of these is none."""
+    for key in keys:
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise K2Error(f'Recipe "{recipe.name}": {key} is a share, from 0 to 1.')
+
+
+def known(recipe: Table, names: Collection[str], those: Collection[str], what: str) -> None:
+    """Raises K2Error where one of these names is not among those that there are."""
+    for name in names:
+        if name not in those:
+            raise K2Error(f'Recipe "{recipe.name}": there is no {what} "{name}".', hint=f"{', '.join(those)}.")
 
 
 def fits(value: Any, hint: Any) -> bool:

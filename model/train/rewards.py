@@ -45,6 +45,12 @@ def top_octave(pictures: Tensor) -> Tensor:
     return power[:, top].mean(1).clamp_min(1e-8)
 
 
+def rewarding(recipe: str, weights: Mapping[str, float]) -> None:
+    """Raises K2Error where a recipe's weights of rewards sum to nothing."""
+    if sum(weights.values()) <= 0:
+        raise K2Error(f'Recipe "{recipe}": weights must name rewards, and sum to more than 0.')
+
+
 class Rewards:
     """All rewards of one judge, with what they know of real pictures: those of the train split, through the decoder."""
 

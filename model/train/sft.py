@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from model.errors import K2Error
 from model.train import loop, pretrain
 from model.train.data import Item, stable_seed
-from model.train.looks import DRAWINGS, MEDIA
+from model.train.looks import DRAWINGS, GROUNDS, MEDIA
 from model.train.loop import Report
 from model.train.pretrain import Pretraining
+from model.train.recipe import at_least, known
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, only, rests
 
@@ -35,10 +35,10 @@ class Recipe(pretrain.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for names, known, key in ((self.media, MEDIA, "medium"), (self.drawings, DRAWINGS, "drawing set")):
-            for name in names:
-                if name not in known:
-                    raise K2Error(f'Recipe "{self.name}": there is no {key} "{name}".', hint=f"{', '.join(known)}.")
+        at_least(self, 1, "per_subject")
+        known(self, self.media, MEDIA, "medium")
+        known(self, self.drawings, DRAWINGS, "drawing set")
+        known(self, self.on, GROUNDS, "ground")
 
 
 def domain(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:

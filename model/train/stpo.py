@@ -33,8 +33,8 @@ from model.latents import patchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, refuse
-from model.train.rewards import Rewards, top_octave
+from model.train.recipe import at_least, more_than_none, refuse, share
+from model.train.rewards import Rewards, rewarding, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
@@ -72,8 +72,13 @@ class Recipe(pretrain.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
+        refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
+        at_least(self, 0, "calibrate_at", "hinge", "anchor", "margin", "aside", "guidance", "look")
         at_least(self, 1, "prompts", "sample_steps")
         at_least(self, 2, "group")
+        more_than_none(self, "beta")
+        share(self, "safety")
+        rewarding(self.name, self.weights)
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
 

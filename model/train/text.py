@@ -28,7 +28,7 @@ from model.train import loop
 from model.train import recipe as recipes
 from model.train.loop import Batch, Report
 from model.train.phrases import NPM, fetch, phrases
-from model.train.recipe import refuse
+from model.train.recipe import at_least, refuse
 from model.train.states import RUNS
 from model.whole import whole
 
@@ -75,6 +75,7 @@ class Recipe(recipes.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "muon_lr", "init", "fresh")
+        at_least(self, 1, "batch", "phrases")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from model.style import STYLE_ROWS, destroy_content
 from model.text_encoder import TextEncoder
 from model.train import recipe as recipes
 from model.train.data import DATA, Catalog, Item, latents_file, stable_seed
+from model.train.looks import DRAWINGS
 from model.train.loop import Batch
-from model.train.recipe import at_least
+from model.train.recipe import at_least, known, share
 from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
 
@@ -77,6 +78,9 @@ class Recipe(recipes.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "batch", "repeats", "rows")
+        at_least(self, 0, "white", "grounds", "later", "style_loss", "align", "sheets")
+        share(self, "references", "null", "said", "reworded", "strangers", "shaped")
+        known(self, self.unasked, DRAWINGS, "drawing set")
         if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
             raise K2Error(f'Recipe "{self.name}": forms are three shares, whose sum is 1.')
 

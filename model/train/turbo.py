@@ -26,7 +26,7 @@ from model.train.data import fingerprint
 from model.train.distill import Chance, fake_loss, student_loss, walk
 from model.train.loop import Batch, Report
 from model.train.pretrain import Trainee
-from model.train.recipe import at_least, refuse
+from model.train.recipe import at_least, more_than_none, refuse, share
 from model.train.rollout import conditioned, noised, with_rows
 from model.train.states import RUNS
 from model.train.training_set import Sampling, TrainingSet, training_set
@@ -58,8 +58,13 @@ class Recipe(pretrain.Recipe):
         super().__post_init__()
         refuse(self, "style_loss", "frozen", "align", "recompute", "products", "repeats")
         at_least(self, 1, "walk_steps", "fakes")
+        at_least(self, 0, "guidance")
+        more_than_none(self, "fake_rate")
+        share(self, "untouched")
         if self.method not in METHODS:
             raise K2Error(f'Recipe "{self.name}": there is no method "{self.method}".', hint=f"{' or '.join(METHODS)}.")
+        if self.method == "guidance":
+            refuse(self, "fakes", "fake_rate")
 
 
 class Pair(nn.Module):
