@@ -399,5 +399,11 @@ def test_a_parent_that_is_not_there_or_does_not_fit(tmp_path):
     model = nn.Linear(2, 2)
     with pytest.raises(K2Error, match="share no name"):
         states.start(model, {"other": torch.zeros(2)})
+    parted = nn.ModuleList([nn.Linear(1, 1) for _ in range(11)])
+    before = {name: value.clone() for name, value in parted.state_dict().items()}
+    states.start(parted, {name: value + 1 for name, value in before.items()}, ("1",))
+    assert torch.equal(parted[1].weight, before["1.weight"]) and not torch.equal(parted[10].weight, before["10.weight"])
+    with pytest.raises(K2Error, match='fresh names no module "in"'):
+        run(Recipe(**{**RECIPE.__dict__, "fresh": ("in",)}), tmp_path / "a")
     with pytest.raises(K2Error, match="weight is"):
         states.start(model, {"weight": torch.zeros(3, 3)})

@@ -107,6 +107,23 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     assert {"subject", "style", "artefact", "grain", "ratio", "groups", "held"} <= grpo.keys()
 
 
+def test_midtraining_begins_anew_what_it_is_told_to(workshop, monkeypatch):  # noqa: F811
+    """And finds its clusters by the parent's view all the same."""
+    base()
+    begun = {}
+
+    def not_trained(run, report):
+        begun.update({name: value.clone() for name, value in run.model.state_dict().items()})
+        return run
+
+    monkeypatch.setattr(loop, "train", not_trained)
+    run("middle", "midtrain", 'repeats = 2\nclusters = 3\nfresh = ["look_head"]')
+
+    parent = state("base")
+    old = {name for name, value in begun.items() if torch.equal(value, parent[f"ema.{name}"])}
+    assert set(begun) - old == {"look_head.weight", "look_head.bias"}
+
+
 def test_what_is_validated_are_the_averages_and_the_last_weights_are_saved(workshop, monkeypatch):  # noqa: F811
     from model.train import validation
 

@@ -35,7 +35,7 @@ from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
-from model.train.states import commit, newest_state, parent, place_of, snapshots, start, step_of, write
+from model.train.states import check_modules, commit, newest_state, parent, place_of, snapshots, start, step_of, write
 from model.whole import whole
 
 SAVE_EVERY = 180.0  # seconds
@@ -103,6 +103,7 @@ class Run:
         self.parts = self.world.parts(self.recipe.accumulate)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = stage.model.to(self.device)
+        check_modules(self.model, self.recipe.name, "fresh", self.recipe.fresh)
         state = newest_state(self.folder)
         if self.recipe.init and state is None:
             start(self.model, parent(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own))

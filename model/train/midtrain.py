@@ -87,9 +87,9 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     rest_for_validation(data)
     stage = Pretraining(recipe, len(data.looks), data, device)
-    weights = states.parent(recipe.init)
-    states.start(stage.model, weights)  # also where a run goes on: its clusters are those that it began with
-    clusters = kmeans(features(data, stage.model.to(device)), recipe.clusters, recipe.seed)
+    before = pretrain.trainee(recipe, len(data.looks), device)
+    states.start(before, states.parent(recipe.init), ("look_head",))
+    clusters = kmeans(features(data, before.to(device)), recipe.clusters, recipe.seed)
     data.weights = balanced(data.weights, clusters, recipe.balance)
     report(f"{recipe.name}: {len(np.unique(clusters))} clusters of {np.bincount(clusters).min()} pictures and more")
     return finish(stage, data, device, report)

@@ -147,11 +147,8 @@ class Pretraining(Drawing):
     def __init__(self, recipe: Recipe, looks: int, data: TrainingSet | None = None, device: str = "cpu"):
         self.recipe: Recipe = recipe
         self.model: Trainee = trainee(recipe, looks, device)
-        for key in ("frozen", "fresh"):
-            for module in getattr(recipe, key):
-                if not any(f"{name}.".startswith(f"{module}.") for name in self.model.state_dict()):
-                    hint = f"Like {', '.join(name for name, _ in self.model.named_children())}, or a part of them."
-                    raise K2Error(f'Recipe "{recipe.name}": {key} names no module "{module}".', hint=hint)
+        states.check_modules(self.model, recipe.name, "frozen", recipe.frozen)
+        states.check_modules(self.model, recipe.name, "fresh", recipe.fresh)
         self.teacher: Teacher | None = None
         self.averages: Mapping[str, Tensor] = {}
         self.set = data

@@ -92,10 +92,19 @@ def box(variant: str = "raw") -> dict[str, Tensor]:
     return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
 
+def check_modules(model: nn.Module, recipe: str, key: str, modules: tuple[str, ...]) -> None:
+    """Raises K2Error where a list of a recipe names a module that the model lacks."""
+    for module in modules:
+        if not any(f"{name}.".startswith(f"{module}.") for name in model.state_dict()):
+            hint = f"Like {', '.join(name for name, _ in model.named_children())}, or a part of them."
+            raise K2Error(f'Recipe "{recipe}": {key} names no module "{module}".', hint=hint)
+
+
 def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
     """Copy a parent's weights into a model, but for modules that begin anew and those that the parent lacks."""
     begin = model.state_dict()
-    shared = [name for name in begin if name in weights and not name.startswith(fresh)]
+    anew = tuple(f"{module}." for module in fresh)
+    shared = [name for name in begin if name in weights and not f"{name}.".startswith(anew)]
     if not shared:
         raise K2Error("The parent's weights share no name with this model.")
     for name in shared:
