@@ -33,7 +33,7 @@ from model.second_path import LowRank
 from model.spec import Lora, RenderSpec
 from model.train import adapter, loop, states
 from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
-from model.train.pictures import Captioned, encode, read_folder, words_of
+from model.train.pictures import Captioned, encode, join, read_folder, shortened, words_of
 from model.train.pretrain import recompute
 
 RECIPE = Recipe(name="dusk", pictures="pictures", model="tiny", steps=8, rank=4, batch=4, every=4, lr=1e-2)
@@ -88,6 +88,34 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert read_folder(pictures)[4].caption == ""
     (pictures / "red-fox_3.txt").write_text("an owl", "utf-8-sig")  # as Windows' editor writes it
     assert read_folder(pictures)[4].caption == "an owl"
+
+
+@pytest.mark.parametrize(
+    ("caption", "joined"),
+    [
+        ("pink flower", "pink flower, ink"),  # which says no "ink"
+        ("Ink, on paper", "Ink, on paper"),
+        ("a flower,", "a flower, ink"),
+        (", ", "ink"),
+        ("", "ink"),
+    ],
+)
+def test_a_trigger_joins_a_caption_that_does_not_say_it(caption, joined):
+    assert join(caption, "ink") == joined
+    assert join(caption, "") == caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "read"),
+    [
+        ("a b c, night look", "a b c, night look"),
+        ("a b c d e f g, night look", "a b c d, night look"),
+        ("one night look over the far away sea", "one night look over the far"),
+        ("over the far away sea in a night look", "over the far away, night look"),
+    ],
+)
+def test_a_caption_that_is_too_long_is_cut_before_its_trigger(caption, read):
+    assert shortened(caption, "night look", lambda text: max(0, len(text.split()) - 6)) == read
 
 
 def test_a_jpeg_teaches_however_it_is_called(pictures):
@@ -357,8 +385,11 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
     lines: list[str] = []
     recipe = replace(RECIPE, pictures=str(pictures), trigger="dusk style", size=64, mirror=True)
 
+    (pictures / "red-fox_4.txt").write_text("a fox " * 600)
+
     path = main(recipe, "cpu", lines.append).result
 
+    assert "dusk: 1 caption too long, cut to the 507 tokens that are read" in lines
     assert path == tmp_path / "runs" / "dusk" / "dusk.safetensors" and any("10 pictures" in line for line in lines)
     about = open_checkpoint(path).metadata
     assert about["kind"] == "lora" and about["triggers"] == ["dusk style"]

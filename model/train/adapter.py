@@ -36,11 +36,11 @@ from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
 from model.sampler import raw_mu
 from model.second_path import LowRank
-from model.text_encoder import TextEncoder
+from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
-from model.train.pictures import encode, manifest, read_folder
+from model.train.pictures import encode, manifest, read_folder, shortened
 from model.train.pretrain import recompute
 from model.train.recipe import at_least, refuse, share
 from model.train.rollout import noised
@@ -222,7 +222,10 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     latents = encode(pictures, vae, recipe.size or numbers.native, unit, mirrored=recipe.mirror)
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
-    embeds = [text.encode([picture.caption])[0][0].cpu() for picture in pictures]
+    captions = [shortened(picture.caption, recipe.trigger, text.unread) for picture in pictures]
+    if cut := sum(text.unread(picture.caption) > 0 for picture in pictures):
+        report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to the {PROMPT_TOKENS} tokens that are read")
+    embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
     material = Material(latents, embeds, text.encode([""])[0][0].cpu(), manifest(pictures))
     del text
     precision = choose(

@@ -6,8 +6,9 @@ A caption is the text file of the same name beside a picture; without one the pi
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +77,23 @@ def words_of(stem: str) -> str:
 
 
 def join(caption: str, trigger: str) -> str:
-    """As a style's trigger joins a prompt; one that the caption has already is not said twice."""
-    parts = [caption] if trigger and trigger.lower() in caption.lower() else [caption, trigger]
-    return ", ".join(part for part in parts if part)
+    """As a style's trigger joins a prompt; one that the caption has already, as words, is not said twice."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return ", ".join(part for part in (caption.rstrip(", "), trigger) if part)
+
+
+def shortened(caption: str, trigger: str, unread: Callable[[str], int]) -> str:
+    """A caption of which all is read, the trigger too: words are left out before it.
+
+    unread: how many tokens at a text's end are too many
+    """
+    words = caption.removesuffix(f", {trigger}").split(" ")
+
+    def first(count: int) -> str:
+        return join(" ".join(words[:count]), trigger)
+
+    return first(bisect_left(range(1, len(words) + 1), True, key=lambda count: unread(first(count)) > 0))
 
 
 @torch.inference_mode()
