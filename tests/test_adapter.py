@@ -394,6 +394,7 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
     about = open_checkpoint(path).metadata
     assert about["kind"] == "lora" and about["triggers"] == ["dusk style"]
     assert about["base"]["sha256"] == {"tiny-raw.safetensors": sha256(tiny / "tiny-raw.safetensors")}
+    assert str(tmp_path) not in json.dumps(about) and str(tmp_path) not in json.dumps(read_header(path)["__metadata__"])
     assert about["training"]["steps"] == 8 and about["training"]["recipe"]["rank"] == 4
     assert len(about["pictures"]) == 10 and "red-fox" not in json.dumps(about["pictures"])
     stated = json.loads(read_header(path)["__metadata__"]["lora_adapter_metadata"])

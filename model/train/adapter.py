@@ -270,12 +270,14 @@ class Run(loop.Run):
         """Write the averaged adapter, where that of these steps is not there yet."""
         if not self.world.leads or (self.idle and steps_of(self.result) == self.step):
             return
+        record = self.record()
+        told = {key: value for key, value in record["recipe"].items() if key not in ("pictures", "model", "init")}
         about = {
             "kind": "lora",
             "triggers": [self.stage.recipe.trigger] if self.stage.recipe.trigger else [],
             "base": self.base,
             "pictures": [file["sha256"] for file in self.stage.material.files],  # no names: it may be given away
-            "training": self.record(),
+            "training": record | {"recipe": told},
         }
         write(self.result, self.stage.model.pairs(self.ema), self.stage.network.config.blocks, about)
 
