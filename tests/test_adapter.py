@@ -452,6 +452,34 @@ def test_a_finished_one_is_left_as_it_is(tmp_path, pictures, tiny, monkeypatch):
     assert path.read_bytes()[-1000:] == before[path.name][0][-1000:]
 
 
+def test_it_goes_on_with_a_base_as_it_was_held(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    """However much memory is free by then; a recipe that says otherwise is followed."""
+    monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
+    recipe, choose, said = replace(RECIPE, pictures=str(pictures), size=64, steps=1), adapter.choose, []
+
+    def short_of_memory(*args, precision, **more):
+        return choose(*args, precision=precision or "int8", **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "choose", short_of_memory)
+        main(recipe, "cpu", said.append)
+    main(replace(recipe, steps=2), "cpu", said.append)
+    main(replace(recipe, steps=3, precision="native"), "cpu", said.append)
+
+    assert [line.rpartition(" ")[2] for line in said if "weights" in line] == ["int8", "int8", "native"]
+
+
+def test_what_may_not_change_is_said_before_anything_is_worked_out(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
+    recipe = replace(RECIPE, pictures=str(pictures), size=64, steps=1)
+    main(recipe, "cpu", lambda line: None)
+
+    monkeypatch.setattr(adapter, "load_vae", None)
+    for change in ({"rank": 2}, {"layers": "all"}, {"trigger": "dusk"}):
+        with pytest.raises(K2Error, match=f"differs now: (the )?{next(iter(change))}"):
+            main(replace(recipe, **change), "cpu", lambda line: None)
+
+
 def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa: F811
     """A folder is a recipe; what it gives renders under a style's lines as the command prints them."""
     monkeypatch.chdir(tmp_path)

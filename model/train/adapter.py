@@ -148,7 +148,7 @@ class Adapting(Stage):
         if recipe.recompute if recipe.recompute is not None else weight_bytes(network) > SMALL:
             recompute(network)
         self.model: Halves = Halves(network, recipe.layers, recipe.rank)
-        self.data = hashlib.sha256(json.dumps(material.files).encode()).hexdigest()
+        self.data = data_of(material.files)
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Pictures of one shape, each shape as often as it has pictures."""
@@ -217,6 +217,9 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         hint = f"At most {numbers.width}, the network's width; 16 is usual."
         raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is more than can be read back.', hint=hint)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
+    files = manifest(pictures)
+    before = begun(states.RUNS / recipe.name)
+    refuse_another(recipe, before, {"data": data_of(files)})
     vae = load_vae(parts.vae, device, dtype)
     unit = 2 * vae.factor
     latents = encode(pictures, vae, recipe.size or numbers.native, unit, mirrored=recipe.mirror)
@@ -226,15 +229,16 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     if cut := sum(text.unread(picture.caption) > 0 for picture in pictures):
         report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to the {PROMPT_TOKENS} tokens that are read")
     embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
-    material = Material(latents, embeds, text.encode([""])[0][0].cpu(), manifest(pictures))
+    material = Material(latents, embeds, text.encode([""])[0][0].cpu(), files)
     del text
+    precision, known = recipe.precision or before.get("precision"), known_precisions(device)
     precision = choose(
         numbers,
         free_memory(device),
         dtype=str(dtype).removeprefix("torch."),
         eight=eight_bits(device),
-        known=known_precisions(device),
-        precision=recipe.precision or None,
+        known=known,
+        precision=precision if recipe.precision or precision in known else None,
         offload="none",
     ).precision
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
@@ -249,6 +253,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         "sha256": {file.name: sha256(file) for file in checkpoint.files},
         "precision": precision,
     }
+    refuse_another(recipe, before, {"base": hashes_of(base)})
     return Adapting(recipe, network, material), base
 
 
@@ -260,7 +265,7 @@ class Run(loop.Run):
     def __init__(self, stage: Adapting, folder: Path, base: Mapping[str, Any], device: str = "cpu"):
         super().__init__(stage, folder, device)
         self.base = base
-        self.learned_from["base"] = hashes_of(base)
+        self.learned_from |= {"base": hashes_of(base), "precision": base["precision"]}
 
     @property
     def result(self) -> Path:
@@ -286,7 +291,6 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
     """Train an adapter to its end, from where it stands. Raises K2Error."""
     chosen = pick_device(device)
     stage, base = prepare(recipe, chosen, report)
-    refuse_another(stage, base, states.RUNS / recipe.name / "state.safetensors")
     run = Run(stage, states.RUNS / recipe.name, base, str(chosen))
     loop.train(run, report)
     run.finish()
@@ -305,24 +309,39 @@ def hashes_of(base: Mapping[str, Any]) -> str:
     return json.dumps(base["sha256"], sort_keys=True)
 
 
-def refuse_another(stage: Adapting, base: Mapping[str, Any], saved: Path) -> None:
-    """A run goes on with what it began with. Raises K2Error where base, pictures, captions, trigger or shape differ."""
-    weights = hashes_of(base)
+def data_of(files: list[dict[str, str]]) -> str:
+    """sha256 of what a run learns from."""
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def begun(folder: Path) -> dict[str, Any]:
+    """What a run began with: its `recipe`, hashes of `data` and `base`, its base's `precision`; {} before its start."""
+    saved = folder / "state.safetensors"
     if not saved.exists():
-        return
+        return {}
     with safe_open(saved, "pt") as file:
         place, record = (json.loads(file.metadata()[key]) for key in ("place", "record"))
-    before, now = place["recipe"], asdict(stage.recipe)
-    changed = [key for key in ("model", "variant", "rank", "layers") if before.get(key) != now[key]]
-    if record.get("data") != stage.data:  # the trigger is part of the captions
-        was = before.get("trigger", "")
-        its = f"the trigger ({json.dumps(was, ensure_ascii=False) if was else 'none'} then)"
-        changed.append(its if was != now["trigger"] else "the pictures or their captions")
-    changed += ["the base's weights"] if place.get("learned_from", {}).get("base", weights) != weights else []
+    return {"recipe": place["recipe"], "data": record.get("data")} | place.get("learned_from", {})
+
+
+def refuse_another(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """A run goes on with what it began with. Raises K2Error where the recipe says otherwise, or a hash that is known
+    now is another: of pictures, captions and trigger, `data`, or of the `base`."""
+    if not before:
+        return
+    was, says = before["recipe"], asdict(recipe)
+    changed = [key for key in ("model", "variant", "rank", "layers") if was.get(key) != says[key]]
+    if now.get("data", before["data"]) != before["data"]:  # the trigger is part of the captions
+        trigger = was.get("trigger", "")
+        its = f"the trigger ({json.dumps(trigger, ensure_ascii=False) if trigger else 'none'} then)"
+        changed.append(its if trigger != recipe.trigger else "the pictures or their captions")
+    if "base" in now and before.get("base", now["base"]) != now["base"]:
+        changed.append("the base's weights")
     if changed:
         raise K2Error(
-            f'The run "{stage.recipe.name}" began otherwise; what differs now: {", ".join(changed)}.',
-            hint=f"Go on as it began, remove {saved.parent} to begin anew, or name the run otherwise in a recipe.",
+            f'The run "{recipe.name}" began otherwise; what differs now: {", ".join(changed)}.',
+            hint=f"Go on as it began, remove {states.RUNS / recipe.name} to begin anew, or name the run otherwise in a "
+            "recipe.",
         )
 
 
