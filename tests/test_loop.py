@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from model.errors import K2Error
 from model.train import loop, states
 from model.train.data import stable_seed
-from model.train.journal import Journal
+from model.train.journal import COLOURS, Journal
 from model.train.loop import Run, Stage, train
 from model.train.recipe import Recipe
 
@@ -370,6 +370,36 @@ def test_curves_are_drawn_where_the_log_says(tmp_path):
     picture = Image.open(tmp_path / "curves.png").convert("RGB")
     blue = [[y for y in range(40, picture.height) if picture.getpixel((x, y)) == (0x1F, 0x6F, 0xEB)] for x in (60, 840)]
     assert blue[0] and blue[1] and max(blue[0]) < min(blue[1])
+
+
+def test_curves_are_drawn_of_every_figure(tmp_path):
+    log = Journal(tmp_path / "log.csv")
+    for step in range(1, 8):
+        log.add(
+            {"step": step}
+            | {f"figure_{index}": step * (index + 2) % 7 + index * step * step / 40 for index in range(9)}
+        )
+    log.draw()
+
+    colours = {colour for _, colour in Image.open(tmp_path / "curves.png").convert("RGB").getcolors(1 << 20)}
+    named = {ImageColor.getrgb(colour) for colour in COLOURS[:9]}
+    assert len(named) == 9 and named < colours
+
+
+def test_the_commit_is_that_of_the_codes_own_repository(tmp_path, monkeypatch):
+    """Installed in a folder of somebody's project, it would name their commit."""
+    installed = tmp_path / ".venv" / "model" / "train" / "states.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(states, "__file__", str(installed))
+    assert states.commit() == ""
+
+    for command in (["add", "-f", str(installed)], [*author, "commit", "-q", "-m", "ours"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert len(states.commit()) == 40
 
 
 @pytest.mark.parametrize(

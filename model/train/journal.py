@@ -12,7 +12,11 @@ from PIL import Image, ImageDraw
 
 from model.whole import whole
 
-COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
+COLOURS = (
+    *("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a"),
+    *("#54aeff", "#ff8182", "#4ac26b", "#d4a72c", "#d8b9ff", "#afb8c1"),
+)
+ABREAST = 6  # figures in a row of the legend
 LEFT_OUT = ("step", "seconds", "lr", "norm")  # figures that no curve is drawn of
 
 
@@ -75,17 +79,21 @@ class Journal:
         steps = columns["step"]
         drawn = [(name, values) for name, values in columns.items() if name not in LEFT_OUT]
         drawn = [(name, values) for name, values in drawn if any(map(math.isfinite, values))]
-        for index, (name, values) in enumerate(drawn[: len(COLOURS)]):
+        rows = -(-len(drawn) // ABREAST)
+        top = 32 + 16 * rows
+        for index, (name, values) in enumerate(drawn):
+            colour = COLOURS[index % len(COLOURS)]
             known = [(x, y) for x, y in zip(steps, values, strict=True) if math.isfinite(y)]
             low, high = min(y for _, y in known), max(y for _, y in known)
             across, up = max(steps[-1] - steps[0], 1), (high - low) or 1
             points = [
-                (10 + (width - 20) * (x - steps[0]) / across, height - 12 - (height - 60) * (y - low) / up)
+                (10 + (width - 20) * (x - steps[0]) / across, height - 12 - (height - 12 - top) * (y - low) / up)
                 for x, y in known
             ]
-            pen.line(points, COLOURS[index], 2)
-            pen.text((12 + 145 * index, 8), f"{name} {low:.3g} … {high:.3g}", COLOURS[index])
-        pen.text((12, 24), f"steps {steps[0]:g} … {steps[-1]:g}", "#57606a")
+            pen.line(points, colour, 2)
+            row, place = divmod(index, ABREAST)
+            pen.text((12 + 145 * place, 8 + 16 * row), f"{name} {low:.3g} … {high:.3g}", colour)
+        pen.text((12, 8 + 16 * rows), f"steps {steps[0]:g} … {steps[-1]:g}", "#57606a")
         picture.save(self.path.with_name("curves.png"))
 
 

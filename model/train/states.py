@@ -58,12 +58,18 @@ def step_of(snapshot: Path) -> int:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with a + where files differ from it; empty outside a repository."""
-    here = Path(__file__).parent
+    """The commit of the code that runs, with a + where files differ from it; empty outside its repository: one that
+    it is only installed within tells nothing of it."""
+    here = Path(__file__)
+    commands = (
+        ("ls-files", "--error-unmatch", here.name),
+        ("rev-parse", "HEAD"),
+        ("status", "--porcelain", "--untracked-files=no", "--", "../.."),
+    )
     try:
-        head, status = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "../.."))
+        _, head, status = (
+            subprocess.run(["git", *each], cwd=here.parent, capture_output=True, text=True, check=True).stdout.strip()
+            for each in commands
         )
     except (OSError, subprocess.CalledProcessError):
         return ""
