@@ -101,8 +101,9 @@ class Painter:
 
 @pytest.fixture
 def study(tmp_path: Path):
-    def made(painter: Painter, count: int = 60) -> Study:
-        return Study(painter, Rims(), Drawings(), tmp_path, steps=None, count=count)  # type: ignore[arg-type]
+    def made(painter: Painter, count: int = 60, judged_by: str = "") -> Study:
+        options = {"steps": None, "count": count, "judged_by": judged_by}
+        return Study(painter, Rims(), Drawings(), tmp_path, **options)  # type: ignore[arg-type]
 
     return made
 
@@ -193,6 +194,26 @@ def test_a_picture_is_painted_once_in_one_run_or_two(study):
 
     assert (first.painted, second.painted) == (80, 0) and again == found
 
+    style_study.agreement(study(second, 40, "another judge"), ["tokens"])
+    assert second.painted == 80
+
+
+@pytest.mark.parametrize("taken", [style_study.agreement, style_study.strength, style_study.mixing])
+def test_intervals_are_over_looks(study, monkeypatch, taken):
+    """Trials of one look are no independent ones: their references are alike."""
+    grouped = []
+
+    def figure_of(statistic, *columns, groups=()):
+        grouped.append(list(groups))
+        return figure(statistic, *columns, groups=groups, draws=2)
+
+    monkeypatch.setattr(style_study, "figure", figure_of)
+    monkeypatch.setattr(style_study, "five", lambda *_: {})  # of trials of five looks each
+    small = study(Painter(), 24)
+    taken(small, ["tokens"])
+
+    assert grouped and all(groups == [trial.look for trial in small.trials] for groups in grouped)
+
 
 def test_bits_that_differ_are_found(study):
     found = style_study.exact(study(Painter(exact=False), 9), ["tokens"])["tokens"]
@@ -213,9 +234,18 @@ def test_from_the_command_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(style_study.Pipeline, "load", lambda *args, **kwargs: Loaded())
     monkeypatch.setattr(style_study.Judge, "load", lambda path: Rims())
+    (tmp_path / "judge.safetensors").touch()
     monkeypatch.setattr(style_study, "Catalog", lambda path, size: Drawings())
     for only in ("agreement", "strips,exact"):
-        arguments = ["style_study", "judge.safetensors", str(tmp_path / "out"), "--count", "24", "--ways", "tokens"]
+        arguments = [
+            "style_study",
+            str(tmp_path / "judge.safetensors"),
+            str(tmp_path / "out"),
+            "--count",
+            "24",
+            "--ways",
+            "tokens",
+        ]
         monkeypatch.setattr("sys.argv", [*arguments, "--only", only])
         style_study.main()
 

@@ -2,7 +2,7 @@
 
 Every trial is a prompt that names a subject and no look, and a reference picture of another subject in a look that
 neither generator nor judge was trained on. Figures stand between a floor, the same prompts without a reference, and a
-ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over trials, of agreement over looks.
+ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over looks: trials of one are alike.
 
 agreement  is the reference's look the nearest of twenty; is the prompt's subject still the nearest of its names; is
            the reference's subject seen more often than without it (leakage)
@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from model.errors import reported
+from model.hashes import sha256
 from model.pipeline import Pipeline
 from model.spec import Reference, RenderSpec, Style
 from model.train.data import DATA, Catalog, Item, phrase
@@ -122,14 +124,23 @@ class Study:
     """Renders what figures ask for, once each, and shows it to the judge."""
 
     def __init__(
-        self, pipeline: Pipeline, judge: Judge, catalog: Catalog, folder: Path, *, steps: int | None, count: int
+        self,
+        pipeline: Pipeline,
+        judge: Judge,
+        catalog: Catalog,
+        folder: Path,
+        *,
+        steps: int | None,
+        count: int,
+        judged_by: str = "",
     ):
+        """`judged_by`: hash of the judge's file."""
         self.pipeline, self.judge, self.catalog, self.folder, self.steps = pipeline, judge, catalog, folder, steps
         self.looks = choose_looks(catalog)
         self.trials = draw_trials(catalog, self.looks, count)
         self.prototypes = np.stack([prototype(judge, catalog, look) for look in self.looks])  # [looks, 48]
         self.seen: dict[str, Seen] = {}  # by `key`
-        self.about = repr((pipeline.hashes(), pipeline.plan.dtype))
+        self.about = repr((pipeline.hashes(), pipeline.plan.dtype, judged_by))
         if (kept := folder / "seen.npz").exists():
             with np.load(kept) as file:
                 self.seen = {k: Seen(*pair) for k, *pair in zip(*(file[n] for n in KEPT), strict=True)}
@@ -161,7 +172,7 @@ class Study:
         return RenderSpec(trial.prompt, seed=trial.seed, steps=self.steps, styles=styles, **(how if styles else {}))
 
     def key(self, spec: RenderSpec) -> str:
-        """Of a picture: its spec and the weights that it is made by."""
+        """Of a picture: its spec, the weights that it is made by, and the judge who sees it."""
         return hashlib.sha256(f"{self.about}{spec}".encode()).hexdigest()
 
     def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
@@ -199,9 +210,7 @@ def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     names = {"asked": names_of(judge, asked), "every": names_of(judge, every)}
     looks, references = [t.look for t in trials], [t.reference.pair.subject for t in trials]
 
-    def by_look(statistic: Callable[..., float], *columns: Floats) -> dict[str, float]:
-        """Trials of one look are no independent ones: their references are alike."""
-        return figure(statistic, *columns, groups=looks)
+    by_look = partial(figure, groups=looks)
 
     def read(seen: Sequence[Seen]) -> dict[str, Floats]:
         """Right or wrong of every trial."""
@@ -240,6 +249,7 @@ def strength(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     """Mean likeness to the reference's look at every strength."""
     found: dict[str, Any] = {}
     trials, levels = study.trials, np.array(STRENGTHS)
+    by_look = partial(figure, groups=[trial.look for trial in trials])
     zero = STRENGTHS.index(0.0)
     for way in ways:
         print(way, flush=True)
@@ -249,9 +259,9 @@ def strength(study: Study, ways: Sequence[str]) -> dict[str, Any]:
             curves.append(study.likeness(seen, [trial.look for trial in trials]))
         curve = np.stack(curves, 1)  # [trials, strengths]
         found[way] = {
-            "rho": figure(lambda c: spearman(levels, c.mean(0)), curve),
-            "below_zero": [figure(difference, curve[:, i], curve[:, zero]) for i in range(zero)],
-            "strengths": [{"strength": s, **figure(mean, curve[:, i])} for i, s in enumerate(STRENGTHS)],
+            "rho": by_look(lambda c: spearman(levels, c.mean(0)), curve),
+            "below_zero": [by_look(difference, curve[:, i], curve[:, zero]) for i in range(zero)],
+            "strengths": [{"strength": s, **by_look(mean, curve[:, i])} for i, s in enumerate(STRENGTHS)],
         }
     return found
 
@@ -274,6 +284,7 @@ def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     """Mean likeness to both looks over ten steps from one reference to another."""
     found: dict[str, Any] = {}
     pairs = pairs_of(study)
+    by_look = partial(figure, groups=[trial.look for trial, _ in pairs])
     way_there = np.linspace(0, 1, MIX_STEPS + 1)
     for way in ways:
         print(way, flush=True)
@@ -285,12 +296,12 @@ def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
             to_other.append(study.likeness(seen, [b.look for _, b in pairs]))
         one, other, middle = np.stack(to_one, 1), np.stack(to_other, 1), MIX_STEPS // 2  # [trials, points]
         found[way] = {
-            "rho_of_first": figure(lambda c: spearman(way_there, c.mean(0)), one),
-            "rho_of_second": figure(lambda c: spearman(way_there, c.mean(0)), other),
-            "middle_over_other_end_of_first": figure(difference, one[:, middle], one[:, -1]),
-            "middle_over_other_end_of_second": figure(difference, other[:, middle], other[:, 0]),
+            "rho_of_first": by_look(lambda c: spearman(way_there, c.mean(0)), one),
+            "rho_of_second": by_look(lambda c: spearman(way_there, c.mean(0)), other),
+            "middle_over_other_end_of_first": by_look(difference, one[:, middle], one[:, -1]),
+            "middle_over_other_end_of_second": by_look(difference, other[:, middle], other[:, 0]),
             "points": [
-                {"second": round(t, 2), "to_first": figure(mean, one[:, i]), "to_second": figure(mean, other[:, i])}
+                {"second": round(t, 2), "to_first": by_look(mean, one[:, i]), "to_second": by_look(mean, other[:, i])}
                 for i, t in enumerate(way_there.tolist())
             ],
             "five": five(study, way),
@@ -369,8 +380,9 @@ def main() -> None:
     options = parser.parse_args()
 
     def begin(pipeline: Pipeline, judge: Judge) -> Study:
+        catalog, judged_by = Catalog(DATA, pipeline.native), sha256(options.judge)
         return Study(
-            pipeline, judge, Catalog(DATA, pipeline.native), options.out, steps=options.steps, count=options.count
+            pipeline, judge, catalog, options.out, steps=options.steps, count=options.count, judged_by=judged_by
         )
 
     conduct(options, FIGURES, begin, options.ways.split(","))
