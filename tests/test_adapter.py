@@ -169,8 +169,13 @@ def test_folders_that_teach_nothing(tmp_path, pictures):
         read_folder(pictures)
 
 
-def test_pictures_keep_their_proportions(pictures, tiny):  # noqa: F811
+def test_pictures_keep_their_proportions(pictures, tiny, monkeypatch):  # noqa: F811
     vae = Pipeline.load("tiny", device="cpu").vae
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("model.train.pictures.SAY_EVERY", -1.0)
+        encode(read_folder(pictures), vae, 64, 16, report=said.append)
+    assert len(said) == 10 and said[4] == "4 of 10 pictures encoded"
     found = encode(read_folder(pictures), vae, 64, 16)
     assert {shape: len(group[1]) for shape, group in found.items()} == {(8, 8): 7, (6, 8): 3}
     both = encode(read_folder(pictures), vae, 64, 16, mirrored=True)

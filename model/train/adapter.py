@@ -222,7 +222,10 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     refuse_another(recipe, before, {"data": data_of(files)})
     vae = load_vae(parts.vae, device, dtype)
     unit = 2 * vae.factor
-    latents = encode(pictures, vae, recipe.size or numbers.native, unit, mirrored=recipe.mirror)
+    size = recipe.size or numbers.native
+    latents = encode(
+        pictures, vae, size, unit, mirrored=recipe.mirror, report=lambda line: report(f"{recipe.name}: {line}")
+    )
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
     captions = [shortened(picture.caption, recipe.trigger, text.unread) for picture in pictures]

@@ -6,6 +6,7 @@ A caption is the text file of the same name beside a picture; without one the pi
 from __future__ import annotations
 
 import re
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from model.parts import Autoencoder
 from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet
 from model.references import fitting, to_pixels
 
+SAY_EVERY = 20.0  # seconds
 MOST_TEXT = 1 << 16  # bytes of a caption's file
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
@@ -98,18 +100,29 @@ def shortened(caption: str, trigger: str, unread: Callable[[str], int]) -> str:
 
 @torch.inference_mode()
 def encode(
-    pictures: Sequence[Captioned], vae: Autoencoder, size: int, unit: int, *, mirrored: bool = False
+    pictures: Sequence[Captioned],
+    vae: Autoencoder,
+    size: int,
+    unit: int,
+    *,
+    mirrored: bool = False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[tuple[int, int], tuple[Tensor, list[int]]]:
     """Latents of pictures, each in about its own proportions, sorted by shape. Raises K2Error for broken ones.
 
     size      side of a square of as many pixels as a picture gets
     unit      what its sides are multiples of
     mirrored  each once more, left to right
+    report    gets a line now and then
     returns   (rows, columns) -> latents [n, C, rows, columns], fp32 on the CPU, and the index of each in `pictures`
     """
     device, dtype = next((p.device, p.dtype) for p in vae.parameters())
     found: dict[tuple[int, int], list[tuple[Tensor, int]]] = defaultdict(list)
+    said = time.monotonic()
     for index, picture in enumerate(pictures):
+        if time.monotonic() - said > SAY_EVERY:
+            report(f"{index} of {len(pictures)} pictures encoded")
+            said = time.monotonic()
         pixels = to_pixels(picture.path, *fitting(picture.path, size**2, unit)).to(device, dtype)
         for each in (pixels, pixels.flip(-1)) if mirrored else (pixels,):
             latents = vae.encode(each).float().cpu()
