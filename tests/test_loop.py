@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,36 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
     assert same(*states)
     assert columns(tmp_path / "straight") == columns(tmp_path / "killed")
     assert columns(tmp_path / "killed")["step"] == [3, 6, 9, 12]
+
+
+class Pressed(Line):
+    """Ctrl-C comes in the middle of steps."""
+
+    at = ()
+
+    def batch(self, step, part=0):
+        if step in self.at:
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(step, part)
+
+
+@pytest.mark.parametrize(("at", "saved"), [((4,), 6), ((5,), 6), ((4, 5), None)])
+def test_an_interrupted_run_is_saved_and_ends_as_one_that_was_not(tmp_path, monkeypatch, at, saved):
+    """It stops where a line of the log is full; Ctrl-C pressed again stops it at once."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
+    train(run(RECIPE, tmp_path / "straight"), lambda line: None)
+    stage, said = Pressed(RECIPE), []
+    stage.at = at
+    with pytest.raises(KeyboardInterrupt):
+        train(Run(stage, tmp_path / "stopped"), said.append)
+
+    again = run(RECIPE, tmp_path / "stopped")
+    assert again.step == (saved or 0)
+    assert ("line: stops in 1 step, saved; Ctrl-C again stops it at once" in said) == (4 in at)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(again, lambda line: None)
+    assert same(*(load_file(tmp_path / name / "state.safetensors") for name in ("straight", "stopped")))
+    assert columns(tmp_path / "straight") == columns(tmp_path / "stopped")
 
 
 class Picture(Stage):

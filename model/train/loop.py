@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.dit import SingleStreamBlock, TextBlock
-from model.errors import K2Error
+from model.errors import K2Error, count_of
 from model.fast import can_compile
 from model.plan import native_bf16
 from model.train import parallel
 from model.train.ahead import Ahead
 from model.train.alone import alone
+from model.train.interrupt import heeded
 from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
@@ -323,11 +324,13 @@ def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
 
 
 def train(run: Run, report: Report = print) -> Run:
-    """Take a run to its end, from where it stands; `report` gets a line now and then. Raises K2Error."""
-    with alone(run.folder) if run.world.leads else nullcontext():
+    """Take a run to its end, from where it stands; `report` gets a line now and then. Raises K2Error, and
+    KeyboardInterrupt: at once where several processes train, else when the run is saved."""
+    heeds = heeded() if run.world.size == 1 else nullcontext(lambda: False)
+    with alone(run.folder) if run.world.leads else nullcontext(), heeds as pressed:
         if run.world.leads:
             clear(run)
-        return _train(run, report)
+        return _train(run, report, pressed)
 
 
 def clear(run: Run) -> None:
@@ -343,7 +346,7 @@ def clear(run: Run) -> None:
             later.unlink()
 
 
-def _train(run: Run, report: Report) -> Run:
+def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
     recipe, stage, here = run.recipe, run.stage, run.world
     journal = Journal(run.folder / "log.csv", run.step) if here.leads else None
     report = report if here.leads else lambda line: None
@@ -362,21 +365,28 @@ def _train(run: Run, report: Report) -> Run:
     last_save = started = time.monotonic()
     before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
+    stops = False
     batches = Ahead(lambda step: [stage.batch(step, part) for part in run.parts], run.device)
     while not run.done:
         window.append(run.advance(*batches(run.step)))
         run.seconds = here.agree(before + time.monotonic() - started)
         run.snapshot()
+        left, known, stops = -run.step % recipe.every, stops, pressed()
+        if stops and left and not known:
+            report(f"{recipe.name}: stops in {count_of(left, 'step')}, saved; Ctrl-C again stops it at once")
         if run.step % recipe.every == 0:
             run.figures = {key: float(f"{value:.4g}") for key, value in mean_of(window).items()}
             window = []
             if journal:
                 journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
             report(line(run, first, before))
-            if here.agree(time.monotonic() - last_save) > SAVE_EVERY:
+            if stops or here.agree(time.monotonic() - last_save) > SAVE_EVERY:
                 run.save()
                 if journal:
                     journal.draw()
+                if stops and not run.done:
+                    batches.stop()
+                    raise KeyboardInterrupt
                 last_sheet = draw_samples(run, last_sheet, report)
                 last_save = time.monotonic()
     batches.stop()
