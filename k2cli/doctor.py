@@ -130,8 +130,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         none = "No GPU is used" if found["gpus"] else without_gpu()
         rate = f"{gflops['float32']:g} GFLOP/s"
         lines.append(
-            f"{none}: everything runs on the processor, at {rate}. "
-            "Mini is made for that, the open weights are not."
+            f"{none}: everything runs on the processor, at {rate}. Mini is made for that, the open weights are not."
         )
         if gflops["bfloat16"] < gflops["float32"]:
             ratio = gflops["float32"] / max(gflops["bfloat16"], 0.1)
