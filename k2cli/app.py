@@ -230,7 +230,9 @@ def render(
     avoid: AvoidOption = None,
     like: Annotated[
         Path | None,
-        typer.Option("--like", metavar="PICTURE", help="With the settings and styles of this one, and its prompt."),
+        typer.Option(
+            "--like", metavar="PICTURE", help="Go on from this one: its settings, styles and, without -p, its prompt."
+        ),
     ] = None,
     turbo: TurboOption = None,
     style: Annotated[
@@ -324,8 +326,9 @@ def render(
     """
     from k2cli.carry import carry_out, plan_project, say_again, show_plan
     from k2cli.cluster import Cluster
+    from k2cli.console import say
     from k2cli.hands import Processes, load
-    from k2cli.like import Example
+    from k2cli.like import Example, said_of_home
     from k2cli.matrix import settled_by
     from k2cli.prompts import typed
     from k2cli.runs import resume as last_run
@@ -338,7 +341,10 @@ def render(
             raise K2Error(f"There is no project {short}.", hint=meant_by(name))
     if like is not None:
         like = find_file(like, project)
-        named = named or [str(home.root) for home in [find_home(like, project, allow_outside)] if home and not project]
+        if not (named or project) and (home := find_home(like, project, allow_outside)):
+            named = [str(home.root)]
+            if not quiet and (elsewhere := said_of_home(like, home.root)):
+                say(elsewhere, "yellow")
         if len(named) > 1:
             raise typer.BadParameter("a picture is of one project", param_hint="--like")
     opened = open_projects(named, project, allow_outside)
@@ -407,10 +413,18 @@ def render(
             jobs.append(plan_project(each, settled, wanted, styles, axes, quiet=quiet))
         return jobs
 
+    def tell_of_example(job: Job) -> None:
+        """That the look of the picture that others are to be like is another by now."""
+        if example and not quiet and (changed := example.changed(job.shots, job.project.root)):
+            say(changed, "yellow")
+
     if not stream:
-        return carry(plan(opened, prompts, quiet))
+        jobs = plan(opened, prompts, quiet)
+        tell_of_example(jobs[0])
+        return carry(jobs)
     # What no line could make right is refused before the first.
     first, *_ = plan(opened, [typed("anything")], quiet=True)
+    tell_of_example(first)
     if not (dry_run or crew):
         load(first.model)  # while it is awaited
 

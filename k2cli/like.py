@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from k2cli import moodboard, records
+from k2cli.console import near
+from k2cli.folder import root_above
 from k2cli.matrix import escape
 from k2cli.origins import own_phrases
-from k2cli.project import Project
+from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
 from k2cli.tables import quote
 from model.errors import K2Error
-from model.spec import Leader
+from model.hashes import sha256
+from model.spec import Leader, Style
 
 OPTION = "--like"
 OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu")  # what another has others for
@@ -26,11 +29,12 @@ class Example:
     """A picture of a project that others are to be like."""
 
     record: Record
+    file: Path
 
     @classmethod
     def read(cls, file: Path, project: Project) -> Example:
         """Raises K2Error where it is none of k2's. Its files may have changed since: they count as they are now."""
-        return cls(records.parse(records.read(file), project.inside))
+        return cls(records.parse(records.read(file), project.inside), file)
 
     def prompt(self) -> Prompt:
         """What it shows, in words."""
@@ -63,6 +67,21 @@ class Example:
         spec = self.record.shot.spec
         return spec.leader or Leader(spec.prompt, spec.seed, spec.negative)
 
+    def changed(self, shots: Sequence[Shot], root: Path) -> str:
+        """That what these shots take of it is not what it was made with; else nothing."""
+        now = {style.name: style for shot in shots for style in shot.spec.styles}
+        told = []
+        for style in self.record.shot.spec.styles:
+            if style.name in now:
+                before = look_of(style, root, self.record.references.__getitem__)
+                after = look_of(now[style.name], root)
+                other = [called for called, said in before.items() if after[called] != said]
+                told += [f"{style.name} has other {' and '.join(other)}"] if other else []
+        begun = {path for shot in shots for path in (shot.spec.init_image, shot.spec.mask) if isinstance(path, Path)}
+        for path in sorted(begun & self.record.references.keys()):
+            told += [f"{path.name} is another picture"] if sha256(path) != self.record.references[path] else []
+        return f"The look is not what it was when {self.file.name} was made: {', '.join(told)}." if told else ""
+
     def within(
         self,
         project: Project,
@@ -88,17 +107,18 @@ class Example:
             settings["avoid"] = ""  # what the project said then is among what its prompt avoids
         weights = {style.name: style.strength for style in spec.styles}
         strength = weights.pop(moodboard.NAME, 0.0)
+        more = " any more" if is_within(self.file, project.root) else ""
         gone = [name for name in weights if name not in project.styles.known]
         for name in gone:
             if styles.get(name) != 0:
                 raise K2Error(
-                    f'{OPTION}: {project.name} has no style "{name}" any more.',
+                    f'{OPTION}: {project.name} has no style "{name}"{more}.',
                     hint=f"Make it, or leave it out: --style {quote(name)}=0",
                 )
         weights = {name: weight for name, weight in weights.items() if name not in gone}
         if strength and board is None and not project.board:
             raise K2Error(
-                f"{OPTION}: {project.name} has no moodboard any more.",
+                f"{OPTION}: {project.name} has no moodboard{more}.",
                 hint="Add one to k2.toml, or leave it out: --moodboard 0",
             )
         if project.board or board:
@@ -110,3 +130,26 @@ class Example:
             leader=self.leader(),
         )
         return project, {name: weight for name, weight in styles.items() if name not in gone}
+
+
+def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+    """What a style's look comes from, as it is called; neither order nor names of files mean anything."""
+    table = records.style_table(style, root, hash_of)
+    return {
+        "pictures": sorted((each["sha256"], each["weight"]) for each in table["reference"]),
+        **{key: sorted(table.get(key, ())) for key in ("keywords", "avoids", "triggers")},
+        "weights": table["lora"]["sha256"] if style.lora else "",
+    }
+
+
+def said_of_home(file: Path, root: Path) -> str:
+    """Where pictures like this one are made, if that is not the project of the current folder; else nothing."""
+    here = root_above(Path.cwd())
+    if here is None or here.samefile(root):
+        return ""
+    return f"{file.name} is of another project; what is like it is made there: {near(root)}"
+
+
+def is_within(file: Path, folder: Path) -> bool:
+    """Whether a file lies below a folder, links followed."""
+    return file.resolve().is_relative_to(folder.resolve())

@@ -135,6 +135,47 @@ def test_its_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
     assert len(list((dusky / "outputs").iterdir())) == 2
 
 
+def test_a_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
+    """Of two projects that one may be meant as well as the other."""
+    made = dusky / rendered(k2, "-p", "tea", "--style", "dusk=1").removeprefix(f"{dusky}/")
+    assert "another project" not in k2("render", "--like", made, "--dry-run").stderr
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "k2.toml").write_text("[project]\n")
+    monkeypatch.chdir(other)
+
+    told = k2("render", "--like", made, "--dry-run").stderr
+    (tmp_path / "own.png").write_bytes(made.read_bytes())
+    missing = k2("render", "--like", tmp_path / "own.png", code=2).stderr
+
+    assert f"tea-7.png is of another project; what is like it is made there: {dusky}" in told
+    assert "another project" not in k2("render", "--like", made, "--dry-run", "--quiet").stderr
+    assert "another project" not in k2("render", dusky, "--like", made, "--dry-run").stderr
+    assert 'other has no style "dusk".' in missing
+
+
+def test_a_look_that_is_another_by_now_is_told(dusky, k2):
+    """Once, and with what is other: with cohesion the picture that leads is made anew, by the styles of today."""
+    (dusky / "refs").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
+    (dusky / "styles" / "dusk.toml").write_text(LOOK + '[[reference]]\nimage = "refs/*"\n')
+    made = rendered(k2, "-p", "tea", "--style", "dusk=1", "--init-image", "refs/a.png")
+    like = ("render", "--like", made, "--dry-run", "-p", "a cup", "--cohesion", "0.5")
+    assert "is not what it was" not in k2(*like, "--style", "dusk=0.5").stderr
+
+    (dusky / "refs" / "a.png").rename(dusky / "refs" / "b.png")
+    assert "is not what it was" not in k2(*like, "--init-image", "none").stderr
+    Image.new("RGB", (64, 64), "navy").save(dusky / "refs" / "a.png")
+    (dusky / "styles" / "ink.toml").write_text('keywords = ["ink", "wash"]\navoids = ["gloss"]\n')
+
+    told = k2(*like).stderr
+    was = "The look is not what it was when tea-7.png was made:"
+    assert f"{was} dusk has other pictures, ink has other keywords and avoids, a.png is another picture." in told
+    assert f"{was} dusk has other pictures.\n" in k2(*like, "--style", "ink=0", "--init-image", "none").stderr
+    lines = k2("render", "--like", made, "--stream", "--dry-run", input="a cup\na pot\n").stderr
+    assert lines.count("is not what it was") == 1
+
+
 def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     made = rendered(k2, "-p", "tea", "--style", "dusk=1")
     Image.new("RGB", (8, 8)).save(dusky / "bare.png")
