@@ -38,11 +38,7 @@ class Folder:
         if not folder.exists():
             raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
         if not (folder / FILE).is_file():
-            from k2cli.console import typed
-
-            raise K2Error(
-                f"{folder} is not a project: it has no {FILE}.", hint=f"Make one with: k2 new {typed(folder)}"
-            )
+            raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=meant_by(folder))
         return Folder(root=folder.absolute(), allow_outside=allow_outside)
 
     @classmethod
@@ -145,6 +141,17 @@ def in_circle(path: Path) -> bool:
     except OSError as error:
         return error.errno == errno.ELOOP
     return False
+
+
+def meant_by(folder: Path) -> str:
+    """A hint at what is meant by a folder where a project's belongs: one of its runs, or a new project."""
+    from k2cli.console import typed
+    from k2cli.outputs import NUMBER, number_of
+
+    outputs = folder.absolute().parent
+    if NUMBER.match(folder.name) and (outputs.parent / FILE).is_file():
+        return f"A run goes with --run, as k2 log and k2 gallery take it: --run {number_of(folder)}"
+    return f"Make one with: k2 new {typed(folder)}"
 
 
 def root_above(folder: Path) -> Path | None:

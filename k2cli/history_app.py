@@ -27,38 +27,51 @@ from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
     from k2cli.folder import Folder
-    from k2cli.history import Made
+    from k2cli.history import Chosen, Made
     from k2cli.records import Record
 
 SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
 
+RunOption = Annotated[
+    str,
+    typer.Option(
+        "--run", metavar="RUN", help="Of this run: its number, or a part of its name.", autocompletion=complete_run
+    ),
+]
+WordsOption = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has words that begin so, or whose name does."),
+]
+WithOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--style",
+        metavar="NAME",
+        help="Made with this style; given twice: made with both.",
+        autocompletion=complete_style,
+    ),
+]
+SinceOption = Annotated[
+    str | None, typer.Option("--since", metavar="WHEN", help="Made since: 3d, 2h, yesterday, 2026-11-24.")
+]
+
+
+def chosen_by(run: str, prompt: list[str] | None, style: list[str] | None, since: str | None) -> Chosen | None:
+    """Which pictures these options choose; None where nothing is said. Raises K2Error."""
+    from k2cli import history
+
+    if not (run or prompt or style or since is not None):
+        return None
+    moment = history.read_since(since) if since is not None else None
+    return history.Chosen(run, " ".join(prompt or []), style or [], moment)
+
 
 def log(
     projects: Annotated[list[str] | None, typer.Argument(metavar="PROJECT", help="Project folders.")] = None,
-    run: Annotated[
-        str,
-        typer.Option(
-            "--run",
-            metavar="RUN",
-            help="Of this run: its number, or a part of its name.",
-            autocompletion=complete_run,
-        ),
-    ] = "",
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has all of these words.")
-    ] = None,
-    style: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--style",
-            metavar="NAME",
-            help="Made with this style; may come again, for all of them.",
-            autocompletion=complete_style,
-        ),
-    ] = None,
-    since: Annotated[
-        str | None, typer.Option("--since", metavar="WHEN", help="Made since: 3d, 2h, yesterday, 2026-11-24.")
-    ] = None,
+    run: RunOption = "",
+    prompt: WordsOption = None,
+    style: WithOption = None,
+    since: SinceOption = None,
     last: Annotated[int | None, typer.Option("--last", "-n", metavar="N", min=1, help="The last N of them.")] = None,
     everything: Annotated[
         bool, typer.Option("--all", help=f"All of them; a terminal is shown the last {SCREENFUL} otherwise.")
@@ -93,8 +106,7 @@ def log(
     if null and json:
         raise typer.BadParameter("files alone or objects, not both", param_hint="--null")
     folders, wrong = find_folders(projects or [], project, allow_outside)
-    moment = history.read_since(since) if since is not None else None
-    chosen = history.Chosen(run, " ".join(prompt or []), style or [], moment)
+    chosen = chosen_by(run, prompt, style, since)
     unread: list[Path] = []
     table = sys.stdout.isatty() and not json and not null
     short = table and last is None and not everything
@@ -118,8 +130,7 @@ def log(
             print("".join(lines), end="", flush=True)
     if not quiet:
         if not count and not wrong:
-            anything = run or prompt or style or since
-            say("No picture matches." if anything else none_yet(folders), "dim")
+            say("No picture matches." if chosen else none_yet(folders), "dim")
         elif len(found) < count:
             say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
         if unread:
@@ -216,6 +227,10 @@ def gallery(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="The folder to make; else gallery in the project."),
     ] = None,
+    run: RunOption = "",
+    prompt: WordsOption = None,
+    style: WithOption = None,
+    since: SinceOption = None,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
@@ -225,17 +240,21 @@ def gallery(
 
     A folder that needs no server and no network: runs, styles and prompts to filter by, search, zoom, keys, and each
     picture's record with the line that makes it again. Run it once more to bring it up to date. The folder can be
-    moved, zipped, or put on a web server.
+    moved, zipped, or put on a web server. Some of the pictures go into a folder of their own, by --output.
 
     \b
     Examples:
       k2 gallery
       k2 gallery moody -o ~/public/moody
+      k2 gallery --run 3 -o ~/public/foxes
     """
     from k2cli.console import near, result, say
     from k2cli.gallery import PAGE, build
     from k2cli.project import Project
 
+    chosen = chosen_by(run, prompt, style, since)
+    if chosen and output is None:  # in that of the project all others would be dropped
+        raise typer.BadParameter("some of the pictures go into a folder of their own: name it", param_hint="--output")
     (there,), wrong = find_folders([folder] if folder else [], project, allow_outside)
     target, name = output or there.inside("gallery"), there.root.name
     try:  # what was made can be looked at, whatever is being written now
@@ -243,7 +262,7 @@ def gallery(
     except K2Error as error:
         wrong.append(error)
     unread: list[Path] = []
-    count = build(there.outputs, target, name, skipped=unread.append)
+    count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
     result(to_json({"file": near(target / PAGE), "pictures": count}) if json else near(target / PAGE))
     if not quiet:
         for problem in wrong:
@@ -253,7 +272,7 @@ def gallery(
         if count:
             say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
         elif not unread:
-            say(none_yet([there]), "dim")
+            say("No picture matches." if chosen else none_yet([there]), "dim")
 
 
 def show(

@@ -64,6 +64,32 @@ def test_of_a_project_whose_file_is_being_written(moody, k2):
     assert "after the folder" not in k2("gallery", "--quiet").stderr
 
 
+def test_some_of_the_pictures_go_into_a_folder_of_their_own(moody, k2):
+    """Chosen as `k2 log` chooses them; in the gallery of the project all others would be dropped."""
+    k2("render")
+    k2("render", "-p", "tea")
+    for options, names in (
+        (("--run", "1"), ["fox-7.png", "an-owl-at-night-7.png"]),
+        (("-p", "owl ni"), ["an-owl-at-night-7.png"]),
+        (("--since", "1d", "--run", "tea"), ["tea-7.png"]),
+        (("--style", "dusk"), []),
+    ):
+        told = k2("gallery", "-o", "some", *options).stderr
+        assert [each[1] for each in data_of(moody / "some")["pictures"]] == names
+        assert ("No picture matches." in told) == (not names)
+
+    assert "a folder of their own" in k2("gallery", "--run", "1", code=2).stderr
+    assert "is no moment" in k2("gallery", "--since", "soon", "-o", "some", code=2).stderr
+    assert not (moody / "gallery").exists()
+
+
+def test_a_run_in_the_place_of_a_project_is_known_for_one(moody, k2):
+    k2("render")
+    for command in ("gallery", "log"):
+        told = k2(command, "outputs/0001-fox-and-1-more", code=1).stderr
+        assert "is not a project" in told and "--run 1" in told and "k2 new" not in told
+
+
 def test_once_more_brings_it_up_to_date(moody, k2):
     k2("render")
     k2("gallery")
