@@ -365,6 +365,9 @@ def rerun(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write one; else a new run of the project."),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare, and write nothing; the paths are those of the pictures compared.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option("--device", metavar="DEVICE", help="In the place of the recorded one.")
     ] = None,
@@ -383,11 +386,14 @@ def rerun(
       k2 rerun outputs/0001-fox/fox-7.png
       k2 rerun outputs/0001-fox                    all pictures of a run
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
+      k2 rerun outputs/0001-fox --check            the comparison alone
     """
     from k2cli.console import meter, near, result, say, show_error
     from k2cli.pictures import without_sheets
     from k2cli.rerun import Shelf, pictures_in, repeat, verdict, was_changed
 
+    if check and output is not None:
+        raise typer.BadParameter("it writes nothing, so no file goes with it", param_hint="--check")
     asked, sheets = without_sheets([find_file(file, project) for file in files])
     if sheets and not quiet:
         say(sheets, "yellow")
@@ -399,7 +405,9 @@ def rerun(
         for done, file in enumerate(named, 1):
             try:
                 home = find_home(file, project, allow_outside)
-                saved, off = repeat(file, home, shelf, output, device, embed=not no_embed, on_step=bar.step)
+                saved, off = repeat(
+                    file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step
+                )
             except K2Error as error:
                 if not several:
                     raise

@@ -65,24 +65,28 @@ def repeat(
     output: Path | None,
     device: str | None,
     *,
+    check: bool = False,
     embed: bool,
     on_step: OnStep | None = None,
 ) -> tuple[Saved, int | None]:
     """Make a picture again -> where it is, how many levels of 255 it is off at most; None where that is not known.
-    Hashes are verified before. Raises K2Error.
+    Hashes are verified before. To `check` it alone nothing is written, and it is where it was. Raises K2Error.
     """
     inside = home.inside if home else None
     record = records.parse(records.read(file), inside)
     model = records.locate(record, inside)
     if output is not None:
         check_output(output)
-    elif home is None:
+    elif home is None and not check:
         raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
     kept = format_of((output or picture_of(file)).name) or "png"
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
     picture, again = make_again(pipeline, record, file, home, on_step)
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
+    off = 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
+    if check:
+        return Saved(file, again, record.shot.stem), off
     encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
@@ -94,7 +98,6 @@ def repeat(
         assert home is not None
         run = shelf.room(home, record.shot.name, record.shot.stem)
         path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
-    off = 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
     return Saved(path, again, record.shot.stem), off
 
 

@@ -364,6 +364,27 @@ class TestRerun:
             ("outputs/0005-fox/fox-8.png", True),
         ]
 
+    def test_a_check_compares_and_writes_nothing(self, moody, k2, tmp_path, monkeypatch):
+        """Not even where there is no project to write into."""
+        k2("render", "--only", "fox", "--batch", "2")
+        before = tree(moody)
+
+        lines = k2("rerun", "outputs/0001-fox", "--check", "--json").stdout.splitlines()
+        assert [(each["file"], each["identical"], each["levels_off"]) for each in map(json.loads, lines)] == [
+            ("outputs/0001-fox/fox-7.png", True, 0),
+            ("outputs/0001-fox/fox-8.png", True, 0),
+        ]
+        assert tree(moody) == before
+        assert "it writes nothing" in k2("rerun", "outputs/0001-fox/fox-7.png", "--check", "-o", "x.png", code=2).stderr
+
+        bare = shutil.copy("outputs/0001-fox/fox-7.png", tmp_path / "bare.png")
+        record = Path("outputs/0001-fox/fox-7.toml")
+        record.write_text(record.read_text().replace(tomllib.loads(record.read_text())["pixels"], "0" * 64))
+        result = k2("rerun", record, "--check", code=1)
+        assert result.stdout == "outputs/0001-fox/fox-7.toml\n" and "The pixels differ" in result.stderr
+        monkeypatch.chdir(tmp_path)
+        assert k2("rerun", bare, "--check").stdout == "bare.png\n"
+
     def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
         """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
         k2("render", "--only", "fox", "--batch", "2")
