@@ -51,12 +51,19 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace a style of t
 @style_app.command()
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the style is called.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures that have the look, or folders.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Pictures that have the look, or folders; a LoRA (.safetensors) as well."),
+    ],
     keyword: Annotated[
         list[str] | None, typer.Option("--keyword", "-k", metavar="WORDS", help="Joins the prompt; may come again.")
     ] = None,
     avoid: Annotated[
         list[str] | None, typer.Option("--avoid", metavar="WORDS", help="Joins the negative prompt; may come again.")
+    ] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option("--trigger", metavar="WORDS", help="What the LoRA answers to; joins the prompt; may come again."),
     ] = None,
     method: Annotated[
         str | None,
@@ -72,15 +79,16 @@ def add(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a style of pictures.
+    """Make a style of pictures, of a LoRA, or of both.
 
-    Copies them into refs/NAME and writes styles/NAME.toml, never by a link out of the project, whatever
-    K2_ALLOW_OUTSIDE says. With --force the style file is written anew; pictures that lie in refs/NAME stay there.
+    Copies pictures into refs/NAME and a LoRA into loras, and writes styles/NAME.toml. It never writes outside the
+    project. With --force the style file is written anew; what lies in refs/NAME and loras stays there.
 
     \b
     Examples:
       k2 style add dusk ~/Pictures/dusk/*.jpg -k "film grain"
       k2 style add night outputs/0001-owl/owl-7.png
+      k2 style add ink ~/Downloads/ink.safetensors --trigger "in the ink style"
     """
     from k2cli.console import near, result, say
     from k2cli.folder import Outside
@@ -91,19 +99,25 @@ def add(
 
     if method is not None:
         check_value("method", method, str, {"choices": METHODS}, "--method")
-    images, sheets = without_sheets(images)
-    words = {"keywords": keyword or [], "avoids": avoid or []}
+    files, sheets = without_sheets(files)
+    words = {"keywords": keyword or [], "avoids": avoid or [], "triggers": trigger or []}
     try:
-        styles = find_project(project).styles
-        file, pictures, over = add_style(styles, name, images, **words, method=method, force=force)
+        added = add_style(find_project(project).styles, name, files, **words, method=method, force=force)
     except Outside as error:
         raise K2Error(str(error), hint="Put it into the project itself, in the place of the link.") from None
-    about = {"name": name, "file": near(file), "references": [near(picture) for picture in pictures]}
-    result(to_json(about) if json else near(file))
+    about = {
+        "name": name,
+        "file": near(added.file),
+        "references": [near(picture) for picture in added.pictures],
+        "lora": near(added.lora) if added.lora else None,
+    }
+    result(to_json(about) if json else near(added.file))
     if not quiet:
-        for note in filter(None, (sheets, over)):
+        for note in filter(None, (sheets, added.over)):
             say(note, "yellow")
-        say(f"{count_of(len(pictures), 'picture')}. Next: k2 render --style {name}=0.6", "dim")
+        pictures = count_of(len(added.pictures), "picture") if added.pictures else ""
+        holds = " and ".join(filter(None, [pictures, "1 LoRA" if added.lora else ""]))
+        say(f"{holds}. Next: k2 render --style {name}=0.6", "dim")
 
 
 @style_app.command("list")

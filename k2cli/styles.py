@@ -34,7 +34,7 @@ from k2cli.tables import (
     relative,
 )
 from model.errors import K2Error
-from model.hashes import sha256
+from model.hashes import identity, settings_beside, sha256
 from model.headers import read_header
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style
@@ -42,6 +42,7 @@ from model.weighed import MOST_AT_ONCE
 
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
 MOST_MIXES = 16  # styles that mix styles that mix styles …
+LORA = ".safetensors"
 MOST_LORA = 4 << 30  # bytes of a file, which is hashed when a run is planned: in seconds, if it must be
 MOST_STYLES = 256  # that a picture's styles come from, mixes taken apart
 
@@ -280,24 +281,84 @@ def words(styles: Sequence[Style], wanted: str, opposite: str | None = None) -> 
     return iter(dict.fromkeys(text for style, side in sides if side for text in getattr(style, side)))
 
 
+@dataclass(frozen=True)
+class Added:
+    """A style that was made of files."""
+
+    file: Path
+    pictures: Sequence[Path]  # in the project, as the next
+    lora: Path | None
+    over: str  # what was passed over, in a sentence
+
+
 def add_style(
     styles: Styles,
     name: str,
-    images: Sequence[Path],
+    files: Sequence[Path],
     *,
     keywords: Sequence[str] = (),
     avoids: Sequence[str] = (),
+    triggers: Sequence[str] = (),
     method: str | None = None,
     force: bool = False,
-) -> tuple[Path, list[Path], str]:
-    """Copy pictures into refs/NAME and write styles/NAME.toml -> that file, the pictures in the project, and what was
-    passed over.
+) -> Added:
+    """Copy pictures into refs/NAME, a LoRA into loras, and write styles/NAME.toml.
 
-    Whatever lies in refs/NAME stays there; a picture that is there already, under whatever name, is not copied again.
-    Everything is checked before anything is written, and the style file comes last.
+    Whatever lies there stays there; what is there already, under whatever name, is not copied again. Everything is
+    checked before anything is written, and the style file comes last.
     """
     file = styles.new_file(name, force=force)
-    said = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
+    said: dict[str, Any] = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
+    loras = [each for each in files if each.suffix.lower() == LORA]
+    if len(loras) > 1:
+        raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each a style, and mix them.")
+    if triggers and not loras:
+        raise K2Error("Triggers are a LoRA's words, and none was named.", hint="Call them keywords: -k")
+    images = [each for each in files if each not in loras]
+    if method and not images:
+        raise K2Error("No picture was named that --method could be of.", hint="Leave it out, or name pictures.")
+    lora = place_for(loras[0], name, styles) if loras else None
+    if lora:
+        said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger")}
+    pictures, patterns, over = add_pictures(styles, name, images, method) if images else ([], [], "")
+    if lora and not lora.exists():
+        make(lora.parent)
+        beside = settings_beside(loras[0])
+        settings = {lora.with_name(beside.name): beside.read_bytes()} if beside else {}
+        write({**settings, lora: loras[0].read_bytes()})
+    make(file.parent)
+    blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
+    put(file, b"\n".join(blocks), name, force=force)
+    return Added(file, pictures, lora, over)
+
+
+def place_for(file: Path, name: str, styles: Styles) -> Path:
+    """Where a style's LoRA lies in the project already, or is to lie. Raises K2Error where it is none."""
+    if not file.is_file():
+        raise K2Error(f"There is no {masked(str(file))}.", hint="Name a LoRA's .safetensors file.")
+    if file.stat().st_size > MOST_LORA:
+        raise K2Error(f"{masked(str(file))} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
+    header = read_header(file)
+
+    from model.lora_file import peft_settings, refuse_others  # torch
+
+    refuse_others(file, header.keys() - {"__metadata__"})
+    peft_settings(file)
+    folder = styles.inside("loras", "")
+    if settings_beside(file):  # which is found by that name alone, so both have a folder of their own
+        place = styles.inside(f"loras/{name}/{file.name}", "")
+        if place.exists() and identity(place) != identity(file):
+            raise K2Error(f"loras/{name} holds another LoRA.", hint="Choose another name, or remove it.")
+        return place
+    there = (each for each in sorted(folder.glob(f"*{LORA}")) if sha256(each) == sha256(file))
+    return next(there, None) or free_name(folder, file.stem, LORA.removeprefix("."))
+
+
+def add_pictures(
+    styles: Styles, name: str, images: Sequence[Path], method: str | None
+) -> tuple[list[Path], list[str], str]:
+    """Copy pictures, and those in folders, into refs/NAME -> where they are there, the patterns that name them, and
+    what was passed over."""
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
@@ -316,13 +377,10 @@ def add_style(
             f'Style "{name}" would have {count} reference pictures{by}.',
             hint=f"Give at most {most}, those that show the look best.",
         )
-    make(file.parent)
     pictures = sorted({*copied(kinds, folder).values()})
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
-    blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
-    put(file, b"\n".join(blocks), name, force=force)
-    return file, pictures, over
+    return pictures, patterns, over
 
 
 def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:

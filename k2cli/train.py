@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -86,7 +86,8 @@ def train(
     from dataclasses import replace
 
     from k2cli import licence
-    from k2cli.console import near, result, say
+    from k2cli.console import near, result, say, typed
+    from k2cli.folder import root_above
     from k2cli.tables import quote
     from model.train import recipe as recipes
 
@@ -120,8 +121,8 @@ def train(
         return
     result(near(run.result))
     if chosen.stage == "lora" and not quiet:
-        say("Copy it into a project, and give a style of it these lines:", "dim")
-        say(f'lora = "loras/{run.result.name}"', "dim")
-        if chosen.trigger:
-            say(f"triggers = [{json.dumps(chosen.trigger, ensure_ascii=False)}]", "dim")
+        words = ["k2 style add", quote(run.result.stem), typed(run.result)]
+        words += ["--trigger", quote(chosen.trigger)] if chosen.trigger else []
+        words += [] if root_above(Path.cwd()) else ["--project DIR"]
+        say(f"Make a style of it: {' '.join(words)}", "dim")
     parallel.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -486,14 +487,19 @@ def test_what_may_not_change_is_said_before_anything_is_worked_out(tmp_path, pic
 
 
 def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa: F811
-    """A folder is a recipe; what it gives renders under a style's lines as the command prints them."""
+    """A folder is a recipe; what it gives becomes a style by the command that it names."""
     monkeypatch.chdir(tmp_path)
     done = k2("train", "pictures", "--model", "tiny", "--trigger", "dusk style", "--steps", "2")
 
     path = Path(".runs/pictures/pictures.safetensors")
     assert done.stdout == f"{path}\n" and open_checkpoint(path).metadata["triggers"] == ["dusk style"]
     assert "pictures: 10 pictures in 2 shapes; tiny" in done.stderr
-    assert 'triggers = ["dusk style"]' in done.stderr and 'lora = "loras/pictures.safetensors"' in done.stderr
+    next_one = "k2 style add pictures .runs/pictures/pictures.safetensors --trigger 'dusk style' --project DIR"
+    assert f"Make a style of it: {next_one}\n" in done.stderr
+    (tmp_path / "moody").mkdir()
+    (tmp_path / "moody" / "k2.toml").touch()
+    k2(*shlex.split(next_one.replace("DIR", "moody"))[1:])
+    assert (tmp_path / "moody" / "loras" / "pictures.safetensors").read_bytes() == path.read_bytes()
     for other in [], ["--trigger", "night look"]:
         again = k2("train", "pictures", "--model", "tiny", "--steps", "2", *other, code=1)
         assert 'differs now: the trigger ("dusk style" then).' in again.stderr and ".runs/pictures" in again.stderr

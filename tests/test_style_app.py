@@ -252,7 +252,79 @@ def test_a_jpeg_may_be_called_as_browsers_call_it(moody, photos, k2):
 def test_add_with_json(moody, photos, k2):
     found = json.loads(k2("style", "add", "dusk", photos / "a.png", "--json", "--quiet").stdout)
 
-    assert found == {"name": "dusk", "file": "styles/dusk.toml", "references": ["refs/dusk/a.png"]}
+    assert found == {"name": "dusk", "file": "styles/dusk.toml", "references": ["refs/dusk/a.png"], "lora": None}
+
+
+def write_lora(path: Path, layer: str = "blocks.0.attn.wq") -> Path:
+    """The smallest file of one by its names, which is all that is looked at before it is rendered."""
+    halves = {
+        f"{layer}.lora_{half}.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * place, 4 * place + 4]}
+        for place, half in enumerate("AB")
+    }
+    header = json.dumps(halves).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    return path
+
+
+def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2):
+    """With its words, and pictures beside it where such are named."""
+    lora = write_lora(photos / "Ink v2.safetensors")
+    added = k2("style", "add", "ink", lora, "--trigger", "in the inkk style", "-k", "bold")
+
+    assert (moody / "loras" / "Ink-v2.safetensors").read_bytes() == lora.read_bytes()
+    assert table(moody / "styles" / "ink.toml") == {
+        **{"keywords": ["bold"], "avoids": []},
+        **{"lora": "loras/Ink-v2.safetensors", "triggers": ["in the inkk style"]},
+    }
+    assert added.stderr == "1 LoRA. Next: k2 render --style ink=0.6\n" and not (moody / "refs").exists()
+    spec = spec_of(moody, ink=0.6)
+    assert spec.prompt == "a red fox, in the inkk style, bold" and spec.adapters
+
+    both = k2("style", "add", "both", lora, photos / "a.png", "--json").stdout
+    assert json.loads(both)["lora"] == "loras/Ink-v2.safetensors"  # which is there already
+    (style,) = spec_of(moody, both=1).styles
+    assert style.lora and len(style.references) == 1
+    write_lora(photos / "other" / "Ink v2.safetensors", "blocks.1.attn.wq")
+    k2("style", "add", "second", photos / "other" / "Ink v2.safetensors")
+    assert table(moody / "styles" / "second.toml")["lora"] == "loras/Ink-v2-2.safetensors"
+
+
+def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
+    """PEFT's say how strong the weights are, and are found by the name that these have."""
+    lora = write_lora(photos / "adapter_model.safetensors")
+    (photos / "adapter_config.json").write_text('{"lora_alpha": 8}')
+
+    k2("style", "add", "ink", lora)
+    k2("style", "add", "ink", lora, "--force")
+
+    assert table(moody / "styles" / "ink.toml")["lora"] == "loras/ink/adapter_model.safetensors"
+    assert (moody / "loras" / "ink" / "adapter_config.json").read_text() == '{"lora_alpha": 8}'
+    (photos / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    assert "loras/ink holds another LoRA." in k2("style", "add", "ink", lora, "--force", code=1).stderr
+
+
+def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
+    lora = write_lora(photos / "ink.safetensors")
+    write_weights(photos / "model.safetensors", {"kind": "dit"})
+    (photos / "page.safetensors").write_text("<!DOCTYPE html>")
+    before = tree(moody)
+    for files, said in (
+        (["model.safetensors"], "is no LoRA: it holds w."),
+        (["page.safetensors"], "is a web page."),
+        (["none.safetensors"], "There is no"),
+        (["ink.safetensors", "model.safetensors"], "would have 2 LoRAs"),
+        (["ink.safetensors", "notes.txt"], "is not a picture"),
+        (["a.png", "--trigger", "inkk"], "none was named.\nHint:  Call them keywords"),
+        (["ink.safetensors", "--method", "splice"], "No picture was named"),
+    ):
+        typed = [str(photos / each) if "." in each else each for each in files]
+        assert said in k2("style", "add", "ink", *typed, code=1).stderr
+    (tmp_path / "elsewhere").mkdir()
+    (moody / "loras").symlink_to(tmp_path / "elsewhere")
+    assert "lies outside the project" in k2("style", "add", "ink", lora, code=1).stderr
+    (moody / "loras").unlink()
+    assert tree(moody) == before
 
 
 @pytest.mark.parametrize(
