@@ -153,10 +153,14 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 
 
 def outlasting(board: Board, home: Folder, folder: str) -> Board:
-    """The board, in the place of its representatives that lie in the outputs, which may be deleted, with copies of them
-    in a folder of the project."""
-    outputs = (home.root / "outputs").resolve()
-    lost = [path for path, _ in board.representatives if path.resolve().is_relative_to(outputs)]
+    """The board, in the place of its representatives that lie in the outputs, which may be deleted, or outside of the
+    project, with copies of them in a folder of it; where it may reach outside, those stay there."""
+    root, outputs = home.root.resolve(), (home.root / "outputs").resolve()
+
+    def may_go(path: Path) -> bool:
+        return path.is_relative_to(outputs) or not (home.allow_outside or path.is_relative_to(root))
+
+    lost = [path for path, _ in board.representatives if may_go(path.resolve())]
     if not lost:
         return board
     kinds = {path: check_picture(path, "The board", relative(path, home.root)) for path in lost}

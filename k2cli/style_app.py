@@ -324,7 +324,7 @@ def pick_prompt(project: Project, text: str | None) -> Prompt:
 def analyze(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Pictures or folders of the project; else those of [moodboard]."),
+        typer.Argument(metavar="IMAGE", help="Pictures or folders; else those of [moodboard]."),
     ] = None,
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="The style to write.")] = "board",
     force: ForceOption = False,
@@ -336,8 +336,8 @@ def analyze(
     """Find a board's looks, colours and words; write a style.
 
     Makes styles/NAME.toml, to edit as you like, with the pictures that stand for each look, and its colours as
-    styles/NAME.png. Of pictures in outputs/ it takes copies, in refs/NAME-looks. With the open weights their text
-    encoder looks at the board too, and says what it is drawn to.
+    styles/NAME.png. Of pictures outside the project, or in its outputs/, it takes copies, in refs/NAME-looks. With the
+    open weights their text encoder looks at the board too, and says what it is drawn to.
 
     \b
     Examples:
@@ -393,12 +393,14 @@ def pictures_of(home: Project, images: Sequence[Path], others: set[Path]) -> lis
     """The pictures of a board: those that were named, else those of [moodboard]; what lies beside them is added to
     `others`. Raises K2Error."""
     from k2cli import moodboard
+    from k2cli.folder import Folder
     from k2cli.tables import relative
 
     if images:
         root = home.root.resolve()  # either may be reached by a link
         typed = [relative(image.parent.resolve() / image.name, root) for image in images]
-        return moodboard.gather(typed, home.root, home.inside, "The board", others)
+        anywhere = Folder(root=home.root, allow_outside=True)  # who types a path may read there
+        return moodboard.gather(typed, home.root, anywhere.inside, "The board", others)
     if home.board:
         return home.board_pictures(home.board, others)
     raise K2Error(

@@ -284,6 +284,22 @@ def test_a_style_of_a_board_outlives_the_outputs(den, k2):
     assert list(lying.parent.iterdir()) == [lying]
 
 
+def test_a_board_may_lie_elsewhere(den, k2, tmp_path):
+    """Whoever types a path may read there; the style takes copies, as the project may not, unless that is allowed."""
+    (den / "refs" / "board").rename(tmp_path / "mine")
+    (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
+    for name, folder in (("one", "../mine"), ("two", tmp_path / "mine" / "*")):
+        named = [folder] if name == "one" else sorted(folder.parent.glob("*.png"))
+        k2("moodboard", "analyze", *named, "--name", name)
+        (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {name: 0.35})
+        parents = {reference.image.parent for reference in shot.spec.styles[0].references}
+        assert parents == {den / "refs" / f"{name}-looks"}
+
+    k2("moodboard", "analyze", "../mine", "--name", "three", "--allow-outside")
+    assert 'image = "../mine/' in (den / "styles" / "three.toml").read_text()
+    assert not (den / "refs" / "three-looks").exists()
+
+
 def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
     for name in ("IMG_1.HEIC", "notes.txt"):
         (den / "refs" / "board" / name).write_bytes(b"")
