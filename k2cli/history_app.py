@@ -310,7 +310,8 @@ def show(
     found = [records.parse(records.read(file), Path) for file in named]
     if json:
         for file, record in zip(named, found, strict=True):
-            result(to_json({"file": near(picture_of(file)), **in_full(record.table)}))
+            there = None if record.table.get("blocked") else near(picture_of(file))
+            result(to_json({"file": there, **in_full(record.table)}))
         return
     if sys.stdout.isatty():
         from k2cli.preview import preview

@@ -130,6 +130,7 @@ def test_what_is_blocked_is_recorded_but_not_saved(moody, k2, strict):
     record = tomllib.loads((folder / "an-owl-at-night-7.blocked.toml").read_text("utf-8"))
     assert record["blocked"] == {"filter": "eyes", "reason": "looks odd"} and record["settings"]["seed"] == 7
     assert "by eyes: looks odd" in k2("show", folder / "an-owl-at-night-7.blocked.toml").stdout
+    assert json.loads(k2("show", folder / "an-owl-at-night-7.blocked.toml", "--json").stdout)["file"] is None
     assert "every picture of the run is there" in k2("render", "--resume").stderr
 
 
