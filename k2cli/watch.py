@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -33,6 +33,7 @@ from model.errors import K2Error
 from model.hashes import settings_beside
 
 if TYPE_CHECKING:
+    from k2cli.models import Held
     from k2cli.outputs import Run
     from k2cli.project import Project, Shot
     from k2cli.runs import Job, Saved
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 EVERY = 0.4  # seconds between two looks at the files
 WEIGHTS = (".safetensors", ".gguf", ".json")  # and what says how a model is built
 LOOKED_BACK = 50  # runs in which pictures are found that need not be made
+OF_REFERENCES = ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # without which they change nothing
 GONE = (0, 0)  # the stamp of a file that was there
 
 Stamps = Mapping[str, tuple[int, int]]
@@ -139,19 +141,19 @@ def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:
         runs = Run.planned_in(project.outputs)[-LOOKED_BACK:]
     except K2Error:  # it is told when the project is rendered
         return {}
-    return {key: path for run in runs for key, path in made_by(run, project) if path.is_file()}
+    taken_by = cache(Taken.by)  # of runs that are much alike
+    return {key: path for run in runs for key, path in made_by(run, project, taken_by) if path.is_file()}
 
 
-def made_by(run: Run, project: Project) -> Iterator[tuple[str, Path]]:
+def made_by(run: Run, project: Project, taken_by: Callable[[Held], Taken]) -> Iterator[tuple[str, Path]]:
     """The pictures of a run's plan, and what they are known by; none where it cannot be read any more."""
-    from k2cli.records import request
     from k2cli.runs import read_plan, weights_of
 
     with suppress(K2Error):
         toml, planned = read_plan(project, run)
-        held = vars(weights_of(toml, project))
+        taken = taken_by(weights_of(toml, project))
         for shot, hashes in planned:
-            yield key_of([held, shot.format, request(shot, project.root, hashes.__getitem__)]), run[shot.file]
+            yield key_of(taken, shot, project.root, hashes.__getitem__), run[shot.file]
 
 
 def look(
@@ -166,14 +168,13 @@ def look(
     it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
     made again only if it is not there, for otherwise somebody threw it away. `drawn`: the seed where it is random."""
     from k2cli.carry import plan_job
-    from k2cli.records import request
 
     chosen = replace(project.settle(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
     matrices = project.comparing(prompts)
     shots = project.shots(chosen, prompts, None, matrices)
-    held = vars(chosen.held())
-    known = {key_of([held, shot.format, request(shot, project.root)]): shot for shot in shots}
+    taken = Taken.by(chosen.held())
+    known = {key_of(taken, shot, project.root): shot for shot in shots}
     new = known.keys() - set(asked.values())
     left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
     keys = {shot.stem: key for key, shot in known.items()}
@@ -195,8 +196,40 @@ def note(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
     made[keys[saved.stem]] = saved.path
 
 
-def key_of(asked: Any) -> str:
-    return sha256(to_json(asked).encode()).hexdigest()
+class Taken(NamedTuple):
+    """The weights that pictures are made with, as far as they are known, and what those take where nothing is said."""
+
+    weights: Mapping[str, Any]
+    own: Mapping[str, Any]
+
+    @classmethod
+    def by(cls, held: Held) -> Taken:
+        """Their headers are read, which takes a moment. Raises K2Error."""
+        from k2cli.models import recommended
+        from model.library import find
+        from model.parts import pick_device
+
+        found = find(held.name, held.variant)
+        chosen = {"variant": found and found.variant, "device": str(pick_device(held.device))}
+        return cls(vars(held) | chosen, recommended(held.name, held.variant))
+
+
+def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> str:
+    """What a picture is known by: all that goes into it, hashed, but for what would change nothing."""
+    from k2cli.records import request
+    from model.spec import denoise_of
+
+    asked = request(shot, root, hash_of)
+    said = asked["settings"]
+    said |= {key: own for key, own in taken.own.items() if said[key] is None}
+    said |= {"guidance": float(said["guidance"]), "sampler": said["sampler"] or "euler"}
+    until = said["guidance_until"]
+    said["guidance_until"] = float(until) if said["guidance"] and until not in (None, 1) else None
+    if asked["init_image"]:
+        said["denoise"] = float(denoise_of(said["denoise"], masked=bool(asked["mask"])))
+    if not any(style["reference"] for style in asked["style"] or ()):
+        said |= dict.fromkeys(OF_REFERENCES)
+    return sha256(to_json([taken.weights, shot.format, asked]).encode()).hexdigest()
 
 
 def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:

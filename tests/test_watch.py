@@ -134,11 +134,44 @@ def test_styles_and_references_count(moody, k2, changes):
     assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 3
 
 
-@pytest.mark.parametrize("line", ['format = "webp"', 'precision = "int8"', 'offload = "text"', 'device = "cpu"'])
+@pytest.mark.parametrize("line", ['format = "webp"', 'precision = "int8"', 'offload = "text"'])
 def test_how_a_picture_is_made_and_kept_counts(moody, k2, changes, line):
     changes += [lambda: (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", f"seed = 7\n{line}"))]
 
     assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 2
+
+
+NOTHING_NEW = """steps = 28
+guidance = 3.5
+size = "128x128"
+sampler = "euler"
+guidance_until = 1
+style_guidance = 2
+leak_guard = "shift"
+variant = "raw"
+device = "cpu"
+"""
+
+
+def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, monkeypatch):
+    """What the model takes where nothing is said, and what has nothing to count for."""
+    monkeypatch.setattr("model.parts.pick_device", lambda name: name or "cpu")
+    toml = moody / "k2.toml"
+    said = PROJECT.replace("seed = 7\n", f"seed = 7\n{NOTHING_NEW}")
+    unguided = PROJECT.replace("seed = 7\n", "seed = 7\nguidance = 0\n")
+    changes += [
+        lambda: toml.write_text(said),
+        lambda: toml.write_text(said.replace("steps = 52", "steps = 51")),
+        lambda: toml.write_text(unguided),
+        lambda: toml.write_text(unguided.replace("guidance = 0", "guidance = 0\nguidance_until = 0.5")),
+    ]
+
+    result = k2("watch", "--only", "fox", code=130)
+
+    assert [line.split("/")[1] for line in result.stdout.splitlines()] == ["0001-fox", "0002-fox", "0003-fox"]
+    assert result.stderr.count("No picture is different.") == 2
+    toml.write_text(said)
+    assert "No picture is different." in k2("watch", "--only", "fox", code=130).stderr  # of what lies on the disk
 
 
 def test_what_lies_outside_is_used_where_that_is_allowed(moody, k2, changes):
