@@ -196,14 +196,17 @@ def show_style(
     Its mixes taken apart, its words, every reference and its weight.
     """
     from k2cli.console import result
+    from k2cli.here import weight_in
     from k2cli.records import style_table
     from k2cli.tables import relative
 
     opened = find_project(project, allow_outside)
     parts = opened.styles.resolve({name: 1.0}, lambda name: "k2 style show")
     if json:
-        result(to_json({"name": name, "parts": [style_table(part, opened.root) for part in parts]}))
+        weight = opened.weights.get(name, 0.0)
+        result(to_json({"name": name, "weight": weight, "parts": [style_table(part, opened.root) for part in parts]}))
         return
+    result(f"{name} at weight 1 (in the project: {weight_in(opened, name).removeprefix('weight ')})")
     for part in parts:
         result(f"{part.name} {part.strength:g}")
         facts = {

@@ -436,7 +436,9 @@ def test_list_and_show(looks, photos, k2):
     assert listed[0]["mix"] == {"photo": 0.5, "dusk": -0.25} and listed[4]["method"] == "tokens"
     assert {each["weight"] for each in listed} == {0.0}
 
-    assert [line.split() for line in k2("style", "show", "blend").stdout.splitlines()] == [
+    heading, *lines = k2("style", "show", "blend").stdout.splitlines()
+    assert heading == "blend at weight 1 (in the project: off)"
+    assert [line.split() for line in lines] == [
         ["photo", "0.5"],
         ["method", "tokens"],
         ["pictures", "1", "refs/photo/a.png"],
@@ -445,6 +447,9 @@ def test_list_and_show(looks, photos, k2):
     ]
     shown = json.loads(k2("style", "show", "blend", "--json").stdout)
     assert shown["parts"][0]["reference"][0]["sha256"] and shown["parts"][1]["strength"] == -0.25
+    (looks / "k2.toml").write_text(PROJECT + "[style]\ndusk = 0.8\n")
+    assert k2("style", "show", "dusk").stdout.startswith("dusk at weight 1 (in the project: 0.8)\ndusk 1\n")
+    assert json.loads(k2("style", "show", "dusk", "--json").stdout)["weight"] == 0.8
     assert 'Did you mean "dusk"?' in k2("style", "show", "disk", code=1).stderr
 
 
