@@ -15,6 +15,7 @@ from model.errors import count_of
 
 NAMED = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # what is several, and one of it
 OF_ITS_OWN = ("created", "seconds", "pixels")  # of every picture, however it was made
+USUAL = len("creativity")  # the longest name of a fact but for what only references have a use for
 
 Facts = dict[str, str | dict[str, str]]
 
@@ -41,8 +42,8 @@ def facts_of(record: Record) -> Facts:
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
         else "",
-        "apart": "" if spec.style_guidance is None else f"style guidance {spec.style_guidance:g}",
-        "guard": spec.leak_guard or "",
+        "style guidance": "" if spec.style_guidance is None else f"{spec.style_guidance:g}",
+        "leak guard": spec.leak_guard or "",
         "begun with": f"{spec.init_image or ''}",
         "denoise": "" if spec.denoise is None else f"{spec.denoise:g}",
         "mask": f"{spec.mask or ''}",
@@ -79,7 +80,7 @@ def describe(record: Record, cells: int | None = None) -> str:
                 lines += pictures[one] if name == "styles" else []
             lines = [", ".join(lines)] if name == "versions" and lines else lines
         rows += [(name, masked(line)) for line in lines]
-    return aligned(rows, 2 + max(map(len, facts)), cells)
+    return aligned(rows, 2 + max(USUAL, *(len(name) for name, _ in rows)), cells)
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:

@@ -249,7 +249,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("mask", made.text("mask.region") or made.text("mask.image")),
         ("cohesion", cohesion_of(made)),
         ("style guidance", setting(made, "style_guidance")),
-        ("guard", made.text("settings.leak_guard")),
+        ("leak guard", made.text("settings.leak_guard")),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),
         ("model", model_of(made)),

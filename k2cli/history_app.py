@@ -92,7 +92,7 @@ def log(
     Examples:
       k2 log --since 2d --style dusk
       k2 log -p "fox snow" --json | jq -r .file
-      k2 log ~/boards/*/ --run 3
+      k2 log ~/projects/*/ --run 3
       k2 log --style dusk -0 | xargs -0 cp -t ~/dusk
     """
     import sys
@@ -286,7 +286,7 @@ def show(
     project: ProjectOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a picture was made from, or by what several differ.
+    """Show what a picture was made from, or in what several differ.
 
     The pictures on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
     half-blocks. To choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.

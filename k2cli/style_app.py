@@ -266,8 +266,8 @@ def mix_styles(
     """Mix styles by weight, see the mix, keep it as a style.
 
     Prints the style's file, if it is saved, then the path of each picture, then the sheet that shows them.
-    With --sweep two styles give a path, three a triangle, more the paths of every pair. With --init-image all show the
-    same picture.
+    With --sweep two styles give a path, three a triangle, more the paths of every pair. With --init-image all begin
+    with the same picture.
 
     \b
     Examples:

@@ -339,7 +339,7 @@ def test_the_facts_say_what_a_picture_shares_and_with_which(tmp_path):
     facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])
 
     assert facts["cohesion"] == "0.9, led by seed 7 of: an owl"
-    assert (facts["guard"], facts["offload"]) == ("shift", "all")
+    assert (facts["leak guard"], facts["offload"]) == ("shift", "all")
 
 
 def test_cells_of_a_matrix_are_of_their_prompt(moody, k2):

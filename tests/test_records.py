@@ -247,8 +247,19 @@ def test_show_reads_records_and_pictures_alike(moody, k2):
     assert shown[0] == shown[1] == shown[2]
     for fact in ("prompt      tea", "seed        7", "mu          0.5", "seconds     0.25"):
         assert f"{fact}\n" in shown[0]
-    as_usual = {"blocked", "expanded", "creativity", "avoid", "cohesion", "apart", "guard", "weights", "offload"}
-    assert not as_usual & {line.split(" ")[0] for line in shown[0].splitlines()}
+    as_usual = ("blocked", "expanded", "creativity", "avoid", "cohesion", "style", "leak", "weights", "offload")
+    assert not {*as_usual} & {line.split(" ")[0] for line in shown[0].splitlines()}
+
+
+def test_show_calls_settings_of_styles_by_their_names(moody, k2):
+    k2("render", "-p", "tea")
+    record = moody / "outputs" / "0001-tea" / "tea-7.toml"
+    text = record.read_text()
+    record.write_text(text.replace("[settings]", '[settings]\nstyle_guidance = 1.5\nleak_guard = "shift"'))
+
+    shown = k2("show", record).stdout
+
+    assert "style guidance  1.5\nleak guard      shift\n" in shown and "seed            7\n" in shown
 
 
 def test_show_names_loras_and_their_weights(moody, k2):
