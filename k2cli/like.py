@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from k2cli.origins import own_phrases
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
+from k2cli.styles import Styles
 from k2cli.tables import quote
 from model.errors import K2Error
 from model.hashes import sha256
@@ -115,7 +117,7 @@ class Example:
                     f'{OPTION}: {project.name} has no style "{name}"{more}.',
                     hint=f"Make it, or leave it out: --style {quote(name)}=0",
                 )
-        weights = {name: weight for name, weight in weights.items() if name not in gone}
+        weights = weights_for({name: weight for name, weight in weights.items() if name not in gone}, project.styles)
         if strength and board is None and not project.board:
             raise K2Error(
                 f"{OPTION}: {project.name} has no moodboard{more}.",
@@ -130,6 +132,22 @@ class Example:
             leader=self.leader(),
         )
         return project, {name: weight for name, weight in styles.items() if name not in gone}
+
+
+def weights_for(strengths: Mapping[str, float], styles: Styles) -> dict[str, float]:
+    """The weights by which styles come to these strengths, some of them perhaps being mixed into others."""
+    mixed: dict[str, dict[str, float]] = {}
+    for name in strengths:
+        with suppress(K2Error):  # of a style that cannot be used, which is told where it is
+            parts = styles.resolve({name: 1.0}, lambda name: OPTION)
+            mixed[name] = {part.name: part.strength for part in parts if part.name != name}
+    weights = dict(strengths)
+    for _ in strengths:  # mixes in mixes come right one after the other
+        weights = {
+            name: strength - sum(weights[other] * parts.get(name, 0.0) for other, parts in mixed.items())
+            for name, strength in strengths.items()
+        }
+    return weights
 
 
 def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:

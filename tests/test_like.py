@@ -72,6 +72,20 @@ def test_what_its_prompt_avoided_counts_once(dusky, k2):
     assert other["prompt"]["avoid"] == "fog, gloss"
 
 
+def test_what_a_style_mixes_counts_once(dusky, k2):
+    """A record names it beside the style, as what that came to."""
+    (dusky / "styles" / "pale.toml").write_text('keywords = ["pale"]\n[mix]\ndusk = 0.5\n')
+    (dusky / "styles" / "both.toml").write_text('keywords = ["both"]\n[mix]\npale = 0.5\ndusk = 0.25\n')
+    asked = ("-p", "tea", "--style", "both=1", "--style", "dusk=0.3", "--batch", "1")
+    made = rendered(k2, *asked)
+
+    (before,), (again,) = plan(k2, *asked), plan(k2, "--like", made, "--batch", "1")
+    (without,) = plan(k2, "--like", made, "--batch", "1", "--style", "both=0", "--style", "pale=0")
+
+    assert again["style"] == before["style"] and len(again["style"]) == 4
+    assert {style["name"]: style["strength"] for style in without["style"]} == {"dusk": 0.3, "ink": 1.0}
+
+
 def test_other_prompts_share_the_look_of_the_picture_that_leads(dusky, k2):
     """As those of its own batch do: a picture that was led itself hands on what led it."""
     made = rendered(k2, "-p", "tea", "--seed", "40", "--style", "dusk=1")
