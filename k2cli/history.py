@@ -174,11 +174,14 @@ def runs_of(outputs: Path) -> list[Path]:
 
 
 def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:
-    """The pictures of one run, as `read` gives them."""
+    """The pictures of one run, as `read` gives them; none of one that is gone by now: a run that has only just begun
+    gets another name, and one that came to nothing is removed."""
     try:
         with os.scandir(run) as entries:
             found = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
             names = {name for name in found if not UNPRINTABLE.search(name)}
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except PermissionError:
         if skipped:
             skipped(run)
@@ -192,12 +195,20 @@ def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
         table = beside or carried(run / name)
         if table is not None:
             pictures.append(Made(run / name, table))
-        elif skipped:
+        elif skipped and not gone(run / name):
             skipped(run / name)
     return sorted(
         (made for made in pictures if chosen is None or made in chosen),
         key=lambda made: (made.created or LONG_AGO, natural(made.path.name)),
     )
+
+
+def gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return False
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -98,6 +99,23 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
 
     assert [each.path.name for each in made] == ["fox-2.png"]
     assert sorted(path.name for path in unread) == ["alone.png", "fox-0.png", "fox-1.png"]
+
+
+def test_a_run_may_vanish_while_it_is_read(tmp_path, monkeypatch):
+    """One that has only just begun gets its name, and one that came to nothing is removed."""
+    many_pictures(tmp_path, 2, per_run=1)
+    runs = history.runs_of(tmp_path)
+    (tmp_path / "0001-fox").rename(tmp_path / "0001-vixen")
+    for run in (tmp_path / "0001-fox", tmp_path / "0002-owl" / "owl-1.png"):
+        assert history.read_run(run, skipped=pytest.fail) == []
+    monkeypatch.setattr(history, "runs_of", lambda outputs: runs)
+    assert [made.run for made in history.read(tmp_path)] == ["0002-owl"]
+
+    def load(path: Path) -> None:
+        shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(history, "load", load)
+    assert list(history.read(tmp_path, skipped=pytest.fail)) == []
 
 
 @pytest.mark.parametrize("number", ["nan", "-inf", "1e999"])
