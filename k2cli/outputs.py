@@ -71,8 +71,9 @@ class Run:
 
     @classmethod
     def planned_in(cls, outputs: Path) -> list[Run]:
-        """The runs that a plan was written for, by their numbers."""
-        found = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}") if NUMBER.match(path.parent.name))
+        """The runs that a plan was written for, by their numbers. Links are passed over, as by `history.runs_of`."""
+        folders = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}"))
+        found = [folder for folder in folders if NUMBER.match(folder.name) and not folder.is_symlink()]
         return [cls(folder) for folder in sorted(found, key=number_of)]
 
     def __enter__(self) -> Run:

@@ -37,6 +37,17 @@ def test_the_last_run_is_that_of_the_highest_number(tmp_path):
     assert Run.last(tmp_path).folder.name == "10000-owl"
 
 
+def test_a_link_hides_no_run(tmp_path):
+    """It leads to what was made elsewhere, or before, and going on with it could not end well."""
+    for folder in ("outputs/0001-fox", "elsewhere/0002-owl"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "run.toml").touch()
+    (tmp_path / "outputs" / "0002-owl").symlink_to(tmp_path / "elsewhere" / "0002-owl")
+
+    assert Run.last(tmp_path / "outputs").folder.name == "0001-fox"
+    assert Run.last(tmp_path / "outputs", 2) is None
+
+
 def test_a_number_that_another_has_just_named_is_left_to_it(tmp_path, monkeypatch):
     """Where locks do not work, two may both come to make 0001."""
     mkdir = Path.mkdir
