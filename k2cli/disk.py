@@ -25,6 +25,18 @@ LOCKS = fcntl is not None  # else files are whole all the same, and nobody is ke
 DRAFT = ".draft"
 FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe, laid where a folder should be, would wait for ever
 
+FORBIDDEN, BLOCKED = "Check the folder's permissions.", "A file stands where a folder belongs: move it away."
+HINTS = {  # what to do about an error of the file system
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
+    errno.EROFS: FORBIDDEN,
+    errno.ENOTDIR: BLOCKED,
+    errno.EEXIST: BLOCKED,
+    errno.ENOENT: "Its folder is gone, or was moved.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EFBIG: "The disk takes no file so large: choose another.",
+}
+
 
 class DiskFull(K2Error):
     """Something could not be written for want of room."""
@@ -152,9 +164,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"The disk is full: {path} was not written.", hint="Make room, and try again.") from None
         reason = {errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only"}.get(error.errno or 0)
-        blocked = "A file stands where a folder belongs: move it away."
-        hints = {errno.ENOTDIR: blocked, errno.EEXIST: blocked, errno.ENOENT: "Its folder is gone, or was moved."}
-        hint = hints.get(error.errno or 0, "Check the folder's permissions.")
+        hint = HINTS.get(error.errno or 0, "")
         raise K2Error(f"{path} cannot be written: {reason or error.strerror}.", hint=hint) from None
 
 

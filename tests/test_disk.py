@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli.disk import Exists, undisturbed, write
+from k2cli.disk import Exists, undisturbed, write, writing
 from model.errors import K2Error
 
 
@@ -61,6 +61,22 @@ def test_a_folder_that_is_gone_is_not_blamed_on_permissions(tmp_path):
     with pytest.raises(K2Error, match="cannot be written") as caught:
         write({tmp_path / "gone" / "a": b"new"})
     assert caught.value.hint == "Its folder is gone, or was moved."
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        (errno.EACCES, "Check the folder's permissions."),
+        (errno.EROFS, "Check the folder's permissions."),
+        (errno.ENAMETOOLONG, "Choose a shorter name."),
+        (errno.EIO, ""),
+        (errno.EMFILE, ""),
+    ],
+)
+def test_permissions_are_blamed_for_what_they_keep_from(tmp_path, code, hint):
+    with pytest.raises(K2Error, match="cannot be written") as caught, writing(tmp_path):
+        raise OSError(code, os.strerror(code))
+    assert caught.value.hint == hint
 
 
 def test_names_are_flushed_to_disk_after_the_files(tmp_path, monkeypatch):
