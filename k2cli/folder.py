@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k2cli import template
-from k2cli.disk import undisturbed, writing
+from k2cli.disk import DRAFT, undisturbed, writing
 from k2cli.tables import check_path, printable
 from model.errors import K2Error
 
@@ -76,7 +77,8 @@ class Folder:
         if folder.exists() and not folder.is_dir():
             raise K2Error(f"{folder} exists already and is no folder.", hint="Choose another name.")
         there = folder.exists()  # perhaps a mount, to which nothing moves from beside it
-        draft = (folder if there else folder.parent) / f".{folder.name}.draft-{os.getpid()}"
+        short = f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"  # while the project's name may fill all room
+        draft = (folder if there else folder.parent) / short
         try:
             with writing(folder):
                 for part in ("refs", "styles"):

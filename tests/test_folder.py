@@ -90,6 +90,13 @@ def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told)
     assert ignored is None or (folder / ".gitignore").read_text() == ignored
 
 
+def test_a_project_may_have_the_longest_name(fake, tmp_path):
+    Folder.create(tmp_path / ("m" * 255))
+
+    assert Project.open(tmp_path / ("m" * 255)).name == "m" * 255
+    assert not [*tmp_path.glob(".*")]
+
+
 @pytest.mark.parametrize("name", ["k2.toml", "styles/sticker.toml", "refs", "styles"])
 def test_a_new_project_never_overwrites(fake, tmp_path, name):
     (tmp_path / "moody" / name).parent.mkdir(parents=True)
