@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from k2cli.disk import FOLDER, LOCKS, hold, opened, sweep, undisturbed, write, writing
+from k2cli.tables import masked
 from model.errors import K2Error
 
 RUN = "run.toml"
@@ -47,6 +48,7 @@ class Run:
         try:
             with undisturbed(), writing(outputs):
                 if not outputs.exists():
+                    check_link(outputs)
                     outputs.mkdir(exist_ok=True)
                     run.made.append(outputs)
                 with alone(outputs) as granted:
@@ -147,6 +149,13 @@ class Run:
 def picture_of(file: Path) -> Path:
     """The picture itself, or that beside a record."""
     return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
+
+
+def check_link(outputs: Path) -> None:
+    """Raises K2Error where it is a link to nothing, as to a drive that is not mounted."""
+    if outputs.is_symlink():
+        there = masked(os.readlink(outputs))
+        raise K2Error(f"{outputs} leads to {there}, which is not there.", hint="Is its drive mounted?")
 
 
 def next_number(outputs: Path) -> Path:

@@ -129,6 +129,14 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
     assert caught.value.hint == "A file stands where a folder belongs: move it away."
 
 
+def test_outputs_may_lie_on_a_drive_that_is_not_mounted(tmp_path):
+    (tmp_path / "outputs").symlink_to(tmp_path / "drive" / "outputs")
+
+    with pytest.raises(K2Error, match=r"outputs leads to .*/drive/outputs, which is not there\.") as caught:
+        Run.claim(tmp_path / "outputs", "fox")
+    assert caught.value.hint == "Is its drive mounted?"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_a_folder_without_permission_is_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
