@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from stat import S_ISDIR
 
 from model.errors import K2Error
 from model.whole import whole
@@ -116,7 +118,22 @@ def digest(path: Path) -> str:
 
 def cache_folder() -> Path:
     """Where k2 keeps what costs time to work out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2"
+    except RuntimeError:  # a user of no name and no home, as in a container that is run by a number
+        return temporary_folder()
+
+
+@cache
+def temporary_folder() -> Path:
+    """One for this user among everybody's, from run to run; if another user was there first, one for this run."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"k2-{user}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    about = folder.lstat()
+    private = S_ISDIR(about.st_mode) and about.st_uid == user and not about.st_mode & 0o077
+    return folder if private else Path(tempfile.mkdtemp(prefix="k2-"))
 
 
 def memory() -> Path:

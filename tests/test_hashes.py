@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +71,29 @@ def test_a_models_file_may_be_replaced_and_not_be_written_over(tmp_path):
     path.write_bytes(b"turbo")
     with pytest.raises(K2Error, match="was written over after it had been loaded"):
         held.by_name()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="users have no numbers here")
+def test_a_user_without_a_home_has_a_private_cache(tmp_path, monkeypatch):
+    """As in a container that is run by a number; what another user laid in its place is not used."""
+
+    def expanduser(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"k2-{os.getuid()}"
+    for _ in range(2):
+        hashes.temporary_folder.cache_clear()
+        assert hashes.cache_folder() == folder and folder.stat().st_mode & 0o777 == 0o700
+
+    folder.chmod(0o777)
+    hashes.temporary_folder.cache_clear()
+    other = hashes.cache_folder()
+    assert other.parent == tmp_path and other != folder and other == hashes.cache_folder()
+    folder.rmdir()
+    folder.symlink_to(other)
+    hashes.temporary_folder.cache_clear()
+    assert hashes.cache_folder() not in (folder, other)
+    hashes.temporary_folder.cache_clear()
