@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -92,7 +92,7 @@ def watch(
             before = stamp(root, before)
             try:
                 job, keys, used = look(find_project(root, allow_outside), only, settings, made, keys, drawn)
-                before = {**stamp_of(used), **before}
+                before = {**stamp_of(elsewhere(used, before)), **before}
                 if job.shots:
                     saved = partial(note, made, keys)
                     carry_out([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
@@ -245,8 +245,20 @@ def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
         folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in MADE)]
         paths = (Path(folder, name) for name in names if not name.startswith("."))  # editors' own
         found |= stamp_of(path for path in paths if is_named_so(path) or path.suffix in (".toml", *WEIGHTS))
-    elsewhere = stamp_of(Path(path) for path in before if path not in found)
-    return {**dict.fromkeys(before, GONE), **found, **elsewhere}
+    others = stamp_of(elsewhere(map(Path, before), found))
+    return {**dict.fromkeys(before, GONE), **found, **others}
+
+
+def elsewhere(files: Iterable[Path], found: Container[str]) -> set[Path]:
+    """Of files those that were not found in the project, as what lies behind a link to a folder, and the pictures
+    beside them: a new one may be meant, too."""
+    from model.picture_file import is_named_so
+
+    others = {path for path in files if str(path) not in found}
+    for folder in {path.parent for path in others}:
+        with suppress(OSError):
+            others.update(path for path in folder.iterdir() if is_named_so(path) and not path.name.startswith("."))
+    return others
 
 
 def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int]]:

@@ -228,6 +228,32 @@ def test_a_file_counts_wherever_it_lies_and_whatever_it_is_called(moody, k2, mon
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
 
 
+def test_a_new_picture_counts_in_a_folder_that_is_linked(moody, k2, monkeypatch):
+    """What else comes to lie there does not, as in the project."""
+    far = moody.parent / "far"
+    far.mkdir()
+    Image.new("RGB", (64, 64), "navy").save(far / "a.png")
+    (moody / "linked").symlink_to(far)
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "linked/*"\n')
+    (moody / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\n")
+    looks = []
+
+    def wait(root, before):
+        looks.append(before)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        (far / "notes.txt").touch()
+        assert watch.stamp(root, before) == before
+        Image.new("RGB", (64, 64), "red").save(far / "b.png")
+        assert watch.stamp(root, before) != before
+
+    monkeypatch.setattr(watch, "wait", wait)
+    result = k2("watch", "--allow-outside", "--only", "fox", code=130)
+
+    assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
+
+
 def test_it_waits_until_whoever_writes_is_done(monkeypatch, tmp_path):
     stamps = iter([{}, {"a": (1, 1)}, {"a": (2, 9)}, {"a": (2, 9)}])
     monkeypatch.setattr(watch, "stamp", lambda root, before: next(stamps))
