@@ -225,7 +225,8 @@ def carry(
         if begun and (interrupted or not quiet):
             there = f"{len(job.shots) - total + done} of {len(job.shots)} pictures are in {near(begun[0])}"
             why = "Interrupted" if interrupted else "Nobody reads on"
-            say(f"{why}: {there}. Go on with: {go_on(job, begun[0])}")
+            whole = done == total and len(job.shots) == 1  # several get a contact sheet yet
+            say(f"{why}: {there}.{'' if whole else f' Go on with: {go_on(job, begun[0])}'}")
         if not interrupted:
             raise
         raise typer.Exit(130) from None

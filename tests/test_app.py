@@ -608,6 +608,16 @@ def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, m
     assert len(k2("render", "--resume").stdout.splitlines()) == 2
 
 
+def test_no_run_is_to_be_gone_on_with_of_which_nothing_is_left(moody, k2, monkeypatch):
+    def leave(line: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("k2cli.carry.result", leave)
+
+    left = k2("render", "-p", "owl", code=1).stderr
+    assert left == "Nobody reads on: 1 of 1 pictures are in outputs/0001-owl.\n"
+
+
 def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, monkeypatch):
     """As `k2 render | head -1` does."""
 
