@@ -229,7 +229,7 @@ def carry(
             say(f"{why}: {there}.{'' if whole else f' Go on with: {go_on(job, begun[0])}'}")
         if not interrupted:
             raise
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(reason, "code", 130)) from None
     except DiskFull as error:
         stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
         hint = f"Make room, then go on with: {go_on(job, stands)}" if stands else error.hint

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from k2cli.disk import ended_as_by_ctrl_c
 from k2cli.tables import from_here, masked, quote
 from model.errors import K2Error
 
@@ -135,10 +136,15 @@ class Meter:
 @contextmanager
 def meter(total: int | None, *, quiet: bool, what: str = "pictures", before: str = "") -> Iterator[Meter]:
     """A bar for the pictures, or whatever is made, and one for the steps of those in hand, on a terminal only. It says
-    what is done `before` the first step."""
-    if quiet or not console.is_terminal:
-        yield Meter()
-        return
+    what is done `before` the first step. A signal that ends the process meanwhile is raised as Ended, as it leaves the
+    cursor hidden otherwise, and nobody knows how to go on."""
+    watched = console.is_terminal and not quiet
+    with ended_as_by_ctrl_c(), bars(total, what, before) if watched else nullcontext(Meter()) as bar:
+        yield bar
+
+
+@contextmanager
+def bars(total: int | None, what: str, before: str) -> Iterator[Meter]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn(), TimeRemainingColumn(compact=True))

@@ -38,6 +38,17 @@ HINTS = {  # what to do about an error of the file system
 }
 
 
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asks this process to end, which then ends with the code that shells know it by."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.code = 128 + number
+
+
 class DiskFull(K2Error):
     """Something could not be written for want of room."""
 
@@ -52,7 +63,7 @@ class Exists(K2Error):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until what is in hand is finished; pressed once more, it does not."""
+    """Ctrl-C waits until what is in hand is finished, and so does what counts as it; once more, it does not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,15 +74,40 @@ def undisturbed() -> Iterator[None]:
             raise KeyboardInterrupt
         pressed.append((number, frame))
 
-    before = signal.signal(signal.SIGINT, later)
+    handled = (signal.SIGINT, *(number for number in ENDINGS if callable(signal.getsignal(number))))
+    before = {number: signal.signal(number, later) for number in handled}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed and callable(before):
-            before(*pressed[0])
-        elif pressed and before == signal.SIG_DFL:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if pressed:
+            handler = before[signal.Signals(pressed[0][0])]
+            if callable(handler):
+                handler(*pressed[0])
+            elif handler == signal.SIG_DFL:
+                signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Who asks this process to end, or closes its terminal, is heard as Ctrl-C is: Ended is raised. What the process
+    was told to ignore, as under nohup, it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    ours = [number for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:

@@ -414,9 +414,9 @@ def rerun(
                     raise
                 show_error(error)
                 continue
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as reason:
                 say(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")
-                raise typer.Exit(130) from None
+                raise typer.Exit(getattr(reason, "code", 130)) from None
             finally:
                 bar.saved(done)
             identical += off == 0

@@ -608,6 +608,23 @@ def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, m
     assert len(k2("render", "--resume").stdout.splitlines()) == 2
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_run_that_is_asked_to_end_says_how_to_go_on(moody, k2, fake, monkeypatch, number, code):
+    """Its cursor is shown again, too: the bar comes to its end. Whatever ran before it hears signals as it did."""
+    stream = fake.stream
+
+    def end(self, specs, on_step=None):
+        signal.raise_signal(number)
+        return stream(self, specs, on_step)
+
+    monkeypatch.setattr(fake, "stream", end)
+    result = k2("render", code=code)
+
+    there = "0 of 2 pictures are in outputs/0001-fox-and-1-more"
+    assert result.stderr == f"Interrupted: {there}. Go on with: k2 render --resume\n"
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
 def test_no_run_is_to_be_gone_on_with_of_which_nothing_is_left(moody, k2, monkeypatch):
     def leave(line: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

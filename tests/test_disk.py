@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli.disk import Exists, undisturbed, write, writing
+from k2cli.disk import Ended, Exists, ended_as_by_ctrl_c, undisturbed, write, writing
 from model.errors import K2Error
 
 
@@ -163,3 +163,21 @@ class TestUndisturbed:
             done.append(2)
 
         assert done == [1, 2]
+
+    def test_what_counts_as_it_waits_too(self):
+        done = []
+        with pytest.raises(Ended) as caught, ended_as_by_ctrl_c(), undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            done.append(1)
+
+        assert done == [1] and caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def test_what_a_process_was_told_to_ignore_it_does(self):
+        """As nohup tells it."""
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            with ended_as_by_ctrl_c(), undisturbed():
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, before)
