@@ -268,7 +268,10 @@ class Processes(Crew):
     def start(self, hand: int) -> None:
         if self.context.get_start_method() == "forkserver":  # torch is imported once for all
             self.context.set_forkserver_preload(["model.pipeline"])
-            start_server()
+            try:
+                start_server()
+            except OSError:  # for its socket the path of the temporary folder may be too long
+                self.context = multiprocessing.get_context("spawn")
         ours, theirs = self.context.Pipe()
         threads = max(1, cores() // self.size)
         self.seats[hand] = next(seat for seat in count() if seat not in self.seats.values())

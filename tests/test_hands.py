@@ -375,6 +375,23 @@ def test_workers_are_forked_only_where_what_they_use_survives_it(platform, metho
     assert Processes(2).context.get_start_method() == method
 
 
+@pytest.mark.skipif(hands.start_method() == "spawn", reason="workers are not forked here")
+def test_a_long_path_of_the_temporary_folder_keeps_no_worker_from_starting(tmp_path):
+    """No socket can lie there, by which they would be forked."""
+    code = """if __name__ == "__main__":
+        from k2cli.hands import Held, Processes
+        crew = Processes(2)
+        crew.begin([])
+        crew.hire(Held("mini", device="cuda:99"))
+        print(crew.hear())
+        crew.close()"""
+    (folder := tmp_path / ("t" * 120)).mkdir()
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+    assert (done.returncode, done.stderr) == (0, "") and "K2Error(" in done.stdout
+
+
 def test_workers_sit_where_those_sat_who_are_lost():
     crew, given = unmanned(3)
     _, second, _ = (crew.hire(Held("mini")) for _ in range(3))
