@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 TRIES = 3  # of a group whose hands are lost before it is done: something about it kills them
+DYING = 0.5  # seconds after which the process that workers are forked from is gone for the system, too, and begun anew
 
 Group = tuple[int, ...]  # places in the run's list of specs
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
@@ -262,7 +264,7 @@ class Processes(Crew):
         super().__init__()
         self.size = size
         self.context: Any = multiprocessing.get_context(start_method())
-        self.hands: dict[int, tuple[Any, Connection]] = {}
+        self.hands: dict[int, tuple[Any, Connection]] = {}  # None in the place of a process that could not be started
         self.seats: dict[int, int] = {}  # each hand's, from 0 on; that of one that is lost is taken by the next
 
     def start(self, hand: int) -> None:
@@ -275,9 +277,17 @@ class Processes(Crew):
         ours, theirs = self.context.Pipe()
         threads = max(1, cores() // self.size)
         self.seats[hand] = next(seat for seat in count() if seat not in self.seats.values())
-        process = self.context.Process(target=work, args=(theirs, threads, self.seats[hand]), daemon=True)
-        with installed_modules_only():
-            process.start()
+        process: Any = self.context.Process(target=work, args=(theirs, threads, self.seats[hand]), daemon=True)
+        try:
+            with installed_modules_only():
+                process.start()
+        except (EOFError, ConnectionError):
+            theirs.send(Lost("what starts them has ended"))
+            process = None
+            time.sleep(DYING)
+        except OSError as error:
+            theirs.send(Lost(str(error.strerror)))
+            process = None
         theirs.close()
         self.hands[hand] = process, ours
 
@@ -296,7 +306,10 @@ class Processes(Crew):
         pipe: Any = wait(list(by_pipe))[0]  # on Windows of another class
         hand = by_pipe[pipe]
         try:
-            return hand, pipe.recv()
+            news = pipe.recv()
+            if isinstance(news, Lost):  # before it began
+                self.dismiss([hand])
+            return hand, news
         except (EOFError, OSError):
             process, _ = self.hands[hand]
             process.join()
@@ -307,10 +320,12 @@ class Processes(Crew):
     def stop(self, hands: Collection[int]) -> None:
         ending = [self.hands.pop(hand) for hand in hands if hand in self.hands]  # not where Ctrl-C cut this off before
         self.seats = {hand: seat for hand, seat in self.seats.items() if hand in self.hands}
-        for process, _ in ending:
+        begun = [process for process, _ in ending if process is not None]
+        for process in begun:
             process.kill()  # it has nothing of its own to lose
-        for process, pipe in ending:
+        for process in begun:
             process.join()
+        for _, pipe in ending:
             pipe.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -373,6 +374,28 @@ def test_workers_are_forked_only_where_what_they_use_survives_it(platform, metho
     monkeypatch.setattr(sys, "platform", platform)
 
     assert Processes(2).context.get_start_method() == method
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (EOFError(), "what starts them has ended"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "what starts them has ended"),
+        (BlockingIOError(errno.EAGAIN, "No more processes"), "No more processes"),
+    ],
+)
+def test_workers_that_cannot_be_started_are_lost(error, why, monkeypatch):
+    """As where the process that they are forked from is killed while it imports torch."""
+    monkeypatch.setattr(hands, "DYING", 0.0)
+    crew, given = unmanned(2)
+
+    def start(self):
+        raise error
+
+    crew.context.Process.start = start
+    with pytest.raises(K2Error, match=f"{TRIES} workers on this machine were lost over loading the model: {why}"):
+        list(spread(crew, Held("mini"), {0}))
+    assert len(given) == TRIES and crew.hands == crew.seats == {}
 
 
 @pytest.mark.skipif(hands.start_method() == "spawn", reason="workers are not forked here")
