@@ -85,8 +85,11 @@ class Cluster(Crew):
         except self.ray.exceptions.RayTaskError as error:
             return hand, error.cause if isinstance(error.cause, K2Error) else RuntimeError(str(error))
         except self.ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                what = f"A machine of the cluster cannot start k2: {last_line(error)}."
+                raise K2Error(what, hint="Install there what is installed here.") from None
             self.dismiss([hand])
-            return hand, Lost(type(error).__name__)
+            return hand, Lost(last_line(error))
         if news is None:  # it has found its place, and begins to load
             self.placed.add(hand)
             return self.hear()
@@ -145,6 +148,12 @@ class FarHand:
         if isinstance(value, list):
             return [self.as_at_home(each) for each in value]
         return self.home_of.get(value, value) if isinstance(value, str) else value
+
+
+def last_line(error: Exception) -> str:
+    """What Ray says in the end, which is the reason; before it come the places in its code, and whose they are."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__
 
 
 def own_versions() -> dict[str, str]:

@@ -30,6 +30,12 @@ class ActorDiedError(RayError):
     pass
 
 
+class NotBegun(RayError):
+    """As Ray's error of an actor that dies when it is made."""
+
+    actor_init_failed = True
+
+
 class RayTaskError(RayError):
     def __init__(self, cause: Exception):
         super().__init__(str(cause))
@@ -182,6 +188,31 @@ def test_trouble_is_one_sentence(painted, k2, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "Ray is not installed." in k2("render", "--ray", "here", code=1).stderr
     assert not (painted / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            NotBegun("It died.\n  a place\nNo module named 'k2cli'"),
+            "cannot start k2: No module named 'k2cli'.\nHint:  Ins",
+        ),
+        (
+            ActorDiedError("It died.\n\tits node was terminated.\n"),
+            "lost over loading the model: its node was terminated.",
+        ),
+    ],
+)
+def test_why_a_hand_is_lost_is_what_ray_says_last(painted, k2, monkeypatch, error, said):
+    """And one on a machine without k2 is not blamed on memory."""
+
+    def get(self, call, timeout=None):
+        raise error
+
+    monkeypatch.setattr(StandIn, "get", get)
+    monkeypatch.setitem(sys.modules, "ray", StandIn(2))
+
+    assert said in k2("render", "--ray", "here", code=1).stderr
 
 
 def test_files_travel_and_their_order_stays(tmp_path):
