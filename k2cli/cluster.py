@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import chdir, suppress
@@ -22,6 +24,7 @@ from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, settings_beside
 from model.spec import Picture, RenderSpec
 
 PATIENCE = 300.0  # seconds that a cluster may take to find room for the first hand
+KNOCKING = 5.0  # seconds that a machine may take to answer
 LEAVING = 5.0  # seconds that one may take to clear up
 VERSIONS = ("k2", "torch", "pillow")  # that pictures depend on
 
@@ -52,12 +55,13 @@ class Cluster(Crew):
             import ray
         except ImportError:
             raise K2Error("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
+        knock(self.address)
         try:
             with chdir(os.sep):  # Ray's workers import from the folder that they are asked from: not from a project's
                 ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:  # whatever keeps it from answering
             what = f"No Ray cluster answers at {self.address}: {error}."
-            raise K2Error(what, hint="Start one with: ray start") from None
+            raise K2Error(what, hint="Start one with: ray start --head") from None
         room = ray.cluster_resources()
         gpus = int(room.get("GPU", 0))
         self.needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
@@ -148,6 +152,19 @@ class FarHand:
         if isinstance(value, list):
             return [self.as_at_home(each) for each in value]
         return self.home_of.get(value, value) if isinstance(value, str) else value
+
+
+def knock(address: str) -> None:
+    """Where an address names a port, ask whether anybody answers there: Ray asks for a minute and a half, and says
+    nothing. Raises K2Error."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
+    if match is None:  # auto
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), KNOCKING).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        what = f"No Ray cluster answers at {address}: {getattr(error, 'strerror', None) or error}."
+        raise K2Error(what, hint="Start one with: ray start --head") from None
 
 
 def last_line(error: Exception) -> str:

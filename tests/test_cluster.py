@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,7 +125,7 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
     k2(*options)
     hands.load.cache_clear()
 
-    k2(*options, "--ray", "here:6379")
+    k2(*options, "--ray", "here")
 
     local, spread_out = sorted((painted / "outputs").iterdir())
     assert made(local) == made(spread_out) and len(made(local)) == 4
@@ -147,7 +148,7 @@ def test_what_a_cluster_makes_is_what_one_process_makes(painted, k2, monkeypatch
 def test_a_hand_is_hired_for_every_gpu_or_else_for_every_core(monkeypatch, room, most, size, gpus):
     monkeypatch.setitem(sys.modules, "ray", ray := StandIn(0))
     ray.room = room
-    crew = cluster.Cluster("here:6379", most)
+    crew = cluster.Cluster("here", most)
     crew.begin([])
     assert (crew.size, crew.needs) == (size, {"num_cpus": 1, "num_gpus": gpus})
 
@@ -188,6 +189,26 @@ def test_trouble_is_one_sentence(painted, k2, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "Ray is not installed." in k2("render", "--ray", "here", code=1).stderr
     assert not (painted / "outputs").exists()
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
+def test_where_nobody_answers_is_known_before_ray_tries(form):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = form.format(server.getsockname()[1])
+        cluster.knock(address)
+    with pytest.raises(K2Error, match=f"No Ray cluster answers at {address}: Connection refused."):
+        cluster.knock(address)
+
+
+@pytest.mark.parametrize("address", ["[::1]:1", "::1:1", "127.0.0.1:70000", "no host:1", f"{'x' * 70}.org:1"])
+def test_an_address_that_leads_nowhere_is_one_sentence(address):
+    with pytest.raises(K2Error, match="No Ray cluster answers at "):
+        cluster.knock(address)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://somewhere", ""])
+def test_an_address_without_a_port_is_left_to_ray(address):
+    cluster.knock(address)
 
 
 @pytest.mark.parametrize(
