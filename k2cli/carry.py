@@ -15,7 +15,7 @@ from k2cli.disk import DiskFull
 from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.folder import root_above
-from k2cli.hands import Crew
+from k2cli.hands import Crew, Unreachable
 from k2cli.matrix import Matrix
 from k2cli.models import grid, reads_styles, recommended
 from k2cli.options import to_json
@@ -230,9 +230,10 @@ def carry(
         if not interrupted:
             raise
         raise typer.Exit(getattr(reason, "code", 130)) from None
-    except DiskFull as error:
+    except (DiskFull, Unreachable) as error:
         stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
-        hint = f"Make room, then go on with: {go_on(job, stands)}" if stands else error.hint
+        first = "Make room" if isinstance(error, DiskFull) else "See to it"
+        hint = f"{first}, then go on with: {go_on(job, stands)}" if stands else error.hint
         raise K2Error(str(error), hint=hint) from None
     if not quiet and total - kept_back > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))

@@ -11,14 +11,14 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import chdir, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready, load
+from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready, Unreachable, load
 from model.errors import K2Error
 from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, settings_beside
 from model.spec import Picture, RenderSpec
@@ -70,17 +70,29 @@ class Cluster(Crew):
 
     def start(self, hand: int) -> None:
         options = {**self.needs, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD"}
-        self.actors[hand] = self.ray.remote(FarHand).options(**options).remote()
-        self.awaited[self.actors[hand].here.remote()] = hand
+        with self.reached():
+            self.actors[hand] = self.ray.remote(FarHand).options(**options).remote()
+            self.awaited[self.actors[hand].here.remote()] = hand
 
     def load(self, hand: int) -> None:
-        self.awaited[self.actors[hand].ready.remote(self.holds[hand], self.specs, self.parcel)] = hand
+        with self.reached():
+            self.awaited[self.actors[hand].ready.remote(self.holds[hand], self.specs, self.parcel)] = hand
 
     def give(self, hand: int, group: Group) -> None:
-        self.awaited[self.actors[hand].make.remote(group)] = hand
+        with self.reached():
+            self.awaited[self.actors[hand].make.remote(group)] = hand
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """Turn what Ray raises where nothing of the cluster is within reach any more into one sentence."""
+        try:
+            yield
+        except (self.ray.exceptions.RayError, OSError) as error:
+            raise unreachable(error) from None
 
     def hear(self) -> tuple[int, News]:
-        done, _ = self.ray.wait(list(self.awaited), num_returns=1, timeout=None if self.placed else PATIENCE)
+        with self.reached():
+            done, _ = self.ray.wait(list(self.awaited), num_returns=1, timeout=None if self.placed else PATIENCE)
         if not done:
             raise K2Error("The cluster has no room for a single hand.", hint="See what it has with: ray status")
         hand = self.awaited.pop(done[0])
@@ -88,6 +100,8 @@ class Cluster(Crew):
             news = self.ray.get(done[0])
         except self.ray.exceptions.RayTaskError as error:
             return hand, error.cause if isinstance(error.cause, K2Error) else RuntimeError(str(error))
+        except (self.ray.exceptions.RaySystemError, OSError) as error:
+            raise unreachable(error) from None
         except self.ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 what = f"A machine of the cluster cannot start k2: {last_line(error)}."
@@ -117,7 +131,8 @@ class Cluster(Crew):
                 self.ray.get(self.actors[hand].leave.remote(), timeout=LEAVING)
         super().close()
         if self.ray:
-            self.ray.shutdown()
+            with suppress(Exception):  # so is the cluster
+                self.ray.shutdown()
             self.ray = None
 
 
@@ -165,6 +180,10 @@ def knock(address: str) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         what = f"No Ray cluster answers at {address}: {getattr(error, 'strerror', None) or error}."
         raise K2Error(what, hint="Start one with: ray start --head") from None
+
+
+def unreachable(error: Exception) -> Unreachable:
+    return Unreachable(f"The connection to the cluster is lost: {last_line(error)}.", hint="See to it, and try again.")
 
 
 def last_line(error: Exception) -> str:

@@ -41,6 +41,10 @@ Group = tuple[int, ...]  # places in the run's list of specs
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
 
+class Unreachable(K2Error):
+    """Whoever makes the pictures cannot be spoken to any more."""
+
+
 @lru_cache(maxsize=1)
 def load(held: Held) -> Pipeline:
     """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""

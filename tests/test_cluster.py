@@ -31,6 +31,10 @@ class ActorDiedError(RayError):
     pass
 
 
+class RaySystemError(RayError):
+    pass
+
+
 class NotBegun(RayError):
     """As Ray's error of an actor that dies when it is made."""
 
@@ -46,7 +50,7 @@ class RayTaskError(RayError):
 class StandIn(ModuleType):
     """As much of Ray as is used. A call is made when it is waited for; the calls of some numbers kill their actor."""
 
-    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, RaySystemError=RaySystemError)
 
     def __init__(self, cores: int, deadly: tuple[int, ...] = ()):
         super().__init__("ray")
@@ -234,6 +238,29 @@ def test_why_a_hand_is_lost_is_what_ray_says_last(painted, k2, monkeypatch, erro
     monkeypatch.setitem(sys.modules, "ray", StandIn(2))
 
     assert said in k2("render", "--ray", "here", code=1).stderr
+
+
+@pytest.mark.parametrize("place", ["wait", "get"])
+def test_a_connection_that_is_lost_leaves_a_run_to_be_gone_on_with(painted, k2, monkeypatch, place):
+    ray = StandIn(1)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    reach = getattr(ray, place)
+
+    def lose(*arguments, **options):
+        if ray.calls > 3:  # a hand's place, how it is ready, and a picture
+            raise RaySystemError("System error: Broken pipe")
+        return reach(*arguments, **options)
+
+    def shutdown():
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, place, lose)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    told = k2("render", "--quiet", "--batch", "2", "--ray", "here", code=1).stderr
+
+    assert "The connection to the cluster is lost: System error: Broken pipe." in told
+    assert "See to it, then go on with: k2 render --resume" in told
+    assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) < 4
 
 
 def test_files_travel_and_their_order_stays(tmp_path):
