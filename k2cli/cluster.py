@@ -65,6 +65,7 @@ class Cluster(Crew):
         room = ray.cluster_resources()
         gpus = int(room.get("GPU", 0))
         self.needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+        self.home = ray.get_runtime_context().get_node_id()
         self.size = max(1, min(gpus or int(room.get("CPU", 1)), self.most or 1 << 30))
         self.ray = ray
 
@@ -82,13 +83,19 @@ class Cluster(Crew):
         with self.reached():
             self.awaited[self.actors[hand].make.remote(group)] = hand
 
+    def at_home(self) -> bool:
+        """Whether this machine's own node is alive: Ray ends a process without a word that asks anything of a dead
+        one."""
+        with self.reached():
+            return any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == self.home)
+
     @contextmanager
     def reached(self) -> Iterator[None]:
         """Turn what Ray raises where nothing of the cluster is within reach any more into one sentence."""
         try:
             yield
         except (self.ray.exceptions.RayError, OSError) as error:
-            raise unreachable(error) from None
+            raise unreachable(last_line(error)) from None
 
     def hear(self) -> tuple[int, News]:
         with self.reached():
@@ -101,11 +108,13 @@ class Cluster(Crew):
         except self.ray.exceptions.RayTaskError as error:
             return hand, error.cause if isinstance(error.cause, K2Error) else RuntimeError(str(error))
         except (self.ray.exceptions.RaySystemError, OSError) as error:
-            raise unreachable(error) from None
+            raise unreachable(last_line(error)) from None
         except self.ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 what = f"A machine of the cluster cannot start k2: {last_line(error)}."
                 raise K2Error(what, hint="Install there what is installed here.") from None
+            if not self.at_home():
+                raise unreachable("its node on this machine has ended") from None
             self.dismiss([hand])
             return hand, Lost(last_line(error))
         if news is None:  # it has found its place, and begins to load
@@ -182,8 +191,8 @@ def knock(address: str) -> None:
         raise K2Error(what, hint="Start one with: ray start --head") from None
 
 
-def unreachable(error: Exception) -> Unreachable:
-    return Unreachable(f"The connection to the cluster is lost: {last_line(error)}.", hint="See to it, and try again.")
+def unreachable(why: str) -> Unreachable:
+    return Unreachable(f"The connection to the cluster is lost: {why}.", hint="See to it, and try again.")
 
 
 def last_line(error: Exception) -> str:

@@ -58,6 +58,7 @@ class StandIn(ModuleType):
         self.at: str | None = None
         self.room: dict[str, float] = {"CPU": cores}
         self.patience: list[float | None] = []
+        self.alive = True  # the node of this machine
 
     def init(self, address: str, **options: Any) -> None:
         if address == "nowhere":
@@ -69,6 +70,12 @@ class StandIn(ModuleType):
 
     def cluster_resources(self) -> dict[str, float]:
         return self.room
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "home")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "home", "Alive": self.alive}, {"NodeID": "other", "Alive": True}]
 
     def put(self, value: Any) -> Any:
         return value
@@ -261,6 +268,20 @@ def test_a_connection_that_is_lost_leaves_a_run_to_be_gone_on_with(painted, k2, 
     assert "The connection to the cluster is lost: System error: Broken pipe." in told
     assert "See to it, then go on with: k2 render --resume" in told
     assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) < 4
+
+
+def test_a_node_of_this_machine_that_dies_is_a_connection_that_is_lost(painted, k2, monkeypatch):
+    """Nothing more may be asked of it."""
+    monkeypatch.setitem(sys.modules, "ray", ray := StandIn(1, deadly=(4,)))
+    ray.alive = False
+
+    told = k2("render", "--quiet", "--batch", "2", "--ray", "here", code=1).stderr
+
+    assert (
+        "The connection to the cluster is lost: its node on this machine has ended." in told
+        and "k2 render --resume" in told
+    )
+    assert ray.hired == 1
 
 
 def test_files_travel_and_their_order_stays(tmp_path):
