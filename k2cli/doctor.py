@@ -83,19 +83,19 @@ def noted(problems: list[str]) -> Iterator[None]:
 def plans(device: str) -> list[dict[str, Any]]:
     """How each model that is here would be held, and the open 12.9B weights even where they are not; and what fits."""
     from model import parts
-    from model.plan import choose, default_dtype, eight_bits, free_memory, known_precisions, needs, ways
+    from model.plan import default_dtype, eight_bits, free_memory, known_precisions, needs, plan_on, ways
 
     counted = {"krea-2 (12.9B)": parts.release_numbers()}
     for model in library.list_models():
         try:
-            counted = {model.name: parts.numbers_of(library.find_parts(model))} | counted
+            counted = {model.name: parts.numbers_of(library.find_parts(model), device)} | counted
         except K2Error:
             continue  # `models` tells what is wrong with it
     free, eight, known = free_memory(device), eight_bits(device), known_precisions(device)
     found = []
     for name, numbers in counted.items():
         dtype = default_dtype(device, numbers.width)
-        chosen = choose(numbers, free, dtype=dtype, eight=eight, known=known)
+        chosen = plan_on(device, numbers, dtype=dtype)
         # nothing is rounded as far as that unasked, nor what is streamed
         by_hand = [("int4", "none"), ("int4", "text"), ("int8", "all"), ("int4", "all")]
         open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])

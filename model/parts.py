@@ -36,8 +36,9 @@ def files_of(parts: Parts) -> list[Path]:
     return [*weights, tokenizer_file(parts.text), *filter(Path.is_file, stated)]
 
 
-def numbers_of(parts: Parts) -> Numbers:
-    """How many numbers the parts hold, by their headers. Raises K2Error where the transformer is none."""
+def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
+    """How many numbers the parts hold, by their headers, and how they would lie on a device. Raises K2Error where the
+    transformer is none."""
     dit = native_names(open_checkpoint(parts.dit))
     text = open_checkpoint(weights_of(parts.text))
     tower = {name: stored for name, stored in text.tensors.items() if "visual." not in name}
@@ -53,7 +54,8 @@ def numbers_of(parts: Parts) -> Numbers:
         text=count(layers),
         others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
         stored=stored_precision(dit),
-        packed=is_packed(dit),
+        # elsewhere there is no other memory to keep in what was worked out
+        packed=is_packed(dit) and torch.device(device).type == "cuda",
     )
 
 

@@ -11,7 +11,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from model.parts import (
     refuse_misfits,
     side_of,
 )
-from model.plan import Plan, choose, eight_bits, free_memory, known_precisions, lacking_memory
+from model.plan import Plan, lacking_memory, plan_on
 from model.recent import Recent
 from model.references import to_pixels
 from model.safety import Filter, installed, listed, review
@@ -135,20 +134,11 @@ class Pipeline:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
         checks = installed() if filters is None else listed(filters)
         parts = library.find_parts(model)
-        numbers = numbers_of(parts)
+        numbers = numbers_of(parts, chosen)
         if chosen.index is not None and chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # streams and recordings are of the card in hand
-        if chosen.type != "cuda":  # elsewhere there is no other memory to keep in what was worked out
-            numbers = replace(numbers, packed=False)
-        plan = choose(
-            numbers,
-            free_memory(chosen),
-            dtype=pick_dtype(dtype, chosen, numbers.width),
-            eight=eight_bits(chosen),
-            known=known_precisions(chosen),
-            precision=precision,
-            offload=offload,
-        )
+        dtype = pick_dtype(dtype, chosen, numbers.width)
+        plan = plan_on(chosen, numbers, dtype=dtype, precision=precision, offload=offload)
         with lacking_memory(f"the weights of {model.name}"):
             return cls(model, parts, chosen, plan, checks)
 

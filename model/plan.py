@@ -98,6 +98,26 @@ def choose(
     return next((plan for plan in plans if plan.fits(free)), min(plans, key=lambda plan: plan.needs))
 
 
+def plan_on(
+    device: torch.device | str,
+    numbers: Numbers,
+    *,
+    dtype: str,
+    precision: str | None = None,
+    offload: str | None = None,
+) -> Plan:
+    """The fastest way to hold a model that fits into what is free on a device now. Raises K2Error, as `choose`."""
+    return choose(
+        numbers,
+        free_memory(device),
+        dtype=dtype,
+        eight=eight_bits(device),
+        known=known_precisions(device),
+        precision=precision,
+        offload=offload,
+    )
+
+
 def one_of(those: Sequence[str]) -> str:
     return f"Choose {', '.join(those[:-1])} or {those[-1]}."
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import comfy_kitchen.tensor as kitchen
@@ -17,10 +16,10 @@ from test_marks import PREFIX, TEXT, assert_means, prefixed, raw, with_table
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor
 
+from k2cli.doctor import plans
 from model import library
 from model.blockwise import in_blocks, in_order, padded
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
-from model.parts import numbers_of
 from model.pipeline import Pipeline
 from model.plan import choose
 
@@ -170,10 +169,11 @@ def test_a_processor_reads_what_is_packed_as_it_is(tiny, tmp_path, monkeypatch):
         asked.append(numbers)
         return choose(numbers, *free, **wishes)
 
-    monkeypatch.setattr("model.pipeline.numbers_of", lambda parts: replace(numbers_of(parts), packed=True))
-    monkeypatch.setattr("model.pipeline.choose", chosen)
+    monkeypatch.setattr("model.parts.is_packed", lambda checkpoint: True)
+    monkeypatch.setattr("model.plan.choose", chosen)
     Pipeline.load("tiny", device="cpu")
-    assert not asked[0].packed
+    plans("cpu")
+    assert asked and not any(numbers.packed for numbers in asked)
 
 
 @KINDS

@@ -125,7 +125,7 @@ def test_a_device_is_given_numbers_that_it_has(release):
 
 
 def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F811
-    numbers = numbers_of(library.find_parts(library.find("tiny")))
+    numbers = numbers_of(library.find_parts(library.find("tiny")), "cpu")
     chosen = choose(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
     assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
@@ -134,7 +134,7 @@ def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F
 
 
 def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
-    pipeline, numbers = Pipeline.load("tiny", device="cpu"), numbers_of(library.find_parts(library.find("tiny")))
+    pipeline, numbers = Pipeline.load("tiny", device="cpu"), numbers_of(library.find_parts(library.find("tiny")), "cpu")
     total = sum(p.numel() for p in pipeline.dit.parameters())
     inside = sum(p.numel() for p in pipeline.dit.blocks.parameters())
     assert (numbers.inside, numbers.outside) == (inside, total - inside)

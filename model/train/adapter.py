@@ -33,7 +33,7 @@ from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
 from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype, side_of
 from model.picture_file import passed_over
-from model.plan import PRECISIONS, SMALL, choose, eight_bits, free_memory, known_precisions
+from model.plan import PRECISIONS, SMALL, known_precisions, plan_on
 from model.sampler import raw_mu
 from model.second_path import LowRank
 from model.text_encoder import PROMPT_TOKENS, TextEncoder
@@ -212,7 +212,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
             hint=f"In the box: {', '.join(library.box()) or 'none'}. The open weights: k2 models pull krea-2-raw",
         )
     parts = library.find_parts(model)
-    numbers = numbers_of(parts)
+    numbers = numbers_of(parts, device)
     if recipe.rank > numbers.width:
         hint = f"At most {numbers.width}, the network's width; 16 is usual."
         raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is more than can be read back.', hint=hint)
@@ -234,16 +234,10 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
     material = Material(latents, embeds, text.encode([""])[0][0].cpu(), files)
     del text
-    precision, known = recipe.precision or before.get("precision"), known_precisions(device)
-    precision = choose(
-        numbers,
-        free_memory(device),
-        dtype=str(dtype).removeprefix("torch."),
-        eight=eight_bits(device),
-        known=known,
-        precision=precision if recipe.precision or precision in known else None,
-        offload="none",
-    ).precision
+    precision, number = recipe.precision, str(dtype).removeprefix("torch.")
+    if not precision and before.get("precision") in known_precisions(device):  # it goes on with its base as it was
+        precision = before["precision"]
+    precision = plan_on(device, numbers, dtype=number, precision=precision or None, offload="none").precision
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
     network.side = side_of(checkpoint, unit)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
