@@ -24,7 +24,7 @@ from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, 
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import identity, sha256
-from model.spec import METHODS, Leader, Picture, Reference, RenderSpec, Style
+from model.spec import METHODS, SIDES, Leader, Picture, Reference, RenderSpec, Style
 
 SCHEMA = 1
 
@@ -54,8 +54,8 @@ class MadeWith:
     """[settings]: as they were asked for, or as they turned out. None in a plan is the checkpoint's own."""
 
     seed: int = as_asked("seed")
-    width: int | None = between(None, 16, 4096)
-    height: int | None = between(None, 16, 4096)
+    width: int | None = between(None, *SIDES)
+    height: int | None = between(None, *SIDES)
     steps: int | None = as_asked("steps")
     guidance: float | None = as_asked("guidance")
     guidance_until: float | None = as_asked("guidance_until")

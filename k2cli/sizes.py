@@ -6,8 +6,9 @@ import math
 import re
 
 from model.errors import K2Error
+from model.spec import MOST_PIXELS, SIDES
 
-STEP, SMALLEST, LARGEST = 16, 64, 4096  # px; some models take larger steps
+STEP = 16  # px; some models take larger steps
 WIDEST = 4  # to 1, of a shape that nobody asked for by its name
 ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
@@ -18,11 +19,13 @@ def parse_size(size: str, where: str, step: int = 1) -> tuple[int, int]:
     if not match:
         raise K2Error(f'{where}: "{size}" is not a size.', hint='Write width x height, like "256x384".')
     width, height = int(match[1]), int(match[2])
-    if not SMALLEST <= min(width, height) <= max(width, height) <= LARGEST:
+    if not SIDES[0] <= min(width, height) <= max(width, height) <= SIDES[1]:
         raise K2Error(
             f"{where}: {width}x{height} is no size for a picture.",
-            hint=f"Sides go from {SMALLEST} to {LARGEST} pixels.",
+            hint=f"Sides go from {SIDES[0]} to {SIDES[1]} pixels.",
         )
+    if width * height > MOST_PIXELS:
+        raise K2Error(f"{where}: {width}x{height} is more than {MOST_PIXELS:,} pixels.", hint="Choose a smaller size.")
     if width % step or height % step:
         raise K2Error(
             f"{where}: the sides of {width}x{height} are not multiples of {step}.",

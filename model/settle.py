@@ -14,12 +14,21 @@ from model.hashes import sha256
 from model.kinds import check_kinds
 from model.region import LIKE, Region
 from model.sampler import raw_mu
-from model.spec import LEAK_GUARDS, METHODS, SAMPLERS, TILES, RenderSpec, Style, denoise_of, steps_taken
+from model.spec import (
+    LEAK_GUARDS,
+    METHODS,
+    MOST_PIXELS,
+    SAMPLERS,
+    SIDES,
+    TILES,
+    RenderSpec,
+    Style,
+    denoise_of,
+    steps_taken,
+)
 from model.splice import LEAK_GUARD
 from model.weighed import Weighed, check_number, weigh
 
-SIDES = (64, 4096)
-MOST_PIXELS = 2048 * 2048
 MOST_STEPS = 1000
 MOST_STRENGTH = 2  # of a style, and of a reference within it
 MOST_WEIGHT = 10  # of an adapter, either way

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+SIDES = (64, 4096)  # pixels along each side of a picture that can be made
+MOST_PIXELS = 2048 * 2048  # of one
 METHODS = ("auto", "tokens", "splice", "vision")  # auto: tokens where the model has a style encoder, else splice
 TILES = (1, 2, 4)  # along a side, that a reference is cut into and shuffled before a vision tower sees it
 SAMPLERS = ("euler", "ab2")  # how the flow is followed; see `model/sampler.py`

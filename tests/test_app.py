@@ -407,6 +407,7 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
     [
         (["--size", "100x100"], "--size: the sides of 100x100 are not multiples of 16.", "The nearest size is 96x96."),
         (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
+        (["--size", "4096x2048"], "--size: 4096x2048 is more than 4,194,304 pixels.", "Choose a smaller size."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
         (["--device", "cuda:7"], 'There is no device "cuda:7".', "Here is: cpu."),
         (["--turbo"], "The box holds no turbo checkpoint of mini.", "Take --raw."),

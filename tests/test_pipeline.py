@@ -35,8 +35,8 @@ from model.parts import side_of
 from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
 from model.sampler import adams_bashforth, guided, raw_mu, shifted_sigmas
-from model.settle import SIDES, branches, unwanted, weighed, wordings
-from model.spec import Picture, Reference, RenderSpec, Style, tied
+from model.settle import branches, unwanted, weighed, wordings
+from model.spec import SIDES, Picture, Reference, RenderSpec, Style, tied
 from model.text_encoder import PROMPT_TOKENS
 from model.train.rollout import conditioned
 

@@ -28,8 +28,8 @@ from model.spec import Leader, Picture, Reference, RenderSpec, Style
 
 MADE = {
     "seed": 7,
-    "width": 32,
-    "height": 48,
+    "width": 64,
+    "height": 96,
     "steps": 8,
     "guidance": 2.5,
     "mu": -0.25,
@@ -46,12 +46,12 @@ HASH = f'"mini-raw.safetensors" = "{"ab" * 32}"'
 
 
 def picture() -> Picture:
-    image = Image.linear_gradient("L").resize((32, 48)).convert("RGB")
+    image = Image.linear_gradient("L").resize((64, 96)).convert("RGB")
     return Picture(image, MADE)
 
 
 def shot(**changes) -> Shot:
-    spec = RenderSpec("a red fox, film", 32, 48, 7, "snow", 8, 2.5, -0.25)
+    spec = RenderSpec("a red fox, film", 64, 96, 7, "snow", 8, 2.5, -0.25)
     return Shot("fox-7", "fox", "a red fox", replace(spec, **changes))
 
 
@@ -93,7 +93,7 @@ def test_a_record_leads_back_to_its_spec(moody):
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(codec="utf-8"), min_size=1), st.text(st.characters(codec="utf-8")))
 def test_any_prompt_survives_a_record_and_a_picture(fake, tmp_path, prompt, avoid):
-    asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 32, 48, 7, avoid, 8, 2.5, 0.5))
+    asked = Shot("x-7", "x", prompt, RenderSpec(prompt, 64, 96, 7, avoid, 8, 2.5, 0.5))
     record = records.compose(asked, picture(), tmp_path)
     path = tmp_path / "x.png"
     path.write_bytes(embedded.encode(picture().image, record))
@@ -126,7 +126,7 @@ def test_pictures_say_what_other_tools_look_for(tmp_path):
     assert pixels == picture().image.tobytes()
     assert text["parameters"].splitlines()[:2] == ["a red fox, film", "Negative prompt: snow"]
     assert text["parameters"].splitlines()[2:] == [
-        "Steps: 8, Sampler: Euler, CFG scale: 3.5, Seed: 7, Size: 32x48, Model hash: ababababab, Model: mini-raw, "
+        "Steps: 8, Sampler: Euler, CFG scale: 3.5, Seed: 7, Size: 64x96, Model hash: ababababab, Model: mini-raw, "
         f"Version: k2 {version('k2')}"
     ]
     elsewhere = record | {"model": record["model"] | {"name": "models/ink.safetensors"}}
