@@ -35,12 +35,16 @@ def parse_size(size: str, where: str, step: int = 1) -> tuple[int, int]:
 
 
 def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[int, int]:
-    """ "16:9" with the pixels of a square of side `edge`, each side to the nearest multiple of `step`."""
+    """ "16:9" with the pixels of a square of side `edge`, each side to the nearest multiple of `step`, or to
+    the next below where the picture would become too large for having been rounded up."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", aspect)
     ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
     if not 1 / 8 <= ratio <= 8:
         raise K2Error(f'{where}: "{aspect}" is not an aspect.', hint=f"Write width:height, like {ASPECTS}.")
-    width, height = (round(edge * math.sqrt(r) / step) * step for r in (ratio, 1 / ratio))
+    sides = [edge * math.sqrt(r) / step for r in (ratio, 1 / ratio)]
+    width, height = (round(side) * step for side in sides)
+    if width * height > MOST_PIXELS >= edge**2:
+        width, height = (math.floor(side) * step for side in sides)
     return parse_size(f"{width}x{height}", where, step)
 
 

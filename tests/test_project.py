@@ -18,7 +18,7 @@ from k2cli.folder import Folder
 from k2cli.matrix import read_axes
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, name_files, slug
-from k2cli.sizes import fit_aspect, parse_resolution, parse_size
+from k2cli.sizes import ASPECTS, fit_aspect, parse_resolution, parse_size
 from k2cli.tables import check_name
 from model import library
 from model.errors import K2Error
@@ -565,6 +565,15 @@ def test_aspects_keep_area_and_shape(ratio, edge):
         return  # a side would be too short
     assert width % 16 == height % 16 == 0
     assert abs(width - edge * ratio**0.5) <= 8.1 and abs(height - edge / ratio**0.5) <= 8.1
+
+
+def test_the_largest_resolution_is_there_in_every_aspect():
+    """A rounded side must not take a picture beyond the pixels that can be made."""
+    for aspect in ASPECTS.split(", "):
+        for step in (16, 32):
+            width, height = fit_aspect(aspect, 2048, "here", step)
+            assert width % step == height % step == 0
+            assert 0.97 * 2048**2 < width * height <= 2048**2
 
 
 def test_sizes_and_resolutions_as_people_write_them():
