@@ -15,7 +15,7 @@ from PIL import Image
 from k2cli.tables import masked, printable, relative
 from model import picture_file
 from model.errors import K2Error, count_of
-from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
+from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
 
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
@@ -124,7 +124,7 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     try:
         with picture_file.opened(path) as image:
             width, height, kind = *image.size, str(image.format)
-            if whole and width * height <= MOST_PIXELS:
+            if whole and width * height <= MOST_DECODED:
                 image.load()
     except FileNotFoundError:
         raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
@@ -133,7 +133,7 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     except Exception as error:  # Pillow's decoders raise anything over a broken file
         hint = picture_file.cut_off(error) or "Use png, jpg or webp."
         raise K2Error(f"{where}: {label} is not a picture that can be read.", hint=hint) from None
-    if width * height > MOST_PIXELS or min(width, height) < LEAST_SIDE:
+    if width * height > MOST_DECODED or min(width, height) < LEAST_SIDE:
         raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=WILL_DO)
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 

@@ -255,7 +255,7 @@ def read(path: Path) -> Toml:
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
         with picture_file.opened(path) as image:
-            if image.width * image.height > picture_file.MOST_PIXELS:
+            if image.width * image.height > picture_file.MOST_DECODED:
                 raise ValueError
             text = image.info.get("k2") if image.format == "PNG" else formats.record_of(image.info)
             if text is None and image.format == "PNG" and not getattr(image, "is_animated", False):

@@ -22,9 +22,9 @@ from model.headers import open_file
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}  # .jfif on Windows
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
-LEAST_SIDE, MOST_PIXELS = 8, 1 << 26  # of a picture that is decoded
+LEAST_SIDE, MOST_DECODED = 8, 1 << 26  # of a picture that is decoded
 ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
-WILL_DO = f"{LEAST_SIDE} pixels to {MOST_PIXELS >> 20} megapixels will do."
+WILL_DO = f"{LEAST_SIDE} pixels to {MOST_DECODED >> 20} megapixels will do."
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
 MOST_ASIDE = 32 << 20  # bytes of metadata

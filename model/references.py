@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import picture_file
 from model.errors import K2Error
-from model.picture_file import LEAST_SIDE, MOST_PIXELS, WILL_DO
+from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
 from model.region import Region
 
 STRIP = 512  # rows
@@ -29,7 +29,7 @@ def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Ten
     print and 16 bits as the eye would have them.
     """
     with opened(path) as image:
-        if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
+        if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
             raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
         ImageOps.exif_transpose(image, in_place=True)
         rgba = to_rgba(image)

@@ -18,7 +18,7 @@ from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import sha256
 from model.parts import Autoencoder, load_style, load_vae
-from model.picture_file import LEAST_SIDE, MOST_PIXELS
+from model.picture_file import LEAST_SIDE, MOST_DECODED
 from model.references import to_rgba
 from model.style import StyleEncoder
 from model.words import Words
@@ -64,7 +64,7 @@ def read_picture(path: Path, side: int) -> Pixels:
     try:
         picture_file.check(path)  # and not its `opened`: what that does to warnings is not for threads
         with Image.open(path, formats=picture_file.FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS or min(image.size) < LEAST_SIDE:
+            if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
                 raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")
             image.draft("RGB", (2 * side, 2 * side))
             with one_at_a_time if image.width * image.height > LARGE else nullcontext():
