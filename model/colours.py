@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.expand import vocabulary
+from model.expand import look_words
 
 Array = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def named_colours() -> dict[str, list[tuple[int, int, int]]]:
     """Colour names -> the colours that go by them: the data's palettes, both colours of each, and basic ones."""
     known = {
         name: [(int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)) for code in codes]
-        for name, codes in vocabulary()["palette"].items()
+        for name, codes in look_words()["palette"].items()
     }
     return known | {name: known.get(name, []) + rgbs for name, rgbs in BASIC.items()}
 
@@ -120,7 +120,7 @@ def colour_words(palette: Sequence[Colour]) -> tuple[list[str], list[str]]:
     shares: dict[str, float] = {}
     for colour in palette:
         shares[colour.name] = shares.get(colour.name, 0.0) + colour.share
-    names = vocabulary()["palette"]
+    names = look_words()["palette"]
     wanted = [
         name for name, share in sorted(shares.items(), key=lambda x: (-x[1], x[0])) if share >= SAID and name in names
     ]

@@ -26,9 +26,9 @@ SMALL = frozenset((  # words that tell nothing of a look
 
 
 @cache
-def vocabulary() -> Mapping[str, Any]:
-    """`words.toml`: the look words by slot, and the words by which a prompt names a slot itself."""
-    return tomllib.loads(Path(__file__).with_name("words.toml").read_text("utf-8"))
+def look_words() -> Mapping[str, Any]:
+    """`looks.toml`: the look words by slot, and the words by which a prompt names a slot itself."""
+    return tomllib.loads(Path(__file__).with_name("looks.toml").read_text("utf-8"))
 
 
 def expand(
@@ -44,7 +44,7 @@ def expand(
     """
     if not (count := LEVELS[level]):
         return prompt
-    words = vocabulary()
+    words = look_words()
     decided = {slot for slot, names in words["named"].items() if mentions([prompt, *styles], names)}
     if look:
         decided.update(LOOK)
@@ -64,7 +64,7 @@ def expand(
 
 def suitable(slot: str, decided: set[str], avoids: Sequence[str]) -> dict[str, list[str]]:
     """The looks of a slot, each with its words, that may be added unasked to what is decided."""
-    words = vocabulary()
+    words = look_words()
     left_out = set(words["asked_only"][slot])
     if slot == "medium" and {"ground", "colour"} & decided:  # theirs would be black
         left_out |= set(words["own_ground"]["media"])
@@ -73,7 +73,7 @@ def suitable(slot: str, decided: set[str], avoids: Sequence[str]) -> dict[str, l
 
 def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> str:
     """A setting for a prompt that names none, in a colour if the prompt names none; "" where all are avoided."""
-    words = vocabulary()
+    words = look_words()
     colours = [name for name in sorted(words["palette"]) if not clash([name], avoids)]
     plain = "colour" in decided or not colours
     told = [words["ground"][name][plain] for name in sorted(words["ground"])]

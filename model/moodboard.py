@@ -20,7 +20,7 @@ from torch import Tensor
 from model.clusters import find_looks
 from model.colours import Colour, colour_words, find_palette
 from model.errors import K2Error
-from model.expand import trusted, vocabulary
+from model.expand import look_words, trusted
 from model.references import from_bytes
 from model.seeing import Eye, Pixels, read_all
 from model.speaker import Speaker
@@ -188,7 +188,7 @@ def told(board: Board, speaker: Speaker) -> str:
 
 def manner(look: Look) -> str:
     """A look's likeliest words, those that make up at least half of it."""
-    table = vocabulary()
+    table = look_words()
     said = []
     for kind in ("medium", "drawing", "ground"):
         name, share = look.words.get(kind, ("", 0.0))

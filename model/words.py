@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.checkpoint import open_checkpoint
 from model.errors import K2Error
-from model.expand import vocabulary
+from model.expand import look_words
 
 Array = NDArray[np.float64]
 
@@ -94,7 +94,7 @@ def speak(
     told: dict[str, tuple[str, float]] = {}
     if words is None or 2 * known.sum() < len(known):
         return keywords, avoids, told
-    table = vocabulary()
+    table = look_words()
     for kind in filter(words.trusted, words.names):
         names, seen = words.names[kind], chances[kind][known]
         shares = seen.mean(0)

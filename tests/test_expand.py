@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.expand import LEVELS, LONGEST, clash, expand, expand_by_language, instruction, mentions, vocabulary
+from model.expand import LEVELS, LONGEST, clash, expand, expand_by_language, instruction, look_words, mentions
 from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look
 
-WORDS = vocabulary()
+WORDS = look_words()
 FOX = "a fox"
 
 

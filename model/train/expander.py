@@ -2,7 +2,7 @@
 
 A look that costs the subject is no gift. Every drawing is drawn in every medium, by its words, on subjects and seeds
 of its own; a judge reads the subjects. Drawings and media in which fewer than three of four are right are for those who
-ask for them: `asked_only` in `words.toml`, whose lines are printed. Take the judge of the rewards, so that the one of
+ask for them: `asked_only` in `looks.toml`, whose lines are printed. Take the judge of the rewards, so that the one of
 evaluation stays a stranger to the choice. Five minutes on one core.
 """
 
