@@ -22,7 +22,7 @@ from model.hashes import sha256
 from model.latents import patchify
 from model.parts import Autoencoder
 from model.recent import Recent
-from model.references import feathered, opened, to_mask, to_pixels
+from model.references import feathered, sides_of, to_mask, to_pixels
 from model.settle import Settled
 
 REMEMBERED = 16  # pictures whose latents are kept
@@ -62,16 +62,10 @@ class Beginnings:
 
     def check(self, spec: Settled) -> None:
         """Raises K2Error where a mask's picture does not lie on the one that it masks: neither is stretched."""
-        if isinstance(spec.mask, Path) and spec.init_image:
-            found = []
-            for path in (spec.mask, spec.init_image):
-                with opened(path) as image:
-                    found.append(picture_file.sides(image))
-            if not picture_file.same_shape(*found):
-                raise K2Error(
-                    f"{spec.mask} has not the shape of {spec.init_image}.",
-                    hint="Draw it on a copy of that.",
-                )
+        if not (isinstance(spec.mask, Path) and spec.init_image):
+            return
+        if not picture_file.same_shape(sides_of(spec.mask), sides_of(spec.init_image)):
+            raise K2Error(f"{spec.mask} has not the shape of {spec.init_image}.", hint="Draw it on a copy of that.")
 
     def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:
         """Of pictures of one schedule, whose noise is in tokens. sigma: that of the first step. Raises K2Error."""

@@ -28,13 +28,7 @@ def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Ten
     Turned as its camera says, transparency on the ground, of an animation the first frame, the colours of phones and
     print and 16 bits as the eye would have them.
     """
-    with opened(path) as image:
-        if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
-            raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
-        ImageOps.exif_transpose(image, in_place=True)
-        rgba = to_rgba(image)
-    del image  # a large one is a quarter of a gigabyte
-    opaque = laid_on(ground, rgba).convert("RGB")
+    opaque = laid_on(ground, to_rgba(decoded(path))).convert("RGB")
     return from_bytes(np.array(ImageOps.fit(opaque, (width, height)))[None])
 
 
@@ -70,16 +64,32 @@ def feathered(mask: Tensor, radius: int) -> Tensor:
 
 def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
     """Width and height of at most `pixels` in multiples of `unit`, in about a picture's proportions. Raises K2Error."""
-    with opened(path) as image:
-        width, height = picture_file.sides(image)
+    width, height = sides_of(path)
     ratio = min(max(width / height, 1 / 4), 4)
     sides = ((pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5)
     return max(unit, int(sides[0] / unit) * unit), max(unit, int(sides[1] / unit) * unit)
 
 
+def sides_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as it is looked at. Raises K2Error."""
+    with opened(path) as image:
+        return picture_file.sides(image)
+
+
+def decoded(path: Path) -> Image.Image:
+    """A picture in memory, turned as its camera says. Raises K2Error."""
+    with opened(path) as image:
+        if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
+            raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+    return image
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture. Raises K2Error whatever goes wrong within the context: Pillow raises anything over a broken one."""
+    """A picture, for what reads its file alone: K2Error is raised for whatever goes wrong within the context, as Pillow
+    raises anything over a broken file."""
     try:
         with picture_file.opened(path) as image:
             yield image

@@ -203,6 +203,13 @@ def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left
         assert error.value.hint == "The file is cut off: fetch or export it again."
 
 
+def test_an_error_of_ours_is_not_taken_for_a_broken_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr("model.references.in_eight_bits", lambda image: image.no_such_thing)
+    with pytest.raises(AttributeError):
+        to_pixels(tmp_path / "a.png", 16, 16)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
