@@ -208,6 +208,7 @@ def load_dit(
     dtype: torch.dtype = torch.float32,
     precision: str = "native",
     streamed: bool = False,
+    cell: int | None = None,
 ) -> tuple[Krea2, Checkpoint]:
     """A transformer ready to infer, and the checkpoint it came from. Raises K2Error.
 
@@ -215,8 +216,10 @@ def load_dit(
     precision  of the blocks' matrices: "native" is `dtype`; others as of `hold_blocks`. All that is outside of the
                blocks stays in `dtype`: few numbers, and every step's error passes through them
     streamed   the blocks stay on disk, and each is read while the one before it works
+    cell       pixels along the side of a latent cell, the autoencoder's; `side_of` says where it is needed
     """
     model, checkpoint = open_dit(path)
+    model.side = side_of(checkpoint, model.config.patch, cell)
     hold_blocks(model, checkpoint, precision)
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
@@ -225,6 +228,21 @@ def load_dit(
         read = reader(model, checkpoint, device="cpu", dtype=dtype)
         stream(model, "blocks", read, torch.device(device), keep=again and room)
     return model, checkpoint
+
+
+def side_of(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
+    """The side, in tokens, of the square around whose middle a transformer was taught other shapes, or knows nothing
+    else; None where its file names none, as the open weights.
+
+    patch, cell  latent cells along the side of a token, pixels along that of a cell. Raises ValueError where cell is
+                 None and there is such a square: without it tokens would lie where the transformer never saw any
+    """
+    native = checkpoint.metadata.get("native")
+    if not native:
+        return None
+    if cell is None:
+        raise ValueError(f"{checkpoint.path} was taught pictures of {native} pixels: load it with their latents' cell")
+    return int(native) // (patch * cell)
 
 
 def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, refuse_unreadable
+from model.checkpoint import Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
@@ -66,13 +66,6 @@ def count(tensors: Mapping[str, Stored]) -> int:
 def shape_of(config: DiTConfig) -> tuple[int, int, int]:
     """What the memory at work depends on: width, the feed-forwards' width, blocks."""
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
-
-
-def side_of(dit: Checkpoint, unit: int) -> int | None:
-    """The side, in tokens of `unit` pixels, of the square around whose middle a transformer was taught other shapes, or
-    knows nothing else; None where it names none, as the open weights."""
-    native = dit.metadata.get("native")
-    return int(native) // unit if native else None
 
 
 def release_numbers() -> Numbers:

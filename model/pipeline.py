@@ -39,7 +39,6 @@ from model.parts import (
     pick_device,
     pick_dtype,
     refuse_misfits,
-    side_of,
 )
 from model.plan import Plan, lacking_memory, plan_on
 from model.recent import Recent
@@ -89,18 +88,22 @@ class Pipeline:
         streamed = plan.offload == "all"
         if device.type == "cpu":
             keep_pages()  # before weights are rounded, which takes as much memory again and again
+        self.vae = load_vae(parts.vae, device, dtype)
         self.dit, checkpoint = load_dit(
-            parts.dit, device=device, dtype=dtype, precision=plan.precision, streamed=streamed
+            parts.dit,
+            device=device,
+            dtype=dtype,
+            precision=plan.precision,
+            streamed=streamed,
+            cell=self.vae.factor,
         )
         self.text = TextEncoder.load(parts.text, device, dtype, streamed=plan.offload != "none")
-        self.vae = load_vae(parts.vae, device, dtype)
         if device.type == "cuda" and not streamed:
             accelerate(self.dit)
         self.metadata = checkpoint.metadata
         self.variant = model.variant or "raw"
         self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
         self.native = int(checkpoint.metadata.get("native", 1024))
-        self.dit.side = side_of(checkpoint, self._unit)
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         refuse_misfits(parts, self.dit, self.text, self.vae)
         self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)

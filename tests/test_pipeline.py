@@ -24,14 +24,14 @@ from tiny import difference, pixels, tiny, tiny_box  # noqa: F401
 from k2cli import models
 from model import library
 from model.branches import Branches, Said
-from model.checkpoint import open_checkpoint, read, save
+from model.checkpoint import read, save
 from model.conditioning import REMEMBERED
 from model.dit import attention
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256
 from model.latents import noise, patchify, unpatchify
-from model.parts import side_of
+from model.layouts import load_dit
 from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
 from model.sampler import adams_bashforth, guided, raw_mu, shifted_sigmas
@@ -533,7 +533,9 @@ def test_weights_that_name_a_side_have_other_shapes_laid_around_its_middle(tiny,
         ("many", about | {"shapes": ["96x64"]}, 4),
     ):
         save(tmp_path / f"{name}.safetensors", state, facts)
-        assert side_of(open_checkpoint(tmp_path / f"{name}.safetensors"), 16) == side
+        assert load_dit(tmp_path / f"{name}.safetensors", cell=8)[0].side == side
+    with pytest.raises(ValueError, match="taught pictures of 64 pixels"):
+        load_dit(tmp_path / "many.safetensors")
 
 
 def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red):  # noqa: F811

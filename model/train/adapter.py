@@ -31,7 +31,7 @@ from model.few_bits import FewBitLinear
 from model.hashes import sha256
 from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
-from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype, side_of
+from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
 from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, known_precisions, plan_on
 from model.sampler import raw_mu
@@ -221,10 +221,14 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     before = begun(states.RUNS / recipe.name)
     refuse_another(recipe, before, {"data": data_of(files)})
     vae = load_vae(parts.vae, device, dtype)
-    unit = 2 * vae.factor
-    size = recipe.size or numbers.native
+    cell = vae.factor
     latents = encode(
-        pictures, vae, size, unit, mirrored=recipe.mirror, report=lambda line: report(f"{recipe.name}: {line}")
+        pictures,
+        vae,
+        recipe.size or numbers.native,
+        2 * cell,
+        mirrored=recipe.mirror,
+        report=lambda line: report(f"{recipe.name}: {line}"),
     )
     del vae
     text = TextEncoder.load(parts.text, device, dtype)
@@ -238,8 +242,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     if not precision and before.get("precision") in known_precisions(device):  # it goes on with its base as it was
         precision = before["precision"]
     precision = plan_on(device, numbers, dtype=number, precision=precision or None, offload="none").precision
-    network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision)
-    network.side = side_of(checkpoint, unit)
+    network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision, cell=cell)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     if over := passed_over(Path(recipe.pictures).rglob("*")):
