@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +25,8 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
     """Everything `k2 doctor` knows, of a project too. `problems` keep k2 from working, `notes` say what is slow."""
     import torch
 
-    from model.parts import has_kernels, pick_device
+    from model.fast import speed
+    from model.parts import DTYPES, has_kernels, pick_device
 
     gpus = [(torch.cuda.get_device_properties(i), has_kernels(i)) for i in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
@@ -41,7 +41,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
             "kernels": torch.backends.cpu.get_cpu_capability(),
         },
         "memory_gb": memory(),
-        "gflops": {name: round(speed(getattr(torch, name)), 1) for name in ("float32", "bfloat16")},
+        "gflops": {name: round(speed(dtype), 1) for name, dtype in DTYPES.items()},
         "versions": {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES},
         "models": [],
         "plans": [],
@@ -161,19 +161,6 @@ def without_gpu() -> str:
 
     blind = version.cuda is None and version.hip is None and sys.platform != "darwin"
     return "This PyTorch is built without CUDA and uses no GPU" if blind else "No GPU"
-
-
-def speed(dtype: Any, side: int = 512) -> float:
-    """Billions of multiplications and additions a second in a product of two square matrices; the best of a few."""
-    import torch
-
-    a, b = torch.ones(2, side, side, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best / 1e9
 
 
 def memory() -> dict[str, Any]:

@@ -53,7 +53,7 @@ def load(held: Held) -> Pipeline:
         load.cache_clear()  # before the next one is read: two may not fit
         gc.collect()  # a network that is made faster refers to itself
     with undisturbed():  # torch's modules, cut off in the middle, raise something else, or abort
-        from model.pipeline import Pipeline  # the only line that imports torch
+        from model.pipeline import Pipeline  # which imports torch
 
     return Pipeline.load(
         held.name,

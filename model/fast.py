@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -27,6 +28,7 @@ from model.recent import Recent
 
 MOST_GRAPHS = 8  # shapes kept; each holds its own working memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+MEASURED = 512  # side of the matrices that tell a processor's speed
 WARM_UP = 3  # runs before a recording, in which libraries choose their kernels
 
 Work = Callable[..., Tensor]
@@ -44,6 +46,18 @@ def accelerate(dit: Krea2) -> None:
         for block in dit.blocks:
             block.compile()  # one after the other: they share code, so one compilation serves all
     dit.velocity = FastVelocity(dit, compiled)  # type: ignore[assignment, method-assign]
+
+
+def speed(dtype: torch.dtype) -> float:
+    """Billions of multiplications and additions a second that the processor does in a product of two square matrices;
+    the best of a few."""
+    a, b = torch.ones(2, MEASURED, MEASURED, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * MEASURED**3 / best / 1e9
 
 
 def keep_pages() -> None:

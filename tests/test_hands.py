@@ -465,7 +465,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     """Of a node that is shared out, or under taskset; k2 doctor counts the same."""
     from k2cli import doctor
 
-    monkeypatch.setattr(doctor, "speed", lambda dtype: 1.0)
+    monkeypatch.setattr("model.fast.speed", lambda dtype: 1.0)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 4, 5})
     assert hands.cores() == doctor.examine()["cpu"]["cores"] == 3
