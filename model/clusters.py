@@ -13,6 +13,7 @@ ONE_LOOK = 0.5  # cosine of two middles from which they are one look: a silhouet
 EVEN = 0.35  # tight group. The more evenly a board falls apart, the less it is by a few odd pictures, so the smallest
 # share of it times this is added: up to 0.675 for two halves
 LEAST_LOOK, LEAST_PICTURES = 0.05, 3  # share of a board, and pictures, that make a look of its own
+ROUNDS = 50  # of means, at most
 
 
 def find_looks(vectors: Array) -> list[list[int]]:
@@ -45,13 +46,13 @@ def separate(vectors: Array, labels: NDArray[np.intp]) -> bool:
     return bool(enough and nearest < ONE_LOOK + EVEN * least / len(labels))
 
 
-def spherical_kmeans(vectors: Array, count: int, rounds: int = 50) -> NDArray[np.intp]:
+def spherical_kmeans(vectors: Array, count: int) -> NDArray[np.intp]:
     """Unit vectors [B, V] -> labels [B]. Begins with the vector nearest to the mean, then whatever is furthest."""
     chosen = [int((vectors @ vectors.mean(0)).argmax())]
     while len(chosen) < count:
         chosen.append(int((vectors @ vectors[chosen].T).max(1).argmin()))
     centres, labels = vectors[chosen], np.full(len(vectors), -1)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         nearest = (vectors @ centres.T).argmax(1)
         if (nearest == labels).all():
             break

@@ -14,6 +14,7 @@ from model.expand import look_words
 Array = NDArray[np.float64]
 
 COLOURS = 6
+STRIP = (480, 96)  # pixels across and down that show a palette
 SAME_COLOUR = 0.06  # OKLab distance below which two colours are one swatch
 SAID = 0.3  # share of a board from which a colour is a keyword
 
@@ -105,8 +106,9 @@ def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
     return tuple(sorted(found, key=lambda colour: (-colour.share, colour.rgb)))
 
 
-def swatches(palette: Sequence[Colour], width: int = 480, height: int = 96) -> Image.Image:
+def swatches(palette: Sequence[Colour]) -> Image.Image:
     """The palette as a strip; a colour is as wide as its share, but never too narrow to see."""
+    width, height = STRIP
     shares = np.maximum([colour.share for colour in palette], 0.04)
     edges = [0, *(np.cumsum(shares / shares.sum()) * width).round().astype(int)]
     strip = Image.new("RGB", (width, height))

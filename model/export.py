@@ -189,8 +189,9 @@ def text_config(c: TextConfig, depth: int) -> dict[str, Any]:
     }
 
 
-def blind_eye(width: int, inner: int = 16) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def blind_eye(width: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The smallest vision tower that the class accepts, all zeros: this encoder reads words only."""
+    inner = 16
     config = {
         "model_type": "qwen3_vl_vision",
         "depth": 0,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.tiling import tiled
+from model.tiling import OVERLAP, TILE, tiled
 from model.upsample import doubled
 
 EPS = 1e-6  # of every group norm
@@ -208,11 +208,12 @@ class Decoder(nn.Module):
 class FluxVAE(nn.Module):
     """Pictures to normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
 
+    tile, overlap = TILE, OVERLAP
     factor = 2 ** (SCALES - 1)  # pixels along the side of a latent cell
 
-    def __init__(self, config: FluxVAEConfig, tile: int = 1536, overlap: int = 256):
+    def __init__(self, config: FluxVAEConfig):
         super().__init__()
-        self.config, self.tile, self.overlap = config, tile, overlap
+        self.config = config
         z = self.channels = config.latent_channels
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)

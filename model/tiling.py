@@ -12,6 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+TILE, OVERLAP = 1536, 256  # pixels along a tile's side, and of it that a neighbour has too
+
 
 def starts(length: int, tile: int, overlap: int, unit: int) -> list[int]:
     """Where tiles begin, multiples of `unit`; the last one ends at the border, so all have full size."""

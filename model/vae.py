@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.tiling import tiled
+from model.tiling import OVERLAP, TILE, tiled
 from model.upsample import doubled
 
 # fmt: off
@@ -245,12 +245,13 @@ class Decoder(nn.Module):
 class QwenImageVAE(nn.Module):
     """Pictures to normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
 
+    tile, overlap = TILE, OVERLAP
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: VAEConfig, tile: int = 1536, overlap: int = 256):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.tile, self.overlap = config, tile, overlap
+        self.config = config
         self.factor, self.channels = config.factor, config.z_dim  # factor: pixels along the side of a latent cell
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)

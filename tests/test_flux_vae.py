@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.flux_vae import FluxVAE, FluxVAEConfig
-from model.tiling import ramp, starts, tiled
+from model.tiling import OVERLAP, TILE, ramp, starts, tiled
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -110,7 +110,7 @@ def test_tiles_against_the_whole(pair):
         parts = ours.decode(latents)
         tiled_latents = ours.encode(whole)
     finally:
-        ours.tile, ours.overlap = 1536, 256
+        ours.tile, ours.overlap = TILE, OVERLAP
     assert relative(parts, whole) < 0.1
     assert relative(tiled_latents, ours.encode(whole)) < 0.1
     step, own = parts.diff(dim=-2).abs().mean((0, 1, 3)), whole.diff(dim=-2).abs().mean((0, 1, 3))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.tiling import OVERLAP, TILE
 from model.train.autoencoder import SHAPE
 from model.train.linear_start import start_linear
 from model.vae import QwenImageVAE, VAEConfig
@@ -78,7 +79,7 @@ def test_qwen_tiles_against_the_whole(pair):
         assert relative(ours.decode(latents), whole) < 0.05
         assert relative(ours.encode(whole), again) < 0.05
     finally:
-        ours.tile, ours.overlap = 1536, 256
+        ours.tile, ours.overlap = TILE, OVERLAP
 
 
 def test_config_survives_json():
