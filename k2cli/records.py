@@ -28,11 +28,6 @@ from model.spec import METHODS, SIDES, Leader, Picture, Reference, RenderSpec, S
 
 SCHEMA = 1
 
-SPEC_KEYS: tuple[str, ...] = ("seed", "width", "height", "steps", "guidance", "mu", "sampler", "cohesion")
-SPEC_KEYS += ("guidance_until",)  # where there is guidance
-SPEC_KEYS += ("denoise",)  # where there is an initial picture
-SPEC_KEYS += ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # where a style has a use for them
-
 T = TypeVar("T")
 
 
@@ -58,12 +53,12 @@ class MadeWith:
     height: int | None = between(None, *SIDES)
     steps: int | None = as_asked("steps")
     guidance: float | None = as_asked("guidance")
-    guidance_until: float | None = as_asked("guidance_until")
     mu: float | None = as_asked("mu")
     sampler: str | None = as_asked("sampler")
-    denoise: float | None = as_asked("denoise")
     cohesion: float = as_asked("cohesion")
-    style_guidance: float | None = as_asked("style_guidance")
+    guidance_until: float | None = as_asked("guidance_until")  # where there is guidance
+    denoise: float | None = as_asked("denoise")  # where there is an initial picture
+    style_guidance: float | None = as_asked("style_guidance")  # and the next three: where a style has a use for them
     leak_guard: str | None = as_asked("leak_guard")
     vision_tiles: int | None = as_asked("vision_tiles")
     vision_rows: bool | None = None
@@ -72,6 +67,9 @@ class MadeWith:
     precision: str | None = as_asked("precision")
     offload: str | None = as_asked("offload")
     threads: int | None = between(None, 1, 4096)  # of a CPU, which share out sums and so round them
+
+
+SPEC_KEYS = tuple(f.name for f in fields(MadeWith) if hasattr(RenderSpec, f.name))  # the spec's own
 
 
 @dataclass(frozen=True)
