@@ -146,7 +146,7 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
 
 
 def table_of(text: str) -> dict[str, Any]:
-    """The same of a text."""
+    """The JSON object that a text is; empty where it is none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -345,6 +345,6 @@ def decimal(value: Any) -> float | None:
 
 
 def scale(cfg: Any) -> float | None:
-    """Their CFG scale as our guidance."""
+    """Another tool's CFG scale as k2's guidance, which is 1 less; None where it is no number."""
     number = decimal(cfg)
     return None if number is None else max(0.0, round(number - 1, 6))

@@ -81,7 +81,7 @@ class Project(Folder):
 
     @classmethod
     def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
-        """The same, or None where no folder is a project's."""
+        """The project of a folder, or of the nearest one above it; None where there is none."""
         root = root_above(folder)
         return None if root is None else cls.open(root, allow_outside=allow_outside)
 

@@ -68,7 +68,8 @@ class Beginnings:
             raise K2Error(f"{spec.mask} has not the shape of {spec.init_image}.", hint="Draw it on a copy of that.")
 
     def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:
-        """Of pictures of one schedule, whose noise is in tokens. sigma: that of the first step. Raises K2Error."""
+        """The `Way` of pictures of one schedule from noise, in tokens, to what they begin with. sigma: that of the
+        first step. Raises K2Error."""
         first = specs[0]
         if not (first.first_step or first.mask):  # as much noise as a picture without
             return Way(noise)
@@ -82,8 +83,8 @@ class Beginnings:
         return Way(start, straight, self._tokens(cells.expand_as(image)))
 
     def latents(self, image: Path, width: int, height: int) -> Tensor:
-        """Of a picture that fills width x height from its middle -> [1, C, H/f, W/f], fp32, on the CPU as noise is.
-        Raises K2Error."""
+        """The latents [1, C, H/f, W/f] of a picture that fills width x height from its middle: fp32, on the CPU as
+        noise is. Raises K2Error."""
 
         def read() -> Tensor:
             pixels = to_pixels(image, width, height).to(self.device, self.dtype)

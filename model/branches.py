@@ -93,7 +93,7 @@ class Branches:
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
-        """The leader's first."""
+        """Rows by the length of their contexts, one group for each; the leader's come first."""
         found: dict[tuple[bool, int], list[int]] = {}
         for row in rows:
             leads = self.tie is not None and row % self.pictures == 0
@@ -106,7 +106,8 @@ class Branches:
     def _evaluate(
         self, x: Tensor, groups: Sequence[Group], step: int, attend: Sequence[Attend | None] | None = None
     ) -> Tensor:
-        """Integrated in fp32, whatever the network computes in; zero in the rows of no group."""
+        """Velocities of all rows by the network; zero in the rows of no group. fp32, whatever it computes in, for x is
+        integrated in that."""
         v = torch.zeros_like(x)
         mods = self.mods[step : step + 1]
         attends = [self._tied(group, attend, step) for group in groups]

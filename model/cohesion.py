@@ -51,7 +51,8 @@ def leads(spec: RenderSpec) -> bool:
 
 
 def shares(spec: RenderSpec) -> dict[str, float]:
-    """How much of each is shared, for a record; nothing by the leader itself."""
+    """How much of its noise, statistics and attention a picture shares with its leader, for a record; the leader itself
+    nothing."""
     c = 0.0 if leads(spec) else spec.cohesion
     return {"noise": round(NOISE * c, 6), "statistics": round(PULL * c, 6), "attention": round(SHARE * c, 6)}
 

@@ -96,13 +96,13 @@ class Conditioning:
 
     @cached_property
     def _style_encoder(self) -> tuple[StyleEncoder, int]:
-        """It, and the side in pixels at which it reads references."""
+        """The style encoder, and the side in pixels at which it reads references."""
         assert self.parts.style is not None  # or settling would have refused
         return load_style(self.parts.style, self.device)
 
     @cached_property
     def _vision_tower(self) -> Checkpoint | None:
-        """Where it lies; nothing of it is read yet."""
+        """The files of the text encoder's vision tower, of which nothing is read yet; None where there is none."""
         return find_tower(self.parts.text)
 
     @cached_property

@@ -15,8 +15,8 @@ class K2Error(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Around what is run as a module: such a problem ends in its sentence, its hint and exit code 1, and so does a file
-    that cannot be had."""
+    """A context around what is run as a module: a K2Error ends in its sentence, its hint and exit code 1, and so does a
+    file that cannot be had."""
     try:
         yield
     except K2Error as error:

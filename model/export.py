@@ -121,7 +121,8 @@ def transformer_config(c: DiTConfig) -> dict[str, Any]:
 
 
 def write_scheduler(pipeline: Pipeline, folder: Path) -> None:
-    """mu grows with the picture, or is the same for all: then the line between the two sizes is level."""
+    """Write the scheduler's config: mu grows with the picture, or is the same for all, and then the line between the
+    two sizes is level."""
     mu = pipeline.recommended["mu"]
     config = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",

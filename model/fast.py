@@ -103,7 +103,7 @@ class FastVelocity:
         self.graphs: Recent[Graph] = Recent(MOST_GRAPHS)
 
     def __call__(self, *inputs: Tensor, **others: Any) -> Tensor:
-        """As `Krea2.velocity`: tokens, context, step_mod, rope; and what is seldom there."""
+        """The velocity, of what `Krea2.velocity` takes: tokens, context, step_mod, rope; and what is seldom there."""
         seldom = any(value is not None for value in others.values()) or len(inputs) > 4
         if seldom or any(layer._forward_hooks for layer in self.layers):  # a recording would not notice either
             with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():

@@ -143,7 +143,8 @@ def native(number: torch.dtype, device: str) -> bool:
 
 @cache
 def asked(number: torch.dtype, device: str, card: int) -> bool:
-    """What the device itself says to `native`; of several cards the one with that index."""
+    """Whether a device multiplies numbers of this format faster than bf16, by what it says of itself; `card` is the
+    index of one of several."""
     if device == "cpu":
         known = torch.cpu.get_capabilities()
         return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
@@ -169,7 +170,8 @@ def eight_bit_product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> T
 
 
 def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """As `eight_bit_product`, all at once, -> fp32, or bf16 where the numbers are fp8."""
+    """tokens [M, K], rounded to 8 bits, times (weight [N, K] · weight_scale [N]) transposed, all at once -> [M, N],
+    fp32, or bf16 where the numbers are fp8."""
     rows, scale = round_rows(tokens, weight.dtype)
     if weight.dtype == torch.int8:
         whole = torch._int_mm(rows, weight.t())  # int32: exact, in any order

@@ -57,7 +57,8 @@ def codes_of(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, lev
 
 
 def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
-    """See `Codes`. -> int8 [out, in]. Looked up by scale and byte, two numbers at once: there are 65,536 answers."""
+    """The whole numbers that codes stand for, by the terms of `Codes`, int8 [out, in]. They are looked up by scale and
+    byte, two numbers at once: there are 65,536 answers."""
     both = torch.arange(256, device=packed.device)
     pairs = levels[torch.stack([both & 15, both >> 4], -1)]
     table = (e4m3(both)[:, None, None] * pairs).round().clamp(-MOST, MOST).to(torch.int8).view(torch.int16).flatten()

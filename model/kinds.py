@@ -61,7 +61,7 @@ def called(kind: Any) -> str:
 
 
 def like(kind: Any) -> str:
-    """How one is written."""
+    """How a value of a kind is written, for a hint: "(Style(...),)"."""
     if get_origin(kind) is tuple:
         return f"({like(get_args(kind)[0])},)"
     return LIKE.get(kind) or f"{kind.__name__}(...)"

@@ -69,7 +69,7 @@ def shape_of(config: DiTConfig) -> tuple[int, int, int]:
 
 
 def release_numbers() -> Numbers:
-    """Those of the open 12.9B weights, with the text encoder and the autoencoder that they come with, in bf16."""
+    """The numbers of the open 12.9B weights, with the text encoder and the autoencoder that they come with, in bf16."""
     with torch.device("meta"):
         dit, tower = Krea2(PRESETS["medium"]), TextTower(QWEN3_VL_4B)
     inside, text = (sum(p.numel() for p in stack.parameters()) for stack in (dit.blocks, tower.layers))

@@ -46,8 +46,8 @@ def is_sheet(path: Path) -> bool:
 
 
 def passed_over(paths: Iterable[Path]) -> str:
-    """Of what lies in folders: sentences on the pictures that nothing here reads, and on folders within that hold
-    pictures; "" where there are none."""
+    """Sentences on what of a folder's content is no use: pictures that nothing here reads, and folders that hold some;
+    "" where there is none of either."""
     seen = sorted(path for path in paths if not path.name.startswith("."))
     others = [path.suffix.lower()[1:] for path in seen if path.suffix.lower() in OTHERS]
     kinds = ", ".join(sorted(set(others)))
@@ -59,14 +59,14 @@ def passed_over(paths: Iterable[Path]) -> str:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether it is a folder with a picture in it."""
+    """Whether a path is a folder with a picture in it."""
     with suppress(OSError):
         return path.is_dir() and any(is_named_so(each) for each in path.iterdir())
     return False
 
 
 def cut_off(error: Exception) -> str:
-    """Of what Pillow raised over a picture: what to do where its end is missing; "" where something else is wrong."""
+    """What to do with a picture whose end is missing, by what Pillow raised; "" where something else is wrong."""
     return "The file is cut off: fetch or export it again." if "truncated" in str(error).lower() else ""
 
 

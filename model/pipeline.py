@@ -196,7 +196,8 @@ class Pipeline:
         return spec
 
     def _resolved(self, specs: Iterable[RenderSpec]) -> Iterator[Settled]:
-        """Each of them as it is asked for. Raises K2Error where one spec stands alone, or something else."""
+        """Specs settled one by one, as they are asked for. Raises K2Error for one spec alone, or anything else that is
+        no list of them."""
         if isinstance(specs, str) or not isinstance(specs, Iterable):
             raise K2Error("Pictures are rendered of a list of specs.", hint="Like render([RenderSpec(...)]).")
         return map(self.resolve, specs)
@@ -247,7 +248,8 @@ class Pipeline:
         ]
 
     def _latents(self, specs: list[Settled], adapters: Hashable, on_step: OnStep | None) -> Tensor:
-        """The network's part of it -> [B, C, H/f, W/f]. Raises K2Error where numbers overflow."""
+        """Latents [B, C, H/f, W/f] of pictures of one schedule: the network's part of them. Raises K2Error where
+        numbers overflow."""
         first, config = specs[0], self.dit.config
         rows, columns = first.height // self.vae.factor, first.width // self.vae.factor
         grid = (rows // config.patch, columns // config.patch)

@@ -195,7 +195,7 @@ def known_precisions(device: torch.device | str) -> tuple[str, ...]:
 
 
 class Memory(NamedTuple):
-    """A machine's own, in bytes."""
+    """A machine's own memory, in bytes."""
 
     whole: int
     free: int

@@ -130,7 +130,7 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @cache
 @torch.inference_mode(False)  # whoever asks first, gradients may pass through it later
 def powers(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What `hadamard` is."""
+    """The matrix that `hadamard` gives, made once for each size, number format and device."""
     small, whole = (1 - 2 * torch.eye(4).flip(1)) / 2, torch.ones(1, 1)
     while len(whole) < size:
         whole = torch.kron(small, whole)

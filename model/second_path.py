@@ -54,12 +54,12 @@ class Update(ABC):
         """Some rows of the matrix [out, in], without the scale."""
 
     def times(self, weight: float) -> Self:
-        """The same with scale · weight in a factor, in fp32."""
+        """This update with its scale, times a weight, multiplied into one of its factors, in fp32."""
         factor: dict[str, Any] = {self.scaled: getattr(self, self.scaled).float() * (self.scale * weight)}
         return replace(self, scale=1.0, **factor)
 
     def to(self, *place: Any) -> Self:
-        """Its tensors elsewhere, or in other numbers, as of `Tensor.to`."""
+        """This update with its tensors on another device or in other numbers, which are named as to `Tensor.to`."""
         tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
         moved: dict[str, Any] = {name: each.to(*place) for name, each in tensors.items()}
         return replace(self, **moved)
@@ -91,7 +91,8 @@ class Hadamard(Update):
     w2_b: Tensor  # [q, in]
 
     def product(self, x: Tensor) -> Tensor:
-        """It is of rank r·q: up and down are all products of columns of w1_a and w2_a, and of rows of w1_b and w2_b."""
+        """x [..., in] -> [..., out], without the scale. The matrix is of rank r·q: up and down are all products of
+        columns of w1_a and w2_a, and of rows of w1_b and w2_b."""
         rank, out, inward = len(self.w1_b) * len(self.w2_b), len(self.w1_a), x.shape[-1]
         if rank * (out + inward) > out * inward:
             return F.linear(x, self.dense(slice(None)))

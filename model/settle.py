@@ -247,7 +247,8 @@ def wordings(spec: RenderSpec) -> list[Wording]:
 
 
 def unwanted(spec: RenderSpec) -> list[Wording]:
-    """The same of the negative prompt, for guidance: what styles avoid, or want where they are turned around."""
+    """The negative prompts whose velocities guidance leads away from, at shares as of `wordings`: they hold what styles
+    avoid, or want where they are turned around."""
     said = [(style, [phrase for text in unsaid(style) for phrase in phrases(text)]) for style in spec.styles]
     whole = {phrase for style, found in said if carried(style) for phrase in found}
     alone = [(abs(style.strength), found) for style, found in said if not carried(style)]

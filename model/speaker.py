@@ -50,7 +50,8 @@ class Speaker:
 
     @classmethod
     def load(cls, path: Path, device: str | None = None) -> Speaker:
-        """From a text encoder that speaks; layers that do not fit into memory are streamed. Raises K2Error."""
+        """A speaker of the files of a text encoder that speaks; layers that do not fit into memory are streamed.
+        Raises K2Error."""
         place, checkpoint = pick_device(device), open_checkpoint(weights_of(path))
         config = TextConfig.from_dict(checkpoint.config, taps=(1,))
         dtype = DTYPES[default_dtype(place, config.hidden_size)]
@@ -62,7 +63,7 @@ class Speaker:
 
     @cached_property
     def eyes(self) -> tuple[VisionTower, Marks]:
-        """Loaded when the first picture is shown."""
+        """The vision tower and its marks, loaded when the first picture is shown."""
         assert self.sight is not None
         return load_tower(self.sight, self.head.device, self.head.dtype), marks_of(self.sight)
 

@@ -28,7 +28,7 @@ def denoise_of(denoise: float | None, *, masked: bool) -> float:
 
 
 def steps_taken(denoise: float, steps: int) -> int:
-    """How many of the steps that comes to, to the nearest: at least one."""
+    """How many of the steps a picture takes at this denoise, to the nearest: at least one."""
     return max(math.floor(round(denoise * steps, 6) + 0.5), 1)
 
 

@@ -236,7 +236,7 @@ class CaptureCache:
         self.folder, self.limit = folder, limit
 
     def get(self, facts: Mapping[str, Any], device: torch.device) -> Capture | None:
-        """What was put under the same facts, bit for bit."""
+        """The capture that was put under the same facts, bit for bit; None where there is none that can be read."""
         path = self._path(facts)
         try:
             found = Capture(**load_file(path, str(device)))
@@ -247,7 +247,8 @@ class CaptureCache:
         return found
 
     def put(self, facts: Mapping[str, Any], capture: Capture, of: int = 1) -> None:
-        """`of`: how many such captures the run makes. If they cannot all stay, none is worth writing."""
+        """Keep a capture under these facts. `of`: how many such the run makes; if they cannot all stay, none is worth
+        writing."""
         if capture.nbytes * of > self.limit:
             return
         path = self._path(facts)

@@ -74,7 +74,7 @@ class StyleEncoder(nn.Module):
         return torch.cat((x.mean(-1), x.std(-1)), -1)
 
     def told(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` makes of statistics [B, 2·width]."""
+        """statistics [B, 2·width] -> rows [B, K, N, E], unit vectors [B, V]."""
         c, trunk = self.config, self.trunk(statistics)
         rows = self.to_rows(trunk).view(-1, c.rows, c.text_taps, c.text_width)
         return rows, F.normalize(self.to_vector(trunk), dim=-1)

@@ -181,7 +181,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """As `Attention.forward`."""
+        """x [B, T, E], mask [T, P + T] True = attend -> [B, T, E] and this layer's keys and values [B, G, P + T, D]."""
         attended, keys_values = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values

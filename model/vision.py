@@ -210,7 +210,7 @@ def find_tower(path: Path) -> Checkpoint | None:
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
-    """Raises K2Error where names or shapes are not the tower's."""
+    """A vision tower with its weights. Raises K2Error where names or shapes are not the tower's."""
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
     prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors))
@@ -235,7 +235,7 @@ class Marks(NamedTuple):
 
 
 def marks_of(checkpoint: Checkpoint) -> Marks:
-    """Raises K2Error where the config names none."""
+    """The marks that a text encoder's config names. Raises K2Error where it names none."""
     ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
     known = [each for each in ids if isinstance(each, int)]
     if len(known) < len(ids):

@@ -95,7 +95,7 @@ class Vocabulary:
 
 @cache
 def vocabulary() -> Vocabulary:
-    """That of the package's weights."""
+    """The vocabulary of the package's weights."""
     return Vocabulary(list(read()))
 
 

@@ -49,7 +49,7 @@ class Words:
 
     @classmethod
     def load(cls, path: Path) -> Words:
-        """Raises K2Error where the file is no table of words."""
+        """A table of words from its file. Raises K2Error where the file is none."""
         checkpoint = open_checkpoint(path)
         about = checkpoint.metadata
         if about.get("kind") != "words":
