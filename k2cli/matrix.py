@@ -1,6 +1,7 @@
 """Many pictures from few words: choices in prompts, `a {red|blue} fox`, and [[matrix]] tables of settings.
 
-Every choice and every cell is made with the same seeds, so that pictures differ by what is compared and nothing else.
+Every choice and every cell is made with the same seeds, so that pictures differ by what is compared and nothing else;
+but for the words that creativity adds, which depend on the prompt and on the styles beside it.
 """
 
 from __future__ import annotations

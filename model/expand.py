@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots it fills, each on top of the former's
+LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots it fills
 LOOK = ("drawing", "medium")  # the slots that a style's pictures or its LoRA already fill
 SLOTS = ("ground", *LOOK)  # in the order of their words
 LONGEST = 600  # characters that a language model's expansion may have
@@ -37,7 +37,8 @@ def expand(
     """The prompt with words for what it leaves open, the same for the same arguments; "raw" is the prompt itself.
 
     level   one of LEVELS: low adds a setting, medium a manner of drawing or a medium, high both
-    seed    of the picture; a choice depends on prompt and seed alone, so a higher level keeps a lower one's
+    seed    of the picture; a choice depends on prompt and seed alone, so a higher level keeps a lower one's, but for
+            the setting that it takes away where its medium brings a ground of its own
     styles  words that join the prompt anyway: what they name is decided
     avoids  words that are never added, nor anything else that means the same
     look    whether a style's pictures or LoRA decide drawing and medium
@@ -88,7 +89,8 @@ def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> 
 def pick(choices: Sequence[str], slot: str, prompt: str, seed: int) -> str:
     """One of the choices by hashes: the same in every process, independent from slot to slot.
 
-    Each round of as many seeds as there are choices has every choice once, so that a batch repeats none before it must.
+    Of n choices every n seeds from a multiple of n on have each one once: a batch within them repeats none. Each round
+    has an order of its own, or slots of as many choices would always go together; where two meet, one may come twice.
     """
     which_round, place = divmod(seed, len(choices))
 

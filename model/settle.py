@@ -235,9 +235,9 @@ def wordings(spec: RenderSpec) -> list[Wording]:
     """The prompts whose velocities make the picture's, at shares whose sum is 1; one where nothing is weighed.
 
     Words have no strength: those of a style of words alone get its own by the velocity, or what several styles give
-    them together, up to 1. With their strengths t_1 < t_2 < …, `eased`, v_k the velocity of the prompt with the words
-    of t_k and more, and v_0 with none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where pictures or a LoRA carry a
-    style's strength, its words join whole, also where such a style says them too.
+    them together, up to 1 or to the largest of them. With their strengths t_1 < t_2 < …, `eased`, v_k the velocity of
+    the prompt with the words of t_k and more, and v_0 with none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where
+    pictures or a LoRA carry a style's strength, its words join whole, also where such a style says them too.
     """
     said = [(style, style.keywords if style.strength > 0 else style.avoids) for style in spec.styles]
     whole = {word for style, words in said if carried(style) for word in (*words, *style.triggers)}
