@@ -461,13 +461,13 @@ def test_a_finished_one_is_left_as_it_is(tmp_path, pictures, tiny, monkeypatch):
 def test_it_goes_on_with_a_base_as_it_was_held(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811
     """However much memory is free by then; a recipe that says otherwise is followed."""
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
-    recipe, choose, said = replace(RECIPE, pictures=str(pictures), size=64, steps=1), adapter.choose, []
+    recipe, plan, said = replace(RECIPE, pictures=str(pictures), size=64, steps=1), adapter.plan_on, []
 
     def short_of_memory(*args, precision, **more):
-        return choose(*args, precision=precision or "int8", **more)
+        return plan(*args, precision=precision or "int8", **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "choose", short_of_memory)
+        patch.setattr(adapter, "plan_on", short_of_memory)
         main(recipe, "cpu", said.append)
     main(replace(recipe, steps=2), "cpu", said.append)
     main(replace(recipe, steps=3, precision="native"), "cpu", said.append)
