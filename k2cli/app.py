@@ -338,7 +338,7 @@ def render(
     for name in named:
         if not os.path.exists(name):  # what most people type first
             short = name if len(name) < 80 else f"{name[:80]}…"
-            raise K2Error(f"There is no project {short}.", hint=meant_by(name))
+            raise K2Error(f"There is no project {short}.", hint=meant_by(name, named, prompt or []))
     if like is not None:
         like = find_file(like, project)
         if not (named or project) and (home := find_home(like, project, allow_outside)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from k2cli.settings import check_setting
+from k2cli.settings import HOMES, OTHERS, check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import WEIGHT, Place, check_keys, check_value, nearest, plain
 from model.errors import K2Error
@@ -88,7 +88,7 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
     found = []
     for index, table in enumerate(entries):
         at = place.below("matrix", index)
-        check_keys(table, ("prompt", "style", *AXES), at)
+        check_keys(table, ("prompt", "style", *AXES), at, HOMES)
         axes: dict[str, Sequence[Any]] = {}
         for key, values in table.items():
             if key == "style":
@@ -117,7 +117,8 @@ def read_axes(texts: Sequence[str]) -> Matrix:
         key, equals, values = text.partition("=")
         key = key.strip()
         if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
-            raise K2Error(f'--matrix: "{plain(key, "--matrix")}" is no axis.', hint=nearest(key, [*AXES, "style.NAME"]))
+            hint = HOMES[key] if OTHERS.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
+            raise K2Error(f'--matrix: "{plain(key, "--matrix")}" is no axis.', hint=hint)
         if not equals:
             raise K2Error(f'--matrix: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
         axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], "--matrix")

@@ -41,6 +41,16 @@ class Group(TyperGroup):
     """Where a problem that the user can fix ends up: one sentence, a hint, and exit code 1, or 2 for one of an option,
     which it begins with then."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was typed; of one that other tools have, what k2 has for it."""
+        from k2cli.settings import COMMANDS
+
+        name = args[0]
+        known = f"{ctx.info_name} {name}" if ctx.parent else name
+        if known in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{name}'. {COMMANDS[known]}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
@@ -74,11 +84,11 @@ def as_ours(error: Exception) -> K2Error | None:
     from k2cli.settings import HOMES, OTHERS
 
     option = str(getattr(error, "option_name", ""))
-    key = option.removeprefix("--").replace("-", "_")
+    key = option[2:].replace("-", "_") if option.startswith("--") else option
     ours, how = OTHERS.get(key, ("", ""))
     hint = HOMES.get(key) if context.command.name == "render" else None
-    if any(f"--{ours}" in each.opts for each in context.command.params):
-        hint = f"It is called --{ours}{how}."
+    if any(each.name == ours for each in context.command.params):
+        hint = f"It is called --{ours.replace('_', '-')}{how}."
     return K2Error(f"{option}: there is no such option.", hint=hint) if hint else None
 
 
@@ -214,11 +224,17 @@ def variant_of(turbo: bool | None) -> str | None:
     return None if turbo is None else "turbo" if turbo else "raw"
 
 
-def meant_by(word: str) -> str:
-    """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new."""
+def meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
+    """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new, or the rest of one.
+
+    words    all that stand there
+    prompts  those of -p
+    """
     from k2cli.project import Project
     from k2cli.tables import quote
 
+    if len(prompts) == 1:
+        return f"A prompt of several words stands in quotes: k2 render -p {quote(' '.join([*prompts, *words]))}"
     with suppress(K2Error):
         if (here := Project.around(Path.cwd())) and here.choose([word]):
             return f"The prompt of that name: k2 render --only {quote(word)}"

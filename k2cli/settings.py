@@ -138,13 +138,35 @@ def draw() -> int:
 
 FIELDS = {f.name: f for f in fields(Settings)}
 OTHERS = {  # what other tools call a setting: its name here, and in what it differs
-    **dict.fromkeys(("negative", "negative_prompt"), ("avoid", "")),
+    **dict.fromkeys(("negative", "negative_prompt", "no"), ("avoid", "")),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), ("guidance", ", and is 1 less than a CFG scale")),
     **dict.fromkeys(("width", "height"), ("size", ', of both sides: "320x192"')),
+    **dict.fromkeys(("ar", "aspect_ratio"), ("aspect", "")),
     **dict.fromkeys(("num_steps", "num_inference_steps"), ("steps", "")),
-    **dict.fromkeys(("batch_size", "num_images", "count"), ("batch", "")),
+    **dict.fromkeys(("batch_size", "num_images", "count", "n", "num", "repeat"), ("batch", "")),
+    **dict.fromkeys(("image", "img2img", "init", "init_img"), ("init_image", "")),
+    **dict.fromkeys(("inpaint", "mask_image"), ("mask", "")),
     **dict.fromkeys(("strength", "denoising_strength", "image_strength"), ("denoise", ", and 1 is all made anew")),
-    **dict.fromkeys(("checkpoint", "ckpt"), ("model", "")),
+    "iw": ("denoise", ", and less of it keeps more"),
+    **dict.fromkeys(("checkpoint", "ckpt", "niji", "v"), ("model", "")),
+}
+LARGER = "Nothing enlarges pictures; painted again, larger: k2 render --init-image PICTURE --size WxH --denoise 0.4"
+INSTEAD = {  # what k2 has for options of other tools that are none of its settings
+    **dict.fromkeys(("upscale", "hires"), LARGER),
+    **dict.fromkeys(("sref", "cref", "style_reference"), "Make a style of the picture: k2 style add NAME PICTURE"),
+    **dict.fromkeys(("s", "stylize", "sw"), "How strong a look is, is the weight of its style: --style NAME=0.6"),
+    **dict.fromkeys(("c", "chaos", "weird"), "Seeds differ more with --creativity high."),
+    **dict.fromkeys(("-o", "output", "outdir"), "Pictures go to outputs/, and their paths are printed."),
+    **dict.fromkeys(("tile", "tiling"), "No model here is told to make the edges of a picture meet."),
+}
+COMMANDS = {  # what k2 has for commands of other tools
+    "upscale": LARGER,
+    **dict.fromkeys(("vary", "remix"), "More like a picture: k2 render --like PICTURE"),
+    "reroll": "Other seeds: k2 render --seed random",
+    **dict.fromkeys(("generate", "imagine", "txt2img"), 'A prompt goes with -p: k2 render -p "a red fox"'),
+    "img2img": 'Begin with a picture: k2 render -p "a red fox" --init-image PICTURE',
+    "init": "A project is made by: k2 new NAME",
+    **dict.fromkeys(("style rm", "style remove", "style delete"), "Delete its file, styles/NAME.toml."),
 }
 HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     **{key: "It belongs below [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
@@ -156,6 +178,7 @@ HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     "turbo": 'Say variant = "turbo" below [render].',
     **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs into a style: styles/NAME.toml."),
     **{theirs: f"It is called {ours}{how}." for theirs, (ours, how) in OTHERS.items()},
+    **INSTEAD,
     "seeds": "Say seed, and batch for more; or a [[matrix]] of seed = [1, 5].",
 }
 

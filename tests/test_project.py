@@ -163,12 +163,30 @@ def test_what_is_to_be_avoided_adds_up(moody, k2):
         ("--strength", "It is called --denoise, and 1 is all made anew."),
         ("--lora", "It belongs into a style: styles/NAME.toml."),
         ("--mu", "It belongs below [render]."),
+        ("--ar", "It is called --aspect."),
+        ("--img2img", "It is called --init-image."),
+        ("--sref", "Make a style of the picture: k2 style add NAME PICTURE"),
+        ("-o", "Pictures go to outputs/, and their paths are printed."),
     ],
 )
 def test_an_option_of_another_tool_is_told_its_name(moody, k2, option, hint):
     refused = k2("render", option, "0.5", "--dry-run", code=2)
 
     assert refused.stderr == f"Error: {option}: there is no such option.\nHint:  {hint}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        (["vary", "a.png"], "More like a picture: k2 render --like PICTURE"),
+        (["upscale"], "Nothing enlarges pictures; painted again, larger: k2 render --init-image PICTURE"),
+        (["style", "rm", "dusk"], "Delete its file, styles/NAME.toml."),
+    ],
+)
+def test_a_command_of_another_tool_is_told_what_there_is(moody, k2, command, hint):
+    called = command[command[0] == "style"]
+    assert f"Error: No such command '{called}'. {hint}" in k2(*command, code=2).stderr
+    assert k2("rm", code=2).stderr.endswith("No such command 'rm'.\n")
 
 
 def test_an_option_of_another_command_or_of_none_is_no_other_tools(moody, k2):
@@ -384,6 +402,7 @@ text = "a bun"
             "It is called avoid.",
         ),
         ("[render]\ncfg_scale = 4\n", 'line 2: unknown key "cfg_scale" in [render].', "called guidance, and is 1 less"),
+        ("[[matrix]]\ncfg_scale = [4]\n", 'line 2: unknown key "cfg_scale" in [matrix].', "called guidance, and is"),
         ("[render]\nwidth = 256\n", 'line 2: unknown key "width" in [render].', 'of both sides: "320x192".'),
         (TWO + "cohesion = 1\n", 'line 7: unknown key "cohesion" in [prompt].', "It belongs below [render]."),
         (TWO + "[prompt.style]\ndusk = 3\n", 'line 8: "dusk" must lie between −2 and 2, not 3.0.', ""),
