@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from k2cli.prompts import Prompt
 from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, SheetForm, render
 from k2cli.settings import NONE, Settings
+from k2cli.signs import read_as_words
 from k2cli.tables import listed
 from model.errors import K2Error, count_of
 from model.picture_file import is_sheet, passed_over
@@ -36,7 +36,6 @@ from model.weighed import check_number
 
 CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
 LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
-FOREIGN = re.compile(r"<lora:[^<>]+>|\([^()]{1,200}:(?:\d|\d?\.\d+)\)")
 FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
 
 
@@ -297,8 +296,8 @@ def say_doubts(job: Job) -> None:
         say(far, "yellow")
     if until := never_guided(job):
         say(f"Guidance is off, so that guidance_until = {until:g} changes nothing.", "yellow")
-    if signs := foreign_signs(job):
-        say(f"{signs} is read as words: a style has a weight, and may name a LoRA.", "yellow")
+    if signs := read_as_words(text for shot in job.left for text in (shot.given, shot.spec.negative)):
+        say(signs, "yellow")
     if strange := undrawable(job):
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
@@ -322,12 +321,6 @@ def never_guided(job: Job) -> float | None:
         return None
     own = recommended(job.model.name, job.model.variant)["guidance"]
     return None if own and any(shot.spec.guidance is None for shot in job.left) else min(said)
-
-
-def foreign_signs(job: Job) -> str:
-    """What the first prompt that has some says in the signs of A1111 and those who read them: (words:1.3), <lora:…>."""
-    found = (FOREIGN.search(shot.given) for shot in job.left)
-    return next((sign[0] for sign in found if sign), "")
 
 
 def undrawable(job: Job) -> list[str]:

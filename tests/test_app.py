@@ -912,18 +912,16 @@ def test_models_are_listed_and_described(moody, k2):
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
 
-@pytest.mark.parametrize(
-    ("prompt", "signs"),
-    [
-        ("(a fox:1.4), <lora:ink:0.8>", "(a fox:1.4)"),
-        ("a fox <lora:ink:0.8>", "<lora:ink:0.8>"),
-        ("a fox (at 12:30)", ""),
-        ("a fox (red)", ""),
-    ],
-)
-def test_signs_of_other_tools_are_told(moody, k2, prompt, signs):
-    said = k2("render", "--dry-run", "-p", prompt).stderr
-    assert (f"{signs} is read as words: a style has a weight, and may name a LoRA." in said) is bool(signs)
+def test_signs_of_other_tools_are_told_once_of_prompts_and_of_what_they_avoid(moody, k2):
+    said = k2(
+        "render", "--dry-run", "-p", "a (fox:1.4), ((red)) --ar 3:2", "-p", "__animal__", "--avoid", "[snow]"
+    ).stderr
+    assert said.count("Read as words: ") == 1
+    assert (
+        "(fox:1.4), ((red)), [snow] (words have no weights, styles do: --style NAME=0.6); "
+        "--ar 3:2 (--aspect goes behind the prompt); __animal__ (choices stand in braces: {red|green})."
+    ) in said
+    assert "Read as words" not in k2("render", "--dry-run", "-p", "a {red|green} (sleepy) fox").stderr
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1b[2J", "a\n"])

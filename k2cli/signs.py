@@ -1,0 +1,66 @@
+"""What other tools read in a prompt as more than words, and k2 does not: found, and told with what there is here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from k2cli.settings import INSTEAD, OF_PROMPT, OTHERS
+from k2cli.tables import listed
+
+WEIGHED = "words have no weights, styles do: --style NAME=0.6"
+CHOSEN = "of {a|b} each is a prompt, none weighs more"
+TOLD = 3  # of the signs that mean the same
+LONGEST = 40  # characters of one that are shown
+
+SIGNS = {  # what it looks like: what to say here
+    r"<(?:lora|lyco|hypernet):[^<>]{1,200}>": "a style may name a LoRA: lora, in styles/NAME.toml",
+    r"\bembedding:\w{1,60}": "there are no embeddings, a style may name a LoRA",
+    r"__[\w/*-]{1,60}__": "choices stand in braces: {red|green}",
+    r"\$\{\w{1,60}": "there are no variables, choices stand in braces: {red|green}",
+    r"(?<![\w.])\d{1,3}(?:-\d{1,3})?\$\$": CHOSEN,
+    r"(?<![\w.])\d{0,3}\.?\d{1,3}::": CHOSEN,
+    r"\b\w{1,60}::(?=\s|$|-?\d)(?:-?\d{0,3}\.?\d{1,3})?": WEIGHED,
+    r"\\\([^()]{0,200}\\?\)": "brackets are words, and need no backslash",
+    r"\({2}[^()]{1,200}\){2}": WEIGHED,
+    r"\([^()]{0,200}(?:(?<!\d):\d|:\d?\.\d{1,3})\)": WEIGHED,
+    r"(?:\b\w{2,60}|\([^()]{1,200}\))\+{2,9}": WEIGHED,
+    r"\[[^\[\]|:]{0,200}(?::[^\[\]|:]{0,200}){1,2}:\d{0,3}\.?\d{1,3}\]": "no words come and go between the steps",
+    r"\[[^\[\]|]{0,200}:\d?\.?\d{1,3}\]": WEIGHED,
+    r"\[[^\[\]|]{1,200}\|[^\[\]]{1,200}\]": "choices stand in braces: {red|green}",
+    r"(?<![\"“])\[(?!sic\])[^\W\d][^\[\]\"”]{0,200}\]": WEIGHED,  # an editor's [sic], a shop's "[open]"
+    r"(?<![\w\"])BREAK(?![\w\"]|\s+[A-Z]{2})": "a prompt is read as a whole",  # no shouting: BREAK THE RULES
+    r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
+}
+OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =][\w.:]{1,60})?")
+ANY = re.compile("|".join(f"({sign})" for sign in SIGNS))
+
+
+@lru_cache(maxsize=1000)  # many pictures have the same
+def signs_of(text: str) -> dict[str, str]:
+    """What a prompt says in the signs of other tools, and what to say here."""
+    advice = list(SIGNS.values())
+    found = {short(sign[0]): advice[(sign.lastindex or 0) - 1] for sign in ANY.finditer(text)}
+    for option in OPTION.finditer(text):
+        key = option[1].replace("-", "_")
+        ours = key if key in OF_PROMPT else OTHERS.get(key, ("",))[0]
+        if ours:
+            found[short(option[0])] = f"--{ours.replace('_', '-')} goes behind the prompt"
+        elif key in INSTEAD:
+            found[short(option[0])] = INSTEAD[key].rstrip(".")
+    return found
+
+
+def short(sign: str) -> str:
+    return sign if len(sign) <= LONGEST else f"{sign[:LONGEST]}…"
+
+
+def read_as_words(texts: Iterable[str]) -> str:
+    """Which signs of other tools stand in these texts, in a sentence; nothing where none does."""
+    found: dict[str, dict[str, None]] = {}
+    for text in dict.fromkeys(texts):
+        for sign, advice in signs_of(text).items():
+            found.setdefault(advice, {})[sign] = None
+    told = "; ".join(f"{listed(list(signs), TOLD)} ({advice})" for advice, signs in found.items())
+    return told and f"Read as words: {told}."

@@ -1,0 +1,89 @@
+"""Signs of other tools are found in prompts, and plain text is none of them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from k2cli.signs import read_as_words, signs_of
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sign", "advice"),
+    [
+        ("a (fox:1.4) in snow", "(fox:1.4)", "words have no weights"),
+        ("a fox <lora:ink:0.8>", "<lora:ink:0.8>", "a style may name a LoRA"),
+        ("a fox, embedding:easy", "embedding:easy", "a style may name a LoRA"),
+        ("a __colors__ fox", "__colors__", "choices stand in braces"),
+        ("a ${colour} fox", "${colour", "there are no variables"),
+        ("a 2$$red fox", "2$$", "each is a prompt"),
+        ("a 0.5::red fox", "0.5::", "each is a prompt"),
+        ("a ((red)) fox", "((red))", "words have no weights"),
+        ("a [snowy] hill", "[snowy]", "words have no weights"),
+        ("a [red:1.3] fox", "[red:1.3]", "words have no weights"),
+        ("a [cat:dog:0.5]", "[cat:dog:0.5]", "no words come and go"),
+        ("a [cat|dog]", "[cat|dog]", "choices stand in braces"),
+        ("a red+++ fox", "red+++", "words have no weights"),
+        ("a (red fox)++", "(red fox)++", "words have no weights"),
+        ("a fox BREAK a hill", "BREAK", "read as a whole"),
+        ("a fox AND a hill", "AND", "read as a whole"),
+        (r"a fox \(animal\)", r"\(animal\)", "need no backslash"),
+        ("a teapot::2 on a hill", "teapot::2", "words have no weights"),
+        ("a fox --ar 3:2", "--ar 3:2", "--aspect goes behind the prompt"),
+        ("a fox —ar 3:2", "—ar 3:2", "--aspect goes behind the prompt"),
+        ("a fox --no text", "--no text", "--avoid goes behind the prompt"),
+        ("a fox --seed 3", "--seed 3", "--seed goes behind the prompt"),
+        ("a fox --cfg-scale 7", "--cfg-scale 7", "--guidance goes behind the prompt"),
+        ("a fox --iw 2", "--iw 2", "--denoise goes behind the prompt"),
+        ("a fox --v 6", "--v 6", "--model goes behind the prompt"),
+        ("a fox --niji", "--niji", "--model goes behind the prompt"),
+        ("a fox --s 250", "--s 250", "weight of its style"),
+        ("a fox --stylize 250", "--stylize 250", "weight of its style"),
+        ("a fox --chaos 10", "--chaos 10", "--creativity high"),
+        ("a fox --sref a.png", "--sref a.png", "k2 style add NAME PICTURE"),
+    ],
+)
+def test_a_sign_is_found_with_what_to_say_here(prompt, sign, advice):
+    ((found, told),) = signs_of(prompt).items()
+    assert found == sign and advice in told
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat (asleep)",
+        "rock and roll",
+        "SALT AND PEPPER",
+        "a sign that says BREAK THE RULES",
+        "a [sic] sign",
+        'a shop, "[open]" on its door',
+        "a book on C++",
+        "a clock (at 12:30)",
+        "the board says (Ajax 3:2)",
+        "page [3]",
+        "std::vector on a screen",
+        "a fox -- no, a dog",
+        "a fox—no, a dog",
+        "a fashion show —model and all",
+        "a well--known fox",
+        "a fox --of all things",
+        "snake_case and _emphasis_",
+        "it costs 2$",
+        "{curly} braces",
+    ],
+)
+def test_plain_text_is_no_sign(prompt):
+    assert signs_of(prompt) == {}
+
+
+def test_many_signs_that_mean_the_same_are_told_together():
+    told = read_as_words(["((a)) ((b)) ((c))", "((d)) ((a))", f"(({'e' * 99}))"])
+    assert told.startswith("Read as words: ((a)), ((b)), ((c)) and 2 more (words have no weights") and len(told) < 120
+
+
+@pytest.mark.parametrize("bit", ["(", "[", "_", "__a", "a", "a::", "[a:", "(a", "\\(", "1", "--a", "$", "+", "<lora:"])
+def test_no_text_takes_long(bit):
+    started = time.perf_counter()
+    signs_of(bit * (20_000 // len(bit)))
+    assert time.perf_counter() - started < 1
