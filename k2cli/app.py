@@ -19,6 +19,7 @@ from k2cli.options import (
     ALLOWED,
     AvoidOption,
     BatchOption,
+    Commands,
     CreativityOption,
     DenoiseOption,
     DeviceOption,
@@ -79,7 +80,7 @@ class Root(Group):
 
 
 # Typer's rich help costs more than the rest of `k2 --help` together, so help is plain.
-app = typer.Typer(
+app = Commands(
     cls=Root,
     invoke_without_command=True,
     rich_markup_mode=None,

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from k2cli.complete import complete_model
-from k2cli.options import AcceptOption, Group, JsonOption, PrecisionOption, QuietOption, to_json
+from k2cli.options import AcceptOption, Commands, Group, JsonOption, PrecisionOption, QuietOption, to_json
 from model.errors import K2Error
 
 # What ends so is meant to be a file, be it misspelt or of another format.
 NO_FOLDER = (".safetensors", ".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
-models_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+models_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 
 @models_app.command("list")

@@ -8,19 +8,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from k2cli.complete import complete_model, complete_prompt, complete_setting
 from model.errors import K2Error
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection
 
     from k2cli.folder import Folder
     from k2cli.matrix import Matrix
@@ -73,6 +74,49 @@ class Group(TyperGroup):
 
             show_error(problem)
             raise typer.Exit(2) from None
+
+
+class Command(TyperCommand):
+    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            said, _, order = self.make_parser(ctx).parse_args(args=[*args])
+            compares = any(option.name == "matrix" for option in self.params)
+            if not said.get("quiet") and (twice := given_twice(said, order, compares)):
+                from k2cli.console import say
+
+                say(twice, "yellow")
+        return super().parse_args(ctx, args)
+
+
+class Commands(typer.Typer):
+    """An app whose commands are of that class."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=Command, **settings)
+
+
+def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -> str:
+    """Which options of one value came more than once, in a sentence; nothing where none did.
+
+    said      the values by the options' names
+    order     the parameters as they came
+    compares  whether the command has a --matrix
+    """
+    from k2cli.matrix import AXES
+
+    told = []
+    for option, times in Counter(order).items():
+        both_ways = getattr(option, "secondary_opts", [])  # --turbo/--raw
+        if times == 1 or option.param_type_name != "option" or option.multiple or (option.is_flag and not both_ways):
+            continue
+        value = said[option.name]
+        last = value if isinstance(value, str) else (option.opts if value else both_ways)[0]
+        often = "twice" if times == 2 else f"{times} times"
+        compare = f", and --matrix {option.name}=V,V compares" if compares and option.name in AXES else ""
+        told.append(f"{option.opts[0]} is given {often}: {last} counts{compare}.")
+    return " ".join(told)
 
 
 def as_ours(error: Exception) -> K2Error | None:

@@ -10,6 +10,7 @@ import typer
 
 from k2cli.complete import complete_method, complete_style, complete_weight
 from k2cli.options import (
+    Commands,
     DenoiseOption,
     DeviceOption,
     EmbedOption,
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from k2cli.prompts import Prompt
     from k2cli.styles import StyleFile, Styles
 
-style_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
-moodboard_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+style_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+moodboard_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a style of this name.")]
 

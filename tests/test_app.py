@@ -912,6 +912,28 @@ def test_models_are_listed_and_described(moody, k2):
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--seed", "7", "--seed", "9"), "--seed is given twice: 9 counts, and --matrix seed=V,V compares.\n"),
+        (("--seed=7", "-n", "2", "--batch", "3", "-n1"), "--batch is given 3 times: 1 counts.\n"),
+        (("--turbo", "--raw"), "--turbo is given twice: --raw counts.\n"),
+        (("--project", ".", "--project", "../moody"), "--project is given twice: ../moody counts.\n"),
+        (("-p", "a fox", "-p", "an owl", "--json", "--json", "--style", "dusk=0", "--style", "sea=0"), ""),
+        (("--seed", "7", "--seed", "9", "--quiet"), ""),
+    ],
+)
+def test_an_option_that_comes_twice_is_told(moody, k2, arguments, told):
+    (moody / "styles").mkdir()
+    for name in ("dusk", "sea"):
+        (moody / "styles" / f"{name}.toml").write_text('keywords = ["dusk"]\n')
+    assert k2("render", "--dry-run", *arguments).stderr == told
+    for command in (("log",), ("models", "list"), ("style", "list")):
+        said = k2(*command, "--project", ".", "--project", ".", code=2 if command[0] == "models" else 0).stderr
+        assert ("--project is given twice: . counts.\n" in said) is (command[0] != "models")
+    assert "matrix" not in k2("mix-styles", "dusk=1", "--seed", "1", "--seed", "2").stderr
+
+
 def test_signs_of_other_tools_are_told_once_of_prompts_and_of_what_they_avoid(moody, k2):
     said = k2(
         "render", "--dry-run", "-p", "a (fox:1.4), ((red)) --ar 3:2", "-p", "__animal__", "--avoid", "[snow]"
