@@ -30,7 +30,7 @@ from k2cli.tables import listed
 from model.errors import K2Error, count_of
 from model.picture_file import is_sheet, passed_over
 from model.region import Region
-from model.spec import Leader, denoise_of, steps_taken
+from model.spec import Leader, denoise_of, steps_guided, steps_taken
 from model.vocabulary import vocabulary
 from model.weighed import check_number
 
@@ -62,7 +62,7 @@ def plan_project(
             say("Nothing begins with a picture, so that denoise changes nothing.", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
-        for doubt in (*idle(settings, shots), *misbegun(job)):
+        for doubt in (*idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
             say(doubt, "yellow")
     return job
 
@@ -111,6 +111,32 @@ def misbegun(job: Job) -> Iterator[str]:
     for region in {Region.read(spec.mask): None for spec in begun if isinstance(spec.mask, str)}:
         if region and min(region.width, region.height) < step:
             yield f"The region {region} is narrower than {step} pixels: expect little to change in it, or nothing."
+
+
+def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
+    """Of shares of the steps that a matrix compares: that several come to as many."""
+    axes = {key for matrix in matrices for key in ("denoise", "guidance_until") if key in matrix.axes}
+    if not axes:  # nor need the model's headers be read
+        return
+    own = recommended(job.model.name, job.model.variant)
+    shares: dict[tuple[str, str, int, int], dict[str, None]] = {}
+    for shot in job.shots:
+        spec = shot.spec
+        steps = taken = spec.steps or own["steps"]
+        if spec.init_image:
+            denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
+            taken = steps_taken(denoise, steps)
+            shares.setdefault((shot.given, "denoise", steps, taken), {})[f"{denoise:g}"] = None
+        if spec.guidance_until and (own["guidance"] if spec.guidance is None else spec.guidance):
+            guided = steps_guided(spec.guidance_until, taken)
+            shares.setdefault((shot.given, "guidance_until", taken, guided), {})[f"{spec.guidance_until:g}"] = None
+    told: dict[str, None] = {}
+    for (_, key, steps, count), (*values, last) in shares.items():
+        if key in axes and values:
+            how = "taken" if key == "denoise" else "guided"
+            those = f"{key} {', '.join(values)} and {last}"
+            told[f"Of {count_of(steps, 'step')} {count} are {how} by {those}: these pictures are the same."] = None
+    yield from told
 
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:

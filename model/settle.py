@@ -24,6 +24,7 @@ from model.spec import (
     RenderSpec,
     Style,
     denoise_of,
+    steps_guided,
     steps_taken,
 )
 from model.splice import LEAK_GUARD
@@ -70,7 +71,7 @@ class Settled(RenderSpec):
     def end_of_guidance(self) -> int:
         """The first step that takes its prompt's branches alone; those that are taken before it are guided."""
         taken = self.steps - self.first_step
-        return self.first_step + math.ceil(round((self.guidance_until or 0) * taken, 6))
+        return self.first_step + steps_guided(self.guidance_until or 0, taken)
 
 
 def settle(spec: RenderSpec, able: Able) -> Settled:

@@ -32,6 +32,11 @@ def steps_taken(denoise: float, steps: int) -> int:
     return max(math.floor(round(denoise * steps, 6) + 0.5), 1)
 
 
+def steps_guided(until: float, taken: int) -> int:
+    """How many of the steps that are taken are guided: no fewer than that share."""
+    return math.ceil(round(until * taken, 6))
+
+
 @dataclass(frozen=True)
 class Reference:
     """One reference picture of a style; weight −2 … 2 within its style."""

@@ -534,6 +534,21 @@ def test_what_may_not_be_meant_is_told(begun, k2):
     assert not any(each in quiet for each in (nothing, scaled, narrow))
 
 
+def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
+    def told(*options: str) -> str:
+        said = k2("render", *options, "--dry-run").stderr
+        return "".join(line for line in said.splitlines(True) if "these pictures are the same" in line)
+
+    same = "Of 8 steps 4 are taken by denoise 0.45, 0.5 and 0.55: these pictures are the same.\n"
+    assert told("--matrix", "denoise=0.45,0.5,0.55,1", "--steps", "8") == same
+    assert told("--matrix", "denoise=0.45,0.5,0.55", "--matrix", "steps=8,40") == same
+    assert told("--matrix", "denoise=0.45,0.5,0.55", "--steps", "8", "--init-image", "none") == ""
+    guided = "Of 4 steps 2 are guided by guidance_until 0.4 and 0.5: these pictures are the same.\n"
+    assert told("--matrix", "guidance_until=0.4,0.5,1", "--steps", "4", "--only", "an-owl-at-night") == guided
+    assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
+    assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
+
+
 def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
     """A strip longer than pictures may be, and what a size that was said otherwise leaves of a picture."""
 
