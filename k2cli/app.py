@@ -407,11 +407,7 @@ def render(
         for each in opened:
             wanted = prompts if prompts is not None else each.choose(only) if only else None
             axes = compared or (each.comparing(wanted) if prompts is None and like is None else ())
-            settled = each.settle(**settings)
-            if stream and prompts:  # what a line says was said last
-                settled = settled.yielding_to(prompts[0].settings)
-                styles = {name: weight for name, weight in styles.items() if name not in prompts[0].style}
-            jobs.append(plan_project(each, settled, wanted, styles, axes, quiet=quiet))
+            jobs.append(plan_project(each, each.settle(**settings), wanted, styles, axes, quiet=quiet))
         return jobs
 
     def tell_of_example(job: Job) -> None:

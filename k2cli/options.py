@@ -371,15 +371,23 @@ def read_weights(texts: Sequence[str], option: str) -> dict[str, float]:
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts of the command line and of standard input; None where neither was used."""
     from k2cli.prompts import typed
+    from k2cli.stream import asked_by
 
-    lines = [*texts]
+    prompts = [typed(text) for text in texts]
     if stdin:
         if sys.stdin.isatty():
             typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
-        lines += [line for line in re.split(r"\r\n?|\n", read_input()) if line.strip()]
-        if not lines:
+        lines = enumerate((line.strip() for line in re.split(r"\r\n?|\n", read_input())), 1)
+        said = {number: asked_by(line, f"Line {number}") for number, line in lines if line}
+        if not (said or texts):
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
-    return [typed(line) for line in lines] if texts or stdin else None
+        taken: set[str] = set()
+        for number, name in ((number, prompt.name) for number, prompt in said.items() if prompt.name):
+            if name.casefold() in taken:
+                raise K2Error(f'Line {number}: another prompt is named "{name}".', hint="Give each its own name.")
+            taken.add(name.casefold())
+        prompts += said.values()
+    return prompts if texts or stdin else None
 
 
 def read_input() -> str:

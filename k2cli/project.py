@@ -246,21 +246,25 @@ class Project(Folder):
             raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
         readings = spread(self.prompts if prompts is None else prompts)
         settled = settled_by(settings.elsewhere, styles or {})
-        typed = {key: getattr(settings, key) for key in settings.elsewhere}
         grid = models.grid(settings.model, settings.variant)
-        looks = cache(lambda asked: self.looks(settings, dict(asked), styles or {}))  # many ask for the same weights
+        looks = cache(lambda asked, here: self.looks(settings, dict(asked), dict(here)))  # many ask for the same
         alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
         for prompt, cells in compare(readings, matrices, settled) if matrices else alone:
+            here, weights = settings.elsewhere, styles or {}
+            if prompt.last:
+                here = settings.yielding_to(prompt.settings).elsewhere
+                weights = {name: weight for name, weight in weights.items() if name not in prompt.style}
             own = {**prompt.settings, "batch": 1} if matrices else prompt.settings  # a cell is one picture ...
             wanted = settings.over(own, {key: prompt.where(key) for key in own})
-            wanted = wanted.over(typed, settings.elsewhere)  # ... unless more are asked for here and now
+            wanted = wanted.over({key: getattr(settings, key) for key in here}, here)  # ... unless more are asked for
             asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
             for name, cell in cells:
                 made = wanted.over(cell.settings, dict.fromkeys(cell.settings, cell.where))
                 axes = {style: (weight, cell.where) for style, weight in cell.styles.items()}
-                series = self.series(prompt, name, made, looks(tuple((asked | axes).items())), cell, grid)
+                styled = looks(tuple((asked | axes).items()), tuple(weights.items()))
+                series = self.series(prompt, name, made, styled, cell, grid)
                 shots += series
                 letters += len(series) * weigh(series[0])
             if len(shots) > MOST:

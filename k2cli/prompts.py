@@ -29,6 +29,7 @@ class Prompt:
     settings: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # of OF_PROMPT
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
+    last: bool = field(default=False, metadata=NO_KEY)  # it was said after the command line, and goes before that
 
     def where(self, *path: str) -> str:
         """Where a key of it was written, for messages."""

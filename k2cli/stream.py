@@ -7,17 +7,20 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import typer
 
 from k2cli.console import result, show_error
 from k2cli.options import as_problem, decoded, to_json
-from k2cli.prompts import Prompt, read_prompts, typed
-from k2cli.tables import Place, Toml, check_numbers
+from k2cli.prompts import WORDS, Prompt, read_prompts, typed
+from k2cli.settings import HOMES, OF_PROMPT
+from k2cli.tables import Place, Toml, check_keys, check_numbers
 from model.errors import K2Error
 
 OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
 KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
+KNOWN = (*KEYS, *(key for key in (*WORDS, *OF_PROMPT) if key not in KEYS.values()))
 
 
 def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
@@ -52,7 +55,7 @@ def text_of(line: str) -> str:
     return line
 
 
-def asked_by(line: str) -> Prompt:
+def asked_by(line: str, called: str = "The line") -> Prompt:
     """What a line asks for: a prompt, or a JSON object of what a [[prompt]] may say. Raises K2Error."""
     if not OBJECT.match(line):
         return typed(line)
@@ -61,13 +64,15 @@ def asked_by(line: str) -> Prompt:
         check_numbers(said)
     except (ValueError, RecursionError) as error:
         hint = 'Like {"prompt": "a red fox", "seed": 4}.'
-        raise K2Error(f"The line is no JSON: {error}.", hint=hint) from None
+        raise K2Error(f"{called} is no JSON: {error}.", hint=hint) from None
     for key, own in KEYS.items():
         if key in said and own in said:
-            raise K2Error(f'The line: "{key}" and "{own}" are the same.', hint="Keep the one or the other.")
+            raise K2Error(f'{called}: "{key}" and "{own}" are the same.', hint="Keep the one or the other.")
+    place = Place(Toml("", called))  # [[prompt]]'s own names are taken, too, and not advised
+    check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN, place, HOMES)
     entry = {"text": ""} | {KEYS.get(key, key): value for key, value in said.items()}
-    (prompt,) = read_prompts([entry], Place(Toml("", "The line")))
-    return prompt
+    (prompt,) = read_prompts([entry], place)
+    return replace(prompt, last=True)
 
 
 def lines() -> Iterator[str]:

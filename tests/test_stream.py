@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import write_weights
@@ -130,6 +131,35 @@ def test_another_model_is_loaded_for_the_line_after(moody, k2, monkeypatch, fake
     assert [variant for _, variant, *_ in fake.loaded] == [None, "turbo"]
 
 
+def test_lines_of_a_run_may_be_objects_too(dusky, k2, fake):
+    """Each says its own, and goes before the command line, as in a stream."""
+    said = '{"prompt": "a pear", "seed": 40, "styles": {"dusk": -1}}\n\ntea\n{"prompt": "a fig", "size": "64x96"}\n'
+    typed = ("--seed", "3", "--size", "96x64", "--style", "dusk=1")
+
+    made = k2("render", "-", *typed, "-p", "a plum", input=said).stdout.splitlines()
+
+    assert [(spec.prompt, spec.seed, spec.width, spec.negative) for spec in fake.seen] == [
+        ("a plum, film grain", 3, 96, ""),
+        ("a pear", 40, 96, "film grain"),
+        ("tea, film grain", 3, 96, ""),
+        ("a fig, film grain", 3, 64, ""),
+    ]
+    assert {Path(path).parent.name for path in made} == {"0001-a-plum-and-3-more"}
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ('tea\n\n{"prompt": "a pear", "sed": 1}', 'Line 3: unknown key "sed".'),
+        ('{"prompt": "a pear"', "Line 1 is no JSON"),
+        ('{"prompt": "a pear", "name": "a"}\n{"prompt": "a fig", "name": "A"}', 'Line 2: another prompt is named "A".'),
+        ('{"prompt": "a pear", "size": "3x3"}', "Line 1: 3x3 is no size"),
+    ],
+)
+def test_a_line_of_a_run_that_is_wrong_is_named(moody, k2, fake, said, error):
+    assert error in k2("render", "-", input=said, code=1).stderr and fake.seen == []
+
+
 def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
     """It was said last, so that it goes before the command line."""
     asks(
@@ -153,7 +183,9 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
 @pytest.mark.parametrize(
     ("line", "said", "hint"),
     [
-        ('{"prompt": "tea", "sed": 4}', 'The line: unknown key "sed" in [prompt].', 'Did you mean "seed"?'),
+        ('{"prompt": "tea", "sed": 4}', 'The line: unknown key "sed".', 'Did you mean "seed"?'),
+        ('{"prompt": "tea", "foo": 4}', 'The line: unknown key "foo".', "Known: prompt, styles, name, avoid, batch"),
+        ('{"prompt": "tea", "cfg": 4}', 'The line: unknown key "cfg".', "It is called guidance, and is 1 less"),
         ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must lie between', 'Or "random"'),
         ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
         ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", "The line is no JSON: a whole number has more than", "Like"),
@@ -237,7 +269,7 @@ def test_lines_are_what_stands_between_breaks_and_an_empty_one_is_answered(moody
 def test_input_is_utf_8_or_else_in_the_encoding_here(moody, said, encoding):
     """Windows speaks cp1252 to pipes, and programs at their other ends UTF-8."""
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    for how in ("--stream",) if said.startswith("{") else ("--stream", "-"):
+    for how in ("--stream", "-"):
         line = [sys.executable, "-m", "k2cli", "render", how, "--dry-run", "--json"]
         done = subprocess.run(line, input=said.encode(encoding), capture_output=True, check=True, env=environment)
 
