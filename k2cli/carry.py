@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import typer
@@ -161,7 +162,8 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
-                result(to_json(about | asked | {"model": used, "of": next(of)}))
+                doubts = {"of": next(of), "warnings": doubts_of(shot, job)}
+                result(to_json(about | asked | {"model": used, **doubts}))
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
@@ -232,6 +234,7 @@ def carry(
     total, done, kept_back, folder = len(job.left), 0, 0, None
     begun: list[Path] = []  # the run's folder
     told: set[str] = set()  # prompts
+    shots = {shot.stem: shot for shot in job.left}
     try:
         before = "" if crew else "loading the model"  # whose steps nobody hears of
         with meter(total, quiet=quiet, before=before) as bar:
@@ -243,7 +246,8 @@ def carry(
                 if done == 1 and not quiet:
                     for lora in saved.record.get("lora") or ():
                         say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
-                tell(saved, told, next(of), as_json=as_json, quiet=quiet)
+                doubts = doubts_of(shots[saved.stem], job) if as_json else []
+                tell(saved, told, next(of), doubts, as_json=as_json, quiet=quiet)
                 kept_back += bool(saved.record["blocked"])
     except (KeyboardInterrupt, BrokenPipeError) as reason:
         interrupted = isinstance(reason, KeyboardInterrupt)
@@ -268,17 +272,19 @@ def carry(
     return folder
 
 
-def tell(saved: Saved, told: set[str], of: list[int], *, as_json: bool, quiet: bool) -> None:
+def tell(saved: Saved, told: set[str], of: list[int], doubts: Sequence[str], *, as_json: bool, quiet: bool) -> None:
     """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind. That it was
     blocked is said even if all else is quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
-    if asked["unread"] and not quiet and asked["text"] not in told:
+    unread = f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.' if asked["unread"] else ""
+    if unread and not quiet and asked["text"] not in told:
         told.add(asked["text"])
-        say(f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.', "yellow")
+        say(unread, "yellow")
     if blocked:
         say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
     if as_json:
-        result(to_json({"file": None if blocked else near(saved.path), **saved.record, "of": of}))
+        beside = {"of": of, "warnings": [*doubts, *filter(None, [unread])]}
+        result(to_json({"file": None if blocked else near(saved.path), **saved.record, **beside}))
     elif not blocked:
         result(near(saved.path))
 
@@ -324,9 +330,14 @@ def say_doubts(job: Job) -> None:
         say(f"Guidance is off, so that guidance_until = {until:g} changes nothing.", "yellow")
     if signs := read_as_words(text for shot in job.left for text in (shot.given, shot.spec.negative)):
         say(signs, "yellow")
-    if strange := undrawable(job):
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        say(f'Nothing that mini can draw is in "{strange[0]}"{more}; what it can: k2 models vocabulary', "yellow")
+    if strange := list(dict.fromkeys(shot.given for shot in job.left if shows_else(shot, job))):
+        say(nothing_in(strange), "yellow")
+
+
+def doubts_of(shot: Shot, job: Job) -> list[str]:
+    """What is told of a picture's prompt before it is made."""
+    strange = nothing_in([shot.given]) if shows_else(shot, job) else ""
+    return [*filter(None, (read_as_words([shot.given, shot.spec.negative]), strange))]
 
 
 def far_off(job: Job) -> str:
@@ -349,12 +360,19 @@ def never_guided(job: Job) -> float | None:
     return None if own and any(shot.spec.guidance is None for shot in job.left) else min(said)
 
 
-def undrawable(job: Job) -> list[str]:
-    """Prompts in which the weights in the box find nothing to draw; a LoRA may have taught them something."""
-    if job.model.name != "mini":
-        return []
-    prompts = dict.fromkeys(shot.given for shot in job.left if not shot.spec.adapters)
-    return [prompt for prompt in prompts if prompt.strip() and not vocabulary().draws(prompt)]
+def shows_else(shot: Shot, job: Job) -> bool:
+    """Whether the weights in the box find nothing to draw in a prompt; a LoRA may have taught them something."""
+    return job.model.name == "mini" and not shot.spec.adapters and not is_drawn(shot.given)
+
+
+@lru_cache(maxsize=1000)  # many pictures have the same
+def is_drawn(prompt: str) -> bool:
+    return not prompt.strip() or vocabulary().draws(prompt)
+
+
+def nothing_in(prompts: Sequence[str]) -> str:
+    more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+    return f'Nothing that mini can draw is in "{prompts[0]}"{more}; what it can: k2 models vocabulary'
 
 
 def go_on(job: Job, folder: Path) -> str:

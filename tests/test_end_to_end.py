@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -272,6 +273,8 @@ def test_what_a_prompt_has_too_many_of_is_said_once_and_recorded(den, k2):
     assert made.stderr.count('The last 3 tokens of "') == 1 and "too many: unread" in made.stderr
     assert [record(line)["prompt"]["unread"] for line in made.stdout.split()] == [3, 3]
     assert k2("render", "-p", long, "--batch", "1", "--steps", "1", "--quiet").stderr == ""
+    (answer,) = k2("render", "-p", long, "--batch", "1", "--steps", "1", "--quiet", "--json").stdout.splitlines()
+    assert json.loads(answer)["warnings"][0].startswith("The last 3 tokens of")
     assert "unread" not in made_of("a red fox", k2)["prompt"]
 
 

@@ -153,19 +153,22 @@ def test_json_is_json_whatever_the_encoding(moody, encoding):
 
 @pytest.mark.parametrize("asked", [[], ["--style", "dusk=0.5", "--cohesion", "0.5", "--matrix", "steps=2,3"]])
 def test_a_record_as_json_is_what_its_render_printed(moody, k2, asked):
-    """With every key that TOML, which has no null, leaves out; which of how many it was is the run's alone."""
+    """With every key that TOML, which has no null, leaves out; which of how many it was, and what was told of its
+    prompt, is the run's alone."""
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
     rendered = k2("render", *asked, "--json").stdout
 
+    alone = {"of": None, "warnings": None}
+
     def objects(text: str) -> list[dict]:
         found = [json.loads(line) for line in text.splitlines()]
-        return sorted(({**each, "of": None} for each in found), key=lambda each: each["file"])
+        return sorted((each | alone for each in found), key=lambda each: each["file"])
 
     assert objects(k2("log", "--json").stdout) == objects(rendered)
     first = objects(rendered)[0]
     shown = json.loads(k2("show", first["file"], "--json").stdout)
-    assert {"file": first["file"], "of": None, **shown} == first
+    assert {"file": first["file"], **alone, **shown} == first
 
 
 def test_of_several_pictures_what_is_different_is_shown(moody, k2):

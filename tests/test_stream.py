@@ -227,6 +227,17 @@ def test_of_several_pictures_each_says_which_of_how_many_it_is(moody, k2, asks, 
     assert [json.loads(answer)["of"] for answer in said] == [[1, 4], [2, 4], [3, 4], [4, 4], [1, 2], [2, 2]]
 
 
+@pytest.mark.parametrize("how", [("--stream",), ("--stream", "--dry-run"), ("-",), ("-", "--dry-run")])
+def test_what_is_told_of_a_prompt_stands_in_its_object(moody, k2, how):
+    """A program that wants no words on standard error hears of it, too; each of its own."""
+    said = k2("render", *how, "--json", "--quiet", input="a fox\na ((red)) fox\na zebu\n")
+
+    fox, red, zebu = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
+    assert fox == [] and said.stderr == "" and zebu[0].startswith('Nothing that mini can draw is in "a zebu";')
+    assert red == ["Read as words: ((red)) (words have no weights, styles do: --style NAME=0.6)."]
+    assert not any("warnings" in path.read_text() for path in moody.glob("outputs/*/*.toml"))
+
+
 def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
     asks("{|}", "tea")
 
