@@ -191,7 +191,12 @@ AcceptOption = Annotated[
 ]
 OnlyOption = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="NAME", help="The project's prompt of this name.", autocompletion=complete_prompt),
+    typer.Option(
+        "--only",
+        metavar="NAME",
+        help="The project's prompt of this name, or all of 'fo*'.",
+        autocompletion=complete_prompt,
+    ),
 ]
 TurboOption = Annotated[
     bool | None,

@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
@@ -204,17 +205,21 @@ class Project(Folder):
         return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
-        """The project's prompts of these names, as --only gives them, in their order of the file."""
-        names = [unicodedata.normalize("NFC", name) for name in names]  # as theirs are
+        """The project's prompts of these names, as --only gives them, in their order of the file: each may be a
+        pattern, or several, parted by commas. A reading of a prompt that is chosen itself is not chosen again."""
+        asked = [name.strip() for several in names for name in several.split(",")]
         known = {name: prompt for prompt, name in name_files(self.prompts)}
-        read = {prompt.name: replace(prompt, text=escape(prompt.text)) for prompt, _ in spread(self.prompts)}
-        known |= {name: prompt for name, prompt in read.items() if name not in known and name in names}
-        for name in names:
-            if name not in known:
+        read = {prompt.name: (replace(prompt, text=escape(prompt.text)), base) for prompt, base in spread(self.prompts)}
+        chosen: set[str] = set()
+        for name in asked:
+            found = {each for each in (*known, *read) if fnmatchcase(folded(each), folded(name))}
+            if not found:
                 raise K2Error(
                     f'--only: {self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
                 )
-        return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in names)
+            chosen |= found
+        known |= {name: prompt for name, (prompt, base) in read.items() if name not in known and base not in chosen}
+        return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in chosen)
 
     def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
         """The matrices that are about these of the project's prompts, or about any; without one they are batches."""
@@ -358,6 +363,11 @@ class Head:
     """[project]"""
 
     name: str = ""
+
+
+def folded(name: str) -> str:
+    """A prompt's name, or a pattern of such, as no two are alike."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def weigh(shot: Shot) -> int:

@@ -289,6 +289,7 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
     assert led("--cohesion", "0") == [()] * 4
     assert led("--scope", "run", "--only", "fox") == [fox] * 2
     assert led("--scope", "run", "--only", "owl") == [fox] * 2  # as when all were rendered
+    assert led("--scope", "run", "--only", "o*") == [fox] * 2
     assert led("--scope", "run", "--only", "owl", "--seed", "9") == [fox] * 2  # another owl among the others
     assert led("--scope", "run", "--only", "fox", "--seed", "9") == [fox] * 2
     assert led("--scope", "run", "--seed", "9") == [("a red fox", 9, "")] * 4

@@ -330,6 +330,26 @@ def test_an_aspect_keeps_the_pixels_of_the_models_own_size(moody):
     assert (spec.width, spec.height) == (176, 96)  # 128 x 128 in 16:9, in steps of 16
 
 
+@pytest.mark.parametrize(
+    ("only", "chosen"),
+    [
+        (["ban-*"], ["ban-red", "Ban-blue"]),
+        (["BAN-B*"], ["Ban-blue"]),
+        (["car-*"], ["car-green", "car-grey"]),
+        (["car*", "ban-red"], ["ban-red", "car"]),
+        (["car", "car-green"], ["car"]),
+        (["car-gre[!y]*, ban-?ed"], ["ban-red", "car-green"]),
+        (["*"], ["ban-red", "Ban-blue", "car"]),
+    ],
+)
+def test_prompts_are_chosen_by_patterns_and_lists(moody, only, chosen):
+    names = {"ban-red": "a flag", "Ban-blue": "a flag", "car": "a {green|grey} car"}
+    tables = (f'[[prompt]]\nname = "{name}"\ntext = "{text}"\n' for name, text in names.items())
+    (moody / "k2.toml").write_text("".join(tables))
+
+    assert [prompt.name for prompt in Project.open(moody).choose(only)] == chosen
+
+
 def test_prompts_are_chosen_by_name(moody):
     project = Project.open(moody)
 
@@ -337,6 +357,8 @@ def test_prompts_are_chosen_by_name(moody):
     with pytest.raises(K2Error, match='no prompt named "fix"') as error:
         project.choose(["fix"])
     assert error.value.hint == 'Did you mean "fox"?'
+    with pytest.raises(K2Error, match=r'no prompt named "cat\*"'):
+        project.choose(["fox,cat*"])
 
 
 TWO = """[[prompt]]
