@@ -18,7 +18,7 @@ SIGNS = {  # what it looks like: what to say here
     r"<(?:lora|lyco|hypernet):[^<>]{1,200}>": "a style may name a LoRA: lora, in styles/NAME.toml",
     r"\bembedding:\w{1,60}": "there are no embeddings, a style may name a LoRA",
     r"__[\w/*-]{1,60}__": "choices stand in braces: {red|green}",
-    r"\$\{\w{1,60}": "there are no variables, choices stand in braces: {red|green}",
+    r"\$\{\w{1,60}\}?": "there are no variables, choices stand in braces: {red|green}",
     r"(?<![\w.])\d{1,3}(?:-\d{1,3})?\$\$": CHOSEN,
     r"(?<![\w.])\d{0,3}\.?\d{1,3}::": CHOSEN,
     r"\b\w{1,60}::(?=\s|$|-?\d)(?:-?\d{0,3}\.?\d{1,3})?": WEIGHED,

@@ -16,7 +16,7 @@ from k2cli.signs import read_as_words, signs_of
         ("a fox <lora:ink:0.8>", "<lora:ink:0.8>", "a style may name a LoRA"),
         ("a fox, embedding:easy", "embedding:easy", "a style may name a LoRA"),
         ("a __colors__ fox", "__colors__", "choices stand in braces"),
-        ("a ${colour} fox", "${colour", "there are no variables"),
+        ("a ${colour} fox", "${colour}", "there are no variables"),
         ("a 2$$red fox", "2$$", "each is a prompt"),
         ("a 0.5::red fox", "0.5::", "each is a prompt"),
         ("a ((red)) fox", "((red))", "words have no weights"),
