@@ -33,7 +33,7 @@ SIGNS = {  # what it looks like: what to say here
     r"(?<![\w\"])BREAK(?![\w\"]|\s+[A-Z]{2})": "a prompt is read as a whole",  # no shouting: BREAK THE RULES
     r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
 }
-OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =][\w.:]{1,60})?")
+OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =][^\s,]{1,60})?")
 ANY = re.compile("|".join(f"({sign})" for sign in SIGNS))
 
 
@@ -44,9 +44,9 @@ def signs_of(text: str) -> dict[str, str]:
     found = {short(sign[0]): advice[(sign.lastindex or 0) - 1] for sign in ANY.finditer(text)}
     for option in OPTION.finditer(text):
         key = option[1].replace("-", "_")
-        ours = key if key in OF_PROMPT else OTHERS.get(key, ("",))[0]
+        ours, how = (key, "") if key in OF_PROMPT else OTHERS.get(key, ("", ""))
         if ours:
-            found[short(option[0])] = f"--{ours.replace('_', '-')} goes behind the prompt"
+            found[short(option[0])] = f"--{ours.replace('_', '-')} goes behind the prompt{how}"
         elif key in INSTEAD:
             found[short(option[0])] = INSTEAD[key].rstrip(".")
     return found
