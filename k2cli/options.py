@@ -226,7 +226,7 @@ StyleGuidanceOption = Annotated[
 ]
 InitImageOption = Annotated[
     Path | None,
-    typer.Option("--init-image", metavar="PICTURE", help="Begin with this picture, or with none."),
+    typer.Option("--init-image", metavar="PICTURE", help="Begin with this one, or, by 'none', with noise after all."),
 ]
 DenoiseOption = Annotated[
     float | None, typer.Option("--denoise", metavar="D", help="How much of it is made anew, up to 1: all.")
@@ -238,7 +238,10 @@ MaskOption = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", metavar="MODEL", help="A name, a folder, a .safetensors file.", autocompletion=complete_model
+        "--model",
+        metavar="MODEL",
+        help="A name, a folder, a .safetensors or .gguf file.",
+        autocompletion=complete_model,
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps.")]
@@ -249,11 +252,11 @@ def choice(key: str, metavar: str, help: str) -> Any:
     return typer.Option(f"--{key}", metavar=metavar, help=help, autocompletion=complete_setting(key))
 
 
-ScopeOption = Annotated[str | None, choice("scope", "S", "Whose first: prompt (each its own) or run (one for all).")]
+ScopeOption = Annotated[str | None, choice("scope", "S", "Whose first picture leads the others: prompt or run.")]
 CreativityOption = Annotated[
     str | None, choice("creativity", "LEVEL", "raw, low, medium, high: what may be added to a prompt.")
 ]
-SamplerOption = Annotated[str | None, choice("sampler", "NAME", "Of the flow: euler, or ab2, of the second order.")]
+SamplerOption = Annotated[str | None, choice("sampler", "NAME", "euler, or ab2, which needs fewer steps (for Raw).")]
 PrecisionOption = Annotated[str | None, choice("precision", "BITS", "Of the weights: native, int8, fp8 or int4.")]
 OffloadOption = Annotated[str | None, choice("offload", "PART", "Read as needed: none, text (encoder) or all.")]
 FormatOption = Annotated[str | None, choice("format", "KIND", "Of the files: png, webp (lossless) or jpeg.")]

@@ -5,7 +5,7 @@ PROJECT = """\
 name = "{name}"
 
 [render]
-model = "mini"        # the model in the box; or a folder, or a .safetensors file
+model = "mini"        # the model in the box; or a folder, a file, a model that was pulled
 # variant = "turbo"   # as --turbo does; --raw takes the other
 batch = 2             # pictures per prompt
 seed = 7              # picture i uses seed + i; "random" is another one every run
