@@ -77,7 +77,14 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told."""
+    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told. Help names
+    arguments and not their types, which are Python's."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        for each in self.params:
+            if each.param_type_name == "argument":
+                vars(each)["display_type_rich"] = lambda ctx: None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:

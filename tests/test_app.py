@@ -93,6 +93,7 @@ def test_h_is_help(k2, words):
 
     assert shown == k2(*words, "--help").stdout and "Usage: " in shown
     assert "  -h, --help  " in shown and max(map(len, shown.splitlines())) <= 80
+    assert not re.search(r"<[a-z]", shown)  # a type of Python's
 
 
 def test_new_then_render(fake, k2, tmp_path, monkeypatch):
