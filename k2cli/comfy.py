@@ -15,8 +15,16 @@ Graph = Mapping[str, Any]
 
 TEXTS = ("text", "prompt", "text_g", "t5xxl", "clip_l")
 VALUES = ("value", "string", "int", "float")  # of nodes that hold one value for others
+SIDES = {"on_true", "on_false"}  # of a switch
+BYPASSED = "bypassed"  # a node of the editor's form that only passes on what it is given
+JOINED = {
+    "ConditioningCombine": ("conditioning_1", "conditioning_2"),
+    "ConditioningConcat": ("conditioning_to", "conditioning_from"),
+}
 PART = re.compile(r"(?:string|text|prompt)_?[a-z1-9]$")  # of nodes that put texts together
 MOST_LINKS = 2000  # that are followed for one value
+MOST_INPUTS = 100  # of a node; of one with more nothing is read
+MOST_WORDS = 100_000  # characters of texts that are put together
 MOST_JOINED = 100  # nodes behind which no more texts are put together, as each is a step deeper here
 STARTS = ("latent_image", "samples", "latent")
 SIZE = ("width", "height")
@@ -33,30 +41,35 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
     "CheckpointLoaderSimple": ("ckpt_name",),
     "UNETLoader": ("unet_name",),
     "LoadImage": ("image",),
-    **{f"Primitive{kind}": ("value",) for kind in ("String", "StringMultiline", "Int", "Float")},
+    **{f"Primitive{kind}": ("value",) for kind in ("String", "StringMultiline", "Int", "Float", "Boolean")},
+    "ComfySwitchNode": ("switch",),
+    "StringConcatenate": ("string_a", "string_b", "delimiter"),
+    "TextGenerate": ("prompt",),
 }
 
 
 def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
-    """What each sampler was given, the last first: prompt, avoid, seed, steps, cfg, width, height, model, loras; and
-    begun, the picture that was encoded for it."""
-    loras = any("Lora" in kind_of(graph, node) for node in graph)
+    """What each sampler was given, the last first: prompt, avoid, enhanced, seed, steps, cfg, width, height, model,
+    loras; and begun, the picture that was encoded for it."""
     for node in [*graph][::-1]:
         here = inputs(graph, node)
         start = next((here[key] for key in STARTS if key in here), None)
-        if start is None or not {"positive", "guider"} & set(here):
+        if start is None or not {"positive", "guider"} & set(here) or kind_of(graph, node) == BYPASSED:
             continue
         guider = inputs(graph, linked(here["guider"])) if "guider" in here else here
         seed = here.get("seed", here.get("noise_seed", here.get("noise")))
+        model = here.get("model", guider.get("model"))
+        asked, avoided = (Search(graph, TEXTS, str, side) for side in ("positive", "negative"))
         yield {
-            "prompt": words(graph, guider.get("positive", guider.get("conditioning")), "positive"),
-            "avoid": words(graph, guider.get("negative"), "negative"),
+            "prompt": asked.at(guider.get("positive", guider.get("conditioning"))),
+            "avoid": avoided.at(guider.get("negative")),
+            "enhanced": asked.enhanced or avoided.enhanced,
             "seed": find(graph, seed, ("seed", "noise_seed"), int, direct=True),
             "steps": find(graph, here.get("steps", here.get("sigmas")), ("steps",), int, direct=True),
             "cfg": find(graph, guider.get("cfg"), ("cfg",), (int, float), direct=True),
             **{side: find(graph, start, (side,), int) for side in SIZE},
-            "model": find(graph, here.get("model", guider.get("model")), ("ckpt_name", "unet_name"), str),
-            "loras": loras,
+            "model": find(graph, model, ("ckpt_name", "unet_name"), str),
+            "loras": has_lora(graph, model),
             "begun": find(graph, inputs(graph, linked(start)).get("pixels"), ("image",), str),
         }
 
@@ -64,7 +77,7 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
 def inputs(graph: Graph, node: Any) -> Mapping[str, Any]:
     found = graph.get(node) if isinstance(node, str) else None
     found = found.get("inputs") if isinstance(found, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+    return found if isinstance(found, Mapping) and len(found) <= MOST_INPUTS else {}
 
 
 def kind_of(graph: Graph, node: str) -> str:
@@ -77,56 +90,122 @@ def linked(value: Any) -> str | None:
     return str(value[0]) if isinstance(value, list) and len(value) == 2 else None
 
 
-def words(graph: Graph, value: Any, side: str) -> str | None:
-    """The text at the end of a link. Nodes that pass both sides on, as a ControlNet does, are followed on this one."""
-    return find(graph, value, TEXTS, str, side=side)
+class Search:
+    """A search for one value, which follows no more than MOST_LINKS links.
 
-
-def find(
-    graph: Graph,
-    value: Any,
-    keys: tuple[str, ...],
-    kind: type | tuple[type, ...],
-    *,
-    side: str = "",
-    direct: bool = False,
-    seen: set[str] | None = None,
-) -> Any:
-    """The first value of one of these keys at the end of a link, or further up; every node is asked once.
-
-    direct  the link asks for this very value, so that a node which holds a single one answers, whatever it calls it
+    keys      what the value is called; the first that is met answers
+    side      the input on which nodes are followed that pass both sides on, as a ControlNet does
+    enhanced  the search led through a node that has a language model write texts anew
     """
-    seen = set() if seen is None else seen
-    left = deque([(value, direct)])
-    for _ in range(MOST_LINKS):
-        if not left:
-            break
-        value, direct = left.popleft()
-        node = linked(value)
-        if node is None:
-            if isinstance(value, kind) and not isinstance(value, bool) and value != "":
-                return value
-            continue
-        if node in seen or kind_of(graph, node) == "ConditioningZeroOut":  # which says: nothing, not this text
+
+    def __init__(self, graph: Graph, keys: tuple[str, ...], kind: type | tuple[type, ...], side: str = ""):
+        self.graph, self.keys, self.kind, self.side = graph, keys, kind, side
+        self.enhanced = False
+        self.left = MOST_LINKS
+
+    def at(self, value: Any, direct: bool = False, above: frozenset[str] = frozenset()) -> Any:
+        """The value at the end of a link, or further up.
+
+        direct  the link asks for this very value, so that a node which holds a single one answers, whatever it calls it
+        above   the nodes whose parts this link is among, to which it does not lead back
+        """
+        left = deque([(value, direct)])
+        seen: dict[str, bool] = {}  # node -> whether it was asked directly, which finds all that is found otherwise
+        while left:
+            value, direct = left.popleft()
+            node = linked(value)
+            if node is None:
+                if isinstance(value, self.kind) and not isinstance(value, bool) and value != "":
+                    return value
+                continue
+            if node in above or seen.get(node, -1) >= direct:
+                continue
+            seen[node] = direct
+            if kind_of(self.graph, node) == "ConditioningZeroOut":  # which says: nothing, not this text
+                continue
+            if found := self.put_together(node, above | {node}):
+                return found
+            onward = self.onward(node, direct)[: self.left]
+            self.left -= len(onward)
+            left.extendleft(reversed(onward))
+        return None
+
+    def put_together(self, node: str, above: frozenset[str]) -> str | None:
+        """The text of a node that makes one of others."""
+        if self.kind is not str or len(above) > MOST_JOINED:
+            return None
+        here, kind = inputs(self.graph, node), kind_of(self.graph, node)
+        parts = parts_of(self.graph, node) if kind in JOINED or not {*self.keys} & {*here} else []
+        parts = parts[: self.left]
+        self.left -= len(parts)
+        found = [self.at(here[key], kind not in JOINED, above) for key in parts]
+        joint = ", " if kind in JOINED else here.get("delimiter", " ")
+        return (joint if isinstance(joint, str) else " ").join(filter(None, found))[:MOST_WORDS]
+
+    def onward(self, node: str, direct: bool) -> list[tuple[Any, bool]]:
+        """The inputs of a node that are asked next, and whether directly."""
+        here = inputs(self.graph, node)
+        if self.side and self.side in here:
+            return [(here[self.side], False)]
+        if "switch" in here and SIDES & {*here}:
+            return [(chosen(self.graph, here), direct)]
+        if kind_of(self.graph, node).startswith("TextGenerate"):
+            self.enhanced = True
+            return [(last_part(self.graph, here.get("prompt")), True)]
+        told = [(here[key], True) for key in (*self.keys, *(VALUES if direct else ())) if key in here]
+        links = [each for each in here.values() if linked(each)]
+        return [*told, *((each, direct and not told and len(links) == 1) for each in links)]
+
+
+def find(graph: Graph, value: Any, keys: tuple[str, ...], kind: type | tuple[type, ...], direct: bool = False) -> Any:
+    """The first value of one of these keys at the end of a link, or further up."""
+    return Search(graph, keys, kind).at(value, direct)
+
+
+def chosen(graph: Graph, here: Mapping[str, Any]) -> Any:
+    """The input that a switch lets through; another node may hold which one."""
+    on = here["switch"]
+    on = inputs(graph, linked(on)).get("value") if linked(on) else on
+    return here.get("on_true" if on is True else "on_false")
+
+
+def parts_of(graph: Graph, node: str | None) -> list[str]:
+    """The inputs of a node that puts texts together, in their order."""
+    here = inputs(graph, node)
+    parts = JOINED.get(kind_of(graph, node or ""), ()) or sorted(key for key in here if PART.fullmatch(key))
+    parts = [key for key in parts if key in here]
+    return parts if len(parts) > 1 else []
+
+
+def last_part(graph: Graph, value: Any) -> Any:
+    """Of what a language model is given the user's words, behind which instructions do not stand."""
+    node = linked(value)
+    parts = parts_of(graph, node)
+    return inputs(graph, node)[parts[-1]] if parts else value
+
+
+def has_lora(graph: Graph, value: Any) -> bool:
+    """Whether one lies on the way from the network to the end of this link."""
+    left, seen = [value], set[str]()
+    while left and len(seen) < MOST_LINKS:
+        node = linked(left.pop())
+        if node is None or node in seen:
             continue
         seen.add(node)
+        if "lora" in kind_of(graph, node).lower():
+            return True
         here = inputs(graph, node)
-        if side and side in here:
-            left.appendleft((here[side], False))
-            continue
-        parts = sorted(key for key in here if PART.fullmatch(key)) if kind is str and not set(keys) & set(here) else []
-        if len(parts) > 1 and len(seen) < MOST_JOINED:
-            found = [find(graph, here[key], keys, str, side=side, direct=True, seen=seen) for key in parts]
-            joint = here.get("delimiter", " ")
-            if any(found):
-                return (joint if isinstance(joint, str) else " ").join(filter(None, found))
-        told = [(here[key], True) for key in (*keys, *(VALUES if direct else ())) if key in here]
-        left.extendleft(reversed([*told, *((each, False) for each in here.values() if linked(each))]))
-    return None
+        if "switch" in here and SIDES & {*here}:
+            left.append(chosen(graph, here))
+        else:
+            models = [each for key, each in here.items() if key.startswith("model")]
+            left += models or here.values()
+    return False
 
 
 def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
-    """The editor's form as the one that runs, as far as WIDGETS knows the nodes; muted ones are left out."""
+    """The editor's form as the one that runs, as far as WIDGETS knows the nodes; muted ones are left out,
+    and of bypassed ones all but their links."""
     nodes, links = ([each for each in listed(workflow.get(key))] for key in ("nodes", "links"))
     ends: dict[Any, list[Any]] = {}
     for link in links:  # [id, node, output, node, input, type], or the same with names
@@ -138,7 +217,7 @@ def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
     for node in nodes:
         if not isinstance(node, Mapping) or node.get("mode") == 2:
             continue
-        kind = str(node.get("type"))
+        kind = BYPASSED if node.get("mode") == 4 else str(node.get("type"))
         values = zip(WIDGETS.get(kind, ()), listed(node.get("widgets_values")), strict=False)
         given = {name: value for name, value in values if name}
         for each in listed(node.get("inputs")):

@@ -291,6 +291,7 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
             guidance=scale(given["cfg"]),
             model=plain(given["model"]),
             left_out=("LoRAs",) * given["loras"]
+            + ("prompt enhancement",) * given["enhanced"]
             + ((f"{BEGINNING} {plain(given['begun'])}",) if given["begun"] else ()),
         )
 

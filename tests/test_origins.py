@@ -194,6 +194,104 @@ def test_comfyui_has_a_webp_say_it_in_tags_of_the_camera(tmp_path):
     assert origins.read(tmp_path / "a.webp").prompt == "a {red} fox"
 
 
+KREA = {  # the nodes of ComfyUI's own template for Krea 2 that are between its texts and the sampler
+    "3": {
+        "class_type": "KSampler",
+        "inputs": {"seed": 7, "steps": 8, "cfg": 1, "model": ["22", 0], "positive": ["6", 0], "negative": ["13", 0],
+                   "latent_image": ["5", 0]},
+    },
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 1152, "height": 896, "batch_size": 1}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["28", 0], "clip": ["11", 0]}},
+    "10": {"class_type": "UNETLoader", "inputs": {"unet_name": "krea2_turbo.safetensors"}},
+    "13": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["6", 0]}},
+    "15": {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "brush", "model": ["10", 0]}},
+    "16": {"class_type": "TextGenerate", "inputs": {"prompt": ["17", 0], "max_length": 512, "clip": ["11", 0]}},
+    "17": {"class_type": "StringConcatenate", "inputs": {"string_a": ["18", 0], "string_b": ["19", 0],
+                                                         "delimiter": ""}},
+    "18": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "You are an expert. User's Input:\n"}},
+    "19": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "a red fox"}},
+    "20": {"class_type": "PreviewAny", "inputs": {"source": ["21", 0]}},
+    "21": {"class_type": "ComfySwitchNode", "inputs": {"switch": ["24", 0], "on_false": ["19", 0],
+                                                       "on_true": ["16", 0]}},
+    "22": {"class_type": "ComfySwitchNode", "inputs": {"switch": ["23", 0], "on_false": ["10", 0],
+                                                       "on_true": ["15", 0]}},
+    "23": {"class_type": "PrimitiveBoolean", "inputs": {"value": False}},
+    "24": {"class_type": "PrimitiveBoolean", "inputs": {"value": False}},
+    "27": {"class_type": "StringConcatenate", "inputs": {"string_a": ["20", 0], "string_b": "ink", "delimiter": ", "}},
+    "28": {"class_type": "ComfySwitchNode", "inputs": {"switch": ["23", 0], "on_false": ["20", 0],
+                                                       "on_true": ["27", 0]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lora", "enhance", "prompt", "left_out"),
+    [
+        (False, False, "a red fox", ()),
+        (True, False, "a red fox, ink", ("LoRAs",)),
+        (False, True, "a red fox", ("prompt enhancement",)),
+        (True, True, "a red fox, ink", ("LoRAs", "prompt enhancement")),
+    ],
+)
+def test_comfyui_of_krea_2(lora, enhance, prompt, left_out):
+    """The words of the user, on the side of each switch that was chosen."""
+    turned = {key: {**KREA[key], "inputs": {"value": on}} for key, on in (("23", lora), ("24", enhance))}
+
+    (found,) = origins.of_comfy(KREA | turned)
+
+    assert (found.prompt, found.avoid, found.left_out) == (prompt, "", left_out)
+    assert (found.model, found.seed, found.width) == ("krea2_turbo.safetensors", 7, 1152)
+
+
+def test_instructions_are_nobodys_prompt():
+    turned = {"24": {**KREA["24"], "inputs": {"value": True}}, "19": {**KREA["19"], "inputs": {"value": ""}}}
+
+    assert next(origins.of_comfy(KREA | turned)).prompt == ""
+
+
+def encoded(text):
+    return {"class_type": "CLIPTextEncode", "inputs": {"text": text, "clip": ["4", 1]}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "prompt"),
+    [
+        ({"6": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["31", 0],
+                                                                "conditioning_2": ["32", 0]}}}, "fog, rain"),
+        ({"6": {"class_type": "ConditioningConcat", "inputs": {"conditioning_to": ["31", 0],
+                                                               "conditioning_from": ["32", 0]}}}, "fog, rain"),
+        ({"6": encoded(["33", 0]), "33": {"inputs": {"text_a": ["20", 0], "text_b": ["34", 0]}},
+          "34": {"inputs": {"text_a": "an owl and", "text_b": ["20", 0]}}}, "a {red} fox an owl and a {red} fox"),
+        ({"6": encoded(["33", 0]), "33": {"inputs": {"text_a": ["33", 0], "text_b": ["20", 0]}}}, "a {red} fox"),
+    ],
+    ids=["combine", "concat", "twice", "circle"],
+)  # fmt: skip
+def test_comfyui_nodes_that_put_together(nodes, prompt):
+    (found,) = origins.of_comfy(GRAPH | {"31": encoded("fog"), "32": encoded("rain")} | nodes)
+
+    assert found.prompt == prompt
+
+
+def test_comfyui_tells_of_loras_only_where_the_sampler_has_them():
+    aside = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0]}}
+
+    (found,) = origins.of_comfy(GRAPH | {"3": aside})
+
+    assert found.left_out == () and found.model == "sd_xl.safetensors"
+
+
+def test_comfyui_nodes_that_the_editor_bypasses_pass_on(tmp_path):
+    """A LoRA between the model and the sampler, and a second sampler."""
+    lora = {"id": 8, "type": "LoraLoader", "mode": 4, "widgets_values": ["x", 1, 1],
+            "inputs": [{"name": "model", "link": 7}]}  # fmt: skip
+    second = {**EDITOR["nodes"][0], "id": 9, "mode": 4, "widgets_values": [6, "fixed", 1, 1.0]}
+    links = [[1, 8, 0, 1, 0, "MODEL"], *EDITOR["links"][1:], [7, 2, 0, 8, 0, "MODEL"]]
+    editor = {"nodes": [*EDITOR["nodes"], lora, second], "links": links}
+
+    found = origins.read(png(tmp_path / "a.png", workflow=json.dumps(editor)))
+
+    assert found == origins.Origin("ComfyUI", "a tea pot", "blurry", 5, 640, 960, 12, 3.0, "sd.safetensors")
+
+
 def test_texts_joined_without_end_come_to_an_end(tmp_path):
     graph = {str(i): {"inputs": {"text_a": "x", "text_b": [str(i + 1), 0]}} for i in range(5000)}
     graph["s"] = {"inputs": {"positive": ["0", 0], "latent_image": ["0", 0]}}
@@ -349,10 +447,38 @@ def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
                 | {str(i): {"inputs": {"a": [str(i + 1), 0]}} for i in range(2, 12_000)}
             )
         },
+        {
+            "prompt": json.dumps(
+                {f"s{i}": {"inputs": {"positive": ["0", 0], "samples": ["0", 0]}} for i in range(50)}
+                | {str(i): {"inputs": {f"text_{k}": [str(i + 1), 0] for k in "abcdefgh"}} for i in range(90)}
+                | {"90": {"inputs": {f"x{i}": ["91", 0] for i in range(90)}}, "91": {"inputs": {"text": ["92", 0]}}}
+            )
+        },
+        {
+            "prompt": json.dumps(
+                {str(i): {"inputs": {"text_a": [str(i + 1), 0], "text_b": [str(i + 1), 0]}} for i in range(40)}
+                | {"40": {"inputs": {"text": "x" * 900_000}}, "s": {"inputs": {"positive": ["0", 0], "samples": []}}}
+            )
+        },
         {"prompt": "[" * 500_000},
         {"prompt": '{"a": ' * 150_000},
     ],
-    ids=["key", "lines", "fact", "spaces", "quotes", "weights", "loras", "links", "samplers", "fan", "lists", "tables"],
+    ids=[
+        "key",
+        "lines",
+        "fact",
+        "spaces",
+        "quotes",
+        "weights",
+        "loras",
+        "links",
+        "samplers",
+        "fan",
+        "joined",
+        "doubled",
+        "lists",
+        "tables",
+    ],
 )
 def test_what_would_take_long_to_read(tmp_path, texts):
     """Each within what Pillow lets a text be: a megabyte."""
