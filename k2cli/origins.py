@@ -141,7 +141,7 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
     if "prompt" in said:
         yield from of_mflux(said)
     for text in (texts.get("parameters", ""), comment):
-        if text and not text.lstrip().startswith("{"):
+        if text and not table_of(text):
             yield of_a1111(text)
 
 

@@ -86,6 +86,8 @@ def test_a1111(tmp_path):
          "text, blur", 5, ""),
         (r"((tail)), [ear], hero \(film\) BREAK night, (a:b:1.1), [x:y:0.5]" + "\nSteps: 9, Seed: 5",
          "tail, ear, hero (film), night, a:b, [x:y:0.5]", "", 5, ""),
+        ("{masterpiece}, {{red}} fox\nSteps: 9, Seed: 5", "{masterpiece}, {{red}} fox", "", 5, ""),
+        ('{"scene": "a fox"}\nSteps: 9, Seed: 5', '{"scene": "a fox"}', "", 5, ""),
         ('a fox\nSteps: 20, Model: "dreams, \\"v8\\"", Hires prompt: "Seed: 9, x", Seed: 5, Version: f2\n'
          "Template: a {red|blue} fox, Seed: 8", "a fox", "", 5, 'dreams, "v8"'),
     ],
