@@ -120,7 +120,7 @@ def read_comment(exif: Image.Exif) -> str:
     if not isinstance(raw, bytes) or len(raw) > 2 * MOST_SAID:
         return ""
     if raw.startswith(b"UNICODE\0"):
-        little = raw[8:10] == b"\xff\xfe" or (raw[9:10] == b"\0" and raw[8:9] != b"\0")
+        little = raw[8:10] == b"\xff\xfe" or raw[9::2].count(0) > raw[8::2].count(0)  # where ASCII's second halves lie
         return raw[8:].decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
     return raw.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace").strip("\0")
 
@@ -140,7 +140,7 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
     said = table_of(comment)
     if "prompt" in said:
         yield from of_mflux(said)
-    for text in (texts.get("parameters", ""), comment):
+    for text in (texts.get("parameters", ""), comment if STEPS_FIRST.search(comment) else ""):  # cameras comment, too
         if text and not table_of(text):
             yield of_a1111(text)
 

@@ -114,6 +114,20 @@ def test_a1111_in_the_exif_comment(tmp_path, suffix, comment):
     assert (found.prompt, found.seed, found.steps) == ("a red fox, film grain, second line", 1234567890, 20)
 
 
+@pytest.mark.parametrize("coding", ["utf-16-be", "utf-16-le", "utf-16"])
+@pytest.mark.parametrize("words", ["狐, fox", "一匹の狐", "{fox}"])
+def test_an_exif_comment_in_either_order_of_bytes(tmp_path, words, coding):
+    comment = b"UNICODE\0" + f"{words}\nSteps: 3, Seed: 4".encode(coding)
+
+    assert origins.read(with_comment(tmp_path / "a.jpg", comment)).prompt == words
+
+
+@pytest.mark.parametrize("comment", [b"ASCII\0\0\0Screenshot", b"UNICODE\0" + "at the sea".encode("utf-16-be")])
+def test_what_a_camera_comments_is_no_prompt(tmp_path, comment):
+    with pytest.raises(K2Error, match="says nothing of its prompt"):
+        origins.read(with_comment(tmp_path / "a.jpg", comment))
+
+
 def test_comfyui(tmp_path):
     found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(GRAPH), workflow="{}"))
 
