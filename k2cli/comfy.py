@@ -29,11 +29,11 @@ MOST_JOINED = 100  # nodes behind which no more texts are put together, as each 
 STARTS = ("latent_image", "samples", "latent")
 SIZE = ("width", "height")
 WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in their order; "" is none of ours
-    "KSampler": ("seed", "", "steps", "cfg"),
+    "KSampler": ("seed", "", "steps", "cfg", "", "", "denoise"),
     "KSamplerAdvanced": ("", "noise_seed", "", "steps", "cfg"),
     "SamplerCustom": ("", "noise_seed", "", "cfg"),
     "RandomNoise": ("noise_seed",),
-    "BasicScheduler": ("", "steps"),
+    "BasicScheduler": ("", "steps", "denoise"),
     "CFGGuider": ("cfg",),
     "CLIPTextEncode": ("text",),
     "CLIPTextEncodeFlux": ("clip_l", "t5xxl"),
@@ -49,8 +49,8 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
 
 
 def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
-    """What each sampler was given, the last first: prompt, avoid, enhanced, seed, steps, cfg, width, height, model,
-    loras; and begun, the picture that was encoded for it."""
+    """What each sampler was given, the last first: prompt, avoid, enhanced, seed, steps, cfg, denoise, width, height,
+    model, loras; and begun, the picture that was encoded for it."""
     for node in [*graph][::-1]:
         here = inputs(graph, node)
         start = next((here[key] for key in STARTS if key in here), None)
@@ -67,6 +67,7 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             "seed": find(graph, seed, ("seed", "noise_seed"), int, direct=True),
             "steps": find(graph, here.get("steps", here.get("sigmas")), ("steps",), int, direct=True),
             "cfg": find(graph, guider.get("cfg"), ("cfg",), (int, float), direct=True),
+            "denoise": find(graph, here.get("denoise", here.get("sigmas")), ("denoise",), (int, float), direct=True),
             **{side: find(graph, start, (side,), int) for side in SIZE},
             "model": find(graph, model, ("ckpt_name", "unet_name"), str),
             "loras": has_lora(graph, model),

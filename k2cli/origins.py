@@ -260,7 +260,12 @@ def of_a1111(text: str) -> Origin:
     if facts.get("Version", "").startswith("k2 "):  # written here, with the variant behind the model's name
         tool, turbo = "k2", model.endswith("-turbo")
         model = model.removesuffix("-raw").removesuffix("-turbo")
-    begun = "Denoising strength" in facts and not any(key.startswith("Hires") for key in facts)  # else in two passes
+    denoised = facts.get("Denoising strength")
+    hires = [key for key in facts if key.startswith("Hires")]  # of a second pass
+    told = [key for key in ("Hires upscale", "Hires resize") if key in facts] or hires[:1]
+    left_out = [plain(f"{key.lower()} {facts[key]}") for key in told]
+    left_out += [BEGINNING] if denoised and not hires else []
+    left_out += [f"denoising strength {plain(denoised)}"] if denoised else []
     return origin(
         tool,
         asked,
@@ -269,7 +274,7 @@ def of_a1111(text: str) -> Origin:
         guidance=scale(facts.get("CFG scale")),
         model=model,
         turbo=turbo,
-        left_out=(BEGINNING,) * begun,
+        left_out=tuple(left_out),
     )
 
 
@@ -292,7 +297,8 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
             model=plain(given["model"]),
             left_out=("LoRAs",) * given["loras"]
             + ("prompt enhancement",) * given["enhanced"]
-            + ((f"{BEGINNING} {plain(given['begun'])}",) if given["begun"] else ()),
+            + ((f"{BEGINNING} {plain(given['begun'])}",) if given["begun"] else ())
+            + ((f"denoising strength {given['denoise']:g}",) if 0 < (given["denoise"] or 0) < 1 else ()),
         )
 
 
@@ -301,6 +307,7 @@ def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: 
     tidy = unmarked if tool in MARKING else plain
     loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
+    left_out += ("weights of words",) * (tool in MARKING and any(map(weighed, (asked, avoid))))
     seed = integer(table.get("seed"))
     left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's have a bit more
     numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
@@ -309,12 +316,22 @@ def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: 
 
 def unmarked(text: Any) -> str:
     """A prompt as plain words: no adapters, no weights, no brackets but those that were escaped, one line."""
-    text = LORA.sub("", plain(text)).replace(" BREAK ", ", ")  # by which A1111 begins a new piece
-    text = re.sub(r"\\([()\[\]])", lambda sign: f"\0{BRACKETS.index(sign[1])}", text)
+    text = guarded(LORA.sub("", plain(text)).replace(" BREAK ", ", "))  # by which A1111 begins a new piece
     for _ in range(DEEPEST):
         text = WEIGHT.sub(r"\1\2", text)
     text = re.sub(r"\0([0-3])", lambda sign: BRACKETS[int(sign[1])], RAISED.sub("", text))
     return re.sub(r" ?,[ ,]*,", ",", plain(text)).strip(" ,")
+
+
+def weighed(text: Any) -> bool:
+    """Whether signs of a prompt give some of its words more or less weight."""
+    text = guarded(plain(text))
+    return bool(WEIGHT.search(text) or RAISED.search(text))
+
+
+def guarded(text: str) -> str:
+    """Without brackets that were escaped, which are no signs: a number stands for each."""
+    return re.sub(r"\\([()\[\]])", lambda sign: f"\0{BRACKETS.index(sign[1])}", text)
 
 
 def plain(text: Any) -> str:

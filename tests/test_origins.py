@@ -73,7 +73,7 @@ def test_a1111(tmp_path):
 
     assert found == origins.Origin(
         "A1111", "a red fox, film grain, second line", "blurry, text", 1234567890, 512, 768, 20, 6.0, "dreams_v8",
-        ("LoRA dusk_v2",),
+        ("LoRA dusk_v2", "weights of words"),
     )  # fmt: skip
 
 
@@ -96,6 +96,33 @@ def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
     found = origins.read(png(tmp_path / "a.png", parameters=text))
 
     assert (found.prompt, found.avoid, found.seed, found.model) == (prompt, avoid, seed, model)
+
+
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ("a (red:1.3) fox\nSteps: 9", ["weights of words"]),
+        ("a fox\nNegative prompt: [blur]\nSteps: 9", ["weights of words"]),
+        (r"a fox \(film\)" + "\nSteps: 9", []),
+        ("a fox\nSteps: 9, Denoising strength: 0.4", ["its initial picture", "denoising strength 0.4"]),
+        ("a fox\nSteps: 9, Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent",
+         ["hires upscale 2", "denoising strength 0.4"]),
+        ("a fox\nSteps: 9, Hires steps: 5, Hires resize: 0x1024", ["hires resize 0x1024"]),
+    ],
+)  # fmt: skip
+def test_what_has_no_counterpart_is_left_out(tmp_path, text, left_out):
+    found = origins.read(png(tmp_path / "a.png", parameters=text))
+
+    assert list(found.left_out) == left_out
+
+
+@pytest.mark.parametrize(("denoise", "told"), [(0.5, ("denoising strength 0.5",)), (1, ())])
+def test_comfyui_tells_of_a_start_that_is_not_all_noise(denoise, told):
+    sampler = {**TALL["3"], "inputs": {**TALL["3"]["inputs"], "denoise": denoise}}
+    scheduler = {**FLUX["4"], "inputs": {**FLUX["4"]["inputs"], "denoise": denoise}}
+
+    for graph in (TALL | {"3": sampler}, FLUX | {"4": scheduler}):
+        assert next(origins.of_comfy(graph)).left_out == told
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
@@ -333,7 +360,9 @@ def test_invokeai(tmp_path):
     new = origins.read(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
     assert new == origins.Origin("InvokeAI", "a red fox", "blur", 7, 768, 512, 30, 6.5, "juggernaut")
     before = origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
-    assert before == origins.Origin("InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5")
+    assert before == origins.Origin(
+        "InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5", ("weights of words",)
+    )
 
 
 def test_mflux(tmp_path):
