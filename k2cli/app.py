@@ -179,8 +179,8 @@ def new(
 ) -> None:
     """Make a project that renders at once.
 
-    With --from its prompts are those of pictures made by A1111, ComfyUI, InvokeAI, mflux or k2, as their metadata
-    tells them.
+    With --from its prompts are those of pictures made by A1111, ComfyUI, InvokeAI, Midjourney, mflux or k2, as their
+    metadata tells them.
 
     \b
     Examples:

@@ -1,9 +1,9 @@
-"""What tools write into their pictures: prompts and settings out of A1111, ComfyUI, InvokeAI, mflux, and k2 itself.
+"""What tools write into their pictures: prompts and settings out of A1111, ComfyUI, InvokeAI, Midjourney, mflux, k2.
 
 A1111 and its kin: text `parameters`, or the EXIF comment. ComfyUI: texts `prompt` and `workflow`, the graph as JSON, in
-a WebP the EXIF tags of camera and maker. InvokeAI: text `invokeai_metadata`, earlier `sd-metadata`. mflux: JSON in the
-EXIF comment, and a file of it beside the picture, as k2's record is. All of it is somebody's text: nothing of it
-is trusted, only read.
+a WebP the EXIF tags of camera and maker. InvokeAI: text `invokeai_metadata`, earlier `sd-metadata`. Midjourney: text
+`Description`, the prompt with its parameters. mflux: JSON in the EXIF comment, and a file of it beside the picture, as
+k2's record is. All of it is somebody's text: nothing of it is trusted, only read.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ RAISED = re.compile(r"(?<=\w)(?:\++|--+)(?=[\s,.]|$)")  # InvokeAI: word++
 OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 had what to avoid in brackets
 FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
+JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # of Midjourney's
+PARAMETER = re.compile(r"(?:^| )--(?=[a-z])")
+IMAGE_PROMPTS = re.compile(r"^(?:<?https?://\S+ )+")
+TAKEN = ("no", "seed", "ar", "aspect", "v", "version")  # the picture has its shape, and its version is another model
 BRACKETS = "()[]"
 DEEPEST = 8  # brackets in brackets
 MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
 MOST_SAMPLERS = 50  # of a graph that are asked for a prompt
 SIDE = ".metadata.json"
 BEGINNING = "its initial picture"
-TELLING = "Pictures of A1111, ComfyUI, InvokeAI, mflux and k2 do, unless their metadata was taken out."
+TELLING = "Pictures of A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was taken out."
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
     said = table_of(comment)
     if "prompt" in said:
         yield from of_mflux(said)
+    described = plain(texts.get("Description"))
+    if JOB.search(described):
+        yield of_midjourney(JOB.sub("", described))
     for text in (texts.get("parameters", ""), comment if STEPS_FIRST.search(comment) else ""):  # cameras comment, too
         if text and not table_of(text):
             yield of_a1111(text)
@@ -243,6 +250,22 @@ def of_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
         guidance=None,  # of a distilled network, or of another scale: nothing of ours
         model=plain(table.get("model")),
         left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (BEGINNING,) * bool(table.get("image_path")),
+    )
+
+
+def of_midjourney(text: str) -> Origin:
+    """The prompt, behind links to pictures if there are any, and its parameters: `--ar 3:2 --no text --raw`."""
+    asked, *parameters = PARAMETER.split(text)
+    pairs = [each.partition(" ")[::2] for each in parameters]
+    facts = dict(pairs)
+    images = IMAGE_PROMPTS.match(asked)
+    others = " ".join(f"--{key} {value}".strip() for key, value in pairs if key not in TAKEN)
+    return origin(
+        "Midjourney",
+        asked[images.end() if images else 0 :],
+        facts.get("no"),
+        facts,
+        left_out=(("its image prompt",) if images else ()) + ((others,) if others else ()),
     )
 
 

@@ -386,6 +386,32 @@ def test_mflux_beside_the_picture(tmp_path):
         origins.read(tmp_path / "other.json")
 
 
+JOB = " Job ID: 758b8376-b799-4065-ac91-90d109ab15a8"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a red fox, film (grain) --ar 2:3 --v 7", ("a red fox, film (grain)", "", None, ())),
+        ("a fox --raw --no text, red -- blue --seed 42 --stylize 80 --v 6.1",
+         ("a fox", "text, red -- blue", 42, ("--raw --stylize 80",))),
+        ("https://s.mj.run/abc <https://s.mj.run/d.png> a fox --niji 6",
+         ("a fox", "", None, ("its image prompt", "--niji 6"))),
+    ],
+)  # fmt: skip
+def test_midjourney(tmp_path, text, said):
+    found = origins.read(png(tmp_path / "a.png", Description=text + JOB, Author="someone"))
+
+    assert (found.tool, found.prompt, found.avoid, found.seed, found.left_out) == ("Midjourney", *said)
+    assert (found.width, found.height) == (64, 96)
+
+
+@pytest.mark.parametrize("text", ["a fox at the sea", "--v 7" + JOB])
+def test_a_description_without_midjourneys_job_or_words_is_no_prompt(tmp_path, text):
+    with pytest.raises(K2Error, match="says nothing of its prompt"):
+        origins.read(png(tmp_path / "a.png", Description=text))
+
+
 def test_what_says_nothing_is_one_sentence(k2, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -479,6 +505,7 @@ def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
         {"parameters": "Steps: 1, " + 'a:"' * 300_000},
         {"parameters": "(" * 150_000 + "a" + ":1)" * 150_000},
         {"parameters": "<lora:" * 150_000},
+        {"Description": "https://a " * 30_000 + " --a" * 100_000 + " " * 200_000 + JOB},
         {"prompt": json.dumps({"0": {"inputs": {f"x{i}": ["0", 0] for i in range(60_000)}}})},
         {
             "prompt": json.dumps(
@@ -516,6 +543,7 @@ def test_lone_halves_of_characters(tmp_path, k2, monkeypatch):
         "quotes",
         "weights",
         "loras",
+        "job",
         "links",
         "samplers",
         "fan",
