@@ -172,7 +172,7 @@ def new(
         typer.Option(
             "--from",
             metavar="PICTURE",
-            help="Take prompts and settings out of a picture, or a folder; may come again.",
+            help="Take prompts, seeds and shapes out of a picture, or a folder; may come again.",
         ),
     ] = None,
     quiet: QuietOption = False,
