@@ -115,7 +115,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         part, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
         scale, alpha = 1.0, alphas.get(called)
         if rank := len(part.get("down", part.get("hada_w1_b", ()))):
-            scale = settings.scale(name, bare(called), rank) if alpha is None else alpha / rank
+            scale = settings.scale(bare(called), rank) if alpha is None else alpha / rank
         if name in bares:
             layers[name] = shift_of(file, module, part, scale, bares[name])
             continue

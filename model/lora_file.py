@@ -98,10 +98,9 @@ class PeftSettings:
     by_root: bool = False  # rank-stabilised: alpha / √rank
     dora: bool = False  # every layer has a magnitude
 
-    def scale(self, native: str, theirs: str, rank: int) -> float:
-        patterns = (self.alphas or {}).items()
-        own = (value for pattern, value in patterns if any(pattern.match(name) for name in (native, theirs)))
-        alpha = next(own, self.alpha)
+    def scale(self, name: str, rank: int) -> float:
+        """Of a layer by the name that the file has for it, as that is what the patterns are of."""
+        alpha = next((value for pattern, value in (self.alphas or {}).items() if pattern.match(name)), self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
 
 

@@ -253,11 +253,17 @@ def test_alpha_that_stands_beside_the_tensors(tmp_path, model, pairs, settings, 
 
 
 def test_alpha_of_single_layers(tmp_path, model, pairs):
-    """PEFT's keys are regular expressions for the end of a name."""
-    for key in ("transformer_blocks.1.attn.to_q", r"blocks\.1\..*\.wq", r"^transformer_blocks\.1\.attn\.to_(q|r)"):
-        stated = json.dumps({"lora_alpha": 4, "alpha_pattern": {key: 12}})
-        layers = read_lora(write(tmp_path, LAYOUTS["diffusers"](pairs), lora_adapter_metadata=stated), model).layers
-        assert layers["blocks.1.attn.wq"].scale == 3 and layers["blocks.0.attn.wq"].scale == 1
+    """PEFT's keys are regular expressions for the end of a name, as the file has it: "gate" is a part of attention
+    natively, and in diffusers the feed-forward's alone."""
+    theirs = ("transformer_blocks.1.attn.to_q", r"^transformer_blocks\.1\.attn\.to_(q|r)")
+    for layout, keys in {"diffusers": theirs, "ComfyUI": (r"blocks\.1\..*\.wq",)}.items():
+        for key in keys:
+            stated = json.dumps({"lora_alpha": 4, "alpha_pattern": {key: 12}})
+            layers = read_lora(write(tmp_path, LAYOUTS[layout](pairs), lora_adapter_metadata=stated), model).layers
+            assert layers["blocks.1.attn.wq"].scale == 3 and layers["blocks.0.attn.wq"].scale == 1
+    stated = json.dumps({"lora_alpha": 4, "alpha_pattern": {"gate": 12}})
+    layers = read_lora(write(tmp_path, LAYOUTS["diffusers"](pairs), lora_adapter_metadata=stated), model).layers
+    assert layers["blocks.1.mlp.gate"].scale == 3 and layers["blocks.1.attn.gate"].scale == 1
     for key in ("(a+)+", ".*.*.*.*wq", "(wq", "w" * 1000):
         stated = json.dumps({"alpha_pattern": {key: 12}})
         with pytest.raises(K2Error, match="settings that cannot be read"):
