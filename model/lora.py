@@ -273,12 +273,13 @@ def part_fused(
 
 
 def trained(part: Mapping[str, Tensor]) -> bool:
-    """Whether it changes anything: a product does where none of its factors is all noughts, and a magnitude may."""
+    """Whether it changes anything: a product does where none of its factors is all noughts. A magnitude over one that
+    does not is what it was to begin with."""
     wholes, factors = (
         [bool(tensor.any()) for what, tensor in part.items() if what.startswith("diff") == whole]
         for whole in (True, False)
     )
-    return any(wholes) or (bool(factors) and all(factors)) or "magnitude" in part
+    return any(wholes) or (bool(factors) and all(factors))
 
 
 def shift_of(path: Path, module: str, part: Mapping[str, Tensor], scale: float, own: nn.Parameter) -> Shift:

@@ -179,9 +179,24 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
     assert "columns (DoRA) that three layers have together" in message
     beside, out = module.replace("to_qkv", "to_k"), sizes[1]
     state |= {f"{beside}.lora_A.weight": torch.ones(1, TINY.width), f"{beside}.lora_B.weight": torch.zeros(out, 1)}
-    read_lora(write(tmp_path, state), model)  # of no effect; with a magnitude it may have one
-    state[f"{beside}.lora_magnitude_vector"] = torch.ones(out)
+    state |= {f"{module}.lora_magnitude_vector": lengths.flatten(), f"{beside}.lora_magnitude_vector": torch.ones(out)}
+    adapter = read_lora(write(tmp_path, state), model)  # of no effect, like its magnitude, which is the layer's own
+    assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
+    state[f"{beside}.lora_B.weight"] = torch.ones(out, 1)
     assert "twice, by itself and in" in refused(tmp_path, model, state)
+
+
+def test_a_magnitude_that_was_trained_alone(tmp_path, model):
+    """Over a product of noughts it changes the layer all the same, where there is no other for it."""
+    layer = model.blocks[0].attn.wk
+    out, lengths = layer.out_features, torch.rand(layer.out_features, 1) + 0.5
+    nothing = {"lora_A.weight": torch.ones(1, TINY.width), "lora_B.weight": torch.zeros(out, 1)}
+    module = "transformer_blocks.0.attn.to_k"
+    state = {f"{module}.{what}": tensor for what, tensor in nothing.items()} | {f"{module}.dora_scale": lengths}
+    adapter = read_lora(write(tmp_path, state), model)
+
+    expected = {"blocks.0.attn.wk.diff": layer.weight * (lengths / layer.weight.norm(dim=1, keepdim=True) - 1)}
+    assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
 
 
 def test_a_kronecker_product_for_three(tmp_path, model):
