@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from model.marks import (
     rotation,
     unreadable,
 )
-from model.quantize import FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of
+from model.quantize import FOREIGN, FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of
 from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
@@ -340,7 +341,8 @@ def reader(
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
-    """Some tools store weights in ways that would load without complaint and mean something else. Raises K2Error."""
+    """Some tools store weights in ways that would load without complaint and mean something else, or that no network's
+    shape can be told from. Raises K2Error."""
     formats = {"marks without their weights" for mark in checkpoint.astray if unreadable([mark], "", ())}
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
@@ -367,8 +369,17 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
             formats.add("scales without their weights")
     formats.discard("")
-    if formats:
+    tools = [tool for tool, ends in FOREIGN.items() if any(re.search(ends, name) for name in checkpoint.tensors)]
+    if tools or formats:
+        found = tools or [*stated_format(checkpoint), *sorted(formats)]
         raise K2Error(
-            f"{checkpoint.path} holds weights stored as {some(sorted(formats))}, which k2 does not read.",
+            f"{checkpoint.path} holds weights stored as {some(found)}, which k2 does not read.",
             hint=PLAINER,
         )
+
+
+def stated_format(checkpoint: Checkpoint) -> list[str]:
+    """The tool whose numbers a folder's config says that it holds, if it names one."""
+    settings = checkpoint.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return [method] if isinstance(method, str) else []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import NUMBERS as NUMBER_FORMATS
-from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader
+from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader, refuse_unreadable
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
 from model.few_bits import FORMATS, Format, shrink, usual
@@ -145,7 +145,11 @@ def count_blocks(names: Iterable[str], stem: str) -> int:
 
 
 def dit_config(checkpoint: Checkpoint) -> DiTConfig:
-    """The network's shape: from our metadata, else from the shapes of its tensors (native names). Raises K2Error."""
+    """The network's shape: from our metadata, else from the shapes of its tensors (native names). Raises K2Error.
+
+    What is packed in ways that k2 does not read has other shapes and names: that is said first.
+    """
+    refuse_unreadable(checkpoint)
     try:
         config = stated_config(checkpoint) or inferred_config(checkpoint)
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:

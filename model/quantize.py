@@ -20,9 +20,16 @@ SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours
 NOT_WEIGHTS = re.compile(
     r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$"
 )  # what 8-bit files add for their own kernels
-FOREIGN_SCALES = re.compile(  # of weights that a number times one scale is not
-    r"\.(weight_scale_inv|weight_correction|weight_scale_(?!2$)\d+|SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
-)
+FOREIGN_SCALES = re.compile(r"\.(weight_scale_inv|weight_correction|weight_scale_(?!2$)\d+)$")  # of no plain numbers
+FOREIGN = {  # formats of other tools, by names that only their files have
+    "SVDQuant": r"\.(wscales|wtscale|wcscales|smooth_factor)$",
+    "GPTQ or AWQ": r"\.qzeros$",
+    "DFloat11": r"\.(encoded_exponent|sign_mantissa)$",
+    "quanto": r"\.weight\._data$",
+    "torchao": r"\._weight_qdata$",
+    "bitsandbytes": r"\.(SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$",
+    "SDNQ": r"\.zero_point$",
+}
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14

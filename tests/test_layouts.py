@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_dit import inputs, random_model, reference, relative_error
 from torch import Tensor
 
@@ -281,7 +282,7 @@ def test_scales_of_columns(tmp_path, state, number, called):
     ("beside", "what"),
     [
         ({"blocks.0.attn.wq.weight_scale_inv": torch.ones(2, 2)}, '8 bits with "weight_scale_inv" beside them'),
-        ({"blocks.0.attn.wq.SCB": torch.ones(256)}, '8 bits with "SCB" beside them'),
+        ({"blocks.0.attn.wq.SCB": torch.ones(256)}, "bitsandbytes"),
         ({"blocks.0.attn.other.weight_scale": torch.ones(())}, "scales without their weights"),
         ({"blocks.0.attn.wq.weight": torch.ones(256, 256, dtype=torch.int8)}, "I8 without scales"),
     ],
@@ -289,6 +290,43 @@ def test_scales_of_columns(tmp_path, state, number, called):
 )
 def test_scales_that_would_be_lost(tmp_path, state, beside, what):
     assert what in refused(native(tmp_path, state | beside))
+
+
+@pytest.mark.parametrize(
+    ("packed", "tool"),
+    [
+        ({".qweight": torch.int8, ".wscales": torch.bfloat16}, "SVDQuant"),
+        ({".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}, "GPTQ or AWQ"),
+        ({".encoded_exponent": torch.uint8, ".sign_mantissa": torch.uint8}, "DFloat11"),
+        ({".weight._data": torch.int8, ".weight._scale": torch.float32}, "quanto"),
+        ({"._weight_qdata": torch.int8, "._weight_scale": torch.float32}, "torchao"),
+        ({".weight": torch.uint8, ".weight.absmax": torch.uint8}, "bitsandbytes"),
+        ({".weight": torch.uint8, ".scale": torch.float32, ".zero_point": torch.float32}, "SDNQ"),
+    ],
+    ids=lambda case: case if isinstance(case, str) else "",
+)
+@pytest.mark.parametrize("names", ["native", "diffusers"])
+def test_matrices_that_only_their_tool_unpacks(tmp_path, state, names, packed, tool):
+    """They have neither the names nor the shapes of a network's: nothing is amiss with the download."""
+    theirs = to_diffusers(state, TINY) if names == "diffusers" else state
+    matrices = {name for name in theirs if "blocks." in name and theirs[name].ndim == 2 and name.endswith(".weight")}
+    stored = {name: tensor for name, tensor in theirs.items() if name not in matrices}
+    for name in matrices:
+        stored |= {name.removesuffix(".weight") + end: torch.zeros(64, 1).to(number) for end, number in packed.items()}
+
+    assert f"stored as {tool}, which" in refused(native(tmp_path, stored))
+
+
+def test_a_folder_names_the_tool_that_its_names_do_not(tmp_path, model):
+    folder = diffusers_folder(tmp_path, model, "1GB") / "transformer"
+    file, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    stored = load_file(file)
+    stored["transformer_blocks.0.attn.to_q.weight"] = torch.ones(256, 256, dtype=torch.int8)
+    save_file(stored, file)
+    told = json.loads(config.read_text())
+    for settings, what in (({"quant_method": "sdnq"}, "sdnq, I8 without scales"), (["sdnq"], "I8 without scales")):
+        config.write_text(json.dumps(told | {"quantization_config": settings}))
+        assert f"stored as {what}, which" in refused(folder)
 
 
 @pytest.mark.parametrize("scale_name", ["weight_scale", "scale_weight"])

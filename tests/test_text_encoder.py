@@ -197,7 +197,7 @@ def test_a_diffusers_folder_states_its_taps(qwen, tmp_path):
     assert torch.equal(encoder.encode(["fox"])[0], qwen.encoder.encode(["fox"])[0])
 
 
-@pytest.mark.parametrize("beside", ["scale", "zero_point", "svd_up", "bias"])
+@pytest.mark.parametrize("beside", ["scale", "zeros", "svd_up", "bias"])
 def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
     """Numbers in 8 bits mean nothing without their scales, whatever those are called."""
     config = json.loads((qwen.folder / "config.json").read_text())
