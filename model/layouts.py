@@ -7,6 +7,7 @@ shards); any of them as safetensors, in 8 bits too, or as GGUF. The key map is a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from math import prod
@@ -277,15 +278,23 @@ def stored_precision(checkpoint: Checkpoint) -> str | None:
     blocks = [stored for name, stored in checkpoint.tensors.items() if name.startswith("blocks.")]
     if any(form_of(stored.marks, CODES) for stored in blocks):
         return "int4"
-    matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
-    if matrix is None or form_of(matrix.marks, BLOCKS):
-        return None
-    return {"I8": "int8", "F8_E4M3": "fp8"}.get(matrix.dtype)
+    dtype, in_blocks = most_are(checkpoint)
+    return None if in_blocks else {"I8": "int8", "F8_E4M3": "fp8"}.get(dtype)
 
 
 def is_packed(checkpoint: Checkpoint) -> bool:
     """Whether the blocks' matrices are no numbers times a scale, but have to be worked out when they are read."""
-    matrix = checkpoint.tensors.get("blocks.0.attn.wq.weight")
-    if matrix is None:
-        return False
-    return bool(form_of(matrix.marks, BLOCKS)) or matrix.dtype not in NUMBER_FORMATS
+    dtype, in_blocks = most_are(checkpoint)
+    return bool(in_blocks) or dtype not in NUMBER_FORMATS
+
+
+def most_are(checkpoint: Checkpoint) -> tuple[str, str]:
+    """How most numbers of the blocks' matrices are stored: the file's word for them, and which of `BLOCKS` they are.
+
+    Writers keep some matrices in more bits, often the first and the last blocks whole.
+    """
+    numbers: Counter[tuple[str, str]] = Counter()
+    for name, stored in checkpoint.tensors.items():
+        if name.startswith("blocks.") and name.endswith(".weight"):
+            numbers[stored.dtype, form_of(stored.marks, BLOCKS)] += prod(stored.shape)
+    return max(numbers, key=lambda kind: numbers[kind], default=("F32", ""))

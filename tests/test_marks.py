@@ -16,7 +16,7 @@ from torch import Tensor
 from model.checkpoint import open_checkpoint, refuse_unreadable
 from model.errors import K2Error
 from model.few_bits import widened
-from model.layouts import load_dit, stored_precision, to_diffusers
+from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 from model.quantize import rotate
 
 PREFIX = "model.diffusion_model."
@@ -133,6 +133,19 @@ def test_one_scale_a_matrix_and_flat_scales(tmp_path, state):
     stored, means = rotated(state, 64)
     flat = {n: t.flatten() if n.endswith("_scale") else t for n, t in stored.items()}
     assert_means(load_dit(native(tmp_path, flat))[0], means)
+
+
+def test_a_file_is_stored_as_most_of_its_numbers_are(tmp_path, state):
+    """Writers keep the first matrices in more bits, or only those in fewer."""
+    stored, _ = rotated(state, 64)
+    first = [name for name in stored if name.startswith("blocks.0.attn.")]
+    mostly = {name: tensor for name, tensor in stored.items() if name not in first}
+    mostly |= {name: state[name] for name in first if name in state}
+    hardly = state | {name: stored[name] for name in first}
+
+    for tensors, precision in ((mostly, "int8"), (hardly, None)):
+        _, checkpoint = load_dit(native(tmp_path, tensors))
+        assert stored_precision(checkpoint) == precision and not is_packed(checkpoint)
 
 
 @torch.no_grad()
