@@ -354,7 +354,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         if kind := form_of(stored.marks, CODES):
             formats.add(four_bit.lacking(kind, stored, factor, *(checkpoint.tensors.get(name + end) for end in BESIDE)))
             continue
-        if factor and prod(factor.shape) not in (1, *stored.shape[:1]):
+        if factor and not of_rows(factor.shape, stored.shape):
             formats.add(f"{stored.dtype} with scales of {list(factor.shape)}")
         if not factor and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
@@ -376,6 +376,12 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds weights stored as {some(found)}, which k2 does not read.",
             hint=PLAINER,
         )
+
+
+def of_rows(scales: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether there is one scale, or one for each row: [out], [out, 1]. As many in a grid are those of blocks, and
+    [1, out] would be broadcast over columns."""
+    return prod(scales) == 1 or (scales[:1] == weight[:1] and prod(scales[1:]) == 1)
 
 
 def stated_format(checkpoint: Checkpoint) -> list[str]:

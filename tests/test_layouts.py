@@ -262,10 +262,12 @@ def test_weights_that_would_load_as_something_else(tmp_path, state, mark, what):
     assert what in refused(comfy_fp8(tmp_path, state, "weight_scale", mark))
 
 
-def test_scales_of_blocks(tmp_path, state):
+@pytest.mark.parametrize("shape", [[256, 8], [16, 16], [1, 256]])
+def test_scales_of_blocks(tmp_path, state, shape):
+    """Also where there are just as many as rows."""
     name = "blocks.0.attn.wq.weight"
-    stored = state | {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(256, 8)}
-    assert "F8_E4M3 with scales of [256, 8]" in refused(native(tmp_path, stored))
+    stored = state | {name: state[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(shape)}
+    assert f"F8_E4M3 with scales of {shape}" in refused(native(tmp_path, stored))
 
 
 @pytest.mark.parametrize(("number", "called"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
