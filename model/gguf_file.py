@@ -30,10 +30,23 @@ FORMATS = {  # number in the file: name, numbers in a block, bytes of a block
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
     20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
     23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
+OTHERS = {  # known by name, and read from no file
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
 BLOCKS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -90,7 +103,7 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
     if strange:
         raise K2Error(
             f"{path} is a GGUF file with tensors in {', '.join(strange)}, which k2 does not read.",
-            hint=f"Take one in Q8_0, Q6_K, Q5_K or Q4_K; k2 reads {', '.join(BLOCKS)}.",
+            hint="Take one in Q8_0, Q6_K, Q5_K or Q4_K.",
         )
     return header
 
@@ -113,7 +126,7 @@ def walk(cursor: Cursor, size: int) -> dict[str, Any]:
         if name in found or not 0 < len(dims) < 5 or not all(dims):
             raise ValueError(f"{name} is there twice, or has the shape {dims}")
         kind, offset = cursor.number("I"), cursor.number("Q")
-        found[name] = (FORMATS[kind][0] if kind in FORMATS else f"number format {kind}", dims, offset)
+        found[name] = (name_of(kind), dims, offset)
 
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -138,6 +151,10 @@ def walk(cursor: Cursor, size: int) -> dict[str, Any]:
             raise ValueError(f"a tensor lies at bytes {begin:,} to {end:,} of {size:,}, {position:,} of them taken")
         position = end
     return header
+
+
+def name_of(kind: int) -> str:
+    return FORMATS[kind][0] if kind in FORMATS else OTHERS.get(kind, f"number format {kind}")
 
 
 class GGUFTensors:

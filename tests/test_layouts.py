@@ -19,6 +19,7 @@ from torch import Tensor
 from model import gguf_file
 from model.dit import DiTConfig
 from model.errors import K2Error
+from model.gguf_file import GGUFTensors
 from model.headers import read_header
 from model.layouts import is_packed, load_dit, to_diffusers
 from model.quantize import quantise, to_int8
@@ -411,8 +412,23 @@ def test_headers_that_lie(tmp_path, lie):
 
 def test_number_formats_that_nothing_reads(tmp_path):
     path = tmp_path / "model.gguf"
-    path.write_bytes(header(tensors=[("t", [256], 19, 0)], data=bytes(64)))
-    assert "number format 19" in refused(path)
+    for number, called in ((40, "NVFP4"), (28, "F64"), (77, "number format 77")):
+        path.write_bytes(header(tensors=[("t", [256], number, 0)], data=bytes(64)))
+        assert f"tensors in {called}, which" in refused(path)
+
+
+@pytest.mark.parametrize("number", gguf_file.FORMATS)
+def test_every_number_format_is_read_in_pieces_as_in_one(tmp_path, monkeypatch, number):
+    gguf = pytest.importorskip("gguf")
+    name, numbers, size = gguf_file.FORMATS[number]
+    path, raw = tmp_path / "model.gguf", np.random.default_rng(0).integers(0, 60, 5 * size, dtype=np.uint8)
+    path.write_bytes(header(tensors=[("t", [5 * numbers], number, 0)], data=raw.tobytes()))
+    monkeypatch.setattr(GGUFTensors, "STEP", 2 * numbers)
+
+    with GGUFTensors(path) as file:
+        read = file.get_tensor("t").numpy()
+    assert np.array_equal(read, gguf.dequantize(raw, gguf.GGMLQuantizationType[name]).flatten())
+    assert len(read) == 5 * numbers and np.isfinite(read).all() and read.any()
 
 
 def test_cut_or_flipped_anywhere(tmp_path, state):
