@@ -210,11 +210,11 @@ def shards(folder: Path) -> list[Path]:
         if missing:
             raise K2Error(f"{folder} lacks {some(missing)} of the {len(names)} files its index names.", hint=AGAIN)
         return [folder / name for name in sorted(names)]
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name))
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name)) or sorted(folder.glob("*.gguf"))
     if files and all(file.name.startswith(f"{files[0].stem}.") for file in files):
         files = files[:1]
     if len(files) != 1:
-        found = "no .safetensors file" if not files else f"{len(files)} .safetensors files and no index"
+        found = f"{len(files)} {files[0].suffix} files and no index" if files else "no .safetensors or .gguf file"
         raise K2Error(f"{folder} holds {found}.", hint="Name the file itself.")
     return files
 

@@ -302,7 +302,7 @@ def test_beside_its_variants_a_file_is_the_one_that_is_meant(tmp_path):
 
 
 def test_folders_without_their_weights(tmp_path):
-    with pytest.raises(K2Error, match=r"no \.safetensors file"):
+    with pytest.raises(K2Error, match=r"no \.safetensors or \.gguf file"):
         open_checkpoint(tmp_path)
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))

@@ -189,6 +189,15 @@ def test_rounded_layouts_are_off_by_their_rounding(tmp_path, model, state, case)
     assert 0 < relative_error(velocity(loaded), velocity(model)) < of_velocity
 
 
+def test_a_folder_of_one_gguf_file(tmp_path, state):
+    file = gguf_of(tmp_path, state, "F32")
+    _, checkpoint = load_dit(tmp_path)
+    assert checkpoint.files == [file]
+
+    file.with_name("another.gguf").write_bytes(file.read_bytes())
+    assert "holds 2 .gguf files and no index" in refused(tmp_path)
+
+
 def test_leftovers_are_named(tmp_path, state):
     _, checkpoint = load_dit(all_in_one(tmp_path, state))
     assert checkpoint.unused == (
