@@ -51,6 +51,7 @@ BLOCKS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 SHAPE = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fill whole blocks
+PIECES = "split.count"
 MAX_HEADER = 1 << 24  # 16 MiB; an image network's is a few dozen KiB
 MAX_LIST = 16  # longer lists are vocabularies: passed over
 
@@ -90,15 +91,20 @@ class Cursor:
 def read_gguf_header(path: Path) -> dict[str, Any]:
     """{tensor name: {dtype, shape, data_offsets}, …}, as of a safetensors header; offsets are from the file's start.
 
-    Raises K2Error for a damaged file and for number formats that no tensor can be read from.
+    Raises K2Error for a damaged file, for a piece of one, and for number formats that no tensor can be read from.
     """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            header = walk(Cursor(file, min(size, MAX_HEADER)), size)
+            header, pieces = walk(Cursor(file, min(size, MAX_HEADER)), size)
     except (ValueError, KeyError, OverflowError, struct.error) as error:
         reason = f"unknown kind {error}" if isinstance(error, KeyError) else error
         raise K2Error(f"{path} is a damaged GGUF file: {brief(reason)}.", hint="Fetch it again.") from None
+    if pieces > 1:
+        raise K2Error(
+            f"{path} is one of {pieces} pieces of a GGUF file.",
+            hint="Join them: `llama-gguf-split --merge FIRST_PIECE WHOLE.gguf`, of llama.cpp.",
+        )
     strange = sorted({entry["dtype"] for entry in header.values()} - set(BLOCKS))
     if strange:
         raise K2Error(
@@ -108,8 +114,11 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def walk(cursor: Cursor, size: int) -> dict[str, Any]:
-    """Fields, then tensors; each must lie within the `size` bytes of the file and on no other. Raises ValueError."""
+def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
+    """Fields, then tensors; each must lie within the `size` bytes of the file and on no other. Raises ValueError.
+
+    Returns the tensors, and in how many pieces the whole lies (`gguf-split`), of which this is one.
+    """
     magic, version = cursor.take(4), cursor.number("I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError("it is big-endian" if version and version & 0xFFFF == 0 else f"it states version {version}")
@@ -150,7 +159,8 @@ def walk(cursor: Cursor, size: int) -> dict[str, Any]:
         if begin < position or end > size:
             raise ValueError(f"a tensor lies at bytes {begin:,} to {end:,} of {size:,}, {position:,} of them taken")
         position = end
-    return header
+    pieces = fields.get(PIECES, 1)
+    return header, pieces if type(pieces) is int else 1
 
 
 def name_of(kind: int) -> str:

@@ -99,11 +99,11 @@ def q4_k(rows: np.ndarray) -> np.ndarray:
     return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), scales, packed], -1).reshape(len(rows), -1)
 
 
-def gguf_of(folder: Path, state, kind: str, prefix: str = "") -> Path:
+def gguf_of(folder: Path, state, kind: str, prefix: str = "", **settings: int) -> Path:
     """As ComfyUI's converter writes: small tensors in F32, matrices in `kind`, reshaped where rows fill no blocks."""
     gguf = pytest.importorskip("gguf")
     path = folder / f"{kind}.gguf"
-    writer = gguf.GGUFWriter(path, "krea2")
+    writer = gguf.GGUFWriter(path, "krea2", **settings)
     for name, tensor in state.items():
         data = tensor.float().numpy()
         if tensor.ndim < 2 or tensor.numel() < 1024:
@@ -417,6 +417,14 @@ def test_headers_that_lie(tmp_path, lie):
     path = tmp_path / "model.gguf"
     path.write_bytes(LIES[lie])
     assert "damaged GGUF file" in refused(path)
+
+
+def test_a_piece_of_a_file_is_to_be_joined_to_the_others(tmp_path, state):
+    gguf_of(tmp_path, state, "F32", split_max_tensors=60)
+    first, *_, last = sorted(tmp_path.iterdir())
+    for piece in (first, last):
+        assert "is one of 2 pieces of a GGUF file" in refused(piece)
+    assert "holds 2 .gguf files" in refused(tmp_path)
 
 
 def test_number_formats_that_nothing_reads(tmp_path):
