@@ -30,13 +30,15 @@ from model.marks import (
     BESIDE,
     BLOCKS,
     CODES,
+    SCALE_SUFFIXES,
     SECOND,
     Mark,
     form_of,
+    is_auxiliary,
     rotation,
     unreadable,
 )
-from model.quantize import FOREIGN, FOREIGN_SCALES, SCALE_SUFFIXES, is_auxiliary, restore, scale_of
+from model.quantize import FOREIGN, FOREIGN_SCALES, restore, scale_of
 from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours

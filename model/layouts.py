@@ -22,9 +22,8 @@ from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
 from model.few_bits import FORMATS, Format, shrink, usual
 from model.headers import AGAIN, some
-from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SECOND, form_of, rotation
+from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
-from model.quantize import SCALE_SUFFIXES
 from model.stream import stream
 
 ATTENTION = {

@@ -19,7 +19,7 @@ from typing import Any
 
 from model.errors import K2Error
 from model.headers import read_header, stored_in
-from model.marks import BESIDE, SECOND, SUFFIX, W4A4, W4A8, form_of
+from model.marks import SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -319,8 +319,7 @@ def describe(path: Path) -> dict[str, Any]:
     """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
     tensors, metadata, _ = stored_in(path)
     about = json.loads(metadata.get("k2", "{}"))
-    beside = ("_scale", ".scale_weight", ".weight_s_channel", SUFFIX, SECOND, *BESIDE)
-    shapes = {name: stored.shape for name, stored in tensors.items() if not name.endswith(beside)}
+    shapes = {name: stored.shape for name, stored in tensors.items() if not is_auxiliary(name)}
     precision: dict[str, int] = {}
     for name, shape in shapes.items():
         four = form_of(tensors[name].marks, FOUR_BITS) or ("nvfp4" if name + SECOND in tensors else "")

@@ -9,6 +9,7 @@ codes for int8 (`model/four_bit.py`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ CODES = (W4A8, W4A4)  # formats of two numbers in every int8, rotated always
 STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3", W4A8: "I8", W4A4: "I8"}  # the file's word for their numbers
 NEIGHBOURS = {"group_size": 16, "quant_group_size": 64}  # the groups that they are defined for, in the terms for them
 BESIDE = ("_s_rel", "_codebook")  # behind a weight's name: W4A8's scales of neighbours, and its levels
+SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours and most others'; ComfyUI's
+NOT_WEIGHTS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$")  # for their tools' own kernels
 HARMLESS = {  # told by scales and shapes as well, of before, or of tokens
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "linear_dtype",
 }  # fmt: skip
@@ -135,3 +138,8 @@ def can_be_turned(group: Any, format: str, dtype: str, shape: Sequence[int]) -> 
     power_of_4 = type(group) is int and group >= 4 and group.bit_count() == 1 and group.bit_length() % 2 == 1
     whole = format in ("int8_tensorwise", *CODES) and dtype == "I8"
     return power_of_4 and whole and len(shape) == 2 and shape[1] % group == 0
+
+
+def is_auxiliary(name: str) -> bool:
+    """Whether a stored tensor is no weight of the network but something that storage in few bits added."""
+    return name.endswith((*SCALE_SUFFIXES, SECOND, *BESIDE)) or NOT_WEIGHTS.search(name) is not None

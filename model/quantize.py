@@ -14,12 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.marks import BESIDE, SECOND
+from model.marks import SCALE_SUFFIXES, is_auxiliary
 
-SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours and most others'; ComfyUI's
-NOT_WEIGHTS = re.compile(
-    r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$"
-)  # what 8-bit files add for their own kernels
 FOREIGN_SCALES = re.compile(r"\.(weight_scale_inv|weight_correction|weight_scale_(?!2$)\d+)$")  # of no plain numbers
 FOREIGN = {  # formats of other tools, by names that only their files have
     "SVDQuant": r"\.(wscales|wtscale|wcscales|smooth_factor)$",
@@ -148,8 +144,3 @@ def scale_of(name: str, names: Mapping[str, object]) -> str | None:
     """The name of a weight's scale among the stored names, if there is one."""
     stem = name.removesuffix(".weight")
     return next((stem + suffix for suffix in SCALE_SUFFIXES if stem != name and stem + suffix in names), None)
-
-
-def is_auxiliary(name: str) -> bool:
-    """Whether a stored tensor is no weight of the network but something that storage in few bits added."""
-    return name.endswith((*SCALE_SUFFIXES, SECOND, *BESIDE)) or NOT_WEIGHTS.search(name) is not None

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.errors import K2Error, count_of
 from model.headers import read_json, some
-from model.quantize import is_auxiliary
+from model.marks import is_auxiliary
 from model.stream import stream
 
 SYSTEM = (

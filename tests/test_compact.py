@@ -20,8 +20,8 @@ from model.checkpoint import open_checkpoint, save
 from model.compact import write_compact
 from model.errors import K2Error
 from model.layouts import load_dit, stored_precision, to_diffusers
+from model.marks import is_auxiliary
 from model.pipeline import Pipeline
-from model.quantize import is_auxiliary
 from model.spec import RenderSpec
 
 PRECISIONS = pytest.mark.parametrize("precision", ["native", "int8", "fp8", "int4"])

@@ -229,6 +229,13 @@ def test_layouts_and_shapes(home: Path, layout: str, shapes: dict):
     )
 
 
+def test_what_8_bits_take_beside_the_weights_is_no_parameter(home: Path):
+    beside = {f"blocks.0.attn.wq.{end}": (1,) for end in ("scale_weight", "scale_input", "comfy_quant", "input_scale")}
+    fp8 = library.describe(write(home / "fp8.safetensors", transformer() | beside | {"scaled_fp8": (2,)}))
+
+    assert fp8 == library.describe(write(home / "bf16.safetensors", transformer()))
+
+
 def test_what_is_no_transformer_has_no_layout(home: Path):
     about = library.describe(write(home / "x.safetensors", {"encoder.conv_in.weight": (8, 3, 3, 3)}, {"kind": "vae"}))
 
