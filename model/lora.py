@@ -114,7 +114,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
             continue
         part, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
         scale, alpha = 1.0, alphas.get(called)
-        if rank := len(part.get("down", part.get("hada_w1_b", ()))):
+        if rank := len(part.get("down", part.get("hada_w1_b", ()))) or settings.stated_rank(bare(called)):
             scale = settings.scale(bare(called), rank) if alpha is None else alpha / rank
         if name in bares:
             layers[name] = shift_of(file, module, part, scale, bares[name])
@@ -127,7 +127,7 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
         check_wholes(file, module, part, layer)
         shape = layer.out_features, layer.in_features  # what is held in few bits is packed
         if any(what.startswith("w") for what in part):
-            update: Update = kronecker_of(file, module, part, alpha, rows, shape)
+            update: Update = kronecker_of(file, module, part, alpha, scale, rows, shape)
         elif part.keys() >= HADAMARD:
             update = hadamard_of(file, module, part, scale, shape, network.config.width)
         else:
@@ -336,11 +336,17 @@ def hadamard_of(
 
 
 def kronecker_of(
-    path: Path, module: str, part: Mapping[str, Tensor], alpha: float | None, rows: slice, shape: tuple[int, int]
+    path: Path,
+    module: str,
+    part: Mapping[str, Tensor],
+    alpha: float | None,
+    scale: float,
+    rows: slice,
+    shape: tuple[int, int],
 ) -> Kronecker:
     """A layer's Kronecker product. Where both factors are whole there is no rank, and alpha means nothing (LyCORIS).
 
-    Raises K2Error for factors that do not make up the layer's shape, (out, in).
+    scale: for a file without alphas. Raises K2Error for factors that do not make up the layer's shape, (out, in).
     """
     halves = [(part[what],) if what in part else (part[f"{what}_a"], part[f"{what}_b"]) for what in ("w1", "w2")]
     (a, b), (c, d) = (
@@ -349,7 +355,9 @@ def kronecker_of(
     check_span(path, module, len(range(a * c)[rows]), b * d, shape)
     ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
     left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
-    return Kronecker(left, right, rows, scale=alpha / ranks[-1] if ranks and alpha is not None else 1.0)
+    if alpha is not None:
+        scale = alpha / ranks[-1] if ranks else 1.0
+    return Kronecker(left, right, rows, scale=scale)
 
 
 def magnitude_of(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -97,11 +98,19 @@ class PeftSettings:
     alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first that fits
     by_root: bool = False  # rank-stabilised: alpha / √rank
     dora: bool = False  # every layer has a magnitude
+    ranks: Mapping[re.Pattern[str], float] | None = None  # of a LoKr, by which it is scaled where its factors have none
 
-    def scale(self, name: str, rank: int) -> float:
+    def stated_rank(self, name: str) -> float | None:
+        return first(self.ranks, name)
+
+    def scale(self, name: str, rank: float) -> float:
         """Of a layer by the name that the file has for it, as that is what the patterns are of."""
-        alpha = next((value for pattern, value in (self.alphas or {}).items() if pattern.match(name)), self.alpha)
+        alpha = first(self.alphas, name, self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def first(patterns: Mapping[re.Pattern[str], float] | None, name: str, otherwise: float | None = None) -> float | None:
+    return next((value for pattern, value in (patterns or {}).items() if pattern.match(name)), otherwise)
 
 
 def peft_settings(path: Path) -> PeftSettings:
@@ -114,14 +123,17 @@ def peft_settings(path: Path) -> PeftSettings:
         else:
             stated = read_json(beside) if beside else {}
         kind = str(stated.get("peft_type") or "LORA").rpartition(".")[2].upper()
-        alpha = stated.get("alpha" if kind == "LOHA" else "lora_alpha")
-        alphas = {layers(name): float(value) for name, value in (stated.get("alpha_pattern") or {}).items()}
-        numbers = [*alphas.values(), 0.0 if alpha is None else float(alpha)]
-        if not all(map(math.isfinite, numbers)):
+        alpha = stated.get("lora_alpha" if kind == "LORA" else "alpha")
+        alphas, ranks = by_layer(stated, "alpha_pattern"), None
+        if not all(map(math.isfinite, [*alphas.values(), 0.0 if alpha is None else float(alpha)])):
             raise ValueError("an alpha that is no number")
+        if kind == "LOKR":
+            ranks = by_layer(stated, "rank_pattern") | {re.compile(""): float(stated.get("r") or 0)}  # any other layer
+            if not all(0 < each < math.inf for each in ranks.values()):
+                raise ValueError("a rank that is none")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
-    if kind not in ("LORA", "LOHA"):  # their scales are stated otherwise
+    if kind not in ("LORA", "LOHA", "LOKR"):  # their scales are stated otherwise
         raise K2Error(f"{path} is a {brief(kind)} of PEFT's, which k2 does not read.", hint="Give a plain LoRA.")
     if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
         raise K2Error(
@@ -129,7 +141,12 @@ def peft_settings(path: Path) -> PeftSettings:
             hint="Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
         )
     roots, dora = bool(stated.get("use_rslora")), bool(stated.get("use_dora"))
-    return PeftSettings(None if alpha is None else float(alpha), alphas, roots, dora)
+    return PeftSettings(None if alpha is None else float(alpha), alphas, roots, dora, ranks)
+
+
+def by_layer(stated: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:
+    """A table of PEFT's, {pattern: number}. Raises ValueError, TypeError, AttributeError or re.error."""
+    return {layers(name): float(value) for name, value in (stated.get(key) or {}).items()}
 
 
 def layers(key: str) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""LoHa, a Hadamard product of two low-rank matrices: the dense product in any layout, PEFT's answers, PEFT's files."""
+"""LoHa, a Hadamard product of two low-rank matrices: the dense product in any layout, PEFT's files, and its LoKr's."""
 
 from __future__ import annotations
 
@@ -158,6 +158,31 @@ def test_what_is_no_linear_layers_takes_none(tmp_path, model):
 
 
 # ---- beside PEFT --------------------------------------------------------------------------------
+
+
+def test_peft_answers_the_same_of_a_lokr(tmp_path: Path, model):
+    """Its scale is by the rank that it states, for factors that have none of their own."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoKrConfig(
+        r=3,
+        alpha=5,
+        decompose_both=True,
+        decompose_factor=8,
+        target_modules=sorted({THEIRS[name] for name in linears(model)}),
+        alpha_pattern={"to_q": 11},
+        rank_pattern={"to_k": 2, "ff.up": 64},
+        init_weights=False,
+    )
+    torch.manual_seed(5)
+    other = peft.get_peft_model(reference(model), settings)
+    other.save_pretrained(tmp_path)
+
+    adapter = read_lora(tmp_path, model)
+
+    assert set(adapter.layers) == set(linears(model)) and not adapter.unmatched
+    assert {each.scale for each in adapter.layers.values()} == {5 / 3, 11 / 3, 5 / 2, 5 / 64}
+    assert relative_error(velocity(model, (adapter, 1)), answer_of(other)) < 1e-5
+    assert relative_error(velocity(model), answer_of(other)) > 0.01
 
 
 def test_peft_answers_the_same(tmp_path: Path, model):

@@ -403,9 +403,20 @@ def test_alpha_of_queries_keys_and_values_as_one(tmp_path, model, pairs):
     assert {each.scale for each in layers.values()} == {6 / len(whole[0])} and len(layers) == 3
 
 
-@pytest.mark.parametrize("kind", ["LOKR", "PeftType.OFT", "ADALORA", 3])
+@pytest.mark.parametrize("rank", [0, -1, None, "many", float("inf")])
+def test_a_kronecker_product_of_pefts_without_a_rank(tmp_path, model, rank):
+    """It is divided by it where both factors are whole, too."""
+    state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
+    del state["blocks.0.attn.wq.alpha"]
+    stated = {"peft_type": "LOKR", "alpha": 3, "r": rank}
+    assert "settings that cannot be read" in refused(tmp_path, model, state, lora_adapter_metadata=json.dumps(stated))
+    stated = {"peft_type": "LOKR", "alpha": 3, "r": 2}
+    layers = read_lora(write(tmp_path, state, lora_adapter_metadata=json.dumps(stated)), model).layers
+    assert layers["blocks.0.attn.wq"].scale == 1.5
+
+
+@pytest.mark.parametrize("kind", ["PeftType.OFT", "ADALORA", 3])
 def test_adapters_of_peft_that_are_no_lora(tmp_path, model, kind):
-    """A LoKr of PEFT's looks as LyCORIS's does, and its scale is another."""
     state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
     assert "of PEFT's" in refused(tmp_path, model, state, lora_adapter_metadata=json.dumps({"peft_type": kind}))
     for plain in ("LORA", "PeftType.LORA", None):
