@@ -34,10 +34,11 @@ def facts_of(record: Record) -> Facts:
             style.name: f"{style.strength:g}{', ' + style.method if style.references else ''}" for style in spec.styles
         },
         "loras": dict(lora.rsplit(" ", 1) for lora in loras(table)),
-        "size": f"{spec.width}x{spec.height}",
-        **{key: f"{getattr(spec, key)}" for key in ("seed", "steps")},
-        "guidance": f"{spec.guidance:g}{lasting(spec.guidance_until)}",
-        "mu": f"{spec.mu:g}",
+        "size": f"{spec.width}x{spec.height}" if spec.width and spec.height else "",
+        "seed": f"{spec.seed}",
+        "steps": f"{spec.steps or ''}",
+        "guidance": "" if spec.guidance is None else f"{spec.guidance:g}{lasting(spec.guidance_until)}",
+        "mu": "" if spec.mu is None else f"{spec.mu:g}",
         "sampler": spec.sampler if spec.sampler and spec.sampler != "euler" else "",
         "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
@@ -104,7 +105,11 @@ def lasting(until: float | None) -> str:
 
 
 def course(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Steps and guidance for people, with what of them is not as usual: a sampler that is not Euler's, an early end."""
+    """Steps and guidance for people, with what of them is not as usual: a sampler that is not Euler's, an early end;
+    "" for what a record does not tell."""
     sampler, until = settings.get("sampler"), settings.get("guidance_until")
-    steps = count_of(settings["steps"], "step") + (f" of {sampler}" if sampler not in (None, "euler") else "")
-    return steps, f"guidance {settings['guidance']:g}{lasting(until) if settings['guidance'] else ''}"
+    steps, guidance = settings["steps"], settings["guidance"]
+    return (
+        count_of(steps, "step") + (f" of {sampler}" if sampler not in (None, "euler") else "") if steps else "",
+        "" if guidance is None else f"guidance {guidance:g}{lasting(until) if guidance else ''}",
+    )

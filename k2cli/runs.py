@@ -187,7 +187,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         *([f"seed {made.seed}"] if shots[0].caption and alike("seed") else []),  # else it is below each picture
         f"{made_on or datetime.now():%Y-%m-%d}",
     ]
-    return " · ".join(facts)
+    return " · ".join(filter(None, facts))
 
 
 def plan(job: Job) -> dict[str, Any]:

@@ -41,6 +41,16 @@ def test_pictures_stand_in_the_order_they_were_asked_for(moody, k2):
     assert re.search(r"^created +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d$", shown, re.MULTILINE)
 
 
+@pytest.mark.parametrize("key", ["width", "steps", "guidance", "mu"])
+def test_show_leaves_out_what_a_record_does_not_tell(moody, k2, key):
+    """Hands edit records, too."""
+    k2("render", "-p", "a boat", "--steps", "1", "--size", "64x64")
+    record = Path("outputs/0001-a-boat/a-boat-7.toml")
+    record.write_text(re.sub(rf"^{key} = .*\n", "", record.read_text("utf-8"), flags=re.MULTILINE), "utf-8")
+    shown = k2("show", record).stdout
+    assert "prompt " in shown and "None" not in shown
+
+
 def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
     """Whatever the folder above is called."""
     odd = moody.rename(moody.with_name("two\nlines\t'"))
