@@ -623,11 +623,16 @@ def test_a_run_that_is_asked_to_end_says_how_to_go_on(moody, k2, fake, monkeypat
         return stream(self, specs, on_step)
 
     monkeypatch.setattr(fake, "stream", end)
-    result = k2("render", code=code)
+    outside = signal.signal(number, signal.SIG_DFL)  # nohup, for one, has a process ignore some
+    try:
+        result = k2("render", code=code)
+        after = signal.getsignal(number)
+    finally:
+        signal.signal(number, outside)
 
     there = "0 of 2 pictures are in outputs/0001-fox-and-1-more"
     assert result.stderr == f"Interrupted: {there}. Go on with: k2 render --resume\n"
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert after == signal.SIG_DFL
 
 
 def test_no_run_is_to_be_gone_on_with_of_which_nothing_is_left(moody, k2, monkeypatch):
