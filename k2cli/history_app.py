@@ -257,6 +257,8 @@ def gallery(
         raise typer.BadParameter("some of the pictures go into a folder of their own: name it", param_hint="--output")
     (there,), wrong = find_folders([folder] if folder else [], project, allow_outside)
     target, name = output or there.inside("gallery"), there.root.name
+    if chosen and target.resolve() == (there.root / "gallery").resolve():
+        raise typer.BadParameter("it would drop all others from the project's own gallery", param_hint="--output")
     try:  # what was made can be looked at, whatever is being written now
         name = Project.open(there.root, allow_outside=allow_outside).name
     except K2Error as error:

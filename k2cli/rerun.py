@@ -86,7 +86,7 @@ def repeat(
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
     off = 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
     if check:
-        return Saved(file, again, record.shot.stem), off
+        return Saved(picture_of(file), again, record.shot.stem), off
     encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output

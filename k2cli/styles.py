@@ -350,7 +350,8 @@ def place_for(file: Path, name: str, styles: Styles) -> Path:
         if place.exists() and identity(place) != identity(file):
             raise K2Error(f"loras/{name} holds another LoRA.", hint="Choose another name, or remove it.")
         return place
-    there = (each for each in sorted(folder.glob(f"*{LORA}")) if sha256(each) == sha256(file))
+    loras = (each for each in sorted(folder.glob(f"*{LORA}")) if each.is_file() and not each.is_symlink())
+    there = (each for each in loras if sha256(each) == sha256(file))
     return next(there, None) or free_name(folder, file.stem, LORA.removeprefix("."))
 
 

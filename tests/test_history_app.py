@@ -588,3 +588,18 @@ def python_path() -> dict[str, str]:
     import os
 
     return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+
+
+def test_some_of_the_pictures_never_take_the_place_of_the_whole_gallery(moody, k2):
+    many_pictures(moody / "outputs", 2)
+    k2("gallery")
+    before = (moody / "gallery/index.html").read_bytes()
+
+    assert "drop all others" in k2("gallery", "-p", "fox", "-o", "gallery", code=2).stderr
+    assert (moody / "gallery/index.html").read_bytes() == before
+
+
+def test_what_is_compared_is_named_by_its_picture(moody, k2):
+    k2("render", "-p", "a boat", "--steps", "1", "--size", "64x64")
+    made = "outputs/0001-a-boat/a-boat-7"
+    assert k2("rerun", f"{made}.toml", "--check").stdout == f"{made}.png\n"
