@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.commands import Commands, Group
 from k2cli.complete import complete_weight
 from k2cli.history_app import gallery, log, rerun, show
 from k2cli.models_app import models_app
@@ -19,13 +20,11 @@ from k2cli.options import (
     ALLOWED,
     AvoidOption,
     BatchOption,
-    Commands,
     CreativityOption,
     DenoiseOption,
     DeviceOption,
     EmbedOption,
     FormatOption,
-    Group,
     GuidanceOption,
     GuidanceUntilOption,
     InitImageOption,

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from k2cli.commands import Commands, Group
 from k2cli.complete import complete_model
-from k2cli.options import AcceptOption, Commands, Group, JsonOption, PrecisionOption, QuietOption, to_json
+from k2cli.options import AcceptOption, JsonOption, PrecisionOption, QuietOption, to_json
 from model.errors import K2Error
 
 # What ends so is meant to be a file, be it misspelt or of another format.

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import typer
 
+from k2cli.commands import as_problem
 from k2cli.console import result, show_error
-from k2cli.options import as_problem, decoded, to_json
+from k2cli.options import decoded, to_json
 from k2cli.prompts import WORDS, Prompt, read_prompts, typed
 from k2cli.settings import HOMES, OF_PROMPT
 from k2cli.tables import Place, Toml, check_keys, check_numbers

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli.commands import Commands, Group
 from k2cli.complete import complete_method, complete_style, complete_weight
 from k2cli.options import (
-    Commands,
     DenoiseOption,
     DeviceOption,
     EmbedOption,
-    Group,
     GuidanceOption,
     GuidanceUntilOption,
     InitImageOption,

@@ -1,0 +1,170 @@
+"""What every command is: where a problem that the user can fix ends up, and what is told of the options typed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from model.errors import K2Error
+
+THEIRS = {  # what can be wrong with any path that is named, or that a project holds
+    errno.EACCES: "Ask its owner for the right to use it, or name another.",
+    errno.EPERM: "Ask its owner for the right to use it, or name another.",
+    errno.ENAMETOOLONG: "No file can be called so.",
+    errno.ELOOP: "Its links lead in a circle.",
+    errno.ENOTDIR: "A part of the path is a file.",
+}
+
+
+class Group(TyperGroup):
+    """Where a problem that the user can fix ends up: one sentence, a hint, and exit code 1, or 2 for one of an option,
+    which it begins with then."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was typed; of one that other tools have, what k2 has for it."""
+        from k2cli.settings import COMMANDS
+
+        name = args[0]
+        known = f"{ctx.info_name} {name}" if ctx.parent else name
+        if known in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{name}'. {COMMANDS[known]}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = in_plain_words(error)
+            raise
+        except (K2Error, OSError, UnicodeEncodeError) as error:
+            problem = as_problem(error)
+            if problem is None:
+                raise
+            from k2cli.console import show_error
+
+            show_error(problem)
+            raise typer.Exit(2 if problem is error and str(error).startswith("--") else 1) from None
+        except Exception as error:  # Typer has no public name for what it raises of an unknown option
+            problem = as_ours(error)
+            if problem is None:
+                raise
+            from k2cli.console import show_error
+
+            show_error(problem)
+            raise typer.Exit(2) from None
+
+
+class Command(TyperCommand):
+    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told. Help names
+    arguments and not their types, which are Python's."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        for each in self.params:
+            if each.param_type_name == "argument":
+                vars(each)["display_type_rich"] = lambda ctx: None
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            said, _, order = self.make_parser(ctx).parse_args(args=[*args])
+            compares = any(option.name == "matrix" for option in self.params)
+            if not said.get("quiet") and (twice := given_twice(said, order, compares)):
+                from k2cli.console import say
+
+                say(twice, "yellow")
+        return super().parse_args(ctx, args)
+
+
+class Commands(typer.Typer):
+    """An app whose commands are of that class."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, cls=Command, **settings)
+
+
+def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -> str:
+    """Which options of one value came more than once, in a sentence; nothing where none did.
+
+    said      the values by the options' names
+    order     the parameters as they came
+    compares  whether the command has a --matrix
+    """
+    from k2cli.matrix import AXES
+
+    told = []
+    for option, times in Counter(order).items():
+        both_ways = getattr(option, "secondary_opts", [])  # --turbo/--raw
+        if times == 1 or option.param_type_name != "option" or option.multiple or (option.is_flag and not both_ways):
+            continue
+        value = said[option.name]
+        last = value if isinstance(value, str) else (option.opts if value else both_ways)[0]
+        often = "twice" if times == 2 else f"{times} times"
+        compare = f", and --matrix {option.name}=V,V compares" if compares and option.name in AXES else ""
+        told.append(f"{option.opts[0]} is given {often}: {last} counts{compare}.")
+    return " ".join(told)
+
+
+def as_ours(error: Exception) -> K2Error | None:
+    """An option that a command does not have, with what it is called here, or where a project says it; None where that
+    is not known, or the error is another."""
+    context: Any = getattr(error, "ctx", None)
+    if context is None or not hasattr(error, "possibilities"):
+        return None
+    from k2cli.settings import HOMES, OTHERS
+
+    option = str(getattr(error, "option_name", ""))
+    key = option[2:].replace("-", "_") if option.startswith("--") else option
+    ours, how = OTHERS.get(key, ("", ""))
+    hint = HOMES.get(key) if context.command.name == "render" else None
+    if any(each.name == ours for each in context.command.params):
+        hint = f"It is called --{ours.replace('_', '-')}{how}."
+    return K2Error(f"{option}: there is no such option.", hint=hint) if hint else None
+
+
+def in_plain_words(error: typer.BadParameter) -> str:
+    """What is wrong with an option's value; where it should be a number, not in the words of the parser's library."""
+    cause: Any = error.__cause__
+    if not hasattr(cause, "errors"):
+        return error.message
+    problem = cause.errors()[0]
+    noun = {"int_parsing": "a whole number", "float_parsing": "a number"}.get(problem["type"])
+    if noun is None:
+        return error.message
+    given = str(problem["input"])
+    with_point = re.fullmatch(r"[+-]?\d*,\d+", given) and noun == "a number"
+    return f'"{given}" is not {noun}' + (f", but {given.replace(',', '.')} is" if with_point else "")
+
+
+def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:
+    """An error as one that the user can fix; None where it is none of theirs, but a bug."""
+    if isinstance(error, K2Error):
+        return error
+    if isinstance(error, UnicodeEncodeError):  # of a path: what standard output has no sign for is no error
+        from k2cli.tables import USE_UTF_8
+
+        sign, encoding = error.object[error.start], error.encoding
+        return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=USE_UTF_8)
+    if isinstance(error, FileNotFoundError) and not is_somewhere():
+        return K2Error("The current folder is gone.", hint="Go to another one: cd ~")
+    if error.errno in THEIRS and error.filename is not None:
+        name = os.fsdecode(error.filename)
+        short = name if len(name) < 200 else f"{name[:200]}…"
+        return K2Error(f"{short}: {error.strerror}.", hint=THEIRS[error.errno])
+    return None
+
+
+def is_somewhere() -> bool:
+    """Whether the current folder is there: its path may have been deleted behind the shell's back."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
