@@ -392,7 +392,7 @@ class TestRerun:
         record = Path("outputs/0001-fox/fox-7.toml")
         record.write_text(record.read_text().replace(tomllib.loads(record.read_text())["pixels"], "0" * 64))
         result = k2("rerun", record, "--check", code=1)
-        assert result.stdout == "outputs/0001-fox/fox-7.toml\n" and "The pixels differ" in result.stderr
+        assert result.stdout == "outputs/0001-fox/fox-7.png\n" and "The pixels differ" in result.stderr
         monkeypatch.chdir(tmp_path)
         assert k2("rerun", bare, "--check").stdout == "bare.png\n"
 
