@@ -923,7 +923,7 @@ def test_models_are_listed_and_described(moody, k2):
     [
         (("--seed", "7", "--seed", "9"), "--seed is given twice: 9 counts, and --matrix seed=V,V compares.\n"),
         (("--seed=7", "-n", "2", "--batch", "3", "-n1"), "--batch is given 3 times: 1 counts.\n"),
-        (("--turbo", "--raw"), "--turbo is given twice: --raw counts.\n"),
+        (("--turbo", "--raw"), "--turbo/--raw is given twice: --raw counts.\n"),
         (("--project", ".", "--project", "../moody"), "--project is given twice: ../moody counts.\n"),
         (("-p", "a fox", "-p", "an owl", "--json", "--json", "--style", "dusk=0", "--style", "sea=0"), ""),
         (("--seed", "7", "--seed", "9", "--quiet"), ""),
@@ -1054,8 +1054,20 @@ def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
     assert len(fake.seen) == 1
 
 
-@pytest.mark.parametrize(("free", "said"), [(80, ""), (18, "only in 4 bits could it be held"), (10, "too large to be")])
-def test_doctor_says_what_has_to_be_streamed(monkeypatch, free, said):
+@pytest.mark.parametrize(
+    ("bf16", "free", "said"),
+    [
+        (True, 80, ""),
+        (True, 18, "only in 4 bits could it be held"),
+        (True, 10, "too large to be"),
+        (False, 80, ""),
+        (False, 20, "only in 4 bits could it be held"),
+        (False, 18, "too large to be"),
+    ],
+)
+def test_doctor_says_what_has_to_be_streamed(monkeypatch, bf16, free, said):
+    """A processor that multiplies no bf16 holds the numbers that are computed with in twice the bytes."""
+    monkeypatch.setattr("model.plan.native_bf16", lambda device: bf16)
     monkeypatch.setattr("model.plan.free_memory", lambda device: free << 30)
     found = doctor.examine()
 
@@ -1064,7 +1076,7 @@ def test_doctor_says_what_has_to_be_streamed(monkeypatch, free, said):
     assert [said in note for note in notes] == [True] * bool(said)
     assert (plan["offload"] == "all") == bool(said)
     sizes = list(plan["ways_gb"].values())
-    assert sizes == sorted(sizes, reverse=True) and plan["ways_gb"]["int4, offload text"] < 13
+    assert sizes == sorted(sizes, reverse=True) and plan["ways_gb"]["int4, offload text"] < (13 if bf16 else 18)
 
 
 @pytest.mark.parametrize(("told", "said"), [(True, " GB, 20 GB free\n"), (False, " GB, about 20 GB free\n")])
