@@ -148,13 +148,14 @@ OTHERS = {  # what other tools call a setting: its name here, and in what it dif
     **dict.fromkeys(("inpaint", "mask_image"), ("mask", "")),
     **dict.fromkeys(("strength", "denoising_strength", "image_strength"), ("denoise", ", and 1 is all made anew")),
     "iw": ("denoise", ", and less of it keeps more"),
-    **dict.fromkeys(("checkpoint", "ckpt", "niji", "v"), ("model", "")),
+    **dict.fromkeys(("checkpoint", "ckpt"), ("model", "")),
 }
 LARGER = "Nothing enlarges pictures; painted again, larger: k2 render --init-image PICTURE --size WxH --denoise 0.4"
 INSTEAD = {  # what k2 has for options of other tools that are none of its settings
     **dict.fromkeys(("upscale", "hires"), LARGER),
     **dict.fromkeys(("sref", "cref", "style_reference"), "Make a style of the picture: k2 style add NAME PICTURE"),
     **dict.fromkeys(("s", "stylize", "sw"), "How strong a look is, is the weight of its style: --style NAME=0.6"),
+    **dict.fromkeys(("v", "version", "niji"), "Other weights go by --model; those that are here: k2 models list"),
     **dict.fromkeys(("c", "chaos", "weird"), "Seeds differ more with --creativity high."),
     **dict.fromkeys(("-o", "output", "outdir"), "Pictures go to outputs/, and their paths are printed."),
     **dict.fromkeys(("tile", "tiling"), "No model here is told to make the edges of a picture meet."),

@@ -17,20 +17,20 @@ LONGEST = 40  # characters of one that are shown
 SIGNS = {  # what it looks like: what to say here
     r"<(?:lora|lyco|hypernet):[^<>]{1,200}>": "a style may name a LoRA: lora, in styles/NAME.toml",
     r"\bembedding:\w{1,60}": "there are no embeddings, a style may name a LoRA",
-    r"__[\w/*-]{1,60}__": "choices stand in braces: {red|green}",
+    r"(?<![\"“'`])__[\w/*-]{1,60}__": "choices stand in braces: {red|green}",
     r"\$\{\w{1,60}\}?": "there are no variables, choices stand in braces: {red|green}",
     r"(?<![\w.])\d{1,3}(?:-\d{1,3})?\$\$": CHOSEN,
     r"(?<![\w.])\d{0,3}\.?\d{1,3}::": CHOSEN,
     r"\b\w{1,60}::(?=\s|$|-?\d)(?:-?\d{0,3}\.?\d{1,3})?": WEIGHED,
     r"\\\([^()]{0,200}\\?\)": "brackets are words, and need no backslash",
     r"\({2}[^()]{1,200}\){2}": WEIGHED,
-    r"\([^()]{0,200}(?:(?<!\d):\d|:\d?\.\d{1,3})\)": WEIGHED,
-    r"(?:\b\w{2,60}|\([^()]{1,200}\))\+{2,9}": WEIGHED,
+    r"\([^()]{1,200}(?:(?<!\d):\d|:\s?\d?\.\d{1,3})\)": WEIGHED,
+    r"(?:\b(?![Nn]otepad\+)\w{2,60}|\([^()]{1,200}\))\+{2,9}": WEIGHED,
     r"\[[^\[\]|:]{0,200}(?::[^\[\]|:]{0,200}){1,2}:\d{0,3}\.?\d{1,3}\]": "no words come and go between the steps",
     r"\[[^\[\]|]{0,200}:\d?\.?\d{1,3}\]": WEIGHED,
     r"\[[^\[\]|]{1,200}\|[^\[\]]{1,200}\]": "choices stand in braces: {red|green}",
-    r"(?<![\"“])\[(?!sic\])[^\W\d][^\[\]\"”]{0,200}\]": WEIGHED,  # an editor's [sic], a shop's "[open]"
-    r"(?<![\w\"])BREAK(?![\w\"]|\s+[A-Z]{2})": "a prompt is read as a whole",  # no shouting: BREAK THE RULES
+    r"(?<![\"“'])\[(?!sic\])[^\W\d][^\[\]\"”]{0,200}\]": WEIGHED,  # an editor's [sic], a shop's "[open]"
+    r"(?<![\w\"])(?<![A-Z] )BREAK(?![\w\"]|\s+[A-Z]{2})": "a prompt is read as a whole",  # no shouting: BREAK THE RULES
     r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
 }
 OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =][^\s,]{1,60})?")
