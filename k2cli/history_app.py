@@ -274,7 +274,7 @@ def gallery(
         if count:
             say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
         elif not unread:
-            say("No picture matches." if chosen else none_yet([there]), "dim")
+            say(none_yet([there]), "dim")
 
 
 def show(
