@@ -134,9 +134,9 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
     told: dict[str, None] = {}
     for (_, key, steps, count), (*values, last) in shares.items():
         if key in axes and values:
-            how = "taken" if key == "denoise" else "guided"
+            how = f"{'is' if count == 1 else 'are'} {'taken' if key == 'denoise' else 'guided'}"
             those = f"{key} {', '.join(values)} and {last}"
-            told[f"Of {count_of(steps, 'step')} {count} are {how} by {those}: these pictures are the same."] = None
+            told[f"Of {count_of(steps, 'step')} {count} {how} by {those}: these pictures are the same."] = None
     yield from told
 
 

@@ -101,7 +101,7 @@ class Cluster(Crew):
         with self.reached():
             done, _ = self.ray.wait(list(self.awaited), num_returns=1, timeout=None if self.placed else PATIENCE)
         if not done:
-            raise K2Error("The cluster has no room for a single hand.", hint="See what it has with: ray status")
+            raise K2Error("The cluster has no room for a single worker.", hint="See what it has with: ray status")
         hand = self.awaited.pop(done[0])
         try:
             news = self.ray.get(done[0])

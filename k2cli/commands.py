@@ -108,7 +108,8 @@ def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -
         last = value if isinstance(value, str) else (option.opts if value else both_ways)[0]
         often = "twice" if times == 2 else f"{times} times"
         compare = f", and --matrix {option.name}=V,V compares" if compares and option.name in AXES else ""
-        told.append(f"{option.opts[0]} is given {often}: {last} counts{compare}.")
+        name = "/".join([*option.opts[:1], *both_ways[:1]])
+        told.append(f"{name} is given {often}: {last} counts{compare}.")
     return " ".join(told)
 
 

@@ -207,7 +207,7 @@ class Project(Folder):
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file: each may be a
         pattern, or several, parted by commas. A reading of a prompt that is chosen itself is not chosen again."""
-        asked = [name.strip() for several in names for name in several.split(",")]
+        asked = [name.strip() for several in names for name in several.rstrip(", ").split(",")]
         known = {name: prompt for prompt, name in name_files(self.prompts)}
         read = {prompt.name: (replace(prompt, text=escape(prompt.text)), base) for prompt, base in spread(self.prompts)}
         chosen: set[str] = set()

@@ -543,6 +543,8 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     assert told("--matrix", "denoise=0.45,0.5,0.55,1", "--steps", "8") == same
     assert told("--matrix", "denoise=0.45,0.5,0.55", "--matrix", "steps=8,40") == same
     assert told("--matrix", "denoise=0.45,0.5,0.55", "--steps", "8", "--init-image", "none") == ""
+    guided = "Of 1 step 1 is guided by guidance_until 0.4 and 1: these pictures are the same.\n"
+    assert told("--matrix", "guidance_until=0.4,1", "--steps", "1", "--only", "an-owl-at-night") == guided
     guided = "Of 4 steps 2 are guided by guidance_until 0.4 and 0.5: these pictures are the same.\n"
     assert told("--matrix", "guidance_until=0.4,0.5,1", "--steps", "4", "--only", "an-owl-at-night") == guided
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""

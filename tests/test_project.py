@@ -340,6 +340,7 @@ def test_an_aspect_keeps_the_pixels_of_the_models_own_size(moody):
         (["car", "car-green"], ["car"]),
         (["car-gre[!y]*, ban-?ed"], ["ban-red", "car-green"]),
         (["*"], ["ban-red", "Ban-blue", "car"]),
+        (["ban-red, car,"], ["ban-red", "car"]),
     ],
 )
 def test_prompts_are_chosen_by_patterns_and_lists(moody, only, chosen):

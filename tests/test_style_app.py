@@ -285,6 +285,9 @@ def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2
     assert json.loads(both)["lora"] == "loras/Ink-v2.safetensors"  # which is there already
     (style,) = spec_of(moody, both=1).styles
     assert style.lora and len(style.references) == 1
+    (moody / "loras" / "A.safetensors").symlink_to(photos / "Ink v2.safetensors")  # which a project would not follow
+    again = k2("style", "add", "again", lora, "--json").stdout
+    assert json.loads(again)["lora"] == "loras/Ink-v2.safetensors"
     write_lora(photos / "other" / "Ink v2.safetensors", "blocks.1.attn.wq")
     k2("style", "add", "second", photos / "other" / "Ink v2.safetensors")
     assert table(moody / "styles" / "second.toml")["lora"] == "loras/Ink-v2-2.safetensors"
