@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,6 @@ from model.errors import K2Error
 
 if TYPE_CHECKING:
     from k2cli.hands import Crew
-    from k2cli.project import Project
     from k2cli.prompts import Prompt
     from k2cli.runs import Job, Saved
 
@@ -324,7 +324,8 @@ def render(
       k2 render --like outputs/0001-fox/fox-7.png --batch 8
       k2 render --resume                    go on with a run that was stopped
     """
-    from k2cli.carry import carry_out, plan_project, say_again, show_plan
+    from k2cli.asked import Asked
+    from k2cli.carry import carry_out, say_again, show_plan
     from k2cli.cluster import Cluster
     from k2cli.console import say
     from k2cli.hands import Processes, load
@@ -390,43 +391,22 @@ def render(
         raise typer.BadParameter("its prompts come by standard input, so no other goes with it", param_hint="--stream")
     weights = read_weights(style or [], "--style")
     compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
-    prompts = None if stream else read_prompts(prompt or [], stdin=stdin)
-    example, own = Example.read(like, opened[0]) if like else None, prompts is None and not only and not stream
-    if example and own:
-        prompts = [example.prompt()]
-
-    def plan(opened: list[Project], prompts: list[Prompt] | None, quiet: bool) -> list[Job]:
-        jobs, styles = [], weights
-        if example:
-            said = settings | (dict(compared[0].axes) if compared else {})
-            alike, styles = example.within(opened[0], said, weights, moodboard, own_prompt=own)
-            opened = [alike]
-        elif moodboard is not None:
-            opened = [each.with_board(moodboard) for each in opened]
-        for each in opened:
-            wanted = prompts if prompts is not None else each.choose(only) if only else None
-            axes = compared or (each.comparing(wanted) if prompts is None and like is None else ())
-            jobs.append(plan_project(each, each.settle(**settings), wanted, styles, axes, quiet=quiet))
-        return jobs
-
-    def tell_of_example(job: Job) -> None:
-        """That the look of the picture that others are to be like is another by now."""
-        if example and not quiet and (changed := example.changed(job.shots, job.project.root)):
-            say(changed, "yellow")
-
+    prompts = [typed("anything")] if stream else read_prompts(prompt or [], stdin=stdin)
+    example = Example.read(like, opened[0]) if like else None
+    asked = Asked(settings, prompts, only or [], weights, compared, moodboard, example)
+    # of a stream what no line could make right is refused before the first
+    jobs = [asked.job(each, quiet=quiet or stream) for each in opened]
+    if not quiet:
+        asked.tell_changed(jobs[0])
     if not stream:
-        jobs = plan(opened, prompts, quiet)
-        tell_of_example(jobs[0])
         return carry(jobs)
-    # What no line could make right is refused before the first.
-    first, *_ = plan(opened, [typed("anything")], quiet=True)
-    tell_of_example(first)
     if not (dry_run or crew):
-        load(first.model)  # while it is awaited
+        load(jobs[0].model)  # while it is awaited
 
     def answer(one: Prompt) -> None:
         """A line, by the projects as they are by now."""
-        carry(plan(open_projects(named, project, allow_outside), [one], quiet))
+        mine = replace(asked, prompts=[one])
+        carry([mine.job(each, quiet=quiet) for each in open_projects(named, project, allow_outside)])
 
     if render_each(answer, as_json=json):
         raise typer.Exit(1)

@@ -167,7 +167,7 @@ def look(
     """The run of what is not made yet; what each picture of the project, by its stem, is known by: all that goes into
     it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
     made again only if it is not there, for otherwise somebody threw it away. `drawn`: the seed where it is random."""
-    from k2cli.carry import plan_job
+    from k2cli.asked import plan_job
 
     chosen = replace(project.settle(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None

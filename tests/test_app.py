@@ -26,7 +26,8 @@ from PIL import Image
 from rich.console import Console
 
 from k2cli import console, doctor, hands, runs, sheet
-from k2cli.carry import plan_job, show_plan
+from k2cli.asked import plan_job
+from k2cli.carry import show_plan
 from k2cli.project import Project
 from k2cli.tables import Toml, quote
 from model import library

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from k2cli.carry import shows_else
+from k2cli.doubts import shows_else
 from k2cli.models import Held
 from k2cli.models_app import show_vocabulary
 from k2cli.project import Project, Shot

@@ -1,0 +1,149 @@
+"""What may not be meant by what is asked for: found before pictures are made of it, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from k2cli.console import say
+from k2cli.matrix import Matrix
+from k2cli.models import grid, recommended
+from k2cli.pictures import sides_of
+from k2cli.project import Shot
+from k2cli.runs import Job
+from k2cli.settings import Settings
+from k2cli.signs import read_as_words
+from k2cli.tables import listed
+from model.errors import count_of
+from model.picture_file import passed_over
+from model.region import Region
+from model.spec import Leader, denoise_of, steps_guided, steps_taken
+from model.vocabulary import vocabulary
+
+CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
+LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it still paints whole ...
+FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
+
+
+def say_doubts(job: Job) -> None:
+    """That some prompts will get a picture of something else, or hold another tool's signs, that sizes are too far
+    from what the model knows, that guidance ends which never began, or that references and moodboard have pictures
+    beside them that nothing reads, or that are broken."""
+    used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
+    if over := passed_over(job.project.others - used):
+        say(over, "yellow")
+    if unread := sorted(path.name for path in job.project.unread):
+        say(f"Left out of the moodboard, as they cannot be read: {listed(unread)}.", "yellow")
+    if far := far_off(job):
+        say(far, "yellow")
+    if until := never_guided(job):
+        say(f"Guidance is off, so that guidance_until = {until:g} changes nothing.", "yellow")
+    if signs := read_as_words(text for shot in job.left for text in (shot.given, shot.spec.negative)):
+        say(signs, "yellow")
+    if strange := list(dict.fromkeys(shot.given for shot in job.left if shows_else(shot, job))):
+        say(nothing_in(strange), "yellow")
+
+
+def doubts_of(shot: Shot, job: Job) -> list[str]:
+    """What is told of a picture's prompt before it is made."""
+    strange = nothing_in([shot.given]) if shows_else(shot, job) else ""
+    return [*filter(None, (read_as_words([shot.given, shot.spec.negative]), strange))]
+
+
+def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
+    """Of settings that were typed for this run: that they change nothing in it."""
+    specs, here = [shot.spec for shot in shots], settings.elsewhere
+    lead = all(spec.leader == Leader(spec.prompt, spec.seed, spec.negative) for spec in specs)
+    if "cohesion" in here and settings.cohesion and lead:
+        yield "Every picture is the first of its own, so that cohesion changes nothing."
+    guided = "style_guidance" in here and settings.style_guidance is not None  # as a picture's own none
+    if guided and not any(style.references for spec in specs for style in spec.styles):
+        yield "No style has reference pictures, so that style_guidance changes nothing."
+
+
+def misbegun(job: Job) -> Iterator[str]:
+    """Of pictures that begin with one: that nothing stays of it though something is to, that much of it is cut off,
+    that what stays is scaled, or that a region is too narrow to be painted."""
+    begun = [shot.spec for shot in job.shots if shot.spec.init_image]
+    if not begun:  # nor need the model's headers be read
+        return
+    own = recommended(job.model.name, job.model.variant)["steps"]
+    for mask, denoise, steps in {(spec.mask, spec.denoise, spec.steps or own): None for spec in begun}:
+        part = denoise_of(denoise, masked=bool(mask))
+        if not mask and part < 1 and steps_taken(part, steps) == steps:
+            yield f"Of {count_of(steps, 'step')} denoise {part:g} takes all: nothing of the initial picture stays."
+    framed = {(spec.init_image, spec.width, spec.height, bool(spec.mask)): None for spec in begun}
+    for path, width, height, masked in framed:
+        if not (path and width and height):
+            continue
+        sides = sides_of(path)
+        was, shape = "x".join(map(str, sides)), width / height * sides[1] / sides[0]
+        if (cut := 1 - min(shape, 1 / shape)) > CUT:
+            yield f"{path.name} is {was} and fills {width}x{height}: {cut:.0%} of it is cut off, at its ends."
+        if masked and sides != (width, height):
+            yield f"{path.name} is {was} and becomes {width}x{height}, so that what a mask keeps of it is scaled, too."
+    step = grid(job.model.name, job.model.variant).step
+    for region in {Region.read(spec.mask): None for spec in begun if isinstance(spec.mask, str)}:
+        if region and min(region.width, region.height) < step:
+            yield f"The region {region} is narrower than {step} pixels: expect little to change in it, or nothing."
+
+
+def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
+    """Of shares of the steps that a matrix compares: that several come to as many."""
+    axes = {key for matrix in matrices for key in ("denoise", "guidance_until") if key in matrix.axes}
+    if not axes:  # nor need the model's headers be read
+        return
+    own = recommended(job.model.name, job.model.variant)
+    shares: dict[tuple[str, str, int, int], dict[str, None]] = {}
+    for shot in job.shots:
+        spec = shot.spec
+        steps = taken = spec.steps or own["steps"]
+        if spec.init_image:
+            denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
+            taken = steps_taken(denoise, steps)
+            shares.setdefault((shot.given, "denoise", steps, taken), {})[f"{denoise:g}"] = None
+        if spec.guidance_until and (own["guidance"] if spec.guidance is None else spec.guidance):
+            guided = steps_guided(spec.guidance_until, taken)
+            shares.setdefault((shot.given, "guidance_until", taken, guided), {})[f"{spec.guidance_until:g}"] = None
+    told: dict[str, None] = {}
+    for (_, key, steps, count), (*values, last) in shares.items():
+        if key in axes and values:
+            how = f"{'is' if count == 1 else 'are'} {'taken' if key == 'denoise' else 'guided'}"
+            those = f"{key} {', '.join(values)} and {last}"
+            told[f"Of {count_of(steps, 'step')} {count} {how} by {those}: these pictures are the same."] = None
+    yield from told
+
+
+def far_off(job: Job) -> str:
+    """That pictures are far larger, or smaller, than what a model says it was trained for; else nothing."""
+    native, _, known = grid(job.model.name, job.model.variant)
+    beyond = MOST if known and known[0] == known[1] else FURTHEST
+    for width, height in {(shot.spec.width, shot.spec.height): None for shot in job.left}:
+        if known and width and height and not LEAST * known[0] <= width * height <= beyond * known[1]:
+            made_for = f"the {native}x{native} that the model was made for"
+            return f"{width}x{height} is far from {made_for}: expect broken pictures."
+    return ""
+
+
+def never_guided(job: Job) -> float | None:
+    """When guidance is to end, where no picture has any."""
+    said = {shot.spec.guidance_until for shot in job.left if shot.spec.guidance_until is not None}
+    if not said or any(shot.spec.guidance for shot in job.left):
+        return None
+    own = recommended(job.model.name, job.model.variant)["guidance"]
+    return None if own and any(shot.spec.guidance is None for shot in job.left) else min(said)
+
+
+def shows_else(shot: Shot, job: Job) -> bool:
+    """Whether the weights in the box find nothing to draw in a prompt; a LoRA may have taught them something."""
+    return job.model.name == "mini" and not shot.spec.adapters and not is_drawn(shot.given)
+
+
+@lru_cache(maxsize=1000)  # many pictures have the same
+def is_drawn(prompt: str) -> bool:
+    return not prompt.strip() or vocabulary().draws(prompt)
+
+
+def nothing_in(prompts: Sequence[str]) -> str:
+    more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+    return f'Nothing that mini can draw is in "{prompts[0]}"{more}; what it can: k2 models vocabulary'
