@@ -106,7 +106,8 @@ def test_the_recipe_of_cron(shell):
     shell(command.replace(r"\%", "%"))
 
     assert (shell.home / "moody" / "gallery" / "index.html").exists()
-    assert len((shell.home / "moody" / "cron.log").read_text().splitlines()) == 2
+    *pictures, page = (shell.home / "moody" / "cron.log").read_text().splitlines()
+    assert page == "gallery/index.html" and [Path(each).stem[-2:] for each in pictures] == ["00", "00"]
 
 
 def test_the_schema_that_is_told_is_the_one_that_is_printed(shell, tmp_path):
