@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,18 @@ def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
     for run in runs_of(outputs):
         if chosen.run_folder(run.name):
             yield from read_run(run, chosen, skipped)
+
+
+def newest_last(made: Iterable[Made], most: int | None = None) -> list[Made]:
+    """In the order in which they were made, whatever run of whatever project they are of: the last `most` of them, and
+    no more are held on the way."""
+
+    def moment(numbered: tuple[int, Made]) -> tuple[datetime, int]:
+        place, one = numbered
+        return one.created or LONG_AGO, place
+
+    kept = nlargest(most, enumerate(made), key=moment) if most else enumerate(made)
+    return [one for _, one in sorted(kept, key=moment)]
 
 
 def runs_of(outputs: Path) -> list[Path]:

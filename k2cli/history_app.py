@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,9 +95,6 @@ def log(
       k2 log ~/projects/*/ --run 3
       k2 log --style dusk -0 | xargs -0 cp -t ~/dusk
     """
-    import sys
-    from collections import deque
-
     from k2cli import history
     from k2cli.console import delivering, near, result, say, show_error
 
@@ -111,14 +108,20 @@ def log(
     table = sys.stdout.isatty() and not json and not null
     short = table and last is None and not everything
     most = SCREENFUL if short else last
-    found, count = deque[Made](maxlen=most) if TYPE_CHECKING else deque(maxlen=most), 0
-    for folder in folders:
-        try:
-            for each in history.read(folder.outputs, chosen, unread.append):
-                found.append(each)
-                count += 1
-        except K2Error as error:
-            wrong.append(error)
+    count = 0
+
+    def every() -> Iterator[Made]:
+        """Of all projects; what is wrong with one keeps nothing of the others."""
+        nonlocal count
+        for folder in folders:
+            try:
+                for each in history.read(folder.outputs, chosen, unread.append):
+                    count += 1
+                    yield each
+            except K2Error as error:
+                wrong.append(error)
+
+    found = history.newest_last(every(), most)
     if json:
         for each in found:
             result(to_json({"file": near_file(each), **history.in_full(each.table)}))

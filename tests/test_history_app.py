@@ -64,6 +64,24 @@ def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
     assert "files alone or objects, not both" in k2("log", odd, "-0", "--json", code=2).stderr
 
 
+def test_the_log_is_in_the_order_of_making(moody, k2, tmp_path):
+    """A run that was finished after later ones, and projects side by side."""
+    for root in (moody, tmp_path / "other"):
+        many_pictures(root / "outputs", 6, per_run=2)
+    (tmp_path / "other" / "k2.toml").write_text("")
+    late = moody / "outputs" / "0001-fox" / "fox-1.toml"
+    late.write_text(late.read_text().replace("2026-01-01", "2026-02-01"))
+
+    def files(*arguments: str) -> list[str]:
+        return [line.split("\t")[0] for line in k2("log", *arguments).stdout.splitlines()]
+
+    assert files()[-2:] == ["outputs/0003-teapot/teapot-5.png", "outputs/0001-fox/fox-1.png"]
+    assert files(".", "../other", "-n", "3") == [
+        *("outputs/0003-teapot/teapot-5.png", str(tmp_path / "other/outputs/0003-teapot/teapot-5.png")),
+        "outputs/0001-fox/fox-1.png",
+    ]
+
+
 def test_the_log_filters(moody, k2):
     many_pictures(moody / "outputs", 6, per_run=2)
 
