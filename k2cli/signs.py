@@ -33,7 +33,7 @@ SIGNS = {  # what it looks like: what to say here
     r"(?<![\w\"])(?<![A-Z] )BREAK(?![\w\"]|\s+[A-Z]{2})": "a prompt is read as a whole",  # no shouting: BREAK THE RULES
     r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
 }
-OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =][^\s,]{1,60})?")
+OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =](?!--|—)[^\s,]{1,60})?")
 ANY = re.compile("|".join(f"({sign})" for sign in SIGNS))
 
 

@@ -50,6 +50,11 @@ def test_a_sign_is_found_with_what_to_say_here(prompt, sign, advice):
     assert found == sign and advice in told
 
 
+def test_an_option_without_a_value_hides_none_behind_it():
+    told = signs_of("a fox --tile --ar 3:2 --niji --no text")
+    assert list(told) == ["--tile", "--ar 3:2", "--niji", "--no text"]
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
