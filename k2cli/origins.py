@@ -39,6 +39,7 @@ FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|
 STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
 JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # of Midjourney's
 PARAMETER = re.compile(r"(?:^| )--(?=[a-z])")
+PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # of a prompt, and its weight
 IMAGE_PROMPTS = re.compile(r"^(?:<?https?://\S+ )+")
 TAKEN = ("no", "seed", "ar", "aspect", "v", "version")  # the picture has its shape, and its version is another model
 BRACKETS = "()[]"
@@ -260,12 +261,16 @@ def of_midjourney(text: str) -> Origin:
     facts = dict(pairs)
     images = IMAGE_PROMPTS.match(asked)
     others = " ".join(f"--{key} {value}".strip() for key, value in pairs if key not in TAKEN)
+    parts = [(words.strip(" ,"), weight) for words, weight in PART.findall(asked[images.end() if images else 0 :])]
+    avoided = [words for words, weight in parts if weight.startswith("-")]
     return origin(
         "Midjourney",
-        asked[images.end() if images else 0 :],
-        facts.get("no"),
+        ", ".join(words for words, weight in parts if words and not weight.startswith("-")),
+        ", ".join([*avoided, *(value for key, value in pairs if key == "no")]),
         facts,
-        left_out=(("its image prompt",) if images else ()) + ((others,) if others else ()),
+        left_out=("its image prompt",) * bool(images)
+        + ("weights of words",) * any(weight for _, weight in parts)
+        + (others,) * bool(others),
     )
 
 

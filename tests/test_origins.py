@@ -397,6 +397,9 @@ JOB = " Job ID: 758b8376-b799-4065-ac91-90d109ab15a8"
          ("a fox", "text, red -- blue", 42, ("--raw --stylize 80",))),
         ("https://s.mj.run/abc <https://s.mj.run/d.png> a fox --niji 6",
          ("a fox", "", None, ("its image prompt", "--niji 6"))),
+        ("hot::2 dog::-1 a (cat):: in snow --no dogs --ar 2:3 --no rain",
+         ("hot, a (cat), in snow", "dog, dogs, rain", None, ("weights of words",))),
+        ("space:: ship", ("space, ship", "", None, ())),
     ],
 )  # fmt: skip
 def test_midjourney(tmp_path, text, said):
