@@ -326,7 +326,8 @@ def check_keys(table: Any, known: Iterable[str], place: Place, homes: Mapping[st
         raise K2Error(f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below.")
     for key in table:
         if key not in known:
-            hint = (homes or {}).get(key) or nearest(key, known)
+            near = nearest(key, known)
+            hint = near if f"{key}s" in known else (homes or {}).get(key) or near  # nothing is nearer than its plural
             raise K2Error(f'{place(key)}: unknown key "{masked(key)}"{place.title}.', hint=hint)
 
 

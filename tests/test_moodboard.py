@@ -455,6 +455,7 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
         ('images = ["refs/none.png"]', "k2.toml, line 2: there is no refs/none.png"),
         ('images = ["../*"]', "lies outside the project"),
         ("images = []", "the board holds no picture"),
+        ('image = ["refs/*/*"]', 'Did you mean "images"?'),
         ("strength = 1", '"images" is missing in [moodboard]'),
         ('images = ["refs/*/*"]\nstrength = 1.6', '"strength" must lie between −0.5 and 1.5'),
         ('images = ["refs/*/*"]\nstrenght = 1', 'unknown key "strenght" in [moodboard]'),
