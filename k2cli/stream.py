@@ -30,8 +30,10 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
     What is wrong with a line is told, as an object too where results are objects: whoever waits for them hears of it.
     """
     wrong = 0
-    for line in lines():
+    for said in lines():
+        line = said.decode(errors="replace").strip()  # as it is told where it is no text
         try:
+            line = decoded(said).strip().removeprefix("\ufeff")
             render(asked_by(line))
         except (K2Error, OSError) as error:
             problem = as_problem(error)
@@ -76,10 +78,8 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
     return replace(prompt, last=True)
 
 
-def lines() -> Iterator[str]:
-    """Lines of standard input as they come; whoever sent one waits for an answer, be it empty. Raises K2Error where one
-    is no text."""
+def lines() -> Iterator[bytes]:
+    """Lines of standard input as they come; whoever sent one waits for an answer, be it empty, or no text."""
     if sys.stdin.isatty():
         typer.echo("A prompt a line, rendered as it comes; Ctrl-D ends.", err=True)
-    for line in sys.stdin.buffer:
-        yield decoded(line).strip().removeprefix("\ufeff")
+    yield from sys.stdin.buffer

@@ -168,7 +168,7 @@ def test_actors_are_kept_from_line_to_line(painted, k2, monkeypatch):
     """And what a project brings is sent for each."""
     ray = StandIn(2)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(stream, "lines", lambda: iter(["a pear", "a plum"]))
+    monkeypatch.setattr(stream, "lines", lambda: iter([b"a pear", b"a plum"]))
 
     result = k2("render", "--stream", "--ray", "here", "--batch", "2", "--style", "dusk=0.5", "--json")
 

@@ -327,13 +327,13 @@ def test_workers_are_kept_from_line_to_line(den, k2, monkeypatch):
         started.append((crew, hand))
         start(crew, hand)
 
-    def lines() -> Iterator[str]:
-        yield "a red fox"
-        yield "an owl"
+    def lines() -> Iterator[bytes]:
+        yield b"a red fox"
+        yield b"an owl"
         (crew, hand), *more = started
         assert not more
         os.kill(crew.hands[hand][0].pid, signal.SIGKILL)
-        yield "a sailboat"
+        yield b"a sailboat"
 
     monkeypatch.setattr(Processes, "start", watched)
     monkeypatch.setattr(stream, "lines", lines)

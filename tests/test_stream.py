@@ -28,7 +28,7 @@ def asks(monkeypatch, fake):
         def lines():
             for wish in wishes:
                 painted.append([spec.prompt for spec in fake.seen])
-                yield wish
+                yield wish.encode()
 
         monkeypatch.setattr(stream, "lines", lines)
         return painted
@@ -97,15 +97,15 @@ def test_a_project_that_changes_counts_from_the_next_line_on(moody, k2, monkeypa
     whole = toml.read_text()
 
     def lines():
-        yield "a pear"
+        yield b"a pear"
         toml.write_text(whole.replace("seed = 7", "seed = 40"))
-        yield "tea"
+        yield b"tea"
         toml.write_text(whole.replace("seed = 7", "sed = 40"))
-        yield "a plum"
+        yield b"a plum"
         (moody / "styles").mkdir()
         (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
         toml.write_text(whole + "\n[style]\ndusk = 1\n")
-        yield "a fig"
+        yield b"a fig"
 
     monkeypatch.setattr(stream, "lines", lines)
 
@@ -121,9 +121,9 @@ def test_another_model_is_loaded_for_the_line_after(moody, k2, monkeypatch, fake
     toml = moody / "k2.toml"
 
     def lines():
-        yield "a pear"
+        yield b"a pear"
         toml.write_text(toml.read_text().replace("seed = 7", 'variant = "turbo"'))
-        yield "tea"
+        yield b"tea"
 
     monkeypatch.setattr(stream, "lines", lines)
     k2("render", "--stream")
@@ -257,10 +257,10 @@ def test_a_bug_is_none_of_a_line(moody, k2, asks, fake):
 
 def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
-    assert [*stream.lines()] == ["tea"] and capsys.readouterr() == ("", "")
+    assert [*stream.lines()] == [b"tea\n"] and capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert [*stream.lines()] == ["tea"]
+    assert [*stream.lines()] == [b"tea\n"]
     assert capsys.readouterr() == ("", "A prompt a line, rendered as it comes; Ctrl-D ends.\n")
 
 
@@ -323,7 +323,11 @@ def test_what_no_line_could_make_right_is_refused_before_the_first(moody, k2, as
     assert painted == []
 
 
-def test_what_is_no_text_ends_it_in_a_sentence(moody, k2):
-    done = k2("render", "--stream", input=b"a pear\n\xff\xfe\n", code=1)
+@pytest.mark.parametrize("spoilt", [b"ein L\xf6we", b'{"prompt": "ein L\xf6we"}', b"\xef\xbb\xbf\xff\xfe"])
+def test_a_line_that_is_no_text_is_told_and_the_next_is_read(moody, k2, spoilt):
+    done = k2("render", "--stream", "--json", input=b"a pear\n" + spoilt + b"\na plum\n", code=1)
 
-    assert "Standard input is no text in the encoding here" in done.stderr
+    pear, wrong, plum = map(json.loads, done.stdout.splitlines())
+    assert (pear["prompt"]["text"], plum["prompt"]["text"]) == ("a pear", "a plum")
+    assert wrong["file"] is None and wrong["error"].startswith("Standard input is no text in the encoding here")
+    assert "\ufffd" in wrong["prompt"]["text"] and "Standard input is no text" in done.stderr
