@@ -20,6 +20,12 @@ from k2cli.tables import Place, Toml, check_keys, check_numbers
 from model.errors import K2Error
 
 OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
+OTHERWISE = re.compile(  # and how one looks that means objects, but is none of JSON alone on its line
+    r"""[][{},\s]+$|\[\s*\{\s*["}]"""  # a list, or what is spread over lines
+    r"""|"[^"|]*"\s*:\s*(?:".*"|-?\d[\d.e+-]*|[\[{]|\[\]|\{\}|true|false|null),?$"""  # a line of that
+    r"""|\[?\s*\{\s*'[^'|]*'\s*:"""  # Python's; as a choice, {a: b|c: d} is a prompt's
+    r"""|\[?\s*\{\s*\w+\s*:(?:\s*(?:"[^"]*"|'[^']*')\s*[,}]|[^|]*\}\s*\]?,?$)"""  # JavaScript's
+)
 KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
 KNOWN = (*KEYS, *(key for key in (*WORDS, *OF_PROMPT) if key not in KEYS.values()))
 
@@ -61,6 +67,10 @@ def text_of(line: str) -> str:
 def asked_by(line: str, called: str = "The line") -> Prompt:
     """What a line asks for: a prompt, or a JSON object of what a [[prompt]] may say. Raises K2Error."""
     if not OBJECT.match(line):
+        if means_objects(line):
+            like = '{"prompt": "a red fox", "seed": 4}'
+            hint = f'One object a line, as jq -c and json.dumps write it: {like}. Those of a list: jq -c ".[]".'
+            raise K2Error(f"{called} is neither a prompt nor an object of JSON that holds one.", hint=hint)
         return typed(line)
     try:
         said = json.loads(line)
@@ -76,6 +86,15 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
     entry = {"text": ""} | {KEYS.get(key, key): value for key, value in said.items()}
     (prompt,) = read_prompts([entry], place)
     return replace(prompt, last=True)
+
+
+def means_objects(line: str) -> bool:
+    """Whether a line is JSON of another shape, a piece of some, or nearly JSON: a picture of its text is not meant."""
+    if OTHERWISE.match(line):
+        return True
+    with suppress(ValueError, RecursionError):
+        return line[:1] in ("{", "[") and isinstance(json.loads(line), dict | list)
+    return False
 
 
 def lines() -> Iterator[bytes]:

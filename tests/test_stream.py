@@ -210,9 +210,45 @@ def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, l
     assert pear["prompt"]["text"] == "a pear"
 
 
-@pytest.mark.parametrize("line", ["{}", "{red|blue} fox", '{|"} tea'])
-def test_a_prompt_that_begins_with_a_brace_is_a_prompt(line):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{red|blue} fox", '{|"} tea', "{a fox|a cat}", "{photo: a fox|ink: a cat}", "{iso: 100|iso: 3200} grain",
+        "{sign: \"a\"|sign: 'b'}", "{night: dark} and {red|blue}", "[red] fox", "[{red|blue}] fox", "{red} fox",
+        '"a red fox"', '"a red fox",', '"Hope": a painting', '"Tea": {red|blue} cups', "a fox: {", "7", "null",
+    ],
+)  # fmt: skip
+def test_braces_brackets_and_quotes_are_a_prompts_own(line):
     assert stream.asked_by(line) == Prompt(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '[{"prompt": "a red fox", "seed": 3}, {"prompt": "a cat", "seed": 4}]', '["a red fox"]', "[]", "{}", "[1, 2]",
+        '[{"prompt": "a red fox", "seed": 3},', "{", "[", "}", "]", "},", "],", "[{", "}, {", "[" * 9999,
+        '"prompt": "a red fox",', '"seed": 3', '"styles": {', '"steps": null,',
+        "{'prompt': 'a red fox', 'seed': 3}", "{'prompt': 'a {red|blue} fox | ink'}", "[{'prompt': 'a red fox'}]",
+        '{prompt: "a red fox"}', "{ prompt: 'a {red|blue} fox', seed: 3 }", "{prompt: a red fox, seed: 3}",
+        '[{prompt: "a red fox"}]', '{prompt: "a red fox",',
+    ],
+)  # fmt: skip
+def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
+    """Nothing that it says would count: its seed, above all."""
+    done = k2("render", "--stream", "--json", input=f"{line}\ntea\n", code=1)
+
+    wrong, tea = map(json.loads, done.stdout.splitlines())
+    assert wrong["error"] == "The line is neither a prompt nor an object of JSON that holds one."
+    assert "One object a line" in wrong["hint"] and "jq -c" in wrong["hint"] and wrong["prompt"]["text"] == line
+    assert tea["prompt"]["text"] == "tea"
+    assert "Line 2 is neither a prompt" in k2("render", "-", input=f"tea\n{line}\n", code=1).stderr
+    assert len(fake.seen) == 1
+
+
+def test_an_object_that_is_spread_over_lines_makes_no_picture_of_them(moody, k2, fake):
+    said = json.dumps([{"prompt": "a fox", "seed": 3, "batch": 1, "styles": {"dusk": -1e-3}, "avoid": ""}], indent=2)
+
+    assert k2("render", "--stream", input=said, code=1).stdout == "" and fake.seen == []
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
