@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from k2cli import history, licence
-from k2cli.console import meter, near, result, results, say, typed
+from k2cli.console import Unwritable, meter, near, result, results, say, typed
 from k2cli.disk import DiskFull
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
@@ -21,7 +21,7 @@ from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, render
-from model.errors import K2Error, count_of
+from model.errors import count_of
 from model.picture_file import is_sheet
 from model.spec import denoise_of
 from model.weighed import check_number
@@ -146,11 +146,14 @@ def carry(
         if not interrupted:
             raise
         raise typer.Exit(getattr(reason, "code", 130)) from None
-    except (DiskFull, Unreachable) as error:
+    except (DiskFull, Unreachable, Unwritable) as error:
         stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
-        first = "Make room" if isinstance(error, DiskFull) else "See to it"
-        hint = f"{first}, then go on with: {go_on(job, stands)}" if stands else error.hint
-        raise K2Error(str(error), hint=hint) from None
+        elsewhere = "Send the results somewhere else"
+        first = {DiskFull: "Make room", Unreachable: "See to it", Unwritable: elsewhere}[type(error)]
+        whole = done == total and len(job.shots) == 1
+        if stands and not whole:
+            error.hint = f"{first}, then go on with: {go_on(job, stands)}"
+        raise
     if not quiet and total - kept_back > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))
         beside = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"

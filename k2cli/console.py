@@ -48,6 +48,10 @@ def result(line: str) -> None:
         print(harmless(line) if sys.stdout.isatty() else line, flush=True)
 
 
+class Unwritable(K2Error):
+    """Standard output takes nothing any more: whatever else is made, nobody hears of it."""
+
+
 @contextmanager
 def delivering() -> Iterator[None]:
     """Turn what keeps standard output from taking results into one sentence; a reader who has left is Typer's."""
@@ -59,10 +63,10 @@ def delivering() -> Iterator[None]:
         raise unwritable(error) from None
 
 
-def unwritable(error: OSError) -> K2Error:
+def unwritable(error: OSError) -> Unwritable:
     """What keeps standard output from taking anything, in a sentence; nothing more is written to it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
-    return K2Error(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
+    return Unwritable(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
 
 
 def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = None) -> str:

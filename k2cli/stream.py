@@ -12,7 +12,7 @@ from dataclasses import replace
 import typer
 
 from k2cli.commands import as_problem
-from k2cli.console import result, show_error
+from k2cli.console import Unwritable, result, show_error
 from k2cli.options import decoded, to_json
 from k2cli.prompts import WORDS, Prompt, read_prompts, typed
 from k2cli.settings import HOMES, OF_PROMPT
@@ -43,7 +43,7 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
             render(asked_by(line))
         except (K2Error, OSError) as error:
             problem = as_problem(error)
-            if problem is None:
+            if problem is None or isinstance(error, Unwritable):
                 raise
             show_error(problem)
             wrong += 1

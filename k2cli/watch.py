@@ -75,7 +75,7 @@ def watch(
       k2 watch moody --turbo --only fox --batch 1
     """
     from k2cli.carry import carry_out
-    from k2cli.console import console, say, show_error
+    from k2cli.console import Unwritable, console, say, show_error
     from k2cli.settings import draw
 
     if folder and project:
@@ -98,6 +98,8 @@ def watch(
                     carry_out([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
                 elif not quiet:
                     say("No picture is different.", "dim")
+            except Unwritable:  # no change of a file makes that right
+                raise
             except K2Error as error:
                 show_error(error)
             if not quiet:

@@ -28,6 +28,7 @@ from rich.console import Console
 from k2cli import console, doctor, hands, runs, sheet
 from k2cli.asked import plan_job
 from k2cli.carry import show_plan
+from k2cli.console import Unwritable
 from k2cli.project import Project
 from k2cli.tables import Toml, quote
 from model import library
@@ -659,6 +660,21 @@ def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, m
     there = "outputs/0001-fox-and-1-more"
     assert left == f"Nobody reads on: 1 of 2 pictures are in {there}. Go on with: k2 render --resume\n"
     assert k2("render", "--resume", "--run", "1").stdout == f"{there}/an-owl-at-night-7.png\n"
+
+
+def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k2, monkeypatch):
+    """As `k2 render > /dev/full` does; nothing is left of a run of one picture."""
+
+    def fill(line: str) -> None:
+        raise Unwritable("Standard output cannot be written.", hint="Send the results somewhere else.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("k2cli.carry.result", fill)
+        left = k2("render", "--quiet", code=1).stderr
+        assert k2("render", "-p", "owl", code=1).stderr.endswith("\nHint:  Send the results somewhere else.\n")
+    assert left.endswith("\nHint:  Send the results somewhere else, then go on with: k2 render --resume\n")
+    made = k2("render", "--resume", "--run", "1").stdout
+    assert made == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
 
 @pytest.mark.parametrize("error", [K2Error("The model is broken."), MemoryError()])

@@ -367,3 +367,14 @@ def test_a_line_that_is_no_text_is_told_and_the_next_is_read(moody, k2, spoilt):
     assert (pear["prompt"]["text"], plum["prompt"]["text"]) == ("a pear", "a plum")
     assert wrong["file"] is None and wrong["error"].startswith("Standard input is no text in the encoding here")
     assert "\ufffd" in wrong["prompt"]["text"] and "Standard input is no text" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_it_ends_where_nobody_can_hear_of_another_line(moody, how):
+    line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", *how]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, input="a pear\na plum\n", stdout=full, stderr=subprocess.PIPE, text=True)
+
+    assert done.returncode == 1 and done.stderr.count("Error: Standard output cannot be written") == 1
+    assert len(done.stderr.splitlines()) == 2

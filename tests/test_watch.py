@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from k2cli import console, watch
+from k2cli.console import Unwritable
 from model.errors import K2Error
 
 K2 = Path(sys.executable).with_name("k2")
@@ -97,6 +98,16 @@ def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
 
     assert "k2.toml is not valid TOML" in result.stderr
     assert result.stdout.splitlines()[2:] == ["outputs/0002-an-emu-at-night/an-emu-at-night-7.png"]
+
+
+def test_results_that_find_no_room_are_not_waited_out(moody, k2, changes, monkeypatch):
+    def fill(line: str) -> None:
+        raise Unwritable("Standard output cannot be written.")
+
+    monkeypatch.setattr("k2cli.carry.result", fill)
+    changes += [lambda: pytest.fail("it was waited")]
+
+    assert "go on with: k2 render --resume" in k2("watch", code=1).stderr
 
 
 def test_what_was_made_before_an_error_is_not_made_again(moody, k2, changes, fake):
