@@ -311,6 +311,7 @@ def render(
     """Render a project, or single prompts, into its outputs folder.
 
     Prints the path of each picture as soon as it is on disk. -p, --only, --style and --matrix may come several times.
+    Exits with 1 when any line of --stream went wrong.
 
     \b
     Examples:
