@@ -224,10 +224,12 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     written = (tmp_path / "state.safetensors").read_bytes()
 
     said: list[str] = []
-    shorter = Recipe(**{**RECIPE.__dict__, "steps": 6})
+    loop.train(run(RECIPE, tmp_path), said.append)
+    shorter = Recipe(**{**RECIPE.__dict__, "steps": 6, "lr": 0.5})
     again = loop.train(run(shorter, tmp_path), said.append)
 
-    assert said == ["line: already done at step 12; with more steps or minutes it goes on"]
+    idle = "line: already done at step 12; with more steps or minutes it goes on"
+    assert said == [idle, idle, "line: of no effect on what is done: steps 12 → 6, lr 0.05 → 0.5"]
     assert (again.step, again.figures) == (done.step, done.figures) and again.figures
     assert (tmp_path / "state.safetensors").read_bytes() == written
 

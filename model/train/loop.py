@@ -353,6 +353,8 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
     if run.done and newest_state(run.folder) == run.saved:
         run.idle = True
         report(f"{recipe.name}: already done at step {run.step}; with more steps or minutes it goes on")
+        if run.changed:
+            report(f"{recipe.name}: of no effect on what is done: {', '.join(run.changed)}")
         return run
     if run.changed:
         report(f"{recipe.name} goes on otherwise than it began: {', '.join(run.changed)}")
