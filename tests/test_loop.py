@@ -114,6 +114,23 @@ def test_an_interrupted_run_is_saved_and_ends_as_one_that_was_not(tmp_path, monk
     assert columns(tmp_path / "straight") == columns(tmp_path / "stopped")
 
 
+@pytest.mark.parametrize(
+    ("steps", "at", "told"),
+    [
+        (10, 8, ["line: ends in 1 step; Ctrl-C again stops it at once"]),
+        (12, 9, ["line: ends in 2 steps; Ctrl-C again stops it at once"]),
+        (10, 9, []),  # in the last step
+    ],
+)
+def test_an_interrupted_run_that_ends_before_it_would_stop_says_so(tmp_path, steps, at, told):
+    """It is not cut short then: nothing is raised."""
+    stage, said = Pressed(Recipe(**{**RECIPE.__dict__, "steps": steps, "every": 6})), []
+    stage.at = (at,)
+
+    assert train(Run(stage, tmp_path), said.append).done
+    assert [line for line in said if "Ctrl-C" in line] == told
+
+
 class Picture(Stage):
     """Convolutions whose channels lie innermost in memory, as the autoencoder's do; AdamW has them."""
 

@@ -373,9 +373,9 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
         window.append(run.advance(*batches(run.step)))
         run.seconds = here.agree(before + time.monotonic() - started)
         run.snapshot()
-        left, known, stops = -run.step % recipe.every, stops, pressed()
-        if stops and left and not known:
-            report(f"{recipe.name}: stops in {count_of(left, 'step')}, saved; Ctrl-C again stops it at once")
+        known, stops = stops, pressed()
+        if stops and not known and (how := ending(run)):
+            report(f"{recipe.name}: {how}; Ctrl-C again stops it at once")
         if run.step % recipe.every == 0:
             run.figures = {key: float(f"{value:.4g}") for key, value in mean_of(window).items()}
             window = []
@@ -397,6 +397,16 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
         journal.draw()
     draw_samples(run, -math.inf, report)
     return run
+
+
+def ending(run: Run) -> str:
+    """How a run that is to stop does so: at the next line of its log, or at its end if that comes first; "" if now."""
+    left = -run.step % run.recipe.every
+    if not left or run.done:
+        return ""
+    if run.recipe.steps and (rest := run.recipe.steps - run.step) <= left:
+        return f"ends in {count_of(rest, 'step')}"
+    return f"stops in {count_of(left, 'step')}, saved"
 
 
 def draw_samples(run: Run, last: float, report: Report) -> float:
