@@ -321,6 +321,7 @@ def least(stage):
         ("turbo", "untouched", 2, "is a share"),
         ("hearing", "plain", 2, "is a share"),
         ("lora", "drop", 2, "is a share"),
+        ("lora", "lr", 0.0, "more than 0"),
         *((stage, "batch", 0, "at least 1") for stage in ("judge", "text", "autoencoder", "finer")),
     ],
 )

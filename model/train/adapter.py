@@ -42,7 +42,7 @@ from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
 from model.train.pictures import encode, manifest, read_folder, shortened
 from model.train.pretrain import recompute
-from model.train.recipe import at_least, refuse, share
+from model.train.recipe import at_least, more_than_none, refuse, share
 from model.train.rollout import noised
 from model.train.training_set import pad
 
@@ -92,6 +92,7 @@ class Recipe(loop.Recipe):
                 )
         at_least(self, 1, "rank", "batch", "repeats")
         at_least(self, 0, "size")
+        more_than_none(self, "lr")  # AdamW has all of it
         share(self, "drop")
         refuse(self, "fresh")
 
