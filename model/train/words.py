@@ -24,12 +24,11 @@ from model.hashes import sha256
 from model.seeing import Eye
 from model.train.data import DATA, Catalog, Item, stable_seed
 from model.train.encode import to_tensor
-from model.train.looks import DRAWINGS, MEDIA, PALETTES, Look, looks
+from model.train.looks import DRAWINGS, GROUNDS, MEDIA, PALETTES, Look, looks
 
 COUNT = 6000  # pictures measured
 UNSEEN = 600  # pictures of held-out looks
 SHRINKAGE = 0.03  # of the covariance of standardised statistics towards the identity
-GROUNDS = ("white", "flat", "gradient", "scene", "floor")
 KNOWN = 0.99  # share of the unseen pictures that count as known
 
 
