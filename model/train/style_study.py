@@ -3,6 +3,8 @@
 Every trial is a prompt that names a subject and no look, and a reference picture of another subject in a look that
 neither generator nor judge was trained on. Figures stand between a floor, the same prompts without a reference, and a
 ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over looks: trials of one are alike.
+Two are not that strict: all of a mix are over the looks that it begins with, those of likeness to the other too; that
+of five references is over groups that share no trial, yet looks.
 
 agreement  is the reference's look the nearest of twenty; is the prompt's subject still the nearest of its names; is
            the reference's subject seen more often than without it (leakage)
