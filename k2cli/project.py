@@ -298,7 +298,9 @@ class Project(Folder):
         if matrices and tuple(matrices) == self.comparing(prompts):
             matrices = self.matrices
         known = name_files(self.prompts)
-        first = next(prompt for prompt, name in known if not matrices or any(each.about(name) for each in matrices))
+        about = ((prompt, name) for each in matrices or [Matrix({})] for prompt, name in known if each.about(name))
+        prompt, name = next(about)  # matrix by matrix, as they are compared
+        first = replace(prompt, name=name)  # matrices know it by that
         spec = self.shots(settings, [first], styles, matrices)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
 

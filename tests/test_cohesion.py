@@ -339,6 +339,32 @@ def test_compared_prompts_have_the_first_of_the_whole_comparison(den, k2):
     assert led() == led("--only", "owl") == {("a red fox", 4)}
 
 
+def test_the_first_of_a_comparison_is_that_of_the_first_matrix(den, k2):
+    import json
+
+    text = (den / "k2.toml").read_text()
+    two = '\n[[matrix]]\nprompt = ["owl"]\nseed = [1, 2]\n\n[[matrix]]\nprompt = ["fox"]\nseed = [3, 4]\n'
+    (den / "k2.toml").write_text(text + two)
+
+    def led(*options: str) -> set[tuple[str, int]]:
+        lines = k2("render", "--scope", "run", "--dry-run", "--json", *options).stdout.splitlines()
+        return {(leader["prompt"], leader["seed"]) for line in lines if (leader := json.loads(line)["leader"])}
+
+    assert led() == led("--only", "fox") == led("--only", "owl") == {("an owl", 1)}
+
+
+def test_a_matrix_may_be_about_a_prompt_whose_name_was_made_of_its_text(den, k2):
+    import json
+
+    head = PROJECT.partition("[[prompt]]")[0] + 'scope = "run"\n'
+    matrix = '[[matrix]]\nprompt = ["a-red-fox-2"]\nseed = [5, 6]\n'
+    (den / "k2.toml").write_text(head + 3 * '[[prompt]]\ntext = "a red fox"\n' + matrix)
+
+    lines = k2("render", "--only", "a-red-fox-2", "--dry-run", "--json").stdout.splitlines()
+
+    assert [json.loads(line)["leader"]["seed"] for line in lines] == [5, 5]
+
+
 def test_some_of_a_run_are_what_they_are_among_all(den, k2):
     def pixels(*options: str) -> dict[str, bytes]:
         paths = map(Path, k2("render", "--scope", "run", "--batch", "1", "--quiet", *options).stdout.split())
