@@ -218,8 +218,9 @@ class Project(Folder):
                     f'--only: {self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
                 )
             chosen |= found
-        known |= {name: prompt for name, (prompt, base) in read.items() if name not in known and base not in chosen}
-        return tuple(replace(prompt, name=name) for name, prompt in known.items() if name in chosen)
+        every = {name: prompt for name, (prompt, _) in read.items()} | known
+        order = dict.fromkeys(base if base in chosen else name for name, (_, base) in read.items())
+        return tuple(replace(every[name], name=name) for name in order if name in chosen)
 
     def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
         """The matrices that are about these of the project's prompts, or about any; without one they are batches."""

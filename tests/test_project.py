@@ -351,6 +351,14 @@ def test_prompts_are_chosen_by_patterns_and_lists(moody, only, chosen):
     assert [prompt.name for prompt in Project.open(moody).choose(only)] == chosen
 
 
+def test_chosen_readings_stand_where_their_prompt_does(moody):
+    (moody / "k2.toml").write_text('[[prompt]]\ntext = "a {red|blue} fox"\n[[prompt]]\nname = "Fox"\ntext = "a fox"\n')
+
+    chosen = Project.open(moody).choose(["fox,a-blue-fox"])
+
+    assert [prompt.name for prompt in chosen] == ["a-blue-fox", "Fox"]
+
+
 def test_prompts_are_chosen_by_name(moody):
     project = Project.open(moody)
 
