@@ -341,7 +341,8 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
     kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
-    row = prompt.row.removeprefix(prompt.text).removeprefix(" · ")  # that of older plans begins with the prompt
+    # that of older plans is the prompt, or begins with it
+    row = "" if prompt.row == prompt.text else prompt.row.removeprefix(f"{prompt.text} · ")
     return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
 
 

@@ -287,16 +287,47 @@ def test_a_matrix_has_an_end(dusky, k2):
     )
 
 
-def test_rows_of_older_plans_say_their_prompt_once(moody, k2, monkeypatch):
-    """They began with it."""
-    k2("render", "--only", "fox", "--matrix", "steps=1,2", "--matrix", "seed=1,2", "--quiet")
+@pytest.fixture
+def labels(monkeypatch):
+    """Of the pictures on contact sheets."""
+    found: set[str] = set()
+    monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **__: found.update(e.label for e in entries) or [])
+    return found
+
+
+def resume(k2, old: str = "", new: str = "") -> None:
+    """Go on with the run, which has no sheet yet, by a plan that says `new` in the place of `old`."""
     (folder,) = Path("outputs").iterdir()
     plan = (folder / "run.toml").read_text()
-    (folder / "run.toml").write_text(plan.replace('row = "steps', 'row = "a red fox · steps'))
-    (folder / "sheet.png").unlink()
-    labels: list[str] = []
-    monkeypatch.setattr(runs, "contact_sheets", lambda entries, *_, **__: labels.extend(e.label for e in entries) or [])
-
+    assert old in plan
+    (folder / "run.toml").write_text(plan.replace(old, new))
     k2("render", "--resume")
 
-    assert plan.count('row = "steps') == 4 and {*labels} == {"steps 1 · a red fox", "steps 2 · a red fox"}
+
+def test_rows_of_older_plans_say_their_prompt_once(moody, k2, labels):
+    """They began with it."""
+    k2("render", "--only", "fox", "--matrix", "steps=1,2", "--matrix", "seed=1,2", "--quiet")
+    labels.clear()
+
+    resume(k2, 'row = "steps', 'row = "a red fox · steps')
+
+    assert labels == {"steps 1 · a red fox", "steps 2 · a red fox"}
+
+
+def test_rows_of_older_plans_may_be_the_prompt_alone(moody, k2, labels):
+    k2("render", "--only", "fox", "--matrix", "seed=1,2", "--quiet")
+    labels.clear()
+
+    resume(k2, 'caption = "seed', 'row = "a red fox"\ncaption = "seed')
+
+    assert labels == {"a red fox"}
+
+
+def test_a_style_may_be_called_as_the_prompt_is(dusky, k2, labels):
+    """Rows begin with it then, and keep it."""
+    k2("render", "-p", "dusk", "--matrix", "style.dusk=0,1", "--matrix", "seed=1,2", "--quiet")
+    labels.clear()
+
+    resume(k2)
+
+    assert labels == {"dusk 0 · dusk", "dusk 1 · dusk"}
