@@ -13,7 +13,7 @@ from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MOST_PLAN, Project
 from k2cli.prompts import name_files
 from k2cli.tables import Place, listed, quote
-from model.errors import count_of
+from model.errors import K2Error, count_of
 from model.headers import open_file
 
 PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
@@ -28,9 +28,12 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     if project is None:
         return ""
     names = [name for _, name in name_files(project.prompts)]
-    runs = history.runs_of(project.outputs)
+    outputs, lost = project.outputs, ""
+    try:
+        runs, last = history.runs_of(outputs), Run.last(outputs)
+    except K2Error as error:  # as of a drive that is not mounted: where one is can be said
+        runs, last, lost = [], None, f"{error} {error.hint}"
     newest = next((made[-1] for run in reversed(runs) if (made := history.read_run(run))), None)
-    last = Run.last(project.outputs)
     done, planned = progress(last) if last and last.folder in runs else (0, 0)
     when = f", the last {newest.run}, {ago(newest.created, datetime.now(UTC))}" if newest else ""
     facts = [
@@ -38,7 +41,7 @@ def where_am_i(*, allow_outside: bool = False) -> str:
         ("  styles", listed(styles_worn(project)) or "none"),
         ("  model", f"{model_of(project)}, {count_of(project.settings.batch, 'picture')} a prompt"),
         *([("  together", together(project))] if project.settings.cohesion else []),
-        ("  runs", f"{len(runs) or 'none yet'}{when}"),
+        ("  runs", lost or f"{len(runs) or 'none yet'}{when}"),
     ]
     steps = {}
     if last and done < planned:

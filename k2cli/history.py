@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import dialect
-from k2cli.outputs import NUMBER, PICTURES, number_of
+from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
 from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked, tables_in
 from model import picture_file
 from model.errors import K2Error
@@ -175,8 +175,9 @@ def runs_of(outputs: Path) -> list[Path]:
     over: what they lead to was not made here.
 
     So is what is hidden, and names with control characters, which k2 gives to nothing: a line break would make two
-    lines of one in a pipe.
+    lines of one in a pipe. Raises K2Error where the folder cannot be listed, or is a link to nothing.
     """
+    check_link(outputs)
     try:
         names = os.listdir(outputs) if outputs.is_dir() else []
     except OSError as error:

@@ -73,7 +73,9 @@ class Run:
 
     @classmethod
     def planned_in(cls, outputs: Path) -> list[Run]:
-        """The runs that a plan was written for, by their numbers. Links are passed over, as by `history.runs_of`."""
+        """The runs that a plan was written for, by their numbers. Links are passed over, as by `history.runs_of`.
+        Raises K2Error as `check_link`."""
+        check_link(outputs)
         folders = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}"))
         found = [folder for folder in folders if NUMBER.match(folder.name) and not folder.is_symlink()]
         return [cls(folder) for folder in sorted(found, key=number_of)]
@@ -152,10 +154,11 @@ def picture_of(file: Path) -> Path:
 
 
 def check_link(outputs: Path) -> None:
-    """Raises K2Error where it is a link to nothing, as to a drive that is not mounted."""
-    if outputs.is_symlink():
-        there = masked(os.readlink(outputs))
-        raise K2Error(f"{outputs} leads to {there}, which is not there.", hint="Is its drive mounted?")
+    """Raises K2Error where it is a link to nothing, as to a drive that is not mounted: what was made may be there."""
+    with suppress(OSError):  # of what may not be looked at, as whoever lists it tells
+        if outputs.is_symlink() and not outputs.exists():
+            there = masked(os.readlink(outputs))
+            raise K2Error(f"{outputs} leads to {there}, which is not there.", hint="Is its drive mounted?")
 
 
 def next_number(outputs: Path) -> Path:

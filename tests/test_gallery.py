@@ -28,6 +28,27 @@ def data_of(folder: Path) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
+def test_a_gallery_outlives_the_drive_that_its_pictures_lie_on(moody, k2, tmp_path, monkeypatch):
+    """Nothing is dropped from it because a drive is not mounted, and no command takes what is on it for not made."""
+    monkeypatch.setenv("K2_ALLOW_OUTSIDE", "1")
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    (moody / "outputs").symlink_to(drive)
+    k2("render")
+    k2("gallery")
+    before = tree(moody / "gallery")
+    drive.rename(tmp_path / "away")
+
+    for command in (["gallery"], ["log"], ["render", "--resume"]):
+        result = k2(*command, code=1)
+        assert f"leads to {drive}, which is not there." in " ".join(result.stderr.split())
+        assert "No pictures yet" not in result.stderr
+    here = k2().stdout
+    assert "fox, an-owl-at-night" in here and f"leads to {drive}, which is not there." in " ".join(here.split())
+
+    assert tree(moody / "gallery") == before
+
+
 def test_a_folder_that_can_be_taken_along(moody, k2, tmp_path):
     k2("render", "--batch", "2")
     result = k2("gallery", "-o", tmp_path / "site")

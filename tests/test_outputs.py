@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli import disk, outputs
+from k2cli import disk, history, outputs
 from k2cli.disk import FOLDER, hold, new_draft, opened, write
 from k2cli.outputs import Run, next_number
 from model.errors import K2Error
@@ -132,9 +132,10 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
 def test_outputs_may_lie_on_a_drive_that_is_not_mounted(tmp_path):
     (tmp_path / "outputs").symlink_to(tmp_path / "drive" / "outputs")
 
-    with pytest.raises(K2Error, match=r"outputs leads to .*/drive/outputs, which is not there\.") as caught:
-        Run.claim(tmp_path / "outputs", "fox")
-    assert caught.value.hint == "Is its drive mounted?"
+    for ask in (lambda folder: Run.claim(folder, "fox"), Run.last, history.runs_of):
+        with pytest.raises(K2Error, match=r"outputs leads to .*/drive/outputs, which is not there\.") as caught:
+            ask(tmp_path / "outputs")
+        assert caught.value.hint == "Is its drive mounted?"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
