@@ -152,7 +152,7 @@ def test_how_a_picture_is_made_and_kept_counts(moody, k2, changes, line):
     assert len(k2("watch", "--only", "fox", code=130).stdout.splitlines()) == 2
 
 
-NOTHING_NEW = """steps = 28
+NOTHING_NEW = """steps = 52
 guidance = 3.5
 size = "128x128"
 sampler = "euler"
@@ -164,25 +164,51 @@ device = "cpu"
 """
 
 
-def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, monkeypatch):
+def saying(lines: str) -> str:
+    """The project with more below [render]."""
+    return PROJECT.replace("seed = 7\n", f"seed = 7\n{lines}")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        *(("", f"{line}\n") for line in NOTHING_NEW.splitlines()),
+        ("", NOTHING_NEW),
+        ("guidance = 0\n", "guidance = 0\nguidance_until = 0.5\n"),
+    ],
+)
+def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, monkeypatch, before, after):
     """What the model takes where nothing is said, and what has nothing to count for."""
     monkeypatch.setattr("model.parts.pick_device", lambda name: name or "cpu")
     toml = moody / "k2.toml"
-    said = PROJECT.replace("seed = 7\n", f"seed = 7\n{NOTHING_NEW}")
-    unguided = PROJECT.replace("seed = 7\n", "seed = 7\nguidance = 0\n")
-    changes += [
-        lambda: toml.write_text(said),
-        lambda: toml.write_text(said.replace("steps = 52", "steps = 51")),
-        lambda: toml.write_text(unguided),
-        lambda: toml.write_text(unguided.replace("guidance = 0", "guidance = 0\nguidance_until = 0.5")),
-    ]
+    toml.write_text(saying(before))
+    changes += [lambda: toml.write_text(saying(after))]
 
     result = k2("watch", "--only", "fox", code=130)
 
-    assert [line.split("/")[1] for line in result.stdout.splitlines()] == ["0001-fox", "0002-fox", "0003-fox"]
-    assert result.stderr.count("No picture is different.") == 2
-    toml.write_text(said)
-    assert "No picture is different." in k2("watch", "--only", "fox", code=130).stderr  # of what lies on the disk
+    assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png"]
+    assert result.stderr.count("No picture is different.") == 1
+    assert not k2("watch", "--only", "fox", code=130).stdout  # of what lies on the disk
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (NOTHING_NEW, NOTHING_NEW.replace("steps = 52", "steps = 51")),
+        ("", "guidance = 0\n"),
+        ("", "guidance_until = 0.5\n"),
+        ("", 'sampler = "ab2"\n'),
+        ("", "mu = 0.7\n"),
+    ],
+)
+def test_what_is_said_and_was_not_so_makes_another_picture(moody, k2, changes, before, after):
+    toml = moody / "k2.toml"
+    toml.write_text(saying(before))
+    changes += [lambda: toml.write_text(saying(after))]
+
+    made = k2("watch", "--only", "fox", code=130).stdout.splitlines()
+
+    assert made == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
 
 
 def test_what_lies_outside_is_used_where_that_is_allowed(moody, k2, changes):
