@@ -139,14 +139,16 @@ def reads_styles(name: str, variant: str | None = None) -> bool:
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
-    """What a model takes where nothing is said: width, height, steps, guidance. Its weights are not read."""
+    """What a model takes where nothing is said: width, height, steps, guidance, and mu unless that depends on the size.
+    Its weights are not read."""
     found = library.find(name, variant)
     assert found is not None, name
     about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
     own = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
     best = library.RECOMMENDED[found.variant or "raw"] | own.get("recommended", {})
     side = grid(name, variant).native
-    return {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
+    taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
+    return taken if best["mu"] == "auto" else taken | {"mu": float(best["mu"])}
 
 
 def inventory() -> list[dict[str, Any]]:

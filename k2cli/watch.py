@@ -65,7 +65,7 @@ def watch(
 ) -> None:
     """Render, and again whenever the project's files change.
 
-    k2.toml, styles and references are watched, and of a change only the pictures are made that it makes different;
+    k2.toml, styles and references are watched, and of a change only the pictures are made that it may make different;
     what the last runs made is not made again. What you throw away stays away until it is asked for anew. The weights
     stay in memory. A mistake in a file is told, and waited out. Ctrl-C ends it.
 
@@ -213,14 +213,19 @@ class Taken(NamedTuple):
 
         found = find(held.name, held.variant)
         chosen = {"variant": found and found.variant, "device": str(pick_device(held.device))}
+        if found and found.source == "box":  # small, and held as it is where nothing is said
+            chosen |= {"precision": held.precision or "native", "offload": held.offload or "none"}
         return cls(vars(held) | chosen, recommended(held.name, held.variant))
 
 
 def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> str:
     """What a picture is known by: all that goes into it, hashed, but for what would change nothing."""
     from k2cli.records import request
-    from model.spec import denoise_of
+    from model.spec import Leader, denoise_of
 
+    spec = shot.spec
+    if spec.leader == Leader(spec.prompt, spec.seed, spec.negative):  # what leads is the picture that it would be alone
+        shot = replace(shot, spec=replace(spec, cohesion=0.0, leader=None))
     asked = request(shot, root, hash_of)
     said = asked["settings"]
     said |= {key: own for key, own in taken.own.items() if said[key] is None}

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, write_weights
 from PIL import Image
 from rich.console import Console
 
@@ -161,6 +161,9 @@ style_guidance = 2
 leak_guard = "shift"
 variant = "raw"
 device = "cpu"
+precision = "native"
+offload = "none"
+cohesion = 0.5
 """
 
 
@@ -189,6 +192,26 @@ def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, 
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png"]
     assert result.stderr.count("No picture is different.") == 1
     assert not k2("watch", "--only", "fox", code=130).stdout  # of what lies on the disk
+
+
+def test_the_time_shift_of_a_checkpoint_may_be_said_where_it_has_one(moody, k2, changes, fake):
+    write_weights(moody.parent / "box" / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo", "native": 128})
+    toml = moody / "k2.toml"
+    changes += [lambda: toml.write_text(saying("mu = 1.15\n")), lambda: toml.write_text(saying("mu = 1.1\n"))]
+
+    made = k2("watch", "--only", "fox", "--turbo", code=130).stdout.splitlines()
+
+    assert made == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
+
+
+def test_cohesion_changes_the_pictures_that_follow(moody, k2, changes):
+    toml = moody / "k2.toml"
+    toml.write_text(saying("batch = 2\n"))
+    changes += [lambda: toml.write_text(saying("batch = 2\ncohesion = 0.5\n"))]
+
+    made = k2("watch", "--only", "fox", code=130).stdout.splitlines()
+
+    assert made[2:] == ["outputs/0002-fox/fox-8.png"]
 
 
 @pytest.mark.parametrize(
