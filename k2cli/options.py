@@ -134,8 +134,12 @@ def meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
     from k2cli.project import Project
     from k2cli.tables import quote
 
+    if any(prompt.split() != [prompt] for prompt in prompts):  # which was quoted, so that this one is another
+        return f"Each prompt goes with its own -p, and a project is made by: k2 new {quote(word)}"
     if len(prompts) == 1:
-        return f"A prompt of several words stands in quotes: k2 render -p {quote(' '.join([*prompts, *words]))}"
+        there = "".join(f"{quote(each)} " for each in words if os.path.exists(each))
+        whole = " ".join([*prompts, *(each for each in words if not os.path.exists(each))])
+        return f"A prompt of several words stands in quotes: k2 render {there}-p {quote(whole)}"
     with suppress(K2Error):
         if (here := Project.around(Path.cwd())) and here.choose([word]):
             return f"The prompt of that name: k2 render --only {quote(word)}"

@@ -383,6 +383,13 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--only", "fox", "-"], 2, "it chooses of the project's prompts", ""),
         (["render", "a red owl"], 1, "There is no project a red owl.", "k2 render -p 'a red owl'"),
         (["render", "-p", "a", "red", "fox"], 1, "There is no project red.", "in quotes: k2 render -p 'a red fox'"),
+        (["render", ".", "-p", "a", "red", "fox"], 1, "There is no project red.", "k2 render . -p 'a red fox'"),
+        (
+            ["render", "modoy", "-p", "a red fox"],
+            1,
+            "There is no project modoy.",
+            "its own -p, and a project is made by",
+        ),
         (["render", "-p", "a", "-p", "the", "cat"], 1, "There is no project cat.", "k2 render -p cat"),
         (["render", "--matrix", "cfg=1,2"], 2, '"cfg" is no axis.', "called guidance, and is 1 less than a CFG scale"),
         (["render", "a red fox " * 99], 1, "There is no project a red fox", "k2 render -p 'a red fox a red fox"),
