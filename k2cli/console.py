@@ -19,7 +19,7 @@ from k2cli.tables import from_here, masked, quote
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
-MOST_ROWS = 500  # in columns, which take half a millisecond each
+MOST_ROWS = 2000  # in columns, which take half a millisecond each
 
 console = Console(stderr=True, highlight=False)
 

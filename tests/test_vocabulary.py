@@ -84,6 +84,17 @@ def test_what_words_mean_is_a_table_on_a_terminal(monkeypatch, capsys):
     assert any(line.startswith("subject  cat        kitt") for line in lines)
 
 
+def test_all_of_them_are_a_table_on_a_terminal_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    show_vocabulary()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > len(vocabulary().entries) and max(map(len, lines)) <= 100
+    assert not any("\t" in line for line in lines)
+
+
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeypatch, dry):
     monkeypatch.chdir(tmp_path)
