@@ -125,7 +125,7 @@ def as_ours(error: Exception) -> K2Error | None:
     key = option[2:].replace("-", "_") if option.startswith("--") else option
     ours, how = OTHERS.get(key, ("", ""))
     hint = HOMES.get(key) if context.command.name == "render" else None
-    if any(each.name == ours for each in context.command.params):
+    if any(each.param_type_name == "option" and each.name == ours for each in context.command.params):
         hint = f"It is called --{ours.replace('_', '-')}{how}."
     return K2Error(f"{option}: there is no such option.", hint=hint) if hint else None
 

@@ -192,6 +192,7 @@ def test_a_command_of_another_tool_is_told_what_there_is(moody, k2, command, hin
 def test_an_option_of_another_command_or_of_none_is_no_other_tools(moody, k2):
     for command in (["render", "--foo"], ["mix-styles", "dusk=1", "--batch", "2"], ["log", "--steps", "2"]):
         assert "No such option" in k2(*command, code=2).stderr
+    assert "No such option" in k2("models", "info", "--checkpoint", "x", code=2).stderr  # there it is an argument
     assert "called --guidance" in k2("mix-styles", "dusk=1", "--cfg", "7", code=2).stderr
 
 
