@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from k2cli.console import say
@@ -17,7 +18,7 @@ from k2cli.tables import listed
 from model.errors import count_of
 from model.picture_file import passed_over
 from model.region import Region
-from model.spec import Leader, denoise_of, steps_guided, steps_taken
+from model.spec import Leader, RenderSpec, denoise_of, steps_guided, steps_taken
 from model.vocabulary import vocabulary
 
 CUT = 0.1  # of an initial picture, beyond which it is told; less comes of sides that are multiples of a token's
@@ -94,17 +95,18 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
     if not axes:  # nor need the model's headers be read
         return
     own = recommended(job.model.name, job.model.variant)
-    shares: dict[tuple[str, str, int, int], dict[str, None]] = {}
+    shares: dict[tuple[RenderSpec, str, int, int], dict[str, None]] = {}
     for shot in job.shots:
         spec = shot.spec
         steps = taken = spec.steps or own["steps"]
         if spec.init_image:
             denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
             taken = steps_taken(denoise, steps)
-            shares.setdefault((shot.given, "denoise", steps, taken), {})[f"{denoise:g}"] = None
+            shares.setdefault((replace(spec, denoise=None), "denoise", steps, taken), {})[f"{denoise:g}"] = None
         if spec.guidance_until and (own["guidance"] if spec.guidance is None else spec.guidance):
             guided = steps_guided(spec.guidance_until, taken)
-            shares.setdefault((shot.given, "guidance_until", taken, guided), {})[f"{spec.guidance_until:g}"] = None
+            others = replace(spec, guidance_until=None)
+            shares.setdefault((others, "guidance_until", taken, guided), {})[f"{spec.guidance_until:g}"] = None
     told: dict[str, None] = {}
     for (_, key, steps, count), (*values, last) in shares.items():
         if key in axes and values:

@@ -549,6 +549,13 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     assert told("--matrix", "guidance_until=0.4,0.5,1", "--steps", "4", "--only", "an-owl-at-night") == guided
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
     assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
+    toml = (begun / "k2.toml").read_text()
+    for first, second in (
+        ('denoise = [0.4, 0.7]\nsize = ["256x256"]', 'denoise = [0.42, 0.8]\nsize = ["320x192"]'),
+        ("guidance_until = [0.4, 1]\nguidance = [2.0]", "guidance_until = [0.5, 0.8]\nguidance = [4.0]"),
+    ):
+        (begun / "k2.toml").write_text(f"{toml}\n[[matrix]]\n{first}\n\n[[matrix]]\n{second}\n")
+        assert told("--steps", "8") == told("--steps", "4") == ""
 
 
 def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
