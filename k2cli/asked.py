@@ -45,7 +45,7 @@ class Asked:
 
     def tell_changed(self, job: Job) -> None:
         """That the look of the picture that others are to be like is another by now."""
-        if self.example and (changed := self.example.changed(job.shots, job.project.root)):
+        if self.example and (changed := self.example.changed(job)):
             say(changed, "yellow")
 
 

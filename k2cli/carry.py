@@ -16,7 +16,7 @@ from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.folder import root_above
 from k2cli.hands import Crew, Unreachable
-from k2cli.models import reads_styles, recommended
+from k2cli.models import auto_method, recommended
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.records import portable, request
@@ -97,7 +97,7 @@ def carry_out(
 def check_references(job: Job) -> None:
     """Refuse more reference pictures than a model takes at once, before its weights are read. Raises K2Error."""
     looks = {shot.spec.styles for shot in job.left if any(style.references for style in shot.spec.styles)}
-    auto = "tokens" if looks and reads_styles(job.model.name, job.model.variant) else "splice"
+    auto = auto_method(job.model.name, job.model.variant) if looks else ""
     for styles in looks:
         check_number([replace(style, method=auto) if style.method == "auto" else style for style in styles])
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2cli import moodboard, records
 from k2cli.console import near
 from k2cli.folder import root_above
 from k2cli.matrix import escape
+from k2cli.models import auto_method
 from k2cli.origins import own_phrases
-from k2cli.project import Project, Shot
+from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
-from k2cli.styles import Styles
+from k2cli.styles import Styles, composed
 from k2cli.tables import quote
 from model.errors import K2Error
 from model.hashes import sha256
 from model.spec import Leader, Style
+
+if TYPE_CHECKING:
+    from k2cli.runs import Job
 
 OPTION = "--like"
 OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu")  # what another has others for
@@ -69,16 +73,23 @@ class Example:
         spec = self.record.shot.spec
         return spec.leader or Leader(spec.prompt, spec.seed, spec.negative)
 
-    def changed(self, shots: Sequence[Shot], root: Path) -> str:
-        """That what these shots take of it is not what it was made with; else nothing."""
+    def changed(self, job: Job) -> str:
+        """That what a job's pictures take of it is not what it was made with; else nothing."""
+        root, shots = job.project.root, job.shots
         now = {style.name: style for shot in shots for style in shot.spec.styles}
+        before = {style.name: style for style in self.record.shot.spec.styles if style.name in now}
+        read = any(style.references for style in before.values())
+        auto = auto_method(job.model.name, job.model.variant) if read else ""
         told = []
-        for style in self.record.shot.spec.styles:
-            if style.name in now:
-                before = look_of(style, root, self.record.references.__getitem__)
-                after = look_of(now[style.name], root)
-                other = [called for called, said in before.items() if after[called] != said]
-                told += [f"{style.name} has other {' and '.join(other)}"] if other else []
+        for name, style in before.items():
+            was, look = look_of(style, root, self.record.references.__getitem__), look_of(now[name], root)
+            other = [called for called, said in was.items() if look[called] != said]
+            told += [f"{name} has other {' and '.join(other)}"] if other else []
+            if style.references and now[name].references:
+                way, method = (auto if each.method == "auto" else each.method for each in (style, now[name]))
+                told += [f"{name} is read by {method}"] if way != method else []
+        mixed = set(map(composed, job.project.styles.reached(before.keys() - {moodboard.NAME}, OPTION)))
+        told += [f"{name} is mixed in" for name in now if name in mixed - before.keys()]
         begun = {path for shot in shots for path in (shot.spec.init_image, shot.spec.mask) if isinstance(path, Path)}
         for path in sorted(begun & self.record.references.keys()):
             told += [f"{path.name} is another picture"] if sha256(path) != self.record.references[path] else []

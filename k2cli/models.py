@@ -138,6 +138,11 @@ def reads_styles(name: str, variant: str | None = None) -> bool:
     return found is not None and library.find_parts(found).style is not None
 
 
+def auto_method(name: str, variant: str | None = None) -> str:
+    """How a model reads the reference pictures of a style whose method is `auto`."""
+    return "tokens" if reads_styles(name, variant) else "splice"
+
+
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     """What a model takes where nothing is said: width, height, steps, guidance, and mu unless that depends on the size.
     Its weights are not read."""

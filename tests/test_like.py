@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+from conftest import write_weights
 from PIL import Image
 
 from k2cli import moodboard
+from model import library
 from model.spec import Style
 
 LOOK = 'keywords = ["film grain"]\navoids = ["gloss"]\n'
@@ -188,6 +192,47 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     assert f"{was} dusk has other pictures.\n" in k2(*like, "--style", "ink=0", "--init-image", "none").stderr
     lines = k2("render", "--like", made, "--stream", "--dry-run", input="a cup\na pot\n").stderr
     assert lines.count("is not what it was") == 1
+
+
+def test_a_style_that_is_mixed_in_since_is_told(dusky, k2):
+    """Of a mix in a mix, too; but not one that is asked for."""
+    blend = dusky / "styles" / "blend.toml"
+    blend.write_text('keywords = ["soft"]\n[mix]\ndusk = 0.5\n')
+    (dusky / "styles" / "riso.toml").write_text('keywords = ["riso"]\n')
+    (dusky / "styles" / "print.toml").write_text("[mix]\nriso = 1\n")
+    made = rendered(k2, "-p", "tea", "--style", "blend=1")
+    like = ("render", "--like", made, "--dry-run")
+    blend.write_text(blend.read_text().replace("0.5", "0.7"))  # which its weights make up for
+    assert "is not what it was" not in k2(*like, "--style", "riso=0.5").stderr
+
+    blend.write_text(blend.read_text() + "print = 1\n")
+
+    assert "The look is not what it was when tea-7.png was made: riso is mixed in.\n" in k2(*like).stderr
+    assert "is not what it was" not in k2(*like, "--style", "blend=0").stderr
+
+
+def test_pictures_that_are_read_in_another_way_are_told(dusky, k2):
+    """`auto` is the way that the model reads them in."""
+    night = dusky / "styles" / "night.toml"
+    Image.new("RGB", (64, 64), "teal").save(dusky / "a.png")
+    plain = '[[reference]]\nimage = "a.png"\n'
+    night.write_text(plain)
+    write_weights(library.BOX / "mini-style.safetensors", {"kind": "style"})
+    made = rendered(k2, "-p", "tea", "--style", "night=1")
+    for before, now, told in (
+        ("tokens", "auto", ""),
+        ("tokens", "tokens", ""),
+        ("tokens", "splice", "night is read by splice."),
+        ("auto", "splice", "night is read by splice."),
+        ("splice", "auto", "night is read by tokens."),
+    ):
+        record = Path(made).with_suffix(".toml")
+        record.write_text(re.sub('method = ".*"', f'method = "{before}"', record.read_text()))
+        night.write_text(f'method = "{now}"\n{plain}')
+        said = k2("render", "--like", record, "--dry-run").stderr
+        assert ("is not what it was" in said) == bool(told) and told in said
+    night.write_text('keywords = ["night"]\n')
+    assert "night has other pictures and keywords.\n" in k2("render", "--like", record, "--dry-run").stderr
 
 
 def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
