@@ -27,6 +27,8 @@ from model.errors import K2Error
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
+PARTED = r"[^\W_\u0590-\u1dff\u2000-\U0010ffff]"  # a letter or digit of scripts that part words: Latin, Greek, Cyrillic
+
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
@@ -141,9 +143,9 @@ class Chosen:
 
 def begins_in(word: str, text: str) -> bool:
     """Whether a word of the text begins so; in scripts that join words to others, or do not part them, whether it is in
-    it."""
+    it, and behind letters of those a word of the others may begin."""
     parted = word[0] < "\u0590"  # Latin, Greek, Cyrillic and their like come first
-    return re.search(("(?<![^\\W_])" if parted else "") + re.escape(word), text) is not None
+    return re.search((f"(?<!{PARTED})" if parted else "") + re.escape(word), text) is not None
 
 
 def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:

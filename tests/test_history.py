@@ -11,7 +11,7 @@ import pytest
 from conftest import many_pictures
 
 from k2cli import gallery, history
-from k2cli.history import Chosen, Made
+from k2cli.history import Chosen, Made, begins_in
 from model.errors import K2Error
 
 
@@ -70,6 +70,24 @@ def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path)
     many_pictures(tmp_path, 1, text="owls, 白雪, école, рыжий кот")
 
     assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("红色fox睡觉", True),
+        ("かわいいfoxの絵", True),
+        ("日本fox", True),
+        ("여우fox", True),
+        ("redfox", False),
+        ("рыжийfox", False),
+        ("đỏấfox", False),
+        ("7fox", False),
+        ("red_fox", True),
+    ],
+)
+def test_a_word_begins_behind_letters_that_are_not_parted_from_it(text, found):
+    assert begins_in("fox", text) == found
 
 
 def test_a_run_by_another_name_is_one_still(tmp_path):
