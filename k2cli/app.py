@@ -211,7 +211,7 @@ def new(
         for note in notes:
             say(note, "yellow")
         if keeps_outputs(made):
-            say("Git will keep every picture: add outputs/, gallery/ and .runs/ to the .gitignore.", "yellow")
+            say("Git may keep every picture: add outputs/, gallery/ and .runs/ to the .gitignore.", "yellow")
         there = "" if made == Path.cwd() else f"cd {typed(made)} && "
         say(f"Next: {there}k2 render", "dim")
 

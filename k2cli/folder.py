@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from k2cli import template
@@ -100,11 +101,18 @@ class Folder:
 
 
 def keeps_outputs(folder: Path) -> bool:
-    """Whether a .gitignore, which may be the user's own, has no line for the outputs."""
+    """Whether a .gitignore, which may be the user's own, has no line for the outputs or the pictures in them."""
     with suppress(OSError):
         lines = (folder / IGNORE).read_text("utf-8", "replace").splitlines()
-        return not any(line.strip().strip("/").removesuffix("/*") in ("outputs", "*", "**") for line in lines)
+        return not any(map(ignores_outputs, lines))
     return False
+
+
+def ignores_outputs(line: str) -> bool:
+    """Whether a line of a .gitignore is about them: a name of any folder, or a path where there is a slash within."""
+    pattern = line.strip().rstrip("/").removeprefix("**/")
+    pattern = f"/{pattern.removeprefix('/')}" if "/" in pattern else f"*/{pattern}"
+    return any(fnmatch(path, pattern) for path in ("/outputs", "/outputs/0001-x/x-1.png"))
 
 
 def missing(start: Path, end: Path, parts: Sequence[str]) -> list[str]:

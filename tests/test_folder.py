@@ -75,6 +75,8 @@ def test_a_project_is_made_around_what_is_there(fake, tmp_path):
         ("", True),
         ("*\n", False),
         ("my_outputs.txt\n", True),
+        *((line, False) for line in ("**/outputs/", "outputs/**", "/outputs/*", "out*", "*.png", "**/*.png")),
+        *((line, True) for line in ("put*", "old/outputs/", "/refs/*.png", "*.toml", "outputs/*.toml")),
     ],
 )
 def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told):
@@ -86,7 +88,7 @@ def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told)
 
     said = k2("new", folder).stderr
 
-    assert ("Git will keep every picture: add outputs/" in said) is told
+    assert ("Git may keep every picture: add outputs/" in said) is told
     assert ignored is None or (folder / ".gitignore").read_text() == ignored
 
 
