@@ -154,13 +154,15 @@ def in_circle(path: Path) -> bool:
 
 
 def meant_by(folder: Path) -> str:
-    """A hint at what is meant by a folder where a project's belongs: one of its runs, or a new project."""
+    """A hint at what is meant by a folder where a project's belongs: a run, the folder of all, or a new project."""
     from k2cli.console import typed
     from k2cli.outputs import NUMBER, number_of
 
-    outputs = folder.absolute().parent
-    if NUMBER.match(folder.name) and (outputs.parent / FILE).is_file():
-        return f"A run goes with --run, as k2 log and k2 gallery take it: --run {number_of(folder)}"
+    full = Path(os.path.abspath(folder))
+    if NUMBER.match(full.name) and (full.parent.parent / FILE).is_file():
+        return f"A run goes with --run, as k2 log and k2 gallery take it: --run {number_of(full)}"
+    if full.name == "outputs" and (full.parent / FILE).is_file():
+        return f"It is where a project's pictures are; the project itself: {typed(full.parent)}"
     return f"Make one with: k2 new {typed(folder)}"
 
 

@@ -92,6 +92,15 @@ def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told)
     assert ignored is None or (folder / ".gitignore").read_text() == ignored
 
 
+def test_no_project_is_advised_within_what_another_made(moody, k2, monkeypatch):
+    """Whatever way their folder is named."""
+    run = Path(k2("render", "--only", "fox", "--batch", "1").stdout.strip()).absolute().parent
+    assert "the project itself: .\n" in k2("render", "outputs", code=1).stderr
+    monkeypatch.chdir(run)
+    assert "A run goes with --run, as k2 log and k2 gallery take it: --run 1\n" in k2("log", ".", code=1).stderr
+    assert f"the project itself: {moody}\n" in k2("log", "..", code=1).stderr
+
+
 def test_a_project_may_have_the_longest_name(fake, tmp_path):
     Folder.create(tmp_path / ("m" * 255))
 
