@@ -114,10 +114,10 @@ def masked(text: str) -> str:
 
 def quote(word: str) -> str:
     """A word of a command, to be typed into a shell. Those of Windows know double quotes alike, not single ones, and
-    need none for a backslash."""
+    need none for a backslash, of which those before a double quote count half."""
     if sys.platform != "win32":
         return shlex.quote(word)
-    escaped = word.replace('"', r"\"")
+    escaped = re.sub(r'(\\+)(?="|\Z)', r"\1\1", word).replace('"', r"\"")
     return word if re.fullmatch(r"[\w+=:./\\~-]+", word) else f'"{escaped}"'
 
 

@@ -1059,6 +1059,8 @@ def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
         ("a red fox.png", "'a red fox.png'", '"a red fox.png"'),
         ("a&b", "'a&b'", '"a&b"'),
         ('a "fox"', "'a \"fox\"'", r'"a \"fox\""'),
+        ("C:\\my pics\\", "'C:\\my pics\\'", r'"C:\my pics\\"'),
+        (r'a \"fox\\"', r"""'a \"fox\\"'""", r'"a \\\"fox\\\\\""'),
     ],
 )
 def test_what_k2_advises_can_be_typed_into_the_shell_at_hand(word, linux, windows, monkeypatch):
