@@ -83,7 +83,7 @@ def decoded(path: Path) -> Image.Image:
             raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
-    return image
+        return image.convert("RGBA") if image.mode == "P" else image  # a broken palette shows itself only then
 
 
 @contextmanager

@@ -28,12 +28,13 @@ def near(a: list[int], b: tuple[int, int, int]) -> bool:
     return all(abs(x - y) <= 3 for x, y in zip(a, b, strict=True))
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(path: Path, width: int, height: int, depth: int, kind: int, rows: bytes) -> Path:
     """A PNG of which Pillow cannot write the like. kind 0 is grey, 2 is colour."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
@@ -201,6 +202,20 @@ def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left
         with pytest.raises(K2Error) as error:
             read()
         assert error.value.hint == "The file is cut off: fetch or export it again."
+
+
+def test_a_palette_of_more_transparencies_than_colours(tmp_path):
+    """It is decoded without complaint: what is wrong with it shows when its palette is looked up."""
+    Image.new("RGB", (20, 20), "blue").quantize(4).save(path := tmp_path / "a.png")
+    content = path.read_bytes()
+    place = content.index(b"IDAT") - 4
+    path.write_bytes(content[:place] + chunk(b"tRNS", bytes(256)) + content[place:])
+    assert colour(path) == [255, 255, 255]
+
+    path.write_bytes(content[:place] + chunk(b"tRNS", bytes(257)) + content[place:])
+    for read in (lambda: to_pixels(path, 32, 32), lambda: read_picture(path, 32)):
+        with pytest.raises(K2Error, match="cannot be read as a picture"):
+            read()
 
 
 def test_an_error_of_ours_is_not_taken_for_a_broken_picture(tmp_path, monkeypatch):
