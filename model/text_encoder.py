@@ -341,23 +341,24 @@ def weights_of(path: Path) -> Path:
 def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:
     """A tower on the meta device, and the checkpoint that its weights are to come from, by the tower's own names.
 
-    path: as of `TextEncoder.load`. Raises K2Error where the tensors are not what the config says.
+    path: as of `TextEncoder.load`. Raises K2Error where the tensors are not what the config says, and before that
+    where another tool packed them: then they have other shapes and names.
     """
     checkpoint = open_checkpoint(weights_of(path))
+    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
+    own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
+    refuse_unreadable(replace(checkpoint, tensors=own))
     config = TextConfig.from_dict(checkpoint.metadata.get("config") or checkpoint.config, taps or stated_taps(path))
     with torch.device("meta"):
         tower = TextTower(config)
-    prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
-    missing = [prefix + name for name in tower.state_dict() if prefix + name not in checkpoint.tensors]
+    known = tower.state_dict()
+    missing = [prefix + name for name in known if name not in own]
     if missing:
         raise K2Error(f"{path} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
-    for name, tensor in tower.state_dict().items():
-        if (shape := checkpoint.tensors[prefix + name].shape) != tuple(tensor.shape):
+    for name, tensor in known.items():
+        if (shape := own[name].shape) != tuple(tensor.shape):
             raise K2Error(f"{name} of {path} is {list(shape)}, its config asks for {list(tensor.shape)}.")
-    own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
-    refuse_unreadable(replace(checkpoint, tensors=own))
     heard = re.compile(rf"(embed_tokens|layers\.({'|'.join(map(str, range(len(tower.layers))))}))\.")
-    known = tower.state_dict()
     extra = [name for name in own if heard.match(name) and name not in known and not is_auxiliary(name)]
     if extra:  # scales of a way to store numbers, biases: to leave them out would be another encoder
         raise K2Error(

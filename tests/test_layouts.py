@@ -304,29 +304,33 @@ def test_scales_that_would_be_lost(tmp_path, state, beside, what):
     assert what in refused(native(tmp_path, state | beside))
 
 
-@pytest.mark.parametrize(
-    ("packed", "tool"),
-    [
-        ({".qweight": torch.int8, ".wscales": torch.bfloat16}, "SVDQuant"),
-        ({".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}, "GPTQ or AWQ"),
-        ({".encoded_exponent": torch.uint8, ".sign_mantissa": torch.uint8}, "DFloat11"),
-        ({".weight._data": torch.int8, ".weight._scale": torch.float32}, "quanto"),
-        ({"._weight_qdata": torch.int8, "._weight_scale": torch.float32}, "torchao"),
-        ({".weight": torch.uint8, ".weight.absmax": torch.uint8}, "bitsandbytes"),
-        ({".weight": torch.uint8, ".scale": torch.float32, ".zero_point": torch.float32}, "SDNQ"),
-    ],
-    ids=lambda case: case if isinstance(case, str) else "",
-)
+PACKED = [  # what other tools put in a matrix's place, and who
+    ({".qweight": torch.int8, ".wscales": torch.bfloat16}, "SVDQuant"),
+    ({".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}, "GPTQ or AWQ"),
+    ({".encoded_exponent": torch.uint8, ".sign_mantissa": torch.uint8}, "DFloat11"),
+    ({".weight._data": torch.int8, ".weight._scale": torch.float32}, "quanto"),
+    ({"._weight_qdata": torch.int8, "._weight_scale": torch.float32}, "torchao"),
+    ({".weight": torch.uint8, ".weight.absmax": torch.uint8}, "bitsandbytes"),
+    ({".weight": torch.uint8, ".scale": torch.float32, ".zero_point": torch.float32}, "SDNQ"),
+]
+every_tool = pytest.mark.parametrize(("packed", "tool"), PACKED, ids=[tool for _, tool in PACKED])
+
+
+def packed_as(packed: dict[str, torch.dtype], state: dict[str, Tensor], within: str) -> dict[str, Tensor]:
+    """A network's tensors with the matrices `within` in another tool's way."""
+    matrices = {name for name in state if within in name and state[name].ndim == 2 and name.endswith(".weight")}
+    stored = {name: tensor for name, tensor in state.items() if name not in matrices}
+    for name in matrices:
+        stored |= {name.removesuffix(".weight") + end: torch.zeros(64, 1).to(number) for end, number in packed.items()}
+    return stored
+
+
+@every_tool
 @pytest.mark.parametrize("names", ["native", "diffusers"])
 def test_matrices_that_only_their_tool_unpacks(tmp_path, state, names, packed, tool):
     """They have neither the names nor the shapes of a network's: nothing is amiss with the download."""
     theirs = to_diffusers(state, TINY) if names == "diffusers" else state
-    matrices = {name for name in theirs if "blocks." in name and theirs[name].ndim == 2 and name.endswith(".weight")}
-    stored = {name: tensor for name, tensor in theirs.items() if name not in matrices}
-    for name in matrices:
-        stored |= {name.removesuffix(".weight") + end: torch.zeros(64, 1).to(number) for end, number in packed.items()}
-
-    assert f"stored as {tool}, which" in refused(native(tmp_path, stored))
+    assert f"stored as {tool}, which" in refused(native(tmp_path, packed_as(packed, theirs, "blocks.")))
 
 
 def test_a_folder_names_the_tool_that_its_names_do_not(tmp_path, model):

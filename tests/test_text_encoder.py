@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_layouts import every_tool, packed_as
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model.checkpoint import open_checkpoint, save
@@ -20,7 +21,16 @@ from model.errors import K2Error
 from model.few_bits import ENDS
 from model.four_bit import to_codes
 from model.quantize import rotate, to_int8
-from model.text_encoder import PREFIX, PROMPT_TOKENS, SPECIAL_TOKENS, SUFFIX, TextConfig, TextEncoder, TextTower
+from model.text_encoder import (
+    PREFIX,
+    PROMPT_TOKENS,
+    SPECIAL_TOKENS,
+    SUFFIX,
+    TextConfig,
+    TextEncoder,
+    TextTower,
+    open_tower,
+)
 
 WEIGHTS = Path(__file__).parents[1] / "model" / "weights"
 TAPS = (1, 3, 4)
@@ -214,6 +224,16 @@ def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
     save(tmp_path / "model.safetensors", state, {})
     with pytest.raises(K2Error, match=rf"1 tensor that Qwen3-VL has not \(layers.1.mlp.up_proj.{beside}\)"):
         TextEncoder.load(tmp_path, taps=TAPS)
+
+
+@every_tool
+@pytest.mark.parametrize("within", ["layers.", "language_model."])
+def test_a_tower_that_only_its_tool_unpacks(qwen, tmp_path, within, packed, tool):
+    """Its embedding may be packed, too."""
+    shutil.copy(qwen.folder / "config.json", tmp_path)
+    save(tmp_path / "model.safetensors", packed_as(packed, dict(open_checkpoint(qwen.folder).read()), within), {})
+    with pytest.raises(K2Error, match=f"stored as {tool}, which"):
+        open_tower(tmp_path, TAPS)
 
 
 @pytest.mark.parametrize("layers", ["int8_tensorwise", "asym_w4a8_int8"])
