@@ -21,7 +21,7 @@ FOREIGN = {  # formats of other tools, by names that only their files have
     "SVDQuant": r"\.(wscales|wtscale|wcscales|smooth_factor)$",
     "GPTQ or AWQ": r"\.qzeros$",
     "DFloat11": r"\.(encoded_exponent|sign_mantissa)$",
-    "quanto": r"\.weight\._data$",
+    "quanto": r"\.weight\._data(\._data)?$",  # 8 bits, and fewer
     "torchao": r"\._weight_qdata$",
     "bitsandbytes": r"\.(SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$",
     "SDNQ": r"\.zero_point$",

@@ -309,6 +309,7 @@ PACKED = [  # what other tools put in a matrix's place, and who
     ({".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}, "GPTQ or AWQ"),
     ({".encoded_exponent": torch.uint8, ".sign_mantissa": torch.uint8}, "DFloat11"),
     ({".weight._data": torch.int8, ".weight._scale": torch.float32}, "quanto"),
+    ({".weight._data._data": torch.uint8, ".weight._scale": torch.float32, ".weight._shift": torch.float32}, "quanto"),
     ({"._weight_qdata": torch.int8, "._weight_scale": torch.float32}, "torchao"),
     ({".weight": torch.uint8, ".weight.absmax": torch.uint8}, "bitsandbytes"),
     ({".weight": torch.uint8, ".scale": torch.float32, ".zero_point": torch.float32}, "SDNQ"),
