@@ -37,6 +37,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 KREA_TAPS = tuple(range(2, 36, 3))  # of Qwen3-VL-4B's 36 layers
 PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # before the tower's names, by who saved them
 
+ITS_OWN = "Use the text encoder that came with the model, in bf16 or fp8_scaled."
 MOST_SIZE, MOST_LAYERS = 1 << 20, 256  # of what a config may state
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
@@ -345,6 +346,8 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     where another tool packed them: then they have other shapes and names.
     """
     checkpoint = open_checkpoint(weights_of(path))
+    if any(file.suffix == ".gguf" for file in checkpoint.files):  # llama.cpp's, which has names of its own
+        raise K2Error(f"{path} is in GGUF, and a text encoder is read from safetensors only.", hint=ITS_OWN)
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
     refuse_unreadable(replace(checkpoint, tensors=own))
@@ -363,7 +366,7 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     if extra:  # scales of a way to store numbers, biases: to leave them out would be another encoder
         raise K2Error(
             f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL has not ({some(sorted(extra))}).",
-            hint="Use the text encoder that came with the model, in bf16 or fp8_scaled.",
+            hint=ITS_OWN,
         )
     return tower, replace(checkpoint, tensors=own)
 

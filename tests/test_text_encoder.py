@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_layouts import every_tool, packed_as
+from test_layouts import every_tool, gguf_of, packed_as
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model.checkpoint import open_checkpoint, save
@@ -234,6 +234,16 @@ def test_a_tower_that_only_its_tool_unpacks(qwen, tmp_path, within, packed, tool
     save(tmp_path / "model.safetensors", packed_as(packed, dict(open_checkpoint(qwen.folder).read()), within), {})
     with pytest.raises(K2Error, match=f"stored as {tool}, which"):
         open_tower(tmp_path, TAPS)
+
+
+def test_a_tower_of_llama_cpp(qwen, tmp_path):
+    """Its names are others: nothing is amiss with the download, be it the file that is named or its folder."""
+    shutil.copy(qwen.folder / "config.json", tmp_path)
+    names = ("token_embd.weight", "blk.0.attn_q.weight")
+    file = gguf_of(tmp_path, dict.fromkeys(names, torch.ones(64, 32)), "F32")
+    for path in (tmp_path, file):
+        with pytest.raises(K2Error, match="in GGUF, and a text encoder is read from safetensors only"):
+            open_tower(path, TAPS)
 
 
 @pytest.mark.parametrize("layers", ["int8_tensorwise", "asym_w4a8_int8"])
