@@ -28,7 +28,7 @@ from model.hashes import PEFT_WEIGHTS, identity
 from model.headers import some
 from model.layouts import diffusers_names
 from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
-from model.second_path import Hadamard, Kronecker, LowRank, SecondPath, Update
+from model.second_path import Hadamard, Kronecker, LowRank, SecondPath, Update, gain_of
 
 PREFIXES = (
     "base_model.model.",  # PEFT
@@ -52,6 +52,7 @@ TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
 ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # what has as many rows as a layer has
 TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
+ABOUT = 0.1  # of a layer's norm: as far off it may be in other weights of one model, in few bits or distilled
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def part_fused(
         names = [spellings.get(bare(each)) for each in three]
         if None in names:
             continue  # it is named with the others that do not match
-        sizes = [network.get_submodule(str(name)).get_parameter("weight").shape[0] for name in names]
+        layers = [network.get_submodule(str(name)) for name in names]
+        sizes = [layer.get_parameter("weight").shape[0] for layer in layers]
         whole, start = parts.pop(module), 0
         if "magnitude" in whole and is_row(whole["magnitude"]):
             why = "holds the lengths of columns (DoRA) that three layers have together"
@@ -263,8 +265,9 @@ def part_fused(
             heights.add(math.prod(map(len, factors)))
         if heights != {sum(sizes)}:
             raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=ON_RAW)
-        for each, size in zip(three, sizes, strict=True):
-            if trained(parts.get(each, {})):
+        for each, size, layer in zip(three, sizes, layers, strict=True):
+            beside = parts.get(each, {})
+            if trained(beside) or ("magnitude" in beside and not is_own_norm(path, each, beside, layer)):
                 raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
             rows, start = slice(start, start + size), start + size
             parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}
@@ -273,13 +276,25 @@ def part_fused(
 
 
 def trained(part: Mapping[str, Tensor]) -> bool:
-    """Whether it changes anything: a product does where none of its factors is all noughts. A magnitude over one that
-    does not is what it was to begin with."""
+    """Whether it changes anything: a product does where none of its factors is all noughts. Of a magnitude over one
+    that does not, see `is_own_norm`."""
     wholes, factors = (
         [bool(tensor.any()) for what, tensor in part.items() if what.startswith("diff") == whole]
         for whole in (True, False)
     )
     return any(wholes) or (bool(factors) and all(factors))
+
+
+def is_own_norm(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.Module) -> bool:
+    """Whether a magnitude is about its layer's own norm, as it begins, and stays where nothing trains it. It is taken
+    to be so where the layer is streamed: there are no numbers to compare it with. Raises K2Error for its shape."""
+    assert isinstance(layer, nn.Linear)
+    out, inward = layer.out_features, layer.in_features
+    lengths = magnitude_of(path, module, part, (out, inward), stated=False)
+    if layer.weight.is_meta:
+        return True
+    gain = gain_of(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
+    return float((gain - 1).square().mean().sqrt()) < ABOUT
 
 
 def shift_of(path: Path, module: str, part: Mapping[str, Tensor], scale: float, own: nn.Parameter) -> Shift:

@@ -179,11 +179,40 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
     assert "columns (DoRA) that three layers have together" in message
     beside, out = module.replace("to_qkv", "to_k"), sizes[1]
     state |= {f"{beside}.lora_A.weight": torch.ones(1, TINY.width), f"{beside}.lora_B.weight": torch.zeros(out, 1)}
-    state |= {f"{module}.lora_magnitude_vector": lengths.flatten(), f"{beside}.lora_magnitude_vector": torch.ones(out)}
+    own = model.get_submodule(names[1]).weight.norm(dim=1)
+    state |= {f"{module}.lora_magnitude_vector": lengths.flatten(), f"{beside}.lora_magnitude_vector": own}
     adapter = read_lora(write(tmp_path, state), model)  # of no effect, like its magnitude, which is the layer's own
     assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
     state[f"{beside}.lora_B.weight"] = torch.ones(out, 1)
     assert "twice, by itself and in" in refused(tmp_path, model, state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_magnitude_beside_a_fused_layer(tmp_path, model, form):
+    """The layer's own norm changes nothing, and neither does that of its like in few bits or distilled. Another was
+    trained: it would be lost in silence."""
+    layer, module = model.blocks[0].attn.wv, "transformer_blocks.0.attn.to_qkv"
+    beside, out, own = module.replace("qkv", "v"), layer.out_features, layer.weight.norm(dim=FORMS[form], keepdim=True)
+    rows = sum(getattr(model.blocks[0].attn, each).out_features for each in ("wq", "wk", "wv"))
+    fused = {"lora_A.weight": torch.randn(2, TINY.width), "lora_B.weight": torch.randn(rows, 2)}
+    nothing = {"lora_A.weight": torch.ones(1, TINY.width), "lora_B.weight": torch.zeros(out, 1)}
+    state = {f"{module}.{what}": tensor for what, tensor in fused.items()}
+    alone = velocity(model, (read_lora(write(tmp_path, state), model), 1))
+    state |= {f"{beside}.{what}": tensor for what, tensor in nothing.items()}
+    for length in (own, own.bfloat16(), own * (1 + 0.05 * torch.randn_like(own))):
+        adapter = read_lora(write(tmp_path, state | {f"{beside}.dora_scale": length}), model)
+        assert torch.equal(velocity(model, (adapter, 1)), alone)
+    for length in (own * 5, own * 0.7, torch.zeros_like(own)):
+        message = refused(tmp_path, model, state | {f"{beside}.dora_scale": length})
+        assert f"holds {beside} twice, by itself and in" in message
+    assert "another size" in refused(tmp_path, model, state | {f"{beside}.dora_scale": torch.ones(out + 1, 1)})
+
+    for each in ("int8", "int4"):
+        save(tmp_path / "wide.safetensors", model.state_dict(), {})
+        small, _ = load_dit(tmp_path / "wide.safetensors", precision=each)
+        read_lora(write(tmp_path, state | {f"{beside}.dora_scale": own}), small)
+    streamed, _ = load_dit(tmp_path / "wide.safetensors", streamed=True)  # it has no numbers yet
+    read_lora(write(tmp_path, state | {f"{beside}.dora_scale": own}), streamed)
 
 
 def test_a_magnitude_that_was_trained_alone(tmp_path, model):
