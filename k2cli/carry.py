@@ -19,9 +19,12 @@ from k2cli.hands import Crew, Unreachable
 from k2cli.models import auto_method, recommended
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
+from k2cli.pictures import check_picture
 from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, render
-from model.errors import count_of
+from k2cli.tables import relative
+from model.errors import K2Error, count_of
+from model.lora_file import check_kind
 from model.picture_file import is_sheet
 from model.spec import denoise_of
 from model.weighed import check_number
@@ -29,12 +32,13 @@ from model.weighed import check_number
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
+    for job in jobs:
+        check_files(job)
     of = places(jobs)
     for job in jobs:
         left = job.left
         if not left and not quiet:
             say_finished(job)
-        check_references(job)
         if not quiet:
             say_doubts(job)
         own = recommended(job.model.name, job.model.variant) if left else {}
@@ -80,7 +84,7 @@ def carry_out(
     forget()
     for job in jobs:
         licence.require_for(job.model.name, job.model.variant)
-        check_references(job)
+        check_files(job)
     for job in jobs:
         if not job.left and not job.lacks_sheet:
             if not quiet:
@@ -94,12 +98,24 @@ def carry_out(
     return folders
 
 
-def check_references(job: Job) -> None:
-    """Refuse more reference pictures than a model takes at once, before its weights are read. Raises K2Error."""
-    looks = {shot.spec.styles for shot in job.left if any(style.references for style in shot.spec.styles)}
-    auto = auto_method(job.model.name, job.model.variant) if looks else ""
-    for styles in looks:
+def check_files(job: Job) -> None:
+    """Refuse, before weights are read, references that cannot be read or are more than a model takes at once, and what
+    is no LoRA. Raises K2Error."""
+    looks = dict.fromkeys(shot.spec.styles for shot in job.left)
+    referring = [styles for styles in looks if any(style.references for style in styles)]
+    auto = auto_method(job.model.name, job.model.variant) if referring else ""
+    for styles in referring:
         check_number([replace(style, method=auto) if style.method == "auto" else style for style in styles])
+    for style in dict.fromkeys(style for styles in looks for style in styles if style.strength):
+        where = f'Style "{style.name}"'
+        for each in style.references:
+            if each.weight:
+                check_picture(each.image, where, relative(each.image, job.project.root), whole=True)
+        if style.lora:
+            try:
+                check_kind(style.lora)
+            except K2Error as error:
+                raise K2Error(f"{where}: {error}", hint=error.hint) from None
 
 
 def places(jobs: Sequence[Job]) -> Iterator[list[int]]:

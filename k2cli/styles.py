@@ -36,6 +36,7 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.hashes import identity, settings_beside, sha256
 from model.headers import read_header
+from model.lora_file import check_kind
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style
 from model.weighed import MOST_AT_ONCE
@@ -338,12 +339,7 @@ def place_for(file: Path, name: str, styles: Styles) -> Path:
         raise K2Error(f"There is no {masked(str(file))}.", hint="Name a LoRA's .safetensors file.")
     if file.stat().st_size > MOST_LORA:
         raise K2Error(f"{masked(str(file))} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
-    header = read_header(file)
-
-    from model.lora_file import peft_settings, refuse_others  # torch
-
-    refuse_others(file, header.keys() - {"__metadata__"})
-    peft_settings(file)
+    check_kind(file)
     folder = styles.inside("loras", "")
     if settings_beside(file):  # which is found by that name alone, so both have a folder of their own
         place = styles.inside(f"loras/{name}/{file.name}", "")

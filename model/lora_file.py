@@ -1,6 +1,6 @@
 """What the file of an adapter holds, by layer and in any trainer's words, and what it is refused for.
 
-`model/lora.py` matches it against a network.
+`model/lora.py` matches it against a network. This needs no torch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from model.errors import K2Error, brief
 from model.hashes import settings_beside
 from model.headers import read_header, read_json, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART = re.compile(  # module . part [. the adapter's name] [. weight]
     r"(?P<module>.+?)\.(lora[_.](?P<half>A|B|down|up)|(?P<factor>hada_w[12]_[ab])|dora_scale|lora_magnitude_vector)"
@@ -44,6 +45,13 @@ LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
 WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # what a change consists of
 ON_RAW = "Give a LoRA that was trained on Krea 2."
 PLAIN = "Give a plain LoRA; where this is one, fetch it again."
+
+
+def check_kind(path: Path) -> None:
+    """Refuse what its header says is no adapter that is read here; whether it fits a network is another question.
+    Raises K2Error."""
+    refuse_others(path, read_header(path).keys() - {"__metadata__"})
+    peft_settings(path)
 
 
 def refuse_others(path: Path, names: Iterable[str]) -> None:
