@@ -46,7 +46,6 @@ from k2cli.options import (
     TurboOption,
     find_file,
     find_home,
-    meant_by,
     open_projects,
     read_matrix,
     read_prompts,
@@ -328,19 +327,16 @@ def render(
     from k2cli.asked import Asked
     from k2cli.carry import carry_out, say_again, show_plan
     from k2cli.cluster import Cluster
-    from k2cli.console import say
+    from k2cli.console import say, show_error
     from k2cli.hands import Processes, load
     from k2cli.like import Example, said_of_home
     from k2cli.matrix import settled_by
     from k2cli.prompts import typed
     from k2cli.runs import resume as last_run
+    from k2cli.several import for_all, refuse, tried
     from k2cli.stream import render_each
 
     named, stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])
-    for name in named:
-        if not os.path.exists(name):  # what most people type first
-            short = name if len(name) < 80 else f"{name[:80]}…"
-            raise K2Error(f"There is no project {short}.", hint=meant_by(name, named, prompt or []))
     if like is not None:
         like = find_file(like, project)
         if not (named or project) and (home := find_home(like, project, allow_outside)):
@@ -349,7 +345,7 @@ def render(
                 say(elsewhere, "yellow")
         if len(named) > 1:
             raise typer.BadParameter("a picture is of one project", param_hint="--like")
-    opened = open_projects(named, project, allow_outside)
+    opened = open_projects(named, project, allow_outside, prompt or ())
     options = {
         "batch": batch, "seed": seed_of(seed), "size": size, "aspect": aspect, "resolution": resolution,
         "steps": steps, "guidance": guidance, "guidance_until": guidance_until, "style_guidance": style_guidance,
@@ -383,7 +379,15 @@ def render(
             raise typer.BadParameter(
                 "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
             )
-        return carry([last_run(each, run) for each in opened])
+        runs, none = tried(opened, lambda each: last_run(each, run))
+        if not runs:
+            refuse(none)
+        for error in none:
+            show_error(error)
+        carry(runs)
+        if none:
+            raise typer.Exit(1)
+        return
     if run is not None:
         raise typer.BadParameter("it says which run is resumed, so it goes with --resume", param_hint="--run")
     if only and (prompt or stdin):
@@ -396,7 +400,7 @@ def render(
     example = Example.read(like, opened[0]) if like else None
     asked = Asked(settings, prompts, only or [], weights, compared, moodboard, example)
     # of a stream what no line could make right is refused before the first
-    jobs = [asked.job(each, quiet=quiet or stream) for each in opened]
+    jobs = for_all(opened, lambda each: asked.job(each, quiet=quiet or stream))
     if not quiet:
         asked.tell_changed(jobs[0])
     if not stream:
@@ -407,7 +411,7 @@ def render(
     def answer(one: Prompt) -> None:
         """A line, by the projects as they are by now."""
         mine = replace(asked, prompts=[one])
-        carry([mine.job(each, quiet=quiet) for each in open_projects(named, project, allow_outside)])
+        carry(for_all(open_projects(named, project, allow_outside), lambda each: mine.job(each, quiet=quiet)))
 
     if render_each(answer, as_json=json):
         raise typer.Exit(1)

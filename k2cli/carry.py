@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-import typer
-
 from k2cli import history, licence
-from k2cli.console import Unwritable, meter, near, result, results, say, typed
-from k2cli.disk import DiskFull
+from k2cli.console import meter, near, result, results, say
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
-from k2cli.folder import root_above
-from k2cli.hands import Crew, Unreachable
+from k2cli.hands import Crew
 from k2cli.models import auto_method, recommended
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, render
+from k2cli.several import Turns, for_all, say_finished
 from k2cli.tables import relative
 from model.errors import K2Error, count_of
 from model.lora_file import check_kind
@@ -32,8 +30,7 @@ from model.weighed import check_number
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
-    for job in jobs:
-        check_files(job)
+    for_all(jobs, check_files)
     of = places(jobs)
     for job in jobs:
         left = job.left
@@ -78,24 +75,30 @@ def carry_out(
     crew: Crew | None = None,
     on_saved: Callable[[Saved], object] | None = None,
 ) -> list[Path]:
-    """Render jobs, print each picture's path, and tell people how it went -> the runs' folders."""
-    folders: list[Path] = []
-    of = places(jobs)
+    """Render jobs, print each picture's path, and tell people how it went -> the runs' folders.
+
+    Nothing is made where anything is wrong with any of them that can be known before. Raises K2Error.
+    """
     forget()
-    for job in jobs:
-        licence.require_for(job.model.name, job.model.variant)
-        check_files(job)
-    for job in jobs:
-        if not job.left and not job.lacks_sheet:
-            if not quiet:
-                say_finished(job)
-            continue
-        if not quiet:
-            say_doubts(job)
-        job = replace(job, embed=job.embed and embed)
-        folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=of)
-        folders += [folder] if folder is not None else []
+    for_all(jobs, check_licence_and_files)
+    folders: list[Path] = []
+    turns = Turns([replace(job, embed=job.embed and embed) for job in jobs], quiet=quiet)
+    with turns.ending():
+        begun = turns.begin()
+        of = places(begun)
+        shares = [list(islice(of, len(job.left))) for job in begun]  # of one that fails no other takes them
+        for job, share in zip(begun, shares, strict=True):
+            with turns.turn(job):
+                if not quiet:
+                    say_doubts(job)
+                folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share))
+                folders += [folder] if folder is not None else []
     return folders
+
+
+def check_licence_and_files(job: Job) -> None:
+    licence.require_for(job.model.name, job.model.variant)
+    check_files(job)
 
 
 def check_files(job: Job) -> None:
@@ -133,43 +136,23 @@ def carry(
     on_saved: Callable[[Saved], object] | None,
     of: Iterator[list[int]],
 ) -> Path | None:
-    """One job, with a word on how to go on where it is cut short -> the run's folder, if it has a picture more."""
+    """A job that is begun -> the run's folder, if it has a picture more."""
     total, done, kept_back, folder = len(job.left), 0, 0, None
-    begun: list[Path] = []  # the run's folder
     told: set[str] = set()  # prompts
     shots = {shot.stem: shot for shot in job.left}
-    try:
-        before = "" if crew else "loading the model"  # whose steps nobody hears of
-        with meter(total, quiet=quiet, before=before) as bar:
-            for saved in render(job, on_start=begun.append, on_step=bar.step, crew=crew):
-                done, folder = done + 1, saved.path.parent
-                bar.saved(done)
-                if on_saved:
-                    on_saved(saved)
-                if done == 1 and not quiet:
-                    for lora in saved.record.get("lora") or ():
-                        say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
-                doubts = doubts_of(shots[saved.stem], job) if as_json else []
-                tell(saved, told, next(of), doubts, as_json=as_json, quiet=quiet)
-                kept_back += bool(saved.record["blocked"])
-    except (KeyboardInterrupt, BrokenPipeError) as reason:
-        interrupted = isinstance(reason, KeyboardInterrupt)
-        if begun and (interrupted or not quiet):
-            there = f"{len(job.shots) - total + done} of {len(job.shots)} pictures are in {near(begun[0])}"
-            why = "Interrupted" if interrupted else "Nobody reads on"
-            whole = done == total and len(job.shots) == 1  # several get a contact sheet yet
-            say(f"{why}: {there}.{'' if whole else f' Go on with: {go_on(job, begun[0])}'}")
-        if not interrupted:
-            raise
-        raise typer.Exit(getattr(reason, "code", 130)) from None
-    except (DiskFull, Unreachable, Unwritable) as error:
-        stands = folder or (job.run and job.run.folder)  # a run that came to nothing is gone
-        elsewhere = "Send the results somewhere else"
-        first = {DiskFull: "Make room", Unreachable: "See to it", Unwritable: elsewhere}[type(error)]
-        whole = done == total and len(job.shots) == 1
-        if stands and not whole:
-            error.hint = f"{first}, then go on with: {go_on(job, stands)}"
-        raise
+    before = "" if crew else "loading the model"  # whose steps nobody hears of
+    with meter(total, quiet=quiet, before=before) as bar:
+        for saved in render(job, on_step=bar.step, crew=crew):
+            done, folder = done + 1, saved.path.parent
+            bar.saved(done)
+            if on_saved:
+                on_saved(saved)
+            if done == 1 and not quiet:
+                for lora in saved.record.get("lora") or ():
+                    say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
+            doubts = doubts_of(shots[saved.stem], job) if as_json else []
+            tell(saved, told, next(of), doubts, as_json=as_json, quiet=quiet)
+            kept_back += bool(saved.record["blocked"])
     if not quiet and total - kept_back > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))
         beside = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
@@ -195,11 +178,6 @@ def tell(saved: Saved, told: set[str], of: list[int], doubts: Sequence[str], *, 
         result(near(saved.path))
 
 
-def say_finished(job: Job) -> None:
-    """That nothing is left of a run."""
-    say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
-
-
 def say_again(made: Mapping[Path, str]) -> None:
     """That all pictures of a run are those of the run before it.
 
@@ -219,18 +197,3 @@ def say_again(made: Mapping[Path, str]) -> None:
 def holds(run: Path, hashes: Mapping[str, str]) -> bool:
     """Whether a run has pictures of these stems, with these pixels; the first that differs is the last looked at."""
     return all((history.load(run / f"{stem}.toml") or {}).get("pixels") == sha for stem, sha in hashes.items())
-
-
-def go_on(job: Job, folder: Path) -> str:
-    """The command that finishes a run, as short as it can be typed here."""
-    root, last = job.project.root, Run.last(job.project.outputs)
-    here = root_above(Path.cwd())
-    words = ["k2 render --resume"]
-    words += [] if last and last.folder == folder else [f"--run {number_of(folder)}"]
-    words += [] if here and here.samefile(root) else [f"--project {typed(root)}"]
-    model = Path(job.model.name)
-    begun = (path for shot in job.shots for path in (shot.spec.init_image, shot.spec.mask))
-    files = [model, *(path for path in begun if isinstance(path, Path))]
-    outside = any(file.is_absolute() and not file.resolve().is_relative_to(root.resolve()) for file in files)
-    words += ["--allow-outside"] if job.project.allow_outside or outside else []
-    return " ".join(words)

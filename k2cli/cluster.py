@@ -54,14 +54,14 @@ class Cluster(Crew):
         try:
             import ray
         except ImportError:
-            raise K2Error("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
+            raise Unreachable("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
         knock(self.address)
         try:
             with chdir(os.sep):  # Ray's workers import from the folder that they are asked from: not from a project's
                 ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:  # whatever keeps it from answering
             what = f"No Ray cluster answers at {self.address}: {error}."
-            raise K2Error(what, hint="Start one with: ray start --head") from None
+            raise Unreachable(what, hint="Start one with: ray start --head") from None
         room = ray.cluster_resources()
         gpus = int(room.get("GPU", 0))
         self.needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
@@ -101,7 +101,7 @@ class Cluster(Crew):
         with self.reached():
             done, _ = self.ray.wait(list(self.awaited), num_returns=1, timeout=None if self.placed else PATIENCE)
         if not done:
-            raise K2Error("The cluster has no room for a single worker.", hint="See what it has with: ray status")
+            raise Unreachable("The cluster has no room for a single worker.", hint="See what it has with: ray status")
         hand = self.awaited.pop(done[0])
         try:
             news = self.ray.get(done[0])
@@ -188,7 +188,7 @@ def knock(address: str) -> None:
         socket.create_connection((match[1], int(match[2])), KNOCKING).close()
     except (OSError, OverflowError, UnicodeError) as error:
         what = f"No Ray cluster answers at {address}: {getattr(error, 'strerror', None) or error}."
-        raise K2Error(what, hint="Start one with: ray start --head") from None
+        raise Unreachable(what, hint="Start one with: ray start --head") from None
 
 
 def unreachable(why: str) -> Unreachable:

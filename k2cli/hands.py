@@ -42,7 +42,7 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the picture
 
 
 class Unreachable(K2Error):
-    """Whoever makes the pictures cannot be spoken to any more."""
+    """Whoever makes the pictures cannot be spoken to, or has no room: for no run that comes next either."""
 
 
 @lru_cache(maxsize=1)

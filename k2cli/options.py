@@ -172,14 +172,26 @@ def find_project(project: Path | None, allow_outside: bool = False) -> Project:
     return at(project or Path.cwd(), allow_outside=allow_outside)
 
 
-def open_projects(folders: Sequence[str], project: Path | None, allow_outside: bool) -> list[Project]:
-    """The projects named, each once, however it is called; or the one that the current folder belongs to."""
-    from k2cli.project import Project
+def open_projects(
+    folders: Sequence[str], project: Path | None, allow_outside: bool, prompts: Sequence[str] = ()
+) -> list[Project]:
+    """The projects named, each once, however it is called; or the one that the current folder belongs to. Raises
+    K2Error where anything is wrong with any, once all of that is told.
 
-    found, wrong = find_folders(folders, project, allow_outside)
-    if wrong:
+    prompts  those of -p, for a hint where words stand that name no folder
+    """
+    from k2cli.project import Project
+    from k2cli.several import refuse, tried
+
+    gone = [name for name in folders if not os.path.exists(name)]  # what most people type first
+    said = ((name, name if len(name) < 80 else f"{name[:80]}…") for name in gone)
+    wrong = [K2Error(f"There is no project {short}.", hint=meant_by(name, folders, prompts)) for name, short in said]
+    if gone and len(gone) == len(folders):
         raise wrong[0]
-    return [Project.open(each.root, allow_outside=allow_outside) for each in found]
+    found, no_projects = find_folders([name for name in folders if name not in gone], project, allow_outside)
+    opened, unread = tried(found, lambda each: Project.open(each.root, allow_outside=allow_outside))
+    refuse([*wrong, *no_projects, *unread])
+    return opened
 
 
 def find_folders(

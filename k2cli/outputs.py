@@ -86,18 +86,18 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (
-            kind is not None
-            and self.made
-            and not (issubclass(kind, KeyboardInterrupt) and self.planned)
-            and not any(made for end in (*PICTURES, BLOCKED) for made in self.folder.glob(f"*{end}"))
-        ):
-            with suppress(OSError):
+        if kind is not None and not (issubclass(kind, KeyboardInterrupt) and self.planned):
+            self.discard()
+        self.unlock()
+
+    def discard(self) -> None:
+        """Remove its folder, if claiming it made it, nothing came of it, and nobody else has taken it up."""
+        if self.made and not self.has_any:
+            with suppress(OSError, K2Error):
+                self.lock()
                 (self.folder / RUN).unlink(missing_ok=True)
                 for folder in reversed(self.made):
                     folder.rmdir()
-        if self.handle is not None:
-            os.close(self.handle)
 
     def lock(self) -> None:
         """Keep other processes from resuming this run; the lock ends with this process, however it ends."""
@@ -106,8 +106,15 @@ class Run:
         with writing(self.folder):
             self.handle = os.open(self.folder, os.O_RDONLY)
         if hold(self.handle) is False:
+            self.unlock()
             raise K2Error(f"{self.folder} is being rendered by another process.", hint="Wait for it, or stop it.")
         sweep(self.folder)
+
+    def unlock(self) -> None:
+        """Let others have it."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
 
     @property
     def busy(self) -> bool:
@@ -125,6 +132,11 @@ class Run:
     def planned(self) -> bool:
         """Whether it can be resumed: it has a plan, and its name."""
         return self[RUN].exists() and not self.folder.name.isdigit()
+
+    @property
+    def has_any(self) -> bool:
+        """Whether a picture is there, or was blocked."""
+        return any(made for end in (*PICTURES, BLOCKED) for made in self.folder.glob(f"*{end}"))
 
     def has(self, stem: str) -> bool:
         """A picture is done when both its files stand there, or was blocked; each of them is whole if it exists."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +44,7 @@ class Job:
     project: Project
     shots: Sequence[Shot]
     model: models.Held
-    run: Run | None = None  # an earlier run to go on with
+    run: Run | None = None  # its folder, once it is begun; an earlier one to go on with
     called: str = ""  # the run's folder, where its prompts' names do not say it
     sheet: SheetForm = SheetForm()
     embed: bool = True  # metadata into the pictures
@@ -80,27 +79,29 @@ class Saved:
     stem: str  # of the file as it was planned
 
 
-def render(
-    job: Job,
-    *,
-    on_start: Callable[[Path], None] | None = None,
-    on_step: OnStep | None = None,
-    crew: Crew | None = None,
-) -> Iterator[Saved]:
-    """Make a job's pictures; each is on disk with its record before it is yielded.
-
-    Ctrl-C while a picture is written waits until the caller has heard of it, and so it does while the run's folder is
-    made, which `on_start` is told. Where a crew makes them, and not this process, they come as they are finished.
-    """
-    planned = b"" if job.run else dump(plan(job))
+def begin(job: Job) -> Job:
+    """The job with its run, a new one, claimed and planned, or that of before, locked by this process. Raises
+    K2Error."""
+    if job.run:
+        job.run.lock()
+        return job
+    planned = dump(plan(job))
     if len(planned) > MOST_PLAN:
         raise K2Error("The run would be too large to be planned.", hint="Render the prompts in several runs: --only")
-    with ExitStack() as stack:
-        with undisturbed():
-            run = stack.enter_context(job.run or Run.claim(job.project.outputs, job.title, {RUN: planned}))
-            if on_start:
-                on_start(run.folder)
-        run.lock()
+    return replace(job, run=Run.claim(job.project.outputs, job.title, {RUN: planned}))
+
+
+def render(job: Job, *, on_step: OnStep | None = None, crew: Crew | None = None) -> Iterator[Saved]:
+    """Make the pictures of a job that is begun; each is on disk with its record before it is yielded.
+
+    Ctrl-C while a picture is written waits until the caller has heard of it. Where a crew makes them, and not this
+    process, they come as they are finished. The run is unlocked in the end; if nothing came of it, it is the caller's
+    to discard.
+    """
+    run = job.run
+    assert run is not None
+    try:
+        run.lock()  # which may have been left to others until its turn came
         if left := job.left:
             for shot, picture in make(job, left, on_step, crew):
                 record = records.compose(shot, picture, job.project.root)
@@ -110,6 +111,8 @@ def render(
             pages = enumerate(sheets(job, run))
             files = {run[SHEET if i == 0 else f"sheet.{i + 1}.png"]: png for i, png in pages}  # pictures are NAME-SEED
             write(dict(reversed(files.items())))  # whoever finds the first finds them all
+    finally:
+        run.unlock()
 
 
 def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, crew: Crew | None) -> Iterator[tuple[Shot, Picture]]:

@@ -1168,12 +1168,12 @@ def test_doctor_finds_a_filter_that_cannot_be_loaded(moody, k2, monkeypatch):
 
 
 def test_a_run_with_a_model_from_elsewhere_is_gone_on_with_by_the_line_that_is_printed(moody):
-    from k2cli.carry import go_on
     from k2cli.models import Held
-    from k2cli.project import Project
+    from k2cli.outputs import Run
+    from k2cli.several import go_on
 
     def line(model: str) -> str:
-        return go_on(runs.Job(Project.open(moody), [], Held(model)), moody / "outputs" / "0001-fox")
+        return go_on([runs.Job(Project.open(moody), [], Held(model), run=Run(moody / "outputs" / "0001-fox"))])
 
     assert line("mini") == line(str(moody / "in.safetensors")) == "k2 render --resume --run 1"
     assert line("/else/where.safetensors") == "k2 render --resume --run 1 --allow-outside"

@@ -202,6 +202,18 @@ def test_trouble_is_one_sentence(painted, k2, monkeypatch):
     assert not (painted / "outputs").exists()
 
 
+def test_a_cluster_that_does_not_answer_is_told_once_for_all_projects(painted, k2, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", StandIn(2))
+    other = painted.parent / "other"
+    other.mkdir()
+    (other / "k2.toml").write_text('[[prompt]]\ntext = "tea"\n')
+
+    told = k2("render", ".", other, "--ray", "nowhere", code=1).stderr
+
+    assert told.count("Error: ") == 1 and "No Ray cluster answers at nowhere" in told
+    assert not (painted / "outputs").exists() and not (other / "outputs").exists()
+
+
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
 def test_where_nobody_answers_is_known_before_ray_tries(form):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -15,9 +15,10 @@ from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import models, origins, records, runs
-from k2cli.carry import go_on
 from k2cli.cluster import files_of, moved
+from k2cli.outputs import Run
 from k2cli.project import Project
+from k2cli.several import go_on
 from k2cli.watch import look
 from model.errors import K2Error
 from model.hashes import sha256
@@ -391,8 +392,8 @@ def test_what_lies_elsewhere_is_known_by_where_it_lies(begun, k2, said):
     assert records.read(Path(made)).table["init_image"]["image"] == "../dot.png"
     assert "Identical" in k2("rerun", made, "--allow-outside").stderr
     job = runs.resume(Project.open(begun, allow_outside=True), 1)
-    asked = replace(job, project=Project.open(begun))
-    assert go_on(asked, Path(made).parent) == "k2 render --resume --run 1 --allow-outside"
+    asked = replace(job, project=Project.open(begun), run=Run(Path(made).parent))
+    assert go_on([asked]) == "k2 render --resume --run 1 --allow-outside"
 
 
 def test_a_project_is_a_link_to_one(begun, k2, tmp_path, monkeypatch):

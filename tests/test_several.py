@@ -1,7 +1,11 @@
-"""Several projects in one command: what is wrong with any is known before the first."""
+"""Several projects in one command: all that is planned can be finished, and one that fails keeps no other."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,9 @@ import pytest
 from conftest import tree, write_weights
 from PIL import Image
 
-from k2cli import pictures
+from k2cli import pictures, several
+from k2cli.outputs import Run
+from model.errors import K2Error
 
 NAMES = ("one", "two", "three")
 PLAIN = (
@@ -27,6 +33,208 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Any) -> Path:
         (folder / name / "k2.toml").write_text(PLAIN)
     monkeypatch.chdir(folder)
     return folder
+
+
+def stop_at(fake: Any, turn: int, act: Callable[[], object]) -> None:
+    """Do something before the picture of this number, of all that are made from now on."""
+    made: list[int] = []
+
+    def stop(index: int) -> None:
+        made.append(index)
+        if len(made) == turn + 1:
+            act()
+
+    fake.stop = staticmethod(stop)
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def runs_in(folder: Path) -> list[str]:
+    return sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/outputs/*/run.toml"))
+
+
+def made_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("*/outputs/*/*-7.png"))
+
+
+def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fake):
+    """Those whose turn had not come, too, and not by the runs that they had before."""
+    k2("render", "two", "three", "--only", "fox", "-q")
+    stop_at(fake, 1, fail(KeyboardInterrupt()))
+
+    said = k2("render", *NAMES, "--only", "owl", "--batch", "2", code=130).stderr
+
+    line = "k2 render --resume one two three"
+    assert said == f"Interrupted: 1 of 2 pictures are in one/outputs/0001-owl. Go on with: {line}\n"
+    made = k2(*shlex.split(line)[1:], "-q").stdout.splitlines()
+    assert len(made) == 5 and {str(Path(path).parent) for path in made} == {
+        "one/outputs/0001-owl",
+        "two/outputs/0002-owl",
+        "three/outputs/0002-owl",
+    }
+
+
+def test_runs_whose_turn_has_not_come_are_planned_and_nobody_elses(three, k2, fake):
+    seen: list[Any] = []
+
+    def look() -> None:
+        run = Run.last(three / "three" / "outputs")
+        seen.extend([runs_in(three), run and run.busy, k2("log", "three").stdout])
+        with pytest.raises(K2Error, match="is being rendered by another process"):
+            run.lock()
+
+    stop_at(fake, 0, look)
+    k2("render", *NAMES, "-q")
+
+    assert seen == [sorted(f"{name}/outputs/0001-fox-and-1-more" for name in NAMES), True, ""]
+    assert not any(run.busy for name in NAMES for run in Run.planned_in(three / name / "outputs"))
+
+
+def test_a_dry_run_and_a_refused_one_claim_nothing(three, k2, monkeypatch):
+    before = tree(three)
+    k2("render", *NAMES, "--dry-run")
+
+    def refuse(name: str, variant: str | None = None) -> None:
+        raise K2Error(f"The licence of {name} has not been accepted.")
+
+    monkeypatch.setattr("k2cli.licence.require_for", refuse)
+    k2("render", *NAMES, code=1)
+
+    assert tree(three) == before
+
+
+def test_very_many_are_locked_only_when_their_turn_comes(three, k2, fake, monkeypatch):
+    """Each lock is an open file. One that another process took up meanwhile is left to it, and told."""
+    monkeypatch.setattr(several, "LOCKED", 1)
+    taken = Run(three / "two" / "outputs" / "0001-fox-and-1-more")
+    stop_at(fake, 0, taken.lock)
+
+    result = k2("render", *NAMES, "-q", code=1)
+    taken.unlock()
+
+    assert "two/outputs/0001-fox-and-1-more is being rendered by another process." in result.stderr
+    assert len(result.stdout.splitlines()) == 4 and "1 of 3 projects came to an error: two." in result.stderr
+    assert len(k2("render", "--resume", "two").stdout.splitlines()) == 2
+
+
+def test_of_those_that_are_finished_one_without_a_run_is_told(three, k2, fake):
+    stop_at(fake, 0, fail(KeyboardInterrupt()))
+    k2("render", "one", "three", code=130)
+
+    result = k2("render", "--resume", *NAMES, code=1)
+
+    assert "two has no run to go on with." in result.stderr
+    assert len(result.stdout.splitlines()) == 4
+    assert "run to go on with" in k2("render", "--resume", "two", code=1).stderr
+
+
+def test_a_run_that_is_not_the_last_any_more_has_a_command_of_its_own(three, k2, fake):
+    def act() -> None:
+        later = three / "two" / "outputs" / "0009-later"
+        later.mkdir()
+        (later / "run.toml").touch()
+        raise KeyboardInterrupt
+
+    stop_at(fake, 0, act)
+    said = k2("render", *NAMES, code=130).stderr
+
+    told = said.partition("Go on with: ")[2]
+    assert told == "k2 render --resume one three; k2 render --resume --run 1 --project two\n"
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_what_is_wrong_with_one_leaves_the_others_their_turn(three, k2, fake, turn):
+    stop_at(fake, 2 + turn, fail(K2Error("The lamp is out.", hint="Light it.")))
+
+    result = k2("render", *NAMES, "--json", code=1)
+
+    assert "Error: two: The lamp is out.\nHint:  Light it.\n" in result.stderr
+    assert "Error: 1 of 3 projects came to an error: two.\n" in result.stderr
+    whose = [(Path(each["file"]).parts[0], each["of"]) for each in map(json.loads, result.stdout.splitlines())]
+    there = [("two", [3, 6])] * turn
+    assert whose == [("one", [1, 6]), ("one", [2, 6]), *there, ("three", [5, 6]), ("three", [6, 6])]
+    assert (three / "two" / "outputs").exists() == bool(turn)  # a run with a picture stays
+
+
+def test_a_project_that_cannot_be_written_to_is_told_and_passed(three, k2):
+    (three / "two" / "outputs").write_text("in the way")
+
+    result = k2("render", *NAMES, "-q", code=1)
+
+    assert result.stderr.count("two/outputs cannot be written: ") == 1
+    assert len(made_in(three)) == 4 and {Path(path).parts[0] for path in made_in(three)} == {"one", "three"}
+
+
+def test_of_a_stream_each_project_has_its_turn_too(three, k2):
+    (three / "one" / "outputs").write_text("in the way")
+
+    result = k2("render", "one", "two", "--stream", "--json", input="a\nb\n", code=1)
+
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each.get("error") for each in lines] == [None, "1 of 2 projects came to an error: one."] * 2
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_full_disk_ends_all_and_they_are_gone_on_with(three, k2, monkeypatch, whole):
+    before, write = tree(three), os.fsync
+
+    def fsync(handle: int) -> None:
+        if len(made_in(three)) >= 2 * whole and len(runs_in(three)) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        said = k2("render", *NAMES, "-q", code=1).stderr
+
+    assert said.count("The disk is full") == 1 and "projects" not in said
+    if not whole:  # there is nothing to go on with
+        assert tree(three) == before and "Make room, and try again." in said
+        return
+    line = said.partition("then go on with: ")[2].strip()
+    assert line == "k2 render --resume one two three"  # the first's sheet is missing
+    k2(*shlex.split(line)[1:])
+    assert len(made_in(three)) == 6
+
+
+def test_where_nobody_reads_on_all_are_gone_on_with(three, k2, monkeypatch):
+    def leave(line: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("k2cli.carry.result", leave)
+
+    assert "Go on with: k2 render --resume one two three\n" in k2("render", *NAMES, code=1).stderr
+
+
+def test_an_unforeseen_error_keeps_what_can_be_gone_on_with(three, k2, fake):
+    stop_at(fake, 2, fail(MemoryError()))
+    with pytest.raises(MemoryError):
+        k2("render", *NAMES, "-q")
+
+    assert len(runs_in(three)) == 3
+    assert len(k2("render", "--resume", *NAMES, "-q").stdout.splitlines()) == 4
+
+
+def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
+    (three / "one" / "k2.toml").write_text("[[prompt]\n")
+    (three / "three" / "k2.toml").write_text(PLAIN.replace("seed = 7", "sed = 7"))
+    before = tree(three)
+
+    said = k2("render", "gone", *NAMES, code=1).stderr
+
+    assert said.count("Error: ") == 3 and "There is no project gone." in said
+    assert "one/k2.toml" in said and "three/k2.toml" in said and tree(three) == before
+    (three / "one" / "k2.toml").write_text("")
+    (three / "three" / "k2.toml").write_text("")
+    said = k2("render", *NAMES, code=1).stderr
+    assert "one: k2.toml has no [[prompt]]." in said and "three: k2.toml has no [[prompt]]." in said
+    assert k2("render", *NAMES, "-p", "tea", "--size", "100x100", code=2).stderr.count("--size: ") == 1
+    assert k2("render", "a", "red", "fox", code=1).stderr.count("Error: ") == 1
 
 
 @pytest.fixture
@@ -54,7 +262,9 @@ def test_what_styles_name_is_looked_at_before_the_first_run(three, k2, spoilt, w
 
     result = k2("render", *NAMES, *more, code=1)
 
-    assert said in result.stderr and 'Style "dusk": ' in result.stderr and result.stdout == ""
+    assert (
+        said in result.stderr and "three" in result.stderr and 'Style "dusk": ' in result.stderr and result.stdout == ""
+    )
     assert tree(three) == before
     k2("render", "three", "--style", "dusk=0", *more)  # what is off is not looked at
 

@@ -1,0 +1,216 @@
+"""Several projects in one command: what is wrong with one is said of it, and keeps none of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+
+from k2cli.commands import as_problem
+from k2cli.console import Unwritable, near, say, show_error, typed
+from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
+from k2cli.folder import Folder, root_above
+from k2cli.hands import Unreachable
+from k2cli.outputs import Run, number_of
+from k2cli.runs import Job, begin
+from model.errors import K2Error, count_of
+
+One = TypeVar("One", bound=Folder | Job)
+Gained = TypeVar("Gained")
+
+LOCKED = 100  # runs that wait for their turn and are kept from others: each takes an open file, and systems allow few
+ENDS_ALL = (DiskFull, Unreachable, Unwritable)  # what any other job would meet, too
+AGAIN = ", and try again."  # how a hint ends where it is known how to go on
+
+
+# ---- what is known before anything is made -----------------------------------------------------------------------
+
+
+def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gained], list[K2Error]]:
+    """What comes of projects, or of their jobs, and what is wrong with the others of them."""
+    gained, wrong = [], []
+    for each in asked:
+        try:
+            gained.append(do(each))
+        except (K2Error, OSError) as error:
+            problem = as_problem(error)
+            if problem is None:
+                raise
+            home = each.project if isinstance(each, Job) else each
+            wrong.append(said_of(home, problem) if len(asked) > 1 else problem)
+    return gained, wrong
+
+
+def for_all(asked: Sequence[One], do: Callable[[One], Gained]) -> list[Gained]:
+    """What comes of each. Raises K2Error where anything is wrong with any, once all of that is told."""
+    gained, wrong = tried(asked, do)
+    refuse(wrong)
+    return gained
+
+
+def refuse(wrong: Sequence[K2Error]) -> None:
+    """Raise the last of these errors, if there are any; the others are told first. The same is told once."""
+    *others, last = {str(error): error for error in wrong}.values() or [None]
+    for error in filter(None, others):
+        show_error(error)
+    if last:
+        raise last
+
+
+def said_of(home: Folder, error: K2Error) -> K2Error:
+    """The error with its project in front, where it does not name that, nor an option."""
+    root, said = home.root, str(error)
+    named = (f"{near(root)}/", str(root), f"{getattr(home, 'name', root.name)} has ")
+    if said.startswith("--") or any(each in said for each in named) or Path.cwd().is_relative_to(root):
+        return error
+    return K2Error(f"{near(root)}: {said}", hint=error.hint)
+
+
+# ---- one after the other -----------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Jobs that are rendered one after the other, their runs begun before the first is rendered: whatever ends them,
+    each can be gone on with."""
+
+    def __init__(self, jobs: Sequence[Job], *, quiet: bool):
+        self.asked, self.quiet = jobs, quiet
+        self.begun: list[Job] = []
+        self.failed: list[Job] = []
+        self.now: Job | None = None  # which of those begun has its turn
+
+    def begin(self) -> list[Job]:
+        """The jobs that have something left to make and come to have a run. Raises K2Error."""
+        with undisturbed():  # who ends it meanwhile finds all of them planned
+            for job in self.asked:
+                if not job.left and not job.lacks_sheet:
+                    if not self.quiet:
+                        say_finished(job)
+                    continue
+                with self.bearing(job):
+                    begun = begin(job)
+                    if begun.run and len(self.begun) >= LOCKED:
+                        begun.run.unlock()
+                    self.begun.append(begun)
+        return self.begun
+
+    @contextmanager
+    def turn(self, job: Job) -> Iterator[None]:
+        """The turn of a job that is begun. Raises K2Error where it is alone, or all would meet the same."""
+        self.now = job
+        with self.bearing(job):
+            yield
+
+    @contextmanager
+    def bearing(self, job: Job) -> Iterator[None]:
+        """What goes wrong with a job among others is told, and goes no further."""
+        try:
+            yield
+        except ENDS_ALL:
+            raise
+        except (K2Error, OSError) as error:
+            problem = as_problem(error)
+            if problem is None or len(self.asked) == 1:
+                raise
+            show_error(said_of(job.project, problem))
+            self.failed.append(job)
+            if job.run:
+                job.run.discard()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """All turns. Where they are cut short, a word on how to go on; else on what failed. Raises K2Error.
+
+        By Ctrl-C every run stays. By an error, too, once there is a picture in any; else all are discarded.
+        """
+        interrupted = False
+        try:
+            with ended_as_by_ctrl_c():
+                yield
+        except (KeyboardInterrupt, BrokenPipeError) as reason:
+            interrupted = isinstance(reason, KeyboardInterrupt)
+            if interrupted or not self.quiet:
+                self.tell_end("Interrupted" if interrupted else "Nobody reads on")
+            if not interrupted:
+                raise
+            raise typer.Exit(getattr(reason, "code", 130)) from None
+        except ENDS_ALL as error:
+            left = self.left if self.came_to_something else []
+            first = error.hint.removesuffix(AGAIN).removesuffix(".")
+            if left:
+                error.hint = f"{first}, then go on with: {go_on(left)}"
+            raise
+        finally:
+            stay = interrupted or self.came_to_something
+            for run in (job.run for job in self.begun if job.run):
+                if not stay:
+                    run.discard()
+                run.unlock()
+        if self.failed:
+            names = ", ".join(near(job.project.root) for job in self.failed)
+            which = f"{len(self.failed)} of {count_of(len(self.asked), 'project')}"
+            raise K2Error(f"{which} came to an error: {names}.", hint="It is told above; the others are done.")
+
+    @property
+    def came_to_something(self) -> bool:
+        """Whether a picture is there, of this command or of a run that it goes on with."""
+        return any(job.run and (job.run.has_any or not job.run.made) for job in self.begun)
+
+    @property
+    def left(self) -> list[Job]:
+        """The jobs that can be gone on with."""
+        there = (job for job in self.begun if job.run and job.run.planned)
+        return [job for job in there if job.left or job.lacks_sheet]
+
+    def tell_end(self, why: str) -> None:
+        """How far the job in hand has come, and the command that goes on with all that are left."""
+        job = self.now or next(iter(self.begun), None)
+        if job is None or job.run is None:
+            return
+        there = f"{len(job.shots) - len(job.left)} of {len(job.shots)} pictures are in {near(job.run.folder)}"
+        left = self.left
+        say(f"{why}: {there}.{f' Go on with: {go_on(left)}' if left else ''}")
+
+
+def say_finished(job: Job) -> None:
+    """That nothing is left of a run."""
+    say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
+
+
+def go_on(jobs: Sequence[Job]) -> str:
+    """What finishes these runs, as short as it can be typed here: a command for all that are their project's last, and
+    one for each other."""
+    last, commands = [], []
+    for job in jobs:
+        assert job.run is not None
+        newest = Run.last(job.project.outputs)
+        if newest and newest.folder == job.run.folder:
+            last.append(job)
+        else:
+            commands.append(resuming([job], number_of(job.run.folder)))
+    return "; ".join([resuming(last), *commands] if last else commands)
+
+
+def resuming(jobs: Sequence[Job], number: int | None = None) -> str:
+    """The command for the last run of each, or for that of a number."""
+    here, roots = root_above(Path.cwd()), [job.project.root for job in jobs]
+    words = ["k2 render --resume"]
+    words += [] if number is None else [f"--run {number}"]
+    if len(roots) > 1:
+        words += map(typed, roots)
+    elif not (here and here.samefile(roots[0])):
+        words += [f"--project {typed(roots[0])}"]
+    words += ["--allow-outside"] if any(map(reaches_out, jobs)) else []
+    return " ".join(words)
+
+
+def reaches_out(job: Job) -> bool:
+    """Whether a run is of files outside of its project."""
+    root, specs = job.project.root.resolve(), [shot.spec for shot in job.shots]
+    begun = (path for spec in specs for path in (spec.init_image, spec.mask))
+    files = [Path(job.model.name), *(path for path in begun if isinstance(path, Path))]
+    outside = any(file.is_absolute() and not file.resolve().is_relative_to(root) for file in files)
+    return job.project.allow_outside or outside
