@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,12 @@ def harmless(text: str) -> str:
 def say(text: str, style: str = "") -> None:
     """A line for people."""
     console.print(Text(harmless(text), style), soft_wrap=True)
+
+
+def last_words(text: str) -> None:
+    """A line for people who may be gone: what ends a command may be that they closed its terminal."""
+    with suppress(OSError):
+        say(text)
 
 
 def show_error(error: K2Error) -> None:
@@ -153,10 +159,14 @@ def bars(total: int | None, what: str, before: str) -> Iterator[Meter]:
 
     columns = (TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     # Rich would send what goes to a piped standard output to the terminal; only where both are one screen may it.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        yield Meter(
-            progress,
-            progress.add_task(before or what, total=total),
-            progress.add_task("   steps", total=None, visible=False),
-            what,
-        )
+    progress = Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+    pictures = progress.add_task(before or what, total=total)
+    steps = progress.add_task("   steps", total=None, visible=False)
+    try:
+        progress.start()
+        yield Meter(progress, pictures, steps, what)
+    except BaseException:
+        with suppress(OSError):  # of a terminal that is closed: what ended it is told, not that
+            progress.stop()
+        raise
+    progress.stop()

@@ -394,7 +394,7 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
       k2 rerun outputs/0001-fox --check            the comparison alone
     """
-    from k2cli.console import meter, near, result, say, show_error
+    from k2cli.console import last_words, meter, near, result, say, show_error
     from k2cli.pictures import without_sheets
     from k2cli.rerun import Shelf, pictures_in, repeat, verdict, was_changed
 
@@ -420,7 +420,7 @@ def rerun(
                 show_error(error)
                 continue
             except KeyboardInterrupt as reason:
-                say(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")
+                last_words(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")
                 raise typer.Exit(getattr(reason, "code", 130)) from None
             finally:
                 bar.saved(done)

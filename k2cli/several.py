@@ -10,7 +10,7 @@ from typing import TypeVar
 import typer
 
 from k2cli.commands import as_problem
-from k2cli.console import Unwritable, near, say, show_error, typed
+from k2cli.console import Unwritable, last_words, near, say, show_error, typed
 from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
 from k2cli.folder import Folder, root_above
 from k2cli.hands import Unreachable
@@ -172,7 +172,7 @@ class Turns:
             return
         there = f"{len(job.shots) - len(job.left)} of {len(job.shots)} pictures are in {near(job.run.folder)}"
         left = self.left
-        say(f"{why}: {there}.{f' Go on with: {go_on(left)}' if left else ''}")
+        last_words(f"{why}: {there}.{f' Go on with: {go_on(left)}' if left else ''}")
 
 
 def say_finished(job: Job) -> None:
