@@ -41,6 +41,8 @@ class Group(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as reason:
+            raise typer.Exit(getattr(reason, "code", 130)) from None  # of a signal, its own
         except typer.BadParameter as error:
             error.message = in_plain_words(error)
             raise

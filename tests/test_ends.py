@@ -51,3 +51,10 @@ def test_a_closed_terminal_ends_a_command_by_its_code(moody, k2, fake, monkeypat
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
     assert b"0/" in seen  # of the bar
     assert command == "rerun" or Path("outputs/0002-fox-and-1-more/run.toml").is_file()
+
+
+def test_a_command_without_last_words_ends_by_the_code_of_its_signal(moody, k2, monkeypatch):
+    monkeypatch.setattr("model.compact.write_compact", lambda *_: signal.raise_signal(signal.SIGTERM))
+
+    assert not k2("models", "export", "mini", "x.safetensors", code=128 + signal.SIGTERM).stdout
+    assert not Path("x.safetensors").exists()
