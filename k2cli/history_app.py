@@ -385,7 +385,8 @@ def rerun(
 ) -> None:
     """Make pictures again from their records, and compare.
 
-    Refuses when the model or a reference is not what it was. Exits with 1 when the pixels of any differ.
+    Refuses when the model or a reference is not what it was. Exits with 1 when the pixels of any differ,
+    and with --check also when a picture itself is gone or was changed.
 
     \b
     Examples:
@@ -394,9 +395,9 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
       k2 rerun outputs/0001-fox --check            the comparison alone
     """
-    from k2cli.console import last_words, meter, near, result, say, show_error
+    from k2cli.console import last_words, meter, say, show_error
     from k2cli.pictures import without_sheets
-    from k2cli.rerun import Shelf, pictures_in, repeat, verdict, was_changed
+    from k2cli.rerun import Shelf, pictures_in, repeat, tell
 
     if check and output is not None:
         raise typer.BadParameter("it writes nothing, so no file goes with it", param_hint="--check")
@@ -411,9 +412,7 @@ def rerun(
         for done, file in enumerate(named, 1):
             try:
                 home = find_home(file, project, allow_outside)
-                saved, off = repeat(
-                    file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step
-                )
+                again = repeat(file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step)
             except K2Error as error:
                 if not several:
                     raise
@@ -424,13 +423,8 @@ def rerun(
                 raise typer.Exit(getattr(reason, "code", 130)) from None
             finally:
                 bar.saved(done)
-            identical += off == 0
-            about = {"identical": off == 0, "levels_off": off}
-            result(to_json({"file": near(saved.path), **about, **saved.record}) if json else near(saved.path))
-            if not quiet and not (several and off == 0):
-                say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
-            if not quiet and was_changed(file):
-                say(f"{near(file)} was changed since it was made: its own pixels are others.", "yellow")
+            identical += again.identical
+            tell(again, file, several=several, as_json=json, quiet=quiet)
     if several and not quiet:
         say(f"{identical} of {len(named)} are identical, pixel for pixel.", "dim")
     if identical < len(named):

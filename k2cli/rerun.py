@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageChops
 
 from k2cli import embedded, history, records
+from k2cli.console import near, result, say
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
 from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import OnStep, groups_of, load
+from k2cli.options import to_json
 from k2cli.outputs import RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
 from model import picture_file
@@ -24,6 +26,20 @@ from model.spec import Picture, RenderSpec
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Again:
+    """A picture made again, and what it was compared with."""
+
+    saved: Saved
+    levels_off: int | None  # of 255 at most, from what was recorded; None where that is not known
+    fate: str  # of the recorded picture since: "gone", "changed", or ""
+    checked: bool  # that picture is what was asked about; else what it was made from
+
+    @property
+    def identical(self) -> bool:
+        return self.levels_off == 0 and not (self.checked and self.fate)
 
 
 class Shelf(ExitStack):
@@ -68,9 +84,9 @@ def repeat(
     check: bool = False,
     embed: bool,
     on_step: OnStep | None = None,
-) -> tuple[Saved, int | None]:
-    """Make a picture again -> where it is, how many levels of 255 it is off at most; None where that is not known.
-    Hashes are verified before. To `check` it alone nothing is written, and it is where it was. Raises K2Error.
+) -> Again:
+    """Make a picture again, and compare. Hashes are verified before. To `check` it alone nothing is written, and it is
+    where it was. Raises K2Error.
     """
     inside = home.inside if home else None
     record = records.parse(records.read(file), inside)
@@ -84,9 +100,9 @@ def repeat(
     picture, again = make_again(pipeline, record, file, home, on_step)
     if blocked := again["blocked"]:
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
-    off = 0 if again["pixels"] == record.pixels else levels_off(file, record, picture.image)
+    compared = compare(picture_of(file), record, picture.image, again)
     if check:
-        return Saved(picture_of(file), again, record.shot.stem), off
+        return Again(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True)
     encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
@@ -98,7 +114,7 @@ def repeat(
         assert home is not None
         run = shelf.room(home, record.shot.name, record.shot.stem)
         path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
-    return Saved(path, again, record.shot.stem), off
+    return Again(Saved(path, again, record.shot.stem), *compared, checked=False)
 
 
 def check_output(output: Path) -> None:
@@ -166,20 +182,53 @@ def verdict(off: int | None) -> str:
     return f"The pixels differ from the recorded ones{by}.{rounding}"
 
 
-def was_changed(file: Path) -> bool:
-    """Whether a picture that is kept without loss has other pixels than its record says."""
-    with suppress(Exception), picture_file.opened(file) as found:  # of a record, which is no picture, too
-        lossless = found.format in ("PNG", "WEBP")
-        return lossless and records.read(file).table.get("pixels") != records.pixel_hash(found)
-    return False
+def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool) -> None:
+    """A line of results of a picture made again, and for people what the comparison came to; of `several` that they are
+    identical is told once, by whoever has counted them."""
+    path, off = again.saved.path, again.levels_off
+    gone, changed = again.fate == "gone", again.fate == "changed"
+    if as_json:
+        about = {"identical": again.identical, "levels_off": off, "gone": gone, "changed": changed}
+        result(to_json({"file": near(path), **about, **again.saved.record}))
+    elif not (gone and again.checked):
+        result(near(path))
+    if quiet:
+        return
+    if off != 0 or (again.identical and not several):
+        say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
+    if gone and again.checked:
+        say(f"{near(picture_of(file))} is gone: only its record was compared.", "yellow")
+    if changed:
+        say(f"{near(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
 
 
-def levels_off(file: Path, record: records.Record, image: Image.Image) -> int | None:
-    """The largest difference between a picture and the recorded one; None where that is gone, cannot be read, or was
-    lossily kept."""
-    path = picture_of(file)
+def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
+    """The largest difference between a picture made again and the recorded one, None where that is not there; and what
+    has become of it: "gone", "changed", or "". Of one that was lossily kept nobody can say.
+
+    path   of the recorded picture
+    image  made again
+    again  its record
+    """
+    off = 0 if again["pixels"] == record.pixels else None
+    if not path.is_file():
+        return off, "gone"
+    found = decoded(path)
+    if found is None:
+        return off, "changed"
+    own = records.pixel_hash(found)
+    if own == record.pixels:
+        if found.size != image.size:  # its record was changed
+            return off, ""
+        counts = ImageChops.difference(found, image).histogram()  # 256 a channel
+        return max(level % 256 for level, count in enumerate(counts) if count), ""
+    lossy = format_of(path.name) == "jpeg"
+    return off, "" if lossy or own == again["pixels"] else "changed"  # else it is its record that was
+
+
+def decoded(path: Path) -> Image.Image | None:
+    """A picture's pixels; None where it cannot be read."""
     with suppress(Exception), picture_file.opened(path) as found:  # Pillow raises anything over a broken file
-        if found.size == image.size and records.pixel_hash(found) == record.pixels:
-            counts = ImageChops.difference(found.convert("RGB"), image).histogram()  # 256 a channel
-            return max(level % 256 for level, count in enumerate(counts) if count)
+        if found.width * found.height <= picture_file.MOST_DECODED:
+            return found.convert("RGB")
     return None

@@ -346,7 +346,8 @@ class TestRerun:
         Image.new("RGB", (64, 64), "white").save(file)
         said = k2("rerun", file).stderr
         assert "Identical, pixel for pixel." in said and (f"{file} was changed since it" in said) == (kind != "jpeg")
-        assert "was changed" not in k2("rerun", file.with_suffix(".toml")).stderr
+        told = k2("rerun", file.with_suffix(".toml")).stderr
+        assert (f"{file} was changed since it" in told) == (kind != "jpeg")
 
     def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
         """Moved out of the project, without its record: the project is named, the picture says the rest."""
@@ -393,8 +394,43 @@ class TestRerun:
         record.write_text(record.read_text().replace(tomllib.loads(record.read_text())["pixels"], "0" * 64))
         result = k2("rerun", record, "--check", code=1)
         assert result.stdout == "outputs/0001-fox/fox-7.png\n" and "The pixels differ" in result.stderr
+        assert "was changed" not in result.stderr  # but its record
         monkeypatch.chdir(tmp_path)
         assert k2("rerun", bare, "--check").stdout == "bare.png\n"
+
+    @pytest.mark.parametrize(
+        ("named", "by"),
+        [("png", "white"), ("folder", "white"), *(("toml", by) for by in ("white", "another", "broken", "smaller"))],
+    )
+    def test_a_check_of_a_picture_that_was_changed_fails(self, moody, k2, named, by):
+        """Be it another one of k2's, which brings a record along that it agrees with."""
+        k2("render", "--only", "fox", "--batch", "2")
+        file, other = Path("outputs/0001-fox/fox-7.png"), Path("outputs/0001-fox/fox-8.png")
+        if by == "another":
+            shutil.copy(other, file)
+        elif by == "broken":
+            file.write_bytes(file.read_bytes()[:60])
+        else:
+            Image.new("RGB", (64, 64) if by == "white" else (32, 32), "white").save(file)
+
+        asked = file.parent if named == "folder" else file.with_suffix(f".{named}")
+        result = k2("rerun", asked, "--check", code=1)
+        assert str(file) in result.stdout.split() and "Identical" not in result.stderr
+        assert f"{file} was changed since it was made" in result.stderr
+        assert named != "folder" or "1 of 2 are identical, pixel for pixel." in result.stderr
+        first = json.loads(k2("rerun", asked, "--check", "--json", "--quiet", code=1).stdout.splitlines()[0])
+        assert (first["identical"], first["changed"], first["gone"]) == (False, True, False)
+
+    def test_a_check_of_a_picture_that_is_gone_fails(self, made, k2):
+        """Without one, what is gone is brought back by its record."""
+        made.unlink()
+        record, picture = "outputs/0001-fox/fox-7.toml", "outputs/0001-fox/fox-7.png"
+
+        result = k2("rerun", record, "--check", code=1)
+        assert not result.stdout and result.stderr == f"{picture} is gone: only its record was compared.\n"
+        told = json.loads(k2("rerun", record, "--check", "--json", code=1).stdout)
+        assert (told["file"], told["identical"], told["gone"], told["changed"]) == (picture, False, True, False)
+        assert k2("rerun", record).stderr == "Identical, pixel for pixel.\n"
 
     def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
         """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
