@@ -55,7 +55,8 @@ class Example:
         spec = shot.spec
         found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
         found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
-        found |= {"size": f"{spec.width}x{spec.height}", "init_image": spec.init_image and str(spec.init_image)}
+        found |= {"size": f"{spec.width}x{spec.height}"} if spec.width and spec.height else {}
+        found |= {"init_image": spec.init_image and str(spec.init_image)}
         found |= {"mask": spec.mask and str(spec.mask)}
         if not spec.guidance:
             found["guidance_until"] = None

@@ -90,6 +90,8 @@ def repeat(
     """
     inside = home.inside if home else None
     record = records.parse(records.read(file), inside)
+    if "seed" not in record.table["settings"]:
+        raise K2Error(f"The record of {file} has no seed.", hint="Without it the picture cannot be made again.")
     model = records.locate(record, inside)
     if output is not None:
         check_output(output)

@@ -621,3 +621,21 @@ def test_what_is_compared_is_named_by_its_picture(moody, k2):
     k2("render", "-p", "a boat", "--steps", "1", "--size", "64x64")
     made = "outputs/0001-a-boat/a-boat-7"
     assert k2("rerun", f"{made}.toml", "--check").stdout == f"{made}.png\n"
+
+
+@pytest.mark.parametrize(
+    ("lacking", "fact", "told"),
+    [
+        (["device"], "device", ["device      float32"]),
+        (["dtype"], "device", ["device      cpu"]),
+        (["device", "dtype"], "device", []),
+        (["seed"], "seed", []),
+        (["width"], "size", []),
+    ],
+)
+def test_of_what_a_record_lacks_nothing_is_told(moody, k2, lacking, fact, told):
+    record = Path(k2("render", "-p", "tea", "--batch", "1").stdout.strip()).with_suffix(".toml")
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(line for line in lines if line.partition(" = ")[0] not in lacking))
+
+    assert [line for line in k2("show", record).stdout.splitlines() if line.startswith(f"{fact} ")] == told

@@ -273,3 +273,13 @@ def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
     assert "moody has no moodboard any more" in gone and "leave it out: --moodboard 0" in gone
     assert [style["name"] for style in without["style"]] == ["ink"]
     assert "moody has no moodboard." in k2("render", "--like", made, "--moodboard", "0.5", code=1).stderr
+
+
+def test_where_a_record_lacks_a_side_the_project_says_the_size(dusky, k2):
+    made = dusky / rendered(k2, "-p", "tea", "--size", "64x96")
+    record = made.with_suffix(".toml")
+    record.write_text(record.read_text().replace("width = 64\n", ""))
+    (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace("[render]", '[render]\nsize = "96x96"'))
+
+    (other,) = plan(k2, "--like", record, "--batch", "1")
+    assert (other["settings"]["width"], other["settings"]["height"]) == (96, 96)

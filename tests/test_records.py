@@ -570,6 +570,13 @@ class TestRerun:
         with Image.open(tmp_path / "again.png") as image:
             assert image.text == {}
 
+    def test_without_a_seed_there_is_nothing_to_make_again(self, made, k2, fake):
+        record = made.with_suffix(".toml")
+        record.write_text(record.read_text().replace("seed = 7\n", ""))
+
+        refused = k2("rerun", record, "--check", code=1)
+        assert f"The record of {record} has no seed." in refused.stderr and len(fake.seen) == 1
+
     def test_references_need_their_project(self, made, k2, tmp_path, monkeypatch):
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
         monkeypatch.chdir(tmp_path)
