@@ -399,8 +399,9 @@ def rerun(
     from k2cli.pictures import without_sheets
     from k2cli.rerun import Shelf, pictures_in, repeat, tell
 
-    if check and output is not None:
-        raise typer.BadParameter("it writes nothing, so no file goes with it", param_hint="--check")
+    if check and (output is not None or no_embed):
+        other = "--output" if output is not None else "--no-embed"
+        raise typer.BadParameter(f"it writes nothing, so {other} does not go with it", param_hint="--check")
     asked, sheets = without_sheets([find_file(file, project) for file in files])
     if sheets and not quiet:
         say(sheets, "yellow")

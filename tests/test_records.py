@@ -387,7 +387,9 @@ class TestRerun:
             ("outputs/0001-fox/fox-8.png", True, 0),
         ]
         assert tree(moody) == before
-        assert "it writes nothing" in k2("rerun", "outputs/0001-fox/fox-7.png", "--check", "-o", "x.png", code=2).stderr
+        for option, *value in (("--output", "x.png"), ("--no-embed",)):
+            refused = k2("rerun", "outputs/0001-fox/fox-7.png", "--check", option, *value, code=2).stderr
+            assert f"it writes nothing, so {option} does not go with it" in refused
 
         bare = shutil.copy("outputs/0001-fox/fox-7.png", tmp_path / "bare.png")
         record = Path("outputs/0001-fox/fox-7.toml")
