@@ -4,9 +4,19 @@ from itertools import pairwise, permutations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.spec import Reference, Style
-from model.style import SHUFFLES, StyleConfig, StyleEncoder, destroy_content, even_out, response
+from model.style import (
+    SHUFFLES,
+    STRENGTHS,
+    TURNED,
+    StyleConfig,
+    StyleEncoder,
+    destroy_content,
+    even_out,
+    response,
+)
 from model.weighed import Weighed, weigh
 
 
@@ -29,6 +39,21 @@ def test_shapes_and_unit_vectors(encoder):
 
     assert rows.shape == (5, 3, 2, 32)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(5))
+
+
+@torch.no_grad()
+def test_statistics_are_means_and_deviations_of_residual_features(encoder):
+    """Written out once more: each block adds to what enters it; the deviation is that of a sample."""
+    latents = torch.randn(2, 16, 8, 12)
+    x = F.conv2d(latents, encoder.inward.weight, encoder.inward.bias, stride=2)
+    for block in encoder.blocks:
+        inner = F.silu(F.group_norm(x, 8, block.norm.weight, block.norm.bias))
+        inner = F.silu(F.conv2d(inner, block.conv1.weight, block.conv1.bias, padding=1))
+        x = x + F.conv2d(inner, block.conv2.weight, block.conv2.bias)
+    mean = x.mean((2, 3), keepdim=True)
+    spread = ((x - mean).square().sum((2, 3)) / (x[0, 0].numel() - 1)).sqrt()
+
+    torch.testing.assert_close(encoder.statistics(latents), torch.cat((mean.flatten(1), spread), -1))
 
 
 def test_strength_zero_is_no_style_and_one_is_the_style(encoder, rows):
@@ -55,7 +80,8 @@ def test_strength_is_evened_out_without_jumps():
     answers = [response(s) for s in strengths]
 
     assert [response(s) for s in (0, 1, 1.5, -1)] == [0, 1, 1.5, -1]
-    assert answers == sorted(answers) and answers == [-a for a in reversed(answers)]
+    assert [response(s) for s in STRENGTHS] == list(TURNED)
+    assert all(b > a for a, b in pairwise(answers)) and answers == [-a for a in reversed(answers)]
     assert max(b - a for a, b in pairwise(answers)) < 0.03
 
 
@@ -149,6 +175,9 @@ def test_a_reference_is_read_in_the_tiles_that_training_knew(encoder, monkeypatc
     monkeypatch.setattr("model.style.destroy_content", cut)
     encoder.read(torch.randn(1, 16, 64, 64))
     assert sorted(sizes) == [8] * SHUFFLES + [16] * SHUFFLES
+    small = torch.randn(1, 16, 4, 4)  # too small for tiles: cells by themselves would be no picture any more
+    with torch.no_grad():
+        assert torch.equal(encoder.read(small), encoder(small)[0][0])
 
 
 def test_statistics_forget_where_things_are(encoder):
