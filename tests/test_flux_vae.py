@@ -1,5 +1,6 @@
 """The FLUX.2 autoencoder against diffusers' on random weights, and tiles against the whole."""
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -12,18 +13,23 @@ from model.tiling import OVERLAP, TILE, ramp, starts, tiled
 diffusers = pytest.importorskip("diffusers")
 
 TINY = FluxVAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
+SHAPES = {"alike": TINY, "slim decoder": replace(TINY, decoder_block_out_channels=(4, 8, 8, 16))}
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.fixture(scope="module")
-def pair():
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request):
     """Diffusers' autoencoder with random weights and statistics, and ours loaded from it."""
     torch.manual_seed(0)
+    config = SHAPES[request.param]
     theirs = diffusers.AutoencoderKLFlux2(
-        block_out_channels=TINY.block_out_channels, layers_per_block=1, norm_num_groups=4
+        block_out_channels=config.block_out_channels,
+        decoder_block_out_channels=config.decoder_block_out_channels,
+        layers_per_block=1,
+        norm_num_groups=4,
     ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -35,8 +41,8 @@ def pair():
     return ours, theirs
 
 
-def test_config_from_diffusers(pair):
-    assert pair[0].config == TINY
+def test_config_from_diffusers(pair, request):
+    assert pair[0].config == SHAPES[request.node.callspec.params["pair"]]
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The 2-D autoencoders against diffusers' on random weights."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -33,6 +35,13 @@ def pair(request):
     ours = QwenImageVAE(SHAPES[request.param]).eval()
     ours.load_diffusers(theirs.state_dict())
     return ours, theirs
+
+
+def test_what_a_config_does_not_say_is_as_diffusers_has_it():
+    theirs, ours = inspect.signature(diffusers.AutoencoderKLQwenImage.__init__).parameters, VAEConfig()
+    for key in ("base_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "latents_mean", "latents_std"):
+        own = getattr(ours, key.replace("temperal", "temporal"))
+        assert list(theirs[key].default) == list(own) if isinstance(own, tuple) else theirs[key].default == own
 
 
 @torch.no_grad()
