@@ -174,12 +174,13 @@ def test_sizes_that_fit_a_picture(tmp_path):
         ("wide", (400, 200), {}),
         ("lying", (400, 200), {"exif": exif}),
         ("thin", (1000, 10), {}),
+        ("tall", (10, 1000), {}),
     ):
         Image.new("RGB", size).save(tmp_path / f"{name}.png", **options)
 
-    sizes = {name: fitting(tmp_path / f"{name}.png", 512 * 512, 32) for name in ("wide", "lying", "thin")}
+    sizes = {name: fitting(tmp_path / f"{name}.png", 512 * 512, 32) for name in ("wide", "lying", "thin", "tall")}
 
-    assert sizes == {"wide": (704, 352), "lying": (352, 704), "thin": (1024, 256)}
+    assert sizes == {"wide": (704, 352), "lying": (352, 704), "thin": (1024, 256), "tall": (256, 1024)}
     with pytest.raises(K2Error, match="There is no"):
         fitting(tmp_path / "none.png", 4096, 32)
 
