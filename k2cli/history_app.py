@@ -405,7 +405,7 @@ def rerun(
     asked, sheets = without_sheets([find_file(file, project) for file in files])
     if sheets and not quiet:
         say(sheets, "yellow")
-    named = pictures_in(asked)
+    named = pictures_in(asked, lone=check)
     if output is not None and len(named) > 1:
         raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0

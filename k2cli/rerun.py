@@ -18,7 +18,7 @@ from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, format_of
 from k2cli.hands import OnStep, groups_of, load
 from k2cli.options import to_json
-from k2cli.outputs import RUN, Run, picture_of
+from k2cli.outputs import BLOCKED, RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
 from model import picture_file
 from model.errors import K2Error
@@ -58,20 +58,26 @@ class Shelf(ExitStack):
         return self.runs[-1]
 
 
-def pictures_in(files: Iterable[Path]) -> list[Path]:
+def pictures_in(files: Iterable[Path], *, lone: bool = False) -> list[Path]:
     """Pictures and records as they are named, and for a run's folder all its pictures, also those that nothing is known
-    of. Raises K2Error where it has none."""
+    of; and its `lone` records, whose pictures are gone, if they are wanted. Raises K2Error where it has none."""
     found: list[Path] = []
     for file in files:
         if file.is_dir():
             unknown: list[Path] = []
             made = history.read_run(file, skipped=unknown.append)
-            if not (made or unknown):
+            alone = sorted(each for each in file.glob("*.toml") if is_lone(each)) if lone else []
+            if not (made or unknown or alone):
                 raise K2Error(f"There are no pictures of k2 in {file}.", hint="Name a picture, a record, or a run.")
-            found += [*(each.path for each in made), *sorted(unknown)]
+            found += [*(each.path for each in made), *sorted(unknown), *alone]
         else:
             found.append(file)
     return found
+
+
+def is_lone(record: Path) -> bool:
+    """Whether a file is the record of a picture that is gone, and not that of a run, or of one that was blocked."""
+    return record.name != RUN and not record.name.endswith(BLOCKED) and not picture_of(record).is_file()
 
 
 def repeat(

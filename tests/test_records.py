@@ -434,6 +434,15 @@ class TestRerun:
         assert (told["file"], told["identical"], told["gone"], told["changed"]) == (picture, False, True, False)
         assert k2("rerun", record).stderr == "Identical, pixel for pixel.\n"
 
+    def test_a_check_of_a_run_misses_no_picture_that_is_gone(self, moody, k2):
+        """Without one, what was thrown away is not made again unless it is named."""
+        k2("render", "--only", "fox", "--batch", "2")
+        Path("outputs/0001-fox/fox-7.png").unlink()
+
+        said = k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
+        assert "outputs/0001-fox/fox-7.png is gone" in said and "1 of 2 are identical" in said
+        assert k2("rerun", "outputs/0001-fox").stderr == "Identical, pixel for pixel.\n"
+
     def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
         """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
         k2("render", "--only", "fox", "--batch", "2")
