@@ -395,7 +395,7 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
       k2 rerun outputs/0001-fox --check            the comparison alone
     """
-    from k2cli.console import last_words, meter, say, show_error
+    from k2cli.console import last_words, meter, near, result, say, show_error
     from k2cli.pictures import without_sheets
     from k2cli.rerun import Shelf, pictures_in, repeat, tell
 
@@ -415,6 +415,8 @@ def rerun(
                 home = find_home(file, project, allow_outside)
                 again = repeat(file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step)
             except K2Error as error:
+                if json:  # whoever waits for an object a file has one
+                    result(to_json({"file": None, "from": near(file), "error": str(error), "hint": error.hint}))
                 if not several:
                     raise
                 show_error(error)

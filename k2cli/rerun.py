@@ -191,16 +191,16 @@ def verdict(off: int | None) -> str:
 
 
 def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool) -> None:
-    """A line of results of a picture made again, and for people what the comparison came to; of `several` that they are
-    identical is told once, by whoever has counted them."""
+    """A line of results of a picture made again, and for people what the comparison came to: if `quiet`, where they are
+    not identical, as errors are told; of `several` that they are is told once, by whoever has counted them."""
     path, off = again.saved.path, again.levels_off
     gone, changed = again.fate == "gone", again.fate == "changed"
     if as_json:
         about = {"identical": again.identical, "levels_off": off, "gone": gone, "changed": changed}
-        result(to_json({"file": near(path), **about, **again.saved.record}))
+        result(to_json({"file": near(path), "from": near(file), **about, **again.saved.record}))
     elif not (gone and again.checked):
         result(near(path))
-    if quiet:
+    if quiet and again.identical:
         return
     if off != 0 or (again.identical and not several):
         say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")

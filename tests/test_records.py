@@ -479,6 +479,15 @@ class TestRerun:
         assert said[0] == "outputs/0001-fox/fox-7.toml: The pixels differ from the recorded ones."
         assert "There is no gone.png." in said[1] and said[-1] == "1 of 3 are identical, pixel for pixel."
 
+        quiet = k2("rerun", record, "gone.png", "outputs/0001-fox/fox-8.png", "--json", "--quiet", code=1)
+        told = [json.loads(line) for line in quiet.stdout.splitlines()]
+        assert [(each["from"], each.get("identical"), "error" in each) for each in told] == [
+            ("outputs/0001-fox/fox-7.toml", False, False),
+            ("gone.png", None, True),
+            ("outputs/0001-fox/fox-8.png", True, False),
+        ]
+        assert quiet.stderr.splitlines()[0] == said[0] and "fox-8" not in quiet.stderr  # a difference is no small talk
+
         both = ("outputs/0001-fox", "-o", "one.png")
         assert "one file for 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
         Path("empty").mkdir()
