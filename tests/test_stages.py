@@ -346,6 +346,8 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
             recipe.saved(least("turbo") | {"method": "guidance", key: value})
     with pytest.raises(K2Error, match="fresh means nothing"):
         recipe.saved(least("lora") | {"fresh": ("up",)})
+    with pytest.raises(K2Error, match="muon_lr"):
+        recipe.saved(least("lora") | {"muon_lr": 1e-3})
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Recipe(loop.Recipe):
         at_least(self, 0, "size")
         more_than_none(self, "lr")  # AdamW has all of it
         share(self, "drop")
-        refuse(self, "fresh")
+        refuse(self, "muon_lr", "fresh")
 
 
 class Halves(nn.Module):
