@@ -181,6 +181,13 @@ def test_around_a_mask_every_pixel_stays(pipeline, noisy, denoise, sampler):
     assert (first != other)[inside].any() and pipeline.resolve(spec).denoise == (denoise or 1.0)
 
 
+def test_around_a_mask_every_pixel_stays_in_bf16(tiny, noisy):  # noqa: F811
+    half = Pipeline.load("tiny", device="cpu", dtype="bfloat16")
+    (picture,) = half.render([replace(FOX, init_image=noisy, mask=f"{half.native // 2}x{half.native}+0+0")])
+    changed = (as_array(picture) != np.asarray(Image.open(noisy), int)).any(-1)
+    assert not changed[:, half.native // 2 :].any() and changed[:, : half.native // 2].mean() > 0.8
+
+
 def test_what_stays_is_at_every_step_what_noise_has_left_of_it(pipeline, noisy, monkeypatch):
     """The network sees both at one noise level: the kept tokens lie on the straight way from picture to noise."""
     side, cell = pipeline.native, pipeline.vae.factor * pipeline.dit.config.patch
