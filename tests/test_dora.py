@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_dit import inputs, random_model, reference, relative_error
+from test_few_bits import layer as few_bit_layer
 from test_loha import answer_of, called, hadamard, hadamard_factors
 from test_lora import FOX, LAYOUTS, THEIRS, TINY, dense, linears, pair, random_pairs, refused, velocity, write
 from test_lora import pipeline as pipeline
@@ -328,6 +329,15 @@ def test_a_norm_is_taken_part_by_part(monkeypatch, form):
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
     assert relative_error(gain_of(layer, update).double(), expected) < 1e-5
     assert max(map(len, largest)) == 5 and sum(map(len, largest)) == 37
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_norm_over_few_bits_is_taken_part_by_part(monkeypatch, precision):
+    small = few_bit_layer(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None], precision)
+    update = LowRank(torch.randn(3, 64), torch.randn(40, 3), magnitude=torch.ones(40, 1))
+    whole = gain_of(small, update)
+    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
+    torch.testing.assert_close(gain_of(small, update), whole, rtol=1e-5, atol=0)
 
 
 def test_rows_of_noughts_stay_so():

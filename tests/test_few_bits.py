@@ -13,7 +13,7 @@ from model.checkpoint import save
 from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, usual, widened
 from model.layouts import load_dit
 from model.lora import laid_over, read_lora
-from model.quantize import powers, quantise, to_rows
+from model.quantize import powers, quantise, to_int8, to_rows
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -197,6 +197,14 @@ def test_a_matrix_is_rounded_part_by_part(monkeypatch):
     monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
     for a, b in zip(whole, to_rows(matrix, torch.int8), strict=True):
         assert torch.equal(a, b)
+
+
+def test_stored_rows_keep_their_scales_part_by_part(monkeypatch):
+    rows, scales = to_int8(torch.randn(40, 64) * torch.logspace(-3, 2, 40)[:, None])
+    whole = to_rows(rows, torch.float8_e4m3fn, scales)
+    monkeypatch.setattr("model.quantize._AT_ONCE", 64 * 5)
+    for a, b in zip(whole, to_rows(rows, torch.float8_e4m3fn, scales), strict=True):
+        assert torch.equal(a.float(), b.float())
 
 
 @torch.no_grad()

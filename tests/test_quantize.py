@@ -57,6 +57,8 @@ def test_what_stays_in_bf16():
     assert {"blocks.0.attn.wq.weight", "blocks.7.mlp.down.weight", "txtfusion.refiner_blocks.1.attn.wo.weight"} <= eight
     rest = {n: t.dtype for n, t in stored.items() if n not in eight and not n.endswith("_scale")}
     assert set(rest.values()) == {torch.bfloat16}
+    small = quantise({"wq.weight": torch.randn(64, 64)})
+    assert {name: tensor.dtype for name, tensor in small.items()} == {"wq.weight": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -72,4 +74,5 @@ def test_the_network_hardly_notices():
 
 def test_whole_numbers_pass_through():
     counts = {"steps": torch.arange(3)}
-    assert torch.equal(dequantise(quantise(counts))["steps"], counts["steps"])
+    back = dequantise(quantise(counts))["steps"]
+    assert torch.equal(back, counts["steps"]) and back.dtype == torch.int64
