@@ -87,6 +87,16 @@ def test_the_error_is_that_of_its_inventors(shape):
     assert (codes.levels == torch.tensor(LEVELS)).all() and torch.equal(codes.levels, kitchen_levels())
 
 
+def test_codes_are_of_the_nearest_levels():
+    """But for quotients so near the middle of two that the table's steps do not tell them apart."""
+    matrix = torch.randn(64, 4096)
+    codes = to_codes(matrix)
+    own = torch.stack([codes.packed & 15, codes.packed >> 4 & 15], -1).view(64, -1, 16)
+    shares = matrix.view(64, -1, 16) / (e4m3(codes.groups.int()) * codes.rows[:, None])[..., None]
+    nearest = torch.bucketize(shares, (codes.levels[1:] + codes.levels[:-1]) / 2)
+    assert (own != nearest).float().mean() < 0.006 and (own - nearest).abs().max() == 1
+
+
 def kitchen_levels() -> Tensor:
     from comfy_kitchen.tensor.w4a8_packed import default_w4a8_codebook
 

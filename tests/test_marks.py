@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.checkpoint import open_checkpoint, refuse_unreadable
 from model.errors import K2Error
-from model.few_bits import widened
+from model.few_bits import few_bit_layers, widened
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 from model.quantize import rotate
 
@@ -177,6 +177,17 @@ def test_in_fp8_it_is_rounded_anew(tmp_path, model, state):
     assert ((matrix - means).abs() <= means.abs().amax(1, keepdim=True) / 14 * 0.5001).all()
     given = inputs(TINY)
     assert relative_error(loaded(*given), model(*given)) < 0.08
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_in_4_bits_it_is_coded_anew(tmp_path, state, size):
+    """Whether or not its rows lie rotated as codes want them."""
+    stored, means = rotated(state, size)
+    four, _ = load_dit(native(tmp_path, stored), precision="int4")
+
+    held = few_bit_layers(four)
+    assert {layer.format.bits for layer in held.values()} == {4}
+    assert all(relative_error(layer.matrix(), means[name]) < 0.1 for name, layer in held.items())
 
 
 def test_streamed(tmp_path, state):
