@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,13 @@ def test_two_add_in_any_order(tmp_path, model, pairs, adapter):
     assert relative_error(velocity(model, (adapter, 0.3), (adapter, 0.7)), velocity(model, (adapter, 1))) < 1e-5
     with laid_over(model, [(other, -0.5)]):  # one within the other
         assert relative_error(velocity(model, (adapter, 0.8)), both) < 1e-5
+
+
+def test_one_at_several_weights_adds_in_any_order(model, adapter):
+    """To the bit, though sums round by their order."""
+    orders = permutations([(adapter, weight) for weight in (0.5, -0.3, 0.7)])
+    first, *others = (velocity(model, *each) for each in orders)
+    assert all(torch.equal(other, first) for other in others)
 
 
 def test_weight_nought_and_taking_off_leave_no_trace(model, adapter):
