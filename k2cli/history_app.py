@@ -421,9 +421,9 @@ def rerun(
                     raise
                 show_error(error)
                 continue
-            except KeyboardInterrupt as reason:
+            except KeyboardInterrupt:
                 last_words(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")
-                raise typer.Exit(getattr(reason, "code", 130)) from None
+                raise
             finally:
                 bar.saved(done)
             identical += again.identical

@@ -112,7 +112,7 @@ def pull(
         options = [f" --revision {quote(revision)}"] if revision else []
         options += [f" --include {quote(pattern)}" for pattern in include or []]
         say(f"Interrupted; what came is kept. Go on with: k2 models pull {quote(model)}{''.join(options)}")
-        raise typer.Exit(130) from None
+        raise
     about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
     result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import typer
-
 from k2cli.commands import as_problem
 from k2cli.console import Unwritable, last_words, near, say, show_error, typed
 from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
@@ -134,9 +132,7 @@ class Turns:
             interrupted = isinstance(reason, KeyboardInterrupt)
             if interrupted or not self.quiet:
                 self.tell_end("Interrupted" if interrupted else "Nobody reads on")
-            if not interrupted:
-                raise
-            raise typer.Exit(getattr(reason, "code", 130)) from None
+            raise
         except ENDS_ALL as error:
             left = self.left if self.came_to_something else []
             first = error.hint.removesuffix(AGAIN).removesuffix(".")

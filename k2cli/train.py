@@ -115,7 +115,7 @@ def train(
         asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}
         options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]
         say(f"Interrupted; what was saved stays. Go on with: k2 train {quote(recipe)}{''.join(options)}")
-        raise typer.Exit(130) from None
+        raise
     if not parallel.world().leads:
         parallel.leave()
         return

@@ -108,7 +108,7 @@ def watch(
     except KeyboardInterrupt:
         if console.is_terminal:
             say("")  # which shows ^C, and the shell goes on where the line ends
-        raise typer.Exit(130) from None
+        raise
 
 
 def check_options(settings: Mapping[str, Any]) -> None:
