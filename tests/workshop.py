@@ -52,6 +52,8 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if "mini" not in library.box():
         pytest.skip("the box holds no weights yet")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("model.train.validation.PICTURES", 16)
+    monkeypatch.setattr("model.train.rewards.REAL", 2)
     make_data(tmp_path / DATA)
     return tmp_path
 

@@ -28,6 +28,7 @@ from model.train.training_set import TrainingSet
 from model.vae import QwenImageVAE
 
 EVALUATION = 77  # the seed of the judge that only evaluates
+REAL = 6  # pictures of each look that its style and its spectrum are known by
 
 
 def top_octave(pictures: Tensor) -> Tensor:
@@ -61,16 +62,14 @@ class Rewards:
         vae: QwenImageVAE,
         data: TrainingSet,
         device: str = "cpu",
-        real: int = 6,
     ):
-        """`real`: how many real pictures of each look its style and its spectrum are known by."""
         self.judge, self.critic, self.vae = judge.to(device), critic and critic.to(device), vae.to(device)
         self.subjects = list(data.catalog.subjects)
         self.names = judge.read(self.subjects).detach()
         self.place = {name: index for index, name in enumerate(self.subjects)}
         self.styles: dict[Look, Tensor] = {}
         self.octaves: dict[Look, Tensor] = {}
-        chosen = {look: members[:: max(1, len(members) // real)][:real] for look, members in data.by_look.items()}
+        chosen = {look: members[:: max(1, len(members) // REAL)][:REAL] for look, members in data.by_look.items()}
         indices = [index for members in chosen.values() for index in members]
         styles: dict[Look, list[Tensor]] = defaultdict(list)
         octaves: dict[Look, list[Tensor]] = defaultdict(list)

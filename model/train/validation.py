@@ -20,6 +20,8 @@ from model.train.pretrain import Pretraining, Trainee
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet
 
+PICTURES = 128  # that a finished stage is validated by
+
 
 def rests(item: Item) -> bool:
     """Whether a picture of the train split is kept for validation by every stage after pretraining."""
@@ -41,7 +43,7 @@ def rest_for_validation(data: TrainingSet) -> None:
 
 
 @torch.no_grad()
-def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int = 128) -> float:
+def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int) -> float:
     """Flow loss on pictures that rest, without references, at noise that is always the same."""
     resting = copy.copy(data)
     resting.weights = np.array([float(rests(item)) for item in data.items])
@@ -68,7 +70,7 @@ def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -
         return run
     last = {name: value.clone() for name, value in stage.model.state_dict().items()}
     stage.model.load_state_dict(run.ema)
-    run.figures["validation"] = validation_loss(stage.model, data, recipe)
+    run.figures["validation"] = validation_loss(stage.model, data, recipe, PICTURES)
     stage.model.load_state_dict(last)
     run.save(last=True)
     report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
