@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from k2cli.console import near, result, say
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
 from k2cli.folder import Folder
-from k2cli.formats import SUFFIXES, format_of
+from k2cli.formats import SUFFIXES, encode, format_of
 from k2cli.hands import OnStep, groups_of, load
 from k2cli.options import to_json
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
@@ -212,7 +213,8 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
     """The largest difference between a picture made again and the recorded one, None where that is not there; and what
-    has become of it: "gone", "changed", or "". Of one that was lossily kept nobody can say.
+    has become of it: "gone", "changed", or "". Of a JPEG, whose pixels are others than those recorded, nobody can say
+    that unless the same picture was made again, of which a JPEG leaves the same.
 
     path   of the recorded picture
     image  made again
@@ -230,8 +232,15 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
             return off, ""
         counts = ImageChops.difference(found, image).histogram()  # 256 a channel
         return max(level % 256 for level, count in enumerate(counts) if count), ""
-    lossy = format_of(path.name) == "jpeg"
-    return off, "" if lossy or own == again["pixels"] else "changed"  # else it is its record that was
+    kept = again["pixels"]
+    if format_of(path.name) == "jpeg":
+        kept = records.pixel_hash(as_jpeg(image)) if off == 0 else own
+    return off, "" if own == kept else "changed"  # else it is its record that was
+
+
+def as_jpeg(image: Image.Image) -> Image.Image:
+    """What is left of a picture that is kept as a JPEG."""
+    return Image.open(io.BytesIO(encode(image, "jpeg")))
 
 
 def decoded(path: Path) -> Image.Image | None:
