@@ -21,6 +21,7 @@ from k2cli.hands import OnStep, groups_of, load
 from k2cli.options import to_json
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
+from k2cli.tables import LIMIT
 from model import picture_file
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
@@ -77,8 +78,16 @@ def pictures_in(files: Iterable[Path], *, lone: bool = False) -> list[Path]:
 
 
 def is_lone(record: Path) -> bool:
-    """Whether a file is the record of a picture that is gone, and not that of a run, or of one that was blocked."""
-    return record.name != RUN and not record.name.endswith(BLOCKED) and not picture_of(record).is_file()
+    """Whether a file is the record of a picture that is gone, be it broken, and not that of a run, of a picture that
+    was blocked, or something else: a project, a style, somebody's notes."""
+    if record.name == RUN or record.name.endswith(BLOCKED) or picture_of(record).is_file() or not record.is_file():
+        return False
+    if history.load(record) is not None:
+        return True
+    with suppress(OSError), record.open("rb") as file:
+        lines = b"\n" + file.read(LIMIT)
+        return b"\nschema = " in lines and b"\n[prompt]" in lines
+    return False
 
 
 def repeat(

@@ -460,6 +460,21 @@ class TestRerun:
         assert "outputs/0001-fox/fox-7.png is gone" in said and "1 of 2 are identical" in said
         assert k2("rerun", "outputs/0001-fox").stderr == "Identical, pixel for pixel.\n"
 
+        record = Path("outputs/0001-fox/fox-7.toml")
+        record.write_text(record.read_text() + "[settings\n")
+        assert "fox-7.toml is not valid TOML" in k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
+
+    def test_a_check_takes_no_other_file_for_a_record(self, made, k2):
+        """Notes beside pictures, the plan of a run set aside, a project, styles."""
+        shutil.copy(made.with_name("run.toml"), made.with_name("run-old.toml"))
+        made.with_name("notes.toml").write_text('[[prompt]]\ntext = "tea"\n')
+        made.with_name("ideas.toml").write_text("tea, or coffee\n")
+        made.with_name("later.toml").mkdir()
+
+        assert k2("rerun", made.parent, "--check").stderr == "Identical, pixel for pixel.\n"
+        for folder in (".", "styles"):
+            assert "There are no pictures of k2 in" in k2("rerun", folder, "--check", code=1).stderr
+
     def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
         """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
         k2("render", "--only", "fox", "--batch", "2")
