@@ -395,9 +395,9 @@ def rerun(
       k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
       k2 rerun outputs/0001-fox --check            the comparison alone
     """
-    from k2cli.console import last_words, meter, near, result, say, show_error
+    from k2cli.console import last_words, meter, say
     from k2cli.pictures import without_sheets
-    from k2cli.rerun import Shelf, pictures_in, repeat, tell
+    from k2cli.rerun import Shelf, pictures_in, refuse, repeat, tell
 
     if check and (output is not None or no_embed):
         other = "--output" if output is not None else "--no-embed"
@@ -410,16 +410,14 @@ def rerun(
         raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0
     with Shelf() as shelf, meter(len(named), quiet=quiet) as bar:
-        for done, file in enumerate(named, 1):
+        for done, (file, unknown) in enumerate(named, 1):
             try:
+                if unknown:
+                    raise unknown
                 home = find_home(file, project, allow_outside)
                 again = repeat(file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step)
-            except K2Error as error:
-                if json:  # whoever waits for an object a file has one
-                    result(to_json({"file": None, "from": near(file), "error": str(error), "hint": error.hint}))
-                if not several:
-                    raise
-                show_error(error)
+            except (K2Error, OSError) as error:
+                refuse(error, file, several=several, as_json=json)
                 continue
             except KeyboardInterrupt:
                 last_words(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageChops
 
 from k2cli import embedded, history, records
-from k2cli.console import near, result, say
+from k2cli.commands import as_problem
+from k2cli.console import near, result, say, show_error
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
 from k2cli.folder import Folder
@@ -60,21 +61,30 @@ class Shelf(ExitStack):
         return self.runs[-1]
 
 
-def pictures_in(files: Iterable[Path], *, lone: bool = False) -> list[Path]:
+Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none are known in it
+
+
+def pictures_in(files: Iterable[Path], *, lone: bool = False) -> list[Named]:
     """Pictures and records as they are named, and for a run's folder all its pictures, also those that nothing is known
-    of; and its `lone` records, whose pictures are gone, if they are wanted. Raises K2Error where it has none."""
-    found: list[Path] = []
+    of; and its `lone` records, whose pictures are gone, if they are wanted. What keeps one from being looked into, or
+    that it has none, is told in its turn."""
+    found: list[Named] = []
     for file in files:
-        if file.is_dir():
-            unknown: list[Path] = []
-            made = history.read_run(file, skipped=unknown.append)
-            alone = sorted(each for each in file.glob("*.toml") if is_lone(each)) if lone else []
-            if not (made or unknown or alone):
-                raise K2Error(f"There are no pictures of k2 in {file}.", hint="Name a picture, a record, or a run.")
-            found += [*(each.path for each in made), *sorted(unknown), *alone]
-        else:
-            found.append(file)
+        try:
+            found += [(each, None) for each in (pictures_of(file, lone) if file.is_dir() else [file])]
+        except (K2Error, OSError) as error:
+            found.append((file, error))
     return found
+
+
+def pictures_of(folder: Path, lone: bool) -> list[Path]:
+    """Those of a run's folder. Raises K2Error where it has none, and OSError."""
+    unknown: list[Path] = []
+    made = history.read_run(folder, skipped=unknown.append)
+    alone = sorted(each for each in folder.glob("*.toml") if is_lone(each)) if lone else []
+    if not (made or unknown or alone):
+        raise K2Error(f"There are no pictures of k2 in {folder}.", hint="Name a picture, a record, or a run.")
+    return [*(each.path for each in made), *sorted(unknown), *alone]
 
 
 def is_lone(record: Path) -> bool:
@@ -218,6 +228,19 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
         say(f"{near(picture_of(file))} is gone: only its record was compared.", "yellow")
     if changed:
         say(f"{near(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
+
+
+def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool) -> None:
+    """Why a picture is not made again: to whoever waits for an object a file, as one. Raises the error where nothing
+    else was asked, or where it is a bug."""
+    problem = as_problem(error)
+    if problem is None:
+        raise error
+    if as_json:
+        result(to_json({"file": None, "from": near(file), "error": str(problem), "hint": problem.hint}))
+    if not several:
+        raise error
+    show_error(problem)
 
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:

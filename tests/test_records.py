@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import struct
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import embedded, models, records, runs
+from k2cli import embedded, history, models, records, runs
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml, relative
@@ -524,6 +525,38 @@ class TestRerun:
         assert "one file for 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
         Path("empty").mkdir()
         assert "There are no pictures of k2 in empty." in k2("rerun", "empty", code=1).stderr
+
+    @pytest.mark.parametrize("check", [[], ["--check"]])
+    def test_whatever_is_wrong_with_one_of_several_a_script_is_told_of_each(self, made, k2, monkeypatch, check):
+        """A name that no file can have, a folder without pictures, and one whose owner keeps it to himself."""
+        long = f"{'x' * 300}.png"
+        for folder in ("empty", "shut"):
+            Path(folder).mkdir()
+        read_run = history.read_run
+
+        def refusing(run, **settings):
+            if run.name == "shut":
+                raise PermissionError(errno.EACCES, "Permission denied", str(run))
+            return read_run(run, **settings)
+
+        monkeypatch.setattr(history, "read_run", refusing)
+        named = (long, "empty", "shut", made)
+
+        result = k2("rerun", *named, *check, "--json", code=1)
+        *wrong, right = map(json.loads, result.stdout.splitlines())
+        assert [(each["file"], each["from"]) for each in wrong] == [(None, str(name)) for name in named[:3]]
+        assert [each["error"].rpartition(": ")[2] for each in wrong] == [
+            "File name too long.",
+            "There are no pictures of k2 in empty.",
+            "Permission denied.",
+        ]
+        assert right["identical"] and all(each["hint"] for each in wrong)
+        assert result.stderr.count("Error: ") == 3 and result.stderr.endswith(
+            "1 of 4 are identical, pixel for pixel.\n"
+        )
+
+        alone = k2("rerun", "empty", *check, "--json", code=1)
+        assert json.loads(alone.stdout) == wrong[1] and alone.stderr.count("Error: ") == 1
 
     def test_the_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
