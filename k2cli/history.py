@@ -41,6 +41,11 @@ def loras(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def row_alone(row: str, prompt: str) -> str:
+    """A row of a sheet without the prompt: that of older plans is the prompt, or begins with it."""
+    return "" if row == prompt else row.removeprefix(f"{prompt} · ")
+
+
 MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
     "": ("blocked", "leader", "init_image", "mask", "style", "lora"),
     "prompt": ("row", "caption", "unread"),

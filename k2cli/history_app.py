@@ -213,8 +213,10 @@ def show_table(found: Sequence[Made]) -> None:
 
 
 def told_apart(made: Made) -> str:
-    """What a picture of a comparison has that those beside it may not; the rows of older records begin with prompts."""
-    row = made.text("prompt.row").removeprefix(made.text("prompt.text")).removeprefix(" · ")
+    """What a picture of a comparison has that those beside it may not."""
+    from k2cli.history import row_alone
+
+    row = row_alone(made.text("prompt.row"), made.text("prompt.text"))
     return " · ".join(filter(None, [row, made.text("prompt.caption")]))
 
 

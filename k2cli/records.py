@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from k2cli import formats, models
+from k2cli import formats, history, models
 from k2cli.project import Shot
 from k2cli.settings import as_asked
 from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, one_of, read_table, relative
@@ -341,8 +341,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
     kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
-    # that of older plans is the prompt, or begins with it
-    row = "" if prompt.row == prompt.text else prompt.row.removeprefix(f"{prompt.text} · ")
+    row = history.row_alone(prompt.row, prompt.text)
     return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
 
 

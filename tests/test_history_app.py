@@ -350,6 +350,26 @@ def test_the_log_tells_the_cells_of_a_comparison_apart(moody, monkeypatch, capsy
     assert "steps 2 · guidance 1  a fox" in rows[3]
 
 
+def test_the_log_names_a_style_that_is_called_as_the_prompt_is(moody, monkeypatch, capsys, k2):
+    """Only rows of older records begin with the prompt, which is not said twice."""
+    Path("styles").mkdir()
+    Path("styles/fox.toml").write_text('keywords = ["russet"]\n')
+    made = k2("render", "-p", "fox", "--matrix", "style.fox=0,1", "--matrix", "seed=1,2", "--quiet").stdout.split()
+    older = Path(made[-1]).with_suffix(".toml")
+    said = older.read_text()
+    older.write_text(said.replace('row = "fox 1"', 'row = "fox · fox 1"'))
+    assert older.read_text() != said
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    history_app.log()
+
+    rows = [line for line in re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines() if "64x64" in line]
+    assert [re.split("  +", row.strip())[-2:] for row in rows] == [
+        [f"fox {weight} · seed {seed}", "fox"] for weight in (0, 1) for seed in (1, 2)
+    ]
+
+
 def test_a_long_prompt_is_shown_below_itself_and_no_word_is_cut(moody, monkeypatch, capsys):
     many_pictures(moody / "outputs", 1, text="evening light over quiet hills " * 8)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
