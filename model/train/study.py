@@ -10,7 +10,7 @@ import argparse
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,14 @@ def figure(
     places: dict[Hashable, list[int]] = defaultdict(list)
     for index in range(len(columns[0])):
         places[groups[index] if groups else index].append(index)
-    members = [np.array(each) for each in places.values()]
-    count = len(members)
-    drawn = (np.concatenate([members[i] for i in rng.integers(0, count, count)]) for _ in range(draws))
+    count, sizes = len(places), {len(each) for each in places.values()}
+    drawn: Iterable[NDArray[np.integer]]
+    if len(sizes) == 1:  # as where each is alone: several times as fast
+        members = np.array(list(places.values()))
+        drawn = (members[rng.integers(0, count, count)].ravel() for _ in range(draws))
+    else:
+        parts = [np.array(each) for each in places.values()]
+        drawn = (np.concatenate([parts[i] for i in rng.integers(0, count, count)]) for _ in range(draws))
     low, high = np.nanquantile([statistic(*(c[index] for c in columns)) for index in drawn], (0.025, 0.975))
     return {"value": round(float(statistic(*columns)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
