@@ -16,7 +16,8 @@ Graph = Mapping[str, Any]
 TEXTS = ("text", "prompt", "text_g", "t5xxl", "clip_l")
 VALUES = ("value", "string", "int", "float")  # of nodes that hold one value for others
 SIDES = {"on_true", "on_false"}  # of a switch
-BYPASSED = "bypassed"  # a node of the editor's form that only passes on what it is given
+BYPASSED = "bypassed"  # a node that only passes on what it is given, in the place of another
+PASSING = re.compile(f"{BYPASSED}|reroute|preview", re.IGNORECASE)  # other nodes may make another number of theirs
 JOINED = {
     "ConditioningCombine": ("conditioning_1", "conditioning_2"),
     "ConditioningConcat": ("conditioning_to", "conditioning_from"),
@@ -51,6 +52,7 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
 def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
     """What each sampler was given, the last first: prompt, avoid, enhanced, seed, steps, cfg, denoise, width, height,
     model, loras; and begun, the picture that was encoded for it."""
+    graph = switched(graph)
     for node in [*graph][::-1]:
         here = inputs(graph, node)
         start = next((here[key] for key in STARTS if key in here), None)
@@ -70,9 +72,22 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             "denoise": find(graph, here.get("denoise", here.get("sigmas")), ("denoise",), (int, float), direct=True),
             **{side: find(graph, start, (side,), int) for side in SIZE},
             "model": find(graph, model, ("ckpt_name", "unet_name"), str),
-            "loras": has_lora(graph, model),
+            "loras": has_lora(graph, [model], "model") or has_lora(graph, [*asked.clips, *avoided.clips], "clip"),
             "begun": find(graph, inputs(graph, linked(start)).get("pixels"), ("image",), str),
         }
+
+
+def switched(graph: Graph) -> dict[str, Any]:
+    """The graph with a node in the place of each switch that passes on what the switch lets through; nothing where it
+    cannot be told which side that is. Other nodes may hold it."""
+    flags, new = Search(graph, (), bool), dict(graph)
+    for node in graph:
+        here = inputs(graph, node)
+        if "switch" in here and SIDES & {*here}:
+            on = flags.at(here["switch"], direct=True)
+            side = {True: "on_true", False: "on_false"}.get(on, "")
+            new[node] = {"class_type": BYPASSED, "inputs": {"value": here[side]} if side in here else {}}
+    return new
 
 
 def inputs(graph: Graph, node: Any) -> Mapping[str, Any]:
@@ -97,11 +112,13 @@ class Search:
     keys      what the value is called; the first that is met answers
     side      the input on which nodes are followed that pass both sides on, as a ControlNet does
     enhanced  the search led through a node that has a language model write texts anew
+    clips     the links to what encodes the texts that the search led to
     """
 
     def __init__(self, graph: Graph, keys: tuple[str, ...], kind: type | tuple[type, ...], side: str = ""):
         self.graph, self.keys, self.kind, self.side = graph, keys, kind, side
         self.enhanced = False
+        self.clips: list[Any] = []
         self.left = MOST_LINKS
 
     def at(self, value: Any, direct: bool = False, above: frozenset[str] = frozenset()) -> Any:
@@ -116,7 +133,7 @@ class Search:
             value, direct = left.popleft()
             node = linked(value)
             if node is None:
-                if isinstance(value, self.kind) and not isinstance(value, bool) and value != "":
+                if isinstance(value, self.kind) and isinstance(value, bool) == (self.kind is bool) and value != "":
                     return value
                 continue
             if node in above or seen.get(node, -1) >= direct:
@@ -140,6 +157,8 @@ class Search:
         parts = parts[: self.left]
         self.left -= len(parts)
         found = [self.at(here[key], kind not in JOINED, above) for key in parts]
+        if kind in JOINED:  # a text may lead there more than once, each time for another part of the picture
+            found = [*dict.fromkeys(found)]
         joint = ", " if kind in JOINED else here.get("delimiter", " ")
         return (joint if isinstance(joint, str) else " ").join(filter(None, found))[:MOST_WORDS]
 
@@ -148,26 +167,19 @@ class Search:
         here = inputs(self.graph, node)
         if self.side and self.side in here:
             return [(here[self.side], False)]
-        if "switch" in here and SIDES & {*here}:
-            return [(chosen(self.graph, here), direct)]
         if kind_of(self.graph, node).startswith("TextGenerate"):
             self.enhanced = True
-            return [(last_part(self.graph, here.get("prompt")), True)]
+            return [(users_part(self.graph, here.get("prompt")), True)]
         told = [(here[key], True) for key in (*self.keys, *(VALUES if direct else ())) if key in here]
         links = [each for each in here.values() if linked(each)]
-        return [*told, *((each, direct and not told and len(links) == 1) for each in links)]
+        self.clips += [here["clip"]] if told and "clip" in here else []
+        alone = len(links) == 1 and (self.kind is str or PASSING.match(kind_of(self.graph, node)) is not None)
+        return [*told, *((each, direct and not told and alone) for each in links)]
 
 
 def find(graph: Graph, value: Any, keys: tuple[str, ...], kind: type | tuple[type, ...], direct: bool = False) -> Any:
     """The first value of one of these keys at the end of a link, or further up."""
     return Search(graph, keys, kind).at(value, direct)
-
-
-def chosen(graph: Graph, here: Mapping[str, Any]) -> Any:
-    """The input that a switch lets through; another node may hold which one."""
-    on = here["switch"]
-    on = inputs(graph, linked(on)).get("value") if linked(on) else on
-    return here.get("on_true" if on is True else "on_false")
 
 
 def parts_of(graph: Graph, node: str | None) -> list[str]:
@@ -178,16 +190,18 @@ def parts_of(graph: Graph, node: str | None) -> list[str]:
     return parts if len(parts) > 1 else []
 
 
-def last_part(graph: Graph, value: Any) -> Any:
-    """Of what a language model is given the user's words, behind which instructions do not stand."""
+def users_part(graph: Graph, value: Any) -> Any:
+    """Of what a language model is given the user's words, behind which instructions do not stand, but where they are
+    typed into the node that puts both together."""
     node = linked(value)
-    parts = parts_of(graph, node)
-    return inputs(graph, node)[parts[-1]] if parts else value
+    parts = [inputs(graph, node)[key] for key in parts_of(graph, node)]
+    return ([each for each in parts if linked(each)] or parts or [value])[-1]
 
 
-def has_lora(graph: Graph, value: Any) -> bool:
-    """Whether one lies on the way from the network to the end of this link."""
-    left, seen = [value], set[str]()
+def has_lora(graph: Graph, links: list[Any], side: str) -> bool:
+    """Whether one lies on the way from the network to the end of one of these links; `side` is what leads on, "model"
+    or "clip"."""
+    left, seen = [*links], set[str]()
     while left and len(seen) < MOST_LINKS:
         node = linked(left.pop())
         if node is None or node in seen:
@@ -196,11 +210,7 @@ def has_lora(graph: Graph, value: Any) -> bool:
         if "lora" in kind_of(graph, node).lower():
             return True
         here = inputs(graph, node)
-        if "switch" in here and SIDES & {*here}:
-            left.append(chosen(graph, here))
-        else:
-            models = [each for key, each in here.items() if key.startswith("model")]
-            left += models or here.values()
+        left += [each for key, each in here.items() if key.startswith(side)] or here.values()
     return False
 
 

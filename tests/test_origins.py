@@ -291,6 +291,39 @@ def test_instructions_are_nobodys_prompt():
     assert next(origins.of_comfy(KREA | turned)).prompt == ""
 
 
+def test_of_what_an_enhancer_is_given_typed_instructions_are_nobodys_words():
+    """Wherever they stand, where the user's come from another node."""
+    turned = {"24": {**KREA["24"], "inputs": {"value": True}}}
+    for parts in (
+        {"string_a": ["19", 0], "string_b": "Rewrite this richly."},
+        {"string_a": "Rewrite this richly:", "string_b": ["19", 0]},
+    ):
+        (found,) = origins.of_comfy(KREA | turned | {"17": {**KREA["17"], "inputs": parts}})
+
+        assert (found.prompt, found.left_out) == ("a red fox", ("prompt enhancement",))
+
+
+@pytest.mark.parametrize(
+    ("flag", "prompt"),
+    [
+        ({"30": {"class_type": "Reroute", "inputs": {"": ["23", 0]}}}, "a red fox, ink"),
+        ({"30": {"class_type": "Reroute", "inputs": {"": ["31", 0]}},
+          "31": {"class_type": "PreviewAny", "inputs": {"source": ["23", 0]}}}, "a red fox, ink"),
+        ({"30": {"class_type": "InvertBoolean", "inputs": {"boolean": ["23", 0]}}}, ""),
+        ({"30": {"class_type": "ComfySwitchNode", "inputs": {"switch": ["30", 0], "on_true": ["23", 0]}}}, ""),
+        ({}, ""),
+    ],
+    ids=["passed", "passed twice", "worked out", "circle", "nothing"],
+)  # fmt: skip
+def test_a_switch_leads_nowhere_where_its_setting_cannot_be_read(flag, prompt):
+    nodes = {"23": {**KREA["23"], "inputs": {"value": True}},
+             "28": {**KREA["28"], "inputs": {**KREA["28"]["inputs"], "switch": ["30", 0]}}}  # fmt: skip
+
+    (found,) = origins.of_comfy(KREA | nodes | flag)
+
+    assert found.prompt == prompt
+
+
 def encoded(text):
     return {"class_type": "CLIPTextEncode", "inputs": {"text": text, "clip": ["4", 1]}}
 
@@ -305,8 +338,11 @@ def encoded(text):
         ({"6": encoded(["33", 0]), "33": {"inputs": {"text_a": ["20", 0], "text_b": ["34", 0]}},
           "34": {"inputs": {"text_a": "an owl and", "text_b": ["20", 0]}}}, "a {red} fox an owl and a {red} fox"),
         ({"6": encoded(["33", 0]), "33": {"inputs": {"text_a": ["33", 0], "text_b": ["20", 0]}}}, "a {red} fox"),
+        ({"6": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["31", 0],
+                                                                "conditioning_2": ["35", 0]}},
+          "35": {"class_type": "ConditioningSetArea", "inputs": {"conditioning": ["31", 0], "width": 64}}}, "fog"),
     ],
-    ids=["combine", "concat", "twice", "circle"],
+    ids=["combine", "concat", "twice", "circle", "areas"],
 )  # fmt: skip
 def test_comfyui_nodes_that_put_together(nodes, prompt):
     (found,) = origins.of_comfy(GRAPH | {"31": encoded("fog"), "32": encoded("rain")} | nodes)
@@ -320,6 +356,36 @@ def test_comfyui_tells_of_loras_only_where_the_sampler_has_them():
     (found,) = origins.of_comfy(GRAPH | {"3": aside})
 
     assert found.left_out == () and found.model == "sd_xl.safetensors"
+
+
+@pytest.mark.parametrize("side", ["6", "7"])
+def test_comfyui_tells_of_a_lora_that_only_the_texts_have(side):
+    aside = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0]}}
+    text = {**GRAPH[side], "inputs": {**GRAPH[side]["inputs"], "clip": ["30", 0]}}
+    last = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["10", 1], "stop_at_clip_layer": -2}}
+
+    (found,) = origins.of_comfy(GRAPH | {"3": aside, side: text, "30": last})
+
+    assert found.left_out == ("LoRAs",)
+
+
+@pytest.mark.parametrize(
+    ("between", "found"),
+    [
+        ({"class_type": "PreviewAny", "inputs": {"source": ["40", 0]}}, (41, 41)),
+        ({"class_type": "Reroute", "inputs": {"": ["40", 0]}}, (41, 41)),
+        ({"class_type": "MathExpression", "inputs": {"expression": "a*4", "a": ["40", 0]}}, (None, 64)),
+        ({"class_type": "SquareRoot", "inputs": {"a": ["40", 0]}}, (None, 64)),
+    ],
+)
+def test_a_number_that_a_node_works_out_is_not_the_one_that_it_is_given(tmp_path, between, found):
+    """The picture's own width is known anyway."""
+    nodes = {"40": {"class_type": "PrimitiveInt", "inputs": {"value": 41}}, "21": between}
+    size = {"class_type": "EmptyLatentImage", "inputs": {"width": ["21", 0], "height": 96}}
+
+    read = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL | nodes | {"5": size})))
+
+    assert (read.seed, read.width) == found
 
 
 def test_comfyui_nodes_that_the_editor_bypasses_pass_on(tmp_path):
