@@ -179,7 +179,7 @@ HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
     "turbo": 'Say variant = "turbo" below [render].',
     **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs into a style: styles/NAME.toml."),
     **{theirs: f"It is called {ours}{how}." for theirs, (ours, how) in OTHERS.items()},
-    **INSTEAD,
+    **{key: each for key, each in INSTEAD.items() if key != "version"},  # a file may mean its own
     "seeds": "Say seed, and batch for more; or a [[matrix]] of seed = [1, 5].",
 }
 

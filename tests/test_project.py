@@ -426,6 +426,7 @@ text = "a bun"
         ("[project]\nbatch = 4\n", 'line 2: unknown key "batch" in [project].', "It belongs below [render]."),
         ("[render]\nstyle.dusk = 1\n", 'line 2: unknown key "style" in [render].', "stand below [style]."),
         ("[render]\nturbo = true\n", 'line 2: unknown key "turbo" in [render].', 'Say variant = "turbo"'),
+        ('[project]\nversion = "1.0"\n', 'line 2: unknown key "version" in [project].', "Known: name."),
         (TWO + 'aspect = "1:1"\nsize = "64x64"\n', 'line 8: "size" excludes "aspect"', "Keep the one"),
         (TWO + "steps = 0\n", 'line 7: "steps" must lie between 1 and 1,000, not 0.', ""),
         (

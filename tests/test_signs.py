@@ -38,6 +38,7 @@ from k2cli.signs import read_as_words, signs_of
         ("a fox --cfg-scale 7", "--cfg-scale 7", "--guidance goes behind the prompt"),
         ("a fox --iw 2", "--iw 2", "--denoise goes behind the prompt"),
         ("a fox --v 6", "--v 6", "k2 models list"),
+        ("a fox --version 6", "--version 6", "k2 models list"),
         ("a fox --niji", "--niji", "k2 models list"),
         ("a fox --s 250", "--s 250", "weight of its style"),
         ("a fox --stylize 250", "--stylize 250", "weight of its style"),

@@ -185,6 +185,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
     [
         ('{"prompt": "tea", "sed": 4}', 'The line: unknown key "sed".', 'Did you mean "seed"?'),
         ('{"prompt": "tea", "foo": 4}', 'The line: unknown key "foo".', "Known: prompt, styles, name, avoid, batch"),
+        ('{"prompt": "tea", "version": 2}', 'The line: unknown key "version".', "Known: prompt, styles, name"),
         ('{"prompt": "tea", "cfg": 4}', 'The line: unknown key "cfg".', "It is called guidance, and is 1 less"),
         ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must lie between', 'Or "random"'),
         ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
