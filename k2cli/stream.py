@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,10 +24,10 @@ from model.errors import K2Error
 OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
 OTHERWISE = re.compile(  # and how one looks that means objects, but is none of JSON alone on its line
     r"""[][{},\s]+$|\[\s*\{\s*["}]"""  # a list, or what is spread over lines
-    r"""|"[^"|]*"\s*:\s*(?:".*"|-?\d[\d.e+-]*|[\[{]|\[\]|\{\}|true|false|null),?$"""  # a line of that
     r"""|\[?\s*\{\s*'[^'|]*'\s*:"""  # Python's; as a choice, {a: b|c: d} is a prompt's
     r"""|\[?\s*\{\s*\w+\s*:(?:\s*(?:"[^"]*"|'[^']*')\s*[,}]|[^|]*\}\s*\]?,?$)"""  # JavaScript's
 )
+PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # how a line of what is spread begins
 KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
 KNOWN = (*KEYS, *(key for key in (*WORDS, *OF_PROMPT) if key not in KEYS.values()))
 
@@ -92,8 +94,18 @@ def means_objects(line: str) -> bool:
     """Whether a line is JSON of another shape, a piece of some, or nearly JSON: a picture of its text is not meant."""
     if OTHERWISE.match(line):
         return True
-    with suppress(ValueError, RecursionError):
-        return line[:1] in ("{", "[") and isinstance(json.loads(line), dict | list)
+    if PIECE.match(line):
+        cut = line.rstrip("]}, ")  # what it closes may be another line's
+        return any(readable("{" + said + "}") for said in (line.rstrip(", "), cut, cut + "}", cut + "]"))
+    return line[:1] in ("{", "[") and readable(line)
+
+
+def readable(text: str) -> bool:
+    """Whether a text is an object or a list, of JSON or as Python writes them."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd backslashes
+            return isinstance(read(text), dict | list)
     return False
 
 

@@ -217,6 +217,8 @@ def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, l
         "{red|blue} fox", '{|"} tea', "{a fox|a cat}", "{photo: a fox|ink: a cat}", "{iso: 100|iso: 3200} grain",
         "{sign: \"a\"|sign: 'b'}", "{night: dark} and {red|blue}", "[red] fox", "[{red|blue}] fox", "{red} fox",
         '"a red fox"', '"a red fox",', '"Hope": a painting', '"Tea": {red|blue} cups', "a fox: {", "7", "null",
+        "'Hope': a painting", "'Tea': '{red|blue}' cups", "'Hope', and 'Tea': two signs", "'a', 'b'", "'\\d': a fox",
+        "{'a'|'b'} fox", "['red'] fox", "'a': " + "-" * 9999, "'a': " + "[" * 9999,
     ],
 )  # fmt: skip
 def test_braces_brackets_and_quotes_are_a_prompts_own(line):
@@ -228,7 +230,10 @@ def test_braces_brackets_and_quotes_are_a_prompts_own(line):
     [
         '[{"prompt": "a red fox", "seed": 3}, {"prompt": "a cat", "seed": 4}]', '["a red fox"]', "[]", "{}", "[1, 2]",
         '[{"prompt": "a red fox", "seed": 3},', "{", "[", "}", "]", "},", "],", "[{", "}, {", "[" * 9999,
-        '"prompt": "a red fox",', '"seed": 3', '"styles": {', '"steps": null,',
+        '"prompt": "a red fox",', '"seed": 3', '"styles": {', '"steps": null,', '"prompt": "a cat", "seed": 4,',
+        '"styles": { "sticker": 0.5 }', '"styles": {"sticker": 0.5}},', '"styles": {"sticker": 0.5,', '"seed": [1, 2],',
+        '"style": [{"name": "dusk"}],', '"seed": 3}]', "'prompt': 'a {red|blue} cat',", "'seed': 4}", "'seed': None},",
+        "'styles': {'dusk': 1.0}}]", "'prompt': \"a cat's\"", "['a red fox']", "'\\d': '\\d'",
         "{'prompt': 'a red fox', 'seed': 3}", "{'prompt': 'a {red|blue} fox | ink'}", "[{'prompt': 'a red fox'}]",
         '{prompt: "a red fox"}', "{ prompt: 'a {red|blue} fox', seed: 3 }", "{prompt: a red fox, seed: 3}",
         '[{prompt: "a red fox"}]', '{prompt: "a red fox",',
@@ -249,7 +254,8 @@ def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
 def test_an_object_that_is_spread_over_lines_makes_no_picture_of_them(moody, k2, fake):
     said = json.dumps([{"prompt": "a fox", "seed": 3, "batch": 1, "styles": {"dusk": -1e-3}, "avoid": ""}], indent=2)
 
-    assert k2("render", "--stream", input=said, code=1).stdout == "" and fake.seen == []
+    for text in (said, said.replace('"', "'"), '{\n"prompt": "a cat", "seed": 4,\n"styles": { "sticker": 0.5 }\n}'):
+        assert k2("render", "--stream", input=text, code=1).stdout == "" and fake.seen == []
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
