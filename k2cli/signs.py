@@ -30,7 +30,8 @@ SIGNS = {  # what it looks like: what to say here
     r"\[[^\[\]|]{0,200}:\d?\.?\d{1,3}\]": WEIGHED,
     r"\[[^\[\]|]{1,200}\|[^\[\]]{1,200}\]": "choices stand in braces: {red|green}",
     r"(?<![\"“'])\[(?!sic\])[^\W\d][^\[\]\"”]{0,200}\]": WEIGHED,  # an editor's [sic], a shop's "[open]"
-    r"(?<![\w\"])(?<![A-Z] )BREAK(?![\w\"]|\s+[A-Z]{2})": "a prompt is read as a whole",  # no shouting: BREAK THE RULES
+    # no shouting: BREAK THE RULES, COFFEE BREAK; but HDR BREAK a hill
+    r"(?<![\w\"])(?<![A-Z]{5} )BREAK(?![\w\"]|\s+[A-Z]{2}|\W*$)": "a prompt is read as a whole",
     r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
 }
 OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =](?!--|—)[^\s,]{1,60})?")
