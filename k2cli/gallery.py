@@ -54,7 +54,7 @@ def build(
     check_target(target)
     made = [each for each in history.read(outputs, chosen, skipped) if can_be_shown(each.path, skipped)]
     if chosen and not made:  # an earlier choice may lie there
-        raise K2Error("No picture matches, so that no page is made.", hint="All pictures: k2 log")
+        raise K2Error("No picture that can be shown matches, so that no page is made.", hint="All pictures: k2 log")
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     if not (target / PAGE).exists():

@@ -269,13 +269,15 @@ def gallery(
     except K2Error as error:
         wrong.append(error)
     unread: list[Path] = []
-    count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
+    try:
+        count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
+    finally:  # it may be for them that there is no page
+        if unread and not quiet:
+            say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
     result(to_json({"file": near(target / PAGE), "pictures": count}) if json else near(target / PAGE))
     if not quiet:
         for problem in wrong:
             say(f"{problem} The page is called after the folder.", "yellow")
-        if unread:
-            say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
         if count:
             say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
         elif not unread:

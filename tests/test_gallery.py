@@ -98,7 +98,7 @@ def test_some_of_the_pictures_go_into_a_folder_of_their_own(moody, k2):
         assert [each[1] for each in data_of(moody / "some")["pictures"]] == names
 
     before = tree(moody / "some")
-    assert "No picture matches" in k2("gallery", "-o", "some", "--style", "dusk", code=1).stderr
+    assert "No picture that can be shown matches" in k2("gallery", "-o", "some", "--style", "dusk", code=1).stderr
     assert tree(moody / "some") == before
     assert "a folder of their own" in k2("gallery", "--run", "1", code=2).stderr
     assert "is no moment" in k2("gallery", "--since", "soon", "-o", "some", code=2).stderr
@@ -304,6 +304,8 @@ def test_a_project_whose_pictures_can_all_not_be_read(moody, k2):
     said = k2("gallery").stderr
 
     assert "2 left out" in said and "No pictures yet" not in said and "Open the page" not in said
+    some = k2("gallery", "--run", "1", "-o", "some", code=1).stderr
+    assert "2 left out" in some and "No picture that can be shown matches" in some and not (moody / "some").exists()
 
 
 def test_markup_in_a_prompt_stays_inside_the_data(tmp_path):
