@@ -209,7 +209,7 @@ class Project(Folder):
         pattern, or several, parted by commas. A reading of a prompt that is chosen itself is not chosen again."""
         asked = [name.strip() for several in names for name in several.rstrip(", ").split(",")]
         known = {name: prompt for prompt, name in name_files(self.prompts)}
-        read = {prompt.name: (replace(prompt, text=escape(prompt.text)), base) for prompt, base in spread(self.prompts)}
+        read = {each.name: replace(each, text=escape(each.text), base=base) for each, base in spread(self.prompts)}
         chosen: set[str] = set()
         for name in asked:
             found = {each for each in (*known, *read) if fnmatchcase(folded(each), folded(name))}
@@ -218,13 +218,14 @@ class Project(Folder):
                     f'--only: {self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
                 )
             chosen |= found
-        every = {name: prompt for name, (prompt, _) in read.items()} | known
-        order = dict.fromkeys(base if base in chosen else name for name, (_, base) in read.items())
+        every = read | known
+        order = dict.fromkeys(each.base if each.base in chosen else name for name, each in read.items())
         return tuple(replace(every[name], name=name) for name in order if name in chosen)
 
     def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
         """The matrices that are about these of the project's prompts, or about any; without one they are batches."""
-        names = [base for _, base in name_files(self.prompts if prompts is None else prompts)]
+        named = name_files(self.prompts if prompts is None else prompts)
+        names = [prompt.base or name for prompt, name in named]
         return tuple(matrix for matrix in self.matrices if any(map(matrix.about, names)))
 
     def uncompared(self, prompts: Sequence[Prompt] | None, matrices: Sequence[Matrix]) -> list[str]:

@@ -29,6 +29,7 @@ class Prompt:
     settings: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # of OF_PROMPT
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
+    base: str = field(default="", metadata=NO_KEY)  # whose reading it is, where not its own
     last: bool = field(default=False, metadata=NO_KEY)  # it was said after the command line, and goes before that
 
     def where(self, *path: str) -> str:
@@ -108,7 +109,7 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
                     name = f"{stem}-{number}"
                 taken.add(name.casefold())
                 last[stem] = number
-            found.append((replace(prompt, text=text, name=name), base))
+            found.append((replace(prompt, text=text, name=name), prompt.base or base))
     return found
 
 

@@ -365,6 +365,25 @@ def test_a_matrix_may_be_about_a_prompt_whose_name_was_made_of_its_text(den, k2)
     assert [json.loads(line)["leader"]["seed"] for line in lines] == [5, 5]
 
 
+def test_a_reading_by_itself_is_compared_and_led_as_among_all(den, k2):
+    import json
+
+    head = PROJECT.partition("[[prompt]]")[0] + 'scope = "run"\n'
+    prompts = ('name = "a"\ntext = "a {red|green} fox"', 'name = "b"\ntext = "an owl"')
+    two = '\n[[matrix]]\nprompt = ["b"]\nseed = [1, 2]\n\n[[matrix]]\nprompt = ["a"]\nseed = [3, 4]\n'
+    (den / "k2.toml").write_text(head + "".join(f"\n[[prompt]]\n{each}\n" for each in prompts) + two)
+
+    def made(*options: str) -> dict[str, tuple[str, int]]:
+        lines = k2("render", "--dry-run", "--json", *options).stdout.splitlines()
+        return {told["file"]: tuple(told["leader"].values())[:2] for told in map(json.loads, lines)}
+
+    every = made()
+    assert set(every.values()) == {("an owl", 1)} and len(every) == 6
+    for name in ("a-green", "a-red"):
+        ours = made("--only", name)
+        assert len(ours) == 2 and all(name in file for file in ours) and ours.items() <= every.items()
+
+
 def test_some_of_a_run_are_what_they_are_among_all(den, k2):
     def pixels(*options: str) -> dict[str, bytes]:
         paths = map(Path, k2("render", "--scope", "run", "--batch", "1", "--quiet", *options).stdout.split())
