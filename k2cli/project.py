@@ -207,7 +207,8 @@ class Project(Folder):
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
         """The project's prompts of these names, as --only gives them, in their order of the file: each may be a
         pattern, or several, parted by commas. A reading of a prompt that is chosen itself is not chosen again."""
-        asked = [name.strip() for several in names for name in several.rstrip(", ").split(",")]
+        lists = ([name.strip() for name in several.split(",")] for several in names)
+        asked = [name for several in lists for name in [*filter(None, several)] or [""]]
         known = {name: prompt for prompt, name in name_files(self.prompts)}
         read = {each.name: replace(each, text=escape(each.text), base=base) for each, base in spread(self.prompts)}
         chosen: set[str] = set()

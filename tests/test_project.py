@@ -342,6 +342,7 @@ def test_an_aspect_keeps_the_pixels_of_the_models_own_size(moody):
         (["car-gre[!y]*, ban-?ed"], ["ban-red", "car-green"]),
         (["*"], ["ban-red", "Ban-blue", "car"]),
         (["ban-red, car,"], ["ban-red", "car"]),
+        ([", ban-red,,car"], ["ban-red", "car"]),
     ],
 )
 def test_prompts_are_chosen_by_patterns_and_lists(moody, only, chosen):
@@ -369,6 +370,9 @@ def test_prompts_are_chosen_by_name(moody):
     assert error.value.hint == 'Did you mean "fox"?'
     with pytest.raises(K2Error, match=r'no prompt named "cat\*"'):
         project.choose(["fox,cat*"])
+    for nothing in ("", " ,"):
+        with pytest.raises(K2Error, match='no prompt named ""'):
+            project.choose(["fox", nothing])
 
 
 TWO = """[[prompt]]
