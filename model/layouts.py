@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import NUMBERS as NUMBER_FORMATS
-from model.checkpoint import Checkpoint, Stored, load, open_checkpoint, reader, refuse_unreadable
+from model.checkpoint import WIDE, Checkpoint, Stored, load, open_checkpoint, reader, refuse_unreadable
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
 from model.few_bits import FORMATS, Format, shrink, usual
@@ -253,7 +253,7 @@ def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
     """Let the matrices of a network's blocks, still on the meta device, be held as a precision has it.
 
     "int8" and "fp8" have a scale for every row, "int4" has codes for int8. What the file holds in such numbers is held
-    as it lies there, rotated or not. Where some of its matrices are in 4 bits, "int4" leaves the others as they are:
+    as it lies there, rotated or not. Where its matrices lie so, those that it keeps in more bits are left as they are:
     whoever wrote it had their reasons.
     """
     if precision == "native":
@@ -262,6 +262,8 @@ def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
 
     def format_of(name: str, layer: nn.Linear) -> Format | None:
         stored = checkpoint.tensors.get(f"blocks.{name}.weight")
+        if stored and stored.dtype in WIDE and precision == lying:
+            return None
         if stored is None or precision == "fp8" or (precision == "int4" != lying):
             return usual(precision, layer.in_features)
         if stored.dtype == "I8":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_dit import inputs, random_model, relative_error
 from test_lora import TINY, dense, linears, random_pairs
 
 from model import few_bits
 from model.checkpoint import save
+from model.compact import write_compact
 from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, usual, widened
 from model.layouts import load_dit
 from model.lora import laid_over, read_lora
@@ -189,6 +191,25 @@ def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
     weight, factor = held("fp8.safetensors", "int8")  # another format: rounded, once
     exact = eight[name].float() * scale[:, None]
     assert ((weight * factor[:, None] - exact).abs() <= factor[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_what_lies_in_more_bits_than_most_is_left_so(tmp_path, precision):
+    """In memory, streamed and written again; in other numbers than the file's all are rounded alike."""
+    state, plain = random_model(TINY).state_dict(), "blocks.0.attn.wq.weight"
+    save(tmp_path / "wide.safetensors", state, {})
+    write_compact(tmp_path / "wide.safetensors", tmp_path / "eight.safetensors", precision, None)
+    stored = {name: t for name, t in load_file(tmp_path / "eight.safetensors").items() if name != f"{plain}_scale"}
+    save(tmp_path / "mixed.safetensors", stored | {plain: state[plain].bfloat16()}, {})
+    write_compact(tmp_path / "mixed.safetensors", tmp_path / "again.safetensors", precision, None)
+
+    for file in ("mixed", "again"):
+        for streamed in (False, True):
+            held, _ = load_dit(tmp_path / f"{file}.safetensors", precision=precision, streamed=streamed)
+            assert plain not in few_bit_layers(held) and len(few_bit_layers(held)) == len(linears(held.blocks)) - 1
+            assert streamed or torch.equal(held.get_parameter(plain), state[plain].bfloat16().float())
+    other, _ = load_dit(tmp_path / "mixed.safetensors", precision="fp8" if precision == "int8" else "int8")
+    assert plain in few_bit_layers(other)
 
 
 def test_a_matrix_is_rounded_part_by_part(monkeypatch):
