@@ -328,10 +328,11 @@ def packed_as(packed: dict[str, torch.dtype], state: dict[str, Tensor], within: 
 
 @every_tool
 @pytest.mark.parametrize("names", ["native", "diffusers"])
-def test_matrices_that_only_their_tool_unpacks(tmp_path, state, names, packed, tool):
+@pytest.mark.parametrize("within", ["blocks.", ""], ids=["blocks", "all"])
+def test_matrices_that_only_their_tool_unpacks(tmp_path, state, within, names, packed, tool):
     """They have neither the names nor the shapes of a network's: nothing is amiss with the download."""
     theirs = to_diffusers(state, TINY) if names == "diffusers" else state
-    assert f"stored as {tool}, which" in refused(native(tmp_path, packed_as(packed, theirs, "blocks.")))
+    assert f"stored as {tool}, which" in refused(native(tmp_path, packed_as(packed, theirs, within)))
 
 
 def test_a_folder_names_the_tool_that_its_names_do_not(tmp_path, model):
