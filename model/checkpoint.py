@@ -346,22 +346,26 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     """Some tools store weights in ways that would load without complaint and mean something else, or that no network's
     shape can be told from. Raises K2Error."""
     formats = {"marks without their weights" for mark in checkpoint.astray if unreadable([mark], "", ())}
+    marked = set[str]()
     for name, stored in checkpoint.tensors.items():
         scale = scale_of(name, checkpoint.tensors)
-        formats.add(unreadable(stored.marks, stored.dtype, stored.shape))
         factor = checkpoint.tensors[scale] if scale else None
+        if strange := unreadable(stored.marks, stored.dtype, stored.shape):
+            marked.add(strange)
         if kind := form_of(stored.marks, BLOCKS):
             formats.add(blockwise.lacking(kind, stored, factor, checkpoint.tensors.get(name + SECOND)))
             continue
         if kind := form_of(stored.marks, CODES):
             formats.add(four_bit.lacking(kind, stored, factor, *(checkpoint.tensors.get(name + end) for end in BESIDE)))
             continue
+        if strange:  # what the shapes and scales of such a format are to be, nobody knows
+            continue
         if factor and not of_rows(factor.shape, stored.shape):
             formats.add(f"{stored.dtype} with scales of {list(factor.shape)}")
         if not factor and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
-        if strange := next((end for end in (SECOND, *BESIDE) if name + end in checkpoint.tensors), None):
-            formats.add(f'{stored.dtype} with "weight{strange}" beside it, and no mark of what that is')
+        if beside := next((end for end in (SECOND, *BESIDE) if name + end in checkpoint.tensors), None):
+            formats.add(f'{stored.dtype} with "weight{beside}" beside it, and no mark of what that is')
         elif stored.dtype in WHOLE and name.endswith(".weight"):
             formats.add(f"{stored.dtype}, as numbers of another kind")
         if FOREIGN_SCALES.search(name):
@@ -372,8 +376,8 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             formats.add("scales without their weights")
     formats.discard("")
     tools = [tool for tool, ends in FOREIGN.items() if any(re.search(ends, name) for name in checkpoint.tensors)]
-    if tools or formats:
-        found = tools or [*stated_format(checkpoint), *sorted(formats)]
+    if tools or marked or formats:
+        found = tools or [*stated_format(checkpoint), *sorted(marked), *sorted(formats)]
         raise K2Error(
             f"{checkpoint.path} holds weights stored as {some(found)}, which k2 does not read.",
             hint=PLAINER,

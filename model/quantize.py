@@ -18,8 +18,8 @@ from model.marks import SCALE_SUFFIXES, is_auxiliary
 
 FOREIGN_SCALES = re.compile(r"\.(weight_scale_inv|weight_correction|weight_scale_(?!2$)\d+)$")  # of no plain numbers
 FOREIGN = {  # formats of other tools, by names that only their files have
-    "SVDQuant": r"\.(wscales|wtscale|wcscales|smooth_factor)$",
-    "GPTQ or AWQ": r"\.qzeros$",
+    "SVDQuant": r"\.(wscales|wtscale|wcscales|(weight_)?smooth_factor)$",
+    "GPTQ or AWQ": r"\.(qzeros|weight_zeros)$",
     "DFloat11": r"\.(encoded_exponent|sign_mantissa)$",
     "quanto": r"\.weight\._data(\._data)?$",  # 8 bits, and fewer
     "torchao": r"\._weight_qdata$",

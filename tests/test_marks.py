@@ -326,6 +326,27 @@ def test_other_rotations(tmp_path, state, format):
     assert format in refused(native(tmp_path, stored))
 
 
+@pytest.mark.parametrize(
+    ("format", "beside", "told"),
+    [
+        ("awq_w4a16", ["_zeros"], "GPTQ or AWQ"),
+        ("svdquant_w4a4", ["_smooth_factor", "_proj_down", "_proj_up"], "SVDQuant"),
+        ("made_up", [], "made_up"),
+    ],
+)
+def test_formats_are_told_by_name_whatever_their_shapes(tmp_path, state, format, beside, told):
+    """As ComfyUI has 4 bits of other tools, two in an int8; where a mark is lost the others still say it first."""
+    stored = dict(state)
+    for name in [n for n, t in state.items() if n.startswith("blocks.") and t.ndim == 2]:
+        out, inward = state[name].shape
+        stored |= {name: torch.ones(out, inward // 2).char(), f"{name}_scale": torch.ones(inward // 64, out)}
+        stored |= {f"{name}{end}": torch.ones(inward // 64, out) for end in beside}
+        stored[f"{name.removesuffix('weight')}comfy_quant"] = raw({"format": format})
+    assert f"stored as {told}, which" in refused(native(tmp_path, stored))
+    del stored["blocks.0.attn.wq.comfy_quant"]
+    assert f"stored as {told}, " in refused(native(tmp_path, stored))
+
+
 @pytest.mark.parametrize("number", [torch.uint8, torch.int16, torch.int32, torch.bool])
 def test_whole_numbers_that_stand_for_others(tmp_path, state, number):
     """Bits of floats, or two numbers in one, would be taken at their word."""
