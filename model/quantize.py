@@ -16,7 +16,9 @@ from torch import Tensor
 
 from model.marks import SCALE_SUFFIXES, is_auxiliary
 
-FOREIGN_SCALES = re.compile(r"\.(weight_scale_inv|weight_correction|weight_scale_(?!2$)\d+)$")  # of no plain numbers
+FOREIGN_SCALES = re.compile(  # of no plain numbers
+    r"\.(weight_scale_inv|weight_zero_point|weight_correction|weight_scale_(?!2$)\d+)$"
+)
 FOREIGN = {  # formats of other tools, by names that only their files have
     "SVDQuant": r"\.(wscales|wtscale|wcscales|(weight_)?smooth_factor)$",
     "GPTQ or AWQ": r"\.(qzeros|weight_zeros)$",

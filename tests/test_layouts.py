@@ -294,11 +294,12 @@ def test_scales_of_columns(tmp_path, state, number, called):
     ("beside", "what"),
     [
         ({"blocks.0.attn.wq.weight_scale_inv": torch.ones(2, 2)}, '8 bits with "weight_scale_inv" beside them'),
+        ({"blocks.0.attn.wq.weight_zero_point": torch.ones(2, 1)}, '8 bits with "weight_zero_point" beside them'),
         ({"blocks.0.attn.wq.SCB": torch.ones(256)}, "bitsandbytes"),
         ({"blocks.0.attn.other.weight_scale": torch.ones(())}, "scales without their weights"),
         ({"blocks.0.attn.wq.weight": torch.ones(256, 256, dtype=torch.int8)}, "I8 without scales"),
     ],
-    ids=["blocks", "bitsandbytes", "an orphan", "none"],
+    ids=["blocks", "zero points", "bitsandbytes", "an orphan", "none"],
 )
 def test_scales_that_would_be_lost(tmp_path, state, beside, what):
     assert what in refused(native(tmp_path, state | beside))
