@@ -47,6 +47,12 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True)
+def able_terminal(monkeypatch: pytest.MonkeyPatch):
+    """What is drawn on a terminal does not depend on that of whoever runs the tests, as within an editor."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 class FakePipeline:
     """Pictures depend on the spec alone. `stop` is called before each picture, to raise what a test wants raised."""
 

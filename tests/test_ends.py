@@ -37,7 +37,6 @@ def on_a_terminal(*arguments: str) -> tuple[int, int]:
 def test_a_closed_terminal_ends_a_command_by_its_code(moody, k2, fake, monkeypatch, command):
     """That neither bars nor last words can be written is no error; what was made stays."""
     k2("render", "--only", "fox")
-    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("k2cli.console.console", Console(stderr=True, force_interactive=True))
     monkeypatch.setattr(fake, "stop", lambda index: os.write(1, b"begun") and time.sleep(60))
 
