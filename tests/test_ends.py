@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import signal
 import sys
 import time
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from k2cli.app import app
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and terminals as POSIX has them")
+pty = pytest.importorskip("pty", reason="signals and terminals as POSIX has them")
 
 
 def on_a_terminal(*arguments: str) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import pty
 import re
 import select
 import subprocess
@@ -154,6 +153,7 @@ def test_nothing_into_a_pipe(moody, k2):
 
 def in_a_terminal(command: list[str], environ: dict[str, str], answer: bytes = b"") -> str:
     """What a command prints on a terminal that says `answer` when it is asked for its attributes."""
+    pty = pytest.importorskip("pty", reason="terminals as POSIX has them")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | environ)
     os.close(theirs)
