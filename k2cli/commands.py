@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from model.errors import K2Error
+from model.errors import USAGE, K2Error
 
 THEIRS = {  # what can be wrong with any path that is named, or that a project holds
     errno.EACCES: "Ask its owner for the right to use it, or name another.",
@@ -25,8 +25,7 @@ THEIRS = {  # what can be wrong with any path that is named, or that a project h
 
 
 class Group(TyperGroup):
-    """Where a problem that the user can fix ends up: one sentence, a hint, and exit code 1, or 2 for one of an option,
-    which it begins with then."""
+    """Where a problem that the user can fix ends up: one sentence, a hint, and its exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that was typed; of one that other tools have, what k2 has for it."""
@@ -53,7 +52,7 @@ class Group(TyperGroup):
             from k2cli.console import show_error
 
             show_error(problem)
-            raise typer.Exit(2 if problem is error and str(error).startswith("--") else 1) from None
+            raise typer.Exit(problem.code) from None
         except Exception as error:  # Typer has no public name for what it raises of an unknown option
             problem = as_ours(error)
             if problem is None:
@@ -61,7 +60,7 @@ class Group(TyperGroup):
             from k2cli.console import show_error
 
             show_error(problem)
-            raise typer.Exit(2) from None
+            raise typer.Exit(problem.code) from None
 
 
 class Command(TyperCommand):
@@ -129,7 +128,7 @@ def as_ours(error: Exception) -> K2Error | None:
     hint = HOMES.get(key) if context.command.name == "render" else None
     if any(each.param_type_name == "option" and each.name == ours for each in context.command.params):
         hint = f"It is called --{ours.replace('_', '-')}{how}."
-    return K2Error(f"{option}: there is no such option.", hint=hint) if hint else None
+    return K2Error(f"{option}: there is no such option.", hint=hint, code=USAGE) if hint else None
 
 
 def in_plain_words(error: typer.BadParameter) -> str:

@@ -22,7 +22,7 @@ from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
 from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked, tables_in
 from model import picture_file
-from model.errors import K2Error
+from model.errors import USAGE, K2Error
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -281,7 +281,8 @@ def read_since(text: str, now: datetime | None = None) -> datetime:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise K2Error(f'--since: "{masked(text)}" is no moment.', hint="Like 3d, 2h, yesterday, 2026-11-24.") from None
+        said = f'--since: "{masked(text)}" is no moment.'
+        raise K2Error(said, hint="Like 3d, 2h, yesterday, 2026-11-24.", code=USAGE) from None
     try:
         return moment.astimezone() if moment.tzinfo is None else moment
     except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock

@@ -18,15 +18,15 @@ from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
 from k2cli.styles import Styles, composed
-from k2cli.tables import quote
-from model.errors import K2Error
+from k2cli.tables import Option, quote
+from model.errors import USAGE, K2Error
 from model.hashes import sha256
 from model.spec import Leader, Style
 
 if TYPE_CHECKING:
     from k2cli.runs import Job
 
-OPTION = "--like"
+OPTION = Option("--like")
 OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu")  # what another has others for
 
 
@@ -128,12 +128,14 @@ class Example:
                 raise K2Error(
                     f'{OPTION}: {project.name} has no style "{name}"{more}.',
                     hint=f"Make it, or leave it out: --style {quote(name)}=0",
+                    code=USAGE,
                 )
         weights = weights_for({name: weight for name, weight in weights.items() if name not in gone}, project.styles)
         if strength and board is None and not project.board:
             raise K2Error(
                 f"{OPTION}: {project.name} has no moodboard{more}.",
                 hint="Add one to k2.toml, or leave it out: --moodboard 0",
+                code=USAGE,
             )
         if project.board or board:
             project = project.with_board(strength if board is None else board)

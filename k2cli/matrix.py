@@ -16,7 +16,7 @@ from typing import Any
 
 from k2cli.settings import HOMES, OTHERS, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import WEIGHT, Place, check_keys, check_value, nearest, plain
+from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, nearest, plain, said_by
 from model.errors import K2Error
 
 MOST = 10_000  # pictures that a run may come to
@@ -27,6 +27,7 @@ AXES = (  # settings that can be compared; and styles' weights
     *("seed", "size", "steps", "guidance", "guidance_until", "sampler"),
     *("creativity", "denoise"),
 )
+OPTION = Option("--matrix")
 SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
 
 
@@ -47,7 +48,7 @@ class Matrix:
 
     axes: Mapping[str, Sequence[Any]]  # "style.dusk", "seed", … -> its values
     prompts: Sequence[str] = ()  # names; all where empty
-    where: str = "--matrix"  # it was written, for messages
+    where: str = OPTION  # it was written, for messages
 
     def about(self, prompt: str) -> bool:
         """Whether the prompt of this name is one that it compares."""
@@ -113,15 +114,16 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
 def read_axes(texts: Sequence[str]) -> Matrix:
     """ "style.dusk=0,0.5,1" and "seed=7,8" of a command line."""
     axes = {}
-    for text in texts:
-        key, equals, values = text.partition("=")
-        key = key.strip()
-        if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
-            hint = HOMES[key] if OTHERS.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
-            raise K2Error(f'--matrix: "{plain(key, "--matrix")}" is no axis.', hint=hint)
-        if not equals:
-            raise K2Error(f'--matrix: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
-        axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], "--matrix")
+    with said_by(OPTION):
+        for text in texts:
+            key, equals, values = text.partition("=")
+            key = key.strip()
+            if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
+                hint = HOMES[key] if OTHERS.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
+                raise K2Error(f'{OPTION}: "{plain(key, OPTION)}" is no axis.', hint=hint)
+            if not equals:
+                raise K2Error(f'{OPTION}: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
+            axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], OPTION)
     return Matrix(axes)
 
 

@@ -145,6 +145,7 @@ def export(
     from k2cli import licence, models
     from k2cli.console import meter, near, result
     from k2cli.settings import check_setting
+    from k2cli.tables import Option
     from model import library
 
     name, variant = models.resolve(model), "turbo" if turbo else None
@@ -160,7 +161,7 @@ def export(
         raise typer.BadParameter(
             "a folder for diffusers holds bf16; name a .safetensors file", param_hint="--precision"
         )
-    chosen = check_setting("precision", precision or "native", "--precision")
+    chosen = check_setting("precision", precision or "native", Option("--precision"))
     licence.require_for(name, variant)
     if file:
         from model.compact import write_compact

@@ -22,6 +22,7 @@ from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
 from k2cli.styles import Styles, words
 from k2cli.tables import (
+    Option,
     Place,
     Toml,
     check_keys,
@@ -31,13 +32,14 @@ from k2cli.tables import (
     plain,
     read_table,
     read_weights,
+    said_by,
 )
-from model.errors import K2Error
+from model.errors import USAGE, K2Error
 from model.picture_file import same_shape
 from model.region import ALMOST, LIKE, Region
 from model.spec import Leader, RenderSpec, Style, tied
 
-INIT_OPTION, MASK_OPTION = "--init-image", "--mask"
+INIT_OPTION, MASK_OPTION = Option("--init-image"), Option("--mask")
 Sides = tuple[int, int]  # width and height of a picture
 MOST_PLAN = 32 << 20  # bytes of a run.toml
 
@@ -130,7 +132,7 @@ class Project(Folder):
             if not shells and "model" not in self.toml.table.get("render", {}):
                 raise
             where = "--model" if shells else self.toml.where("render", "model")
-            raise K2Error(f"{where}: {error}", hint=error.hint) from None
+            raise K2Error(f"{where}: {error}", hint=error.hint, code=USAGE if shells else error.code) from None
 
     def board_pictures(self, board: moodboard.Moodboard, others: set[Path]) -> list[Path]:
         """The pictures of [moodboard]; what lies beside them is added to `others`."""
@@ -144,7 +146,8 @@ class Project(Folder):
                 f"{self.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard], and images below it."
             )
         limits = next(f.metadata for f in fields(self.board) if f.name == "strength")
-        check_value("strength", strength, float, limits, "--moodboard")
+        with said_by(Option("--moodboard")) as said:
+            check_value("strength", strength, float, limits, said)
         return replace(self, board=replace(self.board, strength=strength))
 
     def looks(
@@ -156,7 +159,7 @@ class Project(Folder):
         styles  weights in the place of both, of --style
         """
         weights = {**self.weights, **{name: weight for name, (weight, _) in asked.items()}, **styles}
-        where = {name: said for name, (_, said) in asked.items()} | dict.fromkeys(styles, "--style")
+        where = {name: said for name, (_, said) in asked.items()} | dict.fromkeys(styles, Option("--style"))
         resolved = self.styles.resolve(weights, lambda name: where.get(name) or self.toml.where("style", name))
         if self.board is None:
             return resolved
@@ -215,9 +218,8 @@ class Project(Folder):
         for name in asked:
             found = {each for each in (*known, *read) if fnmatchcase(folded(each), folded(name))}
             if not found:
-                raise K2Error(
-                    f'--only: {self.name} has no prompt named "{plain(name, "The name")}".', hint=nearest(name, known)
-                )
+                said = f'--only: {self.name} has no prompt named "{plain(name, "The name")}".'
+                raise K2Error(said, hint=nearest(name, known), code=USAGE)
             chosen |= found
         every = read | known
         order = dict.fromkeys(each.base if each.base in chosen else name for name, each in read.items())
@@ -331,11 +333,13 @@ class Project(Folder):
         shown = any(style.strength > 0 and (style.references or style.lora) for style in looks)
         begun, sides = None, None
         if settings.init_image not in (None, NONE):
-            begun, sides = self.pictures(settings.init_image, where("init_image"))
+            with said_by(where("init_image")) as at:
+                begun, sides = self.pictures(settings.init_image, at)
         width, height = settings.pixels(where, grid, sides)
         mask = None
         if settings.mask not in (None, NONE):
-            mask = self.mask(settings.mask, where("mask"), (width, height), sides)
+            with said_by(where("mask")) as at:
+                mask = self.mask(settings.mask, at, (width, height), sides)
         seed, batch = settings.first_seed, settings.batch
         if seed + batch > 2**63:
             raise K2Error(f"Seed {seed} leaves no room for {batch} pictures.", hint="Choose a smaller one.")

@@ -11,7 +11,18 @@ from typing import Any
 from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, variants
 from k2cli.settings import HOMES, OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import NO_KEY, Place, as_name, check_keys, check_name, is_mark, plain, read_table, read_weights
+from k2cli.tables import (
+    NO_KEY,
+    Place,
+    as_name,
+    check_keys,
+    check_name,
+    is_mark,
+    plain,
+    read_table,
+    read_weights,
+    said_by,
+)
 from model.errors import K2Error
 
 STEM = 50  # characters of a prompt's name that may come of its choices
@@ -129,7 +140,8 @@ def compare(
     numbers: Counter[str] = Counter()
     for matrix in matrices:
         if "batch" in settled and "seed" in matrix.axes.keys() - settled:
-            raise K2Error(f"{matrix.where} lists the seeds, so a batch has nothing to say.", hint="Leave --batch out.")
+            with said_by(matrix.where) as said:
+                raise K2Error(f"{said} lists the seeds, so a batch has nothing to say.", hint="Leave --batch out.")
         cells = matrix.cells(settled)
         for prompt, base in readings:
             if matrix.about(base):

@@ -10,8 +10,8 @@ from typing import Any
 from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size, shape_of
-from k2cli.tables import NO_KEY, PATH, between, check_value, hints_of, like, one_of
-from model.errors import K2Error
+from k2cli.tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, one_of, said_by
+from model.errors import USAGE, K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, SAMPLERS, TILES
@@ -69,10 +69,11 @@ class Settings:
 
     def override(self, **given: Any) -> Settings:
         """These settings with the options of a command line in their place; None means not given."""
-        options = {key: f"--{key.replace('_', '-')}" for key, value in given.items() if value is not None}
+        options = {key: Option(f"--{key.replace('_', '-')}") for key, value in given.items() if value is not None}
         checked = {key: check_setting(key, given[key], where) for key, where in options.items()}
         if "size" in checked and ("aspect" in checked or "resolution" in checked):
-            raise K2Error("--size says all that --aspect and --resolution could.", hint="Give the one or the others.")
+            said = "--size says all that --aspect and --resolution could."
+            raise K2Error(said, hint="Give the one or the others.", code=USAGE)
         return self.over(checked, options)
 
     def over(self, said: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
@@ -123,12 +124,14 @@ class Settings:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages.
         `begun` are the sides of the picture that it begins with: they stay if the model knows such, or their shape."""
         if self.size is not None:
-            return parse_size(self.size, where("size"), grid.step)
+            with said_by(where("size")) as said:
+                return parse_size(self.size, said, grid.step)
         if self.aspect is None and self.resolution is None and (begun is None or grid.knows(*begun)):
             return begun or (None, None)
-        edge = grid.native if self.resolution is None else parse_resolution(self.resolution, where("resolution"))
-        said = where("resolution" if self.aspect is None else "aspect")
-        return fit_aspect(self.aspect or shape_of(*(begun or (1, 1))), edge, said, grid.step)
+        with said_by(where("resolution")) as said:
+            edge = grid.native if self.resolution is None else parse_resolution(self.resolution, said)
+        with said_by(where("resolution" if self.aspect is None else "aspect")) as said:
+            return fit_aspect(self.aspect or shape_of(*(begun or (1, 1))), edge, said, grid.step)
 
 
 def draw() -> int:
@@ -191,7 +194,8 @@ def as_asked(key: str) -> Any:
 
 def check_setting(key: str, value: Any, where: str) -> Any:
     """A value as the setting of this name wants it."""
-    return check_value(key, value, hints_of(Settings)[key], FIELDS[key].metadata, where)
+    with said_by(where):
+        return check_value(key, value, hints_of(Settings)[key], FIELDS[key].metadata, where)
 
 
 def check_frame(said: Mapping[str, Any], where: Callable[[str], str]) -> None:

@@ -14,7 +14,7 @@ from k2cli.folder import Folder, root_above
 from k2cli.hands import Unreachable
 from k2cli.outputs import Run, number_of
 from k2cli.runs import Job, begin
-from model.errors import K2Error, count_of
+from model.errors import USAGE, K2Error, count_of
 
 One = TypeVar("One", bound=Folder | Job)
 Gained = TypeVar("Gained")
@@ -62,7 +62,7 @@ def said_of(home: Folder, error: K2Error) -> K2Error:
     """The error with its project in front, where it does not name that, nor an option."""
     root, said = home.root, str(error)
     named = (f"{near(root)}/", str(root), f"{getattr(home, 'name', root.name)} has ")
-    if said.startswith("--") or any(each in said for each in named) or Path.cwd().is_relative_to(root):
+    if error.code == USAGE or any(each in said for each in named) or Path.cwd().is_relative_to(root):
         return error
     return K2Error(f"{near(root)}: {said}", hint=error.hint)
 

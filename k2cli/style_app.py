@@ -94,11 +94,12 @@ def add(
     from k2cli.folder import Outside
     from k2cli.pictures import without_sheets
     from k2cli.styles import add_style
-    from k2cli.tables import check_value
+    from k2cli.tables import Option, check_value, said_by
     from model.spec import METHODS
 
     if method is not None:
-        check_value("method", method, str, {"choices": METHODS}, "--method")
+        with said_by(Option("--method")) as said:
+            check_value("method", method, str, {"choices": METHODS}, said)
     files, sheets = without_sheets(files)
     words = {"keywords": keyword or [], "avoids": avoid or [], "triggers": trigger or []}
     try:
@@ -353,11 +354,13 @@ def analyze(
     from k2cli.console import meter, near, result, say
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
-    from k2cli.tables import check_name
+    from k2cli.tables import Option, check_name, said_by
     from model.picture_file import passed_over
 
     home = find_project(project, allow_outside)
-    target = home.inside(f"styles/{check_name(name, '--name', alone=True)}.toml")
+    with said_by(Option("--name")) as said:
+        name = check_name(name, said, alone=True)
+    target = home.inside(f"styles/{name}.toml")
 
     def taken(path: Path) -> K2Error:
         return K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")

@@ -32,6 +32,7 @@ from k2cli.tables import (
     read_table,
     read_weights,
     relative,
+    said_by,
 )
 from model.errors import K2Error
 from model.hashes import identity, settings_beside, sha256
@@ -120,14 +121,16 @@ class Styles:
     def read(self, name: str, where: str) -> StyleFile:
         """styles/NAME.toml, checked; `where` is who asks for it."""
         name = composed(name)
-        if name not in self.files:
-            raise K2Error(
-                f'{where}: there is no style "{name}".',
-                hint=nearest(name, self.known) or f"Write it as styles/{name}.toml.",
-            )
         file = self.file_of(name)
+        with said_by(where):
+            if name not in self.files:
+                raise K2Error(
+                    f'{where}: there is no style "{name}".',
+                    hint=nearest(name, self.known) or f"Write it as styles/{name}.toml.",
+                )
+            path = self.inside(file, where)
         label = label_of(self.root, file)
-        toml = Toml.read(self.inside(file, where), label)
+        toml = Toml.read(path, label)
         place, table = Place(toml), toml.table
         check_keys(table, ("keywords", "avoids", "reference", "method", "mix", "lora", "triggers"), place)
         if not isinstance(table.get("reference", []), list):
@@ -237,8 +240,9 @@ class Styles:
             if len(trail) > MOST_MIXES:
                 raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles themselves.")
             if name not in parts:
-                if len(files) == MOST_STYLES:
-                    raise K2Error(f"{asked_by}: more than {MOST_STYLES} styles at once.", hint="Mix fewer.")
+                with said_by(asked_by):
+                    if len(files) == MOST_STYLES:
+                        raise K2Error(f"{asked_by}: more than {MOST_STYLES} styles at once.", hint="Mix fewer.")
                 file = files[name] = self.read(name, asked_by)
                 parts[name] = {} if file.is_mix_alone else {name: 1.0}
                 for other, weight in file.mix.items():

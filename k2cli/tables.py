@@ -11,13 +11,14 @@ import sys
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from model.errors import K2Error
+from model.errors import USAGE, K2Error
 from model.headers import open_file
 
 LONGEST_NAME = 60
@@ -280,6 +281,21 @@ def relative(path: Path, root: Path) -> str:
 def label_of(root: Path, file: str) -> str:
     """What messages call a file of a project: its name in there; from outside of the project, its path."""
     return file if Path.cwd().is_relative_to(root.absolute()) else from_here(root / file)
+
+
+class Option(str):
+    """What messages call an option, where others say the line of a file: its value was typed."""
+
+
+@contextmanager
+def said_by(where: str) -> Iterator[str]:
+    """A context in which what is wrong is wrong with what was said there: if that is an option, it is one of usage."""
+    try:
+        yield where
+    except K2Error as error:
+        if isinstance(where, Option):
+            error.code = USAGE
+        raise
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,12 @@ def check_options(settings: Mapping[str, Any]) -> None:
     """Refuse options that no change of a file could make right. Raises K2Error."""
     from k2cli.settings import Settings
     from k2cli.sizes import STEP, parse_size
+    from k2cli.tables import Option, said_by
 
     Settings().override(**settings)
     if settings["size"] is not None:
-        parse_size(settings["size"], "--size", STEP)
+        with said_by(Option("--size")) as said:
+            parse_size(settings["size"], said, STEP)
     if settings["device"] is not None:
         from model.parts import pick_device
 

@@ -4,13 +4,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+USAGE = 2  # an exit code
+
 
 class K2Error(Exception):
-    """A problem the user can fix; `hint` says how. Anything else is a bug and keeps its traceback."""
+    """A problem the user can fix; `hint` says how. Anything else is a bug and keeps its traceback.
 
-    def __init__(self, message: str, *, hint: str = ""):
+    code   that a command exits with: 1, or USAGE where an option says what it may not
+    """
+
+    def __init__(self, message: str, *, hint: str = "", code: int = 1):
         super().__init__(message)
-        self.hint = hint
+        self.hint, self.code = hint, code
 
 
 @contextmanager

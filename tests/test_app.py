@@ -416,6 +416,42 @@ def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["render", "--size", "100x100"],
+        ["render", "--aspect", "99:1"],
+        ["render", "--resolution", "huge"],
+        ["render", "--steps", "0"],
+        ["render", "--moodboard", "9"],
+        ["render", "--matrix", "size=1x1"],
+        ["render", "--matrix", "style.dusk=0,1"],
+        ["render", "--matrix", "seed=1,2", "--batch", "2"],
+        ["render", "--init-image", "gone.png"],
+        ["render", "--init-image", "k2.toml"],
+        ["watch", "--size", "100x100"],
+        ["style", "add", "x", "k2.toml", "--method", "magic"],
+        ["moodboard", "analyze", "k2.toml", "--name", "a b"],
+    ],
+)
+def test_what_is_wrong_with_an_option_is_one_of_usage(moody, k2, arguments):
+    if "--moodboard" in arguments:
+        (moody / "k2.toml").write_text(f'{PROJECT}\n[moodboard]\nimages = ["board.png"]\n')
+    option = next(word for word in arguments if word.startswith("--"))
+
+    assert f"Error: {option}" in k2(*arguments, code=2).stderr
+
+
+def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
+    """A file may be called as options are; and the same size is wrong in a file, too."""
+    (picture,) = k2("render", "-p", "tea").stdout.splitlines()
+
+    assert "Error: --x.tif is no name for a picture." in k2("rerun", picture, "--output=--x.tif", code=1).stderr
+
+    (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nsize = "100x100"'))
+    assert "the sides of 100x100" in k2("render", code=1).stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
         (["--size", "100x100"], "--size: the sides of 100x100 are not multiples of 16.", "The nearest size is 96x96."),
