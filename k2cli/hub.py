@@ -27,6 +27,7 @@ from k2cli.tables import masked
 from model import library
 from model.errors import K2Error
 from model.headers import some
+from model.whole import whole
 
 NEEDED = (
     "*.safetensors",
@@ -177,7 +178,8 @@ def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
         if plan.revision != plan.commit:
             ref = plan.folder / "refs" / plan.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            put(ref, plan.commit)
+            with whole(ref) as draft:
+                draft.write_text(plan.commit, "utf-8")
     return library.the_weights(plan.snapshot)
 
 
@@ -291,13 +293,8 @@ def write_manifest(plan: Plan) -> None:
     }
     for folder in (plan.snapshot, plan.folder / "blobs"):
         folder.mkdir(parents=True, exist_ok=True)
-    put(plan.snapshot / library.MANIFEST, json.dumps(table, indent=1))
-
-
-def put(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    draft.write_text(text, "utf-8")
-    draft.replace(path)
+    with whole(plan.snapshot / library.MANIFEST) as draft:
+        draft.write_text(json.dumps(table, indent=1), "utf-8")
 
 
 def check_room(plan: Plan) -> None:

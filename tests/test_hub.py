@@ -476,6 +476,21 @@ def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Base
     assert int(hf.gets("text_encoder/model.safetensors")[0][6:-1]) > 100_000
 
 
+def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeypatch):
+    """Nor does anything else of one stay: what lists the files, and what pins a name to a commit, are there whole."""
+    write = Path.write_text
+
+    def full(self: Path, text: str, *how: Any) -> int:
+        write(self, text[:10], *how)
+        raise OSError(errno.ENOSPC, "No space")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "is full" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+    assert not [path for path in library.cache().rglob("*") if path.is_file() and path.suffix == ".draft"]
+    assert not [*library.cache().rglob(library.MANIFEST)]
+
+
 def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in k2("models", "pull", "krea-2-turbo", code=1).stderr
