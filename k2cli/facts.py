@@ -45,6 +45,8 @@ def facts_of(record: Record) -> Facts:
         else "",
         "style guidance": "" if spec.style_guidance is None else f"{spec.style_guidance:g}",
         "leak guard": spec.leak_guard or "",
+        "vision tiles": f"{spec.vision_tiles or ''}",
+        "vision rows": "" if spec.vision_rows is None else f"{spec.vision_rows}".lower(),
         "begun with": f"{spec.init_image or ''}",
         "denoise": "" if spec.denoise is None else f"{spec.denoise:g}",
         "mask": f"{spec.mask or ''}",

@@ -252,6 +252,8 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("cohesion", cohesion_of(made)),
         ("style guidance", setting(made, "style_guidance")),
         ("leak guard", made.text("settings.leak_guard")),
+        ("vision tiles", setting(made, "vision_tiles")),
+        ("vision rows", setting(made, "vision_rows").lower()),
         ("mu", number(made["settings.mu"])),
         ("creativity", "" if made["prompt.creativity"] == "raw" else made.text("prompt.creativity")),
         ("model", model_of(made)),
