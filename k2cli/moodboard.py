@@ -50,21 +50,15 @@ class Moodboard:
     strength: float = between(0.35, -0.5, 1.5)
 
 
-def gather(
-    patterns: Sequence[str], root: Path, inside: Inside, where: str, others: set[Path] | None = None
-) -> list[Path]:
-    """The pictures that paths, folders and globs name, each of them at least one; each once, sorted. Whether they can
-    be read is seen later.
-
-    What folders and globs hold besides is added to `others`.
-    """
+def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> tuple[list[Path], set[Path]]:
+    """The pictures that paths, folders and globs name, each of them at least one; each once, sorted; and what folders
+    and globs hold besides. Whether they can be read is seen later."""
     if not patterns:
         raise K2Error(f"{where}: the board holds no picture.", hint=NAME_SOME)
     found: set[Path] = set()
-    others = set() if others is None else others
+    others: set[Path] = set()
     for pattern in patterns:
-        beside: set[Path] = set()
-        named = find(pattern, root, inside, where, MOST, beside)
+        named, beside = find(pattern, root, inside, where, MOST)
         if not named:
             raise K2Error(f"{where}: {pattern} names no picture.", hint=picture_file.passed_over(beside) or NAME_SOME)
         others |= beside
@@ -76,8 +70,7 @@ def gather(
         found.update(named)
         if len(found) > MOST:
             raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
-    others -= {path.parent for path in found}  # a folder within that is named by itself
-    return sorted(found)
+    return sorted(found), others - {path.parent for path in found}  # a folder within that is named by itself
 
 
 def eye_of(model: str) -> str:
@@ -109,13 +102,11 @@ def tell(board: Board, model: str, device: str | None = None) -> Board:
         forget()
 
 
-def as_style(board: Moodboard, paths: Sequence[Path], model: str, unread: set[Path]) -> tuple[Style, ...]:
-    """The table as a style: representatives for references, and the board's words. Strength 0 is no style at all.
-
-    Pictures that were left out, as they cannot be read, are added to `unread`.
-    """
+def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple[Style, ...], set[Path]]:
+    """The table as a style: representatives for references, and the board's words; and the pictures that were left out,
+    as they cannot be read. Strength 0 is no style at all."""
     if not board.strength:
-        return ()
+        return (), set()
     hashes = [sha256(path) for path in paths]
     eye = [library.BOX / f"{eye_of(model)}-{part}.safetensors" for part in ("style", "vae", "words")]
     parts = [READING, *hashes, *(sha256(path) if path.is_file() else "" for path in eye)]
@@ -132,9 +123,9 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str, unread: set[Pa
         with suppress(K2Error, OSError):  # a home that cannot be written only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
             write({kept: json.dumps(found).encode()})
-    unread.update(paths[index] for index in found["unread"])
+    unread = {paths[index] for index in found["unread"]}
     references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
-    return (Style(NAME, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),)
+    return (Style(NAME, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),), unread
 
 
 def recall(path: Path, count: int) -> dict[str, Any] | None:

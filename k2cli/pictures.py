@@ -24,11 +24,11 @@ LONGEST = 1000  # characters of a pattern
 Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
 
 
-def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others: set[Path]) -> list[Path]:
-    """The pictures that a path, a folder or a glob names, sorted. Raises K2Error, also past `most`.
+def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tuple[list[Path], set[Path]]:
+    """The pictures that a path, a folder or a glob names, sorted; and what else it does. Raises K2Error, also past
+    `most`.
 
-    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet. The rest is
-    added to `others`.
+    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet.
     """
     if not pattern.strip():
         raise K2Error(f"{where}: the path is empty.", hint="Name a picture, a folder, or a glob of pictures.")
@@ -41,8 +41,9 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others
     if not magic and named.is_dir():
         pattern, magic = f"{glob.escape(pattern)}/*", True
     if not magic:
-        return [named]
+        return [named], set()
     found: set[Path] = set()
+    others: set[Path] = set()
     for path in matches(root, pattern, inside, where):
         if picture_file.is_named_so(path) and not picture_file.is_sheet(path):
             printable(path.name, f"{where}: the name of {path.name}", "Rename the file.")
@@ -54,8 +55,7 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int, others
                 )
         else:
             others.add(path)
-    others -= {path.parent for path in found}  # folders within that the glob walks, too
-    return sorted(found)
+    return sorted(found), others - {path.parent for path in found}  # folders within that the glob walks, too
 
 
 def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Path]:

@@ -134,10 +134,10 @@ class Project(Folder):
             where = "--model" if shells else self.toml.where("render", "model")
             raise K2Error(f"{where}: {error}", hint=error.hint, code=USAGE if shells else error.code) from None
 
-    def board_pictures(self, board: moodboard.Moodboard, others: set[Path]) -> list[Path]:
-        """The pictures of [moodboard]; what lies beside them is added to `others`."""
+    def board_pictures(self, board: moodboard.Moodboard) -> tuple[list[Path], set[Path]]:
+        """The pictures of [moodboard], and what lies beside them."""
         where = Place(self.toml, ("moodboard",))("images")
-        return moodboard.gather(board.images, self.root, self.inside, where, others)
+        return moodboard.gather(board.images, self.root, self.inside, where)
 
     def with_board(self, strength: float) -> Project:
         """The project with its moodboard at this strength."""
@@ -168,10 +168,12 @@ class Project(Folder):
                 f"A style is called {moodboard.NAME}, and so is the project's own look.",
                 hint=f"Rename styles/{moodboard.NAME}.toml.",
             )
-        return (
-            *resolved,
-            *moodboard.as_style(self.board, self.board_pictures(self.board, self.others), settings.model, self.unread),
-        )
+        pictures, others = self.board_pictures(self.board)
+        self.others.update(others)
+        self.others.difference_update(path.parent for path in pictures)  # which a style's folder may hold
+        look, unread = moodboard.as_style(self.board, pictures, settings.model)
+        self.unread.update(unread)
+        return (*resolved, *look)
 
     @cached_property
     def pictures(self) -> Callable[[str, str], tuple[Path, Sides]]:

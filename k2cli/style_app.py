@@ -369,9 +369,8 @@ def analyze(
         for path in (target, target.with_suffix(".png")):
             if path.exists():
                 raise taken(path)
-    others: set[Path] = set()
     images, sheets = without_sheets(images or [])
-    paths = pictures_of(home, images, others)
+    paths, others = pictures_of(home, images)
     with meter(len(paths), quiet=quiet) as bar:
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
     board = replace(board, notes=(*filter(None, (sheets, passed_over(others))), *board.notes))
@@ -395,9 +394,9 @@ def analyze(
         say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
 
 
-def pictures_of(home: Project, images: Sequence[Path], others: set[Path]) -> list[Path]:
-    """The pictures of a board: those that were named, else those of [moodboard]; what lies beside them is added to
-    `others`. Raises K2Error."""
+def pictures_of(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[Path]]:
+    """The pictures of a board: those that were named, else those of [moodboard]; and what lies beside them. Raises
+    K2Error."""
     from k2cli import moodboard
     from k2cli.folder import Folder
     from k2cli.tables import relative
@@ -406,9 +405,9 @@ def pictures_of(home: Project, images: Sequence[Path], others: set[Path]) -> lis
         root = home.root.resolve()  # either may be reached by a link
         typed = [relative(image.parent.resolve() / image.name, root) for image in images]
         anywhere = Folder(root=home.root, allow_outside=True)  # who types a path may read there
-        return moodboard.gather(typed, home.root, anywhere.inside, "The board", others)
+        return moodboard.gather(typed, home.root, anywhere.inside, "The board")
     if home.board:
-        return home.board_pictures(home.board, others)
+        return home.board_pictures(home.board)
     raise K2Error(
         "There is no board: no picture was named, and k2.toml has no [moodboard].",
         hint="Name pictures: k2 moodboard analyze refs/board/*",

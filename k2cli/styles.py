@@ -216,8 +216,7 @@ class Styles:
 
     def pictures(self, pattern: str, where: str) -> list[Path]:
         """The pictures that a path, a folder or a glob names, sorted, each one checked to be a picture."""
-        others: set[Path] = set()
-        found = find(pattern, self.root, self.inside, where, MOST_REFERENCES, others)
+        found, others = find(pattern, self.root, self.inside, where, MOST_REFERENCES)
         if not found:
             hint = passed_over(others) or "Put png, jpg or webp files there."
             raise K2Error(f"{where}: {pattern} names no picture.", hint=hint)

@@ -255,7 +255,7 @@ def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
     """As a style that is gone may."""
 
     def seen(board, *_):
-        return (Style(moodboard.NAME, board.strength, keywords=("fog",)),) if board.strength else ()
+        return ((Style(moodboard.NAME, board.strength, keywords=("fog",)),) if board.strength else ()), set()
 
     monkeypatch.setattr(moodboard, "as_style", seen)
     Image.new("RGB", (64, 64)).save(dusky / "a.png")

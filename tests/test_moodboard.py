@@ -342,6 +342,20 @@ def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
     assert [said.count(left_out.format("z.png")) for said in again] == [1, 1, 0, 0]
 
 
+def test_what_the_board_names_is_not_passed_over_beside_a_style(den, k2):
+    """Not even where the board has no use for the one picture that is in there."""
+    shutil.copy(den / "refs" / "board" / "dark-0.png", den / "refs" / "own.png")
+    (den / "refs" / "more").mkdir()
+    (den / "refs" / "more" / "broken.png").write_bytes(b"x")
+    (den / "styles").mkdir()
+    (den / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "refs"\n')
+    over = "Passed over: pictures in folders within (more); name those folders, too."
+
+    assert over in k2("render", "--dry-run", "--style", "dusk=0.5").stderr
+    (den / "k2.toml").write_text(K2.replace('"refs/board/*"', '"refs/board/*", "refs/more"'))
+    assert over not in k2("render", "--dry-run", "--style", "dusk=0.5").stderr
+
+
 def test_a_style_that_came_while_the_board_was_looked_at_stays(den, k2, monkeypatch):
     look, style = moodboard.look, den / "styles" / "dusk.toml"
 

@@ -46,8 +46,7 @@ def test_a_glob_names_what_python_finds(tree, parts):
 
 
 def found_in(root: Path, pattern: str, most: int = 100) -> tuple[list[str], list[str]]:
-    others: set[Path] = set()
-    found = find(pattern, root, lambda path, where: root / path, "here", most, others)
+    found, others = find(pattern, root, lambda path, where: root / path, "here", most)
     return [path.relative_to(root).as_posix() for path in found], sorted(path.name for path in others)
 
 

@@ -130,7 +130,7 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     added = k2("style", "add", "found", *run.glob("*.png"))
     refused = k2("style", "add", "shown", *run.glob("sheet*"), code=1)
     (moody / "styles" / "there.toml").write_text(f'[[reference]]\nimage = "outputs/{run.name}"\n')
-    board = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).inside, "here")
+    board, _ = gather([f"outputs/{run.name}", "outputs/*/*"], moody, Project.open(moody).inside, "here")
 
     assert len(list((moody / "refs" / "made").iterdir())) == len(list((moody / "refs" / "found").iterdir())) == 4
     assert added.stderr == "Passed over: 2 contact sheets.\n4 pictures. Next: k2 render --style found=0.6\n"
@@ -193,8 +193,7 @@ def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody,
     assert said in k2("new", "another", "--from", above, code=1).stderr
     shutil.copytree(photos / "more", moody / "refs" / "deep")
     for patterns, told in ((["refs/deep"], said), (["refs/deep", "refs/deep/at night"], "")):
-        others: set[Path] = set()
-        gather(patterns, moody, lambda path, where: moody / path, "board", others)
+        _, others = gather(patterns, moody, lambda path, where: moody / path, "board")
         assert passed_over(others) == told
     for pattern, told in (("refs/deep", True), ("refs/deep/**/*", False)):
         (moody / "styles" / "dusk.toml").write_text(f'[[reference]]\nimage = "{pattern}"\n')
@@ -246,7 +245,8 @@ def test_a_jpeg_may_be_called_as_browsers_call_it(moody, photos, k2):
     k2("style", "add", "dusk", photos / "more")
 
     assert {path.name for path in (moody / "refs" / "dusk").iterdir()} == {"a.jpg", "copy-of-a.png"}
-    assert [path.name for path in gather(["refs/sea/*"], moody, Project.open(moody).inside, "")] == ["b.jfif", "c.jpg"]
+    pictures, _ = gather(["refs/sea/*"], moody, Project.open(moody).inside, "")
+    assert [path.name for path in pictures] == ["b.jfif", "c.jpg"]
 
 
 def test_add_with_json(moody, photos, k2):

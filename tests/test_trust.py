@@ -228,7 +228,7 @@ class TestGlobs:
             if path.lower().endswith(".png") and (tmp_path / path).is_file()
         }
 
-        found = pictures.find(pattern, tmp_path, lambda path, where: tmp_path / path, "here", 99, set())
+        found, _ = pictures.find(pattern, tmp_path, lambda path, where: tmp_path / path, "here", 99)
 
         assert {os.path.normpath(path.relative_to(tmp_path)) for path in found} == expected
 
