@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def said_of(home: Folder, error: K2Error) -> K2Error:
     """The error with its project in front, where it does not name that, nor an option."""
     root, said = home.root, str(error)
     named = (f"{near(root)}/", str(root), f"{getattr(home, 'name', root.name)} has ")
-    if error.code == USAGE or any(each in said for each in named) or Path.cwd().is_relative_to(root):
+    within = rf"(?<![\w./-])(?:{'|'.join(map(re.escape, named))})"  # refs/a.png is not of a project called s
+    if error.code == USAGE or re.search(within, said) or Path.cwd().is_relative_to(root):
         return error
     return K2Error(f"{near(root)}: {said}", hint=error.hint)
 

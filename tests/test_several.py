@@ -15,8 +15,9 @@ from conftest import tree, write_weights
 from PIL import Image
 
 from k2cli import pictures, several
+from k2cli.folder import Folder
 from k2cli.outputs import Run
-from model.errors import K2Error
+from model.errors import USAGE, K2Error
 
 NAMES = ("one", "two", "three")
 PLAIN = (
@@ -60,6 +61,32 @@ def runs_in(folder: Path) -> list[str]:
 
 def made_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.glob("*/outputs/*/*-7.png"))
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ('Style "dusk": refs/a.png is not a picture that can be read.', False),  # which ends as the project's folder
+        ("s/k2.toml, line 3: unknown key.", True),
+        ('"s/k2.toml" is not valid TOML.', True),
+        ("s has no run to go on with.", True),
+        ("its has no end.", False),
+        ("{root}/outputs cannot be written.", True),
+    ],
+)
+def test_an_error_that_does_not_name_its_project_gets_its_name(three, said, whole):
+    home = Folder(root=three / "s", allow_outside=False)
+    error = K2Error(said.format(root=home.root), hint="Mend it.")
+
+    told = several.said_of(home, error)
+
+    assert str(told) == (str(error) if whole else f"s: {error}") and told.hint == error.hint
+
+
+def test_an_error_of_an_option_is_of_no_project(three):
+    error = K2Error("--size: 1x1 is no size.", code=USAGE)
+
+    assert several.said_of(Folder(root=three / "one", allow_outside=False), error) is error
 
 
 def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fake):
