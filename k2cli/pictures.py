@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path, PurePath
 
 from PIL import Image
@@ -20,6 +19,7 @@ from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
 
 MOST_SEEN = 100_000  # names that a glob may look at
 LONGEST = 1000  # characters of a pattern
+DECODED: set[tuple[Path, int, int]] = set()  # files that came out whole: of so many bytes, last changed then
 
 Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
 
@@ -125,9 +125,8 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     try:
         with picture_file.opened(path) as image:
             width, height, kind = *image.size, str(image.format)
-        if whole and width * height <= MOST_DECODED:
-            about = path.stat()
-            decode(path, about.st_size, about.st_mtime_ns)
+            if whole and width * height <= MOST_DECODED:
+                decode(image, path)
     except FileNotFoundError:
         raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
     except Image.DecompressionBombError:
@@ -140,12 +139,14 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 
 
-@cache
-def decode(path: Path, size: int, changed: int) -> None:
+def decode(image: Image.Image, path: Path) -> None:
     """Raises whatever a decoder does; a file that was decoded is not again while it stays as it is."""
-    with picture_file.opened(path) as image:
+    about = path.stat()
+    now = (path, about.st_size, about.st_mtime_ns)
+    if now not in DECODED:
         image.draft(None, (1, 1))  # a JPEG's at an eighth, in half the time; of others nothing
         image.load()
+        DECODED.add(now)
 
 
 def sides_of(path: Path) -> tuple[int, int]:

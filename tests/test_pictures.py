@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, sides_of, split
+from model import picture_file
 from model.errors import K2Error
 
 NAMES = ["a.png", "b.jpg", ".c.png", "d", ".e", "[f]"]
@@ -133,6 +134,16 @@ def test_a_picture_is_told_by_what_is_in_it_and_one_cut_off_only_if_it_is_decode
     assert check_picture(cut, "here", "cut") == "jpg"
     with pytest.raises(K2Error, match="here: cut is not a picture"):
         check_picture(cut, "here", "cut", whole=True)
+
+
+def test_a_picture_is_opened_once_to_be_told_and_decoded(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    opened: list[Path] = []
+    monkeypatch.setattr(picture_file, "check", opened.append)
+
+    check_picture(tmp_path / "a.png", "here", "a", whole=True)
+
+    assert opened == [tmp_path / "a.png"]
 
 
 @pytest.mark.parametrize(("size", "fine"), [((LEAST_SIDE, LEAST_SIDE), True), ((LEAST_SIDE - 1, 64), False)])
