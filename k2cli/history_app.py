@@ -390,7 +390,7 @@ def rerun(
     """Make pictures again from their records, and compare.
 
     Refuses when the model or a reference is not what it was. Exits with 1 when the pixels of any differ,
-    and with --check also when a picture itself is gone or was changed.
+    and with --check also when a picture itself is gone, was changed, or cannot be read.
 
     \b
     Examples:

@@ -31,13 +31,20 @@ if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 
+LOST = {  # what has become of a picture that there is nothing to compare of
+    "gone": "is gone",
+    "barred": "may not be read",
+    "broken": "is no picture that can be read any more",
+}
+
+
 @dataclass(frozen=True)
 class Again:
     """A picture made again, and what it was compared with."""
 
     saved: Saved
     levels_off: int | None  # of 255 at most, from what was recorded; None where that is not known
-    fate: str  # of the recorded picture since: "gone", "changed", or ""
+    fate: str  # of the recorded picture since: "changed", one of LOST, or ""
     checked: bool  # that picture is what was asked about; else what it was made from
 
     @property
@@ -214,9 +221,10 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
     """A line of results of a picture made again, and for people what the comparison came to: if `quiet`, where they are
     not identical, as errors are told; of `several` that they are is told once, by whoever has counted them."""
     path, off = again.saved.path, again.levels_off
-    gone, changed = again.fate == "gone", again.fate == "changed"
+    gone, changed, unreadable = again.fate == "gone", again.fate == "changed", again.fate in ("barred", "broken")
     if as_json:
-        about = {"identical": again.identical, "levels_off": off, "gone": gone, "changed": changed}
+        about = {"identical": again.identical, "levels_off": off}
+        about |= {"gone": gone, "unreadable": unreadable, "changed": changed}
         result(to_json({"file": near(path), "from": near(file), **about, **again.saved.record}))
     elif not (gone and again.checked):
         result(near(path))
@@ -224,8 +232,8 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
         return
     if off != 0 or (again.identical and not several):
         say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
-    if gone and again.checked:
-        say(f"{near(picture_of(file))} is gone: only its record was compared.", "yellow")
+    if unreadable or (gone and again.checked):
+        say(f"{near(picture_of(file))} {LOST[again.fate]}: only its record was compared.", "yellow")
     if changed:
         say(f"{near(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
 
@@ -245,7 +253,7 @@ def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
     """The largest difference between a picture made again and the recorded one, None where that is not there; and what
-    has become of it: "gone", "changed", or "". Of a JPEG, whose pixels are others than those recorded, nobody can say
+    has become of it: "changed", one of LOST, or "". Of a JPEG, whose pixels are others than those recorded, nobody can say
     that unless the same picture was made again, of which a JPEG leaves the same.
 
     path   of the recorded picture
@@ -255,9 +263,12 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
     off = 0 if again["pixels"] == record.pixels else None
     if not path.is_file():
         return off, "gone"
-    found = decoded(path)
-    if found is None:
-        return off, "changed"
+    try:
+        found = decoded(path)
+    except PermissionError:
+        return off, "barred"
+    except Exception:  # Pillow raises anything over a broken file
+        return off, "broken"
     own = records.pixel_hash(found)
     if own == record.pixels:
         if found.size != image.size:  # its record was changed
@@ -275,9 +286,9 @@ def as_jpeg(image: Image.Image) -> Image.Image:
     return Image.open(io.BytesIO(encode(image, "jpeg")))
 
 
-def decoded(path: Path) -> Image.Image | None:
-    """A picture's pixels; None where it cannot be read."""
-    with suppress(Exception), picture_file.opened(path) as found:  # Pillow raises anything over a broken file
-        if found.width * found.height <= picture_file.MOST_DECODED:
-            return found.convert("RGB")
-    return None
+def decoded(path: Path) -> Image.Image:
+    """A picture's pixels. Raises whatever Pillow does, and ValueError where there are too many."""
+    with picture_file.opened(path) as found:
+        if found.width * found.height > picture_file.MOST_DECODED:
+            raise ValueError("it is too large")
+        return found.convert("RGB")

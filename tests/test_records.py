@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from k2cli import embedded, history, models, records, runs
+from k2cli import embedded, history, models, records, rerun, runs
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
 from k2cli.tables import LIMIT, Toml, relative
@@ -420,7 +420,7 @@ class TestRerun:
 
     @pytest.mark.parametrize(
         ("named", "by"),
-        [("png", "white"), ("folder", "white"), *(("toml", by) for by in ("white", "another", "broken", "smaller"))],
+        [("png", "white"), ("folder", "white"), *(("toml", by) for by in ("white", "another", "smaller"))],
     )
     def test_a_check_of_a_picture_that_was_changed_fails(self, moody, k2, named, by):
         """Be it another one of k2's, which brings a record along that it agrees with."""
@@ -428,8 +428,6 @@ class TestRerun:
         file, other = Path("outputs/0001-fox/fox-7.png"), Path("outputs/0001-fox/fox-8.png")
         if by == "another":
             shutil.copy(other, file)
-        elif by == "broken":
-            file.write_bytes(file.read_bytes()[:60])
         else:
             Image.new("RGB", (64, 64) if by == "white" else (32, 32), "white").save(file)
 
@@ -439,7 +437,31 @@ class TestRerun:
         assert f"{file} was changed since it was made" in result.stderr
         assert named != "folder" or "1 of 2 are identical, pixel for pixel." in result.stderr
         first = json.loads(k2("rerun", asked, "--check", "--json", "--quiet", code=1).stdout.splitlines()[0])
-        assert (first["identical"], first["changed"], first["gone"]) == (False, True, False)
+        assert [first[key] for key in ("identical", "changed", "gone", "unreadable")] == [False, True, False, False]
+
+    @pytest.mark.parametrize(
+        ("by", "said"),
+        [("end", "is no picture that can be read any more"), ("text", "is no picture"), ("owner", "may not be read")],
+    )
+    def test_a_check_of_a_picture_that_cannot_be_read_says_so(self, moody, k2, monkeypatch, by, said):
+        """Nobody knows whether its pixels are others."""
+        k2("render", "--only", "fox")
+        file = Path("outputs/0001-fox/fox-7.png")
+        if by == "owner":
+
+            def barred(path: Path) -> Image.Image:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+            monkeypatch.setattr(rerun, "decoded", barred)
+        else:
+            file.write_bytes(file.read_bytes()[:60] if by == "end" else b"a text")
+
+        checked = ("rerun", file.with_suffix(".toml"), "--check")
+        told = k2(*checked, code=1).stderr
+        found = json.loads(k2(*checked, "--json", "--quiet", code=1).stdout)
+
+        assert f"{file} {said}" in told and "only its record was compared." in told and "was changed" not in told
+        assert [found[key] for key in ("identical", "changed", "gone", "unreadable")] == [False, False, False, True]
 
     def test_a_check_of_a_picture_that_is_gone_fails(self, made, k2):
         """Without one, what is gone is brought back by its record."""
