@@ -21,12 +21,15 @@ models_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 @models_app.command("list")
 def list_models(json: JsonOption = False) -> None:
     """List models: name, variant, size, parameters."""
-    from k2cli.console import result
+    from k2cli.console import result, results
     from k2cli.models import inventory
 
-    for each in inventory():
-        line = "{name}\t{variant}\t{native} px\t{parameters:,} parameters\t{megabytes:.1f} MB\t{source}"
-        result(to_json(each) if json else line.format(**each))
+    if json:
+        for each in inventory():
+            result(to_json(each))
+        return
+    fields = ("{name}", "{variant}", "{native} px", "{parameters:,} parameters", "{megabytes:.1f} MB", "{source}")
+    results([[field.format(**each) for field in fields] for each in inventory()])
 
 
 @models_app.command()

@@ -253,8 +253,8 @@ def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
     """The largest difference between a picture made again and the recorded one, None where that is not there; and what
-    has become of it: "changed", one of LOST, or "". Of a JPEG, whose pixels are others than those recorded, nobody can say
-    that unless the same picture was made again, of which a JPEG leaves the same.
+    has become of it: "changed", one of LOST, or "". Of a JPEG, whose pixels are others than those recorded, nobody can
+    say that unless the same picture was made again, of which a JPEG leaves the same.
 
     path   of the recorded picture
     image  made again

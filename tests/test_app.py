@@ -25,10 +25,11 @@ from conftest import PROJECT, tree, write_weights
 from PIL import Image
 from rich.console import Console
 
-from k2cli import console, doctor, hands, runs, sheet
+from k2cli import console, doctor, hands, models, runs, sheet
 from k2cli.asked import plan_job
 from k2cli.carry import show_plan
 from k2cli.console import Unwritable
+from k2cli.models_app import list_models
 from k2cli.project import Project
 from k2cli.tables import Toml, quote
 from model import library
@@ -976,6 +977,20 @@ def test_models_are_listed_and_described(moody, k2):
     assert "native       128" in k2("models", "info", "mini").stdout
     (moody / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
+
+
+def test_models_stand_below_one_another_on_a_terminal(monkeypatch, capsys):
+    about = {"variant": "turbo", "native": 256, "parameters": 31_305_047, "megabytes": 35.1, "source": "box"}
+    named = [about | {"name": name} for name in ("mini", "a-model-of-a-longer-name")]
+    monkeypatch.setattr(models, "inventory", lambda: named)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    list_models(json=False)
+
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.index("turbo") == second.index("turbo") and first.index("box") == second.index("box")
+    assert "\t" not in first
 
 
 @pytest.mark.parametrize(
