@@ -39,6 +39,8 @@ class Folder:
             folder = folder.parent
         if not folder.exists():
             raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
+        if not folder.is_dir():
+            raise K2Error(f"{folder} is not a project: it is a file.", hint=meant_by(folder))
         if not (folder / FILE).is_file():
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=meant_by(folder))
         return Folder(root=folder.absolute(), allow_outside=allow_outside)
@@ -154,11 +156,17 @@ def in_circle(path: Path) -> bool:
 
 
 def meant_by(folder: Path) -> str:
-    """A hint at what is meant by a folder where a project's belongs: a run, the folder of all, or a new project."""
+    """A hint at what is meant where a project's folder belongs: a picture, a run, the folder of all, a new project."""
     from k2cli.console import typed
-    from k2cli.outputs import NUMBER, number_of
+    from k2cli.outputs import NUMBER, number_of, picture_of
+    from model.picture_file import is_named_so
 
     full = Path(os.path.abspath(folder))
+    if full.is_file():
+        picture = picture_of(full)  # itself, or that beside a record
+        of_one = is_named_so(picture) and picture.is_file()
+        more = f" What one picture was made from: k2 show {typed(folder)}" if of_one else ""
+        return f"A project is a folder with a {FILE}.{more}"
     if NUMBER.match(full.name) and (full.parent.parent / FILE).is_file():
         return f"A run goes with --run, as k2 log and k2 gallery take it: --run {number_of(full)}"
     if full.name == "outputs" and (full.parent / FILE).is_file():

@@ -101,6 +101,18 @@ def test_no_project_is_advised_within_what_another_made(moody, k2, monkeypatch):
     assert f"the project itself: {moody}\n" in k2("log", "..", code=1).stderr
 
 
+def test_a_file_is_no_project_and_a_picture_has_commands_of_its_own(moody, k2):
+    picture = k2("render", "--only", "fox", "--batch", "1").stdout.strip()
+    for file in (picture, picture.replace(".png", ".toml")):
+        for command in ("log", "gallery"):
+            told = k2(command, file, code=1).stderr
+            assert f"{file} is not a project: it is a file." in told and "k2 new" not in told
+            assert f"A project is a folder with a k2.toml. What one picture was made from: k2 show {file}\n" in told
+        assert picture.rpartition("/")[2] in k2("show", file, "--json").stdout
+    (moody / "notes.txt").touch()
+    assert "A project is a folder with a k2.toml.\n" in k2("log", "notes.txt", code=1).stderr
+
+
 def test_a_project_may_have_the_longest_name(fake, tmp_path):
     Folder.create(tmp_path / ("m" * 255))
 
