@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked, tables_in
+from k2cli.tables import LIMIT, UNPRINTABLE, folded, leaves, masked, tables_in
 from model import picture_file
 from model.errors import USAGE, K2Error
 
@@ -132,16 +133,16 @@ class Chosen:
     since: datetime | None = None
 
     def __contains__(self, made: Made) -> bool:
-        asked = " ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")).casefold()
+        asked = folded(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
         return (
-            all(begins_in(word, asked) for word in self.prompt.casefold().split())
-            and all(style in made.styles for style in self.styles)
+            all(begins_in(word, asked) for word in folded(self.prompt).split())
+            and all(unicodedata.normalize("NFC", style) in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
 
     def run_folder(self, name: str) -> bool:
         if not self.run.isdecimal():
-            return self.run in name
+            return folded(self.run) in folded(name)
         number = NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
 

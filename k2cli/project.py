@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -27,6 +26,7 @@ from k2cli.tables import (
     Toml,
     check_keys,
     check_value,
+    folded,
     label_of,
     nearest,
     plain,
@@ -374,11 +374,6 @@ class Head:
     """[project]"""
 
     name: str = ""
-
-
-def folded(name: str) -> str:
-    """A prompt's name, or a pattern of such, as no two are alike."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def weigh(shot: Shot) -> int:

@@ -127,6 +127,11 @@ def is_mark(sign: str) -> bool:
     return unicodedata.category(sign) in ("Mn", "Mc")
 
 
+def folded(text: str) -> str:
+    """A text as it is compared with another: accents joined to their letters, and no capitals."""
+    return unicodedata.normalize("NFC", text).casefold()
+
+
 def as_name(text: str, besides: str = "") -> str:
     """A text as a part of a file name: letters with their marks, digits, _ and what is let in besides; else -."""
     signs: list[str] = []

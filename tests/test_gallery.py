@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -438,6 +439,8 @@ def folder(tmp_path_factory):
     other.write_text(other.read_text().replace("steps = 28", "steps = 4") + LED)
     other = other.with_name("lighthouse-60.toml")
     other.write_text(other.read_text().replace("a red lighthouse", ARABIC))
+    other = other.with_name("lighthouse-61.toml")
+    other.write_text(other.read_text().replace("a red lighthouse", unicodedata.normalize("NFD", "École, Straße")))
     odd = root / "outputs" / "0001-fox"
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
@@ -505,6 +508,8 @@ class TestInABrowser:
             ("lighth 60", [60]),
             ("100% (", []),
             ("seed", [*range(80)]),
+            ("école", [61]),  # whose accent stands apart
+            ("E\u0301COLE STRASSE", [61]),
         ],
     )
     def test_a_number_that_is_sought_is_a_whole_one(self, page, words, found):

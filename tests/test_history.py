@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import unicodedata
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def test_a_prompt_is_found_by_the_beginnings_of_its_words(word, found, tmp_path)
     many_pictures(tmp_path, 1, text="owls, 白雪, école, рыжий кот")
 
     assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize(("word", "found"), [("école", True), ("ÉCOLE", True), ("cole", False), ("strasse", True)])
+def test_accents_are_of_their_letters_however_they_are_written(word, found, form, tmp_path):
+    """Systems and keyboards write é in one sign or in two: prompts, runs and styles are found by either."""
+    text, word = (unicodedata.normalize(form, each) for each in ("une école, Straße", word))
+    other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], word)
+    many_pictures(tmp_path, 1, text=text)
+    (tmp_path / "0001-fox").rename(tmp_path / f"0001-{text}")
+
+    for each in (word, other):
+        assert len(list(history.read(tmp_path, Chosen(prompt=each)))) == found
+    assert len(list(history.read(tmp_path, Chosen(run=other)))) == (found or word == "cole")
+    made = Made(tmp_path / "x.png", {"style": [{"name": "école", "strength": 1.0}]})
+    assert made in Chosen(styles=[unicodedata.normalize(form, "école")])
 
 
 @pytest.mark.parametrize(
