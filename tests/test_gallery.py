@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import unicodedata
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -518,6 +519,20 @@ class TestInABrowser:
         page.wait_for_url("**search=**")
 
         assert page.evaluate("shown.map(picture => picture.index)") == found
+
+    def test_a_day_finds_what_was_made_on_it(self, page):
+        """By the clock of whoever made the page; no number is found in it."""
+        day = f"{datetime(2026, 1, 2, 0, 0, 10, tzinfo=UTC).astimezone():%Y-%m-%d}"
+
+        def found(words: str) -> list[int]:
+            page.evaluate("words => { $('search').value = words; filter(); }", words)
+            return page.evaluate("shown.map(picture => picture.index).sort((a, b) => a - b)")
+
+        assert found(day) == found(f"created {day}") == [*range(20, 40)]
+        assert found(f"seed 21 {day}") == [21] and found(f"seed 1 {day}") == []
+        assert found(day[:4]) == found(f"{day}x") == found("1999-01-02") == found(day[:-1]) == []
+        months = {f"{datetime(2026, 1, each, tzinfo=UTC).astimezone():%Y-%m}" for each in range(1, 5)}
+        assert sorted(index for month in months for index in found(month)) == [*range(80)]
 
     def test_what_a_run_compares_stands_below_its_pictures(self, page):
         under = " ".join(page.locator(".tile").all_inner_texts())
