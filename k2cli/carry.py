@@ -13,7 +13,7 @@ from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.hands import Crew
-from k2cli.models import auto_method, recommended
+from k2cli.models import recommended, way_of
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
@@ -25,7 +25,7 @@ from model.errors import K2Error, count_of
 from model.lora_file import check_kind
 from model.picture_file import is_sheet
 from model.spec import denoise_of
-from model.weighed import check_number
+from model.weighed import check_references
 
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
@@ -102,14 +102,9 @@ def check_licence_and_files(job: Job) -> None:
 
 
 def check_files(job: Job) -> None:
-    """Refuse, before weights are read, references that cannot be read or are more than a model takes at once, and what
-    is no LoRA. Raises K2Error."""
-    looks = dict.fromkeys(shot.spec.styles for shot in job.left)
-    referring = [styles for styles in looks if any(style.references for style in styles)]
-    auto = auto_method(job.model.name, job.model.variant) if referring else ""
-    for styles in referring:
-        check_number([replace(style, method=auto) if style.method == "auto" else style for style in styles])
-    for style in dict.fromkeys(style for styles in looks for style in styles if style.strength):
+    """Refuse, before weights are read, references that cannot be read, and what is no LoRA. Raises K2Error."""
+    check_ways(job)
+    for style in dict.fromkeys(style for shot in job.left for style in shot.spec.styles if style.strength):
         where = f'Style "{style.name}"'
         for each in style.references:
             if each.weight:
@@ -119,6 +114,19 @@ def check_files(job: Job) -> None:
                 check_kind(style.lora)
             except K2Error as error:
                 raise K2Error(f"{where}: {error}", hint=error.hint) from None
+
+
+def check_ways(job: Job) -> None:
+    """Refuse ways to read references that the model has no part for, more of them than it takes at once, and a splice
+    in one step. Raises K2Error."""
+    looks = {(shot.spec.styles, shot.spec.steps): None for shot in job.left}
+    referring = [look for look in looks if any(style.strength and style.references for style in look[0])]
+    if not referring:  # nor need the model's headers be read
+        return
+    name, variant = job.model.name, job.model.variant
+    way, own = way_of(name, variant), recommended(name, variant)["steps"]
+    for styles, steps in referring:
+        check_references([way(style) for style in styles if style.strength], own if steps is None else steps)
 
 
 def places(jobs: Sequence[Job]) -> Iterator[list[int]]:

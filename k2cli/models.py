@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import read_json
 from model.plan import OFFLOADS, PRECISIONS
+from model.spec import Style
+from model.weighed import with_way
 
 NATIVE, SCALES = 1024, 4  # of the open weights: their side in pixels, and the scales of their autoencoder
 
@@ -141,6 +144,15 @@ def reads_styles(name: str, variant: str | None = None) -> bool:
 def auto_method(name: str, variant: str | None = None) -> str:
     """How a model reads the reference pictures of a style whose method is `auto`."""
     return "tokens" if reads_styles(name, variant) else "splice"
+
+
+def way_of(name: str, variant: str | None = None) -> Callable[[Style], Style]:
+    """How a model reads the reference pictures of a style: the style with `auto` decided, as rendering decides it. It
+    raises K2Error for a method that the model has no part for. Weights are not read."""
+    found = library.find(name, variant)
+    assert found is not None, name
+    parts = library.find_parts(found)
+    return partial(with_way, model=found.name, reads=parts.style is not None, sees=library.sees(parts.text))
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import K2Error
-from model.headers import read_header, stored_in
+from model.headers import read_header, read_json, shards, stored_in
 from model.marks import SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
@@ -34,6 +34,7 @@ HEARD = (  # tensors whose last dimension is how wide the text's layers are, and
     ("txtmlp.0.scale", "txt_in.norm.weight"),
     ("txtfusion.projector.weight", "text_fusion.projector.weight"),
 )
+EYES = ("model.visual.", "visual.")  # before the names of a text encoder's vision tower, by who saved them
 RELEASE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of all that was trained from it
 KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
 
@@ -121,6 +122,22 @@ def helpers(name: str) -> tuple[Path, Path, Path | None]:
     """Text encoder, autoencoder and style encoder of a model in the box."""
     text, vae, style = (BOX / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
     return text, vae, style if style.is_file() else None
+
+
+def weights_of(text: Path) -> Path:
+    """Where the weights of a text encoder lie, which may be named by the pipeline's folder that it is in."""
+    return text / "text_encoder" if (text / "text_encoder").is_dir() else text
+
+
+def sees(text: Path) -> bool:
+    """Whether a text encoder's files hold a vision tower too, and its config says that it has a layer. Raises K2Error
+    where they cannot be read."""
+    folder = weights_of(text)
+    if not (folder / "config.json").is_file():
+        return False
+    stated = read_json(folder / "config.json").get("vision_config")
+    here = any(name.startswith(EYES) for file in shards(folder) for name in read_header(file))
+    return here and isinstance(stated, dict) and bool(stated.get("depth"))
 
 
 def listens(dit: Path, text: Path) -> bool:

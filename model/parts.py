@@ -14,10 +14,10 @@ from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.headers import AGAIN
 from model.layouts import dit_config, is_packed, native_names, stored_precision
-from model.library import Parts
+from model.library import Parts, weights_of
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
-from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, tokenizer_file, weights_of
+from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, tokenizer_file
 from model.vae import QwenImageVAE, VAEConfig
 
 Autoencoder = QwenImageVAE | FluxVAE

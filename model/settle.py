@@ -28,7 +28,7 @@ from model.spec import (
     steps_taken,
 )
 from model.splice import LEAK_GUARD
-from model.weighed import Weighed, check_number, weigh
+from model.weighed import Weighed, check_references, weigh, with_way
 
 MOST_STEPS = 1000
 MOST_STRENGTH = 2  # of a style, and of a reference within it
@@ -157,13 +157,7 @@ def with_method(style: Style, able: Able) -> Style:
         )
     if style.method not in METHODS:
         raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
-    if style.method == "tokens" and style.references and not able.reads:
-        raise K2Error(f"{able.name} has no style encoder.", hint=f'Give "{style.name}" the method "splice".')
-    if style.method == "vision" and style.references and not able.sees:
-        raise K2Error(
-            f"{able.name} has a text encoder that cannot see.", hint=f'Give "{style.name}" the method "splice".'
-        )
-    return replace(style, method="tokens" if able.reads else "splice") if style.method == "auto" else style
+    return with_way(style, able.name, reads=able.reads, sees=able.sees)
 
 
 def settle_styles(spec: Settled) -> Settled:
@@ -176,9 +170,7 @@ def settle_styles(spec: Settled) -> Settled:
     if spec.vision_tiles not in (None, *TILES):
         raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
     tokens, spliced, shown = (weighed(spec, method) for method in ("tokens", "splice", "vision"))
-    if spliced and spec.steps == 1:
-        raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
-    check_number(spec.styles)
+    check_references(spec.styles, spec.steps)
     return replace(
         spec,
         style_guidance=spec.style_guidance if tokens or spliced or shown else None,

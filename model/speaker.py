@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, open_checkpoint
+from model.library import weights_of
 from model.parts import DTYPES, pick_device
 from model.plan import SPARE, default_dtype, free_memory
 from model.references import fitting, to_pixels
-from model.text_encoder import Seen, TextConfig, TextTower, read_tower, weights_of
+from model.text_encoder import Seen, TextConfig, TextTower, read_tower
 from model.vision import Marks, VisionTower, find_tower, interleave, load_tower, marks_of
 
 ASKS, ANSWERS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.errors import K2Error, count_of
 from model.headers import read_json, some
+from model.library import weights_of
 from model.marks import is_auxiliary
 from model.stream import stream
 
@@ -332,11 +333,6 @@ def read_tower(
         return tower, Tokenizer.from_file(str(file))
     except Exception as error:  # all that the library raises, whatever is wrong
         raise K2Error(f"{file} is no tokenizer: {error}.", hint="Download it again.") from None
-
-
-def weights_of(path: Path) -> Path:
-    """Where the weights of a text encoder lie, which may be named by the pipeline's folder that it is in."""
-    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
 
 
 def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:

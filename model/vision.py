@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.errors import K2Error, brief
 from model.headers import AGAIN
+from model.library import EYES, sees, weights_of
 from model.references import fitting, to_pixels
-from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, rotate, weights_of
+from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, rotate
 
-PREFIXES = ("model.visual.", "visual.")  # before the tower's names, by who saved them
 PIXELS = 512 * 512  # that a reference is read at
 SEED = 0x71135  # of the shuffling: a reference is always shuffled alike
 FAINT = 0.1  # of the heaviest picture's weight, below which a picture's rows are thinned out, down to none at 0
@@ -201,19 +201,14 @@ class VisionTower(nn.Module):
 
 def find_tower(path: Path) -> Checkpoint | None:
     """The files that hold a text encoder's vision tower too; none where there is none, or one without a layer."""
-    folder = weights_of(path)
-    if not folder.is_dir():
-        return None
-    checkpoint = open_checkpoint(folder)
-    stated, here = checkpoint.config.get("vision_config"), any(name.startswith(PREFIXES) for name in checkpoint.tensors)
-    return checkpoint if here and isinstance(stated, dict) and stated.get("depth") else None
+    return open_checkpoint(weights_of(path)) if sees(path) else None
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
     """A vision tower with its weights. Raises K2Error where names or shapes are not the tower's."""
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
-    prefix = next(p for p in PREFIXES if any(name.startswith(p) for name in checkpoint.tensors))
+    prefix = next(p for p in EYES if any(name.startswith(p) for name in checkpoint.tensors))
     names = {name: stored for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
     refuse_unreadable(replace(checkpoint, tensors=names))
     state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.read(names, device=device, dtype=dtype)}

@@ -1,9 +1,11 @@
-"""What the styles of a picture come to for each of their reference pictures, and how many of these it may have."""
+"""How the reference pictures of styles are read: in which way, with what weight each, and how many a picture may have.
+Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,19 @@ class Weighed(NamedTuple):
     sha256: str
     image: Path
     weight: float
+
+
+def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
+    """The style with `auto` decided. Raises K2Error for a method that the model has no part for.
+
+    reads, sees  whether the model has a style encoder, and its text encoder a vision tower
+    """
+    instead = f'Give "{style.name}" the method "splice".'
+    if style.method == "tokens" and style.references and not reads:
+        raise K2Error(f"{model} has no style encoder.", hint=instead)
+    if style.method == "vision" and style.references and not sees:
+        raise K2Error(f"{model} has a text encoder that cannot see.", hint=instead)
+    return replace(style, method="tokens" if reads else "splice") if style.method == "auto" else style
 
 
 def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weighed, ...]:
@@ -42,10 +57,12 @@ def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weigh
     return tuple(Weighed(key, images[key], weight) for key, weight in sums if weight)
 
 
-def check_number(styles: Sequence[Style]) -> None:
-    """Refuse styles of more reference pictures than a way takes at once. Raises K2Error."""
+def check_references(styles: Sequence[Style], steps: int) -> None:
+    """Refuse styles of more reference pictures than a way takes at once, or in fewer steps. Raises K2Error."""
     for method, what in (("splice", "spliced"), ("vision", "read by vision")):
         found = weigh((style for style in styles if style.method == method), sha256)
+        if found and method == "splice" and steps == 1:
+            raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
         if len(found) > MOST_AT_ONCE[method]:
             raise K2Error(
                 f"{len(found)} reference pictures are {what}, and {MOST_AT_ONCE[method]} is the most.",

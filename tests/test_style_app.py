@@ -687,3 +687,20 @@ def test_an_interrupted_preview_is_finished_with_its_captions(looks, fake, k2):
     assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) == 2
     record = table(looks / "outputs" / "0001-mix-dusk-riso" / "fox-04-7.toml")
     assert record["prompt"]["caption"] == "mix"
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_way_that_the_model_or_the_steps_do_not_allow_is_told_without_weights(moody, photos, k2, fake, dry):
+    """As rendering would refuse it, but for what has no part in the picture."""
+    for method in ("splice", "tokens", "vision"):
+        k2("style", "add", method, photos / "a.png", "--method", method)
+
+    def said(*words: str, code: int = 1) -> str:
+        return k2("render", *words, *dry, code=code).stderr
+
+    assert "A spliced style needs two steps: the first is pure noise." in said("--style", "splice=1", "--steps", "1")
+    assert "mini has no style encoder." in said("--style", "tokens=0.5")
+    assert 'mini has a text encoder that cannot see.\nHint:  Give "vision" the method' in said("--style", "vision=0.5")
+    assert not fake.loaded
+    said("--style", "splice=1", "--steps", "2", code=0)
+    said("--style", "vision=0", "--style", "tokens=0", "--style", "splice=0", "--steps", "1", code=0)
