@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 
 from k2cli import embedded, history, records
 from k2cli.commands import as_problem
-from k2cli.console import near, result, say, show_error
+from k2cli.console import near, result, say, show_error, typed
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
 from k2cli.folder import Folder
@@ -22,7 +22,7 @@ from k2cli.hands import OnStep, groups_of, load
 from k2cli.options import to_json
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
-from k2cli.tables import LIMIT
+from k2cli.tables import LIMIT, Toml
 from model import picture_file
 from model.errors import K2Error
 from model.spec import Picture, RenderSpec
@@ -46,6 +46,7 @@ class Again:
     levels_off: int | None  # of 255 at most, from what was recorded; None where that is not known
     fate: str  # of the recorded picture since: "changed", one of LOST, or ""
     checked: bool  # that picture is what was asked about; else what it was made from
+    other: Path | None = None  # the record beside it, where that asks for another picture than the one within
 
     @property
     def identical(self) -> bool:
@@ -122,7 +123,8 @@ def repeat(
     where it was. Raises K2Error.
     """
     inside = home.inside if home else None
-    record = records.parse(records.read(file), inside)
+    toml = records.read(file)
+    record, other = records.parse(toml, inside), other_beside(file, toml)
     if "seed" not in record.table["settings"]:
         raise K2Error(f"The record of {file} has no seed.", hint="Without it the picture cannot be made again.")
     model = records.locate(record, inside)
@@ -137,7 +139,7 @@ def repeat(
         raise K2Error(f'The output filter "{blocked["filter"]}" blocked the picture: {blocked["reason"]}.')
     compared = compare(picture_of(file), record, picture.image, again)
     if check:
-        return Again(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True)
+        return Again(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True, other=other)
     encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
     if output is not None:
         path = output
@@ -149,7 +151,14 @@ def repeat(
         assert home is not None
         run = shelf.room(home, record.shot.name, record.shot.stem)
         path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
-    return Again(Saved(path, again, record.shot.stem), *compared, checked=False)
+    return Again(Saved(path, again, record.shot.stem), *compared, checked=False, other=other)
+
+
+def other_beside(file: Path, read: Toml) -> Path | None:
+    """The record beside a picture where it says otherwise than the one that was read of it; none where it is that."""
+    beside = file.with_suffix(".toml")
+    table = None if beside == file else history.load(beside)
+    return beside if table is not None and table != read.table else None
 
 
 def check_output(output: Path) -> None:
@@ -230,6 +239,9 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
         result(near(path))
     if quiet and again.identical:
         return
+    if again.other:
+        followed = f"{near(again.other)} says otherwise than the picture's own record, which was followed."
+        say(f"{followed} To follow it instead: k2 rerun {typed(again.other)}", "yellow")
     if off != 0 or (again.identical and not several):
         say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
     if unreadable or (gone and again.checked):

@@ -367,6 +367,23 @@ class TestRerun:
         differs = json.loads(k2("rerun", record, "--check", "--json", code=1).stdout)
         assert (differs["levels_off"], differs["changed"]) == (None, False)
 
+    @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpg")])
+    def test_a_record_that_says_otherwise_than_its_picture_is_told(self, moody, k2, fake, kind, suffix):
+        """The picture's own is followed; which is the truth nobody else can say."""
+        k2("render", "--only", "fox", "--format", kind)
+        file = Path(f"outputs/0001-fox/fox-7.{suffix}")
+        record = file.with_suffix(".toml")
+        assert "says otherwise" not in k2("rerun", file).stderr
+        record.write_text("# seen\n" + record.read_text())
+        assert "says otherwise" not in k2("rerun", file).stderr
+
+        record.write_text(record.read_text().replace("seed = 7", "seed = 8"))
+        told = k2("rerun", file).stderr
+        assert f"{record} says otherwise" in told and f"instead: k2 rerun {record}\n" in told
+        assert f"{record} says otherwise" in k2("rerun", file, "--check").stderr
+        assert "Identical, pixel for pixel." in told and fake.seen[-1].seed == 7
+        assert "says otherwise" not in k2("rerun", record, code=1).stderr and fake.seen[-1].seed == 8
+
     def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
         """Moved out of the project, without its record: the project is named, the picture says the rest."""
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
