@@ -60,7 +60,7 @@ class Example:
         found |= {"mask": spec.mask and str(spec.mask)}
         if not spec.guidance:
             found["guidance_until"] = None
-        void = set(said)
+        void = set(said) | (set() if "size" in found else {"mu"})  # the project says the size then
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)
         if void & {"size", "aspect", "resolution"}:

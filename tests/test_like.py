@@ -283,3 +283,4 @@ def test_where_a_record_lacks_a_side_the_project_says_the_size(dusky, k2):
 
     (other,) = plan(k2, "--like", record, "--batch", "1")
     assert (other["settings"]["width"], other["settings"]["height"]) == (96, 96)
+    assert other["settings"]["mu"] is None  # the size's own, too
