@@ -17,7 +17,7 @@ from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import read_json
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import Style
+from model.spec import Style, raw_mu
 from model.weighed import with_way
 
 NATIVE, SCALES = 1024, 4  # of the open weights: their side in pixels, and the scales of their autoencoder
@@ -166,6 +166,12 @@ def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     side = grid(name, variant).native
     taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
     return taken if best["mu"] == "auto" else taken | {"mu": float(best["mu"])}
+
+
+def own_mu(name: str, variant: str | None, width: int, height: int) -> float:
+    """The mu that a model takes for pictures of this size where none is said. Its weights are not read."""
+    said = recommended(name, variant).get("mu")
+    return raw_mu(width * height // grid(name, variant).step ** 2) if said is None else said
 
 
 def inventory() -> list[dict[str, Any]]:

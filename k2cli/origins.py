@@ -69,6 +69,7 @@ class Origin:
     creativity: str = "raw"  # of k2's
     guidance_until: float | None = None  # of k2's, where guidance ended before the last step
     sampler: str | None = None  # of k2's, where it was not Euler's
+    mu: float | None = None  # of k2's
 
 
 def read(path: Path) -> Origin:
@@ -182,6 +183,7 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
             guidance=decimal(made.get("guidance")),
             guidance_until=None if (until := decimal(made.get("guidance_until"))) == 1 else until,
             sampler=None if (sampler := plain(made.get("sampler"))) in ("", "euler") else sampler,
+            mu=decimal(made.get("mu")),
             model=plain(used.get("name")),
             turbo=used.get("variant") == "turbo",
             creativity=level if level in LEVELS else "raw",

@@ -80,7 +80,19 @@ def settings_of(origin: Origin) -> dict[str, Any]:
     """What a picture says of [render], but for its model and shape."""
     numbers = ("steps", "guidance", "guidance_until", "sampler")
     made = {key: value for key in numbers if (value := getattr(origin, key)) is not None}
+    made |= {"mu": origin.mu} if is_chosen(origin) else {}
     return made | ({} if origin.creativity == "raw" else {"creativity": origin.creativity})
+
+
+def is_chosen(origin: Origin) -> bool:
+    """Whether a picture's mu is another than its model takes for its size by itself."""
+    model, variant = model_of(origin), "turbo" if origin.turbo else "raw"
+    if origin.mu is None or model != origin.model or not (origin.width and origin.height):
+        return False
+    with suppress(K2Error):
+        here = library.find(model, variant) is not None
+        return here and not math.isclose(origin.mu, models.own_mu(model, variant, origin.width, origin.height))
+    return False
 
 
 def taken_over(origin: Origin) -> dict[str, Any]:

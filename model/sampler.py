@@ -14,11 +14,6 @@ StepVelocity = Callable[[Tensor, int], Tensor]  # (tokens [B, L, C·p·p], index
 TURBO_MU = 1.15
 
 
-def raw_mu(image_tokens: int) -> float:
-    """Log of Raw's time shift: linear in the number of image tokens, 0.5 at 256 and 1.15 at 6400, not clamped."""
-    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (6400 - 256)
-
-
 def shifted_sigmas(steps: int, mu: float) -> list[float]:
     """`steps + 1` noise levels from 1 to 0, spaced evenly and then shifted towards noise by exp(mu)."""
     if steps < 1:

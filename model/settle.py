@@ -13,7 +13,6 @@ from model.errors import K2Error
 from model.hashes import sha256
 from model.kinds import check_kinds
 from model.region import LIKE, Region
-from model.sampler import raw_mu
 from model.spec import (
     LEAK_GUARDS,
     METHODS,
@@ -24,6 +23,7 @@ from model.spec import (
     RenderSpec,
     Style,
     denoise_of,
+    raw_mu,
     steps_guided,
     steps_taken,
 )

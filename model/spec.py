@@ -37,6 +37,11 @@ def steps_guided(until: float, taken: int) -> int:
     return math.ceil(round(until * taken, 6))
 
 
+def raw_mu(image_tokens: int) -> float:
+    """Log of Raw's time shift: linear in the number of image tokens, 0.5 at 256 and 1.15 at 6400, not clamped."""
+    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (6400 - 256)
+
+
 @dataclass(frozen=True)
 class Reference:
     """One reference picture of a style; weight −2 … 2 within its style."""

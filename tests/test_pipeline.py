@@ -34,9 +34,9 @@ from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
-from model.sampler import adams_bashforth, guided, raw_mu, shifted_sigmas
+from model.sampler import adams_bashforth, guided, shifted_sigmas
 from model.settle import branches, unwanted, weighed, wordings
-from model.spec import SIDES, Picture, Reference, RenderSpec, Style, tied
+from model.spec import SIDES, Picture, Reference, RenderSpec, Style, raw_mu, tied
 from model.text_encoder import PROMPT_TOKENS
 from model.train.rollout import conditioned
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from model.sampler import adams_bashforth, euler, guided, raw_mu, shifted_sigmas, style_guided
+from model.sampler import adams_bashforth, euler, guided, shifted_sigmas, style_guided
+from model.spec import raw_mu
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.15])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from test_origins import GRAPH, PARAMETERS, png
 
 from k2cli import origins, taken
+from k2cli.models import own_mu
 from k2cli.project import Project
 from model import library
 
@@ -201,8 +203,33 @@ def test_what_a_style_avoids_stays_behind_with_it(moody, k2, tmp_path):
     assert Project.open(tmp_path / "again").prompts[0].avoid == "snow, glossy, text"
 
 
+def with_mu(moody, mu: float) -> None:
+    toml = (moody / "k2.toml").read_text()
+    (moody / "k2.toml").write_text(re.sub(r"seed = 7\n(mu = .*\n)?", f"seed = 7\nmu = {mu!r}\n", toml))
+
+
+@pytest.mark.parametrize("turbo", [False, True])
+def test_a_mu_is_taken_over_where_it_was_chosen(moody, k2, tmp_path, turbo):
+    """One that the model takes for the size by itself would be wrong for another size."""
+    write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
+    variant, own = (("--turbo",), "turbo") if turbo else ((), "raw")
+    size = ("--size", "64x96")
+    with_mu(moody, own_mu("mini", own, 64, 96))
+    plain = k2("render", "-p", "a fox", *size, *variant).stdout.strip()
+    with_mu(moody, 0.875)
+    chosen = k2("render", "-p", "an owl", *size, *variant).stdout.strip()
+
+    assert "stayed" not in k2("new", tmp_path / "plain", "--from", plain).stderr
+    k2("new", tmp_path / "chosen", "--from", chosen)
+    mixed = k2("new", tmp_path / "mixed", "--from", plain, chosen).stderr
+
+    opened = [Project.open(tmp_path / name).settings.mu for name in ("plain", "chosen", "mixed")]
+    assert opened == [None, 0.875, None] and "mu 0.875 stayed behind" in mixed
+
+
 @pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
 def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
+    with_mu(moody, own_mu("mini", "raw", 64, 64))
     k2("render", "-p", "a fox")
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:

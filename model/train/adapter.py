@@ -34,8 +34,8 @@ from model.layouts import diffusers_names, load_dit
 from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
 from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, known_precisions, plan_on
-from model.sampler import raw_mu
 from model.second_path import LowRank
+from model.spec import raw_mu
 from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.dit import Krea2
 from model.latents import patchify, unpatchify
-from model.sampler import euler, guided, raw_mu, shifted_sigmas
+from model.sampler import euler, guided, shifted_sigmas
+from model.spec import raw_mu
 from model.train.data import stable_seed
 from model.train.looks import Look
 from model.train.training_set import TrainingSet
