@@ -82,7 +82,8 @@ def add(
     """Make a style of pictures, of a LoRA, or of both.
 
     Copies pictures into refs/NAME and a LoRA into loras, and writes styles/NAME.toml. It never writes outside the
-    project. With --force the style file is written anew; what lies in refs/NAME and loras stays there.
+    project. Where no --trigger is given, a LoRA's own are taken, if its file states any. With --force the style file
+    is written anew; what lies in refs/NAME and loras stays there.
 
     \b
     Examples:
@@ -116,6 +117,8 @@ def add(
     if not quiet:
         for note in filter(None, (sheets, added.over)):
             say(note, "yellow")
+        if added.stated:
+            say(f"The LoRA says what it answers to, which joins the prompt: {', '.join(added.stated)}", "dim")
         pictures = count_of(len(added.pictures), "picture") if added.pictures else ""
         holds = " and ".join(filter(None, [pictures, "1 LoRA" if added.lora else ""]))
         say(f"{holds}. Next: k2 render --style {name}=0.6", "dim")

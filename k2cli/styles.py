@@ -37,7 +37,7 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.hashes import identity, settings_beside, sha256
 from model.headers import read_header
-from model.lora_file import check_kind
+from model.lora_file import check_kind, stated_triggers
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style
 from model.weighed import MOST_AT_ONCE
@@ -293,6 +293,7 @@ class Added:
     pictures: Sequence[Path]  # in the project, as the next
     lora: Path | None
     over: str  # what was passed over, in a sentence
+    stated: Sequence[str] = ()  # triggers that the LoRA itself states, and that were taken over
 
 
 def add_style(
@@ -322,8 +323,9 @@ def add_style(
     if method and not images:
         raise K2Error("No picture was named that --method could be of.", hint="Leave it out, or name pictures.")
     lora = place_for(loras[0], name, styles) if loras else None
+    stated = [] if triggers or not loras else [masked(" ".join(each.split())) for each in stated_triggers(loras[0])]
     if lora:
-        said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger")}
+        said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger") or stated}
     pictures, patterns, over = add_pictures(styles, name, images, method) if images else ([], [], "")
     if lora and not lora.exists():
         make(lora.parent)
@@ -333,7 +335,7 @@ def add_style(
     make(file.parent)
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
     put(file, b"\n".join(blocks), name, force=force)
-    return Added(file, pictures, lora, over)
+    return Added(file, pictures, lora, over, stated)
 
 
 def place_for(file: Path, name: str, styles: Styles) -> Path:

@@ -54,6 +54,15 @@ def check_kind(path: Path) -> None:
     peft_settings(path)
 
 
+def stated_triggers(path: Path) -> list[str]:
+    """The words that an adapter was trained to answer to, where its metadata states them, by ModelSpec or as k2 trains
+    them; how often tags stood in its captions (kohya) is no such statement. It is somebody's text."""
+    about = read_header(path).get("__metadata__", {})
+    own = json.loads(about.get("k2", "{}")).get("triggers")
+    stated = [*(own if isinstance(own, list) else ()), about.get("modelspec.trigger_phrase")]
+    return list(dict.fromkeys(each for each in stated if isinstance(each, str) and each.strip()))
+
+
 def refuse_others(path: Path, names: Iterable[str]) -> None:
     """Raises K2Error for adapters of another kind, and for files that hold none."""
     for pattern, what in OTHER_KINDS.items():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PROJECT, tree, write_weights
@@ -255,9 +256,10 @@ def test_add_with_json(moody, photos, k2):
     assert found == {"name": "dusk", "file": "styles/dusk.toml", "references": ["refs/dusk/a.png"], "lora": None}
 
 
-def write_lora(path: Path, layer: str = "blocks.0.attn.wq") -> Path:
+def write_lora(path: Path, layer: str = "blocks.0.attn.wq", about: dict[str, str] | None = None) -> Path:
     """The smallest file of one by its names, which is all that is looked at before it is rendered."""
-    halves = {
+    halves: dict[str, Any] = {"__metadata__": about} if about else {}
+    halves |= {
         f"{layer}.lora_{half}.weight": {"dtype": "F32", "shape": [1, 1], "data_offsets": [4 * place, 4 * place + 4]}
         for place, half in enumerate("AB")
     }
@@ -291,6 +293,30 @@ def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2
     write_lora(photos / "other" / "Ink v2.safetensors", "blocks.1.attn.wq")
     k2("style", "add", "second", photos / "other" / "Ink v2.safetensors")
     assert table(moody / "styles" / "second.toml")["lora"] == "loras/Ink-v2-2.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("about", "triggers"),
+    [
+        ({"modelspec.trigger_phrase": "ink wash,\nohwx"}, ["ink wash, ohwx"]),
+        ({"k2": '{"triggers": ["in the ink style"]}'}, ["in the ink style"]),
+        ({"ss_tag_frequency": '{"8_ink": {"fox": 9}}'}, []),
+        ({"modelspec.trigger_phrase": " "}, []),
+        ({"k2": '{"triggers": [7, ["a"]]}', "modelspec.trigger_phrase": "a\x1b[31m"}, ["a?[31m"]),
+    ],
+)
+def test_what_a_lora_says_that_it_answers_to_joins_the_prompt(moody, photos, k2, about, triggers):
+    """And is told; what was typed goes before."""
+    lora = write_lora(photos / "ink.safetensors", about=about)
+
+    told = k2("style", "add", "ink", lora).stderr
+    k2("style", "add", "own", lora, "--trigger", "mine")
+
+    assert table(moody / "styles" / "ink.toml")["triggers"] == triggers
+    assert table(moody / "styles" / "own.toml")["triggers"] == ["mine"]
+    assert ("answers to" in told) == bool(triggers) and all(each in told for each in triggers)
+    if triggers:
+        assert spec_of(moody, ink=0.6).prompt == f"a red fox, {triggers[0]}"
 
 
 def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
