@@ -12,7 +12,7 @@ from k2cli.console import meter, near, result, results, say
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
-from k2cli.hands import Crew
+from k2cli.hands import Crew, check_devices
 from k2cli.models import recommended, way_of
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
@@ -81,6 +81,8 @@ def carry_out(
     """
     forget()
     for_all(jobs, check_licence_and_files)
+    if crew is None:  # whose devices are others
+        check_devices(job.model for job in jobs if job.left)
     folders: list[Path] = []
     turns = Turns([replace(job, embed=job.embed and embed) for job in jobs], quiet=quiet)
     with turns.ending():

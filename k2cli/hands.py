@@ -17,7 +17,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -63,6 +63,16 @@ def load(held: Held) -> Pipeline:
         precision=held.precision,
         offload=held.offload,
     )
+
+
+def check_devices(held: Iterable[Held]) -> None:
+    """Refuse, before runs are begun, devices that this process would look for in vain. Raises K2Error."""
+    named = {each.device for each in held} - {None, "cpu"}
+    if named:  # else torch may come later
+        with undisturbed():
+            from model.parts import pick_device
+        for device in sorted(filter(None, named)):
+            pick_device(device)
 
 
 class Hand:

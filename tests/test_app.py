@@ -459,7 +459,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
         (["--size", "4096x2048"], "--size: 4096x2048 is more than 4,194,304 pixels.", "Choose a smaller size."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
-        (["--device", "cuda:7"], 'There is no device "cuda:7".', "Here is: cpu."),
+        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Here: "),
         (["--turbo"], "The box holds no turbo checkpoint of mini.", "Take --raw."),
         (["--model", "minni"], '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
         (["--model", ""], '--model: There is no model "" here.', "Known: mini"),

@@ -36,6 +36,20 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: Any) -> Path:
     return folder
 
 
+def test_a_device_that_is_not_here_is_told_once_and_before(three, k2, fake):
+    """Also where one project alone names it: what is known to be wrong keeps all from being rendered."""
+    before = tree(three)
+
+    told = k2("render", *NAMES, "--device", "cuda:99", code=1).stderr
+    assert told.count('There is no device "cuda:99".') == 1 and len(told.splitlines()) == 2
+
+    (three / "two" / "k2.toml").write_text(PLAIN.replace("seed = 7", 'seed = 7\ndevice = "cuda:99"'))
+    told = k2("render", *NAMES, code=1).stderr
+    assert 'There is no device "cuda:99".' in told and not fake.loaded
+    (three / "two" / "k2.toml").write_text(PLAIN)
+    assert tree(three) == before
+
+
 def stop_at(fake: Any, turn: int, act: Callable[[], object]) -> None:
     """Do something before the picture of this number, of all that are made from now on."""
     made: list[int] = []
