@@ -135,9 +135,8 @@ def contact_sheet(
         for column, strip in enumerate(row):
             indent = (across - min(len(strip), across)) * (cell_width + GAP) // 2 if centred else 0
             left = MARGIN + column * (strip_width + BETWEEN) + indent
-            text, face = typeset(strip[0].label, LABEL)
-            for number, line in enumerate(wrap(text, face, strip_width - indent, lines)):
-                draw.text((left, top + number * (LABEL + 5)), line, INK, face)
+            own = min(len(strip), across) * (cell_width + GAP) - GAP
+            write_label(draw, (left, top), strip[0].label, own, strip_width - indent, lines)
             for place, entry in enumerate(strip):
                 x = left + place % across * (cell_width + GAP)
                 y = top + label_height + place // across * (picture_height + GAP)
@@ -158,7 +157,26 @@ def show(sheet: Image.Image, at: tuple[int, int], entry: Entry, size: tuple[int,
 def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, ink: str, width: int) -> None:
     """A line of text, cut where it is wider than there is room."""
     text, face = typeset(said, size)
-    draw.text(at, fit(text, face, width), ink, face)
+    line = fit(text, face, width)
+    draw.text((start(line, face, at[0], width, text), at[1]), line, ink, face)
+
+
+def write_label(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, own: int, width: int, lines: int) -> None:
+    """What a strip is of, at the foot of the lines that it may take: over its own pictures, or longer, over the width
+    that the longest strip has."""
+    text, face = typeset(said, LABEL)
+    found = wrap(text, face, width, lines)
+    room = max(own, *(face.getlength(line) for line in found))
+    for number, line in enumerate(found):
+        draw.text((start(line, face, at[0], room, text), at[1] + number * (LABEL + 5)), line, INK, face)
+
+
+def start(line: str, face: Font, left: float, width: float, text: str) -> float:
+    """Where a line of a text begins in its room, from the left: at its end where the text is read from the right, which
+    the first letter that has a direction says (Unicode's bidirectional algorithm, P2)."""
+    ways = (unicodedata.bidirectional(sign) for sign in text)
+    strong = next((way for way in ways if way in ("L", "R", "AL")), "L")
+    return left if strong == "L" else left + width - face.getlength(line)
 
 
 def scale_to_cell(side: int) -> float:

@@ -117,6 +117,27 @@ def test_text_never_runs_over(tmp_path):
     assert wrap("short", face, 150, 2) == ["", "short"]
 
 
+@pytest.mark.parametrize(("said", "right"), [("שועל", True), ("3 ثعلب", True), ("fox שועל", False), ("3", False)])
+def test_what_is_read_from_the_right_begins_there(tmp_path, monkeypatch, said, right):
+    """Over and below its own picture, though another strip has more of them; the title on the whole page."""
+    places = []
+
+    def note(draw, at, text, ink, face):
+        if text == said:
+            places.append((at[0], at[0] + face.getlength(text)))
+
+    monkeypatch.setattr(sheet, "typeset", lambda text, size: (text, font(size)))
+    monkeypatch.setattr(sheet.ImageDraw.ImageDraw, "text", note)
+    made = entries(tmp_path, 2, 3)[:4]
+    made[3] = replace(made[3], label=said, caption=said)
+
+    page = contact_sheet(made, said, "", columns=1)
+
+    ends = [page.width - sheet.MARGIN, sheet.MARGIN + 320, sheet.MARGIN + 320]
+    for (left, end), room in zip(places, ends, strict=True):
+        assert end == pytest.approx(room) if right else left == sheet.MARGIN
+
+
 def test_a_long_label_of_a_centred_strip_ends_within_the_sheet(tmp_path):
     first, *more = (replace(entry, label="a teapot " * 20) for entry in entries(tmp_path, 1, 4))
     page = contact_sheet([first, *(replace(each, prompt="wider") for each in more)], "", "", columns=1, centred=True)
