@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from model.headers import some
 from model.layouts import diffusers_names
 from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
 from model.second_path import Hadamard, Kronecker, LowRank, SecondPath, Update, gain_of
+from model.stream import at_hand
 
 PREFIXES = (
     "base_model.model.",  # PEFT
@@ -265,10 +266,14 @@ def part_fused(
             heights.add(math.prod(map(len, factors)))
         if heights != {sum(sizes)}:
             raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=ON_RAW)
-        for each, size, layer in zip(three, sizes, layers, strict=True):
-            beside = parts.get(each, {})
-            if trained(beside) or ("magnitude" in beside and not is_own_norm(path, each, beside, layer)):
-                raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
+        beside = {each: parts[each] for each in three if each in parts}
+        measured = any("magnitude" in part for part in beside.values())  # which few are, and a block is read for it
+        with at_hand(network, str(names[0])) if measured else nullcontext():
+            for each, layer in zip(three, layers, strict=True):
+                part = beside.get(each, {})
+                if trained(part) or ("magnitude" in part and not is_own_norm(path, each, part, layer)):
+                    raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
+        for each, size in zip(three, sizes, strict=True):
             rows, start = slice(start, start + size), start + size
             parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}
             found[each] = module, rows
@@ -286,13 +291,11 @@ def trained(part: Mapping[str, Tensor]) -> bool:
 
 
 def is_own_norm(path: Path, module: str, part: Mapping[str, Tensor], layer: nn.Module) -> bool:
-    """Whether a magnitude is about its layer's own norm, as it begins, and stays where nothing trains it. It is taken
-    to be so where the layer is streamed: there are no numbers to compare it with. Raises K2Error for its shape."""
+    """Whether a magnitude is about its layer's own norm, as it begins, and stays where nothing trains it. Raises
+    K2Error for its shape."""
     assert isinstance(layer, nn.Linear)
     out, inward = layer.out_features, layer.in_features
     lengths = magnitude_of(path, module, part, (out, inward), stated=False)
-    if layer.weight.is_meta:
-        return True
     gain = gain_of(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
     return float((gain - 1).square().mean().sqrt()) < ABOUT
 

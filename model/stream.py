@@ -6,8 +6,9 @@ have held, so its answers are the same bit for bit, where neither is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,16 @@ def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, k
     def read_block(index: int) -> dict[str, Tensor]:
         return {names[index][name]: tensor for name, tensor in read(names[index]).items()}
 
-    BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
+    streamed = BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
+    fill = {f"{stem}.{index}.": partial(streamed.at_hand, index) for index in range(len(names))}
+    network.__dict__["at_hand"] = fill  # no part of its state
+
+
+def at_hand(network: nn.Module, name: str) -> AbstractContextManager[None]:
+    """A context in which the block of a network that a layer of this name is in has its weights, though it may be
+    streamed."""
+    streamed: dict[str, Callable[[], AbstractContextManager[None]]] = network.__dict__.get("at_hand", {})
+    return next((fill for block, fill in streamed.items() if name.startswith(block)), nullcontext)()
 
 
 class BlockStream:
@@ -60,7 +70,20 @@ class BlockStream:
 
     def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
         coming, self.coming = self.coming, None  # taken: a reading that failed is not asked again, but made again
-        state, arrived = coming[1].result() if coming and coming[0] == index else self._fetch(index)
+        self._put(block, *(coming[1].result() if coming and coming[0] == index else self._fetch(index)))
+        after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
+        self.coming = after, self.reader.submit(self._fetch, after)
+
+    @contextmanager
+    def at_hand(self, index: int) -> Iterator[None]:
+        """A block has its weights out of its turn."""
+        self._put(self.blocks[index], *self.reader.submit(self._fetch, index).result())
+        try:
+            yield
+        finally:
+            self._empty(index, self.blocks[index], None, None)
+
+    def _put(self, block: nn.Module, state: dict[str, Tensor], arrived: Any) -> None:
         if arrived is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_event(arrived)
@@ -69,8 +92,6 @@ class BlockStream:
         else:  # by this thread: two that talk to Metal at once end the process
             state = {name: tensor.to(self.device) for name, tensor in state.items()}
         block.load_state_dict(state, strict=True, assign=True)
-        after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
-        self.coming = after, self.reader.submit(self._fetch, after)
 
     def _empty(self, index: int, block: nn.Module, inputs: Any, answer: Any) -> None:
         block.load_state_dict(self.hollow[index], strict=True, assign=True)

@@ -212,8 +212,32 @@ def test_a_magnitude_beside_a_fused_layer(tmp_path, model, form):
         save(tmp_path / "wide.safetensors", model.state_dict(), {})
         small, _ = load_dit(tmp_path / "wide.safetensors", precision=each)
         read_lora(write(tmp_path, state | {f"{beside}.dora_scale": own}), small)
-    streamed, _ = load_dit(tmp_path / "wide.safetensors", streamed=True)  # it has no numbers yet
-    read_lora(write(tmp_path, state | {f"{beside}.dora_scale": own}), streamed)
+
+
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_a_magnitude_beside_a_fused_layer_that_is_streamed(tmp_path, model, precision):
+    """Its block is read for the comparison, and goes on as it was."""
+    layer, module = model.blocks[1].attn.wv, "transformer_blocks.1.attn.to_qkv"
+    own = layer.weight.norm(dim=1, keepdim=True)
+    rows = sum(getattr(model.blocks[1].attn, each).out_features for each in ("wq", "wk", "wv"))
+    state = {f"{module}.lora_A.weight": torch.randn(2, TINY.width), f"{module}.lora_B.weight": torch.randn(rows, 2)}
+    beside = module.replace("qkv", "v")
+    state |= {f"{beside}.lora_A.weight": torch.ones(1, TINY.width), f"{beside}.lora_B.weight": torch.zeros(len(own), 1)}
+    save(tmp_path / "wide.safetensors", model.state_dict(), {})
+    held, streamed = (
+        load_dit(tmp_path / "wide.safetensors", streamed=each, precision=precision)[0] for each in (False, True)
+    )
+    before = velocity(held)
+    assert torch.equal(velocity(streamed), before)  # whose first block is on its way again
+
+    messages = [refused(tmp_path, each, state | {f"{beside}.dora_scale": own * 0.7}) for each in (held, streamed)]
+    path = write(tmp_path, state | {f"{beside}.dora_scale": own})
+    answers = [velocity(each, (read_lora(path, each), 1)) for each in (held, streamed)]
+
+    assert messages[0] == messages[1] and "twice, by itself and in" in messages[0]
+    assert torch.equal(*answers) and not torch.equal(answers[0], before)
+    assert {each.device.type for each in streamed.blocks.parameters()} == {"meta"}
+    assert torch.equal(velocity(streamed), before)
 
 
 def test_a_magnitude_that_was_trained_alone(tmp_path, model):
