@@ -75,7 +75,7 @@ def watch(
       k2 watch moody --turbo --only fox --batch 1
     """
     from k2cli.carry import carry_out
-    from k2cli.console import Unwritable, console, say, show_error
+    from k2cli.console import Unwritable, console, last_words, say, show_error
     from k2cli.settings import draw
 
     if folder and project:
@@ -107,7 +107,7 @@ def watch(
             wait(root, before)
     except KeyboardInterrupt:
         if console.is_terminal:
-            say("")  # which shows ^C, and the shell goes on where the line ends
+            last_words("")  # it shows ^C, and the shell goes on where the line ends
         raise
 
 
