@@ -40,7 +40,7 @@ STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
 JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # of Midjourney's
 PARAMETER = re.compile(r"(?:^| )--(?=[a-z])")
 PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # of a prompt, and its weight
-IMAGE_PROMPTS = re.compile(r"^(?:<?https?://\S+ )+")
+IMAGE_PROMPTS = re.compile(r"^(?:<?https?://\S+(?: |$))+")
 TAKEN = ("no", "seed", "ar", "aspect", "v", "version")  # the picture has its shape, and its version is another model
 BRACKETS = "()[]"
 DEEPEST = 8  # brackets in brackets

@@ -475,7 +475,9 @@ def test_midjourney(tmp_path, text, said):
     assert (found.width, found.height) == (64, 96)
 
 
-@pytest.mark.parametrize("text", ["a fox at the sea", "--v 7" + JOB])
+@pytest.mark.parametrize(
+    "text", ["a fox at the sea", "--v 7" + JOB, "https://s.mj.run/abc <https://s.mj.run/d.png> --ar 1:1" + JOB]
+)
 def test_a_description_without_midjourneys_job_or_words_is_no_prompt(tmp_path, text):
     with pytest.raises(K2Error, match="says nothing of its prompt"):
         origins.read(png(tmp_path / "a.png", Description=text))
