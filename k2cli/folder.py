@@ -112,9 +112,16 @@ def keeps_outputs(folder: Path) -> bool:
 
 def ignores_outputs(line: str) -> bool:
     """Whether a line of a .gitignore is about them: a name of any folder, or a path where there is a slash within."""
-    pattern = line.strip().rstrip("/").removeprefix("**/")
-    pattern = f"/{pattern.removeprefix('/')}" if "/" in pattern else f"*/{pattern}"
-    return any(fnmatch(path, pattern) for path in ("/outputs", "/outputs/0001-x/x-1.png"))
+    pattern = line.strip().rstrip("/")
+    parts = pattern.removeprefix("/").split("/") if "/" in pattern else ["**", pattern]
+    picture = ("outputs", "0001-x", "x-1.png")
+    matched = {0}  # how many of its parts may be by the parts so far; with a folder goes what lies in it
+    for part in parts:
+        if part == "**":
+            matched = {end for start in matched for end in range(start, len(picture) + 1)}
+        else:
+            matched = {at + 1 for at in matched if at < len(picture) and fnmatch(picture[at], part)}
+    return bool(matched - ({0, len(picture)} if line.rstrip().endswith("/") else {0}))  # a picture is no folder
 
 
 def missing(start: Path, end: Path, parts: Sequence[str]) -> list[str]:

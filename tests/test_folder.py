@@ -76,7 +76,12 @@ def test_a_project_is_made_around_what_is_there(fake, tmp_path):
         ("*\n", False),
         ("my_outputs.txt\n", True),
         *((line, False) for line in ("**/outputs/", "outputs/**", "/outputs/*", "out*", "*.png", "**/*.png")),
+        *((line, False) for line in ("outputs/**/*.png", "/*/*/*.png", "**/outputs/**/x-*", "**")),
         *((line, True) for line in ("put*", "old/outputs/", "/refs/*.png", "*.toml", "outputs/*.toml")),
+        *(
+            (line, True)
+            for line in ("/*.png", "outputs/*.png", "/**/outputs/*.png", "0001-x/*.png", "old/**", "*.png/")
+        ),
     ],
 )
 def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told):
