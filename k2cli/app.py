@@ -400,7 +400,8 @@ def render(
     example = Example.read(like, opened[0]) if like else None
     asked = Asked(settings, prompts, only or [], weights, compared, moodboard, example)
     # of a stream what no line could make right is refused before the first
-    jobs = for_all(opened, lambda each: asked.job(each, quiet=quiet or stream))
+    several = len(opened) > 1
+    jobs = for_all(opened, lambda each: asked.job(each, quiet=quiet or stream, named=several))
     if not quiet:
         asked.tell_changed(jobs[0])
     if not stream:
@@ -411,7 +412,8 @@ def render(
     def answer(one: Prompt) -> None:
         """A line, by the projects as they are by now."""
         mine = replace(asked, prompts=[one])
-        carry(for_all(open_projects(named, project, allow_outside), lambda each: mine.job(each, quiet=quiet)))
+        there = open_projects(named, project, allow_outside)
+        carry(for_all(there, lambda each: mine.job(each, quiet=quiet, named=several)))
 
     if render_each(answer, as_json=json):
         raise typer.Exit(1)

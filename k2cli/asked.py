@@ -29,8 +29,9 @@ class Asked:
     moodboard: float | None  # its strength
     example: Example | None  # a picture that others are to be like
 
-    def job(self, project: Project, *, quiet: bool) -> Job:
-        """A project's run, planned; what may not be meant is told. Raises K2Error."""
+    def job(self, project: Project, *, quiet: bool, named: bool = False) -> Job:
+        """A project's run, planned; what may not be meant is told, with the project's name in front where several are
+        asked for. Raises K2Error."""
         prompts, weights = self.prompts, self.weights
         if self.example:
             own = prompts is None and not self.only
@@ -41,7 +42,8 @@ class Asked:
             project = project.with_board(self.moodboard)
         wanted = project.choose(self.only) if prompts is None and self.only else prompts
         matrices = self.compared or (project.comparing(wanted) if prompts is None and not self.example else ())
-        return plan_project(project, project.settle(**self.settings), wanted, weights, matrices, quiet=quiet)
+        settings = project.settle(**self.settings)
+        return plan_project(project, settings, wanted, weights, matrices, quiet=quiet, named=named)
 
     def tell_changed(self, job: Job) -> None:
         """That the look of the picture that others are to be like is another by now."""
@@ -57,8 +59,10 @@ def plan_project(
     matrices: Sequence[Matrix],
     *,
     quiet: bool,
+    named: bool,
 ) -> Job:
     """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
+    whose = f"{project.name}: " if named else ""
     of_prompts = [prompt.settings for prompt in (project.prompts if prompts is None else prompts)]
     if not quiet and (beyond := settings.beyond(of_prompts)):
         say(f"{project.name} has {beyond}", "yellow")
@@ -69,11 +73,11 @@ def plan_project(
         theirs = of_prompts if settings.init_image != NONE else ()
         said = [vars(settings), *theirs, *(matrix.axes for matrix in matrices)]
         if any(each.get("denoise") is not None for each in said):
-            say("Nothing begins with a picture, so that denoise changes nothing.", "yellow")
+            say(f"{whose}Nothing begins with a picture, so that denoise changes nothing.", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
         for doubt in (*idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
-            say(doubt, "yellow")
+            say(f"{whose}{doubt}", "yellow")
     return job
 
 

@@ -37,7 +37,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         if not left and not quiet:
             say_finished(job)
         if not quiet:
-            say_doubts(job)
+            say_doubts(job, named=len(jobs) > 1)
         own = recommended(job.model.name, job.model.variant) if left else {}
         folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
         rows = []
@@ -92,7 +92,7 @@ def carry_out(
         for job, share in zip(begun, shares, strict=True):
             with turns.turn(job):
                 if not quiet:
-                    say_doubts(job)
+                    say_doubts(job, named=len(jobs) > 1)
                 folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share))
                 folders += [folder] if folder is not None else []
     return folders

@@ -26,23 +26,29 @@ LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it stil
 FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
 
 
-def say_doubts(job: Job) -> None:
+def say_doubts(job: Job, *, named: bool) -> None:
+    """What may not be meant by a job, with its project's name in front where it is one of several."""
+    for doubt in doubts_about(job):
+        say(f"{job.project.name}: {doubt}" if named else doubt, "yellow")
+
+
+def doubts_about(job: Job) -> Iterator[str]:
     """That some prompts will get a picture of something else, or hold another tool's signs, that sizes are too far
     from what the model knows, that guidance ends which never began, or that references and moodboard have pictures
     beside them that nothing reads, or that are broken."""
     used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
     if over := passed_over(job.project.others - used):
-        say(over, "yellow")
+        yield over
     if unread := sorted(path.name for path in job.project.unread):
-        say(f"Left out of the moodboard, as they cannot be read: {listed(unread)}.", "yellow")
+        yield f"Left out of the moodboard, as they cannot be read: {listed(unread)}."
     if far := far_off(job):
-        say(far, "yellow")
+        yield far
     if until := never_guided(job):
-        say(f"Guidance is off, so that guidance_until = {until:g} changes nothing.", "yellow")
+        yield f"Guidance is off, so that guidance_until = {until:g} changes nothing."
     if signs := read_as_words(text for shot in job.left for text in (shot.given, shot.spec.negative)):
-        say(signs, "yellow")
+        yield signs
     if strange := list(dict.fromkeys(shot.given for shot in job.left if shows_else(shot, job))):
-        say(nothing_in(strange), "yellow")
+        yield nothing_in(strange)
 
 
 def doubts_of(shot: Shot, job: Job) -> list[str]:

@@ -278,6 +278,19 @@ def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
     assert k2("render", "a", "red", "fox", code=1).stderr.count("Error: ") == 1
 
 
+@pytest.mark.parametrize("more", [("--dry-run",), ()])
+def test_a_doubt_says_which_project_it_is_about(three, k2, more):
+    """Whether the plan is doubted, or what is made by it; of one project there is no question."""
+    two = PLAIN.replace("seed = 7", "seed = 7\ndenoise = 0.5").replace("a red fox", "a ((red)) fox")
+    (three / "two" / "k2.toml").write_text(two)
+    idle, signs = "Nothing begins with a picture, so that denoise changes nothing.\n", "Read as words: ((red)) ("
+
+    several, one = k2("render", *NAMES, *more).stderr, k2("render", "two", *more).stderr
+
+    assert several.count(f"two: {idle}") == several.count(idle) == several.count(f"two: {signs}") == 1
+    assert idle in one and signs in one and "two: " not in one
+
+
 @pytest.fixture
 def spoilt(three: Path) -> Callable[[str], None]:
     def spoil(what: str) -> None:
