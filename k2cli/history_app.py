@@ -260,7 +260,10 @@ def gallery(
     chosen = chosen_by(run, prompt, style, since)
     if chosen and output is None:  # in that of the project all others would be dropped
         raise typer.BadParameter("some of the pictures go into a folder of their own: name it", param_hint="--output")
-    (there,), wrong = find_folders([folder] if folder else [], project, allow_outside)
+    found, wrong = find_folders([folder] if folder else [], project, allow_outside)
+    if wrong:
+        raise wrong[0]
+    (there,) = found
     target, name = output or there.inside("gallery"), there.root.name
     if chosen and target.resolve() == (there.root / "gallery").resolve():
         raise typer.BadParameter("it would drop all others from the project's own gallery", param_hint="--output")

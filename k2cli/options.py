@@ -197,7 +197,7 @@ def open_projects(
 def find_folders(
     folders: Sequence[str], project: Path | None, allow_outside: bool
 ) -> tuple[list[Folder], list[K2Error]]:
-    """The same without a look into their k2.toml, and of several what is wrong with those that are no projects."""
+    """The same without a look into their k2.toml, and what is wrong with those that are named and are no projects."""
     from k2cli.folder import Folder
 
     if folders and project:
@@ -213,8 +213,6 @@ def find_folders(
             found.setdefault(each.root.resolve(), each)
         except K2Error as error:
             wrong.append(error)
-    if len(folders) == len(wrong) == 1:
-        raise wrong[0]
     return list(found.values()), wrong
 
 

@@ -276,6 +276,10 @@ def test_all_that_is_wrong_is_told_before_anything_is_made(three, k2):
     assert "one: k2.toml has no [[prompt]]." in said and "three: k2.toml has no [[prompt]]." in said
     assert k2("render", *NAMES, "-p", "tea", "--size", "100x100", code=2).stderr.count("--size: ") == 1
     assert k2("render", "a", "red", "fox", code=1).stderr.count("Error: ") == 1
+    (three / "bare").mkdir()
+    said = k2("render", "gone", "bare", code=1).stderr
+    assert "There is no project gone." in said and "bare is not a project: it has no k2.toml." in said
+    assert [k2(each, "bare", code=1).stderr.count("Error: ") for each in ("render", "log", "gallery")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("more", [("--dry-run",), ()])
