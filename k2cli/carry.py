@@ -17,6 +17,7 @@ from k2cli.models import recommended, way_of
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
+from k2cli.project import Shot
 from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, render
 from k2cli.several import Turns, for_all, say_finished
@@ -31,9 +32,9 @@ from model.weighed import check_references
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
     for_all(jobs, check_files)
-    of = places(jobs)
-    for job in jobs:
-        left = job.left
+    lefts = [job.left for job in jobs]
+    of = places(lefts)
+    for job, left in zip(jobs, lefts, strict=True):
         if not left and not quiet:
             say_finished(job)
         if not quiet:
@@ -87,13 +88,14 @@ def carry_out(
     turns = Turns([replace(job, embed=job.embed and embed) for job in jobs], quiet=quiet)
     with turns.ending():
         begun = turns.begin()
-        of = places(begun)
-        shares = [list(islice(of, len(job.left))) for job in begun]  # of one that fails no other takes them
-        for job, share in zip(begun, shares, strict=True):
+        lefts = [job.left for job in begun]  # by which they are numbered, whatever is deleted until their turn comes
+        of = places(lefts)
+        for job, left in zip(begun, lefts, strict=True):
+            share = list(islice(of, len(left)))  # of one that fails no other takes them
             with turns.turn(job):
                 if not quiet:
                     say_doubts(job, named=len(jobs) > 1)
-                folder = carry(job, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share))
+                folder = carry(job, left, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share))
                 folders += [folder] if folder is not None else []
     return folders
 
@@ -131,14 +133,15 @@ def check_ways(job: Job) -> None:
         check_references([way(style) for style in styles if style.strength], own if steps is None else steps)
 
 
-def places(jobs: Sequence[Job]) -> Iterator[list[int]]:
+def places(lefts: Sequence[Sequence[Shot]]) -> Iterator[list[int]]:
     """Which picture of how many each is, so that whoever reads them knows which is the last: [1, 2], [2, 2]."""
-    total = sum(len(job.left) for job in jobs)
+    total = sum(map(len, lefts))
     return ([number, total] for number in range(1, total + 1))
 
 
 def carry(
     job: Job,
+    left: Sequence[Shot],
     *,
     as_json: bool,
     quiet: bool,
@@ -146,13 +149,13 @@ def carry(
     on_saved: Callable[[Saved], object] | None,
     of: Iterator[list[int]],
 ) -> Path | None:
-    """A job that is begun -> the run's folder, if it has a picture more."""
-    total, done, kept_back, folder = len(job.left), 0, 0, None
+    """What was left of a job when it was begun is made -> the run's folder, if it has a picture more."""
+    total, done, kept_back, folder = len(left), 0, 0, None
     told: set[str] = set()  # prompts
-    shots = {shot.stem: shot for shot in job.left}
+    shots = {shot.stem: shot for shot in left}
     before = "" if crew else "loading the model"  # whose steps nobody hears of
     with meter(total, quiet=quiet, before=before) as bar:
-        for saved in render(job, on_step=bar.step, crew=crew):
+        for saved in render(job, left, on_step=bar.step, crew=crew):
             done, folder = done + 1, saved.path.parent
             bar.saved(done)
             if on_saved:

@@ -91,8 +91,11 @@ def begin(job: Job) -> Job:
     return replace(job, run=Run.claim(job.project.outputs, job.title, {RUN: planned}))
 
 
-def render(job: Job, *, on_step: OnStep | None = None, crew: Crew | None = None) -> Iterator[Saved]:
-    """Make the pictures of a job that is begun; each is on disk with its record before it is yielded.
+def render(
+    job: Job, counted: Sequence[Shot], *, on_step: OnStep | None = None, crew: Crew | None = None
+) -> Iterator[Saved]:
+    """Make those pictures of a job that is begun that are still left of those counted then; each is on disk with its
+    record before it is yielded.
 
     Ctrl-C while a picture is written waits until the caller has heard of it. Where a crew makes them, and not this
     process, they come as they are finished. The run is unlocked in the end; if nothing came of it, it is the caller's
@@ -102,7 +105,7 @@ def render(job: Job, *, on_step: OnStep | None = None, crew: Crew | None = None)
     assert run is not None
     try:
         run.lock()  # which may have been left to others until its turn came
-        if left := job.left:
+        if left := [shot for shot in counted if not run.has(shot.stem)]:
             for shot, picture in make(job, left, on_step, crew):
                 record = records.compose(shot, picture, job.project.root)
                 with undisturbed():

@@ -174,6 +174,22 @@ def test_of_those_that_are_finished_one_without_a_run_is_told(three, k2, fake):
     assert "run to go on with" in k2("render", "--resume", "two", code=1).stderr
 
 
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_picture_that_disappears_meanwhile_is_left_to_the_next_command(three, k2, fake, more):
+    """Those that were left are numbered; none of the others has its turn without one, or with another's."""
+    for name in NAMES:
+        stop_at(fake, 1, fail(KeyboardInterrupt()))
+        k2("render", name, code=130)
+    there = three / "two" / "outputs" / "0001-fox-and-1-more" / "fox-7.png"
+    stop_at(fake, 0, there.unlink)
+
+    made = k2("render", "--resume", *NAMES, "-q", *more).stdout.splitlines()
+
+    assert len(made) == 3 and all("owl-7.png" in line for line in made)
+    assert not more or [json.loads(line)["of"] for line in made] == [[1, 3], [2, 3], [3, 3]]
+    assert len(k2("render", "--resume", *NAMES, "-q").stdout.splitlines()) == 1 and there.exists()
+
+
 def test_a_run_that_is_not_the_last_any_more_has_a_command_of_its_own(three, k2, fake):
     def act() -> None:
         later = three / "two" / "outputs" / "0009-later"
