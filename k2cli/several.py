@@ -150,7 +150,9 @@ class Turns:
         if self.failed:
             names = ", ".join(near(job.project.root) for job in self.failed)
             which = f"{len(self.failed)} of {count_of(len(self.asked), 'project')}"
-            raise K2Error(f"{which} came to an error: {names}.", hint="It is told above; the others are done.")
+            others = "; the others are done" if len(self.failed) < len(self.asked) else ""
+            more = f" Go on with: {go_on(self.left)}" if self.left else ""
+            raise K2Error(f"{which} came to an error: {names}.", hint=f"It is told above{others}.{more}")
 
     @property
     def came_to_something(self) -> bool:

@@ -216,6 +216,20 @@ def test_what_is_wrong_with_one_leaves_the_others_their_turn(three, k2, fake, tu
     there = [("two", [3, 6])] * turn
     assert whose == [("one", [1, 6]), ("one", [2, 6]), *there, ("three", [5, 6]), ("three", [6, 6])]
     assert (three / "two" / "outputs").exists() == bool(turn)  # a run with a picture stays
+    line = "k2 render --resume --project two"
+    more = f" Go on with: {line}" if turn else ""
+    assert f"Hint:  It is told above; the others are done.{more}\n" in result.stderr
+    if turn:
+        assert len(k2(*shlex.split(line)[1:], "-q").stdout.splitlines()) == 1 and len(made_in(three)) == 6
+
+
+def test_where_all_fail_no_others_are_said_to_be_done(three, k2):
+    for name in NAMES:
+        (three / name / "outputs").write_text("in the way")
+
+    said = k2("render", *NAMES, code=1).stderr
+
+    assert "3 of 3 projects came to an error: one, two, three.\nHint:  It is told above.\n" in said
 
 
 def test_a_project_that_cannot_be_written_to_is_told_and_passed(three, k2):
