@@ -25,6 +25,14 @@ ENDS_ALL = (DiskFull, Unreachable, Unwritable)  # what any other job would meet,
 AGAIN = ", and try again."  # how a hint ends where it is known how to go on
 
 
+class Several(K2Error):
+    """An error after others that are told already, for whoever is to be told of all of them at once."""
+
+    def __init__(self, message: str, told: Sequence[K2Error], *, hint: str = ""):
+        super().__init__(message, hint=hint)
+        self.told = told
+
+
 # ---- what is known before anything is made -----------------------------------------------------------------------
 
 
@@ -53,10 +61,11 @@ def for_all(asked: Sequence[One], do: Callable[[One], Gained]) -> list[Gained]:
 def refuse(wrong: Sequence[K2Error]) -> None:
     """Raise the last of these errors, if there are any; the others are told first. The same is told once."""
     *others, last = {str(error): error for error in wrong}.values() or [None]
-    for error in filter(None, others):
+    told = [error for error in others if error]
+    for error in told:
         show_error(error)
     if last:
-        raise last
+        raise Several(str(last), told, hint=last.hint) if told else last
 
 
 def said_of(home: Folder, error: K2Error) -> K2Error:
@@ -79,7 +88,7 @@ class Turns:
     def __init__(self, jobs: Sequence[Job], *, quiet: bool):
         self.asked, self.quiet = jobs, quiet
         self.begun: list[Job] = []
-        self.failed: list[Job] = []
+        self.failed: list[tuple[Job, K2Error]] = []
         self.now: Job | None = None  # which of those begun has its turn
 
     def begin(self) -> list[Job]:
@@ -115,8 +124,8 @@ class Turns:
             problem = as_problem(error)
             if problem is None or len(self.asked) == 1:
                 raise
-            show_error(said_of(job.project, problem))
-            self.failed.append(job)
+            self.failed.append((job, said_of(job.project, problem)))
+            show_error(self.failed[-1][1])
             if job.run:
                 job.run.discard()
 
@@ -148,11 +157,12 @@ class Turns:
                     run.discard()
                 run.unlock()
         if self.failed:
-            names = ", ".join(near(job.project.root) for job in self.failed)
+            names = ", ".join(near(job.project.root) for job, _ in self.failed)
             which = f"{len(self.failed)} of {count_of(len(self.asked), 'project')}"
             others = "; the others are done" if len(self.failed) < len(self.asked) else ""
             more = f" Go on with: {go_on(self.left)}" if self.left else ""
-            raise K2Error(f"{which} came to an error: {names}.", hint=f"It is told above{others}.{more}")
+            told = [error for _, error in self.failed]
+            raise Several(f"{which} came to an error: {names}.", told, hint=f"It is told above{others}.{more}")
 
     @property
     def came_to_something(self) -> bool:

@@ -18,6 +18,7 @@ from k2cli.console import Unwritable, result, show_error
 from k2cli.options import decoded, to_json
 from k2cli.prompts import WORDS, Prompt, read_prompts, typed
 from k2cli.settings import HOMES, OF_PROMPT
+from k2cli.several import Several
 from k2cli.tables import Place, Toml, check_keys, check_numbers
 from model.errors import K2Error
 
@@ -50,7 +51,9 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
             show_error(problem)
             wrong += 1
             if as_json:
-                about = {"file": None, "error": str(problem), "hint": problem.hint}
+                all_of = [*(problem.told if isinstance(problem, Several) else ()), problem]
+                hints = dict.fromkeys(each.hint for each in all_of if each.hint)
+                about = {"file": None, "error": "\n".join(map(str, all_of)), "hint": "\n".join(hints)}
                 result(to_json({**about, "prompt": {"text": text_of(line)}}))
     return wrong
 

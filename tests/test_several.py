@@ -242,12 +242,30 @@ def test_a_project_that_cannot_be_written_to_is_told_and_passed(three, k2):
 
 
 def test_of_a_stream_each_project_has_its_turn_too(three, k2):
+    """And whoever reads its objects alone hears what is wrong with one, and what helps."""
     (three / "one" / "outputs").write_text("in the way")
 
     result = k2("render", "one", "two", "--stream", "--json", input="a\nb\n", code=1)
 
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [each.get("error") for each in lines] == [None, "1 of 2 projects came to an error: one."] * 2
+    made, wrong, *_ = lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert ["error" in each for each in lines] == [False, True] * 2 and made["file"].startswith("two/")
+    cause, summary = wrong["error"].splitlines()
+    assert "one/outputs cannot be written: " in cause and summary == "1 of 2 projects came to an error: one."
+    hints = wrong["hint"].splitlines()
+    assert hints[-1] == "It is told above; the others are done." and all(each in result.stderr for each in hints)
+
+
+def test_of_a_line_that_no_project_can_plan_all_is_in_its_object(three, k2):
+    """What is the same is said once."""
+    (three / "two" / "styles").mkdir()
+    (three / "two" / "styles" / "dusk.toml").write_text("keywords = 1\n")
+    line = '{"prompt": "a", "styles": {"dusk": 1}}\n{"prompt": ""}\n'
+
+    said = k2("render", *NAMES, "--stream", "--json", input=line, code=1).stdout.splitlines()
+
+    each, same = (json.loads(line)["error"] for line in said)
+    assert 'there is no style "dusk"' in each.splitlines()[0] and '"keywords" must be' in each.splitlines()[1]
+    assert same.splitlines() == ["The line: the prompt is empty."]
 
 
 @pytest.mark.parametrize("whole", [0, 1])
