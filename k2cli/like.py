@@ -90,7 +90,8 @@ class Example:
                 way, method = (auto if each.method == "auto" else each.method for each in (style, now[name]))
                 told += [f"{name} is read by {method}"] if way != method else []
         mixed = set(map(composed, job.project.styles.reached(before.keys() - {moodboard.NAME}, OPTION)))
-        told += [f"{name} is mixed in" for name in now if name in mixed - before.keys()]
+        more = (name for name in now if name in mixed - before.keys())  # since then, or it was weighed off
+        told += [f"{name} comes by a mix (it had none)" for name in more]
         begun = {path for shot in shots for path in (shot.spec.init_image, shot.spec.mask) if isinstance(path, Path)}
         for path in sorted(begun & self.record.references.keys()):
             told += [f"{path.name} is another picture"] if sha256(path) != self.record.references[path] else []

@@ -194,8 +194,8 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     assert lines.count("is not what it was") == 1
 
 
-def test_a_style_that_is_mixed_in_since_is_told(dusky, k2):
-    """Of a mix in a mix, too; but not one that is asked for."""
+def test_a_style_that_a_mix_brings_and_that_it_had_not_is_told(dusky, k2):
+    """Of a mix in a mix, too, or where it was weighed off, as no record says; but not one that is asked for."""
     blend = dusky / "styles" / "blend.toml"
     blend.write_text('keywords = ["soft"]\n[mix]\ndusk = 0.5\n')
     (dusky / "styles" / "riso.toml").write_text('keywords = ["riso"]\n')
@@ -207,8 +207,12 @@ def test_a_style_that_is_mixed_in_since_is_told(dusky, k2):
 
     blend.write_text(blend.read_text() + "print = 1\n")
 
-    assert "The look is not what it was when tea-7.png was made: riso is mixed in.\n" in k2(*like).stderr
+    told = "The look is not what it was when tea-7.png was made: riso comes by a mix (it had none).\n"
+    assert told in k2(*like).stderr
     assert "is not what it was" not in k2(*like, "--style", "blend=0").stderr
+    off = rendered(k2, "-p", "tea", "--style", "blend=1", "--style", "riso=-1")
+    assert told in k2("render", "--like", off, "--dry-run").stderr
+    assert "riso" not in k2("render", "--like", off, "--dry-run", "--style", "riso=-1").stderr
 
 
 def test_pictures_that_are_read_in_another_way_are_told(dusky, k2):
