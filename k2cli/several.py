@@ -14,8 +14,9 @@ from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
 from k2cli.folder import Folder, root_above
 from k2cli.hands import Unreachable
 from k2cli.outputs import Run, number_of
+from k2cli.project import Project
 from k2cli.runs import Job, begin
-from model.errors import USAGE, K2Error, count_of
+from model.errors import K2Error, count_of
 
 One = TypeVar("One", bound=Folder | Job)
 Gained = TypeVar("Gained")
@@ -28,8 +29,8 @@ AGAIN = ", and try again."  # how a hint ends where it is known how to go on
 class Several(K2Error):
     """An error after others that are told already, for whoever is to be told of all of them at once."""
 
-    def __init__(self, message: str, told: Sequence[K2Error], *, hint: str = ""):
-        super().__init__(message, hint=hint)
+    def __init__(self, message: str, told: Sequence[K2Error], *, hint: str = "", code: int = 1):
+        super().__init__(message, hint=hint, code=code)
         self.told = told
 
 
@@ -38,7 +39,8 @@ class Several(K2Error):
 
 def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gained], list[K2Error]]:
     """What comes of projects, or of their jobs, and what is wrong with the others of them."""
-    gained, wrong = [], []
+    gained: list[Gained] = []
+    wrong: list[tuple[Folder, K2Error]] = []
     for each in asked:
         try:
             gained.append(do(each))
@@ -46,9 +48,15 @@ def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gaine
             problem = as_problem(error)
             if problem is None:
                 raise
-            home = each.project if isinstance(each, Job) else each
-            wrong.append(said_of(home, problem) if len(asked) > 1 else problem)
-    return gained, wrong
+            wrong.append((home_of(each), problem))
+    errors = [error for _, error in wrong]
+    if len(errors) < len(asked) or len(set(map(str, errors))) > 1:  # else it is wrong with what all were asked for
+        errors = [said_of(home, error, list(map(home_of, asked))) for home, error in wrong]
+    return gained, errors
+
+
+def home_of(each: Folder | Job) -> Folder:
+    return each.project if isinstance(each, Job) else each
 
 
 def for_all(asked: Sequence[One], do: Callable[[One], Gained]) -> list[Gained]:
@@ -65,17 +73,23 @@ def refuse(wrong: Sequence[K2Error]) -> None:
     for error in told:
         show_error(error)
     if last:
-        raise Several(str(last), told, hint=last.hint) if told else last
+        raise Several(str(last), told, hint=last.hint, code=last.code) if told else last
 
 
-def said_of(home: Folder, error: K2Error) -> K2Error:
-    """The error with its project in front, where it does not name that, nor an option."""
+def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
+    """The error with its project in front, where it does not name that as none of the others is called."""
     root, said = home.root, str(error)
-    named = (f"{near(root)}/", str(root), f"{getattr(home, 'name', root.name)} has ")
+    named = [f"{near(root)}/", str(root)]
+    if [*map(name_of, among)].count(name_of(home)) == 1:
+        named.append(f"{name_of(home)} has ")
     within = rf"(?<![\w./-])(?:{'|'.join(map(re.escape, named))})"  # refs/a.png is not of a project called s
-    if error.code == USAGE or re.search(within, said) or Path.cwd().is_relative_to(root):
+    if re.search(within, said) or Path.cwd().is_relative_to(root):
         return error
-    return K2Error(f"{near(root)}: {said}", hint=error.hint)
+    return K2Error(f"{near(root)}: {said}", hint=error.hint, code=error.code)
+
+
+def name_of(home: Folder) -> str:
+    return home.name if isinstance(home, Project) else home.root.name
 
 
 # ---- one after the other -----------------------------------------------------------------------------------------
@@ -124,7 +138,7 @@ class Turns:
             problem = as_problem(error)
             if problem is None or len(self.asked) == 1:
                 raise
-            self.failed.append((job, said_of(job.project, problem)))
+            self.failed.append((job, said_of(job.project, problem, [each.project for each in self.asked])))
             show_error(self.failed[-1][1])
             if job.run:
                 job.run.discard()

@@ -17,7 +17,7 @@ from PIL import Image
 from k2cli import pictures, several
 from k2cli.folder import Folder
 from k2cli.outputs import Run
-from model.errors import USAGE, K2Error
+from model.errors import K2Error
 
 NAMES = ("one", "two", "three")
 PLAIN = (
@@ -92,15 +92,37 @@ def test_an_error_that_does_not_name_its_project_gets_its_name(three, said, whol
     home = Folder(root=three / "s", allow_outside=False)
     error = K2Error(said.format(root=home.root), hint="Mend it.")
 
-    told = several.said_of(home, error)
+    told = several.said_of(home, error, [home])
 
     assert str(told) == (str(error) if whole else f"s: {error}") and told.hint == error.hint
 
 
-def test_an_error_of_an_option_is_of_no_project(three):
-    error = K2Error("--size: 1x1 is no size.", code=USAGE)
+def test_an_option_that_one_project_cannot_do_is_told_of_that_one(three, k2):
+    (three / "one" / "styles").mkdir()
+    (three / "one" / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
 
-    assert several.said_of(Folder(root=three / "one", allow_outside=False), error) is error
+    said = k2("render", *NAMES, "--style", "dusk=0.5", code=2).stderr
+
+    for name in ("two", "three"):
+        assert f'Error: {name}: --style: there is no style "dusk".' in said
+    assert "one: " not in said
+
+
+def test_an_option_that_none_can_do_is_told_once(three, k2):
+    said = k2("render", *NAMES, "--size", "1x1", code=2).stderr
+
+    assert said.count("Error: ") == 1 and "Error: --size: " in said
+
+
+def test_projects_that_are_called_alike_are_told_apart_by_their_folders(three, k2):
+    for name in ("one", "two"):
+        (three / name / "k2.toml").write_text('[project]\nname = "moody"\n\n' + PLAIN)
+
+    said = k2("render", *NAMES, "--only", "nope", code=2).stderr
+
+    wrong = 'has no prompt named "nope".'
+    told = [line.removeprefix("Error: ") for line in said.splitlines() if line.startswith("Error: ")]
+    assert told == [f"one: --only: moody {wrong}", f"two: --only: moody {wrong}", f"--only: three {wrong}"]
 
 
 def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fake):
