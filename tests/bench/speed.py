@@ -3,7 +3,8 @@
 `python tests/bench/speed.py [--rounds 5] [--device cuda] [--only WORD …] [--out .cache/bench/speed] [--smoke]`. The two
 sides of a row take turns in one process; figures are medians, ratios medians of the rounds' ratios (above one: ours is
 the faster, or the smaller). A step of the open weights is timed with one and with three blocks of their width and
-extrapolated to 28. `--smoke` runs every row once at toy size: it shows that the script works and says nothing else.
+extrapolated to 28, in what a pipeline would choose: bf16, or fp32 on a processor without it. `--smoke` runs every row
+once at toy size: it shows that the script works and says nothing else.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Bench:
     def __init__(self, rounds: int, device: str, smoke: bool, scratch: Path):
         self.rounds, self.device, self.smoke, self.scratch = rounds, device, smoke, scratch
         self.config = replace(SMALL if smoke else MEDIUM, blocks=3)
-        self.dtype = torch.bfloat16
+        self.wide = default_dtype(device, MEDIUM.width)
+        self.dtype = getattr(torch, self.wide)
         self.sides = (128, 256) if smoke else (512, 1024)
         if device == "cpu":
             keep_pages()  # as loading a pipeline does; here the other side has it too
@@ -107,7 +109,7 @@ class Bench:
 
     @cached_property
     def limit(self) -> float:
-        """Operations a second in bf16."""
+        """Operations a second in the numbers that are computed with."""
         return rate(self.dtype, self.device, 512 if self.smoke else 4096)
 
     def stream(self, side: int, text: int = PROMPT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,8 +160,8 @@ class Bench:
         works = [(net, count) for net in (small, self.dit, smaller) for count in (1, 3)]
         times = interleaved([lambda w=work: run(*w) for work in works], self.rounds)
         eight, wide, four = (extrapolated(*times[i : i + 2]) for i in (0, 2, 4))
-        yield row(f"step at {side} px, int8 beside bf16", eight, wide, aim=1.2)
-        yield row(f"step at {side} px, int4 beside bf16", four, wide)
+        yield row(f"step at {side} px, int8 beside {self.wide}", eight, wide, aim=1.2)
+        yield row(f"step at {side} px, int4 beside {self.wide}", four, wide)
         yield self.likeness("int8", 35)
         yield self.likeness("int4")
 
@@ -256,8 +258,7 @@ class Bench:
         theirs.load_state_dict(ours.to_diffusers(), strict=True)
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
             setattr(ours, name, torch.tensor(values, device=self.device).view(1, -1, 1, 1))
-        dtype = getattr(torch, default_dtype(self.device, self.config.width))
-        return ours.to(dtype), theirs.to(device=self.device, dtype=dtype).requires_grad_(False).eval()
+        return ours.to(self.dtype), theirs.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
 
     def autoencoder(self) -> Iterator[Row]:
         """Qwen-Image's, of full size: theirs is the video network that it was published as."""
