@@ -210,11 +210,11 @@ class Project(Folder):
         return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
-        """The project's prompts of these names, as --only gives them, in their order of the file: each may be a
-        pattern, or several, parted by commas. A reading of a prompt that is chosen itself is not chosen again."""
+        """The readings of the project's prompts of these names, or of their own, as --only gives them, in their order
+        of the file: each may be a pattern, or several, parted by commas."""
         lists = ([name.strip() for name in several.split(",")] for several in names)
         asked = [name for several in lists for name in [*filter(None, several)] or [""]]
-        known = {name: prompt for prompt, name in name_files(self.prompts)}
+        known = [name for _, name in name_files(self.prompts)]
         read = {each.name: replace(each, text=escape(each.text), base=base) for each, base in spread(self.prompts)}
         chosen: set[str] = set()
         for name in asked:
@@ -223,9 +223,7 @@ class Project(Folder):
                 said = f'--only: {self.name} has no prompt named "{plain(name, "The name")}".'
                 raise K2Error(said, hint=nearest(name, known), code=USAGE)
             chosen |= found
-        every = read | known
-        order = dict.fromkeys(each.base if each.base in chosen else name for name, each in read.items())
-        return tuple(replace(every[name], name=name) for name in order if name in chosen)
+        return tuple(each for each in read.values() if chosen & {each.name, each.base})
 
     def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
         """The matrices that are about these of the project's prompts, or about any; without one they are batches."""
