@@ -16,7 +16,7 @@ from k2cli.hands import cores
 from k2cli.project import Project
 from model import library, safety
 from model.errors import K2Error, count_of
-from model.plan import SPARE
+from model.plan import BYTES, HELD, SPARE, Numbers
 
 PACKAGES = ("k2", "torch", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
@@ -111,9 +111,16 @@ def plans(device: str) -> list[dict[str, Any]]:
                 "free_gb": round(free / 1e9, 1),
                 "fits": chosen.fits(free),
                 "ways_gb": others,
+                "step_gflop": round(operations(numbers) / 1e9),
+                "blocks_gb": round(numbers.inside * HELD.get(chosen.precision, BYTES["bfloat16"]) / 1e9, 1),
             }
         )
     return found
+
+
+def operations(numbers: Numbers) -> int:
+    """Of a step at a model's own size: the products of its blocks' matrices, for the picture's tokens alone."""
+    return 2 * numbers.inside * (numbers.native // 16) ** 2
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
@@ -149,7 +156,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         elif plan["offload"] == "all":
             four = plan["ways_gb"]["int4, offload text"]
             why = "only in 4 bits could it be held (--precision int4)" if four <= SPARE * plan["free_gb"] else ""
-            lines.append(f"{plan['model']} is read from disk for every step: {why or 'it is too large to be held'}.")
+            line = f"{plan['model']} is read from disk for every step: {why or 'it is too large to be held'}."
+            if found["device"] == "cpu" and plan["step_gflop"]:
+                rate = 1000 * plan["blocks_gb"] * gflops[plan["dtype"]] / plan["step_gflop"]
+                line += f" A disk that reads {max(rate, 1):.0f} MB/s keeps up with the processor."
+            lines.append(line)
     if memory_gb["free"] < 2:
         lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
     return lines
