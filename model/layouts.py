@@ -119,8 +119,8 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native), layout="diffusers")
     what = next((what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "")
-    if not what:
-        refuse_unreadable(checkpoint)  # where every matrix is packed, no name tells the layout
+    if not what and any("txtfusion" in name or "text_fusion" in name for name in tensors):
+        refuse_unreadable(checkpoint)  # where every matrix is packed, no whole name tells the layout
     raise K2Error(f"{checkpoint.path} is {what or 'something else'}, not a Krea 2 transformer.", hint=GIVE)
 
 

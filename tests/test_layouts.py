@@ -336,6 +336,13 @@ def test_matrices_that_only_their_tool_unpacks(tmp_path, state, within, names, p
     assert f"stored as {tool}, which" in refused(native(tmp_path, packed_as(packed, theirs, within)))
 
 
+def test_another_network_is_not_told_of_a_file_of_more_bits(tmp_path):
+    """Which would be no Krea 2 either."""
+    theirs = {"layers.0.attention.qkv.weight": torch.zeros(64, 1, dtype=torch.uint8)}
+    theirs |= {"layers.0.attention.qkv.weight.absmax": torch.zeros(4)}
+    assert "is something else, not a Krea 2 transformer" in refused(native(tmp_path, theirs))
+
+
 def test_a_folder_names_the_tool_that_its_names_do_not(tmp_path, model):
     folder = diffusers_folder(tmp_path, model, "1GB") / "transformer"
     file, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
