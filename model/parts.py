@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Stored, load, open_checkpoint, refuse_unreadable
+from model.checkpoint import WIDE, Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
@@ -56,6 +56,7 @@ def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
         stored=stored_precision(dit),
         # elsewhere there is no other memory to keep in what was worked out
         packed=is_packed(dit) and torch.device(device).type == "cuda",
+        wide=count({name: stored for name, stored in blocks.items() if stored.dtype in WIDE}),
     )
 
 

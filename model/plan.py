@@ -55,6 +55,7 @@ class Numbers:
     others: int  # embedding, autoencoder, style encoder
     stored: str | None = None  # the precision of the blocks on disk, where it is one of few bits
     packed: bool = False  # they have to be worked out whenever they are read
+    wide: int = 0  # of those inside, what the file holds in more: it stays so where the others are held as they lie
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def ways(
 def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
     """Bytes of weights and of one picture in the making, guidance on."""
     size, n = BYTES[dtype], numbers
-    inside = int(n.inside * HELD.get(precision, size))
+    wide = n.wide if precision == n.stored else 0
+    inside = int((n.inside - wide) * HELD.get(precision, size)) + wide * size
     text = n.text * size
     if offload == "all":
         inside = inside * IN_HAND // n.blocks

@@ -87,6 +87,9 @@ def test_needs_are_weights_in_memory_and_a_picture_in_the_making(release):
             held = size * inside * n.inside + 2 * (text * n.text + rest)
             assert needs(n, "bfloat16", precision, offload) == pytest.approx(held + picture(n), abs=8)
     assert needs(n, "float32", "native", "none") == 2 * needs(n, "bfloat16", "native", "none")
+    mixed = replace(n, stored="int8", wide=n.inside // 4)  # which stay as they are where the others do
+    assert needs(mixed, "bfloat16", "int8", "none") - needs(n, "bfloat16", "int8", "none") == mixed.wide
+    assert needs(mixed, "bfloat16", "fp8", "none") == needs(n, "bfloat16", "fp8", "none")
     tokens = (n.native // 16) ** 2  # two rows of which, guided, hold both halves of a feed-forward
     assert picture(n) > 2 * 2 * tokens * 2 * n.hidden
     assert 3 < picture(replace(n, native=2 * n.native)) / picture(n) < 4
@@ -138,7 +141,7 @@ def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
     total = sum(p.numel() for p in pipeline.dit.parameters())
     inside = sum(p.numel() for p in pipeline.dit.blocks.parameters())
     assert (numbers.inside, numbers.outside) == (inside, total - inside)
-    assert numbers.layers == 3 and numbers.native == 64 and numbers.stored is None
+    assert numbers.layers == 3 and numbers.native == 64 and numbers.stored is None and numbers.wide == inside
 
 
 def test_what_there_is_not_is_refused(tiny):  # noqa: F811
