@@ -511,6 +511,7 @@ class TestInABrowser:
             ("seed", [*range(80)]),
             ("école", [61]),  # whose accent stands apart
             ("E\u0301COLE STRASSE", [61]),
+            ("STRA\u1e9eE", [61]),
         ],
     )
     def test_a_number_that_is_sought_is_a_whole_one(self, page, words, found):
