@@ -476,11 +476,14 @@ def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Base
     assert int(hf.gets("text_encoder/model.safetensors")[0][6:-1]) > 100_000
 
 
-def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeypatch):
-    """Nor does anything else of one stay: what lists the files, and what pins a name to a commit, are there whole."""
-    write = Path.write_text
+@pytest.mark.parametrize("written", [0, 1], ids=["manifest", "ref"])
+def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeypatch, written):
+    """Neither of what lists the files nor of what pins a name to a commit."""
+    write, before = Path.write_text, iter(range(10))
 
     def full(self: Path, text: str, *how: Any) -> int:
+        if next(before) < written:
+            return write(self, text, *how)
         write(self, text[:10], *how)
         raise OSError(errno.ENOSPC, "No space")
 
@@ -488,7 +491,8 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_small_file(hf: Hub, k2, monkeyp
     assert "is full" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
     assert not [path for path in library.cache().rglob("*") if path.is_file() and path.suffix == ".draft"]
-    assert not [*library.cache().rglob(library.MANIFEST)]
+    assert len([*library.cache().rglob(library.MANIFEST)]) == written
+    assert not [path for path in library.cache().rglob("refs/*") if path.is_file()]
 
 
 def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatch):
