@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from k2cli.console import say
+from k2cli.console import near, say
 from k2cli.doubts import idle, misbegun, same_steps
 from k2cli.like import Example
 from k2cli.matrix import Matrix
@@ -62,13 +62,14 @@ def plan_project(
     named: bool,
 ) -> Job:
     """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
-    whose = f"{project.name}: " if named else ""
+    called = near(project.root) if named else project.name
+    whose = f"{called}: " if named else ""
     of_prompts = [prompt.settings for prompt in (project.prompts if prompts is None else prompts)]
     if not quiet and (beyond := settings.beyond(of_prompts)):
-        say(f"{project.name} has {beyond}", "yellow")
+        say(f"{called} has {beyond}", "yellow")
     shots = project.shots(settings, prompts, styles, matrices)
     if not quiet and (names := project.uncompared(prompts, matrices)):
-        say(f"{project.name}: no [[matrix]] is about {listed(names)}.", "yellow")
+        say(f"{called}: no [[matrix]] is about {listed(names)}.", "yellow")
     if not quiet and not any(shot.spec.init_image for shot in shots):
         theirs = of_prompts if settings.init_image != NONE else ()
         said = [vars(settings), *theirs, *(matrix.axes for matrix in matrices)]

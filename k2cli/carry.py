@@ -12,7 +12,7 @@ from k2cli.console import meter, near, result, results, say
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
-from k2cli.hands import Crew, check_devices
+from k2cli.hands import Crew, check_device
 from k2cli.models import recommended, way_of
 from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
@@ -82,8 +82,8 @@ def carry_out(
     """
     forget()
     for_all(jobs, check_licence_and_files)
-    if crew is None:  # whose devices are others
-        check_devices(job.model for job in jobs if job.left)
+    if crew is None or crew.here:
+        check_devices([job for job in jobs if job.left])
     folders: list[Path] = []
     turns = Turns([replace(job, embed=job.embed and embed) for job in jobs], quiet=quiet)
     with turns.ending():
@@ -103,6 +103,14 @@ def carry_out(
 def check_licence_and_files(job: Job) -> None:
     licence.require_for(job.model.name, job.model.variant)
     check_files(job)
+
+
+def check_devices(jobs: Sequence[Job]) -> None:
+    """Refuse devices that are not here: once where all have the same, be it said by the command line or by each."""
+    if len({job.model.device for job in jobs}) == 1:
+        check_device(jobs[0].model)
+    else:
+        for_all(jobs, lambda job: check_device(job.model))
 
 
 def check_files(job: Job) -> None:

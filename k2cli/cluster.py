@@ -32,7 +32,7 @@ VERSIONS = ("k2", "torch", "pillow")  # that pictures depend on
 class Cluster(Crew):
     """Hands that are actors: one for every GPU of the cluster, or for every processor core where it has none."""
 
-    where = "of the cluster"
+    where, here = "of the cluster", False
     ray: Any = None
 
     def __init__(self, address: str, most: int | None):

@@ -17,7 +17,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -65,14 +65,12 @@ def load(held: Held) -> Pipeline:
     )
 
 
-def check_devices(held: Iterable[Held]) -> None:
-    """Refuse, before runs are begun, devices that this process would look for in vain. Raises K2Error."""
-    named = {each.device for each in held} - {None, "cpu"}
-    if named:  # else torch may come later
+def check_device(held: Held) -> None:
+    """Refuse, before runs are begun, a device that this machine has not. Raises K2Error."""
+    if held.device not in (None, "cpu"):  # else torch may come later
         with undisturbed():
             from model.parts import pick_device
-        for device in sorted(filter(None, named)):
-            pick_device(device)
+        pick_device(held.device)
 
 
 class Hand:
@@ -140,6 +138,7 @@ class Crew(ABC):
 
     size: int  # hands at work at a time
     where: str  # for messages
+    here = True  # on this machine, and its devices
 
     def __init__(self) -> None:
         self.holds: dict[int, Held] = {}  # every hand, and what it was told to hold

@@ -16,7 +16,7 @@ from k2cli.hands import Unreachable
 from k2cli.outputs import Run, number_of
 from k2cli.project import Project
 from k2cli.runs import Job, begin
-from model.errors import K2Error, count_of
+from model.errors import USAGE, K2Error, count_of
 
 One = TypeVar("One", bound=Folder | Job)
 Gained = TypeVar("Gained")
@@ -50,7 +50,9 @@ def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gaine
                 raise
             wrong.append((home_of(each), problem))
     errors = [error for _, error in wrong]
-    if len(errors) < len(asked) or len(set(map(str, errors))) > 1:  # else it is wrong with what all were asked for
+    same = {(str(error), error.code) for error in errors}
+    of_all = len(errors) == len(asked) and len(same) == 1 and errors[0].code == USAGE
+    if len(asked) > 1 and not of_all:  # else it is the command line that is wrong
         errors = [said_of(home, error, list(map(home_of, asked))) for home, error in wrong]
     return gained, errors
 

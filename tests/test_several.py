@@ -44,9 +44,14 @@ def test_a_device_that_is_not_here_is_told_once_and_before(three, k2, fake):
     assert told.count('There is no device "cuda:99".') == 1 and len(told.splitlines()) == 2
 
     (three / "two" / "k2.toml").write_text(PLAIN.replace("seed = 7", 'seed = 7\ndevice = "cuda:99"'))
+    for workers in ((), ("--workers", "2")):
+        told = k2("render", *NAMES, *workers, code=1).stderr
+        assert told.startswith('Error: two: There is no device "cuda:99".') and not fake.loaded
+    (three / "one" / "k2.toml").write_text(PLAIN.replace("seed = 7", 'seed = 7\ndevice = "cuda:98"'))
     told = k2("render", *NAMES, code=1).stderr
-    assert 'There is no device "cuda:99".' in told and not fake.loaded
-    (three / "two" / "k2.toml").write_text(PLAIN)
+    assert 'one: There is no device "cuda:98".' in told and 'two: There is no device "cuda:99".' in told
+    for name in ("one", "two"):
+        (three / name / "k2.toml").write_text(PLAIN)
     assert tree(three) == before
 
 
@@ -112,6 +117,22 @@ def test_an_option_that_none_can_do_is_told_once(three, k2):
     said = k2("render", *NAMES, "--size", "1x1", code=2).stderr
 
     assert said.count("Error: ") == 1 and "Error: --size: " in said
+
+
+def test_the_same_fault_of_each_is_told_of_each(three, k2):
+    """As of a project and its copies, whose references are named alike."""
+    for name in NAMES:
+        (three / name / "styles").mkdir()
+        (three / name / "refs").mkdir()
+        Image.effect_noise((64, 64), 50).save(picture := three / name / "refs" / "a.png")
+        picture.write_bytes(picture.read_bytes()[:1000])
+        (three / name / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "refs/a.png"\n')
+
+    said = k2("render", *NAMES, "--style", "dusk=0.5", "--dry-run", code=1).stderr
+
+    assert [line.split(":")[1] for line in said.splitlines() if line.startswith("Error: ")] == [
+        f" {name}" for name in NAMES
+    ]
 
 
 def test_projects_that_are_called_alike_are_told_apart_by_their_folders(three, k2):
