@@ -120,12 +120,12 @@ def as_ours(error: Exception) -> K2Error | None:
     context: Any = getattr(error, "ctx", None)
     if context is None or not hasattr(error, "possibilities"):
         return None
-    from k2cli.settings import HOMES, OTHERS
+    from k2cli.settings import HOMES, INSTEAD, OTHERS
 
     option = str(getattr(error, "option_name", ""))
     key = option[2:].replace("-", "_") if option.startswith("--") else option
     ours, how = OTHERS.get(key, ("", ""))
-    hint = HOMES.get(key) if context.command.name == "render" else None
+    hint = (HOMES | INSTEAD).get(key) if context.command.name == "render" else None
     if any(each.param_type_name == "option" and each.name == ours for each in context.command.params):
         hint = f"It is called --{ours.replace('_', '-')}{how}."
     return K2Error(f"{option}: there is no such option.", hint=hint, code=USAGE) if hint else None

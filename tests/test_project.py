@@ -166,6 +166,7 @@ def test_what_is_to_be_avoided_adds_up(moody, k2):
         ("--ar", "It is called --aspect."),
         ("--img2img", "It is called --init-image."),
         ("--sref", "Make a style of the picture: k2 style add NAME PICTURE"),
+        ("--version", "Other weights go by --model; those that are here: k2 models list"),
         ("-o", "Pictures go to outputs/, and their paths are printed."),
     ],
 )
