@@ -112,7 +112,7 @@ def keeps_outputs(folder: Path) -> bool:
 
 def ignores_outputs(line: str) -> bool:
     """Whether a line of a .gitignore is about them: a name of any folder, or a path where there is a slash within."""
-    pattern = line.strip().rstrip("/")
+    pattern = line.rstrip().removesuffix("/").replace("[^", "[!")
     parts = pattern.removeprefix("/").split("/") if "/" in pattern else ["**", pattern]
     picture = ("outputs", "0001-x", "x-1.png")
     matched = {0}  # how many of its parts may be by the parts so far; with a folder goes what lies in it
@@ -169,7 +169,7 @@ def meant_by(folder: Path) -> str:
     from model.picture_file import is_named_so
 
     full = Path(os.path.abspath(folder))
-    if full.is_file():
+    if full.exists() and not full.is_dir():
         picture = picture_of(full)  # itself, or that beside a record
         of_one = is_named_so(picture) and picture.is_file()
         more = f" What one picture was made from: k2 show {typed(folder)}" if of_one else ""
