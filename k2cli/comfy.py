@@ -23,6 +23,7 @@ JOINED = {
     "ConditioningConcat": ("conditioning_to", "conditioning_from"),
 }
 PART = re.compile(r"(?:string|text|prompt)_?[a-z1-9]$")  # of nodes that put texts together
+COLONS = (":", "\uff1a")  # the second in Chinese texts
 MOST_LINKS = 2000  # that are followed for one value
 MOST_INPUTS = 100  # of a node; of one with more nothing is read
 MOST_WORDS = 100_000  # characters of texts that are put together
@@ -143,7 +144,7 @@ class Search:
                 continue
             if found := self.put_together(node, above | {node}):
                 return found
-            onward = self.onward(node, direct)[: self.left]
+            onward = self.onward(node, direct, above | {node})[: self.left]
             self.left -= len(onward)
             left.extendleft(reversed(onward))
         return None
@@ -162,19 +163,29 @@ class Search:
         joint = ", " if kind in JOINED else here.get("delimiter", " ")
         return (joint if isinstance(joint, str) else " ").join(filter(None, found))[:MOST_WORDS]
 
-    def onward(self, node: str, direct: bool) -> list[tuple[Any, bool]]:
+    def onward(self, node: str, direct: bool, above: frozenset[str]) -> list[tuple[Any, bool]]:
         """The inputs of a node that are asked next, and whether directly."""
         here = inputs(self.graph, node)
         if self.side and self.side in here:
             return [(here[self.side], False)]
         if kind_of(self.graph, node).startswith("TextGenerate"):
             self.enhanced = True
-            return [(users_part(self.graph, here.get("prompt")), True)]
+            return [(self.users_part(here.get("prompt"), above), True)]
         told = [(here[key], True) for key in (*self.keys, *(VALUES if direct else ())) if key in here]
         links = [each for each in here.values() if linked(each)]
         self.clips += [here["clip"]] if told and "clip" in here else []
         alone = len(links) == 1 and (self.kind is str or PASSING.match(kind_of(self.graph, node)) is not None)
         return [*told, *((each, direct and not told and alone) for each in links)]
+
+    def users_part(self, value: Any, above: frozenset[str]) -> Any:
+        """Of what a language model is given the user's words: what instructions announce by a colon, otherwise what is
+        linked, as instructions may be typed into the node that puts both together, otherwise the last."""
+        node = linked(value)
+        parts = [inputs(self.graph, node)[key] for key in parts_of(self.graph, node)][: self.left]
+        self.left -= len(parts)
+        read = [self.at(each, True, above) or "" for each in parts[:-1] if len(above) <= MOST_JOINED]
+        announced = [part for text, part in zip(read, parts[1:], strict=False) if text.rstrip().endswith(COLONS)]
+        return (announced or [each for each in parts if linked(each)] or parts or [value])[-1]
 
 
 def find(graph: Graph, value: Any, keys: tuple[str, ...], kind: type | tuple[type, ...], direct: bool = False) -> Any:
@@ -188,14 +199,6 @@ def parts_of(graph: Graph, node: str | None) -> list[str]:
     parts = JOINED.get(kind_of(graph, node or ""), ()) or sorted(key for key in here if PART.fullmatch(key))
     parts = [key for key in parts if key in here]
     return parts if len(parts) > 1 else []
-
-
-def users_part(graph: Graph, value: Any) -> Any:
-    """Of what a language model is given the user's words, behind which instructions do not stand, but where they are
-    typed into the node that puts both together."""
-    node = linked(value)
-    parts = [inputs(graph, node)[key] for key in parts_of(graph, node)]
-    return ([each for each in parts if linked(each)] or parts or [value])[-1]
 
 
 def has_lora(graph: Graph, links: list[Any], side: str) -> bool:

@@ -304,6 +304,25 @@ def test_of_what_an_enhancer_is_given_typed_instructions_are_nobodys_words():
 
 
 @pytest.mark.parametrize(
+    ("parts", "prompt"),
+    [
+        ({"string_a": ["18", 0], "string_b": "a blue owl"}, "a blue owl"),
+        ({"string_a": ["30", 0], "string_b": "a blue owl"}, "a blue owl"),
+        ({"string_a": ["18", 0], "string_b": ""}, ""),
+        ({"string_a": ["18", 0], "string_b": "a blue owl", "string_c": "Write English."}, "a blue owl"),
+        ({"string_a": ["16", 0], "string_b": ["19", 0]}, "a red fox"),
+    ],
+    ids=["typed", "instructions passed on", "none", "amid", "circle"],
+)
+def test_what_instructions_announce_are_the_users_words(parts, prompt):
+    """Typed ones too, behind instructions that another node holds."""
+    turned = {"24": {**KREA["24"], "inputs": {"value": True}}, "17": {**KREA["17"], "inputs": parts}}
+    reroute = {"30": {"class_type": "Reroute", "inputs": {"": ["18", 0]}}}
+
+    assert next(origins.of_comfy(KREA | turned | reroute)).prompt == prompt
+
+
+@pytest.mark.parametrize(
     ("flag", "prompt"),
     [
         ({"30": {"class_type": "Reroute", "inputs": {"": ["23", 0]}}}, "a red fox, ink"),
