@@ -17,7 +17,9 @@ TEXTS = ("text", "prompt", "text_g", "t5xxl", "clip_l")
 VALUES = ("value", "string", "int", "float")  # of nodes that hold one value for others
 SIDES = {"on_true", "on_false"}  # of a switch
 BYPASSED = "bypassed"  # a node that only passes on what it is given, in the place of another
-PASSING = re.compile(f"{BYPASSED}|reroute|preview", re.IGNORECASE)  # other nodes may make another number of theirs
+PASSING = re.compile(  # words in the names of nodes that pass a number on, alone or among other values
+    f"{BYPASSED}|reroute|pass.?through|preview|show|display|any.?switch|pipe|context", re.IGNORECASE
+)
 JOINED = {
     "ConditioningCombine": ("conditioning_1", "conditioning_2"),
     "ConditioningConcat": ("conditioning_to", "conditioning_from"),
@@ -60,17 +62,16 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
         if start is None or not {"positive", "guider"} & set(here) or kind_of(graph, node) == BYPASSED:
             continue
         guider = inputs(graph, linked(here["guider"])) if "guider" in here else here
-        seed = here.get("seed", here.get("noise_seed", here.get("noise")))
         model = here.get("model", guider.get("model"))
         asked, avoided = (Search(graph, TEXTS, str, side) for side in ("positive", "negative"))
         yield {
             "prompt": asked.at(guider.get("positive", guider.get("conditioning"))),
             "avoid": avoided.at(guider.get("negative")),
             "enhanced": asked.enhanced or avoided.enhanced,
-            "seed": find(graph, seed, ("seed", "noise_seed"), int, direct=True),
-            "steps": find(graph, here.get("steps", here.get("sigmas")), ("steps",), int, direct=True),
-            "cfg": find(graph, guider.get("cfg"), ("cfg",), (int, float), direct=True),
-            "denoise": find(graph, here.get("denoise", here.get("sigmas")), ("denoise",), (int, float), direct=True),
+            "seed": number(graph, here, ("seed", "noise_seed"), int, behind="noise"),
+            "steps": number(graph, here, ("steps",), int, behind="sigmas"),
+            "cfg": number(graph, guider, ("cfg",), (int, float)),
+            "denoise": number(graph, here, ("denoise",), (int, float), behind="sigmas"),
             **{side: find(graph, start, (side,), int) for side in SIZE},
             "model": find(graph, model, ("ckpt_name", "unet_name"), str),
             "loras": has_lora(graph, [model], "model") or has_lora(graph, [*asked.clips, *avoided.clips], "clip"),
@@ -174,8 +175,9 @@ class Search:
         told = [(here[key], True) for key in (*self.keys, *(VALUES if direct else ())) if key in here]
         links = [each for each in here.values() if linked(each)]
         self.clips += [here["clip"]] if told and "clip" in here else []
-        alone = len(links) == 1 and (self.kind is str or PASSING.match(kind_of(self.graph, node)) is not None)
-        return [*told, *((each, direct and not told and alone) for each in links)]
+        if direct and self.kind is not str and not PASSING.search(kind_of(self.graph, node)):
+            return told  # the node makes another number of those behind it
+        return [*told, *((each, direct and not told and len(links) == 1) for each in links)]
 
     def users_part(self, value: Any, above: frozenset[str]) -> Any:
         """Of what a language model is given the user's words: what instructions announce by a colon, otherwise what is
@@ -188,9 +190,17 @@ class Search:
         return (announced or [each for each in parts if linked(each)] or parts or [value])[-1]
 
 
-def find(graph: Graph, value: Any, keys: tuple[str, ...], kind: type | tuple[type, ...], direct: bool = False) -> Any:
+def find(graph: Graph, value: Any, keys: tuple[str, ...], kind: type | tuple[type, ...]) -> Any:
     """The first value of one of these keys at the end of a link, or further up."""
-    return Search(graph, keys, kind).at(value, direct)
+    return Search(graph, keys, kind).at(value)
+
+
+def number(
+    graph: Graph, here: Mapping[str, Any], keys: tuple[str, ...], kind: type | tuple[type, ...], behind: str = ""
+) -> Any:
+    """The number that a node calls by one of these keys; or else the first behind its input `behind`."""
+    key = next((key for key in keys if key in here), behind)
+    return Search(graph, keys, kind).at(here.get(key), direct=key in keys)
 
 
 def parts_of(graph: Graph, node: str | None) -> list[str]:

@@ -393,6 +393,8 @@ def test_comfyui_tells_of_a_lora_that_only_the_texts_have(side):
     [
         ({"class_type": "PreviewAny", "inputs": {"source": ["40", 0]}}, (41, 41)),
         ({"class_type": "Reroute", "inputs": {"": ["40", 0]}}, (41, 41)),
+        ({"class_type": "easy showAnything", "inputs": {"anything": ["40", 0], "text": "41"}}, (41, 41)),
+        ({"class_type": "Display Any (rgthree)", "inputs": {"source": ["40", 0]}}, (41, 41)),
         ({"class_type": "MathExpression", "inputs": {"expression": "a*4", "a": ["40", 0]}}, (None, 64)),
         ({"class_type": "SquareRoot", "inputs": {"a": ["40", 0]}}, (None, 64)),
     ],
@@ -405,6 +407,32 @@ def test_a_number_that_a_node_works_out_is_not_the_one_that_it_is_given(tmp_path
     read = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL | nodes | {"5": size})))
 
     assert (read.seed, read.width) == found
+
+
+@pytest.mark.parametrize(
+    ("between", "seed"),
+    [
+        ({"class_type": "MathExpression", "inputs": {"expression": "a*4", "a": ["40", 0]}}, None),
+        ({"class_type": "easy pipeOut", "inputs": {"pipe": ["40", 3]}}, 41),
+        ({"class_type": "Context (rgthree)", "inputs": {"base_ctx": ["40", 0], "model": ["4", 0]}}, 41),
+    ],
+)
+def test_a_seed_by_its_name_behind_a_node_that_works_out_is_not_the_samplers(between, seed):
+    """But behind one that carries it among other things it is."""
+    graph = TALL | {"40": {"class_type": "Seed (rgthree)", "inputs": {"seed": 41}}, "21": between}
+
+    assert next(origins.of_comfy(graph)).seed == seed
+
+
+def test_noise_and_sigmas_lead_to_their_numbers():
+    """Through whatever makes others of them."""
+    given = {**FLUX["1"]["inputs"], "noise": ["20", 0], "sigmas": ["21", 0]}
+    nodes = {"20": {"class_type": "MixNoise", "inputs": {"strength": 0.1, "first": ["2", 0]}},
+             "21": {"class_type": "SplitSigmas", "inputs": {"step": 3, "sigmas": ["4", 0]}}}  # fmt: skip
+
+    found = next(origins.of_comfy(FLUX | nodes | {"1": {**FLUX["1"], "inputs": given}}))
+
+    assert (found.seed, found.steps) == (42, 28)
 
 
 def test_comfyui_nodes_that_the_editor_bypasses_pass_on(tmp_path):
