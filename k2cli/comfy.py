@@ -129,6 +129,11 @@ class Search:
         direct  the link asks for this very value, so that a node which holds a single one answers, whatever it calls it
         above   the nodes whose parts this link is among, to which it does not lead back
         """
+        found = self.each_at(value, direct, above)
+        return ", ".join(found)[:MOST_WORDS] if len(found) > 1 else next(iter(found), None)
+
+    def each_at(self, value: Any, direct: bool, above: frozenset[str]) -> list[Any]:
+        """The same, but several where JOINED puts texts together."""
         left = deque([(value, direct)])
         seen: dict[str, bool] = {}  # node -> whether it was asked directly, which finds all that is found otherwise
         while left:
@@ -136,7 +141,7 @@ class Search:
             node = linked(value)
             if node is None:
                 if isinstance(value, self.kind) and isinstance(value, bool) == (self.kind is bool) and value != "":
-                    return value
+                    return [value]
                 continue
             if node in above or seen.get(node, -1) >= direct:
                 continue
@@ -148,21 +153,22 @@ class Search:
             onward = self.onward(node, direct, above | {node})[: self.left]
             self.left -= len(onward)
             left.extendleft(reversed(onward))
-        return None
+        return []
 
-    def put_together(self, node: str, above: frozenset[str]) -> str | None:
-        """The text of a node that makes one of others."""
+    def put_together(self, node: str, above: frozenset[str]) -> list[str]:
+        """The text of a node that makes one of others, or its texts where each is for itself."""
         if self.kind is not str or len(above) > MOST_JOINED:
-            return None
+            return []
         here, kind = inputs(self.graph, node), kind_of(self.graph, node)
         parts = parts_of(self.graph, node) if kind in JOINED or not {*self.keys} & {*here} else []
         parts = parts[: self.left]
         self.left -= len(parts)
-        found = [self.at(here[key], kind not in JOINED, above) for key in parts]
         if kind in JOINED:  # a text may lead there more than once, each time for another part of the picture
-            found = [*dict.fromkeys(found)]
-        joint = ", " if kind in JOINED else here.get("delimiter", " ")
-        return (joint if isinstance(joint, str) else " ").join(filter(None, found))[:MOST_WORDS]
+            return [*dict.fromkeys(text for key in parts for text in self.each_at(here[key], False, above))]
+        joint = here.get("delimiter", " ")
+        found = [self.at(here[key], True, above) for key in parts]
+        text = (joint if isinstance(joint, str) else " ").join(filter(None, found))[:MOST_WORDS]
+        return [text] if text else []
 
     def onward(self, node: str, direct: bool, above: frozenset[str]) -> list[tuple[Any, bool]]:
         """The inputs of a node that are asked next, and whether directly."""

@@ -360,8 +360,13 @@ def encoded(text):
         ({"6": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["31", 0],
                                                                 "conditioning_2": ["35", 0]}},
           "35": {"class_type": "ConditioningSetArea", "inputs": {"conditioning": ["31", 0], "width": 64}}}, "fog"),
+        ({"6": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["36", 0],
+                                                                "conditioning_2": ["35", 0]}},
+          "35": {"class_type": "ConditioningSetArea", "inputs": {"conditioning": ["31", 0], "width": 64}},
+          "36": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["31", 0],
+                                                                 "conditioning_2": ["32", 0]}}}, "fog, rain"),
     ],
-    ids=["combine", "concat", "twice", "circle", "areas"],
+    ids=["combine", "concat", "twice", "circle", "areas", "areas of several"],
 )  # fmt: skip
 def test_comfyui_nodes_that_put_together(nodes, prompt):
     (found,) = origins.of_comfy(GRAPH | {"31": encoded("fog"), "32": encoded("rain")} | nodes)
