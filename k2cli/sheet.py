@@ -127,15 +127,16 @@ def contact_sheet(
     sheet = Image.new("RGB", extent(columns), PAPER)
     draw = ImageDraw.Draw(sheet)
     width = sheet.width - 2 * MARGIN
-    write(draw, (MARGIN, MARGIN), title, TITLE, INK, width)
-    write(draw, (MARGIN, MARGIN + TITLE + 12), subtitle, CAPTION, FAINT, width)
+    write(draw, (MARGIN, MARGIN), title, TITLE, INK, width, width)
+    write(draw, (MARGIN, MARGIN + TITLE + 12), subtitle, CAPTION, FAINT, width, width)
 
     top = MARGIN + head
     for row, picture_height in rows_in(columns):
         for column, strip in enumerate(row):
             indent = (across - min(len(strip), across)) * (cell_width + GAP) // 2 if centred else 0
             left = MARGIN + column * (strip_width + BETWEEN) + indent
-            own = min(len(strip), across) * (cell_width + GAP) - GAP
+            first_row = strip[:across]
+            own = (len(first_row) - 1) * (cell_width + GAP) + sizes[first_row[-1]][0]
             write_label(draw, (left, top), strip[0].label, own, strip_width - indent, lines)
             for place, entry in enumerate(strip):
                 x = left + place % across * (cell_width + GAP)
@@ -146,19 +147,20 @@ def contact_sheet(
 
 
 def show(sheet: Image.Image, at: tuple[int, int], entry: Entry, size: tuple[int, int], width: int) -> None:
-    """A picture in its frame, and its caption below it in as much room as told."""
+    """A picture in its frame, and its caption below it, or longer, in as much room as told."""
     (x, y), (shown, height), draw = at, size, ImageDraw.Draw(sheet)
     with Image.open(entry.path) as image:
         sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), at)
     draw.rectangle((x - 1, y - 1, x + shown, y + height), outline=EDGE)
-    write(draw, (x, y + height + 7), entry.caption, CAPTION, FAINT, width)
+    write(draw, (x, y + height + 7), entry.caption, CAPTION, FAINT, shown, width)
 
 
-def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, ink: str, width: int) -> None:
-    """A line of text, cut where it is wider than there is room."""
+def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, ink: str, own: int, width: int) -> None:
+    """A line of text over what is its own, or longer, cut where it is wider than there is room."""
     text, face = typeset(said, size)
     line = fit(text, face, width)
-    draw.text((start(line, face, at[0], width, text), at[1]), line, ink, face)
+    room = max(own, face.getlength(line))
+    draw.text((start(line, face, at[0], room, text), at[1]), line, ink, face)
 
 
 def write_label(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, own: int, width: int, lines: int) -> None:

@@ -117,9 +117,13 @@ def test_text_never_runs_over(tmp_path):
     assert wrap("short", face, 150, 2) == ["", "short"]
 
 
-@pytest.mark.parametrize(("said", "right"), [("שועל", True), ("3 ثعلب", True), ("fox שועל", False), ("3", False)])
-def test_what_is_read_from_the_right_begins_there(tmp_path, monkeypatch, said, right):
-    """Over and below its own picture, though another strip has more of them; the title on the whole page."""
+@pytest.mark.parametrize(("size", "shown"), [((64, 64), 320), ((32, 64), 160)])
+@pytest.mark.parametrize(
+    ("said", "right"), [("שועל", True), ("3 ثعلب", True), ("שועל" * 8, True), ("fox שועל", False), ("3", False)]
+)
+def test_what_is_read_from_the_right_begins_there(tmp_path, monkeypatch, said, right, size, shown):
+    """Over and below its own pictures, though others are wider or more; longer, from where they begin; the title on
+    the whole page."""
     places = []
 
     def note(draw, at, text, ink, face):
@@ -128,14 +132,22 @@ def test_what_is_read_from_the_right_begins_there(tmp_path, monkeypatch, said, r
 
     monkeypatch.setattr(sheet, "typeset", lambda text, size: (text, font(size)))
     monkeypatch.setattr(sheet.ImageDraw.ImageDraw, "text", note)
-    made = entries(tmp_path, 2, 3)[:4]
-    made[3] = replace(made[3], label=said, caption=said)
+    made = entries(tmp_path, 2, 3)[:5]
+    made[3:] = [replace(entry, label=said) for entry in made[3:]]
+    made[4] = replace(made[4], caption=said)
+    for entry in made[3:]:
+        Image.new("RGB", size).save(entry.path)
 
     page = contact_sheet(made, said, "", columns=1)
 
-    ends = [page.width - sheet.MARGIN, sheet.MARGIN + 320, sheet.MARGIN + 320]
-    for (left, end), room in zip(places, ends, strict=True):
-        assert end == pytest.approx(room) if right else left == sheet.MARGIN
+    second = sheet.MARGIN + 320 + sheet.GAP
+    rooms = [
+        (sheet.MARGIN, page.width - sheet.MARGIN),
+        (sheet.MARGIN, second + shown),
+        (second, second + shown),
+    ]
+    for (left, end), (first, last) in zip(places, rooms, strict=True):
+        assert end == pytest.approx(max(last, first + end - left)) if right else left == first
 
 
 def test_a_long_label_of_a_centred_strip_ends_within_the_sheet(tmp_path):
