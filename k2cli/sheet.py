@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -227,9 +228,8 @@ def fit(text: str, face: Font, width: float) -> str:
     """The text, cut with an ellipsis where it is wider than there is room."""
     if face.getlength(text) <= width:
         return text
-    while text and face.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip(" ,.;") + "…"
+    fits = bisect_right(range(1, len(text) + 1), width, key=lambda count: face.getlength(text[:count] + "…"))
+    return text[:fits].rstrip(" ,.;") + "…"
 
 
 def wrap(text: str, face: Font, width: float, lines: int) -> list[str]:
