@@ -130,10 +130,14 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
     """What a project that has its settings of the first picture does not take over of this one."""
     lost = list(origin.left_out)
     if origin.tool == "k2":
-        kept = taken_over(first) if first.tool == "k2" else {}
+        silent = {"creativity": "raw"}
+        kept = silent | (taken_over(first) if first.tool == "k2" else {})
+        made = silent | settings_of(origin)
         lost += [f"model {origin.model}"] if origin.model not in ("", model_of(first)) else []
         lost += [f"variant {'turbo' if origin.turbo else 'raw'}"] if origin.turbo != first.turbo else []
-        lost += [f"{key} {value}" for key, value in settings_of(origin).items() if kept.get(key) != value]
+        lost += [f"{key} {value}" for key, value in made.items() if kept.get(key) != value]
+        own = (key for key, value in kept.items() if key not in made and getattr(origin, key) != value)
+        lost += [f"the model's own {key}" for key in own]
     return lost
 
 
@@ -168,7 +172,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
         lines.append(shape if own else told(shape, first))
     for key, value in (written if own else settings_of)(first).items():
-        line = f"{key} = {text(value)}" if isinstance(value, str) else f"{key} = {value:g}"
+        line = f"{key} = {text(value) if isinstance(value, str) else repr(value).removesuffix('.0')}"
         lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
     for called, each in named(counts).items():
         lines += ["", "[[prompt]]".ljust(22) + f"# from a picture of {each.tool}", f"name = {text(called)}"]

@@ -227,6 +227,21 @@ def test_a_mu_is_taken_over_where_it_was_chosen(moody, k2, tmp_path, turbo):
     assert opened == [None, 0.875, None] and "mu 0.875 stayed behind" in mixed
 
 
+def test_what_a_picture_left_to_the_model_is_told_where_the_first_did_not(moody, k2, tmp_path):
+    with_mu(moody, chosen := 2.123456789)
+    dog = k2("render", "-p", "a dog", "--sampler", "ab2", "--guidance-until", "0.5", "--creativity", "low")
+    other = k2("render", "-p", "an owl", "--sampler", "ab2", "--guidance-until", "0.5", "--creativity", "low")
+    with_mu(moody, own_mu("mini", "raw", 64, 64))
+    cat = k2("render", "-p", "a cat")
+
+    said = k2("new", tmp_path / "again", "--from", *(each.stdout.strip() for each in (dog, other, cat))).stderr
+
+    assert Project.open(tmp_path / "again").settings.mu == chosen
+    for each in ("the model's own mu", "the model's own sampler", "the model's own guidance_until", "creativity raw"):
+        assert f"a-cat-7.png: {each} stayed behind." in said
+    assert said.count("stayed behind") == 4
+
+
 @pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
 def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
     with_mu(moody, own_mu("mini", "raw", 64, 64))
