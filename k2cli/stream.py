@@ -25,6 +25,7 @@ from model.errors import K2Error
 OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
 OTHERWISE = re.compile(  # and how one looks that means objects, but is none of JSON alone on its line
     r"""[][{},\s]+$|\[\s*\{\s*["}]"""  # a list, or what is spread over lines
+    r"""|"[^"|]*"\s*:\s*(?:".*"|-?\d[\d.e+-]*|[\[{]|true|false|null)[]},\s]*$"""  # a line of that, spelt as it may be
     r"""|\[?\s*\{\s*'[^'|]*'\s*:"""  # Python's; as a choice, {a: b|c: d} is a prompt's
     r"""|\[?\s*\{\s*\w+\s*:(?:\s*(?:"[^"]*"|'[^']*')\s*[,}]|[^|]*\}\s*\]?,?$)"""  # JavaScript's
 )

@@ -218,6 +218,7 @@ def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, l
         "{sign: \"a\"|sign: 'b'}", "{night: dark} and {red|blue}", "[red] fox", "[{red|blue}] fox", "{red} fox",
         '"a red fox"', '"a red fox",', '"Hope": a painting', '"Tea": {red|blue} cups', "a fox: {", "7", "null",
         "'Hope': a painting", "'Tea': '{red|blue}' cups", "'Hope', and 'Tea': two signs", "'a', 'b'", "'\\d': a fox",
+        '"hello": a sign', '"Wow!" says the fox: "I\'m red"', '"Fox": "red" or {blue|green}',
         "{'a'|'b'} fox", "['red'] fox", "'a': " + "-" * 9999, "'a': " + "[" * 9999,
     ],
 )  # fmt: skip
@@ -236,7 +237,8 @@ def test_braces_brackets_and_quotes_are_a_prompts_own(line):
         "'styles': {'dusk': 1.0}}]", "'prompt': \"a cat's\"", "['a red fox']", "'\\d': '\\d'",
         "{'prompt': 'a red fox', 'seed': 3}", "{'prompt': 'a {red|blue} fox | ink'}", "[{'prompt': 'a red fox'}]",
         '{prompt: "a red fox"}', "{ prompt: 'a {red|blue} fox', seed: 3 }", "{prompt: a red fox, seed: 3}",
-        '[{prompt: "a red fox"}]', '{prompt: "a red fox",',
+        '[{prompt: "a red fox"}]', '{prompt: "a red fox",', '"prompt": "a "red" fox",', r'"path": "C:\x\y",',
+        r'"prompt": "a \x fox",', r'"prompt": "a \x fox"}]', '"seed": 04,', '"prompt": "a fox"}, {"prompt": "b"',
     ],
 )  # fmt: skip
 def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
