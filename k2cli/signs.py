@@ -12,6 +12,8 @@ from k2cli.tables import listed
 WEIGHED = "words have no weights, styles do: --style NAME=0.6"
 CHOSEN = "of {a|b} each is a prompt, none weighs more"
 TOLD = 3  # of the signs that mean the same
+TAGS = ("HD", "OC", "CGI", "DOF", "FHD", "HDR", "QHD", "RAW", "SFW", "UHD", "VFX", "DSLR", "NSFW")  # beside 8K and 3D
+UNSHOUTED = "|".join((r"(?:(?<![A-Z] )|(?<=\d[A-Z] )", *(rf"(?<=\b{tag} )" for tag in TAGS))) + ")"
 LONGEST = 40  # characters of one that are shown
 
 SIGNS = {  # what it looks like: what to say here
@@ -30,8 +32,8 @@ SIGNS = {  # what it looks like: what to say here
     r"\[[^\[\]|]{0,200}:\d?\.?\d{1,3}\]": WEIGHED,
     r"\[[^\[\]|]{1,200}\|[^\[\]]{1,200}\]": "choices stand in braces: {red|green}",
     r"(?<![\"“'])\[(?!sic\])[^\W\d][^\[\]\"”]{0,200}\]": WEIGHED,  # an editor's [sic], a shop's "[open]"
-    # no shouting: BREAK THE RULES, COFFEE BREAK; but HDR BREAK a hill
-    r"(?<![\w\"])(?<![A-Z]{5} )BREAK(?![\w\"]|\s+[A-Z]{2}|\W*$)": "a prompt is read as a whole",
+    # no shouting: BREAK THE RULES, TEA BREAK; but HDR BREAK a hill
+    rf"(?<![\w\"]){UNSHOUTED}BREAK(?![\w\"]|\s+[A-Z]{{2}}|\W*$)": "a prompt is read as a whole",
     r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
 }
 OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =](?!--|—)[^\s,]{1,60})?")
