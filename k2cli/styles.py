@@ -292,7 +292,7 @@ class Added:
     file: Path
     pictures: Sequence[Path]  # in the project, as the next
     lora: Path | None
-    over: str  # what was passed over, in a sentence
+    over: str  # what was passed over, in sentences
     stated: Sequence[str] = ()  # triggers that the LoRA itself states, and that were taken over
 
 
@@ -323,7 +323,8 @@ def add_style(
     if method and not images:
         raise K2Error("No picture was named that --method could be of.", hint="Leave it out, or name pictures.")
     lora = place_for(loras[0], name, styles) if loras else None
-    stated = [] if triggers or not loras else [masked(" ".join(each.split())) for each in stated_triggers(loras[0])]
+    stated, unsaid = stated_triggers(loras[0]) if loras and not triggers else ([], "")
+    stated = [masked(each) for each in stated]
     if lora:
         said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger") or stated}
     pictures, patterns, over = add_pictures(styles, name, images, method) if images else ([], [], "")
@@ -335,7 +336,7 @@ def add_style(
     make(file.parent)
     blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
     put(file, b"\n".join(blocks), name, force=force)
-    return Added(file, pictures, lora, over, stated)
+    return Added(file, pictures, lora, " ".join(filter(None, (over, unsaid))), stated)
 
 
 def place_for(file: Path, name: str, styles: Styles) -> Path:

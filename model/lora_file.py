@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import K2Error, brief
+from model.errors import K2Error, brief, count_of
 from model.hashes import settings_beside
 from model.headers import read_header, read_json, some
 
@@ -43,6 +43,7 @@ BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin
 PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
 WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # what a change consists of
+LONGEST_TRIGGER, MOST_TRIGGERS = 200, 16  # characters of one that a file states, and how many: they join every prompt
 ON_RAW = "Give a LoRA that was trained on Krea 2."
 PLAIN = "Give a plain LoRA; where this is one, fetch it again."
 
@@ -54,13 +55,18 @@ def check_kind(path: Path) -> None:
     peft_settings(path)
 
 
-def stated_triggers(path: Path) -> list[str]:
+def stated_triggers(path: Path) -> tuple[list[str], str]:
     """The words that an adapter was trained to answer to, where its metadata states them, by ModelSpec or as k2 trains
-    them; how often tags stood in its captions (kohya) is no such statement. It is somebody's text."""
+    them; how often tags stood in its captions (kohya) is no such statement. It is somebody's text, and may be anything:
+    what is too much to join a prompt is passed over -> and told in a sentence."""
     about = read_header(path).get("__metadata__", {})
     own = json.loads(about.get("k2", "{}")).get("triggers")
     stated = [*(own if isinstance(own, list) else ()), about.get("modelspec.trigger_phrase")]
-    return list(dict.fromkeys(each for each in stated if isinstance(each, str) and each.strip()))
+    words = dict.fromkeys(" ".join(each.split()) for each in stated if isinstance(each, str) and each.strip())
+    taken = [each for each in words if len(each) <= LONGEST_TRIGGER][:MOST_TRIGGERS]
+    over = count_of(len(words) - len(taken), "trigger")
+    limits = f"of each LoRA {MOST_TRIGGERS} are taken, of up to {LONGEST_TRIGGER} characters"
+    return taken, f"Passed over: {over} that the LoRA states; {limits}." if len(taken) < len(words) else ""
 
 
 def refuse_others(path: Path, names: Iterable[str]) -> None:

@@ -319,6 +319,30 @@ def test_what_a_lora_says_that_it_answers_to_joins_the_prompt(moody, photos, k2,
         assert spec_of(moody, ink=0.6).prompt == f"a red fox, {triggers[0]}"
 
 
+@pytest.mark.parametrize(
+    ("own", "phrase", "taken", "over"),
+    [
+        (["ohwx"], "ink " * 350_000, 1, 1),
+        ([], "x" * 30_000, 0, 1),
+        ([], "x" * 201, 0, 1),
+        ([], f"{'x' * 100}    {'x' * 99}", 1, 0),
+        ([f"word {number}" for number in range(99_999)], "", 16, 99_983),
+    ],
+)
+def test_what_a_lora_states_at_length_joins_no_prompt(moody, photos, k2, own, phrase, taken, over):
+    """The style file that it would be written to could not be read."""
+    about = {"k2": json.dumps({"triggers": own}), "modelspec.trigger_phrase": phrase}
+
+    told = k2("style", "add", "ink", write_lora(photos / "ink.safetensors", about=about)).stderr
+
+    assert (
+        len(table(moody / "styles" / "ink.toml")["triggers"])
+        == len(spec_of(moody, ink=0.6).styles[0].triggers)
+        == taken
+    )
+    assert (f"Passed over: {over} trigger" in told) == bool(over) and len(told) < 1000
+
+
 def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
     """PEFT's say how strong the weights are, and are found by the name that these have."""
     lora = write_lora(photos / "adapter_model.safetensors")
