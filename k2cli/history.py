@@ -21,14 +21,17 @@ from typing import Any
 
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, folded, leaves, masked, tables_in
+from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked, sought, tables_in
 from model import picture_file
 from model.errors import USAGE, K2Error
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
-PARTED = r"[^\W_\u0590-\u1dff\u2000-\U0010ffff]"  # a letter or digit of scripts that part words: Latin, Greek, Cyrillic
+PARTED = (
+    r"[^\W_\u0590-\u1dff\u2000-\U0010ffff]"  # a letter or digit of scripts that part words: Latin, Greek, Cyrillic
+    r"|[\u0300-\u036f\u0483-\u0487\u1dc0-\u1dff\ufe20-\ufe2f]"  # or an accent of theirs that stands apart
+)
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -133,16 +136,16 @@ class Chosen:
     since: datetime | None = None
 
     def __contains__(self, made: Made) -> bool:
-        asked = folded(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
+        asked = sought(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
         return (
-            all(begins_in(word, asked) for word in folded(self.prompt).split())
+            all(begins_in(word, asked) for word in sought(self.prompt).split())
             and all(unicodedata.normalize("NFC", style) in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
 
     def run_folder(self, name: str) -> bool:
         if not self.run.isdecimal():
-            return folded(self.run) in folded(name)
+            return sought(self.run) in sought(name)
         number = NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
 

@@ -40,6 +40,7 @@ UNPRINTABLE = re.compile(  # what terminals obey; surrogates, as which Python ke
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)")  # what Windows takes for one in any folder
+APART = re.compile(r"[\u0300-\u036f]")  # accents that no letter is joined to
 UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # signs that say how those beside them are drawn
 USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
 
@@ -130,6 +131,12 @@ def is_mark(sign: str) -> bool:
 def folded(text: str) -> str:
     """A text as it is compared with another: accents joined to their letters, and no capitals."""
     return unicodedata.normalize("NFC", text).casefold()
+
+
+def sought(text: str) -> str:
+    """The same of a text that is searched: an accent that there is no joined letter for, as the stress of Russian
+    words, counts for nothing."""
+    return APART.sub("", unicodedata.normalize("NFC", folded(text)))
 
 
 def as_name(text: str, besides: str = "") -> str:

@@ -441,7 +441,9 @@ def folder(tmp_path_factory):
     other = other.with_name("lighthouse-60.toml")
     other.write_text(other.read_text().replace("a red lighthouse", ARABIC))
     other = other.with_name("lighthouse-61.toml")
-    other.write_text(other.read_text().replace("a red lighthouse", unicodedata.normalize("NFD", "École, Straße")))
+    other.write_text(
+        other.read_text().replace("a red lighthouse", unicodedata.normalize("NFD", "École, Straße, за\u0301мок"))
+    )
     odd = root / "outputs" / "0001-fox"
     for path in odd.glob("fox-0.*"):
         path.rename(odd / f"it's #1 100% fox{path.suffix}")
@@ -512,6 +514,8 @@ class TestInABrowser:
             ("école", [61]),  # whose accent stands apart
             ("E\u0301COLE STRASSE", [61]),
             ("STRA\u1e9eE", [61]),
+            ("замок", [61]),
+            ("ЗА\u0301МОК", [61]),
         ],
     )
     def test_a_number_that_is_sought_is_a_whole_one(self, page, words, found):

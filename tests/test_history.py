@@ -90,8 +90,23 @@ def test_accents_are_of_their_letters_however_they_are_written(word, found, form
 
 
 @pytest.mark.parametrize(
+    ("word", "found"),
+    [("замок", True), ("за\u0301мок", True), ("ЗАМО\u0301К", True), ("мок", False), ("istanbul", True), ("кои", False)],
+)
+def test_accents_that_no_letter_is_joined_to_count_for_nothing(word, found, tmp_path):
+    """Dictionaries set the stress of Russian words so; й is a letter of its own."""
+    many_pictures(tmp_path, 1, text="за\u0301мок у озера, кои\u0306, İstanbul")
+    (tmp_path / "0001-fox").rename(tmp_path / "0001-за\u0301мок-İstanbul")
+
+    assert len(list(history.read(tmp_path, Chosen(prompt=word)))) == found
+    assert len(list(history.read(tmp_path, Chosen(run=word)))) == (found or word == "мок")
+
+
+@pytest.mark.parametrize(
     ("text", "found"),
     [
+        ("а\u0301fox", False),
+        ("г\u0483fox", False),
         ("红色fox睡觉", True),
         ("かわいいfoxの絵", True),
         ("日本fox", True),
