@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from k2cli.dialect import dump
 from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
+from k2cli.new_style import copied, reference
 from k2cli.pictures import Inside, check_picture, find
-from k2cli.styles import copied, reference
 from k2cli.tables import PATH, between, relative
 from model import library, picture_file
 from model.errors import K2Error

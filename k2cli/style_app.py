@@ -93,8 +93,8 @@ def add(
     """
     from k2cli.console import near, result, say
     from k2cli.folder import Outside
+    from k2cli.new_style import add_style
     from k2cli.pictures import without_sheets
-    from k2cli.styles import add_style
     from k2cli.tables import Option, check_value, said_by
     from model.spec import METHODS
 
@@ -284,7 +284,7 @@ def mix_styles(
     from k2cli.carry import carry_out
     from k2cli.console import near, result, say
     from k2cli.matrix import variants
-    from k2cli.styles import add_mix
+    from k2cli.new_style import add_mix
 
     opened = find_project(project, allow_outside)
     weights = read_weights(styles, "NAME=W")

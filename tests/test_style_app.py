@@ -12,7 +12,7 @@ import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 
-from k2cli import mix, runs, sheet, styles
+from k2cli import mix, new_style, runs, sheet
 from k2cli.complete import complete_style
 from k2cli.dialect import dump
 from k2cli.moodboard import gather
@@ -96,7 +96,7 @@ def test_a_style_that_came_while_another_was_made_stays(looks, photos, k2, monke
         file.write_text('keywords = ["mine"]\n')
         return dump(table)
 
-    monkeypatch.setattr(styles, "dump", slowly)
+    monkeypatch.setattr(new_style, "dump", slowly)
 
     said = k2(*command.format(photos).split(), code=1).stderr
 

@@ -1,0 +1,185 @@
+"""Styles that are made: of pictures, of a LoRA, of both, or of other styles."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2cli.dialect import dump
+from k2cli.disk import Exists, sweep, write, writing
+from k2cli.pictures import check_picture, in_folder
+from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
+from k2cli.tables import as_name, masked, plain, relative
+from model.errors import K2Error
+from model.hashes import identity, settings_beside, sha256
+from model.lora_file import check_kind, stated_triggers
+from model.picture_file import passed_over
+from model.weighed import MOST_AT_ONCE
+
+LORA = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Added:
+    """A style that was made of files."""
+
+    file: Path
+    pictures: Sequence[Path]  # in the project, as the next
+    lora: Path | None
+    over: str  # what was passed over, in sentences
+    stated: Sequence[str] = ()  # triggers that the LoRA itself states, and that were taken over
+
+
+def add_style(
+    styles: Styles,
+    name: str,
+    files: Sequence[Path],
+    *,
+    keywords: Sequence[str] = (),
+    avoids: Sequence[str] = (),
+    triggers: Sequence[str] = (),
+    method: str | None = None,
+    force: bool = False,
+) -> Added:
+    """Copy pictures into refs/NAME, a LoRA into loras, and write styles/NAME.toml.
+
+    Whatever lies there stays there; what is there already, under whatever name, is not copied again. Everything is
+    checked before anything is written, and the style file comes last.
+    """
+    file = styles.new_file(name, force=force)
+    said: dict[str, Any] = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
+    loras = [each for each in files if each.suffix.lower() == LORA]
+    if len(loras) > 1:
+        raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each a style, and mix them.")
+    if triggers and not loras:
+        raise K2Error("Triggers are a LoRA's words, and none was named.", hint="Call them keywords: -k")
+    images = [each for each in files if each not in loras]
+    if method and not images:
+        raise K2Error("No picture was named that --method could be of.", hint="Leave it out, or name pictures.")
+    lora = place_for(loras[0], name, styles) if loras else None
+    stated, unsaid = stated_triggers(loras[0]) if loras and not triggers else ([], "")
+    stated = [masked(each) for each in stated]
+    if lora:
+        said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger") or stated}
+    pictures, patterns, over = add_pictures(styles, name, images, method) if images else ([], [], "")
+    if lora and not lora.exists():
+        make(lora.parent)
+        beside = settings_beside(loras[0])
+        settings = {lora.with_name(beside.name): beside.read_bytes()} if beside else {}
+        write({**settings, lora: loras[0].read_bytes()})
+    make(file.parent)
+    blocks = [dump({**said, "method": method}), *(reference(pattern, 1.0) for pattern in patterns)]
+    put(file, b"\n".join(blocks), name, force=force)
+    return Added(file, pictures, lora, " ".join(filter(None, (over, unsaid))), stated)
+
+
+def place_for(file: Path, name: str, styles: Styles) -> Path:
+    """Where a style's LoRA lies in the project already, or is to lie. Raises K2Error where it is none."""
+    if not file.is_file():
+        raise K2Error(f"There is no {masked(str(file))}.", hint="Name a LoRA's .safetensors file.")
+    if file.stat().st_size > MOST_LORA:
+        raise K2Error(f"{masked(str(file))} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
+    check_kind(file)
+    folder = styles.inside("loras", "")
+    if settings_beside(file):  # which is found by that name alone, so both have a folder of their own
+        place = styles.inside(f"loras/{name}/{file.name}", "")
+        if place.exists() and identity(place) != identity(file):
+            raise K2Error(f"loras/{name} holds another LoRA.", hint="Choose another name, or remove it.")
+        return place
+    loras = (each for each in sorted(folder.glob(f"*{LORA}")) if each.is_file() and not each.is_symlink())
+    there = (each for each in loras if sha256(each) == sha256(file))
+    return next(there, None) or free_name(folder, file.stem, LORA.removeprefix("."))
+
+
+def add_pictures(
+    styles: Styles, name: str, images: Sequence[Path], method: str | None
+) -> tuple[list[Path], list[str], str]:
+    """Copy pictures, and those in folders, into refs/NAME -> where they are there, the patterns that name them, and
+    what was passed over."""
+    folder = styles.inside(f"refs/{name}", "")
+    for image in images:
+        if not image.exists():
+            raise K2Error(f"There is no {masked(str(image))}.", hint="Name pictures, or a folder of them.")
+        if image.is_dir() and not in_folder(image):
+            hint = passed_over(image.iterdir()) or "Name pictures, or a folder of them."
+            raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)
+    files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
+    beside = {path for image in images if image.is_dir() for path in image.iterdir()}
+    over = passed_over(beside - {each.parent for each in files})
+    kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
+    count = len({sha256(each) for each in kinds})
+    most, by = MOST_AT_ONCE.get(method or "", MOST_REFERENCES), f" by {method}" if method in MOST_AT_ONCE else ""
+    if count > most:
+        raise K2Error(
+            f'Style "{name}" would have {count} reference pictures{by}.',
+            hint=f"Give at most {most}, those that show the look best.",
+        )
+    pictures = sorted({*copied(kinds, folder).values()})
+    whole = pictures == in_folder(folder)
+    patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
+    return pictures, patterns, over
+
+
+def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
+    """Copy pictures, of which the kinds are known, into a folder -> where each lies there. One that is there already,
+    under whatever name, is not copied again."""
+    make(folder)
+    there = {sha256(each): each for each in in_folder(folder)}
+    for image, kind in kinds.items():
+        if (key := sha256(image)) not in there:
+            there[key] = free_name(folder, image.stem, kind)
+            write({there[key]: image.read_bytes()})
+    return {image: there[sha256(image)] for image in kinds}
+
+
+def make(folder: Path) -> None:
+    """A folder that is there, and holds nothing that a killed process left."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+
+
+def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool = False) -> Path:
+    """Write a mix as styles/NAME.toml -> that file. One that is this very mix may be there already. Raises K2Error."""
+    same = styles.is_mix(name, weights)  # written before its preview failed
+    file = styles.new_file(name, force=force or same)
+    if name in styles.reached(weights, "k2 mix-styles"):
+        raise K2Error(f"{name} is itself part of the mix.", hint="Save it under another name.")
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+    put(file, dump({"mix": weights}), name, force=force or same)
+    return file
+
+
+def put(file: Path, data: bytes, name: str, *, force: bool) -> None:
+    """Write a style's file, and unless forced replace none, not even one that came since `new_file` looked."""
+    try:
+        write({file: data}, new=not force)
+    except Exists:
+        raise taken(name) from None
+
+
+def reference(image: str, weight: float) -> bytes:
+    """A reference as hands would add the next one."""
+    return b"[[reference]]\n" + dump({"image": image, "weight": weight})
+
+
+def spoken(texts: Sequence[str], what: str) -> list[str]:
+    """Words as a style file holds them."""
+    words = [plain(text, what) for text in texts]
+    if not all(words):
+        raise K2Error(f"{what} is empty.", hint="Leave it out, or say a word.")
+    return words
+
+
+def free_name(folder: Path, stem: str, kind: str) -> Path:
+    """A path in the folder that nothing stands at, numbered where it must be."""
+    stem = as_name(stem, besides=".").strip("-.") or "picture"
+    path, number = folder / f"{stem}.{kind}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.{kind}"
+    return path
