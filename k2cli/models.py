@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 from k2cli.sizes import WIDEST
 from k2cli.tables import PATH, check_path, masked, nearest, one_of
-from model import library
+from model import library, weighed
 from model.errors import K2Error
 from model.hashes import sha256
 from model.headers import read_json
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import Style, raw_mu
-from model.weighed import with_way
 
 NATIVE, SCALES = 1024, 4  # of the open weights: their side in pixels, and the scales of their autoencoder
 
@@ -143,7 +142,7 @@ def reads_styles(name: str, variant: str | None = None) -> bool:
 
 def auto_method(name: str, variant: str | None = None) -> str:
     """How a model reads the reference pictures of a style whose method is `auto`."""
-    return "tokens" if reads_styles(name, variant) else "splice"
+    return weighed.auto_method(reads_styles(name, variant))
 
 
 def way_of(name: str, variant: str | None = None) -> Callable[[Style], Style]:
@@ -152,7 +151,7 @@ def way_of(name: str, variant: str | None = None) -> Callable[[Style], Style]:
     found = library.find(name, variant)
     assert found is not None, name
     parts = library.find_parts(found)
-    return partial(with_way, model=found.name, reads=parts.style is not None, sees=library.sees(parts.text))
+    return partial(weighed.with_way, model=found.name, reads=parts.style is not None, sees=library.sees(parts.text))
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:

@@ -24,6 +24,11 @@ class Weighed(NamedTuple):
     weight: float
 
 
+def auto_method(reads: bool) -> str:
+    """How reference pictures are read where nobody says, by whether the model has a style encoder."""
+    return "tokens" if reads else "splice"
+
+
 def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
     """The style with `auto` decided. Raises K2Error for a method that the model has no part for.
 
@@ -34,7 +39,7 @@ def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
         raise K2Error(f"{model} has no style encoder.", hint=instead)
     if style.method == "vision" and style.references and not sees:
         raise K2Error(f"{model} has a text encoder that cannot see.", hint=instead)
-    return replace(style, method="tokens" if reads else "splice") if style.method == "auto" else style
+    return replace(style, method=auto_method(reads)) if style.method == "auto" else style
 
 
 def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weighed, ...]:
