@@ -85,12 +85,17 @@ def draw(items: Sequence[Item], count: int, plain: float, rng: np.random.Generat
     return [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
 
 
+def choose(catalog: Catalog, split: str, count: int, plain: float, seed: int) -> list[Item]:
+    """A fixed random choice of items of a split, in a random order."""
+    rng = np.random.default_rng(seed)
+    chosen = draw(catalog.items(split), count, plain, rng)
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
 def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, folder: Path) -> Pool:
     """A fixed random choice of composed pictures, made once and kept in `folder`."""
     path = folder / f"{split}-{count}-{plain:g}-{seed}-{catalog.size}-{fingerprint(catalog)[:12]}.npy"
-    rng = np.random.default_rng(seed)
-    chosen = draw(catalog.items(split), count, plain, rng)
-    chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+    chosen = choose(catalog, split, count, plain, seed)
     if not path.exists():
         with whole(path) as draft, draft.open("wb") as file:
             np.save(file, np.stack([catalog.picture(item) for item in chosen]))

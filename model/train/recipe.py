@@ -31,6 +31,7 @@ STAGES = {  # what `stage` may say -> the module
     "text": "model.train.text",
     "autoencoder": "model.train.autoencoder",
     "finer": "model.train.finer",
+    "sharpen": "model.train.sharpen",
     "stpo": "model.train.stpo",
     "grpo": "model.train.grpo",
 }

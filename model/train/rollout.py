@@ -97,10 +97,15 @@ def sample(
     guidance: float,
     seed: int,
     mu: float | None = None,
+    begun: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """Latents [B, C, cells, cells] of the prompts, from noise that depends on `seed` and their place alone."""
+    """Latents [B, C, cells, cells] of the prompts, from noise that depends on `seed` and their place alone.
+
+    begun: latents of pictures to begin with, and how many of the steps, the last ones, are taken from there
+    """
     device, patch = dit.first.weight.device, dit.config.patch
     sigmas = sigmas_for(steps, cells, dit) if mu is None else shifted_sigmas(steps, mu)
+    sigmas = sigmas if begun is None else sigmas[-begun[1] - 1 :]
     grid = (cells // patch, cells // patch)
     (embeds, mask), (empty, empty_mask) = embed(list(prompts)), embed([""] * len(prompts))
     velocity = conditioned(dit, embeds.to(device), mask.to(device), grid)
@@ -113,7 +118,9 @@ def sample(
         return guided(conditional, without(tokens, sigma), guidance) if guidance else conditional
 
     noise = torch.randn(len(prompts), dit.config.channels, cells, cells, generator=torch.Generator().manual_seed(seed))
-    return unpatchify(euler(field, patchify(noise, patch).to(device), sigmas), patch, cells, cells)
+    noise = noise.to(device)
+    start = noise if begun is None else torch.lerp(begun[0], noise, sigmas[0])
+    return unpatchify(euler(field, patchify(start, patch), sigmas), patch, cells, cells)
 
 
 @torch.no_grad()

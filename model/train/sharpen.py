@@ -1,0 +1,275 @@
+"""The decoder taught on what the network draws, beside a critic: outlines close, and flat colours are flat.
+
+A diffusion model's latents are no encoder's. They are wrong where it was unsure, and a decoder that never met such
+draws what lies between all that they could mean. `k2 train sharpen` goes on with the package's autoencoder, its scales
+wider where the recipe says so; the encoder says what it said, so that latents mean what they meant. Turbo draws for it:
+
+asked  a picture's own latents, a little noised: drawn as that picture, as ever
+begun  the same, noised and taken back by the network in its last steps: that picture still, but as the network has it
+free   what it makes of the picture's caption. How that should look nobody knows; its large forms stay those that the
+       decoder drew before, and of its fine detail a critic says how like a real picture's it is
+
+The critic learns meanwhile to tell crops of drawn pictures from crops of real ones, by the hinge loss (arXiv
+1705.02894), place by place (1611.07004), each by 54 px around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from model.errors import K2Error
+from model.pipeline import Pipeline
+from model.references import from_bytes
+from model.train import autoencoder, data, loop
+from model.train.autoencoder import ENCODER, infidelity
+from model.train.data import AUTOENCODER, DATA, Catalog, Item, fingerprint, stable_seed
+from model.train.loop import Batch, Report
+from model.train.recipe import at_least, refuse
+from model.train.rollout import sample
+from model.train.states import RUNS
+from model.vae import QwenImageVAE
+from model.whole import whole
+
+LARGE = 8  # px, from which on forms are large: the critic sees what is finer
+KINDS = ("asked", "begun", "free")
+AT_ONCE = 16  # pictures that are encoded and drawn together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(autoencoder.Recipe):
+    """The training of the decoder on drawn latents."""
+
+    stage: str = "sharpen"
+    decoder: bool = True
+    batch: int = 4  # crops of each kind
+    size: int = data.NATIVE
+    crop: int = 128  # px, a multiple of the latents' factor
+    pictures: int = 2400
+    plain: float = 0.5
+    widths: tuple[int, ...] = (16, 16, 32, 48, 96)  # channels of each scale, from the outermost on
+    begun: float = 0.5  # weight of how far pictures that were begun with are from what they should be
+    taken: tuple[int, ...] = (2, 3)  # steps, of eight, that the network takes them back in; one of these each time
+    hold: float = 1.0  # weight of how far large forms of free pictures are from what they were
+    critic: float = 0.2  # weight of the critic's opinion ...
+    trusted: int = 300  # ... from this step on; before, less
+    critic_rate: float = 0.4  # learning rate of the critic, in that of the decoder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self, "decoder", "grainy", "kl")
+        at_least(self, 1, "trusted")
+        at_least(self, 0, "begun", "hold", "critic", "critic_rate")
+
+
+# ---- latents ----------------------------------------------------------------------------------------------------
+
+
+class Pool(NamedTuple):
+    """Composed pictures, and latents that mean them or were drawn for their captions."""
+
+    pictures: NDArray[np.uint8]  # [N, size, size, 3]
+    grainy: NDArray[np.bool_]  # [N]
+    asked: NDArray[np.float16]  # [N, 1, C, h, w], normalised
+    begun: NDArray[np.float16]  # [N, len(taken), C, h, w]
+    free: NDArray[np.float16]  # [N, 1, C, h, w]
+
+
+def pool(catalog: Catalog, recipe: Recipe, folder: Path, device: str = "cpu") -> Pool:
+    """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`."""
+    items = autoencoder.choose(catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
+    pictures = autoencoder.pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
+    taken = "-".join(map(str, recipe.taken))
+    path = folder / f"latents-{recipe.pictures}-{recipe.plain:g}-{recipe.seed}-{taken}.npz"
+    if not path.exists():
+        latents = draw(catalog, items, pictures.pictures, recipe, device)
+        with whole(path) as draft, draft.open("wb") as file:
+            np.savez(file, **latents)  # type: ignore[arg-type]
+    kept = np.load(path)
+    return Pool(*pictures, *(kept[kind] for kind in KINDS))
+
+
+@torch.inference_mode()
+def draw(
+    catalog: Catalog, items: Sequence[Item], pictures: NDArray[np.uint8], recipe: Recipe, device: str
+) -> dict[str, NDArray[np.float16]]:
+    """Latents of each kind, of pictures [N, size, size, 3] of items, by the autoencoder and the Turbo in the box."""
+    drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
+    steps, mu = int(drawer.recommended["steps"]), float(drawer.recommended["mu"])
+    rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, "captions"))
+    captions = [catalog.caption(item, rng, "medium") for item in items]
+    found: dict[str, list[NDArray[np.float16]]] = {kind: [] for kind in KINDS}
+    for start in range(0, len(items), AT_ONCE):
+        some = captions[start : start + AT_ONCE]
+        asked = drawer.vae.encode(from_bytes(np.array(pictures[start : start + AT_ONCE])).to(drawer.device)).float()
+
+        def drawn(some: list[str], seed: int, begun: tuple[Tensor, int] | None = None) -> Tensor:
+            side = recipe.size // drawer.vae.factor
+            return sample(drawer.dit, drawer.text.encode, some, side, steps, 0.0, seed, mu, begun)
+
+        begun = [drawn(some, stable_seed(recipe.seed, start, n) % 2**62, (asked, n)) for n in recipe.taken]
+        free = drawn(some, stable_seed(recipe.seed, start, "free") % 2**62)
+        for kind, latents in zip(KINDS, ([asked], begun, [free]), strict=True):
+            found[kind].append(torch.stack(latents, 1).half().cpu().numpy())
+    return {kind: np.concatenate(parts) for kind, parts in found.items()}
+
+
+# ---- the networks -------------------------------------------------------------------------------------------------
+
+
+def widened(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
+    """The same function with so many channels in each scale (Net2WiderNet, arXiv 1511.05641). Raises K2Error.
+
+    Every channel is there several times, and whatever reads it takes a share of each: the encoder, which stays as it
+    is, equal ones, which even bf16 holds exactly, the decoder others from weight to weight, so that twins grow apart.
+    """
+    old = vae.config
+    narrow = [old.base_dim * times for times in old.dim_mult]
+    refusal = K2Error(
+        f"Scales of {narrow} channels cannot have {list(widths)}.", hint="Multiples, as 2, 2, 2, 1, 1 times."
+    )
+    if len(widths) != len(narrow) or any(new % now or new % widths[0] for new, now in zip(widths, narrow, strict=True)):
+        raise refusal
+    shape = replace(old, base_dim=widths[0], dim_mult=tuple(width // widths[0] for width in widths))
+    wide, generator = QwenImageVAE(shape), torch.Generator().manual_seed(0)
+    weights, moved = vae.state_dict(), {}
+    if wide.state_dict().keys() != weights.keys():  # a scale would begin with as many channels as it has, or no more
+        raise refusal
+    for name, like in wide.state_dict().items():
+        times = [new // now for new, now in zip(like.shape, weights[name].shape, strict=True)]
+        moved[name] = weights[name].repeat(*times)
+        if like.ndim == 4:  # [O, I, k, k]
+            shares = torch.ones(len(like), times[1], like.shape[1] // times[1])
+            if not name.startswith(ENCODER):
+                shares.uniform_(0.5, 1.5, generator=generator)
+            moved[name] *= (shares / shares.sum(1, keepdim=True)).flatten(1)[..., None, None]
+    wide.load_state_dict(moved)
+    return wide.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class Critic(nn.Module):
+    """Pictures [B, 3, H, W] -> how real each place of them looks [B, 1, H/8, W/8].
+
+    Of a picture it sees what is left without its large forms: those are not in question, and it learns faster so.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, width, 4, 2, padding=1), nn.LeakyReLU(0.2)),
+            *(nn.Conv2d(width, 2 * width, 4, 2, padding=1), nn.LeakyReLU(0.2)),
+            *(nn.Conv2d(2 * width, 4 * width, 4, 2, padding=1), nn.LeakyReLU(0.2)),
+            *(nn.Conv2d(4 * width, 4 * width, 3, padding=1), nn.LeakyReLU(0.2)),
+            nn.Conv2d(4 * width, 1, 3, padding=1),
+        )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        large = F.interpolate(F.avg_pool2d(pictures, LARGE), scale_factor=float(LARGE), mode="bilinear")
+        return self.layers(pictures - large)
+
+
+class Pair(nn.Module):
+    """The autoencoder and its critic."""
+
+    def __init__(self, vae: QwenImageVAE):
+        super().__init__()
+        self.vae, self.critic = vae, Critic()
+
+
+# ---- the stage ----------------------------------------------------------------------------------------------------
+
+
+class Sharpening(autoencoder.Stage):
+    """The stage: the decoder by all three kinds, the critic by what both draw."""
+
+    recipe: Recipe
+    model: Pair
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.pool, self.data = recipe, pool, fingerprint(catalog)
+        self.before = autoencoder.load(AUTOENCODER).requires_grad_(False)
+        self.frozen = self.before
+        self.model = Pair(widened(self.before, recipe.widths))
+
+    def batch(self, step: int, part: int = 0) -> Batch:
+        """Crops of latents and of the pictures that they are about, as many of each kind."""
+        recipe, factor = self.recipe, self.before.factor
+        rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, part))
+        cells, side = self.pool.asked.shape[-1], recipe.crop // factor
+        latents, images, grainy = [], [], []
+        for kind in KINDS:
+            for index in rng.integers(0, len(self.pool.pictures), recipe.batch):
+                versions = getattr(self.pool, kind)[index]
+                top, left = rng.integers(0, cells - side + 1, 2)
+                latents.append(versions[rng.integers(len(versions)), :, top : top + side, left : left + side])
+                y, x = factor * top, factor * left
+                images.append(self.pool.pictures[index, y : y + recipe.crop, x : x + recipe.crop])
+                grainy.append(bool(self.pool.grainy[index]))
+        return {
+            "latents": torch.from_numpy(np.stack(latents)).float(),
+            "images": from_bytes(np.stack(images)),
+            "grainy": torch.tensor(grainy),
+            "trust": min(step / recipe.trusted, 1.0),
+            "generator": torch.Generator().manual_seed(int(rng.integers(2**62))),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        vae, critic, recipe, generator = self.model.vae, self.model.critic, self.recipe, batch["generator"]
+        latents, images, grainy = (batch[name].to(vae.mean.device) for name in ("latents", "images", "grainy"))
+        count = recipe.batch
+        noise = torch.randn(latents[:count].shape, generator=generator).to(latents.device)
+        latents = torch.cat((latents[:count] + recipe.noise * noise, latents[count:]))
+        latents = (latents * vae.std + vae.mean).contiguous(memory_format=torch.channels_last)
+        drawn = vae.reconstruct(latents)
+        with torch.no_grad():
+            before = self.before.to(latents.device).reconstruct(latents[2 * count :])
+        off, begun = (
+            infidelity(drawn[some], images[some], grainy[some], recipe, generator)
+            for some in (slice(count), slice(count, 2 * count))
+        )
+        moved = F.avg_pool2d(drawn[2 * count :] - before, LARGE).abs().mean()
+        theirs, ours = images[count:], drawn[count:]
+        told = F.relu(1 - critic(theirs)).mean() + F.relu(1 + critic(ours.detach())).mean()
+        opinion = functional_call(critic, {name: p.detach() for name, p in critic.named_parameters()}, ours).mean()
+        total = off + recipe.begun * begun + recipe.hold * moved - recipe.critic * batch["trust"] * opinion
+        figures = {"off": off, "begun": begun, "moved": moved, "critic": told, "opinion": opinion}
+        return total + told, {name: figure.detach() for name, figure in figures.items()}
+
+    def muon(self, name: str, param: Tensor) -> bool:
+        return name.startswith("vae.") and super().muon(name, param)
+
+    def rate(self, name: str) -> float:
+        if name.startswith("critic."):
+            return self.recipe.critic_rate
+        return 0.0 if name.removeprefix("vae.").startswith(ENCODER) else 1.0
+
+    def pictures(self) -> int:
+        return len(KINDS) * self.recipe.batch
+
+
+def averaged(averages: Mapping[str, Tensor], like: QwenImageVAE) -> QwenImageVAE:
+    """The autoencoder of a run's averaged weights."""
+    vae = QwenImageVAE(like.config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.load_state_dict({k.removeprefix("vae."): v.cpu() for k, v in averages.items() if k.startswith("vae.")})
+    return vae
+
+
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
+    """Train, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
+    catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, device))
+    run = loop.train(loop.Run(stage, folder, device), report)
+    autoencoder.conclude(averaged(run.ema, stage.model.vae), catalog, recipe, run.step, report)
+    return run
