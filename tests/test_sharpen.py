@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny import DIT
 from torch import Tensor
 
+from model.dit import Krea2
 from model.errors import K2Error
-from model.train import autoencoder, loop, sharpen
+from model.train import loop, sharpen
 from model.train.autoencoder import ENCODER
+from model.train.rollout import sample
 from model.train.sharpen import Critic, Pool, Recipe, Sharpening, widened
 from model.vae import QwenImageVAE, VAEConfig
 
@@ -61,25 +64,40 @@ def test_as_wide_as_it_was_it_is_what_it_was(vae):
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in vae.state_dict().items())
 
 
-@pytest.mark.parametrize("widths", [(8, 8, 16), (6, 6, 12, 24), (2, 4, 8, 24), (8, 8, 8, 24), ()])
-def test_widths_that_are_no_multiples_are_refused(vae, widths):
+@pytest.mark.parametrize("widths", [(), (8, 8, 16), (2, 4, 8, 24), (8, 8, 8, 24), (12, 12, 24, 24), (8, 8, 16, 48)])
+def test_widths_by_which_it_would_be_another_are_refused(vae, widths):
     with pytest.raises(K2Error, match=r"Scales of \[4, 4, 8, 24\] channels cannot have"):
         widened(vae, widths)
 
 
-def test_a_critic_learns_what_is_real():
-    torch.manual_seed(0)
-    critic = Critic(8)
-    optimiser = torch.optim.AdamW(critic.parameters(), 2e-3)
-    flat = torch.rand(8, 3, 1, 1).expand(-1, -1, 64, 64)
-    for _ in range(60):
-        real, drawn = critic(flat), critic(flat + 0.3 * torch.randn(8, 3, 64, 64))
-        loss = (1 - real).relu().mean() + (1 + drawn).relu().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+@torch.no_grad()
+def test_the_critic_does_not_see_large_forms():
+    critic, picture = Critic(8), torch.randn(1, 3, 128, 128)
+    ramp = torch.linspace(-1, 1, 128).expand(1, 3, 128, 128)
 
-    assert critic(flat).mean() > 0.5 > -0.5 > critic(flat + 0.3 * torch.randn(8, 3, 64, 64)).mean()
+    def seen(picture: Tensor) -> Tensor:
+        return critic(picture)[..., 6:10, 6:10]  # not as far as the rim, where a ramp ends
+
+    torch.testing.assert_close(seen(picture + 0.7 + ramp), seen(picture), rtol=1e-3, atol=1e-5)
+    assert not torch.isclose(seen(0.5 * picture), seen(picture), rtol=1e-3).any()
+
+
+def test_a_sample_begins_with_what_it_is_given():
+    """By none of the steps it stays that, by all it is what noise comes to."""
+    dit, features = Krea2(DIT).eval(), torch.randn(2, 7, DIT.text_taps, DIT.text_width)
+    dit.initialise()
+    torch.nn.init.normal_(dit.last.linear.weight, std=0.1)
+    begun = torch.randn(2, 4, 8, 8)
+
+    def made(*given) -> Tensor:
+        prompts = ["a fox", "an owl"]
+        return sample(dit, lambda _: (features, torch.ones(2, 7, dtype=torch.bool)), prompts, 8, 4, 0.0, 1, 0.5, *given)
+
+    assert torch.equal(made((begun, 0)), begun) and torch.equal(made((begun, 4)), made())
+    far = [(made((begun, taken)) - begun).square().mean().item() for taken in range(5)]
+    assert far == sorted(far)
+    with pytest.raises(ValueError, match="of 4 steps 5 cannot"):
+        made((begun, 5))
 
 
 class Data:
@@ -89,7 +107,6 @@ class Data:
 @pytest.fixture
 def stage(vae, monkeypatch):
     """The stage on sixteen pictures of one disc each, whose free latents are other pictures' than their captions'."""
-    monkeypatch.setattr(autoencoder, "load", lambda path: vae)
     monkeypatch.setattr(sharpen, "fingerprint", lambda catalog: "")
 
     def made(**settings) -> Sharpening:
@@ -103,7 +120,7 @@ def stage(vae, monkeypatch):
         begun = asked + 0.2 * torch.randn(asked.shape, generator=torch.Generator().manual_seed(1))
         latents = (each.half().numpy() for each in (asked, begun, asked.roll(1, 0)))
         recipe = Recipe(**(COMMON | {"widths": (8, 8, 16, 24), "size": 64} | settings))
-        return Sharpening(recipe, Data(), Pool(pictures, np.zeros(16, bool), *latents))
+        return Sharpening(recipe, Data(), Pool(pictures, np.zeros(16, bool), *latents), vae)
 
     return made
 
@@ -127,15 +144,76 @@ def test_a_critic_that_knows_nothing_yet_is_not_heeded(stage):
     assert all(torch.allclose(gradient, first[name], rtol=1e-4, atol=1e-6) for name, gradient in deaf.items())
 
 
+def figures(stage: Sharpening, batch) -> dict[str, float]:
+    with torch.no_grad():
+        return {name: float(value) for name, value in stage.loss(dict(batch, generator=torch.Generator()))[1].items()}
+
+
+def descend(stage: Sharpening, batch, which: str, rate: float, steps: int = 1) -> None:
+    """Parameters of a part follow the loss's gradient."""
+    params = [p for name, p in stage.model.named_parameters() if name.startswith(which) and ENCODER[0] not in name]
+    for _ in range(steps):
+        loss = stage.loss(dict(batch, generator=torch.Generator()))[0]
+        for param, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+            if grad is not None:
+                param.data -= rate * grad / (grad.norm() + 1e-8)
+
+
+def test_the_critic_learns_which_are_real(stage):
+    made = stage(critic=0.0)
+    batch = made.batch(0)
+
+    def real() -> float:
+        return made.model.critic(batch["images"][2:]).mean().item()
+
+    apart = real() - figures(made, batch)["opinion"]
+    descend(made, batch, "critic.", rate=0.02, steps=20)
+    assert real() - figures(made, batch)["opinion"] > apart + 0.1
+
+
+def test_the_decoder_follows_the_critics_opinion(stage):
+    made = stage(critic=1e4)
+    batch = made.batch(1000)
+    before = figures(made, batch)["opinion"]
+
+    descend(made, batch, "vae.decoder", rate=1e-3)
+    assert figures(made, batch)["opinion"] > before
+
+
+def test_large_forms_of_free_pictures_are_held(stage):
+    made = stage(hold=1e4)
+    batch = made.batch(0)
+    assert figures(made, batch)["moved"] < 1e-4
+    with torch.no_grad():
+        made.model.vae.decoder.conv_out.bias += 0.3
+    before = figures(made, batch)["moved"]
+
+    descend(made, batch, "vae.decoder", rate=0.05)
+    assert figures(made, batch)["moved"] < 0.9 * before
+
+
+def test_of_what_was_asked_for_the_critic_is_not_asked(stage):
+    made = stage()
+    batch = made.batch(0)
+    other = dict(batch, latents=batch["latents"].clone())
+    other["latents"][:2] += 1
+
+    first, second = figures(made, batch), figures(made, other)
+    assert {name for name in first if first[name] != second[name]} == {"off"}
+
+
 def test_pictures_and_latents_are_cut_out_of_one_place(stage):
     """Cells of factor 8: a picture's crop, encoded, is about the crop of its latents."""
     made = stage(crop=32)
-    made.pool.pictures[:] = np.arange(64)[None, None, :, None]
-    made.pool.asked[:] = np.arange(8, dtype=np.float16)
+    y, x = np.mgrid[:64, :64]
+    made.pool.pictures[:] = np.stack([x, y, y], -1)
+    for kind in sharpen.KINDS:
+        getattr(made.pool, kind)[..., :2, :, :] = np.stack([x, y])[:, ::8, ::8]
     batch = made.batch(3)
 
-    left = (batch["images"][:2, 0, 0, 0] + 1) * 127.5
-    torch.testing.assert_close(left, 8 * batch["latents"][:2, 0, 0, 0])
+    corners = (batch["images"][:, :2, 0, 0] + 1) * 127.5
+    torch.testing.assert_close(corners, batch["latents"][:, :2, 0, 0])
+    assert len(corners.unique(dim=0)) > 2
 
 
 def test_it_draws_begun_pictures_more_nearly_and_leaves_the_encoder(stage, tmp_path):

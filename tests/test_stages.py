@@ -156,6 +156,10 @@ def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa
     assert state("both").keys() == {name for name in state("middle") if name.startswith("ema.")}
 
 
+def widths_of(config):
+    return [config["base_dim"] * times for times in config["dim_mult"]]
+
+
 def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
     """Both halves, and a scale more; then the package's decoder alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"
@@ -174,6 +178,13 @@ def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
         assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
     assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])
     assert Path(".runs/half/sheet.png").exists() and record("half")["data"]
+
+    config = read(VAE)[1]["config"]
+    keys = f"pictures = 4\nheld_out = 24\nbatch = 1\ncrop = 64\ntaken = [1]\nwidths = {widths_of(config)}\n"
+    run("sharp", "sharpen", keys, network=False)
+    sharp = read(".runs/sharp/vae.safetensors")[0]
+    for name, tensor in sharp.items():
+        assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
 
     Path("out").mkdir()
     release.main("half", Path("out"))
@@ -322,7 +333,12 @@ def least(stage):
         ("hearing", "plain", 2, "is a share"),
         ("lora", "drop", 2, "is a share"),
         ("lora", "lr", 0.0, "more than 0"),
-        *((stage, "batch", 0, "at least 1") for stage in ("judge", "text", "autoencoder", "finer")),
+        *((stage, "batch", 0, "at least 1") for stage in ("judge", "text", "autoencoder", "finer", "sharpen")),
+        ("sharpen", "widths", (), "widths are numbers from 1 on, at least one"),
+        ("sharpen", "taken", (2, 0), "taken are numbers from 1 on, at least one"),
+        ("sharpen", "crop", 16, "at least 32"),
+        ("sharpen", "crop", 272, "at most size, 256"),
+        ("sharpen", "critic", -1, "at least 0"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused_before_anything_is_loaded(stage, key, wrong, message):

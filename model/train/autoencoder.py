@@ -2,9 +2,10 @@
 
 `k2 train autoencoder` trains both halves and measures the latents' statistics; `k2 train finer` takes it to cells of
 16 x 16 (`finer.py`); `k2 train decoder` goes on with the decoder of the package's autoencoder alone, so that latents
-stay what they are. The loss is L1 + squared error (fidelity) + L1 of differences (edges) + a small Kullback-Leibler
-term, and the decoder sees noisy latents, so that what a diffusion model gets almost right still decodes well. Asked for
-texture, it compares fine detail by strength as well: by those sums alone grain is best left out.
+stay what they are, and `k2 train sharpen` by what the network draws (`sharpen.py`). The loss is L1 + squared error
+(fidelity) + L1 of differences (edges) + a small Kullback-Leibler term, and the decoder sees noisy latents, so that what
+a diffusion model gets almost right still decodes well. Asked for texture, it compares fine detail by strength as well:
+by those sums alone grain is best left out.
 """
 
 from __future__ import annotations
@@ -317,10 +318,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     return run
 
 
-def averaged(run: loop.Run, config: VAEConfig) -> QwenImageVAE:
-    """The autoencoder of a run's averaged weights."""
+def averaged(run: loop.Run, config: VAEConfig, prefix: str = "") -> QwenImageVAE:
+    """The autoencoder of a run's averaged weights, among which its names begin so."""
     vae = QwenImageVAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vae.load_state_dict({name: tensor.cpu() for name, tensor in run.ema.items()})
+    vae.load_state_dict({k.removeprefix(prefix): v.cpu() for k, v in run.ema.items() if k.startswith(prefix)})
     return vae
 
 

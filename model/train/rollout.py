@@ -103,6 +103,8 @@ def sample(
 
     begun: latents of pictures to begin with, and how many of the steps, the last ones, are taken from there
     """
+    if begun is not None and not 0 <= begun[1] <= steps:
+        raise ValueError(f"of {steps} steps {begun[1]} cannot be taken")
     device, patch = dit.first.weight.device, dit.config.patch
     sigmas = sigmas_for(steps, cells, dit) if mu is None else shifted_sigmas(steps, mu)
     sigmas = sigmas if begun is None else sigmas[-begun[1] - 1 :]

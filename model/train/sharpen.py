@@ -9,13 +9,14 @@ begun  the same, noised and taken back by the network in its last steps: that pi
 free   what it makes of the picture's caption. How that should look nobody knows; its large forms stay those that the
        decoder drew before, and of its fine detail a critic says how like a real picture's it is
 
-The critic learns meanwhile to tell crops of drawn pictures from crops of real ones, by the hinge loss (arXiv
-1705.02894), place by place (1611.07004), each by 54 px around it.
+The critic learns meanwhile to tell crops of the latter two from crops of real pictures, by the hinge loss (arXiv
+1705.02894), place by place (1611.07004), each by 54 px around it. Drawing comes on top of a run's minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.errors import K2Error
+from model.hashes import sha256
+from model.library import BOX
 from model.pipeline import Pipeline
 from model.references import from_bytes
 from model.train import autoencoder, data, loop
@@ -42,7 +45,8 @@ from model.whole import whole
 
 LARGE = 8  # px, from which on forms are large: the critic sees what is finer
 KINDS = ("asked", "begun", "free")
-AT_ONCE = 16  # pictures that are encoded and drawn together
+DRAWERS = ("turbo", "text", "vae")  # files of the box that latents depend on
+AT_ONCE, PART = 16, 160  # pictures that are encoded and drawn together, and that are kept in one file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,12 @@ class Recipe(autoencoder.Recipe):
         super().__post_init__()
         refuse(self, "decoder", "grainy", "kl")
         at_least(self, 1, "trusted")
+        at_least(self, autoencoder.WIDE, "crop")
+        for key in ("widths", "taken"):
+            if min(getattr(self, key), default=0) < 1:
+                raise K2Error(f'Recipe "{self.name}": {key} are numbers from 1 on, at least one.')
+        if self.crop > self.size:
+            raise K2Error(f'Recipe "{self.name}": crop must be at most size, {self.size}.')
         at_least(self, 0, "begun", "hold", "critic", "critic_rate")
 
 
@@ -84,41 +94,57 @@ class Pool(NamedTuple):
     free: NDArray[np.float16]  # [N, 1, C, h, w]
 
 
-def pool(catalog: Catalog, recipe: Recipe, folder: Path, device: str = "cpu") -> Pool:
-    """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`."""
-    items = autoencoder.choose(catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
-    pictures = autoencoder.pool(catalog, "train", recipe.pictures, recipe.plain, recipe.seed, folder)
-    taken = "-".join(map(str, recipe.taken))
-    path = folder / f"latents-{recipe.pictures}-{recipe.plain:g}-{recipe.seed}-{taken}.npz"
-    if not path.exists():
-        latents = draw(catalog, items, pictures.pictures, recipe, device)
-        with whole(path) as draft, draft.open("wb") as file:
-            np.savez(file, **latents)  # type: ignore[arg-type]
-    kept = np.load(path)
-    return Pool(*pictures, *(kept[kind] for kind in KINDS))
+def pool(catalog: Catalog, recipe: Recipe, folder: Path, device: str = "cpu", report: Report = print) -> Pool:
+    """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`, in parts:
+    what is cut off goes on. Raises K2Error."""
+    about = (catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
+    items, pictures = autoencoder.choose(*about), autoencoder.pool(*about, folder)
+    made_by = hashlib.sha256("".join(sha256(BOX / f"mini-{part}.safetensors") for part in DRAWERS).encode()).hexdigest()
+    key = [recipe.pictures, f"{recipe.plain:g}", recipe.seed, recipe.size, fingerprint(catalog)[:12], made_by[:12]]
+    parts = folder / "-".join(map(str, ["latents", *key, *recipe.taken]))
+    parts.mkdir(exist_ok=True)
+    paths = {start: parts / f"{start:06d}.npz" for start in range(0, len(items), PART)}
+    if not all(path.exists() for path in paths.values()):
+        drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
+        for start, path in paths.items():
+            report(f"{recipe.name}: {start} of {len(items)} pictures drawn")
+            if not path.exists():
+                some = slice(start, start + PART)
+                latents = draw(drawer, catalog, items[some], pictures.pictures[some], recipe, start)
+                with whole(path) as draft, draft.open("wb") as file:
+                    np.savez(file, **latents)  # type: ignore[arg-type]
+    kept = [np.load(path) for path in paths.values()]
+    return Pool(*pictures, *(np.concatenate([part[kind] for part in kept]) for kind in KINDS))
 
 
 @torch.inference_mode()
 def draw(
-    catalog: Catalog, items: Sequence[Item], pictures: NDArray[np.uint8], recipe: Recipe, device: str
+    drawer: Pipeline,
+    catalog: Catalog,
+    items: Sequence[Item],
+    pictures: NDArray[np.uint8],
+    recipe: Recipe,
+    first: int,
 ) -> dict[str, NDArray[np.float16]]:
-    """Latents of each kind, of pictures [N, size, size, 3] of items, by the autoencoder and the Turbo in the box."""
-    drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
+    """Latents of each kind, of pictures [N, size, size, 3] of items, the first of which has this place among all.
+
+    Raises K2Error where more steps are to be taken than the drawer takes.
+    """
     steps, mu = int(drawer.recommended["steps"]), float(drawer.recommended["mu"])
-    rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, "captions"))
+    if max(recipe.taken) > steps:
+        raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps that Turbo takes.')
+    rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, "captions", first))
     captions = [catalog.caption(item, rng, "medium") for item in items]
+    side = recipe.size // drawer.vae.factor
     found: dict[str, list[NDArray[np.float16]]] = {kind: [] for kind in KINDS}
     for start in range(0, len(items), AT_ONCE):
         some = captions[start : start + AT_ONCE]
         asked = drawer.vae.encode(from_bytes(np.array(pictures[start : start + AT_ONCE])).to(drawer.device)).float()
-
-        def drawn(some: list[str], seed: int, begun: tuple[Tensor, int] | None = None) -> Tensor:
-            side = recipe.size // drawer.vae.factor
-            return sample(drawer.dit, drawer.text.encode, some, side, steps, 0.0, seed, mu, begun)
-
-        begun = [drawn(some, stable_seed(recipe.seed, start, n) % 2**62, (asked, n)) for n in recipe.taken]
-        free = drawn(some, stable_seed(recipe.seed, start, "free") % 2**62)
-        for kind, latents in zip(KINDS, ([asked], begun, [free]), strict=True):
+        drawn = []
+        for begun in (*((asked, count) for count in recipe.taken), None):
+            seed = stable_seed(recipe.seed, first + start, begun and begun[1]) % 2**62
+            drawn.append(sample(drawer.dit, drawer.text.encode, some, side, steps, 0.0, seed, mu, begun))
+        for kind, latents in zip(KINDS, ([asked], drawn[:-1], drawn[-1:]), strict=True):
             found[kind].append(torch.stack(latents, 1).half().cpu().numpy())
     return {kind: np.concatenate(parts) for kind, parts in found.items()}
 
@@ -129,26 +155,30 @@ def draw(
 def widened(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
     """The same function with so many channels in each scale (Net2WiderNet, arXiv 1511.05641). Raises K2Error.
 
-    Every channel is there several times, and whatever reads it takes a share of each: the encoder, which stays as it
+    Every channel is there 2, 4, … times, and whatever reads it takes a share of each: the encoder, which stays as it
     is, equal ones, which even bf16 holds exactly, the decoder others from weight to weight, so that twins grow apart.
+    The innermost scale stays as it is: its attention is scaled by the root of its width.
     """
     old = vae.config
     narrow = [old.base_dim * times for times in old.dim_mult]
     refusal = K2Error(
-        f"Scales of {narrow} channels cannot have {list(widths)}.", hint="Multiples, as 2, 2, 2, 1, 1 times."
+        f"Scales of {narrow} channels cannot have {list(widths)}.",
+        hint="2, 4, … times as many, all but the innermost; some not without their neighbours.",
     )
-    if len(widths) != len(narrow) or any(new % now or new % widths[0] for new, now in zip(widths, narrow, strict=True)):
+    if len(widths) != len(narrow) or widths[-1] != narrow[-1] or any(width % widths[0] for width in widths):
+        raise refusal
+    if any(new % now or (new // now).bit_count() != 1 for new, now in zip(widths, narrow, strict=True)):
         raise refusal
     shape = replace(old, base_dim=widths[0], dim_mult=tuple(width // widths[0] for width in widths))
     wide, generator = QwenImageVAE(shape), torch.Generator().manual_seed(0)
     weights, moved = vae.state_dict(), {}
-    if wide.state_dict().keys() != weights.keys():  # a scale would begin with as many channels as it has, or no more
+    if wide.state_dict().keys() != weights.keys():  # shortcuts would come or go
         raise refusal
     for name, like in wide.state_dict().items():
-        times = [new // now for new, now in zip(like.shape, weights[name].shape, strict=True)]
-        moved[name] = weights[name].repeat(*times)
+        copies = [new // now for new, now in zip(like.shape, weights[name].shape, strict=True)]
+        moved[name] = weights[name].repeat(*copies)
         if like.ndim == 4:  # [O, I, k, k]
-            shares = torch.ones(len(like), times[1], like.shape[1] // times[1])
+            shares = torch.ones(len(like), copies[1], like.shape[1] // copies[1])
             if not name.startswith(ENCODER):
                 shares.uniform_(0.5, 1.5, generator=generator)
             moved[name] *= (shares / shares.sum(1, keepdim=True)).flatten(1)[..., None, None]
@@ -190,17 +220,16 @@ class Pair(nn.Module):
 
 
 class Sharpening(autoencoder.Stage):
-    """The stage: the decoder by all three kinds, the critic by what both draw."""
+    """The stage: the decoder by all three kinds, the critic by begun and free pictures and the real ones of them."""
 
     recipe: Recipe
     model: Pair
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool):
+    def __init__(self, recipe: Recipe, catalog: Catalog, pool: Pool, before: QwenImageVAE):
         torch.manual_seed(recipe.seed)
         self.recipe, self.pool, self.data = recipe, pool, fingerprint(catalog)
-        self.before = autoencoder.load(AUTOENCODER).requires_grad_(False)
-        self.frozen = self.before
-        self.model = Pair(widened(self.before, recipe.widths))
+        self.before = self.frozen = before.requires_grad_(False)
+        self.model = Pair(widened(before, recipe.widths))
 
     def batch(self, step: int, part: int = 0) -> Batch:
         """Crops of latents and of the pictures that they are about, as many of each kind."""
@@ -246,6 +275,10 @@ class Sharpening(autoencoder.Stage):
         figures = {"off": off, "begun": begun, "moved": moved, "critic": told, "opinion": opinion}
         return total + told, {name: figure.detach() for name, figure in figures.items()}
 
+    def compile(self) -> None:
+        torch._dynamo.config.recompile_limit = 8 * len(self.recipe.widths)  # widths of both, learning and not
+        super().compile()
+
     def muon(self, name: str, param: Tensor) -> bool:
         return name.startswith("vae.") and super().muon(name, param)
 
@@ -258,18 +291,15 @@ class Sharpening(autoencoder.Stage):
         return len(KINDS) * self.recipe.batch
 
 
-def averaged(averages: Mapping[str, Tensor], like: QwenImageVAE) -> QwenImageVAE:
-    """The autoencoder of a run's averaged weights."""
-    vae = QwenImageVAE(like.config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vae.load_state_dict({k.removeprefix("vae."): v.cpu() for k, v in averages.items() if k.startswith("vae.")})
-    return vae
-
-
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Train, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
+    before = autoencoder.load(AUTOENCODER)
+    wide = widened(before, recipe.widths).config  # before anything is drawn
+    if recipe.crop % before.factor or recipe.size % before.factor:
+        raise K2Error(f'Recipe "{recipe.name}": crop and size must be multiples of {before.factor}.')
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, device))
+    stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, device, report), before)
     run = loop.train(loop.Run(stage, folder, device), report)
-    autoencoder.conclude(averaged(run.ema, stage.model.vae), catalog, recipe, run.step, report)
+    autoencoder.conclude(autoencoder.averaged(run, wide, "vae."), catalog, recipe, run.step, report)
     return run
