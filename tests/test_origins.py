@@ -291,6 +291,19 @@ def test_instructions_are_nobodys_prompt():
     assert next(origins.of_comfy(KREA | turned)).prompt == ""
 
 
+def test_a_size_is_not_sought_in_what_a_language_model_writes():
+    """A picture made larger is sampled once more, from where the way back leads through its prompt."""
+    numbers = {
+        "18": {"class_type": "PrimitiveInt", "inputs": {"value": 3}},
+        "24": {**KREA["24"], "inputs": {"value": True}},
+        "40": {"class_type": "LatentUpscaleBy", "inputs": {"samples": ["3", 0], "scale_by": 2}},
+        "41": {**KREA["3"], "inputs": {**KREA["3"]["inputs"], "latent_image": ["40", 0]}},
+    }
+    last = list(origins.of_comfy(KREA | numbers))
+
+    assert {each.width for each in last} <= {1152, None} and all("fox" in each.prompt for each in last)
+
+
 def test_of_what_an_enhancer_is_given_typed_instructions_are_nobodys_words():
     """Wherever they stand, where the user's come from another node."""
     turned = {"24": {**KREA["24"], "inputs": {"value": True}}}
