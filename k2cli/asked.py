@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from k2cli.console import near, say
+from k2cli.console import among_others, say
 from k2cli.doubts import idle, misbegun, same_steps
 from k2cli.like import Example
 from k2cli.matrix import Matrix
@@ -62,7 +62,7 @@ def plan_project(
     named: bool,
 ) -> Job:
     """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
-    called = near(project.root) if named else project.name
+    called = among_others(project.root) if named else project.name
     whose = f"{called}: " if named else ""
     of_prompts = [prompt.settings for prompt in (project.prompts if prompts is None else prompts)]
     if not quiet and (beyond := settings.beyond(of_prompts)):

@@ -122,6 +122,12 @@ def near(path: Path) -> str:
     return f"./{short}" if short.startswith("-") else short  # which would be read as an option
 
 
+def among_others(root: Path) -> str:
+    """What a project is called where there are several: as short as it can be typed, or by its folder's name."""
+    short = near(root)
+    return root.name if short == "." else short
+
+
 def typed(path: Path) -> str:
     """The same, as a shell takes it."""
     return quote(near(path))

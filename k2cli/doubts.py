@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from k2cli.console import near, say
+from k2cli.console import among_others, say
 from k2cli.matrix import Matrix
 from k2cli.models import grid, recommended
 from k2cli.pictures import sides_of
@@ -29,7 +29,7 @@ FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far
 def say_doubts(job: Job, *, named: bool) -> None:
     """What may not be meant by a job, with its project's name in front where it is one of several."""
     for doubt in doubts_about(job):
-        say(f"{near(job.project.root)}: {doubt}" if named else doubt, "yellow")
+        say(f"{among_others(job.project.root)}: {doubt}" if named else doubt, "yellow")
 
 
 def doubts_about(job: Job) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from k2cli.commands import as_problem
-from k2cli.console import Unwritable, last_words, near, say, show_error, typed
+from k2cli.console import Unwritable, among_others, last_words, near, say, show_error, typed
 from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
 from k2cli.folder import Folder, root_above
 from k2cli.hands import Unreachable
@@ -50,7 +50,7 @@ def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gaine
                 raise
             wrong.append((home_of(each), problem))
     errors = [error for _, error in wrong]
-    same = {(str(error), error.code) for error in errors}
+    same = {(str(error), error.hint, error.code) for error in errors}
     of_all = len(errors) == len(asked) and len(same) == 1 and errors[0].code == USAGE
     if len(asked) > 1 and not of_all:  # else it is the command line that is wrong
         errors = [said_of(home, error, list(map(home_of, asked))) for home, error in wrong]
@@ -70,7 +70,7 @@ def for_all(asked: Sequence[One], do: Callable[[One], Gained]) -> list[Gained]:
 
 def refuse(wrong: Sequence[K2Error]) -> None:
     """Raise the last of these errors, if there are any; the others are told first. The same is told once."""
-    *others, last = {str(error): error for error in wrong}.values() or [None]
+    *others, last = {(str(error), error.hint): error for error in wrong}.values() or [None]
     told = [error for error in others if error]
     for error in told:
         show_error(error)
@@ -81,13 +81,12 @@ def refuse(wrong: Sequence[K2Error]) -> None:
 def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
     """The error with its project in front, where it does not name that as none of the others is called."""
     root, said = home.root, str(error)
-    named = [f"{near(root)}/", str(root)]
+    named = [re.escape(f"{near(root)}/"), rf"{re.escape(str(root))}(?![\w.-])"]  # nor is /s-models one called s
     if [*map(name_of, among)].count(name_of(home)) == 1:
-        named.append(f"{name_of(home)} has ")
-    within = rf"(?<![\w./-])(?:{'|'.join(map(re.escape, named))})"  # refs/a.png is not of a project called s
-    if re.search(within, said) or Path.cwd().is_relative_to(root):
+        named.append(re.escape(f"{name_of(home)} has "))
+    if re.search(rf"(?<![\w./-])(?:{'|'.join(named)})", said):  # refs/a.png is not of a project called s
         return error
-    return K2Error(f"{near(root)}: {said}", hint=error.hint, code=error.code)
+    return K2Error(f"{among_others(root)}: {said}", hint=error.hint, code=error.code)
 
 
 def name_of(home: Folder) -> str:
@@ -173,7 +172,7 @@ class Turns:
                     run.discard()
                 run.unlock()
         if self.failed:
-            names = ", ".join(near(job.project.root) for job, _ in self.failed)
+            names = ", ".join(among_others(job.project.root) for job, _ in self.failed)
             which = f"{len(self.failed)} of {count_of(len(self.asked), 'project')}"
             others = "; the others are done" if len(self.failed) < len(self.asked) else ""
             more = f" Go on with: {go_on(self.left)}" if self.left else ""

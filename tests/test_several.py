@@ -91,6 +91,7 @@ def made_in(folder: Path) -> list[str]:
         ("s has no run to go on with.", True),
         ("its has no end.", False),
         ("{root}/outputs cannot be written.", True),
+        ("{root}-models/x.safetensors cannot be read.", False),
     ],
 )
 def test_an_error_that_does_not_name_its_project_gets_its_name(three, said, whole):
@@ -111,6 +112,26 @@ def test_an_option_that_one_project_cannot_do_is_told_of_that_one(three, k2):
     for name in ("two", "three"):
         assert f'Error: {name}: --style: there is no style "dusk".' in said
     assert "one: " not in said
+
+
+def test_so_is_the_project_in_which_one_stands(three, k2, monkeypatch):
+    (three / "one" / "styles").mkdir()
+    (three / "one" / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
+    monkeypatch.chdir(three / "two")
+
+    said = k2("render", ".", "../one", "--style", "dusk=0.5", code=2).stderr
+
+    assert said.startswith('Error: two: --style: there is no style "dusk".') and "one: " not in said
+
+
+def test_what_helps_one_project_is_not_told_of_another(three, k2):
+    for name, style in zip(NAMES, ("dusk", "ink", "dusk"), strict=True):
+        (three / name / "styles").mkdir()
+        (three / name / "styles" / f"{style}.toml").write_text('keywords = ["x"]\n')
+
+    said = k2("render", *NAMES, "--style", "nix=1", code=2).stderr
+
+    assert [said.count(f"Known: {style}.") for style in ("dusk", "ink")] == [2, 1]
 
 
 def test_an_option_that_none_can_do_is_told_once(three, k2):
