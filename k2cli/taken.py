@@ -23,6 +23,7 @@ from k2cli.sizes import fit_aspect, parse_size
 from model import library
 from model.errors import K2Error
 from model.picture_file import passed_over
+from model.spec import raw_mu
 
 MOST = 1000  # pictures of a folder, and of a batch
 
@@ -85,13 +86,19 @@ def settings_of(origin: Origin) -> dict[str, Any]:
 
 
 def is_chosen(origin: Origin) -> bool:
-    """Whether a picture's mu is another than its model takes for its size by itself."""
+    """Whether a picture's mu is another than its model takes for its size by itself; than the open weights do, if that
+    is not here."""
     model, variant = model_of(origin), "turbo" if origin.turbo else "raw"
     if origin.mu is None or model != origin.model or not (origin.width and origin.height):
         return False
     with suppress(K2Error):
-        here = library.find(model, variant) is not None
-        return here and not math.isclose(origin.mu, models.own_mu(model, variant, origin.width, origin.height))
+        if library.find(model, variant):
+            own = models.own_mu(model, variant, origin.width, origin.height)
+        elif origin.turbo:
+            own = library.RECOMMENDED["turbo"]["mu"]
+        else:
+            own = raw_mu(origin.width * origin.height // 4**models.SCALES)
+        return not math.isclose(origin.mu, own)
     return False
 
 

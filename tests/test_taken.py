@@ -15,6 +15,7 @@ from k2cli import origins, taken
 from k2cli.models import own_mu
 from k2cli.project import Project
 from model import library
+from model.spec import raw_mu
 
 
 def test_a_new_project_from_pictures(moody, k2, tmp_path):
@@ -256,8 +257,10 @@ def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
     assert Project.open(tmp_path / "again").settings.model == "mini"
 
 
-def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path):
+@pytest.mark.parametrize("chosen", [None, 0.25])
+def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path, chosen):
     """Weights of a name may be put here later; a project that asks for them says until then that they are missing."""
+    with_mu(moody, raw_mu(6 * 4) if chosen is None else chosen)  # as the open weights take it for 96x64
     k2("render", "-p", "a fox", "--size", "96x64")
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
@@ -267,6 +270,7 @@ def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody
 
     settings = Project.open(tmp_path / "again").settings
     assert (settings.model, settings.size) == ("nyx", "96x64")
+    assert settings.mu == chosen
     assert "nyx" in k2("render", tmp_path / "again", code=1).stderr
 
 
