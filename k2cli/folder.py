@@ -116,9 +116,10 @@ def ignores_outputs(line: str) -> bool:
     parts = pattern.removeprefix("/").split("/") if "/" in pattern else ["**", pattern]
     picture = ("outputs", "0001-x", "x-1.png")
     matched = {0}  # how many of its parts may be by the parts so far; with a folder goes what lies in it
-    for part in parts:
+    for number, part in enumerate(parts, 1):
         if part == "**":
-            matched = {end for start in matched for end in range(start, len(picture) + 1)}
+            least = number == len(parts)  # at the end it is for what lies there, and not for the folder itself
+            matched = {end for start in matched for end in range(start + least, len(picture) + 1)}
         else:
             matched = {at + 1 for at in matched if at < len(picture) and fnmatch(picture[at], part)}
     return bool(matched - ({0, len(picture)} if line.rstrip().endswith("/") else {0}))  # a picture is no folder

@@ -82,7 +82,15 @@ def test_a_project_is_made_around_what_is_there(fake, tmp_path):
         *((line, True) for line in ("put*", "old/outputs/", "/refs/*.png", "*.toml", "outputs/*.toml")),
         *(
             (line, True)
-            for line in ("/*.png", "outputs/*.png", "/**/outputs/*.png", "0001-x/*.png", "old/**", "*.png/")
+            for line in (
+                "/*.png",
+                "outputs/*.png",
+                "/**/outputs/*.png",
+                "0001-x/*.png",
+                "old/**",
+                "**/x-1.png/**",
+                "*.png/",
+            )
         ),
     ],
 )

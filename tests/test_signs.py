@@ -33,6 +33,7 @@ from k2cli.signs import read_as_words, signs_of
         ("a fox, 4K BREAK blue", "BREAK", "read as a whole"),
         ("a fox, NSFW BREAK blue", "BREAK", "read as a whole"),
         ("a TV, BREAK blue", "BREAK", "read as a whole"),
+        ("a fox, BREAK", "BREAK", "read as a whole"),
         ("a fox AND a hill", "AND", "read as a whole"),
         (r"a fox \(animal\)", r"\(animal\)", "need no backslash"),
         ("a teapot::2 on a hill", "teapot::2", "words have no weights"),
