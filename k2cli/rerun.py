@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 
+JPEG_APART = 16  # levels, at most, between what two encoders leave of a picture; what is painted over is further off
 LOST = {  # what has become of a picture that there is nothing to compare of
     "gone": "is gone",
     "barred": "may not be read",
@@ -266,7 +268,7 @@ def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
     """The largest difference between a picture made again and the recorded one, None where that is not there; and what
     has become of it: "changed", one of LOST, or "". Of a JPEG, whose pixels are others than those recorded, nobody can
-    say that unless the same picture was made again, of which a JPEG leaves the same.
+    say that unless the same picture was made again, of which a JPEG leaves the same; another Pillow's, nearly.
 
     path   of the recorded picture
     image  made again
@@ -281,16 +283,21 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
         return off, "barred"
     except Exception:  # Pillow raises anything over a broken file
         return off, "broken"
-    own = records.pixel_hash(found)
-    if own == record.pixels:
-        if found.size != image.size:  # its record was changed
-            return off, ""
-        counts = ImageChops.difference(found, image).histogram()  # 256 a channel
-        return max(level % 256 for level, count in enumerate(counts) if count), ""
-    kept = again["pixels"]
+    if records.pixel_hash(found) == record.pixels:
+        return (apart(found, image) if found.size == image.size else off), ""  # else its record was changed
     if format_of(path.name) == "jpeg":
-        kept = records.pixel_hash(as_jpeg(image)) if off == 0 else own
-    return off, "" if own == kept else "changed"  # else it is its record that was
+        here = record.table.get("versions", {}).get("pillow") == version("pillow")  # and with it the encoder
+        left = as_jpeg(image)
+        kept = off is None or (found.size == left.size and apart(found, left) <= (0 if here else JPEG_APART))
+    else:
+        kept = records.pixel_hash(found) == again["pixels"]
+    return off, "" if kept else "changed"  # if it was kept, it is its record that was
+
+
+def apart(one: Image.Image, other: Image.Image) -> int:
+    """How many levels, of 255, two pictures of one size are apart where they are it most."""
+    counts = ImageChops.difference(one, other).histogram()  # 256 a channel
+    return max(level % 256 for level, count in enumerate(counts) if count)
 
 
 def as_jpeg(image: Image.Image) -> Image.Image:
