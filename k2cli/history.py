@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, leaves, masked, sought, tables_in
+from k2cli.tables import LIMIT, UNPRINTABLE, composed, leaves, masked, sought, tables_in
 from model import picture_file
 from model.errors import USAGE, K2Error
 
@@ -139,7 +138,7 @@ class Chosen:
         asked = sought(" ".join(made.text(f"prompt.{key}") for key in ("name", "text", "expanded")))
         return (
             all(begins_in(word, asked) for word in sought(self.prompt).split())
-            and all(unicodedata.normalize("NFC", style) in made.styles for style in self.styles)
+            and all(composed(style) in made.styles for style in self.styles)
             and (self.since is None or (made.created is not None and made.created >= self.since))
         )
 

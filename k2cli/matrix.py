@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -16,7 +15,7 @@ from typing import Any
 
 from k2cli.settings import HOMES, OTHERS, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, nearest, plain, said_by
+from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, composed, nearest, plain, said_by
 from model.errors import K2Error
 
 MOST = 10_000  # pictures that a run may come to
@@ -101,7 +100,7 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
         if not axes:
             raise K2Error(f"{at()}: the matrix compares nothing.", hint="Give it an axis, like seed = [1, 2, 3].")
         asked = check_value("prompt", table.get("prompt", []), list[str], {}, at("prompt"))
-        chosen = [unicodedata.normalize("NFC", name) for name in asked]  # as prompts' names are
+        chosen = [*map(composed, asked)]  # as prompts' names are
         for name in chosen:
             if name not in prompts:
                 raise K2Error(

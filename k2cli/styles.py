@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from k2cli.tables import (
     check_keys,
     check_name,
     check_value,
+    composed,
     label_of,
     nearest,
     read_table,
@@ -249,11 +249,6 @@ class Styles:
                 )
         strongest = sorted(((round(s, 9), name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
         return tuple(files[name].at(name, strength) for strength, name in strongest if strength)
-
-
-def composed(name: str) -> str:
-    """A style's name, accents that stand apart joined to their letters."""
-    return unicodedata.normalize("NFC", name)
 
 
 def words_in(table: Mapping[str, Any], key: str, place: Place) -> tuple[str, ...]:

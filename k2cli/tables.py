@@ -128,6 +128,11 @@ def is_mark(sign: str) -> bool:
     return unicodedata.category(sign) in ("Mn", "Mc")
 
 
+def composed(name: str) -> str:
+    """A name, accents that stand apart joined to their letters: of some file systems they come so."""
+    return unicodedata.normalize("NFC", name)
+
+
 def folded(text: str) -> str:
     """A text as it is compared with another: accents joined to their letters, and no capitals."""
     return unicodedata.normalize("NFC", text).casefold()
@@ -151,7 +156,7 @@ def as_name(text: str, besides: str = "") -> str:
 def check_name(name: str, where: str, *, alone: bool = False) -> str:
     """The name, accents that stand apart joined to their letters. Refuses what cannot name files everywhere: `alone`,
     a folder too, else followed by a - and more."""
-    name = unicodedata.normalize("NFC", name)
+    name = composed(name)
     bare = name[:1] + "".join(sign for sign in name[1:] if not is_mark(sign))
     if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > LONGEST_NAME:
         raise K2Error(
