@@ -64,9 +64,9 @@ class Recipe(autoencoder.Recipe):
     begun: float = 0.5  # weight of how far pictures that were begun with are from what they should be
     taken: tuple[int, ...] = (2, 3)  # steps, of eight, that the network takes them back in; one of these each time
     hold: float = 1.0  # weight of how far large forms of free pictures are from what they were
-    critic: float = 0.2  # weight of the critic's opinion ...
+    critic: float = 0.05  # weight of the critic's opinion ...
     trusted: int = 300  # ... from this step on; before, less
-    critic_rate: float = 0.4  # learning rate of the critic, in that of the decoder
+    critic_rate: float = 0.6  # learning rate of the critic, in that of the decoder
 
     def __post_init__(self) -> None:
         super().__post_init__()
