@@ -159,11 +159,11 @@ class Turns:
             if interrupted or not self.quiet:
                 self.tell_end("Interrupted" if interrupted else "Nobody reads on")
             raise
-        except K2Error as error:
+        except ENDS_ALL as error:
             left = self.left if self.came_to_something else []
             first = error.hint.removesuffix(AGAIN).removesuffix(".")
             if left:
-                error.hint = f"{first}, then go on with: {go_on(left)}" if first else f"Go on with: {go_on(left)}"
+                error.hint = f"{first}, then go on with: {go_on(left)}"
             raise
         finally:
             stay = interrupted or self.came_to_something

@@ -553,23 +553,6 @@ def interrupt(fake: Any, k2: Any, index: int) -> Any:
     return result
 
 
-@pytest.mark.parametrize(("hint", "told"), [("", "Go on"), ("Plug it in.", "Plug it in, then go on")])
-def test_a_run_that_fails_half_way_says_how_it_is_gone_on_with(moody, k2, fake, hint, told):
-    fake.stop = stop_at(1, K2Error("The lamp went out.", hint=hint))
-
-    result = k2("render", code=1)
-
-    assert result.stderr.endswith(f"Error: The lamp went out.\nHint:  {told} with: k2 render --resume\n")
-    assert len(result.stdout.splitlines()) == 1
-
-
-def test_one_that_fails_before_its_first_picture_leaves_nothing_to_go_on_with(moody, k2, fake):
-    before = tree(moody)
-    fake.stop = stop_at(0, K2Error("The lamp went out."))
-
-    assert k2("render", code=1).stderr.endswith("Error: The lamp went out.\n") and tree(moody) == before
-
-
 def test_an_interrupted_run_is_gone_on_with_by_the_line_that_is_printed(moody, k2, fake, monkeypatch):
     """From wherever it is typed, and whatever the project's folder is called."""
     project = moody.rename(moody.parent / "my mood")
