@@ -7,13 +7,16 @@ import pytest
 import torch
 from tiny import DIT
 from torch import Tensor
+from workshop import enlarge, make_data
 
 from model.dit import Krea2
 from model.errors import K2Error
-from model.train import loop, sharpen
+from model.train import autoencoder, loop, sharpen
 from model.train.autoencoder import ENCODER
+from model.train.data import DATA, Catalog
 from model.train.rollout import sample
 from model.train.sharpen import Critic, Pool, Recipe, Sharpening, widened
+from model.train.states import RUNS
 from model.vae import QwenImageVAE, VAEConfig
 
 NARROW = VAEConfig(
@@ -64,7 +67,10 @@ def test_as_wide_as_it_was_it_is_what_it_was(vae):
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in vae.state_dict().items())
 
 
-@pytest.mark.parametrize("widths", [(), (8, 8, 16), (2, 4, 8, 24), (8, 8, 8, 24), (12, 12, 24, 24), (8, 8, 16, 48)])
+@pytest.mark.parametrize(
+    "widths",
+    [(), (8, 8, 16), (2, 4, 8, 24), (8, 8, 8, 24), (6, 6, 12, 24), (12, 12, 24, 24), (16, 16, 32, 24), (8, 8, 16, 48)],
+)
 def test_widths_by_which_it_would_be_another_are_refused(vae, widths):
     with pytest.raises(K2Error, match=r"Scales of \[4, 4, 8, 24\] channels cannot have"):
         widened(vae, widths)
@@ -172,12 +178,20 @@ def test_the_critic_learns_which_are_real(stage):
 
 
 def test_the_decoder_follows_the_critics_opinion(stage):
-    made = stage(critic=1e4)
-    batch = made.batch(1000)
-    before = figures(made, batch)["opinion"]
+    def rise(weight: float) -> float:
+        made = stage(critic=weight)
+        batch = made.batch(1000)
+        before = figures(made, batch)["opinion"]
+        descend(made, batch, "vae.decoder", rate=1e-3)
+        return figures(made, batch)["opinion"] - before
 
-    descend(made, batch, "vae.decoder", rate=1e-3)
-    assert figures(made, batch)["opinion"] > before
+    assert rise(1e4) > 2 * abs(rise(0.0))
+
+
+def test_begun_pictures_count_by_their_weight(stage):
+    none, some = (gradients(stage(begun=weight, critic=0.0), step=0) for weight in (0.0, 1.0))
+
+    assert not torch.allclose(*(each["vae.decoder.conv_out.weight"] for each in (none, some)), rtol=0.01)
 
 
 def test_large_forms_of_free_pictures_are_held(stage):
@@ -214,6 +228,50 @@ def test_pictures_and_latents_are_cut_out_of_one_place(stage):
     corners = (batch["images"][:, :2, 0, 0] + 1) * 127.5
     torch.testing.assert_close(corners, batch["latents"][:, :2, 0, 0])
     assert len(corners.unique(dim=0)) > 2
+
+
+def test_latents_are_drawn_in_parts_and_those_that_are_there_stay(tmp_path, monkeypatch):
+    """Each of its own pictures, and all in their order."""
+    make_data(tmp_path / "data")
+    enlarge(tmp_path / "data")
+    catalog, recipe, drawn = Catalog(tmp_path / "data", 256), Recipe(**(COMMON | {"pictures": 5})), []
+
+    def draw(drawer, catalog, items, pictures, recipe, first):
+        assert all((catalog.picture(item) == picture).all() for item, picture in zip(items, pictures, strict=True))
+        drawn.append((first, len(items)))
+        return {kind: np.arange(first, first + len(items))[:, None].astype(np.float16) for kind in sharpen.KINDS}
+
+    monkeypatch.setattr(sharpen, "draw", draw)
+    monkeypatch.setattr(sharpen, "PART", 2)
+    first = sharpen.pool(catalog, recipe, tmp_path, None, lambda line: None)
+    assert drawn == [(0, 2), (2, 2), (4, 1)] and first.free[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+    next(tmp_path.rglob("000002.npz")).unlink()
+    again = sharpen.pool(catalog, recipe, tmp_path, None, lambda line: None)
+    assert drawn[3:] == [(2, 2)] and (again.asked == first.asked).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"taken": (2, 9)}, "taken must be at most 8"),
+        ({"crop": 100}, "crop and size must be multiples of 16"),
+        ({"widths": (16, 16)}, "channels cannot have"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    make_data(tmp_path / DATA)
+    enlarge(tmp_path / DATA)
+
+    with pytest.raises(K2Error, match=message):
+        sharpen.main(Recipe(**(COMMON | {"widths": box_widths()} | settings)))
+    assert not (tmp_path / RUNS).exists()
+
+
+def box_widths() -> tuple[int, ...]:
+    config = autoencoder.load(sharpen.AUTOENCODER).config
+    return tuple(config.base_dim * times for times in config.dim_mult)
 
 
 def test_it_draws_begun_pictures_more_nearly_and_leaves_the_encoder(stage, tmp_path):

@@ -14,10 +14,12 @@ from model.checkpoint import read
 from model.errors import K2Error
 from model.library import BOX
 from model.train import loop, recipe, release, states
-from model.train.autoencoder import ENCODER
+from model.train.autoencoder import ENCODER, load, write
 from model.train.data import DATA
 from model.train.grpo import Policy
+from model.train.sharpen import widened
 from model.train.states import place_of
+from model.vae import QwenImageVAE
 
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
 NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
@@ -156,11 +158,7 @@ def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa
     assert state("both").keys() == {name for name in state("middle") if name.startswith("ema.")}
 
 
-def widths_of(config):
-    return [config["base_dim"] * times for times in config["dim_mult"]]
-
-
-def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
+def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F811
     """Both halves, and a scale more; then the package's decoder alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"
     run("both", "autoencoder", sizes, network=False)
@@ -179,12 +177,14 @@ def test_the_autoencoder_runs_from_its_recipe(workshop):  # noqa: F811
     assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])
     assert Path(".runs/half/sheet.png").exists() and record("half")["data"]
 
-    config = read(VAE)[1]["config"]
-    keys = f"pictures = 4\nheld_out = 24\nbatch = 1\ncrop = 64\ntaken = [1]\nwidths = {widths_of(config)}\n"
+    narrow = QwenImageVAE(replace(load(VAE).config, base_dim=4, dim_mult=(1, 1, 2, 6, 12)))
+    write(narrow, Path("narrow.safetensors"), {}, 256)
+    monkeypatch.setattr("model.train.sharpen.AUTOENCODER", Path("narrow.safetensors"))
+    keys = "pictures = 4\nheld_out = 24\nbatch = 1\ncrop = 64\ntaken = [1]\nwidths = [8, 8, 16, 24, 48]\n"
     run("sharp", "sharpen", keys, network=False)
-    sharp = read(".runs/sharp/vae.safetensors")[0]
+    sharp, begun = read(".runs/sharp/vae.safetensors")[0], widened(narrow, (8, 8, 16, 24, 48)).state_dict()
     for name, tensor in sharp.items():
-        assert torch.equal(tensor, box[name]) == name.startswith(ENCODER), name
+        assert torch.equal(tensor, begun[name]) == name.startswith(ENCODER), name
 
     Path("out").mkdir()
     release.main("half", Path("out"))

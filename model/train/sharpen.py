@@ -94,25 +94,31 @@ class Pool(NamedTuple):
     free: NDArray[np.float16]  # [N, 1, C, h, w]
 
 
-def pool(catalog: Catalog, recipe: Recipe, folder: Path, device: str = "cpu", report: Report = print) -> Pool:
+def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, report: Report = print) -> Pool:
     """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`, in parts:
-    what is cut off goes on. Raises K2Error."""
+    what is cut off goes on."""
     about = (catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
     items, pictures = autoencoder.choose(*about), autoencoder.pool(*about, folder)
     made_by = hashlib.sha256("".join(sha256(BOX / f"mini-{part}.safetensors") for part in DRAWERS).encode()).hexdigest()
-    key = [recipe.pictures, f"{recipe.plain:g}", recipe.seed, recipe.size, fingerprint(catalog)[:12], made_by[:12]]
+    key = [
+        recipe.pictures,
+        f"{recipe.plain:g}",
+        recipe.seed,
+        recipe.size,
+        fingerprint(catalog)[:12],
+        made_by[:12],
+        PART,
+    ]
     parts = folder / "-".join(map(str, ["latents", *key, *recipe.taken]))
     parts.mkdir(exist_ok=True)
     paths = {start: parts / f"{start:06d}.npz" for start in range(0, len(items), PART)}
-    if not all(path.exists() for path in paths.values()):
-        drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
-        for start, path in paths.items():
+    for start, path in paths.items():
+        if not path.exists():
             report(f"{recipe.name}: {start} of {len(items)} pictures drawn")
-            if not path.exists():
-                some = slice(start, start + PART)
-                latents = draw(drawer, catalog, items[some], pictures.pictures[some], recipe, start)
-                with whole(path) as draft, draft.open("wb") as file:
-                    np.savez(file, **latents)  # type: ignore[arg-type]
+            some = slice(start, start + PART)
+            latents = draw(drawer, catalog, items[some], pictures.pictures[some], recipe, start)
+            with whole(path) as draft, draft.open("wb") as file:
+                np.savez(file, **latents)  # type: ignore[arg-type]
     kept = [np.load(path) for path in paths.values()]
     return Pool(*pictures, *(np.concatenate([part[kind] for part in kept]) for kind in KINDS))
 
@@ -126,13 +132,8 @@ def draw(
     recipe: Recipe,
     first: int,
 ) -> dict[str, NDArray[np.float16]]:
-    """Latents of each kind, of pictures [N, size, size, 3] of items, the first of which has this place among all.
-
-    Raises K2Error where more steps are to be taken than the drawer takes.
-    """
+    """Latents of each kind, of pictures [N, size, size, 3] of items, the first of which has this place among all."""
     steps, mu = int(drawer.recommended["steps"]), float(drawer.recommended["mu"])
-    if max(recipe.taken) > steps:
-        raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps that Turbo takes.')
     rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, "captions", first))
     captions = [catalog.caption(item, rng, "medium") for item in items]
     side = recipe.size // drawer.vae.factor
@@ -298,8 +299,11 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     wide = widened(before, recipe.widths).config  # before anything is drawn
     if recipe.crop % before.factor or recipe.size % before.factor:
         raise K2Error(f'Recipe "{recipe.name}": crop and size must be multiples of {before.factor}.')
+    drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
+    if max(recipe.taken) > (steps := int(drawer.recommended["steps"])):
+        raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps that Turbo takes.')
     folder.mkdir(parents=True, exist_ok=True)
-    stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, device, report), before)
+    stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, drawer, report), before)
     run = loop.train(loop.Run(stage, folder, device), report)
     autoencoder.conclude(autoencoder.averaged(run, wide, "vae."), catalog, recipe, run.step, report)
     return run
