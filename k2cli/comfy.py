@@ -177,7 +177,9 @@ class Search:
             return [(here[self.side], False)]
         if kind_of(self.graph, node).startswith("TextGenerate"):
             self.enhanced = True
-            return [(self.users_part(here.get("prompt"), above), True)] if self.kind is str else []
+            if self.kind is not str:
+                return []  # what it writes holds no number
+            return [(self.users_part(here.get("prompt"), above), True)]
         told = [(here[key], True) for key in (*self.keys, *(VALUES if direct else ())) if key in here]
         links = [each for each in here.values() if linked(each)]
         self.clips += [here["clip"]] if told and "clip" in here else []

@@ -33,7 +33,7 @@ SIGNS = {  # what it looks like: what to say here
     r"\[[^\[\]|]{1,200}\|[^\[\]]{1,200}\]": "choices stand in braces: {red|green}",
     r"(?<![\"“'])\[(?!sic\])[^\W\d][^\[\]\"”]{0,200}\]": WEIGHED,  # an editor's [sic], a shop's "[open]"
     # no shouting: BREAK THE RULES, TEA BREAK; but HDR BREAK a hill
-    rf"(?<![\w\"]){UNSHOUTED}BREAK(?![\w\"]|\s+[A-Z]{{2}})": "a prompt is read as a whole",
+    rf"(?<![\w\"“'‘]){UNSHOUTED}BREAK(?![\w\"”'’!]|\s+[A-Z]{{2}})": "a prompt is read as a whole",
     r"(?<=[^A-Z\"] )AND(?= (?![A-Z]{2}))": "a prompt is read as a whole",  # nor a shop's SALT AND PEPPER
 }
 OPTION = re.compile(r"(?<!\S)(?:--|—(?=ar\b))([a-z_-]{1,20})(?![\w-])(?:[ =](?!--|—)[^\s,]{1,60})?")

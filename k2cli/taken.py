@@ -86,14 +86,16 @@ def settings_of(origin: Origin) -> dict[str, Any]:
 
 
 def is_chosen(origin: Origin) -> bool:
-    """Whether a picture's mu is another than its model takes for its size by itself; than the open weights do, if that
-    is not here."""
+    """Whether a picture's mu is another than its model takes for its size by itself. Of a model that is not here nobody
+    can say, but of the open weights."""
     model, variant = model_of(origin), "turbo" if origin.turbo else "raw"
     if origin.mu is None or model != origin.model or not (origin.width and origin.height):
         return False
     with suppress(K2Error):
         if library.find(model, variant):
             own = models.own_mu(model, variant, origin.width, origin.height)
+        elif model not in library.OFFICIAL:
+            return False
         elif origin.turbo:
             own = library.RECOMMENDED["turbo"]["mu"]
         else:

@@ -257,21 +257,21 @@ def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
     assert Project.open(tmp_path / "again").settings.model == "mini"
 
 
-@pytest.mark.parametrize("chosen", [None, 0.25])
-def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path, chosen):
+@pytest.mark.parametrize(("model", "chosen"), [("nyx", None), ("krea-2-raw", None), ("krea-2-raw", 0.25)])
+def test_a_model_that_is_not_here_yet_is_taken_over_with_the_pictures_size(moody, k2, tmp_path, model, chosen):
     """Weights of a name may be put here later; a project that asks for them says until then that they are missing."""
     with_mu(moody, raw_mu(6 * 4) if chosen is None else chosen)  # as the open weights take it for 96x64
     k2("render", "-p", "a fox", "--size", "96x64")
     (made,) = moody.glob("outputs/*/*-7.png")
     with Image.open(made) as image:
-        moved = png(tmp_path / "moved.png", k2=image.text["k2"].replace('name = "mini"', 'name = "nyx"'))
+        moved = png(tmp_path / "moved.png", k2=image.text["k2"].replace('name = "mini"', f'name = "{model}"'))
 
     k2("new", tmp_path / "again", "--from", moved)
 
     settings = Project.open(tmp_path / "again").settings
-    assert (settings.model, settings.size) == ("nyx", "96x64")
+    assert (settings.model, settings.size) == (model, "96x64")
     assert settings.mu == chosen
-    assert "nyx" in k2("render", tmp_path / "again", code=1).stderr
+    assert model in k2("render", tmp_path / "again", code=1).stderr
 
 
 def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
