@@ -1,4 +1,4 @@
-"""The decoder taught on what the network draws, beside a critic: outlines close, and flat colours are flat.
+"""The decoder taught on what the network draws, beside a critic: clean edges, and flat colours that are flat.
 
 A diffusion model's latents are no encoder's. They are wrong where it was unsure, and a decoder that never met such
 draws what lies between all that they could mean. `k2 train sharpen` goes on with the package's autoencoder, its scales
