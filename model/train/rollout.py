@@ -109,9 +109,13 @@ def sample(
     sigmas = sigmas_for(steps, cells, dit) if mu is None else shifted_sigmas(steps, mu)
     sigmas = sigmas if begun is None else sigmas[-begun[1] - 1 :]
     grid = (cells // patch, cells // patch)
-    (embeds, mask), (empty, empty_mask) = embed(list(prompts)), embed([""] * len(prompts))
-    velocity = conditioned(dit, embeds.to(device), mask.to(device), grid)
-    without = conditioned(dit, empty.to(device), empty_mask.to(device), grid) if guidance else velocity
+
+    def under(texts: list[str]) -> Velocity:
+        embeds, mask = embed(texts)
+        return conditioned(dit, embeds.to(device), mask.to(device), grid)
+
+    velocity = under(list(prompts))
+    without = under([""] * len(prompts)) if guidance else velocity
     levels = torch.tensor(sigmas, device=device)
 
     def field(tokens: Tensor, step: int) -> Tensor:
