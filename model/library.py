@@ -19,7 +19,7 @@ from typing import Any
 
 from model.errors import K2Error
 from model.headers import read_header, read_json, shards, stored_in
-from model.marks import SECOND, W4A4, W4A8, form_of, is_auxiliary
+from model.marks import PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -143,7 +143,7 @@ def sees(text: Path) -> bool:
 def listens(dit: Path, text: Path) -> bool:
     """Whether a transformer takes as many layers, as wide, as a text encoder of ours speaks."""
     shapes = {name: shape for file in files_in(dit) for name, shape in shapes_in(file).items()}
-    heard = [next((shape[-1] for name, shape in shapes.items() if name.endswith(ends)), 0) for ends in HEARD]
+    heard = [next((shape[-1] for name, shape in shapes.items() if shape and name.endswith(ends)), 0) for ends in HEARD]
     config = describe(text).get("config") or {}
     return heard == [config.get("hidden_size"), len(config.get("taps") or ())]
 
@@ -362,16 +362,17 @@ ATTENTION = {  # layout -> the blocks' stem, and its attention's query, key and 
 
 def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[str, int]]:
     """Layout and main numbers of a Krea 2 transformer, as far as this file (it may be a shard) shows them."""
+    prefixes = "|".join(map(re.escape, PREFIXES))
     for layout, (stem, query, key, norm) in ATTENTION.items():
-        pattern = re.compile(rf"(?P<prefix>(?:model\.)?diffusion_model\.)?{stem}\.\d+\.attn\.{re.escape(query)}")
+        pattern = re.compile(rf"(?P<prefix>{prefixes}){stem}\.\d+\.attn\.{re.escape(query)}")
         found = [match for name in shapes if (match := pattern.fullmatch(name)) and len(shapes[name]) == 2]
         if found:
             attention = found[0][0].removesuffix(query)
             rows, width = shapes[attention + query]
             shape = {"width": width, "blocks": len(found)}
-            (head,) = shapes.get(attention + norm) or (0,)
-            if head and attention + key in shapes:
-                shape |= {"heads": rows // head, "kv_heads": shapes[attention + key][0] // head}
+            keys, norms = (shapes.get(attention + each, ()) for each in (key, norm))
+            if len(keys) == 2 and len(norms) == 1 and norms[0]:
+                shape |= {"heads": rows // norms[0], "kv_heads": keys[0] // norms[0]}
             return "comfyui" if found[0]["prefix"] else layout, shape
     return None, {}
 

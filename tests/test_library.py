@@ -242,6 +242,31 @@ def test_what_is_no_transformer_has_no_layout(home: Path):
     assert about == {"precision": {"BF16": 216}, "parameters": 216, "kind": "vae"}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.0.attn.qknorm.qnorm.scale", (1, 64)),
+        ("blocks.0.attn.qknorm.qnorm.scale", (0,)),
+        ("blocks.0.attn.wk.weight", ()),
+        ("blocks.0.attn.wq.weight", (256,)),
+    ],
+)
+def test_of_an_odd_shape_is_told_what_can_be(home: Path, name: str, shape: tuple[int, ...]):
+    """Whether it is a whole network is for loading to say."""
+    main = library.describe(write(home / "x.safetensors", transformer(blocks=1) | {name: shape})).get("shape", {})
+
+    assert main == ({} if "wq" in name else {"width": 256, "blocks": 1})
+
+
+@pytest.mark.parametrize(("shape", "listens"), [((32,), True), ((16,), False), ((), False)])
+def test_who_listens_to_a_text_encoder(home: Path, shape: tuple[int, ...], listens: bool):
+    heard = {"txtmlp.0.scale": shape, "txtfusion.projector.weight": (1, 4)}
+    dit = write(home / "x.safetensors", transformer() | heard)
+    text = write(home / "text.safetensors", {}, {"config": {"hidden_size": 32, "taps": [1, 2, 3, 4]}})
+
+    assert library.listens(dit, text) is listens
+
+
 @pytest.mark.parametrize("shapes", [transformer(6144, 28), diffusers(6144, 28)])
 def test_the_release_is_known_by_its_shape(home: Path, shapes: dict):
     """Whatever a file of the 12.9B network is called, Krea's licence came with it."""
