@@ -85,7 +85,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 def sides(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened picture as it is looked at: a camera's may lie on its side."""
-    lies = image.getexif().get(ORIENTATION, 1) >= 5
+    lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # others, and what is no number, turn nothing
     return image.size[::-1] if lies else image.size
 
 

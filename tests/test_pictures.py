@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, sides_of, split
 from model import picture_file
@@ -161,6 +161,17 @@ def test_the_sides_of_a_photograph_are_those_it_is_looked_at_by(tmp_path):
     exif[0x0112] = 6  # on its side
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
     assert sides_of(tmp_path / "a.jpg") == (30, 40)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(2, b"6"), (7, b"\x06"), (3, b"\x09"), (3, b"\x05"), (3, b"\x08")])
+def test_what_no_camera_writes_turns_no_picture(tmp_path, kind, value):
+    """Its sides are those that it is decoded with, whatever stands for the way that it lies."""
+    entry = b"\x12\x01" + kind.to_bytes(2, "little") + (1).to_bytes(4, "little") + value.ljust(4, b"\0")
+    exif = b"Exif\0\0II*\0" + (8).to_bytes(4, "little") + b"\x01\0" + entry + bytes(4)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert sides_of(tmp_path / "a.jpg") == ImageOps.exif_transpose(image).size
 
 
 @pytest.mark.parametrize(
