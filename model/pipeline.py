@@ -68,7 +68,7 @@ PIXELS_AT_ONCE = 2**19  # decoded: eight pictures of 256 px, less memory than on
 TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
 TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
 TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
-MOST_ADAPTERS = 8  # kept, of those that the last pictures used
+MOST_ADAPTERS = 8  # kept, of those that the last pictures used; more where one picture takes them
 
 
 class Pipeline:
@@ -191,6 +191,7 @@ class Pipeline:
         """The spec with every recommendation filled in. Raises K2Error for what cannot be rendered."""
         spec = settle(spec, self._able)
         self.beginnings.check(spec)
+        self._adapters.most = max(self._adapters.most, len(spec.adapters))
         for lora in spec.adapters:
             self._adapter(lora)
         return spec

@@ -21,7 +21,7 @@ from model.errors import K2Error
 from model.latents import position_ids
 from model.layouts import diffusers_names
 from model.lora import Adapter, bare, laid_over, layer_names, read_lora
-from model.pipeline import Pipeline
+from model.pipeline import MOST_ADAPTERS, Pipeline
 from model.quantize import to_int8
 from model.spec import Lora, RenderSpec, Style
 
@@ -514,6 +514,18 @@ def test_a_file_that_changes_is_read_again(pipeline, path, tmp_path):
     before = pixels(pipeline, spec)
     write(tmp_path, LAYOUTS["diffusers"](random_pairs(pipeline.dit, seed=5)))
     assert pixels(pipeline, spec) != before
+
+
+def test_however_many_a_picture_takes_each_is_read_once(pipeline, tmp_path, monkeypatch):
+    """Where fewer were kept, each would throw out the one that is asked for next."""
+    few = {"blocks.0.attn.wq": random_pairs(pipeline.dit)["blocks.0.attn.wq"]}
+    paths = [write(tmp_path, LAYOUTS["kohya"](few), f"{i}.safetensors") for i in range(MOST_ADAPTERS + 1)]
+    spec, asked = replace(FOX, loras=tuple(map(Lora, paths))), []
+    monkeypatch.setattr("model.pipeline.read_lora", lambda path, dit: asked.append(path) or read_lora(path, dit))
+
+    pipeline.render([spec, replace(spec, seed=1, steps=3)])
+
+    assert sorted(asked) == sorted(paths)
 
 
 def test_what_was_read_stays_though_the_file_is_written_over(monkeypatch, model, pairs, tmp_path):
