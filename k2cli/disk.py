@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import signal
 import threading
@@ -23,6 +24,7 @@ except ImportError:  # not on Windows
 
 LOCKS = fcntl is not None  # else files are whole all the same, and nobody is kept from anything
 DRAFT = ".draft"
+OWN = re.compile(rf"\.\d+-[0-9a-f]+{re.escape(DRAFT)}")  # as `new_draft` names them
 FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe, laid where a folder should be, would wait for ever
 
 FORBIDDEN, BLOCKED = "Check the folder's permissions.", "A file stands where a folder belongs: move it away."
@@ -227,11 +229,12 @@ def hold(handle: int) -> bool | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts whose writers are dead: a living one holds the lock of its draft."""
+    """Remove the drafts whose writers are dead: a living one holds the lock of its draft. Drafts of other names are
+    others', as `model/whole.py`'s, which nobody locks."""
     if not LOCKS:
         return
     with suppress(OSError):
-        drafts = [entry.path for entry in os.scandir(folder) if entry.name.endswith(DRAFT)]
+        drafts = [entry.path for entry in os.scandir(folder) if OWN.fullmatch(entry.name)]
         for draft in drafts:
             with suppress(OSError), opened(draft, os.O_NOFOLLOW | os.O_NONBLOCK) as handle:
                 if hold(handle):

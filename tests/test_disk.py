@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import tree
 
-from k2cli.disk import Ended, Exists, ended_as_by_ctrl_c, undisturbed, write, writing
+from k2cli.disk import Ended, Exists, ended_as_by_ctrl_c, new_draft, sweep, undisturbed, write, writing
 from model.errors import K2Error
+from model.whole import whole
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,20 @@ def test_no_draft_follows_a_link(tmp_path, monkeypatch):
     write({tmp_path / "a": b"new"})
 
     assert victim.read_text() == "precious" and (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_of_the_dead_only_ones_own_drafts_are_swept(tmp_path):
+    """The others' lock none while they write, for as long as weights take; or they are somebody's own files."""
+    (tmp_path / "mine.draft").touch()
+    draft, handle = new_draft(tmp_path)
+    with whole(tmp_path / "weights.safetensors") as weights:
+        weights.write_text("whole")
+        sweep(tmp_path)
+        assert draft.exists()
+        os.close(handle)
+        sweep(tmp_path)
+
+    assert sorted(os.listdir(tmp_path)) == ["mine.draft", "weights.safetensors"]
 
 
 def press_by_default() -> None:
