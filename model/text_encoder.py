@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
+from model.dit import attention
 from model.errors import K2Error, count_of
 from model.headers import read_json, some
 from model.library import weights_of
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if past is not None:
             k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), 2) for old, new in zip(past, (k, v), strict=True))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        out = attention(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2)), (k, v)
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_layouts import every_tool, gguf_of, packed_as
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -176,6 +177,18 @@ def test_what_else_is_in_the_list_changes_nothing(qwen):
     assert mask.sum(1).tolist()[:2] == [5, 8]
     assert not embeds[~mask].any()
     torch.testing.assert_close(together, embeds, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_are_shared_as_the_transformer_shares_them(monkeypatch):
+    """It knows which fused kernels can: on a card all logits of sixteen pictures would be gigabytes."""
+    shapes = []
+    monkeypatch.setattr(
+        "model.text_encoder.attention", lambda q, k, v, mask: shapes.append((q.shape, k.shape, mask.shape)) or q
+    )
+
+    TextTower(TextConfig(50, 32, 64, 2, 4, 1, 8, 1e4, 1e-6, (1, 2), (2, 1, 1)))(torch.zeros(1, 7, dtype=torch.long))
+
+    assert shapes == [((1, 4, 7, 8), (1, 1, 7, 8), (7, 7))] * 2
 
 
 def test_long_prompts_are_cut(qwen):
@@ -351,6 +364,6 @@ def test_words_of_one_meaning_are_near_in_the_bundled_encoder(pair):
     encoder = TextEncoder.load(WEIGHTS / "mini-text.safetensors")
     others = ["dog", "car", "rabbit", "sailboat", "taxi", "apple", "chair", "moon", "cat"]
     rows = torch.stack([encoder.encode([text])[0][0, :-5, -1].mean(0) for text in [word, *others]])
-    rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=-1)
+    rows = F.normalize(rows - rows.mean(0), dim=-1)
 
     assert others[int((rows[1:] @ rows[0]).argmax())] == near
