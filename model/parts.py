@@ -92,11 +92,10 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Autoencode
     checkpoint = open_checkpoint(path)
     refuse_unreadable(checkpoint)
     stated = checkpoint.metadata.get("config") or checkpoint.config
-    stated = dict(stated) if isinstance(stated, Mapping) else {}
+    stated = stated if isinstance(stated, Mapping) else {}
     flux = stated.get("_class_name") == "AutoencoderKLFlux2"
     if not flux and (checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated):
         raise K2Error(f"{path} is no autoencoder that k2 knows.", hint="Qwen-Image's and FLUX.2's are known.")
-    stated.setdefault("temporal_downsample", stated.get("temperal_downsample"))
     try:
         with torch.device("meta"):
             vae = FluxVAE(FluxVAEConfig.from_dict(stated)) if flux else QwenImageVAE(VAEConfig.from_dict(stated))

@@ -29,6 +29,7 @@ QWEN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508
 QWEN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
             3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 # fmt: on
+THEIRS = "temperal_downsample"  # as diffusers' authors spell it
 
 LONE = 20480  # numbers up to which PyTorch convolves a single picture by another kernel than one in company
 
@@ -52,11 +53,12 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """From JSON values; keys that do not shape the network (as in diffusers' config.json) are left aside.
+        """From JSON values, ours or diffusers'; keys that do not shape the network are left aside.
 
         Raises TypeError or ValueError for what no autoencoder is.
         """
-        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        known = {"temporal_downsample": values[THEIRS]} if THEIRS in values else {}
+        known |= {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         config = cls(**fields)
         sizes = [(config.base_dim, 4096), (config.z_dim, 1024), (config.num_res_blocks, 64)]
@@ -71,11 +73,11 @@ class VAEConfig:
         return config
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The `config.json` of diffusers' class, whose authors spell `temperal`."""
+        """The `config.json` of diffusers' class."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {
             "_class_name": "AutoencoderKLQwenImage",
-            "temperal_downsample": values.pop("temporal_downsample"),
+            THEIRS: values.pop("temporal_downsample"),
             "attn_scales": [],
             "dropout": 0.0,
             **values,

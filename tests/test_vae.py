@@ -1,10 +1,13 @@
 """The 2-D autoencoders against diffusers' on random weights."""
 
 import inspect
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from model.checkpoint import save
+from model.parts import load_vae
 from model.tiling import OVERLAP, TILE
 from model.train.autoencoder import SHAPE
 from model.train.linear_start import start_linear
@@ -95,6 +98,19 @@ def test_config_survives_json():
     """A file's metadata holds lists where the dataclass has tuples."""
     values = {"base_dim": 8, "dim_mult": [1, 4, 8, 12], "num_res_blocks": 1}
     assert VAEConfig.from_dict(values) == VAEConfig(base_dim=8, dim_mult=(1, 4, 8, 12), num_res_blocks=1)
+
+
+def test_config_is_read_in_diffusers_spelling_too():
+    assert VAEConfig.from_dict(SHAPES[16].to_diffusers()) == SHAPES[16]
+
+
+def test_what_a_file_does_not_say_is_the_releases(tmp_path):
+    vae, file = QwenImageVAE(SHAPES[8]), tmp_path / "vae.safetensors"
+    config = asdict(vae.config)
+    del config["temporal_downsample"]
+    save(file, vae.state_dict(), {"kind": "vae", "config": config})
+
+    assert load_vae(file, torch.device("cpu"), torch.float32).config == vae.config
 
 
 @torch.no_grad()
