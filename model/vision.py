@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
-from model.errors import K2Error, brief
+from model.checkpoint import Checkpoint, load, open_checkpoint
+from model.errors import K2Error
 from model.headers import AGAIN
 from model.library import EYES, sees, weights_of
 from model.references import fitting, to_pixels
@@ -209,16 +209,9 @@ def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
     prefix = next(p for p in EYES if any(name.startswith(p) for name in checkpoint.tensors))
-    names = {name: stored for name, stored in checkpoint.tensors.items() if name.startswith(prefix)}
-    refuse_unreadable(replace(checkpoint, tensors=names))
-    state = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.read(names, device=device, dtype=dtype)}
-    try:
-        tower.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise K2Error(
-            f"The vision tower of {checkpoint.path} does not fit its config: {brief(error)}.", hint=AGAIN
-        ) from None
-    return tower.requires_grad_(False).eval()
+    own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
+    load(tower, replace(checkpoint, tensors=own), device=device, dtype=dtype)
+    return tower
 
 
 class Marks(NamedTuple):
