@@ -103,10 +103,10 @@ def check_target(target: Path) -> None:
         raise K2Error(f"{target} holds something that is no gallery of k2.", hint="Choose another: --output DIR")
 
 
-def head(path: Path, most: int = 1000) -> bytes:
+def head(path: Path) -> bytes:
     """The beginning of a file."""
     with path.open("rb") as file:
-        return file.read(most)
+        return file.read(1000)
 
 
 def bring(source: Path, folder: Path, names: Iterable[str]) -> None:

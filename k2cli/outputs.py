@@ -30,9 +30,9 @@ class Run:
     Left by Ctrl-C it keeps what has a plan, which can be gone on with.
     """
 
-    def __init__(self, folder: Path, *, made: list[Path] | None = None):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.made = made or []  # folders that claiming it created, outermost first
+        self.made: list[Path] = []  # folders that claiming it created, outermost first
         self.handle: int | None = None
 
     @classmethod

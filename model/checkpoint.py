@@ -62,8 +62,6 @@ class Checkpoint:
     tensors: dict[str, Stored]
     metadata: dict[str, Any] = field(default_factory=dict)  # ours, `k2`; empty in others' files
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
-    layout: str = ""  # whose names the file uses, once `model/layouts.py` has recognised it
-    unused: tuple[str, ...] = ()  # tensors that lie in the file and are known to be no part of the network
     astray: tuple[Mark, ...] = ()  # marks of weights that the file does not hold
 
     @property

@@ -106,8 +106,7 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
             native = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
             if len(native) + len(unused) < len(tensors):
                 raise K2Error(f"{checkpoint.path} holds the network with and without {prefix}.", hint=GIVE)
-            layout = "ComfyUI" if prefix else "native"
-            return replace(checkpoint, tensors=in_shape(native), layout=layout, unused=tuple(sorted(unused)))
+            return replace(checkpoint, tensors=in_shape(native))
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
@@ -117,7 +116,7 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
             for other, ours in stems.items()
         }
         native = {back.get(name, name): stored for name, stored in tensors.items()}
-        return replace(checkpoint, tensors=in_shape(native), layout="diffusers")
+        return replace(checkpoint, tensors=in_shape(native))
     what = next((what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "")
     if not what and any("txtfusion" in name or "text_fusion" in name for name in tensors):
         refuse_unreadable(checkpoint)  # where every matrix is packed, no whole name tells the layout

@@ -50,10 +50,10 @@ def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def dequantise(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Undo `quantise`, and read fp8 with a scale per tensor: every float in `dtype`, no scales left."""
+def dequantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `quantise`, and read fp8 with a scale per tensor: every float in fp32, no scales left."""
     weights = ((name, tensor, scale_of(name, state)) for name, tensor in state.items() if not is_auxiliary(name))
-    return {name: restore(tensor, state[scale] if scale else None, dtype) for name, tensor, scale in weights}
+    return {name: restore(tensor, state[scale] if scale else None, torch.float32) for name, tensor, scale in weights}
 
 
 def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -232,8 +232,8 @@ def noised(latents: Tensor, noise: Tensor, sigma: float, patch: int) -> Tensor:
 class CaptureCache:
     """Captures on disk, the longest unused forgotten first. A folder that cannot be used only costs time."""
 
-    def __init__(self, folder: Path, limit: int = CACHE_BYTES):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path):
+        self.folder, self.limit = folder, CACHE_BYTES
 
     def get(self, facts: Mapping[str, Any], device: torch.device) -> Capture | None:
         """The capture that was put under the same facts, bit for bit; None where there is none that can be read."""

@@ -280,7 +280,7 @@ def test_how_a_text_encoder_is_stored_beside_does_not_matter(tmp_path, state, ki
     loaded, checkpoint = load_dit(path)
 
     assert_means(loaded, means)
-    assert set(beside) <= set(checkpoint.unused)
+    assert not set(beside) & set(checkpoint.tensors)
 
 
 def test_marks_of_a_text_encoder_that_was_taken_out(tmp_path, state):
