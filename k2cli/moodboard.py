@@ -27,7 +27,7 @@ from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
 from model.plan import lacking_memory
-from model.spec import Reference, Style
+from model.spec import Reference, Style, within
 
 if TYPE_CHECKING:
     from k2cli.folder import Folder
@@ -132,7 +132,9 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
     """What was found earlier, if it can be read and speaks of as many pictures."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        fits = all(0 <= int(index) < count and abs(float(weight)) <= 2 for index, weight in found["references"])
+        fits = all(
+            0 <= int(index) < count and within("strength", float(weight)) for index, weight in found["references"]
+        )
         fits = fits and all(0 <= int(index) < count for index in found["unread"])
         words = all(isinstance(word, str) for word in [*found["keywords"], *found["avoids"]])
         return found if fits and words and found["references"] else None

@@ -218,13 +218,16 @@ def find_folders(
 
 def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     """ "dusk=0.6" → ("dusk", 0.6)."""
+    from model.spec import span, within
+
     name, _, weight = text.rpartition("=")
     try:
         value = float(weight)
     except ValueError:
         value = float("nan")
-    if not name or not -2 <= value <= 2:
-        raise typer.BadParameter(f'"{text}" is not NAME=WEIGHT with a weight of −2 … 2', param_hint=option)
+    if not name or not within("strength", value):
+        said = f'"{text}" is not NAME=WEIGHT with a weight of {span("strength")}'
+        raise typer.BadParameter(said, param_hint=option)
     return name.strip(), value
 
 

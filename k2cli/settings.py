@@ -10,7 +10,7 @@ from typing import Any
 from k2cli import models
 from k2cli.formats import SUFFIXES
 from k2cli.sizes import fit_aspect, parse_resolution, parse_size, shape_of
-from k2cli.tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, one_of, said_by
+from k2cli.tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, limited, one_of, said_by
 from model.errors import USAGE, K2Error
 from model.expand import LEVELS
 from model.plan import OFFLOADS, PRECISIONS
@@ -44,22 +44,22 @@ class Settings:
     batch: int = between(1, 1, 1000)
     seed: int | str = field(default=0, metadata={"low": 0, "high": 2**63 - 1, "word": RANDOM})
     avoid: str = ""  # of every prompt, beside what each avoids itself
-    steps: int | None = between(None, 1, 1000)
-    guidance: float | None = between(None, 0, 100)
+    steps: int | None = limited("steps")
+    guidance: float | None = limited("guidance")
     sampler: str | None = one_of(None, *SAMPLERS)
-    guidance_until: float | None = between(None, 0.01, 1)  # share of the steps that are guided, from the first on
-    mu: float | None = between(None, -10, 10)
+    guidance_until: float | None = limited("guidance_until")  # share of the steps that are guided, from the first on
+    mu: float | None = limited("mu")
     init_image: str | None = field(default=None, metadata=PATH)  # that pictures begin with, in the place of noise
-    denoise: float | None = between(None, 0.01, 1)  # how much of it is made anew
+    denoise: float | None = limited("denoise")  # how much of it is made anew
     mask: str | None = field(default=None, metadata=PATH)  # which part of it: white in a picture, or "96x64+80+120"
-    style_guidance: float | None = between(None, 0, 100)  # None: styles are guided with the prompt
+    style_guidance: float | None = limited("style_guidance")  # None: styles are guided with the prompt
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)
     vision_rows: bool | None = None
     device: str | None = like(None, r"cpu|mps|cuda(:\d+)?", "cpu", "cuda", "cuda:1", "mps")
     precision: str | None = one_of(None, *PRECISIONS)
     offload: str | None = one_of(None, *OFFLOADS)
-    cohesion: float = between(0.0, 0, 1)  # how much pictures share with the first of their prompt, or of the run
+    cohesion: float = limited("cohesion", 0.0)  # how much pictures share with the first of their prompt, or of the run
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
     # of the files; only JPEG loses anything
     format: str = field(default="png", metadata={"choices": tuple(SUFFIXES), "also": {"jpg": "jpeg"}})

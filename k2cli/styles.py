@@ -31,7 +31,7 @@ from k2cli.tables import (
 from model.errors import K2Error
 from model.headers import read_header
 from model.picture_file import passed_over
-from model.spec import METHODS, Reference, Style
+from model.spec import METHODS, Reference, Style, span, within
 
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
 MOST_MIXES = 16  # styles that mix styles that mix styles …
@@ -242,12 +242,12 @@ class Styles:
         total: dict[str, float] = {}
         for name, weight in sorted(weights.items()):
             add(total, take_apart(name, (), where(name)), weight)
+        total = {name: round(strength, 9) for name, strength in total.items()}
         for name, strength in total.items():
-            if abs(strength) > 2 + 1e-9:
-                raise K2Error(
-                    f'The weights of style "{name}" add up to {strength:g}, beyond −2 … 2.', hint="Lower them."
-                )
-        strongest = sorted(((round(s, 9), name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
+            if not within("strength", strength):
+                said = f'The weights of style "{name}" add up to {strength:g}, beyond {span("strength")}.'
+                raise K2Error(said, hint="Lower them.")
+        strongest = sorted(((s, name) for name, s in total.items()), key=lambda pair: (-pair[0], pair[1]))
         return tuple(files[name].at(name, strength) for strength, name in strongest if strength)
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from model.errors import USAGE, K2Error
 from model.headers import open_file
+from model.spec import LIMITS
 
 LONGEST_NAME = 60
 LONGEST_PATH, LONGEST_PART = 2000, 255  # characters, and bytes between slashes
@@ -62,12 +63,19 @@ T = TypeVar("T")
 
 PATH = {"path": True}  # metadata of a field whose text, or texts, are paths: every space in them is meant
 NO_KEY = {"key": False}  # of a field that no table may say
-WEIGHT = {"low": -2, "high": 2}  # of a style's weight, and of a picture's within it
+WEIGHT = dict(
+    zip(("low", "high"), LIMITS["strength"], strict=True)
+)  # of a style's weight, and of a picture's within it
 
 
 def between(default: Any, low: float, high: float) -> Any:
     """A dataclass field whose number must lie in low … high."""
     return field(default=default, metadata={"low": low, "high": high})
+
+
+def limited(key: str, default: Any = None) -> Any:
+    """A dataclass field whose number keeps to the limits that rendering has for it."""
+    return between(default, *LIMITS[key])
 
 
 def one_of(default: Any, *choices: str | int) -> Any:

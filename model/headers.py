@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from model.errors import K2Error, brief
 from model.gguf_file import read_gguf_header
 from model.marks import PASSENGERS, SUFFIX, Mark, shape_of, table_of, weight_of
+from model.spec import within
 
 AGAIN = "The download may have been cut short: fetch it again."
 TAKEN = "k2 reads weights from .safetensors and .gguf files only."
@@ -153,7 +154,7 @@ def check_header(header: dict[str, Any], data: int) -> None:
 
 VARIANTS = ("raw", "turbo")
 SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
-SETTINGS = {"steps": 1000, "guidance": 100, "mu": 10}  # what may be recommended, and at most
+SETTINGS = ("steps", "guidance", "mu")  # that may be recommended
 
 
 def check_about(about: Any) -> None:
@@ -177,7 +178,7 @@ def recommendable(setting: tuple[str, Any]) -> bool:
     if name not in SETTINGS or (name == "mu" and value == "auto"):
         return True
     kinds: tuple[type, ...] = (int,) if name == "steps" else (int, float)
-    return type(value) in kinds and abs(value) <= SETTINGS[name]
+    return type(value) in kinds and within(name, value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,15 +24,14 @@ from model.spec import (
     Style,
     denoise_of,
     raw_mu,
+    span,
     steps_guided,
     steps_taken,
+    within,
 )
 from model.splice import LEAK_GUARD
 from model.weighed import Weighed, check_references, weigh, with_way
 
-MOST_STEPS = 1000
-MOST_STRENGTH = 2  # of a style, and of a reference within it
-MOST_WEIGHT = 10  # of an adapter, either way
 FADE = 0.1  # below this strength references count in part, down to nothing at 0
 VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
 
@@ -83,23 +82,24 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     until, sampler = 1.0 if spec.guidance_until is None else spec.guidance_until, spec.sampler or "euler"
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
     mu = raw_mu(width * height // able.unit**2) if mu == "auto" else float(mu)
-    if not (isinstance(steps, int) and 1 <= steps <= MOST_STEPS):
-        raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose 1 to {MOST_STEPS}.")
-    if not (0 <= guidance <= 100 and abs(mu) <= 10):
+    if not (isinstance(steps, int) and within("steps", steps)):
+        raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose {span('steps')}.")
+    if not (within("guidance", guidance) and within("mu", mu)):
         raise K2Error(
-            f"Guidance {guidance:g} with mu {mu:g} leads nowhere.", hint="Guidance is 0 to 100, mu −10 to 10."
+            f"Guidance {guidance:g} with mu {mu:g} leads nowhere.",
+            hint=f"Guidance is {span('guidance')}, mu {span('mu')}.",
         )
-    if not 0 < until <= 1:
+    if not within("guidance_until", until):
         raise K2Error(
             f"Guidance cannot end after {until:g} of the steps.",
-            hint="It is a share of them, above 0 and up to 1; guidance 0 is none at all.",
+            hint=f"It is a share of them, {span('guidance_until')}; guidance 0 is none at all.",
         )
     if sampler not in SAMPLERS:
         raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
     denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
-    if not 0 < denoise <= 1:
+    if not within("denoise", denoise):
         raise K2Error(
-            f"A denoise of {denoise:g} takes no picture anywhere.", hint="It is above 0, and up to 1, where all is new."
+            f"A denoise of {denoise:g} takes no picture anywhere.", hint=f"It is {span('denoise')}; at 1 all is new."
         )
     if spec.init_image is None and (spec.denoise is not None or spec.mask):
         what = "mask" if spec.mask else "denoise from"
@@ -117,8 +117,8 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     said |= {"denoise": float(denoise) if spec.init_image else None}
     settled = settle_styles(Settled(**(said | {"styles": styles, "loras": loras})))
     for lora in settled.adapters:
-        if not abs(lora.weight) <= MOST_WEIGHT:
-            raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"At most ±{MOST_WEIGHT}.")
+        if not within("lora", lora.weight):
+            raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"It is {span('lora')}.")
     return settled
 
 
@@ -142,19 +142,16 @@ def check_company(spec: RenderSpec) -> None:
     for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
         if not (isinstance(seed, int) and 0 <= seed < 2**63):
             raise K2Error(f"{seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
-    if not 0 <= spec.cohesion <= 1:
-        raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint="It is 0 to 1.")
+    if not within("cohesion", spec.cohesion):
+        raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint=f"It is {span('cohesion')}.")
     if spec.cohesion and spec.leader is None:
         raise K2Error("Cohesion ties pictures to a leader, and none is named.", hint="Set `leader` to the first.")
 
 
 def with_method(style: Style, able: Able) -> Style:
     """The style with `auto` decided. Raises K2Error."""
-    if not all(abs(weight) <= MOST_STRENGTH for weight in (style.strength, *(r.weight for r in style.references))):
-        raise K2Error(
-            f'"{style.name}" is too strong, or a reference in it.',
-            hint=f"Strengths are −{MOST_STRENGTH} to {MOST_STRENGTH}.",
-        )
+    if not all(within("strength", weight) for weight in (style.strength, *(r.weight for r in style.references))):
+        raise K2Error(f'"{style.name}" is too strong, or a reference in it.', hint=f"Strengths are {span('strength')}.")
     if style.method not in METHODS:
         raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
     return with_way(style, able.name, reads=able.reads, sees=able.sees)
@@ -165,8 +162,8 @@ def settle_styles(spec: Settled) -> Settled:
     guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
     if guard not in LEAK_GUARDS:
         raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
-    if spec.style_guidance is not None and not 0 <= spec.style_guidance <= 100:
-        raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint="It is 0 to 100.")
+    if spec.style_guidance is not None and not within("style_guidance", spec.style_guidance):
+        raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint=f"It is {span('style_guidance')}.")
     if spec.vision_tiles not in (None, *TILES):
         raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
     tokens, spliced, shown = (weighed(spec, method) for method in ("tokens", "splice", "vision"))

@@ -21,6 +21,29 @@ DENOISE = 0.75  # where none is asked for: the prompt says what is there, the pi
 DENOISE_MASKED = 1.0  # within a mask, as there is enough around it to fit in with
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
 
+LIMITS: Mapping[str, tuple[float, float]] = {  # of what pictures are rendered by, the least and the most
+    "steps": (1, 1000),
+    "guidance": (0, 100),
+    "guidance_until": (0.01, 1),
+    "style_guidance": (0, 100),
+    "mu": (-10, 10),
+    "denoise": (0.01, 1),
+    "cohesion": (0, 1),
+    "strength": (-2, 2),  # of a style, and the weight of a reference within it
+    "lora": (-10, 10),  # the weight of an adapter
+}
+
+
+def within(key: str, value: float) -> bool:
+    """Whether a number keeps to its limits; what is no number does not."""
+    least, most = LIMITS[key]
+    return least <= value <= most
+
+
+def span(key: str) -> str:
+    """Limits as sentences say them: "−2 … 2"."""
+    return " … ".join(f"{bound:g}".replace("-", "−") for bound in LIMITS[key])
+
 
 def denoise_of(denoise: float | None, *, masked: bool) -> float:
     """How much of an initial picture is made anew."""

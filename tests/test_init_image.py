@@ -139,7 +139,7 @@ def test_a_record_names_the_picture_and_its_hash(pipeline, sketch):
 
 
 def test_what_no_picture_can_begin_with_is_refused(pipeline, sketch, tmp_path):
-    for denoise in (0.0, -0.5, 1.01, float("nan")):
+    for denoise in (0.0, 0.009, -0.5, 1.01, float("nan")):
         with pytest.raises(K2Error, match="takes no picture anywhere"):
             pipeline.resolve(replace(FOX, init_image=sketch, denoise=denoise))
     with pytest.raises(K2Error, match="no picture to denoise from"):

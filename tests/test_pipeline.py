@@ -343,7 +343,7 @@ def test_samplers_are_recorded_and_others_refused(pipeline):
         pipeline.resolve(replace(FOX, sampler="heun"))
 
 
-@pytest.mark.parametrize("until", [0.0, -0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("until", [0.0, 0.009, -0.5, 1.01, float("nan")])
 def test_guidance_ends_somewhere_on_the_way(pipeline, until):
     with pytest.raises(K2Error, match="Guidance cannot end after"):
         pipeline.resolve(replace(FOX, guidance_until=until))

@@ -625,12 +625,14 @@ class TestWeights:
             lora({"__metadata__": {"k2": '{"recommended": [8]}'}}),
             lora({"__metadata__": {"k2": '{"recommended": {"steps": "8"}}'}}),
             lora({"__metadata__": {"k2": '{"recommended": {"guidance": null}}'}}),
+            lora({"__metadata__": {"k2": '{"recommended": {"steps": -5}}'}}),
+            lora({"__metadata__": {"k2": '{"recommended": {"guidance": -1.0}}'}}),
             lora({"__metadata__": [1]}),
             lora(b"{" * 100_000),
             (2**63).to_bytes(8, "little") + b"{}",
             lora(b"{" + b" " * (17 << 20) + b"}"),
         ],
-        ids=range(20),
+        ids=range(22),
     )
     def test_absurd_headers(self, tmp_path, content):
         (tmp_path / "a.safetensors").write_bytes(content)
