@@ -15,11 +15,11 @@ from k2cli.tables import PATH, check_path, masked, nearest, one_of
 from model import library, weighed
 from model.errors import K2Error
 from model.hashes import sha256
-from model.headers import read_json
+from model.headers import VARIANTS, read_json
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import Style, raw_mu
 
-NATIVE, SCALES = 1024, 4  # of the open weights: their side in pixels, and the scales of their autoencoder
+SCALES = 4  # of the open weights' autoencoder
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def grid(name: str, variant: str | None = None) -> Grid:
     own = library.describe(parts.vae).get("config") if parts.vae.is_file() else None
     scales = (read_json(stated) if stated.is_file() else own or {}).get("dim_mult")
     step = 2 ** (len(scales) if isinstance(scales, list) else SCALES)
-    return Grid(native or NATIVE, step, (min(areas), max(areas)) if areas else None)
+    return Grid(native or library.NATIVE, step, (min(areas), max(areas)) if areas else None)
 
 
 def reads_styles(name: str, variant: str | None = None) -> bool:
@@ -161,7 +161,7 @@ def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     assert found is not None, name
     about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
     own = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
-    best = library.RECOMMENDED[found.variant or "raw"] | own.get("recommended", {})
+    best = library.recommended(found.variant or "raw", own)
     side = grid(name, variant).native
     taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
     return taken if best["mu"] == "auto" else taken | {"mu": float(best["mu"])}
@@ -177,7 +177,7 @@ def inventory() -> list[dict[str, Any]]:
     """The models that are here: what each is, and how much of it there is, text encoder and autoencoder included."""
     entries = []
     for model in library.list_models():
-        others = {library.BOX / f"{model.name}-{each}.safetensors" for each in ("raw", "turbo")} - {model.path}
+        others = {library.BOX / f"{model.name}-{each}.safetensors" for each in VARIANTS} - {model.path}
         weights = [path for path in files(model.name) if path.suffix in library.WEIGHTS and path not in others]
         about = [library.describe(path) for path in weights]
         entries.append(

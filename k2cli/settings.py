@@ -13,6 +13,7 @@ from k2cli.sizes import fit_aspect, parse_resolution, parse_size, shape_of
 from k2cli.tables import NO_KEY, PATH, Option, between, check_value, hints_of, like, limited, one_of, said_by
 from model.errors import USAGE, K2Error
 from model.expand import LEVELS
+from model.headers import VARIANTS
 from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, SAMPLERS, TILES
 
@@ -37,7 +38,7 @@ class Settings:
     """[render], and the options of `k2 render`. None is the checkpoint's own recommendation."""
 
     model: str = field(default="mini", metadata=PATH)
-    variant: str | None = one_of(None, "raw", "turbo")  # of the model's checkpoints; None: raw where there is one
+    variant: str | None = one_of(None, *VARIANTS)  # of the model's checkpoints; None: raw where there is one
     size: str | None = None
     aspect: str | None = None
     resolution: str | int | None = None

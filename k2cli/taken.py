@@ -210,7 +210,7 @@ def size_of(origin: Origin, model: str) -> str:
         return ""
     with suppress(K2Error):
         here = library.find(model) is not None  # else sizes are as those of the open weights
-        grid = models.grid(model) if here else models.Grid(models.NATIVE, 2**models.SCALES)
+        grid = models.grid(model) if here else models.Grid(library.NATIVE, 2**models.SCALES)
         if origin.tool == "k2":
             width, height = parse_size(f"{origin.width}x{origin.height}", "", grid.step)
         else:

@@ -22,7 +22,7 @@ from model.dit import DiTConfig, hidden_width
 from model.errors import K2Error
 from model.few_bits import widened
 from model.layouts import to_diffusers
-from model.sampler import TURBO_MU
+from model.library import RECOMMENDED
 from model.text_encoder import SPECIAL_TOKENS, TextConfig, TextEncoder
 from model.vae import QwenImageVAE
 
@@ -85,9 +85,10 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
 
 def index_of(pipeline: Pipeline) -> dict[str, Any]:
     """model_index.json: which class reads which folder, and what the pipeline itself must know."""
+    turbo = RECOMMENDED["turbo"]
     return {
         "_class_name": "Krea2Pipeline",
-        "is_distilled": pipeline.recommended["mu"] == TURBO_MU,  # there it means just this: mu is 1.15 at any size
+        "is_distilled": pipeline.recommended["mu"] == turbo["mu"],  # there it means just this: mu is 1.15 at any size
         "patch_size": pipeline.dit.config.patch,
         "text_encoder_select_layers": list(pipeline.text.tower.config.taps),
         **LIBRARIES,

@@ -152,7 +152,7 @@ def check_header(header: dict[str, Any], data: int) -> None:
         raise ValueError(f"it should hold {position:,} bytes of tensors and holds {data:,}")
 
 
-VARIANTS = ("raw", "turbo")
+VARIANTS = ("raw", "turbo")  # the first one is meant where none is asked for
 SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
 SETTINGS = ("steps", "guidance", "mu")  # that may be recommended
 

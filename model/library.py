@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import K2Error
-from model.headers import read_header, read_json, shards, stored_in
+from model.headers import VARIANTS, read_header, read_json, shards, stored_in
 from model.marks import PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
@@ -30,6 +30,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings for weigh
     "raw": {"steps": 52, "guidance": 3.5, "mu": "auto"},
     "turbo": {"steps": 8, "guidance": 0.0, "mu": 1.15},
 }
+NATIVE = 1024  # the side in pixels that the open weights were trained for
 HEARD = (  # tensors whose last dimension is how wide the text's layers are, and how many, natively and in diffusers
     ("txtmlp.0.scale", "txt_in.norm.weight"),
     ("txtfusion.projector.weight", "text_fusion.projector.weight"),
@@ -160,7 +161,7 @@ def find(name: str, variant: str | None = None) -> Model | None:
     A hub id may go on with a file's path in its repository. Raw comes first where no variant is asked for. Weights
     that do not say what they are, are what is asked for; those that say otherwise are not found.
     """
-    wanted = (variant,) if variant else ("raw", "turbo")
+    wanted = (variant,) if variant else VARIANTS
     if files := box().get(name):
         held = {path.name: path for path in files}
         paths = ((each, held.get(f"{name}-{each}.safetensors")) for each in wanted)
@@ -189,7 +190,7 @@ def of_variant(model: Model, asked: str | None) -> Model | None:
 
 def list_models() -> list[Model]:
     """The models of the box and those pulled from the hub; all that can be found without being told a path."""
-    models = [model for name in sorted(box()) for each in ("raw", "turbo") if (model := find(name, each))]
+    models = [model for name in sorted(box()) for each in VARIANTS if (model := find(name, each))]
     names = {repo: name for name, repo in OFFICIAL.items()}
     for snapshot in snapshots():
         repo = repo_of(snapshot)
@@ -330,6 +331,11 @@ def stated_variant(path: Path) -> str | None:
         return None if index is None else "turbo" if index.get("is_distilled") else "raw"
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def recommended(variant: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps, guidance and mu that weights of this variant take: what they say of themselves, else their publisher."""
+    return RECOMMENDED[variant] | (about.get("recommended") or {})
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from model.errors import K2Error, brief
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.headers import AGAIN
 from model.layouts import dit_config, is_packed, native_names, stored_precision
-from model.library import Parts, weights_of
+from model.library import NATIVE, Parts, weights_of
 from model.plan import Numbers, default_dtype
 from model.style import StyleConfig, StyleEncoder
 from model.text_encoder import QWEN3_VL_4B, TextEncoder, TextTower, tokenizer_file
@@ -47,7 +47,7 @@ def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
     blocks = {name: stored for name, stored in dit.tensors.items() if name.startswith("blocks.")}
     return Numbers(
         *shape_of(dit_config(dit)),
-        native=int(dit.metadata.get("native", 1024)),
+        native=int(dit.metadata.get("native") or NATIVE),
         inside=count(blocks),
         outside=count(dit.tensors) - count(blocks),
         layers=len({name.partition("layers.")[2].partition(".")[0] for name in layers}) or 1,
@@ -78,7 +78,7 @@ def release_numbers() -> Numbers:
     embedding = sum(p.numel() for p in tower.parameters()) - text
     return Numbers(
         *shape_of(dit.config),
-        native=1024,
+        native=NATIVE,
         inside=inside,
         outside=outside,
         layers=len(tower.layers),

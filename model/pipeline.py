@@ -28,6 +28,7 @@ from model.conditioning import Conditioning
 from model.errors import K2Error
 from model.fast import accelerate, keep_pages
 from model.hashes import Hashes, cache_folder, identity, sha256
+from model.headers import VARIANTS
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over, read_lora, weights_file
@@ -102,8 +103,8 @@ class Pipeline:
             accelerate(self.dit)
         self.metadata = checkpoint.metadata
         self.variant = model.variant or "raw"
-        self.recommended = library.RECOMMENDED[self.variant] | checkpoint.metadata.get("recommended", {})
-        self.native = int(checkpoint.metadata.get("native", 1024))
+        self.recommended = library.recommended(self.variant, checkpoint.metadata)
+        self.native = int(checkpoint.metadata.get("native") or library.NATIVE)
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         refuse_misfits(parts, self.dit, self.text, self.vae)
         self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)
@@ -127,7 +128,7 @@ class Pipeline:
         precision, offload: how the weights are held (`model/plan.py`); where left out, the best that fits into memory.
         filters see every picture before anyone else does (`model/safety.py`); where left out, the installed ones.
         """
-        if variant not in (None, "raw", "turbo"):
+        if variant not in (None, *VARIANTS):
             raise K2Error(f'There is no variant "{variant}".', hint="There are raw and turbo.")
         chosen = pick_device(device)
         model = library.find(str(name), variant)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 StepVelocity = Callable[[Tensor, int], Tensor]  # (tokens [B, L, C·p·p], index of the step) -> d tokens / d sigma
 
-TURBO_MU = 1.15
-
 
 def shifted_sigmas(steps: int, mu: float) -> list[float]:
     """`steps + 1` noise levels from 1 to 0, spaced evenly and then shifted towards noise by exp(mu)."""

@@ -705,6 +705,19 @@ def test_memory_that_runs_out_over_the_weights_is_said(tiny, monkeypatch):  # no
     assert error.value.hint
 
 
+def test_weights_that_leave_out_what_suits_them_take_what_the_open_ones_do(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """To say nothing, a file may also say `null`."""
+    monkeypatch.setattr(library, "BOX", Path(shutil.copytree(tiny, tmp_path / "box")))
+    state, about = read(tiny / "tiny-turbo.safetensors")
+    save(library.BOX / "tiny-turbo.safetensors", state, about | {"recommended": None, "native": None})
+
+    pipeline = Pipeline.load("tiny", "turbo", device="cpu")
+
+    assert (pipeline.recommended, pipeline.native) == (library.RECOMMENDED["turbo"], library.NATIVE)
+    taken = models.recommended("tiny", "turbo")
+    assert taken == {"width": library.NATIVE, "height": library.NATIVE, "steps": 8, "guidance": 0.0, "mu": 1.15}
+
+
 def test_weights_are_what_is_asked_for_where_they_do_not_say(tiny, tmp_path):  # noqa: F811
     state, about = read(tiny / "tiny-turbo.safetensors")
     mine = tmp_path / "mine.safetensors"

@@ -43,7 +43,8 @@ from model.fast import Graph, accelerate
 from model.few_bits import native
 from model.latents import noise, patchify, unpatchify
 from model.layouts import to_diffusers
-from model.sampler import TURBO_MU, euler, shifted_sigmas
+from model.library import RECOMMENDED
+from model.sampler import euler, shifted_sigmas
 from model.text_encoder import QWEN3_VL_4B, Cache, TextTower
 from model.vae import QwenImageVAE, VAEConfig
 
@@ -82,7 +83,7 @@ def main() -> None:
 
     grid, rows = (size // 16, size // 16), size // 8
     ids, prefix = torch.arange(PROMPT, device=device)[None], tower(torch.arange(TEMPLATE, device=device)[None])[1]
-    sigmas = shifted_sigmas(steps, TURBO_MU)
+    sigmas = shifted_sigmas(steps, RECOMMENDED["turbo"]["mu"])
 
     def text() -> Tensor:
         return (
