@@ -25,7 +25,7 @@ from model.errors import K2Error
 from model.few_bits import ENDS, Format, few_bit_layers, hold
 from model.four_bit import Codes, codes_of
 from model.gguf_file import GGUFTensors
-from model.headers import AGAIN, Stored, read_header, read_json, shards, some, stored_in
+from model.headers import AGAIN, Stored, own_words, read_header, read_json, shards, some, stored_in
 from model.marks import (
     BESIDE,
     BLOCKS,
@@ -235,7 +235,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         astray = tuple(mark for part in parts for mark in part.astray)
         return Checkpoint(path, tensors, parts[0].metadata, config, astray=astray)
     tensors, about, astray = stored_in(path)
-    return Checkpoint(path, tensors, json.loads(about.get("k2", "{}")), astray=astray)
+    return Checkpoint(path, tensors, own_words(about), astray=astray)
 
 
 def open_tensors(path: Path, device: str) -> Any:

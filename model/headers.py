@@ -131,7 +131,7 @@ def marks_beside(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, b
 def check_header(header: dict[str, Any], data: int) -> None:
     """Tensors must tile the `data` bytes after the header, each as long as its shape says. Raises ValueError."""
     spans = []
-    check_about(json.loads(header.get("__metadata__", {}).get("k2", "{}")))
+    check_about(own_words(header.get("__metadata__", {})))
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -155,6 +155,11 @@ def check_header(header: dict[str, Any], data: int) -> None:
 VARIANTS = ("raw", "turbo")  # the first one is meant where none is asked for
 SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
 SETTINGS = ("steps", "guidance", "mu")  # that may be recommended
+
+
+def own_words(about: Mapping[str, str]) -> dict[str, Any]:
+    """What a file of ours says of itself, by its metadata; {} of others'. In a header that was read it was checked."""
+    return json.loads(about.get("k2", "{}"))
 
 
 def check_about(about: Any) -> None:

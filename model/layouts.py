@@ -22,6 +22,7 @@ from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
 from model.few_bits import FORMATS, Format, shrink, usual
 from model.headers import AGAIN, some
+from model.library import dit_of
 from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
 from model.stream import stream
@@ -198,8 +199,7 @@ def open_dit(path: Path | str) -> tuple[Krea2, Checkpoint]:
 
     path: a file, the transformer's folder, or the folder of a whole diffusers pipeline. Raises K2Error.
     """
-    inner = Path(path) / "transformer"
-    checkpoint = native_names(open_checkpoint(inner if inner.is_dir() else path))
+    checkpoint = native_names(open_checkpoint(dit_of(Path(path))))
     with torch.device("meta"):
         return Krea2(dit_config(checkpoint)), checkpoint
 

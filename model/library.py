@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import K2Error
-from model.headers import VARIANTS, read_header, read_json, shards, stored_in
+from model.headers import VARIANTS, own_words, read_header, read_json, shards, stored_in
 from model.marks import PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
@@ -97,14 +97,18 @@ def find_parts(model: Model) -> Parts:
     if model.source == "box":
         return Parts(model.path, *helpers(model.name))
     folder = pipeline_of(model.path) or (model.path if model.path.is_dir() else model.path.parent)
-    inner = model.path / "transformer"
-    dit = inner if inner.is_dir() else model.path
+    dit = dit_of(model.path)
     if is_lender(folder):
         return Parts(dit, folder, folder / "vae")
     release, box = locate("krea-2"), Parts(dit, *helpers("mini"))
     if release is None or not is_lender(release) or (box.text.is_file() and listens(dit, box.text)):
         return box
     return Parts(dit, release, release / "vae")
+
+
+def dit_of(path: Path) -> Path:
+    """Where the transformer of a file or folder lies: in its folder of that name, where it has one."""
+    return path / "transformer" if (path / "transformer").is_dir() else path
 
 
 def pipeline_of(path: Path) -> Path | None:
@@ -319,10 +323,9 @@ def variant_of(path: Path) -> str | None:
 
 def stated_variant(path: Path) -> str | None:
     """raw or turbo, by the weights' own metadata or by diffusers' index; None where neither says."""
-    inner = path / "transformer" if (path / "transformer").is_dir() else path
-    for file in files_in(inner):
+    for file in files_in(dit_of(path)):
         with suppress(K2Error):
-            about = json.loads(read_header(file).get("__metadata__", {}).get("k2", "{}"))
+            about = own_words(read_header(file).get("__metadata__", {}))
             if file.suffix in WEIGHTS and about.get("variant"):
                 return str(about["variant"])
     try:
@@ -341,7 +344,7 @@ def recommended(variant: str, about: Mapping[str, Any]) -> dict[str, Any]:
 def describe(path: Path) -> dict[str, Any]:
     """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
     tensors, metadata, _ = stored_in(path)
-    about = json.loads(metadata.get("k2", "{}"))
+    about = own_words(metadata)
     shapes = {name: stored.shape for name, stored in tensors.items() if not is_auxiliary(name)}
     precision: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -385,8 +388,7 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[s
 
 def is_release(path: Path) -> bool:
     """Whether a file or folder holds the open 12.9B network, or one trained from it: both are under its licence."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    files = [path] if path.is_file() else [each for each in sorted(folder.iterdir()) if each.is_file()]
+    files = [path] if path.is_file() else [each for each in sorted(dit_of(path).iterdir()) if each.is_file()]
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.suffix in WEIGHTS:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import K2Error, brief, count_of
 from model.hashes import settings_beside
-from model.headers import read_header, read_json, some
+from model.headers import own_words, read_header, read_json, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def stated_triggers(path: Path) -> tuple[list[str], str]:
     them; how often tags stood in its captions (kohya) is no such statement. It is somebody's text, and may be anything:
     what is too much to join a prompt is passed over -> and told in a sentence."""
     about = read_header(path).get("__metadata__", {})
-    own = json.loads(about.get("k2", "{}")).get("triggers")
+    own = own_words(about).get("triggers")
     stated = [*(own if isinstance(own, list) else ()), about.get("modelspec.trigger_phrase")]
     words = dict.fromkeys(" ".join(each.split()) for each in stated if isinstance(each, str) and each.strip())
     taken = [each for each in words if len(each) <= LONGEST_TRIGGER][:MOST_TRIGGERS]
