@@ -63,9 +63,7 @@ T = TypeVar("T")
 
 PATH = {"path": True}  # metadata of a field whose text, or texts, are paths: every space in them is meant
 NO_KEY = {"key": False}  # of a field that no table may say
-WEIGHT = dict(
-    zip(("low", "high"), LIMITS["strength"], strict=True)
-)  # of a style's weight, and of a picture's within it
+WEIGHT = {"low": LIMITS["strength"][0], "high": LIMITS["strength"][1]}  # of a style, and of a picture within it
 
 
 def between(default: Any, low: float, high: float) -> Any:
