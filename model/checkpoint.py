@@ -10,9 +10,11 @@ import json
 import mmap
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,11 @@ from model.marks import (
     rotation,
     unreadable,
 )
-from model.quantize import FOREIGN, FOREIGN_SCALES, restore, scale_of
+from model.quantize import FOREIGN, FOREIGN_SCALES, Rows, restore, scale_of
 from model.whole import whole
 
 MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
+AHEAD = 4  # parts of a matrix that are read while one is worked on
 SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
 NUMBERS = {  # safetensors' names of number formats
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -81,18 +84,18 @@ class Checkpoint:
         What `refuse_unreadable` lets pass is read right.
 
         few: matrices that are wanted in few bits, and how; what it takes to read each follows it, under the names of
-        `few_bits.ENDS`. They are rounded one at a time, the next being read meanwhile, or taken as they are where the
-        file holds the very same format.
+        `few_bits.ENDS`. They are rounded some rows at a time, the next being read meanwhile, or taken as they are where
+        the file holds the very same format.
         """
         wanted, few = set(self.tensors) if names is None else set(names), few or {}
         order = [name for name in self.tensors if name in wanted and not is_auxiliary(name)]
-        passing = {name for name in order if name in few and self.tensors[name].dtype in WIDE}
-        rooms = [Room(), Room()]  # one is worked on, one is filled
 
-        def fetch(index: int) -> tuple[Tensor | Codes, Tensor | None]:
+        def fetch(index: int) -> tuple[Rows | Codes, Tensor | None]:
             name = order[index]
             stored, scale = self.tensors[name], scale_of(name, self.tensors)
-            tensor = files.get(stored, rooms[index % 2] if name in passing else None)
+            if scale is None and name in few and stored.dtype in WIDE:
+                return files.rows(stored, reader), None
+            tensor = files.get(stored)
             factor = None if scale is None else files.get(self.tensors[scale])
             if factor is None:
                 return tensor, None
@@ -121,20 +124,9 @@ class Checkpoint:
                         yield name + end, part.to(device)
                 else:
                     tensor = tensor.numbers if isinstance(tensor, Codes) else tensor
+                    assert isinstance(tensor, Tensor)
                     wide = dtype or (tensor.dtype if factor is None else torch.float32)
                     yield name, restore(tensor, factor, wide, group).to(device)
-
-
-class Room:
-    """Memory that tensors pass through, one after the other: fresh pages for each would cost more than reading it."""
-
-    def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, size: int) -> Tensor:
-        if len(self.bytes) < size:
-            self.bytes = torch.empty(size, dtype=torch.uint8)
-        return self.bytes[:size]
 
 
 class Opened:
@@ -150,16 +142,53 @@ class Opened:
         for file in self._files.values():
             file.__exit__(None, None, None)
 
-    def get(self, stored: Stored, room: Room | None = None) -> Tensor:
-        """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does, or of the
-        room that it is read into."""
-        path = stored.path
+    def get(self, stored: Stored) -> Tensor:
+        """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
+        return self._of(stored.path).get_tensor(stored.name)
+
+    def rows(self, stored: Stored, reader: Executor) -> Rows:
+        """A matrix as it is stored; on a CPU it may be on its way, by this reader."""
+        file = self._of(stored.path)
+        on_its_way = self.device == "cpu" and isinstance(file, SafeTensors)
+        return Arriving(file, stored.name, reader) if on_its_way else file.get_tensor(stored.name)
+
+    def _of(self, path: Path) -> Any:
         if path not in self._files:
             self._files[path] = open_tensors(path, self.device).__enter__()
-        file = self._files[path]
-        if room is not None and self.device == "cpu" and isinstance(file, SafeTensors):
-            return file.read_tensor(stored.name, room)
-        return file.get_tensor(stored.name)
+        return self._files[path]
+
+
+class Arriving:
+    """A matrix of a file that passes through little memory, which stays in the processor's cache: some rows are read
+    while those before them are worked on."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: SafeTensors, name: str, reader: Executor):
+        self.file, self.name, self.reader = file, name, reader
+        begin, end, self.dtype, shape = file.place_of(name)
+        self.shape = torch.Size(shape)
+        self.row = (end - begin) // len(self)  # bytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def split(self, count: int) -> Iterator[Tensor]:
+        """All rows, so many at a time; each part is there until the next is asked for. Raises OSError."""
+        rooms = [torch.empty(count * self.row, dtype=torch.uint8) for _ in range(AHEAD + 1)]
+
+        def fetch(start: int, room: Tensor) -> Tensor:
+            raw = room[: (min(start + count, len(self)) - start) * self.row]
+            self.file.read_into(raw, self.name, start * self.row)
+            return raw.view(self.dtype).view(-1, *self.shape[1:])
+
+        coming = deque[Future[Tensor]]()
+        for start, room in zip(range(0, len(self), count), cycle(rooms)):
+            coming.append(self.reader.submit(fetch, start, room))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def read(
@@ -199,17 +228,15 @@ class SafeTensors:
             raise K2Error(f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.", hint=PLAINER)
         return begin, end, NUMBERS[entry["dtype"]], entry["shape"]
 
-    def read_tensor(self, name: str, room: Room) -> Tensor:
-        """A tensor in a room: it is there until the next one enters. Raises OSError."""
-        begin, end, dtype, shape = self.place_of(name)
-        raw = room.of(end - begin)
-        left = memoryview(raw.numpy())  # type: ignore[arg-type]
-        self.file.seek(begin)
+    def read_into(self, room: Tensor, name: str, after: int) -> None:
+        """Fill a room, of bytes, with a tensor's from the one `after` its first on. Raises OSError."""
+        begin, *_ = self.place_of(name)
+        left = memoryview(room.numpy())  # type: ignore[arg-type]
+        self.file.seek(begin + after)
         while left:
             if not (count := self.file.readinto(left)):
                 raise OSError(f"{self.path} has become shorter")
             left = left[count:]
-        return raw.view(dtype).view(shape)
 
     def get_tensor(self, name: str) -> Tensor:
         begin, end, dtype, shape = self.place_of(name)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.four_bit import GROUP, Codes, numbers_of, to_codes, width_of_turns
-from model.quantize import parts_of, restore, rotate, round_rows, to_rows
+from model.quantize import Rows, parts_of, restore, rotate, round_rows, to_rows
 
 FEW = 16  # tokens up to which CUDA's 8-bit products refuse to work
 TOKENS_AT_ONCE = 256  # on a CPU: their wide copies then stay in the cache
@@ -203,7 +203,7 @@ def few_bit_layers(network: nn.Module) -> dict[str, FewBitLinear]:
     return {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, FewBitLinear)}
 
 
-def hold(stored: Tensor | Codes, scale: Tensor | None, group: int, format: Format) -> tuple[Tensor, ...]:
+def hold(stored: Rows | Codes, scale: Tensor | None, group: int, format: Format) -> tuple[Tensor, ...]:
     """A matrix as it is stored -> the tensors of a layer, in the order of `ENDS`. It is rounded part by part, and not
     at all where it is stored as it is held.
 

@@ -8,8 +8,10 @@ takes the fp8 files of other tools, which carry one scale per tensor, and int8 t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import count
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +36,18 @@ _SMALL = 1 << 14
 _AT_ONCE = 1 << 20  # numbers in hand while a matrix is made 8 bits: larger copies leave the cache, and cost fresh pages
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
+
+
+class Rows(Protocol):
+    """A matrix [out, in] as far as it is asked of one that is rounded: a tensor, or one that is still being read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __len__(self) -> int: ...
+
+    def split(self, count: int, /) -> Iterable[Tensor]: ...
 
 
 def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,39 +76,39 @@ def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_rows(
-    matrix: Tensor, number: torch.dtype, scale: Tensor | None = None, group: int = 0, turned: int = 0
+    matrix: Rows, number: torch.dtype, scale: Tensor | None = None, group: int = 0, turned: int = 0
 ) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, a scale a row: matrix [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
 
     `scale` and `group` are those of a matrix which is stored in few bits, as of `restore`; where it lies in just those
     that are asked for, rotated as it is asked for (`turned`), it is kept as it is, and else rounded a second time.
     """
-    if scale is not None and matrix.dtype == number and group == turned and scale.numel() in (1, len(matrix)):
+    lies_so = (matrix.dtype, group) == (number, turned)
+    if lies_so and isinstance(matrix, Tensor) and scale is not None and scale.numel() in (1, len(matrix)):
         return matrix, scale.float().flatten().expand(len(matrix)).contiguous()
-    rows, scales = torch.empty_like(matrix, dtype=number), matrix.new_empty(len(matrix), dtype=torch.float32)
-    start = 0
+    rows = torch.empty(matrix.shape, dtype=number, device=matrix.device)
+    scales, start = rows.new_empty(len(rows), dtype=torch.float32), 0
     for part in parts_of(matrix, scale, group, turned):
         place = slice(start, start := start + len(part))
         rows[place], scales[place] = round_rows(part, number)
     return rows, scales
 
 
-def parts_of(matrix: Tensor, scale: Tensor | None, group: int, turned: int) -> Iterator[Tensor]:
+def parts_of(matrix: Rows, scale: Tensor | None, group: int, turned: int) -> Iterator[Tensor]:
     """A stored matrix, some rows of it after the others, as `restore` gives them in fp32, rotated in groups of
     `turned`, 0 for none."""
     step = max(1, _AT_ONCE // matrix.shape[1])
-    for start in range(0, len(matrix), step):
-        part = slice(start, start + step)
-        stored = scale if scale is None or scale.numel() == 1 else scale.reshape(len(matrix), -1)[part]
-        wide = restore(matrix[part], stored, torch.float32, group)
+    for start, part in zip(count(step=step), matrix.split(step)):
+        stored = scale if scale is None or scale.numel() == 1 else scale.reshape(len(matrix), -1)[start : start + step]
+        wide = restore(part, stored, torch.float32, group)
         yield rotate(wide, turned) if turned else wide
 
 
 def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
     """wide [M, K] -> [M, K] in `number`, and the fp32 scale [M] by which the largest number fills the format."""
-    scale = wide.abs().amax(1).float() / LARGEST[number]  # by an fp32 column, bf16 is divided in fp32
-    scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return (scaled.round() if number == torch.int8 else scaled).to(number), scale
+    scale = torch.maximum(wide.amax(1), wide.amin(1).abs()).float() / LARGEST[number]
+    scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # in fp32, whatever `wide` is
+    return (scaled.round_() if number == torch.int8 else scaled).to(number), scale
 
 
 def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import struct
 import weakref
 from dataclasses import asdict, replace
+from math import prod
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
-from model import checkpoint
-from model.checkpoint import SMALL, Room, SafeTensors, open_checkpoint, read, save
+from model import checkpoint, quantize
+from model.checkpoint import AHEAD, SMALL, SafeTensors, open_checkpoint, read, save
 from model.dit import DiTConfig
 from model.errors import K2Error
+from model.few_bits import FORMATS
 from model.layouts import diffusers_names, load_dit, to_diffusers
-from model.quantize import quantise
+from model.quantize import quantise, to_rows
 
 TINY = DiTConfig(width=64, heads=4, kv_heads=2, blocks=3, text_width=32, text_taps=3, text_heads=2, channels=4)
 
@@ -394,7 +396,26 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_no_endless_wait(file):
         os.truncate(file, file.stat().st_size - 1)
 
         with pytest.raises(OSError, match="has become shorter"):
-            opened.read_tensor(last, Room())
+            opened.read_into(torch.empty(2, dtype=torch.uint8), last, prod(opened.header[last]["shape"]) * 4 - 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(quantize, "_AT_ONCE", 7 * 48)  # numbers: seven rows
+    matrix = torch.randn(100, 48, dtype=dtype)
+    save_file({"last": matrix[:3].clone(), "matrix": matrix}, tmp_path / "a.safetensors")
+    (expected, scales), places = to_rows(matrix, torch.int8), set()
+    part = quantize.restore
+
+    def noted(tensor, *others):
+        places.add(tensor.data_ptr())
+        return part(tensor, *others)
+
+    monkeypatch.setattr(quantize, "restore", noted)
+    found = dict(open_checkpoint(tmp_path / "a.safetensors").read(few=dict.fromkeys(("matrix",), FORMATS["int8"])))
+    assert torch.equal(found["matrix"], expected) and torch.equal(found["matrix_scale"], scales)
+    assert torch.equal(found["last"], matrix[:3])
+    assert len(places) == AHEAD + 1  # of fifteen parts
 
 
 def test_a_file_that_is_written_has_the_rights_of_any_other(tmp_path):
