@@ -28,7 +28,7 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
     """The pictures that a path, a folder or a glob names, sorted; and what else it does. Raises K2Error, also past
     `most`.
 
-    A path is taken as it is; of a folder and a glob, what is called like a picture and is no contact sheet.
+    A path is taken as it is; of a folder and a glob, the files that are called like pictures and are no contact sheets.
     """
     if not pattern.strip():
         raise K2Error(f"{where}: the path is empty.", hint="Name a picture, a folder, or a glob of pictures.")
@@ -45,7 +45,7 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
     found: set[Path] = set()
     others: set[Path] = set()
     for path in matches(root, pattern, inside, where):
-        if picture_file.is_named_so(path) and not picture_file.is_sheet(path):
+        if picture_file.is_named_so(path) and os.path.isfile(path) and not picture_file.is_sheet(path):
             printable(path.name, f"{where}: the name of {path.name}", "Rename the file.")
             found.add(inside(relative(path, root), where))
             if len(found) > most:

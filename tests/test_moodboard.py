@@ -342,6 +342,18 @@ def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
     assert [said.count(left_out.format("z.png")) for said in again] == [1, 1, 0, 0]
 
 
+def test_what_is_no_file_is_not_on_the_board_whatever_it_is_called(den, k2):
+    """A folder, and a link to a picture that is gone, of which it is told."""
+    (den / "refs" / "board" / "final.png").mkdir()
+    (den / "refs" / "board" / "gone.png").symlink_to("elsewhere.png")
+    over = "Passed over: links that lead nowhere (gone.png).\n"
+
+    for images in ((), ("refs/board",)):
+        told = k2("moodboard", "analyze", *images, "--force").stderr
+        assert over in told and "12 pictures in" in told
+    assert k2("render", "--dry-run").stderr.count(over) == 1
+
+
 def test_what_the_board_names_is_not_passed_over_beside_a_style(den, k2):
     """Not even where the board has no use for the one picture that is in there."""
     shutil.copy(den / "refs" / "board" / "dark-0.png", den / "refs" / "own.png")

@@ -101,8 +101,12 @@ def test_what_is_no_picture_is_told(tree, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/b.png").write_bytes((tree / "a.png").read_bytes())
 
-    assert found_in(tmp_path, "*") == (["a.png", "z.webp"], ["folder", "notes.txt"])
-    assert found_in(tmp_path, "**") == (["a.png", "folder/b.png", "z.webp"], ["notes.txt"])
+    (tmp_path / "named.png").mkdir()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+
+    none = ["gone.png", "named.png", "notes.txt"]
+    assert found_in(tmp_path, "*") == (["a.png", "z.webp"], sorted([*none, "folder"]))
+    assert found_in(tmp_path, "**") == (["a.png", "folder/b.png", "z.webp"], none)
 
 
 @pytest.mark.parametrize(
