@@ -15,7 +15,7 @@ from typing import Any
 
 from k2cli.settings import HOMES, OTHERS, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, composed, nearest, plain, said_by
+from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, composed, dotted, nearest, plain, said_by
 from model.errors import K2Error
 
 MOST = 10_000  # pictures that a run may come to
@@ -139,7 +139,8 @@ def number(text: str) -> Any:
 def axis(key: str, values: Any, where: str) -> list[Any]:
     """The values of one axis, each checked as the setting that it stands for."""
     if not isinstance(values, list) or not values:
-        raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=f"Like {key} = [1, 2].")
+        meant = dotted(key.removeprefix("style."), values) or f"Like {key} = [1, 2]."
+        raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=meant)
     if key.startswith("style."):
         checked = [check_value(key, value, float, WEIGHT, where) for value in values]
     else:

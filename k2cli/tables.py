@@ -420,6 +420,19 @@ def read_weights(table: Any, place: Place) -> dict[str, float]:
     if not isinstance(table, dict):
         name = place.title.removeprefix(" in ")
         raise K2Error(f"{place()}: expected a table{place.title}.", hint=f'Like {name} and below it "dusk = 0.6".')
-    return {
-        plain(name, place(name)): check_value(name, value, float, WEIGHT, place(name)) for name, value in table.items()
-    }
+    weights = {}
+    for name, value in table.items():
+        where, called = place(name), plain(name, place(name))
+        if isinstance(value, dict):
+            raise K2Error(f'{where}: "{called}" must be a number, not a table.', hint=dotted(name, value))
+        weights[called] = check_value(name, value, float, WEIGHT, where)
+    return weights
+
+
+def dotted(name: str, value: Any) -> str:
+    """A hint for a name out of whose dots TOML has made tables; "" where it has not."""
+    whole = name
+    while isinstance(value, dict) and value:
+        part, value = next(iter(value.items()))
+        whole += f".{part}"
+    return f'A name with a dot stands in quotes: "{masked(whole)}".' if whole != name else ""
