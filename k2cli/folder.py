@@ -14,7 +14,7 @@ from pathlib import Path
 
 from k2cli import template
 from k2cli.disk import DRAFT, undisturbed, writing
-from k2cli.tables import check_path, printable
+from k2cli.tables import check_path, composed, printable
 from model.errors import K2Error
 
 FILE = "k2.toml"
@@ -58,8 +58,9 @@ class Folder:
 
     def inside(self, path: str | Path, where: str = "") -> Path:
         """A path of the project, absolute. Links count as where they lead."""
-        full, asked = self.root / path, f"{where}: " if where else ""
+        asked = f"{where}: " if where else ""
         check_path(path, asked)
+        full = spelt(self.root, path)
         if in_circle(full):
             raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.")
         if not self.allow_outside and not full.resolve().is_relative_to(self.root.resolve()):
@@ -152,6 +153,21 @@ def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:
             for part in moved:
                 os.replace(end / part, start / part)
             raise
+
+
+def spelt(root: Path, path: str | Path) -> Path:
+    """A path from a folder on, its names as they are there: some systems write accents apart from their letters."""
+    full = root / path
+    if str(path).isascii() or os.path.lexists(full):
+        return full
+    anchor = Path(path).anchor
+    found = root / anchor
+    for part in Path(path).parts[bool(anchor) :]:
+        if not os.path.lexists(found / part):
+            with suppress(OSError):
+                part = next((name for name in os.listdir(found) if composed(name) == composed(part)), part)
+        found /= part
+    return found
 
 
 def in_circle(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from k2cli.dialect import dump
 from k2cli.disk import Exists, sweep, write, writing
-from k2cli.pictures import check_picture, in_folder
+from k2cli.pictures import check_picture, in_folder, near
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.tables import as_name, masked, plain, relative
 from model.errors import K2Error
@@ -102,7 +102,8 @@ def add_pictures(
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
-            raise K2Error(f"There is no {masked(str(image))}.", hint="Name pictures, or a folder of them.")
+            hint = near(image, str(image)) or "Name pictures, or a folder of them."
+            raise K2Error(f"There is no {masked(str(image))}.", hint=hint)
         if image.is_dir() and not in_folder(image):
             hint = passed_over(image.iterdir()) or "Name pictures, or a folder of them."
             raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import glob
 import os
@@ -12,12 +13,14 @@ from pathlib import Path, PurePath
 
 from PIL import Image
 
-from k2cli.tables import masked, printable, relative
+from k2cli.folder import spelt
+from k2cli.tables import composed, folded, masked, printable, relative
 from model import picture_file
 from model.errors import K2Error, count_of
 from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
 
 MOST_SEEN = 100_000  # names that a glob may look at
+MOST_NEAR = 1000  # names of a folder among which one is sought that is nearly another
 LONGEST = 1000  # characters of a pattern
 DECODED: set[tuple[Path, int, int]] = set()  # files that came out whole: of so many bytes, last changed then
 
@@ -66,7 +69,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
     while left:
         folder, (part, *rest) = left.pop()
         if not glob.has_magic(part):
-            path = folder / part
+            path = spelt(folder, part)
             if not rest and os.path.exists(path):
                 yield path
             elif rest and path.is_dir():
@@ -79,7 +82,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
         seen.add(key)
         if part == "**":  # no folder at all, too
             left.append((folder, tuple(rest) or ("*",)))
-        like = re.compile(fnmatch.translate(part), re.IGNORECASE if sys.platform == "win32" else 0).match
+        like = re.compile(fnmatch.translate(composed(part)), re.IGNORECASE if sys.platform == "win32" else 0).match
         for entry in names(folder):
             looked_at += 1
             if looked_at > MOST_SEEN:
@@ -89,7 +92,7 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
             if entry.name.startswith(".") and not part.startswith("."):
                 continue
             deeper = (part, *rest) if part == "**" else tuple(rest)
-            if part != "**" and not like(entry.name):
+            if part != "**" and not like(composed(entry.name)):
                 continue
             if not deeper:
                 yield folder / entry.name
@@ -128,7 +131,8 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
             if whole and width * height <= MOST_DECODED:
                 decode(image, path)
     except FileNotFoundError:
-        raise K2Error(f"{where}: there is no picture {label}.", hint="Paths are relative to the project.") from None
+        hint = near(path, label) or "Paths are relative to the project."
+        raise K2Error(f"{where}: there is no picture {label}.", hint=hint) from None
     except Image.DecompressionBombError:
         raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
     except Exception as error:  # Pillow's decoders raise anything over a broken file
@@ -137,6 +141,16 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     if width * height > MOST_DECODED or min(width, height) < LEAST_SIDE:
         raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=WILL_DO)
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
+
+
+def near(path: Path, label: str) -> str:
+    """A hint at the picture that is called nearly as one that is not there, or the same but for capitals; "" where none
+    is. `label` is what messages call the path."""
+    there = [entry.name for entry in names(path.parent) if picture_file.is_named_so(Path(entry.name))]
+    there = [name for name in there if name != path.name]  # a link that leads nowhere
+    same = [name for name in there if folded(name) == folded(path.name)]
+    found = same or difflib.get_close_matches(path.name, there[:MOST_NEAR], 1, 0.6)
+    return f"Did you mean {masked((Path(label).parent / found[0]).as_posix())}?" if found else ""
 
 
 def decode(image: Image.Image, path: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from k2cli import models, moodboard
 from k2cli.expander import expander
-from k2cli.folder import FILE, Folder, Outside, root_above
+from k2cli.folder import FILE, Folder, Outside, root_above, spelt
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.pictures import check_picture, is_dark, sides_of
+from k2cli.pictures import check_picture, is_dark, near, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
 from k2cli.styles import Styles, words
@@ -185,9 +185,10 @@ class Project(Folder):
         if not said:
             raise K2Error(f"{where} names no picture.", hint='Name one, or "none".')
         shells = where in (INIT_OPTION, MASK_OPTION)
-        path = Path(os.path.realpath(said)) if shells else self.inside(said, where)
+        path = Path(os.path.realpath(spelt(Path(), said))) if shells else self.inside(said, where)
         if shells and not path.exists():
-            raise K2Error(f"{where}: there is no {said}.", hint="Paths start from the current folder.")
+            hint = near(path, said) or "Paths start from the current folder."
+            raise K2Error(f"{where}: there is no {said}.", hint=hint)
         check_picture(path, where, said, whole=True)
         return path, sides_of(path)
 

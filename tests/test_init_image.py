@@ -435,6 +435,7 @@ def test_a_picture_that_is_cut_off_is_refused_before_anything_is_made(begun, k2,
     [
         ("../secret.png", "lies outside the project"),
         ("refs/none.png", "there is no picture refs/none.png"),
+        ("refs/Wide.png", "there is no picture refs/Wide.png.\nHint:  Did you mean refs/wide.png?"),
         ("k2.toml", "k2.toml is not a picture that can be read"),
     ],
 )

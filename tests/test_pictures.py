@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, sides_of, split
+from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, near, sides_of, split
 from model import picture_file
 from model.errors import K2Error
 
@@ -192,6 +192,25 @@ def test_what_no_camera_writes_turns_no_picture(tmp_path, kind, value):
 def test_a_mask_that_paints_nothing_is_dark(tmp_path, mode, colour, dark):
     Image.new(mode, (20, 20), colour).save(tmp_path / "a.png")
     assert is_dark(tmp_path / "a.png") == dark
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LA.png", "Did you mean refs/la.png?"),
+        ("la.jpg", "Did you mean refs/la.png?"),
+        ("harbor.jpeg", "Did you mean refs/harbour.jpeg?"),
+        ("gone.png", ""),  # a link, and not meant by itself
+        ("nothing.png", ""),
+        ("deep/la.png", ""),
+    ],
+)
+def test_a_picture_that_is_not_there_is_told_with_the_one_of_nearly_its_name(tmp_path, name, hint):
+    for there in ("la.png", "harbour.jpeg", "nothing.txt"):
+        (tmp_path / there).write_bytes(b"")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+
+    assert near(tmp_path / name, f"refs/{name}") == hint
 
 
 def test_pictures_in_a_folder_are_neither_hidden_nor_folders(tree, tmp_path):

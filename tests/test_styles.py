@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
 import unicodedata
 import zlib
@@ -194,6 +195,7 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ('keywords = ["a"]\ntriggers = ["b"]\n', "2: triggers without a lora.", "Call them keywords."),
         ('[[reference]]\nimage = "refs/z/*"\n', "2: refs/z/* names no picture.", "Put png, jpg or webp files there."),
         ('[[reference]]\nimage = "refs/z.png"\n', "2: there is no picture refs/z.png.", "Paths are relative"),
+        ('[[reference]]\nimage = "refs/a/A.PNG"\n', "no picture refs/a/A.PNG.", "Did you mean refs/a/a.png?"),
         (
             '[[reference]]\nimage = "k2.toml"\n',
             "2: k2.toml is not a picture that can be read.",
@@ -247,6 +249,20 @@ def test_a_style_is_found_however_the_accents_of_its_file_are_written(styled, k2
     assert "already" in k2("mix-styles", "dusk=1", "--save-as", joined, "--no-preview", code=1).stderr
     k2("mix-styles", "dusk=1", "--save-as", joined, "--no-preview", "--force")
     assert [path.name for path in (styled / "styles").glob("S*")] == [f"{apart}.toml"]
+
+
+@pytest.mark.parametrize("said", ["größe/süß.png", "größe", "größe/*", "gr?ße/*.png", "größe/s[üu]ß.png"])
+def test_a_reference_is_found_however_its_accents_are_written(styled, said):
+    for there, asked in (("NFD", "NFC"), ("NFC", "NFD")):
+        folder = styled / "refs" / unicodedata.normalize(there, "größe")
+        folder.mkdir()
+        shutil.copy(styled / "refs" / "a" / "a.png", folder / unicodedata.normalize(there, "süß.png"))
+        write(styled, "x", f'[[reference]]\nimage = "refs/{unicodedata.normalize(asked, said)}"\n')
+
+        (style,) = resolve(styled, x=1.0).styles
+
+        assert [each.image for each in style.references] == list(folder.iterdir())
+        shutil.rmtree(folder)
 
 
 def test_an_unknown_style_of_the_project_is_named_by_its_line(styled):
