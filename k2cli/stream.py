@@ -17,9 +17,9 @@ from k2cli.commands import as_problem
 from k2cli.console import Unwritable, result, show_error
 from k2cli.options import decoded, to_json
 from k2cli.prompts import WORDS, Prompt, read_prompts, typed
-from k2cli.settings import HOMES, OF_PROMPT
+from k2cli.settings import FIELDS, HOMES, OF_PROMPT
 from k2cli.several import Several
-from k2cli.tables import Place, Toml, check_keys, check_numbers
+from k2cli.tables import Place, Toml, check_keys, check_numbers, check_value, describe
 from model.errors import K2Error
 
 OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
@@ -31,6 +31,14 @@ OTHERWISE = re.compile(  # and how one looks that means objects, but is none of 
 )
 PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # how a line of what is spread begins
 KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
+OF_ALL = "It is the same for all lines: {} on the command line."
+ELSEWHERE = {  # hints for keys that are no line's
+    **HOMES,
+    **{key: OF_ALL.format(f"--{key.replace('_', '-')}") for key in (FIELDS.keys() & HOMES) - set(OF_PROMPT)},
+    **dict.fromkeys(("variant", "turbo"), OF_ALL.format("--turbo")),
+    **dict.fromkeys(("mu", "leak_guard", "vision_tiles", "vision_rows"), HOMES["mu"]),  # which no option says
+    "seeds": "Say seed, and batch for more.",
+}
 KNOWN = (*KEYS, *(key for key in (*WORDS, *OF_PROMPT) if key not in KEYS.values()))
 
 
@@ -88,7 +96,12 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
         if key in said and own in said:
             raise K2Error(f'{called}: "{key}" and "{own}" are the same.', hint="Keep the one or the other.")
     place = Place(Toml("", called))  # [[prompt]]'s own names are taken, too, and not advised
-    check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN, place, HOMES)
+    check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN, place, ELSEWHERE)
+    words, styles = (key if key in said else own for key, own in KEYS.items())  # as it says them
+    check_value(words, said.get(words, ""), str, {}, called)
+    if not isinstance(weights := said.get(styles, {}), dict):
+        hint = f'Like "{styles}": {{"dusk": 0.6}}.'
+        raise K2Error(f'{called}: "{styles}" must be an object, not {describe(weights)}.', hint=hint)
     entry = {"text": ""} | {KEYS.get(key, key): value for key, value in said.items()}
     (prompt,) = read_prompts([entry], place)
     return replace(prompt, last=True)

@@ -6,14 +6,17 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_weights
+from typer.main import get_command
 
 from k2cli import stream
+from k2cli.app import app
 from k2cli.prompts import Prompt
 from model import library
 from model.errors import K2Error
@@ -195,7 +198,13 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
         ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
-        ('{"prompt": 4}', 'The line: "text" must be', ""),
+        ('{"prompt": 4}', 'The line: "prompt" must be a text in quotes, not 4.', ""),
+        ('{"text": 4}', 'The line: "text" must be a text in quotes, not 4.', ""),
+        ('{"prompt": "tea", "styles": ["dusk"]}', 'The line: "styles" must be an object, not a list.', 'Like "styles"'),
+        ('{"prompt": "tea", "style": 1}', 'The line: "style" must be an object, not 1.', 'Like "style": {"dusk": 0.6}'),
+        ('{"prompt": "tea", "cohesion": 1}', 'The line: unknown key "cohesion".', ": --cohesion on the command line."),
+        ('{"prompt": "tea", "turbo": true}', 'The line: unknown key "turbo".', ": --turbo on the command line."),
+        ('{"prompt": "tea", "mu": 1}', 'The line: unknown key "mu".', "It belongs below [render]."),
         ('{"prompt": "\\ud83e"}', "The line: ", ""),
         ('{"prompt": "tea"', "The line is no JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
         ('{"a":' * 100_000, "The line is no JSON", "Like"),
@@ -258,6 +267,12 @@ def test_an_object_that_is_spread_over_lines_makes_no_picture_of_them(moody, k2,
 
     for text in (said, said.replace('"', "'"), '{\n"prompt": "a cat", "seed": 4,\n"styles": { "sticker": 0.5 }\n}'):
         assert k2("render", "--stream", input=text, code=1).stdout == "" and fake.seen == []
+
+
+def test_options_that_lines_are_told_of_are_there():
+    named = {word for hint in stream.ELSEWHERE.values() for word in re.findall(r"--[\w-]+", hint)}
+    options = {option for each in get_command(app).commands["render"].params for option in each.opts}
+    assert "--style-guidance" in named and named - options == set()
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
