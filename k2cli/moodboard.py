@@ -22,6 +22,7 @@ from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
 from k2cli.new_style import copied, reference
 from k2cli.pictures import Inside, check_picture, find, near
+from k2cli.styles import BOARD
 from k2cli.tables import PATH, between, relative
 from model import library, picture_file
 from model.errors import K2Error
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 MOST = 1000  # pictures of a board
 READING = 3  # changes whenever the same pictures would be read in another way
 WIDE = 118  # characters of a comment
-NAME = "moodboard"  # of the style that the table renders as
+NAME = BOARD  # of the style that the table renders as
 NAME_SOME = "Name png, jpg or webp files, or put some there."
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)

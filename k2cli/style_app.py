@@ -357,12 +357,12 @@ def analyze(
     from k2cli.console import meter, near, result, say
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
-    from k2cli.tables import Option, check_name, said_by
+    from k2cli.tables import Option, said_by
     from model.picture_file import passed_over
 
     home = find_project(project, allow_outside)
     with said_by(Option("--name")) as said:
-        name = check_name(name, said, alone=True)
+        name = home.styles.new_name(name, said)
     target = home.inside(f"styles/{name}.toml")
 
     def taken(path: Path) -> K2Error:

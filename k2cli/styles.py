@@ -21,6 +21,7 @@ from k2cli.tables import (
     check_name,
     check_value,
     composed,
+    folded,
     label_of,
     nearest,
     read_table,
@@ -33,6 +34,7 @@ from model.headers import read_header
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style, span, within
 
+BOARD = "moodboard"  # the name by which a project's [moodboard] is a style
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
 MOST_MIXES = 16  # styles that mix styles that mix styles …
 MOST_LORA = 4 << 30  # bytes of a file, which is hashed when a run is planned: in seconds, if it must be
@@ -180,10 +182,21 @@ class Styles:
 
     def new_file(self, name: str, *, force: bool) -> Path:
         """Where a style of this name is written. Refuses what exists already, unless forced."""
-        path = self.inside(self.file_of(check_name(name, "The style", alone=True)), "")
+        path = self.inside(self.file_of(self.new_name(name, "The style")), "")
         if path.exists() and not force:
             raise taken(name)
         return path
+
+    def new_name(self, name: str, where: str) -> str:
+        """A name that a style may be given, its accents joined. Refuses one that cannot name files, that of a project's
+        own look, and one that only capitals tell from another's: many systems have room for one of these two files."""
+        name = check_name(name, where, alone=True)
+        if name == BOARD:
+            raise K2Error(f"{where}: {BOARD} is what the look of [moodboard] is called.", hint="Choose another name.")
+        if other := next((each for each in self.known if each != name and folded(each) == folded(name)), ""):
+            said = f'{where}: on many systems "{name}" would be the same file as the style {other}.'
+            raise K2Error(said, hint="Choose another name.")
+        return name
 
     def is_mix(self, name: str, weights: Mapping[str, float]) -> bool:
         """Whether a style is there already, and is this mix and nothing else."""

@@ -650,6 +650,26 @@ def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
     assert tree(looks) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Dusk", '"Dusk" would be the same file as the style dusk.'),
+        ("GRÖSSE", '"GRÖSSE" would be the same file as the style größe.'),
+        ("moodboard", "moodboard is what the look of [moodboard] is called."),
+    ],
+)
+def test_a_name_that_would_be_in_the_way_of_another_look_is_none(looks, photos, k2, name, message):
+    """A clone on a Mac or Windows would lose one of two files; with a moodboard nothing would render."""
+    (looks / "styles" / "größe.toml").write_text('keywords = ["large"]\n')
+    before = tree(looks)
+
+    for more in ((), ("--force",)):
+        assert message in k2("style", "add", name, photos / "a.png", *more, code=1).stderr
+        assert message in k2("mix-styles", "riso=1", "--save-as", name, *more, code=1).stderr
+        assert message in k2("moodboard", "analyze", photos, "--name", name, *more, code=2).stderr
+    assert tree(looks) == before
+
+
 def test_a_style_file_is_one_that_hands_can_go_on_with(moody, photos, k2):
     k2("style", "add", "dusk", photos / "a.png")
     file = moody / "styles" / "dusk.toml"
