@@ -172,7 +172,7 @@ def sides_of(path: Path) -> tuple[int, int]:
 def is_dark(path: Path) -> bool:
     """Whether a picture is nowhere lighter than half, as masks count: transparency on black."""
     with picture_file.opened(path) as image:
-        rgba = image.convert("RGBA")  # 16 bits come out lighter than they are
+        rgba = picture_file.in_eight_bits(image).convert("RGBA")
     opaque = Image.new("RGB", rgba.size)
     opaque.paste(rgba, mask=rgba)
     lightest = opaque.convert("L", (1 / 3, 1 / 3, 1 / 3, 0)).getextrema()[1]  # their mean; to the eye green is lighter

@@ -91,6 +91,13 @@ def sides(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if lies else image.size
 
 
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow cuts 16-bit greys off at 255 when it converts them, so nearly all would be white; scale them instead."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")
+
+
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether a picture of these sides lies on one of those, whatever their size."""
     return abs(one[0] / one[1] * other[1] / other[0] - 1) <= ALIKE

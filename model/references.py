@@ -116,7 +116,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
     """The picture in eight bits, sRGB and transparency. What its numbers mean is its profile's to say: as they stand,
     the colours of a phone's Display P3 would be dull. A profile that cannot be read counts for nothing, as in browsers.
     """
-    profile, image = image.info.get("icc_profile"), in_eight_bits(image)
+    profile, image = image.info.get("icc_profile"), picture_file.in_eight_bits(image)
     if profile and image.mode in ("L", "CMYK"):
         with suppress(ImageCms.PyCMSError):  # an RGB profile on greys
             return in_srgb(image, profile, "RGB").convert("RGBA")
@@ -132,10 +132,3 @@ def in_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
     srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
     changed = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, intent, mode, inPlace=image.mode == mode)
     return changed or image
-
-
-def in_eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow cuts 16-bit greys off at 255 when it converts them, so nearly all would be white; scale them instead."""
-    if not image.mode.startswith("I"):
-        return image
-    return image.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")

@@ -187,6 +187,8 @@ def test_what_no_camera_writes_turns_no_picture(tmp_path, kind, value):
         ("RGBA", (255, 255, 255, 120), True),
         ("RGBA", (255, 255, 255, 140), False),
         ("LA", (255, 0), True),
+        ("I;16", 128 * 257 - 200, True),
+        ("I;16", 128 * 257 + 200, False),
     ],
 )
 def test_a_mask_that_paints_nothing_is_dark(tmp_path, mode, colour, dark):

@@ -221,7 +221,7 @@ def test_a_palette_of_more_transparencies_than_colours(tmp_path):
 
 def test_an_error_of_ours_is_not_taken_for_a_broken_picture(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    monkeypatch.setattr("model.references.in_eight_bits", lambda image: image.no_such_thing)
+    monkeypatch.setattr("model.picture_file.in_eight_bits", lambda image: image.no_such_thing)
     with pytest.raises(AttributeError):
         to_pixels(tmp_path / "a.png", 16, 16)
 
