@@ -171,6 +171,9 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
         level = plain(asked.get("creativity"))
         led, tied = table.get("leader"), decimal(made.get("cohesion"))
         ties = [f'cohesion {tied:g} with "{plain(led.get("prompt"))}"'] if isinstance(led, dict) and tied else []
+        shared = led.get("shared") if ties and isinstance(led, dict) else None
+        if isinstance(shared, dict) and shared and not any(map(decimal, shared.values())):
+            ties = []  # it was the one that led
         init = table.get("init_image")
         begun = [f"{BEGINNING} {plain(init.get('image'))}"] if isinstance(init, dict) else []
         styles = [f"style {plain(name)}" for name in values(table, "style", "name")]

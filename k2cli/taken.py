@@ -151,14 +151,27 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
 
 
 def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[str]:
-    """What stays behind of each picture, a sentence for each thing, and of how many everything."""
+    """What stays behind of which pictures, a sentence for each thing, and of how many everything."""
     first = next(iter(origins.values()))
-    lost = ((path, thing) for path, each in origins.items() for thing in left_behind(each, first))
-    told = [f"{path.name}: {thing} stayed behind." for path, thing in lost]
+    lost: dict[str, list[Path]] = defaultdict(list)
+    for path, each in origins.items():
+        for thing in dict.fromkeys(left_behind(each, first)):
+            lost[thing].append(path)
+    told = [f"{named_first(paths)}: {thing} stayed behind." for thing, paths in lost.items()]
     if silent:
-        others = f" and {len(silent) - 1} more say" if len(silent) > 1 else " says"
-        told.append(f"{silent[0].name}{others} nothing of a prompt, and stayed behind.")
+        say = "say" if len(silent) > 1 else "says"
+        told.append(f"{named_first(silent)} {say} nothing of a prompt, and stayed behind.")
     return told
+
+
+def named_first(paths: Sequence[Path]) -> str:
+    """ "fox-7.png and 3 more"."""
+    return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def wish(origin: Origin) -> Origin:
+    """What a [[prompt]] takes over of a picture: others may differ in nothing but what stays behind."""
+    return Origin(origin.tool, origin.prompt, origin.avoid, origin.seed, origin.width, origin.height)
 
 
 def project_text(name: str, origins: Sequence[Origin]) -> str:
@@ -171,7 +184,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    first, counts = origins[0], batches(origins)
+    first, counts = origins[0], batches([*map(wish, origins)])
     own = first.tool == "k2"
     model = model_of(first)
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]

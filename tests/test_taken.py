@@ -298,6 +298,29 @@ def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tm
     assert "owl-7.png: creativity high stayed behind." in said and "owl-7.png: steps 4 stayed behind." in said
 
 
+def test_pictures_that_differ_in_what_stays_behind_alone_are_asked_for_once(moody, k2, tmp_path):
+    (moody / "styles").mkdir()
+    (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
+    k2("render", "-p", "a fox", "--matrix", "style.dusk=0,0.5,1", "--matrix", "steps=3,4", "--matrix", "seed=7,8,20")
+
+    said = k2("new", tmp_path / "again", "--from", *moody.glob("outputs/*/")).stderr
+
+    project = Project.open(tmp_path / "again")
+    assert [shot.spec.seed for shot in project.shots(project.settle())] == [7, 8, 20]
+    assert "a-fox-07-7.png and 11 more: style dusk stayed behind.\n" in said and said.count("stayed behind") == 2
+
+
+@pytest.mark.parametrize(("shared", "told"), [("0.0", False), ("0.25", True)])
+def test_a_picture_that_led_others_leaves_no_tie_behind(moody, k2, tmp_path, shared, told):
+    k2("render", "-p", "a fox", "--cohesion", "0.5")
+    (made,) = moody.glob("outputs/*/*-7.png")
+    with Image.open(made) as image:
+        record = image.text["k2"].replace("[leader]", f"[leader]\nshared = {{noise = {shared}, attention = 0.0}}")
+        moved = png(tmp_path / "moved.png", k2=record)
+
+    assert ("cohesion 0.5" in k2("new", tmp_path / "again", "--from", moved).stderr) is told
+
+
 def test_pictures_of_several_shapes_keep_each_its_own(moody, k2, tmp_path):
     k2("render", "-p", "a fox", "--size", "64x96")
     k2("render", "-p", "an owl", "--size", "96x64")
