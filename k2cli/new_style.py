@@ -12,7 +12,7 @@ from k2cli.dialect import dump
 from k2cli.disk import Exists, sweep, write, writing
 from k2cli.pictures import check_picture, in_folder, near
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
-from k2cli.tables import as_name, masked, plain, relative
+from k2cli.tables import as_name, listed, masked, plain, relative
 from model.errors import K2Error
 from model.hashes import identity, settings_beside, sha256
 from model.lora_file import check_kind, stated_triggers
@@ -109,8 +109,17 @@ def add_pictures(
             raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
     beside = {path for image in images if image.is_dir() for path in image.iterdir()}
-    over = passed_over(beside - {each.parent for each in files})
-    kinds = {each: check_picture(each, f'Style "{name}"', masked(str(each)), whole=True) for each in files}
+    kinds: dict[Path, str] = {}
+    unread: list[str] = []
+    for each in files:
+        try:
+            kinds[each] = check_picture(each, f'Style "{name}"', masked(str(each)), whole=True)
+        except K2Error:
+            if each in images or (each == files[-1] and not kinds):
+                raise
+            unread.append(masked(each.name))  # of a folder the others are meant, as on a board
+    left_out = f"Left out, as they cannot be used: {listed(unread)}." if unread else ""
+    over = " ".join(filter(None, (passed_over(beside - {each.parent for each in files}), left_out)))
     count = len({sha256(each) for each in kinds})
     most, by = MOST_AT_ONCE.get(method or "", MOST_REFERENCES), f" by {method}" if method in MOST_AT_ONCE else ""
     if count > most:

@@ -180,6 +180,24 @@ def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
     assert said.format("2 pictures (tif, tiff); png, jpg and webp are") in none.stderr
 
 
+def test_of_a_folder_pictures_that_cannot_be_read_are_left_out_and_told_of(moody, photos, k2):
+    """All at once; who types the name of one means it, and of others there must be some."""
+    more = photos / "more"
+    for name in ("broken.png", "cut.jpg"):
+        (more / name).write_bytes((more / "a.jpg").read_bytes()[:100])
+    Image.new("RGB", (4, 4)).save(more / "dot.png")
+    told = "Left out, as they cannot be used: broken.png, cut.jpg, dot.png.\n"
+
+    assert told in k2("style", "add", "dusk", more).stderr
+    assert spec_of(moody, dusk=1).styles[0].references
+    typed = k2("style", "add", "night", more, more / "cut.jpg", code=1).stderr
+    assert "cut.jpg is not a picture that can be read." in typed
+    for good in {*more.iterdir()} - {more / name for name in ("broken.png", "cut.jpg", "dot.png")}:
+        good.unlink()
+    none = k2("style", "add", "night", more, code=1).stderr
+    assert "dot.png has 4 x 4 pixels." in none and not (moody / "styles" / "night.toml").exists()
+
+
 def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody, photos, k2):
     within = photos / "more" / "at night"
     within.mkdir()
