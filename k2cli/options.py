@@ -255,11 +255,11 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
         said = {number: asked_by(line, f"Line {number}") for number, line in lines if line}
         if not (said or texts):
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
-        taken: set[str] = set()
+        taken: dict[str, str] = {}  # without capitals -> as it is written
         for number, name in ((number, prompt.name) for number, prompt in said.items() if prompt.name):
-            if name.casefold() in taken:
-                raise K2Error(f'Line {number}: another prompt is named "{name}".', hint="Give each its own name.")
-            taken.add(name.casefold())
+            if other := taken.get(name.casefold()):
+                raise K2Error(f'Line {number}: another prompt is named "{other}".', hint="Give each its own name.")
+            taken[name.casefold()] = name
         prompts += said.values()
     return prompts if texts or stdin else None
 

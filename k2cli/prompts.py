@@ -66,7 +66,7 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     if len(entries) > MOST_PROMPTS:
         raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
     prompts: list[Prompt] = []
-    taken: set[str] = set()
+    taken: dict[str, str] = {}  # without capitals -> as it is written
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
         check_keys(entry, (*WORDS, *OF_PROMPT, "style"), at, HOMES)
@@ -83,9 +83,9 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
             parse_size(prompt.settings["size"], at("size"))
         if prompt.name:
             prompt = replace(prompt, name=check_name(prompt.name, at("name")))
-        if prompt.name and prompt.name.casefold() in taken:
-            raise K2Error(f'{at("name")}: another prompt is named "{prompt.name}".', hint="Give each its own name.")
-        taken.add(prompt.name.casefold())
+        if prompt.name and (other := taken.get(prompt.name.casefold())):
+            raise K2Error(f'{at("name")}: another prompt is named "{other}".', hint="Give each its own name.")
+        taken[prompt.name.casefold()] = prompt.name
         prompts.append(prompt)
     return tuple(prompts)
 

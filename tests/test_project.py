@@ -429,7 +429,7 @@ text = "a bun"
         ('[[prompt]]\ntext = "a"\nname = "../a"\n', 'line 3: "../a" cannot name files.', "Use letters, digits"),
         (
             '[[prompt]]\ntext = "a"\nname = "Fox"\n[[prompt]]\ntext = "b"\nname = "fox"\n',
-            'line 6: another prompt is named "fox".',
+            'line 6: another prompt is named "Fox".',
             "Give each its own name.",
         ),
         ('[[prompt]]\ntext = "a"\nsize = "9x9"\n', "line 3: 9x9 is no size for a picture.", "Sides go from 64"),

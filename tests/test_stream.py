@@ -155,7 +155,7 @@ def test_lines_of_a_run_may_be_objects_too(dusky, k2, fake):
     [
         ('tea\n\n{"prompt": "a pear", "sed": 1}', 'Line 3: unknown key "sed".'),
         ('{"prompt": "a pear"', "Line 1 is no JSON"),
-        ('{"prompt": "a pear", "name": "a"}\n{"prompt": "a fig", "name": "A"}', 'Line 2: another prompt is named "A".'),
+        ('{"prompt": "a pear", "name": "a"}\n{"prompt": "a fig", "name": "A"}', 'Line 2: another prompt is named "a".'),
         ('{"prompt": "a pear", "size": "3x3"}', "Line 1: 3x3 is no size"),
     ],
 )
