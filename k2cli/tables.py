@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date, time
 from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
@@ -165,10 +166,9 @@ def check_name(name: str, where: str, *, alone: bool = False) -> str:
     name = composed(name)
     bare = name[:1] + "".join(sign for sign in name[1:] if not is_mark(sign))
     if not re.fullmatch(r"\w[\w.-]*", bare) or len(name) > LONGEST_NAME:
-        raise K2Error(
-            f'{where}: "{name[:LONGEST_NAME]}" cannot name files.',
-            hint=f"Use letters, digits, - and _, at most {LONGEST_NAME}.",
-        )
+        said = f'"{name}"' if len(name) <= LONGEST_NAME else f"a name of {len(name):,} characters"
+        hint = f"Use letters, digits, - and _, at most {LONGEST_NAME}."
+        raise K2Error(f"{where}: {said} cannot name files.", hint=hint)
     if DEVICE.match(name if alone else f"{name}-") or (alone and name.endswith(".")):
         raise K2Error(f'{where}: "{name}" cannot name files on Windows.', hint="Choose another name.")
     return name
@@ -410,7 +410,8 @@ def describe(value: Any) -> str:
     """A value in a message, short."""
     if isinstance(value, dict | list):
         return KINDS[type(value)]
-    said = str(value).lower() if isinstance(value, bool) else repr(value)  # as TOML has it
+    written = value.isoformat() if isinstance(value, date | time) else repr(value)
+    said = str(value).lower() if isinstance(value, bool) else written  # as TOML has it
     text = masked(f'"{value}"' if isinstance(value, str) else said)
     return text if len(text) <= 40 else f"{text[:37]}…"
 

@@ -409,6 +409,9 @@ text = "a bun"
         ("[rendr]\nseed = 3\n", 'line 1: unknown key "rendr".', 'Did you mean "render"?'),
         ('[[prompt]]\ntext = "a"\nnmae = "b"\n', 'line 3: unknown key "nmae" in [prompt].', 'Did you mean "name"?'),
         ('[render]\nbatch = "four"\n', 'line 2: "batch" must be a whole number, not "four".', ""),
+        ("[render]\nseed = 2026-01-01\n", 'line 2: "seed" must be a whole number, not 2026-01-01.', ""),
+        ("[render]\nsteps = 07:30:00\n", 'line 2: "steps" must be a whole number, not 07:30:00.', ""),
+        ("[render]\nmu = 2026-01-01T07:30:00\n", "must be a number, not 2026-01-01T07:30:00.", ""),
         ("[render]\nbatch = true\n", 'line 2: "batch" must be a whole number, not true.', ""),
         ("[render]\nseed = 1.5\n", 'line 2: "seed" must be a whole number, not 1.5.', ""),
         ("[render]\nguidance = nan\n", 'line 2: "guidance" must lie between 0 and 100, not nan.', ""),
@@ -427,6 +430,11 @@ text = "a bun"
         ('[[prompt]]\nname = "a"\n', 'line 1: "text" is missing in [prompt].', ""),
         ('[[prompt]]\ntext = " "\n', "line 2: the prompt is empty.", "Say what the picture should show."),
         ('[[prompt]]\ntext = "a"\nname = "../a"\n', 'line 3: "../a" cannot name files.', "Use letters, digits"),
+        (
+            f'[[prompt]]\ntext = "a"\nname = "{"x" * 61}"\n',
+            "line 3: a name of 61 characters cannot name files.",
+            "at most 60.",
+        ),
         (
             '[[prompt]]\ntext = "a"\nname = "Fox"\n[[prompt]]\ntext = "b"\nname = "fox"\n',
             'line 6: another prompt is named "Fox".',
