@@ -266,6 +266,8 @@ def read(path: Path) -> Toml:
         return Toml(text, path.name)
     if path.with_suffix(".toml").is_file():
         return Toml.read(path.with_suffix(".toml"), path.with_suffix(".toml").name)
+    if picture_file.is_sheet(path):
+        raise K2Error(f"{path} is a contact sheet.", hint="Name one of the pictures that it shows.")
     raise K2Error(
         f"{path} carries no record, and none stands beside it.",
         hint="Made elsewhere? A new project may know its prompt: k2 new NAME --from PICTURE",

@@ -243,6 +243,8 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     made = rendered(k2, "-p", "tea", "--style", "dusk=1")
     Image.new("RGB", (8, 8)).save(dusky / "bare.png")
     assert "carries no record" in k2("render", "--like", "bare.png", code=1).stderr
+    sheet = k2("render", "-p", "an owl", "--batch", "2").stdout.split()[0].replace("an-owl-7", "sheet")
+    assert f"{sheet} is a contact sheet.\nHint:  Name one of" in k2("render", "--like", sheet, code=1).stderr
     assert "no none.png" in k2("render", "--like", "none.png", code=1).stderr
     (dusky / "styles" / "dusk.toml").unlink()
     gone = k2("render", "--like", made, code=2).stderr
