@@ -98,7 +98,8 @@ class Project(Folder):
         place, table = Place(toml), toml.table
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place, HOMES)
         head = read_table(Head, table.get("project", {}), place.below("project"), HOMES)
-        settings = read_table(Settings, table.get("render", {}), place.below("render"), HOMES)
+        homes = HOMES | {"prompts": "Each has a [[prompt]] of its own, and is called text there."}
+        settings = read_table(Settings, table.get("render", {}), place.below("render"), homes)
         check_frame(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
         board = table.get("moodboard")

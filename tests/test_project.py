@@ -403,6 +403,7 @@ text = "a bun"
             'line 2: unknown key "prompt" in [prompt].',
             "It is called text, below [[prompt]].",
         ),
+        ('[render]\nprompts = ["a"]\n', 'line 2: unknown key "prompts"', "Each has a [[prompt]] of its own"),
         ("[render]\nsed = 3\n", 'line 2: unknown key "sed" in [render].', 'Did you mean "seed"?'),
         ('[render]\nprecision = "fp16"\n', 'line 2: "precision" cannot be "fp16".', "Known: native, int8, fp8, int4."),
         ("[render]\noffload = true\n", 'line 2: "offload" must be a text in quotes, not true.', ""),
