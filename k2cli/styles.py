@@ -193,8 +193,9 @@ class Styles:
         name = check_name(name, where, alone=True)
         if name == BOARD:
             raise K2Error(f"{where}: {BOARD} is what the look of [moodboard] is called.", hint="Choose another name.")
-        if other := next((each for each in self.known if each != name and folded(each) == folded(name)), ""):
-            said = f'{where}: on many systems "{name}" would be the same file as the style {other}.'
+        alike = [each for each in self.known if folded(each) == folded(name)]
+        if alike and name not in alike:
+            said = f'{where}: on many systems "{name}" would be the same file as the style {alike[0]}.'
             raise K2Error(said, hint="Choose another name.")
         return name
 

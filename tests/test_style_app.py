@@ -688,6 +688,12 @@ def test_a_name_that_would_be_in_the_way_of_another_look_is_none(looks, photos, 
     assert tree(looks) == before
 
 
+def test_of_two_styles_that_are_one_file_elsewhere_either_may_be_replaced(looks, photos, k2):
+    (looks / "styles" / "Dusk.toml").write_text('keywords = ["large"]\n')
+    for name in ("dusk", "Dusk"):
+        k2("style", "add", name, photos / "a.png", "--force")
+
+
 def test_a_style_file_is_one_that_hands_can_go_on_with(moody, photos, k2):
     k2("style", "add", "dusk", photos / "a.png")
     file = moody / "styles" / "dusk.toml"
