@@ -10,6 +10,7 @@ from typing import Any
 
 from k2cli.dialect import dump
 from k2cli.disk import Exists, sweep, write, writing
+from k2cli.folder import spelt
 from k2cli.pictures import check_picture, in_folder, near
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.tables import as_name, listed, masked, plain, relative
@@ -99,7 +100,7 @@ def add_pictures(
 ) -> tuple[list[Path], list[str], str]:
     """Copy pictures, and those in folders, into refs/NAME -> where they are there, the patterns that name them, and
     what was passed over."""
-    folder = styles.inside(f"refs/{name}", "")
+    folder, images = styles.inside(f"refs/{name}", ""), [spelt(Path(), image) for image in images]
     for image in images:
         if not image.exists():
             hint = near(image, str(image)) or "Name pictures, or a folder of them."

@@ -180,6 +180,12 @@ def test_of_a_folder_pictures_that_are_not_read_are_told_of(moody, photos, k2):
     assert said.format("2 pictures (tif, tiff); png, jpg and webp are") in none.stderr
 
 
+def test_a_picture_is_found_however_its_accents_are_written(moody, photos, k2):
+    (photos / "a.png").rename(photos / "cu\u0308r.png")
+    k2("style", "add", "dusk", photos / "c\u00fcr.png")
+    assert spec_of(moody, dusk=1).styles[0].references
+
+
 def test_of_a_folder_pictures_that_cannot_be_read_are_left_out_and_told_of(moody, photos, k2):
     """All at once; who types the name of one means it, and of others there must be some."""
     more = photos / "more"
