@@ -25,7 +25,7 @@ from model.four_bit import GROUP, Codes, numbers_of, to_codes, width_of_turns
 from model.quantize import Rows, parts_of, restore, rotate, round_rows, to_rows
 
 FEW = 16  # tokens up to which CUDA's 8-bit products refuse to work
-TOKENS_AT_ONCE = 256  # on a CPU: their wide copies then stay in the cache
+TOKENS_AT_ONCE = 2048  # on a CPU: a product packs the whole matrix anew, and its answer is wide before it is scaled
 
 
 class Format(NamedTuple):
@@ -159,12 +159,13 @@ def asked(number: torch.dtype, device: str, card: int) -> bool:
 def eight_bit_product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """tokens [M, K], rounded to 8 bits, times (weight [N, K] · weight_scale [N]) transposed -> [M, N] in tokens' dtype.
 
-    On a CPU part by part.
+    On a CPU part by part, each of as many tokens.
     """
     if tokens.device.type != "cpu":
         return product(tokens, weight, weight_scale).to(tokens.dtype)
     answer = tokens.new_empty(len(tokens), len(weight))
-    for part, room in zip(tokens.split(TOKENS_AT_ONCE), answer.split(TOKENS_AT_ONCE), strict=True):
+    parts = max(1, -(-len(tokens) // TOKENS_AT_ONCE))
+    for part, room in zip(tokens.tensor_split(parts), answer.tensor_split(parts), strict=True):
         room.copy_(product(part.float(), weight, weight_scale))
     return answer
 
