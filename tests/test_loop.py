@@ -210,6 +210,24 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp
     assert all(tensor.isfinite().all() for tensor in one.model.state_dict().values())
 
 
+@pytest.mark.parametrize("at", [6, 12])
+def test_weights_that_a_step_broke_end_the_run_and_leave_what_was_saved(tmp_path, at):
+    """Of the last step no gradient is looked at any more."""
+    one = run(RECIPE, tmp_path)
+    step = one.optimisers["adamw"].step
+
+    def break_at() -> None:
+        step()
+        if one.step + 1 == at:
+            with torch.no_grad():
+                one.model["out"].weight[0, 0] = math.inf
+
+    one.optimisers["adamw"].step = break_at
+    with pytest.raises(K2Error, match=f"weights of step {at} are no numbers"):
+        train(one, lambda line: None)
+    assert run(RECIPE, tmp_path).step == at - 3
+
+
 class Narrower(Line):
     """A recipe that was edited so that fewer parameters learn: those of the optimisers move up."""
 

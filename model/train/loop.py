@@ -187,10 +187,7 @@ class Run:
             parallel.average_gradients(trained)
         norm = parallel.whole(nn.utils.clip_grad_norm_(trained, recipe.clip))
         if not math.isfinite(norm):
-            raise K2Error(
-                f"{recipe.name}: the gradient of step {self.step + 1} is no number.",
-                hint=f"Lower the learning rate. The run goes on from where it was last saved in {self.folder}.",
-            )
+            raise self.broken(f"the gradient of step {self.step + 1} is no number")
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -219,8 +216,16 @@ class Run:
                 tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
         return tensors
 
+    def broken(self, what: str) -> K2Error:
+        hint = f"Lower the learning rate. The run goes on from where it was last saved in {self.folder}."
+        return K2Error(f"{self.recipe.name}: {what}.", hint=hint)
+
     def save(self, *, last: bool = False) -> None:
-        """The whole state, replaced in one move; while several processes train, each writes its own part of it."""
+        """The whole state, replaced in one move; while several processes train, each writes its own part of it. Raises
+        K2Error where the last step broke the weights: no gradient has told yet."""
+        trained = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
+        if not parallel.finite(tensor for name, param in trained for tensor in (param, self.ema[name])):
+            raise self.broken(f"weights of step {self.step} are no numbers")
         place = {
             "step": self.step,
             "seconds": self.seconds,

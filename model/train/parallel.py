@@ -134,6 +134,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers are, in everybody's shares; every process must ask."""
+    return all(world().gather([all(bool(local(tensor).isfinite().all()) for tensor in tensors)]))
+
+
 def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All of many tensors, one after the other, in the leader's main memory; the others keep none."""
     leads, found = world().leads, {}
