@@ -305,6 +305,7 @@ def test_recipes_that_cannot_be_followed():
         {"layers": "head"},
         {"rank": 0},
         {"size": -64},
+        {"size": 2049},
         {"drop": 1.5},
         {"precision": "int3"},
         {"variant": "lightning"},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,7 +36,7 @@ from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
 from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, known_precisions, plan_on
 from model.second_path import LowRank
-from model.spec import raw_mu
+from model.spec import MOST_PIXELS, raw_mu
 from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
@@ -92,6 +93,9 @@ class Recipe(loop.Recipe):
                 )
         at_least(self, 1, "rank", "batch", "repeats")
         at_least(self, 0, "size")
+        if self.size**2 > MOST_PIXELS:
+            hint = f"At most {math.isqrt(MOST_PIXELS)}, as of what is rendered; the model's own if left out."
+            raise K2Error(f'Recipe "{self.name}": a size of {self.size} is too large.', hint=hint)
         more_than_none(self, "lr")  # AdamW has all of it
         share(self, "drop")
         refuse(self, "muon_lr", "fresh")
