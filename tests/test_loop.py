@@ -477,6 +477,8 @@ def test_the_commit_is_that_of_the_codes_own_repository(tmp_path, monkeypatch):
         ({"minutes": 2}, "either minutes or steps"),
         ({"steps": -3, "minutes": 5}, "steps must be at least 0"),
         ({"every": 0}, "every"),
+        ({"seed": -1}, "-1 is no seed"),
+        ({"seed": 2**63}, "is no seed"),
         ({"clip": 0}, "clip must be more than 0"),
         ({"decay": 1.5}, "decay is a share"),
         ({"average": -0.1}, "average is a share"),

@@ -99,6 +99,8 @@ class Recipe(Table):
         at_least(self, 1, "accumulate", "every", "warmup_steps")
         more_than_none(self, "clip")
         share(self, "decay", "average")
+        if not 0 <= self.seed < 2**63:
+            raise K2Error(f'Recipe "{self.name}": {self.seed} is no seed.', hint="Seeds go from 0 to 2^63 − 1.")
         if bool(self.minutes) == bool(self.steps):
             raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
         if bool(self.keep) != bool(self.keep_every):
