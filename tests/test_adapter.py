@@ -306,6 +306,7 @@ def test_recipes_that_cannot_be_followed():
         {"rank": 0},
         {"size": -64},
         {"size": 2049},
+        {"pictures": ""},
         {"drop": 1.5},
         {"precision": "int3"},
         {"variant": "lightning"},

@@ -154,6 +154,11 @@ def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
     assert "cannot be read" not in k2("train", "nowhere.toml", code=1).stderr
 
 
+def test_no_name_is_not_the_current_folder():
+    with pytest.raises(K2Error, match="neither a folder"):
+        recipes.load("")
+
+
 @pytest.mark.parametrize("name", ["nope", "pretrain-218", "picture.png"])
 def test_what_is_no_folder_may_have_been_meant_as_one(k2, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

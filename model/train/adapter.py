@@ -91,6 +91,8 @@ class Recipe(loop.Recipe):
                     f'Recipe "{self.name}": {key} is "{getattr(self, key)}".',
                     hint=f"Choose of {', '.join(value for value in values if value)}.",
                 )
+        if not self.pictures:  # as a path it would be the current folder
+            raise K2Error(f'Recipe "{self.name}": pictures names no folder.', hint="Give a folder of pictures.")
         at_least(self, 1, "rank", "batch", "repeats")
         at_least(self, 0, "size")
         if self.size**2 > MOST_PIXELS:

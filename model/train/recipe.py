@@ -143,7 +143,7 @@ def find(name: str) -> Path:
 
 def load(name: str) -> Any:
     """The recipe of a path or name, as its own stage reads it; of a folder of pictures, a LoRA's."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # no name is a path, too: that of the current folder
         own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).strip("-.") or "pictures"
         return module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
     path = find(name)
