@@ -22,6 +22,7 @@ THEIRS = {  # what can be wrong with any path that is named, or that a project h
     errno.ELOOP: "Its links lead in a circle.",
     errno.ENOTDIR: "A part of the path is a file.",
 }
+PLACES = {"ADDRESS", "DIR", "FILE", "FILE...", "IMAGE", "PICTURE", "PROJECT", "RUN", "TARGET"}  # metavars
 
 
 class Group(TyperGroup):
@@ -64,8 +65,8 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told. Help names
-    arguments and not their types, which are Python's."""
+    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told. A place that
+    is named by nothing is refused. Help names arguments and not their types, which are Python's."""
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -76,6 +77,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
             said, _, order = self.make_parser(ctx).parse_args(args=[*args])
+            refuse_empty(said, self.params)
             compares = any(option.name == "matrix" for option in self.params)
             if not said.get("quiet") and (twice := given_twice(said, order, compares)):
                 from k2cli.console import say
@@ -89,6 +91,19 @@ class Commands(typer.Typer):
 
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, cls=Command, **settings)
+
+
+def refuse_empty(said: Mapping[str, Any], params: Sequence[Any]) -> None:
+    """Raises K2Error where a path, a project or a run is "", as of a variable that is unset: it would be all, or here.
+
+    said: the values by the parameters' names
+    """
+    for each in params:
+        value = said.get(each.name)
+        if each.metavar in PLACES and "" in (value if isinstance(value, list | tuple) else [value]):
+            name = each.opts[0] if each.param_type_name == "option" else each.metavar.rstrip(".")
+            hint = "Name one." if each.required else "Name one, or leave it out."
+            raise K2Error(f"{name} is empty.", hint=hint, code=USAGE)
 
 
 def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -> str:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from conftest import PROJECT, tree, write_weights
@@ -26,8 +26,10 @@ from PIL import Image
 from rich.console import Console
 
 from k2cli import console, doctor, hands, models, runs, sheet
+from k2cli.app import app
 from k2cli.asked import plan_job
 from k2cli.carry import show_plan
+from k2cli.commands import PLACES
 from k2cli.console import Unwritable
 from k2cli.models_app import list_models
 from k2cli.project import Project
@@ -1036,6 +1038,44 @@ def test_a_project_has_its_name_on_one_line(moody, k2, name):
 
     assert "The project's name holds a control character." in refused.stderr and refused.stdout == ""
     assert tree(moody) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["gallery", ""], "PROJECT"),
+        (["log", "other", ""], "PROJECT"),
+        (["render", "--project", ""], "--project"),
+        (["render", "--ray", ""], "--ray"),
+        (["log", "--run", ""], "--run"),
+        (["gallery", "-o", ""], "--output"),
+        (["new", "taken", "--from", "fox.png", "--from", ""], "--from"),
+        (["show", ""], "FILE"),
+        (["models", "export", "mini", ""], "TARGET"),
+    ],
+)
+def test_a_place_without_a_name_is_not_here(moody, k2, arguments, name):
+    """As "$PROJECT" is, where the variable is unset."""
+    before = tree(moody)
+
+    refused = k2(*arguments, code=2)
+
+    assert f"Error: {name} is empty." in refused.stderr and refused.stdout == ""
+    assert ("leave it out" in refused.stderr) == (name not in ("FILE", "TARGET"))
+    assert tree(moody) == before
+
+
+def test_every_path_is_known_to_be_a_place():
+    """By its metavar, as help shows it."""
+    apps = [app, *(group.typer_instance for group in app.registered_groups)]
+    found = set()
+    for command in (info.callback for each in apps for info in each.registered_commands):
+        for hint in get_type_hints(command, include_extras=True).values():
+            (kind, about) = get_args(hint) if hasattr(hint, "__metadata__") else (hint, None)
+            if Path in (kind, *get_args(kind), *(part for each in get_args(kind) for part in get_args(each))):
+                found.add(about.metavar)
+
+    assert found and found <= PLACES
 
 
 def test_a_project_without_a_name_is_none(moody, k2):
