@@ -296,7 +296,7 @@ def render(
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
     run: Annotated[
-        int | None, typer.Option("--run", metavar="N", help="With --resume: the run of this number.")
+        int | None, typer.Option("--run", min=1, metavar="N", help="With --resume: the run of this number.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be rendered.")] = False,
     stream: Annotated[

@@ -152,6 +152,11 @@ def in_plain_words(error: typer.BadParameter) -> str:
     if not hasattr(cause, "errors"):
         return error.message
     problem = cause.errors()[0]
+    for key, how in (("ge", "at least"), ("le", "at most")):
+        if key in problem.get("ctx", {}):
+            return f"it must be {how} {problem['ctx'][key]}"
+    if problem["type"] == "int_parsing_size":
+        return "it has too many digits"
     noun = {"int_parsing": "a whole number", "float_parsing": "a number"}.get(problem["type"])
     if noun is None:
         return error.message
