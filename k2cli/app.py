@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import errno
-import io
 import os
 import sys
 from dataclasses import replace
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from k2cli import standard
 from k2cli.commands import Commands, Group
 from k2cli.complete import complete_weight
 from k2cli.history_app import gallery, log, rerun, show
@@ -94,12 +93,7 @@ def main() -> None:
     """The command line, in an environment and on streams that suit it."""
     # Before torch: threads that spin while they wait are several times slower beside other work, and no faster without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started this
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        codecs.register_error("k2", as_it_came)
-        sys.stdout.reconfigure(errors="k2")
+    standard.settle()
     try:
         app(prog_name="k2")
     except OSError as error:  # of what no command writes: help, the version
@@ -109,15 +103,6 @@ def main() -> None:
 
         show_error(unwritable(error))
         sys.exit(1)
-
-
-def as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What an encoding has no sign for: of a path, which need not be text, its bytes; else a character's number."""
-    assert isinstance(error, UnicodeEncodeError)
-    start = error.start
-    byte = "\udc80" <= error.object[start] <= "\udcff"
-    one = UnicodeEncodeError(error.encoding, error.object, start, start + 1, error.reason)
-    return codecs.lookup_error("surrogateescape" if byte else "backslashreplace")(one)
 
 
 def show_version(wanted: bool) -> None:
