@@ -85,6 +85,10 @@ class Command(TyperCommand):
                 say(twice, "yellow")
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        Path.cwd()  # of a folder that is gone: libraries below would end the process
+        return super().invoke(ctx)
+
 
 class Commands(typer.Typer):
     """An app whose commands are of that class."""

@@ -144,6 +144,8 @@ def test_results_that_find_no_room(moody, words, buffered):
         ("echo 'prompt=[{text=\"狐\"}]' > k2.toml; " + ASCII + " k2 render", 1, "ascii"),
         ("mkdir gone && cd gone && rmdir ../gone && k2", 1, "The current folder is gone."),
         ("mkdir gone && cd gone && rmdir ../gone && k2 models info x", 1, "The current folder is gone."),
+        ("mkdir gone && cd gone && rmdir ../gone && k2 doctor", 1, "The current folder is gone."),
+        ("mkdir gone && cd gone && rmdir ../gone && k2 log --help", 0, ""),
     ],
 )
 def test_odd_surroundings_are_one_sentence(moody, line, code, said):
