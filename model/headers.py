@@ -88,7 +88,8 @@ def read_header(path: Path) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         if start[8:9] == b"{" and length <= MAX_HEADER:
             raise K2Error(f"{path} is cut off in its header.", hint=AGAIN)
-        raise K2Error(f"{path} is not a safetensors file.", hint=AGAIN if size < 8 else TAKEN)
+        kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
+        raise K2Error(f"{path} is not a {kind} file.", hint=AGAIN if size < 8 else TAKEN)
     try:
         header = json.loads(raw)
         check_header(header, size - 8 - length)

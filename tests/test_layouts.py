@@ -187,6 +187,12 @@ def test_rounded_layouts_are_off_by_their_rounding(tmp_path, model, state, case)
     assert 0 < relative_error(velocity(loaded), velocity(model)) < of_velocity
 
 
+def test_what_is_called_gguf_and_is_none_is_told_so(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"hello, hello, hello")
+    with pytest.raises(K2Error, match=r"x\.gguf is not a GGUF file\."):
+        read_header(tmp_path / "x.gguf")
+
+
 def test_a_folder_of_one_gguf_file(tmp_path, state):
     file = gguf_of(tmp_path, state, "F32")
     _, checkpoint = load_dit(tmp_path)
