@@ -28,7 +28,7 @@ def explained(name: str) -> Iterator[None]:
     """What the machine refuses a run within the context, in one sentence. Raises K2Error."""
     from safetensors import SafetensorError
 
-    from k2cli.disk import DiskFull
+    from k2cli.disk import HINTS, DiskFull
     from model.plan import lacking_memory
 
     try:
@@ -44,7 +44,8 @@ def explained(name: str) -> Iterator[None]:
             raise K2Error(f'A saved state of "{name}" cannot be read: {brief(error)}.', hint=hint) from None
         if not str(error.filename or "").startswith(".runs"):
             raise
-        raise K2Error(f"{error.filename} cannot be used: {error.strerror}.", hint="Is it writable?") from None
+        hint = HINTS.get(error.errno or 0, "Is it writable?")
+        raise K2Error(f"{error.filename} cannot be used: {error.strerror}.", hint=hint) from None
 
 
 def train(

@@ -114,6 +114,7 @@ def test_recipes_of_the_package_are_valid_and_named_as_their_files(path):
         (("muon_lr = 1e-3", "muon_lr = nan"), "muon_lr must be a number", ""),
         (("muon_lr = 1e-3", "muon_lr = -1e-3"), "muon_lr must be at least 0", ""),
         (('"small"', '"../small"'), "cannot name a run", "Letters"),
+        (("small", "ß" * 101), "is too long to name a run", "200 bytes"),
         (("steps = 4", "steps = ="), "not valid TOML", ""),
     ],
 )
@@ -152,6 +153,13 @@ def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "pretrain-128" in k2("train", "pretrain-218", code=1).stderr
     assert "cannot be read" not in k2("train", "nowhere.toml", code=1).stderr
+
+
+def test_a_folder_of_a_long_name_lends_as_much_of_it_as_a_run_can_have(tmp_path):
+    folder = tmp_path / ("ß" * 120)
+    folder.mkdir()
+
+    assert recipes.load(str(folder)).name == "ß" * 100
 
 
 def test_no_name_is_not_the_current_folder():
@@ -228,7 +236,8 @@ def test_a_run_folder_that_is_none_or_damaged_is_one_sentence(k2, workshop):  # 
     path = written(workshop, SMALL + TINY)
     Path(".runs").mkdir()
     Path(".runs/small").touch()
-    assert "Error: .runs/small cannot be used: File exists." in k2("train", path, code=1).stderr
+    said = k2("train", path, code=1).stderr
+    assert "Error: .runs/small cannot be used: File exists." in said and "move it away" in said
 
     Path(".runs/small").unlink()
     state = Path(k2("train", path).stdout.strip())

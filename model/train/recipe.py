@@ -36,6 +36,7 @@ STAGES = {  # what `stage` may say -> the module
     "grpo": "model.train.grpo",
 }
 EITHER = "Name a folder of pictures, or a recipe: a .toml file, or one of the package, like pretrain-256."
+LONGEST = 200  # bytes of a name: file systems take 255, and drafts are called by more than it
 LORA_STEPS = 300  # of a LoRA that has no recipe but a folder of pictures
 
 
@@ -49,6 +50,8 @@ class Table:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise K2Error(f'"{self.name}" cannot name a run.', hint="Letters, digits, dots and dashes can.")
+        if len(self.name.encode()) > LONGEST:
+            raise K2Error(f'"{self.name[:40]}…" is too long to name a run.', hint=f"At most {LONGEST} bytes.")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -144,7 +147,8 @@ def find(name: str) -> Path:
 def load(name: str) -> Any:
     """The recipe of a path or name, as its own stage reads it; of a folder of pictures, a LoRA's."""
     if name and Path(name).is_dir():  # no name is a path, too: that of the current folder
-        own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).strip("-.") or "pictures"
+        own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).encode()[:LONGEST].decode(errors="ignore")
+        own = own.strip("-.") or "pictures"
         return module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
     path = find(name)
     table = table_of(path)
