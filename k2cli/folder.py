@@ -43,7 +43,9 @@ class Folder:
             raise K2Error(f"{folder} is not a project: it is a file.", hint=meant_by(folder))
         if not (folder / FILE).is_file():
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=meant_by(folder))
-        return Folder(root=folder.absolute(), allow_outside=allow_outside)
+        plain = Path(os.path.abspath(folder))  # as people read it, without ".."; behind a link that may be another
+        root = plain if plain.exists() and plain.samefile(folder) else folder.absolute()
+        return Folder(root=root, allow_outside=allow_outside)
 
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Folder:

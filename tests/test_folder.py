@@ -116,6 +116,22 @@ def test_no_project_is_advised_within_what_another_made(moody, k2, monkeypatch):
     assert f"the project itself: {moody}\n" in k2("log", "..", code=1).stderr
 
 
+def test_a_root_is_told_without_detours(moody, k2, tmp_path, monkeypatch):
+    """Behind a link ".." may lead elsewhere: then the path stays as it was typed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (moody / "bad.safetensors").write_bytes(b"hello")
+    (moody / "styles").mkdir()
+    (moody / "styles" / "bad.toml").write_text('lora = "bad.safetensors"\n')
+    (moody / "refs" / "deep").mkdir(parents=True)
+    Path("link").symlink_to(moody / "refs" / "deep")
+
+    said = k2("render", "--project", f"../{moody.name}", "--style", "bad=1", code=1).stderr
+    assert f"{moody / 'bad.safetensors'} is not a safetensors file" in said
+
+    assert Folder.at(Path("link/../..")).root.samefile(moody)
+
+
 def test_a_file_is_no_project_and_a_picture_has_commands_of_its_own(moody, k2):
     picture = k2("render", "--only", "fox", "--batch", "1").stdout.strip()
     for file in (picture, picture.replace(".png", ".toml")):
