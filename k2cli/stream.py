@@ -7,9 +7,11 @@ import json
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import typer
 
@@ -87,7 +89,7 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
             raise K2Error(f"{called} is neither a prompt nor an object of JSON that holds one.", hint=hint)
         return typed(line)
     try:
-        said = json.loads(line)
+        said = json.loads(line, object_pairs_hook=each_once)
         check_numbers(said)
     except (ValueError, RecursionError) as error:
         hint = 'Like {"prompt": "a red fox", "seed": 4}.'
@@ -105,6 +107,15 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
     entry = {"text": ""} | {KEYS.get(key, key): value for key, value in said.items()}
     (prompt,) = read_prompts([entry], place)
     return replace(prompt, last=True)
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which would let the last of several values win. Raises ValueError."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f'the key "{key}" is there more than once')
+    return table
 
 
 def means_objects(line: str) -> bool:

@@ -196,6 +196,12 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
+        ('{"prompt": "tea", "seed": 1, "seed": 2}', 'The line is no JSON: the key "seed" is there more than once.', ""),
+        (
+            '{"prompt": "tea", "styles": {"dusk": 1, "dusk": 0}}',
+            'The line is no JSON: the key "dusk" is there more than once.',
+            "Like",
+        ),
         ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
         ('{"prompt": 4}', 'The line: "prompt" must be a text in quotes, not 4.', ""),
