@@ -68,6 +68,8 @@ class Table:
                 raise K2Error(f'{where}: unknown key "{key}".', hint=f'Did you mean "{near[0]}"?' if near else "")
             if not fits(table[key], hints[key]):
                 raise K2Error(f"{where}: {key} must be {kind(hints[key])}.")
+            if any(isinstance(each, int) and abs(each) >= 2**63 for each in listed(table[key])):
+                raise K2Error(f"{where}: {key} has more than 64 bits.", hint="Say a smaller number.")
         for key, field in known.items():
             if key not in table and field.default is MISSING and field.default_factory is MISSING:
                 raise K2Error(f"{where}: {key} is missing.")
@@ -115,6 +117,10 @@ class Recipe(Table):
     def total(self) -> float:
         """The run's length, in steps or in seconds."""
         return self.steps or self.minutes * 60
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def table_of(path: Path) -> dict[str, Any]:
