@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -30,10 +31,10 @@ class Words(io.FileIO):
     """What people read: of a full disk, or where nobody is left to read, it is lost, and the pictures are made."""
 
     def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+        written: int | None = None  # as of a stream that is full for now and does not wait
+        with suppress(OSError):
+            written = super().write(data)
+        return len(data) if written is None else written
 
 
 def as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -1,8 +1,9 @@
-"""Standard streams that are full, closed, or read by nobody."""
+"""Standard error that is full, for good or for now, or read by nobody, and signs that it has not."""
 
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,23 @@ def test_words_that_find_no_room_keep_nothing_from_being_done(moody, words, code
 
     assert done.returncode == code
     assert done.stdout == results if results is not None else done.stdout
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_words_that_nobody_reads_keep_nothing_from_being_done(moody, read):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    if read:  # by somebody who is slow
+        with suppress(BlockingIOError):
+            while os.write(writer, b"." * 4096):
+                pass
+    else:
+        os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "k2cli", "new", "other"], stdout=subprocess.PIPE, stderr=writer)
+
+    assert (done.returncode, done.stdout) == (0, b"other\n")
+    for end in (writer, *([reader] if read else [])):
+        os.close(end)
 
 
 def test_words_come_as_they_are(moody):
