@@ -41,7 +41,7 @@ def test_figures_of_three_ways_beside_real_pictures(catalog, tmp_path, tiny, mon
     monkeypatch.setattr(states, "RUNS", tmp_path / "runs")
     torch.manual_seed(0)
     judge = Judge(JudgeConfig(("cat", "fox"))).eval()
-    recipe = adapter.Recipe(name="study", pictures="", model="tiny", steps=4, every=2, size=64, rank=2, lr=0.05)
+    recipe = adapter.Recipe(name="study", pictures="pictures", model="tiny", steps=4, every=2, size=64, rank=2, lr=0.05)
 
     found = study(judge, catalog, tmp_path, recipe, which=1, count=3, steps=2)
 

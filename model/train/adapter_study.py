@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="prompts")
     options = parser.parse_args()
     recipe = adapter.Recipe(
-        name=f"study-{options.look}", pictures="", model=options.model, steps=options.steps, batch=8
+        name=f"study-{options.look}", pictures="pictures", model=options.model, steps=options.steps, batch=8
     )  # fmt: skip
     found = study(
         Judge.load(options.judge),

@@ -37,6 +37,7 @@ STAGES = {  # what `stage` may say -> the module
 }
 EITHER = "Name a folder of pictures, or a recipe: a .toml file, or one of the package, like pretrain-256."
 LONGEST = 200  # bytes of a name: file systems take 255, and drafts are called by more than it
+MOST = 10**9  # of any number of things
 LORA_STEPS = 300  # of a LoRA that has no recipe but a folder of pictures
 
 
@@ -52,6 +53,10 @@ class Table:
             raise K2Error(f'"{self.name}" cannot name a run.', hint="Letters, digits, dots and dashes can.")
         if len(self.name.encode()) > LONGEST:
             raise K2Error(f'"{self.name[:40]}…" is too long to name a run.', hint=f"At most {LONGEST} bytes.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value > MOST and field.name != "seed":
+                raise K2Error(f'Recipe "{self.name}": {field.name} must be at most {MOST:,}.')
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -68,8 +73,6 @@ class Table:
                 raise K2Error(f'{where}: unknown key "{key}".', hint=f'Did you mean "{near[0]}"?' if near else "")
             if not fits(table[key], hints[key]):
                 raise K2Error(f"{where}: {key} must be {kind(hints[key])}.")
-            if any(isinstance(each, int) and abs(each) >= 2**63 for each in listed(table[key])):
-                raise K2Error(f"{where}: {key} has more than 64 bits.", hint="Say a smaller number.")
         for key, field in known.items():
             if key not in table and field.default is MISSING and field.default_factory is MISSING:
                 raise K2Error(f"{where}: {key} is missing.")
@@ -117,10 +120,6 @@ class Recipe(Table):
     def total(self) -> float:
         """The run's length, in steps or in seconds."""
         return self.steps or self.minutes * 60
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def table_of(path: Path) -> dict[str, Any]:
