@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import typer
@@ -89,7 +90,7 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
             raise K2Error(f"{called} is neither a prompt nor an object of JSON that holds one.", hint=hint)
         return typed(line)
     try:
-        said = json.loads(line, object_pairs_hook=each_once)
+        said = json.loads(line, object_pairs_hook=partial(each_once, called))
         check_numbers(said)
     except (ValueError, RecursionError) as error:
         hint = 'Like {"prompt": "a red fox", "seed": 4}.'
@@ -109,12 +110,12 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
     return replace(prompt, last=True)
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, which would let the last of several values win. Raises ValueError."""
+def each_once(called: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which would let the last of several values win. Raises K2Error."""
     table = dict(pairs)
     if len(table) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f'the key "{key}" is there more than once')
+        raise K2Error(f'{called}: the key "{key}" is there more than once.', hint="Keep one.")
     return table
 
 
