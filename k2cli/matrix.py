@@ -139,7 +139,8 @@ def number(text: str) -> Any:
 def axis(key: str, values: Any, where: str) -> list[Any]:
     """The values of one axis, each checked as the setting that it stands for."""
     if not isinstance(values, list) or not values:
-        meant = dotted(key.removeprefix("style."), values) or f"Like {key} = [1, 2]."
+        meant = dotted(key.removeprefix("style."), values) if key.startswith("style.") else ""
+        meant = meant or f"Like {key} = [1, 2]."
         raise K2Error(f'{where}: "{key}" must be a list of values to compare.', hint=meant)
     if key.startswith("style."):
         checked = [check_value(key, value, float, WEIGHT, where) for value in values]

@@ -425,7 +425,8 @@ def read_weights(table: Any, place: Place) -> dict[str, float]:
     for name, value in table.items():
         where, called = place(name), plain(name, place(name))
         if isinstance(value, dict):
-            raise K2Error(f'{where}: "{called}" must be a number, not a table.', hint=dotted(name, value))
+            hint = f"Like {called} = 0.6. {dotted(name, value)}".strip()
+            raise K2Error(f'{where}: "{called}" must be a number, not a table.', hint=hint)
         weights[called] = check_value(name, value, float, WEIGHT, where)
     return weights
 

@@ -247,6 +247,7 @@ def test_a_matrix_of_the_command_line(dusky, k2):
     ("text", "message", "hint"),
     [
         ("seed = 7", '"seed" must be a list of values', "Like seed = [1, 2]."),
+        ("seed.low = [7]", '"seed" must be a list of values', "Like seed = [1, 2]."),
         ("seed = []", '"seed" must be a list of values', ""),
         ("seed = [1, 1]", '"seed" names a value twice', ""),
         ("seed = [-1]", '"seed" must lie between', ""),

@@ -419,6 +419,7 @@ text = "a bun"
         ("[render]\nbatch = 0\n", 'line 2: "batch" must lie between 1 and 1,000, not 0.', ""),
         ("[style]\ndusk = 3\n", 'line 2: "dusk" must lie between −2 and 2, not 3.0.', ""),
         ("[style]\nnight.v2 = 1\n", 'line 2: "night" must be a number, not a table.', 'in quotes: "night.v2".'),
+        ("[style]\nnight = {weight = 1}\n", 'line 2: "night" must be a number, not a table.', "Like night = 0.6. "),
         ("style.night.v2.x = 1\n", 'line 1: "night" must be a number, not a table.', 'in quotes: "night.v2.x".'),
         ("[[matrix]]\nstyle.a.b = [1]\n", 'line 2: "style.a" must be a list of values', 'in quotes: "a.b".'),
         ("render = 3\n", "line 1: expected a table in [render].", "Write [name] on a line, and its keys below."),
