@@ -52,6 +52,7 @@ def add_style(
     """
     file = styles.new_file(name, force=force)
     said: dict[str, Any] = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
+    files = [spelt(Path(), each) for each in files]
     loras = [each for each in files if each.suffix.lower() == LORA]
     if len(loras) > 1:
         raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each a style, and mix them.")
@@ -100,7 +101,7 @@ def add_pictures(
 ) -> tuple[list[Path], list[str], str]:
     """Copy pictures, and those in folders, into refs/NAME -> where they are there, the patterns that name them, and
     what was passed over."""
-    folder, images = styles.inside(f"refs/{name}", ""), [spelt(Path(), image) for image in images]
+    folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
             hint = near(image, str(image)) or "Name pictures, or a folder of them."

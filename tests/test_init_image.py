@@ -481,7 +481,7 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
         (("--only", "fox", "--mask", "96x64"), '"96x64" is no region'),
         (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),
         (("--only", "fox", "--mask", ""), "--mask names no picture"),
-        (("--only", "fox", "--mask", "none", "--init-image", ""), "--init-image: . is not a picture"),
+        (("--only", "fox", "--mask", "none", "--init-image", ""), "--init-image is empty"),
         (("--only", "fox", "--mask", "refs/dark.png"), "nothing in refs/dark.png is white"),
         (("--only", "fox", "--mask", "refs/green.png"), "nothing in refs/green.png is white"),
         (("--only", "fox", "--mask", "refs/square.png"), "has not the shape of its init_image"),

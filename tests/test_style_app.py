@@ -293,6 +293,12 @@ def write_lora(path: Path, layer: str = "blocks.0.attn.wq", about: dict[str, str
     return path
 
 
+def test_a_lora_is_found_however_its_accents_are_written(moody, photos, k2):
+    write_lora(photos / "gru\u0308n.safetensors")
+    k2("style", "add", "ink", photos / "gr\u00fcn.safetensors")
+    assert spec_of(moody, ink=1).adapters
+
+
 def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2):
     """With its words, and pictures beside it where such are named."""
     lora = write_lora(photos / "Ink v2.safetensors")
