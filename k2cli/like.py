@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from k2cli import moodboard, records
+from k2cli import records
 from k2cli.console import near
 from k2cli.folder import root_above
 from k2cli.matrix import escape
@@ -17,7 +17,7 @@ from k2cli.origins import own_phrases
 from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
-from k2cli.styles import Styles
+from k2cli.styles import BOARD, Styles
 from k2cli.tables import Option, composed, quote
 from model.errors import USAGE, K2Error
 from model.hashes import sha256
@@ -89,7 +89,7 @@ class Example:
             if style.references and now[name].references:
                 way, method = (auto if each.method == "auto" else each.method for each in (style, now[name]))
                 told += [f"{name} is read by {method}"] if way != method else []
-        mixed = set(map(composed, job.project.styles.reached(before.keys() - {moodboard.NAME}, OPTION)))
+        mixed = set(map(composed, job.project.styles.reached(before.keys() - {BOARD}, OPTION)))
         more = (name for name in now if name in mixed - before.keys())  # since then, or it was weighed off
         told += [f"{name} comes by a mix (it had none)" for name in more]
         begun = {path for shot in shots for path in (shot.spec.init_image, shot.spec.mask) if isinstance(path, Path)}
@@ -121,7 +121,7 @@ class Example:
         if own_prompt and "avoid" not in said:
             settings["avoid"] = ""  # what the project said then is among what its prompt avoids
         weights = {style.name: style.strength for style in spec.styles}
-        strength = weights.pop(moodboard.NAME, 0.0)
+        strength = weights.pop(BOARD, 0.0)
         more = " any more" if is_within(self.file, project.root) else ""
         gone = [name for name in weights if name not in project.styles.known]
         for name in gone:

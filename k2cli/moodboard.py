@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 MOST = 1000  # pictures of a board
 READING = 3  # changes whenever the same pictures would be read in another way
 WIDE = 118  # characters of a comment
-NAME = BOARD  # of the style that the table renders as
 NAME_SOME = "Name png, jpg or webp files, or put some there."
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
@@ -126,7 +125,7 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple
             write({kept: json.dumps(found).encode()})
     unread = {paths[index] for index in found["unread"]}
     references = tuple(Reference(paths[index], weight) for index, weight in found["references"])
-    return (Style(NAME, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),), unread
+    return (Style(BOARD, board.strength, references, tuple(found["keywords"]), tuple(found["avoids"])),), unread
 
 
 def recall(path: Path, count: int) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, 
 from k2cli.pictures import check_picture, is_dark, near, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
-from k2cli.styles import Styles, words
+from k2cli.styles import BOARD, Styles, words
 from k2cli.tables import (
     Option,
     Place,
@@ -164,10 +164,10 @@ class Project(Folder):
         resolved = self.styles.resolve(weights, lambda name: where.get(name) or self.toml.where("style", name))
         if self.board is None:
             return resolved
-        if any(style.name == moodboard.NAME for style in resolved):
+        if any(style.name == BOARD for style in resolved):
             raise K2Error(
-                f"A style is called {moodboard.NAME}, and so is the project's own look.",
-                hint=f"Rename styles/{moodboard.NAME}.toml.",
+                f"A style is called {BOARD}, and so is the project's own look.",
+                hint=f"Rename styles/{BOARD}.toml.",
             )
         pictures, others = self.board_pictures(self.board)
         self.others.update(others)

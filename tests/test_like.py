@@ -12,6 +12,7 @@ from conftest import write_weights
 from PIL import Image
 
 from k2cli import moodboard
+from k2cli.styles import BOARD
 from model import library
 from model.spec import Style
 
@@ -261,7 +262,7 @@ def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
     """As a style that is gone may."""
 
     def seen(board, *_):
-        return ((Style(moodboard.NAME, board.strength, keywords=("fog",)),) if board.strength else ()), set()
+        return ((Style(BOARD, board.strength, keywords=("fog",)),) if board.strength else ()), set()
 
     monkeypatch.setattr(moodboard, "as_style", seen)
     Image.new("RGB", (64, 64)).save(dusky / "a.png")
