@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
+import sys
 import weakref
 from dataclasses import asdict, replace
-from math import prod
 
 import pytest
 import torch
@@ -16,12 +17,17 @@ from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
 from model import checkpoint, quantize
-from model.checkpoint import AHEAD, SMALL, SafeTensors, open_checkpoint, read, save
+from model.checkpoint import AHEAD, SMALL, SafeTensors, open_checkpoint, open_uncached, read, room_for, save
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.few_bits import FORMATS
 from model.layouts import diffusers_names, load_dit, to_diffusers
 from model.quantize import quantise, to_rows
+
+if sys.platform == "linux":
+    import fcntl
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="no file is read past the system's cache elsewhere")
 
 TINY = DiTConfig(width=64, heads=4, kv_heads=2, blocks=3, text_width=32, text_taps=3, text_heads=2, channels=4)
 
@@ -349,7 +355,7 @@ def test_weights_go_to_the_card_in_hand_whichever_thread_reads_them(file, monkey
     opened: list[str] = []
 
     class Elsewhere(checkpoint.Opened):
-        def __init__(self, device: str):
+        def __init__(self, device: str, cached: bool):
             opened.append(device)
             raise RuntimeError("no card here")
 
@@ -392,15 +398,60 @@ def test_a_file_larger_than_memory_is_read_from(tmp_path):
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_no_endless_wait(file):
     with SafeTensors(file, "cpu") as opened:
-        last = max(opened.header, key=lambda name: opened.header[name]["data_offsets"][1])
-        os.truncate(file, file.stat().st_size - 1)
+        os.truncate(file, opened.size - 1)
 
         with pytest.raises(OSError, match="has become shorter"):
-            opened.read_into(torch.empty(2, dtype=torch.uint8), last, prod(opened.header[last]["shape"]) * 4 - 2)
+            opened.read_into(room_for(2), opened.size - 2, opened.size, torch.uint8)
 
 
+def is_uncached(file) -> bool:
+    return bool(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@linux
+def test_a_file_that_memory_cannot_hold_beside_what_is_made_of_it_is_not_cached(file, monkeypatch):
+    """Or it would take the place of itself. What is read a second time, as a streamed network is, stays mapped."""
+    opened, few = list[bool](), dict.fromkeys(("a",), FORMATS["int8"])
+    before = SafeTensors.__exit__
+    monkeypatch.setattr(SafeTensors, "__exit__", lambda self, *p: (opened.append(is_uncached(self.file)), before(self)))
+    for free, wanted in ((file.stat().st_size * 1.5, few), (file.stat().st_size * 1.5 - 1, few), (0, None)):
+        monkeypatch.setattr(checkpoint, "free_memory", lambda device, free=free: free)
+        dict(open_checkpoint(file).read(few=wanted))
+
+    assert opened == [False, True, False]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_any_bytes_of_a_file_are_read(tmp_path, cached):
+    save_file({"a": torch.randint(256, (20_001,), dtype=torch.uint8)}, tmp_path / "a.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    with SafeTensors(tmp_path / "a.safetensors", "cpu", cached) as opened:
+        for begin, end in ((0, 1), (4095, 4097), (4096, 8192), (7, 12_289), (1, len(raw)), (len(raw) - 1, len(raw))):
+            assert bytes(opened.read_into(room_for(end - begin), begin, end, torch.uint8).numpy()) == raw[begin:end]
+
+
+@linux
+@pytest.mark.parametrize("where", ["open", "readinto"])
+def test_a_disk_that_reads_through_the_cache_alone_is_read_so(file, monkeypatch, where):
+    def refuses(*those):
+        raise OSError(22, "Invalid argument")
+
+    class Picky(io.FileIO):
+        def readinto(self, room):
+            return refuses() if is_uncached(self) else super().readinto(room)
+
+    if where == "open":
+        monkeypatch.setattr(os, "open", refuses)
+    else:
+        monkeypatch.setattr(io, "FileIO", Picky)
+    with open_uncached(file) as opened:
+        assert not is_uncached(opened) and opened.read(8) == file.read_bytes()[:8]
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch, dtype):
+def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch, dtype, free):
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: free)
     monkeypatch.setattr(quantize, "_AT_ONCE", 7 * 48)  # numbers: seven rows
     matrix = torch.randn(100, 48, dtype=dtype)
     save_file({"last": matrix[:3].clone(), "matrix": matrix}, tmp_path / "a.safetensors")
@@ -408,7 +459,7 @@ def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch,
     part = quantize.restore
 
     def noted(tensor, *others):
-        places.add(tensor.data_ptr())
+        places.add(tensor.data_ptr() // checkpoint.PAGE)
         return part(tensor, *others)
 
     monkeypatch.setattr(quantize, "restore", noted)
