@@ -84,21 +84,21 @@ def to_codes(matrix: Tensor) -> Codes:
     """
     levels = torch.tensor(LEVELS, device=matrix.device)
     steps = torch.arange(-FINE, FINE + 1, device=matrix.device) / FINE
-    table = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2)
 
-    def nearest_to(shares: Tensor) -> Tensor:
-        places = shares.mul_(FINE).add_(FINE + 0.5).clamp_(0, 2 * FINE).int()
-        return table.index_select(0, places.flatten()).view(shares.shape)
+    def look_up(table: Tensor, size: Tensor) -> Tensor:
+        """What a table of levels from -1 to 1 says of each number of groups of this size."""
+        places = (wide * (FINE / size.clamp(min=FINE * TINY))[..., None]).add_(FINE + 0.5).clamp_(0, 2 * FINE).int()
+        return table.index_select(0, places.flatten()).view(wide.shape)
 
     wide = matrix.float().unflatten(1, (-1, GROUP))
-    codes = nearest_to(wide / wide.abs().amax(-1, keepdim=True).clamp(min=TINY))
-    near = levels.index_select(0, codes.flatten().int()).view(wide.shape)
+    near = look_up(levels[nearest], wide.abs().amax(-1))
     scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
     rows = scale.amax(1) * (LEVELS[-1] / MOST)
     groups = (scale / rows.clamp(min=TINY)[:, None]).to(torch.float8_e4m3fn)
-    codes = nearest_to(wide / (groups.float() * rows[:, None]).clamp(min=TINY)[..., None]).view(len(matrix), -1, 2)
-    packed = codes[..., 0] | codes[..., 1] << 4
-    return Codes(packed.view(torch.int8), groups.view(torch.uint8), rows, levels)
+    codes = look_up(nearest.to(torch.uint8), groups.float() * rows[:, None])
+    both = codes.flatten(1).view(torch.int16)  # the first in its lower byte
+    return Codes((both | both >> 4).to(torch.int8), groups.view(torch.uint8), rows, levels)
 
 
 def width_of_turns(inward: int) -> int:

@@ -130,7 +130,7 @@ def rotate(matrix: Tensor, group: int) -> Tensor:
     It spreads outliers before rounding. Done twice it is undone. A product with rotated rows is that of tokens which
     are rotated too, as ComfyUI does it: (x H)(W H)ᵀ = x Wᵀ.
     """
-    inner = min(group, 256)
+    inner = min(group, 16 if matrix.device.type == "cpu" and matrix.dtype == torch.float32 else 256)
     parts = matrix.reshape(-1, group // inner, inner) @ hadamard(inner, matrix.dtype, matrix.device)
     if group > inner:  # H of a product of sizes is their Kronecker product: the large one is never made
         parts = hadamard(group // inner, matrix.dtype, matrix.device) @ parts
