@@ -230,6 +230,16 @@ def test_pictures_and_latents_are_cut_out_of_one_place(stage):
     assert len(corners.unique(dim=0)) > 2
 
 
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 40), (0.5, 130, 230), (1.0, 300, 300)])
+def test_as_many_are_grainy_as_the_recipe_says(stage, share, least, most):
+    """Of all three kinds, however few there are among the pictures."""
+    made = stage(grainy=share, batch=100)
+    made.pool = made.pool._replace(grainy=np.arange(16) == 3)
+    grainy = made.batch(0)["grainy"]
+    assert least <= grainy.sum() <= most
+    assert all(share == 0 or part.any() for part in grainy.chunk(3))
+
+
 def test_latents_are_drawn_in_parts_and_those_that_are_there_stay(tmp_path, monkeypatch):
     """Each of its own pictures, and all in their order."""
     make_data(tmp_path / "data")

@@ -103,14 +103,18 @@ def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, fold
     return Pool(np.load(path, mmap_mode="r"), np.array([item.look.medium == GRAINY for item in chosen]))
 
 
+def picked(grainy: NDArray[np.bool_], recipe: Recipe, rng: np.random.Generator) -> list[int]:
+    """A batch of a pool's pictures, which of them are grainy [N] -> their places, of the recipe's share grainy ones."""
+    those = np.flatnonzero(grainy)
+    among = (those if len(those) and rng.random() < recipe.grainy else len(grainy) for _ in range(recipe.batch))
+    return [int(rng.choice(each)) for each in among]
+
+
 def crops(pool: Pool, recipe: Recipe, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Random crops with random mirroring and colour order, float [B, 3, crop, crop] in -1 ... 1; which are grainy."""
-    out, which = np.empty((recipe.batch, recipe.crop, recipe.crop, 3), np.float32), []
-    grainy = np.flatnonzero(pool.grainy)
-    for row in out:
-        among = grainy if len(grainy) and rng.random() < recipe.grainy else len(pool.pictures)
-        which.append(int(rng.choice(among)))
-        picture = pool.pictures[which[-1]]
+    out, which = np.empty((recipe.batch, recipe.crop, recipe.crop, 3), np.float32), picked(pool.grainy, recipe, rng)
+    for row, index in zip(out, which, strict=True):
+        picture = pool.pictures[index]
         top, left = rng.integers(0, picture.shape[0] - recipe.crop + 1, 2)
         cut = picture[
             top : top + recipe.crop, left : left + recipe.crop, rng.permutation(3) if rng.random() < 0.3 else [0, 1, 2]

@@ -70,7 +70,7 @@ class Recipe(autoencoder.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "decoder", "grainy", "kl")
+        refuse(self, "decoder", "kl")
         at_least(self, 1, "trusted")
         at_least(self, autoencoder.WIDE, "crop")
         for key in ("widths", "taken"):
@@ -239,7 +239,7 @@ class Sharpening(autoencoder.Stage):
         cells, side = self.pool.asked.shape[-1], recipe.crop // factor
         latents, images, grainy = [], [], []
         for kind in KINDS:
-            for index in rng.integers(0, len(self.pool.pictures), recipe.batch):
+            for index in autoencoder.picked(self.pool.grainy, recipe, rng):
                 versions = getattr(self.pool, kind)[index]
                 top, left = rng.integers(0, cells - side + 1, 2)
                 latents.append(versions[rng.integers(len(versions)), :, top : top + side, left : left + side])
