@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from k2cli.folder import spelt
 from model.errors import USAGE, K2Error
 
 THEIRS = {  # what can be wrong with any path that is named, or that a project holds
@@ -23,6 +24,7 @@ THEIRS = {  # what can be wrong with any path that is named, or that a project h
     errno.ENOTDIR: "A part of the path is a file.",
 }
 PLACES = {"ADDRESS", "DIR", "FILE", "FILE...", "IMAGE", "PICTURE", "PROJECT", "RUN", "TARGET"}  # metavars
+PATHS = PLACES - {"ADDRESS"} | {"MODEL", "RECIPE"}
 
 
 class Group(TyperGroup):
@@ -83,7 +85,11 @@ class Command(TyperCommand):
                 from k2cli.console import say
 
                 say(twice, "yellow")
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for each in self.params:
+            if each.metavar in PATHS:
+                ctx.params[each.name] = as_there(ctx.params[each.name])
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
         Path.cwd()  # of a folder that is gone: libraries below would end the process
@@ -108,6 +114,16 @@ def refuse_empty(said: Mapping[str, Any], params: Sequence[Any]) -> None:
             name = each.opts[0] if each.param_type_name == "option" else each.metavar.rstrip(".")
             hint = "Name one." if each.required else "Name one, or leave it out."
             raise K2Error(f"{name} is empty.", hint=hint, code=USAGE)
+
+
+def as_there(said: Any) -> Any:
+    """A path, or several, by the names that are on the disk: some systems write accents apart from their letters."""
+    if isinstance(said, list | tuple):
+        return type(said)(map(as_there, said))
+    if not isinstance(said, str | Path) or str(said).isascii():
+        return said
+    found = spelt(Path(), said)
+    return said if found == Path(said) else type(said)(found)
 
 
 def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -> str:

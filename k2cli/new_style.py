@@ -10,7 +10,6 @@ from typing import Any
 
 from k2cli.dialect import dump
 from k2cli.disk import Exists, sweep, write, writing
-from k2cli.folder import spelt
 from k2cli.pictures import check_picture, in_folder, near
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.tables import as_name, listed, masked, plain, relative
@@ -52,7 +51,6 @@ def add_style(
     """
     file = styles.new_file(name, force=force)
     said: dict[str, Any] = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
-    files = [spelt(Path(), each) for each in files]
     loras = [each for each in files if each.suffix.lower() == LORA]
     if len(loras) > 1:
         raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each a style, and mix them.")

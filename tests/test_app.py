@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
@@ -1080,6 +1081,26 @@ def test_every_path_is_known_to_be_a_place():
                 found.add(about.metavar)
 
     assert found and found <= PLACES
+
+
+@pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_place_is_found_however_its_accents_are_written(moody, k2, there, asked):
+    """Some systems and archives write them apart."""
+    folder = moody.rename(moody.with_name(unicodedata.normalize(there, "Süß")))
+    os.chdir(folder.parent)
+    project = ("--project", unicodedata.normalize(asked, "Süß"))
+
+    made = k2("render", *project, "--only", "fox", "--batch", "1").stdout.strip()
+    said = unicodedata.normalize(asked, made)
+
+    assert made != said and (folder.parent / made).is_file()
+    k2("show", said)
+    k2("rerun", said)
+    k2("render", *project, "--like", said, "--dry-run")
+    k2("style", "add", "warm", said, *project)
+    k2("new", "taken", f"--from={said}")
+    k2("gallery", *project, "-o", unicodedata.normalize(asked, "Süß/page"))
+    assert [path.name for path in folder.parent.glob("S*")] == [folder.name] and (folder / "page").exists()
 
 
 def test_a_project_without_a_name_is_none(moody, k2):
