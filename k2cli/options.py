@@ -244,7 +244,7 @@ def read_weights(texts: Sequence[str], option: str) -> dict[str, float]:
 
 def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     """Prompts of the command line and of standard input; None where neither was used."""
-    from k2cli.prompts import typed
+    from k2cli.prompts import refuse_twins, typed
     from k2cli.stream import asked_by
 
     prompts = [typed(text) for text in texts]
@@ -255,11 +255,7 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
         said = {number: asked_by(line, f"Line {number}") for number, line in lines if line}
         if not (said or texts):
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
-        taken: dict[str, str] = {}  # without capitals -> as it is written
-        for number, name in ((number, prompt.name) for number, prompt in said.items() if prompt.name):
-            if other := taken.get(name.casefold()):
-                raise K2Error(f'Line {number}: another prompt is named "{other}".', hint="Give each its own name.")
-            taken[name.casefold()] = name
+        refuse_twins((f"Line {number}", prompt) for number, prompt in said.items())
         prompts += said.values()
     return prompts if texts or stdin else None
 

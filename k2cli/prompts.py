@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -66,7 +66,6 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
     if len(entries) > MOST_PROMPTS:
         raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
     prompts: list[Prompt] = []
-    taken: dict[str, str] = {}  # without capitals -> as it is written
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
         check_keys(entry, (*WORDS, *OF_PROMPT, "style"), at, HOMES)
@@ -83,11 +82,18 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
             parse_size(prompt.settings["size"], at("size"))
         if prompt.name:
             prompt = replace(prompt, name=check_name(prompt.name, at("name")))
-        if prompt.name and (other := taken.get(prompt.name.casefold())):
-            raise K2Error(f'{at("name")}: another prompt is named "{other}".', hint="Give each its own name.")
-        taken[prompt.name.casefold()] = prompt.name
         prompts.append(prompt)
+    refuse_twins((place.below("prompt", index)("name"), prompt) for index, prompt in enumerate(prompts))
     return tuple(prompts)
+
+
+def refuse_twins(prompts: Iterable[tuple[str, Prompt]]) -> None:
+    """Raises K2Error where two prompts, and where each is, have one name but for capitals: some disks know none."""
+    taken: dict[str, str] = {}  # without capitals -> as it is written
+    for where, name in ((where, prompt.name) for where, prompt in prompts if prompt.name):
+        if other := taken.get(name.casefold()):
+            raise K2Error(f'{where}: another prompt is named "{other}".', hint="Give each its own name.")
+        taken[name.casefold()] = name
 
 
 def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
