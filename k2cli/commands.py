@@ -13,7 +13,6 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from k2cli.folder import spelt
 from model.errors import USAGE, K2Error
 
 THEIRS = {  # what can be wrong with any path that is named, or that a project holds
@@ -122,6 +121,8 @@ def as_there(said: Any) -> Any:
         return type(said)(map(as_there, said))
     if not isinstance(said, str | Path) or str(said).isascii():
         return said
+    from k2cli.folder import spelt
+
     found = spelt(Path(), said)
     return said if found == Path(said) else type(said)(found)
 

@@ -88,13 +88,14 @@ def to_codes(matrix: Tensor) -> Codes:
 
     def look_up(table: Tensor, size: Tensor) -> Tensor:
         """What a table of levels from -1 to 1 says of each number of groups of this size."""
-        places = (wide * (FINE / size.clamp(min=FINE * TINY))[..., None]).add_(FINE + 0.5).clamp_(0, 2 * FINE).int()
-        return table.index_select(0, places.flatten()).view(wide.shape)
+        places = (wide * (FINE / size.clamp(min=FINE * TINY))[..., None]).add_(FINE + 0.5).int()
+        return table.index_select(0, places.clamp_(0, 2 * FINE).flatten()).view(wide.shape)
 
     wide = matrix.float().unflatten(1, (-1, GROUP))
-    near = look_up(levels[nearest], wide.abs().amax(-1))
+    sizes = wide.abs().amax(-1)
+    near = look_up(levels[nearest], sizes)
     scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
-    rows = scale.amax(1) * (LEVELS[-1] / MOST)
+    rows = scale.amax(1) * (LEVELS[-1] / MOST) + 0 * sizes.amax(1)  # of a number that is none, not one either
     groups = (scale / rows.clamp(min=TINY)[:, None]).to(torch.float8_e4m3fn)
     codes = look_up(nearest.to(torch.uint8), groups.float() * rows[:, None])
     both = codes.flatten(1).view(torch.int16)  # the first in its lower byte

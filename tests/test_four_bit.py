@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 
 import comfy_kitchen.tensor as kitchen
@@ -110,6 +111,13 @@ def test_groups_and_rows_of_nothing():
     back = codes.numbers * codes.rows[:, None]
     assert not back[1].any() and not back[2, 16:32].any() and back.isfinite().all()
     assert relative_error(back[::2], matrix[::2]) < 0.1
+
+
+@pytest.mark.parametrize("none", [math.nan, math.inf, -math.inf])
+def test_a_row_with_what_is_no_number_has_no_scale(none):
+    matrix = torch.randn(3, 64)
+    matrix[1, 20] = none
+    assert to_codes(matrix).rows.isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(("inward", "turns"), [(6144, 256), (16384, 256), (384, 64), (1024, 256), (48, 16), (20, 4)])
