@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from model.moodboard import Board, Look
 
 MOST = 1000  # pictures of a board
-READING = 3  # changes whenever the same pictures would be read in another way
+READING = 4  # changes whenever the same pictures would be read in another way
 WIDE = 118  # characters of a comment
 NAME_SOME = "Name png, jpg or webp files, or put some there."
 

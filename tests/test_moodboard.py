@@ -231,6 +231,18 @@ def test_bad_boards_are_a_sentence_each(den):
         board(den, "c.png")
 
 
+def test_the_same_picture_in_another_format_or_size_is_a_copy(den):
+    pictures = den / "refs" / "board"
+    with Image.open(pictures / "dark-0.png") as image:
+        image.save(pictures / "dark-0.jpg", quality=90)
+        image.resize((150, 150)).save(pictures / "dark-0.webp")
+
+    found = board(den)
+
+    assert "2 of them are copies of others and count once." in found.notes
+    assert sum(len(look.pictures) for look in found.looks) == 12
+
+
 def test_a_table_for_another_encoder_is_not_believed(den, monkeypatch, tmp_path):
     shutil.copytree(library.BOX, tmp_path / "box")
     monkeypatch.setattr(library, "BOX", tmp_path / "box")
