@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ from model.expand import LEVELS
 
 MARKING = ("A1111", "ComfyUI", "InvokeAI")  # tools that read signs in a prompt
 LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
-WEIGHT = re.compile(  # (words:1.2), (words), [words]; in InvokeAI (words)1.2 and (words)++
-    r"\(([^()]+?)(?::\s*[\d.]+\s*)?\)(?:[+-]+|\d*\.?\d+)?|\[([^\[\]:|]+)\]"
+WEIGHT = re.compile(r"\(([^()]+?)(?::\s*[\d.]+\s*)?\)|\[([^\[\]:|]+)\]")  # (words:1.2), (words), [words]
+RAISED = re.compile(  # in InvokeAI alone, elsewhere C++ is a word: (words)1.2, (words)++, word++
+    r"(?<=\))(?:[+-]+|\d*\.?\d+)|(?<=\w)(?:\++|--+)(?=[\s,.]|$)"
 )
-RAISED = re.compile(r"(?<=\w)(?:\++|--+)(?=[\s,.]|$)")  # InvokeAI: word++
 OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 had what to avoid in brackets
 FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
@@ -337,29 +338,31 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
 
 def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: Any) -> Origin:
     """An origin of what a tool wrote: texts without that tool's signs, numbers only where they are some."""
-    tidy = unmarked if tool in MARKING else plain
+    raised = tool == "InvokeAI"
+    tidy = partial(unmarked, raised=raised) if tool in MARKING else plain
     loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
-    left_out += ("weights of words",) * (tool in MARKING and any(map(weighed, (asked, avoid))))
+    left_out += ("weights of words",) * (tool in MARKING and any(weighed(text, raised) for text in (asked, avoid)))
     seed = integer(table.get("seed"))
     left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's have a bit more
     numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
     return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
 
 
-def unmarked(text: Any) -> str:
+def unmarked(text: Any, raised: bool = False) -> str:
     """A prompt as plain words: no adapters, no weights, no brackets but those that were escaped, one line."""
     text = guarded(LORA.sub("", plain(text)).replace(" BREAK ", ", "))  # by which A1111 begins a new piece
+    text = RAISED.sub("", text) if raised else text
     for _ in range(DEEPEST):
         text = WEIGHT.sub(r"\1\2", text)
-    text = re.sub(r"\0([0-3])", lambda sign: BRACKETS[int(sign[1])], RAISED.sub("", text))
+    text = re.sub(r"\0([0-3])", lambda sign: BRACKETS[int(sign[1])], text)
     return re.sub(r" ?,[ ,]*,", ",", plain(text)).strip(" ,")
 
 
-def weighed(text: Any) -> bool:
+def weighed(text: Any, raised: bool = False) -> bool:
     """Whether signs of a prompt give some of its words more or less weight."""
     text = guarded(plain(text))
-    return bool(WEIGHT.search(text) or RAISED.search(text))
+    return bool(WEIGHT.search(text) or (raised and RAISED.search(text)))
 
 
 def guarded(text: str) -> str:

@@ -86,6 +86,7 @@ def test_a1111(tmp_path):
          "text, blur", 5, ""),
         (r"((tail)), [ear], hero \(film\) BREAK night, (a:b:1.1), [x:y:0.5]" + "\nSteps: 9, Seed: 5",
          "tail, ear, hero (film), night, a:b, [x:y:0.5]", "", 5, ""),
+        ("18+, C++ book, A+ (fan)-made\nSteps: 9, Seed: 5", "18+, C++ book, A+ fan-made", "", 5, ""),
         ("{masterpiece}, {{red}} fox\nSteps: 9, Seed: 5", "{masterpiece}, {{red}} fox", "", 5, ""),
         ('{"scene": "a fox"}\nSteps: 9, Seed: 5', '{"scene": "a fox"}', "", 5, ""),
         ('a fox\nSteps: 20, Model: "dreams, \\"v8\\"", Hires prompt: "Seed: 9, x", Seed: 5, Version: f2\n'
@@ -104,6 +105,7 @@ def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
         ("a (red:1.3) fox\nSteps: 9", ["weights of words"]),
         ("a fox\nNegative prompt: [blur]\nSteps: 9", ["weights of words"]),
         (r"a fox \(film\)" + "\nSteps: 9", []),
+        ("a fox, 18+\nSteps: 9", []),
         ("a fox\nSteps: 9, Denoising strength: 0.4", ["its initial picture", "denoising strength 0.4"]),
         ("a fox\nSteps: 9, Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent",
          ["hires upscale 2", "denoising strength 0.4"]),
@@ -483,7 +485,7 @@ def test_invokeai(tmp_path):
     said = {"positive_prompt": "a red fox", "negative_prompt": "blur", "seed": 7, "steps": 30, "cfg_scale": 7.5,
             "width": 768, "height": 512, "model": {"name": "juggernaut", "hash": "x"}, "loras": []}  # fmt: skip
     old = {"model_weights": "stable-diffusion-1.5",
-           "image": {"prompt": [{"prompt": "an owl (at night)++ [blur]", "weight": 1}], "seed": 3, "steps": 50,
+           "image": {"prompt": [{"prompt": "an owl++ (at night)1.2 [blur]", "weight": 1}], "seed": 3, "steps": 50,
                      "cfg_scale": 7.5}}  # fmt: skip
 
     new = origins.read(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
