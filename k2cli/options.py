@@ -251,8 +251,9 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     if stdin:
         if sys.stdin.isatty():
             typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
-        lines = enumerate((line.strip() for line in re.split(r"\r\n?|\n", read_input())), 1)
-        said = {number: asked_by(line, f"Line {number}") for number, line in lines if line}
+        # the mark that some editors begin a text with comes again where such files are joined
+        lines = (line.removeprefix("\ufeff").strip() for line in re.split(r"\r\n?|\n", read_input()))
+        said = {number: asked_by(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}
         if not (said or texts):
             raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
         refuse_twins((f"Line {number}", prompt) for number, prompt in said.items())
@@ -261,8 +262,8 @@ def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
 
 
 def read_input() -> str:
-    """All of standard input, without the mark that some editors begin a text with. Raises K2Error where it is none."""
-    return decoded(sys.stdin.buffer.read()).removeprefix("\ufeff")
+    """All of standard input. Raises K2Error where it is no text."""
+    return decoded(sys.stdin.buffer.read())
 
 
 def decoded(said: bytes) -> str:

@@ -183,6 +183,8 @@ def test_a_byte_order_mark_is_no_part_of_anything(moody, k2, fake):
 
     assert fake.seen[0].prompt == "a pear, dusk" and made.endswith("/a-pear-7.png")
     assert k2("log").stdout.startswith(made)
+    joined = k2("render", "-", "--dry-run", "--json", input='\ufeffa plum\n\ufeff{"prompt": "tea"}\n').stdout
+    assert [json.loads(line)["prompt"]["text"] for line in joined.splitlines()] == ["a plum", "tea"]
 
 
 def test_json_is_one_object_a_line(moody, k2):
