@@ -130,10 +130,11 @@ class Project(Folder):
             inside = None if shells else self.inside
             return replace(settings, model=models.resolve(settings.model, inside, settings.variant))
         except K2Error as error:
-            if not shells and "model" not in self.toml.table.get("render", {}):
+            option = settings.elsewhere.get("model")
+            if not option and "model" not in self.toml.table.get("render", {}):
                 raise
-            where = "--model" if shells else self.toml.where("render", "model")
-            raise K2Error(f"{where}: {error}", hint=error.hint, code=USAGE if shells else error.code) from None
+            where = option or self.toml.where("render", "model")
+            raise K2Error(f"{where}: {error}", hint=error.hint, code=USAGE if option else error.code) from None
 
     def board_pictures(self, board: moodboard.Moodboard) -> tuple[list[Path], set[Path]]:
         """The pictures of [moodboard], and what lies beside them."""

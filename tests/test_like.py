@@ -258,6 +258,13 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     assert "of one project" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
 
 
+def test_a_model_that_is_gone_is_not_said_to_be_the_projects(dusky, k2):
+    record = Path(rendered(k2, "-p", "tea")).with_suffix(".toml")
+    record.write_text(re.sub(r'(\[model\]\nname = )"\w+"', r'\1"gone"', record.read_text()))
+
+    assert k2("render", "--like", record, code=2).stderr.startswith('Error: --like: There is no model "gone"')
+
+
 def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
     """As a style that is gone may."""
 
