@@ -105,6 +105,8 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
             raise K2Error(f'"{repo}" is not the name of a model at the hub.', hint="Names are like ORG/NAME.") from None
         except HfHubHTTPError:
             raise
+        except UnicodeEncodeError:  # of a header, and the token is the only one that is the user's
+            raise K2Error("HF_TOKEN holds a character that no token has.", hint="Copy it anew.") from None
         except (ValueError, KeyError, TypeError):
             raise K2Error(f"{constants.ENDPOINT} does not answer as a hub does.", hint="Check HF_ENDPOINT.") from None
     sizes = {each.rfilename: each.size or 0 for each in listed.values() if not is_ours(each.rfilename)}

@@ -406,6 +406,12 @@ def test_refusals_are_said_in_one_sentence(hf: Hub, k2, case: str):
     assert library.locate("krea-2-turbo") is None
 
 
+def test_a_token_with_a_character_that_none_has_is_said_to_be_one(hf: Hub, k2, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_…")
+
+    assert "HF_TOKEN holds a character that no token has." in k2("models", "pull", "krea-2-turbo", code=1).stderr
+
+
 def test_unknown_names_and_revisions(hf: Hub, k2):
     assert "has no model acme/nothing" in k2("models", "pull", "acme/nothing", code=1).stderr
     assert 'has no revision "v9"' in k2("models", "pull", "krea-2-turbo", "--revision", "v9", code=1).stderr
