@@ -13,7 +13,7 @@ from typing import Any
 
 Graph = Mapping[str, Any]
 
-TEXTS = ("text", "prompt", "text_g", "t5xxl", "clip_l")
+TEXTS = ("text", "populated_text", "prompt", "text_g", "t5xxl", "clip_l", "text_0")  # the last of what a node has shown
 VALUES = ("value", "string", "int", "float")  # of nodes that hold one value for others
 SIDES = {"on_true", "on_false"}  # of a switch
 BYPASSED = "bypassed"  # a node that only passes on what it is given, in the place of another
@@ -47,6 +47,8 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
     "LoadImage": ("image",),
     **{f"Primitive{kind}": ("value",) for kind in ("String", "StringMultiline", "Int", "Float", "Boolean")},
     "ComfySwitchNode": ("switch",),
+    "ImpactWildcardProcessor": ("", "populated_text"),
+    "SDXLPromptStyler": ("text_positive", "text_negative"),
     "StringConcatenate": ("string_a", "string_b", "delimiter"),
     "TextGenerate": ("prompt",),
 }
@@ -63,7 +65,7 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             continue
         guider = inputs(graph, linked(here["guider"])) if "guider" in here else here
         model = here.get("model", guider.get("model"))
-        asked, avoided = (Search(graph, TEXTS, str, side) for side in ("positive", "negative"))
+        asked, avoided = (Search(graph, (*TEXTS, f"text_{side}"), str, side) for side in ("positive", "negative"))
         yield {
             "prompt": asked.at(guider.get("positive", guider.get("conditioning"))),
             "avoid": avoided.at(guider.get("negative")),

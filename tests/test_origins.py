@@ -387,6 +387,25 @@ def test_comfyui_nodes_that_put_together(nodes, prompt):
     assert found.prompt == prompt
 
 
+@pytest.mark.parametrize(
+    ("node", "prompt"),
+    [
+        ({"wildcard_text": "a __beast__", "populated_text": "a red fox", "seed": 1}, "a red fox"),
+        ({"text_positive": "a red fox", "text_negative": "blurry", "style": "ink"}, "a red fox"),
+        ({"text": ["31", 0], "text_0": "a red fox, as it was shown"}, "a red fox, as it was shown"),
+        ({"text": ["32", 0], "text_0": "a red fox, as it was shown"}, "an owl"),
+    ],
+    ids=["wildcards", "styler", "shown", "shown and known"],
+)
+def test_comfyui_nodes_that_call_their_text_otherwise(node, prompt):
+    aside = {"30": {"inputs": node}, "31": {"inputs": {"image": "a.png"}}, "32": {"inputs": {"text": "an owl"}}}
+    negative = encoded(["30", 1]) if "text_negative" in node else GRAPH["7"]
+
+    (found,) = origins.of_comfy(GRAPH | aside | {"6": encoded(["30", 0]), "7": negative})
+
+    assert (found.prompt, found.avoid) == (prompt, "blurry")
+
+
 def test_comfyui_tells_of_loras_only_where_the_sampler_has_them():
     aside = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0]}}
 
