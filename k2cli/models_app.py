@@ -12,9 +12,6 @@ from k2cli.complete import complete_model
 from k2cli.options import AcceptOption, JsonOption, PrecisionOption, QuietOption, to_json
 from model.errors import K2Error
 
-# What ends so is meant to be a file, be it misspelt or of another format.
-NO_FOLDER = (".safetensors", ".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
-
 models_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -155,7 +152,7 @@ def export(
     if target.exists():
         raise K2Error(f"{target} exists already.", hint="Choose another name.")
     file = target.suffix == ".safetensors"
-    if not file and target.suffix.lower() in NO_FOLDER:
+    if not file and target.suffix.lower() in library.CALLED_WEIGHTS:
         raise K2Error(
             f"{target}: a model is not written as {target.suffix}.",
             hint="Name a .safetensors file, or a folder for diffusers.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from k2cli.disk import Exists, sweep, write, writing
 from k2cli.pictures import check_picture, in_folder, near
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.tables import as_name, listed, masked, plain, relative
+from model import library
 from model.errors import K2Error
 from model.hashes import identity, settings_beside, sha256
 from model.lora_file import check_kind, stated_triggers
@@ -57,6 +58,10 @@ def add_style(
     if triggers and not loras:
         raise K2Error("Triggers are a LoRA's words, and none was named.", hint="Call them keywords: -k")
     images = [each for each in files if each not in loras]
+    for each in images:
+        if each.suffix.lower() in library.CALLED_WEIGHTS and each.is_file():
+            hint = "Rename it." if each.suffix.lower() in (".sft", ".safetensor") else "Fetch it as one, or convert it."
+            raise K2Error(f"{masked(str(each))}: a LoRA is a {LORA} file.", hint=hint)
     if method and not images:
         raise K2Error("No picture was named that --method could be of.", hint="Leave it out, or name pictures.")
     lora = place_for(loras[0], name, styles) if loras else None
@@ -64,7 +69,7 @@ def add_style(
     stated = [masked(each) for each in stated]
     if lora:
         said |= {"lora": relative(lora, styles.root), "triggers": spoken(triggers, "A trigger") or stated}
-    pictures, patterns, over = add_pictures(styles, name, images, method) if images else ([], [], "")
+    pictures, patterns, over = add_pictures(styles, name, images, method, loras) if images else ([], [], "")
     if lora and not lora.exists():
         make(lora.parent)
         beside = settings_beside(loras[0])
@@ -95,17 +100,18 @@ def place_for(file: Path, name: str, styles: Styles) -> Path:
 
 
 def add_pictures(
-    styles: Styles, name: str, images: Sequence[Path], method: str | None
+    styles: Styles, name: str, images: Sequence[Path], method: str | None, loras: Sequence[Path]
 ) -> tuple[list[Path], list[str], str]:
     """Copy pictures, and those in folders, into refs/NAME -> where they are there, the patterns that name them, and
-    what was passed over."""
+    what was passed over. `loras` are named besides."""
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
             hint = near(image, str(image)) or "Name pictures, or a folder of them."
             raise K2Error(f"There is no {masked(str(image))}.", hint=hint)
         if image.is_dir() and not in_folder(image):
-            hint = passed_over(image.iterdir()) or "Name pictures, or a folder of them."
+            hint = passed_over(image.iterdir()) or weights_among(image.iterdir(), loras)
+            hint = hint or "Name pictures, or a folder of them."
             raise K2Error(f"{masked(str(image))} holds no picture.", hint=hint)
     files = [each for image in images for each in (in_folder(image) if image.is_dir() else [image])]
     beside = {path for image in images if image.is_dir() for path in image.iterdir()}
@@ -119,7 +125,8 @@ def add_pictures(
                 raise
             unread.append(masked(each.name))  # of a folder the others are meant, as on a board
     left_out = f"Left out, as they cannot be used: {listed(unread)}." if unread else ""
-    over = " ".join(filter(None, (passed_over(beside - {each.parent for each in files}), left_out)))
+    others = passed_over(beside - {each.parent for each in files})
+    over = " ".join(filter(None, (others, weights_among(beside, loras), left_out)))
     count = len({sha256(each) for each in kinds})
     most, by = MOST_AT_ONCE.get(method or "", MOST_REFERENCES), f" by {method}" if method in MOST_AT_ONCE else ""
     if count > most:
@@ -131,6 +138,13 @@ def add_pictures(
     whole = pictures == in_folder(folder)
     patterns = [f"refs/{name}/*"] if whole else [glob.escape(f"refs/{name}/{each.name}") for each in pictures]
     return pictures, patterns, over
+
+
+def weights_among(paths: Iterable[Path], loras: Sequence[Path]) -> str:
+    """That weights lie in a folder, as its LoRA is taken only where it is named itself; "" where none do."""
+    others = (path for path in paths if path not in loras and not path.name.startswith("."))
+    found = sorted(masked(path.name) for path in others if path.suffix.lower() in library.CALLED_WEIGHTS)
+    return f"Passed over: weights ({listed(found)}); for a LoRA name the file itself." if found else ""
 
 
 def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:

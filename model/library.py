@@ -41,6 +41,7 @@ KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
 
 MANIFEST = "k2-pull.json"
 WEIGHTS = (".safetensors", ".gguf")
+CALLED_WEIGHTS = (*WEIGHTS, ".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # misspelt, or of other formats, too
 DEEPEST = 3  # folders that weights lie in, their own counted
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a file's name, krea2Turbo_v10 too

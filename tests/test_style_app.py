@@ -299,6 +299,19 @@ def test_a_lora_is_found_however_its_accents_are_written(moody, photos, k2):
     assert spec_of(moody, ink=1).adapters
 
 
+def test_a_lora_in_a_folder_or_of_another_format_is_told_of(moody, photos, k2):
+    """Beside its preview, as collectors keep them, it is no picture of the style's."""
+    lora = write_lora(photos / "more" / "ink.safetensors")
+    said = "Passed over: weights (ink.safetensors); for a LoRA name the file itself."
+
+    assert said in k2("style", "add", "ink", photos / "more").stderr
+    assert "Passed over" not in k2("style", "add", "both", photos / "more", lora).stderr
+    (photos / "peft").mkdir()
+    renamed = lora.rename(photos / "peft" / "ink.sft")
+    assert "name the file itself" in k2("style", "add", "night", photos / "peft", code=1).stderr
+    assert "a LoRA is a .safetensors file.\nHint:  Rename it." in k2("style", "add", "night", renamed, code=1).stderr
+
+
 def test_a_lora_is_copied_into_the_project_and_becomes_a_style(moody, photos, k2):
     """With its words, and pictures beside it where such are named."""
     lora = write_lora(photos / "Ink v2.safetensors")
