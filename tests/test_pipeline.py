@@ -763,6 +763,20 @@ def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, co
         Pipeline.load("tiny", device="cpu")
 
 
+def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_come_from(tiny, tmp_path, monkeypatch):  # noqa: F811
+    box = Path(shutil.copytree(tiny, tmp_path / "box"))
+    for file in list(box.glob("tiny-*")):
+        file.rename(file.with_name(file.name.replace("tiny", "mini")))
+    state, about = read(box / "mini-text.safetensors")
+    save(box / "mini-text.safetensors", state, about | {"config": about["config"] | {"taps": (1, 2)}})
+    lone = shutil.copy(box / "mini-raw.safetensors", tmp_path / "mine.safetensors")
+    monkeypatch.setattr(library, "BOX", box)
+
+    with pytest.raises(K2Error, match="listens to 3 layers") as refused:
+        Pipeline.load(str(lone), device="cpu")
+    assert "k2 models pull krea-2-turbo" in refused.value.hint
+
+
 def test_references_that_cannot_be_read(pipeline, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for path in (tmp_path / "text.png", tmp_path / "missing.png"):
