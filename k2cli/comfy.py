@@ -30,6 +30,9 @@ MOST_LINKS = 2000  # that are followed for one value
 MOST_INPUTS = 100  # of a node; of one with more nothing is read
 MOST_WORDS = 100_000  # characters of texts that are put together
 MOST_JOINED = 100  # nodes behind which no more texts are put together, as each is a step deeper here
+LORA = re.compile("lora", re.IGNORECASE)  # in the names of nodes, as the next two
+CONTROL = re.compile("control.?net", re.IGNORECASE)
+REFERENCE = re.compile("reference|ip.?adapter|style.?model|redux|unclip|image.?edit", re.IGNORECASE)
 STARTS = ("latent_image", "samples", "latent")
 SIZE = ("width", "height")
 WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in their order; "" is none of ours
@@ -56,7 +59,7 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
 
 def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
     """What each sampler was given, the last first: prompt, avoid, enhanced, seed, steps, cfg, denoise, width, height,
-    model, loras; and begun, the picture that was encoded for it."""
+    model, loras, control, references; and begun, the picture that was encoded for it."""
     graph = switched(graph)
     for node in [*graph][::-1]:
         here = inputs(graph, node)
@@ -65,9 +68,10 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             continue
         guider = inputs(graph, linked(here["guider"])) if "guider" in here else here
         model = here.get("model", guider.get("model"))
+        words = guider.get("positive", guider.get("conditioning"))
         asked, avoided = (Search(graph, (*TEXTS, f"text_{side}"), str, side) for side in ("positive", "negative"))
-        yield {
-            "prompt": asked.at(guider.get("positive", guider.get("conditioning"))),
+        found = {
+            "prompt": asked.at(words),
             "avoid": avoided.at(guider.get("negative")),
             "enhanced": asked.enhanced or avoided.enhanced,
             "seed": number(graph, here, ("seed", "noise_seed"), int, behind="noise"),
@@ -76,9 +80,13 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             "denoise": number(graph, here, ("denoise",), (int, float), behind="sigmas"),
             **{side: find(graph, start, (side,), int) for side in SIZE},
             "model": find(graph, model, ("ckpt_name", "unet_name"), str),
-            "loras": has_lora(graph, [model], "model") or has_lora(graph, [*asked.clips, *avoided.clips], "clip"),
-            "begun": find(graph, inputs(graph, linked(start)).get("pixels"), ("image",), str),
+            "begun": find(graph, encoded(graph, start), ("image",), str),
         }
+        on_model = kinds_on_way(graph, [model], "model")
+        on_clip = kinds_on_way(graph, [*asked.clips, *avoided.clips], "clip")  # known once texts are found
+        leading = on_model | kinds_on_way(graph, [words], ("positive", "conditioning"))
+        named = {"loras": (LORA, on_model | on_clip), "control": (CONTROL, leading), "references": (REFERENCE, leading)}
+        yield found | {key: any(map(sign.search, kinds)) for key, (sign, kinds) in named.items()}
 
 
 def switched(graph: Graph) -> dict[str, Any]:
@@ -221,20 +229,31 @@ def parts_of(graph: Graph, node: str | None) -> list[str]:
     return parts if len(parts) > 1 else []
 
 
-def has_lora(graph: Graph, links: list[Any], side: str) -> bool:
-    """Whether one lies on the way from the network to the end of one of these links; `side` is what leads on, "model"
-    or "clip"."""
+def kinds_on_way(graph: Graph, links: list[Any], sides: str | tuple[str, ...]) -> set[str]:
+    """The nodes on the way to the end of these links; what leads on are inputs whose names begin as `sides`, "model"
+    say, or all where there are none."""
     left, seen = [*links], set[str]()
     while left and len(seen) < MOST_LINKS:
         node = linked(left.pop())
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "lora" in kind_of(graph, node).lower():
-            return True
         here = inputs(graph, node)
-        left += [each for key, each in here.items() if key.startswith(side)] or here.values()
-    return False
+        left += [each for key, each in here.items() if key.startswith(sides)] or here.values()
+    return {kind_of(graph, node) for node in seen}
+
+
+def encoded(graph: Graph, link: Any) -> Any:
+    """The pixels that latents were encoded from, behind masks and changes of size, but no other sampler."""
+    for _ in range(MOST_LINKS):
+        here = inputs(graph, linked(link))
+        if "pixels" in here:
+            return here["pixels"]
+        links = [here[key] for key in STARTS if key in here] or [each for each in here.values() if linked(each)]
+        if len(links) != 1 or {"positive", "guider"} & {*here}:
+            break
+        link = links[0]
+    return None
 
 
 def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,8 @@ RAISED = re.compile(  # in InvokeAI alone, elsewhere C++ is a word: (words)1.2, 
 OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 had what to avoid in brackets
 FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
+CIVITAI = "Civitai resources: "  # its own generator's: JSON, in which prompts name no LoRAs
+CIVITAI_LORA = re.compile(r'"type":\s*"(?:lora|lycoris|locon|dora)"', re.IGNORECASE)
 JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # of Midjourney's
 PARAMETER = re.compile(r"(?:^| )--(?=[a-z])")
 PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # of a prompt, and its weight
@@ -49,6 +51,7 @@ MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
 MOST_SAMPLERS = 50  # of a graph that are asked for a prompt
 SIDE = ".metadata.json"
 BEGINNING = "its initial picture"
+CONTROL, REFERENCES = "ControlNet", "reference pictures"
 TELLING = "Pictures of A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was taken out."
 
 
@@ -234,7 +237,8 @@ def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
         )
     model = table.get("model")
     name = (model.get("name") or model.get("model_name")) if isinstance(model, dict) else model
-    loras = table.get("loras")
+    kinds = {"loras": "LoRAs", "controlnets": CONTROL, "ipAdapters": REFERENCES}
+    led = [told for key, told in kinds.items() if isinstance(table.get(key), list) and table[key]]
     yield origin(
         "InvokeAI",
         table.get("positive_prompt"),
@@ -242,7 +246,7 @@ def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
         table,
         guidance=scale(table.get("cfg_scale")),
         model=plain(name),
-        left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (BEGINNING,) * bool(table.get("init_image")),
+        left_out=(*led, *(BEGINNING,) * bool(table.get("init_image"))),
     )
 
 
@@ -298,6 +302,8 @@ def of_a1111(text: str) -> Origin:
     hires = [key for key in facts if key.startswith("Hires")]  # of a second pass
     told = [key for key in ("Hires upscale", "Hires resize") if key in facts] or hires[:1]
     left_out = [plain(f"{key.lower()} {facts[key]}") for key in told]
+    left_out += ["LoRAs"] if CIVITAI_LORA.search(rest.partition(CIVITAI)[2]) and not LORA.search(asked) else []
+    left_out += [CONTROL] if any(key.startswith("ControlNet") for key in facts) else []
     left_out += [BEGINNING] if denoised and not hires else []
     left_out += [f"denoising strength {plain(denoised)}"] if denoised else []
     return origin(
@@ -331,6 +337,8 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
             model=plain(given["model"]),
             left_out=("LoRAs",) * given["loras"]
             + ("prompt enhancement",) * given["enhanced"]
+            + (CONTROL,) * given["control"]
+            + (REFERENCES,) * given["references"]
             + ((f"{BEGINNING} {plain(given['begun'])}",) if given["begun"] else ())
             + ((f"denoising strength {given['denoise']:g}",) if 0 < (given["denoise"] or 0) < 1 else ()),
         )

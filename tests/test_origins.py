@@ -109,6 +109,9 @@ def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
         ("a fox\nSteps: 9, Denoising strength: 0.4", ["its initial picture", "denoising strength 0.4"]),
         ("a fox\nSteps: 9, Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent",
          ["hires upscale 2", "denoising strength 0.4"]),
+        ('a fox\nSteps: 9, ControlNet 0: "Module: canny, Weight: 1"', ["ControlNet"]),
+        ('a fox\nSteps: 9, Civitai resources: [{"type":"checkpoint"},{"type":"lora","weight":0.8}]', ["LoRAs"]),
+        ('a fox\nSteps: 9, Civitai resources: [{"type":"checkpoint"}]', []),
         ("a fox\nSteps: 9, Hires steps: 5, Hires resize: 0x1024", ["hires resize 0x1024"]),
     ],
 )  # fmt: skip
@@ -118,13 +121,13 @@ def test_what_has_no_counterpart_is_left_out(tmp_path, text, left_out):
     assert list(found.left_out) == left_out
 
 
-@pytest.mark.parametrize(("denoise", "told"), [(0.5, ("denoising strength 0.5",)), (1, ())])
+@pytest.mark.parametrize(("denoise", "told"), [(0.5, ["denoising strength 0.5"]), (1, [])])
 def test_comfyui_tells_of_a_start_that_is_not_all_noise(denoise, told):
     sampler = {**TALL["3"], "inputs": {**TALL["3"]["inputs"], "denoise": denoise}}
     scheduler = {**FLUX["4"], "inputs": {**FLUX["4"]["inputs"], "denoise": denoise}}
 
     for graph in (TALL | {"3": sampler}, FLUX | {"4": scheduler}):
-        assert next(origins.of_comfy(graph)).left_out == told
+        assert [each for each in next(origins.of_comfy(graph)).left_out if each != "ControlNet"] == told
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
@@ -177,6 +180,40 @@ def test_comfyui_tells_what_a_picture_began_with():
     assert next(origins.of_comfy({**begun, "99": second})).left_out == ("LoRAs",)
 
 
+def test_comfyui_tells_what_a_picture_began_with_behind_a_mask():
+    """Not that of another sampler, either."""
+    nodes = {
+        "3": {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0], "latent_image": ["90", 0]}},
+        "90": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["91", 0], "mask": ["93", 1]}},
+        "91": {"class_type": "Reroute", "inputs": {"": ["92", 0]}},
+        "92": {"class_type": "VAEEncode", "inputs": {"pixels": ["93", 0], "vae": ["4", 2]}},
+        "93": {"class_type": "LoadImage", "inputs": {"image": "room.png"}},
+        "94": {"class_type": "LatentUpscaleBy", "inputs": {"samples": ["3", 0]}},
+    }
+    second = {"95": {**nodes["3"], "inputs": {**nodes["3"]["inputs"], "latent_image": ["94", 0]}}}
+
+    told = [each.left_out for each in origins.of_comfy(GRAPH | nodes | second)]
+
+    assert told == [(), ("its initial picture room.png",)]
+
+
+@pytest.mark.parametrize(
+    ("side", "node", "told"),
+    [
+        ("positive", {"class_type": "ControlNetApplyAdvanced", "inputs": {"positive": ["6", 0]}}, "ControlNet"),
+        ("positive", {"class_type": "ReferenceLatent", "inputs": {"conditioning": ["6", 0]}}, "reference pictures"),
+        ("model", {"class_type": "IPAdapterAdvanced", "inputs": {"model": ["4", 0]}}, "reference pictures"),
+        ("latent_image", {"class_type": "ReferenceLatent", "inputs": {"conditioning": ["6", 0]}}, None),
+    ],
+)
+def test_comfyui_tells_of_what_leads_beside_the_words(side, node, told):
+    sampler = {**GRAPH["3"], "inputs": {**GRAPH["3"]["inputs"], "model": ["4", 0], side: ["90", 0]}}
+
+    (found,) = origins.of_comfy(GRAPH | {"3": sampler, "90": node})
+
+    assert found.left_out == ((told,) if told else ()) and found.prompt == "a {red} fox"
+
+
 def test_comfyui_with_a_guider(tmp_path):
     found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(FLUX)))
 
@@ -222,7 +259,9 @@ EDITOR = {  # the editor's form of one sampler behind a node that only leads on
 def test_comfyui_nodes_that_pass_on_join_and_hold(tmp_path):
     found = origins.read(png(tmp_path / "a.png", prompt=json.dumps(TALL)))
 
-    assert found == origins.Origin("ComfyUI", "an owl, at (deep) night", "", 77, 64, 96, 8, 0.0, "krea2.safetensors")
+    assert found == origins.Origin(
+        "ComfyUI", "an owl, at (deep) night", "", 77, 64, 96, 8, 0.0, "krea2.safetensors", ("ControlNet",)
+    )
 
 
 def test_comfyui_as_the_editor_keeps_it(tmp_path):
@@ -509,6 +548,8 @@ def test_invokeai(tmp_path):
 
     new = origins.read(png(tmp_path / "a.png", invokeai_metadata=json.dumps(said)))
     assert new == origins.Origin("InvokeAI", "a red fox", "blur", 7, 768, 512, 30, 6.5, "juggernaut")
+    led = said | {"controlnets": [{"weight": 1}], "ipAdapters": [{"weight": 1}]}
+    assert [*origins.of_invoke(led)][-1].left_out == ("ControlNet", "reference pictures")
     before = origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
     assert before == origins.Origin(
         "InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5", ("weights of words",)
