@@ -170,7 +170,9 @@ def carry(
                 on_saved(saved)
             if done == 1 and not quiet:
                 for lora in saved.record.get("lora") or ():
-                    say(f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched", "dim")
+                    idle = ", and none is changed: all of it is 0" if lora.get("idle") else ""
+                    matched = f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
+                    say(matched, "yellow" if idle else "dim")
             doubts = doubts_of(shots[saved.stem], job) if as_json else []
             tell(saved, told, next(of), doubts, as_json=as_json, quiet=quiet)
             kept_back += bool(saved.record["blocked"])

@@ -62,6 +62,9 @@ class Shift:
 
     delta: Tensor  # in the parameter's shape
 
+    def changes(self) -> bool:
+        return bool(self.delta.any())
+
 
 Change = Update | Shift
 
@@ -76,7 +79,8 @@ class Adapter:
     unmatched: tuple[str, ...]  # layers that the network lacks, as the file calls them
 
     def report(self, weight: float) -> dict[str, Any]:
-        """For records: matched of modules layers are in use; the others are named."""
+        """For records: matched of modules layers are in use; the others are named. `idle` is one that changes none."""
+        idle = not any(each.changes() for each in self.layers.values())
         return {
             "path": str(self.path),
             "sha256": self.sha256,
@@ -84,6 +88,7 @@ class Adapter:
             "matched": len(self.layers),
             "modules": len(self.layers) + len(self.unmatched),
             "unmatched": list(self.unmatched),
+            **({"idle": True} if idle else {}),
         }
 
 

@@ -53,6 +53,13 @@ class Update(ABC):
     def dense(self, rows: slice) -> Tensor:
         """Some rows of the matrix [out, in], without the scale."""
 
+    def changes(self) -> bool:
+        """Whether it is not all noughts. A magnitude counts as a change: only beside its layer is seen what it does."""
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
+        some = {name for name, each in tensors.items() if each.any()}
+        factors = tensors.keys() - {"bias", "magnitude"}
+        return bool(some & {"bias", "magnitude"}) or (bool(self.scale) and factors <= some)
+
     def times(self, weight: float) -> Self:
         """This update with its scale, times a weight, multiplied into one of its factors, in fp32."""
         factor: dict[str, Any] = {self.scaled: getattr(self, self.scaled).float() * (self.scale * weight)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tree
 from PIL import Image, ImageChops
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import hands
@@ -193,10 +193,15 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     assert made["prompt"]["expanded"].endswith(", inkk") and made["lora"][0]["matched"] == 1
     assert made["pixels"] != record(plain.stdout.strip())["pixels"]
     assert "Identical, pixel for pixel." in k2("rerun", inked.stdout.strip()).stderr
+    inks = den / "ink.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(inks).items()}, inks)
+    idle = k2("render", "--only", "fox", "--batch", "1", "--style", "ink=1")
+    assert "1 of 1 modules matched, and none is changed: all of it is 0" in idle.stderr
+    assert record(idle.stdout.strip())["lora"][0]["idle"] is True
     before = tree(den)
     assert "foreign.safetensors" in k2("render", "--style", "foreign=1", code=1).stderr
     assert tree(den) == before
-    (den / "ink.safetensors").write_bytes(b"changed")
+    inks.write_bytes(b"changed")
     assert "ink.safetensors is not what it was" in k2("rerun", inked.stdout.strip(), code=1).stderr
 
 

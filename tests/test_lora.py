@@ -167,6 +167,16 @@ def test_every_layout_matches_every_layer(tmp_path, model, pairs, layout):
     assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (pairs, 1)))) < 1e-5
 
 
+def test_one_that_changes_nothing_is_reported_so(tmp_path, model, pairs):
+    """Saved before it was trained, or with alphas of 0."""
+    state = LAYOUTS["ComfyUI"](pairs)
+    untrained = {name: tensor * (0 if "lora_B" in name or "lora_up" in name else 1) for name, tensor in state.items()}
+    alphas = {f"{name.rpartition('.lora_')[0]}.alpha": torch.tensor(0.0) for name in state if ".lora_" in name}
+
+    for made, idle in ((state, False), (untrained, True), (state | alphas, True)):
+        assert ("idle" in read_lora(write(tmp_path, made), model).report(1)) == idle
+
+
 @pytest.mark.parametrize("config", [TINY, PRESETS["medium"]], ids=["tiny", "medium"])
 def test_no_two_layers_share_a_spelling(config):
     with torch.device("meta"):
