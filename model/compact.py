@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from model.checkpoint import NUMBERS, check, reader
 from model.errors import K2Error
 from model.few_bits import ENDS, few_bit_layers
+from model.headers import AGAIN
 from model.layouts import hold_blocks, open_dit
 from model.marks import mark_of
 from model.whole import whole
 
 WORDS = {number: word for word, number in NUMBERS.items()}
+SCALES = ("_scale", "_s_channel")  # of the rows of matrices in few bits, in which a NaN or infinity among them shows
 ALIGNED = 64  # bytes that the tensors begin at a multiple of, so that they can be mapped
 
 OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
@@ -50,7 +52,10 @@ def write_compact(
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole(target) as draft, draft.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for done, tensor in enumerate(tensors(model, read), 1):
+            for done, (name, tensor) in enumerate(zip(model.state_dict(), tensors(model, read), strict=True), 1):
+                if name.endswith(SCALES) and not tensor.isfinite().all():
+                    matrix = name.removesuffix("_scale").removesuffix("_s_channel")
+                    raise K2Error(f"{source} is damaged: {matrix} holds what is no number.", hint=AGAIN)
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
                 file.write(memoryview(raw))  # type: ignore[arg-type]
                 if on_tensor:

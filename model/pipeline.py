@@ -317,7 +317,10 @@ class Pipeline:
             following = iter(range(1, len(made)))
             tokens = tokens[[0 if leads(spec) else next(following) for spec in specs]]
         if not tokens.isfinite().all():
-            raise K2Error("The network's answer is not a number.", hint="Render in float32, or with lower guidance.")
+            hint = "Render in float32, or with lower guidance."
+            if self.dtype == torch.float32 and not (first.guidance or first.style_guidance):
+                hint = "The weights, or a LoRA's, hold what is no number: fetch the file again."
+            raise K2Error("The network's answer is not a number.", hint=hint)
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
     def _adapter(self, lora: Lora) -> Adapter:

@@ -140,6 +140,17 @@ def test_whole_or_not_at_all(tmp_path, state, monkeypatch):
 # ---- the command --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_weights_that_hold_what_is_no_number_are_not_rounded(tmp_path, state, precision):
+    broken = state["blocks.0.attn.wq.weight"].clone()
+    broken[3, 5] = float("nan")
+    source = native(tmp_path, state | {"blocks.0.attn.wq.weight": broken})
+
+    with pytest.raises(K2Error, match=r"blocks\.0\.attn\.wq\.weight holds what is no number"):
+        compact(tmp_path, source, precision)
+    assert not (tmp_path / f"{precision}.safetensors").exists()
+
+
 def test_the_command(tiny, k2, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     asked = ("models", "export", "tiny", "--turbo", "x.safetensors", "--precision", "int8")

@@ -788,5 +788,7 @@ def test_references_that_cannot_be_read(pipeline, tmp_path):
 def test_overflow_is_said_and_not_painted_black(pipeline):
     with torch.no_grad():
         pipeline.dit.last.linear.bias.fill_(float("nan"))
-    with pytest.raises(K2Error, match="not a number"):
-        pipeline.render([FOX])
+    for guidance, hint in ((2.0, "lower guidance"), (0.0, "hold what is no number: fetch the file again")):
+        with pytest.raises(K2Error, match="not a number") as raised:
+            pipeline.render([replace(FOX, guidance=guidance)])
+        assert hint in raised.value.hint
