@@ -142,8 +142,10 @@ class Project(Folder):
         return moodboard.gather(board.images, self.root, self.inside, where)
 
     def with_board(self, strength: float) -> Project:
-        """The project with its moodboard at this strength."""
+        """The project with its moodboard at this strength; at 0 it need have none."""
         if self.board is None:
+            if strength == 0:
+                return self
             raise K2Error(
                 f"{self.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard], and images below it."
             )

@@ -469,6 +469,7 @@ def test_a_boards_strength_is_an_option(den, k2):
     assert "must lie between −0.5 and 1.5" in k2("render", "--moodboard", "2", code=2).stderr
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
     assert "has no moodboard" in k2("render", "--moodboard", "1", code=1).stderr
+    assert strength("--moodboard", "0") == []
 
 
 def test_a_board_is_looked_at_once(den, monkeypatch):
