@@ -63,6 +63,8 @@ def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
     lead = all(spec.leader == Leader(spec.prompt, spec.seed, spec.negative) for spec in specs)
     if "cohesion" in here and settings.cohesion and lead:
         yield "Every picture is the first of its own, so that cohesion changes nothing."
+    if "scope" in here and not settings.cohesion:
+        yield "Cohesion is 0, so that scope changes nothing."
     guided = "style_guidance" in here and settings.style_guidance is not None  # as a picture's own none
     if guided and not any(style.references for spec in specs for style in spec.styles):
         yield "No style has reference pictures, so that style_guidance changes nothing."

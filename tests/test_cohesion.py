@@ -402,6 +402,8 @@ def test_what_is_typed_and_changes_nothing_is_told(den, k2):
     for options in (["--batch", "1"], ["--cohesion", "0.5"], ["--cohesion", "0", "--batch", "1"]):
         assert alone not in told(*options)
     assert alone not in told("--cohesion", "0.5", "--batch", "1", "--scope", "run")
+    untied = "Cohesion is 0, so that scope changes nothing."
+    assert untied in told("--scope", "run", "--cohesion", "0") and untied not in told("--scope", "run")
     wordless = "No style has reference pictures, so that style_guidance changes nothing."
     assert wordless in told("--style-guidance", "2") and wordless not in told()
     made = k2("render", "--only", "fox", "--batch", "1", "--quiet").stdout.strip()
