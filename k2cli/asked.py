@@ -62,7 +62,7 @@ def plan_project(
     named: bool,
 ) -> Job:
     """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
-    called = among_others(project.root) if named else project.name
+    called = among_others(project.root) if named else project.root.name
     whose = f"{called}: " if named else ""
     of_prompts = [prompt.settings for prompt in (project.prompts if prompts is None else prompts)]
     if not quiet and (beyond := settings.beyond(of_prompts)):

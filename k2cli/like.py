@@ -127,14 +127,14 @@ class Example:
         for name in gone:
             if styles.get(name) != 0:
                 raise K2Error(
-                    f'{OPTION}: {project.name} has no style "{name}"{more}.',
+                    f'{OPTION}: {project.root.name} has no style "{name}"{more}.',
                     hint=f"Make it, or leave it out: --style {quote(name)}=0",
                     code=USAGE,
                 )
         weights = weights_for({name: weight for name, weight in weights.items() if name not in gone}, project.styles)
         if strength and board is None and not project.board:
             raise K2Error(
-                f"{OPTION}: {project.name} has no moodboard{more}.",
+                f"{OPTION}: {project.root.name} has no moodboard{more}.",
                 hint="Add one to k2.toml, or leave it out: --moodboard 0",
                 code=USAGE,
             )

@@ -147,7 +147,7 @@ class Project(Folder):
             if strength == 0:
                 return self
             raise K2Error(
-                f"{self.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard], and images below it."
+                f"{self.root.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard], and images below it."
             )
         limits = next(f.metadata for f in fields(self.board) if f.name == "strength")
         with said_by(Option("--moodboard")) as said:
@@ -225,7 +225,7 @@ class Project(Folder):
         for name in asked:
             found = {each for each in (*known, *read) if fnmatchcase(folded(each), folded(name))}
             if not found:
-                said = f'--only: {self.name} has no prompt named "{plain(name, "The name")}".'
+                said = f'--only: {self.root.name} has no prompt named "{plain(name, "The name")}".'
                 raise K2Error(said, hint=nearest(name, known), code=USAGE)
             chosen |= found
         return tuple(each for each in read.values() if chosen & {each.name, each.base})

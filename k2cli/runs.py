@@ -218,7 +218,7 @@ def resume(project: Project, number: int | None = None) -> Job:
     if run is None:
         which = "run" if number is None else f"run {number:04d}"
         hint = "Start one with: k2 render" if number is None else "Which there are: k2 log"
-        raise K2Error(f"{project.name} has no {which} to go on with.", hint=hint)
+        raise K2Error(f"{project.root.name} has no {which} to go on with.", hint=hint)
     toml, planned = read_plan(project, run)
     held = weights_of(toml, project)
     sheet = read_table(SheetForm, toml.table.get("sheet", {}), Place(toml).below("sheet"))

@@ -14,7 +14,6 @@ from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
 from k2cli.folder import Folder, root_above
 from k2cli.hands import Unreachable
 from k2cli.outputs import Run, number_of
-from k2cli.project import Project
 from k2cli.runs import Job, begin
 from model.errors import USAGE, K2Error, count_of
 
@@ -82,15 +81,11 @@ def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
     """The error with its project in front, where it does not name that as none of the others is called."""
     root, said = home.root, str(error)
     named = [re.escape(f"{near(root)}/"), rf"{re.escape(str(root))}(?![\w.-])"]  # nor is /s-models one called s
-    if [*map(name_of, among)].count(name_of(home)) == 1:
-        named.append(re.escape(f"{name_of(home)} has "))
+    if [each.root.name for each in among].count(root.name) == 1:
+        named.append(re.escape(f"{root.name} has "))
     if re.search(rf"(?<![\w./-])(?:{'|'.join(named)})", said):  # refs/a.png is not of a project called s
         return error
     return K2Error(f"{among_others(root)}: {said}", hint=error.hint, code=error.code)
-
-
-def name_of(home: Folder) -> str:
-    return home.name if isinstance(home, Project) else home.root.name
 
 
 # ---- one after the other -----------------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ class Turns:
 
 def say_finished(job: Job) -> None:
     """That nothing is left of a run."""
-    say(f"{near(job.run.folder) if job.run else job.project.name}: every picture of the run is there.")
+    say(f"{near(job.run.folder) if job.run else job.project.root.name}: every picture of the run is there.")
 
 
 def go_on(jobs: Sequence[Job]) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,15 +157,18 @@ def test_the_same_fault_of_each_is_told_of_each(three, k2):
     ]
 
 
-def test_projects_that_are_called_alike_are_told_apart_by_their_folders(three, k2):
-    for name in ("one", "two"):
-        (three / name / "k2.toml").write_text('[project]\nname = "moody"\n\n' + PLAIN)
+def test_projects_are_told_apart_by_their_folders(three, k2):
+    """What is copied, or renamed, keeps the name in its k2.toml; of folders called alike the path stands in front."""
+    (three / "two" / "k2.toml").write_text('[project]\nname = "one"\n\n' + PLAIN)
+    (three / "old").mkdir()
+    shutil.copytree(three / "three", three / "old" / "three")
 
-    said = k2("render", *NAMES, "--only", "nope", code=2).stderr
+    said = k2("render", *NAMES, "old/three", "--only", "nope", code=2).stderr
 
     wrong = 'has no prompt named "nope".'
     told = [line.removeprefix("Error: ") for line in said.splitlines() if line.startswith("Error: ")]
-    assert told == [f"one: --only: moody {wrong}", f"two: --only: moody {wrong}", f"--only: three {wrong}"]
+    alike = [f"three: --only: three {wrong}", f"old/three: --only: three {wrong}"]
+    assert told == [f"--only: one {wrong}", f"--only: two {wrong}", *alike]
 
 
 def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fake):
