@@ -33,6 +33,7 @@ OTHERWISE = re.compile(  # and how one looks that means objects, but is none of 
     r"""|\[?\s*\{\s*\w+\s*:(?:\s*(?:"[^"]*"|'[^']*')\s*[,}]|[^|]*\}\s*\]?,?$)"""  # JavaScript's
 )
 PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # how a line of what is spread begins
+LIKE = '{"prompt": "a red fox", "seed": 4}'
 KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
 OF_ALL = "It is the same for all lines: {} on the command line."
 ELSEWHERE = {  # hints for keys that are no line's
@@ -85,22 +86,23 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
     """What a line asks for: a prompt, or a JSON object of what a [[prompt]] may say. Raises K2Error."""
     if not OBJECT.match(line):
         if means_objects(line):
-            like = '{"prompt": "a red fox", "seed": 4}'
-            hint = f'One object a line, as jq -c and json.dumps write it: {like}. Those of a list: jq -c ".[]".'
+            hint = f'One object a line, as jq -c and json.dumps write it: {LIKE}. Those of a list: jq -c ".[]".'
             raise K2Error(f"{called} is neither a prompt nor an object of JSON that holds one.", hint=hint)
         return typed(line)
     try:
-        said = json.loads(line, object_pairs_hook=partial(each_once, called))
+        said = json.loads(line, object_pairs_hook=partial(read_object, called))
         check_numbers(said)
     except (ValueError, RecursionError) as error:
-        hint = 'Like {"prompt": "a red fox", "seed": 4}.'
-        raise K2Error(f"{called} is no JSON: {error}.", hint=hint) from None
+        raise K2Error(f"{called} is no JSON: {error}.", hint=f"Like {LIKE}.") from None
     for key, own in KEYS.items():
         if key in said and own in said:
             raise K2Error(f'{called}: "{key}" and "{own}" are the same.', hint="Keep the one or the other.")
     place = Place(Toml("", called))  # [[prompt]]'s own names are taken, too, and not advised
     check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN, place, ELSEWHERE)
     words, styles = (key if key in said else own for key, own in KEYS.items())  # as it says them
+    for key, value in said.items():
+        if isinstance(value, dict) and key != styles:
+            raise K2Error(f'{called}: "{key}" cannot be an object.', hint=f"Like {LIKE}.")
     check_value(words, said.get(words, ""), str, {}, called)
     if not isinstance(weights := said.get(styles, {}), dict):
         hint = f'Like "{styles}": {{"dusk": 0.6}}.'
@@ -110,13 +112,14 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
     return replace(prompt, last=True)
 
 
-def each_once(called: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, which would let the last of several values win. Raises K2Error."""
+def read_object(called: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, without what is null: so programs write what they leave out, k2 too. Raises K2Error where a
+    key comes twice, of which JSON would let the last win."""
     table = dict(pairs)
     if len(table) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise K2Error(f'{called}: the key "{key}" is there more than once.', hint="Keep one.")
-    return table
+    return {key: value for key, value in table.items() if value is not None}
 
 
 def means_objects(line: str) -> bool:

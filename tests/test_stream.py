@@ -201,6 +201,9 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
         ('{"prompt": 4}', 'The line: "prompt" must be a text in quotes, not 4.', ""),
+        ('{"prompt": {"text": "tea"}}', 'The line: "prompt" cannot be an object.', 'Like {"prompt": "a red fox"'),
+        ('{"prompt": "tea", "seed": {}}', 'The line: "seed" cannot be an object.', "Like {"),
+        ('{"prompt": null}', "The line: the prompt is empty.", ""),
         ('{"text": 4}', 'The line: "text" must be a text in quotes, not 4.', ""),
         ('{"prompt": "tea", "styles": ["dusk"]}', 'The line: "styles" must be an object, not a list.', 'Like "styles"'),
         ('{"prompt": "tea", "style": 1}', 'The line: "style" must be an object, not 1.', 'Like "style": {"dusk": 0.6}'),
@@ -220,6 +223,12 @@ def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, l
     assert answer["error"].startswith(said) and hint in answer["hint"]
     assert answer["prompt"]["text"] == ("tea" if line.startswith('{"prompt": "tea",') else line)
     assert pear["prompt"]["text"] == "a pear"
+
+
+def test_what_is_null_is_left_out():
+    line = '{"prompt": "tea", "text": null, "seed": null, "avoid": null, "styles": {"dusk": null, "ink": 1}}'
+    asked = stream.asked_by(line)
+    assert (asked.text, asked.settings, asked.avoid, asked.style) == ("tea", {}, "", {"ink": 1})
 
 
 @pytest.mark.parametrize(
