@@ -48,7 +48,7 @@ from k2cli.options import (
     open_projects,
     read_matrix,
     read_prompts,
-    read_weights,
+    read_style,
     seed_of,
     to_json,
     variant_of,
@@ -379,7 +379,7 @@ def render(
         raise typer.BadParameter("it chooses of the project's prompts, so no other goes with it", param_hint="--only")
     if stream and prompt:
         raise typer.BadParameter("its prompts come by standard input, so no other goes with it", param_hint="--stream")
-    weights = read_weights(style or [], "--style")
+    weights = dict(map(read_style, style or []))
     compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
     prompts = [typed("anything")] if stream else read_prompts(prompt or [], stdin=stdin)
     example = Example.read(like, opened[0]) if like else None

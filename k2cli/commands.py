@@ -128,7 +128,7 @@ def as_there(said: Any) -> Any:
 
 
 def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -> str:
-    """Which options of one value came more than once, in a sentence; nothing where none did.
+    """Which options of one value, and which styles, came more than once, in a sentence; nothing where none did.
 
     said      the values by the options' names
     order     the parameters as they came
@@ -138,16 +138,35 @@ def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -
 
     told = []
     for option, times in Counter(order).items():
+        if option.multiple and option.metavar == "NAME=W":
+            told += styles_given_twice(said[option.name], compares)
         both_ways = getattr(option, "secondary_opts", [])  # --turbo/--raw
         if times == 1 or option.param_type_name != "option" or option.multiple or (option.is_flag and not both_ways):
             continue
         value = said[option.name]
         last = value if isinstance(value, str) else (option.opts if value else both_ways)[0]
-        often = "twice" if times == 2 else f"{times} times"
-        compare = f", and --matrix {option.name}=V,V compares" if compares and option.name in AXES else ""
-        name = "/".join([*option.opts[:1], *both_ways[:1]])
-        told.append(f"{name} is given {often}: {last} counts{compare}.")
+        axis = option.name if compares and option.name in AXES else ""
+        told.append(last_counts("/".join([*option.opts[:1], *both_ways[:1]]), times, last, axis))
     return " ".join(told)
+
+
+def styles_given_twice(said: Sequence[str], compares: bool) -> list[str]:
+    """The same of every style that has come with several weights."""
+    pairs = [(name.strip(), weight) for name, equals, weight in (each.rpartition("=") for each in said) if equals]
+    last = dict(pairs)
+    often = Counter(name for name, _ in pairs)
+    return [
+        last_counts(f"--style {name}", times, last[name], f"style.{name}" if compares else "")
+        for name, times in often.items()
+        if times > 1
+    ]
+
+
+def last_counts(name: str, times: int, last: str, axis: str) -> str:
+    """axis: what a --matrix calls it, if it can compare such"""
+    often = "twice" if times == 2 else f"{times} times"
+    compare = f", and --matrix {axis}=V,V compares" if axis else ""
+    return f"{name} is given {often}: {last} counts{compare}."
 
 
 def as_ours(error: Exception) -> K2Error | None:
