@@ -47,11 +47,18 @@ UNSEEN = dict.fromkeys(map(ord, "\u200c\u200d\ufe0e\ufe0f"))  # signs that say h
 USE_UTF_8 = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
 
 SYNTAX = (  # how tomllib's messages begin, and what to do
-    (("Invalid value",), 'Texts stand in straight quotes: name = "moody".'),
+    (
+        ("Invalid value",),
+        'Texts stand in straight quotes, name = "moody", numbers begin with a digit, 0.5, true and false are small.',
+    ),
     (("Unescaped",), r"Write \\ for a \, or put the text in single quotes, in which it means nothing."),
     (("Unterminated", "Illegal character", 'Expected "\'"'), "A text ends on its line, by the quote it began with."),
     (("Cannot declare", "Cannot overwrite"), "It is there already, further up: make one of the two."),
-    (("Expected newline", "Expected '='", "Invalid statement"), "A line is a key = value, a [table], or a # comment."),
+    (
+        ("Expected newline",),
+        'A line is a key = value: a text stands in quotes, size = "256x192", a number is written 0.5, and 7, not 07.',
+    ),
+    (("Expected '='", "Invalid statement"), "A line is a key = value, a [table], or a # comment."),
     (("Expected ']",), "A table's name stands between as many brackets on both sides: [render], [[prompt]]."),
     (("Unclosed",), "It ends with the bracket it began with, its values parted by commas."),
 )
