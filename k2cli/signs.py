@@ -1,4 +1,5 @@
-"""What other tools read in a prompt as more than words, and k2 does not: found, and told with what there is here."""
+"""What is meant in a prompt as more than words, and k2 does not read so: signs of other tools, and choices that lack a
+brace; found, and told with what there is here."""
 
 from __future__ import annotations
 
@@ -52,7 +53,19 @@ def signs_of(text: str) -> dict[str, str]:
             found[short(option[0])] = f"--{ours.replace('_', '-')} goes behind the prompt{how}"
         elif key in INSTEAD:
             found[short(option[0])] = INSTEAD[key].rstrip(".")
+    if "|" in text and (brace := unpaired(text)):
+        found[brace] = "choices stand between two braces: {red|green}"
     return found
+
+
+def unpaired(text: str) -> str:
+    """The first brace of a text that none opens, or else that none closes; "" where all are in pairs."""
+    left = 0
+    for brace in re.findall(r"[{}]", text):
+        left += 1 if brace == "{" else -1
+        if left < 0:
+            return "}"
+    return "{" if left else ""
 
 
 def short(sign: str) -> str:

@@ -50,6 +50,8 @@ from k2cli.signs import read_as_words, signs_of
         ("a fox --stylize 250", "--stylize 250", "weight of its style"),
         ("a fox --chaos 10", "--chaos 10", "--creativity high"),
         ("a fox --sref a.png", "--sref a.png", "k2 style add NAME PICTURE"),
+        ("a {red|green apple", "{", "between two braces"),
+        ("a red|green} cat", "}", "between two braces"),
     ],
 )
 def test_a_sign_is_found_with_what_to_say_here(prompt, sign, advice):
@@ -99,6 +101,8 @@ def test_an_option_without_a_value_hides_none_behind_it():
         "snake_case and _emphasis_",
         "it costs 2$",
         "{curly} braces",
+        "{curly} braces | ink",
+        "a :} smile",
     ],
 )
 def test_plain_text_is_no_sign(prompt):
