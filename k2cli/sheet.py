@@ -13,7 +13,9 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from model.picture_file import SHEET_KEY
 
 PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#6c665f", "#e4dfd7"
 MARGIN, GAP, BETWEEN = 40, 12, 32  # px: around the sheet, between pictures of a strip, between strips
@@ -59,8 +61,10 @@ def contact_sheets(
     parts = list(parts_of(entries, columns))
     for number, part in enumerate(parts, 1):
         which = f"sheet {number} of {len(parts)} · " if len(parts) > 1 else ""
-        buffer = io.BytesIO()
-        contact_sheet(part, title, which + subtitle, columns=columns, centred=centred).save(buffer, "PNG")
+        buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+        info.add_text(SHEET_KEY, "pictures of a run")
+        page = contact_sheet(part, title, which + subtitle, columns=columns, centred=centred)
+        page.save(buffer, "PNG", pnginfo=info)
         yield buffer.getvalue()
 
 

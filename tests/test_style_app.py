@@ -141,6 +141,20 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
     assert len(board) == 4 and not any("sheet" in path.name for path in board)
 
 
+def test_a_contact_sheet_is_known_without_its_run(moody, k2):
+    """Wherever it is copied to; a picture that is called so is one."""
+    k2("render")
+    run = next((moody / "outputs").iterdir())
+    (run / "run.toml").unlink()
+    Image.new("RGB", (64, 64), "teal").save(moody / "sheet.png")
+
+    copied = shutil.copytree(run, moody / "copied")
+
+    assert "Passed over: 1 contact sheet.\n" in k2("style", "add", "found", *copied.glob("*.png")).stderr
+    assert "identical" in k2("rerun", "--check", *run.glob("*.png")).stderr and k2("log").stderr == ""
+    k2("style", "add", "own", moody / "sheet.png")
+
+
 def test_a_picture_may_have_any_name(moody, photos, k2):
     """Even one that is no text, or that a terminal would obey: the copy gets another."""
     accent_apart = "cu\u0308r.png"  # as Macs write ü
