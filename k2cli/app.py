@@ -357,7 +357,7 @@ def render(
 
             carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet, crew=crew, on_saved=note)
             if not (quiet or resume):
-                say_again(made)
+                say_again(made, named=len(jobs) > 1)
 
     if resume:
         if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:

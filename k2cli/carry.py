@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from k2cli import history, licence
-from k2cli.console import meter, near, result, results, say
+from k2cli.console import among_others, meter, near, result, results, say
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
@@ -201,8 +201,8 @@ def tell(saved: Saved, told: set[str], of: list[int], doubts: Sequence[str], *, 
         result(near(saved.path))
 
 
-def say_again(made: Mapping[Path, str]) -> None:
-    """That all pictures of a run are those of the run before it.
+def say_again(made: Mapping[Path, str], *, named: bool) -> None:
+    """That all pictures of a run are those of the run before it, with its project in front where there are several.
 
     made  the pictures of finished runs, and the hashes of their pixels
     """
@@ -214,7 +214,9 @@ def say_again(made: Mapping[Path, str]) -> None:
         before = [each for each in folders if number_of(each) < number_of(run)]
         if before and holds(before[-1], hashes):
             which = "picture" if len(hashes) == 1 else "pictures"
-            say(f"The same {which} as run {number_of(before[-1]):04d}; --seed N or --seed random for others.", "dim")
+            whose = f"{among_others(run.parent.parent)}: " if named else ""
+            same = f"The same {which} as run {number_of(before[-1]):04d}"
+            say(f"{whose}{same}; --seed N or --seed random for others.", "dim")
 
 
 def holds(run: Path, hashes: Mapping[str, str]) -> bool:

@@ -411,6 +411,17 @@ def test_a_doubt_says_which_project_it_is_about(three, k2, more):
     assert idle in one and signs in one and "two: " not in one
 
 
+def test_pictures_as_before_are_told_of_their_project(three, k2):
+    k2("render", *NAMES)
+    (three / "two" / "k2.toml").write_text(PLAIN.replace("seed = 7", "seed = 8"))
+
+    several, one = k2("render", *NAMES).stderr, k2("render", "one").stderr
+
+    said = "The same pictures as run 000"
+    assert [line.split(said)[0] for line in several.splitlines() if said in line] == ["one: ", "three: "]
+    assert f"\n{said}2" in one
+
+
 @pytest.fixture
 def spoilt(three: Path) -> Callable[[str], None]:
     def spoil(what: str) -> None:
