@@ -13,7 +13,7 @@ from k2cli.pictures import sides_of
 from k2cli.project import Shot
 from k2cli.runs import Job
 from k2cli.settings import Settings
-from k2cli.signs import read_as_words
+from k2cli.signs import read_as_words, short
 from k2cli.tables import listed
 from model.errors import count_of
 from model.picture_file import passed_over
@@ -156,4 +156,4 @@ def is_drawn(prompt: str) -> bool:
 
 def nothing_in(prompts: Sequence[str]) -> str:
     more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
-    return f'Nothing that mini can draw is in "{prompts[0]}"{more}; what it can: k2 models vocabulary'
+    return f'Nothing that mini can draw is in "{short(prompts[0])}"{more}; what it can: k2 models vocabulary'
