@@ -24,6 +24,7 @@ from PIL import ExifTags, Image
 
 from k2cli import comfy, history
 from k2cli.formats import record_of
+from k2cli.prompts import prompt_of
 from k2cli.tables import UNPRINTABLE, loads, tables_in
 from model import picture_file
 from model.errors import K2Error
@@ -74,6 +75,7 @@ class Origin:
     guidance_until: float | None = None  # of k2's, where guidance ended before the last step
     sampler: str | None = None  # of k2's, where it was not Euler's
     mu: float | None = None  # of k2's
+    name: str = ""  # of k2's prompt
 
 
 def read(path: Path) -> Origin:
@@ -194,6 +196,7 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
             model=plain(used.get("name")),
             turbo=used.get("variant") == "turbo",
             creativity=level if level in LEVELS else "raw",
+            name=prompt_of(plain(asked.get("name")), plain(asked.get("caption"))),
             left_out=(*ties, *begun, *styles, *loras),
         )
 

@@ -68,10 +68,10 @@ def batches(origins: Sequence[Origin]) -> dict[Origin, int]:
 
 
 def named(origins: Iterable[Origin]) -> dict[str, Origin]:
-    """A name for the prompt of each, made of its words, numbered where two would be alike."""
+    """A name for the prompt of each, its own or one of its words, numbered where two would be alike."""
     found: dict[str, Origin] = {}
     for each in origins:
-        stem = slug(each.prompt)
+        stem = slug(each.name or each.prompt)
         numbers = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
         found[next(called for called in numbers if called not in found)] = each
     return found
@@ -171,7 +171,7 @@ def named_first(paths: Sequence[Path]) -> str:
 
 def wish(origin: Origin) -> Origin:
     """What a [[prompt]] takes over of a picture: others may differ in nothing but what stays behind."""
-    return Origin(origin.tool, origin.prompt, origin.avoid, origin.seed, origin.width, origin.height)
+    return Origin(origin.tool, origin.prompt, origin.avoid, origin.seed, origin.width, origin.height, name=origin.name)
 
 
 def project_text(name: str, origins: Sequence[Origin]) -> str:

@@ -18,6 +18,17 @@ from model import library
 from model.spec import raw_mu
 
 
+def test_prompts_keep_the_names_of_k2s_own_pictures(moody, k2, tmp_path):
+    """By which --only and the old files know them; where a matrix numbered its cells, without the number."""
+    k2("render", "--only", "fox", "--batch", "2")
+    k2("render", "--only", "fox", "--matrix", "steps=1,2")
+    pictures = sorted((moody / "outputs").glob("*/fox*.png"))
+    k2("new", tmp_path / "taken", "--from", *pictures)
+
+    names = {prompt.name for prompt in Project.open(tmp_path / "taken").prompts}
+    assert len(pictures) == 4 and names == {"fox"}
+
+
 def test_a_new_project_from_pictures(moody, k2, tmp_path):
     png(tmp_path / "a.png", parameters=PARAMETERS)
     png(tmp_path / "b.png", prompt=json.dumps(GRAPH))
