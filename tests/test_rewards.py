@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from workshop import make_data
 
 from model.errors import K2Error
-from model.train.judge import Critic, Judge, JudgeConfig, broken
+from model.train.judge import SIZE, Critic, Judge, JudgeConfig, Judging, Recipe, broken
 from model.train.looks import Look
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked
@@ -89,3 +90,20 @@ def test_every_picture_is_broken_and_keeps_its_grain():
     assert (top_octave(wrong) > 0.6 * top_octave(whole)).all()
     assert torch.equal(wrong, broken(whole, np.random.default_rng(0)))
     assert not torch.equal(wrong, broken(whole, np.random.default_rng(1)))
+
+
+@pytest.fixture
+def judging(tmp_path):
+    """The judge's stage, of a seed, on the drawings of the workshop."""
+    catalog = make_data(tmp_path / "data")
+    return lambda seed: Judging(Recipe(name="judge", steps=1, lr=1e-3, muon_lr=1e-3, seed=seed), catalog)
+
+
+def test_no_range_of_values_tells_whole_from_broken(judging):
+    """White stays white where it is doubled, melted, patched or torn, whatever it was tinted by."""
+    stage = judging(3)
+    stage.seen = dict.fromkeys(range(len(stage.items)), np.full((SIZE, SIZE, 3), 255, np.uint8))
+    for step in range(4):
+        batch = stage.batch(step)
+        alike = (batch["x"] - batch["broken"]).abs().amax((1, 2, 3)) < 1e-5
+        assert alike.float().mean() > 0.6, step  # all but those that are speckled

@@ -203,6 +203,7 @@ class Judging(loop.Stage):
         x = from_bytes(np.stack([self.seen[index] for index in chosen]))
         x = torch.roll(x, tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
         x = x * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
+        x = x.clamp(-1, 1)  # as `broken` leaves pictures: else the range of values tells the two apart
         soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders leave pictures
         x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), soft)
         grain = torch.from_numpy(rng.normal(0, 0.04, tuple(x.shape))).float()
