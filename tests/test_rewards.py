@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from workshop import make_data
 
 from model.errors import K2Error
-from model.train.judge import SIZE, Critic, Judge, JudgeConfig, Judging, Recipe, broken
+from model.train.judge import SIZE, Critic, Judge, JudgeConfig, Judging, Recipe, broken, judged
 from model.train.looks import Look
 from model.train.rewards import Rewards, top_octave
 from model.train.rollout import Asked
@@ -107,3 +107,13 @@ def test_no_range_of_values_tells_whole_from_broken(judging):
         batch = stage.batch(step)
         alike = (batch["x"] - batch["broken"]).abs().amax((1, 2, 3)) < 1e-5
         assert alike.float().mean() > 0.6, step  # all but those that are speckled
+
+
+def test_each_judge_leaves_a_tenth_of_its_own_out_and_all_that_is_held_out(judging):
+    catalog = judging(3).catalog
+    train, seen = set(catalog.items("train")), [set(judging(seed).items) for seed in (3, 4)]
+    left = [train - each for each in seen]
+
+    assert all(each <= train and 0.05 < len(train - each) / len(train) < 0.15 for each in seen)
+    assert left[0] != left[1]
+    assert not any(judged(item, seed) for item in catalog.items("held-out") for seed in (3, 4))
