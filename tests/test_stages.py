@@ -19,6 +19,7 @@ from model.train.data import DATA
 from model.train.grpo import Policy
 from model.train.sharpen import widened
 from model.train.states import place_of
+from model.train.stpo import Preference
 from model.vae import QwenImageVAE
 
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
@@ -126,23 +127,26 @@ def test_midtraining_begins_anew_what_it_is_told_to(workshop, monkeypatch):  # n
     assert set(begun) - old == {"look_head.weight", "look_head.bias"}
 
 
-def test_what_is_validated_are_the_averages_and_the_last_weights_are_saved(workshop, monkeypatch):  # noqa: F811
+def test_what_is_looked_at_in_the_end_are_the_averages_and_the_last_weights_are_saved(workshop, monkeypatch):  # noqa: F811
     from model.train import validation
 
     seen = {}
 
-    def look(model, *_):
+    def look(model):
         seen.update({name: value.clone() for name, value in model.state_dict().items()})
-        return 0.5
 
-    monkeypatch.setattr(validation, "validation_loss", look)
+    monkeypatch.setattr(validation, "validation_loss", lambda model, *_: look(model) or 0.5)
+    monkeypatch.setattr(Preference, "look_over", lambda stage, *_: look(stage.model) or {"reward_after": 0.5})
     base()
-    run("middle", "midtrain", "repeats = 2\nclusters = 3")
-    made = state("middle")
+    stages = {"midtrain": "repeats = 2\nclusters = 3", "stpo": POST + "group = 2\nmargin = 0.0\naside = 1"}
+    for stage, keys in stages.items():
+        run(stage, stage, keys)
+        made = state(stage)
 
-    assert record("middle")["figures"]["validation"] == 0.5
-    assert all(torch.equal(made[f"ema.{name}"], value) for name, value in seen.items())
-    assert not all(torch.equal(made[f"model.{name}"], value) for name, value in seen.items())
+        assert 0.5 in record(stage)["figures"].values()
+        assert all(torch.equal(made[f"ema.{name}"], value) for name, value in seen.items())
+        assert not all(torch.equal(made[f"model.{name}"], value) for name, value in seen.items())
+        seen.clear()
 
 
 def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa: F811

@@ -13,8 +13,8 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -290,6 +290,16 @@ class Run:
             return torch.empty_like(self.model.state_dict()[rest])
         param = params_of(self.optimisers[kind])[int(rest.partition(".")[0])]
         return torch.empty_like(param) if param.shape == shape else torch.empty(shape, dtype=dtype)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Meanwhile the model has its averaged weights: what others take over of the run."""
+        last = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(last)
 
     def snapshot(self) -> None:
         """Keep the weights of this step, and of as many before as the recipe says."""

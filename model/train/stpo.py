@@ -323,7 +323,8 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     loop.train(run, report)
     if not recipe.look or (run.idle and "reward_after" in run.figures):
         return run
-    figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
+    with run.averaged():
+        figures = stage.look_over(rewards, asked(data, recipe.look, "look over"))
     run.figures |= figures
     run.save(last=True)
     report(f"{recipe.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

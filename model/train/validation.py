@@ -68,10 +68,8 @@ def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -
     run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)
     if run.idle and "validation" in run.figures:
         return run
-    last = {name: value.clone() for name, value in stage.model.state_dict().items()}
-    stage.model.load_state_dict(run.ema)
-    run.figures["validation"] = validation_loss(stage.model, data, recipe, PICTURES)
-    stage.model.load_state_dict(last)
+    with run.averaged():
+        run.figures["validation"] = validation_loss(stage.model, data, recipe, PICTURES)
     run.save(last=True)
     report(f"{recipe.name}: validation {run.figures['validation']:.4f}")
     return run
