@@ -94,6 +94,22 @@ def test_of_equal_models_the_preference_is_even_and_its_gradient_is_dpos():
     torch.testing.assert_close(made.loser.grad, -8 / 4 * made.loser.detach())
 
 
+@pytest.mark.parametrize(
+    ("kind", "hinged", "anchored"),
+    [("dpo", 0, 0), ("dpo+sft", 0, 1), ("stpo", 1, 1)],
+)
+def test_what_holds_the_winner_is_weighed_in_halves_of_beta(kind, hinged, anchored):
+    """ℓ_w is 4 and 1, the reference's 1 and 4: only the first has risen."""
+    target = Both(torch.zeros(2, 1), torch.zeros(2, 1))
+    made, before = (Both(torch.tensor(w), torch.ones(2, 1)) for w in ([[2.0], [1.0]], [[1.0], [2.0]]))
+
+    def loss(hinge=0.0, anchor=0.0):
+        return preference_loss(made, target, before, 8.0, kind, hinge=hinge, anchor=anchor)[0]
+
+    torch.testing.assert_close(loss(hinge=0.5) - loss(), hinged * 8 / 2 * 0.5 * torch.tensor([3.0, 0.0]))
+    torch.testing.assert_close(loss(anchor=0.05) - loss(), anchored * 8 / 2 * 0.05 * torch.tensor([4.0, 1.0]))
+
+
 def test_the_scale_leaves_the_winner_falling_whatever_the_two_gradients():
     """To first order, a step along −(g_w − λ g_l) changes ℓ_w by −⟨g_w, g_w − λ g_l⟩: never up."""
     generator = torch.Generator().manual_seed(0)
