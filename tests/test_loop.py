@@ -349,6 +349,33 @@ def test_a_rate_of_zero_freezes_and_another_scales(tmp_path):
     assert moved["out.bias"] == pytest.approx(full["out.bias"], rel=1e-3)
 
 
+def test_the_first_steps_are_taken_at_a_part_of_the_rate(tmp_path):
+    """Both optimisers' first updates have the size of the rate, whatever the gradient's."""
+    moved = []
+    for warmup in (1, 4):
+        one = run(Recipe(**{**RECIPE.__dict__, "warmup_steps": warmup}), tmp_path / str(warmup))
+        before = {k: v.clone() for k, v in one.model.state_dict().items()}
+        one.advance(one.stage.batch(0))
+        moved.append({k: v - before[k] for k, v in one.model.state_dict().items()})
+
+    for name, by in moved[0].items():
+        torch.testing.assert_close(moved[1][name], by / 4, rtol=1e-3, atol=1e-6)
+
+
+def test_a_gradient_is_clipped_to_the_recipes_norm(tmp_path):
+    """What the optimisers were given is told by their first moments: a twentieth of it, and a tenth."""
+    one = run(Recipe(**{**RECIPE.__dict__, "clip": 0.01}), tmp_path)
+    norm = one.advance(one.stage.batch(0))["norm"]
+
+    moments = {"muon": ("momentum", 0.05), "adamw": ("exp_avg", 0.1)}
+    given = [
+        state[key].flatten() / share
+        for name, (key, share) in moments.items()
+        for state in one.optimisers[name].state_dict()["state"].values()
+    ]
+    assert norm > 0.1 and torch.cat(given).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_stage_of_which_nothing_learns_is_refused(tmp_path):
     class Frozen(Line):
         def rate(self, name):

@@ -118,6 +118,30 @@ def test_muon_updates_have_the_size_of_adamws():
     assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
 
 
+def test_muon_looks_ahead_of_its_momentum(monkeypatch):
+    """As Nesterov's: orthogonal becomes the gradient and the momentum that already holds it."""
+    monkeypatch.setattr(optim, "native_bf16", lambda device: False)
+    weight, (first, second) = torch.nn.Parameter(torch.zeros(4, 8)), torch.randn(2, 4, 8)
+    muon = optim.Muon([weight], lr=1.0)
+    for gradient in (first, second):
+        before, weight.grad = weight.detach().clone(), gradient
+        muon.step()
+
+    momentum = 0.05 * (0.95 * first + second)
+    ahead = 0.05 * second + 0.95 * momentum
+    torch.testing.assert_close(before - weight.detach(), 0.2 * 8**0.5 * optim.orthogonalise(ahead))
+
+
+def test_muon_lets_weights_decay():
+    weights = [torch.nn.Parameter(torch.ones(4, 8)) for _ in range(2)]
+    gradient = torch.randn(4, 8)
+    for weight, decay in zip(weights, (0.0, 0.1), strict=True):
+        weight.grad = gradient
+        optim.Muon([weight], lr=0.5, weight_decay=decay).step()
+
+    torch.testing.assert_close(weights[0] - weights[1], torch.full((4, 8), 0.5 * 0.1))
+
+
 def test_learning_rate_rises_stays_and_falls():
     course = [optim.warmup_stable_decay(step, 10, step / 100, decay=0.2) for step in (0, 4, 9, 50, 90, 100)]
 
