@@ -31,7 +31,7 @@ from model.layouts import load_dit
 from model.lora import read_lora
 from model.pipeline import Pipeline
 from model.second_path import LowRank
-from model.spec import Lora, RenderSpec
+from model.spec import Lora, RenderSpec, raw_mu
 from model.train import adapter, loop, states
 from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
 from model.train.pictures import Captioned, encode, join, read_folder, shortened, words_of
@@ -233,6 +233,23 @@ def test_the_first_step_sees_the_base_as_it_is(tmp_path):
     loop.Run(made, tmp_path).advance(made.batch(0))
     with torch.no_grad():
         assert not torch.equal(model(*given), before)
+
+
+def test_few_pictures_are_shown_without_their_caption():
+    made = stage(random_model(TINY), batch=8)
+    rows = [row for step in range(50) for row in made.batch(step)["embeds"]]
+    assert 0.05 < sum(row is made.material.nothing for row in rows) / len(rows) < 0.15
+
+
+def test_noise_levels_are_raws_own_for_the_number_of_image_tokens():
+    model, tokens = random_model(TINY), 8 * 8 // TINY.patch**2
+    losses = []
+    for mu in (None, raw_mu(tokens), 0.0):
+        made = stage(model, mu=mu)
+        batch = next(each for each in map(made.batch, range(9)) if each["latents"].shape[2:] == (8, 8))
+        losses.append(made.loss(batch)[0].item())
+
+    assert losses[0] == losses[1] != losses[2]
 
 
 def gradients(made: Adapting, batch: int = 0) -> dict[str, Tensor]:

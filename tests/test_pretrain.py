@@ -13,6 +13,7 @@ from workshop import workshop  # noqa: F401
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.train import optim, pretrain
+from model.train.alignment import CLEANER
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.pretrain import Recipe, Run
@@ -215,6 +216,18 @@ def test_the_teacher_is_the_average_of_the_weights_that_are_trained(recipe):
     assert len(teacher.dit.blocks) == 1  # of two: cut after two thirds of them
     for name, param in teacher.dit.named_parameters():
         assert torch.equal(param, run.ema[f"dit.{name}"]) and not param.requires_grad
+
+
+def test_the_teacher_sees_less_noise(recipe):
+    class Watched:
+        def see(self, tokens, sigma, *_):
+            self.sigma = sigma
+            return torch.randn(8, 4, TINY.width)
+
+    model, teacher = Run(replace(recipe, align=0.5), looks=3).model, Watched()
+    less = model.losses(make_batch(0, references=False), recipe, teacher).sigma - teacher.sigma
+
+    assert ((less >= 0) & (less <= CLEANER)).all() and less.max() > 0.05
 
 
 def test_only_the_first_epoch_is_aligned(recipe):
