@@ -1,5 +1,7 @@
 """Rewards: what they must tell apart, on pictures where it is known."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch.nn.functional as F
 from workshop import make_data
 
 from model.errors import K2Error
+from model.train import grpo, stpo
 from model.train.judge import SIZE, Critic, Judge, JudgeConfig, Judging, Recipe, broken, judged
 from model.train.looks import Look
-from model.train.rewards import Rewards, top_octave
+from model.train.rewards import Rewards, chosen_by, top_octave
 from model.train.rollout import Asked
 
 GRAINY, SMOOTH = Look("noto", "film"), Look("noto", "plain")
@@ -79,6 +82,24 @@ def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(
 def test_a_reward_of_no_such_name_is_refused(rewards):
     with pytest.raises(K2Error, match="beauty"):
         rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], {"beauty": 1.0})
+
+
+@pytest.mark.parametrize("stage", [stpo, grpo])
+def test_a_choice_is_kept_beside_all_that_it_depends_on(rewards, stage):
+    """Runs and judges may be trained anew under their names."""
+    torch.manual_seed(0)
+    plain = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
+    recipe = stage.Recipe(**plain, weights={"subject": 1.0})
+    dits = [torch.nn.Linear(2, 2) for _ in range(2)]
+    other = SimpleNamespace(vae=rewards.vae, judge=Judge(rewards.judge.config), critic=rewards.critic)
+
+    def found(dit=dits[0], rewards=rewards, **changes):
+        return chosen_by(replace(recipe, **changes), stage.CHOSEN_BY, dit, rewards)
+
+    changes = {"white": 2.0, "grounds": 1.0, "later": 1.0, "preset": "big", "network": {"blocks": 1}}
+    made = [found(), found(dits[1]), found(rewards=other), *(found(**{k: v}) for k, v in changes.items())]
+    assert json.loads(json.dumps(made[0])) == found(lr=1.0)
+    assert all(each not in made[:place] for place, each in enumerate(made))
 
 
 def test_every_picture_is_broken_and_keeps_its_grain():

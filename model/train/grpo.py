@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,14 +28,14 @@ from model.train import loop, parallel, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, more_than_none, refuse
-from model.train.rewards import Rewards, rewarding
+from model.train.rewards import JUDGED_BY, Rewards, chosen_by, rewarding
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
-CHOSEN_BY = ("init", "seed", "size", "prompts", "pool", "judge", "weights", "sample_steps")  # are prompts
+CHOSEN_BY = (*JUDGED_BY, "pool")  # are prompts
 FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
 
 
@@ -267,6 +268,21 @@ def telling_prompts(
     return [prompts[i] for i in chosen]
 
 
+def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, device: str, report: Report) -> None:
+    """Write the prompts by which the parent's rewards tell most, where they are not there yet."""
+    parent = pretrain.Trainee(recipe.config, len(data.looks))
+    states.start(parent, states.parent(recipe.init))
+    dit = parent.to(device).dit
+    now = chosen_by(recipe, CHOSEN_BY, dit, rewards)
+    if path.exists() and json.loads(path.read_text()).get("chosen_by") == now:
+        return
+    chosen = telling_prompts(dit, data, rewards, recipe, report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as draft:
+        prompts = [(each.caption, each.subject, str(each.look)) for each in chosen]
+        draft.write_text(json.dumps({"chosen_by": now, "prompts": prompts}))
+
+
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Choose the prompts, once for what the recipe says of them, then run to its end, from where it stands."""
     data = training_set(recipe, device)
@@ -274,15 +290,9 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     rewards = Rewards.load(recipe.judge, data, device)
     folder = RUNS / recipe.name
     path = folder / "pool.json"
-    here, now = parallel.world(), {key: getattr(recipe, key) for key in CHOSEN_BY}
-    if here.leads and not (path.exists() and json.loads(path.read_text())["recipe"] == now):
-        parent = pretrain.Trainee(recipe.config, len(data.looks))
-        states.start(parent, states.parent(recipe.init))
-        chosen = telling_prompts(parent.to(device).dit, data, rewards, recipe, report)
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(path) as draft:
-            prompts = [(each.caption, each.subject, str(each.look)) for each in chosen]
-            draft.write_text(json.dumps({"recipe": now, "prompts": prompts}))
+    here = parallel.world()
+    if here.leads:
+        choose(path, data, rewards, recipe, device, report)
     here.wait()
     looks = {str(look): look for look in data.looks}
     pool = [Asked(caption, subject, looks[look]) for caption, subject, look in json.loads(path.read_text())["prompts"]]

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint
 from model.errors import K2Error
@@ -22,13 +23,18 @@ from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
+from model.train.loop import digest
 from model.train.rollout import Asked, decode
 from model.train.states import RUNS
-from model.train.training_set import TrainingSet
+from model.train.training_set import Recipe, TrainingSet
 from model.vae import QwenImageVAE
 
 EVALUATION = 77  # the seed of the judge that only evaluates
 REAL = 6  # pictures of each look that its style and its spectrum are known by
+JUDGED_BY = (  # of a recipe: what judged pictures of a model's own depend on
+    *("init", "preset", "network", "seed", "size", "prompts", "white", "grounds", "later", "sample_steps"),
+    *("judge", "weights"),
+)
 
 
 def top_octave(pictures: Tensor) -> Tensor:
@@ -50,6 +56,13 @@ def rewarding(recipe: str, weights: Mapping[str, float]) -> None:
     """Raises K2Error where a recipe's weights of rewards sum to nothing."""
     if sum(weights.values()) <= 0:
         raise K2Error(f'Recipe "{recipe}": weights must name rewards, and sum to more than 0.')
+
+
+def chosen_by(recipe: Recipe, keys: Sequence[str], dit: nn.Module, rewards: Rewards) -> dict[str, Any]:
+    """What a choice among a network's own pictures depends on, to be kept beside it: keys of the recipe, and a hash of
+    the networks that paint, decode and judge, since a run of the same name may be trained anew."""
+    networks = nn.ModuleList([dit, rewards.vae, rewards.judge, rewards.critic or nn.Identity()])
+    return {key: getattr(recipe, key) for key in keys} | {"networks": digest(networks)}
 
 
 class Rewards:

@@ -34,16 +34,14 @@ from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, more_than_none, refuse, share
-from model.train.rewards import Rewards, rewarding, top_octave
+from model.train.rewards import JUDGED_BY, Rewards, chosen_by, rewarding, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
-CHOSEN_BY = (  # of a recipe: what its pairs depend on
-    *("init", "seed", "size", "prompts", "group", "margin", "judge", "weights", "sample_steps", "guidance"),
-)
+CHOSEN_BY = (*JUDGED_BY, "group", "margin", "guidance")  # are pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +153,13 @@ class Pairs:
         return cls(captions, Both(**load_file(path)))
 
 
-def made_for(path: Path, recipe: Recipe) -> bool:
-    """Whether a file holds the pairs that a recipe asks for, and some besides those held aside."""
+def made_for(path: Path, now: Mapping[str, Any], aside: int) -> bool:
+    """Whether a file holds pairs that would be chosen the same now, and some besides those held aside."""
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["pairs"])
-    same = all(about["recipe"].get(key) == getattr(recipe, key) for key in CHOSEN_BY)
-    return same and len(about["captions"]) > recipe.aside
+    return about.get("chosen_by") == now and len(about["captions"]) > aside
 
 
 def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,9 +312,10 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     stage = Preference(recipe, data, states.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
-    if run.world.leads and not made_for(path, recipe):
+    now = chosen_by(recipe, CHOSEN_BY, stage.reference.dit, rewards)
+    if run.world.leads and not made_for(path, now, recipe.aside):
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
-        pairs.save(path, {"recipe": asdict(recipe)})
+        pairs.save(path, {"recipe": asdict(recipe), "chosen_by": now})
     run.world.wait()
     stage.pairs = Pairs.load(path)
     loop.train(run, report)
