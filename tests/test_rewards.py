@@ -60,7 +60,7 @@ def test_the_top_octave_is_where_fine_grain_lies():
 
 def test_grain_must_neither_be_polished_away_nor_put_where_none_is(rewards):
     def grain(amount, look):
-        return rewards.each(pictures(6, amount, 5), [Asked("", "fox", look)] * 6)["grain"].mean().item()
+        return rewards.chosen(pictures(6, amount, 5), [Asked("", "fox", look)] * 6, ["grain"])["grain"].mean().item()
 
     assert grain(0.2, GRAINY) > 0.7
     assert grain(0.1, GRAINY) < 0.5 * grain(0.2, GRAINY) and grain(0.0, GRAINY) < 0.1
@@ -70,9 +70,8 @@ def test_grain_must_neither_be_polished_away_nor_put_where_none_is(rewards):
 
 def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(rewards):
     asked = [Asked("", "fox", GRAINY), Asked("", "car", GRAINY)]
-    found = rewards.each(pictures(1, 0.1).expand(2, -1, -1, -1), asked)
+    found = rewards.chosen(pictures(1, 0.1).expand(2, -1, -1, -1), asked, ["subject", "style", "artefact", "grain"])
 
-    assert found.keys() == {"subject", "style", "artefact", "grain"}
     assert all(value.shape == (2,) and ((value >= 0) & (value <= 1)).all() for value in found.values())
     assert found["subject"].sum().item() == pytest.approx(1)  # of one picture, over both names
     total = rewards.total(pictures(1, 0.1).expand(2, -1, -1, -1), asked, {"subject": 3.0, "grain": 1.0})
@@ -81,7 +80,16 @@ def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(
 
 def test_a_reward_of_no_such_name_is_refused(rewards):
     with pytest.raises(K2Error, match="beauty"):
-        rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], {"beauty": 1.0})
+        rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], ["beauty"])
+
+
+def test_only_the_rewards_that_are_asked_for_are_worked_out(rewards, monkeypatch):
+    def not_asked(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("model.train.rewards.top_octave", not_asked)
+    monkeypatch.setattr(rewards.critic, "forward", not_asked)
+    assert rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], ["subject"]).keys() == {"subject"}
 
 
 @pytest.mark.parametrize("stage", [stpo, grpo])

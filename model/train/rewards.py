@@ -10,7 +10,7 @@ grain     the power in the top octave of its spectrum against real pictures of t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,32 +122,26 @@ class Rewards:
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
 
-    def each(self, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
-        """Every reward by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1; without a critic there is no
-        `artefact`."""
+    def chosen(self, pictures: Tensor, asked: Sequence[Asked], names: Collection[str]) -> dict[str, Tensor]:
+        """These rewards by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1. Raises K2Error for one that
+        there is not; without a critic there is no `artefact`."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             subject, style = self.see(pictures)
             wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
             real = torch.stack([self.styles[a.look] for a in asked])
             octave = torch.stack([self.octaves[a.look] for a in asked])
-            found = {
-                "subject": (16 * subject @ self.names.T).softmax(1).gather(1, wanted[:, None])[:, 0],
-                "style": (1 + (style * real).sum(1)) / 2,
-                "grain": (-(top_octave(pictures).log() - octave).abs()).exp(),
+            known: dict[str, Callable[[], Tensor]] = {
+                "subject": lambda: (16 * subject @ self.names.T).softmax(1).gather(1, wanted[:, None])[:, 0],
+                "style": lambda: (1 + (style * real).sum(1)) / 2,
+                "grain": lambda: (-(top_octave(pictures).log() - octave).abs()).exp(),
             }
-            if self.critic is not None:
-                found["artefact"] = self.critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
-            return found
-
-    def chosen(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """The rewards that `weights` names."""
-        found = self.each(pictures, asked)
-        for name in weights:
-            if name not in found:
-                known = ", ".join(found)
-                reason = "has no critic beside it" if name == "artefact" else "is unknown"
-                raise K2Error(f'The reward "{name}" {reason}.', hint=f"Rewards here: {known}.")
-        return {name: found[name] for name in weights}
+            if (critic := self.critic) is not None:
+                known["artefact"] = lambda: critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
+            for name in names:
+                if name not in known:
+                    reason = "has no critic beside it" if name == "artefact" else "is unknown"
+                    raise K2Error(f'The reward "{name}" {reason}.', hint=f"Rewards here: {', '.join(known)}.")
+            return {name: known[name]() for name in names}
 
     def total(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> Tensor:
         """The weighted mean of rewards, [B], 0 … 1."""

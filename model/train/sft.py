@@ -78,7 +78,7 @@ def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
             part = members[start : start + 64]
             asked = [Asked("", data.items[i].pair.subject, data.items[i].look) for i in part]
             pictures = decode(rewards.vae, data.latents[part].to(device))
-            score[part] = rewards.chosen(pictures, asked, {"subject": 1.0})["subject"].cpu().numpy()
+            score[part] = rewards.chosen(pictures, asked, ["subject"])["subject"].cpu().numpy()
     only(data, best_of_each(data.items, keep, score, recipe.per_subject))
     counts: dict[str, float] = defaultdict(float)
     for item, weight in zip(data.items, data.weights, strict=True):
