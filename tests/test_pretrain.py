@@ -193,6 +193,16 @@ def test_two_threads_draw_from_one_set(recipe, workshop):  # noqa: F811
         assert torch.equal(row[: 6 - count % 6, : alone.shape[1]], alone[count % 6 :])
 
 
+def test_sheets_are_drawn_where_the_network_lies(recipe, monkeypatch):
+    stage, asked = Run(recipe, looks=3).stage, []
+    monkeypatch.setattr("model.train.samples.main", lambda *given: asked.append(given))
+    for device in ("cpu", "meta"):
+        stage.model.to(device)
+        stage.sheet()
+
+    assert asked == [("tiny", "cpu"), ("tiny", "meta")]
+
+
 # ---- alignment ------------------------------------------------------------------------------------------------------
 
 

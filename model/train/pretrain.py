@@ -125,7 +125,7 @@ def taught_by(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> Tra
 
 
 class Drawing(loop.Stage):
-    """A stage whose transformer draws: sheets of samples show how it comes along."""
+    """A stage whose transformer, the model's `dit`, draws: sheets of samples show how it comes along."""
 
     recipe: Recipe
 
@@ -136,7 +136,7 @@ class Drawing(loop.Stage):
         return self.recipe.sheets
 
     def sheet(self) -> Path:
-        return samples.main(self.recipe.name)
+        return samples.main(self.recipe.name, str(self.model.get_parameter("dit.first.weight").device))
 
 
 class Pretraining(Drawing):
