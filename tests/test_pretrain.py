@@ -13,7 +13,7 @@ from workshop import workshop  # noqa: F401
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
 from model.train import optim, pretrain
-from model.train.alignment import CLEANER
+from model.train.alignment import CLEANER, Teacher
 from model.train.data import Item, Pair
 from model.train.looks import Look
 from model.train.pretrain import Recipe, Run
@@ -238,6 +238,16 @@ def test_the_teacher_sees_less_noise(recipe):
     less = model.losses(make_batch(0, references=False), recipe, teacher).sigma - teacher.sigma
 
     assert ((less >= 0) & (less <= CLEANER)).all() and less.max() > 0.05
+
+
+def test_the_teacher_follows_once_a_step(recipe, monkeypatch):
+    followed, follow = [], Teacher.follow
+    monkeypatch.setattr(Teacher, "follow", lambda self, averages: followed.append(1) or follow(self, averages))
+    run = Run(replace(recipe, align=0.5), looks=3)
+    for step in range(2):
+        run.advance(*(aligned(3 * step + part) for part in range(3)))
+
+    assert len(followed) == 3  # when it began, and after each
 
 
 def test_only_the_first_epoch_is_aligned(recipe):

@@ -168,10 +168,15 @@ class Pretraining(Drawing):
         """The teacher as it is now, in the first epoch of a run that has one."""
         if not (self.recipe.align and batch.get("first")):
             self.teacher = None
-        else:
-            self.teacher = self.teacher or Teacher(self.model.dit)
+        elif self.teacher is None:
+            self.teacher = Teacher(self.model.dit)
             self.teacher.follow(self.averages)
         return self.teacher
+
+    def after(self, step: int) -> Mapping[str, float]:
+        if self.teacher is not None:
+            self.teacher.follow(self.averages)
+        return {}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         teacher = self.taught(batch)
