@@ -595,7 +595,7 @@ def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, argumen
         ("style add x y.png --method ", {"auto", "tokens", "splice", "vision"}),
         ("log --run ", {"0001-fox", "0002-owl"}),
         ("gallery --style ", {"dusk", "riso"}),
-        ("train s", {"sft-media", "sft-merge", "sft-plain", "sharpen", "stpo-256", "styles-256", "styles/"}),
+        ("train s", {"sft-media", "sft-merge", "sft-plain", "sharpen", "sharper", "stpo-256", "styles-256", "styles/"}),
         ("train outputs/", {"outputs/0001-fox/", "outputs/0002-owl/"}),
     ],
 )
