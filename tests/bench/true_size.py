@@ -3,8 +3,8 @@
 `python tests/bench/true_size.py FOLDER [--stored bf16|int8|int4] [--size 256] [--keep] [--smoke]`. Writes a file of
 random weights into FOLDER, block by block (26 GB; 14 as int8, 8 as int4), and measures each way to hold it in a process
 of its own: its highest resident memory, and the time to the first step beside that of reading the file once, as any
-program reads. The file's pages are dropped from the system's cache before every reading. It is deleted at the end unless
-kept.
+program reads. The file's pages are dropped from the system's cache before every reading. It is deleted at the end
+unless kept.
 """
 
 from __future__ import annotations
