@@ -6,17 +6,11 @@ others' files hold is told by names and shapes (`model/layouts.py`).
 
 from __future__ import annotations
 
-import io
 import json
-import mmap
-import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,7 +23,7 @@ from model.errors import K2Error
 from model.few_bits import ENDS, Format, few_bit_layers, hold
 from model.four_bit import Codes, codes_of
 from model.gguf_file import GGUFTensors
-from model.headers import AGAIN, Stored, own_words, read_header, read_json, shards, some, stored_in
+from model.headers import AGAIN, Stored, own_words, read_json, shards, some, stored_in
 from model.marks import (
     BESIDE,
     BLOCKS,
@@ -44,19 +38,9 @@ from model.marks import (
 )
 from model.plan import free_memory
 from model.quantize import FOREIGN, FOREIGN_SCALES, Rows, restore, scale_of
+from model.safetensors_file import PLAINER, Arriving, SafeTensors
 from model.whole import whole
 
-MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
-PAGE = 4096  # bytes of a file that a disk hands out at once
-AHEAD = 4  # parts of a matrix that are read while one is worked on
-SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
-NUMBERS = {  # safetensors' names of number formats
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
 WIDE = ("F64", "F32", "F16", "BF16")
 WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights they are the bits of something else
 
@@ -167,126 +151,12 @@ class Opened:
         return self._files[path]
 
 
-class Arriving:
-    """A matrix of a file that passes through little memory, which stays in the processor's cache: some rows are read
-    while those before them are worked on."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, file: SafeTensors, name: str, reader: Executor):
-        self.file, self.name, self.reader = file, name, reader
-        begin, end, self.dtype, shape = file.place_of(name)
-        self.shape = torch.Size(shape)
-        self.row = (end - begin) // len(self)  # bytes
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def split(self, count: int) -> Iterator[Tensor]:
-        """All rows, so many at a time; each part is there until the next is asked for. Raises OSError."""
-        begin, end, *_ = self.file.place_of(self.name)
-        rooms = [room_for(count * self.row) for _ in range(AHEAD + 1)]
-
-        def fetch(start: int, room: Tensor) -> Tensor:
-            first, last = begin + start * self.row, min(begin + (start + count) * self.row, end)
-            return self.file.read_into(room, first, last, self.dtype).view(-1, *self.shape[1:])
-
-        coming = deque[Future[Tensor]]()
-        for start, room in zip(range(0, len(self), count), cycle(rooms)):
-            coming.append(self.reader.submit(fetch, start, room))
-            if len(coming) > AHEAD:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-
-
 def read(
     path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a file or folder, dequantised, and the `k2` metadata ({} where there is none)."""
     checkpoint = open_checkpoint(path)
     return dict(checkpoint.read(device=device, dtype=dtype)), checkpoint.metadata
-
-
-class SafeTensors:
-    """The tensors of a .safetensors file by name: views of its pages, which are read when they are touched.
-
-    No more than a window of the file is mapped at a time, and a window lives as long as a tensor of it does: all of a
-    file that is larger than the machine's memory would be refused. Pages that are written to become our own.
-
-    cached: whether the system is to keep what `read_into` reads. Of a file that it cannot keep whole, each page takes
-    the place of another that is wanted as soon, and costs a copy: past the cache a disk is read in half the time.
-    """
-
-    def __init__(self, path: Path, device: str, cached: bool = True):
-        self.path, self.device, self.cached = path, device, cached
-        self.header = {name: entry for name, entry in read_header(path).items() if name != "__metadata__"}
-
-    def __enter__(self) -> SafeTensors:
-        self.file = self.path.open("rb", buffering=0) if self.cached else open_uncached(self.path)
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.start = self.size - max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
-        self.first = self.last = 0
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.file.close()
-
-    def place_of(self, name: str) -> tuple[int, int, torch.dtype, list[int]]:
-        """Where a tensor begins and ends in the file, its number format and its shape. Raises K2Error."""
-        entry = self.header[name]
-        begin, end = (self.start + offset for offset in entry["data_offsets"])
-        if entry["dtype"] not in NUMBERS:
-            raise K2Error(f"{name} of {self.path} is stored as {entry['dtype']}, which k2 does not read.", hint=PLAINER)
-        return begin, end, NUMBERS[entry["dtype"]], entry["shape"]
-
-    def read_into(self, room: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The file's bytes from `begin` up to `end`, as numbers in a room of `room_for`. Raises OSError."""
-        early = begin % PAGE
-        self.file.seek(begin - early)
-        filled, view = 0, memoryview(room.numpy())[: whole_pages(early + end - begin)]  # type: ignore[arg-type]
-        while filled < early + end - begin:
-            if not (count := self.file.readinto(view[filled:])):
-                raise OSError(f"{self.path} has become shorter")
-            filled += count
-        return torch.frombuffer(view, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=early)
-
-    def get_tensor(self, name: str) -> Tensor:
-        begin, end, dtype, shape = self.place_of(name)
-        if begin == end:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        if begin < self.first or end > self.last:
-            self.first = begin - begin % mmap.ALLOCATIONGRANULARITY
-            self.last = min(max(end, self.first + MOST_MAPPED), self.size)
-            length = self.last - self.first
-            self.pages = mmap.mmap(self.file.fileno(), length, access=mmap.ACCESS_COPY, offset=self.first)
-        tensor = torch.frombuffer(self.pages, dtype=dtype, count=prod(shape), offset=begin - self.first)
-        tensor = tensor.clone() if end - begin < SMALL else tensor
-        return tensor.view(shape).to(self.device)
-
-
-def open_uncached(path: Path) -> io.FileIO:
-    """A file whose pages are not kept by the system, where it knows how (Linux, on most disks). It is read by whole
-    pages, into memory that begins at one."""
-    if hasattr(os, "O_DIRECT"):
-        with suppress(OSError):
-            file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
-            try:
-                file.readinto(memoryview(room_for(0).numpy()))  # type: ignore[arg-type]
-                return file
-            except OSError:
-                file.close()
-    return io.FileIO(path)
-
-
-def room_for(count: int) -> Tensor:
-    """Memory for as many bytes of a file, and for the rest of the pages that they begin and end in."""
-    room = torch.empty(whole_pages(count) + 2 * PAGE, dtype=torch.uint8)
-    return room[-room.data_ptr() % PAGE :][: whole_pages(count) + PAGE]
-
-
-def whole_pages(count: int) -> int:
-    return -(-count // PAGE) * PAGE
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:

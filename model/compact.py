@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import NUMBERS, check, reader
+from model.checkpoint import check, reader
 from model.errors import K2Error
 from model.few_bits import ENDS, few_bit_layers
 from model.headers import AGAIN
 from model.layouts import hold_blocks, open_dit
 from model.marks import mark_of
+from model.safetensors_file import NUMBERS
 from model.whole import whole
 
 WORDS = {number: word for word, number in NUMBERS.items()}

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import NUMBERS as NUMBER_FORMATS
 from model.checkpoint import WIDE, Checkpoint, Stored, load, open_checkpoint, reader, refuse_unreadable
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error
@@ -25,6 +24,7 @@ from model.headers import AGAIN, some
 from model.library import dit_of
 from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
+from model.safetensors_file import NUMBERS as NUMBER_FORMATS
 from model.stream import stream
 
 ATTENTION = {

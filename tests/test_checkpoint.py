@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_dit import diffusers_key, random_model, reference
 
-from model import checkpoint, quantize
-from model.checkpoint import AHEAD, SMALL, SafeTensors, open_checkpoint, open_uncached, read, room_for, save
+from model import checkpoint, quantize, safetensors_file
+from model.checkpoint import open_checkpoint, read, save
 from model.dit import DiTConfig
 from model.errors import K2Error
 from model.few_bits import FORMATS
 from model.layouts import diffusers_names, load_dit, to_diffusers
 from model.quantize import quantise, to_rows
+from model.safetensors_file import AHEAD, SMALL, SafeTensors, open_uncached, room_for
 
 if sys.platform == "linux":
     import fcntl
@@ -323,7 +324,7 @@ def test_folders_without_their_weights(tmp_path):
 
 def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch):
     """Every number format, across the edges of small windows; and what is written to a tensor stays out of the file."""
-    monkeypatch.setattr(checkpoint, "MOST_MAPPED", 4096)
+    monkeypatch.setattr(safetensors_file, "MOST_MAPPED", 4096)
     kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int64)
     state = {f"{i}.{kind}": torch.randn(3, 700).to(kind) for i in range(3) for kind in kinds}
     state |= {"empty": torch.empty(0, 4), "one": torch.tensor(7.0)}
@@ -459,7 +460,7 @@ def test_a_matrix_on_its_way_is_rounded_as_a_whole_one_is(tmp_path, monkeypatch,
     part = quantize.restore
 
     def noted(tensor, *others):
-        places.add(tensor.data_ptr() // checkpoint.PAGE)
+        places.add(tensor.data_ptr() // safetensors_file.PAGE)
         return part(tensor, *others)
 
     monkeypatch.setattr(quantize, "restore", noted)
