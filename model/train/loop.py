@@ -7,7 +7,6 @@ afterwards, the log, and a record of the run in its checkpoint's metadata.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.dit import SingleStreamBlock, TextBlock
@@ -36,7 +35,19 @@ from model.train.journal import Journal, mean_of
 from model.train.optim import Muon, for_muon, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
-from model.train.states import check_modules, commit, newest_state, parent, place_of, snapshots, start, step_of, write
+from model.train.states import (
+    check_modules,
+    commit,
+    digest,
+    newest_state,
+    parent,
+    place_of,
+    read_whole,
+    snapshots,
+    start,
+    step_of,
+    write,
+)
 from model.whole import whole
 
 SAVE_EVERY = 180.0  # seconds
@@ -333,11 +344,6 @@ class Run:
         }
 
 
-def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    """A file's tensors, in memory of their own: Windows replaces no file that somebody holds mapped."""
-    return {name: tensor.clone() for name, tensor in load_file(path, str(device)).items()}
-
-
 def train(run: Run, report: Report = print) -> Run:
     """Take a run to its end, from where it stands; `report` gets a line now and then. Raises K2Error, and
     KeyboardInterrupt: at once where several processes train, else when the run is saved."""
@@ -447,12 +453,3 @@ def line(run: Run, first: int, before: float) -> str:
 def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
     """Its parameters, in the order of its state dict's numbers."""
     return [param for group in optimiser.param_groups for param in group["params"]]
-
-
-def digest(network: nn.Module) -> str:
-    """sha256 of a network's weights."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()

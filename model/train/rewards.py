@@ -23,9 +23,8 @@ from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
-from model.train.loop import digest
 from model.train.rollout import Asked, decode
-from model.train.states import RUNS
+from model.train.states import RUNS, digest
 from model.train.training_set import Recipe, TrainingSet
 from model.vae import QwenImageVAE
 

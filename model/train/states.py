@@ -6,12 +6,14 @@ the run stands) and `record` (how it came about).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -117,3 +119,17 @@ def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...
         if begin[name].shape != weights[name].shape:
             raise K2Error(f"The parent's {name} is {list(weights[name].shape)}, this one's {list(begin[name].shape)}.")
         begin[name].copy_(weights[name])
+
+
+def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """A file's tensors, in memory of their own: Windows replaces no file that somebody holds mapped."""
+    return {name: tensor.clone() for name, tensor in load_file(path, str(device)).items()}
+
+
+def digest(network: nn.Module) -> str:
+    """sha256 of a network's weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
