@@ -540,7 +540,7 @@ def test_however_many_a_picture_takes_each_is_read_once(pipeline, tmp_path, monk
 
 def test_what_was_read_stays_though_the_file_is_written_over(monkeypatch, model, pairs, tmp_path):
     """Large tensors of a file are views of its pages: an adapter is kept, and answers for what it was."""
-    monkeypatch.setattr("model.checkpoint.SMALL", 0)
+    monkeypatch.setattr("model.safetensors_file.SMALL", 0)
     file = write(tmp_path, LAYOUTS["diffusers"](pairs))
     adapter = read_lora(file, model)
     before = velocity(model, (adapter, 1.0))
