@@ -32,7 +32,7 @@ from model.train.ahead import Ahead
 from model.train.alone import alone
 from model.train.interrupt import heeded
 from model.train.journal import Journal, mean_of
-from model.train.optim import Muon, for_muon, warmup_stable_decay
+from model.train.optim import for_muon, optimisers_of, params_of, warmup_stable_decay
 from model.train.parallel import as_sharded, local
 from model.train.recipe import Recipe
 from model.train.states import (
@@ -123,7 +123,7 @@ class Run:
         if self.sharded:
             units = [m for m in self.model.modules() if isinstance(m, SingleStreamBlock | TextBlock)]
             parallel.shard(self.model, units, stage.entry, self.device)
-        self.optimisers = self._optimisers()
+        self.optimisers = optimisers_of(self.model, self.recipe, stage.muon, stage.rate)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.figures: dict[str, float] = {}
@@ -136,32 +136,6 @@ class Run:
         if state is not None:
             self.load(state)
         stage.begin(self.ema)
-
-    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        recipe, rate = self.recipe, self.stage.rate
-        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
-        for param, name in names.items():
-            param.requires_grad_(rate(name) > 0)
-
-        def groups(params: list[Tensor], lr: float) -> list[dict[str, Any]]:
-            by_rate: dict[float, list[Tensor]] = defaultdict(list)
-            for param in params:
-                if param.requires_grad:
-                    by_rate[rate(names[param])].append(param)
-            return [{"params": each, "lr": lr * factor, "peak": lr * factor} for factor, each in by_rate.items()]
-
-        taken = {param: self.stage.muon(name, param) for param, name in names.items()}
-        inside, rest = ([param for param, muon in taken.items() if muon == wanted] for wanted in (True, False))
-        made: dict[str, torch.optim.Optimizer] = {}
-        if muon := groups(inside, recipe.muon_lr):
-            made["muon"] = Muon(muon, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
-        if adamw := groups(rest, recipe.lr):
-            made["adamw"] = torch.optim.AdamW(
-                adamw, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
-            )
-        if not made:
-            raise K2Error(f'Recipe "{recipe.name}": nothing learns, as all of it is frozen.')
-        return made
 
     @property
     def progress(self) -> float:
@@ -448,8 +422,3 @@ def line(run: Run, first: int, before: float) -> str:
     seconds = left * spent / (run.step - first) if recipe.steps else left
     figures = ", ".join(f"{key} {value:g}" for key, value in run.figures.items())
     return f"{recipe.name} {run.step}: {figures}; {speed:.1f} pictures/s, {max(seconds, 0) / 60:.1f} min left"
-
-
-def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    """Its parameters, in the order of its state dict's numbers."""
-    return [param for group in optimiser.param_groups for param in group["params"]]

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from model.errors import K2Error
 from model.plan import native_bf16
 from model.train.parallel import local, spread
+from model.train.recipe import Recipe
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -92,3 +94,38 @@ def warmup_stable_decay(step: int, warmup_steps: int, done: float, decay: float)
     """
     falling = max(0.0, min(1.0, (1 - done) / decay)) if decay else 1.0
     return min(1.0, (step + 1) / warmup_steps) * falling
+
+
+def optimisers_of(
+    model: nn.Module, recipe: Recipe, muon: Callable[[str, Tensor], bool], rate: Callable[[str], float]
+) -> dict[str, torch.optim.Optimizer]:
+    """Muon and AdamW, as far as they have something to do; parameters of rate 0 stay as they are.
+
+    muon   whether it takes a parameter, by its name
+    rate   factor of a parameter's learning rate, by its name
+    Raises K2Error where nothing learns.
+    """
+    shares: dict[bool, dict[float, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for name, param in model.named_parameters():
+        param.requires_grad_(rate(name) > 0)
+        if param.requires_grad:
+            shares[muon(name, param)][rate(name)].append(param)
+
+    def groups(by_rate: dict[float, list[Tensor]], lr: float) -> list[dict[str, Any]]:
+        return [{"params": params, "lr": lr * factor, "peak": lr * factor} for factor, params in by_rate.items()]
+
+    made: dict[str, torch.optim.Optimizer] = {}
+    if inside := groups(shares[True], recipe.muon_lr):
+        made["muon"] = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
+    if rest := groups(shares[False], recipe.lr):
+        made["adamw"] = torch.optim.AdamW(
+            rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+        )
+    if not made:
+        raise K2Error(f'Recipe "{recipe.name}": nothing learns, as all of it is frozen.')
+    return made
+
+
+def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """Its parameters, in the order of its state dict's numbers."""
+    return [param for group in optimiser.param_groups for param in group["params"]]
