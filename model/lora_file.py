@@ -1,6 +1,6 @@
 """What the file of an adapter holds, by layer and in any trainer's words, and what it is refused for.
 
-`model/lora.py` matches it against a network. This needs no torch.
+`model/lora_match.py` matches it with a network. This needs no torch.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ from model.hashes import Hashes, cache_folder, identity, sha256
 from model.headers import VARIANTS
 from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
-from model.lora import Adapter, laid_over, read_lora, weights_file
+from model.lora import Adapter, laid_over
+from model.lora_match import read_lora, weights_file
 from model.parts import (
     DTYPES,
     files_of,

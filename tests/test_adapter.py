@@ -28,7 +28,7 @@ from model.hashes import sha256
 from model.headers import read_header
 from model.latents import position_ids
 from model.layouts import load_dit
-from model.lora import read_lora
+from model.lora_match import read_lora
 from model.pipeline import Pipeline
 from model.second_path import LowRank
 from model.spec import Lora, RenderSpec, raw_mu

@@ -22,7 +22,8 @@ from model.checkpoint import save
 from model.dit import Krea2
 from model.few_bits import FewBitLinear, few_bit_layers, widened
 from model.layouts import load_dit
-from model.lora import laid_over, read_lora
+from model.lora import laid_over
+from model.lora_match import read_lora
 from model.second_path import Dora, LowRank, gain_of
 from model.spec import Lora
 

@@ -13,7 +13,8 @@ from model import fast
 from model.checkpoint import save
 from model.dit import Krea2
 from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink, usual
-from model.lora import laid_over, read_lora
+from model.lora import laid_over
+from model.lora_match import read_lora
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

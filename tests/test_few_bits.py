@@ -14,7 +14,8 @@ from model.checkpoint import save
 from model.compact import write_compact
 from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, usual, widened
 from model.layouts import load_dit
-from model.lora import laid_over, read_lora
+from model.lora import laid_over
+from model.lora_match import read_lora
 from model.quantize import powers, quantise, to_int8, to_rows
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

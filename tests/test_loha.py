@@ -14,7 +14,8 @@ from torch import Tensor
 
 from model.dit import Krea2
 from model.latents import position_ids
-from model.lora import laid_over, read_lora
+from model.lora import laid_over
+from model.lora_match import read_lora
 from model.second_path import Hadamard
 
 Factors = dict[str, dict[str, Tensor]]  # native layer -> what LyCORIS calls it -> tensor

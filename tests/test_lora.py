@@ -15,12 +15,13 @@ from test_dit import inputs, random_model, reference, relative_error
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor, nn
 
-from model import lora
+from model import lora_match
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
 from model.latents import position_ids
 from model.layouts import diffusers_names
-from model.lora import Adapter, bare, laid_over, layer_names, read_lora
+from model.lora import Adapter, laid_over
+from model.lora_match import bare, layer_names, read_lora
 from model.pipeline import MOST_ADAPTERS, Pipeline
 from model.quantize import to_int8
 from model.spec import Lora, RenderSpec, Style
@@ -419,8 +420,8 @@ def test_numbers_that_are_none(tmp_path, model, value):
 def test_larger_than_any_of_this_network(tmp_path, model, monkeypatch):
     """It is told by the file's size, before a tensor is read."""
     path = write(tmp_path, {"blocks.0.attn.wq.lora_A.weight": torch.ones(4, 64)})
-    monkeypatch.setattr(lora, "MOST_BESIDE", -8 * sum(weight.numel() for weight in model.parameters()))
-    monkeypatch.setattr(lora, "sort_out", lambda *read: pytest.fail("it was read"))
+    monkeypatch.setattr(lora_match, "MOST_BESIDE", -8 * sum(weight.numel() for weight in model.parameters()))
+    monkeypatch.setattr(lora_match, "sort_out", lambda *read: pytest.fail("it was read"))
 
     with pytest.raises(K2Error, match="larger than a LoRA of this network"):
         read_lora(path, model)

@@ -31,7 +31,8 @@ from model.checkpoint import save
 from model.dit import Krea2
 from model.errors import K2Error
 from model.layouts import diffusers_names, load_dit
-from model.lora import Adapter, laid_over, read_lora
+from model.lora import Adapter, laid_over
+from model.lora_match import read_lora
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,333 @@
+"""An adapter's file matched with a network: whose layer each of its parts is, in any trainer's spelling, and whether it
+fits. `model/lora_file.py` sorts out what a file holds, `model/lora.py` lays an adapter over the network."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import open_checkpoint, refuse_unreadable
+from model.dit import Krea2
+from model.errors import K2Error
+from model.hashes import PEFT_WEIGHTS, identity
+from model.headers import some
+from model.layouts import diffusers_names
+from model.lora import Adapter, Change, Shift
+from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
+from model.second_path import Hadamard, Kronecker, LowRank, Update, gain_of
+from model.stream import at_hand
+
+PREFIXES = (
+    "base_model.model.",  # PEFT
+    "model.diffusion_model.",  # ComfyUI, as the next
+    "diffusion_model.",
+    "transformer.",  # diffusers
+    "lora_unet_",  # kohya, dots as underscores; as the next two
+    "lora_transformer_",
+    "lycoris_",
+)
+FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
+OTHER_MODELS = {  # whose layers are called so; the first that fits
+    r"(double|single)_blocks|single_transformer_blocks": "FLUX",
+    r"joint_blocks": "Stable Diffusion 3",
+    r"(img|txt)_(mod|mlp)[._]|[._]add_[qkv]_proj": "Qwen-Image or FLUX",
+    r"(^|[._])(down|up|input|output)_blocks|(mid|middle)_block": "SDXL or Stable Diffusion 1",
+    r"blocks[._]\d+[._](self_attn|cross_attn)": "Wan",
+    r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
+}
+TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
+MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
+ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # what has as many rows as a layer has
+TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
+ABOUT = 0.1  # of a layer's norm: as far off it may be in other weights of one model, in few bits or distilled
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file holds of one layer. All that makes a change of it raises K2Error for what does not fit."""
+
+    path: Path
+    module: str  # the layer, as the file calls it
+    tensors: Mapping[str, Tensor]
+    scale: float = 1.0  # alpha / rank
+    alpha: float | None = None  # as the file holds it
+    rows: slice = field(default_factory=lambda: slice(None))  # of a change that several layers share
+
+    def update(self, layer: nn.Linear, width: int, *, dora: bool) -> Update:
+        """What is added to a layer; a network of this width, a file that says of itself whether it is a DoRA."""
+        shape = layer.out_features, layer.in_features  # what is held in few bits is packed
+        for what, own, whole in (("diff", "weight", shape), ("diff_b", "bias", shape[:1])):
+            if what in self.tensors and self.tensors[what].shape != whole:
+                theirs = f"its {self.module}.{what} is {list(self.tensors[what].shape)}"
+                raise self.of_another_size(f"{theirs}, this one's {own} {list(whole)}")
+        if any(what.startswith("w") for what in self.tensors):
+            product: Update = self.kronecker(shape)
+        elif self.tensors.keys() >= HADAMARD:
+            product = self.hadamard(shape, width)
+        else:
+            product = self.low_rank(shape, width)
+        return replace(product, bias=self.tensors.get("diff_b"), magnitude=self.magnitude(shape, stated=dora))
+
+    def shift(self, own: nn.Parameter) -> Shift:
+        """What is added to a parameter: a difference, or scale times a pair's product.
+
+        A row of numbers may come as a table: diffusers has a block's modulation as 6 × width.
+        """
+        if self.tensors.keys() not in ({"diff"}, {"down", "up"}):
+            why = f"changes {self.module}, which is no linear layer, as if it were one"
+            raise K2Error(f"{self.path} {why}.", hint=PLAIN)
+        whole = self.tensors.get("diff")
+        shape = tuple(whole.shape) if whole is not None else self.span(self.tensors["up"], self.tensors["down"])
+        if shape != tuple(own.shape) and (own.ndim > 1 or math.prod(shape) != own.numel()):
+            raise self.of_another_size(f"its change of {self.module} is {list(shape)}, this one's {list(own.shape)}")
+        if whole is not None:
+            return Shift(whole.float().view(own.shape))
+        delta = self.tensors["up"].float() @ self.tensors["down"].float() * self.scale
+        return Shift(delta.view(own.shape))
+
+    def low_rank(self, shape: tuple[int, int], width: int) -> LowRank:
+        """A low-rank pair. A whole matrix is one too, of the rank of its shorter side, with as many ones; so is
+        nothing, of no rank."""
+        out, inward = shape
+        if "down" in self.tensors:
+            self.check_factors(self.tensors["up"], self.tensors["down"], shape, width)
+            return LowRank(self.tensors["down"], self.tensors["up"], scale=self.scale)
+        if (whole := self.tensors.get("diff")) is None:
+            return LowRank(torch.zeros(0, inward), torch.zeros(out, 0))
+        return LowRank(whole, torch.eye(out)) if out <= inward else LowRank(torch.eye(inward), whole)
+
+    def hadamard(self, shape: tuple[int, int], width: int) -> Hadamard:
+        """A Hadamard product of two low-rank matrices."""
+        factors = [self.tensors[what] for what in sorted(HADAMARD)]
+        for a, b in (factors[:2], factors[2:]):
+            self.check_factors(a, b, shape, width)
+        return Hadamard(*factors, scale=self.scale)
+
+    def kronecker(self, shape: tuple[int, int]) -> Kronecker:
+        """A Kronecker product. Where both factors are whole there is no rank, and alpha means nothing (LyCORIS)."""
+        held = self.tensors
+        halves = [(held[what],) if what in held else (held[f"{what}_a"], held[f"{what}_b"]) for what in ("w1", "w2")]
+        (a, b), (c, d) = (self.span(*pair) if len(pair) == 2 else self.shape_of(*pair) for pair in halves)
+        self.check_span(len(range(a * c)[self.rows]), b * d, shape)
+        ranks = [len(pair[1]) for pair in halves if len(pair) == 2]
+        left, right = (pair[0] if len(pair) == 1 else pair[0].float() @ pair[1].float() for pair in halves)
+        scale = self.scale
+        if self.alpha is not None:
+            scale = self.alpha / ranks[-1] if ranks else 1.0
+        return Kronecker(left, right, self.rows, scale=scale)
+
+    def magnitude(self, shape: tuple[int, int], *, stated: bool) -> Tensor | None:
+        """A DoRA's lengths: of rows as a column [out, 1], of columns as a row [1, in]. PEFT's vector is of rows.
+
+        stated: whether the file says that it is a DoRA, which then has them.
+        """
+        magnitude = self.tensors.get("magnitude")
+        if magnitude is None:
+            if stated:
+                why = f"says that it is a DoRA, and has no magnitude of {self.module}"
+                raise K2Error(f"{self.path} {why}.", hint="Fetch it again.")
+            return None
+        lengths = magnitude[:, None] if magnitude.ndim == 1 else magnitude
+        if lengths.shape not in ((shape[0], 1), (1, shape[1])):
+            theirs, ours = list(magnitude.shape), f"this one has {shape[0]} rows and {shape[1]} columns"
+            raise self.of_another_size(f"the magnitude of its {self.module} is {theirs}, {ours}")
+        return lengths
+
+    def trains(self) -> bool:
+        """Whether it changes anything: a product does where none of its factors is all noughts. Of a magnitude over one
+        that does not, see `is_own_norm`."""
+        wholes, factors = (
+            [bool(tensor.any()) for what, tensor in self.tensors.items() if what.startswith("diff") == whole]
+            for whole in (True, False)
+        )
+        return any(wholes) or (bool(factors) and all(factors))
+
+    def is_own_norm(self, layer: nn.Linear) -> bool:
+        """Whether its magnitude is about the layer's own norm, as it begins, and stays where nothing trains it."""
+        out, inward = layer.out_features, layer.in_features
+        lengths = self.magnitude((out, inward), stated=False)
+        gain = gain_of(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
+        return float((gain - 1).square().mean().sqrt()) < ABOUT
+
+    def shape_of(self, matrix: Tensor) -> tuple[int, int]:
+        """A matrix's shape."""
+        if matrix.ndim != 2 or not matrix.numel():
+            raise self.damaged(f"is {list(matrix.shape)}")
+        return matrix.shape[0], matrix.shape[1]
+
+    def span(self, a: Tensor, b: Tensor) -> tuple[int, int]:
+        """The shape of a @ b, which must share a rank."""
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or not len(b):
+            raise self.damaged(f"is {list(a.shape)} times {list(b.shape)}")
+        return a.shape[0], b.shape[1]
+
+    def check_factors(self, a: Tensor, b: Tensor, shape: tuple[int, int], width: int) -> None:
+        """Both factors of a @ b must share a rank and span the layer's shape, (out, in).
+
+        A rank may exceed one side of a small layer (trainers give all layers one rank), but never the network's width.
+        """
+        out, inward = self.span(a, b)
+        if len(b) > width:
+            raise self.damaged(f"has a rank of {len(b)}")
+        self.check_span(out, inward, shape)
+
+    def check_span(self, out: int, inward: int, shape: tuple[int, int]) -> None:
+        """What changes a layer must turn as many numbers into as many as it does itself."""
+        if (out, inward) != shape:
+            ours = f"this one {shape[1]} into {shape[0]}"
+            raise self.of_another_size(f"its {self.module} turns {inward} numbers into {out}, {ours}")
+
+    def damaged(self, how: str) -> K2Error:
+        return K2Error(f"{self.path} is damaged: {self.module} {how}.", hint="Fetch it again.")
+
+    def of_another_size(self, how: str) -> K2Error:
+        hint = "Give the model that it was trained on."
+        return K2Error(f"{self.path} is made for a network of another size: {how}.", hint=hint)
+
+
+def read_lora(path: Path | str, network: Krea2) -> Adapter:
+    """Read a .safetensors file, or PEFT's folder of one, and match its layers with the network's.
+
+    Layers that the network lacks (of a text encoder, say) are named in `unmatched`. Raises K2Error where none match,
+    where the file is made for another model or is an adapter of another kind, and for shapes that do not fit.
+    """
+    file = weights_file(Path(path))
+    checkpoint = open_checkpoint(file)
+    refuse_others(file, checkpoint.tensors)
+    refuse_unreadable(checkpoint)
+    refuse_giants(file, network)
+    # copies: what is kept of the file must not change with it
+    parts, alphas = sort_out(file, {name: tensor.clone() for name, tensor in checkpoint.read()})
+    spellings = layer_names(network)
+    bares = dict(bare_parameters(network))
+    fused = part_fused(file, parts, spellings, network)
+    known = {module: spellings.get(bare(module)) for module in parts}
+    unmatched = sorted(module for module, name in known.items() if name is None)
+    refuse_unmatched(file, unmatched, len(known))
+    if len(set(known.values()) - {None}) < len(known) - len(unmatched):
+        raise K2Error(f"{file} holds the same layer twice.", hint=ON_RAW)
+
+    settings = peft_settings(file)
+    layers: dict[str, Change] = {}
+    for module, name in known.items():
+        if name is None:
+            continue
+        tensors, (called, rows) = parts[module], fused.get(module, (module, slice(None)))
+        scale, alpha = 1.0, alphas.get(called)
+        if rank := len(tensors.get("down", tensors.get("hada_w1_b", ()))) or settings.stated_rank(bare(called)):
+            scale = settings.scale(bare(called), rank) if alpha is None else alpha / rank
+        part = Part(file, module, tensors, scale, alpha, rows)
+        if name in bares:
+            layers[name] = part.shift(bares[name])
+            continue
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        if "diff_b" in tensors and layer.bias is None:
+            del tensors["diff_b"]
+            unmatched.append(f"{module}.diff_b")
+        if tensors:
+            layers[name] = part.update(layer, network.config.width, dora=settings.dora)
+    refuse_unmatched(file, unmatched, len(layers) + len(unmatched))
+    return Adapter(Path(path), identity(file), layers, tuple(unmatched))
+
+
+def weights_file(path: Path) -> Path:
+    """PEFT saves a folder."""
+    return path / PEFT_WEIGHTS if path.is_dir() else path
+
+
+def bare_parameters(network: Krea2) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those that are no linear layer's, by native name: scales of norms, and what layers add to the modulation."""
+    for name, parameter in network.named_parameters():
+        if not isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            yield name, parameter
+
+
+def layer_names(network: Krea2) -> dict[str, str]:
+    """Every spelling of a linear layer, or of a parameter beside them -> its native name: native and diffusers', with
+    dots and with underscores."""
+    theirs = diffusers_names(network.config.blocks)
+    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    others = {name: theirs[f"{name}.weight"] for name in linear}
+    others |= {name: theirs[name] for name, _ in bare_parameters(network)}
+    names = {}
+    for name, full in others.items():
+        other = full.removesuffix(".weight")
+        for spelling in (name, full, other, other.removesuffix(".0")):  # some leave the last name's number out
+            names[spelling] = names[spelling.replace(".", "_")] = name
+    return names
+
+
+def bare(module: str) -> str:
+    """A layer's name without the prefixes that trainers put before it."""
+    while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
+        module = module.removeprefix(prefix)
+    return module
+
+
+def refuse_giants(path: Path, network: Krea2) -> None:
+    """Raises K2Error, before it is read, for a file of more than any LoRA of this network can hold in fp32."""
+    most = MOST_BESIDE + 8 * sum(weight.numel() for weight in network.parameters())  # a rank is the width at most
+    if path.stat().st_size > most:
+        raise K2Error(f"{path} is larger than a LoRA of this network can be.", hint=ON_RAW)
+
+
+def part_fused(
+    path: Path, parts: dict[str, dict[str, Tensor]], spellings: Mapping[str, str], network: Krea2
+) -> dict[str, tuple[str, slice]]:
+    """Cut what was trained for queries, keys and values as one matrix into theirs; module -> the whole, and which rows.
+
+    SimpleTuner trains so where it is told to, and writes beside it the three that it did not train. Raises K2Error.
+    """
+    found = {}
+    for module, match in [(module, match) for module in parts if (match := FUSED.fullmatch(module))]:
+        three = [match["stem"] + each for each in "qkv"]
+        names = [spellings.get(bare(each)) for each in three]
+        if None in names:
+            continue  # it is named with the others that do not match
+        layers = [network.get_submodule(str(name)) for name in names]
+        sizes = [layer.get_parameter("weight").shape[0] for layer in layers]
+        whole, start = parts.pop(module), 0
+        if "magnitude" in whole and is_row(whole["magnitude"]):
+            why = "holds the lengths of columns (DoRA) that three layers have together"
+            raise K2Error(f"{path} {why}: see its {module}.", hint=PLAIN)
+        heights = {len(tensor) for what, tensor in whole.items() if what in ROWS}
+        if factors := [tensor for what, tensor in whole.items() if what in TALL]:
+            heights.add(math.prod(map(len, factors)))
+        if heights != {sum(sizes)}:
+            raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=ON_RAW)
+        beside = {each: Part(path, each, parts[each]) for each in three if each in parts}
+        measured = any("magnitude" in part.tensors for part in beside.values())  # few are, and a block is read for it
+        with at_hand(network, str(names[0])) if measured else nullcontext():
+            for each, part in beside.items():
+                layer = network.get_submodule(str(spellings[bare(each)]))
+                assert isinstance(layer, nn.Linear)
+                if part.trains() or ("magnitude" in part.tensors and not part.is_own_norm(layer)):
+                    raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
+        for each, size in zip(three, sizes, strict=True):
+            rows, start = slice(start, start + size), start + size
+            parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}
+            found[each] = module, rows
+    return found
+
+
+def is_row(magnitude: Tensor) -> bool:
+    return magnitude.ndim == 2 and len(magnitude) == 1
+
+
+def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:
+    """Raises K2Error with the nearest reason where no layer matches, or where another model's layers are among them."""
+    for pattern, model in OTHER_MODELS.items():
+        if theirs := [module for module in unmatched if re.search(pattern, module)]:
+            raise K2Error(f"{path} is made for {model}: it has layers like {some(theirs, 2)}.", hint=ON_RAW)
+    if len(unmatched) == modules:
+        of_text = all(re.search(TEXT_ENCODER, module) for module in unmatched)
+        why = "is made for a text encoder" if of_text else "matches no layer of this network"
+        raise K2Error(f"{path} {why}: it has layers like {some(list(unmatched), 2)}.", hint=ON_RAW)
