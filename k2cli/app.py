@@ -14,6 +14,7 @@ import typer
 from k2cli import standard
 from k2cli.commands import Commands, Group
 from k2cli.complete import complete_weight
+from k2cli.finding import find_file, find_home, open_projects
 from k2cli.history_app import gallery, log, rerun, show
 from k2cli.models_app import models_app
 from k2cli.options import (
@@ -43,14 +44,9 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
-    find_file,
-    find_home,
-    open_projects,
     read_matrix,
-    read_prompts,
     read_style,
     seed_of,
-    to_json,
     variant_of,
 )
 from k2cli.style_app import mix_styles, moodboard_app, style_app
@@ -319,7 +315,7 @@ def render(
     from k2cli.prompts import typed
     from k2cli.runs import resume as last_run
     from k2cli.several import for_all, refuse, tried
-    from k2cli.stream import render_each
+    from k2cli.stream import asked_for, render_each
 
     named, stdin = [name for name in projects or [] if name != "-"], stream or "-" in (projects or [])
     if like is not None:
@@ -381,7 +377,7 @@ def render(
         raise typer.BadParameter("its prompts come by standard input, so no other goes with it", param_hint="--stream")
     weights = dict(map(read_style, style or []))
     compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
-    prompts = [typed("anything")] if stream else read_prompts(prompt or [], stdin=stdin)
+    prompts = [typed("anything")] if stream else asked_for(prompt or [], stdin=stdin)
     example = Example.read(like, opened[0]) if like else None
     asked = Asked(settings, prompts, only or [], weights, compared, moodboard, example)
     # of a stream what no line could make right is refused before the first
@@ -419,7 +415,7 @@ def doctor(project: ProjectOption = None, json: JsonOption = False) -> None:
 
     Device, memory, models, versions, what will be slow and why. Exits with 1 where something is broken.
     """
-    from k2cli.console import result
+    from k2cli.console import result, to_json
     from k2cli.doctor import describe, examine
 
     found = examine(project)

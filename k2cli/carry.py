@@ -8,13 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 from k2cli import history, licence
-from k2cli.console import among_others, meter, near, result, results, say
+from k2cli.console import among_others, meter, near, result, results, say, to_json
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.hands import Crew, check_device
 from k2cli.models import recommended, way_of
-from k2cli.options import to_json
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import Shot

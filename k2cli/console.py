@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from k2cli.disk import ended_as_by_ctrl_c
-from k2cli.tables import from_here, masked, quote
+from k2cli.tables import UNPRINTABLE, from_here, masked, quote
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
@@ -52,6 +54,34 @@ def result(line: str) -> None:
     """A line of results, at once, so that whoever reads the pipe can begin; a pipe gets it as it is."""
     with delivering():
         print(harmless(line) if sys.stdout.isatty() else line, flush=True)
+
+
+def to_json(table: Any) -> str:
+    """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them.
+
+    JSON has no nan and no inf: they are null. It is UTF-8, or ASCII where standard output speaks something else.
+    """
+    import json
+
+    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+
+    def write(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=escaped, allow_nan=False, default=lambda moment: moment.isoformat())
+
+    try:
+        text = write(table)
+    except ValueError:
+        text = write(finite(table))
+    return UNPRINTABLE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Unwritable(K2Error):

@@ -12,17 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from k2cli.complete import complete_run, complete_style
-from k2cli.options import (
-    EmbedOption,
-    JsonOption,
-    OutsideOption,
-    ProjectOption,
-    QuietOption,
-    find_file,
-    find_folders,
-    find_home,
-    to_json,
-)
+from k2cli.finding import find_file, find_folders, find_home
+from k2cli.options import EmbedOption, JsonOption, OutsideOption, ProjectOption, QuietOption
 from model.errors import K2Error, count_of
 
 if TYPE_CHECKING:
@@ -96,7 +87,7 @@ def log(
       k2 log --style dusk -0 | xargs -0 cp -t ~/dusk
     """
     from k2cli import history
-    from k2cli.console import delivering, near, result, say, show_error
+    from k2cli.console import delivering, near, result, say, show_error, to_json
 
     if everything and last is not None:
         raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
@@ -253,7 +244,7 @@ def gallery(
       k2 gallery moody -o ~/public/moody
       k2 gallery --run 3 -o ~/public/foxes
     """
-    from k2cli.console import near, result, say
+    from k2cli.console import near, result, say, to_json
     from k2cli.gallery import PAGE, build
     from k2cli.project import Project
 
@@ -310,7 +301,7 @@ def show(
       k2 show outputs/0001-fox/fox-7.png --json | jq .settings
     """
     from k2cli import records
-    from k2cli.console import near, result, screen
+    from k2cli.console import near, result, screen, to_json
     from k2cli.facts import describe
     from k2cli.history import in_full
     from k2cli.outputs import picture_of

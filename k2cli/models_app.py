@@ -9,7 +9,7 @@ import typer
 
 from k2cli.commands import Commands, Group
 from k2cli.complete import complete_model
-from k2cli.options import AcceptOption, JsonOption, PrecisionOption, QuietOption, to_json
+from k2cli.options import AcceptOption, JsonOption, PrecisionOption, QuietOption
 from model.errors import K2Error
 
 models_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
@@ -18,7 +18,7 @@ models_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 @models_app.command("list")
 def list_models(json: JsonOption = False) -> None:
     """List models: name, variant, size, parameters."""
-    from k2cli.console import result, results
+    from k2cli.console import result, results, to_json
     from k2cli.models import inventory
 
     if json:
@@ -45,7 +45,7 @@ def info(
     Layout, shapes, precision, recommended settings, training, licence, hashes.
     """
     from k2cli import licence, models
-    from k2cli.console import result
+    from k2cli.console import result, to_json
 
     if accept_licence:
         licence.require_for(models.resolve(model), yes=True)
@@ -65,7 +65,7 @@ def show_vocabulary(
       k2 models vocabulary | grep fruit
       k2 models vocabulary kitten "8-bit"
     """
-    from k2cli.console import result, results
+    from k2cli.console import result, results, to_json
     from k2cli.tables import listed
     from model.vocabulary import vocabulary
 
@@ -103,7 +103,7 @@ def pull(
     HF_HUB_OFFLINE are honoured. Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
     """
     from k2cli import hub
-    from k2cli.console import result, say
+    from k2cli.console import result, say, to_json
     from k2cli.tables import quote
 
     try:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
-import math
-import os
-import re
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from k2cli.complete import complete_model, complete_prompt, complete_setting
-from model.errors import K2Error
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from k2cli.folder import Folder
     from k2cli.matrix import Matrix
-    from k2cli.project import Project
-    from k2cli.prompts import Prompt
 
 
 ProjectOption = Annotated[
@@ -125,99 +115,6 @@ def variant_of(turbo: bool | None) -> str | None:
     return None if turbo is None else "turbo" if turbo else "raw"
 
 
-def meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
-    """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new, or the rest of one.
-
-    words    all that stand there
-    prompts  those of -p
-    """
-    from k2cli.project import Project
-    from k2cli.tables import quote
-
-    if any(prompt.split() != [prompt] for prompt in prompts):  # which was quoted, so that this one is another
-        return f"Each prompt goes with its own -p, and a project is made by: k2 new {quote(word)}"
-    if len(prompts) == 1:
-        there = "".join(f"{quote(each)} " for each in words if os.path.exists(each))
-        whole = " ".join([*prompts, *(each for each in words if not os.path.exists(each))])
-        return f"A prompt of several words stands in quotes: k2 render {there}-p {quote(whole)}"
-    if word.split() == [word] and ("/" in word or os.sep in word):
-        return "Check the path."
-    with suppress(K2Error):
-        if (here := Project.around(Path.cwd())) and here.choose([word]):
-            return f"The prompt of that name: k2 render --only {quote(word)}"
-    return f"A prompt goes with -p: k2 render -p {quote(word)}"
-
-
-def find_file(file: Path, project: Path | None) -> Path:
-    """A picture or a record as it is named: from the current folder on, else within the project that is named."""
-    from k2cli.folder import Folder
-
-    if project is None:
-        return file
-    there = Folder.at(project).root / file
-    return there if not os.path.exists(file) and os.path.exists(there) else file
-
-
-def find_home(file: Path, project: Path | None, allow_outside: bool) -> Folder | None:
-    """A picture's project: the one named, else the nearest above the picture, else above the current folder. Whatever
-    its k2.toml says by now, the picture was made."""
-    from k2cli.folder import Folder, root_above
-
-    root = project or root_above(file.absolute().parent) or root_above(Path.cwd())
-    return Folder.at(root, allow_outside=allow_outside) if root else None
-
-
-def find_project(project: Path | None, allow_outside: bool = False) -> Project:
-    from k2cli.project import Project
-
-    at = Project.open if project else Project.find
-    return at(project or Path.cwd(), allow_outside=allow_outside)
-
-
-def open_projects(
-    folders: Sequence[str], project: Path | None, allow_outside: bool, prompts: Sequence[str] = ()
-) -> list[Project]:
-    """The projects named, each once, however it is called; or the one that the current folder belongs to. Raises
-    K2Error where anything is wrong with any, once all of that is told.
-
-    prompts  those of -p, for a hint where words stand that name no folder
-    """
-    from k2cli.project import Project
-    from k2cli.several import refuse, tried
-
-    gone = [name for name in folders if not os.path.exists(name)]  # what most people type first
-    said = ((name, name if len(name) < 80 else f"{name[:80]}…") for name in gone)
-    wrong = [K2Error(f"There is no project {short}.", hint=meant_by(name, folders, prompts)) for name, short in said]
-    if gone and len(gone) == len(folders):
-        raise wrong[0]
-    found, no_projects = find_folders([name for name in folders if name not in gone], project, allow_outside)
-    opened, unread = tried(found, lambda each: Project.open(each.root, allow_outside=allow_outside))
-    refuse([*wrong, *no_projects, *unread])
-    return opened
-
-
-def find_folders(
-    folders: Sequence[str], project: Path | None, allow_outside: bool
-) -> tuple[list[Folder], list[K2Error]]:
-    """The same without a look into their k2.toml, and what is wrong with those that are named and are no projects."""
-    from k2cli.folder import Folder
-
-    if folders and project:
-        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
-    if not folders:
-        at = Folder.at if project else Folder.find
-        return [at(project or Path.cwd(), allow_outside=allow_outside)], []
-    found: dict[Path, Folder] = {}
-    wrong = []
-    for name in folders:
-        try:
-            each = Folder.at(Path(name), allow_outside=allow_outside)
-            found.setdefault(each.root.resolve(), each)
-        except K2Error as error:
-            wrong.append(error)
-    return list(found.values()), wrong
-
-
 def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     """ "dusk=0.6" → ("dusk", 0.6)."""
     from model.spec import span, within
@@ -244,39 +141,6 @@ def read_weights(texts: Sequence[str], option: str) -> dict[str, float]:
     return weights
 
 
-def read_prompts(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
-    """Prompts of the command line and of standard input; None where neither was used."""
-    from k2cli.prompts import refuse_twins, typed
-    from k2cli.stream import asked_by
-
-    prompts = [typed(text) for text in texts]
-    if stdin:
-        if sys.stdin.isatty():
-            typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
-        # the mark that some editors begin a text with comes again where such files are joined
-        lines = (line.removeprefix("\ufeff").strip() for line in re.split(r"\r\n?|\n", read_input()))
-        said = {number: asked_by(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}
-        if not (said or texts):
-            raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
-        refuse_twins((f"Line {number}", prompt) for number, prompt in said.items())
-        prompts += said.values()
-    return prompts if texts or stdin else None
-
-
-def read_input() -> str:
-    """All of standard input. Raises K2Error where it is no text."""
-    return decoded(sys.stdin.buffer.read())
-
-
-def decoded(said: bytes) -> str:
-    """What came on standard input: UTF-8, as programs write it, else in the encoding here. Raises K2Error."""
-    encoding = codecs.lookup(sys.stdin.encoding).name
-    for each in ("utf-8", encoding):
-        with suppress(UnicodeError):
-            return said.decode(each)
-    raise K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint="Save it as UTF-8.")
-
-
 def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
     """The axes of --matrix, each of them once, and none about which another option has decided."""
     from k2cli.matrix import read_axes
@@ -290,33 +154,3 @@ def read_matrix(texts: Sequence[str], settled: Collection[str]) -> Matrix:
         if name in settled:
             raise typer.BadParameter(f'"{name}" is settled by another option', param_hint="--matrix")
     return read_axes(texts)
-
-
-def to_json(table: Any) -> str:
-    """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them.
-
-    JSON has no nan and no inf: they are null. It is UTF-8, or ASCII where standard output speaks something else.
-    """
-    import json
-
-    from k2cli.tables import UNPRINTABLE
-
-    escaped = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
-
-    def write(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=escaped, allow_nan=False, default=lambda moment: moment.isoformat())
-
-    try:
-        text = write(table)
-    except ValueError:
-        text = write(finite(table))
-    return UNPRINTABLE.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

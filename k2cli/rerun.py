@@ -14,13 +14,12 @@ from PIL import Image, ImageChops
 
 from k2cli import embedded, history, records
 from k2cli.commands import as_problem
-from k2cli.console import near, result, say, show_error, typed
+from k2cli.console import near, result, say, show_error, to_json, typed
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
 from k2cli.folder import Folder
 from k2cli.formats import SUFFIXES, encode, format_of
 from k2cli.hands import OnStep, groups_of, load
-from k2cli.options import to_json
 from k2cli.outputs import BLOCKED, RUN, Run, picture_of
 from k2cli.runs import Saved, read_plan
 from k2cli.tables import LIMIT, Toml

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import json
 import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,9 +18,8 @@ from typing import Any
 import typer
 
 from k2cli.commands import as_problem
-from k2cli.console import Unwritable, result, show_error
-from k2cli.options import decoded, to_json
-from k2cli.prompts import WORDS, Prompt, read_prompts, typed
+from k2cli.console import Unwritable, result, show_error, to_json
+from k2cli.prompts import WORDS, Prompt, read_prompts, refuse_twins, typed
 from k2cli.settings import FIELDS, HOMES, OF_PROMPT
 from k2cli.several import Several
 from k2cli.tables import Place, Toml, check_keys, check_numbers, check_value, describe
@@ -146,3 +146,33 @@ def lines() -> Iterator[bytes]:
     if sys.stdin.isatty():
         typer.echo("A prompt a line, rendered as it comes; Ctrl-D ends.", err=True)
     yield from sys.stdin.buffer
+
+
+def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
+    """Prompts of the command line and of standard input; None where neither was used."""
+    prompts = [typed(text) for text in texts]
+    if stdin:
+        if sys.stdin.isatty():
+            typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
+        # the mark that some editors begin a text with comes again where such files are joined
+        lines = (line.removeprefix("\ufeff").strip() for line in re.split(r"\r\n?|\n", read_input()))
+        said = {number: asked_by(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}
+        if not (said or texts):
+            raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
+        refuse_twins((f"Line {number}", prompt) for number, prompt in said.items())
+        prompts += said.values()
+    return prompts if texts or stdin else None
+
+
+def read_input() -> str:
+    """All of standard input. Raises K2Error where it is no text."""
+    return decoded(sys.stdin.buffer.read())
+
+
+def decoded(said: bytes) -> str:
+    """What came on standard input: UTF-8, as programs write it, else in the encoding here. Raises K2Error."""
+    encoding = codecs.lookup(sys.stdin.encoding).name
+    for each in ("utf-8", encoding):
+        with suppress(UnicodeError):
+            return said.decode(each)
+    raise K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint="Save it as UTF-8.")

@@ -10,6 +10,7 @@ import typer
 
 from k2cli.commands import Commands, Group
 from k2cli.complete import complete_method, complete_style, complete_weight
+from k2cli.finding import find_project
 from k2cli.options import (
     DenoiseOption,
     DeviceOption,
@@ -27,10 +28,8 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
-    find_project,
     read_weights,
     seed_of,
-    to_json,
     variant_of,
 )
 from model.errors import K2Error, count_of
@@ -91,7 +90,7 @@ def add(
       k2 style add night outputs/0001-owl/owl-7.png
       k2 style add ink ~/Downloads/ink.safetensors --trigger "in the ink style"
     """
-    from k2cli.console import near, result, say
+    from k2cli.console import near, result, say, to_json
     from k2cli.folder import Outside
     from k2cli.new_style import add_style
     from k2cli.pictures import without_sheets
@@ -130,7 +129,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
     On a terminal with the weight that each has in the project; in a pipe a line each, the fields parted by tabs.
     """
-    from k2cli.console import near, result, results, screen
+    from k2cli.console import near, result, results, screen, to_json
     from k2cli.here import weight_in
 
     opened, rows = find_project(project, allow_outside), []
@@ -199,7 +198,7 @@ def show_style(
 
     Its mixes taken apart, its words, every reference and its weight.
     """
-    from k2cli.console import result
+    from k2cli.console import result, to_json
     from k2cli.here import weight_in
     from k2cli.records import style_table
     from k2cli.tables import relative
@@ -282,7 +281,7 @@ def mix_styles(
     """
     from k2cli import mix
     from k2cli.carry import carry_out
-    from k2cli.console import near, result, say
+    from k2cli.console import near, result, say, to_json
     from k2cli.matrix import variants
     from k2cli.new_style import add_mix
 
@@ -354,7 +353,7 @@ def analyze(
     from dataclasses import replace
 
     from k2cli import moodboard
-    from k2cli.console import meter, near, result, say
+    from k2cli.console import meter, near, result, say, to_json
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
     from k2cli.tables import Option, said_by

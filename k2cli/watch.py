@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from k2cli.finding import find_project
 from k2cli.options import (
     BatchOption,
     DeviceOption,
@@ -25,8 +26,6 @@ from k2cli.options import (
     QuietOption,
     SizeOption,
     TurboOption,
-    find_project,
-    to_json,
     variant_of,
 )
 from model.errors import K2Error
@@ -222,6 +221,7 @@ class Taken(NamedTuple):
 
 def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> str:
     """What a picture is known by: all that goes into it, hashed, but for what would change nothing."""
+    from k2cli.console import to_json
     from k2cli.records import request
     from model.spec import Leader, denoise_of
 

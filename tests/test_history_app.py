@@ -14,7 +14,7 @@ from conftest import PROJECT, many_pictures
 from PIL import Image
 
 from k2cli import history_app
-from k2cli.options import to_json
+from k2cli.console import to_json
 from k2cli.outputs import Run
 
 K2 = Path(sys.executable).with_name("k2")

@@ -20,9 +20,8 @@ from conftest import PROJECT
 from PIL import Image, PngImagePlugin
 
 from k2cli import pictures
-from k2cli.console import harmless
+from k2cli.console import harmless, to_json
 from k2cli.dialect import dump, parse_long
-from k2cli.options import to_json
 from k2cli.tables import LIMIT, Toml, loads
 from model import library
 from model.errors import K2Error

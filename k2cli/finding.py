@@ -1,0 +1,111 @@
+"""Which project is meant: by the words of a command, by a picture, or by the current folder. What is heavy is imported
+where it is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from model.errors import K2Error
+
+if TYPE_CHECKING:
+    from k2cli.folder import Folder
+    from k2cli.project import Project
+
+
+def meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
+    """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new, or the rest of one.
+
+    words    all that stand there
+    prompts  those of -p
+    """
+    from k2cli.project import Project
+    from k2cli.tables import quote
+
+    if any(prompt.split() != [prompt] for prompt in prompts):  # which was quoted, so that this one is another
+        return f"Each prompt goes with its own -p, and a project is made by: k2 new {quote(word)}"
+    if len(prompts) == 1:
+        there = "".join(f"{quote(each)} " for each in words if os.path.exists(each))
+        whole = " ".join([*prompts, *(each for each in words if not os.path.exists(each))])
+        return f"A prompt of several words stands in quotes: k2 render {there}-p {quote(whole)}"
+    if word.split() == [word] and ("/" in word or os.sep in word):
+        return "Check the path."
+    with suppress(K2Error):
+        if (here := Project.around(Path.cwd())) and here.choose([word]):
+            return f"The prompt of that name: k2 render --only {quote(word)}"
+    return f"A prompt goes with -p: k2 render -p {quote(word)}"
+
+
+def find_file(file: Path, project: Path | None) -> Path:
+    """A picture or a record as it is named: from the current folder on, else within the project that is named."""
+    from k2cli.folder import Folder
+
+    if project is None:
+        return file
+    there = Folder.at(project).root / file
+    return there if not os.path.exists(file) and os.path.exists(there) else file
+
+
+def find_home(file: Path, project: Path | None, allow_outside: bool) -> Folder | None:
+    """A picture's project: the one named, else the nearest above the picture, else above the current folder. Whatever
+    its k2.toml says by now, the picture was made."""
+    from k2cli.folder import Folder, root_above
+
+    root = project or root_above(file.absolute().parent) or root_above(Path.cwd())
+    return Folder.at(root, allow_outside=allow_outside) if root else None
+
+
+def find_project(project: Path | None, allow_outside: bool = False) -> Project:
+    from k2cli.project import Project
+
+    at = Project.open if project else Project.find
+    return at(project or Path.cwd(), allow_outside=allow_outside)
+
+
+def open_projects(
+    folders: Sequence[str], project: Path | None, allow_outside: bool, prompts: Sequence[str] = ()
+) -> list[Project]:
+    """The projects named, each once, however it is called; or the one that the current folder belongs to. Raises
+    K2Error where anything is wrong with any, once all of that is told.
+
+    prompts  those of -p, for a hint where words stand that name no folder
+    """
+    from k2cli.project import Project
+    from k2cli.several import refuse, tried
+
+    gone = [name for name in folders if not os.path.exists(name)]  # what most people type first
+    said = ((name, name if len(name) < 80 else f"{name[:80]}…") for name in gone)
+    wrong = [K2Error(f"There is no project {short}.", hint=meant_by(name, folders, prompts)) for name, short in said]
+    if gone and len(gone) == len(folders):
+        raise wrong[0]
+    found, no_projects = find_folders([name for name in folders if name not in gone], project, allow_outside)
+    opened, unread = tried(found, lambda each: Project.open(each.root, allow_outside=allow_outside))
+    refuse([*wrong, *no_projects, *unread])
+    return opened
+
+
+def find_folders(
+    folders: Sequence[str], project: Path | None, allow_outside: bool
+) -> tuple[list[Folder], list[K2Error]]:
+    """The same without a look into their k2.toml, and what is wrong with those that are named and are no projects."""
+    from k2cli.folder import Folder
+
+    if folders and project:
+        raise typer.BadParameter("name projects as arguments or with --project, not both", param_hint="--project")
+    if not folders:
+        at = Folder.at if project else Folder.find
+        return [at(project or Path.cwd(), allow_outside=allow_outside)], []
+    found: dict[Path, Folder] = {}
+    wrong = []
+    for name in folders:
+        try:
+            each = Folder.at(Path(name), allow_outside=allow_outside)
+            found.setdefault(each.root.resolve(), each)
+        except K2Error as error:
+            wrong.append(error)
+    return list(found.values()), wrong
