@@ -14,7 +14,7 @@ from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
 from k2cli.runs import Job, SheetForm
 from k2cli.settings import NONE, Settings
-from k2cli.tables import listed
+from model.errors import listed
 
 
 @dataclass(frozen=True)

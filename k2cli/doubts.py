@@ -14,8 +14,7 @@ from k2cli.project import Shot
 from k2cli.runs import Job
 from k2cli.settings import Settings
 from k2cli.signs import read_as_words, short
-from k2cli.tables import listed
-from model.errors import count_of
+from model.errors import count_of, listed
 from model.picture_file import passed_over
 from model.region import Region
 from model.spec import Leader, RenderSpec, denoise_of, steps_guided, steps_taken
@@ -155,5 +154,5 @@ def is_drawn(prompt: str) -> bool:
 
 
 def nothing_in(prompts: Sequence[str]) -> str:
-    more = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
-    return f'Nothing that mini can draw is in "{short(prompts[0])}"{more}; what it can: k2 models vocabulary'
+    those = listed([f'"{short(prompt)}"' for prompt in prompts], 1)
+    return f"Nothing that mini can draw is in {those}; what it can: k2 models vocabulary"

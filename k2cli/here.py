@@ -12,8 +12,8 @@ from k2cli.console import aligned, harmless, screen
 from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MOST_PLAN, Project
 from k2cli.prompts import name_files
-from k2cli.tables import Place, listed, quote
-from model.errors import K2Error, count_of
+from k2cli.tables import Place, quote
+from model.errors import K2Error, count_of, listed
 from model.headers import open_file
 
 PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it

@@ -25,8 +25,7 @@ from k2cli import licence
 from k2cli.refusals import explained
 from k2cli.tables import masked
 from model import library
-from model.errors import K2Error
-from model.headers import some
+from model.errors import K2Error, listed
 from model.whole import whole
 
 NEEDED = (
@@ -142,7 +141,7 @@ def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str
     if include:
         safe = [name for name in safe if any_of(name, include)]
         if not any(name in weights for name in safe):
-            raise K2Error(f"{repo} has no weights that match {some(list(include))}.", hint=f"It has: {listing}.")
+            raise K2Error(f"{repo} has no weights that match {listed(list(include), 3)}.", hint=f"It has: {listing}.")
     elif "model_index.json" in sizes:  # what lies outside the pipeline's folders is the same network once more
         safe = [name for name in safe if "/" in name or name not in weights]
     elif len({library.SHARD.sub("", name) for name in weights}) > 1:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2cli.sizes import WIDEST
-from k2cli.tables import PATH, check_path, masked, nearest, one_of
+from k2cli.tables import PATH, check_path, masked, one_of
 from model import library, weighed
-from model.errors import K2Error
+from model.errors import K2Error, nearest
 from model.hashes import sha256
 from model.headers import VARIANTS, read_json
 from model.plan import OFFLOADS, PRECISIONS

@@ -66,7 +66,7 @@ def show_vocabulary(
       k2 models vocabulary kitten "8-bit"
     """
     from k2cli.console import result, results, to_json
-    from k2cli.tables import listed
+    from model.errors import listed
     from model.vocabulary import vocabulary
 
     known, unknown, rows = vocabulary(), [], []

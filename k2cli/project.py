@@ -28,13 +28,12 @@ from k2cli.tables import (
     check_value,
     folded,
     label_of,
-    nearest,
     plain,
     read_table,
     read_weights,
     said_by,
 )
-from model.errors import USAGE, K2Error
+from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
 from model.region import ALMOST, LIKE, Region
 from model.spec import Leader, RenderSpec, Style, tied

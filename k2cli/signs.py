@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from k2cli.settings import INSTEAD, OF_PROMPT, OTHERS
-from k2cli.tables import listed
+from model.errors import listed
 
 WEIGHED = "words have no weights, styles do: --style NAME=0.6"
 CHOSEN = "of {a|b} each is a prompt, none weighs more"

@@ -23,13 +23,12 @@ from k2cli.tables import (
     composed,
     folded,
     label_of,
-    nearest,
     read_table,
     read_weights,
     relative,
     said_by,
 )
-from model.errors import K2Error
+from model.errors import K2Error, nearest
 from model.headers import read_header
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style, span, within

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -10,7 +9,7 @@ import shlex
 import sys
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import date, time
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from model.errors import USAGE, K2Error
+from model.errors import USAGE, K2Error, listed, nearest
 from model.headers import open_file
 from model.spec import LIMITS
 
@@ -92,19 +91,6 @@ def one_of(default: Any, *choices: str | int) -> Any:
 def like(default: Any, pattern: str, *examples: str) -> Any:
     """A dataclass field whose text has a certain form."""
     return field(default=default, metadata={"pattern": pattern, "examples": examples})
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that does not exist: the closest known one, or those there are, of many the first ten."""
-    known = list(known)
-    if close := difflib.get_close_matches(name, known, 1, 0.6):
-        return f'Did you mean "{close[0]}"?'
-    return f"Known: {listed(known, 20 if len(known) <= 20 else 10)}." if known else ""
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """ "fox, owl and 3 more"."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def plain(text: str, place: str) -> str:

@@ -21,7 +21,7 @@ from k2cli.prompts import slug
 from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
 from model import library
-from model.errors import K2Error
+from model.errors import K2Error, listed
 from model.picture_file import passed_over
 from model.spec import raw_mu
 
@@ -157,16 +157,11 @@ def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[s
     for path, each in origins.items():
         for thing in dict.fromkeys(left_behind(each, first)):
             lost[thing].append(path)
-    told = [f"{named_first(paths)}: {thing} stayed behind." for thing, paths in lost.items()]
+    told = [f"{listed([path.name for path in paths], 1)}: {thing} stayed behind." for thing, paths in lost.items()]
     if silent:
         say = "say" if len(silent) > 1 else "says"
-        told.append(f"{named_first(silent)} {say} nothing of a prompt, and stayed behind.")
+        told.append(f"{listed([path.name for path in silent], 1)} {say} nothing of a prompt, and stayed behind.")
     return told
-
-
-def named_first(paths: Sequence[Path]) -> str:
-    """ "fox-7.png and 3 more"."""
-    return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def wish(origin: Origin) -> Origin:

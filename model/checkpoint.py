@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from model import blockwise, four_bit
-from model.errors import K2Error
+from model.errors import K2Error, listed
 from model.few_bits import ENDS, Format, few_bit_layers, hold
 from model.four_bit import Codes, codes_of
 from model.gguf_file import GGUFTensors
-from model.headers import AGAIN, Stored, own_words, read_json, shards, some, stored_in
+from model.headers import AGAIN, Stored, own_words, read_json, shards, stored_in
 from model.marks import (
     BESIDE,
     BLOCKS,
@@ -245,7 +245,7 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
         "unknown": [name for name in stored if name not in expected],
         "of another shape": misfits,
     }
-    problems = [f"{len(names)} {what} ({some(names)})" for what, names in found.items() if names]
+    problems = [f"{len(names)} {what} ({listed(names, 3)})" for what, names in found.items() if names]
     if problems:
         raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=AGAIN)
 
@@ -311,7 +311,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     if tools or marked or formats:
         found = tools or [*stated_format(checkpoint), *sorted(marked), *sorted(formats)]
         raise K2Error(
-            f"{checkpoint.path} holds weights stored as {some(found)}, which k2 does not read.",
+            f"{checkpoint.path} holds weights stored as {listed(found, 3)}, which k2 does not read.",
             hint=PLAINER,
         )
 

@@ -1,7 +1,8 @@
 """The one kind of error that a user can act on, and what messages are put together with."""
 
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 USAGE = 2  # an exit code
@@ -43,3 +44,20 @@ def brief(error: object, most: int = 200) -> str:
 def count_of(number: object, word: str) -> str:
     """ "1 picture", "2 pictures"."""
     return f"{number} {word}{'' if str(number) == '1' else 's'}"
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that one which does not exist is closest to; "" where it is close to none."""
+    found = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f'Did you mean "{found[0]}"?' if found else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that does not exist: the closest known one, or those there are, of many the first ten."""
+    known = list(known)
+    return close_to(name, known) or (f"Known: {listed(known, 20 if len(known) <= 20 else 10)}." if known else "")
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """ "fox, owl and 3 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.errors import K2Error, brief
+from model.errors import K2Error, brief, listed
 from model.gguf_file import read_gguf_header
 from model.marks import PASSENGERS, SUFFIX, Mark, shape_of, table_of, weight_of
 from model.spec import within
@@ -215,7 +215,7 @@ def shards(folder: Path) -> list[Path]:
             raise K2Error(f"{index} names no files of its own folder.", hint=AGAIN)
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
-            raise K2Error(f"{folder} lacks {some(missing)} of the {len(names)} files its index names.", hint=AGAIN)
+            raise K2Error(f"{folder} lacks {listed(missing, 3)} of the {len(names)} files its index names.", hint=AGAIN)
         return [folder / name for name in sorted(names)]
     files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name)) or sorted(folder.glob("*.gguf"))
     if files and all(file.name.startswith(f"{files[0].stem}.") for file in files):
@@ -224,9 +224,3 @@ def shards(folder: Path) -> list[Path]:
         found = f"{len(files)} {files[0].suffix} files and no index" if files else "no .safetensors or .gguf file"
         raise K2Error(f"{folder} holds {found}.", hint="Name the file itself.")
     return files
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

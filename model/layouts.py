@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from model.checkpoint import WIDE, Checkpoint, Stored, load, open_checkpoint, reader, refuse_unreadable
 from model.dit import FUSION_BLOCKS, DiTConfig, Krea2, hidden_width
-from model.errors import K2Error
+from model.errors import K2Error, listed
 from model.few_bits import FORMATS, Format, shrink, usual
-from model.headers import AGAIN, some
+from model.headers import AGAIN
 from model.library import dit_of
 from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
@@ -162,7 +162,7 @@ def dit_config(checkpoint: Checkpoint) -> DiTConfig:
 def stated_config(checkpoint: Checkpoint) -> DiTConfig | None:
     values = checkpoint.metadata.get("config")
     if values is not None and (unknown := sorted(set(values) - {f.name for f in fields(DiTConfig)})):
-        raise K2Error(f"{checkpoint.path} is of a newer kind: its config has {some(unknown)}.", hint="Update k2.")
+        raise K2Error(f"{checkpoint.path} is of a newer kind: its config has {listed(unknown, 3)}.", hint="Update k2.")
     return None if values is None else DiTConfig(**values)
 
 

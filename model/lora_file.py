@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import K2Error, brief, count_of
+from model.errors import K2Error, brief, count_of, listed
 from model.hashes import settings_beside
-from model.headers import own_words, read_header, read_json, some
+from model.headers import own_words, read_header, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
         if any(re.search(pattern, name) for name in names):
             raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
     if not any(each.fullmatch(name) for name in names for each in (PART, WHOLE, KRONECKER)):
-        raise K2Error(f"{path} is no LoRA: it holds {some(sorted(names)) or 'nothing'}.", hint=ON_RAW)
+        raise K2Error(f"{path} is no LoRA: it holds {listed(sorted(names), 3) or 'nothing'}.", hint=ON_RAW)
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
@@ -105,9 +105,11 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
     strange += [f"{module}.alpha" for module in alphas if kinds.get(module, {"diff"}) <= {"diff"}]
     strange += [f"the magnitude of {m}" for m, part in parts.items() if "magnitude" in part and kinds[m] <= {"diff"}]
     if strange:
-        raise K2Error(f"{path} holds what belongs to no whole low-rank pair or product: {some(strange)}.", hint=PLAIN)
+        raise K2Error(
+            f"{path} holds what belongs to no whole low-rank pair or product: {listed(strange, 3)}.", hint=PLAIN
+        )
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
-        raise K2Error(f"{path} changes {some(both)} by a whole matrix and by factors.", hint=PLAIN)
+        raise K2Error(f"{path} changes {listed(both, 3)} by a whole matrix and by factors.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
         raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
     return parts, alphas

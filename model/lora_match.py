@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from model.checkpoint import open_checkpoint, refuse_unreadable
 from model.dit import Krea2
-from model.errors import K2Error
+from model.errors import K2Error, listed
 from model.hashes import PEFT_WEIGHTS, identity
-from model.headers import some
 from model.layouts import diffusers_names
 from model.lora import Adapter, Change, Shift
 from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
@@ -326,8 +325,8 @@ def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None
     """Raises K2Error with the nearest reason where no layer matches, or where another model's layers are among them."""
     for pattern, model in OTHER_MODELS.items():
         if theirs := [module for module in unmatched if re.search(pattern, module)]:
-            raise K2Error(f"{path} is made for {model}: it has layers like {some(theirs, 2)}.", hint=ON_RAW)
+            raise K2Error(f"{path} is made for {model}: it has layers like {listed(theirs, 2)}.", hint=ON_RAW)
     if len(unmatched) == modules:
         of_text = all(re.search(TEXT_ENCODER, module) for module in unmatched)
         why = "is made for a text encoder" if of_text else "matches no layer of this network"
-        raise K2Error(f"{path} {why}: it has layers like {some(list(unmatched), 2)}.", hint=ON_RAW)
+        raise K2Error(f"{path} {why}: it has layers like {listed(list(unmatched), 2)}.", hint=ON_RAW)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
 from model.dit import attention
-from model.errors import K2Error, count_of
-from model.headers import read_json, some
+from model.errors import K2Error, count_of, listed
+from model.headers import read_json
 from model.library import weights_of
 from model.marks import is_auxiliary
 from model.stream import stream
@@ -362,7 +362,7 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     extra = [name for name in own if heard.match(name) and name not in known and not is_auxiliary(name)]
     if extra:  # scales of a way to store numbers, biases: to leave them out would be another encoder
         raise K2Error(
-            f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL has not ({some(sorted(extra))}).",
+            f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL has not ({listed(sorted(extra), 3)}).",
             hint=ITS_OWN,
         )
     return tower, replace(checkpoint, tensors=own)

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
-from model.errors import K2Error
+from model.errors import K2Error, close_to
 
 FOLDER = Path(__file__).parent / "recipes"
 STAGES = {  # what `stage` may say -> the module
@@ -69,8 +69,7 @@ class Table:
         known, hints = {field.name: field for field in fields(cls)}, get_type_hints(cls)
         for key in table:
             if key not in known:
-                near = get_close_matches(key, known, 1)
-                raise K2Error(f'{where}: unknown key "{key}".', hint=f'Did you mean "{near[0]}"?' if near else "")
+                raise K2Error(f'{where}: unknown key "{key}".', hint=close_to(key, known))
             if not fits(table[key], hints[key]):
                 raise K2Error(f"{where}: {key} must be {kind(hints[key])}.")
         for key, field in known.items():
@@ -168,8 +167,7 @@ def saved(table: Mapping[str, Any]) -> Any:
 def module(stage: Any, where: str) -> Any:
     """The module of a stage. Raises `K2Error` where there is none of that name."""
     if not isinstance(stage, str) or stage not in STAGES:
-        near = get_close_matches(str(stage), STAGES, 1)
-        hint = f'Did you mean "{near[0]}"?' if near else f"Stages: {', '.join(STAGES)}."
+        hint = close_to(str(stage), STAGES) or f"Stages: {', '.join(STAGES)}."
         raise K2Error(f'{where}: there is no stage "{stage}".', hint=hint)
     return import_module(STAGES[stage])
 
