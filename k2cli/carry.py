@@ -20,7 +20,7 @@ from k2cli.project import Shot
 from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, render
 from k2cli.several import Turns, for_all, say_finished
-from k2cli.tables import relative
+from k2cli.texts import relative
 from model.errors import K2Error, count_of
 from model.lora_file import check_kind
 from model.picture_file import is_sheet

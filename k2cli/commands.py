@@ -210,7 +210,7 @@ def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:
     if isinstance(error, K2Error):
         return error
     if isinstance(error, UnicodeEncodeError):  # of a path: what standard output has no sign for is no error
-        from k2cli.tables import USE_UTF_8
+        from k2cli.texts import USE_UTF_8
 
         sign, encoding = error.object[error.start], error.encoding
         return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=USE_UTF_8)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from k2cli.disk import ended_as_by_ctrl_c
-from k2cli.tables import UNPRINTABLE, from_here, masked, quote
+from k2cli.texts import UNPRINTABLE, from_here, masked, quote
 from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error

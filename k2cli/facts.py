@@ -10,7 +10,7 @@ from typing import Any
 from k2cli.console import aligned
 from k2cli.history import loras
 from k2cli.records import Record
-from k2cli.tables import masked
+from k2cli.texts import masked
 from model.errors import count_of
 
 NAMED = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # what is several, and one of it

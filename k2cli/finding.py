@@ -25,7 +25,7 @@ def meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
     prompts  those of -p
     """
     from k2cli.project import Project
-    from k2cli.tables import quote
+    from k2cli.texts import quote
 
     if any(prompt.split() != [prompt] for prompt in prompts):  # which was quoted, so that this one is another
         return f"Each prompt goes with its own -p, and a project is made by: k2 new {quote(word)}"

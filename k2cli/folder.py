@@ -14,7 +14,7 @@ from pathlib import Path
 
 from k2cli import template
 from k2cli.disk import DRAFT, undisturbed, writing
-from k2cli.tables import check_path, composed, printable
+from k2cli.texts import check_path, composed, printable
 from model.errors import K2Error
 
 FILE = "k2.toml"

@@ -12,7 +12,8 @@ from k2cli.console import aligned, harmless, screen
 from k2cli.outputs import RUN, SHEET, Run
 from k2cli.project import MOST_PLAN, Project
 from k2cli.prompts import name_files
-from k2cli.tables import Place, quote
+from k2cli.tables import Place
+from k2cli.texts import quote
 from model.errors import K2Error, count_of, listed
 from model.headers import open_file
 

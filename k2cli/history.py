@@ -20,7 +20,8 @@ from typing import Any
 
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
-from k2cli.tables import LIMIT, UNPRINTABLE, composed, leaves, masked, sought, tables_in
+from k2cli.tables import LIMIT, leaves, tables_in
+from k2cli.texts import UNPRINTABLE, composed, masked, sought
 from model import picture_file
 from model.errors import USAGE, K2Error
 

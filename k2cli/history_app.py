@@ -338,7 +338,7 @@ def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        from k2cli.tables import masked
+        from k2cli.texts import masked
 
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(style="dim", overflow="fold")

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from k2cli import licence
 from k2cli.refusals import explained
-from k2cli.tables import masked
+from k2cli.texts import masked
 from model import library
 from model.errors import K2Error, listed
 from model.whole import whole

@@ -12,7 +12,7 @@ import typer
 
 from k2cli.console import console, say
 from k2cli.disk import write_toml, writing
-from k2cli.tables import quote
+from k2cli.texts import quote
 from model import library
 from model.errors import K2Error
 

@@ -18,7 +18,8 @@ from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
 from k2cli.styles import BOARD, Styles
-from k2cli.tables import Option, composed, quote
+from k2cli.tables import Option
+from k2cli.texts import composed, quote
 from model.errors import USAGE, K2Error
 from model.hashes import sha256
 from model.spec import Leader, Style

@@ -15,7 +15,8 @@ from typing import Any
 
 from k2cli.settings import HOMES, OTHERS, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, composed, dotted, plain, said_by
+from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, dotted, said_by
+from k2cli.texts import composed, plain
 from model.errors import K2Error, nearest
 
 MOST = 10_000  # pictures that a run may come to

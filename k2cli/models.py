@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2cli.sizes import WIDEST
-from k2cli.tables import PATH, check_path, masked, one_of
+from k2cli.tables import PATH, one_of
+from k2cli.texts import check_path, masked
 from model import library, weighed
 from model.errors import K2Error, nearest
 from model.hashes import sha256

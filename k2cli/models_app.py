@@ -104,7 +104,7 @@ def pull(
     """
     from k2cli import hub
     from k2cli.console import result, say, to_json
-    from k2cli.tables import quote
+    from k2cli.texts import quote
 
     try:
         found = hub.pull(model, revision, include or [], accept=accept_licence, quiet=quiet)

@@ -23,7 +23,8 @@ from k2cli.expander import forget, language_of, speaker
 from k2cli.new_style import copied, reference
 from k2cli.pictures import Inside, check_picture, find, near
 from k2cli.styles import BOARD
-from k2cli.tables import PATH, between, relative
+from k2cli.tables import PATH, between
+from k2cli.texts import relative
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256

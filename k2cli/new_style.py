@@ -12,7 +12,7 @@ from k2cli.dialect import dump
 from k2cli.disk import Exists, sweep, write, writing
 from k2cli.pictures import check_picture, in_folder, near
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
-from k2cli.tables import as_name, masked, plain, relative
+from k2cli.texts import as_name, masked, plain, relative
 from model import library
 from model.errors import K2Error, listed
 from model.hashes import identity, settings_beside, sha256

@@ -25,7 +25,8 @@ from PIL import ExifTags, Image
 from k2cli import comfy, history
 from k2cli.formats import record_of
 from k2cli.prompts import prompt_of
-from k2cli.tables import UNPRINTABLE, loads, tables_in
+from k2cli.tables import loads, tables_in
+from k2cli.texts import UNPRINTABLE
 from model import picture_file
 from model.errors import K2Error
 from model.expand import LEVELS

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from k2cli.disk import FOLDER, LOCKS, hold, opened, sweep, undisturbed, write, writing
-from k2cli.tables import masked
+from k2cli.texts import masked
 from model.errors import K2Error
 
 RUN = "run.toml"

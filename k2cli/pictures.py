@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from PIL import Image
 
 from k2cli.folder import spelt
-from k2cli.tables import composed, folded, masked, printable, relative
+from k2cli.texts import composed, folded, masked, printable, relative
 from model import picture_file
 from model.errors import K2Error, count_of
 from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO

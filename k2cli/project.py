@@ -20,19 +20,8 @@ from k2cli.pictures import check_picture, is_dark, near, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
 from k2cli.styles import BOARD, Styles, words
-from k2cli.tables import (
-    Option,
-    Place,
-    Toml,
-    check_keys,
-    check_value,
-    folded,
-    label_of,
-    plain,
-    read_table,
-    read_weights,
-    said_by,
-)
+from k2cli.tables import Option, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
+from k2cli.texts import folded, label_of, plain
 from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
 from model.region import ALMOST, LIKE, Region

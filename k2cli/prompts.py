@@ -11,18 +11,8 @@ from typing import Any
 from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, variants
 from k2cli.settings import HOMES, OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
-from k2cli.tables import (
-    NO_KEY,
-    Place,
-    as_name,
-    check_keys,
-    check_name,
-    is_mark,
-    plain,
-    read_table,
-    read_weights,
-    said_by,
-)
+from k2cli.tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
+from k2cli.texts import as_name, check_name, is_mark, plain
 from model.errors import K2Error
 
 STEM = 50  # characters of a prompt's name that may come of its choices

@@ -20,7 +20,8 @@ from PIL import Image
 from k2cli import formats, history, models
 from k2cli.project import Shot
 from k2cli.settings import as_asked
-from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, check_name, one_of, read_table, relative
+from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
+from k2cli.texts import check_name, relative
 from model import picture_file
 from model.errors import K2Error
 from model.hashes import identity, sha256

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from k2cli.tables import masked
+from k2cli.texts import masked
 from model import library
 from model.errors import K2Error
 

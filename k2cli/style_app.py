@@ -166,7 +166,7 @@ def usable_of(styles: Styles) -> dict[str, StyleFile]:
     """The styles that can be used, by name. What is wrong with the others is told, of a mix that it is one, where that
     was told already."""
     from k2cli.console import show_error
-    from k2cli.tables import label_of
+    from k2cli.texts import label_of
 
     usable: dict[str, StyleFile] = {}
     told: set[str] = set()
@@ -201,7 +201,7 @@ def show_style(
     from k2cli.console import result, to_json
     from k2cli.here import weight_in
     from k2cli.records import style_table
-    from k2cli.tables import relative
+    from k2cli.texts import relative
 
     opened = find_project(project, allow_outside)
     parts = opened.styles.resolve({name: 1.0}, lambda name: "k2 style show")
@@ -401,7 +401,7 @@ def pictures_of(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[
     K2Error."""
     from k2cli import moodboard
     from k2cli.folder import Folder
-    from k2cli.tables import relative
+    from k2cli.texts import relative
 
     if images:
         root = home.root.resolve()  # either may be reached by a link

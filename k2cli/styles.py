@@ -11,23 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.pictures import Inside, check_picture, find
-from k2cli.tables import (
-    PATH,
-    UNPRINTABLE,
-    WEIGHT,
-    Place,
-    Toml,
-    check_keys,
-    check_name,
-    check_value,
-    composed,
-    folded,
-    label_of,
-    read_table,
-    read_weights,
-    relative,
-    said_by,
-)
+from k2cli.tables import PATH, WEIGHT, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
+from k2cli.texts import UNPRINTABLE, check_name, composed, folded, label_of, relative
 from model.errors import K2Error, nearest
 from model.headers import read_header
 from model.picture_file import passed_over

@@ -89,7 +89,7 @@ def train(
     from k2cli import licence
     from k2cli.console import near, result, say, typed
     from k2cli.folder import root_above
-    from k2cli.tables import quote
+    from k2cli.texts import quote
     from model.train import recipe as recipes
 
     chosen: Any = recipes.load(recipe)

@@ -34,7 +34,8 @@ from k2cli.commands import PLACES
 from k2cli.console import Unwritable
 from k2cli.models_app import list_models
 from k2cli.project import Project
-from k2cli.tables import Toml, quote
+from k2cli.tables import Toml
+from k2cli.texts import quote
 from model import library
 from model.errors import K2Error
 

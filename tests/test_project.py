@@ -19,7 +19,7 @@ from k2cli.matrix import read_axes
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt, name_files, slug
 from k2cli.sizes import ASPECTS, fit_aspect, parse_resolution, parse_size
-from k2cli.tables import check_name
+from k2cli.texts import check_name
 from model import library
 from model.errors import K2Error
 

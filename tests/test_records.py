@@ -22,7 +22,8 @@ from PIL import Image
 from k2cli import embedded, history, models, records, rerun, runs
 from k2cli.dialect import dump
 from k2cli.project import Project, Shot
-from k2cli.tables import LIMIT, Toml, relative
+from k2cli.tables import LIMIT, Toml
+from k2cli.texts import relative
 from model.errors import K2Error
 from model.hashes import identity, sha256
 from model.spec import Leader, Picture, Reference, RenderSpec, Style
