@@ -167,7 +167,7 @@ def new(
       k2 new taken --from *.png
       k2 new taken --from outputs/0001-fox
     """
-    from k2cli.console import near, result, say, typed
+    from k2cli.console import for_shell, result, say, short_path
     from k2cli.folder import Folder, keeps_outputs
 
     if not folder:  # as a path it would be the current folder
@@ -186,13 +186,13 @@ def new(
         compose = partial(taken.project_text, origins=list(read.values()))
         notes = [*filter(None, [sheets]), *taken.notes(read, silent)]
     made = Folder.create(Path(folder), compose)
-    result(near(made))
+    result(short_path(made))
     if not quiet:
         for note in notes:
             say(note, "yellow")
         if keeps_outputs(made):
             say("Git may keep every picture: add outputs/, gallery/ and .runs/ to the .gitignore.", "yellow")
-        there = "" if made == Path.cwd() else f"cd {typed(made)} && "
+        there = "" if made == Path.cwd() else f"cd {for_shell(made)} && "
         say(f"Next: {there}k2 render", "dim")
 
 

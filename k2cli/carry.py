@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from k2cli import history, licence
-from k2cli.console import among_others, meter, near, result, results, say, to_json
+from k2cli.console import among_others, meter, result, results, say, short_path, to_json
 from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
@@ -39,7 +39,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         if not quiet:
             say_doubts(job, named=len(jobs) > 1)
         own = recommended(job.model.name, job.model.variant) if left else {}
-        folder = f"{near(job.project.root)}/" if len(jobs) > 1 else ""
+        folder = f"{short_path(job.project.root)}/" if len(jobs) > 1 else ""
         rows = []
         for shot in left:
             asked = request(shot, job.project.root)
@@ -179,7 +179,7 @@ def carry(
         sheets = sum(map(is_sheet, folder.iterdir()))
         beside = count_of(sheets, "contact sheet") if sheets > 1 else "a contact sheet"
         more = " more" if total < len(job.shots) else ""
-        say(f"{total - kept_back}{more} pictures and {beside} in {near(folder)}", "dim")
+        say(f"{total - kept_back}{more} pictures and {beside} in {short_path(folder)}", "dim")
     return folder
 
 
@@ -192,12 +192,12 @@ def tell(saved: Saved, told: set[str], of: list[int], doubts: Sequence[str], *, 
         told.add(asked["text"])
         say(unread, "yellow")
     if blocked:
-        say(f'Blocked by the output filter "{blocked["filter"]}": {near(saved.path)}', "yellow")
+        say(f'Blocked by the output filter "{blocked["filter"]}": {short_path(saved.path)}', "yellow")
     if as_json:
         beside = {"of": of, "warnings": [*doubts, *filter(None, [unread])]}
-        result(to_json({"file": None if blocked else near(saved.path), **saved.record, **beside}))
+        result(to_json({"file": None if blocked else short_path(saved.path), **saved.record, **beside}))
     elif not blocked:
-        result(near(saved.path))
+        result(short_path(saved.path))
 
 
 def say_again(made: Mapping[Path, str], *, named: bool) -> None:

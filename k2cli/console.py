@@ -146,7 +146,7 @@ def screen() -> int | None:
     return Console().width if sys.stdout.isatty() else None
 
 
-def near(path: Path) -> str:
+def short_path(path: Path) -> str:
     """A path as short as it can be typed here."""
     short = from_here(path)
     return f"./{short}" if short.startswith("-") else short  # which would be read as an option
@@ -154,13 +154,13 @@ def near(path: Path) -> str:
 
 def among_others(root: Path) -> str:
     """What a project is called where there are several: as short as it can be typed, or by its folder's name."""
-    short = near(root)
+    short = short_path(root)
     return root.name if short == "." else short
 
 
-def typed(path: Path) -> str:
+def for_shell(path: Path) -> str:
     """The same, as a shell takes it."""
-    return quote(near(path))
+    return quote(short_path(path))
 
 
 class Meter:

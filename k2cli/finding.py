@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from k2cli.project import Project
 
 
-def meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
+def prompt_meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
     """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new, or the rest of one.
 
     words    all that stand there
@@ -80,7 +80,9 @@ def open_projects(
 
     gone = [name for name in folders if not os.path.exists(name)]  # what most people type first
     said = ((name, name if len(name) < 80 else f"{name[:80]}…") for name in gone)
-    wrong = [K2Error(f"There is no project {short}.", hint=meant_by(name, folders, prompts)) for name, short in said]
+    wrong = [
+        K2Error(f"There is no project {short}.", hint=prompt_meant_by(name, folders, prompts)) for name, short in said
+    ]
     if gone and len(gone) == len(folders):
         raise wrong[0]
     found, no_projects = find_folders([name for name in folders if name not in gone], project, allow_outside)

@@ -183,7 +183,7 @@ def in_circle(path: Path) -> bool:
 
 def meant_by(folder: Path) -> str:
     """A hint at what is meant where a project's folder belongs: a picture, a run, the folder of all, a new project."""
-    from k2cli.console import typed
+    from k2cli.console import for_shell
     from k2cli.outputs import NUMBER, number_of, picture_of
     from model.picture_file import is_named_so
 
@@ -191,13 +191,13 @@ def meant_by(folder: Path) -> str:
     if full.exists() and not full.is_dir():
         picture = picture_of(full)  # itself, or that beside a record
         of_one = is_named_so(picture) and picture.is_file()
-        more = f" What one picture was made from: k2 show {typed(folder)}" if of_one else ""
+        more = f" What one picture was made from: k2 show {for_shell(folder)}" if of_one else ""
         return f"A project is a folder with a {FILE}.{more}"
     if NUMBER.match(full.name) and (full.parent.parent / FILE).is_file():
         return f"A run goes with --run, as k2 log and k2 gallery take it: --run {number_of(full)}"
     if full.name == "outputs" and (full.parent / FILE).is_file():
-        return f"It is where a project's pictures are; the project itself: {typed(full.parent)}"
-    return f"Make one with: k2 new {typed(folder)}"
+        return f"It is where a project's pictures are; the project itself: {for_shell(full.parent)}"
+    return f"Make one with: k2 new {for_shell(folder)}"
 
 
 def root_above(folder: Path) -> Path | None:

@@ -87,7 +87,7 @@ def log(
       k2 log --style dusk -0 | xargs -0 cp -t ~/dusk
     """
     from k2cli import history
-    from k2cli.console import delivering, near, result, say, show_error, to_json
+    from k2cli.console import delivering, result, say, short_path, show_error, to_json
 
     if everything and last is not None:
         raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
@@ -128,7 +128,7 @@ def log(
         elif len(found) < count:
             say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
         if unread:
-            say(f"{len(unread)} left out, whose records are gone or cannot be read: {near(unread[0])}", "yellow")
+            say(f"{len(unread)} left out, whose records are gone or cannot be read: {short_path(unread[0])}", "yellow")
     for problem in wrong:
         show_error(problem)
     if wrong:
@@ -137,14 +137,14 @@ def log(
 
 def none_yet(folders: Sequence[Folder]) -> str:
     """That projects have no pictures, and what makes some."""
-    from k2cli.console import typed
+    from k2cli.console import for_shell
     from k2cli.folder import root_above
     from k2cli.here import first_step
 
     if len(folders) > 1:
         return "No pictures yet. Make some: k2 render"
     here, root = root_above(Path.cwd()), folders[0].root
-    there = "" if here and here.samefile(root) else f" --project {typed(root)}"
+    there = "" if here and here.samefile(root) else f" --project {for_shell(root)}"
     return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
 
 
@@ -156,9 +156,9 @@ def near_file(made: Made) -> str:
 @cache
 def near_folder(folder: Path, here: str) -> str:
     """A run's folder as short as it can be typed from `here`; thousands of pictures ask for it."""
-    from k2cli.console import near
+    from k2cli.console import short_path
 
-    return near(folder)
+    return short_path(folder)
 
 
 def line_of(made: Made) -> str:
@@ -175,7 +175,7 @@ def show_table(found: Sequence[Made]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from k2cli.console import near
+    from k2cli.console import short_path
 
     screen = Console(highlight=False)
     rows = [
@@ -195,7 +195,7 @@ def show_table(found: Sequence[Made]) -> None:
         (first, row), *more = pictures
         when = f"{first.local:%Y-%m-%d %H:%M}" if first.local else ""
         about = " · ".join(filter(None, [when, f"{first.text('model.name')} {first.text('model.variant')}".strip()]))
-        heading = Text.assemble("\n" * bool(number), (near(folder), "bold"), "  ", (about, "dim"))
+        heading = Text.assemble("\n" * bool(number), (short_path(folder), "bold"), "  ", (about, "dim"))
         screen.print(heading, no_wrap=True, overflow="ellipsis")
         for cells in (row, *(row for _, row in more)):
             for column, width in enumerate(widths):
@@ -244,7 +244,7 @@ def gallery(
       k2 gallery moody -o ~/public/moody
       k2 gallery --run 3 -o ~/public/foxes
     """
-    from k2cli.console import near, result, say, to_json
+    from k2cli.console import result, say, short_path, to_json
     from k2cli.gallery import PAGE, build
     from k2cli.project import Project
 
@@ -267,8 +267,8 @@ def gallery(
         count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
     finally:  # it may be for them that there is no page
         if unread and not quiet:
-            say(f"{len(unread)} left out, whose pictures or records cannot be read: {near(unread[0])}", "yellow")
-    result(to_json({"file": near(target / PAGE), "pictures": count}) if json else near(target / PAGE))
+            say(f"{len(unread)} left out, whose pictures or records cannot be read: {short_path(unread[0])}", "yellow")
+    result(to_json({"file": short_path(target / PAGE), "pictures": count}) if json else short_path(target / PAGE))
     if not quiet:
         for problem in wrong:
             say(f"{problem} The page is called after the folder.", "yellow")
@@ -301,7 +301,7 @@ def show(
       k2 show outputs/0001-fox/fox-7.png --json | jq .settings
     """
     from k2cli import records
-    from k2cli.console import near, result, screen, to_json
+    from k2cli.console import result, screen, short_path, to_json
     from k2cli.facts import describe
     from k2cli.history import in_full
     from k2cli.outputs import picture_of
@@ -313,7 +313,7 @@ def show(
     found = [records.parse(records.read(file), Path) for file in named]
     if json:
         for file, record in zip(named, found, strict=True):
-            there = None if record.table.get("blocked") else near(picture_of(file))
+            there = None if record.table.get("blocked") else short_path(picture_of(file))
             result(to_json({"file": there, **in_full(record.table)}))
         return
     if sys.stdout.isatty():
@@ -323,7 +323,7 @@ def show(
     if len(found) == 1:
         result(describe(found[0], screen()))
     else:
-        show_differences([near(file) for file in named], found)
+        show_differences([short_path(file) for file in named], found)
 
 
 def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:

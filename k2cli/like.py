@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2cli import records
-from k2cli.console import near
+from k2cli.console import short_path
 from k2cli.folder import root_above
 from k2cli.matrix import escape
 from k2cli.models import auto_method
@@ -181,7 +181,7 @@ def said_of_home(file: Path, root: Path) -> str:
     here = root_above(Path.cwd())
     if here is None or here.samefile(root):
         return ""
-    return f"{file.name} is of another project; what is like it is made there: {near(root)}"
+    return f"{file.name} is of another project; what is like it is made there: {short_path(root)}"
 
 
 def is_within(file: Path, folder: Path) -> bool:

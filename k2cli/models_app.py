@@ -143,7 +143,7 @@ def export(
       k2 models export krea-2-turbo turbo-int8.safetensors --precision int8
     """
     from k2cli import licence, models
-    from k2cli.console import meter, near, result
+    from k2cli.console import meter, result, short_path
     from k2cli.settings import check_setting
     from k2cli.tables import Option
     from model import library
@@ -175,4 +175,4 @@ def export(
         from model.pipeline import Pipeline
 
         Pipeline.load(name, variant, "cpu", precision="native", offload="none").export(target)
-    result(near(target))
+    result(short_path(target))

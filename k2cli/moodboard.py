@@ -21,7 +21,7 @@ from k2cli.dialect import dump
 from k2cli.disk import undisturbed, write, writing
 from k2cli.expander import forget, language_of, speaker
 from k2cli.new_style import copied, reference
-from k2cli.pictures import Inside, check_picture, find, near
+from k2cli.pictures import Inside, check_picture, find, nearly_called
 from k2cli.styles import BOARD
 from k2cli.tables import PATH, between
 from k2cli.texts import relative
@@ -65,7 +65,9 @@ def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> t
         others |= beside
         for path in named:
             if not path.exists():
-                raise K2Error(f"{where}: there is no {pattern}.", hint=near(path, pattern) or "Check the name.")
+                raise K2Error(
+                    f"{where}: there is no {pattern}.", hint=nearly_called(path, pattern) or "Check the name."
+                )
             if not path.is_file():
                 raise K2Error(f"{where}: {pattern} is no picture.", hint="Use png, jpg or webp.")
         found.update(named)

@@ -10,7 +10,7 @@ from typing import Any
 
 from k2cli.dialect import dump
 from k2cli.disk import Exists, sweep, write, writing
-from k2cli.pictures import check_picture, in_folder, near
+from k2cli.pictures import check_picture, in_folder, nearly_called
 from k2cli.styles import MOST_LORA, MOST_REFERENCES, Styles, taken
 from k2cli.texts import as_name, masked, plain, relative
 from model import library
@@ -107,7 +107,7 @@ def add_pictures(
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
-            hint = near(image, str(image)) or "Name pictures, or a folder of them."
+            hint = nearly_called(image, str(image)) or "Name pictures, or a folder of them."
             raise K2Error(f"There is no {masked(str(image))}.", hint=hint)
         if image.is_dir() and not in_folder(image):
             hint = passed_over(image.iterdir()) or weights_among(image.iterdir(), loras)

@@ -130,7 +130,7 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     return name.strip(), value
 
 
-def read_weights(texts: Sequence[str], option: str) -> dict[str, float]:
+def read_styles(texts: Sequence[str], option: str) -> dict[str, float]:
     """ "dusk=0.7", "riso=0.3" -> each style and its weight, in the order given."""
     weights: dict[str, float] = {}
     for text in texts:

@@ -131,7 +131,7 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
             if whole and width * height <= MOST_DECODED:
                 decode(image, path)
     except FileNotFoundError:
-        hint = near(path, label) or "Paths are relative to the project."
+        hint = nearly_called(path, label) or "Paths are relative to the project."
         raise K2Error(f"{where}: there is no picture {label}.", hint=hint) from None
     except Image.DecompressionBombError:
         raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
@@ -143,7 +143,7 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
     return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
 
 
-def near(path: Path, label: str) -> str:
+def nearly_called(path: Path, label: str) -> str:
     """A hint at the picture that is called nearly as one that is not there, or the same but for capitals; "" where none
     is. `label` is what messages call the path."""
     there = [entry.name for entry in names(path.parent) if picture_file.is_named_so(Path(entry.name))]

@@ -16,7 +16,7 @@ from k2cli.expander import expander
 from k2cli.folder import FILE, Folder, Outside, root_above, spelt
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.pictures import check_picture, is_dark, near, sides_of
+from k2cli.pictures import check_picture, is_dark, nearly_called, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
 from k2cli.styles import BOARD, Styles, words
@@ -179,7 +179,7 @@ class Project(Folder):
         shells = where in (INIT_OPTION, MASK_OPTION)
         path = Path(os.path.realpath(spelt(Path(), said))) if shells else self.inside(said, where)
         if shells and not path.exists():
-            hint = near(path, said) or "Paths start from the current folder."
+            hint = nearly_called(path, said) or "Paths start from the current folder."
             raise K2Error(f"{where}: there is no {said}.", hint=hint)
         check_picture(path, where, said, whole=True)
         return path, sides_of(path)

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 from k2cli import embedded, history, records
 from k2cli.commands import as_problem
-from k2cli.console import near, result, say, show_error, to_json, typed
+from k2cli.console import for_shell, result, say, short_path, show_error, to_json
 from k2cli.dialect import dump
 from k2cli.disk import Exists, write
 from k2cli.folder import Folder
@@ -235,20 +235,20 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
     if as_json:
         about = {"identical": again.identical, "levels_off": off}
         about |= {"gone": gone, "unreadable": unreadable, "changed": changed}
-        result(to_json({"file": near(path), "from": near(file), **about, **again.saved.record}))
+        result(to_json({"file": short_path(path), "from": short_path(file), **about, **again.saved.record}))
     elif not (gone and again.checked):
-        result(near(path))
+        result(short_path(path))
     if quiet and again.identical:
         return
     if again.other:
-        followed = f"{near(again.other)} says otherwise than the picture's own record, which was followed."
-        say(f"{followed} To follow it instead: k2 rerun {typed(again.other)}", "yellow")
+        followed = f"{short_path(again.other)} says otherwise than the picture's own record, which was followed."
+        say(f"{followed} To follow it instead: k2 rerun {for_shell(again.other)}", "yellow")
     if off != 0 or (again.identical and not several):
-        say(f"{near(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
+        say(f"{short_path(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
     if unreadable or (gone and again.checked):
-        say(f"{near(picture_of(file))} {LOST[again.fate]}: only its record was compared.", "yellow")
+        say(f"{short_path(picture_of(file))} {LOST[again.fate]}: only its record was compared.", "yellow")
     if changed:
-        say(f"{near(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
+        say(f"{short_path(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
 
 
 def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool) -> None:
@@ -258,7 +258,7 @@ def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool
     if problem is None:
         raise error
     if as_json:
-        result(to_json({"file": None, "from": near(file), "error": str(problem), "hint": problem.hint}))
+        result(to_json({"file": None, "from": short_path(file), "error": str(problem), "hint": problem.hint}))
     if not several:
         raise error
     show_error(problem)

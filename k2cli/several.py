@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from k2cli.commands import as_problem
-from k2cli.console import Unwritable, among_others, last_words, near, say, show_error, typed
+from k2cli.console import Unwritable, among_others, for_shell, last_words, say, short_path, show_error
 from k2cli.disk import DiskFull, ended_as_by_ctrl_c, undisturbed
 from k2cli.folder import Folder, root_above
 from k2cli.hands import Unreachable
@@ -80,7 +80,7 @@ def refuse(wrong: Sequence[K2Error]) -> None:
 def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
     """The error with its project in front, where it does not name that as none of the others is called."""
     root, said = home.root, str(error)
-    named = [re.escape(f"{near(root)}/"), rf"{re.escape(str(root))}(?![\w.-])"]  # nor is /s-models one called s
+    named = [re.escape(f"{short_path(root)}/"), rf"{re.escape(str(root))}(?![\w.-])"]  # nor is /s-models one called s
     if [each.root.name for each in among].count(root.name) == 1:
         named.append(re.escape(f"{root.name} has "))
     if re.search(rf"(?<![\w./-])(?:{'|'.join(named)})", said):  # refs/a.png is not of a project called s
@@ -190,14 +190,14 @@ class Turns:
         job = self.now or next(iter(self.begun), None)
         if job is None or job.run is None:
             return
-        there = f"{len(job.shots) - len(job.left)} of {len(job.shots)} pictures are in {near(job.run.folder)}"
+        there = f"{len(job.shots) - len(job.left)} of {len(job.shots)} pictures are in {short_path(job.run.folder)}"
         left = self.left
         last_words(f"{why}: {there}.{f' Go on with: {go_on(left)}' if left else ''}")
 
 
 def say_finished(job: Job) -> None:
     """That nothing is left of a run."""
-    say(f"{near(job.run.folder) if job.run else job.project.root.name}: every picture of the run is there.")
+    say(f"{short_path(job.run.folder) if job.run else job.project.root.name}: every picture of the run is there.")
 
 
 def go_on(jobs: Sequence[Job]) -> str:
@@ -220,9 +220,9 @@ def resuming(jobs: Sequence[Job], number: int | None = None) -> str:
     words = ["k2 render --resume"]
     words += [] if number is None else [f"--run {number}"]
     if len(roots) > 1:
-        words += map(typed, roots)
+        words += map(for_shell, roots)
     elif not (here and here.samefile(roots[0])):
-        words += [f"--project {typed(roots[0])}"]
+        words += [f"--project {for_shell(roots[0])}"]
     words += ["--allow-outside"] if any(map(reaches_out, jobs)) else []
     return " ".join(words)
 

@@ -28,7 +28,7 @@ from k2cli.options import (
     StepsOption,
     StyleGuidanceOption,
     TurboOption,
-    read_weights,
+    read_styles,
     seed_of,
     variant_of,
 )
@@ -90,7 +90,7 @@ def add(
       k2 style add night outputs/0001-owl/owl-7.png
       k2 style add ink ~/Downloads/ink.safetensors --trigger "in the ink style"
     """
-    from k2cli.console import near, result, say, to_json
+    from k2cli.console import result, say, short_path, to_json
     from k2cli.folder import Outside
     from k2cli.new_style import add_style
     from k2cli.pictures import without_sheets
@@ -108,11 +108,11 @@ def add(
         raise K2Error(str(error), hint="Put it into the project itself, in the place of the link.") from None
     about = {
         "name": name,
-        "file": near(added.file),
-        "references": [near(picture) for picture in added.pictures],
-        "lora": near(added.lora) if added.lora else None,
+        "file": short_path(added.file),
+        "references": [short_path(picture) for picture in added.pictures],
+        "lora": short_path(added.lora) if added.lora else None,
     }
-    result(to_json(about) if json else near(added.file))
+    result(to_json(about) if json else short_path(added.file))
     if not quiet:
         for note in filter(None, (sheets, added.over)):
             say(note, "yellow")
@@ -129,7 +129,7 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
     On a terminal with the weight that each has in the project; in a pipe a line each, the fields parted by tabs.
     """
-    from k2cli.console import near, result, results, screen, to_json
+    from k2cli.console import result, results, screen, short_path, to_json
     from k2cli.here import weight_in
 
     opened, rows = find_project(project, allow_outside), []
@@ -143,19 +143,19 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
         ]
         about = {
             "name": name,
-            "file": near(path),
-            "references": [near(each.image) for each in style.references],
+            "file": short_path(path),
+            "references": [short_path(each.image) for each in style.references],
             "keywords": list(style.keywords),
             "avoids": list(style.avoids),
             "method": style.method,
             "mix": dict(style.mix),
-            "lora": near(style.lora) if style.lora else None,
+            "lora": short_path(style.lora) if style.lora else None,
             "weight": opened.weights.get(name, 0.0),
         }
         if json:
             result(to_json(about))
         weight = [weight_in(opened, name)] if screen() else []
-        rows.append([near(path), *weight, ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
+        rows.append([short_path(path), *weight, ", ".join(filter(None, kinds)) or "words", ", ".join(style.keywords)])
     if not json:
         results(rows)
     if len(usable) < len(opened.styles.known):
@@ -281,12 +281,12 @@ def mix_styles(
     """
     from k2cli import mix
     from k2cli.carry import carry_out
-    from k2cli.console import near, result, say, to_json
+    from k2cli.console import result, say, short_path, to_json
     from k2cli.matrix import variants
     from k2cli.new_style import add_mix
 
     opened = find_project(project, allow_outside)
-    weights = read_weights(styles, "NAME=W")
+    weights = read_styles(styles, "NAME=W")
     if not any(weights.values()):
         raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
     opened.styles.resolve(weights, lambda name: "k2 mix-styles")
@@ -305,13 +305,13 @@ def mix_styles(
         if not quiet and (choices := len(variants(asked.text))) > 1:
             say(f"The first of the prompt's {choices} choices is taken.", "yellow")
     if save_as is not None:
-        file = add_mix(opened.styles, save_as, weights, force=force)
-        result(to_json({"kind": "style", "name": save_as, "file": near(file), "mix": weights}) if json else near(file))
+        file = short_path(add_mix(opened.styles, save_as, weights, force=force))
+        result(to_json({"kind": "style", "name": save_as, "file": file, "mix": weights}) if json else file)
         if not quiet and not jobs:
             say(f"Next: k2 render --style {save_as}=1", "dim")
     for folder in carry_out(jobs, embed=not no_embed, as_json=json, quiet=quiet):
         if (folder / "sheet.png").exists():
-            sheet = near(folder / "sheet.png")
+            sheet = short_path(folder / "sheet.png")
             result(to_json({"kind": "sheet", "file": sheet}) if json else sheet)
 
 
@@ -353,7 +353,7 @@ def analyze(
     from dataclasses import replace
 
     from k2cli import moodboard
-    from k2cli.console import meter, near, result, say, to_json
+    from k2cli.console import meter, result, say, short_path, to_json
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
     from k2cli.tables import Option, said_by
@@ -365,7 +365,7 @@ def analyze(
     target = home.inside(f"styles/{name}.toml")
 
     def taken(path: Path) -> K2Error:
-        return K2Error(f"{near(path)} exists already.", hint="Choose another --name, or replace it: --force")
+        return K2Error(f"{short_path(path)} exists already.", hint="Choose another --name, or replace it: --force")
 
     if not force:
         for path in (target, target.with_suffix(".png")):
@@ -387,13 +387,15 @@ def analyze(
         strip = moodboard.save(board, home.root, target, new=not force)
     except Exists as error:  # only since it was asked
         raise taken(error.path) from None
-    result(to_json({"file": near(target), **moodboard.to_table(board, home.root)}) if json else near(target))
+    result(
+        to_json({"file": short_path(target), **moodboard.to_table(board, home.root)}) if json else short_path(target)
+    )
     if not quiet:
         for note in board.notes:
             say(note, "yellow")
         for sentence in filter(None, (board.told, board.profile)):
             say(sentence)
-        say(f"Colours in {near(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
+        say(f"Colours in {short_path(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
 
 
 def pictures_of(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[Path]]:

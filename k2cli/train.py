@@ -87,7 +87,7 @@ def train(
     from dataclasses import replace
 
     from k2cli import licence
-    from k2cli.console import near, result, say, typed
+    from k2cli.console import for_shell, result, say, short_path
     from k2cli.folder import root_above
     from k2cli.texts import quote
     from model.train import recipe as recipes
@@ -120,9 +120,9 @@ def train(
     if not parallel.world().leads:
         parallel.leave()
         return
-    result(near(run.result))
+    result(short_path(run.result))
     if chosen.stage == "lora" and not quiet:
-        words = ["k2 style add", quote(run.result.stem), typed(run.result)]
+        words = ["k2 style add", quote(run.result.stem), for_shell(run.result)]
         words += ["--trigger", quote(chosen.trigger)] if chosen.trigger else []
         words += [] if root_above(Path.cwd()) else ["--project DIR"]
         say(f"Make a style of it: {' '.join(words)}", "dim")

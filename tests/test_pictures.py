@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from k2cli.pictures import LEAST_SIDE, LONGEST, check_picture, find, in_folder, is_dark, matches, near, sides_of, split
+from k2cli.pictures import (
+    LEAST_SIDE,
+    LONGEST,
+    check_picture,
+    find,
+    in_folder,
+    is_dark,
+    matches,
+    nearly_called,
+    sides_of,
+    split,
+)
 from model import picture_file
 from model.errors import K2Error
 
@@ -212,7 +223,7 @@ def test_a_picture_that_is_not_there_is_told_with_the_one_of_nearly_its_name(tmp
         (tmp_path / there).write_bytes(b"")
     (tmp_path / "gone.png").symlink_to("nowhere.png")
 
-    assert near(tmp_path / name, f"refs/{name}") == hint
+    assert nearly_called(tmp_path / name, f"refs/{name}") == hint
 
 
 def test_pictures_in_a_folder_are_neither_hidden_nor_folders(tree, tmp_path):
