@@ -45,11 +45,6 @@ def loras(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def row_alone(row: str, prompt: str) -> str:
-    """A row of a sheet without the prompt: that of older plans is the prompt, or begins with it."""
-    return "" if row == prompt else row.removeprefix(f"{prompt} · ")
-
-
 MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
     "": ("blocked", "leader", "init_image", "mask", "style", "lora"),
     "prompt": ("row", "caption", "unread"),
@@ -254,6 +249,7 @@ def load(path: Path) -> dict[str, Any] | None:
 
 def carried(picture: Path) -> dict[str, Any] | None:
     """The record's table that a picture itself carries, where none that can be read stands beside it."""
+    # with all that a project is, for which the shell would wait when it completes the name of a run
     from k2cli.records import read as read_record
 
     with suppress(K2Error):

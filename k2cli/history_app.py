@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +17,6 @@ from model.errors import K2Error, count_of
 if TYPE_CHECKING:
     from k2cli.folder import Folder
     from k2cli.history import Chosen, Made
-    from k2cli.records import Record
 
 SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
 
@@ -88,6 +85,7 @@ def log(
     """
     from k2cli import history
     from k2cli.console import delivering, result, say, short_path, show_error, to_json
+    from k2cli.listing import line_of, near_file, show_table
 
     if everything and last is not None:
         raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
@@ -146,73 +144,6 @@ def none_yet(folders: Sequence[Folder]) -> str:
     here, root = root_above(Path.cwd()), folders[0].root
     there = "" if here and here.samefile(root) else f" --project {for_shell(root)}"
     return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
-
-
-def near_file(made: Made) -> str:
-    """A picture's path as short as it can be typed here."""
-    return os.path.join(near_folder(made.path.parent, os.getcwd()), made.path.name)
-
-
-@cache
-def near_folder(folder: Path, here: str) -> str:
-    """A run's folder as short as it can be typed from `here`; thousands of pictures ask for it."""
-    from k2cli.console import short_path
-
-    return short_path(folder)
-
-
-def line_of(made: Made) -> str:
-    """A picture in a pipe."""
-    created = f"{made.created:%Y-%m-%dT%H:%M:%SZ}" if made.created else ""
-    seed = made.text("settings.seed")
-    return "\t".join([near_file(made), created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
-
-
-def show_table(found: Sequence[Made]) -> None:
-    """Pictures on a terminal: a heading for each run, below it a line for each picture, cut where the screen ends."""
-    from itertools import groupby
-
-    from rich.console import Console
-    from rich.text import Text
-
-    from k2cli.console import short_path
-
-    screen = Console(highlight=False)
-    rows = [
-        (
-            Text("  " + made.path.name, overflow="ellipsis"),
-            Text(f"seed {made.text('settings.seed')}", "dim", overflow="ellipsis"),
-            Text(made.size, "dim", overflow="ellipsis"),
-            Text(styles_of(made, ", "), "cyan", overflow="ellipsis"),
-            Text.assemble((told_apart(made), "cyan"), "  " * bool(told_apart(made)), made.text("prompt.text")),
-        )
-        for made in found
-    ]
-    most = (screen.width // 3, 30, 30, screen.width // 5)  # cells of a column; what was asked for has the rest
-    widths = [min(limit, max(row[column].cell_len for row in rows)) for column, limit in enumerate(most) if rows]
-    runs = groupby(zip(found, rows, strict=True), key=lambda pair: pair[0].path.parent)
-    for number, (folder, pictures) in enumerate(runs):
-        (first, row), *more = pictures
-        when = f"{first.local:%Y-%m-%d %H:%M}" if first.local else ""
-        about = " · ".join(filter(None, [when, f"{first.text('model.name')} {first.text('model.variant')}".strip()]))
-        heading = Text.assemble("\n" * bool(number), (short_path(folder), "bold"), "  ", (about, "dim"))
-        screen.print(heading, no_wrap=True, overflow="ellipsis")
-        for cells in (row, *(row for _, row in more)):
-            for column, width in enumerate(widths):
-                cells[column].align("right" if column == 1 else "left", width)
-            screen.print(Text("  ").join(cells), no_wrap=True, overflow="ellipsis")
-
-
-def told_apart(made: Made) -> str:
-    """What a picture of a comparison has that those beside it may not."""
-    from k2cli.history import row_alone
-
-    row = row_alone(made.text("prompt.row"), made.text("prompt.text"))
-    return " · ".join(filter(None, [row, made.text("prompt.caption")]))
-
-
-def styles_of(made: Made, joint: str) -> str:
-    return joint.join(f"{name} {strength:g}" for name, strength in made.styles.items())
 
 
 def gallery(
@@ -304,6 +235,7 @@ def show(
     from k2cli.console import result, screen, short_path, to_json
     from k2cli.facts import describe
     from k2cli.history import in_full
+    from k2cli.listing import show_differences
     from k2cli.outputs import picture_of
     from model.picture_file import is_sheet
 
@@ -324,38 +256,6 @@ def show(
         result(describe(found[0], screen()))
     else:
         show_differences([short_path(file) for file in named], found)
-
-
-def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
-    """A fact a row and a picture a column: a table on a terminal, parted by tabs in a pipe."""
-    from k2cli.console import result, say
-    from k2cli.facts import differences
-
-    short = [Path(name).name for name in names]
-    rows = {"": short if len({*short}) == len(short) else [*names], **differences(found)}
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        from k2cli.texts import masked
-
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        table.add_column(style="dim", overflow="fold")
-        for _ in found:
-            table.add_column(overflow="fold")
-        for name, row in rows.items():
-            table.add_row(Text(masked(name)), *(Text(masked(fact), "" if name else "bold") for fact in row))
-        Console(highlight=False).print(table)
-    else:
-        for name, row in rows.items():
-            result("\t".join([name, *(" ".join(fact.split()) for fact in row)]))
-    alike = len({str(record.pixels) for record in found}) == 1
-    if len(rows) == 1:
-        pixels = ", nor are their pixels" if alike else ", and yet their pixels are"
-        say(f"Nothing that they were made by is different{pixels}.", "dim")
-    elif alike:
-        say("Their pixels are the same.", "dim")
 
 
 def rerun(

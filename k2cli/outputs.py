@@ -165,6 +165,11 @@ def picture_of(file: Path) -> Path:
     return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
 
 
+def row_alone(row: str, prompt: str) -> str:
+    """A row of a sheet without the prompt: that of older plans is the prompt, or begins with it."""
+    return "" if row == prompt else row.removeprefix(f"{prompt} · ")
+
+
 def check_link(outputs: Path) -> None:
     """Raises K2Error where it is a link to nothing, as to a drive that is not mounted: what was made may be there."""
     with suppress(OSError):  # of what may not be looked at, as whoever lists it tells

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from k2cli import formats, history, models
+from k2cli import formats, models
+from k2cli.outputs import row_alone
 from k2cli.project import Shot
 from k2cli.settings import as_asked
 from k2cli.tables import LIMIT, PATH, WEIGHT, Place, Toml, between, one_of, read_table
@@ -344,7 +345,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
     kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
-    row = history.row_alone(prompt.row, prompt.text)
+    row = row_alone(prompt.row, prompt.text)
     return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
 
 
