@@ -20,7 +20,7 @@ from typing import Any
 
 from k2cli.hands import Crew, Group, Hand, Held, Lost, News, Ready, Unreachable, load
 from model.errors import K2Error
-from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, settings_beside
+from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, files_of
 from model.spec import Picture, RenderSpec
 
 PATIENCE = 300.0  # seconds that a cluster may take to find room for the first hand
@@ -203,14 +203,6 @@ def last_line(error: Exception) -> str:
 
 def own_versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS}
-
-
-def files_of(spec: RenderSpec) -> set[Path]:
-    """The project's files that a picture needs."""
-    found = {reference.image for style in spec.styles for reference in style.references}
-    found |= {path for path in (spec.init_image, spec.mask) if isinstance(path, Path)}
-    adapters = {style.lora for style in spec.styles if style.lora} | {lora.path for lora in spec.loras}
-    return found | adapters | {settings for path in adapters if (settings := settings_beside(path))}
 
 
 def pack(specs: Sequence[RenderSpec]) -> dict[Path, bytes]:

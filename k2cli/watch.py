@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -29,7 +29,6 @@ from k2cli.options import (
     variant_of,
 )
 from model.errors import K2Error
-from model.hashes import settings_beside
 
 if TYPE_CHECKING:
     from k2cli.models import Held
@@ -171,6 +170,7 @@ def look(
     it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
     made again only if it is not there, for otherwise somebody threw it away. `drawn`: the seed where it is random."""
     from k2cli.asked import plan_job
+    from model.hashes import files_of
 
     chosen = replace(project.settle(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
@@ -181,17 +181,8 @@ def look(
     new = known.keys() - set(asked.values())
     left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
     keys = {shot.stem: key for key, shot in known.items()}
-    return plan_job(project, chosen, left, compared=bool(matrices)), keys, set(files_of(shots))
-
-
-def files_of(shots: Sequence[Shot]) -> Iterator[Path]:
-    """What pictures are made of, wherever it lies and whatever it is called."""
-    for spec in (shot.spec for shot in shots):
-        yield from (path for path in (spec.init_image, spec.mask) if isinstance(path, Path))
-        for style in spec.styles:
-            yield from (reference.image for reference in style.references)
-            if style.lora:
-                yield from filter(None, (style.lora, settings_beside(style.lora)))
+    used = {path for shot in shots for path in files_of(shot.spec)}
+    return plan_job(project, chosen, left, compared=bool(matrices)), keys, used
 
 
 def note(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:

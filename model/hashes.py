@@ -14,9 +14,13 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from stat import S_ISDIR
+from typing import TYPE_CHECKING
 
 from model.errors import K2Error
 from model.whole import whole
+
+if TYPE_CHECKING:
+    from model.spec import RenderSpec
 
 PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
@@ -98,6 +102,15 @@ def settings_beside(path: Path) -> Path | None:
     """PEFT's adapter_config.json, which says how strong the weights beside it are."""
     file = path.with_name(PEFT_SETTINGS)
     return file if path.name == PEFT_WEIGHTS and file.is_file() else None
+
+
+def files_of(spec: RenderSpec) -> set[Path]:
+    """What a picture is made of, beside the model: its references, its initial picture and mask, its adapters and what
+    they have beside them."""
+    found = {reference.image for style in spec.styles for reference in style.references}
+    found |= {path for path in (spec.init_image, spec.mask) if isinstance(path, Path)}
+    adapters = {style.lora for style in spec.styles if style.lora} | {lora.path for lora in spec.loras}
+    return found | adapters | {settings for path in adapters if (settings := settings_beside(path))}
 
 
 @cache

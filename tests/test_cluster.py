@@ -17,9 +17,9 @@ from PIL import Image
 from test_hands import PROJECT, made, needs_weights
 
 from k2cli import cluster, hands, stream
-from k2cli.cluster import files_of, moved, pack, unpack
+from k2cli.cluster import moved, pack, unpack
 from model.errors import K2Error
-from model.hashes import settings_beside
+from model.hashes import files_of, settings_beside
 from model.spec import Lora, Reference, RenderSpec, Style
 
 

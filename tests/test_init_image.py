@@ -15,13 +15,13 @@ from PIL import Image
 from tiny import tiny, tiny_box  # noqa: F401
 
 from k2cli import models, origins, records, runs
-from k2cli.cluster import files_of, moved
+from k2cli.cluster import moved
 from k2cli.outputs import Run
 from k2cli.project import Project
 from k2cli.several import go_on
 from k2cli.watch import look
 from model.errors import K2Error
-from model.hashes import sha256
+from model.hashes import files_of, sha256
 from model.latents import noise, patchify, unpatchify
 from model.pipeline import Pipeline, to_image
 from model.references import feathered, to_mask, to_pixels
