@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, variants
+from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, settled_by, variants
 from k2cli.settings import HOMES, OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
@@ -125,22 +125,28 @@ def compare(
 ) -> Iterator[tuple[Prompt, list[tuple[str, Cell]]]]:
     """Matrix by matrix, every reading that it is about, with its cells and a name for each of them.
 
-    settled  what the command line has said, about which nothing is left to compare
+    settled  what the command line has said, about which nothing is left to compare; nor is there about what a prompt
+             says that has the last word
     """
+
+    def said_of(prompt: Prompt) -> set[str]:
+        return {*settled, *(settled_by(prompt.settings, prompt.style) if prompt.last else ())}
+
     totals: Counter[str] = Counter()
     for matrix in matrices:
         for prompt, base in readings:
             if matrix.about(base):
-                totals[prompt.name[:STEM]] += matrix.count(settled)
+                totals[prompt.name[:STEM]] += matrix.count(said_of(prompt))
     most = min(MOST, max(totals.values(), default=0))
     numbers: Counter[str] = Counter()
     for matrix in matrices:
-        if "batch" in settled and "seed" in matrix.axes.keys() - settled:
-            with said_by(matrix.where) as said:
-                raise K2Error(f"{said} lists the seeds, so a batch has nothing to say.", hint="Leave --batch out.")
-        cells = matrix.cells(settled)
         for prompt, base in readings:
             if matrix.about(base):
+                said = said_of(prompt)
+                if "batch" in said and "seed" in matrix.axes.keys() - said:
+                    with said_by(matrix.where) as who:
+                        raise K2Error(f"{who} lists the seeds, so a batch has nothing to say.", hint="Leave it out.")
+                cells = matrix.cells(said)
                 first = numbers[prompt.name[:STEM]] + 1
                 numbers[prompt.name[:STEM]] += len(cells)
                 yield prompt, [(numbered(prompt.name, number, most), cell) for number, cell in enumerate(cells, first)]

@@ -221,6 +221,26 @@ def test_a_matrix_stands_in_the_place_of_the_batch(dusky, k2):
     assert len(plan(k2, "-p", "tea", "--matrix", "steps=4,8")) == 2 and len(plan(k2, "-p", "tea")) == 2
 
 
+def test_a_line_settles_its_axes_and_its_batch(dusky, k2):
+    """An object on standard input goes before the command line, which goes before a matrix."""
+    axes = ("--matrix", "steps=1,2", "--matrix", "style.dusk=0,1")
+    (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace("seed = 7", "seed = 7\nbatch = 2"))
+
+    def cells(said: str, *options: str) -> list[tuple[int, float, int]]:
+        told = map(json.loads, k2("render", "-", "--dry-run", "--json", *options, input=said).stdout.splitlines())
+        made = [(each["settings"], each["style"] or ()) for each in told]
+        return [(its["steps"], sum(style["strength"] for style in styles), its["seed"]) for its, styles in made]
+
+    assert cells('{"prompt": "tea"}', *axes) == [(1, 0, 7), (1, 1, 7), (2, 0, 7), (2, 1, 7)]
+    assert cells('{"prompt": "tea", "steps": 3}', *axes) == [(3, 0, 7), (3, 1, 7)]
+    assert cells('{"prompt": "tea", "steps": 3, "styles": {"dusk": 0.5}}', *axes) == [(3, 0.5, 7)]
+    assert cells('{"prompt": "tea", "batch": 3}', *axes[:2]) == [(n, 0, seed) for n in (1, 2) for seed in (7, 8, 9)]
+    assert len(cells('{"prompt": "tea", "batch": 3}\ntea', *axes[:2], "--batch", "2")) == 6 + 4
+    assert [seed for *_, seed in cells('{"prompt": "tea", "seed": 3}', "--matrix", "seed=1,2")] == [3]
+    seeds = k2("render", "-", "--matrix", "seed=1,2", input='{"prompt": "tea", "batch": 3}', code=2)
+    assert "--matrix lists the seeds" in seeds.stderr
+
+
 def test_a_style_that_is_not_there_is_blamed_on_its_matrix(dusky, k2):
     assert '--matrix: there is no style "dsuk".' in k2("render", "--matrix", "style.dsuk=1", code=2).stderr
     (dusky / "k2.toml").write_text(MATRIX.replace("dusk", "dsuk"))
