@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from k2cli.runs import Job
 
 OPTION = Option("--like")
-OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu")  # what another has others for
+OF_CHECKPOINT = (  # what another has others for
+    *("variant", "steps", "guidance", "guidance_until", "sampler", "mu", "precision"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,10 @@ class Example:
         spec = shot.spec
         found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
         found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
+        found |= {"precision": used.precision if used.precision != "native" else None}  # what fits, as it did there
         found |= {"size": f"{spec.width}x{spec.height}"} if spec.width and spec.height else {}
         found |= {"init_image": spec.init_image and str(spec.init_image)}
         found |= {"mask": spec.mask and str(spec.mask)}
-        if not spec.guidance:
-            found["guidance_until"] = None
         void = set(said) | (set() if "size" in found else {"mu"})  # the project says the size then
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)

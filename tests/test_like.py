@@ -50,6 +50,19 @@ def test_another_of_the_kind_differs_by_its_seed_alone(dusky, k2):
     assert first["settings"]["mu"] == 0.5  # as it turned out
 
 
+def test_weights_in_few_bits_are_of_its_look(dusky, k2, fake):
+    """They make another picture, so that of one seed too; with another model, or said, they are others."""
+    made = rendered(k2, "-p", "tea", "--precision", "int8")
+    (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace("[render]", '[render]\nprecision = "int4"'))
+
+    for said in ((), ("--precision", "fp8"), ("--raw",)):
+        k2("render", "--like", made, "--batch", "1", *said)
+    plain = rendered(k2, "-p", "tea", "--precision", "native")
+    k2("render", "--like", plain, "--batch", "1")
+
+    assert [precision for precision, _ in fake.held] == ["int8", "int8", "fp8", "int4", "native", None]
+
+
 def test_what_is_said_goes_before_and_makes_void_what_hung_on_it(dusky, k2):
     made = rendered(k2, "-p", "tea", "--steps", "9", "--size", "64x96", "--seed", "40")
     (other,) = plan(k2, "--like", made, "--batch", "1", "--raw", "--aspect", "1:1", "--seed", "3", "--style", "ink=0.5")
