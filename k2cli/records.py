@@ -292,9 +292,10 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
         raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)
-    until, sampler = shot.spec.guidance_until, shot.spec.sampler
-    until = 1.0 if until is None else until  # so it was before it could be said, as it was Euler
-    shot = replace(shot, spec=replace(shot.spec, guidance_until=until, sampler=sampler or "euler"))
+    spec = shot.spec
+    # before it could be said, it was guided to the end, and by Euler's
+    until = (1.0 if spec.guidance_until is None else spec.guidance_until) if spec.guidance else None
+    shot = replace(shot, spec=replace(spec, guidance_until=until, sampler=spec.sampler or "euler"))
     used, made = part(models.Held, table, "model", place), part(MadeWith, table, "settings", place)
     files = table["model"].get("files")
     if not isinstance(files, dict) or not files or not all(isinstance(sha, str) for sha in files.values()):

@@ -192,6 +192,13 @@ def test_a_record_from_before_samplers_was_made_with_eulers_and_guided_to_the_en
     assert (spec.sampler, spec.guidance_until) == ("euler", 1.0)
 
 
+def test_a_picture_without_guidance_was_guided_for_no_share_of_its_steps(moody):
+    """Nor is it said of the one that is made again."""
+    made = Picture(picture().image, MADE | {"guidance": 0.0})
+    table = records.compose(shot(guidance=0.0), made, moody)
+    assert records.parse(Toml(dump(table).decode(), "fox-7.toml"), None).shot.spec.guidance_until is None
+
+
 def test_a_private_picture_says_nothing(tmp_path):
     record = records.compose(shot(), picture(), tmp_path)
     path = tmp_path / "fox-7.png"
