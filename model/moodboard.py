@@ -33,6 +33,9 @@ CELLS = 16  # a side: pictures are compared as so many areas of one colour
 # Root mean square over the cells, in levels of 255. Copies as JPEG or WebP of quality 60 up, or of another size, are at
 # most 1.4 off; other seeds of one prompt, small on white, at least 5.6.
 COPY = 3.0
+# How much what lies inside the areas has to be in common, as grain, hatching and halftone leave no trace in their
+# colours: a correlation, where it is more than a few levels of 255.
+SAME, FLAT = 0.5, 3.0
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 
@@ -95,7 +98,7 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
         if isinstance(picture, K2Error):
             unread.append(path)
             notes.append(f"Left out: {picture} {picture.hint}".rstrip())
-        elif (np.square(known[: len(fresh)] - (cells := cells_of(picture))).mean(1) < COPY**2).any():
+        elif is_copy(picture, cells := cells_of(picture), known[: len(fresh)], fresh):
             copies += 1
         else:
             known[len(fresh)] = cells
@@ -119,9 +122,32 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
     return Seen(good, pictures, vectors.double().numpy(), statistics, notes, unread)
 
 
+def is_copy(
+    picture: Pixels, cells: NDArray[np.float32], known: NDArray[np.float32], fresh: Sequence[tuple[Path, Pixels]]
+) -> bool:
+    """Whether a picture is one of those seen, whose cells are `known`."""
+    near = np.flatnonzero(np.square(known - cells).mean(1) < COPY**2)
+    return any(same_within(picture, fresh[index][1]) for index in near)
+
+
 def cells_of(picture: Pixels) -> NDArray[np.float32]:
     """A picture's colours by area, [CELLS · CELLS · 3]."""
     return np.asarray(Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX), np.float32).ravel()
+
+
+def same_within(one: Pixels, other: Pixels) -> bool:
+    """Whether what two pictures show inside their areas is the same."""
+    a, b = map(within_cells, (one, other))
+    if max(a.std(), b.std()) < FLAT:
+        return True
+    return float((a * b).mean()) > SAME * float(a.std() * b.std())
+
+
+def within_cells(picture: Pixels) -> NDArray[np.float32]:
+    """What is left of a picture without the colours of its areas."""
+    means = Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX)
+    size = picture.shape[1], picture.shape[0]
+    return picture.astype(np.float32) - np.asarray(means.resize(size, Image.Resampling.BOX), np.float32)
 
 
 def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Board:

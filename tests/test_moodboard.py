@@ -243,6 +243,24 @@ def test_the_same_picture_in_another_format_or_size_is_a_copy(den):
     assert sum(len(look.pictures) for look in found.looks) == 12
 
 
+def test_patterns_of_one_colour_are_no_copies_of_each_other(den):
+    """Hatching, halftone and grain leave no trace in the colours of areas; copies of each count once."""
+    folder = den / "refs" / "patterns"
+    folder.mkdir()
+    across, down = np.meshgrid(*(np.arange(256),) * 2)
+    grain = np.random.default_rng(0).normal(128, 40, (256, 256)).clip(0, 255)
+    striped = ((across // 4 % 2), (down // 4 % 2), ((across // 4 + down // 4) % 2))
+    for index, pattern in enumerate([*(which * 255 for which in striped), grain, np.full_like(grain, 128)]):
+        image = Image.fromarray(pattern.astype(np.uint8))
+        image.save(folder / f"{index}.png")
+        image.save(folder / f"{index}.jpg", quality=60)
+
+    found = analyse(sorted(folder.iterdir()), Eye.load("tiny"))
+
+    assert "5 of them are copies of others and count once." in found.notes
+    assert sum(len(look.pictures) for look in found.looks) == 5
+
+
 def test_a_table_for_another_encoder_is_not_believed(den, monkeypatch, tmp_path):
     shutil.copytree(library.BOX, tmp_path / "box")
     monkeypatch.setattr(library, "BOX", tmp_path / "box")
