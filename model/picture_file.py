@@ -33,7 +33,7 @@ ORIENTATION = 0x0112  # the EXIF tag
 BLOCK = 1 << 20  # bytes read at once
 MADE = ("outputs", "gallery")  # of a project's folder: what is made, not what it is made of
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
-SHEET_KEY = "k2-sheet"  # of a text in a contact sheet's file, by which it is known wherever it is copied to
+SHEET_KEY = "k2-sheet"  # of a text in a contact sheet's file, by which it is known by whatever name it is copied to
 HEAD = 1024  # bytes of a sheet's file that hold it
 
 
@@ -44,7 +44,9 @@ def is_named_so(path: Path) -> bool:
 
 def is_sheet(path: Path) -> bool:
     """Whether a file is a contact sheet of a run of k2's: many pictures on one, so none to learn a look from."""
-    return SHEET.fullmatch(path.name) is not None and (path.with_name("run.toml").is_file() or says_sheet(path))
+    if SHEET.fullmatch(path.name) and path.with_name("run.toml").is_file():
+        return True
+    return path.suffix.lower() == ".png" and says_sheet(path)
 
 
 def says_sheet(path: Path) -> bool:

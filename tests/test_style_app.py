@@ -150,6 +150,7 @@ def test_a_contact_sheet_is_known_without_its_run(moody, k2):
 
     copied = shutil.copytree(run, moody / "copied")
 
+    (copied / "sheet.png").rename(copied / "sheet (1).png")
     assert "Passed over: 1 contact sheet.\n" in k2("style", "add", "found", *copied.glob("*.png")).stderr
     assert "identical" in k2("rerun", "--check", *run.glob("*.png")).stderr and k2("log").stderr == ""
     k2("style", "add", "own", moody / "sheet.png")
@@ -320,6 +321,8 @@ def test_a_lora_in_a_folder_or_of_another_format_is_told_of(moody, photos, k2):
 
     assert said in k2("style", "add", "ink", photos / "more").stderr
     assert "Passed over" not in k2("style", "add", "both", photos / "more", lora).stderr
+    spelt = photos / "more" / ".." / "more" / lora.name
+    assert "Passed over" not in k2("style", "add", "spelt", photos / "more", spelt).stderr
     (photos / "peft").mkdir()
     renamed = lora.rename(photos / "peft" / "ink.sft")
     assert "name the file itself" in k2("style", "add", "night", photos / "peft", code=1).stderr
