@@ -142,7 +142,8 @@ def add_pictures(
 
 def weights_among(paths: Iterable[Path], loras: Sequence[Path]) -> str:
     """That weights lie in a folder, as its LoRA is taken only where it is named itself; "" where none do."""
-    others = (path for path in paths if path not in loras and not path.name.startswith("."))
+    taken = {path.resolve() for path in loras}
+    others = (path for path in paths if path.resolve() not in taken and not path.name.startswith("."))
     found = sorted(masked(path.name) for path in others if path.suffix.lower() in library.CALLED_WEIGHTS)
     return f"Passed over: weights ({listed(found)}); for a LoRA name the file itself." if found else ""
 

@@ -142,7 +142,7 @@ def test_of_a_run_its_pictures_are_taken_and_its_contact_sheets_are_not(moody, k
 
 
 def test_a_contact_sheet_is_known_without_its_run(moody, k2):
-    """Wherever it is copied to; a picture that is called so is one."""
+    """By whatever name it is copied; a picture that is called so is one."""
     k2("render")
     run = next((moody / "outputs").iterdir())
     (run / "run.toml").unlink()
