@@ -140,7 +140,7 @@ def test_whole_or_not_at_all(tmp_path, state, monkeypatch):
 # ---- the command --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
 def test_weights_that_hold_what_is_no_number_are_not_rounded(tmp_path, state, precision):
     broken = state["blocks.0.attn.wq.weight"].clone()
     broken[3, 5] = float("nan")

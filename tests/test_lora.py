@@ -178,6 +178,26 @@ def test_one_that_changes_nothing_is_reported_so(tmp_path, model, pairs):
         assert ("idle" in read_lora(write(tmp_path, made), model).report(1)) == idle
 
 
+@pytest.mark.parametrize(
+    ("added", "idle"),
+    [
+        ({"blocks.0.attn.wq.diff": (64, 64)}, False),
+        ({"first.diff_b": (64,)}, False),
+        ({"blocks.0.prenorm.scale.diff": (64,)}, False),
+        ({"blocks.0.attn.wq.lora_magnitude_vector": (64,)}, False),
+        ({"blocks.0.attn.wq.diff": (64, 64), "blocks.0.prenorm.scale.diff": (64,)}, True),
+    ],
+)
+def test_what_changes_something_else_than_by_a_product_is_no_idle_one(tmp_path, model, added, idle):
+    """A whole matrix, a bias, a norm's scale, a DoRA's lengths: where they are noughts they change nothing either."""
+    state = {name: torch.full(shape, 0.0 if idle else 1.0) for name, shape in added.items()}
+    if "blocks.0.attn.wq.lora_magnitude_vector" in added:
+        halves = {"A": torch.ones(4, 64), "B": torch.zeros(64, 4)}
+        state |= {f"blocks.0.attn.wq.lora_{half}.weight": tensor for half, tensor in halves.items()}
+
+    assert ("idle" in read_lora(write(tmp_path, state), model).report(1)) == idle
+
+
 @pytest.mark.parametrize("config", [TINY, PRESETS["medium"]], ids=["tiny", "medium"])
 def test_no_two_layers_share_a_spelling(config):
     with torch.device("meta"):

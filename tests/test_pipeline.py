@@ -759,8 +759,9 @@ def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, co
     state, about = read(file)
     save(file, state, about | {"config": about["config"] | config})
     monkeypatch.setattr(library, "BOX", tmp_path / "box")
-    with pytest.raises(K2Error, match=what):
+    with pytest.raises(K2Error, match=what) as refused:
         Pipeline.load("tiny", device="cpu")
+    assert "models pull" not in refused.value.hint  # it brought its own
 
 
 def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_come_from(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -785,10 +786,18 @@ def test_references_that_cannot_be_read(pipeline, tmp_path):
             pipeline.render([spec])
 
 
-def test_overflow_is_said_and_not_painted_black(pipeline):
+def test_overflow_is_said_and_not_painted_black(pipeline, red):
     with torch.no_grad():
         pipeline.dit.last.linear.bias.fill_(float("nan"))
-    for guidance, hint in ((2.0, "lower guidance"), (0.0, "hold what is no number: fetch the file again")):
+    plain = replace(FOX, guidance=0.0)
+    lower, fetch = "lower guidance", "hold what is no number: fetch the file again"
+    for spec, dtype, hint in (
+        (replace(FOX, guidance=2.0), torch.float32, lower),
+        (replace(plain, style_guidance=1.0, styles=(Style("x", 1.0, (Reference(red),)),)), torch.float32, lower),
+        (plain, torch.bfloat16, lower),
+        (plain, torch.float32, fetch),
+    ):
+        pipeline.dtype = dtype
         with pytest.raises(K2Error, match="not a number") as raised:
-            pipeline.render([replace(FOX, guidance=guidance)])
+            pipeline.render([spec])
         assert hint in raised.value.hint
