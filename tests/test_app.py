@@ -1110,6 +1110,10 @@ def test_a_place_is_found_however_its_accents_are_written(moody, k2, there, aske
     k2("style", "add", "warm", said, *project)
     k2("new", "taken", f"--from={said}")
     k2("gallery", *project, "-o", unicodedata.normalize(asked, "Süß/page"))
+    write_weights(folder / unicodedata.normalize(there, "ö.safetensors"), {"kind": "dit", "native": 128})
+    k2("render", *project, "--model", folder / unicodedata.normalize(asked, "ö.safetensors"), "--dry-run")
+    (folder / unicodedata.normalize(there, "ö.toml")).write_text('stage = "none"')
+    assert "no stage" in k2("train", folder / unicodedata.normalize(asked, "ö.toml"), code=1).stderr
     assert [path.name for path in folder.parent.glob("S*")] == [folder.name] and (folder / "page").exists()
 
 
