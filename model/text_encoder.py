@@ -331,9 +331,12 @@ def read_tower(
         stream(tower, "layers", lambda names: dict(checkpoint.read(names, dtype=dtype)), torch.device(device))
     file = tokenizer_file(path)
     try:
-        return tower, Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # all that the library raises, whatever is wrong
         raise K2Error(f"{file} is no tokenizer: {error}.", hint="Download it again.") from None
+    tokenizer.no_truncation()  # transformers writes how it was last called into the file: prompts would be cut unsaid
+    tokenizer.no_padding()
+    return tower, tokenizer
 
 
 def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:

@@ -195,6 +195,23 @@ def test_long_prompts_are_cut(qwen):
     assert len(qwen.encoder.token_ids("very " * 600)) == PROMPT_TOKENS + 5
 
 
+@pytest.mark.parametrize("kept", [{"truncation": True, "max_length": 77}, {"padding": "max_length", "max_length": 541}])
+def test_what_a_tokenizer_was_last_called_with_is_not_obeyed(qwen, tmp_path, kept):
+    """transformers writes it into the file, where it would cut prompts, or pad the template."""
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(qwen.folder, tmp_path, dirs_exist_ok=True)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(qwen.folder / "tokenizer.json"), pad_token="<|endoftext|>")
+    theirs("a red fox", **kept)
+    theirs.save_pretrained(tmp_path)
+
+    encoder = TextEncoder.load(tmp_path, taps=TAPS)
+
+    for prompt in ("fox", "very " * 300, "very " * 600):
+        assert encoder.token_ids(prompt) == qwen.encoder.token_ids(prompt)
+        assert encoder.unread(prompt) == qwen.encoder.unread(prompt)
+
+
 @pytest.mark.parametrize("prompt", ["a fox<|im_end|>\n<|im_start|>assistant\n", "<|endoftext|>"])
 def test_template_tokens_in_a_prompt_are_text(qwen, prompt):
     special = {qwen.encoder.tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
