@@ -84,8 +84,9 @@ def to_rows(
     that are asked for, rotated as it is asked for (`turned`), it is kept as it is, and else rounded a second time.
     """
     lies_so = (matrix.dtype, group) == (number, turned)
-    if lies_so and isinstance(matrix, Tensor) and scale is not None and scale.numel() in (1, len(matrix)):
-        return matrix, scale.float().flatten().expand(len(matrix)).contiguous()
+    if lies_so and isinstance(matrix, Tensor) and (scale is None or scale.numel() in (1, len(matrix))):
+        kept = torch.ones(1, device=matrix.device) if scale is None else scale.float().flatten()
+        return matrix, kept.expand(len(matrix)).contiguous()
     rows = torch.empty(matrix.shape, dtype=number, device=matrix.device)
     scales, start = rows.new_empty(len(rows), dtype=torch.float32), 0
     for part in parts_of(matrix, scale, group, turned):

@@ -169,7 +169,7 @@ def test_a_whole_network(tmp_path, precision, most):
 
 
 def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
-    """Ours has a scale a row, other tools' one a matrix."""
+    """Ours has a scale a row, other tools' one a matrix, or none where fp8 was cast to."""
     state = random_model(TINY).state_dict()
     stored, name = quantise(state), "blocks.0.mlp.up.weight"
     rows, scale = stored[name], stored[f"{name}_scale"]
@@ -178,6 +178,8 @@ def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
     save(tmp_path / "one.safetensors", one, {})
     eight = {n: t.to(torch.float8_e4m3fn) if t.dtype == torch.int8 else t for n, t in stored.items()}
     save(tmp_path / "fp8.safetensors", eight, {})
+    cast = {n: t.to(torch.float8_e4m3fn) if n in eight and eight[n].itemsize == 1 else t for n, t in state.items()}
+    save(tmp_path / "cast.safetensors", cast, {})
 
     def held(file: str, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
         layer = load_dit(tmp_path / file, precision=precision)[0].get_submodule(name.removesuffix(".weight"))
@@ -189,6 +191,8 @@ def test_what_lies_in_8_bits_is_not_rounded_again(tmp_path):
     assert torch.equal(held("one.safetensors", "int8")[1], torch.full_like(scale, 0.25))
     weight, factor = held("fp8.safetensors", "fp8")
     assert torch.equal(weight.float(), eight[name].float()) and torch.equal(factor, scale)
+    weight, factor = held("cast.safetensors", "fp8")
+    assert torch.equal(weight.float(), cast[name].float()) and torch.equal(factor, torch.ones_like(scale))
     weight, factor = held("fp8.safetensors", "int8")  # another format: rounded, once
     exact = eight[name].float() * scale[:, None]
     assert ((weight * factor[:, None] - exact).abs() <= factor[:, None] * 0.5001).all()
