@@ -16,7 +16,7 @@ from k2cli.hands import cores
 from k2cli.project import Project
 from model import library, safety
 from model.errors import K2Error, count_of
-from model.plan import BYTES, HELD, SPARE, Numbers
+from model.plan import BYTES, HELD, OFFLOADS, SPARE, Numbers
 
 PACKAGES = ("k2", "torch", "tokenizers", "safetensors", "pillow", "numpy", "typer", "rich")
 
@@ -96,11 +96,11 @@ def plans(device: str) -> list[dict[str, Any]]:
     for name, numbers in counted.items():
         dtype = default_dtype(device, numbers.width)
         chosen = plan_on(device, numbers, dtype=dtype)
-        # nothing is rounded as far as that unasked, nor what is streamed
-        by_hand = [("int4", "none"), ("int4", "text"), ("int8", "all"), ("int4", "all")]
+        by_hand = [("int4", offload) for offload in OFFLOADS]  # nothing is rounded as far as that unasked
         open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])
         others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
         others = dict(sorted(others.items(), key=lambda way: -way[1]))
+        on_disk = HELD.get(numbers.stored or "", BYTES["bfloat16"])
         found.append(
             {
                 "model": name,
@@ -112,7 +112,7 @@ def plans(device: str) -> list[dict[str, Any]]:
                 "fits": chosen.fits(free),
                 "ways_gb": others,
                 "step_gflop": round(operations(numbers) / 1e9),
-                "blocks_gb": round(numbers.inside * HELD.get(chosen.precision, BYTES["bfloat16"]) / 1e9, 1),
+                "blocks_gb": round(numbers.inside * on_disk / 1e9, 1),
             }
         )
     return found

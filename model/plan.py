@@ -133,7 +133,7 @@ def ways(
     # worked out is, once, and kept where it takes the least
     last = numbers.stored if numbers.stored and numbers.stored in known else eight if numbers.packed else "native"
     less = last if last == "int4" else eight
-    return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), (last, "all")]
+    return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), (last, "all"), (eight, "all")]
 
 
 def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:

@@ -28,7 +28,6 @@ from model.plan import (
     lacking_memory,
     limit_left,
     needs,
-    ways,
 )
 
 GB = 10**9
@@ -53,6 +52,7 @@ def test_the_open_weights_are_counted_as_they_are_published(release):
         (30, ("int8", "none")),
         (24, ("int8", "text")),
         (16, ("native", "all")),
+        (7.5, ("int8", "all")),
     ],
 )
 def test_exact_before_rounded_and_resident_before_streamed(release, free, way):
@@ -98,7 +98,8 @@ def test_needs_are_weights_in_memory_and_a_picture_in_the_making(release):
 def test_where_nothing_fits_the_least_is_taken(release):
     chosen = choose(release, GB, dtype="bfloat16")
     assert chosen.offload == "all" and not chosen.fits(GB)
-    assert chosen.needs == min(needs(release, "bfloat16", *way) for way in ways(release, "int8"))
+    least = min(needs(release, "bfloat16", each, "all") for each in PRECISIONS if each != "int4")  # which is asked for
+    assert chosen.needs == least
 
 
 def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
