@@ -13,7 +13,7 @@ from k2cli.doubts import doubts_of, say_doubts
 from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.hands import Crew, check_device
-from k2cli.models import recommended, way_of
+from k2cli.models import recommended, untold_variant, way_of
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import Shot
@@ -39,6 +39,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         if not quiet:
             say_doubts(job, named=len(jobs) > 1)
         own = recommended(job.model.name, job.model.variant) if left else {}
+        untold = untold_variant(job.model.name, job.model.variant) if left else ""
         folder = f"{short_path(job.project.root)}/" if len(jobs) > 1 else ""
         rows = []
         for shot in left:
@@ -50,7 +51,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
-                doubts = {"of": next(of), "warnings": doubts_of(shot, job)}
+                doubts = {"of": next(of), "warnings": doubts_of(shot, job, untold)}
                 result(to_json(about | asked | {"model": used, **doubts}))
             else:
                 made = asked["settings"]
@@ -160,6 +161,7 @@ def carry(
     total, done, kept_back, folder = len(left), 0, 0, None
     told: set[str] = set()  # prompts
     shots = {shot.stem: shot for shot in left}
+    untold = untold_variant(job.model.name, job.model.variant)
     before = "" if crew else "loading the model"  # whose steps nobody hears of
     with meter(total, quiet=quiet, before=before) as bar:
         for saved in render(job, left, on_step=bar.step, crew=crew):
@@ -172,7 +174,7 @@ def carry(
                     idle = ", and none is changed: all of it is 0" if lora.get("idle") else ""
                     matched = f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
                     say(matched, "yellow" if idle else "dim")
-            doubts = doubts_of(shots[saved.stem], job) if as_json else []
+            doubts = doubts_of(shots[saved.stem], job, untold) if as_json else []
             tell(saved, told, next(of), doubts, as_json=as_json, quiet=quiet)
             kept_back += bool(saved.record["blocked"])
     if not quiet and total - kept_back > 1 and folder is not None:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from k2cli.console import among_others, say
 from k2cli.matrix import Matrix
-from k2cli.models import grid, recommended
+from k2cli.models import grid, recommended, untold_variant
 from k2cli.pictures import sides_of
 from k2cli.project import Shot
 from k2cli.runs import Job
@@ -32,14 +32,16 @@ def say_doubts(job: Job, *, named: bool) -> None:
 
 
 def doubts_about(job: Job) -> Iterator[str]:
-    """That some prompts will get a picture of something else, or hold another tool's signs, that sizes are too far
-    from what the model knows, that guidance ends which never began, or that references and moodboard have pictures
-    beside them that nothing reads, or that are broken."""
+    """That some prompts will get a picture of something else, or hold another tool's signs, that nobody says which
+    variant the weights are, that sizes are too far from what the model knows, that guidance ends which never began, or
+    that references and moodboard have pictures beside them that nothing reads, or that are broken."""
     used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
     if over := passed_over(job.project.others - used):
         yield over
     if unread := sorted(path.name for path in job.project.unread):
         yield f"Left out of the moodboard, as they cannot be read: {listed(unread)}."
+    if untold := untold_variant(job.model.name, job.model.variant):
+        yield untold
     if far := far_off(job):
         yield far
     if until := never_guided(job):
@@ -50,10 +52,10 @@ def doubts_about(job: Job) -> Iterator[str]:
         yield nothing_in(strange)
 
 
-def doubts_of(shot: Shot, job: Job) -> list[str]:
-    """What is told of a picture's prompt before it is made."""
+def doubts_of(shot: Shot, job: Job, untold: str) -> list[str]:
+    """What is told of a picture's weights, as by `untold_variant`, and of its prompt before it is made."""
     strange = nothing_in([shot.given]) if shows_else(shot, job) else ""
-    return [*filter(None, (read_as_words([shot.given, shot.spec.negative]), strange))]
+    return [*filter(None, (untold, read_as_words([shot.given, shot.spec.negative]), strange))]
 
 
 def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:

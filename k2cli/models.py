@@ -78,6 +78,15 @@ def check_variant(name: str, variant: str | None) -> None:
         raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Take --{other(variant)}, or name others.")
 
 
+def untold_variant(name: str, variant: str | None = None) -> str:
+    """That neither the weights nor whoever asks for them say which variant they are; else nothing."""
+    found = library.find(name, variant)
+    if found is None or found.variant:
+        return ""
+    name = masked(Path(name).name)
+    return f"{name} does not say whether it is Raw or Turbo, and is taken as Raw; --turbo takes it as the other."
+
+
 def other(variant: str | None) -> str:
     """The variant that weights are where they are not this one."""
     return "turbo" if variant == "raw" else "raw"

@@ -45,12 +45,14 @@ def info(
     Layout, shapes, precision, recommended settings, training, licence, hashes.
     """
     from k2cli import licence, models
-    from k2cli.console import result, to_json
+    from k2cli.console import result, say, to_json
 
     if accept_licence:
         licence.require_for(models.resolve(model), yes=True)
     entries = models.describe(model)
     result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
+    if any(each.get("layout") and not each["variant"] for each in entries):
+        say(models.untold_variant(models.resolve(model)), "yellow")
 
 
 @models_app.command("vocabulary")

@@ -111,7 +111,7 @@ class FakePipeline:
                 "model": {
                     "name": self.name,
                     "variant": self.variant,
-                    "files": {path.name: sha256(path) for path in library.box().get(self.name, [])},
+                    "files": {path.name: sha256(path) for path in library.box().get(self.name, [Path(self.name)])},
                 },
             }
             yield Picture(Image.new("RGB", size, tuple(colour)), record)

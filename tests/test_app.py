@@ -25,6 +25,7 @@ import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 from rich.console import Console
+from test_library import transformer, write
 
 from k2cli import console, doctor, hands, models, runs, sheet
 from k2cli.app import app
@@ -1140,6 +1141,23 @@ def test_a_model_of_many_sizes_is_taken_at_its_word(moody, k2):
     write_weights(library.BOX / "mini-raw.safetensors", about | {"native": 128, "shapes": ["96x64", "256x128"]})
     for size, far in (("64x64", False), ("272x128", False), ("256x144", True), ("256x192", True)):
         assert ("far from" in k2("render", "--size", size, "--dry-run").stderr) is far
+
+
+def test_weights_that_say_no_variant_are_told(moody, k2):
+    file, silent = "dreamy_v12.safetensors", "does not say whether it is Raw or Turbo"
+    write(moody / file, transformer())
+    told = f"{file} {silent}, and is taken as Raw; --turbo takes it as the other."
+
+    for more in (["--dry-run"], []):
+        run = k2("render", "--model", file, "--json", *more)
+        assert run.stderr.count(told) == 1
+        assert [json.loads(line)["warnings"] for line in run.stdout.splitlines()] == [[told]] * 2
+        for named in ("--turbo", "--raw"):
+            assert silent not in k2("render", "--model", file, named, *more).stderr
+    assert told in k2("models", "info", file).stderr
+    write(moody / "dreamy_turbo.safetensors", transformer())
+    assert silent not in k2("render", "--model", "dreamy_turbo.safetensors", "--dry-run").stderr
+    assert not k2("models", "info", "dreamy_turbo.safetensors").stderr and not k2("models", "info", "mini").stderr
 
 
 def test_doctor_finds_what_is_broken(moody, k2):
