@@ -25,7 +25,7 @@ from model.library import dit_of
 from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
 from model.safetensors_file import NUMBERS as NUMBER_FORMATS
-from model.stream import stream
+from model.stream import pinned_bytes, stream
 
 ATTENTION = {
     "wq.weight": "to_q.weight",
@@ -227,7 +227,7 @@ def load_dit(
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
         again = precision not in ("native", stored_precision(checkpoint))
-        room = sum(tensor.nbytes for tensor in model.blocks.state_dict().values()) < SPARE * free_memory("cpu")
+        room = sum(map(pinned_bytes, model.blocks.state_dict().values())) < SPARE * free_memory("cpu")
         read = reader(model, checkpoint, device="cpu", dtype=dtype)
         stream(model, "blocks", read, torch.device(device), keep=again and room)
     return model, checkpoint

@@ -51,6 +51,20 @@ def at_hand(network: nn.Module, name: str) -> AbstractContextManager[None]:
     return next((fill for block, fill in streamed.items() if name.startswith(block)), nullcontext)()
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """The tensor in memory that a card copies from by itself; as it is, for a slower copy, where no more can be had:
+    Windows lends a half of all."""
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:
+        return tensor
+
+
+def pinned_bytes(tensor: Tensor) -> int:
+    """What a tensor takes once it is pinned: PyTorch rounds up to a power of two."""
+    return 1 << (tensor.nbytes - 1).bit_length()
+
+
 class BlockStream:
     """Fills blocks and empties them, from hooks before and after each."""
 
@@ -104,7 +118,7 @@ class BlockStream:
             self.worked.synchronize()  # or copies would run ahead of the work, and fill the card
         state = self.kept.get(index) or self.read(index)
         if self.side is not None:
-            state = {name: tensor if tensor.is_pinned() else tensor.pin_memory() for name, tensor in state.items()}
+            state = {name: tensor if tensor.is_pinned() else pinned(tensor) for name, tensor in state.items()}
         if self.keep:
             self.kept[index] = state
         if self.side is not None:

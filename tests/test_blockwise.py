@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import comfy_kitchen.tensor as kitchen
@@ -21,7 +22,8 @@ from model import library
 from model.blockwise import in_blocks, in_order, padded
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
 from model.pipeline import Pipeline
-from model.plan import choose
+from model.plan import SPARE, choose
+from model.stream import pinned
 
 LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
 KINDS = pytest.mark.parametrize("kind", LAYOUTS)
@@ -150,15 +152,29 @@ def test_streamed(tmp_path, state, kind):
     assert torch.equal(velocity(load_dit(path, streamed=True)[0]), velocity(load_dit(path)[0]))
 
 
-@pytest.mark.parametrize(("free", "kept"), [(1 << 40, True), (1 << 10, False)])
-def test_what_is_worked_out_is_kept_where_there_is_room(tmp_path, state, monkeypatch, free, kept):
-    told = []
+@pytest.mark.parametrize(("over", "kept"), [(8, True), (-8, False)])
+def test_what_is_worked_out_is_kept_where_there_is_room(tmp_path, state, monkeypatch, over, kept):
+    """Each tensor in the power of two bytes that pinned memory comes in."""
+    told, path = [], native(tmp_path, stored("nvfp4", state)[0])
+    sizes = [tensor.nbytes for tensor in load_dit(path, precision="int8")[0].blocks.state_dict().values()]
+    room = sum(2 ** math.ceil(math.log2(size)) for size in sizes)
+    assert room > sum(sizes)
     monkeypatch.setattr("model.layouts.stream", lambda *_, keep: told.append(keep))
-    monkeypatch.setattr("model.layouts.free_memory", lambda device: free)
-    path = native(tmp_path, stored("nvfp4", state)[0])
+    monkeypatch.setattr("model.layouts.free_memory", lambda device: room / SPARE + over)
     for precision in ("int8", "native"):
         load_dit(path, precision=precision, streamed=True)
     assert told == [kept, False]  # what is exact would take twice the room
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch, short):
+    def pin_memory(tensor: Tensor) -> Tensor:
+        if short:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return tensor + 1
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    assert pinned(torch.zeros(3)).tolist() == [float(not short)] * 3
 
 
 def test_a_processor_reads_what_is_packed_as_it_is(tiny, tmp_path, monkeypatch):  # noqa: F811
