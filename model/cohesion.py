@@ -25,7 +25,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from model.dit import Attend, DiTConfig, attention
+from model.attention import attention
+from model.dit import Attend, DiTConfig
 from model.spec import RenderSpec
 from model.splice import Capture, first_block, guarded, moments, pulled
 

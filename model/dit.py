@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attention
 from model.latents import around, position_ids
 
 FUSION_BLOCKS = 2  # of either kind: across the tapped layers, then across the prompt
@@ -138,21 +139,6 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)
     return turned.flatten(-2).to(x.dtype)
-
-
-def repeated(x: Tensor, heads: int) -> Tensor:
-    """Key-value heads x [B, K, S, d] -> [B, H, S, d], one for each query head: the first H / K share the first."""
-    return x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q [B, H, S, d], k and v [B, K, S', d], mask broadcast to [B, H, S, S'] -> [B, H, S, d]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel walks over heads: every stride costs it
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
-        # the fused kernel there that takes these knows no shared heads: all logits would be held, in fp32
-        k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def apart(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:

@@ -34,7 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.dit import Attend, DiTConfig, Krea2, attention, rotate
+from model.attention import attention
+from model.dit import Attend, DiTConfig, Krea2, rotate
 from model.latents import patchify
 from model.weighed import Weighed
 from model.whole import sweep, whole

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.attention import attention
 from model.checkpoint import Checkpoint, open_checkpoint, refuse_unreadable
-from model.dit import attention
 from model.errors import K2Error, count_of, listed
 from model.headers import read_json
 from model.library import weights_of

@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
 from k2cli import hands
+from model.attention import attention
 from model.cohesion import GUARD, NOISE, PULL, SHARE, Tie, leader_of, leads, shared_noise, tied
-from model.dit import attention
 from model.errors import K2Error
 from model.pipeline import Pipeline
 from model.spec import Leader, Reference, RenderSpec, Style

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from model.dit import PRESETS, DiTConfig, Krea2, attention, hidden_width, repeated, rms_norm, rotate
+from model.attention import attention, repeated
+from model.dit import PRESETS, DiTConfig, Krea2, hidden_width, rms_norm, rotate
 from model.latents import position_ids
 
 SIZES = {
@@ -300,6 +301,23 @@ def test_attention_of_ones_own():
         model.velocity(*given, prompt_mask=torch.ones(2, 5, dtype=torch.bool), attend=[None] * 3)
     with pytest.raises(ValueError):
         model.velocity(*given, attend=[None] * 2)  # the last block would be left out in silence
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 9, dtype=torch.bool).tril(4), torch.arange(9)[None] < 7])
+@pytest.mark.parametrize("most", [1, 100, 230])
+def test_where_scores_are_held_they_are_so_many_at_once(monkeypatch, mask, most):
+    """As many queries as it takes, a whole one at least: 2 rows and 4 heads have 72 scores each."""
+    q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    whole, scores, fused = attention(q, k, v, mask), [], F.scaled_dot_product_attention
+
+    def held(q, k, v, **how):
+        scores.append(q.shape[:3].numel() * k.shape[2])
+        return fused(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", held)
+    monkeypatch.setattr("model.attention.SCORES_AT_ONCE", {"cpu": most})
+    torch.testing.assert_close(attention(q, k, v, mask), whole)
+    assert max(scores) <= max(most, 72) and sum(scores) == 5 * 72
 
 
 def test_rows_of_several_prompt_lengths_are_one_stream():

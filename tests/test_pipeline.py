@@ -23,10 +23,10 @@ from tiny import difference, pixels, tiny, tiny_box  # noqa: F401
 
 from k2cli import models
 from model import library
+from model.attention import attention
 from model.branches import Branches, Said
 from model.checkpoint import read, save
 from model.conditioning import REMEMBERED
-from model.dit import attention
 from model.errors import K2Error
 from model.flux_vae import FluxVAE, FluxVAEConfig
 from model.hashes import sha256

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tiny import DIT, difference, pixels, tiny, tiny_box  # noqa: F401
 
 from model import splice as module
-from model.dit import Krea2, attention, rotate
+from model.attention import attention
+from model.dit import Krea2, rotate
 from model.errors import K2Error
 from model.latents import patchify
 from model.pipeline import Pipeline

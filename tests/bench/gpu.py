@@ -37,7 +37,8 @@ from measure import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.dit import Krea2, attention
+from model.attention import attention
+from model.dit import Krea2
 from model.export import transformer_config
 from model.fast import Graph, accelerate
 from model.few_bits import native
