@@ -19,6 +19,10 @@ class K2Error(Exception):
         self.hint, self.code = hint, code
 
 
+class TooLittleMemory(K2Error):
+    """There is not enough memory for what was asked; for less of it there may be."""
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """A context around what is run as a module: a K2Error ends in its sentence, its hint and exit code 1, and so does a

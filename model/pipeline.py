@@ -25,7 +25,7 @@ from model.beginning import Beginnings
 from model.branches import Branches, Said
 from model.cohesion import Tie, leader_of, leads, shared_noise, shares
 from model.conditioning import Conditioning
-from model.errors import K2Error
+from model.errors import K2Error, TooLittleMemory
 from model.fast import accelerate, keep_pages
 from model.hashes import Hashes, cache_folder, identity, sha256
 from model.headers import VARIANTS
@@ -162,13 +162,12 @@ class Pipeline:
             for spec in specs:
                 self.resolve(spec)
         for batch in self._batches(resolved):
-            with lacking_memory(f"a picture of {batch[0].width}x{batch[0].height}"):
-                pictures = self._render(batch, on_step)
-            for picture in pictures:
+            for picture in self._fitting(batch, on_step):
                 yield review(picture, self.filters)
 
     def batches(self, specs: Iterable[RenderSpec]) -> list[int]:
-        """How many neighbours each `stream` renders together. Raises K2Error for a spec that cannot be rendered.
+        """How many neighbours each `stream` renders together, where memory suffices. Raises K2Error for a spec that
+        cannot be rendered.
 
         A picture does not depend on its company, but for the last bits of its numbers: kernels add in an order that
         suits the size of a batch.
@@ -226,6 +225,17 @@ class Pipeline:
             batch.append(spec)
         if batch:
             yield batch
+
+    def _fitting(self, batch: list[Settled], on_step: OnStep | None) -> list[Picture]:
+        """Pictures of one schedule, in halves where memory is too short for all of them together."""
+        try:
+            with lacking_memory(f"a picture of {batch[0].width}x{batch[0].height}"):
+                return self._render(batch, on_step)
+        except TooLittleMemory:
+            if len(batch) == 1:
+                raise
+        half = len(batch) // 2  # only here is free what the attempt held
+        return [*self._fitting(batch[:half], on_step), *self._fitting(batch[half:], on_step)]
 
     @torch.inference_mode()
     def _render(self, specs: list[Settled], on_step: OnStep | None) -> list[Picture]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from model.errors import K2Error
+from model.errors import K2Error, TooLittleMemory
 
 if TYPE_CHECKING:
     import torch
@@ -254,4 +254,4 @@ def lacking_memory(what: str, hint: str = SMALLER) -> Iterator[None]:
         short = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
         if not (short or any(words in str(error).lower() for words in OUT_OF_IT)):
             raise
-        raise K2Error(f"There is not enough memory for {what}.", hint=hint) from None
+        raise TooLittleMemory(f"There is not enough memory for {what}.", hint=hint) from None

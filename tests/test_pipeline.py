@@ -683,6 +683,24 @@ def test_absurd_models(tiny, asked, what):  # noqa: F811
     assert error.value.hint
 
 
+def test_where_memory_is_short_for_a_batch_it_is_rendered_in_halves(pipeline, monkeypatch):
+    """In the same order, and in the look of the same leader."""
+    specs = tied([replace(FOX, seed=seed) for seed in range(5)], 0.5)
+    whole, tried, render = pipeline.render(specs), [], pipeline._render
+
+    def short(batch, on_step):
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB.")
+        return render(batch, on_step)
+
+    monkeypatch.setattr(pipeline, "_render", short)
+    parts = pipeline.render(specs)
+
+    assert tried == [5, 2, 3, 1, 2] and [each.record["seed"] for each in parts] == [0, 1, 2, 3, 4]
+    assert max(map(difference, parts, whole)) <= 1
+
+
 def test_memory_that_runs_out_is_said(pipeline, monkeypatch):
     def allocate(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
