@@ -1254,6 +1254,7 @@ def test_doctor_says_what_has_to_be_streamed(monkeypatch, bf16, free, said):
         gflops = found["gflops"]["bfloat16" if bf16 else "float32"]
         assert rate == pytest.approx(25e3 / (2 * 12.9 * 64 * 64 / gflops), rel=0.1, abs=1)
     assert (plan["offload"] == "all") == bool(said)
+    assert plan["blocks_gb"] == pytest.approx(25, rel=0.05)  # on disk, in how many bits they are held or not
     sizes = list(plan["ways_gb"].values())
     assert sizes == sorted(sizes, reverse=True) and plan["ways_gb"]["int4, offload text"] < (13 if bf16 else 18)
 
