@@ -260,7 +260,7 @@ class Project(Folder):
                 here = settings.yielding_to(prompt.settings).elsewhere
                 weights = {name: weight for name, weight in weights.items() if name not in prompt.style}
             once = {"batch": 1} if matrices else {}  # a cell is one picture ...
-            own = once | prompt.settings if prompt.last else prompt.settings | once
+            own = {**once, **prompt.settings} if prompt.last else {**prompt.settings, **once}
             wanted = settings.over(own, {key: prompt.where(key) for key in own})
             wanted = wanted.over({key: getattr(settings, key) for key in here}, here)  # ... unless more are asked for
             asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}

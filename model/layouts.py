@@ -25,7 +25,7 @@ from model.library import dit_of
 from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
 from model.plan import SPARE, free_memory
 from model.safetensors_file import NUMBERS as NUMBER_FORMATS
-from model.stream import pinned_bytes, stream
+from model.stream import kept_bytes, stream
 
 ATTENTION = {
     "wq.weight": "to_q.weight",
@@ -227,9 +227,10 @@ def load_dit(
     load(model, checkpoint, device=device, dtype=dtype, skip=lambda name: streamed and name.startswith("blocks."))
     if streamed:
         again = precision not in ("native", stored_precision(checkpoint))
-        room = sum(map(pinned_bytes, model.blocks.state_dict().values())) < SPARE * free_memory("cpu")
+        there, blocks = torch.device(device), model.blocks.state_dict().values()
+        room = sum(kept_bytes(tensor, there) for tensor in blocks) < SPARE * free_memory("cpu")
         read = reader(model, checkpoint, device="cpu", dtype=dtype)
-        stream(model, "blocks", read, torch.device(device), keep=again and room)
+        stream(model, "blocks", read, there, keep=again and room)
     return model, checkpoint
 
 

@@ -126,7 +126,7 @@ def is_copy(
     picture: Pixels, cells: NDArray[np.float32], known: NDArray[np.float32], fresh: Sequence[tuple[Path, Pixels]]
 ) -> bool:
     """Whether a picture is one of those seen, whose cells are `known`."""
-    near = np.flatnonzero(np.square(known - cells).mean(1) < COPY**2)
+    near = np.flatnonzero(np.square(known - cells).mean(1) < COPY**2).tolist()
     return any(same_within(picture, fresh[index][1]) for index in near)
 
 

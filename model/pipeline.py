@@ -33,15 +33,7 @@ from model.latents import noise, patchify, unpatchify
 from model.layouts import load_dit
 from model.lora import Adapter, laid_over
 from model.lora_match import read_lora, weights_file
-from model.parts import (
-    DTYPES,
-    files_of,
-    load_vae,
-    numbers_of,
-    pick_device,
-    pick_dtype,
-    refuse_misfits,
-)
+from model.parts import DTYPES, files_of, load_vae, numbers_of, pick_device, pick_dtype, refuse_misfits
 from model.plan import Plan, lacking_memory, plan_on
 from model.recent import Recent
 from model.references import to_pixels

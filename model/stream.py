@@ -60,9 +60,9 @@ def pinned(tensor: Tensor) -> Tensor:
         return tensor
 
 
-def pinned_bytes(tensor: Tensor) -> int:
-    """What a tensor takes once it is pinned: PyTorch rounds up to a power of two."""
-    return 1 << (tensor.nbytes - 1).bit_length()
+def kept_bytes(tensor: Tensor, device: torch.device) -> int:
+    """What a tensor takes that is kept for a device: pinned for a card, PyTorch rounds it up to a power of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if device.type == "cuda" else tensor.nbytes
 
 
 class BlockStream:
