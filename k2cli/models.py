@@ -144,15 +144,10 @@ def grid(name: str, variant: str | None = None) -> Grid:
     return Grid(native or library.NATIVE, step, (min(areas), max(areas)) if areas else None)
 
 
-def reads_styles(name: str, variant: str | None = None) -> bool:
-    """Whether a model has a style encoder. Its weights are not read."""
-    found = library.find(name, variant)
-    return found is not None and library.find_parts(found).style is not None
-
-
 def auto_method(name: str, variant: str | None = None) -> str:
-    """How a model reads the reference pictures of a style whose method is `auto`."""
-    return weighed.auto_method(reads_styles(name, variant))
+    """How a model reads the reference pictures of a style whose method is `auto`. Its weights are not read."""
+    found = library.find(name, variant)
+    return weighed.auto_method(found is not None and library.find_parts(found).style is not None)
 
 
 def way_of(name: str, variant: str | None = None) -> Callable[[Style], Style]:
@@ -177,10 +172,15 @@ def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     return taken if best["mu"] == "auto" else taken | {"mu": float(best["mu"])}
 
 
-def own_mu(name: str, variant: str | None, width: int, height: int) -> float:
-    """The mu that a model takes for pictures of this size where none is said. Its weights are not read."""
-    said = recommended(name, variant).get("mu")
-    return raw_mu(width * height // grid(name, variant).step ** 2) if said is None else said
+def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
+    """The mu that a model takes for pictures of this size where none is said: one that is not here as the open weights
+    do, if it is one of theirs; else None. Its weights are not read."""
+    here = library.find(name, variant) is not None
+    if not here and name not in library.OFFICIAL:
+        return None
+    said = (recommended(name, variant) if here else library.RECOMMENDED[variant]).get("mu")
+    step = grid(name, variant).step if here else 2**SCALES
+    return raw_mu(width * height // step**2) if said in (None, "auto") else said
 
 
 def inventory() -> list[dict[str, Any]]:

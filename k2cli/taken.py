@@ -23,7 +23,6 @@ from k2cli.sizes import fit_aspect, parse_size
 from model import library
 from model.errors import K2Error, listed
 from model.picture_file import passed_over
-from model.spec import raw_mu
 
 MOST = 1000  # pictures of a folder, and of a batch
 
@@ -86,21 +85,13 @@ def settings_of(origin: Origin) -> dict[str, Any]:
 
 
 def is_chosen(origin: Origin) -> bool:
-    """Whether a picture's mu is another than its model takes for its size by itself. Of a model that is not here nobody
-    can say, but of the open weights."""
+    """Whether a picture's mu is another than its model takes for its size by itself, as far as that is known."""
     model, variant = model_of(origin), "turbo" if origin.turbo else "raw"
     if origin.mu is None or model != origin.model or not (origin.width and origin.height):
         return False
     with suppress(K2Error):
-        if library.find(model, variant):
-            own = models.own_mu(model, variant, origin.width, origin.height)
-        elif model not in library.OFFICIAL:
-            return False
-        elif origin.turbo:
-            own = library.RECOMMENDED["turbo"]["mu"]
-        else:
-            own = raw_mu(origin.width * origin.height // 4**models.SCALES)
-        return not math.isclose(origin.mu, own)
+        own = models.own_mu(model, variant, origin.width, origin.height)
+        return own is not None and not math.isclose(origin.mu, own)
     return False
 
 
