@@ -107,10 +107,10 @@ def is_exact(study: Study, batch: Sequence[str]) -> bool:
     return all(one.record["pixels"] == other.record["pixels"] for one, other in pairs)
 
 
-def looks_of_eight(catalog: Catalog, count: int = 25) -> list[list[Item]]:
-    """Eight real pictures each of training looks."""
+def looks_of_eight(catalog: Catalog) -> list[list[Item]]:
+    """Eight real pictures each of twenty-five training looks."""
     by_look = pictures_of_looks(catalog)
-    looks = sorted(by_look, key=lambda look: stable_seed("eight", look))[:count]
+    looks = sorted(by_look, key=lambda look: stable_seed("eight", look))[:25]
     return [shuffled(by_look[look])[:BATCH] for look in looks]
 
 
@@ -154,10 +154,10 @@ def moodboard(study: Study) -> dict[str, Any]:
     }
 
 
-def pairs_of(looks: Sequence[Look], count: int = 20) -> list[tuple[Look, Look]]:
-    """Pairs of looks in different media and drawings, the same ones every time."""
+def pairs_of(looks: Sequence[Look]) -> list[tuple[Look, Look]]:
+    """Twenty pairs of looks in different media and drawings, the same ones every time."""
     apart = [(a, b) for a, b in combinations(looks, 2) if a.medium != b.medium and a.drawing != b.drawing]
-    return sorted(apart, key=lambda pair: stable_seed("pair", *pair))[:count]
+    return sorted(apart, key=lambda pair: stable_seed("pair", *pair))[:20]
 
 
 def lay_out(study: Study, looks: Sequence[Look], eye: Eye) -> tuple[dict[Path, Look], Board]:
@@ -184,12 +184,12 @@ def members(truth: dict[Path, Look], board: Board) -> float:
     return agree / len(truth)
 
 
-def seconds_of(study: Study, eye: Eye, count: int = 300) -> float:
-    """Seconds for a board of `count` pictures."""
+def seconds_of(study: Study, eye: Eye) -> float:
+    """Seconds for a board of 300 pictures."""
     folder = study.folder / "boards" / "large"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for index, item in enumerate(shuffled(study.catalog.items("styles"))[:count]):
+    for index, item in enumerate(shuffled(study.catalog.items("styles"))[:300]):
         paths.append(folder / f"{index}.png")
         if not paths[-1].exists():
             Image.fromarray(study.catalog.picture(item)).save(paths[-1])

@@ -38,6 +38,8 @@ SUBJECTS = (
     *("banana", "strawberry", "watermelon", "pineapple", "carrot", "pizza", "hamburger", "doughnut", "car", "bus"),
     *("bicycle", "sailboat", "rocket", "house", "crescent moon", "rainbow", "umbrella", "balloon", "guitar", "ghost"),
 )
+SIDE = 160  # of most pictures, in px
+SEEDS = 5  # by which a masked part is made anew
 GROUNDS = ("flat", "gradient", "scene", "floor")
 LOOK = "soft shaded vector"  # of the sheet of all subjects
 BEGUN = {  # subject of the initial picture -> what is asked for
@@ -98,7 +100,7 @@ def scenes() -> list[str]:
     return texts
 
 
-def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int = 160) -> Image.Image:
+def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int) -> Image.Image:
     """Pictures of prompts, seeds from 0 on, row by row in one image."""
     specs = [RenderSpec(prompt, seed=index) for index, prompt in enumerate(prompts)]
     page = Image.new("RGB", (columns * side, -(-len(specs) // columns) * side), "white")
@@ -108,34 +110,34 @@ def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int = 
     return page
 
 
-def ladder(pipeline: Pipeline, side: int = 160) -> Image.Image:
+def ladder(pipeline: Pipeline) -> Image.Image:
     """Initial pictures, and beside each what comes of it, by how much is made anew; seeds 0 to 3, and 100 more."""
     begun = list(pipeline.stream([RenderSpec(phrase(name), seed=seed) for seed, name in enumerate(BEGUN)]))
-    page = Image.new("RGB", ((1 + len(EIGHTHS)) * side, len(BEGUN) * side))
+    page = Image.new("RGB", ((1 + len(EIGHTHS)) * SIDE, len(BEGUN) * SIDE))
     with TemporaryDirectory() as folder:
         for row, (first, prompt) in enumerate(zip(begun, BEGUN.values(), strict=True)):
             first.image.save(path := Path(folder) / f"{row}.png")
             spec = RenderSpec(prompt, seed=100 + row, init_image=path)
             rest = pipeline.stream([replace(spec, denoise=share) for share in EIGHTHS])
             for column, made in enumerate((first, *rest)):
-                page.paste(made.image.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
+                page.paste(made.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (column * SIDE, row * SIDE))
     return page
 
 
-def mended(pipeline: Pipeline, side: int = 160, count: int = 5) -> Image.Image:
+def mended(pipeline: Pipeline) -> Image.Image:
     """Pictures with a frame around a part of them, and beside each what comes of that; seeds 0 to 2, then 0 to 4."""
     begun = list(pipeline.stream([RenderSpec(prompt, seed=seed) for seed, prompt in enumerate(MASKED)]))
-    page = Image.new("RGB", ((1 + count) * side, len(MASKED) * side))
+    page = Image.new("RGB", ((1 + SEEDS) * SIDE, len(MASKED) * SIDE))
     with TemporaryDirectory() as folder:
         for row, (first, (prompt, region)) in enumerate(zip(begun, MASKED.items(), strict=True)):
             first.image.save(path := Path(folder) / f"{row}.png")
-            specs = [RenderSpec(prompt, seed=seed, init_image=path, mask=region) for seed in range(count)]
+            specs = [RenderSpec(prompt, seed=seed, init_image=path, mask=region) for seed in range(SEEDS)]
             framed = first.image.copy()
             if part := Region.read(region):
                 box = (part.left, part.top, part.left + part.width - 1, part.top + part.height - 1)
                 ImageDraw.Draw(framed).rectangle(box, outline="blue", width=2)
             for column, picture in enumerate([framed, *(made.image for made in pipeline.stream(specs))]):
-                page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (column * side, row * side))
+                page.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (column * SIDE, row * SIDE))
     return page
 
 
@@ -143,11 +145,11 @@ def main(folder: Path = BOX) -> None:
     everything = [subject.name for subject in read_subjects()]
     prompts = Path(__file__).with_name("prompts.txt").read_text("utf-8").splitlines()
     raw: dict[str, tuple[Sequence[str], int, int]] = {
-        "subjects": ([phrase(name) for name in SUBJECTS], 10, 160),
-        "others": ([phrase(name) for name in OTHERS], 10, 160),
-        "near": ([phrase(name) for name in NEAR], 10, 160),
+        "subjects": ([phrase(name) for name in SUBJECTS], 10, SIDE),
+        "others": ([phrase(name) for name in OTHERS], 10, SIDE),
+        "near": ([phrase(name) for name in NEAR], 10, SIDE),
         "samples": (PROMPTS, 8, 192),
-        "scenes": (scenes(), 10, 160),
+        "scenes": (scenes(), 10, SIDE),
     }
     turbo: dict[str, tuple[Sequence[str], int, int]] = {
         "prompts": (prompts, 8, 192),

@@ -92,9 +92,9 @@ class Item:
         return self.pair.held_out or stable_seed("item", self.pair, self.look) % 50 == 0
 
 
-def read_subjects(path: Path = HERE / "subjects.toml") -> list[Subject]:
+def read_subjects() -> list[Subject]:
     """The subjects in their order of the file."""
-    table: dict[str, dict[str, Any]] = tomllib.loads(path.read_text())["subjects"]
+    table: dict[str, dict[str, Any]] = tomllib.loads((HERE / "subjects.toml").read_text())["subjects"]
     return [
         Subject(
             name,

@@ -92,10 +92,10 @@ def spread(found: Floats, group: int) -> Floats:
     return apart.sum((1, 2)) / (group * (group - 1))
 
 
-def held_out_prompts(catalog: Catalog, count: int, subjects: int = 100, seed: int = 5) -> list[tuple[Item, str]]:
+def held_out_prompts(catalog: Catalog, count: int) -> list[tuple[Item, str]]:
     """Captions of pictures that were never trained on, in medium form: subject, ground and style words."""
-    rng = np.random.default_rng(seed)
-    names = set(candidates(catalog, subjects))
+    rng = np.random.default_rng(5)
+    names = set(candidates(catalog))
     items = [item for item in catalog.items("held-out") if item.pair.subject in names]
     chosen = rng.permutation(len(items)).tolist()
     while len(chosen) < count:

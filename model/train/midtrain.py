@@ -21,6 +21,8 @@ from model.train.recipe import at_least, share
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, rest_for_validation
 
+ROUNDS = 25  # in which clusters may still move
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(pretrain.Recipe):
@@ -38,7 +40,7 @@ class Recipe(pretrain.Recipe):
             raise K2Error(f'Recipe "{self.name}": midtraining goes on from a run, and init names none.')
 
 
-def kmeans(points: NDArray[np.floating], count: int, seed: int = 0, rounds: int = 25) -> NDArray[np.int64]:
+def kmeans(points: NDArray[np.floating], count: int, seed: int = 0) -> NDArray[np.int64]:
     """Cluster points [N, D] -> the cluster of each [N], 0 … count − 1. Centres start by k-means++, under the seed."""
     rng = np.random.default_rng(seed)
     points = points.astype(np.float64)
@@ -54,7 +56,7 @@ def kmeans(points: NDArray[np.floating], count: int, seed: int = 0, rounds: int 
             break
         centres = np.concatenate((centres, points[rng.choice(len(points), p=nearest / nearest.sum())][None]))
     own = distances(centres).argmin(1)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         centres = np.stack([points[own == k].mean(0) if (own == k).any() else centres[k] for k in range(len(centres))])
         before, own = own, distances(centres).argmin(1)
         if (own == before).all():

@@ -17,10 +17,12 @@ from model.train.recipe import Recipe
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+STEPS = 4  # of it
+MOMENTUM = 0.95
 MUON = (".blocks.", ".txtfusion.", ".txtmlp.")  # whose matrices it takes, wherever the transformer stands
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: Newton-Schulz on [G, m, n], all of one shape at once.
 
     In the dtype that it is given: where bf16 products are not native the usual cast to bf16 costs a hundred times more.
@@ -29,7 +31,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
@@ -38,18 +40,14 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal. Updates have the root mean square of AdamW's (0.2), so both share a learning rate."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        steps: int = 5,
-    ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        def work(stacked: Tensor) -> Tensor:
+            return orthogonalise(stacked.bfloat16() if native_bf16(stacked.device) else stacked).float()
+
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for param in group["params"]:
@@ -59,14 +57,9 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in self.state[param]:
                     self.state[param]["momentum"] = torch.zeros_like(param)
                 momentum = local(self.state[param]["momentum"])
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov
                 by_shape[param.shape].append((param, ahead.flatten(1)))  # a kernel [O, I, h, w] is a matrix [O, I·h·w]
-
-            def work(stacked: Tensor, steps: int = group["steps"]) -> Tensor:
-                if native_bf16(stacked.device):
-                    stacked = stacked.bfloat16()
-                return orthogonalise(stacked, steps).float()
 
             for shape, pairs in by_shape.items():
                 aheads, sharded = [ahead for _, ahead in pairs], isinstance(pairs[0][0], DTensor)
@@ -116,7 +109,7 @@ def optimisers_of(
 
     made: dict[str, torch.optim.Optimizer] = {}
     if inside := groups(shares[True], recipe.muon_lr):
-        made["muon"] = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay, steps=4)
+        made["muon"] = Muon(inside, recipe.muon_lr, weight_decay=recipe.weight_decay)
     if rest := groups(shares[False], recipe.lr):
         made["adamw"] = torch.optim.AdamW(
             rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True

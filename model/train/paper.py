@@ -225,7 +225,8 @@ def stage_table() -> str:
     return table(head, rows)
 
 
-def adapter_line(size: int = 1024, rank: int = 16) -> str:
+def adapter_line() -> str:
+    size, rank = 1024, 16
     weights, kept = adapter_memory(PRESETS["medium"], (size // 16) ** 2 + TEXT, 1, rank)
     return (
         f"A LoRA of rank {rank} on Raw, blocks in int8, one picture of {size} px at a time:\n"

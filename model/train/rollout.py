@@ -130,7 +130,7 @@ def sample(
 
 
 @torch.no_grad()
-def decode(vae: QwenImageVAE, latents: Tensor, at_once: int = 32) -> Tensor:
+def decode(vae: QwenImageVAE, latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] -> pictures [B, 3, f·h, f·w] in −1 … 1, fp32."""
     with torch.autocast(latents.device.type, enabled=False):
-        return torch.cat([vae.decode(part.float()).clamp(-1, 1) for part in latents.split(at_once)])
+        return torch.cat([vae.decode(part.float()).clamp(-1, 1) for part in latents.split(32)])

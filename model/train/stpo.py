@@ -42,6 +42,7 @@ from model.train.validation import rest_for_validation, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
 CHOSEN_BY = (*JUDGED_BY, "group", "margin", "guidance")  # are pairs
+SEEN = 4  # pictures of each prompt that is looked over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,13 +282,13 @@ class Preference(pretrain.Drawing):
         }
 
     @torch.no_grad()
-    def look_over(self, rewards: Rewards, prompts: list[Asked], each: int = 4) -> dict[str, float]:
-        """Pictures of fixed prompts, `each` of one, by the reference and by the model: rewards, how often they rose,
+    def look_over(self, rewards: Rewards, prompts: list[Asked]) -> dict[str, float]:
+        """Pictures of fixed prompts, `SEEN` of one, by the reference and by the model: rewards, how often they rose,
         power in the top octave, and how far the pictures of one prompt lie apart. By the judge that chose the pairs."""
         recipe = self.recipe
         found: dict[str, float] = {}
         totals: list[Tensor] = []
-        repeated = [prompt for prompt in prompts for _ in range(each)]
+        repeated = [prompt for prompt in prompts for _ in range(SEEN)]
         for who, model in (("before", self.reference), ("after", self.model)):
             parts = []
             for start in range(0, len(repeated), 16):
@@ -300,7 +301,7 @@ class Preference(pretrain.Drawing):
             totals.append(rewards.total(pictures, repeated, recipe.weights))
             found[f"reward_{who}"] = float(totals[-1].mean())
             found[f"top_octave_{who}"] = float(top_octave(pictures).log().mean())
-            found[f"apart_{who}"] = float(pictures.unflatten(0, (-1, each)).std(1).mean())
+            found[f"apart_{who}"] = float(pictures.unflatten(0, (-1, SEEN)).std(1).mean())
         return found | {"reward_win_rate": float((totals[1] > totals[0]).float().mean())}
 
 

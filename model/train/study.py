@@ -33,6 +33,7 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 LOOKS = 20  # held-out looks that are studied
 PROTOTYPE = 40  # real pictures whose mean stands for a look
+SIDE = 128  # of a sheet's pictures, in px
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class OfSubjects:
 # ---- looks and pictures ---------------------------------------------------------------------------------------------
 
 
-def choose_looks(catalog: Catalog, count: int = LOOKS) -> list[Look]:
+def choose_looks(catalog: Catalog) -> list[Look]:
     """Looks that are held out for good, the same ones every time."""
     held = {item.look for item in catalog.items("styles")}
-    return sorted(held, key=lambda look: stable_seed("study", look))[:count]
+    return sorted(held, key=lambda look: stable_seed("study", look))[:LOOKS]
 
 
 def stands_for_its_look(item: Item) -> bool:
@@ -165,21 +166,19 @@ def difference(x: Floats, y: Floats) -> float:
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-def sheet(
-    path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), side: int = 128
-) -> Path:
+def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = ()) -> Path:
     """Pictures in rows under one line of heads, with a label before each row where there are labels."""
     margin = 46 if labels else 6
-    page = Image.new("RGB", (margin + len(heads) * (side + 6), len(rows) * (side + 6) + 26), "white")
+    page = Image.new("RGB", (margin + len(heads) * (SIDE + 6), len(rows) * (SIDE + 6) + 26), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
     for column, head in enumerate(heads):
-        draw.text((margin + 2 + column * (side + 6), 5), head, "black", font)
+        draw.text((margin + 2 + column * (SIDE + 6), 5), head, "black", font)
     for row, pictures in enumerate(rows):
-        top = 26 + row * (side + 6)
+        top = 26 + row * (SIDE + 6)
         if labels:
-            draw.text((8, top + side // 2 - 9), labels[row], "black", ImageFont.load_default(16))
+            draw.text((8, top + SIDE // 2 - 9), labels[row], "black", ImageFont.load_default(16))
         for column, picture in enumerate(pictures):
-            page.paste(Image.fromarray(picture).resize((side, side)), (margin + column * (side + 6), top))
+            page.paste(Image.fromarray(picture).resize((SIDE, SIDE)), (margin + column * (SIDE + 6), top))
     page.save(path)
     return path
 

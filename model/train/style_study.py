@@ -61,6 +61,7 @@ from model.whole import whole
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 MIX_STEPS = 10
+FIVES = 40  # mixes of five references, at most
 WAYS: dict[str, dict[str, Any]] = {  # name -> the style's method, the spec's leak guard
     "tokens": {"method": "tokens"},
     "damping": {"method": "splice", "leak_guard": "damping"},
@@ -88,9 +89,9 @@ class Trial:
         return phrase(self.subject)
 
 
-def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int, seed: int = 11) -> list[Trial]:
+def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Trial]:
     """Trials that go round the looks; subjects are drawn freely, a reference's is never the prompt's."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(11)
     subjects = candidates(catalog)
     pictures: dict[Look, list[Item]] = {look: [] for look in looks}
     for item in catalog.items("styles"):
@@ -311,9 +312,9 @@ def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def five(study: Study, way: str, count: int = 40) -> dict[str, float]:
+def five(study: Study, way: str) -> dict[str, float]:
     """By how much a mix of five references in equal parts is nearer to their looks than a picture without."""
-    starts = range(0, len(study.trials) - 4, 5)[:count]  # no trial in two of them: the interval takes them as apart
+    starts = range(0, len(study.trials) - 4, 5)[:FIVES]  # no trial in two of them: the interval takes them as apart
     groups = [study.trials[start : start + 5] for start in starts]
     mixed = study.see([study.spec(group[0], [(t.reference, 0.2) for t in group], way) for group in groups])
     plain = study.see([study.spec(group[0], []) for group in groups])

@@ -34,6 +34,8 @@ from model.whole import whole
 
 TOKENIZER = BOX / "mini-tokenizer.json"
 TEACHER_WIDTH = 384
+TEACHER_BATCH = 128
+TEMPERATURE = 0.05  # of neighbourhoods: the lower, the more the nearest count
 HELD_OUT = 1000
 WORDS = 3000  # single words among the phrases; all of the vocabulary's have the teacher's embedding from the start
 MINI = TextConfig(
@@ -94,7 +96,7 @@ class Corpus:
         return ids, torch.tensor([len(row) - tail for row in rows]), self.targets[indices]
 
 
-def teacher_embeddings(texts: list[str], batch: int = 128) -> Tensor:
+def teacher_embeddings(texts: list[str]) -> Tensor:
     """all-MiniLM-L6-v2's sentence embeddings [N, 384], unit length: the mean of the last layer's rows.
 
     Raises K2Error where it is not installed.
@@ -114,8 +116,8 @@ def teacher_embeddings(texts: list[str], batch: int = 128) -> Tensor:
     )
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found = torch.empty(len(texts), TEACHER_WIDTH)
-    for start in range(0, len(texts), batch):
-        part = order[start : start + batch]
+    for start in range(0, len(texts), TEACHER_BATCH):
+        part = order[start : start + TEACHER_BATCH]
         inputs = tokenizer([texts[i] for i in part], padding=True, truncation=True, max_length=64, return_tensors="pt")
         with torch.inference_mode():
             hidden = model(**inputs).last_hidden_state
@@ -171,11 +173,11 @@ def summaries(features: Tensor, lengths: Tensor, tail: int = SUFFIX_TOKENS) -> t
     return torch.einsum("btne,bt->bne", features, prompt / lengths[:, None]), last
 
 
-def matching(predicted: Tensor, target: Tensor, temperature: float = 0.05) -> Tensor:
+def matching(predicted: Tensor, target: Tensor) -> Tensor:
     """One minus cosine, plus the divergence of the student's soft neighbourhoods in the batch from the teacher's."""
     predicted = F.normalize(predicted, dim=-1)
-    near = F.log_softmax(target @ target.T / temperature, -1)
-    found = F.log_softmax(predicted @ target.T / temperature, -1)
+    near = F.log_softmax(target @ target.T / TEMPERATURE, -1)
+    found = F.log_softmax(predicted @ target.T / TEMPERATURE, -1)
     divergence = F.kl_div(found, near, log_target=True, reduction="batchmean")
     return (1 - (predicted * target).sum(-1)).mean() + 0.3 * divergence
 

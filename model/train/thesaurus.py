@@ -36,8 +36,8 @@ def called(name: str) -> str:
 class Thesaurus:
     """Captions in other words."""
 
-    def __init__(self, path: Path = PATH):
-        table: dict[str, dict[str, list[str]]] = tomllib.loads(path.read_text())
+    def __init__(self) -> None:
+        table: dict[str, dict[str, list[str]]] = tomllib.loads(PATH.read_text())
         self.subjects = table["subjects"]
         self.looks = {phrase: others for key, others in table["looks"].items() for phrase in said_of_look(key)}
         self.palettes = table["palettes"]

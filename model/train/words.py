@@ -38,13 +38,13 @@ def kinds_of(look: Look) -> dict[str, str]:
     return {"medium": look.medium, "drawing": look.drawing, "ground": "dark" if dark else look.ground}
 
 
-def draw_items(catalog: Catalog, count: int, seed: int) -> list[Item]:
+def draw_items(catalog: Catalog) -> list[Item]:
     """Pictures in freely drawn looks: no held-out pair, and no drawing in a medium that is held out for it."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     held = {(look.drawing, look.medium) for drawing in DRAWINGS for look in looks(drawing)[1]}
     rows = [(row, pair) for row, pair in enumerate(catalog.pairs) if not pair.held_out]
     items: list[Item] = []
-    while len(items) < count:
+    while len(items) < COUNT:
         row, pair = rows[int(rng.integers(len(rows)))]
         medium, ground, palette = (str(rng.choice(names)) for names in (list(MEDIA), GROUNDS, list(PALETTES)))
         if (pair.drawing, medium) not in held:
@@ -52,10 +52,10 @@ def draw_items(catalog: Catalog, count: int, seed: int) -> list[Item]:
     return items
 
 
-def unseen_items(catalog: Catalog, count: int) -> list[Item]:
+def unseen_items(catalog: Catalog) -> list[Item]:
     """Pictures of the looks that are held out for good."""
     items = catalog.items("styles")
-    return [items[i] for i in np.random.default_rng(stable_seed("words")).permutation(len(items))[:count]]
+    return [items[i] for i in np.random.default_rng(stable_seed("words")).permutation(len(items))[:UNSEEN]]
 
 
 def statistics_of(catalog: Catalog, items: Sequence[Item], eye: Eye) -> Tensor:
@@ -78,10 +78,10 @@ def discriminant(x: Tensor, index: Tensor, classes: int) -> tuple[Tensor, Tensor
 
 
 @torch.inference_mode()
-def build(catalog: Catalog, name: str = "mini", count: int = COUNT, unseen: int = UNSEEN) -> dict[str, float]:
-    """Measure and write NAME-words.safetensors -> the share of right answers on unseen looks, by kind."""
-    eye = Eye.load(name)
-    items, others = draw_items(catalog, count, seed=1), unseen_items(catalog, unseen)
+def build(catalog: Catalog) -> dict[str, float]:
+    """Measure and write mini-words.safetensors -> the share of right answers on unseen looks, by kind."""
+    eye = Eye.load("mini")
+    items, others = draw_items(catalog), unseen_items(catalog)
     raw, new = statistics_of(catalog, items, eye), statistics_of(catalog, others, eye)
     mean, deviation = raw.mean(0), raw.std(0) + 1e-6
     x, y = (raw - mean) / deviation, (new - mean) / deviation
@@ -101,7 +101,7 @@ def build(catalog: Catalog, name: str = "mini", count: int = COUNT, unseen: int 
             state |= {"middle": means, "precision": precision}
             away = y[:, None] - means
             furthest = ((away @ precision) * away).sum(-1).min(1).values.quantile(KNOWN).item()
-    _, vae, style = library.helpers(name)
+    _, vae, style = library.helpers("mini")
     assert style is not None
     about = {
         "kind": "words",
@@ -109,9 +109,9 @@ def build(catalog: Catalog, name: str = "mini", count: int = COUNT, unseen: int 
         "unseen": right,
         "furthest": round(furthest, 3),
         "made_for": {"style": sha256(style), "vae": sha256(vae)},
-        "training": {"pictures": count, "unseen": unseen, "data": catalog.manifest["renders"]["sha256"]},
+        "training": {"pictures": COUNT, "unseen": UNSEEN, "data": catalog.manifest["renders"]["sha256"]},
     }
-    save(library.BOX / f"{name}-words.safetensors", {k: v.float() for k, v in state.items()}, about)
+    save(library.BOX / "mini-words.safetensors", {k: v.float() for k, v in state.items()}, about)
     return right
 
 
