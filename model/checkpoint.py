@@ -28,7 +28,7 @@ from model.marks import (
     BESIDE,
     BLOCKS,
     CODES,
-    SCALE_SUFFIXES,
+    SCALE_ENDS,
     SECOND,
     Mark,
     form_of,
@@ -302,8 +302,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             formats.add(f"{stored.dtype}, as numbers of another kind")
         if FOREIGN_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
-        ends = (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))
-        stem = next((name.removesuffix(suffix) for suffix in ends if name.endswith(suffix)), None)
+        stem = next((name.removesuffix(suffix) for suffix in SCALE_ENDS if name.endswith(suffix)), None)
         if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
             formats.add("scales without their weights")
     formats.discard("")

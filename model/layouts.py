@@ -22,7 +22,7 @@ from model.errors import K2Error, listed
 from model.few_bits import FORMATS, Format, shrink, usual
 from model.headers import AGAIN
 from model.library import dit_of
-from model.marks import BESIDE, BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_SUFFIXES, SECOND, form_of, rotation
+from model.marks import BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_ENDS, form_of, rotation
 from model.plan import SPARE, free_memory
 from model.safetensors_file import NUMBERS as NUMBER_FORMATS
 from model.stream import kept_bytes, stream
@@ -111,11 +111,7 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}
-        back |= {
-            other + end: ours + end
-            for end in (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))
-            for other, ours in stems.items()
-        }
+        back |= {other + end: ours + end for end in SCALE_ENDS for other, ours in stems.items()}
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native))
     what = next((what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "")

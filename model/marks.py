@@ -27,6 +27,7 @@ STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3", W4A8: "I8", W4A4: "I8"}  # the f
 NEIGHBOURS = {"group_size": 16, "quant_group_size": 64}  # the groups that they are defined for, in the terms for them
 BESIDE = ("_s_rel", "_codebook")  # behind a weight's name: W4A8's scales of neighbours, and its levels
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours and most others'; ComfyUI's
+SCALE_ENDS = (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))  # behind a layer's name, all of them
 NOT_WEIGHTS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$")  # for their tools' own kernels
 HARMLESS = {  # told by scales and shapes as well, of before, or of tokens
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "linear_dtype",

@@ -12,11 +12,11 @@ from workshop import workshop  # noqa: F401
 
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
-from model.train import optim, pretrain
+from model.train import loop, optim, pretrain
 from model.train.alignment import CLEANER, Teacher
 from model.train.data import Item, Pair
 from model.train.looks import Look
-from model.train.pretrain import Recipe, Run
+from model.train.pretrain import Pretraining, Recipe
 from model.train.training_set import pad, training_set
 
 TINY = DiTConfig(width=32, heads=2, kv_heads=1, blocks=2, text_width=32, text_taps=2, text_heads=2)
@@ -40,6 +40,10 @@ def recipe(tmp_path, monkeypatch):
     )
 
 
+def begin(recipe: Recipe) -> loop.Run:
+    return loop.Run(Pretraining(recipe, looks=3), pretrain.RUNS / recipe.name)
+
+
 def make_batch(seed: int, references: bool) -> dict:
     generator = torch.Generator().manual_seed(seed)
     masked = torch.ones(4, 5, dtype=torch.bool)
@@ -56,7 +60,7 @@ def make_batch(seed: int, references: bool) -> dict:
 
 
 def test_one_batch_is_learned(recipe):
-    run = Run(recipe, looks=3)
+    run = begin(recipe)
 
     losses = [run.advance(make_batch(0, references=True))["loss"] for _ in range(60)]
 
@@ -64,15 +68,15 @@ def test_one_batch_is_learned(recipe):
 
 
 def test_resuming_is_exact(recipe):
-    straight = Run(recipe, looks=3)
+    straight = begin(recipe)
     for step in range(4):
         last = straight.advance(make_batch(step, step % 2 == 0))
 
-    broken = Run(recipe, looks=3)
+    broken = begin(recipe)
     for step in range(2):
         broken.advance(make_batch(step, step % 2 == 0))
     broken.save()
-    resumed = Run(recipe, looks=3)
+    resumed = begin(recipe)
     assert resumed.step == 2
     for step in range(2, 4):
         again = resumed.advance(make_batch(step, step % 2 == 0))
@@ -84,7 +88,7 @@ def test_resuming_is_exact(recipe):
 
 
 def test_repeats_share_the_prompt_but_not_the_noise(recipe):
-    run = Run(recipe, looks=3)
+    run = begin(recipe)
     flow, sigma, *_ = run.model.losses(make_batch(0, references=False), recipe)
 
     assert flow.shape == (8,)
@@ -92,11 +96,11 @@ def test_repeats_share_the_prompt_but_not_the_noise(recipe):
 
 
 def test_a_stage_starts_from_its_parents_average_but_for_what_is_fresh(recipe):
-    parent = Run(recipe, looks=3)
+    parent = begin(recipe)
     parent.advance(make_batch(0, references=True))
     parent.save()
 
-    child = Run(replace(recipe, name="child", init="tiny", fresh=("dit.txtmlp",), seed=9), looks=3)
+    child = begin(replace(recipe, name="child", init="tiny", fresh=("dit.txtmlp",), seed=9))
 
     assert child.step == 0
     weights = child.model.state_dict()
@@ -151,15 +155,15 @@ def test_learning_rate_rises_stays_and_falls():
 
 def test_8_bit_products_are_a_key_of_the_recipe(recipe):
     """The same course, but for the rounding; state dicts are those of any run."""
-    wide = Run(replace(recipe, name="wide"), looks=3)
-    small = Run(replace(recipe, name="small", products="int8-rowwise"), looks=3)
+    wide = begin(replace(recipe, name="wide"))
+    small = begin(replace(recipe, name="small", products="int8-rowwise"))
     losses = [[run.advance(make_batch(0, references=False))["loss"] for _ in range(20)] for run in (wide, small)]
 
     assert losses[0] != losses[1]
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.05)
     assert list(small.model.state_dict()) == list(wide.model.state_dict())
     with pytest.raises(K2Error, match="int9"):
-        Run(replace(recipe, name="none", products="int9"), looks=3)
+        begin(replace(recipe, name="none", products="int9"))
 
 
 def test_captions_of_several_lengths_are_padded_and_masked():
@@ -194,7 +198,7 @@ def test_two_threads_draw_from_one_set(recipe, workshop):  # noqa: F811
 
 
 def test_sheets_are_drawn_where_the_network_lies(recipe, monkeypatch):
-    stage, asked = Run(recipe, looks=3).stage, []
+    stage, asked = begin(recipe).stage, []
     monkeypatch.setattr("model.train.samples.main", lambda *given: asked.append(given))
     for device in ("cpu", "meta"):
         stage.model.to(device)
@@ -211,7 +215,7 @@ def aligned(step: int, first: bool = True) -> dict:
 
 
 def test_the_pupil_comes_to_foretell_its_teacher(recipe):
-    run = Run(replace(recipe, align=0.5), looks=3)
+    run = begin(replace(recipe, align=0.5))
     rows = [run.advance(aligned(step)) for step in range(60)]
 
     assert rows[-1]["align"] < 0.6 * rows[0]["align"]
@@ -219,7 +223,7 @@ def test_the_pupil_comes_to_foretell_its_teacher(recipe):
 
 
 def test_the_teacher_is_the_average_of_the_weights_that_are_trained(recipe):
-    run = Run(replace(recipe, align=0.5), looks=3)
+    run = begin(replace(recipe, align=0.5))
     run.advance(aligned(0))
     teacher = run.stage.taught(aligned(1))
 
@@ -234,7 +238,7 @@ def test_the_teacher_sees_less_noise(recipe):
             self.sigma = sigma
             return torch.randn(8, 4, TINY.width)
 
-    model, teacher = Run(replace(recipe, align=0.5), looks=3).model, Watched()
+    model, teacher = begin(replace(recipe, align=0.5)).model, Watched()
     less = model.losses(make_batch(0, references=False), recipe, teacher).sigma - teacher.sigma
 
     assert ((less >= 0) & (less <= CLEANER)).all() and less.max() > 0.05
@@ -243,7 +247,7 @@ def test_the_teacher_sees_less_noise(recipe):
 def test_the_teacher_follows_once_a_step(recipe, monkeypatch):
     followed, follow = [], Teacher.follow
     monkeypatch.setattr(Teacher, "follow", lambda self, averages: followed.append(1) or follow(self, averages))
-    run = Run(replace(recipe, align=0.5), looks=3)
+    run = begin(replace(recipe, align=0.5))
     for step in range(2):
         run.advance(*(aligned(3 * step + part) for part in range(3)))
 
@@ -251,24 +255,24 @@ def test_the_teacher_follows_once_a_step(recipe, monkeypatch):
 
 
 def test_only_the_first_epoch_is_aligned(recipe):
-    run = Run(replace(recipe, align=0.5), looks=3)
+    run = begin(replace(recipe, align=0.5))
 
     assert "align" in run.advance(aligned(0)) and "align" not in run.advance(aligned(1, first=False))
     assert run.stage.teacher is None
-    assert "align" not in Run(replace(recipe, name="other"), looks=3).advance(aligned(0))
+    assert "align" not in begin(replace(recipe, name="other")).advance(aligned(0))
 
 
 def test_an_aligned_run_resumes_exactly_and_hands_on_no_head(recipe):
     recipe = replace(recipe, align=0.5)
-    straight, broken = Run(recipe, looks=3), Run(recipe, looks=3)
+    straight, broken = begin(recipe), begin(recipe)
     for step in range(4):
         last = straight.advance(aligned(step))
     for step in range(2):
         broken.advance(aligned(step))
     broken.save()
-    resumed = Run(recipe, looks=3)
+    resumed = begin(recipe)
     again = [resumed.advance(aligned(step)) for step in range(2, 4)][-1]
-    child = Run(replace(recipe, name="child", init="tiny", align=0.0), looks=3)
+    child = begin(replace(recipe, name="child", init="tiny", align=0.0))
 
     assert again == last
     assert not any(name.startswith("pupil") for name in child.model.state_dict())

@@ -12,7 +12,7 @@ from model.latents import grid_of, patchify, unpatchify
 from model.library import BOX
 from model.text_encoder import TextEncoder
 from model.train import data as train_data
-from model.train import encode, pretrain, turbo
+from model.train import encode, loop, pretrain, turbo
 from model.train.data import latents_file
 from model.train.looks import MEDIA, Look, compose, place
 from model.train.pretrain import Recipe
@@ -139,9 +139,8 @@ def test_a_shaped_batch_is_of_pictures_that_come_in_its_shape(data):
         assert data.items[indices[place]].pair.subject == subject
 
 
-def test_all_shapes_are_learned_and_what_is_frozen_stays(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "RUNS", tmp_path)
-    run = pretrain.Run(RECIPE, len(data.looks), "cpu", data)
+def test_all_shapes_are_learned_and_what_is_frozen_stays(data, tmp_path):
+    run = loop.Run(pretrain.Pretraining(RECIPE, len(data.looks), data), tmp_path)
     style = {name: value.clone() for name, value in run.model.style.state_dict().items()}
     before = run.model.dit.first.weight.clone()
     losses = [run.advance(run.stage.batch(step)) for step in range(8)]

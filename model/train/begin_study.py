@@ -17,8 +17,8 @@ from PIL import Image
 from model.errors import reported
 from model.spec import RenderSpec
 from model.train.data import phrase
-from model.train.evaluate import specs_of
-from model.train.study import Floats, OfSubjects, Pixels, embed, figure, mean, names_of, paint, parser_of, ratio
+from model.train.evaluate import retrieval, specs_of
+from model.train.study import Floats, OfSubjects, Pixels, figure, mean, paint, parser_of, ratio
 
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
@@ -39,9 +39,7 @@ class Study(OfSubjects):
 
     def read_as(self, pictures: list[Pixels], subjects: list[str]) -> Floats:
         """Of each picture whether its own subject's name is the nearest."""
-        near = embed(self.judge, pictures)[0] @ names_of(self.judge, self.subjects).T
-        nearest = [self.subjects[index] for index in near.argmax(1)]
-        return np.array([a == b for a, b in zip(nearest, subjects, strict=True)], float)
+        return retrieval(self.judge, pictures, subjects, self.subjects).astype(float)
 
 
 def became(study: Study) -> dict[str, Any]:

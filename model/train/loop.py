@@ -113,9 +113,9 @@ class Run:
         self.stage, self.recipe, self.folder = stage, stage.recipe, folder
         self.device, self.world = torch.device(device), parallel.world()
         self.parts = self.world.parts(self.recipe.accumulate)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.model = stage.model.to(self.device)
         check_modules(self.model, self.recipe.name, "fresh", self.recipe.fresh)
+        self.folder.mkdir(parents=True, exist_ok=True)
         state = newest_state(self.folder)
         if self.recipe.init and state is None:
             start(self.model, parent(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own))

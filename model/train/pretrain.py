@@ -148,7 +148,6 @@ class Pretraining(Drawing):
         self.recipe: Recipe = recipe
         self.model: Trainee = trainee(recipe, looks, device)
         states.check_modules(self.model, recipe.name, "frozen", recipe.frozen)
-        states.check_modules(self.model, recipe.name, "fresh", recipe.fresh)
         self.teacher: Teacher | None = None
         self.averages: Mapping[str, Tensor] = {}
         self.set = data
@@ -196,19 +195,10 @@ class Pretraining(Drawing):
         compile_blocks(self.recipe, self.model.dit)
 
 
-class Run(loop.Run):
-    """Pretraining under way."""
-
-    stage: Pretraining
-
-    def __init__(self, recipe: Recipe, looks: int, device: str = "cpu", data: TrainingSet | None = None):
-        super().__init__(Pretraining(recipe, looks, data, device), RUNS / recipe.name, device)
-
-
-def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Run:
+def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Run a stage to its end, from where it stands."""
     data = training_set(recipe, device)
-    run = Run(recipe, len(data.looks), device, data)
+    run = loop.Run(Pretraining(recipe, len(data.looks), data, device), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")
     loop.train(run, report)
     return run
