@@ -655,10 +655,11 @@ def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
     assert len(mix.sweep({"dusk": 1.0, "riso": 1.0}, sheet.PER_GRID).points) == sheet.PER_GRID
 
 
-def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks, k2):
-    made = k2("mix-styles", "dusk=1", "riso=1", "--sweep", "100", "--quiet").stdout.splitlines()[:-1]
+def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks):
+    project, layout = Project.open(looks), mix.sweep({"dusk": 1.0, "riso": 1.0}, 100)
+    made = mix.plan(project, project.settle(), project.prompts[0], layout).shots
 
-    assert [Path(line).stem.split("-")[-2] for line in made] == [f"{i:03}" for i in range(1, 101)]
+    assert [shot.stem.split("-")[-2] for shot in made] == [f"{i:03}" for i in range(1, 101)]
 
 
 def test_over_the_strips_of_a_sweep_stands_what_was_painted(looks, k2, monkeypatch):
