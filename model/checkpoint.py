@@ -28,6 +28,8 @@ from model.marks import (
     BESIDE,
     BLOCKS,
     CODES,
+    OTHER_SCALES,
+    OTHER_TOOLS,
     SCALE_ENDS,
     SECOND,
     Mark,
@@ -37,7 +39,7 @@ from model.marks import (
     unreadable,
 )
 from model.plan import free_memory
-from model.quantize import FOREIGN, FOREIGN_SCALES, Rows, restore, scale_of
+from model.quantize import Rows, restore, scale_of
 from model.safetensors_file import PLAINER, Arriving, SafeTensors
 from model.whole import whole
 
@@ -300,13 +302,13 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             formats.add(f'{stored.dtype} with "weight{beside}" beside it, and no mark of what that is')
         elif stored.dtype in WHOLE and name.endswith(".weight"):
             formats.add(f"{stored.dtype}, as numbers of another kind")
-        if FOREIGN_SCALES.search(name):
+        if OTHER_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
         stem = next((name.removesuffix(suffix) for suffix in SCALE_ENDS if name.endswith(suffix)), None)
         if stem is not None and f"{stem}.weight" not in checkpoint.tensors:
             formats.add("scales without their weights")
     formats.discard("")
-    tools = [tool for tool, ends in FOREIGN.items() if any(re.search(ends, name) for name in checkpoint.tensors)]
+    tools = [tool for tool, ends in OTHER_TOOLS.items() if any(re.search(ends, name) for name in checkpoint.tensors)]
     if tools or marked or formats:
         found = tools or [*stated_format(checkpoint), *sorted(marked), *sorted(formats)]
         raise K2Error(

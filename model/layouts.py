@@ -86,7 +86,7 @@ KINDS = {
     "style": "a style encoder",
     "judge": "a judge",
 }
-FOREIGN = {  # what else people keep in .safetensors files
+OTHER_FILES = {  # what else people keep in .safetensors files
     r"lora_(A|B|down|up)\b|\.lokr_|\.hada_": "a LoRA, which goes on top of a model",
     r"^(encoder|decoder)\.(conv_in|conv1|down|up|mid)|^(post_)?quant_conv": "an autoencoder",
     r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.|^blk\.\d|^token_embd\.": "a text encoder",
@@ -114,7 +114,7 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         back |= {other + end: ours + end for end in SCALE_ENDS for other, ours in stems.items()}
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native))
-    what = next((what for pattern, what in FOREIGN.items() if any(re.search(pattern, n) for n in tensors)), "")
+    what = next((what for pattern, what in OTHER_FILES.items() if any(re.search(pattern, n) for n in tensors)), "")
     if not what and any("txtfusion" in name or "text_fusion" in name for name in tensors):
         refuse_unreadable(checkpoint)  # where every matrix is packed, no whole name tells the layout
     raise K2Error(f"{checkpoint.path} is {what or 'something else'}, not a Krea 2 transformer.", hint=GIVE)

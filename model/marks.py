@@ -3,7 +3,7 @@
 A mark is a tensor `LAYER.comfy_quant` beside the weight, or stands in the file's metadata; some files have both. Most
 name a number format, whose numbers times a scale are the weight. int8 may also have been *rotated* ("ConvRot", as
 comfy-kitchen defines it): see `model/quantize.py`. Other formats scale blocks of a row (`model/blockwise.py`), or are
-codes for int8 (`model/four_bit.py`).
+codes for int8 (`model/four_bit.py`). Formats that are not read are told by the names of their tensors.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ BESIDE = ("_s_rel", "_codebook")  # behind a weight's name: W4A8's scales of nei
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours and most others'; ComfyUI's
 SCALE_ENDS = (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))  # behind a layer's name, all of them
 NOT_WEIGHTS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$")  # for their tools' own kernels
+OTHER_SCALES = re.compile(  # of no plain numbers
+    r"\.(weight_scale_inv|weight_zero_point|weight_correction|weight_scale_(?!2$)\d+)$"
+)
+OTHER_TOOLS = {  # formats of other tools, by names that only their files have
+    "SVDQuant": r"\.(wscales|wtscale|wcscales|(weight_)?smooth_factor)$",
+    "GPTQ or AWQ": r"\.(qzeros|weight_zeros)$",
+    "DFloat11": r"\.(encoded_exponent|sign_mantissa)$",
+    "quanto": r"\.weight\._data(\._data)?$",  # 8 bits, and fewer
+    "torchao": r"\._weight_qdata$",
+    "bitsandbytes": r"\.(SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$",
+    "SDNQ": r"\.zero_point$",
+}
 HARMLESS = {  # told by scales and shapes as well, of before, or of tokens
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "linear_dtype",
 }  # fmt: skip

@@ -18,19 +18,6 @@ from torch import Tensor
 
 from model.marks import SCALE_SUFFIXES, is_auxiliary
 
-FOREIGN_SCALES = re.compile(  # of no plain numbers
-    r"\.(weight_scale_inv|weight_zero_point|weight_correction|weight_scale_(?!2$)\d+)$"
-)
-FOREIGN = {  # formats of other tools, by names that only their files have
-    "SVDQuant": r"\.(wscales|wtscale|wcscales|(weight_)?smooth_factor)$",
-    "GPTQ or AWQ": r"\.(qzeros|weight_zeros)$",
-    "DFloat11": r"\.(encoded_exponent|sign_mantissa)$",
-    "quanto": r"\.weight\._data(\._data)?$",  # 8 bits, and fewer
-    "torchao": r"\._weight_qdata$",
-    "bitsandbytes": r"\.(SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$",
-    "SDNQ": r"\.zero_point$",
-}
-
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14
 _AT_ONCE = 1 << 20  # numbers in hand while a matrix is made 8 bits: larger copies leave the cache, and cost fresh pages
