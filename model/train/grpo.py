@@ -27,8 +27,8 @@ from model.latents import patchify, unpatchify
 from model.train import loop, parallel, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, more_than_none, refuse
-from model.train.rewards import JUDGED_BY, Rewards, chosen_by, rewarding
+from model.train.recipe import at_least, more_than_none
+from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
@@ -40,32 +40,25 @@ FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(pretrain.Recipe):
+class Recipe(Judged):
     """A run of GRPO; `batch` counts prompts, each painted `group` times."""
 
-    init: str = "box"
     stage: str = "grpo"
-    repeats: int = 1
     group: int = 8
     sample_steps: int = 8
     stochastic: int = 2  # of them, chosen at random for each rollout
     noise: float = 0.7  # a
     trust: float = 1e-4  # how far a transition's probability ratio may move from 1: log-probabilities are means
     updates: int = 2  # steps of the optimiser from one rollout
-    judge: str = "judge-11"
-    weights: dict[str, float]  # of the rewards
     gates: dict[str, str] = field(default_factory=dict)  # a reward that counts only as far as another is won
     prompts: int = 192  # asked, of which those whose rewards differ most ...
     pool: int = 64  # ... and are neither won nor hopeless make the pool that is trained on
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
-        refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
         at_least(self, 1, "updates", "prompts", "pool")
         at_least(self, 2, "group")
         more_than_none(self, "noise", "trust")
-        rewarding(self.name, self.weights)
         if self.every % self.updates:
             raise K2Error(
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
+from model.train.recipe import refuse
 from model.train.rollout import Asked, decode
 from model.train.states import RUNS, digest
 from model.train.training_set import Recipe, TrainingSet
@@ -51,13 +53,24 @@ def top_octave(pictures: Tensor) -> Tensor:
     return power[:, top].mean(1).clamp_min(1e-8)
 
 
-def rewarding(recipe: str, weights: Mapping[str, float]) -> None:
-    """Raises K2Error where a recipe's weights of rewards sum to nothing."""
-    if sum(weights.values()) <= 0:
-        raise K2Error(f'Recipe "{recipe}": weights must name rewards, and sum to more than 0.')
+@dataclass(frozen=True, kw_only=True)
+class Judged(Recipe):
+    """A run that learns from pictures of the model's own, by what a judge's rewards make of them."""
+
+    init: str = "box"
+    repeats: int = 1
+    judge: str = "judge-11"
+    weights: dict[str, float]  # of the rewards
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
+        refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
+        if sum(self.weights.values()) <= 0:
+            raise K2Error(f'Recipe "{self.name}": weights must name rewards, and sum to more than 0.')
 
 
-def chosen_by(recipe: Recipe, keys: Sequence[str], dit: nn.Module, rewards: Rewards) -> dict[str, Any]:
+def chosen_by(recipe: Judged, keys: Sequence[str], dit: nn.Module, rewards: Rewards) -> dict[str, Any]:
     """What a choice among a network's own pictures depends on, to be kept beside it: keys of the recipe, and a hash of
     the networks that paint, decode and judge, since a run of the same name may be trained anew."""
     networks = nn.ModuleList([dit, rewards.vae, rewards.judge, rewards.critic or nn.Identity()])

@@ -33,8 +33,8 @@ from model.latents import patchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, more_than_none, refuse, share
-from model.train.rewards import JUDGED_BY, Rewards, chosen_by, rewarding, top_octave
+from model.train.recipe import at_least, more_than_none, share
+from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
@@ -46,12 +46,10 @@ SEEN = 4  # pictures of each prompt that is looked over
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(pretrain.Recipe):
+class Recipe(Judged):
     """A run of preference optimisation; `batch` counts pairs."""
 
-    init: str = "box"
     stage: str = "stpo"
-    repeats: int = 1
     kind: str = "stpo"
     beta: float = 500.0  # until it is set from the spread of Δ
     calibrate_at: int = 50  # the step after which it is; 0 leaves it, and so do fewer than two pairs held aside
@@ -62,22 +60,17 @@ class Recipe(pretrain.Recipe):
     group: int = 4  # ... each for so many pictures, of which the best and the worst make a pair ...
     margin: float = 0.1  # ... if their rewards, 0 … 1, differ by so much
     aside: int = 24  # pairs held aside: β is set and the run is watched on them
-    judge: str = "judge-11"
-    weights: dict[str, float]  # of the rewards
     sample_steps: int = 16
     guidance: float = 2.0
     look: int = 12  # prompts that are looked at in the end, beside what they were before
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
-        refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
         at_least(self, 0, "calibrate_at", "hinge", "anchor", "margin", "aside", "guidance", "look")
         at_least(self, 1, "prompts", "sample_steps")
         at_least(self, 2, "group")
         more_than_none(self, "beta")
         share(self, "safety")
-        rewarding(self.name, self.weights)
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
 
