@@ -93,19 +93,28 @@ def test_only_the_rewards_that_are_asked_for_are_worked_out(rewards, monkeypatch
 
 
 @pytest.mark.parametrize("stage", [stpo, grpo])
-def test_a_choice_is_kept_beside_all_that_it_depends_on(rewards, stage):
+def test_a_choice_is_kept_beside_all_that_it_depends_on(rewards, stage, tmp_path):
     """Runs and judges may be trained anew under their names."""
     torch.manual_seed(0)
     plain = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
     recipe = stage.Recipe(**plain, weights={"subject": 1.0})
     dits = [torch.nn.Linear(2, 2) for _ in range(2)]
-    other = SimpleNamespace(vae=rewards.vae, judge=Judge(rewards.judge.config), critic=rewards.critic)
+    own = {"vae": rewards.vae, "judge": rewards.judge, "critic": rewards.critic}
+    anew = {"vae": dits[1], "judge": Judge(rewards.judge.config), "critic": Critic()}
+    others = [SimpleNamespace(**(own | {name: network})) for name, network in anew.items()]
+    sets = []
+    for name, tower in (("these", dits[0]), ("read otherwise", dits[1]), ("others", dits[0])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "manifest.toml").write_text("others" if name == "others" else "these")
+        sets.append(SimpleNamespace(catalog=SimpleNamespace(folder=folder), text=SimpleNamespace(tower=tower)))
 
-    def found(dit=dits[0], rewards=rewards, **changes):
-        return chosen_by(replace(recipe, **changes), stage.CHOSEN_BY, dit, rewards)
+    def found(dit=dits[0], rewards=rewards, data=sets[0], **changes):
+        return chosen_by(replace(recipe, **changes), stage.CHOSEN_BY, dit, rewards, data)
 
     changes = {"white": 2.0, "grounds": 1.0, "later": 1.0, "preset": "big", "network": {"blocks": 1}}
-    made = [found(), found(dits[1]), found(rewards=other), *(found(**{k: v}) for k, v in changes.items())]
+    made = [found(), found(dits[1]), *(found(rewards=other) for other in others)]
+    made += [found(data=other) for other in sets[1:]] + [found(**{key: value}) for key, value in changes.items()]
     assert json.loads(json.dumps(made[0])) == found(lr=1.0)
     assert all(each not in made[:place] for place, each in enumerate(made))
 

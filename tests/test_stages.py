@@ -277,7 +277,10 @@ def test_what_another_recipe_chose_is_chosen_anew(workshop, stage, file, keys): 
 
     run("first", stage, POST + keys, steps=4)
     assert chosen.read_bytes() == before
-    run("first", stage, POST.replace("subject = 1.0", "subject = 0.0") + keys, steps=4)
+    otherwise = POST.replace("subject = 1.0", "subject = 0.0") + keys
+    run("first", stage, otherwise, steps=4)
+    assert chosen.read_bytes() == before  # it is over, and that is what it learned from
+    run("first", stage, otherwise, steps=6)
     assert chosen.read_bytes() != before
 
 

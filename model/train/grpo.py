@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.errors import K2Error
 from model.latents import patchify, unpatchify
-from model.train import loop, parallel, pretrain, states
+from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, more_than_none
@@ -173,9 +173,11 @@ class Round(NamedTuple):
 class Policy(pretrain.Drawing):
     """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
 
-    def __init__(self, recipe: Recipe, data: TrainingSet, rewards: Rewards, pool: Sequence[Asked], device: str = "cpu"):
+    pool: Sequence[Asked] = ()  # prompts that are learned from
+
+    def __init__(self, recipe: Recipe, data: TrainingSet, rewards: Rewards, device: str = "cpu"):
         self.recipe: Recipe = recipe
-        self.set, self.rewards, self.pool = data, rewards, pool
+        self.set, self.rewards = data, rewards
         self.data = fingerprint(data.catalog)
         self.model: pretrain.Trainee = pretrain.trainee(recipe, len(data.looks), device)
         self.rounds: dict[int, Round] = {}  # the last of each part
@@ -266,11 +268,10 @@ def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, devi
     parent = pretrain.Trainee(recipe.config, len(data.looks))
     states.start(parent, states.parent(recipe.init))
     dit = parent.to(device).dit
-    now = chosen_by(recipe, CHOSEN_BY, dit, rewards)
+    now = chosen_by(recipe, CHOSEN_BY, dit, rewards, data)
     if path.exists() and json.loads(path.read_text()).get("chosen_by") == now:
         return
     chosen = telling_prompts(dit, data, rewards, recipe, report)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as draft:
         prompts = [(each.caption, each.subject, str(each.look)) for each in chosen]
         draft.write_text(json.dumps({"chosen_by": now, "prompts": prompts}))
@@ -281,14 +282,13 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     data = training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
-    folder = RUNS / recipe.name
-    path = folder / "pool.json"
-    here = parallel.world()
-    if here.leads:
+    stage = Policy(recipe, data, rewards, device)
+    run = loop.Run(stage, RUNS / recipe.name, device)
+    path = run.folder / "pool.json"
+    over = run.done and path.exists()  # then they are what it learned from
+    if run.world.leads and not over:
         choose(path, data, rewards, recipe, device, report)
-    here.wait()
-    looks = {str(look): look for look in data.looks}
-    pool = [Asked(caption, subject, looks[look]) for caption, subject, look in json.loads(path.read_text())["prompts"]]
-    stage = Policy(recipe, data, rewards, pool, device)
-    run = loop.Run(stage, folder, device)
+    run.world.wait()
+    looks, kept = {str(look): look for look in data.looks}, json.loads(path.read_text())["prompts"]
+    stage.pool = [Asked(caption, subject, looks[look]) for caption, subject, look in kept if look in looks]
     return loop.train(run, report)

@@ -22,6 +22,7 @@ from model.checkpoint import open_checkpoint
 from model.errors import K2Error
 from model.library import BOX
 from model.train.autoencoder import load as load_autoencoder
+from model.train.data import fingerprint
 from model.train.judge import SIZE, Critic, Judge
 from model.train.looks import Look
 from model.train.recipe import refuse
@@ -70,11 +71,15 @@ class Judged(Recipe):
             raise K2Error(f'Recipe "{self.name}": weights must name rewards, and sum to more than 0.')
 
 
-def chosen_by(recipe: Judged, keys: Sequence[str], dit: nn.Module, rewards: Rewards) -> dict[str, Any]:
-    """What a choice among a network's own pictures depends on, to be kept beside it: keys of the recipe, and a hash of
-    the networks that paint, decode and judge, since a run of the same name may be trained anew."""
-    networks = nn.ModuleList([dit, rewards.vae, rewards.judge, rewards.critic or nn.Identity()])
-    return {key: getattr(recipe, key) for key in keys} | {"networks": digest(networks)}
+def chosen_by(
+    recipe: Judged, keys: Sequence[str], dit: nn.Module, rewards: Rewards, data: TrainingSet
+) -> dict[str, Any]:
+    """What a choice among a network's own pictures depends on, to be kept beside it: keys of the recipe, the data set's
+    manifest, and a hash of the networks that read, paint, decode and judge, as one of the same name may be trained
+    anew."""
+    networks = [data.text.tower, dit, rewards.vae, rewards.judge, rewards.critic or nn.Identity()]
+    found = {"data": fingerprint(data.catalog), "networks": digest(nn.ModuleList(networks))}
+    return {key: getattr(recipe, key) for key in keys} | found
 
 
 class Rewards:

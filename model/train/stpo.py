@@ -306,8 +306,9 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     stage = Preference(recipe, data, states.parent(recipe.init), device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
-    now = chosen_by(recipe, CHOSEN_BY, stage.reference.dit, rewards)
-    if run.world.leads and not made_for(path, now, recipe.aside):
+    now = chosen_by(recipe, CHOSEN_BY, stage.reference.dit, rewards, data)
+    over = run.done and path.exists()  # then they are what it learned from
+    if run.world.leads and not over and not made_for(path, now, recipe.aside):
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
         pairs.save(path, {"recipe": asdict(recipe), "chosen_by": now})
     run.world.wait()
