@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from model import library
+from model.asked import asked
 from model.avoid import avoided
 from model.beginning import Beginnings
 from model.branches import Branches, Said
-from model.cohesion import Tie, leader_of, leads, shared_noise, shares
+from model.cohesion import Tie, leader_of, leads, shared_noise
 from model.conditioning import Conditioning
 from model.errors import K2Error, TooLittleMemory
 from model.fast import accelerate, keep_pages
@@ -383,29 +384,11 @@ class Pipeline:
     ) -> dict[str, Any]:
         """How a picture was made, in plain values: enough to make it again. `files` are the hashes of its references
         and of its initial picture."""
-        begun, mask, apart = spec.init_image, spec.mask, ("styles", "loras", "leader", "init_image", "mask")
-        about = {"image": str(mask), "sha256": files[mask]} if isinstance(mask, Path) else {"region": mask}
         unread = self.text.unread(spec.prompt)
         return {
             "schema": 1,
-            **{k: v for k, v in vars(spec).items() if k not in apart and v is not None},
-            **({"init_image": {"image": str(begun), "sha256": files[begun]}} if begun else {}),
-            **({"mask": about} if mask else {}),
+            **asked(spec, files),
             **({"unread": unread} if unread else {}),
-            **({"leader": vars(spec.leader), "shared": shares(spec)} if leader_of(spec) else {}),
-            "styles": [
-                {
-                    "name": style.name,
-                    "strength": style.strength,
-                    "keywords": list(style.keywords),
-                    "avoids": list(style.avoids),
-                    "method": style.method,
-                    "references": [
-                        {"image": str(r.image), "weight": r.weight, "sha256": files[r.image]} for r in style.references
-                    ],
-                }
-                for style in spec.styles
-            ],
             "loras": loras,
             "model": {"name": self.name, "variant": self.variant, "files": self.hashes()},
             "device": str(self.device),

@@ -1,0 +1,38 @@
+"""What a picture was asked to be, in plain values: its own part of the record, beside what the model was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.cohesion import leader_of, shares
+from model.settle import Settled
+
+APART = ("styles", "loras", "leader", "init_image", "mask")  # of a spec, which are told in another form
+
+
+def asked(spec: Settled, files: Mapping[Path, str]) -> dict[str, Any]:
+    """A spec as it was settled, for a record; `files` are the sha256 of its references, initial picture and mask."""
+    begun, mask = spec.init_image, spec.mask
+    masked = {"image": str(mask), "sha256": files[mask]} if isinstance(mask, Path) else {"region": mask}
+    return {
+        **{key: value for key, value in vars(spec).items() if key not in APART and value is not None},
+        **({"init_image": {"image": str(begun), "sha256": files[begun]}} if begun else {}),
+        **({"mask": masked} if mask else {}),
+        **({"leader": vars(spec.leader), "shared": shares(spec)} if leader_of(spec) else {}),
+        "styles": [
+            {
+                "name": style.name,
+                "strength": style.strength,
+                "keywords": list(style.keywords),
+                "avoids": list(style.avoids),
+                "method": style.method,
+                "references": [
+                    {"image": str(each.image), "weight": each.weight, "sha256": files[each.image]}
+                    for each in style.references
+                ],
+            }
+            for style in spec.styles
+        ],
+    }
