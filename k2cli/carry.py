@@ -21,6 +21,7 @@ from k2cli.records import portable, request
 from k2cli.runs import Job, Saved, render
 from k2cli.several import Turns, for_all, say_finished
 from k2cli.texts import relative
+from model import library
 from model.errors import K2Error, count_of
 from model.lora_file import check_kind
 from model.picture_file import is_sheet
@@ -114,7 +115,10 @@ def check_devices(jobs: Sequence[Job]) -> None:
 
 
 def check_files(job: Job) -> None:
-    """Refuse, before weights are read, references that cannot be read, and what is no LoRA. Raises K2Error."""
+    """Refuse, before weights are read, those that get no text encoder of theirs, references that cannot be read, and
+    what is no LoRA. Raises K2Error."""
+    if model := library.find(job.model.name, job.model.variant):
+        library.refuse_unheard(model)
     check_ways(job)
     for style in dict.fromkeys(style for shot in job.left for style in shot.spec.styles if style.strength):
         where = f'Style "{style.name}"'

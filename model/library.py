@@ -148,10 +148,35 @@ def sees(text: Path) -> bool:
 
 def listens(dit: Path, text: Path) -> bool:
     """Whether a transformer takes as many layers, as wide, as a text encoder of ours speaks."""
+    return heard_by(dit) == spoken_by(text)
+
+
+def heard_by(dit: Path) -> tuple[int, int]:
+    """How wide the text's layers are that a transformer takes, and how many; 0 where its file does not tell."""
     shapes = {name: shape for file in files_in(dit) for name, shape in shapes_in(file).items()}
-    heard = [next((shape[-1] for name, shape in shapes.items() if shape and name.endswith(ends)), 0) for ends in HEARD]
+    width, taps = (next((s[-1] for name, s in shapes.items() if s and name.endswith(ends)), 0) for ends in HEARD)
+    return width, taps
+
+
+def spoken_by(text: Path) -> tuple[int, int]:
+    """The same of what a text encoder of ours speaks."""
     config = describe(text).get("config") or {}
-    return heard == [config.get("hidden_size"), len(config.get("taps") or ())]
+    return config.get("hidden_size") or 0, len(config.get("taps") or ())
+
+
+def refuse_unheard(model: Model) -> None:
+    """Of a lone transformer that is joined by the box's parts, though it listens to another text encoder than theirs.
+    Only headers are read. Raises K2Error."""
+    parts = find_parts(model)
+    if model.source == "box" or parts.lender != BOX or not parts.text.is_file():
+        return
+    (width, taps), (spoken, layers) = heard_by(parts.dit), spoken_by(parts.text)
+    if width and taps and (width, taps) != (spoken, layers):
+        pull = "Krea's comes with: k2 models pull krea-2-turbo"
+        raise K2Error(
+            f"{parts.dit} listens to {taps} layers of {width} numbers, {parts.text} speaks {layers} of {spoken}.",
+            hint=f"{pull}; or lay text_encoder, tokenizer and vae of its pipeline beside the file.",
+        )
 
 
 def locate(name: str, variant: str | None = None) -> Path | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from model import library
 from model.checkpoint import WIDE, Stored, load, open_checkpoint, refuse_unreadable
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width
 from model.errors import K2Error, brief
@@ -133,9 +132,6 @@ def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder
     """The parts must speak of the same numbers. Raises K2Error."""
     asked, spoken = dit.config, text.tower.config
     hint = "Give the {} that the transformer was trained with."
-    if parts.lender == library.BOX != parts.dit.parent:
-        pull = "Krea's comes with: k2 models pull krea-2-turbo"
-        hint = f"{pull}; or lay text_encoder, tokenizer and vae of its pipeline beside the file."
     if (spoken.hidden_size, len(spoken.taps)) != (asked.text_width, asked.text_taps):
         raise K2Error(
             f"{parts.dit} listens to {asked.text_taps} layers of {asked.text_width} numbers, "

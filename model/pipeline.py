@@ -131,6 +131,7 @@ class Pipeline:
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
         checks = installed() if filters is None else listed(filters)
+        library.refuse_unheard(model)
         parts = library.find_parts(model)
         numbers = numbers_of(parts, chosen)
         if chosen.index is not None and chosen.type == "cuda":

@@ -21,10 +21,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 from conftest import PROJECT, tree, write_weights
 from PIL import Image
 from rich.console import Console
+from safetensors.numpy import save_file
 from test_library import transformer, write
 
 from k2cli import console, doctor, hands, models, runs, sheet
@@ -1293,6 +1295,17 @@ def test_doctor_says_when_no_card_could_be_used(monkeypatch, cuda, platform, sai
     rates, cores = {"float32": 9.0, "bfloat16": 9.0}, {"threads": 2, "cores": 2}
     found = {"device": "cpu", "gpus": [], "cpu": cores, "gflops": rates, "memory_gb": {"free": 9.0}, "plans": []}
     assert [note.startswith(said) for note in doctor.notes(found)] == [True]
+
+
+def test_a_lone_file_that_would_get_no_text_encoder_of_its_own_is_refused_before_anything_is_made(moody, k2):
+    """As ComfyUI has the open weights: a transformer alone, beside mini's text encoder. Or before it is rendered."""
+    write_weights(library.BOX / "mini-text.safetensors", {"kind": "text", "config": {"hidden_size": 8, "taps": [1]}})
+    heard = {"txtmlp.0.scale": (2560,), "txtfusion.projector.weight": (1, 12), "first.weight": (4, 4)}
+    save_file({name: np.zeros(shape, np.float32) for name, shape in heard.items()}, moody / "lone.safetensors")
+
+    for dry in ((), ("--dry-run",)):
+        refused = k2("render", "--model", "lone.safetensors", *dry, code=1).stderr
+        assert "lone.safetensors listens to 12 layers of 2560 numbers" in refused and "k2 models pull" in refused
 
 
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):

@@ -790,6 +790,7 @@ def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_c
     save(box / "mini-text.safetensors", state, about | {"config": about["config"] | {"taps": (1, 2)}})
     lone = shutil.copy(box / "mini-raw.safetensors", tmp_path / "mine.safetensors")
     monkeypatch.setattr(library, "BOX", box)
+    monkeypatch.setattr("model.pipeline.load_dit", lambda *_, **__: pytest.fail("its weights were read"))
 
     with pytest.raises(K2Error, match="listens to 3 layers") as refused:
         Pipeline.load(str(lone), device="cpu")
