@@ -154,12 +154,15 @@ class Turns:
             if interrupted or not self.quiet:
                 self.tell_end("Interrupted" if interrupted else "Nobody reads on")
             raise
-        except ENDS_ALL as error:
+        except (K2Error, OSError) as error:  # of the only job, or what all would meet
+            problem = as_problem(error)
             left = self.left if self.came_to_something else []
-            first = error.hint.removesuffix(AGAIN).removesuffix(".")
-            if left:
-                error.hint = f"{first}, then go on with: {go_on(left)}"
-            raise
+            if problem is None or not left:
+                raise
+            first = problem.hint.removesuffix(AGAIN).removesuffix(".")
+            then = ", then go on with:" if problem.hint.endswith(".") else " Go on with:"
+            problem.hint = f"{first}{then} {go_on(left)}".strip()
+            raise problem from None
         finally:
             stay = interrupted or self.came_to_something
             for run in (job.run for job in self.begun if job.run):

@@ -735,6 +735,22 @@ def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k
     assert made == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
 
+@pytest.mark.parametrize(
+    ("hint", "told"),
+    [
+        ("Mend it.", "Mend it, then go on with: k2 render --resume"),
+        ("Mend it, and try again.", "Mend it, then go on with: k2 render --resume"),
+        ("Is it broken?", "Is it broken? Go on with: k2 render --resume"),
+        ("", "Go on with: k2 render --resume"),
+    ],
+)
+def test_a_run_that_fails_after_a_picture_says_how_it_goes_on(moody, k2, fake, hint, told):
+    fake.stop = stop_at(1, K2Error("The model is broken.", hint=hint))
+    assert k2("render", code=1).stderr.endswith(f"Error: The model is broken.\nHint:  {told}\n")
+    fake.stop = staticmethod(lambda at: None)
+    assert len(k2("render", "--resume").stdout.splitlines()) == 1
+
+
 @pytest.mark.parametrize("error", [K2Error("The model is broken."), MemoryError()])
 def test_a_run_that_fails_before_its_first_picture_leaves_nothing(moody, k2, fake, error):
     before = tree(moody)
