@@ -33,7 +33,7 @@ def prompt_meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> 
         there = "".join(f"{quote(each)} " for each in words if os.path.exists(each))
         whole = " ".join([*prompts, *(each for each in words if not os.path.exists(each))])
         return f"A prompt of several words stands in quotes: k2 render {there}-p {quote(whole)}"
-    if word.split() == [word] and ("/" in word or os.sep in word):
+    if (above := os.path.dirname(word)) and (word.split() == [word] or os.path.isdir(above)):
         return "Check the path."
     with suppress(K2Error):
         if (here := Project.around(Path.cwd())) and here.choose([word]):

@@ -406,6 +406,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         ),
         (["render", "-p", "a", "-p", "the", "cat"], 1, "There is no project cat.", "k2 render -p cat"),
         (["render", ".", "../gone"], 1, "There is no project ../gone.", "Check the path."),
+        (["render", ".", "../moody/my ideas"], 1, "There is no project", "Check the path."),
         (["render", "a 1/2 moon"], 1, "There is no project a 1/2 moon.", "k2 render -p 'a 1/2 moon'"),
         (["render", "--matrix", "cfg=1,2"], 2, '"cfg" is no axis.', "called guidance, and is 1 less than a CFG scale"),
         (["render", "a red fox " * 99], 1, "There is no project a red fox", "k2 render -p 'a red fox a red fox"),
