@@ -85,7 +85,7 @@ def plans(device: str) -> list[dict[str, Any]]:
     from model import parts
     from model.plan import default_dtype, eight_bits, free_memory, known_precisions, needs, plan_on, ways
 
-    counted = {"krea-2 (12.9B)": parts.release_numbers()}
+    counted = {"krea-2 (12.9B)": parts.release_numbers(device)}
     for model in library.list_models():
         try:
             counted = {model.name: parts.numbers_of(library.find_parts(model), device)} | counted

@@ -54,10 +54,14 @@ def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
         text=count(layers),
         others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
         stored=stored_precision(dit),
-        # elsewhere there is no other memory to keep in what was worked out
-        packed=is_packed(dit) and torch.device(device).type == "cuda",
+        packed=is_packed(dit) and is_card(device),  # elsewhere there is nowhere to keep what was worked out
+        on_card=is_card(device),
         wide=count({name: stored for name, stored in blocks.items() if stored.dtype in WIDE}),
     )
+
+
+def is_card(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def count(tensors: Mapping[str, Stored]) -> int:
@@ -69,7 +73,7 @@ def shape_of(config: DiTConfig) -> tuple[int, int, int]:
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
-def release_numbers() -> Numbers:
+def release_numbers(device: torch.device | str = "cpu") -> Numbers:
     """The numbers of the open 12.9B weights, with the text encoder and the autoencoder that they come with, in bf16."""
     with torch.device("meta"):
         dit, tower = Krea2(PRESETS["medium"]), TextTower(QWEN3_VL_4B)
@@ -84,6 +88,7 @@ def release_numbers() -> Numbers:
         layers=len(tower.layers),
         text=text,
         others=embedding + QWEN_VAE_NUMBERS,
+        on_card=is_card(device),
     )
 
 

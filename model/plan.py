@@ -55,6 +55,7 @@ class Numbers:
     others: int  # embedding, autoencoder, style encoder
     stored: str | None = None  # the precision of the blocks on disk, where it is one of few bits
     packed: bool = False  # they have to be worked out whenever they are read
+    on_card: bool = False  # beside whose memory there is another, to keep in what of streamed blocks was worked out
     wide: int = 0  # of those inside, what the file holds in more: it stays so where the others are held as they lie
 
 
@@ -133,7 +134,8 @@ def ways(
     # worked out is, once, and kept where it takes the least
     last = numbers.stored if numbers.stored and numbers.stored in known else eight if numbers.packed else "native"
     less = last if last == "int4" else eight
-    return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), (last, "all"), (eight, "all")]
+    streamed = [(last, "all"), (eight, "all")] if numbers.on_card else [(last, "all")]
+    return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), *streamed]
 
 
 def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:

@@ -56,9 +56,16 @@ def test_the_open_weights_are_counted_as_they_are_published(release):
     ],
 )
 def test_exact_before_rounded_and_resident_before_streamed(release, free, way):
-    chosen = choose(release, free * GB, dtype="bfloat16")
+    chosen = choose(replace(release, on_card=True), free * GB, dtype="bfloat16")
     assert (chosen.precision, chosen.offload) == way
     assert chosen.fits(free * GB)
+
+
+@pytest.mark.parametrize("free", [3, 8, 14])
+def test_what_is_streamed_to_a_processor_is_never_rounded_unasked(release, free):
+    """It would be at every step: there is no other memory to keep it in."""
+    chosen = choose(release, free * GB, dtype="float32")
+    assert (chosen.precision, chosen.offload) == ("native", "all")
 
 
 def test_what_is_asked_for_is_kept_to(release):
@@ -96,7 +103,7 @@ def test_needs_are_weights_in_memory_and_a_picture_in_the_making(release):
 
 
 def test_where_nothing_fits_the_least_is_taken(release):
-    chosen = choose(release, GB, dtype="bfloat16")
+    chosen = choose(replace(release, on_card=True), GB, dtype="bfloat16")
     assert chosen.offload == "all" and not chosen.fits(GB)
     least = min(needs(release, "bfloat16", each, "all") for each in PRECISIONS if each != "int4")  # which is asked for
     assert chosen.needs == least
