@@ -140,11 +140,14 @@ def test_whole_or_not_at_all(tmp_path, state, monkeypatch):
 # ---- the command --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
-def test_weights_that_hold_what_is_no_number_are_not_rounded(tmp_path, state, precision):
+@pytest.mark.parametrize(
+    ("precision", "lies"),
+    [("int8", torch.bfloat16), ("fp8", torch.bfloat16), ("int4", torch.bfloat16), ("fp8", torch.float8_e4m3fn)],
+)
+def test_weights_that_hold_what_is_no_number_are_not_rounded(tmp_path, state, precision, lies):
     broken = state["blocks.0.attn.wq.weight"].clone()
     broken[3, 5] = float("nan")
-    source = native(tmp_path, state | {"blocks.0.attn.wq.weight": broken})
+    source = native(tmp_path, state | {"blocks.0.attn.wq.weight": broken.to(lies)})
 
     with pytest.raises(K2Error, match=r"blocks\.0\.attn\.wq\.weight holds what is no number"):
         compact(tmp_path, source, precision)
