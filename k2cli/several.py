@@ -159,9 +159,12 @@ class Turns:
             left = self.left if self.came_to_something else []
             if problem is None or not left:
                 raise
-            first = problem.hint.removesuffix(AGAIN).removesuffix(".")
-            then = ", then go on with:" if problem.hint.endswith(".") else " Go on with:"
-            problem.hint = f"{first}{then} {go_on(left)}".strip()
+            if isinstance(error, ENDS_ALL) or problem.hint.endswith(AGAIN):  # then nothing but that is to be mended
+                first = problem.hint.removesuffix(AGAIN).removesuffix(".")
+                problem.hint = f"{first}, then go on with: {go_on(left)}"
+            else:
+                what = "; what" if problem.hint and problem.hint[-1] not in ".?!" else " What"
+                problem.hint = f"{problem.hint}{what} is left, as it was planned: {go_on(left)}".lstrip()
             raise problem from None
         finally:
             stay = interrupted or self.came_to_something

@@ -739,10 +739,10 @@ def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k
 @pytest.mark.parametrize(
     ("hint", "told"),
     [
-        ("Mend it.", "Mend it, then go on with: k2 render --resume"),
         ("Mend it, and try again.", "Mend it, then go on with: k2 render --resume"),
-        ("Is it broken?", "Is it broken? Go on with: k2 render --resume"),
-        ("", "Go on with: k2 render --resume"),
+        ("Choose a smaller size.", "Choose a smaller size. What is left, as it was planned: k2 render --resume"),
+        ("Mend it: mend -a", "Mend it: mend -a; what is left, as it was planned: k2 render --resume"),
+        ("", "What is left, as it was planned: k2 render --resume"),
     ],
 )
 def test_a_run_that_fails_after_a_picture_says_how_it_goes_on(moody, k2, fake, hint, told):
