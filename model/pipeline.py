@@ -100,6 +100,7 @@ class Pipeline:
         self.recommended = library.recommended(self.variant, checkpoint.metadata)
         self.native = int(checkpoint.metadata.get("native") or library.NATIVE)
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
+        self._too_many: dict[tuple[int, int, bool], int] = {}  # pictures together that memory was too short for
         refuse_misfits(parts, self.dit, self.text, self.vae)
         self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)
         self.beginnings = Beginnings(self.vae, self.dit.config.patch, device, dtype)
@@ -221,13 +222,17 @@ class Pipeline:
             yield batch
 
     def _fitting(self, batch: list[Settled], on_step: OnStep | None) -> list[Picture]:
-        """Pictures of one schedule, in halves where memory is too short for all of them together."""
-        try:
-            with lacking_memory(f"a picture of {batch[0].width}x{batch[0].height}"):
-                return self._render(batch, on_step)
-        except TooLittleMemory:
-            if len(batch) == 1:
-                raise
+        """Pictures of one schedule, in halves where memory is too short for all of them together, or was before."""
+        first = batch[0]
+        kind = (first.width, first.height, first.guidance > 0)
+        if len(batch) < self._too_many.get(kind, len(batch) + 1):
+            try:
+                with lacking_memory(f"a picture of {first.width}x{first.height}"):
+                    return self._render(batch, on_step)
+            except TooLittleMemory:
+                if len(batch) == 1:
+                    raise
+            self._too_many[kind] = len(batch)
         half = len(batch) // 2  # only here is free what the attempt held
         return [*self._fitting(batch[:half], on_step), *self._fitting(batch[half:], on_step)]
 

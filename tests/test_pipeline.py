@@ -699,6 +699,9 @@ def test_where_memory_is_short_for_a_batch_it_is_rendered_in_halves(pipeline, mo
 
     assert tried == [5, 2, 3, 1, 2] and [each.record["seed"] for each in parts] == [0, 1, 2, 3, 4]
     assert max(map(difference, parts, whole)) <= 1
+    tried.clear()
+    pipeline.render(specs)
+    assert tried == [2, 1, 2]  # what was too much is not tried again
 
 
 def test_memory_that_runs_out_is_said(pipeline, monkeypatch):
