@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tomllib
@@ -22,7 +23,7 @@ from model.clusters import APART, find_looks, silhouette, spherical_kmeans
 from model.colours import colour_words, find_palette, name_of, oklab, swatches
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
-from model.moodboard import analyse
+from model.moodboard import analyse, same_within
 from model.seeing import Eye
 from model.words import Words, speak
 
@@ -248,8 +249,8 @@ def test_patterns_of_one_colour_are_no_copies_of_each_other(den):
     folder = den / "refs" / "patterns"
     folder.mkdir()
     across, down = np.meshgrid(*(np.arange(256),) * 2)
-    grain = np.random.default_rng(0).normal(128, 40, (256, 256)).clip(0, 255)
-    striped = ((across // 4 % 2), (down // 4 % 2), ((across // 4 + down // 4) % 2))
+    grain = np.random.default_rng(0).normal(128, 80, (256, 256)).clip(0, 255)
+    striped = ((across // 16 % 2), (down // 16 % 2), ((across // 16 + down // 16) % 2))
     for index, pattern in enumerate([*(which * 255 for which in striped), grain, np.full_like(grain, 128)]):
         image = Image.fromarray(pattern.astype(np.uint8))
         image.save(folder / f"{index}.png")
@@ -259,6 +260,25 @@ def test_patterns_of_one_colour_are_no_copies_of_each_other(den):
 
     assert "5 of them are copies of others and count once." in found.notes
     assert sum(len(look.pictures) for look in found.looks) == 5
+
+
+@pytest.mark.parametrize("much", [8, 16, 40])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grain_is_the_same_in_a_jpeg_and_at_half_the_size_and_another_in_another_picture(much, channels):
+    rng = np.random.default_rng(0)
+    ground = np.linspace(60, 190, 256)[:, None, None] + np.zeros((256, 256, 3))
+
+    def grainy() -> np.ndarray:
+        return (ground + rng.normal(0, much, (256, 256, channels))).clip(0, 255).astype(np.uint8)
+
+    def kept(picture: np.ndarray, size: int, **how: object) -> np.ndarray:
+        Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS).save(file := io.BytesIO(), **how)
+        return np.asarray(Image.open(file).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC))
+
+    picture = grainy()
+    for copy in (kept(picture, 256, format="JPEG", quality=60), kept(picture, 128, format="WEBP", quality=90)):
+        assert same_within(picture, copy)
+    assert not same_within(picture, grainy())
 
 
 def test_a_table_for_another_encoder_is_not_believed(den, monkeypatch, tmp_path):
