@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from k2cli.runs import Job
 
 OPTION = Option("--like")
-OF_CHECKPOINT = (  # what another has others for
-    *("variant", "steps", "guidance", "guidance_until", "sampler", "mu", "precision"),
-)
+# what another checkpoint has others for, or is held in otherwise
+OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu", "precision")
 
 
 @dataclass(frozen=True)
