@@ -83,6 +83,9 @@ def untold_variant(name: str, variant: str | None = None) -> str:
     found = library.find(name, variant)
     if found is None or found.variant:
         return ""
+    about = map(library.describe, library.files_in(library.dit_of(found.path)))
+    if not any(each.get("layout") or each.get("kind") == "dit" for each in about):
+        return ""  # it is no transformer, which is told when it is read
     name = masked(Path(name).name)
     return f"{name} does not say whether it is Raw or Turbo, and is taken as Raw; --turbo takes it as the other."
 

@@ -96,6 +96,7 @@ class FakePipeline:
                     on_step(step + 1, 2)
             colour = hashlib.sha256(repr((spec.prompt, spec.seed, spec.negative)).encode()).digest()[:3]
             size = (spec.width or SIDE, spec.height or SIDE)
+            lone = [path for path in [Path(self.name)] if path.is_file()]
             record = {
                 "seed": spec.seed,
                 "width": size[0],
@@ -111,7 +112,7 @@ class FakePipeline:
                 "model": {
                     "name": self.name,
                     "variant": self.variant,
-                    "files": {path.name: sha256(path) for path in library.box().get(self.name, [Path(self.name)])},
+                    "files": {path.name: sha256(path) for path in library.box().get(self.name, lone)},
                 },
             }
             yield Picture(Image.new("RGB", size, tuple(colour)), record)
