@@ -1253,7 +1253,6 @@ def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
         (True, 80, ""),
         (True, 18, "only in 4 bits could it be held"),
         (True, 10, "too large to be"),
-        (True, 7, "too large to be"),  # even its blocks in hand, but for 8 bits
         (False, 80, ""),
         (False, 20, "only in 4 bits could it be held"),
         (False, 18, "too large to be"),
