@@ -51,8 +51,8 @@ def info(
         licence.require_for(models.resolve(model), yes=True)
     entries = models.describe(model)
     result("\n".join(map(to_json, entries)) if json else "\n\n".join(map(models.card, entries)))
-    if any(each.get("layout") and not each["variant"] for each in entries):
-        say(models.untold_variant(models.resolve(model)), "yellow")
+    if untold := models.untold_variant(models.resolve(model)):
+        say(untold, "yellow")
 
 
 @models_app.command("vocabulary")
