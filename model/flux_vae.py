@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attention
 from model.tiling import OVERLAP, TILE, tiled
 from model.upsample import doubled
 
@@ -85,7 +86,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the same."""
         cells = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, C]
-        attended = F.scaled_dot_product_attention(self.to_q(cells), self.to_k(cells), self.to_v(cells))
+        attended = attention(self.to_q(cells), self.to_k(cells), self.to_v(cells))
         return x + self.to_out[0](attended).squeeze(1).transpose(1, 2).reshape(x.shape)
 
 

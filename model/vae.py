@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attention
 from model.tiling import OVERLAP, TILE, tiled
 from model.upsample import doubled
 
@@ -136,7 +137,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the same."""
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H*W, C]
+        attended = attention(q, k, v)  # [B, 1, H*W, C]
         return x + self.proj(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import attention
 from model.checkpoint import Checkpoint, load, open_checkpoint
 from model.errors import K2Error
 from model.headers import AGAIN
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         """x [P, W], rope twice [P, d] -> [P, W]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
         q, k = (rotate(each.float(), *rope).to(x.dtype) for each in (q, k))
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        out = attention(q[None], k[None], v[None])[0]
         return self.proj(out.transpose(0, 1).flatten(1))
 
 

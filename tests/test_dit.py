@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from model import flux_vae, vae, vision
 from model.attention import attention, repeated
 from model.dit import PRESETS, DiTConfig, Krea2, hidden_width, rms_norm, rotate
 from model.latents import position_ids
@@ -318,6 +320,26 @@ def test_where_scores_are_held_they_are_so_many_at_once(monkeypatch, mask, most)
     monkeypatch.setattr("model.attention.SCORES_AT_ONCE", {"cpu": most})
     torch.testing.assert_close(attention(q, k, v, mask), whole)
     assert max(scores) <= max(most, 72) and sum(scores) == 5 * 72
+
+
+def test_every_part_keeps_to_so_many_scores(monkeypatch):
+    """A large picture has more cells, and a reference more patches, than scores could be held of."""
+    eyes = vision.VisionConfig(1, 24, 48, 3, 24, 16, ())
+    cells, patches = torch.randn(2, 8, 3, 5), torch.randn(15, 24)
+    rope = torch.randn(15, 8), torch.randn(15, 8)
+    parts: list[tuple[nn.Module, tuple]] = [(vae.Attention(8), (cells,)), (flux_vae.Attention(8, 2), (cells,))]
+    parts += [(vision.Attention(eyes), (patches, rope))]
+    whole, scores, fused = [part(*given) for part, given in parts], [], F.scaled_dot_product_attention
+
+    def held(q, k, v, **how):
+        scores.append(q.shape[:3].numel() * k.shape[2])
+        return fused(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", held)
+    monkeypatch.setattr("model.attention.SCORES_AT_ONCE", {"cpu": 100})
+    for (part, given), before in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part(*given), before)
+    assert max(scores) <= 100 and sum(scores) == (2 + 2 + 3) * 15 * 15
 
 
 def test_rows_of_several_prompt_lengths_are_one_stream():
