@@ -9,11 +9,11 @@ from pathlib import Path
 
 from k2cli import history, licence
 from k2cli.console import among_others, meter, result, results, say, short_path, to_json
-from k2cli.doubts import doubts_of, say_doubts
+from k2cli.doubts import Doubts
 from k2cli.expander import forget
 from k2cli.facts import course
 from k2cli.hands import Crew, check_device
-from k2cli.models import recommended, untold_variant, way_of
+from k2cli.models import recommended, way_of
 from k2cli.outputs import Run, number_of
 from k2cli.pictures import check_picture
 from k2cli.project import Shot
@@ -37,10 +37,10 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     for job, left in zip(jobs, lefts, strict=True):
         if not left and not quiet:
             say_finished(job)
+        doubts = Doubts(job)
         if not quiet:
-            say_doubts(job, named=len(jobs) > 1)
+            doubts.say(named=len(jobs) > 1)
         own = recommended(job.model.name, job.model.variant) if left else {}
-        untold = untold_variant(job.model.name, job.model.variant) if left else ""
         folder = f"{short_path(job.project.root)}/" if len(jobs) > 1 else ""
         rows = []
         for shot in left:
@@ -52,8 +52,8 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
-                doubts = {"of": next(of), "warnings": doubts_of(shot, job, untold)}
-                result(to_json(about | asked | {"model": used, **doubts}))
+                told = {"of": next(of), "warnings": doubts.of(shot)}
+                result(to_json(about | asked | {"model": used, **told}))
             else:
                 made = asked["settings"]
                 size = f"{made['width']}x{made['height']}"
@@ -94,9 +94,12 @@ def carry_out(
         for job, left in zip(begun, lefts, strict=True):
             share = list(islice(of, len(left)))  # of one that fails no other takes them
             with turns.turn(job):
+                doubts = Doubts(job)
                 if not quiet:
-                    say_doubts(job, named=len(jobs) > 1)
-                folder = carry(job, left, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share))
+                    doubts.say(named=len(jobs) > 1)
+                folder = carry(
+                    job, left, doubts, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share)
+                )
                 folders += [folder] if folder is not None else []
     return folders
 
@@ -154,6 +157,7 @@ def places(lefts: Sequence[Sequence[Shot]]) -> Iterator[list[int]]:
 def carry(
     job: Job,
     left: Sequence[Shot],
+    doubts: Doubts,
     *,
     as_json: bool,
     quiet: bool,
@@ -165,7 +169,6 @@ def carry(
     total, done, kept_back, folder = len(left), 0, 0, None
     told: set[str] = set()  # prompts
     shots = {shot.stem: shot for shot in left}
-    untold = untold_variant(job.model.name, job.model.variant)
     before = "" if crew else "loading the model"  # whose steps nobody hears of
     with meter(total, quiet=quiet, before=before) as bar:
         for saved in render(job, left, on_step=bar.step, crew=crew):
@@ -178,8 +181,8 @@ def carry(
                     idle = ", and none is changed: all of it is 0" if lora.get("idle") else ""
                     matched = f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
                     say(matched, "yellow" if idle else "dim")
-            doubts = doubts_of(shots[saved.stem], job, untold) if as_json else []
-            tell(saved, told, next(of), doubts, as_json=as_json, quiet=quiet)
+            doubted = doubts.of(shots[saved.stem]) if as_json else []
+            tell(saved, told, next(of), doubted, as_json=as_json, quiet=quiet)
             kept_back += bool(saved.record["blocked"])
     if not quiet and total - kept_back > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))
@@ -189,7 +192,7 @@ def carry(
     return folder
 
 
-def tell(saved: Saved, told: set[str], of: list[int], doubts: Sequence[str], *, as_json: bool, quiet: bool) -> None:
+def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *, as_json: bool, quiet: bool) -> None:
     """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind. That it was
     blocked is said even if all else is quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
@@ -200,7 +203,7 @@ def tell(saved: Saved, told: set[str], of: list[int], doubts: Sequence[str], *, 
     if blocked:
         say(f'Blocked by the output filter "{blocked["filter"]}": {short_path(saved.path)}', "yellow")
     if as_json:
-        beside = {"of": of, "warnings": [*doubts, *filter(None, [unread])]}
+        beside = {"of": of, "warnings": [*doubted, *filter(None, [unread])]}
         result(to_json({"file": None if blocked else short_path(saved.path), **saved.record, **beside}))
     elif not blocked:
         result(short_path(saved.path))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from k2cli.console import among_others, say
 from k2cli.matrix import Matrix
-from k2cli.models import grid, recommended, untold_variant
+from k2cli.models import Grid, grid, recommended, untold_variant
 from k2cli.pictures import sides_of
 from k2cli.project import Shot
 from k2cli.runs import Job
@@ -25,37 +25,74 @@ LEAST, MOST = 0.5, 1.5  # of the area that a model was trained for, what it stil
 FURTHEST = 1.1  # ... and of the largest of several: a model that was led so far goes hardly further
 
 
-def say_doubts(job: Job, *, named: bool) -> None:
-    """What may not be meant by a job, with its project's name in front where it is one of several."""
-    for doubt in doubts_about(job):
-        say(f"{among_others(job.project.root)}: {doubt}" if named else doubt, "yellow")
+class Doubts:
+    """What may not be meant by a job, and by each picture of it; what the model says of itself is read once."""
 
+    def __init__(self, job: Job):
+        self.job = job
+        self._model = job.model.name, job.model.variant
 
-def doubts_about(job: Job) -> Iterator[str]:
-    """That some prompts will get a picture of something else, or hold another tool's signs, that nobody says which
-    variant the weights are, that sizes are too far from what the model knows, that guidance ends which never began, or
-    that references and moodboard have pictures beside them that nothing reads, or that are broken."""
-    used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
-    if over := passed_over(job.project.others - used):
-        yield over
-    if unread := sorted(path.name for path in job.project.unread):
-        yield f"Left out of the moodboard, as they cannot be read: {listed(unread)}."
-    if untold := untold_variant(job.model.name, job.model.variant):
-        yield untold
-    if far := far_off(job):
-        yield far
-    if until := never_guided(job):
-        yield f"Guidance is off, so that guidance_until = {until:g} changes nothing."
-    if signs := read_as_words(text for shot in job.left for text in (shot.given, shot.spec.negative)):
-        yield signs
-    if strange := list(dict.fromkeys(shot.given for shot in job.left if shows_else(shot, job))):
-        yield nothing_in(strange)
+    def say(self, *, named: bool) -> None:
+        """All of it, with the project's name in front where it is one of several."""
+        for doubt in self.all():
+            say(f"{among_others(self.job.project.root)}: {doubt}" if named else doubt, "yellow")
 
+    def all(self) -> Iterator[str]:
+        """That some prompts will get a picture of something else, or hold another tool's signs, that nobody says which
+        variant the weights are, that sizes are too far from what the model knows, that guidance ends which never began,
+        or that references and moodboard have pictures beside them that nothing reads, or that are broken."""
+        job, left = self.job, self.job.left
+        used = {each.image.parent for shot in job.shots for style in shot.spec.styles for each in style.references}
+        if over := passed_over(job.project.others - used):
+            yield over
+        if unread := sorted(path.name for path in job.project.unread):
+            yield f"Left out of the moodboard, as they cannot be read: {listed(unread)}."
+        if self._untold:
+            yield self._untold
+        if far := next(filter(None, map(self._far_off, left)), ""):
+            yield far
+        if self._never_guided:
+            yield self._never_guided
+        if signs := read_as_words(text for shot in left for text in (shot.given, shot.spec.negative)):
+            yield signs
+        if strange := list(dict.fromkeys(shot.given for shot in left if shows_else(shot, job))):
+            yield nothing_in(strange)
 
-def doubts_of(shot: Shot, job: Job, untold: str) -> list[str]:
-    """What is told of a picture's weights, as by `untold_variant`, and of its prompt before it is made."""
-    strange = nothing_in([shot.given]) if shows_else(shot, job) else ""
-    return [*filter(None, (untold, read_as_words([shot.given, shot.spec.negative]), strange))]
+    def of(self, shot: Shot) -> list[str]:
+        """Those that hold for one picture."""
+        never = self._never_guided if shot.spec.guidance_until is not None else ""
+        signs = read_as_words([shot.given, shot.spec.negative])
+        strange = nothing_in([shot.given]) if shows_else(shot, self.job) else ""
+        return [*filter(None, (self._untold, self._far_off(shot), never, signs, strange))]
+
+    @cached_property
+    def _untold(self) -> str:
+        return untold_variant(*self._model)
+
+    @cached_property
+    def _grid(self) -> Grid:
+        return grid(*self._model)
+
+    def _far_off(self, shot: Shot) -> str:
+        """That a picture is far larger, or smaller, than what the model says it was trained for; else nothing."""
+        native, _, known = self._grid
+        width, height = shot.spec.width, shot.spec.height
+        beyond = MOST if known and known[0] == known[1] else FURTHEST
+        if known and width and height and not LEAST * known[0] <= width * height <= beyond * known[1]:
+            made_for = f"the {native}x{native} that the model was made for"
+            return f"{width}x{height} is far from {made_for}: expect broken pictures."
+        return ""
+
+    @cached_property
+    def _never_guided(self) -> str:
+        """That guidance is to end, where no picture has any; else nothing."""
+        left = self.job.left
+        said = {shot.spec.guidance_until for shot in left if shot.spec.guidance_until is not None}
+        if not said or any(shot.spec.guidance for shot in left):
+            return ""
+        if any(shot.spec.guidance is None for shot in left) and recommended(*self._model)["guidance"]:
+            return ""
+        return f"Guidance is off, so that guidance_until = {min(said):g} changes nothing."
 
 
 def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
@@ -123,26 +160,6 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
             those = f"{key} {', '.join(values)} and {last}"
             told[f"Of {count_of(steps, 'step')} {count} {how} by {those}: these pictures are the same."] = None
     yield from told
-
-
-def far_off(job: Job) -> str:
-    """That pictures are far larger, or smaller, than what a model says it was trained for; else nothing."""
-    native, _, known = grid(job.model.name, job.model.variant)
-    beyond = MOST if known and known[0] == known[1] else FURTHEST
-    for width, height in {(shot.spec.width, shot.spec.height): None for shot in job.left}:
-        if known and width and height and not LEAST * known[0] <= width * height <= beyond * known[1]:
-            made_for = f"the {native}x{native} that the model was made for"
-            return f"{width}x{height} is far from {made_for}: expect broken pictures."
-    return ""
-
-
-def never_guided(job: Job) -> float | None:
-    """When guidance is to end, where no picture has any."""
-    said = {shot.spec.guidance_until for shot in job.left if shot.spec.guidance_until is not None}
-    if not said or any(shot.spec.guidance for shot in job.left):
-        return None
-    own = recommended(job.model.name, job.model.variant)["guidance"]
-    return None if own and any(shot.spec.guidance is None for shot in job.left) else min(said)
 
 
 def shows_else(shot: Shot, job: Job) -> bool:

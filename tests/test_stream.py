@@ -309,6 +309,20 @@ def test_what_is_told_of_a_prompt_stands_in_its_object(moody, k2, how):
     assert not any("warnings" in path.read_text() for path in moody.glob("outputs/*/*.toml"))
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_what_is_told_of_a_size_or_of_guidance_stands_in_the_objects_that_it_holds_for(moody, k2, dry):
+    about = {"kind": "dit", "variant": "raw", "native": 128, "recommended": {"steps": 8, "guidance": 0, "mu": 1.15}}
+    write_weights(library.BOX / "mini-raw.safetensors", about)
+    lines = '{"prompt": "a fox", "size": "64x64"}\n{"prompt": "a fox", "size": "128x128"}\n'
+
+    said = k2("render", "-", "--json", "--quiet", "--guidance-until", 0.5, *dry, input=lines)
+
+    small, fine = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
+    far = "64x64 is far from the 128x128 that the model was made for: expect broken pictures."
+    never = "Guidance is off, so that guidance_until = 0.5 changes nothing."
+    assert small == [far, never] and fine == [never]
+
+
 def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
     asks("{|}", "tea")
 
