@@ -117,13 +117,13 @@ def test_a_resumed_run_may_die_too(moody, k2, first):
     assert sorted(tree(folder)) == sorted(tree(moody / "outputs" / "0001-fox-and-1-more"))
 
 
-def test_a_dozen_kills_at_random_moments(tmp_path):
+def test_half_a_dozen_kills_at_random_moments(tmp_path):
     """As `tests/bench/kills.py` does 200 times, with the model of the box; in processes that know nothing of pytest."""
     if "mini" not in library.box():
         pytest.skip("the box holds no weights yet")
     bench = Path(__file__).parent / "bench" / "kills.py"
     done = subprocess.run(
-        [sys.executable, bench, "--kills", "12"],
+        [sys.executable, bench, "--kills", "6"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

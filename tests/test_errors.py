@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
-from pathlib import Path
+import warnings
 
 import pytest
 
 from model.errors import K2Error, reported
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -35,20 +32,22 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
 
 
+def called(module: str, *arguments: str) -> int | str | None:
+    """The exit code of `python -m model.train.MODULE`, run in this process: it would import PyTorch anew."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is imported already
+        patch.setattr(sys, "argv", ["", *arguments])
+        runpy.run_module(f"model.train.{module}", run_name="__main__", alter_sys=True)
+    return ended.value.code
+
+
 @pytest.mark.parametrize("module", ["data", "judge", "release", "samples"])
-def test_a_module_that_is_called_wrongly_says_how_it_is_called(module, tmp_path):
-    asked = ["x"] if module in ("data", "judge") else []
-    command = [sys.executable, "-m", f"model.train.{module}", *asked]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.startswith("usage: ") and "Traceback" not in done.stderr
+def test_a_module_that_is_called_wrongly_says_how_it_is_called(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert called(module, *(["x"] if module in ("data", "judge") else [])) == 2
+    assert capsys.readouterr().err.startswith("usage: ")
 
 
-def test_encoding_without_data_says_how_to_get_some(tmp_path):
-    command = [sys.executable, "-m", "model.train.encode", "256"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "Hint:  build it with: python -m model.train.data"
+def test_encoding_without_data_says_how_to_get_some(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(called("encode", "256")).splitlines()[-1] == "Hint:  build it with: python -m model.train.data"

@@ -491,39 +491,35 @@ class TestInABrowser:
         page.get_by_label("Run").select_option(label="All runs")
         assert count() == "80 pictures in 4 runs" and not page.locator("#all").is_visible()
 
-    @pytest.mark.parametrize(
-        ("words", "found"),
-        [
-            ("9", [9]),
-            ("seed 9", [9]),
-            ("SEED   8", [8]),
-            ("seed 12", [12]),  # and not the one that it led
-            ("steps 4", [79]),
-            ("4", [4, 79]),
-            ("steps 4 seed 79", [79]),
-            ("fox 7", [7]),
-            ("fox-7", [7]),
-            ("dusk 0.6 20", [20]),
-            ("dusk 0.5", []),
-            ("guidance 2.5 64x64 64 × 64 teapot", [*range(40, 60)]),
-            ("0003", [*range(40, 60)]),
-            ("lighthouse dusk", [*range(60, 80)]),
-            ("lighth 60", [60]),
-            ("100% (", []),
-            ("seed", [*range(80)]),
-            ("école", [61]),  # whose accent stands apart
-            ("E\u0301COLE STRASSE", [61]),
-            ("STRA\u1e9eE", [61]),
-            ("замок", [61]),
-            ("ЗА\u0301МОК", [61]),
-        ],
-    )
-    def test_a_number_that_is_sought_is_a_whole_one(self, page, words, found):
+    def test_a_number_that_is_sought_is_a_whole_one(self, page):
+        searches = {
+            "9": [9],
+            "seed 9": [9],
+            "SEED   8": [8],
+            "seed 12": [12],  # and not the one that it led
+            "steps 4": [79],
+            "4": [4, 79],
+            "steps 4 seed 79": [79],
+            "fox 7": [7],
+            "fox-7": [7],
+            "dusk 0.6 20": [20],
+            "dusk 0.5": [],
+            "guidance 2.5 64x64 64 × 64 teapot": [*range(40, 60)],
+            "0003": [*range(40, 60)],
+            "lighthouse dusk": [*range(60, 80)],
+            "lighth 60": [60],
+            "100% (": [],
+            "seed": [*range(80)],
+            "école": [61],  # whose accent stands apart
+            "E\u0301COLE STRASSE": [61],
+            "STRA\u1e9eE": [61],
+            "замок": [61],
+            "ЗА\u0301МОК": [61],
+        }
         page.get_by_label("Order").select_option(label="Oldest first")
-        page.get_by_label("Search").fill(words)
-        page.wait_for_url("**search=**")
-
-        assert page.evaluate("shown.map(picture => picture.index)") == found
+        for words, found in searches.items():
+            page.evaluate("words => { $('search').value = words; filter(); }", words)
+            assert page.evaluate("shown.map(picture => picture.index)") == found, words
 
     def test_a_day_finds_what_was_made_on_it(self, page):
         """By the clock of whoever made the page; no number is found in it."""

@@ -1,6 +1,7 @@
 """Every stage from its recipe, at smoke size: it runs, its parts fit together, and it resumes to the last bit."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -54,14 +55,17 @@ def record(name):
 
 
 def base(keep=""):
-    """What the later stages start from: a pretrained network, and a judge of its own seed."""
-    text = (
-        'name = "base"\nsteps = 4\nlr = 1e-3\nmuon_lr = 1e-3\nevery = 2\nsize = 64\nbatch = 2\nrepeats = 2\nmu = 0.2\n'
-    )
-    Path("base.toml").write_text(text + keep + TINY)
-    first = recipe.load("base.toml")
-    recipe.module(first.stage, "base").main(first, "cpu", quiet)
-    run("judge-3", "judge", "batch = 8\nseed = 3\nsize = 128\n", network=False)
+    """What the later stages start from: a pretrained network, and a judge of its own seed. Made once, and copied."""
+    shelf = Path("..", "-".join(["base", *keep.split()]))
+    if not shelf.exists():
+        keys = "steps = 4\nlr = 1e-3\nmuon_lr = 1e-3\nevery = 2\nsize = 64\nbatch = 2\nrepeats = 2\nmu = 0.2\n"
+        Path("base.toml").write_text(f'name = "base"\n{keys}{keep}{TINY}')
+        first = recipe.load("base.toml")
+        recipe.module(first.stage, "base").main(first, "cpu", quiet)
+        run("judge-3", "judge", "batch = 8\nseed = 3\nsize = 128\n", network=False)
+        shutil.copytree(".runs", shelf)
+    else:
+        shutil.copytree(shelf, ".runs")
 
 
 def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811

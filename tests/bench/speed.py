@@ -288,7 +288,7 @@ class Bench:
         other.to(self.mini.device).set_progress_bar_config(disable=True)
         for count in (1, 4):
             prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-            few = {"steps": 2, "width": 64, "height": 64} if self.smoke else {}
+            few = {"steps": 1, "width": 64, "height": 64} if self.smoke else {}
             specs = [self.mini.resolve(RenderSpec(text, seed=i, **few)) for i, text in enumerate(prompts)]
             first = specs[0]
             assert first.width and first.height and first.steps
