@@ -65,7 +65,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
         parser.error("there is no CUDA card here; --smoke runs at toy size without one")
-    size, steps, rounds = (128, 2, 1) if options.smoke else (options.size, options.steps, options.rounds)
+    size, steps, rounds = (64, 2, 1) if options.smoke else (options.size, options.steps, options.rounds)
     config, dtype = SMALL if options.smoke else MEDIUM, torch.bfloat16
 
     with torch.device("meta"):
