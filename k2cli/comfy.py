@@ -259,7 +259,7 @@ def encoded(graph: Graph, link: Any) -> Any:
 def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
     """The editor's form as the one that runs, as far as WIDGETS knows the nodes; muted ones are left out,
     and of bypassed ones all but their links."""
-    nodes, links = ([each for each in listed(workflow.get(key))] for key in ("nodes", "links"))
+    nodes, links = ([each for each in list_of(workflow.get(key))] for key in ("nodes", "links"))
     ends: dict[Any, list[Any]] = {}
     for link in links:  # [id, node, output, node, input, type], or the same with names
         if isinstance(link, Mapping):
@@ -271,14 +271,14 @@ def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(node, Mapping) or node.get("mode") == 2:
             continue
         kind = BYPASSED if node.get("mode") == 4 else str(node.get("type"))
-        values = zip(WIDGETS.get(kind, ()), listed(node.get("widgets_values")), strict=False)
+        values = zip(WIDGETS.get(kind, ()), list_of(node.get("widgets_values")), strict=False)
         given = {name: value for name, value in values if name}
-        for each in listed(node.get("inputs")):
+        for each in list_of(node.get("inputs")):
             if isinstance(each, Mapping) and isinstance(each.get("link"), int) and each["link"] in ends:
                 given[str(each.get("name"))] = ends[each["link"]]
         graph[str(node.get("id"))] = {"class_type": kind, "inputs": given}
     return graph
 
 
-def listed(value: Any) -> list[Any]:
+def list_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []

@@ -277,7 +277,7 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
     if not path.is_file():
         return off, "gone"
     try:
-        found = decoded(path)
+        found = pixels_of(path)
     except PermissionError:
         return off, "barred"
     except Exception:  # Pillow raises anything over a broken file
@@ -304,7 +304,7 @@ def as_jpeg(image: Image.Image) -> Image.Image:
     return Image.open(io.BytesIO(encode(image, "jpeg")))
 
 
-def decoded(path: Path) -> Image.Image:
+def pixels_of(path: Path) -> Image.Image:
     """A picture's pixels. Raises whatever Pillow does, and ValueError where there are too many."""
     with picture_file.opened(path) as found:
         if found.width * found.height > picture_file.MOST_DECODED:

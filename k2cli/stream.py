@@ -55,7 +55,7 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
     for said in lines():
         line = said.decode(errors="replace").strip()  # as it is told where it is no text
         try:
-            line = decoded(said).strip().removeprefix("\ufeff")
+            line = as_text(said).strip().removeprefix("\ufeff")
             render(asked_by(line))
         except (K2Error, OSError) as error:
             problem = as_problem(error)
@@ -166,10 +166,10 @@ def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
 
 def read_input() -> str:
     """All of standard input. Raises K2Error where it is no text."""
-    return decoded(sys.stdin.buffer.read())
+    return as_text(sys.stdin.buffer.read())
 
 
-def decoded(said: bytes) -> str:
+def as_text(said: bytes) -> str:
     """What came on standard input: UTF-8, as programs write it, else in the encoding here. Raises K2Error."""
     encoding = codecs.lookup(sys.stdin.encoding).name
     for each in ("utf-8", encoding):

@@ -38,7 +38,7 @@ from model.parts import DTYPES, files_of, load_vae, numbers_of, pick_device, pic
 from model.plan import Plan, lacking_memory, plan_on
 from model.recent import Recent
 from model.references import to_pixels
-from model.safety import Filter, installed, listed, review
+from model.safety import Filter, filters_of, installed, review
 from model.sampler import adams_bashforth, euler, shifted_sigmas
 from model.settle import (
     Able,
@@ -131,7 +131,7 @@ class Pipeline:
             raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Leave the variant out, or name another.")
         if model is None:
             raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
-        checks = installed() if filters is None else listed(filters)
+        checks = installed() if filters is None else filters_of(filters)
         library.refuse_unheard(model)
         parts = library.find_parts(model)
         numbers = numbers_of(parts, chosen)

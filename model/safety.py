@@ -50,7 +50,7 @@ def installed() -> dict[str, Filter]:
     return filters
 
 
-def listed(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
+def filters_of(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
     """Filters as a caller gives them, to be asked about every picture: an iterator would be about the first alone.
 
     Raises K2Error where they are none.
