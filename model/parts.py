@@ -54,7 +54,7 @@ def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
         text=count(layers),
         others=count(tower) - count(layers) + sum(count(each.tensors) for each in rest),
         stored=stored_precision(dit),
-        packed=is_packed(dit) and is_card(device),  # elsewhere there is nowhere to keep what was worked out
+        packed=is_packed(dit),
         on_card=is_card(device),
         wide=count({name: stored for name, stored in blocks.items() if stored.dtype in WIDE}),
     )

@@ -54,7 +54,7 @@ class Numbers:
     text: int  # numbers in all of them
     others: int  # embedding, autoencoder, style encoder
     stored: str | None = None  # the precision of the blocks on disk, where it is one of few bits
-    packed: bool = False  # they have to be worked out whenever they are read
+    packed: bool = False  # on disk, so that they have to be worked out whenever they are read
     on_card: bool = False  # beside whose memory there is another, to keep in what of streamed blocks was worked out
     wide: int = 0  # of those inside, what the file holds in more: it stays so where the others are held as they lie
 
@@ -130,11 +130,13 @@ def ways(
     """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
     if precision is not None:
         return [(precision, offload) for offload in OFFLOADS]
-    # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do; what has to be
-    # worked out is, once, and kept where it takes the least
-    last = numbers.stored if numbers.stored and numbers.stored in known else eight if numbers.packed else "native"
+    # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do; for a card, what
+    # has to be worked out is, once, and kept where it takes the least
+    last = numbers.stored if numbers.stored and numbers.stored in known else "native"
     less = last if last == "int4" else eight
-    streamed = [(last, "all"), (eight, "all")] if numbers.on_card else [(last, "all")]
+    streamed = [(last, "all")]
+    if numbers.on_card:
+        streamed = [(eight, "all")] if numbers.packed and last == "native" else [*streamed, (eight, "all")]
     return [("native", "none"), ("native", "text"), (less, "none"), (less, "text"), *streamed]
 
 

@@ -16,12 +16,10 @@ from test_marks import PREFIX, TEXT, assert_means, prefixed, raw, with_table
 from tiny import tiny, tiny_box  # noqa: F401
 from torch import Tensor
 
-from k2cli.doctor import plans
 from model import library
 from model.blockwise import in_blocks, in_order, padded
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
-from model.pipeline import Pipeline
-from model.plan import SPARE, choose
+from model.plan import SPARE
 from model.stream import kept_bytes, pinned
 
 LAYOUTS = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}
@@ -177,21 +175,6 @@ def test_what_cannot_be_pinned_is_copied_as_it_is(monkeypatch, short):
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     assert pinned(torch.zeros(3)).tolist() == [float(not short)] * 3
-
-
-def test_a_processor_reads_what_is_packed_as_it_is(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """It would have to round it anew for every step, and nothing would be gained."""
-    asked = []
-
-    def chosen(numbers, *free, **wishes):
-        asked.append(numbers)
-        return choose(numbers, *free, **wishes)
-
-    monkeypatch.setattr("model.parts.is_packed", lambda checkpoint: True)
-    monkeypatch.setattr("model.plan.choose", chosen)
-    Pipeline.load("tiny", device="cpu")
-    plans("cpu")
-    assert asked and not any(numbers.packed for numbers in asked)
 
 
 @KINDS

@@ -116,9 +116,11 @@ def test_streamed_weights_are_taken_as_they_lie_on_disk(release):
 
 def test_streamed_weights_that_have_to_be_worked_out_are_so_once(release):
     """In the bits that are kept in the least room; where there is room for all, they are held as any are."""
-    packed = replace(release, packed=True)
+    packed = replace(release, packed=True, on_card=True)
     assert choose(packed, 6 * GB, dtype="bfloat16", eight="fp8").precision == "fp8"
     assert choose(packed, 80 * GB, dtype="bfloat16") == choose(release, 80 * GB, dtype="bfloat16")
+    elsewhere = replace(packed, on_card=False)  # there is no other memory to keep it in
+    assert choose(elsewhere, 6 * GB, dtype="bfloat16").precision == "native"
     assert choose(packed, 6 * GB, dtype="bfloat16", precision="native").precision == "native"
 
 
