@@ -495,7 +495,7 @@ class TestRerun:
             def barred(path: Path) -> Image.Image:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-            monkeypatch.setattr(rerun, "decoded", barred)
+            monkeypatch.setattr(rerun, "pixels_of", barred)
         else:
             file.write_bytes(file.read_bytes()[:60] if by == "end" else b"a text")
 
