@@ -395,6 +395,25 @@ def test_snapshots_stay_as_many_as_asked_for_and_only_of_the_stable_phase(tmp_pa
     ]
 
 
+@pytest.mark.parametrize("result", [True, False])
+def test_what_is_left_of_a_run_without_a_state_is_left_alone(tmp_path, result):
+    """A state that cannot be read is to be removed: its snapshots, and what it came to, are worth all the more."""
+    recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
+    train(run(recipe, tmp_path / "a"), lambda line: None)
+    (tmp_path / "a" / "state.safetensors").unlink()
+    if result:
+        (tmp_path / "a" / f"{recipe.name}.safetensors").touch()
+    before = sorted(path.name for path in (tmp_path / "a").iterdir())
+
+    with pytest.raises(K2Error, match="without a state"):
+        train(run(recipe, tmp_path / "a"), lambda line: None)
+
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before
+    for path in (tmp_path / "a").glob("*.safetensors"):
+        path.unlink()
+    train(run(recipe, tmp_path / "a"), lambda line: None)
+
+
 def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path, monkeypatch):
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2, "every": 100})
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.dit import SingleStreamBlock, TextBlock
-from model.errors import K2Error, count_of
+from model.errors import K2Error, count_of, listed
 from model.fast import can_compile
 from model.plan import native_bf16
 from model.train import parallel
@@ -329,9 +329,15 @@ def train(run: Run, report: Report = print) -> Run:
 
 
 def clear(run: Run) -> None:
-    """Remove snapshots of a past that was not saved. Raises K2Error where another process has gone further meanwhile:
-    the run was read before it was locked."""
+    """Remove snapshots of a past that was not saved. Raises K2Error where they, or a result, are all that is left of a
+    run, and where another process has gone further meanwhile: the run was read before it was locked."""
     state = newest_state(run.folder)
+    result = run.folder / f"{run.recipe.name}.safetensors"
+    if state is None and (left := [*([result] if result.exists() else []), *snapshots(run.folder)]):
+        raise K2Error(
+            f"{run.folder} holds what is left of a run without a state: {listed([path.name for path in left], 3)}.",
+            hint="Move it elsewhere to begin anew, or name the run otherwise in a recipe.",
+        )
     if state is not None and place_of(state)["step"] > run.step:
         raise K2Error(
             f"Another process has trained in {run.folder} meanwhile.", hint="Train again: it goes on from there."
