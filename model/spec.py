@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,11 @@ LIMITS: Mapping[str, tuple[float, float]] = {  # of what pictures are rendered b
     "strength": (-2, 2),  # of a style, and the weight of a reference within it
     "lora": (-10, 10),  # the weight of an adapter
 }
+
+
+def says(text: str, words: str) -> bool:
+    """Whether a text has these words already, as words, in whatever case."""
+    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
 
 
 def within(key: str, value: float) -> bool:

@@ -34,7 +34,7 @@ from model.second_path import LowRank
 from model.spec import Lora, RenderSpec, raw_mu
 from model.train import adapter, loop, states
 from model.train.adapter import Adapting, Halves, Material, Recipe, main, write
-from model.train.pictures import Captioned, encode, join, read_folder, shortened, words_of
+from model.train.pictures import Captioned, about_captions, encode, join, read_folder, shortened, words_of
 from model.train.pretrain import recompute
 
 RECIPE = Recipe(name="dusk", pictures="pictures", model="tiny", steps=8, rank=4, batch=4, every=4, lr=1e-2)
@@ -85,6 +85,10 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert captions["red-fox_3.png"] == "an owl, at night, dusk style"
     (pictures / "red-fox_3.txt").write_text("Dusk style of an owl")
     assert read_folder(pictures, trigger="dusk style")[4].caption == "Dusk style of an owl"  # said already
+    assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
+    (pictures / "red-fox_3.txt").rename(pictures / "red-fox_3.TXT")  # as an old camera's card has it
+    assert read_folder(pictures)[4].caption == "Dusk style of an owl"
+    (pictures / "red-fox_3.TXT").unlink()
     (pictures / "red-fox_3.txt").write_text("")
     assert read_folder(pictures)[4].caption == ""
     (pictures / "red-fox_3.txt").write_text("an owl", "utf-8-sig")  # as Windows' editor writes it
@@ -123,6 +127,18 @@ def test_a_jpeg_teaches_however_it_is_called(pictures):
     Image.new("RGB", (64, 64), "teal").save(pictures / "a teal square.JFIF", "JPEG")
 
     assert len(read_folder(pictures)) == 11
+
+
+def test_captions_that_are_not_read_are_told(pictures):
+    for name in ("metadata.jsonl", "red-fox_1.caption", "red-fox_33.txt"):
+        (pictures / name).write_text("a fox")
+    (pictures / "red-fox_1.png").rename(pictures / "IMG_0001.png")
+
+    told = about_captions(pictures, read_folder(pictures))
+
+    others = "metadata.jsonl, red-fox_1.caption, red-fox_33.txt"
+    counts = "1 caption from text files, 8 captions from file names, 1 caption empty"
+    assert told == f"{counts}; not read as captions: {others}"
 
 
 def test_contact_sheets_teach_nothing(pictures):
@@ -235,6 +251,26 @@ def test_the_first_step_sees_the_base_as_it_is(tmp_path):
         assert not torch.equal(model(*given), before)
 
 
+def test_shapes_come_as_often_as_they_have_pictures():
+    made = stage(random_model(TINY))
+    wide = sum(made.batch(step)["latents"].shape[2:] == (4, 8) for step in range(300))
+    assert 0.14 < wide / 300 < 0.26  # two of ten
+
+
+def test_a_picture_does_not_see_how_long_the_others_captions_are(monkeypatch):
+    made, rows = stage(random_model(TINY), mu=0.0, drop=0.0), iter([slice(0, 2), slice(0, 1), slice(1, 2)])
+    model = made.network.config
+    tokens, noise = torch.randn(2, 2, 16, model.token_dim)
+    monkeypatch.setattr("model.train.adapter.noised", lambda image, mu, at: (tokens[at], noise[at], torch.ones(1) / 2))
+    latents, embeds = made.material.latents[8, 8][0], made.material.embeds[:2]
+    assert len(embeds[0]) != len(embeds[1])
+
+    with torch.no_grad():
+        both, *alone = (made.loss({"latents": latents[at], "embeds": embeds[at], "generator": at})[0] for at in rows)
+
+    torch.testing.assert_close(both, sum(alone) / 2)
+
+
 def test_few_pictures_are_shown_without_their_caption():
     made = stage(random_model(TINY), batch=8)
     rows = [row for step in range(50) for row in made.batch(step)["embeds"]]
@@ -327,6 +363,7 @@ def test_recipes_that_cannot_be_followed():
         {"drop": 1.5},
         {"precision": "int3"},
         {"variant": "lightning"},
+        {"init": "box"},
     ):
         with pytest.raises(K2Error, match=next(iter(wrong))):
             replace(RECIPE, **wrong)
@@ -411,9 +448,15 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
     recipe = replace(RECIPE, pictures=str(pictures), trigger="dusk style", size=64, mirror=True)
 
     (pictures / "red-fox_4.txt").write_text("a fox " * 600)
+    (pictures / "more").mkdir()
+    (pictures / "red-fox_5.png").rename(pictures / "more" / "red-fox_5.png")
 
-    path = main(recipe, "cpu", lines.append).result
+    done = main(recipe, "cpu", lines.append)
 
+    path = done.result
+    assert sum(len(of) for _, of in done.stage.material.latents.values()) == 20  # mirrored
+    assert "dusk: 2 captions from text files, 8 captions from file names" in lines
+    assert not any("Passed over" in line for line in lines)
     assert "dusk: 1 caption too long, cut to the 507 tokens that are read" in lines
     assert path == tmp_path / "runs" / "dusk" / "dusk.safetensors" and any("10 pictures" in line for line in lines)
     about = open_checkpoint(path).metadata
@@ -492,6 +535,8 @@ def test_it_goes_on_with_a_base_as_it_was_held(tmp_path, pictures, tiny, monkeyp
     main(replace(recipe, steps=3, precision="native"), "cpu", said.append)
 
     assert [line.rpartition(" ")[2] for line in said if "weights" in line] == ["int8", "int8", "native"]
+    changes = [line.partition(" began: ")[2] for line in said if "otherwise" in line]
+    assert changes == ["steps 1 → 2", "steps 2 → 3, precision int8 → native"]
 
 
 def test_what_may_not_change_is_said_before_anything_is_worked_out(tmp_path, pictures, tiny, monkeypatch):  # noqa: F811

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
-from model.train.pictures import encode, manifest, read_folder, shortened
+from model.train.pictures import about_captions, encode, files_below, manifest, read_folder, shortened
 from model.train.pretrain import recompute
 from model.train.recipe import at_least, more_than_none, refuse, share
 from model.train.rollout import noised
@@ -98,6 +98,9 @@ class Recipe(loop.Recipe):
         if self.size**2 > MOST_PIXELS:
             hint = f"At most {math.isqrt(MOST_PIXELS)}, as of what is rendered; the model's own if left out."
             raise K2Error(f'Recipe "{self.name}": a size of {self.size} is too large.', hint=hint)
+        if self.init in ("box", "turbo"):
+            hint = "It names another LoRA's run to begin with; what is trained on is the model."
+            raise K2Error(f'Recipe "{self.name}": init = "{self.init}" is no LoRA.', hint=hint)
         more_than_none(self, "lr")  # AdamW has all of it
         share(self, "drop")
         refuse(self, "muon_lr", "fresh")
@@ -252,7 +255,8 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision, cell=cell)
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
-    if over := passed_over(Path(recipe.pictures).rglob("*")):
+    report(f"{recipe.name}: {about_captions(Path(recipe.pictures), pictures)}")
+    if over := passed_over(files_below(Path(recipe.pictures))):
         report(over)
     base = {
         "name": model.name,
@@ -261,7 +265,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
         "precision": precision,
     }
     refuse_another(recipe, before, {"base": hashes_of(base)})
-    return Adapting(recipe, network, material), base
+    return Adapting(replace(recipe, precision=precision), network, material), base
 
 
 class Run(loop.Run):

@@ -16,14 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.errors import K2Error
+from model.errors import K2Error, count_of, listed
 from model.hashes import sha256
 from model.parts import Autoencoder
 from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet
 from model.references import fitting, to_pixels
+from model.spec import says
 
 SAY_EVERY = 20.0  # seconds
 MOST_TEXT = 1 << 16  # bytes of a caption's file
+CAPTIONS = (".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv")  # that tools write captions into
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
     r"( ?(of|at|from|copy|\d+))*|[0-9a-f]{8}( ?[0-9a-f]{4}){3} ?[0-9a-f]{12}|",
@@ -49,19 +51,41 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
     """
     if not folder.is_dir():
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
-    named = (path for path in folder.rglob("*") if is_named_so(path) and path.is_file())
-    seen = (path for path in named if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
-    paths = sorted(path for path in seen if not is_sheet(path) and not any(map(path.is_relative_to, made)))
+    paths = [path for path in files_below(folder) if is_named_so(path) and path.is_file() and not is_sheet(path)]
     if not paths:
         raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and of all below it, but for what is hidden and what was made in it."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    seen = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
+    return sorted(path for path in seen if not any(map(path.is_relative_to, made)))
+
+
+def about_captions(folder: Path, pictures: Sequence[Captioned]) -> str:
+    """How many captions come from where, and which files that look like some are none's."""
+    files = {beside.with_suffix(".txt") for picture in pictures if (beside := text_beside(picture.path))}
+    bare = [picture.path for picture in pictures if text_beside(picture.path) is None]
+    named = sum(bool(words_of(path.stem)) for path in bare)
+    counts = {"from text files": len(pictures) - len(bare), "from file names": named, "empty": len(bare) - named}
+    told = [f"{count_of(count, 'caption')} {kind}" for kind, count in counts.items() if count]
+    like_some = [path for path in files_below(folder) if path.suffix.lower() in CAPTIONS]
+    others = [path.name for path in like_some if path.with_suffix(path.suffix.lower()) not in files]
+    return ", ".join(told) + f"; not read as captions: {listed(others, 3)}" * bool(others)
+
+
+def text_beside(path: Path) -> Path | None:
+    """The file of a picture's caption."""
+    return next((each for each in map(path.with_suffix, (".txt", ".TXT")) if each.is_file()), None)
+
+
 def caption_of(path: Path) -> str:
     """The text beside a picture, on one line, else its file name as words. Raises K2Error."""
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
+    beside = text_beside(path)
+    if beside is None:
         return words_of(path.stem)
     try:
         if beside.stat().st_size > MOST_TEXT:
@@ -80,7 +104,7 @@ def words_of(stem: str) -> str:
 
 def join(caption: str, trigger: str) -> str:
     """As a style's trigger joins a prompt; one that the caption has already, as words, is not said twice."""
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger or says(caption, trigger):
         return caption
     return ", ".join(part for part in (caption.rstrip(", "), trigger) if part)
 
