@@ -25,7 +25,7 @@ from k2cli.texts import folded, label_of, plain
 from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
 from model.region import ALMOST, LIKE, Region
-from model.spec import Leader, RenderSpec, Style, tied
+from model.spec import Leader, RenderSpec, Style, says, tied
 
 INIT_OPTION, MASK_OPTION = Option("--init-image"), Option("--mask")
 Sides = tuple[int, int]  # width and height of a picture
@@ -319,7 +319,8 @@ class Project(Folder):
             """Where a setting was made: by the prompt or its matrix, on the command line, or in [render]."""
             return settings.elsewhere.get(key) or place(key)
 
-        joined = [*words(looks, "triggers"), *words(looks, "keywords", "avoids")]
+        triggers = [trigger for trigger in words(looks, "triggers") if not says(prompt.text, trigger)]
+        joined = [*triggers, *words(looks, "keywords", "avoids")]
         avoids = [*filter(None, dict.fromkeys([prompt.avoid, settings.avoid])), *words(looks, "avoids", "keywords")]
         for said, what in (([prompt.text, *joined], "prompt"), (avoids, "negative prompt")):
             if sum(map(len, said)) > MOST_WORDS:

@@ -67,6 +67,8 @@ def test_a_lora_joins_at_the_styles_strength_and_brings_its_triggers(styled):
     assert up.prompt == "a red fox, in the inkk style, bold"
     assert (up.styles[0].lora, up.styles[0].strength) == ((styled / "ink.safetensors").resolve(), 0.8)
     assert down.prompt == "a red fox" and down.styles[0].lora
+    write(styled, "ink", 'lora = "ink.safetensors"\ntriggers = ["Red", "ink"]\n')
+    assert resolve(styled, ink=0.8).prompt == "a red fox, ink"  # as training joins it: no word of it twice
 
 
 def test_a_lora_may_be_all_that_a_style_is(styled):
