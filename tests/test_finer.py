@@ -57,6 +57,15 @@ def test_looks_are_the_same_looks_at_both_sizes(catalog):
         assert fine.std() == pytest.approx(coarse.std(), rel=0.15)
 
 
+def test_twins_are_kept_for_their_own_data_alone(catalog, tmp_path, monkeypatch):
+    recipe = Recipe(name="fine", teacher="autoencoder", pictures=2, minutes=1, lr=1e-3, muon_lr=1e-3)
+    first = pool(catalog, recipe, tmp_path).fine
+    monkeypatch.setattr(finer, "twins", lambda catalog, item: (np.zeros((256, 256, 3)), np.zeros((128, 128, 3))))
+    assert np.array_equal(pool(catalog, recipe, tmp_path).fine, first)
+    monkeypatch.setattr(finer, "fingerprint", lambda catalog: "other")
+    assert not np.array_equal(pool(catalog, recipe, tmp_path).fine, first)
+
+
 def teacher() -> QwenImageVAE:
     torch.manual_seed(0)
     return QwenImageVAE(SHAPE).requires_grad_(False)

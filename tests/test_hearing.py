@@ -182,6 +182,7 @@ def test_most_captions_go_no_further_than_the_way_in(workshop):  # noqa: F811
     assert "latents" in whole and "latents" not in other
     assert hearing.loss(whole)[1].keys() - hearing.loss(other)[1].keys() == {"share", "high"}
     assert len(other["said"]) == len(other["meant"]) == 40
+    assert hearing.model.dit.side == hearing.teacher.dit.side == data.side
     assert not torch.equal(whole["said"], other["said"])
     assert hearing.batch(8)["said"] is whole["said"]  # the text encoder's part is done once
 

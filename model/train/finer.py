@@ -124,7 +124,8 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
     """A fixed random choice of twins of the train split, made once and kept in `folder`."""
     rng = np.random.default_rng(recipe.seed)
     chosen = autoencoder.draw(catalog.items("train"), recipe.pictures, recipe.plain, rng)
-    files = [folder / f"{kind}-{recipe.pictures}-{recipe.plain:g}-{recipe.seed}.npy" for kind in ("fine", "coarse")]
+    about = f"{recipe.pictures}-{recipe.plain:g}-{recipe.seed}-{catalog.size}-{fingerprint(catalog)[:12]}"
+    files = [folder / f"{kind}-{about}.npy" for kind in ("fine", "coarse")]
     if not all(file.exists() for file in files):
         made = [twins(catalog, item) for item in chosen]
         for file, pictures in zip(files, zip(*made, strict=True), strict=True):

@@ -73,6 +73,7 @@ class Hearing(pretrain.Drawing):
         self.kept: dict[int, Batch] = {}
         if data is not None:
             self.data = fingerprint(data.catalog)
+            self.model.dit.side = teacher.dit.side = data.side
             self.of: dict[str, list[Item]] = defaultdict(list)
             for item in data.items:
                 self.of[item.pair.subject].append(item)
