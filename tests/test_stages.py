@@ -75,12 +75,12 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
     for name, media in (("plain", '["plain"]'), ("film", '["film", "halftone", "pixel"]')):
         run(f"sft-{name}", "sft", f'media = {media}\njudge = "judge-3"\nper_subject = 3\nrepeats = 2')
     merges = {
-        "pma": 'snapshots = "base"',
-        "sft": 'runs = ["sft-plain", "sft-film"]\ndivisions = 2',
+        "pma": 'snapshots = "base"\npictures = 4',
+        "sft": 'runs = ["sft-plain", "sft-film"]\ndivisions = 2\npictures = 4',
         "moved": 'runs = ["sft-plain", "middle", "base"]\nweights = [1.0, 1.0, -1.0]',
     }
     for name, keys in merges.items():
-        Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\npictures = 4\n{keys}\n')
+        Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\n{keys}\n')
         chosen = recipe.load(f"{name}.toml")
         recipe.module("merge", name).main(chosen, "cpu", quiet)
     run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1")
@@ -313,6 +313,20 @@ def test_counts_of_none_are_refused_before_anything_is_loaded(stage, keys):
     for key in keys:
         with pytest.raises(K2Error, match=f"{key} must be at least"):
             recipe.saved(table | {key: 0})
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "to"),
+    [
+        ("judge", {"average": 0.5}, 'the stage "judge"'),
+        ("autoencoder", {"decoder": True, "kl": 3.0}, "a decoder alone"),
+        ("stpo", {"kind": "dpo", "anchor": 0.3}, 'the kind "dpo"'),
+        ("stpo", {"kind": "dpo+sft", "hinge": 9.0}, 'the kind "dpo\\+sft"'),
+    ],
+)
+def test_keys_that_do_nothing_are_refused(stage, keys, to):
+    with pytest.raises(K2Error, match=f"{[*keys][-1]} means nothing to {to}"):
+        recipe.saved(least(stage) | keys)
 
 
 def least(stage):

@@ -67,6 +67,8 @@ class Recipe(recipes.Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse(self, "init", "fresh")
+        if self.decoder:
+            refuse(self, "kl", to="a decoder alone")
         at_least(self, 1, "batch", "crop", "pictures", "held_out")
         at_least(self, 0, "edges", "squares", "texture", "kl", "noise")
         share(self, "grainy", "plain")

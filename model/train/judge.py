@@ -47,6 +47,7 @@ class Recipe(recipes.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        recipes.refuse(self, "average")
         recipes.at_least(self, 1, "batch", "size")
 
 

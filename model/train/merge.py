@@ -24,7 +24,7 @@ from model.errors import K2Error
 from model.library import BOX
 from model.train import states
 from model.train.loop import Report
-from model.train.recipe import Table, at_least, saved
+from model.train.recipe import Table, at_least, refuse, saved
 from model.train.states import RUNS
 
 State = Mapping[str, Tensor]
@@ -52,6 +52,10 @@ class Recipe(Table):
                 f'Recipe "{self.name}" would overwrite the run "{self.name}", which it merges.',
                 hint="Name the merge otherwise.",
             )
+        if self.weights or self.snapshots:  # nothing is searched for
+            refuse(self, "divisions", to="weights that are known")
+        if self.weights:
+            refuse(self, "pictures", to="weights that are stated")
         at_least(self, 1, "divisions", "pictures")
 
 

@@ -172,11 +172,12 @@ def module(stage: Any, where: str) -> Any:
     return import_module(STAGES[stage])
 
 
-def refuse(recipe: Table, *keys: str) -> None:
-    """A stage that takes over another's keys says which of them it has no use for."""
+def refuse(recipe: Table, *keys: str, to: str = "") -> None:
+    """A stage, or `to` what it is told to do, says which of another's keys it has no use for. Raises K2Error."""
+    stage = f'the stage "{recipe.stage}"'
     for field in fields(recipe):
         if field.name in keys and getattr(recipe, field.name) != field.default:
-            raise K2Error(f'Recipe "{recipe.name}": {field.name} means nothing to the stage "{recipe.stage}".')
+            raise K2Error(f'Recipe "{recipe.name}": {field.name} means nothing to {to or stage}.')
 
 
 def at_least(recipe: Table, least: int, *keys: str) -> None:

@@ -33,7 +33,7 @@ from model.latents import patchify
 from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
-from model.train.recipe import at_least, more_than_none, share
+from model.train.recipe import at_least, more_than_none, refuse, share
 from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by, top_octave
 from model.train.rollout import Asked, asked, conditioned, decode, noised, sample
 from model.train.states import RUNS
@@ -73,6 +73,8 @@ class Recipe(Judged):
         share(self, "safety")
         if self.kind not in KINDS:
             raise K2Error(f'Recipe "{self.name}": kind must be one of {", ".join(KINDS)}.')
+        unused = {"dpo": ("safety", "hinge", "anchor"), "dpo+sft": ("safety", "hinge"), "stpo": ()}[self.kind]
+        refuse(self, *unused, to=f'the kind "{self.kind}"')
 
 
 class Both(NamedTuple):
