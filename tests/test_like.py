@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import write_weights
 from PIL import Image
+from test_style_app import write_lora
 
 from k2cli import moodboard
 from k2cli.styles import BOARD
@@ -39,7 +40,7 @@ def rendered(k2, *options: object) -> str:
 
 def test_another_of_the_kind_differs_by_its_seed_alone(dusky, k2):
     """The prompt as it was given, so that styles and what they avoid join once; seeds follow the picture's own."""
-    asked = ("-p", "a {red} fox", "--style", "dusk=0.6", "--style", "ink=0", "--steps", "9", "--guidance", "3")
+    asked = ("-p", r"a \{red|wet\} fox", "--style", "dusk=0.6", "--style", "ink=0", "--steps", "9", "--guidance", "3")
     made = rendered(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--seed", "40")
     (before,) = plan(k2, *asked, "--guidance-until", "0.5", "--sampler", "ab2", "--size", "64x96", "--batch", "1")
     first, second = plan(k2, "--like", made, "--batch", "2")
@@ -64,12 +65,15 @@ def test_weights_in_few_bits_are_of_its_look(dusky, k2, fake):
 
 
 def test_what_is_said_goes_before_and_makes_void_what_hung_on_it(dusky, k2):
-    made = rendered(k2, "-p", "tea", "--steps", "9", "--size", "64x96", "--seed", "40")
+    asked = ("-p", "tea", "--steps", "9", "--guidance-until", "0.5", "--size", "64x96", "--seed", "40")
+    made = rendered(k2, *asked)
     (other,) = plan(k2, "--like", made, "--batch", "1", "--raw", "--aspect", "1:1", "--seed", "3", "--style", "ink=0.5")
     said = other["settings"]
     assert (said["seed"], said["width"], said["height"], other["variant"]) == (3, 128, 128, "raw")
-    assert said["steps"] != 9 and said["mu"] is None  # the checkpoint's own, and the size's
+    assert said["steps"] != 9 and said["guidance_until"] is said["mu"] is None  # the checkpoint's own, and the size's
     assert [(style["name"], style["strength"]) for style in other["style"]] == [("ink", 0.5)]
+    (larger,) = plan(k2, "--like", made, "--batch", "1", "--size", "96x96")
+    assert (larger["settings"]["mu"], larger["settings"]["steps"]) == (None, 9)
     steps = plan(k2, "--like", made, "--matrix", "steps=4,16")
     assert [each["settings"]["steps"] for each in steps] == [4, 16]
     assert {each["settings"]["seed"] for each in steps} == {41}
@@ -142,7 +146,9 @@ def test_another_beginning_brings_its_shape_and_no_mask(dusky, k2):
     Image.new("RGB", (200, 100), "teal").save(dusky / "refs" / "wide.png")
     masked = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--mask", "64x64+0+0")
     plain = rendered(k2, "-p", "tea", "--init-image", "refs/a.png", "--denoise", "0.4")
-    for made, denoise in ((masked, 0.75), (plain, 0.4)):
+    record = Path(masked).with_suffix(".toml")
+    record.write_text(record.read_text().replace("[settings]\n", "[settings]\ndenoise = 1.0\n"))  # as models tell it
+    for made, denoise in ((record, 0.75), (plain, 0.4)):
         (other,) = plan(k2, "--like", made, "--init-image", "refs/wide.png", "--batch", "1")
         assert (other["mask"], other["settings"]["denoise"]) == (None, denoise)
         assert (other["settings"]["width"], other["settings"]["height"]) == (176, 96)
@@ -152,12 +158,15 @@ def test_what_it_had_none_of_the_project_does_not_give_it(dusky, k2):
     made = rendered(k2, "-p", "tea", "--guidance", "0")
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
-    since = 'init_image = "refs/a.png"\ndenoise = 0.3\nstyle_guidance = 2\nguidance_until = 0.5\n'
+    since = 'init_image = "refs/a.png"\ndenoise = 0.3\nstyle_guidance = 2\nguidance_until = 0.5\ncreativity = "low"\n'
     text = (dusky / "k2.toml").read_text()
     (dusky / "k2.toml").write_text(text.replace("[render]\n", f"[render]\n{since}"))
     (again,) = plan(k2, "--like", made, "--batch", "1")
     assert again["init_image"] is None
     assert {again["settings"][key] for key in ("denoise", "style_guidance", "guidance_until")} == {None}
+    assert again["prompt"]["creativity"] == "raw"
+    (begun,) = plan(k2, "--like", made, "--batch", "1", "--init-image", "refs/a.png")
+    assert begun["settings"]["denoise"] == 0.3  # of which it says nothing
 
 
 def test_its_project_is_found_from_anywhere(dusky, k2, tmp_path, monkeypatch):
@@ -191,7 +200,13 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     (dusky / "refs").mkdir()
     Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
     (dusky / "styles" / "dusk.toml").write_text(LOOK + '[[reference]]\nimage = "refs/*"\n')
-    made = rendered(k2, "-p", "tea", "--style", "dusk=1", "--init-image", "refs/a.png")
+    for name in ("mask.png", "line.png"):
+        Image.new("RGB", (64, 64), "white").save(dusky / name)
+    lora = write_lora(dusky / "lino.safetensors")
+    lino = dusky / "styles" / "lino.toml"
+    lino.write_text(f'lora = "{lora.name}"\ntriggers = ["lno"]\n[[reference]]\nimage = "line.png"\nweight = 0.5\n')
+    begun = ("--init-image", "refs/a.png", "--mask", "mask.png")
+    made = rendered(k2, "-p", "tea", "--style", "dusk=1", "--style", "lino=1", *begun)
     like = ("render", "--like", made, "--dry-run", "-p", "a cup", "--cohesion", "0.5")
     assert "is not what it was" not in k2(*like, "--style", "dusk=0.5").stderr
 
@@ -199,11 +214,17 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     assert "is not what it was" not in k2(*like, "--init-image", "none").stderr
     Image.new("RGB", (64, 64), "navy").save(dusky / "refs" / "a.png")
     (dusky / "styles" / "ink.toml").write_text('keywords = ["ink", "wash"]\navoids = ["gloss"]\n')
+    lino.write_text(lino.read_text().replace("lno", "linocut").replace("0.5", "0.6"))
+    write_lora(lora, "blocks.1.attn.wq")
+    Image.new("RGB", (64, 64), "gray").save(dusky / "mask.png")
 
     told = k2(*like).stderr
     was = "The look is not what it was when tea-7.png was made:"
-    assert f"{was} dusk has other pictures, ink has other keywords and avoids, a.png is another picture." in told
-    assert f"{was} dusk has other pictures.\n" in k2(*like, "--style", "ink=0", "--init-image", "none").stderr
+    styles = "ink has other keywords and avoids, lino has other pictures and triggers and weights"
+    pictures = "mask.png is another picture, a.png is another picture"
+    assert f"{was} dusk has other pictures, {styles}, {pictures}." in told
+    without = ("--style", "ink=0", "--style", "lino=0", "--init-image", "none")
+    assert f"{was} dusk has other pictures.\n" in k2(*like, *without).stderr
     lines = k2("render", "--like", made, "--stream", "--dry-run", input="a cup\na pot\n").stderr
     assert lines.count("is not what it was") == 1
 
