@@ -250,8 +250,14 @@ def test_what_is_made_is_no_change(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "x").write_text("x")
     assert watch.stamp(tmp_path) == before
-    (tmp_path / "styles").mkdir()
-    (tmp_path / "styles" / "a.toml").write_text("x")
+    for name in ("styles/a.toml", "styles/a.safetensors", "refs/outputs/a.png"):
+        before = watch.stamp(tmp_path)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+        assert watch.stamp(tmp_path) != before, name
+    before, then = watch.stamp(tmp_path), (tmp_path / name).stat().st_mtime_ns
+    (tmp_path / name).write_text("more")
+    os.utime(tmp_path / name, ns=(then, then))  # as clocks that tick seldom have it
     assert watch.stamp(tmp_path) != before
 
 
@@ -266,7 +272,7 @@ def test_what_no_picture_is_made_of_is_no_change(tmp_path, name):
 
 
 def test_a_file_counts_wherever_it_lies_and_whatever_it_is_called(moody, k2, monkeypatch):
-    """It does where a style names it; and once it is gone, that it comes back is a change, too."""
+    """It does where a style names it, also if all is made; and once it is gone, that it comes back is a change, too."""
     picture = moody.parent / "sketch"
     Image.new("RGB", (64, 64), "navy").save(picture, "PNG")
     (moody / "styles").mkdir()
@@ -286,6 +292,8 @@ def test_a_file_counts_wherever_it_lies_and_whatever_it_is_called(moody, k2, mon
     result = k2("watch", "--allow-outside", "--only", "fox", code=130)
 
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png", "outputs/0002-fox/fox-7.png"]
+    stamps.clear()
+    assert not k2("watch", "--allow-outside", "--only", "fox", code=130).stdout
 
 
 def test_a_new_picture_counts_in_a_folder_that_is_linked(moody, k2, monkeypatch):
