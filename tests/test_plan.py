@@ -14,6 +14,7 @@ import torch
 from tiny import tiny, tiny_box  # noqa: F401
 
 from model import library, plan
+from model.checkpoint import save
 from model.errors import K2Error
 from model.parts import has_kernels, numbers_of, pick_device, pick_dtype, release_numbers
 from model.pipeline import Pipeline
@@ -142,16 +143,22 @@ def test_a_small_model_is_held_as_it_is_however_little_is_free(tiny):  # noqa: F
     chosen = choose(numbers, 0, dtype="float32")
     assert (chosen.precision, chosen.offload) == ("native", "none")
     assert choose(numbers, 0, dtype="float32", precision="int8").precision == "int8"
+    assert choose(replace(numbers, text=GB, layers=99), 0, dtype="float32").offload == "text"  # all is to be small
     streamed = choose(replace(numbers, stored="int8"), 0, dtype="float32", offload="all")
     assert (streamed.precision, streamed.offload) == ("native", "all")  # nothing is rounded that nobody asked for
 
 
-def test_numbers_are_those_in_the_files(tiny):  # noqa: F811
-    pipeline, numbers = Pipeline.load("tiny", device="cpu"), numbers_of(library.find_parts(library.find("tiny")), "cpu")
+def test_numbers_are_those_in_the_files(tiny, tmp_path):  # noqa: F811
+    """Without those of a vision tower, which is read only where a picture is looked at."""
+    pipeline, parts = Pipeline.load("tiny", device="cpu"), library.find_parts(library.find("tiny"))
+    numbers = numbers_of(parts, "cpu")
     total = sum(p.numel() for p in pipeline.dit.parameters())
     inside = sum(p.numel() for p in pipeline.dit.blocks.parameters())
     assert (numbers.inside, numbers.outside) == (inside, total - inside)
     assert numbers.layers == 3 and numbers.native == 64 and numbers.stored is None and numbers.wide == inside
+    seeing = pipeline.text.tower.state_dict() | {"visual.layers.0.weight": torch.zeros(8)}
+    save(tmp_path / "seeing.safetensors", seeing, {"kind": "text"})
+    assert numbers_of(replace(parts, text=tmp_path / "seeing.safetensors"), "cpu") == numbers
 
 
 def test_what_there_is_not_is_refused(tiny):  # noqa: F811
@@ -201,6 +208,15 @@ def test_windows_says_what_memory_is_free(monkeypatch, promised, free):
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setattr(ctypes, "windll", windows, raising=False)
     assert plan.machine_memory() == (32 * GB, free * GB, True)
+
+
+def test_linux_says_what_memory_is_free(monkeypatch):
+    """Of which a control group may allow less."""
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(Path, "read_text", lambda *_: "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")
+    assert plan.machine_memory().free == plan.free_memory("cpu") == 1_024_000
+    monkeypatch.setattr(plan, "limit_left", lambda group, free: 5)
+    assert plan.free_memory("cpu") == 5
 
 
 def test_where_a_system_does_not_say_what_is_free_two_thirds_are_taken_for_it(monkeypatch):
