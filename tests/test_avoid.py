@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny, tiny_box  # noqa: F401
 
-from model.avoid import ASIDE, Direction, avoided, directions, negative_prompt, phrases, split, steer_away
+from model.avoid import ASIDE, MOST, Direction, avoided, directions, negative_prompt, phrases, split, steer_away
 from model.pipeline import Pipeline
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
@@ -169,6 +169,8 @@ def test_weights_come_from_the_styles_and_are_one_elsewhere():
     spec = replace(FOX, negative="rain, glossy", styles=(dusk, turned))
 
     assert avoided(spec) == (("fog", 0.6 + 0.3), ("glossy", 0.6), ("rain", 1.0), ("riso print", 0.3), ("snow", 0.6))
+    strong = tuple(Style(name, 1.5, avoids=("fog",)) for name in ("a", "b", "c"))
+    assert avoided(replace(FOX, styles=strong)) == (("fog", MOST),)
 
 
 def test_a_prompts_own_phrase_weighs_one_whatever_a_style_says_of_it():

@@ -115,6 +115,12 @@ def test_pictures_that_begin_differently_keep_no_company(pipeline, sketch, tmp_p
     assert made(pipeline, specs[0]) == made(pipeline, specs[1])
 
 
+def test_one_picture_begins_pictures_of_several_shapes(pipeline, sketch):
+    cell = pipeline.vae.factor
+    for width, height in ((64, 64), (64, 96), (96, 64)):
+        assert pipeline.beginnings.latents(sketch, width, height).shape[2:] == (height // cell, width // cell)
+
+
 def test_the_first_of_a_batch_is_what_it_would_be_alone(pipeline, sketch):
     """And the leader of the others begins as they do."""
     spec = replace(FOX, init_image=sketch, denoise=0.6)
@@ -279,6 +285,16 @@ def test_the_edge_of_a_mask_is_half_a_latent_cell_wide(pipeline, noisy):
 
     soft = side // 2 - half
     assert (found[..., :soft] == 3).all() and (found[..., soft] < 3).all()
+
+
+def test_a_cell_that_a_mask_cuts_is_made_anew_in_part(pipeline, noisy):
+    side, cell, config = pipeline.native, pipeline.vae.factor, pipeline.dit.config
+    spec = pipeline.resolve(replace(FOX, init_image=noisy, mask=f"{cell + cell // 2}x{side}+0+0"))
+    cells = side // cell
+
+    way = pipeline.beginnings.way([spec], patchify(noise(7, config.channels, cells, cells), config.patch), 1.0)
+
+    assert unpatchify(way.anew, config.patch, cells, cells)[0, 0, 0, :3].tolist() == [1.0, 0.5, 0.0]
 
 
 def test_files_may_change_and_go_once_a_picture_is_begun(pipeline, noisy, tmp_path):
@@ -556,6 +572,8 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     assert told("--matrix", "guidance_until=0.4,1", "--steps", "1", "--only", "an-owl-at-night") == guided
     guided = "Of 4 steps 2 are guided by guidance_until 0.4 and 0.5: these pictures are the same.\n"
     assert told("--matrix", "guidance_until=0.4,0.5,1", "--steps", "4", "--only", "an-owl-at-night") == guided
+    begins = ("--denoise", "0.5", "--steps", "8", "--only", "fox")  # with a picture, of whose steps half are taken
+    assert told("--matrix", "guidance_until=0.4,0.5,1", *begins) == guided
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
     assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
     toml = (begun / "k2.toml").read_text()
