@@ -289,6 +289,10 @@ def test_a_picture_may_be_named_as_its_project_has_it(moody, k2, tmp_path, monke
     assert f"There is no {file}." in k2(command, file, code=1).stderr
     assert f"There is no other-{file}." in k2(command, f"other-{file}", "--project", "moody", code=1).stderr
     assert "There is no folder gone." in k2(command, f"moody/{file}", "--project", "gone", code=1).stderr
+    (cup,) = k2("render", "-p", "a cup", "--project", "moody").stdout.split()
+    Path(file).parent.mkdir(parents=True)
+    shutil.copy(cup, file)
+    assert "cup" in k2(command, file, "--project", "moody").stdout
 
 
 @pytest.mark.parametrize("file", ["k2.toml", "outputs/0001-tea/run.toml"])
@@ -410,6 +414,20 @@ class TestRerun:
         assert "Identical, pixel for pixel." in told and fake.seen[-1].seed == 7
         assert "says otherwise" not in k2("rerun", record, code=1).stderr and fake.seen[-1].seed == 8
 
+    def test_the_device_is_the_recorded_one_unless_another_is_named(self, made, k2, fake, monkeypatch):
+        """And threads are as many as then where it is a processor, which alone rounds by them."""
+        counts: list[int] = []
+        monkeypatch.setattr(rerun, "use_threads", counts.append)
+        record = made.with_suffix(".toml")
+        record.write_text(record.read_text().replace('device = "cpu"', 'device = "cuda:9"\nthreads = 3'))
+
+        assert 'no device "cuda:9"' in k2("rerun", record, code=1).stderr
+        assert "Identical" in k2("rerun", record, "--device", "cpu").stderr and counts == [3]
+        card = fake.load()
+        card.device = "cuda"
+        monkeypatch.setattr(rerun, "load", lambda held: card)
+        assert "Identical" in k2("rerun", record).stderr and counts == [3]
+
     def test_a_bare_picture_is_enough(self, made, k2, tmp_path, fake):
         """Moved out of the project, without its record: the project is named, the picture says the rest."""
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
@@ -506,6 +524,13 @@ class TestRerun:
         assert f"{file} {said}" in told and "only its record was compared." in told and "was changed" not in told
         assert [found[key] for key in ("identical", "changed", "gone", "unreadable")] == [False, False, False, True]
 
+    def test_a_check_takes_no_part_for_the_whole(self, made, k2):
+        """A record that asks for another size by now, of one colour as the picture is."""
+        record = made.with_suffix(".toml")
+        record.write_text(record.read_text().replace("width = 64", "width = 96"))
+
+        assert "The pixels differ from the recorded ones.\n" in k2("rerun", record, "--check", code=1).stderr
+
     def test_a_check_of_a_picture_that_is_gone_fails(self, made, k2):
         """Without one, what is gone is brought back by its record."""
         made.unlink()
@@ -531,8 +556,9 @@ class TestRerun:
         assert "fox-7.toml is not valid TOML" in k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
 
     def test_a_check_takes_no_other_file_for_a_record(self, made, k2):
-        """Notes beside pictures, the plan of a run set aside, a project, styles."""
+        """Notes beside pictures, the plan of a run set aside, what was blocked, a project, styles."""
         shutil.copy(made.with_name("run.toml"), made.with_name("run-old.toml"))
+        shutil.copy(made.with_suffix(".toml"), made.with_name("fox-8.blocked.toml"))
         made.with_name("notes.toml").write_text('[[prompt]]\ntext = "tea"\n')
         made.with_name("ideas.toml").write_text("tea, or coffee\n")
         made.with_name("later.toml").mkdir()
