@@ -1,14 +1,20 @@
 """GRPO: its sampler, its ratios and its rewards' arithmetic, and a flow whose mean is known and must move."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model.errors import K2Error
 from model.sampler import euler, shifted_sigmas
-from model.train.grpo import Recipe, advantages, log_prob, policy_loss, rollout, sde_step
+from model.train import grpo
+from model.train.grpo import Policy, Recipe, advantages, log_prob, policy_loss, rollout, sde_step, telling_prompts
+from model.train.looks import Look
+from model.train.rollout import Asked
 
+PLAIN = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
+PROMPTS = [Asked(str(number), "fox", Look("noto", "plain")) for number in range(10)]
 SIGMAS = shifted_sigmas(8, 0.5)
 
 
@@ -35,9 +41,8 @@ def noise(count, seed=0):
     [({"group": 1}, "group must be at least 2"), ({"gates": {"stlye": "subject"}}, '"stlye" is gated')],
 )
 def test_a_recipe_from_which_nothing_would_be_learned_is_refused(keys, message):
-    plain = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
     with pytest.raises(K2Error, match=message):
-        Recipe(**{**plain, "weights": {"subject": 1.0, "style": 1.0}, **keys})
+        Recipe(**{**PLAIN, "weights": {"subject": 1.0, "style": 1.0}, **keys})
 
 
 def test_without_noise_it_is_euler_bit_for_bit():
@@ -146,6 +151,68 @@ def test_one_lucky_picture_does_not_rule():
     reward[0, 0] = 1.0
     reward[1:, 0] = torch.linspace(0.001, 0.004, 199)
     assert advantages({"one": reward}, {"one": 1.0})[0].abs().max() <= 5
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """The stage, whose only reward counts as far as another is won."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "manifest.toml").touch()
+    keys = {"weights": {"style": 1.0}, "gates": {"style": "subject"}, "batch": 2, "group": 4}
+    network = {"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1}
+    texts = torch.zeros(8, 5, 2, 32), torch.ones(8, 5, dtype=torch.bool)
+    data = SimpleNamespace(catalog=SimpleNamespace(folder=folder), looks=[0], embed=lambda captions: texts, cells=4)
+    stage = Policy(
+        Recipe(**PLAIN | keys, network=network, sample_steps=3, stochastic=2), data, SimpleNamespace(vae=None)
+    )
+    stage.pool = PROMPTS
+    return stage
+
+
+def test_a_policy_learns_from_gated_rewards(policy, monkeypatch):
+    rewards = {"style": torch.rand(8), "subject": torch.rand(8)}
+    learned = []
+
+    def watched(velocity, made, advantage, *options):
+        learned.append(advantage)
+        return policy_loss(velocity, made, advantage, *options)
+
+    monkeypatch.setattr(grpo, "conditioned", lambda *_: lambda x, sigma: 0.1 * x)
+    monkeypatch.setattr(grpo, "decode", lambda vae, latents: latents)
+    monkeypatch.setattr(grpo, "policy_loss", watched)
+    monkeypatch.setattr(policy.rewards, "chosen", lambda p, a, names: {n: rewards[n] for n in names}, raising=False)
+    policy.loss(policy.batch(0))
+
+    by_group = {name: value.view(2, 4) for name, value in rewards.items()}
+    expected, _ = advantages(by_group, policy.recipe.weights, policy.recipe.gates)
+    assert learned[0].any() and torch.equal(learned[0], expected.flatten())
+
+
+def test_the_last_step_is_never_stochastic(policy):
+    """It ends in the picture, which would stay noisy."""
+    assert all(policy.batch(step)["stochastic"] == [0, 1] for step in range(0, 20, 2))
+
+
+def test_prompts_tell_whose_rewards_differ_and_are_neither_won_nor_hopeless(monkeypatch):
+    """By how far: of 3 they differ most, but it is won; of 4, but it is hopeless."""
+    spread = torch.tensor([0.01, 0.03, 0.02, 0.09, 0.08, 0.05, 0.00, 0.04, 0.07, 0.06])
+    mean = torch.tensor([0.5, 0.5, 0.5, 0.99, 0.01, 0.5, 0.5, 0.5, 0.5, 0.5])
+    scores = mean[:, None] + spread[:, None] * torch.tensor([-0.1, 0.1, 0.0, 0.0])
+
+    def total(pictures, asked, *_):
+        return torch.cat([scores[int(asked[start].caption)] for start in range(0, len(asked), 4)])
+
+    monkeypatch.setattr(grpo, "asked", lambda *_: PROMPTS)
+    monkeypatch.setattr(grpo, "sample", lambda *_: None)
+    monkeypatch.setattr(grpo, "decode", lambda *_: None)
+    data, rewards = SimpleNamespace(embed=None, cells=4), SimpleNamespace(vae=None, total=total)
+
+    def chosen(pool):
+        recipe = Recipe(**PLAIN, weights={"style": 1.0}, pool=pool)
+        return [int(each.caption) for each in telling_prompts(None, data, rewards, recipe, lambda line: None)]
+
+    assert chosen(3) == [8, 9, 5]
+    assert chosen(10) == [8, 9, 5, 7, 1, 2, 0, 6, 3, 4]
 
 
 def test_what_is_rewarded_comes_more_often():

@@ -18,7 +18,7 @@ from model.train.midtrain import balanced, kmeans
 from model.train.rollout import noise_levels
 from model.train.sft import Recipe, best_of_each, domain
 from model.train.training_set import training_set
-from model.train.validation import only
+from model.train.validation import only, rest_for_validation, rests, validation_loss
 
 WAVES = 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -174,6 +174,28 @@ def test_a_domain_leaves_something_of_every_shape():
 
     only(data, np.array([True, False, True, False]))
     assert data.weights.tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_what_validates_is_not_trained_on():
+    items = [Item(row, Pair(f"thing {row}", "noto"), Look("noto", "plain", "white", "cream")) for row in range(200)]
+    data = SimpleNamespace(items=items, weights=np.full(200, 1 / 200), shaped=[])
+    rest_for_validation(data)
+
+    assert 0 < sum(map(rests, items)) < 20
+    assert (data.weights == 0).tolist() == [rests(item) for item in items]
+
+    drawn = []
+
+    class Resting(SimpleNamespace):
+        def batch(self, recipe, step):
+            drawn.append((step, self.weights > 0))
+            return step
+
+    model = SimpleNamespace(look_head=nn.Linear(1, 1), losses=lambda step, recipe: [torch.full((16,), float(step))])
+    found = validation_loss(model, Resting(items=items), RECIPE, 48)
+
+    assert found == 1 and [step for step, _ in drawn] == [0, 1, 2]
+    assert all(resting.tolist() == [rests(item) for item in items] for _, resting in drawn)
 
 
 def test_clusters_are_found_and_the_same_for_a_seed():

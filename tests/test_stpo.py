@@ -1,10 +1,45 @@
 """STPO on points in the plane: it learns the preference, and does not let go of the winner as plain DPO does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from model.train.stpo import Both, best_and_worst, preference_loss, safe_scale, squared_error
+from model.latents import patchify
+from model.train import stpo
+from model.train.looks import Look
+from model.train.pretrain import Trainee
+from model.train.rollout import Asked
+from model.train.stpo import (
+    SEEN,
+    Both,
+    Preference,
+    Recipe,
+    best_and_worst,
+    make_pairs,
+    preference_loss,
+    safe_scale,
+    squared_error,
+)
+
+BRIGHT = SimpleNamespace(vae=None, total=lambda pictures, asked, weights: pictures.mean((1, 2, 3)))  # is what is good
+PROMPTS = [Asked(str(number), "fox", Look("noto", "plain")) for number in range(20)]
+
+
+def recipe(**more):
+    plain = {"name": "x", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
+    network = {"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1}
+    return Recipe(**plain | {"weights": {"subject": 1.0}, "network": network} | more)
+
+
+@pytest.fixture(scope="module")
+def preference(tmp_path_factory):
+    """The stage, which sets its β after one step."""
+    folder, chosen = tmp_path_factory.mktemp("data"), recipe(beta=1.0, calibrate_at=1)
+    (folder / "manifest.toml").touch()
+    data = SimpleNamespace(catalog=SimpleNamespace(folder=folder), looks=[0], embed=None, cells=8)
+    return Preference(chosen, data, Trainee(chosen.config, 1).state_dict(), "cpu")
 
 
 class Plane(nn.Module):
@@ -133,3 +168,61 @@ def test_pairs_are_the_best_and_the_worst_of_groups_that_differ():
 
     assert best.tolist() == [1, 1] and worst.tolist() == [2, 0]
     assert enough.tolist() == [True, False]
+
+
+def test_a_pair_is_of_its_prompt_and_its_winner_is_what_was_rewarded(monkeypatch):
+    """Latents say in their first channel which prompt they are of; of some prompts the pictures hardly differ."""
+
+    def sample(dit, embed, captions, *_):
+        numbers = torch.tensor([float(caption) for caption in captions])
+        spread = torch.tensor([-0.4, 0.4, 0.1, 0.0]).repeat(len(captions) // 4) * (numbers % 3 > 0)
+        return torch.stack((numbers, spread), 1)[..., None, None]
+
+    monkeypatch.setattr(stpo, "asked", lambda *_: PROMPTS)
+    monkeypatch.setattr(stpo, "sample", sample)
+    monkeypatch.setattr(stpo, "decode", lambda vae, latents: latents)
+    data, model = SimpleNamespace(embed=None, cells=1), SimpleNamespace(dit=None)
+
+    pairs = make_pairs(model, data, BRIGHT, recipe(aside=0), lambda line: None)
+
+    assert pairs.captions == [each.caption for each in PROMPTS if int(each.caption) % 3]
+    for latents, brightness in zip(pairs.latents, (0.4, -0.4), strict=True):
+        assert latents[:, 0, 0, 0].tolist() == [float(caption) for caption in pairs.captions]
+        assert latents[:, 1, 0, 0].tolist() == pytest.approx([brightness] * len(pairs), abs=1e-3)
+
+
+def test_both_of_a_pair_are_noised_alike_and_asked_for_their_own_velocity(preference, monkeypatch):
+    """To a model that knows both pictures nothing is left to learn; the reference is one off."""
+    images = torch.randn(2, 3, 16, 4, 4)
+    tokens = torch.cat([patchify(each, preference.model.dit.config.patch) for each in images])
+
+    def knowing(dit, *_):
+        off = float(dit is preference.reference.dit)
+        return lambda x, sigma: (x - tokens) / sigma[:, None, None] + off
+
+    monkeypatch.setattr(stpo, "conditioned", knowing)
+    texts = {"embeds": torch.zeros(3, 5, 2, 32), "mask": torch.ones(3, 5, dtype=torch.bool)}
+    _, figures = preference.compare({"winner": images[0], "loser": images[1], "seed": 0, **texts})
+
+    for name in ("winner", "loser"):
+        torch.testing.assert_close(figures[name], torch.full((3,), -1.0), atol=1e-3, rtol=0)
+
+
+def test_beta_is_set_by_how_far_pairs_differ(preference, monkeypatch):
+    """Such that βΔ/2 has a standard deviation of 1, and within a factor of ten of the recipe's."""
+    for spread, expected in ((0.5, 2 / 0.5), (100.0, 1.0 / 10)):
+        figures = {"winner": spread * torch.tensor([2.0, 0.0, 3.0]), "loser": spread * torch.tensor([1.0, 0.0, 4.0])}
+        monkeypatch.setattr(preference, "held_aside", lambda figures=figures: figures)
+        preference.after(1)
+        assert preference.model.beta.item() == pytest.approx(expected)
+
+
+def test_a_model_wins_whose_pictures_are_rewarded_more(preference, monkeypatch):
+    learned = torch.tensor([0.1, 0.1, 0.1, -0.1]).view(SEEN, 1, 1, 1).expand(-1, 3, 8, 8)
+    monkeypatch.setattr(stpo, "sample", lambda dit, *_: learned * (dit is preference.model.dit))
+    monkeypatch.setattr(stpo, "decode", lambda vae, latents: latents)
+
+    found = preference.look_over(BRIGHT, PROMPTS[:1])
+
+    assert found["reward_win_rate"] == 0.75
+    assert found["reward_before"] == 0 and found["reward_after"] == pytest.approx(0.05)
