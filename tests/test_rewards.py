@@ -78,6 +78,21 @@ def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(
     torch.testing.assert_close(total, (3 * found["subject"] + found["grain"]) / 4)
 
 
+def test_what_shows_what_was_asked_is_worth_more(rewards, monkeypatch):
+    """A subject that is named as it is seen, a style as the look's real pictures have it, and what the critic says."""
+    both = torch.cat((pictures(8, 0.2), pictures(8, 0.0, 1)))
+    monkeypatch.setattr(rewards, "names", rewards.see(both[[0, 8]])[0])
+
+    def found(look):
+        return rewards.chosen(both, [Asked("", "fox", look)] * 16, ["subject", "style", "artefact"])
+
+    as_grainy, as_smooth = found(GRAINY), found(SMOOTH)
+    assert as_grainy["style"][:8].mean() > as_smooth["style"][:8].mean()
+    assert as_grainy["style"][8:].mean() < as_smooth["style"][8:].mean()
+    assert as_grainy["subject"][0] > 0.5 > as_grainy["subject"][8]
+    torch.testing.assert_close(as_grainy["artefact"], rewards.critic(both).sigmoid())
+
+
 def test_a_reward_of_no_such_name_is_refused(rewards):
     with pytest.raises(K2Error, match="beauty"):
         rewards.chosen(pictures(1, 0.1), [Asked("", "fox", GRAINY)], ["beauty"])
