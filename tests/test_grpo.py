@@ -11,6 +11,7 @@ from model.sampler import euler, shifted_sigmas
 from model.train import grpo
 from model.train.grpo import Policy, Recipe, advantages, log_prob, policy_loss, rollout, sde_step, telling_prompts
 from model.train.looks import Look
+from model.train.rewards import Rewards
 from model.train.rollout import Asked
 
 PLAIN = {"name": "x", "size": 64, "steps": 2, "batch": 1, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0, "every": 2}
@@ -194,22 +195,33 @@ def test_the_last_step_is_never_stochastic(policy):
 
 
 def test_prompts_tell_whose_rewards_differ_and_are_neither_won_nor_hopeless(monkeypatch):
-    """By how far: of 3 they differ most, but it is won; of 4, but it is hopeless."""
+    """As they are learned from: of 3 they differ most, but it is won; of 4, but where the subject never is."""
     spread = torch.tensor([0.01, 0.03, 0.02, 0.09, 0.08, 0.05, 0.00, 0.04, 0.07, 0.06])
-    mean = torch.tensor([0.5, 0.5, 0.5, 0.99, 0.01, 0.5, 0.5, 0.5, 0.5, 0.5])
-    scores = mean[:, None] + spread[:, None] * torch.tensor([-0.1, 0.1, 0.0, 0.0])
+    mean = torch.tensor([0.5, 0.5, 0.5, 0.99, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    known = {
+        "style": mean[:, None] + spread[:, None] * torch.tensor([-0.1, 0.1, 0.0, 0.0]),
+        "subject": torch.ones(10, 4),
+    }
+    known["subject"][4] = 0.0
 
-    def total(pictures, asked, *_):
-        return torch.cat([scores[int(asked[start].caption)] for start in range(0, len(asked), 4)])
+    class Known(Rewards):
+        vae = None
+
+        def __init__(self):
+            pass
+
+        def chosen(self, pictures, asked, names):
+            prompts = [int(each.caption) for each in asked[::4]]
+            return {name: known[name][prompts].flatten() for name in names}
 
     monkeypatch.setattr(grpo, "asked", lambda *_: PROMPTS)
     monkeypatch.setattr(grpo, "sample", lambda *_: None)
     monkeypatch.setattr(grpo, "decode", lambda *_: None)
-    data, rewards = SimpleNamespace(embed=None, cells=4), SimpleNamespace(vae=None, total=total)
+    data = SimpleNamespace(embed=None, cells=4)
 
     def chosen(pool):
-        recipe = Recipe(**PLAIN, weights={"style": 1.0}, pool=pool)
-        return [int(each.caption) for each in telling_prompts(None, data, rewards, recipe, lambda line: None)]
+        recipe = Recipe(**PLAIN, weights={"style": 1.0}, gates={"style": "subject"}, pool=pool)
+        return [int(each.caption) for each in telling_prompts(None, data, Known(), recipe, lambda line: None)]
 
     assert chosen(3) == [8, 9, 5]
     assert chosen(10) == [8, 9, 5, 7, 1, 2, 0, 6, 3, 4]

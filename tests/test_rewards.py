@@ -76,6 +76,10 @@ def test_every_reward_lies_between_nothing_and_one_and_speaks_of_what_was_asked(
     assert found["subject"].sum().item() == pytest.approx(1)  # of one picture, over both names
     total = rewards.total(pictures(1, 0.1).expand(2, -1, -1, -1), asked, {"subject": 3.0, "grain": 1.0})
     torch.testing.assert_close(total, (3 * found["subject"] + found["grain"]) / 4)
+    gated = rewards.total(
+        pictures(1, 0.1).expand(2, -1, -1, -1), asked, {"subject": 3.0, "grain": 1.0}, {"grain": "style"}
+    )
+    torch.testing.assert_close(gated, (3 * found["subject"] + found["grain"] * found["style"]) / 4)
 
 
 def test_what_shows_what_was_asked_is_worth_more(rewards, monkeypatch):
@@ -128,6 +132,7 @@ def test_a_choice_is_kept_beside_all_that_it_depends_on(rewards, stage, tmp_path
         return chosen_by(replace(recipe, **changes), stage.CHOSEN_BY, dit, rewards, data)
 
     changes = {"white": 2.0, "grounds": 1.0, "later": 1.0, "preset": "big", "network": {"blocks": 1}}
+    changes |= {"gates": {"subject": "style"}} if stage is grpo else {}
     made = [found(), found(dits[1]), *(found(rewards=other) for other in others)]
     made += [found(data=other) for other in sets[1:]] + [found(**{key: value}) for key, value in changes.items()]
     assert json.loads(json.dumps(made[0])) == found(lr=1.0)

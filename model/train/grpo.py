@@ -28,14 +28,14 @@ from model.train import loop, pretrain, states
 from model.train.data import fingerprint, stable_seed
 from model.train.loop import Batch, Report
 from model.train.recipe import at_least, more_than_none
-from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by
+from model.train.rewards import JUDGED_BY, Judged, Rewards, chosen_by, gated
 from model.train.rollout import Asked, Velocity, asked, conditioned, decode, sample, sigmas_for
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
-CHOSEN_BY = (*JUDGED_BY, "pool")  # are prompts
+CHOSEN_BY = (*JUDGED_BY, "gates", "pool")  # are prompts
 FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
 
 
@@ -128,12 +128,11 @@ def advantages(
 
     A gated reward is multiplied by the one that gates it. Groups that do not count have advantages of 0.
     """
+    rewards = gated(rewards, gates or {})
     total = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float32)
     counts = torch.zeros(len(total), dtype=torch.bool, device=total.device)
     for name, weight in weights.items():
         reward = rewards[name].float()
-        if gates and name in gates:
-            reward = reward * rewards[gates[name]].float()
         spread = reward.std(1, keepdim=True)
         telling = spread >= FLAT
         counts |= telling[:, 0]
@@ -252,7 +251,7 @@ def telling_prompts(
         chunk = [prompt for prompt in prompts[start : start + at_once] for _ in range(group)]
         seed = stable_seed(recipe.seed, "prompts", start) % 2**62
         latents = sample(dit, data.embed, [p.caption for p in chunk], data.cells, recipe.sample_steps, 0.0, seed)
-        reward = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights).view(-1, group)
+        reward = rewards.total(decode(rewards.vae, latents), chunk, recipe.weights, recipe.gates).view(-1, group)
         scores += list(zip(reward.std(1).tolist(), reward.mean(1).tolist(), strict=True))
     order = sorted(range(len(prompts)), key=lambda i: (not 0.05 < scores[i][1] < 0.95, -scores[i][0]))
     chosen = order[: recipe.pool]

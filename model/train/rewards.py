@@ -82,6 +82,11 @@ def chosen_by(
     return {key: getattr(recipe, key) for key in keys} | found
 
 
+def gated(found: Mapping[str, Tensor], gates: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rewards by name, each multiplied by the one that gates it, where one does."""
+    return {name: reward * found[gates[name]] if name in gates else reward for name, reward in found.items()}
+
+
 class Rewards:
     """All rewards of one judge, with what they know of real pictures: those of the train split, through the decoder."""
 
@@ -160,7 +165,14 @@ class Rewards:
                     raise K2Error(f'The reward "{name}" {reason}.', hint=f"Rewards here: {', '.join(known)}.")
             return {name: known[name]() for name in names}
 
-    def total(self, pictures: Tensor, asked: Sequence[Asked], weights: Mapping[str, float]) -> Tensor:
-        """The weighted mean of rewards, [B], 0 … 1."""
-        found = self.chosen(pictures, asked, weights)
-        return sum((weights[name] * value for name, value in found.items()), torch.zeros(())) / sum(weights.values())
+    def total(
+        self,
+        pictures: Tensor,
+        asked: Sequence[Asked],
+        weights: Mapping[str, float],
+        gates: Mapping[str, str] | None = None,
+    ) -> Tensor:
+        """The weighted mean of rewards, gated, [B], 0 … 1."""
+        gates = gates or {}
+        found = gated(self.chosen(pictures, asked, dict.fromkeys((*weights, *gates.values()))), gates)
+        return sum((weight * found[name] for name, weight in weights.items()), torch.zeros(())) / sum(weights.values())
