@@ -102,6 +102,16 @@ def test_pictures_count_by_their_distance_from_the_guided_ones():
     torch.testing.assert_close(far.grad, near.grad / 2)
 
 
+def test_a_picture_that_has_arrived_weighs_no_more_than_one_that_nearly_has():
+    x0 = torch.randn(4, 6, requires_grad=True)
+    said = x0.detach().clone()
+
+    loss = matching_loss(x0, said + 0.1, said, said, guidance=2.0)
+    loss.sum().backward()
+
+    assert loss.isfinite().all() and x0.grad.isfinite().all() and x0.grad.abs().max() < 2
+
+
 CENTRES = torch.tensor([[math.cos(a), math.sin(a)] for a in (0.3, 1.9, 3.6, 5.2)]) * 1.5
 SPREAD = 0.08
 

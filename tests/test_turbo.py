@@ -5,7 +5,8 @@ import torch
 
 from model.dit import PRESETS, DiTConfig, Krea2
 from model.errors import K2Error
-from model.train import loop, pretrain, states
+from model.sampler import shifted_sigmas
+from model.train import distill, loop, pretrain, states
 from model.train.pretrain import Trainee
 from model.train.turbo import Recipe, Turbo
 
@@ -57,6 +58,38 @@ def test_everything_of_the_student_learns_and_nothing_of_the_teacher(method):
     assert not [name for name, param in turbo.teacher.named_parameters() if param.grad is not None]
 
 
+def test_the_student_and_the_fake_score_begin_as_the_teacher():
+    turbo = stage("trajectory")
+
+    for network in (turbo.model.dit, turbo.model.fake):
+        assert all(
+            torch.equal(network.state_dict()[name], value) for name, value in turbo.teacher.dit.state_dict().items()
+        )
+
+
+def test_a_trajectory_is_walked_and_followed_as_the_recipe_says(monkeypatch):
+    turbo = stage("trajectory", guidance=1.5, walk_mu=0.3, fakes=3)
+    times, scales, followed = [], [], []
+
+    def walk(velocity, noise, levels):
+        times.append(levels)
+        return distill.walk(velocity, noise, levels)
+
+    def student_loss(student, fake, teacher, way, chance, guidance):
+        scales.append(guidance)
+        return torch.zeros(4)
+
+    def fake_loss(fake, way, chance):
+        followed.append(chance)
+        return torch.zeros(4)
+
+    for watched in (walk, student_loss, fake_loss):
+        monkeypatch.setattr(f"model.train.turbo.{watched.__name__}", watched)
+    turbo.loss(batch(0))
+
+    assert times == [shifted_sigmas(3, 0.3)] and scales == [1.5] and len(followed) == 3
+
+
 def test_the_student_takes_guidance_in():
     turbo = stage("guidance", lr=3e-3, muon_lr=3e-3)
     optimiser = torch.optim.Adam(turbo.model.parameters(), 3e-3)
@@ -86,6 +119,19 @@ def test_strengths_go_through_nothing_at_zero():
 
     assert torch.equal(embeds[:, 5:], turbo.teacher.style.null.expand(4, -1, -1, -1))
     assert mask[:, 5:].all() and embeds.shape[1] == mask.shape[1] == 5 + len(turbo.teacher.style.null)
+
+
+def test_strengths_are_drawn_from_all_that_a_user_may_turn_them_to():
+    turbo = stage("trajectory", strengths=(-1.0, 1.5), untouched=0.0)
+    tensors = {k: v for k, v in batch(0).items() if isinstance(v, torch.Tensor)}
+    null, full = turbo.teacher.style.null.flatten(), turbo.teacher.style(tensors["references"])[0].flatten(1)
+    rows = torch.stack(
+        [turbo.prompts(tensors, torch.Generator().manual_seed(s))[0][:, 5:].flatten(1) for s in range(16)]
+    )
+
+    strengths = ((rows - null) * (full - null)).sum(-1) / (full - null).square().sum(-1)
+
+    assert -1.001 < strengths.min() < -0.75 and 1.25 < strengths.max() < 1.501
 
 
 def test_untouched_styles_stay_at_full_strength():
