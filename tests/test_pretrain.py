@@ -115,6 +115,14 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
     assert values.min() > 0.5 and values.max() < 1.4
 
 
+def test_nine_in_ten_singular_values_of_a_square_matrix_come_near_one():
+    """Its least are nearly nothing, and would take many steps more."""
+    square = torch.randn(1, 384, 384, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(optim.orthogonalise(square))
+
+    assert values.quantile(0.1) > 0.5 and values.max() < 1.4
+
+
 def test_muon_updates_have_the_size_of_adamws():
     weight = torch.nn.Parameter(torch.zeros(64, 192))
     weight.grad = torch.randn(64, 192)
@@ -145,6 +153,24 @@ def test_muon_lets_weights_decay():
         optim.Muon([weight], lr=0.5, weight_decay=decay).step()
 
     torch.testing.assert_close(weights[0] - weights[1], torch.full((4, 8), 0.5 * 0.1))
+
+
+def test_muon_has_the_matrices_of_blocks_and_of_the_text_and_adamw_the_rest(recipe):
+    stage = Pretraining(replace(recipe, lr=1e-3, muon_lr=2e-3, weight_decay=0.1), looks=3)
+    names = {param: name for name, param in stage.model.named_parameters()}
+    optimisers = optim.optimisers_of(stage.model, stage.recipe, stage.muon, stage.rate)
+    found = {
+        names[param]: (which, group["lr"], group["peak"], group["weight_decay"])
+        for which, optimiser in optimisers.items()
+        for group in optimiser.param_groups
+        for param in group["params"]
+    }
+
+    inside = ("dit.blocks.1.attn.wq", "dit.txtfusion.refiner_blocks.0.attn.wq", "dit.txtmlp.1")
+    assert {found[f"{name}.weight"] for name in inside} == {("muon", 2e-3, 2e-3, 0.1)}
+    rest = ("dit.blocks.1.attn.qknorm.qnorm.scale", "dit.txtmlp.1.bias", "dit.first.weight", "look_head.weight")
+    assert {found[name] for name in rest} == {("adamw", 1e-3, 1e-3, 0.1)}
+    assert found.keys() == set(names.values())
 
 
 def test_learning_rate_rises_stays_and_falls():
