@@ -269,6 +269,8 @@ def test_noise_levels_are_stratified_about_their_shift():
     levels = noise_levels(4000, 0.7, torch.Generator().manual_seed(0))
     logits = torch.logit(levels)
     assert logits.mean().item() == pytest.approx(0.7, abs=0.01) and logits.std().item() == pytest.approx(1, abs=0.02)
-    few = torch.logit(noise_levels(8, 0.0, torch.Generator().manual_seed(0))).sort().values
+    drawn = torch.logit(noise_levels(8, 0.0, torch.Generator().manual_seed(0)))
+    few = drawn.sort().values
     edges = torch.special.ndtri(torch.arange(9) / 8)
     assert ((few >= edges[:-1]) & (few <= edges[1:])).all()
+    assert not torch.equal(drawn, few)  # else a picture's level would go with its place in the batch
