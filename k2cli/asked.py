@@ -71,15 +71,24 @@ def plan_project(
     if not quiet and (names := project.uncompared(prompts, matrices)):
         say(f"{called}: no [[matrix]] is about {listed(names)}.", "yellow")
     if not quiet and not any(shot.spec.init_image for shot in shots):
-        theirs = of_prompts if settings.init_image != NONE else ()
-        said = [vars(settings), *theirs, *(matrix.axes for matrix in matrices)]
-        if any(each.get("denoise") is not None for each in said):
-            say(f"{whose}Nothing begins with a picture, so that denoise changes nothing.", "yellow")
+        here = by_options(settings)
+        mine = vars(settings) if settings.init_image is None else here  # else of a picture that prompts do without
+        theirs = of_prompts if here.get("init_image") != NONE else ()
+        said = [mine, *theirs, *(matrix.axes for matrix in matrices)]
+        if void := [key for key in ("denoise", "mask") if any(each.get(key) not in (None, NONE) for each in said)]:
+            change = "changes" if len(void) == 1 else "change"
+            say(f"{whose}Nothing begins with a picture, so that {' and '.join(void)} {change} nothing.", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
         for doubt in (*idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
             say(f"{whose}{doubt}", "yellow")
     return job
+
+
+def by_options(settings: Settings) -> dict[str, Any]:
+    """What a command line says by options of their own."""
+    own = {key: f"--{key.replace('_', '-')}" for key in settings.elsewhere}
+    return {key: getattr(settings, key) for key, option in own.items() if settings.elsewhere[key] == option}
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:

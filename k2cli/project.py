@@ -184,11 +184,9 @@ class Project(Folder):
         check_picture(path, where, said, whole=True)
         return path, sides_of(path)
 
-    def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides | None) -> Path | str:
+    def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides) -> Path | str:
         """Which part of the picture that others begin with is made anew: a region of them, or a picture of the same
         proportions. Raises K2Error."""
-        if begun is None:
-            raise K2Error(f"{where}: there is no init_image to be masked.", hint="Name the picture that is to be kept.")
         if region := Region.read(said):
             assert size[0] and size[1]  # what it begins with leads to them
             region.check(size[0], size[1], f"{where}: ")
@@ -332,8 +330,11 @@ class Project(Folder):
                 begun, sides = self.pictures(settings.init_image, at)
         width, height = settings.pixels(where, grid, sides)
         mask = None
-        if settings.mask not in (None, NONE):
+        if settings.mask not in (None, NONE) and settings.init_image != NONE:  # of which there is nothing to keep
             with said_by(where("mask")) as at:
+                if sides is None:
+                    hint = f'Name the picture that "{name}" is to begin with.'
+                    raise K2Error(f"{at}: there is no init_image to be masked.", hint=hint)
                 mask = self.mask(settings.mask, at, (width, height), sides)
         seed, batch = settings.first_seed, settings.batch
         if seed + batch > 2**63:

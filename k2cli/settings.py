@@ -84,8 +84,6 @@ class Settings:
             said = {"aspect": None, "resolution": None, **said}
         elif "aspect" in said or "resolution" in said:
             said = {"size": None, **said}
-        if said.get("init_image") == NONE:  # there is nothing left to be kept, in part or in a mask's place
-            said = {"denoise": None, "mask": None, **said}
         return replace(self, **said, elsewhere={**self.elsewhere, **where})
 
     def yielding_to(self, said: Collection[str]) -> Settings:

@@ -525,7 +525,33 @@ def test_none_is_none_whatever_was_said_before(begun, k2):
     assert "denoise" not in told
     assert "denoise changes nothing" in k2("render", "--init-image", "none", "--denoise", "0.5", "--dry-run").stderr
     (begun / "k2.toml").write_text(text.replace('init_image = "refs/wide.png"', 'init_image = "none"'))
-    assert "no init_image to be masked" in k2("render", "--only", "fox", code=1).stderr
+    assert "denoise and mask change nothing" in k2("render", "--only", "fox").stderr
+
+
+def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
+    """One prompt may say it, and a command line the rest of all; a picture named over it brings all of it back."""
+    said = '[render]\ninit_image = "refs/wide.png"\ndenoise = 0.4\nmask = "64x64+8+8"\n'
+    text = (begun / "k2.toml").read_text().replace("[render]\n", said)
+    (begun / "k2.toml").write_text(text + 'init_image = "none"\n')
+
+    fox, owl = plan(k2, "--mask", "32x32+0+0")
+    assert (fox["mask"], owl["mask"], owl["settings"]["denoise"]) == ({"region": "32x32+0+0"}, None, None)
+    for each in plan(k2, "--init-image", "refs/wide.png"):
+        assert (each["mask"], each["settings"]["denoise"]) == ({"region": "64x64+8+8"}, 0.4)
+    lines = '{"prompt": "tea", "init_image": "none"}\n{"prompt": "a cup", "init_image": "refs/wide.png"}\n'
+    for picture in ("refs/wide.png", "none"):
+        asked = ("render", "-", "--init-image", picture, "--mask", "32x32+0+0", "--dry-run", "--json")
+        tea, cup = (json.loads(line) for line in k2(*asked, input=lines).stdout.splitlines())
+        assert (tea["init_image"], tea["mask"], cup["mask"]) == (None, None, {"region": "32x32+0+0"})
+    made = k2("render", "--only", "fox", "--batch", "1").stdout.split()[0]
+    liked = k2("render", "-", "--like", made, "--dry-run", "--json", input=lines.splitlines()[0])
+    assert json.loads(liked.stdout)["mask"] is None
+
+    told = k2("render", "--only", "an-owl-at-night", "--mask", "8x8+0+0", "--denoise", "0.5", "--dry-run").stderr
+    assert "Nothing begins with a picture, so that denoise and mask change nothing." in told
+    (begun / "k2.toml").write_text(text.replace(said, "[render]\n"))
+    refused = k2("render", "-p", "tea", "--mask", "8x8+0+0", code=2).stderr
+    assert 'Name the picture that "tea" is to begin with.' in refused
 
 
 def test_mixes_are_seen_on_one_picture(begun, k2):
