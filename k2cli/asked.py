@@ -36,6 +36,7 @@ class Asked:
         if self.example:
             own = prompts is None and not self.only
             said = {**self.settings, **(self.compared[0].axes if self.compared else {})}
+            prompts = prompts and [self.example.freed(prompt, project.settings, said) for prompt in prompts]
             project, weights = self.example.within(project, said, weights, self.moodboard, own_prompt=own)
             prompts = [self.example.prompt()] if own else prompts
         elif self.moodboard is not None:

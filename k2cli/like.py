@@ -17,6 +17,7 @@ from k2cli.origins import own_phrases
 from k2cli.project import Project
 from k2cli.prompts import Prompt, prompt_of
 from k2cli.records import SPEC_KEYS, Record
+from k2cli.settings import FRAME, Settings
 from k2cli.styles import BOARD, Styles
 from k2cli.tables import Option
 from k2cli.texts import composed, quote
@@ -69,6 +70,16 @@ class Example:
         if "init_image" in void:  # its shape is another's, and a mask was drawn on the one before
             void |= {"size", "mu", "mask"} | ({"denoise"} if spec.mask or not spec.init_image else set())
         return {key: value for key, value in found.items() if key not in void}
+
+    def freed(self, prompt: Prompt, own: Settings, said: Collection[str]) -> Prompt:
+        """A prompt that has the last word, with the project's own settings, too, where it makes void what the picture
+        has, as a command line that said the same would have."""
+        void = self.settings(said).keys() - self.settings({*said, *prompt.settings}).keys() - prompt.settings.keys()
+        if not (prompt.last and void):
+            return prompt
+        void |= FRAME if "size" in void else set()
+        there = own.over(prompt.settings, {})
+        return replace(prompt, settings={**prompt.settings, **{key: getattr(there, key) for key in void}})
 
     def leader(self) -> Leader:
         """It, or what it was led by itself: whose look the batch has that it is of."""

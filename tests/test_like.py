@@ -154,6 +154,31 @@ def test_another_beginning_brings_its_shape_and_no_mask(dusky, k2):
         assert (other["settings"]["width"], other["settings"]["height"]) == (176, 96)
 
 
+def test_what_a_line_says_makes_void_what_the_command_line_would_have(dusky, k2):
+    """A size brings its own mu, another beginning its own shape and share and no mask; the project's frame counts."""
+    (dusky / "refs").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
+    Image.new("RGB", (480, 320), "teal").save(dusky / "refs" / "wide.png")
+    begun = ("--init-image", "refs/a.png", "--mask", "64x64+0+0", "--denoise", "0.9", "--size", "64x96")
+    made = rendered(k2, "-p", "tea", *begun)
+    text = (dusky / "k2.toml").read_text()
+    for frame in ('size = "96x96"\n', 'aspect = "2:1"\nresolution = 192\n'):
+        (dusky / "k2.toml").write_text(text.replace("[render]\n", f"[render]\n{frame}"))
+        for said, more in (
+            ({"init_image": "refs/wide.png"}, ("--size", "128x128")),
+            ({"init_image": "refs/wide.png"}, ("--matrix", "denoise=0.3,0.6")),
+            ({"init_image": "refs/wide.png", "aspect": "1:1", "denoise": 0.5}, ()),
+            ({"init_image": "none"}, ()),
+            ({"size": "96x64"}, ("--steps", "4")),
+            ({"resolution": 128}, ()),
+        ):
+            options = [word for key, value in said.items() for word in (f"--{key.replace('_', '-')}", value)]
+            typed = plan(k2, "--like", made, "-p", "a cat", *options, *more)
+            line = json.dumps({"prompt": "a cat"} | said)
+            piped = k2("render", "-", "--like", made, *more, "--dry-run", "--json", input=line).stdout
+            assert [json.loads(each) for each in piped.splitlines()] == typed
+
+
 def test_what_it_had_none_of_the_project_does_not_give_it(dusky, k2):
     made = rendered(k2, "-p", "tea", "--guidance", "0")
     (dusky / "refs").mkdir()
