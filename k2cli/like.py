@@ -118,8 +118,8 @@ class Example:
         *,
         own_prompt: bool,
     ) -> tuple[Project, dict[str, float]]:
-        """Its project with its settings and styles in the place of the project's own, and the styles that the command
-        line has something left to say of. Raises K2Error.
+        """Its project with its settings and styles in the place of the project's own and of its prompts' own, and the
+        styles that the command line has something left to say of. Raises K2Error.
 
         said        settings of the command line, which go before, and what a matrix compares
         styles      weights of the command line, which go before; a style that is gone may be left out by it
@@ -156,6 +156,7 @@ class Example:
             project,
             settings=project.settings.over(settings, dict.fromkeys(settings, OPTION)),
             weights=weights,
+            prompts=tuple(replace(prompt, style={}) for prompt in project.prompts),  # whose settings yield, too
             leader=self.leader(),
         )
         return project, {name: weight for name, weight in styles.items() if name not in gone}

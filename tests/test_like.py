@@ -118,8 +118,14 @@ def test_other_prompts_share_the_look_of_the_picture_that_leads(dusky, k2):
     _, led = k2("render", "-p", "a cup", "-p", "a pot", *whole, "--batch", "1").stdout.split()
     (third,) = plan(k2, "--like", led, "-p", "a jug", "--batch", "1")
     assert third["settings"]["cohesion"] == 0.5 and third["leader"]["prompt"].startswith("a cup")
-    named = plan(k2, "--like", made, "--only", "fox", "--batch", "1")
+    own = '"a red fox"\nsteps = 4\nstyle = { ink = 0.4, dusk = -1 }'
+    (dusky / "k2.toml").write_text((dusky / "k2.toml").read_text().replace('"a red fox"', own))
+    like = ("--like", made, "--only", "fox", "--batch", "1")
+    named = plan(k2, *like)
     assert [each["prompt"]["text"] for each in named] == ["a red fox"] and named[0]["style"] == owl["style"]
+    assert [style["strength"] for style in plan(k2, *like, "--style", "ink=0.5")[0]["style"]] == [1.0, 0.5]
+    line = k2("render", "-", "--like", made, "--dry-run", "--json", input='{"prompt": "tea", "styles": {"ink": 0.5}}')
+    assert [style["strength"] for style in json.loads(line.stdout)["style"]] == [1.0, 0.5]
 
 
 def test_a_picture_that_began_with_another_goes_on_doing_so(dusky, k2):
