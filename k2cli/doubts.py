@@ -136,12 +136,14 @@ def misbegun(job: Job) -> Iterator[str]:
 
 
 def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
-    """Of shares of the steps that a matrix compares: that several come to as many."""
+    """Of shares of the steps that a matrix compares: that several come to as many, or that some pictures have no use
+    for any. That none has is told of all."""
     axes = {key for matrix in matrices for key in ("denoise", "guidance_until") if key in matrix.axes}
     if not axes:  # nor need the model's headers be read
         return
     own = recommended(job.model.name, job.model.variant)
     shares: dict[tuple[RenderSpec, str, int, int], dict[str, None]] = {}
+    void: dict[tuple[RenderSpec, str], list[Shot]] = {}
     for shot in job.shots:
         spec = shot.spec
         steps = taken = spec.steps or own["steps"]
@@ -149,9 +151,13 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
             denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
             taken = steps_taken(denoise, steps)
             shares.setdefault((replace(spec, denoise=None), "denoise", steps, taken), {})[f"{denoise:g}"] = None
-        if spec.guidance_until and (own["guidance"] if spec.guidance is None else spec.guidance):
+        else:
+            void.setdefault((spec, "denoise"), []).append(shot)
+        others = replace(spec, guidance_until=None)
+        if not (own["guidance"] if spec.guidance is None else spec.guidance):
+            void.setdefault((others, "guidance_until"), []).append(shot)
+        elif spec.guidance_until:
             guided = steps_guided(spec.guidance_until, taken)
-            others = replace(spec, guidance_until=None)
             shares.setdefault((others, "guidance_until", taken, guided), {})[f"{spec.guidance_until:g}"] = None
     told: dict[str, None] = {}
     for (_, key, steps, count), (*values, last) in shares.items():
@@ -160,6 +166,11 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
             those = f"{key} {', '.join(values)} and {last}"
             told[f"Of {count_of(steps, 'step')} {count} {how} by {those}: these pictures are the same."] = None
     yield from told
+    for key, what in (("denoise", "begins with a picture"), ("guidance_until", "is guided")):
+        alike = {shots[0].given: None for (_, about), shots in void.items() if about == key and len(shots) > 1}
+        if key in axes and alike and any(about == key for _, about, _, _ in shares):
+            those = listed([f'"{short(prompt)}"' for prompt in alike], 1)
+            yield f"Of {those} nothing {what}, so that {key} changes nothing: these pictures are the same."
 
 
 def shows_else(shot: Shot, job: Job) -> bool:

@@ -591,8 +591,8 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
         return "".join(line for line in said.splitlines(True) if "these pictures are the same" in line)
 
     same = "Of 8 steps 4 are taken by denoise 0.45, 0.5 and 0.55: these pictures are the same.\n"
-    assert told("--matrix", "denoise=0.45,0.5,0.55,1", "--steps", "8") == same
-    assert told("--matrix", "denoise=0.45,0.5,0.55", "--matrix", "steps=8,40") == same
+    assert told("--matrix", "denoise=0.45,0.5,0.55,1", "--steps", "8", "--only", "fox") == same
+    assert told("--matrix", "denoise=0.45,0.5,0.55", "--matrix", "steps=8,40", "--only", "fox") == same
     assert told("--matrix", "denoise=0.45,0.5,0.55", "--steps", "8", "--init-image", "none") == ""
     guided = "Of 1 step 1 is guided by guidance_until 0.4 and 1: these pictures are the same.\n"
     assert told("--matrix", "guidance_until=0.4,1", "--steps", "1", "--only", "an-owl-at-night") == guided
@@ -603,12 +603,17 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
     assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
     toml = (begun / "k2.toml").read_text()
+    (begun / "k2.toml").write_text(toml + "guidance = 0\n")
+    void = 'Of "an owl at night" nothing {}, so that {} changes nothing: these pictures are the same.\n'
+    for axis, why in (("denoise=0.3,0.6", "begins with a picture"), ("guidance_until=0.25,0.75", "is guided")):
+        assert told("--matrix", axis, "--steps", "8") == void.format(why, axis.partition("=")[0])
+        assert told("--matrix", axis, "--steps", "8", "--only", "an-owl-at-night") == ""  # of no picture is said more
     for first, second in (
         ('denoise = [0.4, 0.7]\nsize = ["256x256"]', 'denoise = [0.42, 0.8]\nsize = ["320x192"]'),
         ("guidance_until = [0.4, 1]\nguidance = [2.0]", "guidance_until = [0.5, 0.8]\nguidance = [4.0]"),
     ):
         (begun / "k2.toml").write_text(f"{toml}\n[[matrix]]\n{first}\n\n[[matrix]]\n{second}\n")
-        assert told("--steps", "8") == told("--steps", "4") == ""
+        assert told("--only", "fox", "--steps", "8") == told("--only", "fox", "--steps", "4") == ""
 
 
 def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
