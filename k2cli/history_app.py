@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,7 +123,7 @@ def log(
             print("".join(lines), end="", flush=True)
     if not quiet:
         if not count and not wrong:
-            say("No picture matches." if chosen else none_yet(folders), "dim")
+            say(none_such(folders, style or []) if chosen else none_yet(folders), "dim")
         elif len(found) < count:
             say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
         if unread:
@@ -144,6 +145,22 @@ def none_yet(folders: Sequence[Folder]) -> str:
     here, root = root_above(Path.cwd()), folders[0].root
     there = "" if here and here.samefile(root) else f" --project {for_shell(root)}"
     return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
+
+
+def none_such(folders: Sequence[Folder], styles: Sequence[str]) -> str:
+    """That no picture is as it is wanted; of a style that is a mix and nothing else, what records name in its place."""
+    from k2cli.styles import Styles
+    from k2cli.texts import composed, quote
+
+    told = {"No picture matches.": None}
+    for folder in folders:
+        for name in map(composed, styles):
+            with suppress(K2Error):
+                parts = [part.name for part in Styles(folder.root, folder.inside).resolve({name: 1.0}, lambda name: "")]
+                if parts and name not in parts:
+                    those = " ".join(f"--style {quote(part)}" for part in parts)
+                    told[f"{name} is a mix, and records name what it is made of: {those}"] = None
+    return " ".join(told)
 
 
 def gallery(

@@ -51,6 +51,25 @@ def test_show_leaves_out_what_a_record_does_not_tell(moody, k2, key):
     assert "prompt " in shown and "None" not in shown
 
 
+def test_that_a_mix_is_in_no_record_is_told(moody, k2):
+    """Nor is one that mixes mixes; a style with words of its own is."""
+    styles = moody / "styles"
+    styles.mkdir()
+    for name in ("ink", "riso"):
+        (styles / f"{name}.toml").write_text(f'keywords = ["{name}"]\n')
+    (styles / "blend.toml").write_text("[mix]\nink = 0.5\nriso = 1\n")
+    (styles / "wide.toml").write_text("[mix]\nblend = 1\n")
+    (styles / "own.toml").write_text('keywords = ["own"]\n[mix]\nblend = 1\n')
+    k2("render", "-p", "tea", "--style", "wide=1", "--steps", "1")
+
+    made_of = "is a mix, and records name what it is made of: --style riso --style ink\n"
+    for name in ("blend", "wide"):
+        assert f"No picture matches. {name} {made_of}" in k2("log", "--style", name).stderr
+    for name in ("own", "none"):
+        assert k2("log", "--style", name).stderr == "No picture matches.\n"
+    assert k2("log", "--style", "riso", "--style", "ink").stdout.count("\n") == 1
+
+
 def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
     """Whatever the folder above is called."""
     odd = moody.rename(moody.with_name("two\nlines\t'"))
