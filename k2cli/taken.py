@@ -25,6 +25,7 @@ from model.errors import K2Error, listed
 from model.picture_file import passed_over
 
 MOST = 1000  # pictures of a folder, and of a batch
+OF_EACH = ("steps", "guidance", "creativity")  # that a [[prompt]] says itself, where its picture's are not the first's
 
 
 def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
@@ -126,6 +127,15 @@ def model_of(origin: Origin) -> str:
     return origin.model if own else "mini"
 
 
+def own_of(origin: Origin, first: Origin) -> dict[str, Any]:
+    """What a [[prompt]] says of OF_EACH for a picture of k2's, in a project that has its settings of the first picture:
+    nothing where another checkpoint had it."""
+    if not origin.tool == first.tool == "k2" or (origin.model, origin.turbo) != (first.model, first.turbo):
+        return {}
+    kept, made = ({"creativity": "raw"} | taken_over(each) for each in (first, origin))
+    return {key: made[key] for key in OF_EACH if key in made and made[key] != kept.get(key)}
+
+
 def left_behind(origin: Origin, first: Origin) -> list[str]:
     """What a project that has its settings of the first picture does not take over of this one."""
     lost = list(origin.left_out)
@@ -135,6 +145,7 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
         made = silent | settings_of(origin)
         lost += [f"model {origin.model}"] if origin.model not in ("", model_of(first)) else []
         lost += [f"variant {'turbo' if origin.turbo else 'raw'}"] if origin.turbo != first.turbo else []
+        kept |= own_of(origin, first)
         lost += [f"{key} {value}" for key, value in made.items() if kept.get(key) != value]
         own = (key for key, value in kept.items() if key not in made and getattr(origin, key) != value)
         lost += [f"the model's own {key}" for key in own]
@@ -155,22 +166,28 @@ def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[s
     return told
 
 
-def wish(origin: Origin) -> Origin:
-    """What a [[prompt]] takes over of a picture: others may differ in nothing but what stays behind."""
-    return Origin(origin.tool, origin.prompt, origin.avoid, origin.seed, origin.width, origin.height, name=origin.name)
+def wish(origin: Origin, first: Origin) -> Origin:
+    """What a [[prompt]] takes over of a picture, and what [render] has of the first: others may differ in nothing but
+    what stays behind."""
+    said = {key: getattr(first, key) for key in OF_EACH} | own_of(origin, first)
+    kept = ("tool", "prompt", "avoid", "seed", "width", "height", "name")
+    return Origin(**{key: getattr(origin, key) for key in kept}, **said)
 
 
 def project_text(name: str, origins: Sequence[Origin]) -> str:
     """A k2.toml that asks for these pictures anew.
 
     Seeds, shapes and words are taken over. Steps and guidance are another model's, so they are told and not set,
-    except for pictures of k2's own.
+    except for pictures of k2's own, where each prompt has what is not the first's.
     """
 
     def text(value: str) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    first, counts = origins[0], batches([*map(wish, origins)])
+    def said(key: str, value: Any) -> str:
+        return f"{key} = {text(value) if isinstance(value, str) else repr(value).removesuffix('.0')}"
+
+    first, counts = origins[0], batches([wish(each, origins[0]) for each in origins])
     own = first.tool == "k2"
     model = model_of(first)
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]
@@ -180,7 +197,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
         lines.append(shape if own else told(shape, first))
     for key, value in (written if own else settings_of)(first).items():
-        line = f"{key} = {text(value) if isinstance(value, str) else repr(value).removesuffix('.0')}"
+        line = said(key, value)
         lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
     for called, each in named(counts).items():
         lines += ["", "[[prompt]]".ljust(22) + f"# from a picture of {each.tool}", f"name = {text(called)}"]
@@ -191,6 +208,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
         if (other := size_of(each, model)) and other != size:
             shape = f'size = "{other}"'
             lines.append(shape if each.tool == "k2" else told(shape, each))
+        lines += [said(key, value) for key in OF_EACH if (value := getattr(each, key)) != getattr(first, key)]
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,7 @@ from model.spec import raw_mu
 def test_prompts_keep_the_names_of_k2s_own_pictures(moody, k2, tmp_path):
     """By which --only and the old files know them; where a matrix numbered its cells, without the number."""
     k2("render", "--only", "fox", "--batch", "2")
-    k2("render", "--only", "fox", "--matrix", "steps=1,2")
+    k2("render", "--only", "fox", "--matrix", "sampler=euler,ab2")
     pictures = sorted((moody / "outputs").glob("*/fox*.png"))
     k2("new", tmp_path / "taken", "--from", *pictures)
 
@@ -139,10 +139,15 @@ def test_a_picture_of_turbo_brings_what_it_was_asked_for_besides(moody, k2, tmp_
     other = k2("render", "-p", "an owl", "--turbo", "--steps", "4", "--guidance", "0").stdout.strip()
 
     said = k2("new", tmp_path / "again", "--from", first, other).stderr
-    settings = Project.open(tmp_path / "again").settings
+    project = Project.open(tmp_path / "again")
+    settings = project.settings
 
     assert (settings.guidance, settings.guidance_until, settings.sampler) == (2, 0.5, "ab2")
-    assert "owl-7.png: steps 4 stayed behind." in said and "owl-7.png: guidance 0.0 stayed behind." in said
+    assert [prompt.settings for prompt in project.prompts] == [{"seed": 7}, {"seed": 7, "steps": 4, "guidance": 0}]
+    assert "steps" not in said and "guidance 0.0" not in said
+    k2("new", tmp_path / "turned", "--from", other, first)
+    turned = Project.open(tmp_path / "turned").prompts[1].settings
+    assert turned == {"seed": 7, "steps": 8, "guidance": 2}  # Turbo's own steps, too, as [render] has others
 
 
 def test_one_of_another_variant_is_told(moody, k2, tmp_path):
@@ -249,9 +254,11 @@ def test_what_a_picture_left_to_the_model_is_told_where_the_first_did_not(moody,
     said = k2("new", tmp_path / "again", "--from", *(each.stdout.strip() for each in (dog, other, cat))).stderr
 
     assert Project.open(tmp_path / "again").settings.mu == chosen
-    for each in ("the model's own mu", "the model's own sampler", "the model's own guidance_until", "creativity raw"):
+    for each in ("the model's own mu", "the model's own sampler", "the model's own guidance_until"):
         assert f"a-cat-7.png: {each} stayed behind." in said
-    assert said.count("stayed behind") == 4
+    assert said.count("stayed behind") == 3
+    creative = [prompt.settings.get("creativity") for prompt in Project.open(tmp_path / "again").prompts]
+    assert creative == [None, None, "raw"]
 
 
 @pytest.mark.parametrize("model", ["krea/Krea-2-Raw", "/models/fox.safetensors", "models/fox"])
@@ -306,13 +313,15 @@ def test_a_picture_of_k2_brings_its_creativity_and_leaves_its_ties(moody, k2, tm
 
     assert (project.settings.creativity, project.settings.steps, project.settings.cohesion) == ("low", 3, 0.0)
     assert 'fox-8.png: cohesion 0.5 with "a fox' in said
-    assert "owl-7.png: creativity high stayed behind." in said and "owl-7.png: steps 4 stayed behind." in said
+    assert project.prompts[-1].settings == {"seed": 7, "steps": 4, "creativity": "high"}
+    assert "creativity" not in said and "steps" not in said
 
 
 def test_pictures_that_differ_in_what_stays_behind_alone_are_asked_for_once(moody, k2, tmp_path):
     (moody / "styles").mkdir()
     (moody / "styles" / "dusk.toml").write_text('keywords = ["film grain"]\n')
-    k2("render", "-p", "a fox", "--matrix", "style.dusk=0,0.5,1", "--matrix", "steps=3,4", "--matrix", "seed=7,8,20")
+    axes = ("style.dusk=0,0.5,1", "sampler=euler,ab2", "seed=7,8,20")
+    k2("render", "-p", "a fox", *(word for axis in axes for word in ("--matrix", axis)))
 
     said = k2("new", tmp_path / "again", "--from", *moody.glob("outputs/*/")).stderr
 
