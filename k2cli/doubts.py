@@ -51,8 +51,9 @@ class Doubts:
             yield self._untold
         if far := next(filter(None, map(self._far_off, left)), ""):
             yield far
-        if self._never_guided:
-            yield self._never_guided
+        never = [self._never_guided(shot) for shot in left if shot.spec.guidance_until]
+        if never and all(never):
+            yield never[0]
         if signs := read_as_words(text for shot in left for text in (shot.given, shot.spec.negative)):
             yield signs
         if strange := list(dict.fromkeys(shot.given for shot in left if shows_else(shot, job))):
@@ -60,10 +61,9 @@ class Doubts:
 
     def of(self, shot: Shot) -> list[str]:
         """Those that hold for one picture."""
-        never = self._never_guided if shot.spec.guidance_until is not None else ""
         signs = read_as_words([shot.given, shot.spec.negative])
         strange = nothing_in([shot.given]) if shows_else(shot, self.job) else ""
-        return [*filter(None, (self._untold, self._far_off(shot), never, signs, strange))]
+        return [*filter(None, (self._untold, self._far_off(shot), self._never_guided(shot), signs, strange))]
 
     @cached_property
     def _untold(self) -> str:
@@ -72,6 +72,10 @@ class Doubts:
     @cached_property
     def _grid(self) -> Grid:
         return grid(*self._model)
+
+    @cached_property
+    def _guidance(self) -> float:
+        return float(recommended(*self._model)["guidance"])
 
     def _far_off(self, shot: Shot) -> str:
         """That a picture is far larger, or smaller, than what the model says it was trained for; else nothing."""
@@ -83,16 +87,12 @@ class Doubts:
             return f"{width}x{height} is far from {made_for}: expect broken pictures."
         return ""
 
-    @cached_property
-    def _never_guided(self) -> str:
-        """That guidance is to end, where no picture has any; else nothing."""
-        left = self.job.left
-        said = {shot.spec.guidance_until for shot in left if shot.spec.guidance_until is not None}
-        if not said or any(shot.spec.guidance for shot in left):
-            return ""
-        if any(shot.spec.guidance is None for shot in left) and recommended(*self._model)["guidance"]:
-            return ""
-        return f"Guidance is off, so that guidance_until = {min(said):g} changes nothing."
+    def _never_guided(self, shot: Shot) -> str:
+        """That guidance of a picture is to end which has none; else nothing."""
+        until, guidance = shot.spec.guidance_until, shot.spec.guidance
+        if until and not (self._guidance if guidance is None else guidance):
+            return f"Guidance is off, so that guidance_until = {until:g} changes nothing."
+        return ""
 
 
 def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:

@@ -313,14 +313,18 @@ def test_what_is_told_of_a_prompt_stands_in_its_object(moody, k2, how):
 def test_what_is_told_of_a_size_or_of_guidance_stands_in_the_objects_that_it_holds_for(moody, k2, dry):
     about = {"kind": "dit", "variant": "raw", "native": 128, "recommended": {"steps": 8, "guidance": 0, "mu": 1.15}}
     write_weights(library.BOX / "mini-raw.safetensors", about)
-    lines = '{"prompt": "a fox", "size": "64x64"}\n{"prompt": "a fox", "size": "128x128"}\n'
+    lines = '{"prompt": "a fox", "size": "64x64"}\n{"prompt": "a fox"}\n{"prompt": "a fox", "guidance": 1}\n'
+    quiet = ("--json", "--quiet", "--size", "128x128", *dry)
 
-    said = k2("render", "-", "--json", "--quiet", "--guidance-until", 0.5, *dry, input=lines)
+    said = k2("render", "-", *quiet, "--guidance-until", 0.5, input=lines)
+    compared = k2("render", "-p", "a fox", *quiet, "--matrix", "guidance_until=0.25,0.5")
 
-    small, fine = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
+    small, fine, guided = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
+    sooner, later = (json.loads(answer)["warnings"] for answer in compared.stdout.splitlines())
     far = "64x64 is far from the 128x128 that the model was made for: expect broken pictures."
     never = "Guidance is off, so that guidance_until = 0.5 changes nothing."
-    assert small == [far, never] and fine == [never]
+    assert (small, fine, guided) == ([far, never], [never], [])
+    assert (sooner, later) == ([never.replace("0.5", "0.25")], [never])
 
 
 def test_standard_output_holds_pictures_and_no_more(moody, k2, asks):
