@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -143,7 +144,7 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
         return
     own = recommended(job.model.name, job.model.variant)
     shares: dict[tuple[RenderSpec, str, int, int], dict[str, None]] = {}
-    void: dict[tuple[RenderSpec, str], list[Shot]] = {}
+    void: Counter[tuple[str, RenderSpec, str]] = Counter()
     for shot in job.shots:
         spec = shot.spec
         steps = taken = spec.steps or own["steps"]
@@ -152,10 +153,10 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
             taken = steps_taken(denoise, steps)
             shares.setdefault((replace(spec, denoise=None), "denoise", steps, taken), {})[f"{denoise:g}"] = None
         else:
-            void.setdefault((spec, "denoise"), []).append(shot)
+            void[shot.given, spec, "denoise"] += 1
         others = replace(spec, guidance_until=None)
         if not (own["guidance"] if spec.guidance is None else spec.guidance):
-            void.setdefault((others, "guidance_until"), []).append(shot)
+            void[shot.given, others, "guidance_until"] += 1
         elif spec.guidance_until:
             guided = steps_guided(spec.guidance_until, taken)
             shares.setdefault((others, "guidance_until", taken, guided), {})[f"{spec.guidance_until:g}"] = None
@@ -166,11 +167,11 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
             those = f"{key} {', '.join(values)} and {last}"
             told[f"Of {count_of(steps, 'step')} {count} {how} by {those}: these pictures are the same."] = None
     yield from told
-    for key, what in (("denoise", "begins with a picture"), ("guidance_until", "is guided")):
-        alike = {shots[0].given: None for (_, about), shots in void.items() if about == key and len(shots) > 1}
+    for key, what in (("denoise", "an initial picture"), ("guidance_until", "guidance")):
+        alike = {given: None for (given, _, about), count in void.items() if about == key and count > 1}
         if key in axes and alike and any(about == key for _, about, _, _ in shares):
             those = listed([f'"{short(prompt)}"' for prompt in alike], 1)
-            yield f"Of {those} nothing {what}, so that {key} changes nothing: these pictures are the same."
+            yield f"Some pictures of {those} are the same: {key} changes nothing without {what}."
 
 
 def shows_else(shot: Shot, job: Job) -> bool:

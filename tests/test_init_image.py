@@ -588,7 +588,7 @@ def test_what_may_not_be_meant_is_told(begun, k2):
 def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     def told(*options: str) -> str:
         said = k2("render", *options, "--dry-run").stderr
-        return "".join(line for line in said.splitlines(True) if "these pictures are the same" in line)
+        return "".join(line for line in said.splitlines(True) if "are the same" in line)
 
     same = "Of 8 steps 4 are taken by denoise 0.45, 0.5 and 0.55: these pictures are the same.\n"
     assert told("--matrix", "denoise=0.45,0.5,0.55,1", "--steps", "8", "--only", "fox") == same
@@ -602,12 +602,15 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     assert told("--matrix", "guidance_until=0.4,0.5,1", *begins) == guided
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
     assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
+    void = 'Some pictures of "{}" are the same: {} changes nothing without {}.\n'
+    half = ("--matrix", "guidance=0,3", "--matrix", "guidance_until=0.25,0.75", "--steps", "8", "--only", "fox")
+    assert told(*half) == void.format("a red fox", "guidance_until", "guidance")
     toml = (begun / "k2.toml").read_text()
     (begun / "k2.toml").write_text(toml + "guidance = 0\n")
-    void = 'Of "an owl at night" nothing {}, so that {} changes nothing: these pictures are the same.\n'
-    for axis, why in (("denoise=0.3,0.6", "begins with a picture"), ("guidance_until=0.25,0.75", "is guided")):
-        assert told("--matrix", axis, "--steps", "8") == void.format(why, axis.partition("=")[0])
+    for axis, what in (("denoise=0.3,0.6", "an initial picture"), ("guidance_until=0.25,0.75", "guidance")):
+        assert told("--matrix", axis, "--steps", "8") == void.format("an owl at night", axis.partition("=")[0], what)
         assert told("--matrix", axis, "--steps", "8", "--only", "an-owl-at-night") == ""  # of no picture is said more
+        assert told("--matrix", axis.partition(",")[0], "--steps", "8") == ""  # each is one of its kind
     for first, second in (
         ('denoise = [0.4, 0.7]\nsize = ["256x256"]', 'denoise = [0.42, 0.8]\nsize = ["320x192"]'),
         ("guidance_until = [0.4, 1]\nguidance = [2.0]", "guidance_until = [0.5, 0.8]\nguidance = [4.0]"),
