@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from k2cli.matrix import MOST, MOST_LETTERS, Cell, Matrix, settled_by, variants
-from k2cli.settings import HOMES, OF_PROMPT, check_frame, check_setting
+from k2cli.settings import HOMES, NONE, OF_PROMPT, check_frame, check_setting
 from k2cli.sizes import parse_size
 from k2cli.tables import NO_KEY, Place, check_keys, read_table, read_weights, said_by
 from k2cli.texts import as_name, check_name, is_mark, plain
@@ -70,6 +70,8 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
         check_frame(prompt.settings, at)
         if "size" in prompt.settings:
             parse_size(prompt.settings["size"], at("size"))
+        if prompt.settings.get("init_image") == NONE and prompt.settings.get("mask", NONE) != NONE:
+            raise K2Error(f"{at('mask')}: there is no init_image to be masked.", hint="Name one, or drop the mask.")
         if prompt.name:
             prompt = replace(prompt, name=check_name(prompt.name, at("name")))
         prompts.append(prompt)

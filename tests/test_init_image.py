@@ -524,8 +524,11 @@ def test_none_is_none_whatever_was_said_before(begun, k2):
     told = k2("render", "--init-image", "none", "--dry-run").stderr
     assert "denoise" not in told
     assert "denoise changes nothing" in k2("render", "--init-image", "none", "--denoise", "0.5", "--dry-run").stderr
-    (begun / "k2.toml").write_text(text.replace('init_image = "refs/wide.png"', 'init_image = "none"'))
-    assert "denoise and mask change nothing" in k2("render", "--only", "fox").stderr
+    own = text.replace('init_image = "refs/wide.png"', 'init_image = "none"')
+    (begun / "k2.toml").write_text(own)
+    assert "k2.toml, line 10: there is no init_image to be masked." in k2("render", code=1).stderr
+    (begun / "k2.toml").write_text(own.replace('mask = "8x8+0+0"', 'mask = "none"'))
+    assert "denoise changes nothing" in k2("render", "--only", "fox").stderr
 
 
 def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):

@@ -195,6 +195,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", "The line is no JSON: a whole number has more than", "Like"),
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
+        ('{"prompt": "tea", "init_image": "none", "mask": "8x8+0+0"}', "The line: there is no init_image to", "Name"),
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
         ('{"prompt": "tea", "seed": 1, "seed": 2}', 'The line: the key "seed" is there more than once.', "Keep one."),
         ('{"prompt": "tea", "styles": {"dusk": 1, "dusk": 0}}', 'The line: the key "dusk" is there more', "Keep one."),
