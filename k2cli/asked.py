@@ -72,7 +72,8 @@ def plan_project(
     if not quiet and (names := project.uncompared(prompts, matrices)):
         say(f"{called}: no [[matrix]] is about {listed(names)}.", "yellow")
     if not quiet and not any(shot.spec.init_image for shot in shots):
-        here = by_options(settings)
+        typed = settings.elsewhere.keys() - project.settings.elsewhere.keys()  # and not of a picture as an example
+        here = {key: getattr(settings, key) for key in typed}
         mine = vars(settings) if settings.init_image is None else here  # else of a picture that prompts do without
         theirs = of_prompts if here.get("init_image") != NONE else ()
         said = [mine, *theirs, *(matrix.axes for matrix in matrices)]
@@ -84,12 +85,6 @@ def plan_project(
         for doubt in (*idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
             say(f"{whose}{doubt}", "yellow")
     return job
-
-
-def by_options(settings: Settings) -> dict[str, Any]:
-    """What a command line says by options of their own."""
-    own = {key: f"--{key.replace('_', '-')}" for key in settings.elsewhere}
-    return {key: getattr(settings, key) for key, option in own.items() if settings.elsewhere[key] == option}
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:

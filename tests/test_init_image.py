@@ -537,6 +537,7 @@ def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
     text = (begun / "k2.toml").read_text().replace("[render]\n", said)
     (begun / "k2.toml").write_text(text + 'init_image = "none"\n')
 
+    assert k2("render", "--init-image", "none", "--dry-run").stderr == ""
     fox, owl = plan(k2, "--mask", "32x32+0+0")
     assert (fox["mask"], owl["mask"], owl["settings"]["denoise"]) == ({"region": "32x32+0+0"}, None, None)
     for each in plan(k2, "--init-image", "refs/wide.png"):
