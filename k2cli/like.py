@@ -72,14 +72,11 @@ class Example:
         return {key: value for key, value in found.items() if key not in void}
 
     def freed(self, prompt: Prompt, own: Settings, said: Collection[str]) -> Prompt:
-        """A prompt that has the last word, with the project's own settings, too, where it makes void what the picture
-        has, as a command line that said the same would have."""
-        void = self.settings(said).keys() - self.settings({*said, *prompt.settings}).keys() - prompt.settings.keys()
-        if not (prompt.last and void):
-            return prompt
+        """A prompt for which the project's own settings count again where it makes void what the picture has, as a
+        command line that said the same would have."""
+        void = self.settings(said).keys() - self.settings({*said, *prompt.settings}).keys()
         void |= FRAME if "size" in void else set()
-        there = own.over(prompt.settings, {})
-        return replace(prompt, settings={**prompt.settings, **{key: getattr(there, key) for key in void}})
+        return replace(prompt, freed={key: getattr(own, key) for key in void})
 
     def leader(self) -> Leader:
         """It, or what it was led by itself: whose look the batch has that it is of."""

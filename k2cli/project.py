@@ -253,14 +253,15 @@ class Project(Folder):
         shots: list[Shot] = []
         letters = 0
         for prompt, cells in compare(readings, matrices, settled) if matrices else alone:
-            here, weights = settings.elsewhere, styles or {}
+            below = replace(settings.yielding_to(prompt.freed), **prompt.freed)
+            here, weights = below.elsewhere, styles or {}
             if prompt.last:
-                here = settings.yielding_to(prompt.settings).elsewhere
+                here = below.yielding_to(prompt.settings).elsewhere
                 weights = {name: weight for name, weight in weights.items() if name not in prompt.style}
             once = {"batch": 1} if matrices else {}  # a cell is one picture ...
             own = {**once, **prompt.settings} if prompt.last else {**prompt.settings, **once}
-            wanted = settings.over(own, {key: prompt.where(key) for key in own})
-            wanted = wanted.over({key: getattr(settings, key) for key in here}, here)  # ... unless more are asked for
+            wanted = below.over(own, {key: prompt.where(key) for key in own})
+            wanted = wanted.over({key: getattr(below, key) for key in here}, here)  # ... unless more are asked for
             asked = {style: (weight, prompt.where("style", style)) for style, weight in prompt.style.items()}
             for name, cell in cells:
                 made = wanted.over(cell.settings, dict.fromkeys(cell.settings, cell.where))

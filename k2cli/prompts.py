@@ -31,6 +31,7 @@ class Prompt:
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
     base: str = field(default="", metadata=NO_KEY)  # whose reading it is, where not its own
+    freed: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # what [render] says again, beside --like
     last: bool = field(default=False, metadata=NO_KEY)  # it was said after the command line, and goes before that
 
     def where(self, *path: str) -> str:

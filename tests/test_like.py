@@ -185,6 +185,23 @@ def test_what_a_line_says_makes_void_what_the_command_line_would_have(dusky, k2)
             assert [json.loads(each) for each in piped.splitlines()] == typed
 
 
+def test_where_a_line_makes_void_what_the_picture_has_the_project_speaks_for_itself(dusky, k2):
+    """What it says of its own picture is told no more than on a command line, and what is wrong is blamed on it."""
+    (dusky / "refs").mkdir()
+    Image.new("RGB", (64, 64), "teal").save(dusky / "refs" / "a.png")
+    toml = (dusky / "k2.toml").read_text()
+    for own in ('mask = "64x64+0+0"\ndenoise = 0.4\n', "denoise = 0.4\n"):
+        text = toml.replace("[render]\n", f'[render]\ninit_image = "refs/a.png"\n{own}')
+        (dusky / "k2.toml").write_text(text)
+        made = rendered(k2, "-p", "a red fox")
+        like, line = ("render", "--like", made, "--dry-run"), '{"prompt": "a red fox", "init_image": "none"}'
+        assert k2(*like, "-p", "a red fox", "--init-image", "none").stderr == k2(*like, "-", input=line).stderr == ""
+    (dusky / "k2.toml").write_text(text.replace("[render]\n", '[render]\nsize = "96x97"\n'))
+    wrong = k2(*like, "-", input=line.replace("none", "refs/a.png"), code=1).stderr
+    assert wrong == k2(*like, "-p", "a red fox", "--init-image", "refs/a.png", code=1).stderr
+    assert "k2.toml, line 5: the sides of 96x97" in wrong
+
+
 def test_what_it_had_none_of_the_project_does_not_give_it(dusky, k2):
     made = rendered(k2, "-p", "tea", "--guidance", "0")
     (dusky / "refs").mkdir()
