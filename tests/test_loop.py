@@ -402,6 +402,8 @@ def test_what_is_left_of_a_run_without_a_state_is_left_alone(tmp_path, result):
     train(run(recipe, tmp_path / "a"), lambda line: None)
     (tmp_path / "a" / "state.safetensors").unlink()
     if result:
+        for path in states.snapshots(tmp_path / "a"):
+            path.unlink()
         (tmp_path / "a" / f"{recipe.name}.safetensors").touch()
     before = sorted(path.name for path in (tmp_path / "a").iterdir())
 
@@ -412,6 +414,21 @@ def test_what_is_left_of_a_run_without_a_state_is_left_alone(tmp_path, result):
     for path in (tmp_path / "a").glob("*.safetensors"):
         path.unlink()
     train(run(recipe, tmp_path / "a"), lambda line: None)
+
+
+def test_a_run_killed_before_it_was_first_saved_goes_on_whatever_snapshots_it_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)
+    recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
+    train(run(recipe, tmp_path / "straight"), lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(run(recipe, tmp_path / "killed", die_at=5), lambda line: None)
+    assert [states.step_of(path) for path in states.snapshots(tmp_path / "killed")] == [2, 4]
+
+    train(run(recipe, tmp_path / "killed"), lambda line: None)
+
+    for name in ("snapshot-0000004.safetensors", "snapshot-0000006.safetensors", "state.safetensors"):
+        assert same(*(load_file(tmp_path / each / name) for each in ("straight", "killed")))
+    assert columns(tmp_path / "straight") == columns(tmp_path / "killed")
 
 
 def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path, monkeypatch):

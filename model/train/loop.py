@@ -365,6 +365,8 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
             stage.compile()
         else:
             report(f"{recipe.name}: no compiler works here (C++; on a card Triton), so it takes longer")
+    if recipe.keep and not run.step:  # whenever it is killed, its snapshots have a state: see `clear`
+        run.save()
     last_save = started = time.monotonic()
     before, first, last_sheet = run.seconds, run.step, run.seconds
     window: list[dict[str, float]] = []
