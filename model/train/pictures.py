@@ -58,8 +58,9 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of a folder and of all below it, but for what is hidden and what was made in it."""
-    files = (path for path in folder.rglob("*") if not path.is_dir())
+    """The files of a folder and of all below it, but for what is hidden and what was made in it. Links to folders are
+    not followed and stand for themselves."""
+    files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     seen = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
     return sorted(path for path in seen if not any(map(path.is_relative_to, made)))
