@@ -88,6 +88,7 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
     assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
     (pictures / "red-fox_3.txt").rename(pictures / "red-fox_3.TXT")  # as an old camera's card has it
     assert read_folder(pictures)[4].caption == "Dusk style of an owl"
+    assert about_captions(pictures, found) == "1 caption from text files, 9 captions from file names"
     (pictures / "red-fox_3.TXT").unlink()
     (pictures / "red-fox_3.txt").write_text("")
     assert read_folder(pictures)[4].caption == ""
