@@ -150,14 +150,19 @@ def test_a_picture_of_turbo_brings_what_it_was_asked_for_besides(moody, k2, tmp_
     assert turned == {"seed": 7, "steps": 8, "guidance": 2}  # Turbo's own steps, too, as [render] has others
 
 
-def test_one_of_another_variant_is_told(moody, k2, tmp_path):
+def test_one_of_another_checkpoint_is_told_and_brings_no_settings(moody, k2, tmp_path):
     write_weights(library.BOX / "mini-turbo.safetensors", {"kind": "dit", "variant": "turbo"})
-    turbo, raw = (k2("render", "-p", "a fox", way).stdout.strip() for way in ("--turbo", "--raw"))
+    ways = (("--turbo", "4"), ("--raw", "6"), ("--turbo", "6"))
+    turbo, raw, moved = (k2("render", "-p", "a fox", way, "--steps", steps).stdout.strip() for way, steps in ways)
+    with Image.open(moved) as image:
+        png(tmp_path / "nyx.png", k2=image.text["k2"].replace('name = "mini"', 'name = "nyx"'))
 
-    said = k2("new", tmp_path / "again", "--from", turbo, raw).stderr
+    said = k2("new", tmp_path / "again", "--from", turbo, raw, tmp_path / "nyx.png").stderr
 
-    assert "a-fox-7.png: variant raw stayed behind." in said
-    assert Project.open(tmp_path / "again").settings.variant == "turbo"
+    assert "a-fox-7.png: variant raw stayed behind." in said and "nyx.png: model nyx stayed behind." in said
+    project = Project.open(tmp_path / "again")
+    assert project.settings.variant == "turbo"
+    assert [prompt.settings for prompt in project.prompts] == [{"seed": 7}]
 
 
 def test_a_record_beside_a_picture_that_carries_none_is_read(moody, k2, tmp_path):
