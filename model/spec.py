@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {  # of what pictures are rendered b
 
 
 def says(text: str, words: str) -> bool:
-    """Whether a text has these words already, as words, in whatever case."""
+    """Whether a text has these words already, as words, in whatever case and however accents are composed."""
+    text, words = (unicodedata.normalize("NFC", each) for each in (text, words))
     return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def test_captions_come_from_beside_or_from_the_name(pictures):
 def test_a_trigger_joins_a_caption_that_does_not_say_it(caption, joined):
     assert join(caption, "ink") == joined
     assert join(caption, "") == caption
+
+
+@pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_trigger_is_said_however_its_accents_are_composed(there, asked):
+    """A Mac takes names of files apart, which are captions."""
+    caption = unicodedata.normalize(there, "fox, café look")
+
+    assert join(caption, unicodedata.normalize(asked, "café look")) == caption
+    assert join(caption, "cafe") == f"{caption}, cafe"  # another word
 
 
 @pytest.mark.parametrize(
