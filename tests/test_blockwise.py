@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import comfy_kitchen.tensor as kitchen
@@ -19,6 +20,7 @@ from torch import Tensor
 from model import library
 from model.blockwise import in_blocks, in_order, padded
 from model.layouts import is_packed, load_dit, stored_precision, to_diffusers
+from model.parts import numbers_of
 from model.plan import SPARE
 from model.stream import kept_bytes, pinned
 
@@ -147,6 +149,13 @@ def test_in_8_bits_it_is_rounded_anew(tmp_path, state, kind, precision):
 def test_streamed(tmp_path, state, kind):
     path = native(tmp_path, stored(kind, state)[0])
     assert torch.equal(velocity(load_dit(path, streamed=True)[0]), velocity(load_dit(path)[0]))
+
+
+@KINDS
+def test_the_plan_is_told_of_what_is_to_be_worked_out(tmp_path, state, tiny, kind):  # noqa: F811
+    parts = library.find_parts(library.find("tiny"))
+    for tensors, told in ((state, False), (stored(kind, state)[0], True)):
+        assert numbers_of(replace(parts, dit=native(tmp_path, tensors)), "cpu").packed is told
 
 
 @pytest.mark.parametrize(("over", "kept"), [(8, True), (-8, False)])
