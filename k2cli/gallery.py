@@ -48,13 +48,13 @@ def build(
 
     Pictures and records take no room of their own where the file system knows hard links. The page comes last, so
     that it never shows a picture that is not there; before it an empty one, by which a build that was stopped is known
-    for a gallery. What has no record or no picture that can be read is handed to `skipped` and left out. Raises
-    K2Error where `target` holds something else, and where none of what is chosen is there.
+    for a gallery. What has no record or no picture that can be read is handed to `skipped` and left out. Where none of
+    what is chosen is there, nothing is written. Raises K2Error where `target` holds something else.
     """
     check_target(target)
     made = [each for each in history.read(outputs, chosen, skipped) if can_be_shown(each.path, skipped)]
     if chosen and not made:  # an earlier choice may lie there
-        raise K2Error("No picture that can be shown matches, so that no page is made.", hint="All pictures: k2 log")
+        return 0
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
     if not (target / PAGE).exists():

@@ -123,7 +123,8 @@ def log(
             print("".join(lines), end="", flush=True)
     if not quiet:
         if not count and not wrong:
-            say(none_such(folders, style or []) if chosen else none_yet(folders), "dim")
+            told = f"No picture matches. {of_mixes(folders, style or [])}" if chosen else none_yet(folders)
+            say(told.rstrip(), "dim")
         elif len(found) < count:
             say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
         if unread:
@@ -147,12 +148,12 @@ def none_yet(folders: Sequence[Folder]) -> str:
     return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
 
 
-def none_such(folders: Sequence[Folder], styles: Sequence[str]) -> str:
-    """That no picture is as it is wanted; of a style that is a mix and nothing else, what records name in its place."""
+def of_mixes(folders: Sequence[Folder], styles: Sequence[str]) -> str:
+    """Of styles that are mixes and nothing else, what records name in their place; "" where there is none."""
     from k2cli.styles import Styles
     from k2cli.texts import composed, quote
 
-    told = {"No picture matches.": None}
+    told: dict[str, None] = {}
     for folder in folders:
         for name in map(composed, styles):
             with suppress(K2Error):
@@ -211,11 +212,12 @@ def gallery(
     except K2Error as error:
         wrong.append(error)
     unread: list[Path] = []
-    try:
-        count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
-    finally:  # it may be for them that there is no page
-        if unread and not quiet:
-            say(f"{len(unread)} left out, whose pictures or records cannot be read: {short_path(unread[0])}", "yellow")
+    count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
+    if unread and not quiet:  # it may be for them that there is no page
+        say(f"{len(unread)} left out, whose pictures or records cannot be read: {short_path(unread[0])}", "yellow")
+    if chosen and not count:
+        hint = of_mixes([there], style or []) or "All pictures: k2 log"
+        raise K2Error("No picture that can be shown matches, so that no page is made.", hint=hint)
     result(to_json({"file": short_path(target / PAGE), "pictures": count}) if json else short_path(target / PAGE))
     if not quiet:
         for problem in wrong:

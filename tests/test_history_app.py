@@ -65,8 +65,11 @@ def test_that_a_mix_is_in_no_record_is_told(moody, k2):
     made_of = "is a mix, and records name what it is made of: --style riso --style ink\n"
     for name in ("blend", "wide"):
         assert f"No picture matches. {name} {made_of}" in k2("log", "--style", name).stderr
+        assert f"Hint:  {name} {made_of}" in k2("gallery", "--style", name, "-o", "page", code=1).stderr
     for name in ("own", "none"):
         assert k2("log", "--style", name).stderr == "No picture matches.\n"
+        assert "Hint:  All pictures: k2 log\n" in k2("gallery", "--style", name, "-o", "page", code=1).stderr
+    assert not Path("page").exists()
     assert k2("log", "--style", "riso", "--style", "ink").stdout.count("\n") == 1
 
 
