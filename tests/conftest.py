@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import io
 import os
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 
 import hypothesis
 import pytest
+import typer.testing
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -33,10 +36,18 @@ hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is n
 hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("k2"), max_examples=20_000)
 hypothesis.settings.load_profile("k2")
 
+# Typer's runner makes all commands anew for each call, which takes most of a test's time: they are the same ones.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """All tests share the cores, up to four; files that are named are run here, which begins sooner."""
     return min(4, os.cpu_count() or 1) if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: a collection need not go through all of torch, half a second each."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
