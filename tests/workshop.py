@@ -13,7 +13,8 @@ from model.train.data import DATA, DRAWINGS, Catalog, latents_file, read_subject
 
 SIZES = (64, 128)
 FACTOR = 16  # pixels to a latent cell, as in the box
-TINY = "[network]\nwidth = 32\nheads = 2\nkv_heads = 1\nblocks = 1\n"  # at the end of a recipe: the smallest network
+# At the end of a recipe: the smallest network. The text's way in has the encoder's width; the multiplier shrinks it.
+TINY = "[network]\nwidth = 32\nheads = 2\nkv_heads = 1\nblocks = 1\nmultiplier = 1\n"
 
 
 def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
