@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image
 
 from k2cli.project import Project
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 INSTALLS = ("pip install -e . && k2 render projects_example/stickers", 'pip install -e ".[test]" && pytest')
 
-SMALL = r"sed -i 's/^\[render\]$/&\nresolution = 128/' k2.toml"  # typed as it stands, painted in less time
+SMALL = r"sed -i 's/^\[render\]$/&\nresolution = 128\nsteps = 8/' k2.toml"  # typed as it stands, painted in less time
 
 needs_weights = pytest.mark.skipif("mini" not in library.box(), reason="the box holds no weights yet")
 
@@ -48,16 +49,17 @@ def test_the_pytorch_that_it_names_is_one_that_k2_takes():
 
 
 @needs_weights
-def test_every_command_works_in_its_turn(clone):
+def test_every_command_works_in_its_turn(clone, tmp_path):
     """One shell reads all blocks, as a reader would; what the suite itself stands on is left out."""
     render = INSTALLS[0].removeprefix("pip install -e . && ")
     tour = "\n".join(blocks("sh")[2:]).replace("\ncd moody\n", f"\ncd moody\n{SMALL}\n", 1)
     script = "\n".join(["set -eux -o pipefail", render, tour])
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
 
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=clone, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
+    with warm.k2_in(tmp_path):
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=clone, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
 
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(clone.glob("projects_example/stickers/outputs/*/sheet.png"))) == 1

@@ -1,0 +1,72 @@
+"""`k2` on a shell's path that starts at once: every command is a fork of one process, which has imported torch before.
+
+`python warm.py SOCKET` serves; `k2_in` writes the program that asks it, with its own streams, folder and arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from socketserver import BaseRequestHandler, ForkingMixIn, UnixStreamServer
+
+CALLER = """\
+#!{python} -IS
+import json, os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as line:
+    line.connect({address!r})
+    socket.send_fds(line, [json.dumps([os.getcwd(), *sys.argv[1:]]).encode()], [0, 1, 2])
+    sys.exit(int(line.recv(8) or 1))
+"""
+
+
+class Command(BaseRequestHandler):
+    def handle(self) -> None:
+        from k2cli.__main__ import main
+
+        text, streams, *_ = socket.recv_fds(self.request, 1 << 16, 3)
+        folder, *arguments = json.loads(text)
+        for stream, theirs in enumerate(streams):
+            os.dup2(theirs, stream)
+            os.close(theirs)
+        os.chdir(folder)
+        sys.argv = ["k2", *arguments]
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else int(done.code is not None)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self.request.sendall(str(code).encode())
+
+
+class Server(ForkingMixIn, UnixStreamServer):
+    """A process a command."""
+
+
+@contextmanager
+def k2_in(folder: Path) -> Iterator[None]:
+    """A program `k2` in a folder, as long as it is asked."""
+    (script := folder / "k2").write_text(CALLER.format(python=sys.executable, address=str(folder / "socket")))
+    script.chmod(0o755)
+    with subprocess.Popen([sys.executable, __file__, folder / "socket"], stdout=subprocess.PIPE) as server:
+        assert server.stdout and server.stdout.readline()
+        yield
+        server.terminate()
+
+
+if __name__ == "__main__":
+    import k2cli.app  # noqa: F401
+    import model.pipeline  # noqa: F401
+
+    with Server(sys.argv[1], Command) as server:
+        print("ready", flush=True)
+        server.serve_forever()
