@@ -26,6 +26,7 @@ width = 32
 heads = 2
 kv_heads = 1
 blocks = 1
+multiplier = 1
 """
 
 

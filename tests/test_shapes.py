@@ -105,7 +105,7 @@ def data(tmp_path_factory):
 
 RECIPE = Recipe(
     name="shaped", size=64, steps=8, batch=4, repeats=2, lr=1e-3, muon_lr=1e-3, mu=0.0, shapes=SHAPES, shaped=0.6,
-    network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1}, frozen=("style",), style_loss=0.0,
+    network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1, "multiplier": 1}, frozen=("style",), style_loss=0.0,
 )  # fmt: skip
 
 
