@@ -470,7 +470,8 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
     assert sum(len(of) for _, of in done.stage.material.latents.values()) == 20  # mirrored
     assert "dusk: 2 captions from text files, 8 captions from file names" in lines
     told = [line for line in lines if "Passed over" in line]
-    assert told == ["Passed over: pictures in folders within (linked); name those folders, too."]  # "more" is learned
+    within = "Passed over: pictures in folders within (linked); links to folders are not followed."
+    assert told == [within]  # "more" is learned
     assert "dusk: 1 caption too long, cut to the 507 tokens that are read" in lines
     assert path == tmp_path / "runs" / "dusk" / "dusk.safetensors" and any("10 pictures" in line for line in lines)
     about = open_checkpoint(path).metadata

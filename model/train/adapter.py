@@ -256,7 +256,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     report(f"{recipe.name}: {about_captions(Path(recipe.pictures), pictures)}")
-    if over := passed_over(files_below(Path(recipe.pictures))):
+    if over := passed_over(files_below(Path(recipe.pictures)), "links to folders are not followed"):
         report(over)
     base = {
         "name": model.name,
