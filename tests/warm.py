@@ -37,9 +37,10 @@ class Command(BaseRequestHandler):
             os.close(theirs)
         os.chdir(folder)
         sys.argv = ["k2", *arguments]
-        code = 0
+        code = 1
         try:
             main()
+            code = 0
         except SystemExit as done:
             code = done.code if isinstance(done.code, int) else int(done.code is not None)
         finally:
