@@ -1,6 +1,7 @@
 """`k2` on a shell's path that starts at once: every command is a fork of one process, which has imported torch before.
 
-`python warm.py SOCKET` serves; `k2_in` writes the program that asks it, with its own streams, folder and arguments.
+`python warm.py` serves the folder that it runs in; `k2_in` writes the program that asks it, with its own streams,
+folder and arguments.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseRequestHandler, ForkingMixIn, UnixStreamServer
 
+SOCKET = "socket"
 CALLER = """\
 #!{python} -IS
 import json, os, socket, sys
 
+asked = json.dumps([os.getcwd(), *sys.argv[1:]]).encode()
+os.chdir({folder!r})  # whose path may be longer than a socket's
 with socket.socket(socket.AF_UNIX) as line:
-    line.connect({address!r})
-    socket.send_fds(line, [json.dumps([os.getcwd(), *sys.argv[1:]]).encode()], [0, 1, 2])
+    line.connect({name!r})
+    socket.send_fds(line, [asked], [0, 1, 2])
     sys.exit(int(line.recv(8) or 1))
 """
 
@@ -56,18 +60,20 @@ class Server(ForkingMixIn, UnixStreamServer):
 @contextmanager
 def k2_in(folder: Path) -> Iterator[None]:
     """A program `k2` in a folder, as long as it is asked."""
-    (script := folder / "k2").write_text(CALLER.format(python=sys.executable, address=str(folder / "socket")))
+    (script := folder / "k2").write_text(CALLER.format(python=sys.executable, folder=str(folder), name=SOCKET))
     script.chmod(0o755)
-    with subprocess.Popen([sys.executable, __file__, folder / "socket"], stdout=subprocess.PIPE) as server:
-        assert server.stdout and server.stdout.readline()
-        yield
-        server.terminate()
+    with subprocess.Popen([sys.executable, __file__], cwd=folder, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout and server.stdout.readline()
+            yield
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":
     import k2cli.app  # noqa: F401
     import model.pipeline  # noqa: F401
 
-    with Server(sys.argv[1], Command) as server:
+    with Server(SOCKET, Command) as server:
         print("ready", flush=True)
         server.serve_forever()
