@@ -431,6 +431,20 @@ def test_a_run_killed_before_it_was_first_saved_goes_on_whatever_snapshots_it_ke
     assert columns(tmp_path / "straight") == columns(tmp_path / "killed")
 
 
+def test_a_run_killed_before_it_did_anything_begins_as_its_recipe_says_by_now(tmp_path):
+    recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2})
+    other = Recipe(**{**recipe.__dict__, "seed": 6})
+    train(run(other, tmp_path / "straight"), lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(run(recipe, tmp_path / "killed", die_at=0), lambda line: None)
+
+    again = run(other, tmp_path / "killed")
+    assert not again.changed
+    train(again, lambda line: None)
+
+    assert same(*(load_file(tmp_path / name / "state.safetensors") for name in ("straight", "killed")))
+
+
 def test_snapshots_of_a_past_that_was_not_saved_are_no_part_of_the_run(tmp_path, monkeypatch):
     recipe = Recipe(**{**RECIPE.__dict__, "keep": 2, "keep_every": 2, "every": 100})
     monkeypatch.setattr(loop, "SAVE_EVERY", 1e9)

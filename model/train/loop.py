@@ -117,6 +117,8 @@ class Run:
         check_modules(self.model, self.recipe.name, "fresh", self.recipe.fresh)
         self.folder.mkdir(parents=True, exist_ok=True)
         state = newest_state(self.folder)
+        if state is not None and not place_of(state)["step"]:
+            state = None  # nothing is done: it begins as the recipe says by now
         if self.recipe.init and state is None:
             start(self.model, parent(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own))
         self.sharded = self.world.size > 1 and bool(stage.entry)
