@@ -56,9 +56,9 @@ def says_sheet(path: Path) -> bool:
     return False
 
 
-def passed_over(paths: Iterable[Path], hint: str = "name those folders, too") -> str:
-    """Sentences on what of a folder's content is no use: pictures that nothing here reads, folders that hold some, with
-    a hint what to do with those, and links to some that are gone; "" where there is none of either."""
+def passed_over(paths: Iterable[Path]) -> str:
+    """Sentences on what of a folder's content is no use: pictures that nothing here reads, folders that hold some, and
+    links to some that are gone; "" where there is none of either."""
     seen = sorted(path for path in paths if not path.name.startswith("."))
     others = [path.suffix.lower()[1:] for path in seen if path.suffix.lower() in OTHERS]
     kinds = ", ".join(sorted(set(others)))
@@ -66,7 +66,7 @@ def passed_over(paths: Iterable[Path], hint: str = "name those folders, too") ->
     gone = [path.name for path in seen if is_named_so(path) and path.is_symlink() and not os.path.exists(path)]
     folders, links = (", ".join(found[:3] + ["…"] * (len(found) > 3)) for found in (within, gone))
     told = [f"Passed over: {count_of(len(others), 'picture')} ({kinds}); png, jpg and webp are read."] * bool(others)
-    told += [f"Passed over: pictures in folders within ({folders}); {hint}."] * bool(folders)
+    told += [f"Passed over: pictures in folders within ({folders}); name those folders, too."] * bool(folders)
     told += [f"Passed over: links that lead nowhere ({links})."] * bool(links)
     return " ".join(told)
 

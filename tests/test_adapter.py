@@ -187,6 +187,10 @@ def test_folders_that_teach_nothing(tmp_path, pictures):
     (tmp_path / "empty").mkdir()
     with pytest.raises(K2Error, match="holds no pictures"):
         read_folder(tmp_path / "empty")
+    (tmp_path / "empty" / "linked").symlink_to(tmp_path)  # whose pictures lie further down
+    with pytest.raises(K2Error, match="holds no pictures") as error:
+        read_folder(tmp_path / "empty")
+    assert error.value.hint == "Passed over: links to folders, which are not followed (linked)."
     with pytest.raises(K2Error, match="no folder"):
         read_folder(tmp_path / "missing")
     (pictures / "red-fox_3.txt").write_bytes(b"\xff\xfe\x00")
@@ -470,8 +474,7 @@ def test_from_a_folder_to_raw_and_turbo(tmp_path, pictures, tiny, monkeypatch): 
     assert sum(len(of) for _, of in done.stage.material.latents.values()) == 20  # mirrored
     assert "dusk: 2 captions from text files, 8 captions from file names" in lines
     told = [line for line in lines if "Passed over" in line]
-    within = "Passed over: pictures in folders within (linked); links to folders are not followed."
-    assert told == [within]  # "more" is learned
+    assert told == ["Passed over: links to folders, which are not followed (linked)."]  # "more" is learned
     assert "dusk: 1 caption too long, cut to the 507 tokens that are read" in lines
     assert path == tmp_path / "runs" / "dusk" / "dusk.safetensors" and any("10 pictures" in line for line in lines)
     about = open_checkpoint(path).metadata

@@ -33,7 +33,6 @@ from model.hashes import sha256
 from model.latents import grid_of, patchify
 from model.layouts import diffusers_names, load_dit
 from model.parts import DTYPES, load_vae, numbers_of, pick_device, pick_dtype
-from model.picture_file import passed_over
 from model.plan import PRECISIONS, SMALL, known_precisions, plan_on
 from model.second_path import LowRank
 from model.spec import MOST_PIXELS, raw_mu
@@ -41,7 +40,7 @@ from model.text_encoder import PROMPT_TOKENS, TextEncoder
 from model.train import loop, states
 from model.train.data import stable_seed
 from model.train.loop import Batch, Report, Stage
-from model.train.pictures import about_captions, encode, files_below, manifest, read_folder, shortened
+from model.train.pictures import about_captions, encode, manifest, not_learned, read_folder, shortened
 from model.train.pretrain import recompute
 from model.train.recipe import at_least, more_than_none, refuse, share
 from model.train.rollout import noised
@@ -256,7 +255,7 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     told = f"{count_of(len(pictures), 'picture')} in {count_of(len(latents), 'shape')}"
     report(f"{recipe.name}: {told}; {model.name}, weights {precision}")
     report(f"{recipe.name}: {about_captions(Path(recipe.pictures), pictures)}")
-    if over := passed_over(files_below(Path(recipe.pictures)), "links to folders are not followed"):
+    if over := not_learned(Path(recipe.pictures)):
         report(over)
     base = {
         "name": model.name,

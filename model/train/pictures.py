@@ -19,7 +19,7 @@ from torch import Tensor
 from model.errors import K2Error, count_of, listed
 from model.hashes import sha256
 from model.parts import Autoencoder
-from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet
+from model.picture_file import MADE, SUFFIXES, is_named_so, is_sheet, passed_over
 from model.references import fitting, to_pixels
 from model.spec import says
 
@@ -53,8 +53,16 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
         raise K2Error(f"There is no folder {folder}.", hint="Give a folder of pictures.")
     paths = [path for path in files_below(folder) if is_named_so(path) and path.is_file() and not is_sheet(path)]
     if not paths:
-        raise K2Error(f"{folder} holds no pictures.", hint=f"Known are {', '.join(SUFFIXES)}.")
+        raise K2Error(f"{folder} holds no pictures.", hint=not_learned(folder) or f"Known are {', '.join(SUFFIXES)}.")
     return [Captioned(path, join(caption_of(path), trigger)) for path in paths]
+
+
+def not_learned(folder: Path) -> str:
+    """Sentences on what of a folder's content nothing is learned from; "" where there is no such thing."""
+    paths = files_below(folder)
+    linked = [path.name for path in paths if path.is_dir()]
+    links = f"Passed over: links to folders, which are not followed ({listed(linked, 3)})." if linked else ""
+    return " ".join(filter(None, (passed_over(path for path in paths if not path.is_dir()), links)))
 
 
 def files_below(folder: Path) -> list[Path]:
