@@ -75,7 +75,8 @@ def plan_project(
         typed = settings.elsewhere.keys() - project.settings.elsewhere.keys()  # and not of a picture as an example
         here = {key: getattr(settings, key) for key in typed}
         mine = vars(settings) if settings.init_image is None else here  # else of a picture that prompts do without
-        theirs = of_prompts if here.get("init_image") != NONE else ()
+        last = [prompt.settings for prompt in prompts or () if prompt.last]  # which go before the command line
+        theirs = of_prompts if here.get("init_image") != NONE else last
         said = [mine, *theirs, *(matrix.axes for matrix in matrices)]
         if void := [key for key in ("denoise", "mask") if any(each.get(key) not in (None, NONE) for each in said)]:
             change = "changes" if len(void) == 1 else "change"

@@ -139,7 +139,8 @@ def misbegun(job: Job) -> Iterator[str]:
 def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
     """Of shares of the steps that a matrix compares: that several come to as many, or that some pictures have no use
     for any. That none has is told of all."""
-    axes = {key for matrix in matrices for key in ("denoise", "guidance_until") if key in matrix.axes}
+    keys = ("denoise", "guidance_until")
+    axes = {key for matrix in matrices for key in keys if len(matrix.axes.get(key, ())) > 1}
     if not axes:  # nor need the model's headers be read
         return
     own = recommended(job.model.name, job.model.variant)

@@ -574,6 +574,8 @@ def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
     assert told in k2("render", "-p", "tea", "--denoise", "0.5", "--dry-run").stderr
     assert told in k2("render", "--only", "an-owl-at-night", "--matrix", "denoise=0.5,1", "--dry-run").stderr
     assert told not in k2("render", "--denoise", "0.5", "--dry-run").stderr  # the fox begins with one
+    line = '{"prompt": "tea", "denoise": 0.5}'  # goes before the command line, which the project's prompts do not
+    assert told in k2("render", "-", "--init-image", "none", "--dry-run", input=line).stderr
 
 
 def test_what_may_not_be_meant_is_told(begun, k2):
@@ -614,7 +616,9 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
     for axis, what in (("denoise=0.3,0.6", "an initial picture"), ("guidance_until=0.25,0.75", "guidance")):
         assert told("--matrix", axis, "--steps", "8") == void.format("an owl at night", axis.partition("=")[0], what)
         assert told("--matrix", axis, "--steps", "8", "--only", "an-owl-at-night") == ""  # of no picture is said more
-        assert told("--matrix", axis.partition(",")[0], "--steps", "8") == ""  # each is one of its kind
+    lines = '{"prompt": "a fox", "init_image": "refs/wide.png", "guidance": 3}\n' + '{"prompt": "an owl"}\n' * 2
+    for axis in ("denoise=0.3", "guidance_until=0.25"):  # nothing is compared: they are the same as they were asked for
+        assert "are the same" not in k2("render", "-", "--matrix", axis, "--dry-run", input=lines).stderr
     for first, second in (
         ('denoise = [0.4, 0.7]\nsize = ["256x256"]', 'denoise = [0.42, 0.8]\nsize = ["320x192"]'),
         ("guidance_until = [0.4, 1]\nguidance = [2.0]", "guidance_until = [0.5, 0.8]\nguidance = [4.0]"),
