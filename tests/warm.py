@@ -18,7 +18,6 @@ from socketserver import BaseRequestHandler, ForkingMixIn, UnixStreamServer
 
 SOCKET = "socket"
 CALLER = """\
-#!{python} -IS
 import json, os, socket, sys
 
 asked = json.dumps([os.getcwd(), *sys.argv[1:]]).encode()
@@ -60,7 +59,8 @@ class Server(ForkingMixIn, UnixStreamServer):
 @contextmanager
 def k2_in(folder: Path) -> Iterator[None]:
     """A program `k2` in a folder, as long as it is asked."""
-    (script := folder / "k2").write_text(CALLER.format(python=sys.executable, folder=str(folder), name=SOCKET))
+    (caller := folder / "caller.py").write_text(CALLER.format(folder=str(folder), name=SOCKET))
+    (script := folder / "k2").write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{caller}" "$@"\n')
     script.chmod(0o755)
     with subprocess.Popen([sys.executable, __file__], cwd=folder, stdout=subprocess.PIPE) as server:
         try:
