@@ -168,7 +168,9 @@ def test_the_fake_score_learns_faster_and_a_run_resumes_exactly(tmp_path):
 def test_a_run_that_goes_on_with_another_teacher_or_other_data_says_so(tmp_path):
     begun = stage("trajectory")
     begun.data = "one"
-    loop.Run(begun, tmp_path).save()
+    first = loop.Run(begun, tmp_path)
+    first.step = 1  # one of step 0 would begin anew
+    first.save()
     same, other = stage("trajectory"), stage("trajectory")
     same.data = other.data = "one"
     assert loop.Run(same, tmp_path).changed == []
