@@ -139,8 +139,8 @@ def misbegun(job: Job) -> Iterator[str]:
 def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
     """Of shares of the steps that a matrix compares: that several come to as many, or that some pictures have no use
     for any. That none has is told of all."""
-    keys = ("denoise", "guidance_until")
-    axes = {key for matrix in matrices for key in keys if len(matrix.axes.get(key, ())) > 1}
+    needs = {"denoise": "an initial picture", "guidance_until": "guidance"}
+    axes = {key for matrix in matrices for key in needs if len(matrix.axes.get(key, ())) > 1}
     if not axes:  # nor need the model's headers be read
         return
     own = recommended(job.model.name, job.model.variant)
@@ -168,11 +168,11 @@ def same_steps(job: Job, matrices: Sequence[Matrix]) -> Iterator[str]:
             those = f"{key} {', '.join(values)} and {last}"
             told[f"Of {count_of(steps, 'step')} {count} {how} by {those}: these pictures are the same."] = None
     yield from told
-    for key, what in (("denoise", "an initial picture"), ("guidance_until", "guidance")):
+    for key, need in needs.items():
         alike = {given: None for (given, _, about), count in void.items() if about == key and count > 1}
         if key in axes and alike and any(about == key for _, about, _, _ in shares):
             those = listed([f'"{short(prompt)}"' for prompt in alike], 1)
-            yield f"Some pictures of {those} are the same: {key} changes nothing without {what}."
+            yield f"Some pictures of {those} are the same: {key} changes nothing without {need}."
 
 
 def shows_else(shot: Shot, job: Job) -> bool:
