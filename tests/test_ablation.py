@@ -6,9 +6,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from test_stages import base
-from workshop import enlarge, workshop  # noqa: F401
+from workshop import enlarge, with_box, workshop  # noqa: F401
 
 from model.errors import K2Error
+from model.library import BOX
 from model.spec import RenderSpec
 from model.train import ablation, evaluate, states
 from model.train.ablation import Checkpoint, Scores, changes
@@ -76,8 +77,9 @@ def test_before_and_after_from_the_command_line(workshop, monkeypatch):  # noqa:
     assert all(same[name] == {"value": 0, "low": 0, "high": 0} for name in (*COLUMNS, "grain"))
 
 
-def test_a_run_is_rendered_as_it_would_be_shipped(workshop):  # noqa: F811
+def test_a_run_is_rendered_as_it_would_be_shipped(workshop, monkeypatch):  # noqa: F811
     """The box's own weights as a run: the same bits, through 8 bits and back."""
+    with_box(BOX, monkeypatch)
     weights = {f"ema.{name}": tensor for name, tensor in states.box().items()}
     place = {
         "step": 1,

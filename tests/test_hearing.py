@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_stages import base, quiet, run
-from workshop import workshop  # noqa: F401
+from workshop import NETWORK, workshop  # noqa: F401
 
 from model.dit import PRESETS, DiTConfig
 from model.errors import K2Error
@@ -174,7 +174,7 @@ def test_rows_of_other_words_are_to_become_those_of_the_plain_ones():
 
 def test_most_captions_go_no_further_than_the_way_in(workshop):  # noqa: F811
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
-    hears = Recipe(**settings, swapped=40, whole=4, pool=8)
+    hears = Recipe(**settings, network=NETWORK, swapped=40, whole=4, pool=8)
     data = training_set(hears, "cpu")
     hearing = Hearing(hears, data, Trainee(hears.config, len(data.looks)), len(data.looks))
 
@@ -198,7 +198,7 @@ def test_captions_that_are_to_stay_plain_go_through_the_way_in_too(workshop):  #
     settings = {"name": "tiny", "size": 64, "steps": 4, "batch": 2, "lr": 1e-3, "muon_lr": 1e-3, "mu": 0.0}
 
     def off(**more):
-        hears = Recipe(**settings, swapped=40, **more)
+        hears = Recipe(**settings, network=NETWORK, swapped=40, **more)
         data = training_set(hears, "cpu")
         hearing = Hearing(hears, data, Trainee(hears.config, len(data.looks)), len(data.looks))
         batch = hearing.batch(1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from workshop import workshop  # noqa: F401
+from workshop import NETWORK, workshop  # noqa: F401
 
 from model.errors import K2Error
 from model.train import merge, midtrain, pretrain, states
@@ -157,13 +157,13 @@ def test_weights_that_are_tried_hold_every_parent_and_the_mean(count, divisions)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_what_pictures_are_clustered_by_lies_in_main_memory(workshop, device):  # noqa: F811
     keys = {"name": "middle", "size": 64, "steps": 1, "batch": 2, "repeats": 1, "mu": 0.0, "lr": 1e-3, "muon_lr": 1e-3}
-    small = midtrain.Recipe(**keys, init="box", network={"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1})
+    small = midtrain.Recipe(**keys, init="box", network=NETWORK)
     data = training_set(small, device)
 
     found = midtrain.features(data, pretrain.trainee(small, len(data.looks)).to(device))
 
-    assert found.shape == (len(data.items), 4 * 256 + 64)
-    assert np.allclose(np.linalg.norm(found[:, : 4 * 256], axis=1), 1, atol=1e-4)
+    assert found.shape == (len(data.items), 4 * 32 + 64)
+    assert np.allclose(np.linalg.norm(found[:, : 4 * 32], axis=1), 1, atol=1e-4)
 
 
 def test_a_domain_leaves_something_of_every_shape():

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from workshop import TINY, enlarge, workshop  # noqa: F401
 
+from model import library
 from model.checkpoint import read
 from model.errors import K2Error
-from model.library import BOX
 from model.train import loop, recipe, release, states
 from model.train.autoencoder import ENCODER, load, write
 from model.train.data import DATA
@@ -26,7 +26,6 @@ from model.vae import QwenImageVAE
 COMMON = 'name = "{name}"\nstage = "{stage}"\n{length}\nlr = 1e-3\nmuon_lr = 1e-3\nwarmup_steps = 1\nevery = {every}\n'
 NETWORK = 'size = 64\nbatch = 2\nmu = 0.2\ninit = "base"\n'
 WEIGHTS = "weights = {subject = 1.0, style = 0.5, artefact = 0.5, grain = 0.5}\n"
-VAE = BOX / "mini-vae.safetensors"
 ON_THE_DATA = ("pretrain", "midtrain", "sft", "hearing", "turbo", "stpo", "grpo")
 POST = 'judge = "judge-3"\nsample_steps = 3\nprompts = 8\n' + WEIGHTS
 
@@ -176,8 +175,9 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
     finer = 'teacher = "both"\n' + sizes.replace("crop = 32", "crop = 64").replace("held_out = 12", "held_out = 24")
     run("more", "finer", finer, network=False)
 
+    mini = library.BOX / "mini-vae.safetensors"
     paths = [f".runs/{name}/vae.safetensors" for name in ("both", "more", "half")]
-    both, more, half, box = (read(path)[0] for path in (*paths, VAE))
+    both, more, half, box = (read(path)[0] for path in (*paths, mini))
     assert more.keys() == half.keys() == box.keys() and len(box) > len(both)
     assert read(paths[1])[1]["native"] == 256 and Path(".runs/more/sheet.png").exists()
     for name, tensor in half.items():
@@ -185,7 +185,7 @@ def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F
     assert not torch.equal(both["encoder.conv_in.weight"], box["encoder.conv_in.weight"])
     assert Path(".runs/half/sheet.png").exists() and record("half")["data"]
 
-    narrow = QwenImageVAE(replace(load(VAE).config, base_dim=4, dim_mult=(1, 1, 2, 6, 12)))
+    narrow = QwenImageVAE(replace(load(mini).config, base_dim=4, dim_mult=(1, 1, 2, 6, 12)))
     write(narrow, Path("narrow.safetensors"), {}, 256)
     monkeypatch.setattr("model.train.sharpen.AUTOENCODER", Path("narrow.safetensors"))
     keys = "pictures = 4\nheld_out = 24\nbatch = 1\ncrop = 64\ntaken = [1]\nwidths = [8, 8, 16, 24, 48]\n"

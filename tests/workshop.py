@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tiny import random_state
 
 from model import library
+from model.checkpoint import open_checkpoint, save
+from model.dit import PRESETS, Krea2
+from model.style import StyleConfig, StyleEncoder
+from model.text_encoder import TextTower, open_tower
+from model.train.autoencoder import load
 from model.train.data import DATA, DRAWINGS, Catalog, latents_file, read_subjects
+from model.vae import QwenImageVAE
 
 SIZES = (64, 128)
 FACTOR = 16  # pixels to a latent cell, as in the box
-# At the end of a recipe: the smallest network. The text's way in has the encoder's width; the multiplier shrinks it.
-TINY = "[network]\nwidth = 32\nheads = 2\nkv_heads = 1\nblocks = 1\nmultiplier = 1\n"
+# The smallest network, for the workshop's own text encoder, and as the end of a recipe.
+NETWORK = {"width": 32, "heads": 2, "kv_heads": 1, "blocks": 1, "multiplier": 1, "text_width": 32, "text_heads": 2}
+TINY = "[network]\n" + "".join(f"{key} = {value}\n" for key, value in NETWORK.items())
 
 
 def make_data(folder: Path, subjects: int = 4, drawings: int = 4) -> Catalog:
@@ -47,12 +57,51 @@ def enlarge(folder: Path) -> None:
     np.save(folder / "renders-256.npy", np.load(folder / "renders.npy").repeat(2, 1).repeat(2, 2))
 
 
+def small_box(box: Path) -> Path:
+    """The box with a narrower mini in it: of a stage at smoke size most of the work is the text encoder's and the
+    autoencoder's. Made once."""
+    if box.exists():
+        return box
+    box.mkdir()
+    for file in library.BOX.glob("mini-*"):
+        (box / file.name).symlink_to(file)
+    text = open_tower(library.BOX / "mini-text.safetensors")[0].config
+    text = replace(text, hidden_size=32, intermediate_size=32, num_attention_heads=2, head_dim=16)
+    dit = replace(PRESETS["mini"], **NETWORK)
+    vae = replace(load(library.BOX / "mini-vae.safetensors").config, base_dim=4)
+    torch.manual_seed(0)
+    networks = {
+        "text": TextTower(text),
+        "vae": QwenImageVAE(vae),
+        "style": StyleEncoder(StyleConfig(text_width=dit.text_width, text_taps=dit.text_taps)),
+        "raw": Krea2(dit),
+        "turbo": Krea2(dit),
+    }
+    torch.nn.init.normal_(networks["text"].embed_tokens.weight, std=0.5)
+    for part in ("style", "raw", "turbo"):
+        networks[part].initialise()
+    for part, network in networks.items():
+        path = box / f"mini-{part}.safetensors"
+        about = open_checkpoint(path).metadata | {"config": asdict(network.config)}
+        path.unlink()
+        save(path, random_state(network), about)
+    return box
+
+
+def with_box(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and rendering find that box."""
+    monkeypatch.setattr(library, "BOX", box)
+    for stage in ("autoencoder", "merge", "release", "rewards", "samples", "sharpen", "states", "training_set"):
+        monkeypatch.setattr(f"model.train.{stage}.BOX", box)
+
+
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the data set where training looks for it."""
+def workshop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the data set where training looks for it, and a box of its own."""
     if "mini" not in library.box():
         pytest.skip("the box holds no weights yet")
     monkeypatch.chdir(tmp_path)
+    with_box(small_box(tmp_path_factory.getbasetemp() / "small-box"), monkeypatch)
     monkeypatch.setattr("model.train.validation.PICTURES", 16)
     monkeypatch.setattr("model.train.rewards.REAL", 2)
     make_data(tmp_path / DATA)
