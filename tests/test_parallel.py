@@ -21,7 +21,7 @@ from model.train.parallel import World
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-STEPS = 20
+STEPS, KINDS = 20, ("sharded", "whole")
 
 
 def torchrun(*arguments: object, processes: int = 2) -> None:
@@ -45,30 +45,35 @@ def as_it_was(monkeypatch):
         monkeypatch.setattr(module, "native_bf16", module.native_bf16)
 
 
-@pytest.fixture(scope="module", params=["sharded", "whole"])
-def both(request, tmp_path_factory) -> tuple[str, Path, dict]:
-    """(kind of stage, the folder of a run by two processes, what they found)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    torchrun(folder, request.param, STEPS)
-    return request.param, folder, json.loads((folder / "losses.json").read_text())
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory) -> Path:
+    """A folder with what two processes made, of either kind of stage: started once, which takes the longest."""
+    folder = tmp_path_factory.mktemp("two")
+    torchrun(folder, STEPS, *KINDS)
+    return folder
 
 
-def test_two_processes_lose_as_much_as_one(both, tmp_path):
+def found(folder: Path) -> dict:
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_lose_as_much_as_one(by_two, kind, tmp_path):
     """20 steps of AdamW and Muon with the same global batch, to 1e-5."""
-    kind, _, found = both
-    alone = together.run(kind, tmp_path)
+    alone, two = together.run(kind, tmp_path), found(by_two / kind)
     expected = together.losses(alone, STEPS)
 
-    assert found["losses"] == pytest.approx(expected, abs=1e-5)
+    assert two["losses"] == pytest.approx(expected, abs=1e-5)
     assert min(expected) < 0.95 * expected[0]  # it did learn: equal is not idle
     if kind == "sharded":
         numbers = sum(param.numel() for param in alone.model.parameters())
-        assert found["held"] < 0.6 * numbers  # of each parameter one of two processes holds half
+        assert two["held"] < 0.6 * numbers  # of each parameter one of two processes holds half
 
 
-def test_one_process_goes_on_where_two_stopped(both, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_goes_on_where_two_stopped(by_two, kind, tmp_path):
     """From the state that two wrote half way: every further loss is theirs, and so is all that is saved in the end."""
-    kind, folder, found = both
+    folder = by_two / kind
     for saved in (*folder.glob("state-*"), *folder.glob("state.safetensors")):
         (shutil.copytree if saved.is_dir() else shutil.copy)(saved, tmp_path / saved.name)
     assert bool(parallel.saved(tmp_path)) == (kind == "sharded")
@@ -76,7 +81,7 @@ def test_one_process_goes_on_where_two_stopped(both, tmp_path):
     alone = together.run(kind, tmp_path)
 
     assert alone.step == STEPS // 2 and not alone.changed
-    assert together.losses(alone, STEPS) == pytest.approx(found["losses"][STEPS // 2 :], abs=1e-5)
+    assert together.losses(alone, STEPS) == pytest.approx(found(folder)["losses"][STEPS // 2 :], abs=1e-5)
     alone.save(last=True)
     assert not parallel.saved(tmp_path)
     state = load_file(tmp_path / "state.safetensors")

@@ -1,4 +1,6 @@
-"""What one of several processes does: `torchrun … together.py FOLDER STAGE STEPS`; its losses go to FOLDER/losses.json.
+"""What one of several processes does: `torchrun … together.py FOLDER STEPS STAGE …`.
+
+Losses go to FOLDER/STAGE/losses.json.
 
 In fp32 throughout: what is compared is the mathematics, and bf16 would round differently where a sum's order differs.
 """
@@ -77,17 +79,19 @@ def losses(made: Run, until: int) -> list[float]:
     return found
 
 
-def main(folder: Path, kind: str, steps: int) -> None:
+def main(folder: Path, steps: int, kinds: list[str]) -> None:
     parallel.join("cpu")
-    made = run(kind, folder)
-    found = losses(made, steps // 2)
-    made.save()
-    found += losses(made, steps)
-    if made.world.leads:
-        shares = [param.to_local().numel() for param in made.model.parameters()] if made.sharded else []
-        (folder / "losses.json").write_text(json.dumps({"losses": found, "held": sum(shares), "step": made.step}))
+    for kind in kinds:
+        made = run(kind, folder / kind)
+        found = losses(made, steps // 2)
+        made.save()
+        found += losses(made, steps)
+        if made.world.leads:
+            shares = [param.to_local().numel() for param in made.model.parameters()] if made.sharded else []
+            record = {"losses": found, "held": sum(shares), "step": made.step}
+            (folder / kind / "losses.json").write_text(json.dumps(record))
     parallel.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
