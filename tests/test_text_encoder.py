@@ -1,6 +1,7 @@
 """The text encoder against transformers and diffusers, and what a prompt may contain."""
 
 import base64
+import functools
 import json
 import re
 import shutil
@@ -46,6 +47,7 @@ QWEN_WORDS = (
 )
 
 
+@functools.cache
 def qwen_tokenizer() -> Tokenizer:
     """Qwen's tokenizer from its published ranks.
 

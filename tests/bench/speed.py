@@ -334,14 +334,17 @@ class Bench:
             f"Pipeline.load('mini', device='{self.device}').render([RenderSpec('a red fox', 64, 64, steps=1)])"
         )
         their = (
-            "import diffusers, sys;"
-            f"p = diffusers.Krea2Pipeline.from_pretrained(sys.argv[1]).to('{self.device}');"
+            "import diffusers;"
+            f"p = diffusers.Krea2Pipeline.from_pretrained({str(self.exported)!r}).to('{self.device}');"
             "p.set_progress_bar_config(disable=True);"
             "p('a red fox', height=64, width=64, num_inference_steps=1)"
         )
 
         def process(code: str) -> None:
-            subprocess.run([sys.executable, "-c", code, str(self.exported)], check=True, stderr=subprocess.DEVNULL)
+            if self.smoke:
+                exec(code, {})  # the code works; of a start nothing is to be learned
+            else:
+                subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
         yield row(
             "cold start to a picture in one step",
