@@ -47,16 +47,8 @@ class Group(TyperGroup):
         except typer.BadParameter as error:
             error.message = in_plain_words(error)
             raise
-        except (K2Error, OSError, UnicodeEncodeError) as error:
-            problem = as_problem(error)
-            if problem is None:
-                raise
-            from k2cli.console import show_error
-
-            show_error(problem)
-            raise typer.Exit(problem.code) from None
-        except Exception as error:  # Typer has no public name for what it raises of an unknown option
-            problem = as_ours(error)
+        except Exception as error:
+            problem = as_problem(error) or as_ours(error)
             if problem is None:
                 raise
             from k2cli.console import show_error
@@ -172,7 +164,7 @@ def last_counts(name: str, times: int, last: str, axis: str) -> str:
 def as_ours(error: Exception) -> K2Error | None:
     """An option that a command does not have, with what it is called here, or where a project says it; None where that
     is not known, or the error is another."""
-    context: Any = getattr(error, "ctx", None)
+    context: Any = getattr(error, "ctx", None)  # Typer has no public name for what it raises of an unknown option
     if context is None or not hasattr(error, "possibilities"):
         return None
     from k2cli.settings import HOMES, INSTEAD, OTHERS
@@ -205,7 +197,7 @@ def in_plain_words(error: typer.BadParameter) -> str:
     return f'"{given}" is not {noun}' + (f", but {given.replace(',', '.')} is" if with_point else "")
 
 
-def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:
+def as_problem(error: Exception) -> K2Error | None:
     """An error as one that the user can fix; None where it is none of theirs, but a bug."""
     if isinstance(error, K2Error):
         return error
@@ -216,7 +208,7 @@ def as_problem(error: K2Error | OSError | UnicodeEncodeError) -> K2Error | None:
         return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=USE_UTF_8)
     if isinstance(error, FileNotFoundError) and not is_somewhere():
         return K2Error("The current folder is gone.", hint="Go to another one: cd ~")
-    if error.errno in THEIRS and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in THEIRS and error.filename is not None:
         name = os.fsdecode(error.filename)
         short = name if len(name) < 200 else f"{name[:200]}…"
         return K2Error(f"{short}: {error.strerror}.", hint=THEIRS[error.errno])

@@ -333,7 +333,7 @@ def rerun(
                     raise unknown
                 home = find_home(file, project, allow_outside)
                 again = repeat(file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step)
-            except (K2Error, OSError) as error:
+            except Exception as error:
                 refuse(error, file, several=several, as_json=json)
                 continue
             except KeyboardInterrupt:

@@ -251,7 +251,7 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
         say(f"{short_path(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
 
 
-def refuse(error: K2Error | OSError, file: Path, *, several: bool, as_json: bool) -> None:
+def refuse(error: Exception, file: Path, *, several: bool, as_json: bool) -> None:
     """Why a picture is not made again: to whoever waits for an object a file, as one. Raises the error where nothing
     else was asked, or where it is a bug."""
     problem = as_problem(error)

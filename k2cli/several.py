@@ -43,7 +43,7 @@ def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gaine
     for each in asked:
         try:
             gained.append(do(each))
-        except (K2Error, OSError) as error:
+        except Exception as error:
             problem = as_problem(error)
             if problem is None:
                 raise
@@ -130,7 +130,7 @@ class Turns:
             yield
         except ENDS_ALL:
             raise
-        except (K2Error, OSError) as error:
+        except Exception as error:
             problem = as_problem(error)
             if problem is None or len(self.asked) == 1:
                 raise
@@ -154,7 +154,7 @@ class Turns:
             if interrupted or not self.quiet:
                 self.tell_end("Interrupted" if interrupted else "Nobody reads on")
             raise
-        except (K2Error, OSError) as error:  # of the only job, or what all would meet
+        except Exception as error:  # of the only job, or what all would meet
             problem = as_problem(error)
             left = self.left if self.came_to_something else []
             if problem is None or not left:

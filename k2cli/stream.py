@@ -57,7 +57,7 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
         try:
             line = as_text(said).strip().removeprefix("\ufeff")
             render(asked_by(line))
-        except (K2Error, OSError) as error:
+        except Exception as error:
             problem = as_problem(error)
             if problem is None or isinstance(error, Unwritable):
                 raise

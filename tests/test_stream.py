@@ -377,6 +377,18 @@ def test_input_is_utf_8_or_else_in_the_encoding_here(moody, said, encoding):
         assert {json.loads(each)["prompt"]["text"] for each in done.stdout.splitlines()} == {"a café"}
 
 
+def test_a_path_that_the_encoding_here_cannot_say_is_told_and_the_next_line_is_read(moody):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", "--json"]
+    said = '{"prompt": "tea", "init_image": "ä.png"}\na pear\n'.encode()
+
+    done = subprocess.run(line, input=said, capture_output=True, env=environment)
+
+    wrong, pear = map(json.loads, done.stdout.splitlines())
+    assert wrong["error"].startswith('No file can be called by "') and pear["prompt"]["text"] == "a pear"
+    assert done.returncode == 1
+
+
 def test_a_line_is_rendered_before_the_next_is_there(moody):
     line = [sys.executable, "-m", "k2cli", "render", "--stream", "--dry-run", "--json"]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as asked:
