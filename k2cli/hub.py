@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from k2cli import licence
+from k2cli.disk import ended_as_by_ctrl_c
 from k2cli.refusals import explained
 from k2cli.texts import masked
 from model import library
@@ -349,7 +350,7 @@ def pull(
         return here
     planned = look_up(name, revision, include)
     licence.require(planned.licence, name, yes=accept)
-    with bar(planned.size, quiet=quiet) as watch:
+    with ended_as_by_ctrl_c(), bar(planned.size, quiet=quiet) as watch:
         path = fetch(planned, watch)
     manifest = library.read_manifest(planned.snapshot)
     return library.Model(name, path, "hub", library.variant_of(path), planned.commit, manifest)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -462,14 +463,20 @@ def test_what_is_here_needs_no_room(hf: Hub, k2, monkeypatch):
 
 @pytest.mark.parametrize(
     ("trouble", "code", "words"),
-    [(OSError(errno.ENOSPC, "No space"), 1, "is full"), (KeyboardInterrupt(), 130, "Interrupted; what came is kept")],
+    [
+        (OSError(errno.ENOSPC, "No space"), 1, "is full"),
+        (KeyboardInterrupt(), 130, "Interrupted; what came is kept"),
+        (signal.SIGTERM, 143, "Interrupted; what came is kept"),
+    ],
 )
-def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: BaseException, code: int, words: str):
+def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Any, code: int, words: str):
     write = hub.Counted.write
 
     def stop(self: Any, data: bytes) -> int:
         if self.file.tell() > 100_000:
-            raise trouble
+            if isinstance(trouble, BaseException):
+                raise trouble
+            signal.raise_signal(trouble)
         return write(self, data)
 
     monkeypatch.setattr(hub.Counted, "write", stop)
