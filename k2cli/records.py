@@ -43,7 +43,7 @@ class AskedPrompt:
     avoid: str = ""
     row: str = ""  # on a contact sheet, as the caption
     caption: str = ""
-    creativity: str = "raw"
+    creativity: str = as_asked("creativity")
 
 
 @dataclass(frozen=True)

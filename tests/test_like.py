@@ -340,6 +340,14 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     assert "of one project" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
 
 
+def test_a_creativity_that_there_is_not_is_told_of_the_record(dusky, k2):
+    record = Path(rendered(k2, "-p", "tea")).with_suffix(".toml")
+    record.write_text(record.read_text().replace('creativity = "raw"', 'creativity = "hihg"'))
+
+    said = k2("render", "--like", record, "--dry-run", code=1).stderr
+    assert '"creativity" cannot be "hihg"' in said and "high" in said
+
+
 def test_a_model_that_is_gone_is_not_said_to_be_the_projects(dusky, k2):
     record = Path(rendered(k2, "-p", "tea")).with_suffix(".toml")
     record.write_text(re.sub(r'(\[model\]\nname = )"\w+"', r'\1"gone"', record.read_text()))
