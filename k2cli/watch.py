@@ -74,13 +74,15 @@ def watch(
     """
     from k2cli.carry import carry_out
     from k2cli.console import Unwritable, console, last_words, say, show_error
+    from k2cli.folder import Folder
     from k2cli.settings import draw
 
     if folder and project:
         raise typer.BadParameter("name the project as an argument or with --project, not both", param_hint="--project")
     settings = {"variant": variant_of(turbo), "batch": batch, "steps": steps, "size": size, "device": device}
     check_options(settings)
-    root = root_of(folder or project, allow_outside)
+    named = folder or project
+    root = (Folder.at(named) if named else Folder.find(Path.cwd())).root
     made = made_before(root, allow_outside)
     keys: dict[str, str] = {}
     before: Stamps = {}
@@ -123,15 +125,6 @@ def check_options(settings: Mapping[str, Any]) -> None:
         from model.parts import pick_device
 
         pick_device(settings["device"])
-
-
-def root_of(folder: Path | None, allow_outside: bool) -> Path:
-    """The project's folder, whatever its k2.toml says. Raises K2Error where there is none."""
-    from k2cli.folder import FILE, root_above
-
-    named = folder.parent if folder and folder.is_file() else folder
-    root = named.absolute() if named else root_above(Path.cwd())
-    return root if root and (root / FILE).is_file() else find_project(folder, allow_outside).root
 
 
 def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:

@@ -389,3 +389,10 @@ def test_what_is_no_project_is_not_waited_for(k2, tmp_path, monkeypatch):
 
     assert "There is no k2.toml in" in k2("watch", code=1).stderr
     assert "is not a project" in k2("watch", tmp_path, code=1).stderr
+
+
+def test_a_file_of_a_project_is_none(moody, k2, changes):
+    (moody / "notes.txt").write_text("owls")
+
+    assert "notes.txt is not a project: it is a file." in k2("watch", "notes.txt", code=1).stderr
+    assert not (moody / "outputs").exists()
