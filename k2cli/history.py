@@ -21,7 +21,7 @@ from typing import Any
 from k2cli import dialect
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
 from k2cli.tables import LIMIT, leaves, tables_in
-from k2cli.texts import UNPRINTABLE, composed, masked, sought
+from k2cli.texts import LONGEST_PART, UNPRINTABLE, composed, masked, sought
 from model import picture_file
 from model.errors import USAGE, K2Error
 
@@ -139,7 +139,7 @@ class Chosen:
         )
 
     def run_folder(self, name: str) -> bool:
-        if not self.run.isdecimal():
+        if not self.run.isdecimal() or len(self.run) > LONGEST_PART:  # as no folder has in its name
             return sought(self.run) in sought(name)
         number = NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
@@ -273,7 +273,7 @@ def read_since(text: str, now: datetime | None = None) -> datetime:
     if match := SINCE.fullmatch(text.strip()):
         try:
             return now - timedelta(**{UNITS[match[2]]: int(match[1])})
-        except OverflowError:
+        except (OverflowError, ValueError):  # Python reads no more than 4,300 digits
             return LONG_AGO
     if text.strip() in ("today", "yesterday"):
         midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0)

@@ -32,6 +32,7 @@ def test_pictures_come_in_the_order_in_which_they_were_made(tmp_path):
         (Chosen(run="2"), 12),
         (Chosen(run="0002"), 12),
         (Chosen(run="fox"), 12),
+        (Chosen(run="2" * 5000), 0),
         (Chosen(prompt="FOX red"), 12),
         (Chosen(prompt="fox green"), 0),
         (Chosen(prompt="film grain"), 24),
@@ -203,6 +204,7 @@ def test_a_record_of_any_shape_can_be_looked_at(tmp_path):
         ("2026-11-01T10:00+00:00", datetime(2026, 11, 1, 10, tzinfo=UTC)),
         ("2026-11-01", datetime(2026, 11, 1).astimezone()),
         ("99999999999w", history.LONG_AGO),
+        (f"{'9' * 5000}d", history.LONG_AGO),
     ],
 )
 def test_since(text, moment):
