@@ -29,7 +29,7 @@ class Asked:
     moodboard: float | None  # its strength
     example: Example | None  # a picture that others are to be like
 
-    def job(self, project: Project, *, quiet: bool, named: bool = False) -> Job:
+    def job(self, project: Project, *, quiet: bool, named: bool) -> Job:
         """A project's run, planned; what may not be meant is told, with the project's name in front where several are
         asked for. Raises K2Error."""
         prompts, weights = self.prompts, self.weights

@@ -71,7 +71,7 @@ def build(
     return len(made)
 
 
-def can_be_shown(path: Path, skipped: Callable[[Path], None] | None = None) -> bool:
+def can_be_shown(path: Path, skipped: Callable[[Path], None] | None) -> bool:
     """Whether a file is a picture, by how it begins: thousands are asked. One that is none is handed to `skipped`."""
     try:
         with picture_file.opened(path):

@@ -164,7 +164,7 @@ def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
             yield from read_run(run, chosen, skipped)
 
 
-def newest_last(made: Iterable[Made], most: int | None = None) -> list[Made]:
+def newest_last(made: Iterable[Made], most: int | None) -> list[Made]:
     """In the order in which they were made, whatever run of whatever project they are of: the last `most` of them, and
     no more are held on the way."""
 

@@ -66,7 +66,7 @@ class Matrix:
         return [cell(dict(zip(axes, values, strict=True)), self.where) for values in product(*axes.values())]
 
 
-def settled_by(given: Iterable[str], styles: Iterable[str] = ()) -> set[str]:
+def settled_by(given: Iterable[str], styles: Iterable[str]) -> set[str]:
     """The axes about which nothing is left to compare, once a command line has said these settings and styles."""
     return {"size" if key in ("aspect", "resolution") else key for key in given} | {f"style.{name}" for name in styles}
 

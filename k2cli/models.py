@@ -153,7 +153,7 @@ def auto_method(name: str, variant: str | None = None) -> str:
     return weighed.auto_method(found is not None and library.find_parts(found).style is not None)
 
 
-def way_of(name: str, variant: str | None = None) -> Callable[[Style], Style]:
+def way_of(name: str, variant: str | None) -> Callable[[Style], Style]:
     """How a model reads the reference pictures of a style: the style with `auto` decided, as rendering decides it. It
     raises K2Error for a method that the model has no part for. Weights are not read."""
     found = library.find(name, variant)

@@ -167,7 +167,7 @@ def make(folder: Path) -> None:
     sweep(folder)
 
 
-def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool = False) -> Path:
+def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool) -> Path:
     """Write a mix as styles/NAME.toml -> that file. One that is this very mix may be there already. Raises K2Error."""
     same = styles.is_mix(name, weights)  # written before its preview failed
     file = styles.new_file(name, force=force or same)

@@ -130,13 +130,13 @@ def read_style(text: str, option: str = "--style") -> tuple[str, float]:
     return name.strip(), value
 
 
-def read_styles(texts: Sequence[str], option: str) -> dict[str, float]:
-    """ "dusk=0.7", "riso=0.3" -> each style and its weight, in the order given."""
+def read_styles(texts: Sequence[str]) -> dict[str, float]:
+    """ "dusk=0.7", "riso=0.3", as arguments -> each style and its weight, in the order given."""
     weights: dict[str, float] = {}
     for text in texts:
-        name, weight = read_style(text, option)
+        name, weight = read_style(text, "NAME=W")
         if name in weights:
-            raise typer.BadParameter(f'"{name}" comes twice', param_hint=option)
+            raise typer.BadParameter(f'"{name}" comes twice', param_hint="NAME=W")
         weights[name] = weight
     return weights
 

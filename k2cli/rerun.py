@@ -73,7 +73,7 @@ class Shelf(ExitStack):
 Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none are known in it
 
 
-def pictures_in(files: Iterable[Path], *, lone: bool = False) -> list[Named]:
+def pictures_in(files: Iterable[Path], *, lone: bool) -> list[Named]:
     """Pictures and records as they are named, and for a run's folder all its pictures, also those that nothing is known
     of; and its `lone` records, whose pictures are gone, if they are wanted. What keeps one from being looked into, or
     that it has none, is told in its turn."""

@@ -100,7 +100,7 @@ class Settings:
         """The weights that these settings ask for, once the model is found."""
         return models.Held(self.model, self.variant, device=self.device, precision=self.precision, offload=self.offload)
 
-    def beyond(self, prompts: Iterable[Mapping[str, Any]] = ()) -> str:
+    def beyond(self, prompts: Iterable[Mapping[str, Any]]) -> str:
         """Steps and guidance that a project asks for, and no command line, where a checkpoint that a command line names
         is made for less.
 

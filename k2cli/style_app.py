@@ -286,7 +286,7 @@ def mix_styles(
     from k2cli.new_style import add_mix
 
     opened = find_project(project, allow_outside)
-    weights = read_styles(styles, "NAME=W")
+    weights = read_styles(styles)
     if not any(weights.values()):
         raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
     opened.styles.resolve(weights, lambda name: "k2 mix-styles")
