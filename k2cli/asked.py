@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from k2cli.console import among_others, say
-from k2cli.doubts import idle, misbegun, same_steps
+from k2cli.doubts import idle, misbegun, same_steps, unbegun
 from k2cli.like import Example
 from k2cli.matrix import Matrix
 from k2cli.project import Project, Shot
 from k2cli.prompts import Prompt
 from k2cli.runs import Job, SheetForm
-from k2cli.settings import NONE, Settings
+from k2cli.settings import Settings
 from model.errors import listed
 
 
@@ -65,25 +65,16 @@ def plan_project(
     """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
     called = among_others(project.root) if named else project.root.name
     whose = f"{called}: " if named else ""
-    of_prompts = [prompt.settings for prompt in (project.prompts if prompts is None else prompts)]
-    if not quiet and (beyond := settings.beyond(of_prompts)):
+    asked = project.prompts if prompts is None else prompts
+    if not quiet and (beyond := settings.beyond([prompt.settings for prompt in asked])):
         say(f"{called} has {beyond}", "yellow")
     shots = project.shots(settings, prompts, styles, matrices)
     if not quiet and (names := project.uncompared(prompts, matrices)):
         say(f"{called}: no [[matrix]] is about {listed(names)}.", "yellow")
-    if not quiet and not any(shot.spec.init_image for shot in shots):
-        typed = settings.elsewhere.keys() - project.settings.elsewhere.keys()  # and not of a picture as an example
-        here = {key: getattr(settings, key) for key in typed}
-        mine = vars(settings) if settings.init_image is None else here  # else of a picture that prompts do without
-        last = [prompt.settings for prompt in prompts or () if prompt.last]  # which go before the command line
-        theirs = of_prompts if here.get("init_image") != NONE else last
-        said = [mine, *theirs, *(matrix.axes for matrix in matrices)]
-        if void := [key for key in ("denoise", "mask") if any(each.get(key) not in (None, NONE) for each in said)]:
-            change = "changes" if len(void) == 1 else "change"
-            say(f"{whose}Nothing begins with a picture, so that {' and '.join(void)} {change} nothing.", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
-        for doubt in (*idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
+        void = unbegun(job, settings, asked, matrices)
+        for doubt in (*void, *idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
             say(f"{whose}{doubt}", "yellow")
     return job
 

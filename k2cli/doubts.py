@@ -12,8 +12,9 @@ from k2cli.matrix import Matrix
 from k2cli.models import Grid, grid, recommended, untold_variant
 from k2cli.pictures import sides_of
 from k2cli.project import Shot
+from k2cli.prompts import Prompt
 from k2cli.runs import Job
-from k2cli.settings import Settings
+from k2cli.settings import NONE, Settings
 from k2cli.signs import read_as_words, short
 from model.errors import count_of, listed
 from model.picture_file import passed_over
@@ -107,6 +108,21 @@ def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
     guided = "style_guidance" in here and settings.style_guidance is not None  # as a picture's own none
     if guided and not any(style.references for spec in specs for style in spec.styles):
         yield "No style has reference pictures, so that style_guidance changes nothing."
+
+
+def unbegun(job: Job, settings: Settings, prompts: Sequence[Prompt], matrices: Sequence[Matrix]) -> Iterator[str]:
+    """Of pictures none of which begins with one: that what is said of such a picture changes nothing."""
+    if any(shot.spec.init_image for shot in job.shots):
+        return
+    typed = settings.elsewhere.keys() - job.project.settings.elsewhere.keys()  # and not of a picture as an example
+    here = {key: getattr(settings, key) for key in typed}
+    mine = vars(settings) if settings.init_image is None else here  # else of a picture that prompts do without
+    none = here.get("init_image") == NONE  # but for prompts that go before the command line
+    theirs = [prompt.settings for prompt in prompts if prompt.last or not none]
+    said = [mine, *theirs, *(matrix.axes for matrix in matrices)]
+    if void := [key for key in ("denoise", "mask") if any(each.get(key) not in (None, NONE) for each in said)]:
+        change = "changes" if len(void) == 1 else "change"
+        yield f"Nothing begins with a picture, so that {' and '.join(void)} {change} nothing."
 
 
 def misbegun(job: Job) -> Iterator[str]:
