@@ -95,7 +95,7 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
     A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
     """
     found, known, count, letters = [], [], 0, 0
-    last: dict[str, int] = {}  # stem -> the number that was given last
+    last: dict[str, int] = {}
     for prompt, base in name_files(prompts):
         known.append((prompt, base, variants(prompt.text)))
         count += len(known[-1][2])
@@ -112,13 +112,7 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
             name = base
             if chosen:
                 name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
-                name = stem = name[:STEM].strip("-")
-                number = last.get(stem, 1)
-                while name.casefold() in taken:
-                    number += 1
-                    name = f"{stem}-{number}"
-                taken.add(name.casefold())
-                last[stem] = number
+                name = free_name(name[:STEM].strip("-"), taken, last)
             found.append((replace(prompt, text=text, name=name), prompt.base or base))
     return found
 
@@ -158,18 +152,23 @@ def compare(
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
     """Every prompt with its file-name stem: its name, or one made from its text, numbered where two would be alike."""
     taken = {prompt.name.casefold() for prompt in prompts}
-    last: dict[str, int] = {}  # stem -> the number that was given last
-    named = []
-    for prompt in prompts:
-        name = stem = prompt.name or slug(prompt.text)
-        number = last.get(stem, 1)
-        while not prompt.name and name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        last[stem] = number
-        named.append((prompt, name))
-    return named
+    last: dict[str, int] = {}
+    return [(prompt, prompt.name or free_name(slug(prompt.text), taken, last)) for prompt in prompts]
+
+
+def free_name(stem: str, taken: set[str], last: dict[str, int]) -> str:
+    """The stem, numbered where a prompt is called so already, which it is by this name from now on.
+
+    taken  the names that are given, without capitals
+    last   stem -> the number that was given last
+    """
+    name, number = stem, last.get(stem, 1)
+    while name.casefold() in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name.casefold())
+    last[stem] = number
+    return name
 
 
 def numbered(name: str, number: int, most: int) -> str:
