@@ -259,7 +259,7 @@ def encoded(graph: Graph, link: Any) -> Any:
 def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
     """The editor's form as the one that runs, as far as WIDGETS knows the nodes; muted ones are left out,
     and of bypassed ones all but their links."""
-    nodes, links = ([each for each in list_of(workflow.get(key))] for key in ("nodes", "links"))
+    nodes, links = list_of(workflow.get("nodes")), list_of(workflow.get("links"))
     ends: dict[Any, list[Any]] = {}
     for link in links:  # [id, node, output, node, input, type], or the same with names
         if isinstance(link, Mapping):

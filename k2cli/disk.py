@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from k2cli.dialect import dump
 from model.errors import K2Error
 
 try:
@@ -187,10 +185,6 @@ def settle(folder: Path) -> None:
     """Names are part of a folder: what was put in place stays there when the power goes."""
     with suppress(OSError), opened(folder) as handle:
         os.fsync(handle)
-
-
-def write_toml(path: Path, table: Mapping[str, Any]) -> None:
-    write({path: dump(table)})
 
 
 @contextmanager

@@ -7,7 +7,7 @@ before, and let go when the planning is over. Neither it nor torch is imported f
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,7 @@ def expander(model: str, level: str, device: str | None = None) -> Expand:
     """What expands prompts for a resolved model: Qwen3-VL where it is the text encoder, else the words of the box."""
     if level == "raw" or model in library.box() or (text := language_of(model)) is None:
         return expand
-
-    def by_language(prompt: str, level: str, seed: int, **words: Any) -> str:
-        return said(text, device, prompt, level, seed, **words)
-
-    return by_language
+    return partial(said, text, device)
 
 
 @cache

@@ -256,6 +256,7 @@ def show(
     from k2cli.history import in_full
     from k2cli.listing import show_differences
     from k2cli.outputs import picture_of
+    from k2cli.preview import preview
     from model.picture_file import is_sheet
 
     named = [find_file(file, project) for file in files]
@@ -267,10 +268,7 @@ def show(
             there = None if record.table.get("blocked") else short_path(picture_of(file))
             result(to_json({"file": there, **in_full(record.table)}))
         return
-    if sys.stdout.isatty():
-        from k2cli.preview import preview
-
-        preview([picture for file in named if (picture := picture_of(file)).is_file()])
+    preview([picture for file in named if (picture := picture_of(file)).is_file()])
     if len(found) == 1:
         result(describe(found[0], screen()))
     else:

@@ -65,7 +65,7 @@ class Example:
         void = set(said) | (set() if "size" in found else {"mu"})  # the project says the size then
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)
-        if void & {"size", "aspect", "resolution"}:
+        if void & FRAME:
             void |= {"size", "mu"}
         if "init_image" in void:  # its shape is another's, and a mask was drawn on the one before
             void |= {"size", "mu", "mask"} | ({"denoise"} if spec.mask or not spec.init_image else set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import comb
 
 from k2cli.matrix import escape, variants
 from k2cli.project import Project
@@ -51,7 +52,7 @@ def sweep(weights: Weights, steps: int) -> Layout:
         raise K2Error("A sweep goes from one style to another.", hint="Name two or more: dusk=1 riso=1")
     if steps < 2:
         raise K2Error(f"A sweep of {steps} pictures leads nowhere.", hint="From 2 on it has both ends.")
-    count = steps * (steps + 1) // 2 if len(names) == 3 else steps * len(list(combinations(names, 2)))
+    count = steps * (steps + 1) // 2 if len(names) == 3 else steps * comb(len(names), 2)
     if count > PER_GRID:
         raise K2Error(
             f"A sweep of {steps} with {len(names)} styles is {count} pictures, and a sheet holds {PER_GRID}.",

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -70,7 +70,7 @@ class Origin:
     steps: int | None = None
     guidance: float | None = None  # on our scale: what those tools call CFG, less one
     model: str = ""
-    left_out: tuple[str, ...] = field(default=())  # what has no counterpart here
+    left_out: tuple[str, ...] = ()  # what has no counterpart here
     turbo: bool = False  # made by k2's distilled checkpoint
     creativity: str = "raw"  # of k2's
     guidance_until: float | None = None  # of k2's, where guidance ended before the last step

@@ -69,12 +69,12 @@ def for_all(asked: Sequence[One], do: Callable[[One], Gained]) -> list[Gained]:
 
 def refuse(wrong: Sequence[K2Error]) -> None:
     """Raise the last of these errors, if there are any; the others are told first. The same is told once."""
-    *others, last = {(str(error), error.hint): error for error in wrong}.values() or [None]
-    told = [error for error in others if error]
+    if not wrong:
+        return
+    *told, last = {(str(error), error.hint): error for error in wrong}.values()
     for error in told:
         show_error(error)
-    if last:
-        raise Several(str(last), told, hint=last.hint, code=last.code) if told else last
+    raise Several(str(last), told, hint=last.hint, code=last.code) if told else last
 
 
 def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:

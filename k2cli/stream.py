@@ -15,10 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import typer
-
 from k2cli.commands import as_problem
-from k2cli.console import Unwritable, result, show_error, to_json
+from k2cli.console import Unwritable, result, say, show_error, to_json
 from k2cli.prompts import WORDS, Prompt, read_prompts, refuse_twins, typed
 from k2cli.settings import FIELDS, HOMES, OF_PROMPT
 from k2cli.several import Several
@@ -144,7 +142,7 @@ def readable(text: str) -> bool:
 def lines() -> Iterator[bytes]:
     """Lines of standard input as they come; whoever sent one waits for an answer, be it empty, or no text."""
     if sys.stdin.isatty():
-        typer.echo("A prompt a line, rendered as it comes; Ctrl-D ends.", err=True)
+        say("A prompt a line, rendered as it comes; Ctrl-D ends.")
     yield from sys.stdin.buffer
 
 
@@ -153,7 +151,7 @@ def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
     prompts = [typed(text) for text in texts]
     if stdin:
         if sys.stdin.isatty():
-            typer.echo("Prompts, one a line; Ctrl-D ends:", err=True)
+            say("Prompts, one a line; Ctrl-D ends:")
         # the mark that some editors begin a text with comes again where such files are joined
         lines = (line.removeprefix("\ufeff").strip() for line in re.split(r"\r\n?|\n", read_input()))
         said = {number: asked_by(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}

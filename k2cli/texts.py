@@ -64,19 +64,19 @@ def composed(name: str) -> str:
 
 def folded(text: str) -> str:
     """A text as it is compared with another: accents joined to their letters, and no capitals."""
-    return unicodedata.normalize("NFC", text).casefold()
+    return composed(text).casefold()
 
 
 def sought(text: str) -> str:
     """The same of a text that is searched: an accent that there is no joined letter for, as the stress of Russian
     words, counts for nothing."""
-    return APART.sub("", unicodedata.normalize("NFC", folded(text)))
+    return APART.sub("", composed(folded(text)))
 
 
 def as_name(text: str, besides: str = "") -> str:
     """A text as a part of a file name: letters with their marks, digits, _ and what is let in besides; else -."""
     signs: list[str] = []
-    for sign in unicodedata.normalize("NFC", text.translate(UNSEEN)):
+    for sign in composed(text.translate(UNSEEN)):
         belongs = is_mark(sign) and bool(signs) and signs[-1] not in f"-_{besides}"  # at which names are stripped
         signs.append(sign if belongs or sign.isalnum() or sign in f"_{besides}" else "-")
     return re.sub("-+", "-", "".join(signs))
