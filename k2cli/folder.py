@@ -157,6 +157,14 @@ def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:
             raise
 
 
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder; nothing where there is none. Raises K2Error where it may not be read."""
+    try:
+        return os.listdir(folder) if folder.is_dir() else []  # a glob would find nothing where it may not look
+    except OSError as error:
+        raise K2Error(f"{folder} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
+
+
 def spelt(root: Path, path: str | Path) -> Path:
     """A path from a folder on, its names as they are there: some systems write accents apart from their letters."""
     full = root / path

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import dialect
+from k2cli.folder import names_in
 from k2cli.outputs import NUMBER, PICTURES, check_link, number_of
 from k2cli.tables import LIMIT, leaves, tables_in
 from k2cli.texts import LONGEST_PART, UNPRINTABLE, composed, masked, sought
 from model import picture_file
 from model.errors import USAGE, K2Error
+from model.spec import OF_REFERENCES
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -48,10 +50,7 @@ def loras(table: Mapping[str, Any]) -> list[str]:
 MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
     "": ("blocked", "leader", "init_image", "mask", "style", "lora"),
     "prompt": ("row", "caption", "unread"),
-    "settings": (
-        *("sampler", "guidance_until", "denoise"),
-        *("style_guidance", "leak_guard", "vision_tiles", "vision_rows"),
-    ),
+    "settings": ("sampler", "guidance_until", "denoise", *OF_REFERENCES),
     "leader": ("shared",),
 }
 
@@ -184,11 +183,7 @@ def runs_of(outputs: Path) -> list[Path]:
     lines of one in a pipe. Raises K2Error where the folder cannot be listed, or is a link to nothing.
     """
     check_link(outputs)
-    try:
-        names = os.listdir(outputs) if outputs.is_dir() else []
-    except OSError as error:
-        raise K2Error(f"{outputs} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
-    found = [outputs / name for name in names if not name.startswith(".") and not UNPRINTABLE.search(name)]
+    found = [outputs / name for name in names_in(outputs) if not name.startswith(".") and not UNPRINTABLE.search(name)]
     runs = [path for path in found if path.is_dir() and not path.is_symlink()]
     return sorted(runs, key=lambda run: (number_of(run) if NUMBER.match(run.name) else -1, run.name))
 

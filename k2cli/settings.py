@@ -15,7 +15,7 @@ from model.errors import USAGE, K2Error
 from model.expand import LEVELS
 from model.headers import VARIANTS
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import LEAK_GUARDS, SAMPLERS, TILES
+from model.spec import LEAK_GUARDS, OF_REFERENCES, SAMPLERS, TILES
 
 SCOPES = ("prompt", "run")
 RANDOM = "random"  # in the place of a seed
@@ -29,7 +29,7 @@ OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
 
 OF_PICTURE = (  # what goes as it stands into the spec of a picture
     *("steps", "guidance", "guidance_until", "sampler", "mu"),
-    *("style_guidance", "leak_guard", "vision_tiles", "vision_rows"),
+    *OF_REFERENCES,
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from k2cli.folder import names_in
 from k2cli.pictures import Inside, check_picture, find
 from k2cli.tables import PATH, WEIGHT, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
 from k2cli.texts import UNPRINTABLE, check_name, composed, folded, label_of, relative
@@ -77,12 +77,8 @@ class Styles:
     def files(self) -> dict[str, str]:
         """The names of the styles there are, and their files: some systems write accents apart from their letters, and
         a name is the same however they are written. What cannot be typed as a name is none. Raises K2Error."""
-        folder = self.inside("styles", "")
-        try:
-            files = os.listdir(folder) if folder.is_dir() else []  # a glob would find nothing where it may not look
-        except OSError as error:
-            raise K2Error(f"{folder} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
-        found = ((composed(Path(file).stem), file) for file in sorted(files) if file.endswith(".toml"))
+        files = sorted(names_in(self.inside("styles", "")))
+        found = ((composed(Path(file).stem), file) for file in files if file.endswith(".toml"))
         return {name: file for name, file in found if not UNPRINTABLE.search(name)}
 
     @property

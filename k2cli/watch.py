@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 EVERY = 0.4  # seconds between two looks at the files
 WEIGHTS = (".safetensors", ".gguf", ".json")  # and what says how a model is built
 LOOKED_BACK = 50  # runs in which pictures are found that need not be made
-OF_REFERENCES = ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # without which they change nothing
 GONE = (0, 0)  # the stamp of a file that was there
 
 Stamps = Mapping[str, tuple[int, int]]
@@ -207,7 +206,7 @@ def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str] 
     """What a picture is known by: all that goes into it, hashed, but for what would change nothing."""
     from k2cli.console import to_json
     from k2cli.records import request
-    from model.spec import Leader, denoise_of
+    from model.spec import OF_REFERENCES, Leader, denoise_of
 
     spec = shot.spec
     if spec.leader == Leader(spec.prompt, spec.seed, spec.negative):  # what leads is the picture that it would be alone

@@ -22,6 +22,7 @@ SAMPLERS = ("euler", "ab2")  # how the flow is followed; see `model/sampler.py`
 DENOISE = 0.75  # where none is asked for: the prompt says what is there, the picture that it began with where; and
 DENOISE_MASKED = 1.0  # within a mask, as there is enough around it to fit in with
 LEAK_GUARDS = ("damping", "shift", "both", "none")  # against a spliced reference's content; see `model/splice.py`
+OF_REFERENCES = ("style_guidance", "leak_guard", "vision_tiles", "vision_rows")  # of use to pictures of a style alone
 
 LIMITS: Mapping[str, tuple[float, float]] = {  # of what pictures are rendered by, the least and the most
     "steps": (1, 1000),
