@@ -22,7 +22,7 @@ from k2cli.styles import BOARD, Styles
 from k2cli.tables import Option
 from k2cli.texts import composed, quote
 from model.errors import USAGE, K2Error
-from model.hashes import sha256
+from model.hashes import identity, sha256
 from model.spec import Leader, Style
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def weights_for(strengths: Mapping[str, float], styles: Styles) -> dict[str, flo
     return weights
 
 
-def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] = identity) -> dict[str, Any]:
     """What a style's look comes from, as it is called; neither order nor names of files mean anything."""
     table = records.style_table(style, root, hash_of)
     return {

@@ -31,6 +31,7 @@ from model.spec import METHODS, SIDES, Leader, Picture, Reference, RenderSpec, S
 SCHEMA = 1
 
 T = TypeVar("T")
+HashOf = Callable[[Path], str]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Record:
         return self.table.get("pixels")
 
 
-def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+def request(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
     """What is known of a picture before it is rendered; reference paths are relative to the project."""
     spec, led, begun = shot.spec, shot.spec.leader, shot.spec.init_image
     return {
@@ -158,22 +159,21 @@ def request(shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None
         },
         "settings": {key: getattr(spec, key) for key in SPEC_KEYS},
         "leader": led and {"prompt": led.prompt, "seed": led.seed, "avoid": led.negative},
-        "init_image": begun and {"image": relative(begun, root), "sha256": (hash_of or sha256)(begun)},
+        "init_image": begun and {"image": relative(begun, root), "sha256": hash_of(begun)},
         "mask": spec.mask and mask_table(spec.mask, root, hash_of),
         "style": [style_table(style, root, hash_of) for style in spec.styles] or None,
     }
 
 
-def mask_table(mask: Path | str, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+def mask_table(mask: Path | str, root: Path, hash_of: HashOf) -> dict[str, Any]:
     """A mask as records hold it."""
     if isinstance(mask, str):
         return {"region": mask}
-    return {"image": relative(mask, root), "sha256": (hash_of or sha256)(mask)}
+    return {"image": relative(mask, root), "sha256": hash_of(mask)}
 
 
-def style_table(style: Style, root: Path, hash_of: Callable[[Path], str] | None = None) -> dict[str, Any]:
+def style_table(style: Style, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
     """A style as records hold it, with the hash of every file it is made of."""
-    hash_of = hash_of or identity
     table = {
         "name": style.name,
         "strength": style.strength,

@@ -162,14 +162,14 @@ def look(
     it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
     made again only if it is not there, for otherwise somebody threw it away. `drawn`: the seed where it is random."""
     from k2cli.asked import plan_job
-    from model.hashes import files_of
+    from model.hashes import files_of, identity
 
     chosen = replace(project.settle(**settings), drawn=drawn)
     prompts = project.choose(only) if only else None
     matrices = project.comparing(prompts)
     shots = project.shots(chosen, prompts, None, matrices)
     taken = Taken.by(chosen.held())
-    known = {key_of(taken, shot, project.root): shot for shot in shots}
+    known = {key_of(taken, shot, project.root, identity): shot for shot in shots}
     new = known.keys() - set(asked.values())
     left = [shot for key, shot in known.items() if key not in made or (key in new and not made[key].exists())]
     keys = {shot.stem: key for key, shot in known.items()}
@@ -202,7 +202,7 @@ class Taken(NamedTuple):
         return cls(vars(held) | chosen, recommended(held.name, held.variant))
 
 
-def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str] | None = None) -> str:
+def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str]) -> str:
     """What a picture is known by: all that goes into it, hashed, but for what would change nothing."""
     from k2cli.console import to_json
     from k2cli.records import request
