@@ -20,7 +20,7 @@ from model.hashes import PEFT_WEIGHTS, identity
 from model.layouts import diffusers_names
 from model.lora import Adapter, Change, Shift
 from model.lora_file import HADAMARD, ON_RAW, PLAIN, peft_settings, refuse_others, sort_out
-from model.second_path import Hadamard, Kronecker, LowRank, Update, gain_of
+from model.second_path import Hadamard, Kronecker, LowRank, Update, Whole, gain_of
 from model.stream import at_hand
 
 PREFIXES = (
@@ -91,16 +91,15 @@ class Part:
         delta = self.tensors["up"].float() @ self.tensors["down"].float() * self.scale
         return Shift(delta.view(own.shape))
 
-    def low_rank(self, shape: tuple[int, int], width: int) -> LowRank:
-        """A low-rank pair. A whole matrix is one too, of the rank of its shorter side, with as many ones; so is
-        nothing, of no rank."""
+    def low_rank(self, shape: tuple[int, int], width: int) -> LowRank | Whole:
+        """A low-rank pair, or a whole matrix; nothing is a pair of no rank."""
         out, inward = shape
         if "down" in self.tensors:
             self.check_factors(self.tensors["up"], self.tensors["down"], shape, width)
             return LowRank(self.tensors["down"], self.tensors["up"], scale=self.scale)
         if (whole := self.tensors.get("diff")) is None:
             return LowRank(torch.zeros(0, inward), torch.zeros(out, 0))
-        return LowRank(whole, torch.eye(out)) if out <= inward else LowRank(torch.eye(inward), whole)
+        return Whole(whole)
 
     def hadamard(self, shape: tuple[int, int], width: int) -> Hadamard:
         """A Hadamard product of two low-rank matrices."""

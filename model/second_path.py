@@ -88,6 +88,20 @@ class LowRank(Update):
 
 
 @dataclass(frozen=True)
+class Whole(Update):
+    """A matrix as it is."""
+
+    scaled = "matrix"
+    matrix: Tensor  # [out, in]
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix)
+
+    def dense(self, rows: slice) -> Tensor:
+        return self.matrix[rows]
+
+
+@dataclass(frozen=True)
 class Hadamard(Update):
     """LoHa: (w1_a @ w1_b) ⊙ (w2_a @ w2_b) (Hyeon-Woo et al. 2021, "FedPara", arXiv 2108.06098)."""
 
