@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from model.references import to_pixels
 from model.settle import Settled, read_beside
 from model.style import StyleEncoder
 from model.text_encoder import TextEncoder
-from model.vision import Reader, find_tower
+from model.vision import Looked, Reader, Shown, find_tower
 from model.weighed import Weighed
 
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
-MOST_TEXTS = 16  # whose rows are kept: those of every tapped layer, five times what a context takes
+MOST_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times what a context takes
+SHORT = 16  # tokens of a text that is small enough to be kept among as many as contexts: what is avoided mostly is
 
 
 class Conditioning:
@@ -42,13 +43,15 @@ class Conditioning:
     ):
         self.dit, self.text, self.vae, self.parts = dit, text, vae, parts
         self.device, self.dtype = device, dtype
-        self._contexts: Recent[Tensor]
-        self._rows: Recent[Tensor]
         self.forget()
 
     def forget(self) -> None:
         """Let go of what is kept; whatever is asked next is read again."""
-        self._contexts, self._rows = Recent(REMEMBERED), Recent(MOST_TEXTS)
+        self._contexts: Recent[Tensor] = Recent(REMEMBERED)
+        self._rows: Recent[Tensor] = Recent(MOST_TEXTS)
+        self._short: Recent[Tensor] = Recent(REMEMBERED)
+        self._looks: Recent[Tensor] = Recent(REMEMBERED)
+        self._shown: Recent[Looked] = Recent(MOST_TEXTS)
 
     def context(
         self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain", away: Avoided = ()
@@ -61,8 +64,7 @@ class Conditioning:
         def read() -> Tensor:
             if shown:
                 assert tiles
-                pictures = [self._reader.show(r.image, r.weight, tiles) for r in shown]
-                embeds = self._reader.encode(prompt, pictures, keep_rows=keep_rows)
+                embeds = self._reader.encode(prompt, self.show(shown, tiles), keep_rows=keep_rows)
             else:
                 embeds = self._speak(prompt)
             if away:
@@ -79,11 +81,22 @@ class Conditioning:
 
     def style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
         """References, by the style encoder, as extra prompt rows [K, N, E]."""
-        rows, (encoder, side) = [], self._style_encoder
-        for reference in references:
+        encoder, side = self._style_encoder
+
+        def read(reference: Weighed) -> Tensor:
             pixels = to_pixels(reference.image, side, side).to(self.device, self.dtype)
-            rows.append(encoder.read(self.vae.encode(pixels).float()))
+            return encoder.read(self.vae.encode(pixels).float())
+
+        rows = [self._looks.ask(each.sha256, partial(read, each)) for each in references]
         return encoder.mix(rows, [reference.weight for reference in references])
+
+    def show(self, references: tuple[Weighed, ...], tiles: int) -> list[Shown]:
+        """References, as a text encoder with eyes sees them."""
+
+        def see(reference: Weighed) -> Looked:
+            return self._reader.show(reference.image, tiles)
+
+        return [Shown(self._shown.ask((each.sha256, tiles), partial(see, each)), each.weight) for each in references]
 
     @property
     def sees(self) -> bool:
@@ -92,7 +105,8 @@ class Conditioning:
 
     def _speak(self, text: str) -> Tensor:
         """A text's rows [1, T, N, E]; kept, for what is avoided is read beside many prompts."""
-        return self._rows.ask(text, lambda: self.text.encode([text])[0])
+        kept = self._short if len(self.text.token_ids(text)) <= SHORT else self._rows
+        return kept.ask(text, lambda: self.text.encode([text])[0])
 
     @cached_property
     def _style_encoder(self) -> tuple[StyleEncoder, int]:

@@ -21,7 +21,7 @@ from model.parts import DTYPES, pick_device
 from model.plan import SPARE, default_dtype, free_memory
 from model.references import fitting, to_pixels
 from model.text_encoder import Seen, TextConfig, TextTower, read_tower
-from model.vision import Marks, VisionTower, find_tower, interleave, load_tower, marks_of
+from model.vision import Looked, Marks, VisionTower, find_tower, interleave, load_tower, look, marks_of
 
 ASKS, ANSWERS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ENDS = ("<|im_end|>", "<|endoftext|>")
@@ -80,10 +80,10 @@ class Speaker:
         if not pictures:
             return [*asks, *said], None
         tower, marks = self.eyes
-        parts: list[list[int] | Tensor] = [asks]
+        parts: list[list[int] | Looked] = [asks]
         for picture in pictures:
-            parts += [[marks.start], picture, [marks.end]]
-        return interleave(tower, [*parts, said], marks.pad)
+            parts += [[marks.start], look(tower, picture), [marks.end]]
+        return interleave([*parts, said], marks.pad)
 
     def show(self, path: Path) -> Tensor:
         """A picture as large as it is looked at. Raises K2Error."""

@@ -232,11 +232,25 @@ def marks_of(checkpoint: Checkpoint) -> Marks:
     return Marks(*known)
 
 
-class Shown(NamedTuple):
-    """A picture [1, 3, H, W] in −1 … 1 and its weight."""
+class Looked(NamedTuple):
+    """A picture as the tower sees it."""
 
-    pixels: Tensor
+    rows: Tensor  # [V, E]
+    deep: list[Tensor]  # [V, E] each, what deeper layers add
+    grid: tuple[int, int]  # rows and columns, V in all
+
+
+class Shown(NamedTuple):
+    """A picture and its weight."""
+
+    picture: Looked
     weight: float
+
+
+def look(tower: VisionTower, pixels: Tensor) -> Looked:
+    """pixels [1, 3, H, W] in −1 … 1."""
+    rows, deep = tower(pixels.to(tower.pos_embed.weight))
+    return Looked(rows, deep, tower.grid(pixels))
 
 
 class Reader:
@@ -247,10 +261,11 @@ class Reader:
         self.text, self.tower = text, load_tower(checkpoint, weight.device, weight.dtype)
         self.marks = marks_of(checkpoint)
 
-    def show(self, path: Path, weight: float, tiles: int) -> Shown:
-        """A reference picture as large as it is read, its tiles shuffled. Raises K2Error."""
+    @torch.no_grad()
+    def show(self, path: Path, tiles: int) -> Looked:
+        """A reference picture, its tiles shuffled, as the tower sees it. Raises K2Error."""
         size = fitting(path, PIXELS, self.tower.config.unit * tiles)
-        return Shown(shuffled(to_pixels(path, *size), tiles), weight)
+        return look(self.tower, shuffled(to_pixels(path, *size), tiles))
 
     @torch.no_grad()
     def encode(self, prompt: str, pictures: Sequence[Shown], *, keep_rows: bool) -> Tensor:
@@ -269,7 +284,7 @@ class Reader:
             own: list[Any] = [0.0] * len(shown)  # rows of each picture [V, N, E]
             for before, size in pairwise([0.0, *sorted(set(sizes))]):
                 some = [index for index, each in enumerate(sizes) if each >= size]
-                read, seen, counts = self.read(prompt, [shown[index].pixels for index in some])
+                read, seen, counts = self.read(prompt, [shown[index].picture for index in some])
                 words = words + side * len(some) * (size - before) * (read - plain)
                 for index, part in zip(some, seen[0].split(counts), strict=True):
                     own[index] = own[index] + (size - before) / sizes[index] * part
@@ -282,39 +297,29 @@ class Reader:
                 rows.append(informed(torch.cat(kept), torch.cat(known))[None])
         return torch.cat((words, *rows), 1)
 
-    def read(self, prompt: str, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    def read(self, prompt: str, pictures: Sequence[Looked]) -> tuple[Tensor, Tensor, list[int]]:
         """What the pictures make of prompt and suffix [1, T, N, E]; their own rows [1, V, N, E]; how many each has."""
         encoder, words = self.text, self.text.token_ids(prompt)
-        parts: list[list[int] | Tensor] = [[self.marks.start], *pictures, [self.marks.end, *words]]
-        ids, seen = interleave(self.tower, parts, self.marks.pad, encoder.prefix_ids.shape[1])
+        parts: list[list[int] | Looked] = [[self.marks.start], *pictures, [self.marks.end, *words]]
+        ids, seen = interleave(parts, self.marks.pad, encoder.prefix_ids.shape[1])
         taps, _ = encoder.tower(torch.tensor([ids], device=encoder.prefix_ids.device), encoder.prefix, seen)
-        counts = [rows * columns for rows, columns in map(self.tower.grid, pictures)]
+        counts = [len(picture.rows) for picture in pictures]
         return taps[:, -len(words) :], taps[:, 1 : 1 + sum(counts)], counts
 
 
-def interleave(
-    tower: VisionTower, parts: Sequence[list[int] | Tensor], pad: int, before: int = 0
-) -> tuple[list[int], Seen]:
-    """Tokens and pictures [1, 3, H, W] as one sequence behind `before` tokens: its ids, and what is seen in it."""
+def interleave(parts: Sequence[list[int] | Looked], pad: int, before: int = 0) -> tuple[list[int], Seen]:
+    """Tokens and pictures as one sequence behind `before` tokens: its ids, and what is seen in it."""
     ids: list[int] = []
-    spans: list[int | tuple[int, int]] = []
-    rows, deep, where = [], [], []
-    weight = tower.pos_embed.weight
+    where: list[bool] = []
+    seen = [part for part in parts if isinstance(part, Looked)]
     for part in parts:
-        if isinstance(part, Tensor):
-            looked, deeper = tower(part.to(weight))
-            rows.append(looked)
-            deep.append(deeper)
-            spans.append(tower.grid(part))
-            ids += [pad] * len(looked)
-            where += [True] * len(looked)
-        else:
-            spans.append(len(part))
-            ids += part
-            where += [False] * len(part)
-    layers = [torch.cat(layer) for layer in zip(*deep, strict=True)]
-    places, device = positions(before, spans), weight.device
-    return ids, Seen(torch.tensor(where, device=device), torch.cat(rows), layers, places.to(device))
+        own = [pad] * len(part.rows) if isinstance(part, Looked) else part
+        ids += own
+        where += [isinstance(part, Looked)] * len(own)
+    rows = torch.cat([each.rows for each in seen])
+    layers = [torch.cat(layer) for layer in zip(*(each.deep for each in seen), strict=True)]
+    places = positions(before, [part.grid if isinstance(part, Looked) else len(part) for part in parts])
+    return ids, Seen(torch.tensor(where, device=rows.device), rows, layers, places.to(rows.device))
 
 
 def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:

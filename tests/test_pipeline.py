@@ -37,6 +37,7 @@ from model.safety import Verdict
 from model.sampler import adams_bashforth, guided, shifted_sigmas
 from model.settle import branches, unwanted, weighed, wordings
 from model.spec import SIDES, Picture, Reference, RenderSpec, Style, raw_mu, tied
+from model.style import StyleEncoder
 from model.text_encoder import PROMPT_TOKENS
 from model.train.rollout import conditioned
 
@@ -128,6 +129,24 @@ def test_prompts_are_encoded_once_and_forgotten_in_time(pipeline, monkeypatch):
     encoded.clear()
     pipeline.render([replace(FOX, prompt=f"{what} fox", guidance=0.0, negative="fog, ink") for what in ("an", "one")])
     assert len(encoded) == len(set(encoded)) == 9  # each prompt, with either phrase, the phrases, what says nothing
+
+    encoded.clear()
+    avoided = ", ".join(f"fault {i}" for i in range(12))
+    pipeline.render([replace(FOX, prompt=f"{i} foxes", guidance=0.0, negative=avoided) for i in range(3)])
+    assert len(encoded) == len(set(encoded)) == 3 * 13 + 12  # what says nothing is known
+
+
+def test_a_reference_is_read_once_for_all_prompts_and_weights(pipeline, red, monkeypatch):
+    read, seen = StyleEncoder.read, []
+    monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
+    styles = [(Style("look", strength=s, references=(Reference(red),)),) for s in (0.5, 1.0)]
+
+    several = [replace(FOX, prompt=f"{i} foxes", styles=each) for i in range(3) for each in styles]
+    together = pipeline.render(several)
+
+    assert len(seen) == 1
+    pipeline.forget()
+    assert pixels(pipeline.render([several[3]])[0]) == pixels(together[3]) and len(seen) == 2
 
 
 def test_streaming_asks_for_specs_only_as_it_goes(pipeline):

@@ -30,6 +30,7 @@ from model.vision import (
     find_tower,
     informed,
     load_tower,
+    look,
     marks_of,
     positions,
     shuffled,
@@ -117,7 +118,7 @@ def test_a_prompt_with_a_picture_has_the_rows_of_transformers(qwen, pictures, wh
     ).hidden_states
     expected = torch.stack([states[tap] for tap in TAPS], 2)
 
-    read, seen, counts = qwen.reader.read(prompt, [pixels])
+    read, seen, counts = qwen.reader.read(prompt, [look(qwen.reader.tower, pixels)])
 
     assert counts == [count]
     torch.testing.assert_close(read, expected[:, -len(words) :], atol=5e-5, rtol=5e-4)
@@ -145,7 +146,7 @@ def test_several_pictures_share_one_span(qwen, pictures):
         output_hidden_states=True,
     ).hidden_states
 
-    read, _, counts = qwen.reader.read("an owl", pictures)
+    read, _, counts = qwen.reader.read("an owl", [look(qwen.reader.tower, each) for each in pictures])
 
     assert counts == [6, 8, 1]
     expected = torch.stack([states[tap] for tap in TAPS], 2)[:, -len(words) :]
@@ -169,6 +170,7 @@ def test_pictures_stand_one_behind_the_other():
 
 def test_strength_moves_the_words_along_a_line(qwen, pictures):
     """Nothing at zero, the words as read at one, mirrored below zero; vision rows follow only where they may."""
+    pictures = [look(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
     read, _, (count,) = qwen.reader.read("an owl", pictures[:1])
 
@@ -188,6 +190,7 @@ def test_strength_moves_the_words_along_a_line(qwen, pictures):
 @pytest.mark.parametrize("side", [1, -1])
 def test_several_pictures_count_by_their_weights(qwen, pictures, side):
     """Equal weights are one reading; others are readings of fewer, so that none jumps in at next to nothing."""
+    pictures = [look(qwen.reader.tower, each) for each in pictures]
     plain = qwen.encoder.encode(["an owl"])[0]
 
     def moved(*weights: float) -> torch.Tensor:
@@ -203,6 +206,8 @@ def test_several_pictures_count_by_their_weights(qwen, pictures, side):
 
 
 def test_rows_of_a_picture_come_in_one_by_one(qwen, pictures):
+    pictures = [look(qwen.reader.tower, each) for each in pictures]
+
     def rows(*weights: float) -> torch.Tensor:
         shown = [Shown(picture, weight) for picture, weight in zip(pictures, weights, strict=False)]
         return qwen.reader.encode("an owl", shown, keep_rows=True)[0, len(qwen.encoder.token_ids("an owl")) :]
@@ -332,6 +337,16 @@ def test_vision_is_a_way_to_read_a_style(seeing, refs, monkeypatch):
     record = seeing.render([made[0]])[0].record
     assert (record["vision_tiles"], record["vision_rows"]) == (2, True)
     assert record["styles"][0]["method"] == "vision"
+
+
+def test_a_picture_is_looked_at_once_for_all_prompts_and_weights(seeing, refs, monkeypatch):
+    monkeypatch.setattr(vision, "PIXELS", 128 * 128)
+    passes, forward = [], VisionTower.forward
+    monkeypatch.setattr(VisionTower, "forward", lambda self, pixels: passes.append(1) or forward(self, pixels))
+
+    seeing.render([looking((refs[0], a), (refs[1], b), prompt=f"{a} foxes") for a, b in ((0.5, 1.0), (0.9, 0.4))])
+
+    assert len(passes) == 2
 
 
 @pytest.mark.parametrize("rows", [True, False])
