@@ -74,21 +74,21 @@ def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
 class Tie:
     """Listens to the leader in an evaluation of the network, and lets the rows evaluated after it follow."""
 
-    def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], grid: tuple[int, int]):
-        """sigmas of the steps, grid of the image tokens."""
-        self.config, self.cohesion, self.sigmas, self.grid = config, cohesion, sigmas, grid
+    def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], tokens: int, reach: float):
+        """sigmas of the steps; how many image tokens there are, and the reach of their grid (`Krea2.reach`)."""
+        self.config, self.cohesion, self.sigmas, self.tokens, self.reach = config, cohesion, sigmas, tokens, reach
         self.first = first_block(config.blocks)
         self.heard: dict[int, list[Capture]] = {}  # branch -> of each tied block what the leader left, keys guarded
 
     def listen(self, attend: Sequence[Attend | None] | None, branches: Sequence[int], step: int) -> list[Attend | None]:
         """The attention of the leader's rows, which are of these branches: as it is, and remembered."""
-        tokens, sigma = self.grid[0] * self.grid[1], self.sigmas[step]
+        tokens, sigma = self.tokens, self.sigmas[step]
         self.heard |= {branch: [] for branch in branches}
 
         def listening(inner: Attend, _: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 own_q, own_k, own_v = (x[:, :, -tokens:] for x in (q, k, v))
-                keys = guarded(own_k, self.config, GUARD, sigma, self.grid[1])
+                keys = guarded(own_k, self.config, GUARD, sigma, self.reach)
                 heard = Capture(keys, own_v, *moments(own_q), *moments(own_k))
                 for row, branch in enumerate(branches):
                     self.heard[branch].append(Capture(*(x[row] for x in heard)))

@@ -326,15 +326,24 @@ class Krea2(nn.Module):
         time = self.tmlp(torch.cat((angles.cos(), angles.sin()), -1).to(self.first.weight.dtype))
         return torch.cat((self.tproj(time), time), -1)
 
-    def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
-        """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2].
+    def places(self, grid: tuple[int, int]) -> Tensor:
+        """Row and column of every token of a grid of h × w, as they are told apart by -> [h · w, 2], fp64.
 
         What has learned on one square puts its subject in the middle of that, and knows no places beyond it: any other
         grid is laid around that middle (`around`), and learned so.
         """
+        places = position_ids(0, *grid)[:, 1:].double()
+        return places if self.side is None else around(places, grid, self.side)
+
+    def reach(self, grid: tuple[int, int]) -> float:
+        """How much further right the columns of a picture of that grid lie that hangs beside one: by all of its own."""
+        columns = self.places(grid)[: grid[1], 1]
+        return float(columns[-1] - columns[0]) * grid[1] / (grid[1] - 1) if grid[1] > 1 else 1.0
+
+    def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
+        """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2]."""
         positions = position_ids(text_tokens, *grid).double()
-        if self.side is not None:
-            positions[text_tokens:, 1:] = around(positions[text_tokens:, 1:], grid, self.side)
+        positions[text_tokens:, 1:] = self.places(grid)
         angles = [
             positions[:, axis, None] * self.config.rope_base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for axis, dim in enumerate(self.config.rope_axes)

@@ -8,6 +8,7 @@ grouped, never padded, so no mask is needed and a picture does not depend on its
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -298,7 +299,7 @@ class Pipeline:
             shares=[each[0].share for each in worded],
             against=[each[0].share for each in negative],
             splice=splice,
-            tie=Tie(config, first.cohesion, sigmas, grid) if leader else None,
+            tie=Tie(config, first.cohesion, sigmas, math.prod(grid), self.dit.reach(grid)) if leader else None,
             pack=self._one_stream,
         )
         led = alone = field(said)  # while guidance is on, and after it
@@ -378,7 +379,7 @@ class Pipeline:
                 self._captures.put(about, found, of=len(references) * (len(sigmas) - 1))
             return found
 
-        return Splice(self.dit, references, capture_at, sigmas, grid[1], spec.leak_guard)
+        return Splice(self.dit, references, capture_at, sigmas, self.dit.reach(grid), spec.leak_guard)
 
     def _record(
         self,

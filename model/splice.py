@@ -123,20 +123,20 @@ def damping(config: DiTConfig, sigma: float) -> Tensor:
     return torch.cat((torch.ones(frame), *(ramp.repeat_interleave(2) for ramp in ramps)))
 
 
-def shifted(k: Tensor, config: DiTConfig, columns: int) -> Tensor:
-    """Keys [..., L, d] turned on as if the reference hung to the right of the picture: (row, column + columns)."""
+def shifted(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
+    """Keys [..., L, d] turned on as if the reference hung to the right of the picture: (row, column + reach)."""
     frame, rows, across = config.rope_axes
     speeds = config.rope_base ** -(torch.arange(0, across, 2, dtype=torch.float64) / across)
-    angle = torch.cat((torch.zeros((frame + rows) // 2), columns * speeds))
+    angle = torch.cat((torch.zeros((frame + rows) // 2), reach * speeds))
     return rotate(k, torch.stack((angle.cos(), angle.sin()), -1).to(k.device, torch.float32))
 
 
-def guarded(k: Tensor, config: DiTConfig, guard: str, sigma: float, columns: int) -> Tensor:
+def guarded(k: Tensor, config: DiTConfig, guard: str, sigma: float, reach: float) -> Tensor:
     """A reference's keys [n, K, L, d] as the picture's queries will meet them."""
     if guard in ("damping", "both"):
         k = (k.float() * damping(config, sigma).to(k.device)).to(k.dtype)
     if guard in ("shift", "both"):
-        k = shifted(k, config, columns)
+        k = shifted(k, config, reach)
     return k * KEY_GAIN
 
 
@@ -190,11 +190,11 @@ class Splice:
         references: Sequence[Weighed],
         capture_at: Callable[[Weighed, int], Capture],
         sigmas: Sequence[float],
-        columns: int,
+        reach: float,
         guard: str = LEAK_GUARD,
     ):
-        """capture_at(reference, step) gives what it left at that step; columns of the token grid."""
-        self.dit, self.capture_at, self.sigmas, self.columns, self.guard = dit, capture_at, sigmas, columns, guard
+        """capture_at(reference, step) gives what it left at that step; reach of the picture's grid (`Krea2.reach`)."""
+        self.dit, self.capture_at, self.sigmas, self.reach, self.guard = dit, capture_at, sigmas, reach, guard
         self.toward = [r for r in references if r.weight > 0]
         self.away = [r for r in references if r.weight < 0]
         self.push = -math.fsum(r.weight for r in self.away)
@@ -215,7 +215,7 @@ class Splice:
 
     def _attends(self, references: Sequence[Weighed], step: int) -> list[Attend | None]:
         captures = [self.capture_at(reference, step) for reference in references]
-        keys = [guarded(c.k, self.dit.config, self.guard, self.sigmas[step], self.columns) for c in captures]
+        keys = [guarded(c.k, self.dit.config, self.guard, self.sigmas[step], self.reach) for c in captures]
         return [
             *[None] * first_block(len(self.dit.blocks)),
             *attends(captures, keys, [reference.weight for reference in references]),

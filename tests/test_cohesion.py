@@ -49,6 +49,20 @@ def latents(pipeline: Pipeline, specs: list[RenderSpec]) -> torch.Tensor:
         return pipeline._latents([pipeline.resolve(spec) for spec in specs], (), None)
 
 
+@pytest.mark.parametrize("side", [64, 128])
+def test_what_is_listened_to_hangs_beside_the_picture_at_every_size(tiny, board, monkeypatch, side):  # noqa: F811
+    pipeline, reached = Pipeline.load("tiny", device="cpu"), set()
+    for module in ("cohesion", "splice"):
+        monkeypatch.setattr(f"model.{module}.guarded", lambda *args: reached.add(args[-1]) or guarded(*args))
+    grid = (side // 16,) * 2
+
+    pipeline.render(tie([replace(spec, width=side, height=side) for spec in BATCH], 1.0))
+    style = Style("board", 1.0, (Reference(board),), method="splice")
+    pipeline.render([replace(BATCH[0], width=side, height=side, styles=(style,))])
+
+    assert reached == {pipeline.dit.reach(grid)} and (side == 64) == (pipeline.dit.reach(grid) == grid[1])
+
+
 # ---- pictures ---------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +233,7 @@ def test_what_a_tie_does_by_its_formula(scene):
 
 def test_the_leader_is_heard_in_the_deeper_blocks_and_guarded():
     config = replace(DIT, blocks=8)
-    bond = Tie(config, 0.5, [1.0, 0.6], (3, 4))
+    bond = Tie(config, 0.5, [1.0, 0.6], 12, 4)
     q, k, v = (torch.randn(1, n, 17, config.head_dim) for n in (config.heads, config.kv_heads, config.kv_heads))
 
     attend = bond.listen(None, [0], 1)

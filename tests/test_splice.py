@@ -278,6 +278,19 @@ def test_shifted_keys_are_those_of_a_picture_to_the_right():
     torch.testing.assert_close(shifted(turned[0], DIT, 4), turned[1])
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (12, 12), (6, 10), (32, 32), (4, 1)])
+def test_a_picture_to_the_right_is_as_near_as_columns_are(grid):
+    """Also where columns are laid closer together, around the middle of the square that was learned on."""
+    dit = Krea2(DIT)
+    for side in (None, 8):
+        dit.side = side
+        columns = dit.places(grid)[: grid[1], 1]
+        gaps = torch.cat((columns, columns[:1] + dit.reach(grid))).diff()
+        between = gaps[:-1].mean() if grid[1] > 1 else 1.0
+        assert gaps[-1] == pytest.approx(between) and (side or dit.reach(grid) == grid[1])
+        assert dit.reach((8, 8)) == 8
+
+
 def test_guards_do_what_they_are_called():
     k = torch.randn(1, DIT.kv_heads, 12, DIT.head_dim)
     damped = k * damping(DIT, 0.4)

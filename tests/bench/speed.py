@@ -10,6 +10,7 @@ once at toy size: it shows that the script works and says nothing else.
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
@@ -426,7 +427,7 @@ class Bench:
             lambda: net.velocities(groups, one_step),
             lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
         )
-        tie, said = Tie(net.config, 0.5, [0.5], grid), Said({"styled": [embeds]})
+        tie, said = Tie(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)), Said({"styled": [embeds]})
         led = [
             Branches(net, said, one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
             for pack in (sys.maxsize, 0)
