@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from k2cli.commands import as_problem
 from k2cli.finding import find_project
 from k2cli.options import (
     BatchOption,
@@ -99,8 +100,11 @@ def watch(
                     say("No picture is different.", "dim")
             except Unwritable:  # no change of a file makes that right
                 raise
-            except K2Error as error:
-                show_error(error)
+            except Exception as error:
+                problem = as_problem(error)
+                if problem is None:
+                    raise
+                show_error(problem)
             if not quiet:
                 say("Waiting for a change; Ctrl-C ends.", "dim")
             wait(root, before)

@@ -100,6 +100,13 @@ def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
     assert result.stdout.splitlines()[2:] == ["outputs/0002-an-emu-at-night/an-emu-at-night-7.png"]
 
 
+def test_a_path_that_the_encoding_here_cannot_say_is_waited_out_too(moody, k2, changes, monkeypatch):
+    monkeypatch.setattr(watch, "look", lambda *_: "ä".encode("ascii"))
+
+    assert 'No file can be called by "' in (result := k2("watch", code=130)).stderr
+    assert "Waiting for a change" in result.stderr
+
+
 def test_results_that_find_no_room_are_not_waited_out(moody, k2, changes, monkeypatch):
     def fill(line: str) -> None:
         raise Unwritable("Standard output cannot be written.")
