@@ -23,6 +23,7 @@ from model.weighed import Weighed
 
 REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
 MOST_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times what a context takes
+MOST_LOOKS = 1024  # references whose rows are kept, a handful each: styles may have hundreds, of which none may go
 SHORT = 16  # tokens of a text that is small enough to be kept among as many as contexts: what is avoided mostly is
 
 
@@ -50,7 +51,7 @@ class Conditioning:
         self._contexts: Recent[Tensor] = Recent(REMEMBERED)
         self._rows: Recent[Tensor] = Recent(MOST_TEXTS)
         self._short: Recent[Tensor] = Recent(REMEMBERED)
-        self._looks: Recent[Tensor] = Recent(REMEMBERED)
+        self._looks: Recent[Tensor] = Recent(MOST_LOOKS)
         self._shown: Recent[Looked] = Recent(MOST_TEXTS)
 
     def context(

@@ -149,6 +149,18 @@ def test_a_reference_is_read_once_for_all_prompts_and_weights(pipeline, red, mon
     assert pixels(pipeline.render([several[3]])[0]) == pixels(together[3]) and len(seen) == 2
 
 
+def test_a_style_of_more_references_than_contexts_are_kept_is_read_once_too(pipeline, tmp_path, monkeypatch):
+    read, seen = StyleEncoder.read, []
+    monkeypatch.setattr(StyleEncoder, "read", lambda self, latents: seen.append(1) or read(self, latents))
+    for shade in range(REMEMBERED + 6):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / f"{shade}.png")
+    style = Style("look", 1.0, tuple(Reference(tmp_path / f"{shade}.png") for shade in range(REMEMBERED + 6)))
+
+    pipeline.render([replace(FOX, prompt=f"{i} foxes", steps=1, styles=(style,)) for i in range(2)])
+
+    assert len(seen) == REMEMBERED + 6
+
+
 def test_streaming_asks_for_specs_only_as_it_goes(pipeline):
     """Memory cannot grow with the number of prompts, nor must there be an end to them."""
     count = itertools.count()
