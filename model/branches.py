@@ -6,7 +6,7 @@ its company. Where it pays all groups are one stream, which only attention takes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,15 +18,18 @@ from model.sampler import guided, style_guided
 from model.splice import Splice
 
 
+class Told(NamedTuple):
+    """One wording: its share in the velocity, and its contexts [1, T, D], one for each picture."""
+
+    share: float
+    contexts: Sequence[Tensor]
+
+
 class Said(NamedTuple):
-    """What pictures made together are told: contexts [1, T, D], one for each picture."""
+    """What pictures made together are told, in wordings whose shares add up to 1."""
 
-    ways: Mapping[str, Sequence[Sequence[Tensor]]]  # as `model.settle.ways` names and orders them, of every wording
-    negative: Sequence[Sequence[Tensor]] = ()  # of every wording of what guidance leads away from, where there is any
-
-    @property
-    def branches(self) -> list[Sequence[Tensor]]:
-        return [*(branch for way in self.ways.values() for branch in way), *self.negative]
+    ways: Mapping[str, Sequence[Told]]  # as `model.settle.ways` names and orders them
+    negative: Sequence[Told] = ()  # what guidance leads away from, where there is any
 
 
 class Group(NamedTuple):
@@ -51,29 +54,24 @@ class Branches:
         guidance: float,
         style_guidance: float | None,
         presence: float = 1.0,
-        shares: Sequence[float] = (1.0,),
-        against: Sequence[float] = (1.0,),
         splice: Splice | None = None,
         tie: Tie | None = None,
         pack: int = 0,
     ):
         """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture is the leader. `presence`: how much
-        of what is "styled" and not "lasting" counts, below 1 on the way to none. `shares`: of the wordings, whose sum
-        is 1; `against`: of the negative ones. `pack`: up to so many image tokens all groups are one stream."""
+        of what is "styled" and not "lasting" counts, below 1 on the way to none. `pack`: up to so many image tokens all
+        groups are one stream."""
         self.dit, self.said, self.mods, self.grid = dit, said, mods, grid
-        self.guidance, self.style_guidance, self.presence, self.shares = guidance, style_guidance, presence, shares
-        self.against = against
+        self.guidance, self.style_guidance, self.presence = guidance, style_guidance, presence
         self.splice, self.tie, self.pack = splice, tie, pack
-        self.count, self.pictures = len(said.branches), len(said.branches[0])
-        rows = [context for branch in said.branches for context in branch]
+        branches = [told.contexts for way in (*said.ways.values(), said.negative) for told in way]
+        self.count, self.pictures = len(branches), len(branches[0])
+        rows = [context for branch in branches for context in branch]
         # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
         # is the difference between a branch that has it and one that has not.
-        plain = [context for branch in said.ways.get("plain", ()) for context in branch]
-        styled = range(
-            len(rows) if style_guidance is None else len(rows) - len(plain) - self.pictures * len(said.negative)
-        )
-        self.spliced = [] if splice is None else self._groups(rows, styled)
-        self.others = self._groups(rows, range(len(styled) if splice else 0, len(rows)))
+        without = 0 if style_guidance is None else len(said.ways["plain"]) + len(said.negative)
+        spliced = (self.count - without) * self.pictures if splice else 0
+        self.spliced, self.others = self._groups(rows, range(spliced)), self._groups(rows, range(spliced, len(rows)))
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
         """tokens [B, L, C·p·p], fp32 -> the guided velocity [B, L, C·p·p]."""
@@ -81,15 +79,15 @@ class Branches:
         v = self._evaluate(x, self.others, step)
         if self.splice is not None:
             v = v + self.splice.velocity(lambda attend: self._evaluate(x, self.spliced, step, attend), step)
-        answers, wordings = v.chunk(self.count), len(self.shares)
-        ways = {way: whole(answers[i * wordings :][:wordings], self.shares) for i, way in enumerate(self.said.ways)}
+        answers = iter(v.chunk(self.count))
+        ways = {way: whole(told, answers) for way, told in self.said.ways.items()}
         with_style = ways["styled"]
         if self.presence < 1:
             with_style = torch.lerp(ways["lasting" if "lasting" in ways else "plain"], with_style, self.presence)
         conditional = with_style if self.style_guidance is None else ways["plain"]
         v = conditional
         if self.said.negative:
-            v = guided(conditional, whole(answers[-len(self.against) :], self.against), self.guidance)
+            v = guided(conditional, whole(self.said.negative, answers), self.guidance)
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
@@ -131,8 +129,8 @@ class Branches:
         return self.tie.listen(attend, branches, step) if group.leads else self.tie.follow(attend, branches)
 
 
-def whole(wordings: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """The velocity that those of all wordings make together."""
+def whole(wordings: Sequence[Told], answers: Iterator[Tensor]) -> Tensor:
+    """The velocity that all wordings make together; the next answers are theirs."""
     if len(wordings) == 1:
-        return wordings[0]
-    return torch.stack([share * each for share, each in zip(shares, wordings, strict=True)]).sum(0)
+        return next(answers)
+    return torch.stack([told.share * next(answers) for told in wordings]).sum(0)

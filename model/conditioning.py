@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from model.avoid import SAYS_NOTHING, Avoided, directions, steer_away
+from model.avoid import SAYS_NOTHING, avoided, directions, steer_away
 from model.checkpoint import Checkpoint
 from model.dit import Krea2
 from model.library import Parts
@@ -54,12 +54,10 @@ class Conditioning:
         self._looks: Recent[Tensor] = Recent(MOST_LOOKS)
         self._shown: Recent[Looked] = Recent(MOST_TEXTS)
 
-    def context(
-        self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain", away: Avoided = ()
-    ) -> Tensor:
-        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, led away from what is
-        avoided, [1, T, D]. `adapters` says which lie over the transformer's weights."""
-        references, shown = read_beside(spec, way) if spec else ((), ())
+    def context(self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain") -> Tensor:
+        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, led away from what that
+        avoids, [1, T, D]. `adapters` says which lie over the transformer's weights."""
+        (references, shown), away = (read_beside(spec, way), avoided(spec)) if spec else (((), ()), ())
         tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
 
         def read() -> Tensor:

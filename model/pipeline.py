@@ -22,9 +22,8 @@ from torch import Tensor
 
 from model import library
 from model.asked import asked
-from model.avoid import avoided
 from model.beginning import Beginnings
-from model.branches import Branches, Said
+from model.branches import Branches, Said, Told
 from model.cohesion import Tie, leader_of, leads, shared_noise
 from model.conditioning import Conditioning
 from model.errors import K2Error, TooLittleMemory
@@ -271,19 +270,17 @@ class Pipeline:
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
         worded = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
         negative = list(zip(*map(unwanted, made), strict=True)) if first.guidance else []
+        context = self.conditioning.context
 
-        def contexts(way: str) -> list[list[Tensor]]:
+        def told(way: str) -> list[Told]:
             return [
-                [
-                    self.conditioning.context(wording.prompt, adapters, spec, way, avoided(spec))
-                    for wording, spec in zip(each, made, strict=True)
-                ]
-                for each in worded
+                Told(one[0].share, [context(w.prompt, adapters, spec, way) for w, spec in zip(one, made, strict=True)])
+                for one in worded
             ]
 
         said = Said(
-            {way: contexts(way) for way in ways(first)},
-            [[self.conditioning.context(wording.prompt, adapters) for wording in each] for each in negative],
+            {way: told(way) for way in ways(first)},
+            [Told(each[0].share, [context(wording.prompt, adapters) for wording in each]) for each in negative],
         )
         sigmas = shifted_sigmas(first.steps, first.mu)
         mods = self.dit.modulate(torch.tensor(sigmas[:-1], device=self.device))
@@ -296,8 +293,6 @@ class Pipeline:
             guidance=first.guidance,
             style_guidance=first.style_guidance,
             presence=presence(first),
-            shares=[each[0].share for each in worded],
-            against=[each[0].share for each in negative],
             splice=splice,
             tie=Tie(config, first.cohesion, sigmas, math.prod(grid), self.dit.reach(grid)) if leader else None,
             pack=self._one_stream,

@@ -24,7 +24,7 @@ from tiny import difference, pixels, tiny, tiny_box  # noqa: F401
 from k2cli import models
 from model import library
 from model.attention import attention
-from model.branches import Branches, Said
+from model.branches import Branches, Said, Told
 from model.checkpoint import read, save
 from model.conditioning import REMEMBERED
 from model.errors import K2Error
@@ -329,12 +329,15 @@ def test_branches_add_up_to_the_formulas_of_guidance(style_guidance, presence, s
     ways = ("styled", "lasting", *(("plain",) if style_guidance is not None else ()))
     shares, against, guidance = (0.7, 0.3), (0.4, 0.6), 3.0
     numbers = torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0]).view(4, 2)  # of each way, and the negative one
-    told = [[[torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)] for w in (0, 1)] for row in numbers]
+    told = [
+        [Told(share, [torch.full((1, 3 + p, 2), row[w] + 10 * p) for p in (0, 1)]) for w, share in enumerate(parts)]
+        for row, parts in zip(numbers, (shares, shares, shares, against), strict=True)
+    ]
     said = Said(dict(zip(ways, told, strict=False)), told[-1])
     splice = SimpleNamespace(velocity=lambda evaluate, step: evaluate([attention])) if spliced else None
     velocity = Branches(
         Talker(), said, torch.zeros(1, 1, 7), (2, 2), guidance=guidance, style_guidance=style_guidance,
-        presence=presence, shares=shares, against=against, splice=splice,
+        presence=presence, splice=splice,
     )  # fmt: skip
 
     found = velocity(torch.zeros(2, 4, 3), 0)

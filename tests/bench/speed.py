@@ -47,7 +47,7 @@ from measure import (
 )
 from torch import Tensor, nn
 
-from model.branches import Branches, Said
+from model.branches import Branches, Said, Told
 from model.cohesion import Tie
 from model.dit import Krea2
 from model.export import transformer_config
@@ -427,7 +427,7 @@ class Bench:
             lambda: net.velocities(groups, one_step),
             lambda: [net.velocity(tokens, context, one_step, turn) for tokens, context, turn in groups],
         )
-        tie, said = Tie(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)), Said({"styled": [embeds]})
+        tie, said = Tie(net.config, 0.5, [0.5], math.prod(grid), net.reach(grid)), Said({"styled": [Told(1.0, embeds)]})
         led = [
             Branches(net, said, one_step, grid, guidance=0.0, style_guidance=None, tie=tie, pack=pack)
             for pack in (sys.maxsize, 0)
