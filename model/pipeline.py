@@ -49,13 +49,12 @@ from model.settle import (
     settle,
     unwanted,
     ways,
-    weighed,
     wordings,
 )
 from model.spec import Lora, Picture, RenderSpec
 from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, noised
 from model.text_encoder import TextEncoder
-from model.weighed import Weighed
+from model.weighed import Weighed, weigh
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
 
@@ -342,7 +341,7 @@ class Pipeline:
         self, spec: Settled, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
     ) -> Splice | None:
         """The spliced references of pictures of one schedule; each is read once, and passed once a step unless kept."""
-        references = weighed(spec, "splice")
+        references = weigh(spec.styles, "splice")
         if not references:
             return None
         assert spec.leak_guard

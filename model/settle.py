@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from model.avoid import negative_prompt, phrases, unsaid
 from model.cohesion import leader_of
 from model.errors import K2Error
-from model.hashes import sha256
 from model.kinds import check_kinds
 from model.region import LIKE, Region
 from model.spec import (
@@ -166,7 +165,7 @@ def settle_styles(spec: Settled) -> Settled:
         raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint=f"It is {span('style_guidance')}.")
     if spec.vision_tiles not in (None, *TILES):
         raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
-    tokens, spliced, shown = (weighed(spec, method) for method in ("tokens", "splice", "vision"))
+    tokens, spliced, shown = (weigh(spec.styles, method) for method in ("tokens", "splice", "vision"))
     check_references(spec.styles, spec.steps)
     return replace(
         spec,
@@ -180,19 +179,14 @@ def settle_styles(spec: Settled) -> Settled:
 # ---- what a settled spec amounts to ---------------------------------------------------------------------------------
 
 
-def weighed(spec: RenderSpec, method: str) -> tuple[Weighed, ...]:
-    """The reference pictures that reach the network in this way."""
-    return weigh((style for style in spec.styles if style.method == method), sha256)
-
-
 def presence(spec: RenderSpec) -> float:
     """How much of what rows of references change counts, 0 … 1: the way to none is continuous.
 
     Rows that say nothing are rows all the same, and a picture with them is another: a strength that comes to nothing
     takes them along, by the velocity. What has no rows, as a splice, does not depend on it.
     """
-    tokens = sum(abs(each.weight) for each in weighed(spec, "tokens"))
-    seen = [each.weight for each in weighed(spec, "vision")] if spec.vision_rows else []
+    tokens = sum(abs(each.weight) for each in weigh(spec.styles, "tokens"))
+    seen = [each.weight for each in weigh(spec.styles, "vision")] if spec.vision_rows else []
     strengths = [tokens, sum(weight for weight in seen if weight > 0)]
     return min(max(strengths) / FADE, 1.0) if any(strengths) else 1.0
 
@@ -202,13 +196,13 @@ def ways(spec: RenderSpec) -> tuple[str, ...]:
     without that; "plain", where styles have a guidance of their own, without any reference. "plain" serves for both
     where nothing lasts."""
     fades, guided = presence(spec) < 1, spec.style_guidance is not None
-    lasts = bool(weighed(spec, "splice")) or any(read_beside(spec, "lasting"))
+    lasts = bool(weigh(spec.styles, "splice")) or any(read_beside(spec, "lasting"))
     return ("styled", *(["lasting"] if fades and (lasts or not guided) else []), *(["plain"] if guided else []))
 
 
 def read_beside(spec: RenderSpec, way: str) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
     """The references that a prompt is read with in one of the `ways`: those that become tokens, and those seen."""
-    tokens, seen = weighed(spec, "tokens"), weighed(spec, "vision")
+    tokens, seen = weigh(spec.styles, "tokens"), weigh(spec.styles, "vision")
     if way == "styled":
         return tokens, seen
     return (), tuple(each for each in seen if way == "lasting" and not (spec.vision_rows and each.weight > 0))

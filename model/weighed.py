@@ -4,7 +4,7 @@ Needs no torch."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -42,15 +42,16 @@ def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
     return replace(style, method=auto_method(reads)) if style.method == "auto" else style
 
 
-def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weighed, ...]:
-    """Every reference picture of the styles once, in the order of their hashes, never in that of the arguments.
+def weigh(styles: Iterable[Style], method: str) -> tuple[Weighed, ...]:
+    """The reference pictures that reach the network in this way, each once, in the order of their hashes, never in that
+    of the styles. Raises K2Error where one cannot be read.
 
     Within a style its references share its strength by weight. The same picture twice is the picture at the sum of its
     weights; one whose weights come to nothing is left out.
     """
     shares: dict[str, list[float]] = {}
     images: dict[str, Path] = {}
-    for style in styles:
+    for style in (style for style in styles if style.method == method):
         total = math.fsum(abs(reference.weight) for reference in style.references)
         for reference in style.references:
             if reference.weight and style.strength:
@@ -65,7 +66,7 @@ def weigh(styles: Iterable[Style], sha256: Callable[[Path], str]) -> tuple[Weigh
 def check_references(styles: Sequence[Style], steps: int) -> None:
     """Refuse styles of more reference pictures than a way takes at once, or in fewer steps. Raises K2Error."""
     for method, what in (("splice", "spliced"), ("vision", "read by vision")):
-        found = weigh((style for style in styles if style.method == method), sha256)
+        found = weigh(styles, method)
         if found and method == "splice" and steps == 1:
             raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
         if len(found) > MOST_AT_ONCE[method]:

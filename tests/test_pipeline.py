@@ -35,11 +35,12 @@ from model.layouts import load_dit
 from model.pipeline import Pipeline, to_image
 from model.safety import Verdict
 from model.sampler import adams_bashforth, guided, shifted_sigmas
-from model.settle import branches, unwanted, weighed, wordings
+from model.settle import branches, unwanted, wordings
 from model.spec import SIDES, Picture, Reference, RenderSpec, Style, raw_mu, tied
 from model.style import StyleEncoder
 from model.text_encoder import PROMPT_TOKENS
 from model.train.rollout import conditioned
+from model.weighed import weigh
 
 FOX = RenderSpec("a red fox", seed=7)
 
@@ -583,7 +584,7 @@ def test_references_are_read_at_the_style_encoders_own_size(tiny, tmp_path, red)
     for box in (tiny, tmp_path / "box"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(library, "BOX", box)
-            rows.append(Pipeline.load("tiny", device="cpu").conditioning.style_rows(weighed(spec, "tokens")))
+            rows.append(Pipeline.load("tiny", device="cpu").conditioning.style_rows(weigh(spec.styles, "tokens")))
     assert torch.equal(*rows)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.hashes import sha256
 from model.spec import Reference, Style
 from model.style import (
     SHUFFLES,
@@ -119,17 +120,19 @@ def test_references_are_weighed_by_content(tmp_path):
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
     a, b, c = (tmp_path / name for name in "abc")
-    hashed = {a: "1", b: "2", c: "1"}.__getitem__
+    one, two = map(sha256, (a, b))
     styles = [
-        Style("x", 0.9, (Reference(a), Reference(b, -2.0))),
-        Style("y", 0.3, (Reference(c),)),
-        Style("off", 0.0, (Reference(b),)),
+        Style("x", 0.9, (Reference(a), Reference(b, -2.0)), method="tokens"),
+        Style("y", 0.3, (Reference(c),), method="tokens"),
+        Style("off", 0.0, (Reference(b),), method="tokens"),
+        Style("spliced", 1.0, (Reference(b),), method="splice"),
     ]
+    back = Style("z", -0.6, (Reference(c), Reference(c)), method="tokens")
 
     for order in permutations(styles):
-        assert weigh(order, hashed) == (Weighed("1", a, 0.6), Weighed("2", b, -0.6))
-    assert weigh([*styles, Style("z", -0.6, (Reference(c), Reference(c)))], hashed) == (Weighed("2", b, -0.6),)
-    assert weigh([Style("x", 1.0, (Reference(a),) * 3)], hashed) == (Weighed("1", a, 1.0),)
+        assert weigh(order, "tokens") == (Weighed(one, a, 0.6), Weighed(two, b, -0.6))
+    assert weigh([*styles, back], "tokens") == (Weighed(two, b, -0.6),)
+    assert weigh([Style("x", 1.0, (Reference(a),) * 3, method="splice")], "splice") == (Weighed(one, a, 1.0),)
 
 
 def test_destroying_content_moves_tiles_and_loses_none():
