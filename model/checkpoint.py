@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -124,18 +125,12 @@ class Checkpoint:
                     yield name, restore(tensor, factor, wide, group).to(device)
 
 
-class Opened:
+class Opened(ExitStack):
     """Weights files while they are read."""
 
-    def __init__(self, device: str, cached: bool = True):
+    def __init__(self, device: str, cached: bool):
+        super().__init__()
         self.device, self.cached, self._files = device, cached, dict[Path, Any]()
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        for file in self._files.values():
-            file.__exit__(None, None, None)
 
     def get(self, stored: Stored) -> Tensor:
         """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
@@ -149,7 +144,7 @@ class Opened:
 
     def _of(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = open_tensors(path, self.device, self.cached).__enter__()
+            self._files[path] = self.enter_context(open_tensors(path, self.device, self.cached))
         return self._files[path]
 
 
@@ -174,7 +169,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(path, tensors, own_words(about), astray=astray)
 
 
-def open_tensors(path: Path, device: str, cached: bool = True) -> Any:
+def open_tensors(path: Path, device: str, cached: bool) -> Any:
     """A context in which `get_tensor(name)` reads from the file."""
     with path.open("rb") as file:
         gguf = file.read(4) == b"GGUF"
