@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count
 from pathlib import Path
 
 from k2cli import history, licence
@@ -33,8 +33,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
     """What a run would make: a line or an object for each picture, the model's own settings filled in."""
     for_all(jobs, check_files)
     lefts = [job.left for job in jobs]
-    of = places(lefts)
-    for job, left in zip(jobs, lefts, strict=True):
+    for job, left, of in zip(jobs, lefts, places(lefts), strict=True):
         if not left and not quiet:
             say_finished(job)
         doubts = Doubts(job)
@@ -43,7 +42,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
         own = recommended(job.model.name, job.model.variant) if left else {}
         folder = f"{short_path(job.project.root)}/" if len(jobs) > 1 else ""
         rows = []
-        for shot in left:
+        for shot, place in zip(left, of, strict=True):
             asked = request(shot, job.project.root)
             said = {key: value for key, value in asked["settings"].items() if value is not None}
             asked["settings"] |= own | said
@@ -52,7 +51,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
             if as_json:
                 about = {"file": shot.file, "project": str(job.project.root), "variant": job.model.variant}
                 used = {"name": portable(job.model.name, job.project.root), "variant": job.model.variant}
-                told = {"of": next(of), "warnings": doubts.of(shot)}
+                told = {"of": place, "warnings": doubts.of(shot)}
                 result(to_json(about | asked | {"model": used, **told}))
             else:
                 made = asked["settings"]
@@ -90,16 +89,12 @@ def carry_out(
     with turns.ending():
         begun = turns.begin()
         lefts = [job.left for job in begun]  # by which they are numbered, whatever is deleted until their turn comes
-        of = places(lefts)
-        for job, left in zip(begun, lefts, strict=True):
-            share = list(islice(of, len(left)))  # of one that fails no other takes them
+        for job, left, of in zip(begun, lefts, places(lefts), strict=True):
             with turns.turn(job):
                 doubts = Doubts(job)
                 if not quiet:
                     doubts.say(named=len(jobs) > 1)
-                folder = carry(
-                    job, left, doubts, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved, of=iter(share)
-                )
+                folder = carry(job, left, doubts, of, as_json=as_json, quiet=quiet, crew=crew, on_saved=on_saved)
                 folders += [folder] if folder is not None else []
     return folders
 
@@ -148,22 +143,23 @@ def check_ways(job: Job) -> None:
         check_references([way(style) for style in styles if style.strength], own if steps is None else steps)
 
 
-def places(lefts: Sequence[Sequence[Shot]]) -> Iterator[list[int]]:
-    """Which picture of how many each is, so that whoever reads them knows which is the last: [1, 2], [2, 2]."""
-    total = sum(map(len, lefts))
-    return ([number, total] for number in range(1, total + 1))
+def places(lefts: Sequence[Sequence[Shot]]) -> list[list[list[int]]]:
+    """Of each job which picture of how many in all each is, so that whoever reads them knows which is the last: [1, 2],
+    [2, 2]."""
+    number, total = count(1), sum(map(len, lefts))
+    return [[[next(number), total] for _ in left] for left in lefts]
 
 
 def carry(
     job: Job,
     left: Sequence[Shot],
     doubts: Doubts,
+    of: Sequence[list[int]],
     *,
     as_json: bool,
     quiet: bool,
     crew: Crew | None,
     on_saved: Callable[[Saved], object] | None,
-    of: Iterator[list[int]],
 ) -> Path | None:
     """What was left of a job when it was begun is made -> the run's folder, if it has a picture more."""
     total, done, kept_back, folder = len(left), 0, 0, None
@@ -182,7 +178,7 @@ def carry(
                     matched = f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
                     say(matched, "yellow" if idle else "dim")
             doubted = doubts.of(shots[saved.stem]) if as_json else []
-            tell(saved, told, next(of), doubted, as_json=as_json, quiet=quiet)
+            tell(saved, told, of[done - 1], doubted, as_json=as_json, quiet=quiet)
             kept_back += bool(saved.record["blocked"])
     if not quiet and total - kept_back > 1 and folder is not None:
         sheets = sum(map(is_sheet, folder.iterdir()))
