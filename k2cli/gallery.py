@@ -236,7 +236,7 @@ def model_of(made: Made) -> str:
 
 
 def record_of(made: Made) -> list[tuple[str, str]]:
-    """A picture's record, a fact a line, as `k2 show` tells it; what says nothing is left out."""
+    """A picture's record, a fact a line, much as `k2 show` tells it; what says nothing is left out."""
     expanded = made.text("prompt.expanded")
     facts: list[tuple[str, Any]] = [
         ("expanded", "" if expanded == made.text("prompt.text") else expanded),

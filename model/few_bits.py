@@ -138,11 +138,11 @@ def native(number: torch.dtype, device: str) -> bool:
     row from Hopper on, under Windows on Hopper alone, where cuBLAS has it: PyTorch's own kernel is not built there.
     ROCm: neither, its libraries have it for some cards only, and others crash.
     """
-    return asked(number, device, torch.cuda.current_device() if device == "cuda" else 0)
+    return native_on(number, device, torch.cuda.current_device() if device == "cuda" else 0)
 
 
 @cache
-def asked(number: torch.dtype, device: str, card: int) -> bool:
+def native_on(number: torch.dtype, device: str, card: int) -> bool:
     """Whether a device multiplies numbers of this format faster than bf16, by what it says of itself; `card` is the
     index of one of several."""
     if device == "cpu":

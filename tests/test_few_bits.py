@@ -12,7 +12,7 @@ from test_lora import TINY, dense, linears, random_pairs
 from model import few_bits
 from model.checkpoint import save
 from model.compact import write_compact
-from model.few_bits import ENDS, FORMATS, FewBitLinear, asked, few_bit_layers, hold, shrink, usual, widened
+from model.few_bits import ENDS, FORMATS, FewBitLinear, few_bit_layers, hold, native_on, shrink, usual, widened
 from model.layouts import load_dit
 from model.lora import laid_over
 from model.lora_match import read_lora
@@ -101,7 +101,7 @@ def test_cards_have_kernels_for_some_shapes_only(monkeypatch, device, tokens, in
 
 def test_which_devices_multiply_in_8_bits(monkeypatch):
     def both(device: str) -> tuple[bool, bool]:
-        return tuple(bool(asked.__wrapped__(FORMATS[each].number, device, 0)) for each in ("int8", "fp8"))
+        return tuple(bool(native_on.__wrapped__(FORMATS[each].number, device, 0)) for each in ("int8", "fp8"))
 
     for known, able in (({}, False), ({"avx512_vnni": False, "amx_int8": True}, True), ({"avx512_bf16": True}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
@@ -125,11 +125,11 @@ def test_which_devices_multiply_in_8_bits(monkeypatch):
 def test_cards_of_different_kinds_are_asked_one_by_one(monkeypatch):
     hopper_and_ampere = [(9, 0), (8, 6)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: hopper_and_ampere[card])
-    asked.cache_clear()
+    native_on.cache_clear()
     for card, able in enumerate((True, False, True)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda card=card: card % 2)
         assert few_bits.native(torch.float8_e4m3fn, "cuda") is able
-    asked.cache_clear()
+    native_on.cache_clear()
 
 
 @pytest.mark.parametrize("precision", FORMATS)
