@@ -38,6 +38,14 @@ def test_the_kernel_distance_of_small_sets_is_unbiased():
     assert np.mean([frechet(a, b) for a, b in sets]) > 5
 
 
+def test_pictures_of_the_same_captions_are_no_nearer_than_others():
+    """A picture is like the real one of its caption; that alone is no difference below none."""
+    captions = RNG.standard_normal((40, 1, 60, 24))
+    same = np.array([kernel_distance(a, b) for a, b in captions + 0.5 * RNG.standard_normal((40, 2, 60, 24))])
+
+    assert abs(same.mean()) < 3 * same.std() / 40**0.5
+
+
 def test_spread_is_the_mean_distance_within_a_group():
     found = np.array([[0.0, 0], [3, 4], [1, 1], [1, 1]])
 

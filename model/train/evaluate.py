@@ -37,7 +37,7 @@ from model.train.rewards import top_octave
 from model.train.study import Floats, Pixels, embed, figure, lines_of, mean, names_of, paint, ratio
 
 PROMPTS, SEEDS = 25, 4  # of which diversity is taken
-GRAINY = 40  # pictures of which grain is taken
+GRAINY = 40  # pictures of which grain is taken, at most
 
 
 def nearest(judge: Judge, found: Floats, subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
@@ -70,7 +70,8 @@ def kernel_distance(a: Floats, b: Floats) -> float:
     """Squared maximum mean discrepancy of two sets of features [N, D], unbiased (Bińkowski et al. 2018).
 
     By the kernel (a·b / D + 1)³ of features scaled to a mean square of 1. Its expectation is 0 for two sets of one
-    kind, however small, which the Fréchet distance's is not: that grows as sets shrink.
+    kind, however small, which the Fréchet distance's is not: that grows as sets shrink. Row i of both is of one
+    caption, so the two are left out as a picture is beside itself: they are alike without being the same.
     """
     dim = a.shape[1]
     a, b = (each.astype(np.float64) * np.sqrt(dim / np.square(a).sum(1).mean()) for each in (a, b))
@@ -78,11 +79,11 @@ def kernel_distance(a: Floats, b: Floats) -> float:
     def kernel(x: Floats, y: Floats) -> Floats:
         return (x @ y.T / dim + 1) ** 3
 
-    def apart(x: Floats) -> float:
-        of = kernel(x, x)
+    def among(x: Floats, y: Floats) -> float:
+        of = kernel(x, y)
         return float((of.sum() - np.trace(of)) / (len(x) * (len(x) - 1)))
 
-    return apart(a) + apart(b) - 2 * float(kernel(a, b).mean())
+    return among(a, a) + among(b, b) - 2 * among(a, b)
 
 
 def spread(found: Floats, group: int) -> Floats:
@@ -137,8 +138,9 @@ class Task(NamedTuple):
         among, prompts = candidates(catalog), held_out_prompts(catalog, count)
         items, captions = [item for item, _ in prompts], [caption for _, caption in prompts]
         subjects, pictures = [item.pair.subject for item in items], [catalog.picture(item) for item in items]
-        grainy = [item for item in catalog.items("held-out") if item.look.medium == "film"][:GRAINY]
         rng = np.random.default_rng(7)
+        film = [item for item in catalog.items("held-out") if item.look.medium == "film"]  # drawing set by drawing set
+        grainy = [film[i] for i in rng.permutation(len(film))[:GRAINY]]
         seen = embed(judge, pictures)
         return cls(
             items,

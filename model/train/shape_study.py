@@ -1,8 +1,8 @@
 """Pictures of other sizes than the training had, by the judge: `python -m model.train.shape_study JUDGE OUT`.
 
 shapes    of every size, is the prompt's subject the nearest among the names of all, in one prompt per subject
-distance  squared kernel distance, in the judge's features, to real pictures of that size that were never trained on;
-          they are of the same captions, so below 0 where each is near to its own
+distance  squared kernel distance, in the judge's features, to real pictures of that size that were never trained on,
+          of the same captions
 sheet     the first few of them, a row a size, for the eye
 
 The judge knows squares: of a picture of another shape it sees the square in the middle, and the whole with its edges
