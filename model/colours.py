@@ -31,11 +31,14 @@ class Colour:
 
 
 LIGHTNESS = 0.7  # of a difference in lightness counts for a name: dark red is red before it is a dark blue
-BASIC = {  # what the palettes of the data lack, in hue or in depth; the text encoder knows them all
-    "white": [(252, 252, 252)], "black": [(16, 16, 18)], "dark grey": [(80, 82, 86), (46, 47, 50)],
-    "red": [(214, 36, 40)], "brick red": [(92, 22, 30)], "green": [(70, 160, 60), (24, 76, 34)],
-    "blue": [(40, 90, 200), (70, 130, 190)], "sky blue": [(0, 190, 235)], "purple": [(120, 60, 160), (60, 24, 84)],
-    "brown": [(120, 76, 44), (66, 38, 28)], "yellow": [(250, 214, 50)],
+BASIC = {  # what the palettes of the data lack, in hue, in depth or of muted ones; the text encoder knows them all
+    "white": [(252, 252, 252), (238, 238, 238)], "black": [(16, 16, 18)],
+    "grey": [(118, 120, 124)], "dark grey": [(80, 82, 86), (46, 47, 50)],
+    "red": [(214, 36, 40)], "brick red": [(92, 22, 30)],
+    "green": [(70, 160, 60), (24, 76, 34), (140, 200, 60), (112, 120, 72), (90, 90, 20), (84, 110, 84)],
+    "blue": [(40, 90, 200), (70, 130, 190), (72, 88, 136)], "sky blue": [(0, 190, 235)],
+    "purple": [(120, 60, 160), (60, 24, 84), (112, 80, 112)],
+    "brown": [(120, 76, 44), (66, 38, 28), (160, 120, 84)], "yellow": [(250, 214, 50)],
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tomllib
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from k2cli.tables import Toml
 from model import library
 from model.checkpoint import save
 from model.clusters import APART, find_looks, silhouette, spherical_kmeans
-from model.colours import colour_words, find_palette, name_of, oklab, swatches
+from model.colours import colour_words, find_palette, name_of, named_colours, oklab, swatches
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
 from model.moodboard import analyse, same_within
@@ -125,10 +126,25 @@ def test_colours_have_plain_names():
         ("355e3b", "green"), ("4b0082", "purple"), ("191970", "night blue"), ("1c1c1c", "black"),
         ("0dcef0", "sky blue"), ("008080", "teal"), ("4682b4", "blue"),
         ("d2691e", "orange"), ("808080", "grey"), ("404040", "dark grey"), ("2d2d2d", "dark grey"),
+        ("757c5f", "green"), ("797963", "grey"), ("737265", "grey"), ("6a6a6a", "grey"), ("eaeaea", "white"),
     ],
 )  # fmt: skip
-def test_a_dark_or_a_vivid_colour_is_named_after_its_hue(code, name):
+def test_a_colour_is_named_after_its_hue_however_dark_vivid_or_muted(code, name):
     assert name_of(bytes.fromhex(code)) == name
+
+
+def test_no_colour_is_named_after_another_hue():
+    """Of colours all over the cube: what is as good as grey is called so, and others by a hue that is near."""
+
+    def chroma(rgb: tuple[int, ...]) -> complex:
+        return complex(*oklab(np.array(rgb) / 255)[1:])
+
+    known = {name: [chroma(rgb) for rgb in rgbs] for name, rgbs in named_colours().items()}
+    for rgb in product(range(8, 256, 24), repeat=3):
+        name, own = name_of(rgb), chroma(rgb)
+        if name not in ("white", "grey", "dark grey", "black", "cream"):
+            turns = [abs(np.angle(each / own, deg=True)) for each in known[name]]
+            assert abs(own) > 0.015 and min(turns) < 60, (rgb, name)
 
 
 def test_a_dark_red_board_is_not_painted_blue():
