@@ -165,6 +165,32 @@ def test_runs_merge_whatever_they_held_for_their_own_training(workshop):  # noqa
     assert state("both").keys() == {name for name in state("middle") if name.startswith("ema.")}
 
 
+def test_a_turbo_of_an_earlier_raw_becomes_one_of_a_later(workshop):  # noqa: F811
+    """The run itself, not the box's copy: its fake score, and what tells a Raw's looks apart, are no part of it."""
+    base()
+    run("later", "midtrain", "repeats = 1\nclusters = 2")
+    run("fast", "turbo", 'method = "trajectory"\nteacher = "base"\nwalk_steps = 2\nreferences = 0.0')
+
+    def merged(name, runs, weights):
+        keys = f"runs = {json.dumps(runs)}\nweights = {json.dumps(weights)}\n"
+        Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\n{keys}')
+        recipe.module("merge", name).main(recipe.load(f"{name}.toml"), "cpu", quiet)
+        return {key.removeprefix("ema."): tensor for key, tensor in state(name).items()}
+
+    fast, later, first = (state(name) for name in ("fast", "later", "base"))
+    assert any(name.startswith("ema.fake.") for name in fast)
+    moved = merged("moved", ["fast", "later", "base"], [1.0, 1.0, -1.0])
+    assert {f"ema.{name}" for name in moved} == {name for name in fast if name.startswith("ema.dit.")}
+    for name, tensor in moved.items():
+        torch.testing.assert_close(tensor, fast[f"ema.{name}"] + (later[f"ema.{name}"] - first[f"ema.{name}"]))
+
+    raw = merged("raw", ["later", "box"], [0.5, 0.5])
+    assert {name.partition(".")[0] for name in raw} == {"dit", "style"}
+    with pytest.raises(K2Error, match=r"where one lacks style\.") as error:  # a Raw without would begin another's anew
+        merged("lost", ["later", "fast", "base"], [1.0, 1.0, -1.0])
+    assert "name it first" in error.value.hint
+
+
 def test_the_autoencoder_runs_from_its_recipe(workshop, monkeypatch):  # noqa: F811
     """Both halves, and a scale more; then the package's decoder alone, so that latents stay what they are."""
     sizes = "pictures = 16\nheld_out = 12\nbatch = 2\ncrop = 32\n"

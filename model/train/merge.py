@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import read
-from model.errors import K2Error
+from model.errors import K2Error, listed
 from model.library import BOX
 from model.train import states
 from model.train.loop import Report
@@ -61,8 +61,9 @@ class Recipe(Table):
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Σ w_i θ_i, summed in fp64; what is not a floating number is the first state's. All states have the same names."""
-    if len({frozenset(state) for state in states}) > 1:
-        raise K2Error("Checkpoints of different shapes cannot be merged.")
+    if lacking := set().union(*states) - set(states[0]).intersection(*states):
+        hint = "A Turbo has no style encoder: state the weights, and name it first."
+        raise K2Error(f"Checkpoints cannot be merged where one lacks {listed(sorted(lacking), 3)}.", hint=hint)
     merged = {}
     for name, first in states[0].items():
         if len({state[name].shape for state in states}) > 1:
@@ -99,7 +100,9 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
     """The mean of a run's snapshots, or of runs by the weights that are stated or validate best, and what was found."""
     if recipe.weights:
         parents = [states.parent(name, RUNS) for name in recipe.runs]
-        own = parents[0].keys()  # a Turbo has a transformer alone
+        own = {name for name in parents[0] if name.startswith("style.")}  # a Turbo has a transformer alone
+        own |= {name for state in parents for name in state if name.startswith("dit.")}
+        own |= set(parents[0]).intersection(*parents)  # of what served training, as a fake score, what all have
         alike = [{name: tensor for name, tensor in state.items() if name in own} for state in parents]
         return combine(alike, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
 
