@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,40 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
     assert same(*states)
     assert columns(tmp_path / "straight") == columns(tmp_path / "killed")
     assert columns(tmp_path / "killed")["step"] == [3, 6, 9, 12]
+
+
+class Watched(Line):
+    """Something is measured for every line of the log."""
+
+    def measured(self):
+        return {"weight": float(self.model["out"].weight.detach().sum())}
+
+
+def test_the_log_ends_where_the_run_does(tmp_path):
+    """Whatever is left since the last full line has one of its own, and the record says what was found in the end."""
+    recipe = Recipe(**{**RECIPE.__dict__, "steps": 5})
+    done = train(Run(Watched(recipe), tmp_path), lambda line: None)
+
+    found = columns(tmp_path)
+    assert found["step"] == [3, 5] and (tmp_path / "curves.png").exists()
+    assert done.figures == {name: values[-1] for name, values in found.items() if name != "step"}
+    assert done.figures["weight"] == pytest.approx(float(done.model["out"].weight.detach().sum()), rel=1e-3)
+
+    train(run(replace(recipe, steps=9), tmp_path), lambda line: None)
+    assert columns(tmp_path)["step"] == [3, 5, 6, 9]
+
+
+def test_a_line_tells_means_and_the_rate_of_its_last_step(tmp_path):
+    done, rows = run(RECIPE, tmp_path), []
+    advance = done.advance
+    done.advance = lambda *batches: rows.append(advance(*batches)) or rows[-1]
+    train(done, lambda line: None)
+
+    found = columns(tmp_path)
+    assert found["lr"] == pytest.approx([rows[i]["lr"] for i in (2, 5, 8, 11)], rel=1e-3)
+    assert found["loss"] == pytest.approx(
+        [sum(row["loss"] for row in rows[i : i + 3]) / 3 for i in (0, 3, 6, 9)], rel=1e-3
+    )
 
 
 class Pressed(Line):

@@ -82,8 +82,8 @@ def test_every_stage_runs_from_its_recipe(workshop):  # noqa: F811
         Path(f"{name}.toml").write_text(f'name = "{name}"\nstage = "merge"\n{keys}\n')
         chosen = recipe.load(f"{name}.toml")
         recipe.module("merge", name).main(chosen, "cpu", quiet)
-    run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1")
-    run("grpo", "grpo", POST + 'group = 3\npool = 4\nstochastic = 1\ngates = {style = "subject"}')
+    run("stpo", "stpo", POST + "group = 2\nmargin = 0.0\naside = 2\nlook = 1\ncalibrate_at = 1", every=4)
+    run("grpo", "grpo", POST + 'group = 3\npool = 4\nstochastic = 1\ngates = {style = "subject"}', every=4)
 
     figures = record("sft")["figures"]
     assert sum(figures["weights"].values()) == pytest.approx(1)

@@ -233,10 +233,8 @@ class Policy(pretrain.Drawing):
     def pictures(self) -> int:
         return self.recipe.batch * self.recipe.group
 
-    def after(self, step: int) -> Mapping[str, float]:
-        """Held-out flow loss now and then: what the rewards do not ask for must not be forgotten."""
-        if step % self.recipe.every:
-            return {}
+    def measured(self) -> Mapping[str, float]:
+        """Held-out flow loss: what the rewards do not ask for must not be forgotten."""
         return {"held": validation_loss(self.model, self.set, self.recipe, 32)}
 
 

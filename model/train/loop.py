@@ -86,8 +86,11 @@ class Stage(ABC):
     def begin(self, averages: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have no use for them
         """Called when a run stands, with its averaged weights by name, which follow the run from then on."""
 
-    def after(self, step: int) -> Mapping[str, float]:
+    def after(self, step: int) -> None:  # noqa: B027 - most have nothing left to do
         """What is left to do once the step with this number is taken; what it depends on must lie in `model`."""
+
+    def measured(self) -> Mapping[str, float]:
+        """Figures for a line of the log that cost too much to be had of every step."""
         return {}
 
     def pictures(self) -> int:
@@ -184,8 +187,8 @@ class Run:
         decay = min(recipe.average, (self.step + 1) / (self.step + 20))
         floats = [(self.ema[k], v) for k, v in self.model.state_dict().items() if v.is_floating_point()]
         torch._foreach_lerp_([local(mean) for mean, _ in floats], [local(value) for _, value in floats], 1 - decay)
-        row = mean_of(self.world.gather(rows)) | {"norm": float(norm), "lr": factor * recipe.lr}
-        return row | dict(self.stage.after(self.step))
+        self.stage.after(self.step)
+        return mean_of(self.world.gather(rows)) | {"norm": float(norm), "lr": factor * recipe.lr}
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -381,17 +384,18 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
         known, stops = stops, pressed()
         if stops and not known and (how := ending(run)):
             report(f"{recipe.name}: {how}; Ctrl-C again stops it at once")
-        if run.step % recipe.every == 0:
-            run.figures = {key: float(f"{value:.4g}") for key, value in mean_of(window).items()}
+        if run.step % recipe.every == 0 or run.done:
+            figures = mean_of(window) | {"lr": window[-1]["lr"]} | dict(stage.measured())
+            run.figures = {key: float(f"{value:.4g}") for key, value in figures.items()}
             window = []
             if journal:
                 journal.add({"step": run.step, "seconds": round(run.seconds, 1)} | run.figures)
             report(line(run, first, before))
-            if stops or here.agree(time.monotonic() - last_save) > SAVE_EVERY:
+            if not run.done and (stops or here.agree(time.monotonic() - last_save) > SAVE_EVERY):
                 run.save()
                 if journal:
                     journal.draw()
-                if stops and not run.done:
+                if stops:
                     batches.stop()
                     raise KeyboardInterrupt
                 last_sheet = draw_samples(run, last_sheet, report)

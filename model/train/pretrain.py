@@ -172,10 +172,9 @@ class Pretraining(Drawing):
             self.teacher.follow(self.averages)
         return self.teacher
 
-    def after(self, step: int) -> Mapping[str, float]:
+    def after(self, step: int) -> None:
         if self.teacher is not None:
             self.teacher.follow(self.averages)
-        return {}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         teacher = self.taught(batch)

@@ -259,20 +259,20 @@ class Preference(pretrain.Drawing):
     def pictures(self) -> int:
         return 2 * self.recipe.batch
 
-    def after(self, step: int) -> Mapping[str, float]:
+    def after(self, step: int) -> None:
         recipe = self.recipe
-        if not recipe.aside:
-            return {}
         if step == recipe.calibrate_at and recipe.aside > 1:  # one pair has no spread
             figures = self.held_aside()
             spread = float((figures["winner"] - figures["loser"]).std())
             set_to = min(max(2 / max(spread, 1e-12), recipe.beta / 10), recipe.beta * 10)
             self.model.get_buffer("beta").fill_(set_to)
-        if step % recipe.every:
+
+    def measured(self) -> Mapping[str, float]:
+        if not self.recipe.aside:
             return {}
         watched = {f"aside_{name}": float(value.mean()) for name, value in self.held_aside().items()}
         return watched | {
-            "held": validation_loss(self.model, self.set, recipe, 32),
+            "held": validation_loss(self.model, self.set, self.recipe, 32),
             "beta": float(self.model.get_buffer("beta")),
         }
 
