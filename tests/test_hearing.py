@@ -185,6 +185,8 @@ def test_most_captions_go_no_further_than_the_way_in(workshop):  # noqa: F811
     assert hearing.model.dit.side == hearing.teacher.dit.side == data.side
     assert not torch.equal(whole["said"], other["said"])
     assert hearing.batch(8)["said"] is whole["said"]  # the text encoder's part is done once
+    drawn = [len(batch["latents"]) for batch in map(hearing.batch, range(8)) if "latents" in batch]
+    assert drawn == [2, 2] and sum(drawn) == 8 * hearing.pictures()
 
     real = other["said_mask"]
     assert other["meant"][real].square().sum(-1).min() > 0  # every real row has something to become

@@ -131,6 +131,9 @@ class Hearing(pretrain.Drawing):
             each[: len(aligned), : aligned.shape[1]] = aligned
         return {"said": embeds, "said_mask": mask, "meant": maps @ self.teacher.dit.encode_text(target, target_mask)}
 
+    def pictures(self) -> float:
+        return self.recipe.batch / self.recipe.whole
+
     def rate(self, name: str) -> float:
         return float(name.startswith(TRAINED))
 

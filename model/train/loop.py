@@ -93,8 +93,8 @@ class Stage(ABC):
         """Figures for a line of the log that cost too much to be had of every step."""
         return {}
 
-    def pictures(self) -> int:
-        """Pictures that one part of a step learns from, for the speed."""
+    def pictures(self) -> float:
+        """Pictures that one part of a step learns from in the mean, for the speed."""
         return 1
 
     def sheets(self) -> float:
@@ -317,7 +317,7 @@ class Run:
             "bf16": self.bf16,
             "processes": self.world.size,
             "steps": self.step,
-            "pictures": self.step * self.recipe.accumulate * self.stage.pictures(),
+            "pictures": round(self.step * self.recipe.accumulate * self.stage.pictures()),
             "seconds": round(self.seconds, 1),
             "figures": self.figures,
         }

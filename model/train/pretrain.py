@@ -129,7 +129,7 @@ class Drawing(loop.Stage):
 
     recipe: Recipe
 
-    def pictures(self) -> int:
+    def pictures(self) -> float:
         return self.recipe.batch * self.recipe.repeats
 
     def sheets(self) -> float:
