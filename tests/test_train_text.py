@@ -156,6 +156,13 @@ def test_every_step_of_an_epoch_brings_other_phrases_and_none_held_out():
     assert min(first) >= corpus.held_out
 
 
+def test_a_batch_of_more_than_there_is_to_learn_from_is_refused():
+    Distilling(dataclasses.replace(RECIPE, batch=10), *start()).batch(0)
+    with pytest.raises(K2Error, match='Recipe "text": a batch of 11 is more than the 10 phrases that') as error:
+        Distilling(dataclasses.replace(RECIPE, batch=11), *start())
+    assert error.value.hint
+
+
 def test_words_start_as_the_teacher_sees_them():
     """Projected to fewer dimensions, rows keep unit RMS and the neighbourhoods of the teacher."""
     words = torch.randn(8192, 20)

@@ -278,6 +278,9 @@ class Distilling(loop.Stage):
 
     def __init__(self, recipe: Recipe, encoder: TextEncoder, heads: nn.ModuleDict, corpus: Corpus):
         torch.manual_seed(recipe.seed)
+        if recipe.batch > (learned := len(corpus.rows) - corpus.held_out):
+            what = f"a batch of {recipe.batch} is more than the {learned} phrases that are not held out"
+            raise K2Error(f'Recipe "{recipe.name}": {what}.', hint="Lower batch, or raise phrases.")
         self.recipe: Recipe = recipe
         self.encoder, self.heads, self.corpus = encoder, heads, corpus
         self.data = hashlib.sha256(repr(corpus.rows).encode()).hexdigest()
