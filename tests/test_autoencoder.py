@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
-from model.train.autoencoder import NARROW, WIDE, Recipe, loss, spectra
+from model.train.autoencoder import NARROW, WIDE, Recipe, loss, measure, spectra
+from model.vae import VAEConfig
 
 GRAIN = 0.2  # its standard deviation, pictures being -1 ... 1
 GREY = torch.zeros(4, 3, 64, 64)
@@ -16,12 +21,11 @@ class Decoded:
 
     mean, std = torch.zeros(1, 16, 1, 1), torch.ones(1, 16, 1, 1)
 
-    def __init__(self, pictures):
-        self.pictures = pictures
+    def __init__(self, pictures, mean=0.0, logvar=0.0):
+        self.pictures, self.latents = pictures, (mean, logvar)
 
     def moments(self, images):
-        latents = torch.zeros(len(images), 16, 8, 8)
-        return latents, latents
+        return tuple(torch.full((len(images), 16, 8, 8), each) for each in self.latents)
 
     def reconstruct(self, latents):
         return self.pictures
@@ -80,3 +84,26 @@ def test_what_is_not_grain_belongs_in_its_place():
     assert cost(other, real, grainy=True, texture=0.0) > cost(GREY, real, grainy=True, texture=0.0)
     assert cost(other, real, grainy=False, texture=0.05) > 2 * cost(other, real, grainy=True, texture=0.05)
     assert cost(edge.roll(2, -1), edge, grainy=False, texture=0.05) > cost(edge, edge, grainy=False, texture=0.05)
+
+
+@pytest.mark.parametrize(("mean", "logvar"), [(0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (-1.0, -2.0)])
+def test_latents_cost_their_divergence_from_a_unit_gaussian(mean, logvar):
+    recipe = Recipe(name="t", steps=1, lr=1e-3, muon_lr=1e-3, weight_decay=0.0, kl=0.5)
+    found = loss(Decoded(GREY, mean, logvar), GREY, torch.zeros(4, dtype=torch.bool), recipe, torch.Generator())
+
+    latents = Normal(mean, math.exp(logvar / 2))
+    assert found.item() == pytest.approx(0.5 * kl_divergence(latents, Normal(0.0, 1.0)).item(), rel=1e-5)
+
+
+def test_channels_are_scaled_half_way_to_one_another():
+    """Of deviations 1 and 9, their mean 5: what is left is the root of their ratio, not the ratio and not 1."""
+    vae = Decoded(GREY)
+    vae.config = VAEConfig()
+    vae.moments = lambda images: (images[:, :2] * torch.tensor([1.0, 9.0])[:, None, None] + 3, None)
+    pictures = np.zeros((40, 64, 64, 3), np.uint8)
+    pictures[:, ::2] = 255
+
+    config = measure(vae, pictures)
+
+    assert config.latents_mean == pytest.approx((3, 3), abs=1e-4)
+    assert config.latents_std == pytest.approx((5**0.5, 45**0.5), rel=1e-4)

@@ -135,6 +135,7 @@ def test_groups_without_variance_are_dropped():
 
     assert counts.tolist() == [False, True]
     assert (found[0] == 0).all() and found[1].argmax() == 3
+    torch.testing.assert_close(found[1:], advantages({"one": reward[1:]}, {"one": 1.0})[0])  # nor do they scale others
     none, counts = advantages({"one": reward[:1]}, {"one": 1.0})
     assert (none == 0).all() and not counts.any()
 

@@ -67,6 +67,17 @@ def columns(folder):
     return {k: v for k, v in Journal(folder / "log.csv", 10**9).read().items() if k != "seconds"}
 
 
+def test_averages_follow_closely_while_a_run_is_young(tmp_path):
+    """Of five steps at 0.998 they would else be where they began: what a run leaves behind are they."""
+    young = run(replace(RECIPE, steps=5, average=0.998), tmp_path)
+    wanted = young.model["out"].weight.detach().clone()
+    for step in range(5):
+        young.advance(young.stage.batch(step))
+        wanted.lerp_(young.model["out"].weight.detach(), 1 - (step + 2) / (step + 21))
+
+    torch.testing.assert_close(young.ema["out.weight"], wanted)
+
+
 @pytest.mark.parametrize("die_at", [4, 6, 11])
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, die_at):
     """Weights, averages, optimisers and log are the same to the last bit, wherever it was stopped."""

@@ -1,6 +1,7 @@
 """The text encoder's training: start, order of batches, and going on after a break."""
 
 import dataclasses
+import math
 import sys
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from model.errors import K2Error
 from model.text_encoder import TextConfig, TextEncoder
 from model.train import phrases, text
 from model.train.loop import Run
-from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, build, chosen, export
+from model.train.text import TOKENIZER, Corpus, Distilling, Recipe, build, chosen, export, matching
 
 RECIPE = Recipe(name="text", steps=4, lr=2e-3, batch=3, warmup_steps=1, decay=0.5, every=2)
 TINY = TextConfig(8192, 16, 24, 2, 2, 1, 8, 1e4, 1e-6, (1, 2))
@@ -161,6 +162,16 @@ def test_a_batch_of_more_than_there_is_to_learn_from_is_refused():
     with pytest.raises(K2Error, match='Recipe "text": a batch of 11 is more than the 10 phrases that') as error:
         Distilling(dataclasses.replace(RECIPE, batch=11), *start())
     assert error.value.hint
+
+
+def test_a_neighbourhood_of_the_teachers_is_to_be_found_whole():
+    """Two phrases that have nothing in common, both taken for what lies half-way: log 2 is missing of each, not the far
+    more that a student sure of itself would miss of a teacher who is not."""
+    target = torch.eye(2)
+    halfway = torch.full((2, 2), 3.0)
+
+    assert matching(target, target).item() == pytest.approx(0, abs=1e-6)
+    assert matching(halfway, target).item() == pytest.approx(1 - 0.5**0.5 + 0.3 * math.log(2), rel=1e-4)
 
 
 def test_words_start_as_the_teacher_sees_them():
