@@ -72,6 +72,14 @@ class Folder:
             )
         return full
 
+    def recorded(self, path: str | Path) -> Path:
+        """The same for a path of a record or a plan, which goes on naming it wherever its file is copied to."""
+        try:
+            full = self.inside(path)
+        except Outside as error:
+            raise Outside(str(error), hint="Allow it: --allow-outside") from None
+        return full.resolve() if ".." in full.parts else full  # as people read it
+
     @staticmethod
     def create(folder: Path, compose: Callable[[str], str] | None = None) -> Path:
         """A new project that renders as it stands; it appears whole or not at all, and in the place of nothing.

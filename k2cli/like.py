@@ -43,7 +43,7 @@ class Example:
     @classmethod
     def read(cls, file: Path, project: Project) -> Example:
         """Raises K2Error where it is none of k2's. Its files may have changed since: they count as they are now."""
-        return cls(records.parse(records.read(file), project.inside), file)
+        return cls(records.parse(records.read(file), project.recorded), file)
 
     def prompt(self) -> Prompt:
         """What it shows, in words."""

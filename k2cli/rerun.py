@@ -123,7 +123,7 @@ def repeat(
     """Make a picture again, and compare. Hashes are verified before. To `check` it alone nothing is written, and it is
     where it was. Raises K2Error.
     """
-    inside = home.inside if home else None
+    inside = home.recorded if home else None
     toml = records.read(file)
     record, other = records.parse(toml, inside), other_beside(file, toml)
     if "seed" not in record.table["settings"]:

@@ -232,7 +232,7 @@ def resume(project: Project, number: int | None = None) -> Job:
 def weights_of(toml: Toml, project: Project) -> models.Held:
     """The weights that a plan names, as far as it does. Raises K2Error where they are not here."""
     used = records.part(models.Held, toml.table, "model", Place(toml))
-    return replace(used, name=models.resolve(used.name, project.inside, used.variant))
+    return replace(used, name=models.resolve(used.name, project.recorded, used.variant))
 
 
 def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.Held) -> models.Held:
@@ -243,8 +243,8 @@ def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.
     for shot in shots:
         if run.has(shot.stem) and project.inside(run[f"{shot.stem}.toml"]).is_file():
             label = f"{run.folder.name}/{shot.stem}.toml"
-            record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.inside)
-            records.locate(record, project.inside)
+            record = records.parse(Toml.read(run[f"{shot.stem}.toml"], label), project.recorded)
+            records.locate(record, project.recorded)
             return replace(record.model, **{key: value for key, value in vars(planned).items() if value is not None})
     return planned
 
@@ -258,4 +258,4 @@ def read_plan(project: Folder, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Pa
             f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"
         )
     entries = enumerate(toml.table["picture"])
-    return toml, [records.shot_of(entry, Place(toml).below("picture", i), project.inside) for i, entry in entries]
+    return toml, [records.shot_of(entry, Place(toml).below("picture", i), project.recorded) for i, entry in entries]

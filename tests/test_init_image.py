@@ -394,11 +394,14 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
     assert plan(k2, *options)[0]["init_image"]["sha256"] == sha256(elsewhere / "dot.png")
     (made,) = k2("render", *options).stdout.splitlines()
     assert "denoise     0.5\n" in k2("show", made).stdout
-    refused = k2("rerun", made, code=1)
-    assert "lies outside the project" in refused.stderr and "--allow-outside" in refused.stderr
-    assert "Identical" in k2("rerun", made, "--allow-outside").stderr
+    for words in (("rerun", made), ("render", "--project", begun, "--like", made, "--batch", "1")):
+        refused = k2(*words, code=1)
+        assert "dot.png lies outside the project.\nHint:  Allow it: --allow-outside\n" in refused.stderr
+        assert k2(*words, "--allow-outside").stdout
     Image.new("RGB", (64, 64), "red").save(elsewhere / "dot.png")
     assert "is not what it was" in k2("rerun", made, "--allow-outside", code=1).stderr
+    (elsewhere / "dot.png").unlink()
+    assert f"Error: {elsewhere / 'dot.png'} is gone" in k2("rerun", made, "--allow-outside", code=1).stderr
 
 
 @pytest.mark.parametrize("said", ["../dot.png", "refs/link.png", "refs/loop.png"])
