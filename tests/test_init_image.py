@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -402,6 +403,30 @@ def test_the_shell_names_pictures_from_where_it_stands(begun, k2, monkeypatch, t
     assert "is not what it was" in k2("rerun", made, "--allow-outside", code=1).stderr
     (elsewhere / "dot.png").unlink()
     assert f"Error: {elsewhere / 'dot.png'} is gone" in k2("rerun", made, "--allow-outside", code=1).stderr
+
+
+@pytest.mark.parametrize("what", ["init_image", "reference", "model"])
+def test_a_run_that_reaches_out_is_gone_on_with_by_the_line_that_k2_prints(begun, k2, fake, tmp_path, what):
+    """Whose files are named in the run's plan: copies of them would be others."""
+    Image.new("RGB", (64, 64), "navy").save(tmp_path / "dot.png")
+    options: tuple[str, ...] = ("--init-image", str(tmp_path / "dot.png"))
+    if what == "model":
+        options = ("--model", str(shutil.copy(tmp_path / "box/mini-raw.safetensors", tmp_path / "far.safetensors")))
+    elif what == "reference":
+        (begun / "styles").mkdir()
+        (begun / "styles" / "far.toml").write_text('[[reference]]\nimage = "../dot.png"\n')
+        options = ("--style", "far=1", "--allow-outside")
+
+    def interrupt(at: int) -> None:
+        raise KeyboardInterrupt
+
+    fake.stop = staticmethod(interrupt)
+    line = "k2 render --resume --allow-outside"
+    assert line in k2("render", "--only", "fox", *options, code=130).stderr
+    fake.stop = staticmethod(lambda at: None)
+    assert f"  {line}\n" in k2().stdout and k2("log").stderr == f"No pictures yet. Make some: {line}\n"
+    assert "Hint:  Allow it: --allow-outside\n" in k2("render", "--resume", code=1).stderr
+    assert k2("render", "--resume", "--allow-outside").stdout
 
 
 @pytest.mark.parametrize("said", ["../dot.png", "refs/link.png", "refs/loop.png"])
