@@ -312,7 +312,7 @@ def rerun(
     """
     from k2cli.console import last_words, meter, say
     from k2cli.pictures import without_sheets
-    from k2cli.rerun import Shelf, pictures_in, refuse, repeat, tell
+    from k2cli.rerun import Shelf, brought_back, pictures_in, refuse, repeat, tell
 
     if check and (output is not None or no_embed):
         other = "--output" if output is not None else "--no-embed"
@@ -320,7 +320,10 @@ def rerun(
     asked, sheets = without_sheets([find_file(file, project) for file in files])
     if sheets and not quiet:
         say(sheets, "yellow")
-    named = pictures_in(asked, lone=check)
+    lone: list[Path] = []
+    named = pictures_in(asked, None if check else lone)
+    if lone and not quiet:
+        say(f"{len(lone)} left out, whose pictures are gone. {brought_back(lone)}", "yellow")
     if output is not None and len(named) > 1:
         raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -73,10 +73,10 @@ class Shelf(ExitStack):
 Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none are known in it
 
 
-def pictures_in(files: Iterable[Path], *, lone: bool) -> list[Named]:
+def pictures_in(files: Iterable[Path], lone: list[Path] | None = None) -> list[Named]:
     """Pictures and records as they are named, and for a run's folder all its pictures, also those that nothing is known
-    of; and its `lone` records, whose pictures are gone, if they are wanted. What keeps one from being looked into, or
-    that it has none, is told in its turn."""
+    of; its records whose pictures are gone are noted in `lone`, or are among them where there is no such list. What
+    keeps one from being looked into, or that it has none, is told in its turn."""
     found: list[Named] = []
     for file in files:
         try:
@@ -86,14 +86,25 @@ def pictures_in(files: Iterable[Path], *, lone: bool) -> list[Named]:
     return found
 
 
-def pictures_of(folder: Path, lone: bool) -> list[Path]:
+def pictures_of(folder: Path, lone: list[Path] | None) -> list[Path]:
     """Those of a run's folder. Raises K2Error where it has none, and OSError."""
     unknown: list[Path] = []
     made = history.read_run(folder, skipped=unknown.append)
-    alone = sorted(each for each in folder.glob("*.toml") if is_lone(each)) if lone else []
+    alone = sorted(each for each in folder.glob("*.toml") if is_lone(each))
     if not (made or unknown or alone):
         raise K2Error(f"There are no pictures of k2 in {folder}.", hint="Name a picture, a record, or a run.")
-    return [*(each.path for each in made), *sorted(unknown), *alone]
+    there = [*(each.path for each in made), *sorted(unknown)]
+    if lone is None:
+        return [*there, *alone]
+    if not there:
+        raise K2Error(f"All pictures in {folder} are gone.", hint=brought_back(alone))
+    lone += alone
+    return there
+
+
+def brought_back(lone: Sequence[Path]) -> str:
+    """How pictures that are gone are made again: not unasked, as somebody may have thrown them away."""
+    return f"A record that is named makes its picture again: k2 rerun {for_shell(lone[0])}"
 
 
 def is_lone(record: Path) -> bool:

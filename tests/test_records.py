@@ -543,13 +543,20 @@ class TestRerun:
         assert k2("rerun", record).stderr == "Identical, pixel for pixel.\n"
 
     def test_a_check_of_a_run_misses_no_picture_that_is_gone(self, moody, k2):
-        """Without one, what was thrown away is not made again unless it is named."""
+        """Without one, what was thrown away is not made again unless it is named, which is told."""
         k2("render", "--only", "fox", "--batch", "2")
         Path("outputs/0001-fox/fox-7.png").unlink()
 
         said = k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
         assert "outputs/0001-fox/fox-7.png is gone" in said and "1 of 2 are identical" in said
-        assert k2("rerun", "outputs/0001-fox").stderr == "Identical, pixel for pixel.\n"
+        again = "A record that is named makes its picture again: k2 rerun outputs/0001-fox/fox-7.toml"
+        said = k2("rerun", "outputs/0001-fox").stderr
+        assert said == f"1 left out, whose pictures are gone. {again}\nIdentical, pixel for pixel.\n"
+        assert k2("rerun", "outputs/0001-fox", "--quiet").stderr == ""
+        shutil.copytree("outputs/0001-fox", "empty")
+        Path("empty/fox-8.png").unlink()
+        said = k2("rerun", "empty", code=1).stderr
+        assert said.startswith("Error: All pictures in empty are gone.\nHint:  A record that is named")
 
         record = Path("outputs/0001-fox/fox-7.toml")
         record.write_text(record.read_text() + "[settings\n")
