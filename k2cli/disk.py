@@ -29,7 +29,7 @@ FORBIDDEN, BLOCKED = "Check the folder's permissions.", "A file stands where a f
 HINTS = {  # what to do about an error of the file system
     errno.EACCES: FORBIDDEN,
     errno.EPERM: FORBIDDEN,
-    errno.EROFS: FORBIDDEN,
+    errno.EROFS: "Choose a place on another disk, or have this one mounted for writing.",
     errno.ENOTDIR: BLOCKED,
     errno.EEXIST: BLOCKED,
     errno.ENOENT: "Its folder is gone, or was moved.",

@@ -68,7 +68,7 @@ def test_a_folder_that_is_gone_is_not_blamed_on_permissions(tmp_path):
     ("code", "hint"),
     [
         (errno.EACCES, "Check the folder's permissions."),
-        (errno.EROFS, "Check the folder's permissions."),
+        (errno.EROFS, "Choose a place on another disk, or have this one mounted for writing."),
         (errno.ENAMETOOLONG, "Choose a shorter name."),
         (errno.EIO, ""),
         (errno.EMFILE, ""),
