@@ -312,7 +312,7 @@ def rerun(
     """
     from k2cli.console import last_words, meter, say
     from k2cli.pictures import without_sheets
-    from k2cli.rerun import Shelf, brought_back, pictures_in, refuse, repeat, tell
+    from k2cli.rerun import Shelf, brought_back, in_all, pictures_in, refuse, repeat, tell
 
     if check and (output is not None or no_embed):
         other = "--output" if output is not None else "--no-embed"
@@ -327,6 +327,7 @@ def rerun(
     if output is not None and len(named) > 1:
         raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0
+    refused: list[str] = []
     with Shelf() as shelf, meter(len(named), quiet=quiet) as bar:
         for done, (file, unknown) in enumerate(named, 1):
             try:
@@ -335,16 +336,17 @@ def rerun(
                 home = find_home(file, project, allow_outside)
                 again = repeat(file, home, shelf, output, device, check=check, embed=not no_embed, on_step=bar.step)
             except Exception as error:
-                refuse(error, file, several=several, as_json=json)
+                refuse(error, file, refused, several=several, as_json=json)
                 continue
             except KeyboardInterrupt:
-                last_words(f"Interrupted: {done - 1} of {len(named)} were made again, {identical} of them identical.")
+                made = done - 1 - len(refused)
+                last_words(f"Interrupted: {made} of {len(named)} were made again, {identical} of them identical.")
                 raise
             finally:
                 bar.saved(done)
             identical += again.identical
             tell(again, file, several=several, as_json=json, quiet=quiet)
     if several and not quiet:
-        say(f"{identical} of {len(named)} are identical, pixel for pixel.", "dim")
+        say(in_all(identical, len(refused), len(named)), "dim")
     if identical < len(named):
         raise typer.Exit(1)

@@ -262,9 +262,10 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
         say(f"{short_path(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
 
 
-def refuse(error: Exception, file: Path, *, several: bool, as_json: bool) -> None:
-    """Why a picture is not made again: to whoever waits for an object a file, as one. Raises the error where nothing
-    else was asked, or where it is a bug."""
+def refuse(error: Exception, file: Path, refused: list[str], *, several: bool, as_json: bool) -> None:
+    """Why a picture is not made again: to whoever waits for an object a file, as one. People are told once of what is
+    the same for several: it joins those `refused` before. Raises the error where nothing else was asked, or where it
+    is a bug."""
     problem = as_problem(error)
     if problem is None:
         raise error
@@ -272,7 +273,17 @@ def refuse(error: Exception, file: Path, *, several: bool, as_json: bool) -> Non
         result(to_json({"file": None, "from": short_path(file), "error": str(problem), "hint": problem.hint}))
     if not several:
         raise error
-    show_error(problem)
+    if str(problem) not in refused:
+        show_error(problem)
+    refused.append(str(problem))
+
+
+def in_all(identical: int, refused: int, of: int) -> str:
+    """What it came to that several were to be made again."""
+    if refused == of:
+        return f"None of {of} could be made again."
+    rest = f", and {refused} could not be made again" if refused else ""
+    return f"{identical} of {of} are identical, pixel for pixel{rest}."
 
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:

@@ -602,8 +602,8 @@ def test_pictures_made_again_and_interrupted_are_counted(moody, k2, fake):
             raise KeyboardInterrupt
 
     fake.stop = stop
-    said = k2("rerun", folder, code=130).stderr
-    assert said.endswith("Interrupted: 2 of 4 were made again, 2 of them identical.\n")
+    said = k2("rerun", "gone.png", folder, code=130).stderr
+    assert said.endswith("Interrupted: 2 of 5 were made again, 2 of them identical.\n")
 
 
 def test_resume_finishes_what_was_planned(moody, k2, fake):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import struct
 import tomllib
@@ -608,7 +609,8 @@ class TestRerun:
         assert result.stdout.split() == ["outputs/0002-fox/fox-7.png", "outputs/0002-fox/fox-8.png"]
         said = result.stderr.splitlines()
         assert said[0] == "outputs/0001-fox/fox-7.toml: The pixels differ from the recorded ones."
-        assert "There is no gone.png." in said[1] and said[-1] == "1 of 3 are identical, pixel for pixel."
+        assert "There is no gone.png." in said[1]
+        assert said[-1] == "1 of 3 are identical, pixel for pixel, and 1 could not be made again."
 
         quiet = k2("rerun", record, "gone.png", "outputs/0001-fox/fox-8.png", "--json", "--quiet", code=1)
         told = [json.loads(line) for line in quiet.stdout.splitlines()]
@@ -649,12 +651,25 @@ class TestRerun:
             "Permission denied.",
         ]
         assert right["identical"] and all(each["hint"] for each in wrong)
-        assert result.stderr.count("Error: ") == 3 and result.stderr.endswith(
-            "1 of 4 are identical, pixel for pixel.\n"
-        )
+        assert result.stderr.count("Error: ") == 3
+        assert result.stderr.endswith("1 of 4 are identical, pixel for pixel, and 3 could not be made again.\n")
 
         alone = k2("rerun", "empty", *check, "--json", code=1)
         assert json.loads(alone.stdout) == wrong[1] and alone.stderr.count("Error: ") == 1
+
+    def test_what_keeps_all_from_being_made_again_is_told_once(self, moody, k2, monkeypatch):
+        """But to a script for each; and what was not compared is not said to differ."""
+        k2("render", "--only", "fox", "--batch", "3")
+
+        def refused(*of: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(os, "mkdir", refused)
+        result = k2("rerun", "outputs/0001-fox", "--json", code=1)
+        assert len(result.stdout.splitlines()) == 3
+        first, hint, last = result.stderr.splitlines()
+        assert first.endswith("outputs cannot be written: the file system is read-only.") and "another disk" in hint
+        assert last == "None of 3 could be made again."
 
     def test_the_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
