@@ -24,7 +24,7 @@ from k2cli.new_style import copied, reference
 from k2cli.pictures import Inside, check_picture, find, nearly_called
 from k2cli.styles import BOARD
 from k2cli.tables import PATH, between
-from k2cli.texts import relative
+from k2cli.texts import UNPRINTABLE, relative
 from model import library, picture_file
 from model.errors import K2Error
 from model.hashes import cache_folder, sha256
@@ -150,16 +150,18 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 
 def outlasting(board: Board, home: Folder, folder: str) -> Board:
     """The board, in the place of its representatives that lie in the outputs, which may be deleted, or outside of the
-    project, with copies of them in a folder of it; where it may reach outside, those stay there."""
+    project, or whose names no style file can hold, with copies of them in a folder of it; where it may reach outside,
+    those out there stay."""
     root, outputs = home.root.resolve(), (home.root / "outputs").resolve()
 
     def may_go(path: Path) -> bool:
         return path.is_relative_to(outputs) or not (home.allow_outside or path.is_relative_to(root))
 
-    lost = [path for path, _ in board.representatives if may_go(path.resolve())]
+    named = {path: relative(path, home.root) for path, _ in board.representatives}
+    lost = [path for path, name in named.items() if may_go(path.resolve()) or UNPRINTABLE.search(name)]
     if not lost:
         return board
-    kinds = {path: check_picture(path, "The board", relative(path, home.root)) for path in lost}
+    kinds = {path: check_picture(path, "The board", named[path]) for path in lost}
     copies = copied(kinds, home.inside(folder))
 
     def kept(look: Look) -> Look:

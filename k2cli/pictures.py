@@ -49,7 +49,6 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
     others: set[Path] = set()
     for path in matches(root, pattern, inside, where):
         if picture_file.is_named_so(path) and os.path.isfile(path) and not picture_file.is_sheet(path):
-            printable(path.name, f"{where}: the name of {path.name}", "Rename the file.")
             found.add(inside(relative(path, root), where))
             if len(found) > most:
                 raise K2Error(
@@ -59,6 +58,11 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
         else:
             others.add(path)
     return sorted(found), others - {path.parent for path in found}  # folders within that the glob walks, too
+
+
+def check_label(label: str, where: str) -> None:
+    """Refuse a picture that no record can name; `label` is what messages and records call it."""
+    printable(label, f"{where}: the name of {masked(label)}", "Rename the file.")
 
 
 def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Path]:

@@ -16,12 +16,12 @@ from k2cli.expander import expander
 from k2cli.folder import FILE, Folder, Outside, root_above, spelt
 from k2cli.formats import SUFFIXES
 from k2cli.matrix import MOST, MOST_WORDS, Cell, Matrix, escape, read_matrices, settled_by
-from k2cli.pictures import check_picture, is_dark, nearly_called, sides_of
+from k2cli.pictures import check_label, check_picture, is_dark, nearly_called, sides_of
 from k2cli.prompts import Prompt, compare, name_files, read_prompts, spread
 from k2cli.settings import HOMES, NONE, OF_PICTURE, Settings, check_frame, draw
 from k2cli.styles import BOARD, Styles, words
 from k2cli.tables import Option, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
-from k2cli.texts import folded, label_of, plain
+from k2cli.texts import folded, label_of, plain, relative
 from model.errors import USAGE, K2Error, nearest
 from model.picture_file import same_shape
 from model.region import ALMOST, LIKE, Region
@@ -127,7 +127,10 @@ class Project(Folder):
     def board_pictures(self, board: moodboard.Moodboard) -> tuple[list[Path], set[Path]]:
         """The pictures of [moodboard], and what lies beside them."""
         where = Place(self.toml, ("moodboard",))("images")
-        return moodboard.gather(board.images, self.root, self.inside, where)
+        pictures, others = moodboard.gather(board.images, self.root, self.inside, where)
+        for path in pictures:
+            check_label(relative(path, self.root), where)
+        return pictures, others
 
     def with_board(self, strength: float) -> Project:
         """The project with its moodboard at this strength; at 0 it need have none."""

@@ -357,6 +357,7 @@ def analyze(
     from k2cli.disk import Exists
     from k2cli.pictures import without_sheets
     from k2cli.tables import Option, said_by
+    from k2cli.texts import masked
     from model.picture_file import passed_over
 
     home = find_project(project, allow_outside)
@@ -392,7 +393,7 @@ def analyze(
     )
     if not quiet:
         for note in board.notes:
-            say(note, "yellow")
+            say(masked(note), "yellow")
         for sentence in filter(None, (board.told, board.profile)):
             say(sentence)
         say(f"Colours in {short_path(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli.folder import names_in
-from k2cli.pictures import Inside, check_picture, find
+from k2cli.pictures import Inside, check_label, check_picture, find
 from k2cli.tables import PATH, WEIGHT, Place, Toml, check_keys, check_value, read_table, read_weights, said_by
 from k2cli.texts import UNPRINTABLE, check_name, composed, folded, label_of, relative
 from model.errors import K2Error, nearest
@@ -206,7 +206,9 @@ class Styles:
             raise K2Error(f"{where}: {pattern} names no picture.", hint=hint)
         self.others.update(others)
         for path in found:
-            check_picture(path, where, relative(path, self.root))
+            label = relative(path, self.root)
+            check_label(label, where)
+            check_picture(path, where, label)
         return found
 
     def resolve(self, weights: Mapping[str, float], where: Callable[[str], str]) -> tuple[Style, ...]:

@@ -366,6 +366,24 @@ def test_a_board_may_lie_elsewhere(den, k2, tmp_path):
     assert not (den / "refs" / "three-looks").exists()
 
 
+def test_a_board_may_hold_names_that_no_style_file_can(den, k2, tmp_path):
+    """Copies get other names; those of [moodboard] go into records as they are, and are refused."""
+    shutil.copytree(den / "refs" / "board", tmp_path / "mine")
+    (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
+    for folder in (tmp_path / "mine", den / "refs" / "board"):
+        for path in sorted(folder.iterdir()):
+            path.rename(path.with_name(path.name.replace("-", "\n")))
+        (folder / "bro\tken.png").write_bytes(b"")
+        told = k2("moodboard", "analyze", folder, "--name", folder.name).stderr
+        assert "Left out: bro?ken.png" in told and "12 pictures in" in told
+        (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {folder.name: 0.35})
+        assert all(each.image.parent.name == f"{folder.name}-looks" for each in shot.spec.styles[0].references)
+
+    (den / "k2.toml").write_text(K2)
+    refused = k2("moodboard", "analyze", "--force", code=1).stderr
+    assert "the name of refs/board/bro?ken.png holds a control character.\nHint:  Rename the file." in refused
+
+
 def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
     for name in ("IMG_1.HEIC", "notes.txt"):
         (den / "refs" / "board" / name).write_bytes(b"")
