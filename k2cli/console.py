@@ -13,7 +13,7 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from k2cli.disk import ended_as_by_ctrl_c
@@ -22,6 +22,7 @@ from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
 MOST_ROWS = 2000  # in columns, which take half a millisecond each
+NARROW = 60  # cells of a screen that fewer are too few for columns of words
 
 console = Console(stderr=True, highlight=False)
 
@@ -122,23 +123,33 @@ def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = Non
 
 
 def results(rows: Sequence[Sequence[str]]) -> None:
-    """Lines of results, each of as many fields: parted by tabs in a pipe, and on a terminal columns, folded where they
-    are too long; the first, of names, is not if that leaves room for the others. Very many are not laid out."""
+    """Lines of results, each of as many fields: parted by tabs in a pipe, and laid out on a terminal. Very many are
+    not laid out."""
     cells = screen()
     if not cells or len(rows) > MOST_ROWS:
         for row in rows:
             result("\t".join(row).rstrip("\t"))
     elif rows:
-        from rich.table import Column, Table
-
-        fields = [[Text(harmless(field)) for field in row] for row in rows]
-        whole = max(name.cell_len for name, *_ in fields) <= cells // 2
-        more = (Column(overflow="fold") for _ in fields[0][1:])
-        table = Table.grid(Column(no_wrap=whole, overflow="fold"), *more, padding=(0, 2, 0, 0))
-        for texts in fields:
-            table.add_row(*texts)
+        laid_out = columns([[Text(harmless(field)) for field in row] for row in rows], cells)
         with delivering():
-            Console(highlight=False).print(table)
+            Console(highlight=False).print(laid_out)
+
+
+def columns(rows: Sequence[Sequence[Text]], cells: int) -> RenderableType:
+    """Fields in columns, folded where they are too long; the first, of names, is not if that leaves room for the
+    others. Where the screen is so narrow that words and numbers would fold, the others stand below it instead."""
+    from rich.padding import Padding
+    from rich.table import Column, Table
+
+    first, *others = [max(field.cell_len for field in column) for column in zip(*rows, strict=True)]
+    if cells < NARROW and first + sum(2 + other for other in others) > cells:
+        indented = (Padding(Text("  ").join(filter(None, row[1:])), (0, 0, 0, 2)) for row in rows)
+        return Group(*(Group(row[0], below) for row, below in zip(rows, indented, strict=True)))
+    more = (Column(overflow="fold") for _ in others)
+    table = Table.grid(Column(no_wrap=first <= cells // 2, overflow="fold"), *more, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def screen() -> int | None:

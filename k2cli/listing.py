@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from k2cli.console import result, say, short_path
+from k2cli.console import NARROW, result, say, short_path
 from k2cli.outputs import row_alone
 from k2cli.texts import masked
 
@@ -41,8 +41,10 @@ def line_of(made: Made) -> str:
 
 
 def show_table(found: Sequence[Made]) -> None:
-    """Pictures on a terminal: a heading for each run, below it a line for each picture, cut where the screen ends."""
+    """Pictures on a terminal: a heading for each run, below it a line for each picture, cut where the screen ends. On a
+    narrow one when it was made, and what was asked for, have lines of their own."""
     screen = Console(highlight=False)
+    before_when, before_asked = ("\n", "\n    ") if screen.width < NARROW else ("  ", "  ")
     rows = [
         (
             Text("  " + made.path.name, overflow="ellipsis"),
@@ -60,12 +62,13 @@ def show_table(found: Sequence[Made]) -> None:
         (first, row), *more = pictures
         when = f"{first.local:%Y-%m-%d %H:%M}" if first.local else ""
         about = " · ".join(filter(None, [when, f"{first.text('model.name')} {first.text('model.variant')}".strip()]))
-        heading = Text.assemble("\n" * bool(number), (short_path(folder), "bold"), "  ", (about, "dim"))
+        heading = Text.assemble("\n" * bool(number), (short_path(folder), "bold"), before_when, (about, "dim"))
         screen.print(heading, no_wrap=True, overflow="ellipsis")
         for cells in (row, *(row for _, row in more)):
             for column, width in enumerate(widths):
                 cells[column].align("right" if column == 1 else "left", width)
-            screen.print(Text("  ").join(cells), no_wrap=True, overflow="ellipsis")
+            *facts, asked = cells
+            screen.print(Text("  ").join(facts), asked, sep=before_asked, no_wrap=True, overflow="ellipsis")
 
 
 def told_apart(made: Made) -> str:

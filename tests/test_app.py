@@ -1022,6 +1022,13 @@ def test_models_stand_below_one_another_on_a_terminal(monkeypatch, capsys):
     assert first.index("turbo") == second.index("turbo") and first.index("box") == second.index("box")
     assert "\t" not in first
 
+    monkeypatch.setenv("COLUMNS", "40")
+    list_models(json=False)
+
+    facts = ["  turbo  256 px  31,305,047 parameters", "  35.1 MB  box"]  # no number is cut
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["mini", *facts, "a-model-of-a-longer-name", *facts]
+
 
 @pytest.mark.parametrize(
     ("arguments", "told"),

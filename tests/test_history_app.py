@@ -349,6 +349,24 @@ def test_the_log_on_a_narrow_terminal_keeps_what_tells_pictures_apart(moody, mon
         "  owl-3.png  seed 3  64x64  dusk 0.6  a red owl",
     ]
 
+    monkeypatch.setenv("COLUMNS", "40")
+    history_app.log(last=3)
+    lines = re.sub(r"\x1b\[[\d;]*m|\d{4}-\d\d-\d\d \d\d:\d\d", "", capsys.readouterr().out).splitlines()
+
+    assert [line.rstrip() for line in lines] == [
+        "outputs/0001-fox",
+        " · mini raw",
+        "  fox-1.png  seed 1  64x64",
+        "    a red fox",
+        "",
+        "outputs/0002-a-name-as-long-as-the-prom…",
+        " · mini raw",
+        "  owl-2.png  seed 2  64x64  dusk 0.6",
+        "    a red owl",
+        "  owl-3.png  seed 3  64x64  dusk 0.6",
+        "    a red owl",
+    ]
+
 
 def test_the_log_leaves_room_for_prompts_beside_long_names(moody, monkeypatch, capsys):
     many_pictures(moody / "outputs", 1)
