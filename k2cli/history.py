@@ -277,7 +277,8 @@ def read_since(text: str, now: datetime | None = None) -> datetime:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         said = f'--since: "{masked(text)}" is no moment.'
-        raise K2Error(said, hint="Like 3d, 2h, yesterday, 2026-11-24.", code=USAGE) from None
+        hint = "Like 30m, 2h, 3d, 1w (minutes, hours, days, weeks), today, yesterday, 2026-11-24."
+        raise K2Error(said, hint=hint, code=USAGE) from None
     try:
         return moment.astimezone() if moment.tzinfo is None else moment
     except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock

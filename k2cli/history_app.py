@@ -41,7 +41,8 @@ WithOption = Annotated[
     ),
 ]
 SinceOption = Annotated[
-    str | None, typer.Option("--since", metavar="WHEN", help="Made since: 3d, 2h, yesterday, 2026-11-24.")
+    str | None,
+    typer.Option("--since", metavar="WHEN", help="Made since: 30m, 2h, 3d, 1w, today, yesterday, 2026-11-24."),
 ]
 
 
