@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -124,7 +124,7 @@ def log(
             print("".join(lines), end="", flush=True)
     if not quiet:
         if not count and not wrong:
-            told = f"No picture matches. {of_mixes(folders, style or [])}" if chosen else none_yet(folders)
+            told = f"No picture matches. {why_none(folders, chosen)}" if chosen else none_yet(folders)
             say(told.rstrip(), "dim")
         elif len(found) < count:
             say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
@@ -149,7 +149,32 @@ def none_yet(folders: Sequence[Folder]) -> str:
     return f"No pictures yet. Make some: {first_step(folders[0].outputs)}{there}"
 
 
-def of_mixes(folders: Sequence[Folder], styles: Sequence[str]) -> str:
+def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
+    """What may be wrong with a choice that no picture matches: a run or a style that there is none of, or a style that
+    no record names; "" where nothing is."""
+    from k2cli import history
+    from k2cli.styles import Styles
+    from k2cli.texts import composed
+    from model.errors import close_to, nearest
+
+    runs: list[str] = []
+    known: set[str] = set()  # of some styles there are only pictures by now
+    for folder in folders:
+        with suppress(K2Error):
+            runs += [run.name for run in history.runs_of(folder.outputs)]
+            known.update(name for made in history.read(folder.outputs) for name in made.styles)
+            known.update(Styles(folder.root, folder.inside).known)
+    told = []
+    if runs and not any(map(chosen.run_folder, runs)):
+        last = f"The last is {runs[-1]}." if len(folders) == 1 else ""
+        told += [f'There is no run "{chosen.run}".', close_to(chosen.run, runs) or last]
+    for name in chosen.styles:
+        if composed(name) not in known:
+            told += [f'There is no style "{name}".', nearest(name, sorted(known))]
+    return " ".join(filter(None, (*told, of_mixes(folders, chosen.styles))))
+
+
+def of_mixes(folders: Sequence[Folder], styles: Iterable[str]) -> str:
     """Of styles that are mixes and nothing else, what records name in their place; "" where there is none."""
     from k2cli.styles import Styles
     from k2cli.texts import composed, quote
@@ -217,7 +242,7 @@ def gallery(
     if unread and not quiet:  # it may be for them that there is no page
         say(f"{len(unread)} left out, whose pictures or records cannot be read: {short_path(unread[0])}", "yellow")
     if chosen and not count:
-        hint = of_mixes([there], style or []) or "All pictures: k2 log"
+        hint = why_none([there], chosen) or "All pictures: k2 log"
         raise K2Error("No picture that can be shown matches, so that no page is made.", hint=hint)
     result(to_json({"file": short_path(target / PAGE), "pictures": count}) if json else short_path(target / PAGE))
     if not quiet:

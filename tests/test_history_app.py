@@ -66,11 +66,27 @@ def test_that_a_mix_is_in_no_record_is_told(moody, k2):
     for name in ("blend", "wide"):
         assert f"No picture matches. {name} {made_of}" in k2("log", "--style", name).stderr
         assert f"Hint:  {name} {made_of}" in k2("gallery", "--style", name, "-o", "page", code=1).stderr
-    for name in ("own", "none"):
-        assert k2("log", "--style", name).stderr == "No picture matches.\n"
-        assert "Hint:  All pictures: k2 log\n" in k2("gallery", "--style", name, "-o", "page", code=1).stderr
+    assert k2("log", "--style", "own").stderr == "No picture matches.\n"
+    assert "Hint:  All pictures: k2 log\n" in k2("gallery", "--style", "own", "-o", "page", code=1).stderr
     assert not Path("page").exists()
     assert k2("log", "--style", "riso", "--style", "ink").stdout.count("\n") == 1
+
+
+def test_a_run_or_a_style_that_there_is_none_of_is_told(moody, k2):
+    """A style is known by its file, or by a record where that is gone."""
+    many_pictures(moody / "outputs", 6, per_run=2)
+    (moody / "styles").mkdir()
+    (moody / "styles" / "riso.toml").write_text('keywords = ["riso"]\n')
+    for options, told in (
+        (("--style", "rizo"), 'There is no style "rizo". Did you mean "riso"?'),
+        (("--style", "dusk", "--style", "x"), 'There is no style "x". Known: dusk, riso.'),
+        (("--run", "99"), 'There is no run "99". The last is 0003-teapot.'),
+        (("--run", "0002-oul"), 'There is no run "0002-oul". Did you mean "0002-owl"?'),
+        (("--run", "owl", "--style", "riso", "-p", "x"), ""),
+    ):
+        assert k2("log", *options).stderr == f"No picture matches. {told}".rstrip() + "\n"
+        hint = told or "All pictures: k2 log"
+        assert f"Hint:  {hint}\n" in k2("gallery", *options, "-o", "page", code=1).stderr
 
 
 def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
