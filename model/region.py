@@ -31,10 +31,11 @@ class Region(NamedTuple):
 
     def check(self, width: int, height: int, where: str = "") -> None:
         """Raises K2Error where it is empty, or leaves a picture of this size."""
+        region = f"{where}the region {self}" if where else f"The region {self}"
         if not (self.width and self.height):
-            raise K2Error(f"{where}The region {self} is empty.", hint=LIKE)
+            raise K2Error(f"{region} is empty.", hint=LIKE)
         if self.left + self.width > width or self.top + self.height > height:
             raise K2Error(
-                f"{where}The region {self} leaves the picture, which is {width}x{height}.",
+                f"{region} leaves the picture, which is {width}x{height}.",
                 hint="It is width x height + left + top, in pixels of the picture that is rendered.",
             )
