@@ -168,10 +168,15 @@ def new(
       k2 new taken --from outputs/0001-fox
     """
     from k2cli.console import for_shell, result, say, short_path
-    from k2cli.folder import Folder, keeps_outputs
+    from k2cli.folder import FILE, Folder, keeps_outputs
 
     if not folder:  # as a path it would be the current folder
         raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
+    root = Path(os.path.abspath(folder))
+    step = f"cd {for_shell(root)} && k2 render" if root != Path.cwd() else "k2 render"
+    if os.path.isfile(root / FILE):
+        hint = f"Choose another folder for a new one, or go on with this: {step}"
+        raise K2Error(f"{root} is a k2 project already.", hint=hint)
     compose, notes = None, []
     if more and not pictures:
         raise typer.BadParameter("a name is one word, or stands in quotes; pictures go with --from", param_hint="NAME")
@@ -192,8 +197,7 @@ def new(
             say(note, "yellow")
         if keeps_outputs(made):
             say("Git may keep every picture: add outputs/, gallery/ and .runs/ to the .gitignore.", "yellow")
-        there = "" if made == Path.cwd() else f"cd {for_shell(made)} && "
-        say(f"Next: {there}k2 render", "dim")
+        say(f"Next: {step}", "dim")
 
 
 @app.command()

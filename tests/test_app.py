@@ -1145,7 +1145,15 @@ def test_a_place_is_found_however_its_accents_are_written(moody, k2, there, aske
 
 def test_a_project_without_a_name_is_none(moody, k2):
     assert "The project's name is empty." in k2("new", "", code=1).stderr
-    assert "holds k2.toml already" in k2("new", ".", code=1).stderr
+    assert f"{moody} is a k2 project already." in k2("new", ".", code=1).stderr
+
+
+def test_a_new_project_that_is_one_already_is_gone_on_with(k2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    k2("new", "my mood")
+    told = k2("new", "my mood", code=1).stderr
+    assert told.startswith(f"Error: {tmp_path / 'my mood'} is a k2 project already.\n")
+    assert told.endswith("or go on with this: cd 'my mood' && k2 render\n")
 
 
 @pytest.mark.parametrize(
