@@ -33,7 +33,7 @@ def facts_of(record: Record) -> Facts:
         "styles": {
             style.name: f"{style.strength:g}{', ' + style.method if style.references else ''}" for style in spec.styles
         },
-        "loras": dict(lora.rsplit(" ", 1) for lora in loras(table)),
+        "loras": loras(table),
         "size": f"{spec.width}x{spec.height}" if spec.width and spec.height else "",
         "seed": f"{spec.seed}" if "seed" in table["settings"] else "",
         "steps": f"{spec.steps or ''}",

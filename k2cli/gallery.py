@@ -243,7 +243,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("avoid", made.text("prompt.avoid")),
         ("styles", "\n".join(f"{name} {strength:g}" for name, strength in made.styles.items())),
         ("references", "\n".join(references(made))),
-        ("loras", "\n".join(history.loras(made.table))),
+        ("loras", "\n".join(f"{file} {weight}" for file, weight in history.loras(made.table).items())),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
         *((key, setting(made, key)) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
         ("begun with", made.text("init_image.image")),

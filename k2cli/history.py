@@ -38,13 +38,15 @@ PARTED = (
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
-def loras(table: Mapping[str, Any]) -> list[str]:
-    """Of a record every LoRA that had a part in the picture: its file, and at which weight."""
-    return [
-        masked(" ".join(str(lora["file"]).split())) + f" {float(lora['weight']):g}"
-        for lora in tables_in(table, "lora")
-        if lora.get("file") and isinstance(lora.get("weight"), int | float)
-    ]
+def loras(table: Mapping[str, Any]) -> dict[str, str]:
+    """Of a record every LoRA that had a part in the picture: its file, and at which weight; several styles may share
+    one, each at its own."""
+    found: dict[str, str] = {}
+    for lora in tables_in(table, "lora"):
+        if lora.get("file") and isinstance(lora.get("weight"), int | float):
+            file, weight = masked(" ".join(str(lora["file"]).split())), f"{float(lora['weight']):g}"
+            found[file] = f"{found[file]}, {weight}" if file in found else weight
+    return found
 
 
 MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out

@@ -278,6 +278,8 @@ def test_show_names_loras_and_their_weights(moody, k2):
     record.write_text(record.read_text() + '[[lora]]\nfile = "loras/ink.safetensors"\nweight = -0.6\nmatched = 8\n')
 
     assert "loras       loras/ink.safetensors -0.6\n" in k2("show", record).stdout
+    record.write_text(record.read_text() + '[[lora]]\nfile = "loras/ink.safetensors"\nweight = 1.0\nmatched = 8\n')
+    assert "loras       loras/ink.safetensors -0.6, 1\n" in k2("show", record).stdout, "two styles may share one"
 
 
 @pytest.mark.parametrize("command", ["show", "rerun"])
