@@ -363,7 +363,7 @@ def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: 
 
 def unmarked(text: Any, raised: bool = False) -> str:
     """A prompt as plain words: no adapters, no weights, no brackets but those that were escaped, one line."""
-    text = guarded(LORA.sub("", plain(text)).replace(" BREAK ", ", "))  # by which A1111 begins a new piece
+    text = guarded(re.sub(r"(?: BREAK)+(?= |$)", ",", LORA.sub("", plain(text))))  # by which A1111 begins a new piece
     text = RAISED.sub("", text) if raised else text
     for _ in range(DEEPEST):
         text = WEIGHT.sub(r"\1\2", text)

@@ -86,6 +86,7 @@ def test_a1111(tmp_path):
          "text, blur", 5, ""),
         (r"((tail)), [ear], hero \(film\) BREAK night, (a:b:1.1), [x:y:0.5]" + "\nSteps: 9, Seed: 5",
          "tail, ear, hero (film), night, a:b, [x:y:0.5]", "", 5, ""),
+        ("a fox BREAK\na house BREAK BREAK a tree BREAK\nSteps: 9, Seed: 5", "a fox, a house, a tree", "", 5, ""),
         ("18+, C++ book, A+ (fan)-made\nSteps: 9, Seed: 5", "18+, C++ book, A+ fan-made", "", 5, ""),
         ("{masterpiece}, {{red}} fox\nSteps: 9, Seed: 5", "{masterpiece}, {{red}} fox", "", 5, ""),
         ('{"scene": "a fox"}\nSteps: 9, Seed: 5', '{"scene": "a fox"}', "", 5, ""),
