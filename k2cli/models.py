@@ -239,6 +239,7 @@ def card(entry: Mapping[str, Any], indent: str = "") -> str:
         if isinstance(value, dict):
             lines += [f"{indent}{key}", card(value, indent + "  ")] if value else []
         else:
-            text = f"{value:,}" if isinstance(value, int) else str(value)
+            number = isinstance(value, int) and not isinstance(value, bool)
+            text = f"{value:,}" if number else str(value).lower() if isinstance(value, bool) else str(value)
             lines.append(f"{indent}{key:<{max(12 - len(indent), 1)}} {masked(text)}")
     return "\n".join(lines)

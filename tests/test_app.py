@@ -1005,6 +1005,7 @@ def test_models_are_listed_and_described(moody, k2):
     (listed,) = [json.loads(line) for line in k2("models", "list", "--json").stdout.splitlines()]
     assert (listed["name"], listed["native"]) == ("mini", 128)
     assert "native       128" in k2("models", "info", "mini").stdout
+    assert models.card({"native": 128, "mirror": False}).splitlines() == ["native       128", "mirror       false"]
     (moody / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
