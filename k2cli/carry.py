@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from k2cli import history, licence
 from k2cli.console import among_others, meter, result, results, say, short_path, to_json
@@ -174,9 +175,7 @@ def carry(
                 on_saved(saved)
             if done == 1 and not quiet:
                 for lora in saved.record.get("lora") or ():
-                    idle = ", and none is changed: all of it is 0" if lora.get("idle") else ""
-                    matched = f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
-                    say(matched, "yellow" if idle else "dim")
+                    say(matched(lora), "yellow" if is_doubtful(lora) else "dim")
             doubted = doubts.of(shots[saved.stem]) if as_json else []
             tell(saved, told, of[done - 1], doubted, as_json=as_json, quiet=quiet)
             kept_back += bool(saved.record["blocked"])
@@ -199,10 +198,22 @@ def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *,
     if blocked:
         say(f'Blocked by the output filter "{blocked["filter"]}": {short_path(saved.path)}', "yellow")
     if as_json:
-        beside = {"of": of, "warnings": [*doubted, *filter(None, [unread])]}
+        loras = [f"{matched(lora)}." for lora in saved.record.get("lora") or () if is_doubtful(lora)]
+        beside = {"of": of, "warnings": [*doubted, *loras, *filter(None, [unread])]}
         result(to_json({"file": None if blocked else short_path(saved.path), **saved.record, **beside}))
     elif not blocked:
         result(short_path(saved.path))
+
+
+def matched(lora: Mapping[str, Any]) -> str:
+    """How much of a LoRA is in use, by a picture's record of it."""
+    idle = ", and none is changed: all of it is 0" if lora.get("idle") else ""
+    return f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
+
+
+def is_doubtful(lora: Mapping[str, Any]) -> bool:
+    """Whether it changes nothing, or most of it is another network's, or spelt in a way that nobody reads."""
+    return bool(lora.get("idle")) or 2 * lora["matched"] < lora["modules"]
 
 
 def say_again(made: Mapping[Path, str], *, named: bool) -> None:

@@ -264,9 +264,11 @@ def layer_names(network: Krea2) -> dict[str, str]:
 
 
 def bare(module: str) -> str:
-    """A layer's name without the prefixes that trainers put before it."""
+    """A layer's name without the prefixes that trainers put before it. Behind kohya's some double the underscores."""
     while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
         module = module.removeprefix(prefix)
+        if prefix.endswith("_"):
+            module = module.lstrip("_").replace("__", "_")
     return module
 
 

@@ -198,6 +198,10 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     idle = k2("render", "--only", "fox", "--batch", "1", "--style", "ink=1")
     assert "1 of 1 modules matched, and none is changed: all of it is 0" in idle.stderr
     assert record(idle.stdout.strip())["lora"][0]["idle"] is True
+    modules = ("blocks.0.attn.wq", "mystery.0", "mystery.1")
+    save_file({f"{module}.{part}": tensor + 0 for module in modules for part, tensor in pair.items()}, inks)
+    mostly_foreign = k2("render", "--only", "fox", "--batch", "1", "--style", "ink=1", "--json")
+    assert json.loads(mostly_foreign.stdout)["warnings"] == ["ink.safetensors: 1 of 3 modules matched."]
     before = tree(den)
     assert "foreign.safetensors" in k2("render", "--style", "foreign=1", code=1).stderr
     assert tree(den) == before

@@ -127,6 +127,8 @@ LAYOUTS = {
     "PEFT, default but no weight": peft("base_model.model.transformer.", ".default", THEIRS.__getitem__),
     "kohya": kohya("lora_unet_", flat),
     "kohya, diffusers names": kohya("lora_unet_", lambda name: flat(THEIRS[name])),
+    "kohya, two underscores behind the prefix": kohya("lora_unet__", flat),
+    "kohya, two underscores for a dot": kohya("lora_unet_", lambda name: THEIRS[name].replace(".", "__")),
     "no number at the end": peft("diffusion_model.", ".weight", lambda name: THEIRS[name].removesuffix(".0")),
     "diffusers' older halves": lambda pairs: {
         key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): t
