@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART = re.compile(  # module . part [. the adapter's name] [. weight]
-    r"(?P<module>.+?)\.(lora[_.](?P<half>A|B|down|up)|(?P<factor>hada_w[12]_[ab])|dora_scale|lora_magnitude_vector)"
+    r"(?P<module>.+?)\.(lora[_.](?P<half>A|B|down|up)|(?P<factor>hada_w[12]_[ab])"
+    r"|dora_scale|lora_magnitude_vector|magnitude)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
 WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
@@ -29,7 +30,6 @@ KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a fac
 OTHER_KINDS = {  # adapters that are none of these, or more than one
     r"\.lokr_t[12]$": "a LoKr of convolutions",
     r"\.hada_t[12]$": "a LoHa of convolutions",
-    r"\.magnitude\b": "a DoRA whose norm is without alpha (ai-toolkit)",
     r"\.wd_for_diff$": "a DoRA of differences",
     r"\.(oft_|boft_)": "an OFT",
     r"\.([ab][12]|bm)\.weight$": "a GLoRA",
@@ -110,6 +110,9 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         )
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
         raise K2Error(f"{path} changes {listed(both, 3)} by a whole matrix and by factors.", hint=PLAIN)
+    # ai-toolkit's norm is without alpha, which is the rank in all transformers that it trains: then it is PEFT's
+    if any(f"{m}.magnitude" in state and alpha != len(parts[m].get("down", ())) for m, alpha in alphas.items()):
+        raise K2Error(f"{path} is a DoRA whose norm is without alpha (ai-toolkit), which k2 does not read.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
         raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
     return parts, alphas

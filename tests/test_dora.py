@@ -85,6 +85,21 @@ def test_every_layout_is_the_definition(tmp_path, model, layout, form):
     assert relative_error(velocity(model, (adapter, 1)), expected) < 1e-4
 
 
+def test_ai_toolkit_calls_it_magnitude(tmp_path, model):
+    """Its norm is without alpha, which is the rank or not stated: then it is PEFT's, and else another."""
+    state, changes = lora(model, "ComfyUI", "rows")
+    state = {name.replace("lora_magnitude_vector.weight", "magnitude"): tensor for name, tensor in state.items()}
+    module = "diffusion_model.blocks.0.attn.wq"
+    rank = len(state[f"{module}.lora_A.weight"])
+    expected = velocity(with_differences(model, 1, changes))
+    for stated in ({}, {f"{module}.alpha": torch.tensor(float(rank))}):
+        adapter = read_lora(write(tmp_path, state | stated), model)
+        assert set(adapter.layers) == set(linears(model)) and not adapter.unmatched
+        assert relative_error(velocity(model, (adapter, 1)), expected) < 1e-4
+    scaled = state | {f"{module}.alpha": torch.tensor(rank / 2)}
+    assert "a DoRA whose norm is without alpha" in refused(tmp_path, model, scaled)
+
+
 def test_a_norm_is_taken_once_and_not_for_every_batch(tmp_path, model, monkeypatch):
     state, _ = lora(model, "PEFT", "rows")
     adapter = read_lora(write(tmp_path, state), model)

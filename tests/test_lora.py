@@ -383,7 +383,6 @@ def test_made_for_another_size(tmp_path, model):
         ("blocks.0.attn.wq.hada_t1", "a LoHa of convolutions"),
         ("blocks.0.attn.wq.set_weight", "take the place"),
         ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a whole matrix and by factors"),
-        ("blocks.0.attn.wq.magnitude", "a DoRA whose norm is without alpha"),
         ("blocks.0.attn.wq.wd_for_diff", "a DoRA of differences"),
         ("blocks.0.attn.wq.oft_blocks", "OFT"),
         ("blocks.0.attn.wq.a1.weight", "GLoRA"),
