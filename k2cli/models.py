@@ -18,7 +18,7 @@ from model.errors import K2Error, nearest
 from model.hashes import sha256
 from model.headers import VARIANTS, read_json
 from model.plan import OFFLOADS, PRECISIONS
-from model.spec import Style, raw_mu
+from model.spec import Style, mu_at
 
 SCALES = 4  # of the open weights' autoencoder
 
@@ -165,14 +165,19 @@ def way_of(name: str, variant: str | None) -> Callable[[Style], Style]:
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
     """What a model takes where nothing is said: width, height, steps, guidance, and mu unless that depends on the size.
     Its weights are not read."""
+    best = recommendation(name, variant)
+    side = grid(name, variant).native
+    taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
+    return taken | ({"mu": float(best["mu"])} if isinstance(best["mu"], (int, float)) else {})
+
+
+def recommendation(name: str, variant: str | None) -> dict[str, Any]:
+    """Steps, guidance and mu as of `library.recommended`, of a model that is here."""
     found = library.find(name, variant)
     assert found is not None, name
     about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
     own = next((each for each in about if each.get("kind") == "dit" and each.get("variant") == found.variant), {})
-    best = library.recommended(found.variant or "raw", own)
-    side = grid(name, variant).native
-    taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
-    return taken if best["mu"] == "auto" else taken | {"mu": float(best["mu"])}
+    return library.recommended(found.variant or "raw", own, found.path)
 
 
 def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
@@ -181,9 +186,9 @@ def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
     here = library.find(name, variant) is not None
     if not here and name not in library.OFFICIAL:
         return None
-    said = (recommended(name, variant) if here else library.RECOMMENDED[variant]).get("mu")
+    best = recommendation(name, variant) if here else library.RECOMMENDED[variant]
     step = grid(name, variant).step if here else 2**SCALES
-    return raw_mu(width * height // step**2) if said in (None, "auto") else said
+    return mu_at(best["mu"], width * height // step**2)
 
 
 def inventory() -> list[dict[str, Any]]:
@@ -221,7 +226,8 @@ def describe(name: str) -> list[dict[str, Any]]:
         about = library.describe(path) if path.suffix in library.WEIGHTS else {}
         if "layout" in about:  # the transformer: what its publisher says, where it does not say it itself
             variant = about.get("variant") or library.variant_of(path) or found.variant
-            about = {"variant": variant, "recommended": library.RECOMMENDED.get(variant or "", {})} | about
+            best = library.recommended(variant, {}, path) if variant else {}
+            about = {"variant": variant, "recommended": best} | about
             about |= {"licence": found.licence} if found.licence else {}
         file = {"file": str(path.relative_to(found.root)), "megabytes": megabytes(path)}
         entries.append(file | {"sha256": verified.get(path) or sha256(path)} | pulled | about)

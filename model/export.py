@@ -125,6 +125,7 @@ def write_scheduler(pipeline: Pipeline, folder: Path) -> None:
     """Write the scheduler's config: mu grows with the picture, or is the same for all, and then the line between the
     two sizes is level."""
     mu = pipeline.recommended["mu"]
+    low, high = (0.5, 1.15) if mu == "auto" else mu if isinstance(mu, tuple) else (mu, mu)
     config = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
@@ -132,8 +133,8 @@ def write_scheduler(pipeline: Pipeline, folder: Path) -> None:
         "time_shift_type": "exponential",
         "base_image_seq_len": 256,
         "max_image_seq_len": 6400,
-        "base_shift": 0.5 if mu == "auto" else mu,
-        "max_shift": 1.15 if mu == "auto" else mu,
+        "base_shift": low,
+        "max_shift": high,
     }
     write_json(folder / "scheduler_config.json", config)
 

@@ -96,7 +96,7 @@ class Pipeline:
             accelerate(self.dit)
         self.metadata = checkpoint.metadata
         self.variant = model.variant or "raw"
-        self.recommended = library.recommended(self.variant, checkpoint.metadata)
+        self.recommended = library.recommended(self.variant, checkpoint.metadata, model.path)
         self.native = int(checkpoint.metadata.get("native") or library.NATIVE)
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
         self._too_many: dict[tuple[int, int, bool], int] = {}  # pictures together that memory was too short for

@@ -22,7 +22,7 @@ from model.spec import (
     RenderSpec,
     Style,
     denoise_of,
-    raw_mu,
+    mu_at,
     span,
     steps_guided,
     steps_taken,
@@ -42,7 +42,7 @@ class Able:
     name: str
     native: int  # the side in pixels that it was trained for
     unit: int  # pixels along the side of a token
-    recommended: Mapping[str, Any]  # steps, guidance, mu
+    recommended: Mapping[str, Any]  # steps, guidance, mu (see `mu_at`)
     reads: bool  # it has a style encoder
     sees: bool  # its text encoder has a vision tower
 
@@ -80,7 +80,7 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     guidance = float(able.recommended["guidance"] if spec.guidance is None else spec.guidance)
     until, sampler = 1.0 if spec.guidance_until is None else spec.guidance_until, spec.sampler or "euler"
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
-    mu = raw_mu(width * height // able.unit**2) if mu == "auto" else float(mu)
+    mu = mu_at(mu, width * height // able.unit**2)
     if not (isinstance(steps, int) and within("steps", steps)):
         raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose {span('steps')}.")
     if not (within("guidance", guidance) and within("mu", mu)):

@@ -69,9 +69,17 @@ def steps_guided(until: float, taken: int) -> int:
     return math.ceil(round(until * taken, 6))
 
 
-def raw_mu(image_tokens: int) -> float:
-    """Log of Raw's time shift: linear in the number of image tokens, 0.5 at 256 and 1.15 at 6400, not clamped."""
-    return 0.5 + (1.15 - 0.5) * (image_tokens - 256) / (6400 - 256)
+def raw_mu(image_tokens: int, line: tuple[float, float] = (0.5, 1.15)) -> float:
+    """Log of Raw's time shift: linear in the number of image tokens, not clamped; its values at 256 and at 6400."""
+    low, high = line
+    return low + (high - low) * (image_tokens - 256) / (6400 - 256)
+
+
+def mu_at(mu: float | str | tuple[float, float], image_tokens: int) -> float:
+    """The mu of a picture where a model recommends this: one for all, "auto" as Krea's Raw, or another line."""
+    if mu == "auto":
+        return raw_mu(image_tokens)
+    return raw_mu(image_tokens, mu) if isinstance(mu, tuple) else float(mu)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_a_constant_mu_of_ones_own(tiny, tmp_path, monkeypatch):  # noqa: F811
     pipeline.export(tmp_path / "out")
 
     assert_same_pictures(pipeline, tmp_path / "out", RenderSpec("a red fox"))
+
+
+@pytest.mark.parametrize("ends", [(3.0, 3.0), (0.7, 2.5)])
+def test_another_pipelines_mu(tiny, tmp_path, ends):  # noqa: F811
+    """Of weights that say nothing of themselves, as when diffusers saved them: its scheduler's, exported or not."""
+    Pipeline.load("tiny", variant="raw", device="cpu").export(tmp_path / "out")
+    weights, config = (next((tmp_path / "out").glob(each)) for each in ("transformer/*.safetensors", "scheduler/*"))
+    save(weights, read(weights)[0], {})
+    shift = {"base_shift": ends[0], "max_shift": ends[1]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | shift))
+
+    pipeline = Pipeline.load(str(tmp_path / "out"), device="cpu")
+    spec = RenderSpec("a red fox", width=64, height=96, steps=3, guidance=0.0)
+    assert_same_pictures(pipeline, tmp_path / "out", spec)
+    pipeline.export(tmp_path / "again")
+    assert_same_pictures(pipeline, tmp_path / "again", spec)
 
 
 def test_taps_up_to_the_very_last_layer(tiny, tmp_path, monkeypatch):  # noqa: F811

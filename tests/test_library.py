@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from k2cli import models
 from model import library
+from model.errors import K2Error
+from model.spec import mu_at
 
 COMMIT = "c" * 40
 
@@ -139,6 +142,46 @@ def test_a_transformer_within_its_pipeline_is_what_that_says(home: Path):
         assert library.find(str(path), "raw") is None
     beside = write(pipeline / "other.safetensors", transformer())
     assert library.find(str(beside)).variant is None
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"max_image_seq_len": 6400},
+        {"max_image_seq_len": 6400, "base_shift": 3.0, "max_shift": 3.0},
+        {"base_image_seq_len": 100, "max_image_seq_len": 9000, "base_shift": 0.7, "max_shift": 2.5},
+        {"base_shift": 1.15, "max_shift": 0.5},
+    ],
+)
+def test_a_pipelines_scheduler_states_raws_mu(home: Path, stated: dict):
+    """By diffusers' own line; what the weights themselves recommend goes before it, and Turbo's is the same for all."""
+    krea2 = pytest.importorskip("diffusers.pipelines.krea2.pipeline_krea2")
+    scheduler = krea2.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **stated)
+    file = write(home / "mine/transformer/diffusion_pytorch_model.safetensors", diffusers())
+    (home / "mine/model_index.json").write_text("{}")
+    (home / "mine/scheduler").mkdir()
+    (home / "mine/scheduler/scheduler_config.json").write_text(json.dumps({"use_dynamic_shifting": True} | stated))
+
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    for path in (home / "mine", file):
+        mu = library.recommended("raw", {}, path)["mu"]
+        for tokens in (16, 1024, 4096, 16384):
+            theirs = krea2.calculate_shift(tokens, *(scheduler.config[name] for name in names))
+            assert mu_at(mu, tokens) == pytest.approx(theirs)
+    assert library.recommended("raw", {"recommended": {"mu": 0.25}}, file)["mu"] == 0.25
+    assert library.recommended("turbo", {}, file)["mu"] == 1.15
+    own = models.own_mu(str(home / "mine"), "raw", 1024, 1024)
+    assert own == pytest.approx(krea2.calculate_shift(4096, *(scheduler.config[name] for name in names)))
+
+
+@pytest.mark.parametrize("stated", [{"max_image_seq_len": 256}, {"base_shift": "much"}, {"max_shift": None}])
+def test_a_time_shift_that_is_none_is_refused(home: Path, stated: dict):
+    (home / "scheduler").mkdir()
+    (home / "model_index.json").write_text("{}")
+    (home / "scheduler/scheduler_config.json").write_text(json.dumps({"use_dynamic_shifting": True} | stated))
+    with pytest.raises(K2Error, match=r"scheduler_config\.json states a time shift that is none"):
+        library.recommended("raw", {}, home)
 
 
 def test_a_repositorys_name_tells_its_files_variant(home: Path):
