@@ -244,7 +244,8 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
     }
     problems = [f"{len(names)} {what} ({listed(names, 3)})" for what, names in found.items() if names]
     if problems:
-        raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=AGAIN)
+        hint = AGAIN if found["missing"] else "Give this network's own weights alone."
+        raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=hint)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -276,6 +276,19 @@ def test_every_misfit_is_named(tmp_path, state):
     assert "last.linear.bias is [3] instead of [16]" in message
 
 
+@pytest.mark.parametrize("case", ["missing", "unknown", "of another shape"])
+def test_only_what_lacks_tensors_may_have_been_cut_short(tmp_path, state, case):
+    wrong = {
+        "missing": {name: tensor for name, tensor in state.items() if name != "blocks.1.attn.wq.weight"},
+        "unknown": state | {"vae.decoder.conv_in.weight": torch.zeros(2)},
+        "of another shape": state | {"last.linear.bias": torch.zeros(3)},
+    }
+    save(tmp_path / "model.safetensors", wrong[case], {"kind": "dit", "config": asdict(TINY)})
+    with pytest.raises(K2Error, match=f"1 {case}") as error:
+        load_dit(tmp_path / "model.safetensors")
+    assert ("cut short" in error.value.hint) == (case == "missing")
+
+
 def test_many_misfits_are_counted(tmp_path, state):
     path = tmp_path / "model.safetensors"
     save(
