@@ -1,7 +1,8 @@
 """The layouts in which a Krea 2 transformer is published, and how each becomes our network.
 
 Native names (they are this code's module names), ComfyUI's (native under a prefix), and diffusers' (a folder, often in
-shards); any of them as safetensors, in 8 bits too, or as GGUF. The key map is a table, read both ways.
+shards), or either under the prefix of what held the network when it was saved; any of them as safetensors, in 8 bits
+too, or as GGUF. The key map is a table, read both ways.
 """
 
 from __future__ import annotations
@@ -101,13 +102,16 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         raise K2Error(f"{checkpoint.path} is {KINDS.get(kind, kind)}, not a Krea 2 transformer.", hint=GIVE)
     tensors = checkpoint.tensors
     for prefix in PREFIXES:
-        if any(prefix + name in tensors for name in NATIVE):
+        if any(prefix + name in tensors for name in (*NATIVE, *DIFFUSERS)):
             beside = PASSENGERS if prefix else ()
             unused = {n for n in tensors if n.removeprefix(prefix) in LEFTOVERS or n.startswith(beside)}
-            native = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
-            if len(native) + len(unused) < len(tensors):
+            bare = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
+            if len(bare) + len(unused) < len(tensors):
                 raise K2Error(f"{checkpoint.path} holds the network with and without {prefix}.", hint=GIVE)
-            return replace(checkpoint, tensors=in_shape(native))
+            tensors = bare
+            break
+    if any(name in tensors for name in NATIVE):
+        return replace(checkpoint, tensors=in_shape(tensors))
     if any(name in tensors for name in DIFFUSERS):
         back = {other: ours for ours, other in diffusers_names(count_blocks(tensors, "transformer_blocks")).items()}
         stems = {other.removesuffix(".weight"): ours.removesuffix(".weight") for other, ours in back.items()}

@@ -19,7 +19,7 @@ from typing import Any
 
 from model.errors import K2Error, brief
 from model.headers import AGAIN, VARIANTS, own_words, read_header, read_json, shards, stored_in
-from model.marks import PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
+from model.marks import COMFYUIS, PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -430,7 +430,7 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[s
             keys, norms = (shapes.get(attention + each, ()) for each in (key, norm))
             if len(keys) == 2 and len(norms) == 1 and norms[0]:
                 shape |= {"heads": rows // norms[0], "kv_heads": keys[0] // norms[0]}
-            return "comfyui" if found[0]["prefix"] else layout, shape
+            return "comfyui" if found[0]["prefix"] in COMFYUIS else layout, shape
     return None, {}
 
 

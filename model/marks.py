@@ -13,7 +13,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # of the transformer; the latter two are ComfyUI's
+COMFYUIS = ("model.diffusion_model.", "diffusion_model.")
+WRAPPERS = ("transformer.", "model.", "dit.", "net.", "module.", "_orig_mod.")  # of trainers that save the whole
+PREFIXES = ("", *COMFYUIS, *WRAPPERS)  # before the transformer's names
 PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # in its all-in-one files
 SUFFIX = ".comfy_quant"
 

@@ -259,6 +259,7 @@ def test_the_cache_is_where_the_client_has_it(home: Path, monkeypatch):
         ("native", transformer()),
         ("comfyui", transformer(prefix="model.diffusion_model.")),
         ("comfyui", transformer(prefix="diffusion_model.")),
+        ("native", transformer(prefix="_orig_mod.")),
         ("diffusers", diffusers()),
     ],
 )
@@ -310,7 +311,7 @@ def test_who_listens_to_a_text_encoder(home: Path, shape: tuple[int, ...], liste
     assert library.listens(dit, text) is listens
 
 
-@pytest.mark.parametrize("shapes", [transformer(6144, 28), diffusers(6144, 28)])
+@pytest.mark.parametrize("shapes", [transformer(6144, 28), transformer(6144, 28, "net."), diffusers(6144, 28)])
 def test_the_release_is_known_by_its_shape(home: Path, shapes: dict):
     """Whatever a file of the 12.9B network is called, Krea's licence came with it."""
     names = list(shapes)
