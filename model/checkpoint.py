@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -162,6 +163,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     if path.is_dir():
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
         parts = [open_checkpoint(file) for file in shards(path)]
+        times = Counter(name for part in parts for name in part.tensors if not is_auxiliary(name))
+        if twice := [name for name, count in times.items() if count > 1]:
+            hint = "Which is meant nobody can tell: fetch the folder again."
+            raise K2Error(f"{path} holds {listed(twice, 3)} in more than one file.", hint=hint)
         tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
         astray = tuple(mark for part in parts for mark in part.astray)
         return Checkpoint(path, tensors, parts[0].metadata, config, astray=astray)

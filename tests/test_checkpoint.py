@@ -335,6 +335,17 @@ def test_folders_without_their_weights(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    save_file({"a": torch.zeros(2)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.zeros(2)}, tmp_path / "2.safetensors")
+    assert open_checkpoint(tmp_path).tensors.keys() == {"a", "b"}
+    save_file({"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "2.safetensors")
+    with pytest.raises(K2Error, match="holds a in more than one file"):
+        open_checkpoint(tmp_path)
+
+
 def test_windows_of_a_file_hold_what_the_whole_of_it_does(tmp_path, monkeypatch):
     """Every number format, across the edges of small windows; and what is written to a tensor stays out of the file."""
     monkeypatch.setattr(safetensors_file, "MOST_MAPPED", 4096)
