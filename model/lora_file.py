@@ -39,6 +39,15 @@ OTHER_KINDS = {  # adapters that are none of these, or more than one
     r"\.lora_mid": "a LoRA of convolutions",
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
 }
+OTHER_MODELS = {  # whose layers are called so; the first that fits
+    r"(double|single)_blocks|single_transformer_blocks": "FLUX",
+    r"joint_blocks": "Stable Diffusion 3",
+    r"(img|txt)_(mod|mlp)[._]|[._]add_[qkv]_proj": "Qwen-Image or FLUX",
+    r"(^|[._])(down|up|input|output)_blocks|(mid|middle)_block": "SDXL or Stable Diffusion 1",
+    r"blocks[._]\d+[._](self_attn|cross_attn)": "Wan",
+    r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
+}
+TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
 BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
 PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
@@ -49,8 +58,8 @@ PLAIN = "Give a plain LoRA; where this is one, fetch it again."
 
 
 def check_kind(path: Path) -> None:
-    """Refuse what its header says is no adapter that is read here; whether it fits a network is another question.
-    Raises K2Error."""
+    """Refuse what its header says is no adapter that is read here, or another model's; whether it fits a network is
+    another question. Raises K2Error."""
     refuse_others(path, read_header(path).keys() - {"__metadata__"})
     peft_settings(path)
 
@@ -70,12 +79,19 @@ def stated_triggers(path: Path) -> tuple[list[str], str]:
 
 
 def refuse_others(path: Path, names: Iterable[str]) -> None:
-    """Raises K2Error for adapters of another kind, and for files that hold none."""
+    """Raises K2Error for adapters of another kind or another model's, and for files that hold none."""
     for pattern, what in OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
             raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
-    if not any(each.fullmatch(name) for name in names for each in (PART, WHOLE, KRONECKER)):
+    found = (WHOLE.fullmatch(name) or KRONECKER.fullmatch(name) or PART.fullmatch(name) for name in names)
+    modules = sorted({match["module"] for match in found if match})
+    if not modules:
         raise K2Error(f"{path} is no LoRA: it holds {listed(sorted(names), 3) or 'nothing'}.", hint=ON_RAW)
+    for pattern, model in OTHER_MODELS.items():
+        if theirs := [module for module in modules if re.search(pattern, module)]:
+            raise K2Error(f"{path} is made for {model}: it has layers like {listed(theirs, 2)}.", hint=ON_RAW)
+    if all(re.search(TEXT_ENCODER, module) for module in modules):
+        raise K2Error(f"{path} is made for a text encoder: it has layers like {listed(modules, 2)}.", hint=ON_RAW)
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:

@@ -33,15 +33,6 @@ PREFIXES = (
     "lycoris_",
 )
 FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
-OTHER_MODELS = {  # whose layers are called so; the first that fits
-    r"(double|single)_blocks|single_transformer_blocks": "FLUX",
-    r"joint_blocks": "Stable Diffusion 3",
-    r"(img|txt)_(mod|mlp)[._]|[._]add_[qkv]_proj": "Qwen-Image or FLUX",
-    r"(^|[._])(down|up|input|output)_blocks|(mid|middle)_block": "SDXL or Stable Diffusion 1",
-    r"blocks[._]\d+[._](self_attn|cross_attn)": "Wan",
-    r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
-}
-TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
 MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
 ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # what has as many rows as a layer has
 TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
@@ -323,11 +314,7 @@ def is_row(magnitude: Tensor) -> bool:
 
 
 def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:
-    """Raises K2Error with the nearest reason where no layer matches, or where another model's layers are among them."""
-    for pattern, model in OTHER_MODELS.items():
-        if theirs := [module for module in unmatched if re.search(pattern, module)]:
-            raise K2Error(f"{path} is made for {model}: it has layers like {listed(theirs, 2)}.", hint=ON_RAW)
+    """Raises K2Error where no layer matches."""
     if len(unmatched) == modules:
-        of_text = all(re.search(TEXT_ENCODER, module) for module in unmatched)
-        why = "is made for a text encoder" if of_text else "matches no layer of this network"
-        raise K2Error(f"{path} {why}: it has layers like {listed(list(unmatched), 2)}.", hint=ON_RAW)
+        layers = listed(list(unmatched), 2)
+        raise K2Error(f"{path} matches no layer of this network: it has layers like {layers}.", hint=ON_RAW)

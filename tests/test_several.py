@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import tree, write_weights
 from PIL import Image
+from safetensors.numpy import save_file
 
 from k2cli import pictures, several
 from k2cli.folder import Folder
@@ -425,14 +427,17 @@ def test_pictures_as_before_are_told_of_their_project(three, k2):
 @pytest.fixture
 def spoilt(three: Path) -> Callable[[str], None]:
     def spoil(what: str) -> None:
-        """Give the last project a style of a picture that is cut off, or of a LoRA that is none."""
+        """Give the last project a style of a picture that is cut off, or of a LoRA that is none, or FLUX's."""
         project = three / "three"
         (project / "styles").mkdir()
         Image.effect_noise((64, 64), 50).save(project / "a.png")
         raw = (project / "a.png").read_bytes()
         (project / "cut.png").write_bytes(raw[: len(raw) // 2])
         write_weights(project / "no.safetensors", {})
-        text = 'lora = "no.safetensors"\n' if what == "lora" else f'[[reference]]\nimage = "{what}"\n'
+        layer = "transformer.single_transformer_blocks.0.attn.to_q"
+        save_file({f"{layer}.lora_{half}.weight": np.zeros((1, 1)) for half in "AB"}, project / "flux.safetensors")
+        lora = what.endswith(".safetensors")
+        text = f'lora = "{what}"\n' if lora else f'[[reference]]\nimage = "{what}"\n'
         (project / "styles" / "dusk.toml").write_text(text)
         (project / "k2.toml").write_text(f"{PLAIN}\n[style]\ndusk = 1\n")
 
@@ -440,7 +445,14 @@ def spoilt(three: Path) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-@pytest.mark.parametrize(("what", "said"), [("cut.png", "cut.png is not a picture"), ("lora", "is no LoRA: it holds")])
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("cut.png", "cut.png is not a picture"),
+        ("no.safetensors", "is no LoRA: it holds"),
+        ("flux.safetensors", "is made for FLUX: it has layers like transformer.single_transformer_blocks.0.attn.to_q"),
+    ],
+)
 def test_what_styles_name_is_looked_at_before_the_first_run(three, k2, spoilt, what, said, more):
     spoilt(what)
     before = tree(three)

@@ -420,10 +420,14 @@ def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
 def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
     lora = write_lora(photos / "ink.safetensors")
     write_weights(photos / "model.safetensors", {"kind": "dit"})
+    write_lora(photos / "sdxl.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in")
+    write_lora(photos / "words.safetensors", "lora_te1_text_model_encoder_layers_0_mlp_fc1")
     (photos / "page.safetensors").write_text("<!DOCTYPE html>")
     before = tree(moody)
     for files, said in (
         (["model.safetensors"], "is no LoRA: it holds w."),
+        (["sdxl.safetensors"], "is made for SDXL or Stable Diffusion 1: it has layers like lora_unet_down_blocks_0"),
+        (["words.safetensors"], "is made for a text encoder"),
         (["page.safetensors"], "is a web page."),
         (["none.safetensors"], "There is no"),
         (["ink.safetensors", "model.safetensors"], "would have 2 LoRAs"),
