@@ -24,6 +24,7 @@ from model.few_bits import FORMATS, Format, shrink, usual
 from model.headers import AGAIN
 from model.library import dit_of
 from model.marks import BLOCKS, CODES, PASSENGERS, PREFIXES, SCALE_ENDS, form_of, rotation
+from model.other_files import DIFFUSERS, GIVE, NATIVE, refuse_others
 from model.plan import SPARE, free_memory
 from model.safetensors_file import NUMBERS as NUMBER_FORMATS
 from model.stream import kept_bytes, stream
@@ -79,28 +80,12 @@ def to_diffusers(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Te
 
 
 LEFTOVERS = {"last.down.weight", "last.up.weight"}  # in repacked files; neither the release nor diffusers has them
-NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either tells the layout
-DIFFUSERS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
-KINDS = {
-    "text": "a text encoder",
-    "vae": "an autoencoder",
-    "style": "a style encoder",
-    "judge": "a judge",
-}
-OTHER_FILES = {  # what else people keep in .safetensors files
-    r"lora_(A|B|down|up)\b|\.lokr_|\.hada_": "a LoRA, which goes on top of a model",
-    r"^(encoder|decoder)\.(conv_in|conv1|down|up|mid)|^(post_)?quant_conv": "an autoencoder",
-    r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.|^blk\.\d|^token_embd\.": "a text encoder",
-    r"(double|single|joint|input|down)_blocks\.|img_mod|add_q_proj|caption_projection": "another kind of image model",
-}
 
 
 def native_names(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint under native names, whatever its layout. Raises K2Error where it is no Krea 2 transformer."""
-    kind = str(checkpoint.metadata.get("kind", "dit"))
-    if kind != "dit":
-        raise K2Error(f"{checkpoint.path} is {KINDS.get(kind, kind)}, not a Krea 2 transformer.", hint=GIVE)
     tensors = checkpoint.tensors
+    refuse_others(checkpoint.path, checkpoint.metadata, tensors)
     for prefix in PREFIXES:
         if any(prefix + name in tensors for name in (*NATIVE, *DIFFUSERS)):
             beside = PASSENGERS if prefix else ()
@@ -118,13 +103,9 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         back |= {other + end: ours + end for end in SCALE_ENDS for other, ours in stems.items()}
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native))
-    what = next((what for pattern, what in OTHER_FILES.items() if any(re.search(pattern, n) for n in tensors)), "")
-    if not what and any("txtfusion" in name or "text_fusion" in name for name in tensors):
+    if any("txtfusion" in name or "text_fusion" in name for name in tensors):
         refuse_unreadable(checkpoint)  # where every matrix is packed, no whole name tells the layout
-    raise K2Error(f"{checkpoint.path} is {what or 'something else'}, not a Krea 2 transformer.", hint=GIVE)
-
-
-GIVE = "Give the file or folder of the diffusion transformer."
+    raise K2Error(f"{checkpoint.path} is something else, not a Krea 2 transformer.", hint=GIVE)
 
 
 def in_shape(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

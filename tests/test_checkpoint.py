@@ -255,10 +255,22 @@ def test_another_network_in_its_place(tmp_path, names, what):
     assert what in refused(path)
 
 
-def test_our_own_files_say_what_they_are(tmp_path):
-    path = tmp_path / "mini-text.safetensors"
-    save(path, {"embed_tokens.weight": torch.zeros(2)}, {"kind": "text"})
-    assert "is a text encoder, not a Krea 2 transformer" in refused(path)
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("text", "a text encoder"), ("words", "a table of words"), ("lora", "a LoRA, which goes on top of a model")],
+)
+def test_our_own_files_say_what_they_are(tmp_path, kind, what):
+    path = tmp_path / "mini.safetensors"
+    save(path, {"embed_tokens.weight": torch.zeros(2)}, {"kind": kind})
+    assert f"is {what}, not a Krea 2 transformer" in refused(path)
+
+
+@pytest.mark.parametrize("about", [{}, {"kind": "lora"}])
+def test_a_lora_in_a_models_place_is_told_where_it_goes(tmp_path, about):
+    save(tmp_path / "ink.safetensors", {"blocks.0.attn.wq.lora_A.weight": torch.zeros(2)}, about)
+    with pytest.raises(K2Error) as error:
+        load_dit(tmp_path / "ink.safetensors")
+    assert "k2 style add NAME FILE" in error.value.hint
 
 
 def test_every_misfit_is_named(tmp_path, state):

@@ -1,0 +1,45 @@
+"""Weights files that are no Krea 2 transformer: what they are instead. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from model.errors import K2Error
+from model.marks import PREFIXES
+
+NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either tells the layout
+DIFFUSERS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
+LORA = "a LoRA, which goes on top of a model"
+KINDS = {  # what ours say that they are
+    "text": "a text encoder",
+    "vae": "an autoencoder",
+    "style": "a style encoder",
+    "judge": "a judge",
+    "lora": LORA,
+    "words": "a table of words",
+}
+OTHER_FILES = {  # what else people keep in .safetensors files
+    r"lora_(A|B|down|up)\b|\.lokr_|\.hada_": LORA,
+    r"^(encoder|decoder)\.(conv_in|conv1|down|up|mid)|^(post_)?quant_conv": "an autoencoder",
+    r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.|^blk\.\d|^token_embd\.": "a text encoder",
+    r"(double|single|joint|input|down)_blocks\.|img_mod|add_q_proj|caption_projection": "another kind of image model",
+}
+GIVE = "Give the file or folder of the diffusion transformer."
+ON_TOP = "Make a style of it: k2 style add NAME FILE"
+
+
+def refuse_others(path: Path, about: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises K2Error for a file that is known to be something else, by what it says of itself or by its tensors'
+    names."""
+    kind = str(about.get("kind", "dit"))
+    if kind != "dit":
+        what = KINDS.get(kind, kind)
+    elif any(name in names for name in (*(prefix + name for prefix in PREFIXES for name in NATIVE), *DIFFUSERS)):
+        return
+    else:
+        what = next((what for pattern, what in OTHER_FILES.items() if any(re.search(pattern, n) for n in names)), "")
+    if what:
+        raise K2Error(f"{path} is {what}, not a Krea 2 transformer.", hint=ON_TOP if what == LORA else GIVE)
