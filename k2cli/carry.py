@@ -25,6 +25,7 @@ from k2cli.texts import relative
 from model import library
 from model.errors import K2Error, count_of
 from model.lora_file import check_kind
+from model.other_files import check_transformer
 from model.picture_file import is_sheet
 from model.spec import denoise_of
 from model.weighed import check_references
@@ -114,9 +115,11 @@ def check_devices(jobs: Sequence[Job]) -> None:
 
 
 def check_files(job: Job) -> None:
-    """Refuse, before weights are read, those that get no text encoder of theirs, references that cannot be read, and
-    what is no LoRA. Raises K2Error."""
+    """Refuse, before weights are read, those that are no transformer or get no text encoder of theirs, references that
+    cannot be read, and what is no LoRA for them. Raises K2Error."""
     if model := library.find(job.model.name, job.model.variant):
+        if model.path.is_file():
+            check_transformer(model.path)
         library.refuse_unheard(model)
     check_ways(job)
     for style in dict.fromkeys(style for shot in job.left for style in shot.spec.styles if style.strength):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import K2Error
+from model.headers import own_words, read_header
 from model.marks import PREFIXES
 
 NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either tells the layout
@@ -29,6 +30,12 @@ OTHER_FILES = {  # what else people keep in .safetensors files
 }
 GIVE = "Give the file or folder of the diffusion transformer."
 ON_TOP = "Make a style of it: k2 style add NAME FILE"
+
+
+def check_transformer(path: Path) -> None:
+    """Refuse a file that its header shows to be something else. Raises K2Error."""
+    header = read_header(path)
+    refuse_others(path, own_words(header.get("__metadata__", {})), header)
 
 
 def refuse_others(path: Path, about: Mapping[str, Any], names: Collection[str]) -> None:

@@ -1339,6 +1339,17 @@ def test_a_lone_file_that_would_get_no_text_encoder_of_its_own_is_refused_before
         assert "lone.safetensors listens to 12 layers of 2560 numbers" in refused and "k2 models pull" in refused
 
 
+def test_a_file_that_is_no_transformer_is_refused_before_anything_is_made(moody, k2):
+    write_weights(moody / "words.safetensors", {"kind": "words"})
+    save_file({"double_blocks.0.img_mod.lin.weight": np.zeros(2)}, moody / "flux.safetensors")
+
+    for file, what in (("words.safetensors", "a table of words"), ("flux.safetensors", "another kind of image model")):
+        for dry in ((), ("--dry-run",)):
+            refused = k2("render", "--model", file, *dry, code=1)
+            assert f"{file} is {what}, not a Krea 2 transformer." in refused.stderr and not refused.stdout
+    assert not (moody / "outputs").exists()
+
+
 def test_doctor_looks_at_a_project_that_is_named(moody, k2, tmp_path, monkeypatch):
     monkeypatch.chdir(moody.parent)
     assert "moody: 2 prompts" in k2("doctor", "--project", moody).stdout
