@@ -44,7 +44,7 @@ def refuse_others(path: Path, about: Mapping[str, Any], names: Collection[str]) 
     kind = str(about.get("kind", "dit"))
     if kind != "dit":
         what = KINDS.get(kind, kind)
-    elif any(name in names for name in (*(prefix + name for prefix in PREFIXES for name in NATIVE), *DIFFUSERS)):
+    elif any(prefix + name in names for prefix in PREFIXES for name in (*NATIVE, *DIFFUSERS)):
         return
     else:
         what = next((what for pattern, what in OTHER_FILES.items() if any(re.search(pattern, n) for n in names)), "")
