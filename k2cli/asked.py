@@ -70,7 +70,9 @@ def plan_project(
         say(f"{called} has {beyond}", "yellow")
     shots = project.shots(settings, prompts, styles, matrices)
     if not quiet and (names := project.uncompared(prompts, matrices)):
-        say(f"{called}: no [[matrix]] is about {listed(names)}.", "yellow")
+        they, name = ("it is", names[0]) if len(names) == 1 else ("they are", "NAME")
+        left = f"{they} not rendered; alone {they}: --only {name}"
+        say(f"{called}: no [[matrix]] is about {listed(names)}: {left}", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
         void = unbegun(job, settings, asked, matrices)

@@ -195,14 +195,20 @@ def test_the_command_line_settles_an_axis_by_the_value_that_the_project_has(mood
 
 
 def test_what_no_matrix_is_about_is_told_and_rendered_where_it_alone_is_asked_for(dusky, k2):
-    assert "moody: no [[matrix]] is about an-owl-at-night." in k2("render", "--dry-run").stderr
+    def told() -> str:
+        return " ".join(k2("render", "--dry-run").stderr.split())
+
+    alone = "it is not rendered; alone it is: --only an-owl-at-night"
+    assert f"moody: no [[matrix]] is about an-owl-at-night: {alone}" in told()
+    (dusky / "k2.toml").write_text(f'{MATRIX}[[prompt]]\nname = "hen"\ntext = "a hen"\n')
+    assert "an-owl-at-night, hen: they are not rendered; alone they are: --only NAME" in told()
+    (dusky / "k2.toml").write_text(MATRIX)
     assert "about" not in k2("render", "--dry-run", "--only", "fox").stderr
     (dusky / "k2.toml").write_text(f'{MATRIX}[[matrix]]\nprompt = ["an-owl-at-night"]\nsteps = [4, 8]\n')
     assert "about" not in k2("render", "--dry-run").stderr
     (dusky / "k2.toml").write_text(MATRIX)
 
-    told = k2("render", "--dry-run", "--only", "an-owl-at-night", "--batch", "3").stderr
-    assert "about" not in told
+    assert "about" not in k2("render", "--dry-run", "--only", "an-owl-at-night", "--batch", "3").stderr
     (alone,) = plan(k2, "--only", "an-owl-at-night")
     assert alone["file"] == "an-owl-at-night-7.png" and alone["prompt"]["row"] is None
     assert len(plan(k2, "--only", "an-owl-at-night", "--batch", "3")) == 3
