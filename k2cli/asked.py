@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from k2cli.console import among_others, say
-from k2cli.doubts import idle, misbegun, same_steps, unbegun
+from k2cli.doubts import idle, led_apart, misbegun, same_steps, unbegun
 from k2cli.like import Example
 from k2cli.matrix import Matrix
 from k2cli.project import Project, Shot
@@ -75,8 +75,8 @@ def plan_project(
         say(f"{called}: no [[matrix]] is about {listed(names)}: {left}", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
-        void = unbegun(job, settings, asked, matrices)
-        for doubt in (*void, *idle(settings, shots), *misbegun(job), *same_steps(job, matrices)):
+        void = *unbegun(job, settings, asked, matrices), *idle(settings, shots)
+        for doubt in (*void, *led_apart(settings, shots), *misbegun(job), *same_steps(job, matrices)):
             say(f"{whose}{doubt}", "yellow")
     return job
 

@@ -110,6 +110,15 @@ def idle(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
         yield "No style has reference pictures, so that style_guidance changes nothing."
 
 
+def led_apart(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
+    """Of pictures that are led by one which is not among them: that no run before had it, its seed being drawn."""
+    specs = [shot.spec for shot in shots]
+    others = {spec.leader for spec in specs} - {Leader(spec.prompt, spec.seed, spec.negative) for spec in specs}
+    if any(leader and leader.seed == settings.drawn for leader in others):
+        belong = "these pictures belong to none that were made before"
+        yield f"The first of all prompts leads, with a seed drawn for this run: {belong}; to one: --like PICTURE"
+
+
 def unbegun(job: Job, settings: Settings, prompts: Sequence[Prompt], matrices: Sequence[Matrix]) -> Iterator[str]:
     """Of pictures none of which begins with one: that what is said of such a picture changes nothing."""
     if any(shot.spec.init_image for shot in job.shots):

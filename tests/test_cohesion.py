@@ -433,3 +433,19 @@ def test_a_tied_run_is_resumed_as_it_was_planned(den, k2):
     k2("render", "--resume", "--quiet")
     after = [Image.open(path).tobytes() for path in whole]
     assert all(max(abs(a - b) for a, b in zip(x, y, strict=True)) <= 1 for x, y in zip(before, after, strict=True))
+
+
+def test_some_of_a_run_that_are_led_by_a_seed_of_their_own_are_told_to_belong_to_none_before(den, k2):
+    def told(*options: str) -> str:
+        return " ".join(k2("render", "--scope", "run", "--dry-run", *options).stderr.split())
+
+    strange = "these pictures belong to none that were made before; to one: --like PICTURE"
+    owl = k2("render", "--only", "owl", "--batch", "1", "--quiet").stdout.strip()
+    for options in (["--only", "owl"], ["--only", "owl", "--seed", "random"]):
+        assert strange not in told(*options)  # the project's own seed leads
+    (den / "k2.toml").write_text((den / "k2.toml").read_text().replace("[render]", '[render]\nseed = "random"'))
+
+    assert strange in told("--only", "owl")
+    for options in ([], ["--only", "fox"], ["--only", "owl", "--cohesion", "0"], ["--only", "owl", "--like", owl]):
+        assert strange not in told(*options)
+    assert strange not in told("--only", "owl", "--seed", "9")
