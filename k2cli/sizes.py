@@ -15,7 +15,7 @@ ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
 def parse_size(size: str, where: str, step: int = 1) -> tuple[int, int]:
     """ "256x384" → (256, 384), both multiples of the model's step, where that is known."""
-    match = re.fullmatch(r"(\d{1,6})\s*[xX×]\s*(\d{1,6})", size)
+    match = re.fullmatch(r"(\d{1,20})\s*[xX×]\s*(\d{1,20})", size)
     if not match:
         raise K2Error(f'{where}: "{size}" is not a size.', hint='Write width x height, like "256x384".')
     width, height = int(match[1]), int(match[2])

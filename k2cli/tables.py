@@ -39,7 +39,11 @@ SYNTAX = (  # how tomllib's messages begin, and what to do
         'Texts stand in straight quotes, name = "moody", numbers begin with a digit, 0.5, true and false are small.',
     ),
     (("Unescaped",), r"Write \\ for a \, or put the text in single quotes, in which it means nothing."),
-    (("Unterminated", "Illegal character", 'Expected "\'"'), "A text ends on its line, by the quote it began with."),
+    (
+        ("Unterminated", r"Illegal character '\n'", 'Expected "\'"'),
+        "A text ends on its line, by the quote it began with.",
+    ),
+    (("Illegal character",), "It is a control character, which editors hardly show: delete it."),
     (("Cannot declare", "Cannot overwrite"), "It is there already, further up: make one of the two."),
     (
         ("Expected newline",),
@@ -217,9 +221,11 @@ class Place:
 
     @property
     def title(self) -> str:
-        """ " in [render]", or nothing for the file itself."""
-        names = [str(part) for part in self.path if isinstance(part, str)]
-        return f" in [{'.'.join(names)}]" if names else ""
+        """ " in [render]", " in [[prompt]]", or nothing for the file itself."""
+        name = ".".join(part for part in self.path if isinstance(part, str))
+        if not name:
+            return ""
+        return f" in [{name}]" if isinstance(self.path[-1], str) else f" in [[{name}]]"
 
 
 def read_table(cls: type[T], table: Any, place: Place, homes: Mapping[str, str] | None = None) -> T:
