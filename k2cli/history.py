@@ -261,7 +261,7 @@ def is_record(table: dict[str, Any] | None) -> bool:
 
 def is_finite(table: Any) -> bool:
     """Whether no number in a table is nan or inf."""
-    return not any(isinstance(each, float) and not math.isfinite(each) for each in leaves(table))
+    return not any(isinstance(each, float) and not math.isfinite(each) for _, each in leaves(table))
 
 
 def read_since(text: str, now: datetime | None = None) -> datetime:

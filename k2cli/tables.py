@@ -85,6 +85,15 @@ def like(default: Any, pattern: str, *examples: str) -> Any:
     return field(default=default, metadata={"pattern": pattern, "examples": examples})
 
 
+class TooManyBits(ValueError):
+    """A whole number is none of TOML's."""
+
+    def __init__(self, path: tuple[str | int, ...]):
+        key = [part for part in path if isinstance(part, str)][-1]
+        super().__init__(f'"{masked(key)}" has more than 64 bits')
+        self.path = path
+
+
 def loads(text: str) -> dict[str, Any]:
     """The table of a TOML text from anybody. Raises ValueError, and RecursionError where it is nested absurdly."""
     if DEEP_KEY.search(text):
@@ -96,22 +105,23 @@ def loads(text: str) -> dict[str, Any]:
 
 def check_numbers(value: Any) -> None:
     """Refuse whole numbers beyond TOML's 64 bits: Python takes a megabyte of hexadecimal digits for one, and no float
-    can hold it, nor may it be printed. Raises ValueError."""
-    if any(isinstance(each, int) and not -(2**63) <= each < 2**63 for each in leaves(value)):
-        raise ValueError("a whole number has more than 64 bits")
+    can hold it, nor may it be printed. Raises TooManyBits."""
+    for path, each in leaves(value):
+        if isinstance(each, int) and not -(2**63) <= each < 2**63:
+            raise TooManyBits(path)
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """All that is no table and no list in a value, however deep it lies."""
-    left = [value]
+def leaves(value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """All that is no table and no list in a value, however deep it lies, each after the keys that lead to it."""
+    left: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while left:
-        value = left.pop()
+        path, value = left.pop()
         if isinstance(value, dict):
-            left.extend(value.values())
+            left.extend(((*path, key), each) for key, each in value.items())
         elif isinstance(value, list):
-            left.extend(value)
+            left.extend(((*path, index), each) for index, each in enumerate(value))
         else:
-            yield value
+            yield path, value
 
 
 def tables_in(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
@@ -129,6 +139,9 @@ class Toml:
             self.table = parse(text)
         except RecursionError:
             raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
+        except TooManyBits as error:
+            hint = f"Whole numbers go up to {2**63 - 1:,}."
+            raise K2Error(f"{self.where(*error.path)}: {error}.", hint=hint) from None
         except ValueError as error:  # tomllib's own is one
             hint = next((hint for begins, hint in SYNTAX if str(error).startswith(begins)), "")
             said = TWICE.sub(lambda found: f"[{'.'.join(re.findall(QUOTED, found[1]))}]", masked(str(error)))

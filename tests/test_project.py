@@ -475,6 +475,8 @@ text = "a bun"
         ("[project]\nname = 'moody\n", "k2.toml is not valid TOML: Expected", "by the quote it began with."),
         ('[project]\nname = "moody\n', "k2.toml is not valid TOML: Illegal character", "by the quote it began"),
         ('[project]\nname = "a\x00b"\n', r"Illegal character '\x00'", "It is a control character"),
+        ("[render]\nseed = 18446744073709551616\n", 'line 2: "seed" has more than 64', "9,223,372,036,854,775,"),
+        ("[[matrix]]\nseed = [1]\n[[matrix]]\nseed = [1, 0x" + "f" * 500 + "]\n", 'line 4: "seed" has more', "go up"),
         ("[render]\nseed = 1\n[render]\n", "k2.toml is not valid TOML: Cannot declare", "It is there already"),
         ("[render]\nseed: 1\n", "k2.toml is not valid TOML: Expected '='", "A line is a key = value"),
         ("[render]\nseed = 1;\n", "k2.toml is not valid TOML: Expected newline", "A line is a key = value"),

@@ -192,7 +192,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "cfg": 4}', 'The line: unknown key "cfg".', "It is called guidance, and is 1 less"),
         ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must lie between', 'Or "random"'),
         ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
-        ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", "The line is no JSON: a whole number has more than", "Like"),
+        ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", 'The line is no JSON: "steps" has more than 64', "Like"),
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
         ('{"prompt": "tea", "init_image": "none", "mask": "8x8+0+0"}', "The line: there is no init_image to", "Name"),
