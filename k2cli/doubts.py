@@ -115,8 +115,8 @@ def led_apart(settings: Settings, shots: Sequence[Shot]) -> Iterator[str]:
     specs = [shot.spec for shot in shots]
     others = {spec.leader for spec in specs} - {Leader(spec.prompt, spec.seed, spec.negative) for spec in specs}
     if any(leader and leader.seed == settings.drawn for leader in others):
-        belong = "these pictures belong to none that were made before"
-        yield f"The first of all prompts leads, with a seed drawn for this run: {belong}; to one: --like PICTURE"
+        belong = "these pictures belong to none that were made before. To belong to one: --like PICTURE"
+        yield f"The first of all prompts leads, with a seed drawn for this run: {belong}"
 
 
 def unbegun(job: Job, settings: Settings, prompts: Sequence[Prompt], matrices: Sequence[Matrix]) -> Iterator[str]:

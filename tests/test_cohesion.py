@@ -439,7 +439,7 @@ def test_some_of_a_run_that_are_led_by_a_seed_of_their_own_are_told_to_belong_to
     def told(*options: str) -> str:
         return " ".join(k2("render", "--scope", "run", "--dry-run", *options).stderr.split())
 
-    strange = "these pictures belong to none that were made before; to one: --like PICTURE"
+    strange = "these pictures belong to none that were made before. To belong to one: --like PICTURE"
     owl = k2("render", "--only", "owl", "--batch", "1", "--quiet").stdout.strip()
     for options in (["--only", "owl"], ["--only", "owl", "--seed", "random"]):
         assert strange not in told(*options)  # the project's own seed leads
