@@ -153,7 +153,7 @@ def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
     """What may be wrong with a choice that no picture matches: a run or a style that there is none of, or a style that
     no record names; "" where nothing is."""
     from k2cli import history
-    from k2cli.styles import Styles
+    from k2cli.styles import BOARD, Styles
     from k2cli.texts import composed
     from model.errors import close_to, nearest
 
@@ -169,7 +169,7 @@ def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
         last = f"The last is {runs[-1]}." if len(folders) == 1 else ""
         told += [f'There is no run "{chosen.run}".', close_to(chosen.run, runs) or last]
     for name in chosen.styles:
-        if composed(name) not in known:
+        if composed(name) not in {*known, BOARD}:
             told += [f'There is no style "{name}".', nearest(name, sorted(known))]
     return " ".join(filter(None, (*told, of_mixes(folders, chosen.styles))))
 

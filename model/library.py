@@ -20,6 +20,7 @@ from typing import Any
 from model.errors import K2Error, brief
 from model.headers import AGAIN, VARIANTS, own_words, read_header, read_json, shards, stored_in
 from model.marks import COMFYUIS, PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
+from model.spec import within
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -381,12 +382,14 @@ def shift_of(pipeline: Path) -> dict[str, Any]:
     line = [stated.get(key, usual) for key, usual in SHIFT.items()]
     try:
         few, many, low, high = map(float, line)
-        slope = (high - low) / (many - few)
+        ends = tuple(low + (high - low) * (tokens - few) / (many - few) for tokens in (256, 6400))
     except (TypeError, ValueError, ArithmeticError):
-        raise K2Error(f"{file} states a time shift that is none: {brief(line)}.", hint=AGAIN) from None
+        ends = ()
+    if not (ends and all(within("mu", end) for end in ends)):
+        raise K2Error(f"{file} states a time shift that is none: {brief(line)}.", hint=AGAIN)
     if (few, many, low, high) == KREAS_SHIFT:
         return {"mu": "auto"}
-    return {"mu": low if low == high else (low + slope * (256 - few), low + slope * (6400 - few))}
+    return {"mu": low if low == high else ends}
 
 
 def describe(path: Path) -> dict[str, Any]:

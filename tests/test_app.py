@@ -1006,6 +1006,7 @@ def test_models_are_listed_and_described(moody, k2):
     assert (listed["name"], listed["native"]) == ("mini", 128)
     assert "native       128" in k2("models", "info", "mini").stdout
     assert models.card({"native": 128, "mirror": False}).splitlines() == ["native       128", "mirror       false"]
+    assert models.card({"mu": (0.3, 0.1 + 0.8)}) == "mu           0.3 at 256 tokens, 0.9 at 6400"
     (moody / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 

@@ -83,6 +83,7 @@ def test_a_run_or_a_style_that_there_is_none_of_is_told(moody, k2):
         (("--run", "99"), 'There is no run "99". The last is 0003-teapot.'),
         (("--run", "0002-oul"), 'There is no run "0002-oul". Did you mean "0002-owl"?'),
         (("--run", "owl", "--style", "riso", "-p", "x"), ""),
+        (("--style", "moodboard"), ""),
     ):
         assert k2("log", *options).stderr == f"No picture matches. {told}".rstrip() + "\n"
         hint = told or "All pictures: k2 log"

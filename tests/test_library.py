@@ -175,7 +175,16 @@ def test_a_pipelines_scheduler_states_raws_mu(home: Path, stated: dict):
     assert own == pytest.approx(krea2.calculate_shift(4096, *(scheduler.config[name] for name in names)))
 
 
-@pytest.mark.parametrize("stated", [{"max_image_seq_len": 256}, {"base_shift": "much"}, {"max_shift": None}])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"max_image_seq_len": 256},
+        {"base_shift": "much"},
+        {"max_shift": None},
+        {"base_shift": float("nan")},
+        {"base_shift": 40, "max_shift": 90},
+    ],
+)
 def test_a_time_shift_that_is_none_is_refused(home: Path, stated: dict):
     (home / "scheduler").mkdir()
     (home / "model_index.json").write_text("{}")
