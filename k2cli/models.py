@@ -245,7 +245,7 @@ def card(entry: Mapping[str, Any], indent: str = "") -> str:
         if isinstance(value, dict):
             lines += [f"{indent}{key}", card(value, indent + "  ")] if value else []
         else:
-            if isinstance(value, tuple):  # mu, see `library.shift_of`
+            if isinstance(value, tuple):  # mu, see `headers.shift_of`
                 value = "{:g} at 256 tokens, {:g} at 6400".format(*value)
             number = isinstance(value, int) and not isinstance(value, bool)
             text = f"{value:,}" if number else str(value).lower() if isinstance(value, bool) else str(value)

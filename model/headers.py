@@ -20,6 +20,8 @@ from model.marks import PASSENGERS, SUFFIX, Mark, shape_of, table_of, weight_of
 from model.spec import within
 
 AGAIN = "The download may have been cut short: fetch it again."
+SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # diffusers' own
+KREAS_SHIFT = (256, 6400, 0.5, 1.15)
 TAKEN = "k2 reads weights from .safetensors and .gguf files only."
 MAGIC = {  # what is given in safetensors' place, by its first bytes
     b"PK\x03\x04": "a PyTorch pickle",
@@ -199,6 +201,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise K2Error(f"{path} is not a table.", hint=AGAIN)
     return value
+
+
+def shift_of(pipeline: Path) -> dict[str, Any]:
+    """The mu by a pipeline's scheduler, as diffusers takes it (`calculate_shift`): "auto" where it is Krea's, a number
+    where the line is level, else its values at 256 and at 6400 tokens; {} where it states none. Raises K2Error."""
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    stated = read_json(file) if file.is_file() else {}
+    if not stated.get("use_dynamic_shifting"):
+        return {}
+    line = [stated.get(key, usual) for key, usual in SHIFT.items()]
+    try:
+        few, many, low, high = map(float, line)
+        ends = tuple(low + (high - low) * (tokens - few) / (many - few) for tokens in (256, 6400))
+    except (TypeError, ValueError, ArithmeticError):
+        ends = ()
+    if not (ends and all(within("mu", end) for end in ends)):
+        raise K2Error(f"{file} states a time shift that is none: {brief(line)}.", hint=AGAIN)
+    if (few, many, low, high) == KREAS_SHIFT:
+        return {"mu": "auto"}
+    return {"mu": low if low == high else ends}
 
 
 def shards(folder: Path) -> list[Path]:

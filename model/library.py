@@ -17,10 +17,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from model.errors import K2Error, brief
-from model.headers import AGAIN, VARIANTS, own_words, read_header, read_json, shards, stored_in
+from model.errors import K2Error
+from model.headers import VARIANTS, own_words, read_header, read_json, shards, shift_of, stored_in
 from model.marks import COMFYUIS, PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
-from model.spec import within
 
 BOX = Path(__file__).parent / "weights"
 OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
@@ -31,8 +30,6 @@ RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings for weigh
     "raw": {"steps": 52, "guidance": 3.5, "mu": "auto"},
     "turbo": {"steps": 8, "guidance": 0.0, "mu": 1.15},
 }
-SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # diffusers' own
-KREAS_SHIFT = (256, 6400, 0.5, 1.15)
 NATIVE = 1024  # the side in pixels that the open weights were trained for
 HEARD = (  # tensors whose last dimension is how wide the text's layers are, and how many, natively and in diffusers
     ("txtmlp.0.scale", "txt_in.norm.weight"),
@@ -370,26 +367,6 @@ def recommended(variant: str, about: Mapping[str, Any], path: Path) -> dict[str,
     mu, else their publisher. Raises K2Error where a pipeline's cannot be read."""
     pipeline = pipeline_of(path) if variant == "raw" else None
     return RECOMMENDED[variant] | (shift_of(pipeline) if pipeline else {}) | (about.get("recommended") or {})
-
-
-def shift_of(pipeline: Path) -> dict[str, Any]:
-    """The mu by a pipeline's scheduler, as diffusers takes it (`calculate_shift`): "auto" where it is Krea's, a number
-    where the line is level, else its values at 256 and at 6400 tokens; {} where it states none. Raises K2Error."""
-    file = pipeline / "scheduler" / "scheduler_config.json"
-    stated = read_json(file) if file.is_file() else {}
-    if not stated.get("use_dynamic_shifting"):
-        return {}
-    line = [stated.get(key, usual) for key, usual in SHIFT.items()]
-    try:
-        few, many, low, high = map(float, line)
-        ends = tuple(low + (high - low) * (tokens - few) / (many - few) for tokens in (256, 6400))
-    except (TypeError, ValueError, ArithmeticError):
-        ends = ()
-    if not (ends and all(within("mu", end) for end in ends)):
-        raise K2Error(f"{file} states a time shift that is none: {brief(line)}.", hint=AGAIN)
-    if (few, many, low, high) == KREAS_SHIFT:
-        return {"mu": "auto"}
-    return {"mu": low if low == high else ends}
 
 
 def describe(path: Path) -> dict[str, Any]:
