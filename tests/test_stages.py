@@ -14,7 +14,7 @@ from workshop import TINY, enlarge, workshop  # noqa: F401
 from model import library
 from model.checkpoint import read
 from model.errors import K2Error
-from model.train import loop, recipe, release, states
+from model.train import judge, loop, recipe, release, states
 from model.train.autoencoder import ENCODER, load, write
 from model.train.data import DATA
 from model.train.grpo import Policy
@@ -312,6 +312,24 @@ def test_what_another_recipe_chose_is_chosen_anew(workshop, stage, file, keys): 
     assert chosen.read_bytes() == before  # it is over, and that is what it learned from
     run("first", stage, otherwise, steps=6)
     assert chosen.read_bytes() != before
+
+
+def test_a_judge_is_stored_small_and_judges_alike(workshop):  # noqa: F811
+    """So that figures can be taken anew by whoever asks."""
+    base()
+    Path("out").mkdir()
+    release.main("judge-3", Path("out"))
+    assert sorted(path.name for path in Path("out").iterdir()) == ["critic-3.safetensors", "judge-3.safetensors"]
+    pictures = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for network in (judge.Judge, judge.Critic):
+        own = judge.place(network.__name__.lower(), 3)
+        stored = Path("out", own.name)
+        assert stored.stat().st_size < 0.6 * own.stat().st_size
+        assert read(stored)[1] == read(own)[1]
+        before, after = (network.load(path) for path in (own, stored))
+        with torch.inference_mode():
+            for a, b in zip(before(pictures), after(pictures), strict=True):
+                torch.testing.assert_close(b, a, rtol=0, atol=0.02)
 
 
 def test_what_evaluates_never_rewards(workshop):  # noqa: F811

@@ -241,6 +241,11 @@ def thumbnails(folder: Path, size: int, items: Sequence[Item]) -> list[NDArray[n
     return [resize(catalog.picture(item), SIZE) for item in items]
 
 
+def place(kind: str, seed: int) -> Path:
+    """Where a trained judge of a seed lies, or its critic."""
+    return RUNS / "judge" / f"{kind}-{seed}.safetensors"
+
+
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number."""
     if device != "cpu":
@@ -250,13 +255,12 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         stage.compose()
     run = loop.Run(stage, RUNS / recipe.name, "cpu")
     loop.train(run, report)
-    folder = RUNS / "judge"
-    folder.mkdir(parents=True, exist_ok=True)
+    place("judge", recipe.seed).parent.mkdir(parents=True, exist_ok=True)
     training = {"seed": recipe.seed, "minutes": round(run.seconds / 60, 1), "steps": run.step, "size": recipe.size}
     for kind, module in (("judge", stage.judge), ("critic", stage.critic)):
         config = asdict(stage.judge.config) if kind == "judge" else {}
         about = {"kind": kind, "config": config, "training": training}
-        save(folder / f"{kind}-{recipe.seed}.safetensors", module.state_dict(), about)
+        save(place(kind, recipe.seed), module.state_dict(), about)
     return run
 
 

@@ -1,9 +1,9 @@
 """Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
 
 Writes `mini-raw.safetensors` and `mini-style.safetensors` into `model/weights`, of a distillation
-`mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone; the text encoder is stored by its own
-training. Each file says in its metadata how it came about. A new style encoder or autoencoder
-needs new words: `python -m model.train.words`.
+`mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone, of a judge `judge-SEED.safetensors` and
+its critic, by which figures can be taken anew; the text encoder is stored by its own training. Each file says in its
+metadata how it came about. A new style encoder or autoencoder needs new words: `python -m model.train.words`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.errors import reported
 from model.library import BOX
 from model.quantize import quantise
 from model.style import StyleConfig
-from model.train import autoencoder, hearing, turbo
+from model.train import autoencoder, hearing, judge, turbo
 from model.train.data import DATA, Catalog
 from model.train.recipe import saved
 from model.train.states import RUNS, averages, place_of
@@ -37,6 +37,11 @@ def main(run: str, folder: Path = BOX) -> None:
     if isinstance(stage, autoencoder.Recipe):
         state, metadata = read(RUNS / run / "vae.safetensors")
         save(folder / "mini-vae.safetensors", quantise(state), metadata)
+        return
+    if isinstance(stage, judge.Recipe):
+        for kind in ("judge", "critic"):
+            state, metadata = read(judge.place(kind, stage.seed))
+            save(folder / f"{kind}-{stage.seed}.safetensors", quantise(state), metadata)
         return
     config = stage.config
     weights = averages(path)
