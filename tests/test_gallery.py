@@ -436,6 +436,7 @@ def folder(tmp_path_factory):
         table = history.load(path)
         table["prompt"]["text"] = EVIL
         path.write_bytes(dump(table))
+    (root / "outputs" / "0002-owl").rename(root / "outputs" / "0002-owl-and-2-more")
     other = root / "outputs" / "0004-lighthouse" / "lighthouse-79.toml"
     other.write_text(other.read_text().replace("steps = 28", "steps = 4") + LED)
     other = other.with_name("lighthouse-60.toml")
@@ -506,6 +507,9 @@ class TestInABrowser:
             "dusk 0.5": [],
             "guidance 2.5 64x64 64 × 64 teapot": [*range(40, 60)],
             "0003": [*range(40, 60)],
+            "0003-tea": [*range(40, 60)],
+            "owl": [*range(20, 40)],  # and not what is led by one
+            "more": [],  # in the name of a run, which is that of its first prompt
             "lighthouse dusk": [*range(60, 80)],
             "lighth 60": [60],
             "100% (": [],
@@ -628,7 +632,7 @@ class TestInABrowser:
         assert runs() == ["0001", "0002", "0003", "0004"]
 
     def test_a_prompt_with_markup_is_text(self, page):
-        page.get_by_label("Run").select_option(label="0002-owl")
+        page.get_by_label("Run").select_option(label="0002-owl-and-2-more")
         tile = page.locator(".tile").first
 
         assert tile.locator("span").first.inner_text() == " ".join(EVIL.split())
@@ -851,6 +855,6 @@ class TestInABrowser:
         widest = "document.documentElement.scrollWidth"
 
         assert page.evaluate(widest) <= width
-        page.get_by_label("Run").select_option(label="0002-owl")
+        page.get_by_label("Run").select_option(label="0002-owl-and-2-more")
         page.locator(".tile").first.click()
         assert page.evaluate(widest) <= width and page.locator("#copy").is_visible()
