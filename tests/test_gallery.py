@@ -525,6 +525,12 @@ class TestInABrowser:
             page.evaluate("words => { $('search').value = words; filter(); }", words)
             assert page.evaluate("shown.map(picture => picture.index)") == found, words
 
+    def test_all_weights_of_a_mix_are_told_below_its_picture(self, page):
+        cut = """() => { const below = document.querySelector(".tile .faint");
+          below.textContent = "seed 20 \u00b7 night 0.5 \u00b7 warm 0.25 \u00b7 a-style-of-a-longer-name 0.25";
+          return below.scrollWidth > below.clientWidth; }"""
+        assert not page.evaluate(cut)
+
     def test_a_day_finds_what_was_made_on_it(self, page):
         """By the clock of whoever made the page; no number is found in it."""
         day = f"{datetime(2026, 1, 2, 0, 0, 10, tzinfo=UTC).astimezone():%Y-%m-%d}"
