@@ -61,7 +61,7 @@ def sweep(weights: Weights, steps: int) -> Layout:
 
     def point(row: str, shares: Weights) -> Point:
         parts = {name: round(share * weights[name], 6) for name, share in shares.items()}
-        caption = " · ".join(f"{name} {part:.2g}" for name, part in parts.items() if part)
+        caption = " · ".join(f"{name} {round(part, 2):g}" for name, part in parts.items() if part)
         return Point(parts, caption or "no style", row)
 
     last = steps - 1

@@ -659,6 +659,11 @@ def test_three_styles_are_a_triangle_and_four_are_pairs(looks):
     assert len(mix.sweep({"dusk": 1.0, "riso": 1.0}, sheet.PER_GRID).points) == sheet.PER_GRID
 
 
+def test_weights_of_a_sweep_are_told_to_two_places():
+    captions = [point.caption for point in mix.sweep({"dusk": 1.25, "riso": 1.5}, 3).points]
+    assert captions == ["dusk 1.25", "dusk 0.62 · riso 0.75", "riso 1.5"]
+
+
 def test_pictures_of_a_sweep_sort_as_they_are_numbered(looks):
     project, layout = Project.open(looks), mix.sweep({"dusk": 1.0, "riso": 1.0}, 100)
     made = mix.plan(project, project.settle(), project.prompts[0], layout).shots
