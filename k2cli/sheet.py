@@ -106,7 +106,6 @@ def contact_sheet(
 
     lines = 2 if across == 1 else 1  # a label over one picture has less room
     label_height = lines * (LABEL + 5) + 8
-    head = TITLE + CAPTION + 36
 
     def rows_in(columns: int) -> list[tuple[list[list[Entry]], int]]:
         """The strips that stand side by side, and how high the tallest picture in them is, with its caption."""
@@ -116,11 +115,17 @@ def contact_sheet(
     def strip_height(picture_height: int) -> int:
         return label_height + down * picture_height + (down - 1) * GAP
 
+    def page_width(columns: int) -> int:
+        return columns * strip_width + (columns - 1) * BETWEEN
+
+    def head(columns: int) -> int:
+        return TITLE + len(in_lines(subtitle, page_width(columns))) * (CAPTION + 5) + 31
+
     def extent(columns: int) -> tuple[int, int]:
         heights = [strip_height(picture_height) for _, picture_height in rows_in(columns)]
         return (
-            2 * MARGIN + columns * strip_width + (columns - 1) * BETWEEN,
-            2 * MARGIN + head + sum(heights) + (len(heights) - 1) * BETWEEN,
+            2 * MARGIN + page_width(columns),
+            2 * MARGIN + head(columns) + sum(heights) + (len(heights) - 1) * BETWEEN,
         )
 
     def ugliness(columns: int) -> float:
@@ -129,13 +134,13 @@ def contact_sheet(
         return abs(math.log(width / height / 1.4)) + 1.5 * (places - len(strips)) / places
 
     columns = min(columns or min(range(1, len(strips) + 1), key=ugliness), len(strips))
-    sheet = Image.new("RGB", extent(columns), PAPER)
+    sheet, width = Image.new("RGB", extent(columns), PAPER), page_width(columns)
     draw = ImageDraw.Draw(sheet)
-    width = sheet.width - 2 * MARGIN
     write(draw, (MARGIN, MARGIN), title, TITLE, INK, width, width)
-    write(draw, (MARGIN, MARGIN + TITLE + 12), subtitle, CAPTION, FAINT, width, width)
+    for number, line in enumerate(in_lines(subtitle, width)):
+        write(draw, (MARGIN, MARGIN + TITLE + 12 + number * (CAPTION + 5)), line, CAPTION, FAINT, width, width)
 
-    top = MARGIN + head
+    top = MARGIN + head(columns)
     for row, picture_height in rows_in(columns):
         for column, strip in enumerate(row):
             indent = (across - min(len(strip), across)) * (cell_width + GAP) // 2 if centred else 0
@@ -166,6 +171,19 @@ def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, 
     line = fit(text, face, width)
     room = max(own, face.getlength(line))
     draw.text((start(line, face, at[0], room, text), at[1]), line, ink, face)
+
+
+def in_lines(facts: str, width: float) -> list[str]:
+    """A sheet's facts in as many lines as they take, none of them broken."""
+    lines = [""]
+    for fact in facts.split(" · "):
+        longer = " · ".join(filter(None, [lines[-1], fact]))
+        text, face = typeset(longer, CAPTION)
+        if lines[-1] and face.getlength(text) > width:
+            lines.append(fact)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def write_label(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, own: int, width: int, lines: int) -> None:

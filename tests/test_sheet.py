@@ -107,6 +107,20 @@ def test_one_of_several_sheets_says_so(tmp_path, monkeypatch, batch, told):
     assert subtitles == told
 
 
+def test_a_narrow_sheet_tells_all_facts(tmp_path, monkeypatch):
+    """In as many lines as they take, and none of them broken."""
+    said = []
+    monkeypatch.setattr(sheet.ImageDraw.ImageDraw, "text", lambda draw, at, text, ink, face: said.append((at[1], text)))
+    facts = ["run 0001", "mini turbo", "8 steps", "begun with leaf.png", "mask 112x96+64+80", "cohesion 0.8", "seed 7"]
+
+    narrow = contact_sheet(entries(tmp_path, 1, 1), "moody", " · ".join(facts))
+    lines = [(top, text) for top, text in said[1:-2] if text]  # between the title, and the label and caption
+    wide = contact_sheet(entries(tmp_path, 1, 1), "moody", facts[0])
+
+    assert " · ".join(text for _, text in lines) == " · ".join(facts) and len(lines) > 1
+    assert narrow.height - wide.height == lines[-1][0] - lines[0][0]
+
+
 def test_text_never_runs_over(tmp_path):
     face = font(16)
     long = "a very long prompt about a lighthouse that goes on, and on, and on"
