@@ -246,16 +246,22 @@ def typeset(text: str, size: int) -> tuple[str, Font]:
     return folded.encode("ascii", "replace").decode(), font(size)
 
 
-def fit(text: str, face: Font, width: float) -> str:
-    """The text, cut with an ellipsis where it is wider than there is room."""
+def fit(text: str, face: Font, width: float, *, tail: float = 0) -> str:
+    """The text, cut with an ellipsis where it is wider than there is room: at its end, or before so great a share of
+    what is left."""
     if face.getlength(text) <= width:
         return text
-    fits = bisect_right(range(1, len(text) + 1), width, key=lambda count: face.getlength(text[:count] + "…"))
-    return text[:fits].rstrip(" ,.;") + "…"
+
+    def cut(count: int) -> str:
+        end = int(count * tail)
+        return text[: count - end].rstrip(" ,.;") + "…" + text[len(text) - end :].lstrip()
+
+    return cut(bisect_right(range(1, len(text) + 1), width, key=lambda count: face.getlength(cut(count))))
 
 
 def wrap(text: str, face: Font, width: float, lines: int) -> list[str]:
-    """The text in at most so many lines, set at the foot of their space; the last one is cut where it must be."""
+    """The text in at most so many lines, set at the foot of their space; the last one is cut where it must be, before
+    its end, which is what readings of one prompt differ in."""
     words, found = text.split(), [""]
     for index, word in enumerate(words):
         longer = f"{found[-1]} {word}".strip()
@@ -266,4 +272,4 @@ def wrap(text: str, face: Font, width: float, lines: int) -> list[str]:
             break
         else:
             found.append(word)
-    return [""] * (lines - len(found)) + [fit(line, face, width) for line in found]
+    return [""] * (lines - len(found)) + [fit(line, face, width, tail=0.4) for line in found]
