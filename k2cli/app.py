@@ -419,10 +419,10 @@ def doctor(project: ProjectOption = None, json: JsonOption = False) -> None:
 
     Device, memory, models, versions, what will be slow and why. Exits with 1 where something is broken.
     """
-    from k2cli.console import result, to_json
+    from k2cli.console import result, screen, to_json
     from k2cli.doctor import describe, examine
 
     found = examine(project)
-    result(to_json(found) if json else describe(found))
+    result(to_json(found) if json else describe(found, screen()))
     if found["problems"]:
         raise typer.Exit(1)

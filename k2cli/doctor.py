@@ -203,8 +203,8 @@ def about(memory_gb: Mapping[str, Any]) -> str:
     return "about " if memory_gb["estimated"] else ""
 
 
-def describe(found: Mapping[str, Any]) -> str:
-    """The findings for people."""
+def describe(found: Mapping[str, Any], cells: int | None = None) -> str:
+    """The findings for people; on a screen of so many cells no word is cut."""
     cpu, memory_gb = found["cpu"], found["memory_gb"]
     cores, threads = count_of(cpu["cores"], "core"), count_of(cpu["threads"], "thread")
     usable = [f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"] if gpu["usable"]]
@@ -229,4 +229,4 @@ def describe(found: Mapping[str, Any]) -> str:
         rows.append(("project", f"{project['name']}: {counts}, in {project['folder']}"))
     rows += [("slow", note) for note in found["notes"]] + [("problem", problem) for problem in found["problems"]]
     rows += [] if found["problems"] else [("result", "Everything is in place.")]
-    return aligned(rows, 11)
+    return aligned(rows, 11, cells)

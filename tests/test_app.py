@@ -1209,6 +1209,15 @@ def test_doctor_finds_what_is_broken(moody, k2):
     assert "mini-raw.safetensors is damaged" in k2("doctor", code=1).stdout
 
 
+def test_doctor_cuts_no_word_on_a_terminal():
+    found = doctor.examine()
+    lines = doctor.describe(found, 60).splitlines()
+
+    assert " ".join(" ".join(lines).split()) == " ".join(doctor.describe(found).split())
+    assert max(len(line) for line in lines if len(line.split()) > 2) <= 60
+    assert len(lines) > len(found["notes"]) and any(line.startswith(" " * 11) for line in lines)
+
+
 def test_one_line_is_one_prompt_whatever_else_breaks_lines(moody, k2):
     shots = k2("render", "--dry-run", "--json", "-", input="a pear\u2028of glass\r\na plum\n").stdout.splitlines()
     assert [json.loads(shot)["prompt"]["text"] for shot in shots] == ["a pear of glass", "a plum"]
