@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
@@ -42,21 +43,24 @@ def line_of(made: Made) -> str:
 
 def show_table(found: Sequence[Made]) -> None:
     """Pictures on a terminal: a heading for each run, below it a line for each picture, cut where the screen ends. On a
-    narrow one when it was made, and what was asked for, have lines of their own."""
+    narrow one when it was made, and what was asked for, have lines of their own; so has what tells the pictures of a
+    comparison apart where it does not fit."""
     screen = Console(highlight=False)
-    before_when, before_asked = ("\n", "\n    ") if screen.width < NARROW else ("  ", "  ")
+    most = (screen.width // 3, 30, 30, screen.width // 5)  # cells of a column; what was asked for has the rest
     rows = [
         (
-            Text("  " + made.path.name, overflow="ellipsis"),
+            Text("  " + shortened(made.path.name, most[0] - 2)),
             Text(f"seed {made.text('settings.seed')}", "dim", overflow="ellipsis"),
             Text(made.size, "dim", overflow="ellipsis"),
-            Text(styles_of(made, ", "), "cyan", overflow="ellipsis"),
+            Text(styles_of(made, ", ", places=2), "cyan", overflow="ellipsis"),
             Text.assemble((told_apart(made), "cyan"), "  " * bool(told_apart(made)), made.text("prompt.text")),
         )
         for made in found
     ]
-    most = (screen.width // 3, 30, 30, screen.width // 5)  # cells of a column; what was asked for has the rest
     widths = [min(limit, max(row[column].cell_len for row in rows)) for column, limit in enumerate(most) if rows]
+    room = screen.width - sum(width + 2 for width in widths)
+    narrow, cut = screen.width < NARROW, any(cell_len(told_apart(made)) > room for made in found)
+    before_when, before_asked = "\n" if narrow else "  ", "\n    " if narrow or cut else "  "
     runs = groupby(zip(found, rows, strict=True), key=lambda pair: pair[0].path.parent)
     for number, (folder, pictures) in enumerate(runs):
         (first, row), *more = pictures
@@ -73,12 +77,21 @@ def show_table(found: Sequence[Made]) -> None:
 
 def told_apart(made: Made) -> str:
     """What a picture of a comparison has that those beside it may not."""
-    row = row_alone(made.text("prompt.row"), made.text("prompt.text"))
-    return " · ".join(filter(None, [row, made.text("prompt.caption")]))
+    row, caption = row_alone(made.text("prompt.row"), made.text("prompt.text")), made.text("prompt.caption")
+    row = "" if f"{caption} · ".startswith(f"{row} · ") else row  # as the rows of a triangle
+    return " · ".join(filter(None, [row, caption]))
 
 
-def styles_of(made: Made, joint: str) -> str:
-    return joint.join(f"{name} {strength:g}" for name, strength in made.styles.items())
+def shortened(name: str, cells: int) -> str:
+    """A file's name in so many cells, cut before its end, which tells it from others of its prompt."""
+    if cell_len(name) <= cells:
+        return name
+    end = name[-min(12, cells // 2) :]
+    return f"{set_cell_size(name, cells - cell_len(end) - 1).rstrip()}…{end}"
+
+
+def styles_of(made: Made, joint: str, places: int = 6) -> str:
+    return joint.join(f"{name} {round(strength, places):g}" for name, strength in made.styles.items())
 
 
 def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:

@@ -410,6 +410,25 @@ def test_the_log_tells_the_cells_of_a_comparison_apart(moody, monkeypatch, capsy
     assert "steps 2 · guidance 1  a fox" in rows[3]
 
 
+def test_the_log_tells_a_long_comparison_apart_on_eighty_columns(moody, monkeypatch, capsys, k2):
+    """By the ends of names, and by what is compared, in a line of its own; weights in as many digits as on sheets."""
+    (moody / "styles").mkdir()
+    for style in ("night", "warm", "sticker"):
+        (moody / "styles" / f"{style}.toml").write_text(f'keywords = ["{style}"]\n')
+    prompt = "a very long prompt about a lighthouse that goes on"
+    k2("mix-styles", "night=1", "warm=1", "sticker=1", "--sweep", "4", "-p", prompt, "--size", "64x64", "--quiet")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    history_app.log()
+
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()[1:]
+    assert len({line.split("seed")[0] for line in lines[::2]}) == len(lines) / 2 == 10
+    told = [line.partition("  a very")[0].strip() for line in lines[1::2]]
+    assert told[0] == "night 1" and "night 0.33 · warm 0.33 · sticker 0.33" in told and len({*told}) == 10
+    assert "night 0.67" in lines[2] and "666" not in "".join(lines)
+
+
 def test_the_log_names_a_style_that_is_called_as_the_prompt_is(moody, monkeypatch, capsys, k2):
     """Only rows of older records begin with the prompt, which is not said twice."""
     Path("styles").mkdir()
