@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +20,13 @@ from k2cli.outputs import row_alone
 from k2cli.texts import masked
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from k2cli.history import Made
     from k2cli.records import Record
+
+BESIDE, COLUMN = 14, 18  # cells: the names of facts beside pictures, and a picture's, to be read
+MOST = 20  # of a fact's name
 
 
 def near_file(made: Made) -> str:
@@ -94,22 +100,31 @@ def styles_of(made: Made, joint: str, places: int = 6) -> str:
     return joint.join(f"{name} {round(strength, places):g}" for name, strength in made.styles.items())
 
 
+def side_by_side(rows: Mapping[str, Sequence[str]], some: slice) -> Table:
+    """A fact a row, by name, and some of the pictures a column each."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim", overflow="fold", max_width=MOST)
+    for name, row in rows.items():
+        facts = (Text(masked(fact), "" if name else "bold", overflow="fold") for fact in row[some])
+        table.add_row(Text(masked(name)), *facts)
+    return table
+
+
 def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
-    """A fact a row and a picture a column: a table on a terminal, parted by tabs in a pipe."""
+    """A fact a row and a picture a column: on a terminal tables of as many as have room for words, parted by tabs in a
+    pipe."""
     from k2cli.facts import differences
 
     short = [Path(name).name for name in names]
     rows = {"": short if len({*short}) == len(short) else [*names], **differences(found)}
     if sys.stdout.isatty():
-        from rich.table import Table
-
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        table.add_column(style="dim", overflow="fold")
-        for _ in found:
-            table.add_column(overflow="fold")
-        for name, row in rows.items():
-            table.add_row(Text(masked(name)), *(Text(masked(fact), "" if name else "bold") for fact in row))
-        Console(highlight=False).print(table)
+        screen = Console(highlight=False)
+        tables = math.ceil(len(found) / max(2, (screen.width - BESIDE) // COLUMN))
+        beside = math.ceil(len(found) / tables)
+        for start in range(0, len(found), beside):
+            screen.print(*[""] * bool(start), side_by_side(rows, slice(start, start + beside)), sep="\n")
     else:
         for name, row in rows.items():
             result("\t".join([name, *(" ".join(fact.split()) for fact in row)]))

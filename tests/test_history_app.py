@@ -296,6 +296,20 @@ def test_of_all_that_lies_in_a_run_the_sheet_is_left_out(moody, k2):
     assert "sheet.png is a contact sheet." in k2("rerun", run / "sheet.png", code=1).stderr
 
 
+def test_what_is_different_of_many_pictures_is_told_in_whole_words(moody, k2, monkeypatch, capsys):
+    animals = ("squirrel", "badger", "hedgehog", "lighthouse", "crocodile", "kingfisher", "dragonfly")
+    made = [k2("render", "-p", f"a sleeping {animal}").stdout.strip() for animal in animals]
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("k2cli.preview.preview", lambda paths: print(*paths))
+
+    history_app.show([*map(Path, made)])
+
+    _, *lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    assert [line.count("a sleeping") for line in lines if "a sleeping" in line] == [3, 3, 1]
+    assert all(re.search(rf" {animal}( |$)", "\n".join(lines), re.MULTILINE) for animal in animals)
+
+
 def test_what_is_different_is_a_table_on_a_terminal(moody, k2, monkeypatch, capsys):
     made = [k2("render", "-p", "an owl " * 20, "--seed", seed).stdout.strip() for seed in ("3", "4")]
     monkeypatch.setenv("COLUMNS", "60")
