@@ -176,6 +176,8 @@ class Toml:
             if fence:
                 fence = "" if fence in line else fence
                 continue
+            if line.lstrip().startswith("#"):  # whatever quotes it holds
+                continue
             start = line[:LONGEST_LINE]  # the patterns take quadratic time over lines that never end
             if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", start):
                 prefix = ()

@@ -564,8 +564,15 @@ def test_a_projects_model_stays_inside_it(moody):
     assert Path(outside.model).samefile(typed.model)
 
 
-def test_lines_are_found_past_long_texts(tmp_path):
-    (tmp_path / "k2.toml").write_text('[[prompt]]\ntext = """\nseed = 3\n[render]\n"""\n[render]\n"batch" = 0\n')
+@pytest.mark.parametrize(
+    "above",
+    [
+        'text = """\nseed = 3\n[render]\n"""\n',
+        'text = "a"\n# text = """a fox\n\n\n',  # on a line that is a comment no text begins
+    ],
+)
+def test_lines_are_found_past_long_texts(tmp_path, above):
+    (tmp_path / "k2.toml").write_text(f'[[prompt]]\n{above}[render]\n"batch" = 0\n')
 
     with pytest.raises(K2Error, match="line 7"):
         Project.open(tmp_path)
