@@ -27,7 +27,7 @@ from model.errors import K2Error, count_of
 from model.lora_file import check_kind
 from model.other_files import check_transformer
 from model.picture_file import is_sheet
-from model.spec import denoise_of
+from model.spec import Style, denoise_of
 from model.weighed import check_references
 
 
@@ -137,14 +137,21 @@ def check_files(job: Job) -> None:
 def check_ways(job: Job) -> None:
     """Refuse ways to read references that the model has no part for, more of them than it takes at once, and a splice
     in one step. Raises K2Error."""
-    looks = {(shot.spec.styles, shot.spec.steps): None for shot in job.left}
+    looks: dict[tuple[tuple[Style, ...], int | None], str] = {}
+    for shot in job.left:
+        looks.setdefault((shot.spec.styles, shot.spec.steps), shot.name)
     referring = [look for look in looks if any(style.strength and style.references for style in look[0])]
     if not referring:  # nor need the model's headers be read
         return
     name, variant = job.model.name, job.model.variant
     way, own = way_of(name, variant), recommended(name, variant)["steps"]
     for styles, steps in referring:
-        check_references([way(style) for style in styles if style.strength], own if steps is None else steps)
+        weighing = [way(style) for style in styles if style.strength]
+        try:
+            check_references(weighing, own if steps is None else steps)
+        except K2Error as error:
+            whose = f'"{looks[styles, steps]}": ' if len(looks) > 1 else ""
+            raise K2Error(f"{whose}{error}", hint=error.hint) from None
 
 
 def places(lefts: Sequence[Sequence[Shot]]) -> list[list[list[int]]]:

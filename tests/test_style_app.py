@@ -844,7 +844,9 @@ def test_a_way_that_the_model_or_the_steps_do_not_allow_is_told_without_weights(
     def said(*words: str, code: int = 1) -> str:
         return k2("render", *words, *dry, code=code).stderr
 
-    assert "A spliced style needs two steps: the first is pure noise." in said("--style", "splice=1", "--steps", "1")
+    few = "A spliced style needs two steps: the first is pure noise."
+    assert f"Error: {few}" in said("--style", "splice=1", "--steps", "1")
+    assert f'Error: "fox-01": {few}' in said("--style", "splice=1", "--only", "fox", "--matrix", "steps=1,2")
     assert "mini has no style encoder." in said("--style", "tokens=0.5")
     assert 'mini has a text encoder that cannot see.\nHint:  Give "vision" the method' in said("--style", "vision=0.5")
     assert not fake.loaded
