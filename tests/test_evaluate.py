@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from model.checkpoint import open_checkpoint
+from model.hashes import sha256
+from model.library import BOX
 from model.train.evaluate import frechet, kernel_distance, nearest, retrieval, spread
 from model.train.judge import Judge, JudgeConfig
+from model.train.rewards import EVALUATION
 
 RNG = np.random.default_rng(0)
 
@@ -62,3 +66,14 @@ def test_a_picture_is_read_by_its_nearest_name():
     assert nearest(judge, found, ["bee", "ant", "cat"], ["ant", "bee", "cat"]).tolist() == [True, False, True]
     pictures = RNG.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
     assert len(retrieval(judge, pictures, ["ant", "bee"], ["ant", "bee"])) == 2
+
+
+def test_the_judge_in_the_box_is_the_one_that_the_card_names():
+    """And it only evaluates; its words are those that it was trained with: a cat is nearest to a cat."""
+    file = BOX / f"judge-{EVALUATION}.safetensors"
+    assert f"`{sha256(file)[:16]}…`" in (BOX / "README.md").read_text("utf-8")
+    assert open_checkpoint(file).metadata["training"]["seed"] == EVALUATION
+    with torch.inference_mode():
+        cat, *others = Judge.load(file).read(["cat face", "airplane", "castle", "hamburger"])
+        own = Judge.load(file).read(["cat"])[0]
+    assert all(own @ cat > own @ other for other in others)
