@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import TYPE_CHECKING
 
 import typer  # Typer looks the annotations below up
 
+from k2cli.texts import UNPRINTABLE
+
 if TYPE_CHECKING:
     from k2cli.project import Project
+
+OBEYED = re.compile(rf"^[-=~]|[\s\"'`$\\|&;<>(){{}}\[\]*?!#^]|{UNPRINTABLE.pattern}")  # what shells act upon
 
 
 def project_of(context: typer.Context | None) -> Project | None:
@@ -95,4 +100,6 @@ def complete_method(incomplete: str) -> list[str]:
 
 
 def begin(names: Iterable[str], incomplete: str) -> list[str]:
-    return [name for name in names if name.startswith(incomplete)]
+    """Those that begin so. Shells put them into the line as they are, and zsh even runs what stands in some: a project
+    from anywhere may hold a style or a run of any name, and what would have to be quoted is not offered."""
+    return [name for name in names if name.startswith(incomplete) and not OBEYED.search(name)]

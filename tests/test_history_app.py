@@ -691,11 +691,11 @@ def test_a_slip_of_the_hand_is_answered_with_the_nearest_name(moody, k2, argumen
     ],
 )
 def test_the_shell_completes_names(moody, typed, offered):
-    """As bash asks, of the real process."""
+    """As bash asks, of the real process. What a shell would run, in a project of somebody else's, is not offered."""
     (moody / "styles").mkdir()
-    for name in ("dusk", "riso"):
+    for name in ("dusk", "riso", "d$(touch x)", "riso;x"):
         (moody / "styles" / f"{name}.toml").write_text('keywords = ["x"]\n')
-    for run in ("0001-fox", "0002-owl"):
+    for run in ("0001-fox", "0002-owl", "0003-$(touch x)", "0004-a b", "0005-`x`", "0006-\\$(x)", "0007-\x1b[31m"):
         (moody / "outputs" / run).mkdir(parents=True)
     words = f"k2 {typed}"
 
