@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from k2cli import licence
 from k2cli.disk import ended_as_by_ctrl_c
 from k2cli.refusals import explained
-from k2cli.texts import masked
+from k2cli.texts import DEVICE, UNPRINTABLE, masked
 from model import library
 from model.errors import K2Error, listed
 from model.whole import whole
@@ -40,6 +40,7 @@ NEEDED = (
 TERMS = ("LICEN[CS]E*", "NOTICE*")  # to be kept beside the weights
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's object id of a small one
+FOREIGN = re.compile(rf"[\\\\:]|{UNPRINTABLE.pattern}")  # on Windows C:x lies on another drive, joined or not
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MARGIN = 1 << 28  # bytes to leave free on the disk
 
@@ -56,7 +57,8 @@ class File:
 
     def __post_init__(self) -> None:
         parts = self.name.split("/")
-        if not HASH.fullmatch(self.etag) or any(part in ("", ".", "..") for part in parts) or "\\" in self.name:
+        strange = FOREIGN.search(self.name) or any(part in ("", ".", "..") or DEVICE.match(part) for part in parts)
+        if not HASH.fullmatch(self.etag) or strange:
             raise K2Error(f'The hub lists a file that has no place in a repository: "{masked(self.name)}".')
 
 

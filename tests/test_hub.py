@@ -556,7 +556,13 @@ def test_of_several_models_one_is_chosen(hf: Hub, k2):
     assert library.locate("acme/all/models/k2_fp8.safetensors") == path
 
 
-@pytest.mark.parametrize("name", ["../outside.json", "/etc/outside.json", "a//b.json", "a\\..\\b.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.json", "/etc/outside.json", "a//b.json", "a\\..\\b.json",
+        "C:/Users/outside.json", "a:stream.json", "b/con.json", "a\x1b[31m.json",
+    ],
+)  # fmt: skip
 def test_files_stay_in_the_cache(hf: Hub, k2, name: str):
     hf.repos["acme/evil"] = {MAIN: {"model.safetensors": weights(1), name: b"{}"}}
 
