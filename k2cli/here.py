@@ -18,7 +18,6 @@ from model.errors import K2Error, count_of, listed
 from model.headers import open_file
 
 PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTILINE)  # in a plan as k2 writes it
-LEADS_OUT = re.compile(rb'(?:image|file|name) = "(?:\.\./|/|[A-Za-z]:)')  # in such a plan: a path out of the project
 
 
 def where_am_i(*, allow_outside: bool = False) -> str:
@@ -51,7 +50,7 @@ def where_am_i(*, allow_outside: bool = False) -> str:
         if last.busy:
             there += " and is being rendered"
         else:
-            steps[going_on(last)] = "make the rest"
+            steps["k2 render --resume"] = "make the rest"
         facts.append(("  runs", there))
     steps |= {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
     if newest:
@@ -120,17 +119,12 @@ def plan_of(run: Run) -> bytes:
         return file.read(MOST_PLAN)
 
 
-def going_on(run: Run) -> str:
-    """The command that makes the rest of a run whose plan can be read; it lets that reach out of its project as
-    `several.resuming` does, which would parse all of it."""
-    return "k2 render --resume --allow-outside" if LEADS_OUT.search(plan_of(run)) else "k2 render --resume"
-
-
 def first_step(outputs: Path) -> str:
-    """The command that makes the first pictures of a project: of a run that was stopped before it had any, the rest."""
+    """The command that makes the first pictures of a project: of a run that was stopped before it had any, the rest.
+    What that run reaches out for is said, and left to be allowed, when it is tried: the plan may be a stranger's."""
     last = Run.last(outputs)
     done, planned = progress(last) if last else (0, 0)
-    return going_on(last) if last and done < planned and not last.busy else "k2 render"
+    return "k2 render --resume" if last and done < planned and not last.busy else "k2 render"
 
 
 def ago(moment: datetime | None, now: datetime) -> str:
