@@ -358,7 +358,7 @@ def stated_variant(path: Path) -> str | None:
         pipeline = pipeline_of(path)
         index = json.loads((pipeline / "model_index.json").read_text("utf-8")) if pipeline else None
         return None if index is None else "turbo" if index.get("is_distilled") else "raw"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

@@ -126,6 +126,13 @@ def test_a_files_name_tells_its_variant(home: Path, name: str, variant: str | No
     assert library.find(str(write(home / f"{name}.safetensors", transformer()))).variant == variant
 
 
+def test_a_pipeline_that_nests_without_end_says_nothing(home: Path):
+    file = write(home / "mine/transformer/diffusion_pytorch_model.safetensors", diffusers())
+    (home / "mine" / "model_index.json").write_text("[" * 200_000)
+
+    assert library.stated_variant(file) is None
+
+
 def test_a_transformer_within_its_pipeline_is_what_that_says(home: Path):
     """And takes the rest from it, not from whatever release is here."""
     pipeline = home / "mine"
