@@ -25,6 +25,7 @@ from k2cli.tables import LIMIT, leaves, tables_in
 from k2cli.texts import LONGEST_PART, UNPRINTABLE, composed, masked, sought
 from model import picture_file
 from model.errors import USAGE, K2Error
+from model.headers import open_file
 from model.spec import OF_REFERENCES
 
 SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
@@ -236,7 +237,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 def load(path: Path) -> dict[str, Any] | None:
     """A record's table, or None where there is none to be read, or where a number in it is nan or inf."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             raw = file.read(LIMIT + 1)
         table = dialect.parse(raw.decode("utf-8-sig")) if len(raw) <= LIMIT else None
     except (OSError, ValueError, RecursionError):  # tomllib's own error is a ValueError

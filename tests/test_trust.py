@@ -718,6 +718,16 @@ class TestWeights:
             with pytest.raises(K2Error, match="config is none"):
                 VisionConfig.from_dict({**seeing, key: value})
 
+    def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "fox-7.toml")
+        code = (
+            "import sys; from k2cli import history; from pathlib import Path; sys.exit(history.load(Path(sys.argv[1])))"
+        )
+
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "fox-7.toml"], timeout=60, capture_output=True)
+
+        assert (done.returncode, done.stderr) == (0, b"")
+
     @pytest.mark.parametrize("read", [read_header, read_json])
     def test_a_pipe_is_not_waited_for(self, tmp_path, read):
         os.mkfifo(tmp_path / "a")
