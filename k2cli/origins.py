@@ -24,6 +24,7 @@ from PIL import ExifTags, Image
 
 from k2cli import comfy, history
 from k2cli.formats import record_of
+from k2cli.matrix import MOST_WORDS, escape
 from k2cli.prompts import prompt_of
 from k2cli.tables import loads, tables_in
 from k2cli.texts import UNPRINTABLE
@@ -55,6 +56,10 @@ SIDE = ".metadata.json"
 BEGINNING = "its initial picture"
 CONTROL, REFERENCES = "ControlNet", "reference pictures"
 TELLING = "Pictures of A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was taken out."
+
+
+class TooLong(K2Error):
+    """A prompt that no project could hold."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ def read(path: Path) -> Origin:
     kept = history.load(path.with_suffix(".toml")) or {}
     for found in (*readings(texts, comment), *of_k2(kept), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
         if found.prompt:
+            if len(escape(found.prompt)) > MOST_WORDS:
+                hint = "No project could hold it: leave that picture out."
+                raise TooLong(f"{path} has a prompt of more than {MOST_WORDS:,} characters.", hint=hint)
             whole = found.width is not None and found.height is not None
             return found if whole else replace(found, width=size[0], height=size[1])
     raise K2Error(f"{path} says nothing of its prompt.", hint=TELLING)

@@ -15,13 +15,14 @@ from typing import Any
 
 from k2cli import models
 from k2cli.matrix import escape
-from k2cli.origins import TELLING, Origin, read
+from k2cli.origins import TELLING, Origin, TooLong, read
 from k2cli.pictures import in_folder
 from k2cli.prompts import slug
 from k2cli.settings import Settings
 from k2cli.sizes import fit_aspect, parse_size
+from k2cli.tables import LIMIT
 from model import library
-from model.errors import K2Error, listed
+from model.errors import K2Error, count_of, listed
 from model.picture_file import passed_over
 
 MOST = 1000  # pictures of a folder, and of a batch
@@ -45,6 +46,8 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
         for picture in pictures:
             try:
                 found[picture] = read(picture)
+            except TooLong:
+                raise
             except K2Error:
                 silent.append(picture)
     if not found:
@@ -209,7 +212,11 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
             shape = f'size = "{other}"'
             lines.append(shape if each.tool == "k2" else told(shape, each))
         lines += [said(key, value) for key in OF_EACH if (value := getattr(each, key)) != getattr(first, key)]
-    return "\n".join(lines) + "\n"
+    whole = "\n".join(lines) + "\n"
+    if len(whole.encode()) > LIMIT:  # no command would read it
+        large = f"The prompts of {count_of(f'{len(origins):,}', 'picture')} come to more than {LIMIT >> 20} MB."
+        raise K2Error(large, hint="Take fewer of them, or make several projects.")
+    return whole
 
 
 def told(shape: str, origin: Origin) -> str:

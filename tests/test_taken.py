@@ -48,6 +48,20 @@ def test_a_new_project_from_pictures(moody, k2, tmp_path):
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 2
 
 
+def test_a_project_that_no_command_would_read_is_not_made(k2, tmp_path):
+    (tmp_path / "many").mkdir()
+    for index in range(60):
+        png(tmp_path / "many" / f"{index}.png", parameters=f"a fox {index} " + "x" * 18_000 + "\nSteps: 4, Seed: 1")
+    png(tmp_path / "long.png", parameters="a fox " + "x" * 20_000 + "\nSteps: 4, Seed: 1")
+
+    assert "come to more than 1 MB" in k2("new", tmp_path / "new", "--from", tmp_path / "many", code=1).stderr
+    said = k2("new", tmp_path / "new", "--from", tmp_path / "long.png", code=1).stderr
+    assert "long.png has a prompt of more than 20,000 characters." in said
+    shutil.move(tmp_path / "long.png", tmp_path / "many")
+    assert "many/long.png has a prompt" in k2("new", tmp_path / "new", "--from", tmp_path / "many", code=1).stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
     """Seeds that follow one another are a batch; what says nothing is told; a run's contact sheet is no picture."""
     k2("render", "-p", "a fox", "--batch", "3", "--steps", "3")
