@@ -455,6 +455,19 @@ def folder(tmp_path_factory):
     return root / "gallery"
 
 
+def test_endless_names_of_styles_leave_the_page_whole(chromium, tmp_path):
+    """Browsers refuse a pattern that is too large."""
+    many_pictures(tmp_path / "outputs", 2)
+    record = tmp_path / "outputs" / "0001-fox" / "fox-0.toml"
+    record.write_text(record.read_text() + f'\n[[style]]\nname = "{"x" * 100_000}"\nstrength = 1.0\n')
+    gallery.build(tmp_path / "outputs", tmp_path / "gallery", "moody")
+    page = chromium.new_page()
+    page.goto((tmp_path / "gallery" / "index.html").as_uri())
+
+    assert page.locator(".tile").count() == 2 and page.evaluate("pictures[0].styles[0].length") == 100_000
+    page.close()
+
+
 class TestInABrowser:
     """Needs Playwright and a Chromium of the system's; every request that the page makes is noted."""
 
@@ -676,6 +689,7 @@ class TestInABrowser:
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowLeft")
         assert page.locator("#command").inner_text() == """k2 rerun "outputs/0001-fox/it's #1 100% fox.png\""""
+        assert page.evaluate("quoted('a$(b)\u201d;`c\"')") == '"a?(b)?;?c?"'  # as PowerShell reads
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
         fit = picture.bounding_box()["width"]
         page.keyboard.press("+")
