@@ -73,7 +73,9 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
         write_json(draft / "model_index.json", index_of(pipeline))
         draft.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise K2Error(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+        why = getattr(error, "strerror", None) or str(error)
+        hint = "Make room, and try again." if "No space left" in why else ""
+        raise K2Error(f"{folder} cannot be written: {why}.", hint=hint) from None
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
