@@ -107,16 +107,11 @@ def progress(run: Run) -> tuple[int, int]:
     if run[SHEET].exists():
         return 0, 0
     try:
-        stems = [stem.decode() for stem in PLANNED.findall(plan_of(run))]
+        with open_file(run[RUN]) as file:
+            stems = [stem.decode() for stem in PLANNED.findall(file.read(MOST_PLAN))]
         return sum(map(run.has, stems)), len(stems)
     except (OSError, ValueError):
         return 0, 0
-
-
-def plan_of(run: Run) -> bytes:
-    """A run's plan, as it is written. Raises OSError."""
-    with open_file(run[RUN]) as file:
-        return file.read(MOST_PLAN)
 
 
 def first_step(outputs: Path) -> str:
