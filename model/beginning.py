@@ -65,7 +65,9 @@ class Beginnings:
         if not (isinstance(spec.mask, Path) and spec.init_image):
             return
         if not picture_file.same_shape(sides_of(spec.mask), sides_of(spec.init_image)):
-            raise K2Error(f"{spec.mask} has not the shape of {spec.init_image}.", hint="Draw it on a copy of that.")
+            raise K2Error(
+                f"{spec.mask} does not have the shape of {spec.init_image}.", hint="Draw it on a copy of that."
+            )
 
     def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:
         """The `Way` of pictures of one schedule from noise, in tokens, to what they begin with. sigma: that of the

@@ -62,7 +62,7 @@ def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | Non
     """What a matrix that is scaled in blocks lacks to be read, or has instead; empty where nothing is wrong."""
     rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
     if not numbers or numbers % BLOCKS[kind]:
-        return f"{kind} of the shape {list(stored.shape)}"
+        return f"{kind} of shape {list(stored.shape)}"
     if (kind == "nvfp4") != (whole is not None):
         return f"{kind} with{'out' if whole is None else ''} a scale of the whole matrix"
     if whole is not None and (whole.dtype, prod(whole.shape)) != ("F32", 1):

@@ -165,7 +165,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         parts = [open_checkpoint(file) for file in shards(path)]
         times = Counter(name for part in parts for name in part.tensors if not is_auxiliary(name))
         if twice := [name for name, count in times.items() if count > 1]:
-            hint = "Which is meant nobody can tell: fetch the folder again."
+            hint = "It is unclear which one counts: fetch the folder again."
             raise K2Error(f"{path} holds {listed(twice, 3)} in more than one file.", hint=hint)
         tensors = {name: stored for part in parts for name, stored in part.tensors.items()}
         astray = tuple(mark for part in parts for mark in part.astray)
@@ -249,7 +249,7 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
     }
     problems = [f"{len(names)} {what} ({listed(names, 3)})" for what, names in found.items() if names]
     if problems:
-        hint = AGAIN if found["missing"] else "Give this network's own weights alone."
+        hint = AGAIN if found["missing"] else "Give only this network's own weights."
         raise K2Error(f"The tensors of {checkpoint.path} do not fit the network: {', '.join(problems)}.", hint=hint)
 
 
@@ -300,9 +300,9 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         if not factor and stored.dtype == "I8" and name.endswith(".weight"):
             formats.add("I8 without scales")
         if beside := next((end for end in (SECOND, *BESIDE) if name + end in checkpoint.tensors), None):
-            formats.add(f'{stored.dtype} with "weight{beside}" beside it, and no mark of what that is')
+            formats.add(f'{stored.dtype} with an unexplained "weight{beside}" beside it')
         elif stored.dtype in WHOLE and name.endswith(".weight"):
-            formats.add(f"{stored.dtype}, as numbers of another kind")
+            formats.add(f"{stored.dtype}, which packs another format")
         if OTHER_SCALES.search(name):
             formats.add(f'8 bits with "{name.rpartition(".")[2]}" beside them')
         stem = next((name.removesuffix(suffix) for suffix in SCALE_ENDS if name.endswith(suffix)), None)

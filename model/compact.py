@@ -56,7 +56,7 @@ def write_compact(
             for done, (name, tensor) in enumerate(zip(model.state_dict(), tensors(model, read), strict=True), 1):
                 if (name.endswith(SCALES) or tensor.dtype == torch.float8_e4m3fn) and not is_sound(tensor):
                     matrix = name.removesuffix("_scale").removesuffix("_s_channel")
-                    raise K2Error(f"{source} is damaged: {matrix} holds what is no number.", hint=AGAIN)
+                    raise K2Error(f"{source} is damaged: {matrix} holds NaN or infinite numbers.", hint=AGAIN)
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
                 file.write(memoryview(raw))  # type: ignore[arg-type]
                 if on_tensor:

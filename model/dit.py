@@ -51,11 +51,11 @@ class DiTConfig:
     def __post_init__(self) -> None:
         whole = [value for key, value in asdict(self).items() if key not in ("rope_base", "eps")]
         if not all(type(value) is int for value in whole):
-            raise ValueError("every number that shapes a DiT is whole")
+            raise ValueError("all DiT dimensions must be integers")
         if min(asdict(self).values()) <= 0:
-            raise ValueError("every number that shapes a DiT is positive")
+            raise ValueError("all DiT dimensions must be positive")
         if self.width % self.heads or self.text_width % self.text_heads:
-            raise ValueError("width and text_width must be multiples of their numbers of heads")
+            raise ValueError("width and text_width must be multiples of their head counts")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key-value heads evenly")
         if self.head_dim % 16:
@@ -371,7 +371,7 @@ class Krea2(nn.Module):
         returns      [B, L, C·p·p]    noise − image
         """
         if attend is not None and prompt_mask is not None:
-            raise ValueError("attention of one's own takes prompts of one length, without a mask")
+            raise ValueError("custom attention needs prompts of equal length and no mask")
         text, width = context.shape[1], self.config.width
         time_mod, time = step_mod.split((6 * width, width), -1)
         mask = None if prompt_mask is None else F.pad(prompt_mask, (0, tokens.shape[1]), value=True)[:, None, None]

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can act on, and what messages are put together with."""
+"""The one error class for problems that users can fix, and helpers that build messages."""
 
 import difflib
 import sys
@@ -11,7 +11,7 @@ USAGE = 2  # an exit code
 class K2Error(Exception):
     """A problem the user can fix; `hint` says how. Anything else is a bug and keeps its traceback.
 
-    code   that a command exits with: 1, or USAGE where an option says what it may not
+    code   the command's exit code: 1, or USAGE for a wrong option
     """
 
     def __init__(self, message: str, *, hint: str = "", code: int = 1):
@@ -20,13 +20,13 @@ class K2Error(Exception):
 
 
 class TooLittleMemory(K2Error):
-    """There is not enough memory for what was asked; for less of it there may be."""
+    """Not enough memory for this request; a smaller one may fit."""
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """A context around what is run as a module: a K2Error ends in its sentence, its hint and exit code 1, and so does a
-    file that cannot be had."""
+    """For scripts run as modules: within the context a K2Error, or a file that cannot be opened, prints its message
+    (and hint) and exits with code 1."""
     try:
         yield
     except K2Error as error:
@@ -34,13 +34,13 @@ def reported() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             sys.exit(f"Error: {error.filename}: {error.strerror}.")
-        if isinstance(error, FileNotFoundError):  # of safetensors, which names the file in its message alone
+        if isinstance(error, FileNotFoundError):  # from safetensors, which names the file only in its message
             sys.exit(f"Error: {error}.")
         raise
 
 
 def brief(error: object, most: int = 200) -> str:
-    """What a library says of a file, on one line and cut where nobody reads on: names in it may be a megabyte long."""
+    """A library's message on one line, cut to a readable length: names in it may be a megabyte long."""
     text = " ".join(str(error).split())
     return text if len(text) <= most else f"{text[:most]}…"
 
@@ -51,13 +51,13 @@ def count_of(number: object, word: str) -> str:
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that one which does not exist is closest to; "" where it is close to none."""
+    """A hint for an unknown name: the closest known one; "" if none is close."""
     found = difflib.get_close_matches(name, list(known), 1, 0.6)
     return f'Did you mean "{found[0]}"?' if found else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that does not exist: the closest known one, or those there are, of many the first ten."""
+    """A hint for an unknown name: the closest known one, else all known names, or the first ten of more than twenty."""
     known = list(known)
     return close_to(name, known) or (f"Known: {listed(known, 20 if len(known) <= 20 else 10)}." if known else "")
 

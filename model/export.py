@@ -44,11 +44,9 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
     if folder.exists():
         raise K2Error(f"{folder} exists already.", hint="Choose another name.")
     if not isinstance(pipeline.vae, QwenImageVAE):
-        raise K2Error(
-            "diffusers' Krea2Pipeline paints with Qwen-Image's autoencoder only.", hint="Keep k2's own files."
-        )
+        raise K2Error("diffusers' Krea2Pipeline supports Qwen-Image's autoencoder only.", hint="Keep k2's own files.")
     if pipeline.plan.offload != "none":
-        raise K2Error("Weights that are streamed cannot be exported.", hint='Load the model with offload="none".')
+        raise K2Error("Streamed weights cannot be exported.", hint='Load the model with offload="none".')
     draft = None
     missing = [path for path in folder.parents if not path.exists()]
     try:
@@ -74,7 +72,7 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
         draft.rename(folder)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        hint = "Make room, and try again." if "No space left" in why else ""
+        hint = "Free some space, and try again." if "No space left" in why else ""
         raise K2Error(f"{folder} cannot be written: {why}.", hint=hint) from None
     finally:
         if draft is not None:

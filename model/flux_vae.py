@@ -50,7 +50,7 @@ class FluxVAEConfig:
         if not all(type(size) is int and 0 < size <= most for size, most in sizes) or len(widths) > 16:
             raise ValueError("it states sizes that no autoencoder has")
         if {len(each) for each in (config.block_out_channels, config.decoder_block_out_channels) if each} != {SCALES}:
-            raise ValueError(f"it has not {SCALES} scales")
+            raise ValueError(f"it does not have {SCALES} scales")
         if any(width % config.norm_num_groups for width in widths) or not config.batch_norm_eps > 0:
             raise ValueError("it states norms that no autoencoder has")
         return config

@@ -111,13 +111,13 @@ def lacking(kind: str, stored: Stored, rows: Stored | None, groups: Stored | Non
     """What a matrix of codes lacks to be read, or has instead; empty where nothing is wrong."""
     outward, inward = stored.shape if len(stored.shape) == 2 else (0, 0)
     if not inward or inward % GROUP:
-        return f"{kind} of the shape {list(stored.shape)}"
+        return f"{kind} of shape {list(stored.shape)}"
     if rows is None or (kind == W4A8 and groups is None):
         return f"{kind} without scales"
     if rows.dtype != "F32" or prod(rows.shape) != outward:
         return f"{kind} with scales of {rows.dtype} {list(rows.shape)}"
     if kind == W4A4:
-        return f"{kind} with scales of groups" if groups or levels else ""
+        return f"{kind} with group scales" if groups or levels else ""
     assert groups
     if groups.dtype not in ("F8_E4M3", "U8") or groups.shape != (outward, inward // GROUP):
         return f"{kind} with scales of {groups.dtype} {list(groups.shape)}"

@@ -64,7 +64,7 @@ class Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.limit - self.file.tell():
-            raise ValueError("it is cut off in its header, or states a length that cannot be")
+            raise ValueError("its header is truncated, or states an impossible length")
         return self.file.read(count)
 
     def number(self, kind: str) -> Any:
@@ -103,13 +103,13 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
     if pieces > 1:
         raise K2Error(
             f"{path} is one of {pieces} pieces of a GGUF file.",
-            hint="Join them: `llama-gguf-split --merge FIRST_PIECE WHOLE.gguf`, of llama.cpp.",
+            hint="Join them with llama.cpp: llama-gguf-split --merge FIRST_PIECE WHOLE.gguf",
         )
     strange = sorted({entry["dtype"] for entry in header.values()} - set(BLOCKS))
     if strange:
         raise K2Error(
             f"{path} is a GGUF file with tensors in {', '.join(strange)}, which k2 does not read.",
-            hint="Take one in Q8_0, Q6_K, Q5_K or Q4_K.",
+            hint="Use one in Q8_0, Q6_K, Q5_K or Q4_K.",
         )
     return header
 
@@ -133,7 +133,7 @@ def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
     for _ in range(tensors):
         name, dims = cursor.text(), [cursor.number("Q") for _ in range(min(cursor.number("I"), 5))]
         if name in found or not 0 < len(dims) < 5 or not all(dims):
-            raise ValueError(f"{name} is there twice, or has the shape {dims}")
+            raise ValueError(f"{name} appears twice, or has the shape {dims}")
         kind, offset = cursor.number("I"), cursor.number("Q")
         found[name] = (name_of(kind), dims, offset)
 
@@ -147,7 +147,7 @@ def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
         shape = fields.get(SHAPE + name, dims[::-1])  # the fastest dimension comes first in GGUF
         whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) and prod(shape) == prod(dims)
         if dims[0] % numbers or not whole:
-            raise ValueError(f"{name} is {dtype} of the shape {shape}")
+            raise ValueError(f"{name} is {dtype} of shape {shape}")
         begin = start + offset
         header[name] = {
             "dtype": dtype,
@@ -157,7 +157,7 @@ def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
     position = start
     for begin, end in sorted(entry["data_offsets"] for entry in header.values()):
         if begin < position or end > size:
-            raise ValueError(f"a tensor lies at bytes {begin:,} to {end:,} of {size:,}, {position:,} of them taken")
+            raise ValueError(f"a tensor lies at bytes {begin:,} to {end:,} of {size:,}, {position:,} of them in use")
         position = end
     pieces = fields.get(PIECES, 1)
     return header, pieces if type(pieces) is int else 1
@@ -178,7 +178,7 @@ class GGUFTensors:
             import gguf
             import numpy
         except ImportError:
-            raise K2Error(f"{path} is a GGUF file.", hint='To read it: pip install "k2[gguf]".') from None
+            raise K2Error(f"{path} is a GGUF file.", hint='To read it, run: pip install "k2[gguf]"') from None
         self.gguf, self.numpy, self.device = gguf, numpy, device
         self.header = read_gguf_header(path)
         self.path, self.data, self.read = path, numpy.memmap(path, numpy.uint8, "r"), 0

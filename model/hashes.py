@@ -49,7 +49,7 @@ class Hashes:
         found = self._found.result()
         for name in self._watched.changed():
             if sha256(file := self._files[name]) != found[name]:
-                raise K2Error(f"{file} was written over after it had been loaded.", hint="Start again.")
+                raise K2Error(f"{file} was overwritten after it had been loaded.", hint="Start again.")
         return dict(found)
 
 

@@ -19,7 +19,7 @@ from model.gguf_file import read_gguf_header
 from model.marks import PASSENGERS, SUFFIX, Mark, shape_of, table_of, weight_of
 from model.spec import within
 
-AGAIN = "The download may have been cut short: fetch it again."
+AGAIN = "The download may be incomplete: fetch it again."
 SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # diffusers' own
 KREAS_SHIFT = (256, 6400, 0.5, 1.15)
 TAKEN = "k2 reads weights from .safetensors and .gguf files only."
@@ -78,7 +78,7 @@ def read_header(path: Path) -> dict[str, Any]:
             file.seek(8)
             raw = file.read(length) if size >= 8 and length <= min(size - 8, MAX_HEADER) else b""
     except FileNotFoundError:
-        raise K2Error(f"There is no file {path}.", hint="`k2 models list` shows the models there are.") from None
+        raise K2Error(f"There is no file {path}.", hint="List the available models: k2 models list") from None
     except OSError as error:
         raise K2Error(f"{path} cannot be read: {error.strerror}.") from None
 
@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, Any]:
             raise K2Error(f"{path} is {what}.", hint=TAKEN)
     if not raw.startswith(b"{"):
         if start[8:9] == b"{" and length <= MAX_HEADER:
-            raise K2Error(f"{path} is cut off in its header.", hint=AGAIN)
+            raise K2Error(f"{path} is truncated: its header is incomplete.", hint=AGAIN)
         kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
         raise K2Error(f"{path} is not a {kind} file.", hint=AGAIN if size < 8 else TAKEN)
     try:
@@ -149,10 +149,10 @@ def check_header(header: dict[str, Any], data: int) -> None:
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise ValueError(f"a tensor begins at byte {begin}, the one before ends at {position}")
+            raise ValueError(f"a tensor begins at byte {begin}, but the one before ends at {position}")
         position = end
     if position != data:
-        raise ValueError(f"it should hold {position:,} bytes of tensors and holds {data:,}")
+        raise ValueError(f"it should hold {position:,} bytes of tensors, but holds {data:,}")
 
 
 VARIANTS = ("raw", "turbo")  # the first one is meant where none is asked for
@@ -168,17 +168,17 @@ def own_words(about: Mapping[str, str]) -> dict[str, Any]:
 def check_about(about: Any) -> None:
     """What our own files say of themselves, under `k2`. Raises ValueError."""
     if not isinstance(about, dict):
-        raise ValueError("its k2 metadata is no table")
+        raise ValueError("its k2 metadata is not a table")
     variant, native, settings = (about.get(key) for key in ("variant", "native", "recommended"))
     if variant not in (None, *VARIANTS):
-        raise ValueError(f"it calls itself {variant!r}, and there are {' and '.join(VARIANTS)}")
+        raise ValueError(f"its variant is {variant!r}, not {' or '.join(VARIANTS)}")
     if native is not None and not (type(native) is int and 0 < native <= 1 << 16):
-        raise ValueError(f"it was trained for pictures of {native!r}")
+        raise ValueError(f"its native size is {native!r}")
     shapes = about.get("shapes", [])
     if not (isinstance(shapes, list) and all(isinstance(each, str) and SHAPE.fullmatch(each) for each in shapes)):
-        raise ValueError(f"it was trained for pictures of {shapes!r}")
+        raise ValueError(f"the shapes it was trained for are {shapes!r}")
     if settings is not None and not (isinstance(settings, dict) and all(map(recommendable, settings.items()))):
-        raise ValueError(f"it recommends {settings!r}")
+        raise ValueError(f"its recommended settings are {settings!r}")
 
 
 def recommendable(setting: tuple[str, Any]) -> bool:
@@ -217,7 +217,7 @@ def shift_of(pipeline: Path) -> dict[str, Any]:
     except (TypeError, ValueError, ArithmeticError):
         ends = ()
     if not (ends and all(within("mu", end) for end in ends)):
-        raise K2Error(f"{file} states a time shift that is none: {brief(line)}.", hint=AGAIN)
+        raise K2Error(f"{file} states an unusable time shift: {brief(line)}.", hint=AGAIN)
     if (few, many, low, high) == KREAS_SHIFT:
         return {"mu": "auto"}
     return {"mu": low if low == high else ends}
@@ -234,10 +234,10 @@ def shards(folder: Path) -> list[Path]:
         table = read_json(index).get("weight_map")
         names = set(map(str, table.values())) if isinstance(table, dict) else set()
         if not names or any(Path(name).name != name for name in names):
-            raise K2Error(f"{index} names no files of its own folder.", hint=AGAIN)
+            raise K2Error(f"{index} does not list files of its own folder.", hint=AGAIN)
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
-            raise K2Error(f"{folder} lacks {listed(missing, 3)} of the {len(names)} files its index names.", hint=AGAIN)
+            raise K2Error(f"{folder} lacks {listed(missing, 3)} of the {len(names)} files its index lists.", hint=AGAIN)
         return [folder / name for name in sorted(names)]
     files = sorted(folder.glob("*.safetensors"), key=lambda file: len(file.name)) or sorted(folder.glob("*.gguf"))
     if files and all(file.name.startswith(f"{files[0].stem}.") for file in files):

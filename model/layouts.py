@@ -92,7 +92,7 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
             unused = {n for n in tensors if n.removeprefix(prefix) in LEFTOVERS or n.startswith(beside)}
             bare = {n.removeprefix(prefix): stored for n, stored in tensors.items() if n not in unused}
             if len(bare) + len(unused) < len(tensors):
-                raise K2Error(f"{checkpoint.path} holds the network with and without {prefix}.", hint=GIVE)
+                raise K2Error(f'{checkpoint.path} holds the network with and without prefix "{prefix}".', hint=GIVE)
             tensors = bare
             break
     if any(name in tensors for name in NATIVE):
@@ -105,7 +105,7 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         return replace(checkpoint, tensors=in_shape(native))
     if any("txtfusion" in name or "text_fusion" in name for name in tensors):
         refuse_unreadable(checkpoint)  # where every matrix is packed, no whole name tells the layout
-    raise K2Error(f"{checkpoint.path} is something else, not a Krea 2 transformer.", hint=GIVE)
+    raise K2Error(f"{checkpoint.path} is not a Krea 2 transformer.", hint=GIVE)
 
 
 def in_shape(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -134,7 +134,7 @@ def dit_config(checkpoint: Checkpoint) -> DiTConfig:
     try:
         config = stated_config(checkpoint) or inferred_config(checkpoint)
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise K2Error(f"{checkpoint.path} has a shape that no Krea 2 transformer has: {error}.", hint=AGAIN) from None
+        raise K2Error(f"{checkpoint.path} has a shape no Krea 2 transformer has: {error}.", hint=AGAIN) from None
     if config.blocks != (blocks := count_blocks(checkpoint.tensors, "blocks")):
         raise K2Error(f"{checkpoint.path} holds {blocks} of {config.blocks} blocks.", hint=AGAIN)
     return config
@@ -150,7 +150,7 @@ def stated_config(checkpoint: Checkpoint) -> DiTConfig | None:
 def inferred_config(checkpoint: Checkpoint) -> DiTConfig:
     def shape(name: str) -> tuple[int, ...]:
         if name not in checkpoint.tensors:
-            raise K2Error(f"{checkpoint.path} lacks {name}, so it is no whole Krea 2 transformer.", hint=AGAIN)
+            raise K2Error(f"{checkpoint.path} lacks {name}, so it is not a complete Krea 2 transformer.", hint=AGAIN)
         return checkpoint.tensors[name].shape
 
     width, token_dim = shape("first.weight")
@@ -226,7 +226,7 @@ def side_of(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
     if not native:
         return None
     if cell is None:
-        raise ValueError(f"{checkpoint.path} was taught pictures of {native} pixels: load it with their latents' cell")
+        raise ValueError(f"{checkpoint.path} was trained on pictures of {native} pixels: pass its latents' cell size")
     return int(native) // (patch * cell)
 
 

@@ -172,10 +172,10 @@ def refuse_unheard(model: Model) -> None:
         return
     (width, taps), (spoken, layers) = heard_by(parts.dit), spoken_by(parts.text)
     if width and taps and (width, taps) != (spoken, layers):
-        pull = "Krea's comes with: k2 models pull krea-2-turbo"
+        pull = "To get Krea's: k2 models pull krea-2-turbo"
         raise K2Error(
-            f"{parts.dit} listens to {taps} layers of {width} numbers, {parts.text} speaks {layers} of {spoken}.",
-            hint=f"{pull}; or lay text_encoder, tokenizer and vae of its pipeline beside the file.",
+            f"{parts.dit} needs {taps} text layers of width {width}, but {parts.text} gives {layers} of {spoken}.",
+            hint=f"{pull}; or put text_encoder, tokenizer and vae of its pipeline beside the file.",
         )
 
 

@@ -28,15 +28,15 @@ PART = re.compile(  # module . part [. the adapter's name] [. weight]
 WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
 KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a factor, or the two that it is made of
 OTHER_KINDS = {  # adapters that are none of these, or more than one
-    r"\.lokr_t[12]$": "a LoKr of convolutions",
-    r"\.hada_t[12]$": "a LoHa of convolutions",
+    r"\.lokr_t[12]$": "a convolutional LoKr",
+    r"\.hada_t[12]$": "a convolutional LoHa",
     r"\.wd_for_diff$": "a DoRA of differences",
     r"\.(oft_|boft_)": "an OFT",
     r"\.([ab][12]|bm)\.weight$": "a GLoRA",
     r"\.on_input$": "an IA3",
-    r"\.[wb]_norm$": "changes of norms",
-    r"\.set_weight$": "weights to take the place of the model's own",
-    r"\.lora_mid": "a LoRA of convolutions",
+    r"\.[wb]_norm$": "an adapter of norms",
+    r"\.set_weight$": "a set of weights that replace the model's own",
+    r"\.lora_mid": "a convolutional LoRA",
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
 }
 OTHER_MODELS = {  # whose layers are called so; the first that fits
@@ -53,8 +53,8 @@ PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w
 LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
 WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # what a change consists of
 LONGEST_TRIGGER, MOST_TRIGGERS = 200, 16  # characters of one that a file states, and how many: they join every prompt
-ON_RAW = "Give a LoRA that was trained on Krea 2."
-PLAIN = "Give a plain LoRA; where this is one, fetch it again."
+ON_RAW = "Give a LoRA trained on Krea 2."
+PLAIN = "Give a plain LoRA; if this is one, fetch it again."
 
 
 def check_kind(path: Path) -> None:
@@ -74,8 +74,8 @@ def stated_triggers(path: Path) -> tuple[list[str], str]:
     words = dict.fromkeys(" ".join(each.split()) for each in stated if isinstance(each, str) and each.strip())
     taken = [each for each in words if len(each) <= LONGEST_TRIGGER][:MOST_TRIGGERS]
     over = count_of(len(words) - len(taken), "trigger")
-    limits = f"of each LoRA {MOST_TRIGGERS} are taken, of up to {LONGEST_TRIGGER} characters"
-    return taken, f"Passed over: {over} that the LoRA states; {limits}." if len(taken) < len(words) else ""
+    limits = f"k2 uses up to {MOST_TRIGGERS} per LoRA, of up to {LONGEST_TRIGGER} characters"
+    return taken, f"Passed over: {over} stated by the LoRA; {limits}." if len(taken) < len(words) else ""
 
 
 def refuse_others(path: Path, names: Iterable[str]) -> None:
@@ -86,7 +86,7 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
     found = (WHOLE.fullmatch(name) or KRONECKER.fullmatch(name) or PART.fullmatch(name) for name in names)
     modules = sorted({match["module"] for match in found if match})
     if not modules:
-        raise K2Error(f"{path} is no LoRA: it holds {listed(sorted(names), 3) or 'nothing'}.", hint=ON_RAW)
+        raise K2Error(f"{path} is not a LoRA: it holds {listed(sorted(names), 3) or 'nothing'}.", hint=ON_RAW)
     for pattern, model in OTHER_MODELS.items():
         if theirs := [module for module in modules if re.search(pattern, module)]:
             raise K2Error(f"{path} is made for {model}: it has layers like {listed(theirs, 2)}.", hint=ON_RAW)
@@ -112,7 +112,7 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         elif match := PART.fullmatch(name):
             what = {"A": "down", "B": "up"}.get(match["half"], match["half"]) or match["factor"] or "magnitude"
             if what in parts.setdefault(match["module"], {}):
-                raise K2Error(f"{path} holds more than one adapter: {name} is there twice.", hint="Give one a file.")
+                raise K2Error(f"{path} holds more than one adapter: {name} appears twice.", hint="Use one file each.")
             parts[match["module"]][what] = tensor
         else:
             strange.append(name)
@@ -122,15 +122,15 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
     strange += [f"the magnitude of {m}" for m, part in parts.items() if "magnitude" in part and kinds[m] <= {"diff"}]
     if strange:
         raise K2Error(
-            f"{path} holds what belongs to no whole low-rank pair or product: {listed(strange, 3)}.", hint=PLAIN
+            f"{path} holds parts that do not make up a low-rank pair or product: {listed(strange, 3)}.", hint=PLAIN
         )
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
-        raise K2Error(f"{path} changes {listed(both, 3)} by a whole matrix and by factors.", hint=PLAIN)
+        raise K2Error(f"{path} changes {listed(both, 3)} both by a full matrix and by factors.", hint=PLAIN)
     # ai-toolkit's norm is without alpha, which is the rank in all transformers that it trains: then it is PEFT's
     if any(f"{m}.magnitude" in state and alpha != len(parts[m].get("down", ())) for m, alpha in alphas.items()):
-        raise K2Error(f"{path} is a DoRA whose norm is without alpha (ai-toolkit), which k2 does not read.", hint=PLAIN)
+        raise K2Error(f"{path} is a DoRA whose norm omits alpha (ai-toolkit), which k2 does not read.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
-        raise K2Error(f"{path} holds numbers that are none (NaN or infinite).", hint="Its training went wrong.")
+        raise K2Error(f"{path} holds NaN or infinite numbers.", hint="Its training went wrong.")
     return parts, alphas
 
 
@@ -170,19 +170,19 @@ def peft_settings(path: Path) -> PeftSettings:
         alpha = stated.get("lora_alpha" if kind == "LORA" else "alpha")
         alphas, ranks = by_layer(stated, "alpha_pattern"), None
         if not all(map(math.isfinite, [*alphas.values(), 0.0 if alpha is None else float(alpha)])):
-            raise ValueError("an alpha that is no number")
+            raise ValueError("an alpha is not a finite number")
         if kind == "LOKR":
             ranks = by_layer(stated, "rank_pattern") | {re.compile(""): float(stated.get("r") or 0)}  # any other layer
             if not all(0 < each < math.inf for each in ranks.values()):
-                raise ValueError("a rank that is none")
+                raise ValueError("a rank is not a positive number")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
     if kind not in ("LORA", "LOHA", "LOKR"):  # their scales are stated otherwise
-        raise K2Error(f"{path} is a {brief(kind)} of PEFT's, which k2 does not read.", hint="Give a plain LoRA.")
+        raise K2Error(f"{path} is a PEFT {brief(kind)}, which k2 does not read.", hint="Give a plain LoRA.")
     if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
         raise K2Error(
-            f"{path} is an adapter of weights that PEFT changed first ({brief(begun)}), not of the model's own.",
-            hint="Save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it.",
+            f"{path} is an adapter for weights that PEFT changed first ({brief(begun)}), not for the model's own.",
+            hint="Save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA.",
         )
     roots, dora = bool(stated.get("use_rslora")), bool(stated.get("use_dora"))
     return PeftSettings(None if alpha is None else float(alpha), alphas, roots, dora, ranks)

@@ -56,7 +56,7 @@ class Part:
         for what, own, whole in (("diff", "weight", shape), ("diff_b", "bias", shape[:1])):
             if what in self.tensors and self.tensors[what].shape != whole:
                 theirs = f"its {self.module}.{what} is {list(self.tensors[what].shape)}"
-                raise self.of_another_size(f"{theirs}, this one's {own} {list(whole)}")
+                raise self.of_another_size(f"{theirs}, this network's {own} is {list(whole)}")
         if any(what.startswith("w") for what in self.tensors):
             product: Update = self.kronecker(shape)
         elif self.tensors.keys() >= HADAMARD:
@@ -71,12 +71,12 @@ class Part:
         A row of numbers may come as a table: diffusers has a block's modulation as 6 × width.
         """
         if self.tensors.keys() not in ({"diff"}, {"down", "up"}):
-            why = f"changes {self.module}, which is no linear layer, as if it were one"
+            why = f"changes {self.module}, which is not a linear layer, as if it were one"
             raise K2Error(f"{self.path} {why}.", hint=PLAIN)
         whole = self.tensors.get("diff")
         shape = tuple(whole.shape) if whole is not None else self.span(self.tensors["up"], self.tensors["down"])
         if shape != tuple(own.shape) and (own.ndim > 1 or math.prod(shape) != own.numel()):
-            raise self.of_another_size(f"its change of {self.module} is {list(shape)}, this one's {list(own.shape)}")
+            raise self.of_another_size(f"its change of {self.module} is {list(shape)}, not {list(own.shape)}")
         if whole is not None:
             return Shift(whole.float().view(own.shape))
         delta = self.tensors["up"].float() @ self.tensors["down"].float() * self.scale
@@ -120,13 +120,13 @@ class Part:
         magnitude = self.tensors.get("magnitude")
         if magnitude is None:
             if stated:
-                why = f"says that it is a DoRA, and has no magnitude of {self.module}"
+                why = f"says that it is a DoRA, but has no magnitude for {self.module}"
                 raise K2Error(f"{self.path} {why}.", hint="Fetch it again.")
             return None
         lengths = magnitude[:, None] if magnitude.ndim == 1 else magnitude
         if lengths.shape not in ((shape[0], 1), (1, shape[1])):
-            theirs, ours = list(magnitude.shape), f"this one has {shape[0]} rows and {shape[1]} columns"
-            raise self.of_another_size(f"the magnitude of its {self.module} is {theirs}, {ours}")
+            theirs, ours = list(magnitude.shape), f"this network's layer has {shape[0]} rows and {shape[1]} columns"
+            raise self.of_another_size(f"its magnitude of {self.module} is {theirs}, {ours}")
         return lengths
 
     def trains(self) -> bool:
@@ -170,14 +170,14 @@ class Part:
     def check_span(self, out: int, inward: int, shape: tuple[int, int]) -> None:
         """What changes a layer must turn as many numbers into as many as it does itself."""
         if (out, inward) != shape:
-            ours = f"this one {shape[1]} into {shape[0]}"
-            raise self.of_another_size(f"its {self.module} turns {inward} numbers into {out}, {ours}")
+            ours = f"this network's {shape[1]} to {shape[0]}"
+            raise self.of_another_size(f"its {self.module} maps {inward} numbers to {out}, {ours}")
 
     def damaged(self, how: str) -> K2Error:
         return K2Error(f"{self.path} is damaged: {self.module} {how}.", hint="Fetch it again.")
 
     def of_another_size(self, how: str) -> K2Error:
-        hint = "Give the model that it was trained on."
+        hint = "Use it with the model that it was trained on."
         return K2Error(f"{self.path} is made for a network of another size: {how}.", hint=hint)
 
 
@@ -287,7 +287,7 @@ def part_fused(
         sizes = [layer.get_parameter("weight").shape[0] for layer in layers]
         whole, start = parts.pop(module), 0
         if "magnitude" in whole and is_row(whole["magnitude"]):
-            why = "holds the lengths of columns (DoRA) that three layers have together"
+            why = "holds column magnitudes (DoRA) that three layers share"
             raise K2Error(f"{path} {why}: see its {module}.", hint=PLAIN)
         heights = {len(tensor) for what, tensor in whole.items() if what in ROWS}
         if factors := [tensor for what, tensor in whole.items() if what in TALL]:
@@ -301,7 +301,7 @@ def part_fused(
                 layer = network.get_submodule(str(spellings[bare(each)]))
                 assert isinstance(layer, nn.Linear)
                 if part.trains() or ("magnitude" in part.tensors and not part.is_own_norm(layer)):
-                    raise K2Error(f"{path} holds {each} twice, by itself and in {module}.", hint=PLAIN)
+                    raise K2Error(f"{path} holds {each} twice, on its own and in {module}.", hint=PLAIN)
         for each, size in zip(three, sizes, strict=True):
             rows, start = slice(start, start + size), start + size
             parts[each] = {what: tensor[rows] if what in ROWS else tensor for what, tensor in whole.items()}

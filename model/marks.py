@@ -119,12 +119,12 @@ def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
             return f"{dtype} with marks of {' and '.join(sorted(formats))}"
         groups = {group_of(how) for how in found}
         if len(groups) > 1:
-            return f"{found[0]['format']} with marks that contradict each other"
+            return f"{found[0]['format']} with contradictory marks"
         turned = any(map(is_turned, found))
         if turned and not can_be_turned(group := groups.pop(), found[0]["format"], dtype, shape):
             return f"{dtype} rows of {shape[-1]} rotated in groups of {group} (convrot)"
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return "something unknown"
+        return "an unknown format"
     return ""
 
 

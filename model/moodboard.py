@@ -89,7 +89,7 @@ class Seen(NamedTuple):
 def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Seen:
     """Look at every picture. Raises K2Error where none can be read; others, and second copies, are a note."""
     if not paths:
-        raise K2Error("The board holds no picture.", hint="Name png, jpg or webp files.")
+        raise K2Error("The moodboard holds no picture.", hint="Name png, jpg or webp files.")
     notes: list[str] = []
     unread: list[Path] = []
     fresh: list[tuple[Path, Pixels]] = []
@@ -107,15 +107,15 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
         if on_picture:
             on_picture(index + 1, len(paths))
     if not fresh:
-        raise K2Error("No picture of the board can be read.", hint=notes[0])
+        raise K2Error("No picture of the moodboard can be read.", hint=notes[0])
     good, pictures = (list(each) for each in zip(*fresh, strict=True))
     if copies and len(good) == 1:
-        notes.append(f"All {copies + 1} pictures are the same one, so this is the look of one picture.")
+        notes.append(f"All {copies + 1} pictures are the same, so this is the look of one picture.")
     elif copies:
         are = "is a copy of another and counts" if copies == 1 else "are copies of others and count"
         notes.append(f"{copies} of them {are} once.")
     elif len(good) == 1:
-        notes.append("One picture makes a thin board: its subject cannot be told from its look.")
+        notes.append("One picture makes a thin moodboard: its look cannot be told apart from its subject.")
     parts = []
     for start in range(0, len(pictures), AT_ONCE):
         parts.append(eye.see(from_bytes(np.stack(pictures[start : start + AT_ONCE]))))
@@ -160,9 +160,9 @@ def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None
     good, pictures, vectors, statistics, notes, unread = see(paths, eye, on_picture)
     chances, known = eye.words.read(statistics) if eye.words else ({}, np.zeros(len(good), bool))
     if eye.words is None:
-        notes.append(f"No keywords and no avoids of manner: {eye.why}. Make it with: {AGAIN}")
+        notes.append(f"No keywords or avoids for the style: {eye.why}. Create it with: {AGAIN}")
     elif 2 * known.sum() < len(good):
-        notes.append("Most pictures are unlike all that the words were measured on, so only colours have words.")
+        notes.append("Most pictures are unlike those that the words were measured on, so only colours have words.")
     looks = []
     found = find_looks(vectors)
     each = max(1, min(3, REFERENCES // len(found)))
@@ -238,4 +238,4 @@ def manner(look: Look) -> str:
             said.append(told.get(name) or table["ground"][name][1])
         elif name in table[kind]:
             said.append(table[kind][name][0])
-    return ", ".join(said) or "of a manner that has no word"
+    return ", ".join(said) or "in a manner without a word"

@@ -29,7 +29,7 @@ OTHER_FILES = {  # what else people keep in .safetensors files
     r"(double|single|joint|input|down)_blocks\.|img_mod|add_q_proj|caption_projection": "another kind of image model",
 }
 GIVE = "Give the file or folder of the diffusion transformer."
-ON_TOP = "Make a style of it: k2 style add NAME FILE"
+ON_TOP = "Make it a style: k2 style add NAME FILE"
 
 
 def check_transformer(path: Path) -> None:

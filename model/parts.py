@@ -24,7 +24,9 @@ Autoencoder = QwenImageVAE | FluxVAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QWEN_VAE_NUMBERS = 127_000_000
-OTHER_BUILD = "Old cards need a build for an older CUDA, new ones for a newer: https://pytorch.org/get-started/locally"
+OTHER_BUILD = (
+    "Old cards need a build for an older CUDA, new ones for a newer one: https://pytorch.org/get-started/locally"
+)
 
 
 def files_of(parts: Parts) -> list[Path]:
@@ -100,12 +102,12 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Autoencode
     stated = stated if isinstance(stated, Mapping) else {}
     flux = stated.get("_class_name") == "AutoencoderKLFlux2"
     if not flux and (checkpoint.metadata.get("kind", "vae") != "vae" or "latents_mean" not in stated):
-        raise K2Error(f"{path} is no autoencoder that k2 knows.", hint="Qwen-Image's and FLUX.2's are known.")
+        raise K2Error(f"{path} is not an autoencoder that k2 knows.", hint="k2 knows Qwen-Image's and FLUX.2's.")
     try:
         with torch.device("meta"):
             vae = FluxVAE(FluxVAEConfig.from_dict(stated)) if flux else QwenImageVAE(VAEConfig.from_dict(stated))
     except (TypeError, ValueError) as error:
-        raise K2Error(f"The config of {path} is none: {error}.", hint=AGAIN) from None
+        raise K2Error(f"The config of {path} cannot be used: {error}.", hint=AGAIN) from None
     state = dict(checkpoint.read(device=device, dtype=dtype))
     try:
         vae.load_diffusers(state)
@@ -139,13 +141,13 @@ def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder
     hint = "Give the {} that the transformer was trained with."
     if (spoken.hidden_size, len(spoken.taps)) != (asked.text_width, asked.text_taps):
         raise K2Error(
-            f"{parts.dit} listens to {asked.text_taps} layers of {asked.text_width} numbers, "
-            f"{parts.text} speaks {len(spoken.taps)} of {spoken.hidden_size}.",
+            f"{parts.dit} needs {asked.text_taps} text layers of width {asked.text_width}, "
+            f"but {parts.text} gives {len(spoken.taps)} of {spoken.hidden_size}.",
             hint=hint.format("text encoder"),
         )
     if vae.channels != asked.channels:
         raise K2Error(
-            f"{parts.dit} paints in {asked.channels} channels, {parts.vae} reads {vae.channels}.",
+            f"{parts.dit} works in {asked.channels} latent channels, but {parts.vae} has {vae.channels}.",
             hint=hint.format("autoencoder"),
         )
 
@@ -174,7 +176,7 @@ def pick_device(name: str | None) -> torch.device:
     if name in useless:
         raise K2Error(f"This PyTorch has no kernels for {torch.cuda.get_device_name(useless[name])}.", hint=OTHER_BUILD)
     if name not in (None, *here):
-        raise K2Error(f'There is no device "{name}".', hint=f"Here: {', '.join(here)}.")
+        raise K2Error(f'There is no device "{name}".', hint=f"Available: {', '.join(here)}.")
     return torch.device(name or here[0])
 
 
@@ -186,5 +188,5 @@ def pick_dtype(name: str | None, device: torch.device, width: int) -> str:
     if name is None:
         return default_dtype(device, width)
     if name not in DTYPES:
-        raise K2Error(f'"{name}" is no number format to render in.', hint=f"Choose {' or '.join(DTYPES)}.")
+        raise K2Error(f'"{name}" is not a number format to render in.', hint=f"Choose {' or '.join(DTYPES)}.")
     return name

@@ -24,7 +24,7 @@ FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
 LEAST_SIDE, MOST_DECODED = 8, 1 << 26  # of a picture that is decoded
 ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
-WILL_DO = f"{LEAST_SIDE} pixels to {MOST_DECODED >> 20} megapixels will do."
+WILL_DO = f"Sides start at {LEAST_SIDE} pixels, and {MOST_DECODED >> 20} megapixels are the most."
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
 MOST_ASIDE = 32 << 20  # bytes of metadata
@@ -65,9 +65,9 @@ def passed_over(paths: Iterable[Path]) -> str:
     within = [path.name for path in seen if holds_pictures(path)]
     gone = [path.name for path in seen if is_named_so(path) and path.is_symlink() and not os.path.exists(path)]
     folders, links = (", ".join(found[:3] + ["…"] * (len(found) > 3)) for found in (within, gone))
-    told = [f"Passed over: {count_of(len(others), 'picture')} ({kinds}); png, jpg and webp are read."] * bool(others)
-    told += [f"Passed over: pictures in folders within ({folders}); name those folders, too."] * bool(folders)
-    told += [f"Passed over: links that lead nowhere ({links})."] * bool(links)
+    told = [f"Passed over: {count_of(len(others), 'picture')} ({kinds}); k2 reads png, jpg and webp."] * bool(others)
+    told += [f"Passed over: pictures in subfolders ({folders}); name those folders too."] * bool(folders)
+    told += [f"Passed over: broken links ({links})."] * bool(links)
     return " ".join(told)
 
 
@@ -80,7 +80,7 @@ def holds_pictures(path: Path) -> bool:
 
 def cut_off(error: Exception) -> str:
     """What to do with a picture whose end is missing, by what Pillow raised; "" where something else is wrong."""
-    return "The file is cut off: fetch or export it again." if "truncated" in str(error).lower() else ""
+    return "The file is truncated: fetch or export it again." if "truncated" in str(error).lower() else ""
 
 
 @contextmanager
@@ -139,9 +139,9 @@ def check_parts(file: BinaryIO) -> None:
     for number, (kind, length) in enumerate(parts):
         aside += length if kind not in pixels else 0
         if number == MOST_PARTS or aside > MOST_ASIDE:
-            raise ValueError("it is mostly something else than a picture")
+            raise ValueError("most of it is not a picture")
     if head.startswith(b"\xff\xd8") and scans(file) > MOST_SCANS:
-        raise ValueError(f"it asks for more than {MOST_SCANS} passes")
+        raise ValueError(f"it needs more than {MOST_SCANS} decoding passes")
 
 
 def png_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:

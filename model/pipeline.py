@@ -123,13 +123,13 @@ class Pipeline:
         filters see every picture before anyone else does (`model/safety.py`); where left out, the installed ones.
         """
         if variant not in (None, *VARIANTS):
-            raise K2Error(f'There is no variant "{variant}".', hint="There are raw and turbo.")
+            raise K2Error(f'There is no variant "{variant}".', hint="Choose raw or turbo.")
         chosen = pick_device(device)
         model = library.find(str(name), variant)
         if model is None and variant and library.find(str(name)):
-            raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Leave the variant out, or name another.")
+            raise K2Error(f'"{name}" has no {variant} checkpoint here.', hint="Omit the variant, or name another.")
         if model is None:
-            raise K2Error(f'There is no model "{name}".', hint=f"In the box: {', '.join(library.box()) or 'none'}.")
+            raise K2Error(f'There is no model "{name}".', hint=f"Bundled: {', '.join(library.box()) or 'none'}.")
         checks = installed() if filters is None else filters_of(filters)
         library.refuse_unheard(model)
         parts = library.find_parts(model)
@@ -195,7 +195,7 @@ class Pipeline:
         """Specs settled one by one, as they are asked for. Raises K2Error for one spec alone, or anything else that is
         no list of them."""
         if isinstance(specs, str) or not isinstance(specs, Iterable):
-            raise K2Error("Pictures are rendered of a list of specs.", hint="Like render([RenderSpec(...)]).")
+            raise K2Error("Pictures are rendered from a list of specs.", hint="Like render([RenderSpec(...)]).")
         return map(self.resolve, specs)
 
     @cached_property
@@ -324,8 +324,8 @@ class Pipeline:
         if not tokens.isfinite().all():
             hint = "Render in float32, or with lower guidance."
             if self.dtype == torch.float32 and not (first.guidance or first.style_guidance):
-                hint = "The weights, or a LoRA's, hold what is no number: fetch the file again."
-            raise K2Error("The network's answer is not a number.", hint=hint)
+                hint = "The weights or a LoRA hold NaN or infinite numbers: fetch the file again."
+            raise K2Error("The network's answer holds NaN or infinite numbers.", hint=hint)
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
     def _adapter(self, lora: Lora) -> Adapter:

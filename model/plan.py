@@ -36,7 +36,7 @@ OUT_OF_IT = (  # what the allocators of processors and of cards say
     "cannot allocate memory",  # of a file's pages, elsewhere than under Windows ...
     "error 1455",  # ... and there, whatever its language
 )
-SMALLER = "Choose a smaller size, --precision int4 or --offload all, or end what else takes memory."
+SMALLER = "Choose a smaller size, --precision int4 or --offload all, or close other programs that use memory."
 SPARE = 0.9  # of the memory that is free now may be counted on
 
 
@@ -91,7 +91,7 @@ def choose(
         if value not in (None, *those):
             raise K2Error(f'There is no {what} "{value}".', hint=one_of(those))
     if precision not in (None, *known):
-        raise K2Error(f"This device has no {precision} numbers.", hint=one_of(known))
+        raise K2Error(f"This device does not support {precision}.", hint=one_of(known))
     if (numbers.inside + numbers.outside + numbers.text + numbers.others) * BYTES[dtype] < SMALL:
         open_ways = [(precision or "native", offload or "none")]
     else:

@@ -96,9 +96,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except K2Error:
         raise
     except FileNotFoundError:
-        raise K2Error(
-            f"There is no {path}.", hint="Pictures have to stay in their place until a run is done."
-        ) from None
+        raise K2Error(f"There is no {path}.", hint="Keep pictures where they are until the run is done.") from None
     except Exception as error:
         hint = picture_file.cut_off(error) or "Use png, jpg or webp."
         raise K2Error(f"{path} cannot be read as a picture: {error}.", hint=hint) from None

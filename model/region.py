@@ -36,6 +36,6 @@ class Region(NamedTuple):
             raise K2Error(f"{region} is empty.", hint=LIKE)
         if self.left + self.width > width or self.top + self.height > height:
             raise K2Error(
-                f"{region} leaves the picture, which is {width}x{height}.",
-                hint="It is width x height + left + top, in pixels of the picture that is rendered.",
+                f"{region} extends beyond the picture, which is {width}x{height}.",
+                hint="It is width x height + left + top, in pixels of the rendered picture.",
             )

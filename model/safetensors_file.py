@@ -29,7 +29,7 @@ NUMBERS = {  # safetensors' names of number formats
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PLAINER = "Take the bf16 or the fp8_scaled file of the same model."
+PLAINER = "Use the bf16 or the fp8_scaled file of the same model."
 
 
 class SafeTensors:

@@ -59,7 +59,7 @@ def filters_of(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
         found = dict(filters) if isinstance(filters, Mapping) else tuple(filters)
         if all(map(callable, found.values() if isinstance(found, dict) else found)):
             return found
-    raise K2Error("Filters are a list of functions.", hint="Like filters=[check].")
+    raise K2Error("Filters must be a list of functions.", hint="Like filters=[check].")
 
 
 def name_of(check: Filter) -> str:
@@ -85,5 +85,5 @@ def review(picture: Picture, filters: Mapping[str, Filter] | Iterable[Filter]) -
 def failure(name: str, error: Exception) -> K2Error:
     return K2Error(
         f'The output filter "{name}" failed: {error or type(error).__name__}.',
-        hint="No picture passes unseen. Mend the filter, or uninstall the package that brings it.",
+        hint="No picture passes unchecked. Fix the filter, or uninstall the package that provides it.",
     )

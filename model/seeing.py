@@ -39,7 +39,7 @@ class Eye:
         """The eye of a model in the box. Raises K2Error where it has none."""
         _, vae, style = library.helpers(name)
         if style is None:
-            raise K2Error(f"{name} has no style encoder, and moodboards are read by it.", hint="mini has one.")
+            raise K2Error(f"{name} has no style encoder, which moodboards need.", hint="mini has one.")
         where = torch.device(device)
         words, why = None, f"{library.BOX / f'{name}-words.safetensors'} is missing"
         if (table := library.BOX / f"{name}-words.safetensors").is_file():

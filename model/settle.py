@@ -82,31 +82,31 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     mu = able.recommended["mu"] if spec.mu is None else spec.mu
     mu = mu_at(mu, width * height // able.unit**2)
     if not (isinstance(steps, int) and within("steps", steps)):
-        raise K2Error(f"{steps} steps cannot be taken.", hint=f"Choose {span('steps')}.")
+        raise K2Error(f"{steps} steps are out of range.", hint=f"Choose {span('steps')}.")
     if not (within("guidance", guidance) and within("mu", mu)):
         raise K2Error(
-            f"Guidance {guidance:g} with mu {mu:g} leads nowhere.",
-            hint=f"Guidance is {span('guidance')}, mu {span('mu')}.",
+            f"Guidance {guidance:g} with mu {mu:g} is out of range.",
+            hint=f"Choose guidance {span('guidance')} and mu {span('mu')}.",
         )
     if not within("guidance_until", until):
         raise K2Error(
             f"Guidance cannot end after {until:g} of the steps.",
-            hint=f"It is a share of them, {span('guidance_until')}; guidance 0 is none at all.",
+            hint=f"It is a share of the steps, {span('guidance_until')}; guidance 0 turns it off.",
         )
     if sampler not in SAMPLERS:
-        raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose of {', '.join(SAMPLERS)}.")
+        raise K2Error(f'There is no sampler "{sampler}".', hint=f"Choose one of {', '.join(SAMPLERS)}.")
     denoise = denoise_of(spec.denoise, masked=bool(spec.mask))
     if not within("denoise", denoise):
         raise K2Error(
-            f"A denoise of {denoise:g} takes no picture anywhere.", hint=f"It is {span('denoise')}; at 1 all is new."
+            f"A denoise of {denoise:g} is out of range.", hint=f"Choose {span('denoise')}; 1 repaints everything."
         )
     if spec.init_image is None and (spec.denoise is not None or spec.mask):
-        what = "mask" if spec.mask else "denoise from"
+        what = "mask" if spec.mask else "denoise"
         raise K2Error(f"There is no picture to {what}.", hint="Name it as init_image.")
     if isinstance(spec.mask, str):
         region = Region.read(spec.mask)
         if region is None:
-            raise K2Error(f'"{spec.mask}" is no region.', hint=LIKE)
+            raise K2Error(f'"{spec.mask}" is not a region.', hint=LIKE)
         region.check(width, height)
     check_company(spec)
     styles = tuple(with_method(style, able) for style in spec.styles if style.strength)
@@ -117,7 +117,7 @@ def settle(spec: RenderSpec, able: Able) -> Settled:
     settled = settle_styles(Settled(**(said | {"styles": styles, "loras": loras})))
     for lora in settled.adapters:
         if not within("lora", lora.weight):
-            raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"It is {span('lora')}.")
+            raise K2Error(f"{lora.path} cannot have the weight {lora.weight:g}.", hint=f"Choose {span('lora')}.")
     return settled
 
 
@@ -128,8 +128,8 @@ def size_of(spec: RenderSpec, able: Able) -> tuple[int, int]:
     if not all(SIDES[0] <= side <= SIDES[1] and side % unit == 0 for side in (width, height)):
         fitting = "x".join(str(min(max(round(side / unit) * unit, SIDES[0]), SIDES[1])) for side in (width, height))
         raise K2Error(
-            f"A picture of {width}x{height} cannot be made.",
-            hint=f"Sides are multiples of {unit} from {SIDES[0]} to {SIDES[1]}: {fitting}, say.",
+            f"A picture of {width}x{height} cannot be rendered.",
+            hint=f"Sides are multiples of {unit} from {SIDES[0]} to {SIDES[1]}, such as {fitting}.",
         )
     if width * height > MOST_PIXELS:
         raise K2Error(f"{width}x{height} is more than {MOST_PIXELS:,} pixels.", hint="Choose a smaller size.")
@@ -140,19 +140,19 @@ def check_company(spec: RenderSpec) -> None:
     """Seeds and cohesion. Raises K2Error."""
     for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
         if not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise K2Error(f"{seed} is no seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
+            raise K2Error(f"{seed} is not a seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
     if not within("cohesion", spec.cohesion):
-        raise K2Error(f"A cohesion of {spec.cohesion:g} ties nothing.", hint=f"It is {span('cohesion')}.")
+        raise K2Error(f"A cohesion of {spec.cohesion:g} is out of range.", hint=f"Choose {span('cohesion')}.")
     if spec.cohesion and spec.leader is None:
-        raise K2Error("Cohesion ties pictures to a leader, and none is named.", hint="Set `leader` to the first.")
+        raise K2Error("Cohesion needs a lead picture, and none is named.", hint="Set `leader` to the first one.")
 
 
 def with_method(style: Style, able: Able) -> Style:
     """The style with `auto` decided. Raises K2Error."""
     if not all(within("strength", weight) for weight in (style.strength, *(r.weight for r in style.references))):
-        raise K2Error(f'"{style.name}" is too strong, or a reference in it.', hint=f"Strengths are {span('strength')}.")
+        raise K2Error(f'"{style.name}" or a reference in it is too strong.', hint=f"Strengths are {span('strength')}.")
     if style.method not in METHODS:
-        raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose of {', '.join(METHODS)}.")
+        raise K2Error(f'There is no style method "{style.method}".', hint=f"Choose one of {', '.join(METHODS)}.")
     return with_way(style, able.name, reads=able.reads, sees=able.sees)
 
 
@@ -160,11 +160,13 @@ def settle_styles(spec: Settled) -> Settled:
     """What only references have a use for: filled in where any count, none elsewhere. Raises K2Error."""
     guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
     if guard not in LEAK_GUARDS:
-        raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose of {', '.join(LEAK_GUARDS)}.")
+        raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose one of {', '.join(LEAK_GUARDS)}.")
     if spec.style_guidance is not None and not within("style_guidance", spec.style_guidance):
-        raise K2Error(f"Style guidance {spec.style_guidance:g} leads nowhere.", hint=f"It is {span('style_guidance')}.")
+        raise K2Error(
+            f"style_guidance {spec.style_guidance:g} is out of range.", hint=f"Choose {span('style_guidance')}."
+        )
     if spec.vision_tiles not in (None, *TILES):
-        raise K2Error(f"No picture is cut into {spec.vision_tiles} tiles.", hint="vision_tiles is 1, 2 or 4.")
+        raise K2Error(f"vision_tiles cannot be {spec.vision_tiles}.", hint="Choose 1, 2 or 4.")
     tokens, spliced, shown = (weigh(spec.styles, method) for method in ("tokens", "splice", "vision"))
     check_references(spec.styles, spec.steps)
     return replace(

@@ -77,10 +77,10 @@ class TextConfig:
             if not plausible or not 0 <= min(config.taps) <= max(config.taps):
                 raise ValueError
         except (TypeError, ValueError, AttributeError):
-            raise K2Error("The text encoder's config is none.", hint="Use a Qwen3-VL text encoder.") from None
+            raise K2Error("The text encoder's config cannot be used.", hint="Use a Qwen3-VL text encoder.") from None
         if max(config.taps) > config.num_hidden_layers:
             raise K2Error(
-                f"The text encoder has {config.num_hidden_layers} layers, but layer {max(config.taps)} is wanted.",
+                f"The text encoder has {config.num_hidden_layers} layers, but layer {max(config.taps)} is needed.",
                 hint="The open weights need Qwen3-VL-4B.",
             )
         return config
@@ -333,7 +333,7 @@ def read_tower(
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # all that the library raises, whatever is wrong
-        raise K2Error(f"{file} is no tokenizer: {error}.", hint="Download it again.") from None
+        raise K2Error(f"{file} is not a tokenizer: {error}.", hint="Download it again.") from None
     tokenizer.no_truncation()  # transformers writes how it was last called into the file: prompts would be cut unsaid
     tokenizer.no_padding()
     return tower, tokenizer
@@ -347,7 +347,7 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     """
     checkpoint = open_checkpoint(weights_of(path))
     if any(file.suffix == ".gguf" for file in checkpoint.files):  # llama.cpp's, which has names of its own
-        raise K2Error(f"{path} is in GGUF, and a text encoder is read from safetensors only.", hint=ITS_OWN)
+        raise K2Error(f"{path} is a GGUF file, but text encoders are read from safetensors only.", hint=ITS_OWN)
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
     refuse_unreadable(replace(checkpoint, tensors=own))
@@ -357,15 +357,15 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
     known = tower.state_dict()
     missing = [prefix + name for name in known if name not in own]
     if missing:
-        raise K2Error(f"{path} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
+        raise K2Error(f"{path} lacks {len(missing)} tensors, beginning with {missing[0]}.", hint="Download it again.")
     for name, tensor in known.items():
         if (shape := own[name].shape) != tuple(tensor.shape):
-            raise K2Error(f"{name} of {path} is {list(shape)}, its config asks for {list(tensor.shape)}.")
+            raise K2Error(f"{name} of {path} is {list(shape)}, but its config asks for {list(tensor.shape)}.")
     heard = re.compile(rf"(embed_tokens|layers\.({'|'.join(map(str, range(len(tower.layers))))}))\.")
     extra = [name for name in own if heard.match(name) and name not in known and not is_auxiliary(name)]
     if extra:  # scales of a way to store numbers, biases: to leave them out would be another encoder
         raise K2Error(
-            f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL has not ({listed(sorted(extra), 3)}).",
+            f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL does not have ({listed(sorted(extra), 3)}).",
             hint=ITS_OWN,
         )
     return tower, replace(checkpoint, tensors=own)

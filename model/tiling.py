@@ -44,7 +44,7 @@ def tiled(
     Raises ValueError where they are not, or where the overlap leaves no step.
     """
     if tile % unit or overlap % unit or not 0 < overlap < tile or (unit * scale).denominator != 1:
-        raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {unit}, the overlap the smaller one")
+        raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {unit}, and the overlap smaller")
     if max(x.shape[-2:]) <= tile:
         return apply(x)
     height, width = (int(side * scale) for side in x.shape[-2:])

@@ -68,9 +68,9 @@ class VAEConfig:
             raise ValueError("it states sizes that no autoencoder has")
         statistics = (config.latents_mean, config.latents_std)
         if any(len(each) != config.z_dim or not all(map(math.isfinite, each)) for each in statistics):
-            raise ValueError("its latents' statistics are not one number a channel")
+            raise ValueError("its latents' statistics are not one number per channel")
         if len(config.temporal_downsample) != len(config.dim_mult) - 1:
-            raise ValueError("it does not say of each scale whether time is halved there")
+            raise ValueError("it does not say for each scale whether time is halved there")
         return config
 
     def to_diffusers(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class VisionConfig:
             if isqrt(config.num_position_embeddings) ** 2 != config.num_position_embeddings:  # of a square grid
                 raise ValueError
         except (TypeError, ValueError):
-            raise K2Error("The vision tower's config is none.", hint="Use a Qwen3-VL text encoder.") from None
+            raise K2Error("The vision tower's config cannot be used.", hint="Use a Qwen3-VL text encoder.") from None
         return config
 
     @property

@@ -38,7 +38,7 @@ def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
     if style.method == "tokens" and style.references and not reads:
         raise K2Error(f"{model} has no style encoder.", hint=instead)
     if style.method == "vision" and style.references and not sees:
-        raise K2Error(f"{model} has a text encoder that cannot see.", hint=instead)
+        raise K2Error(f"The text encoder of {model} cannot read pictures.", hint=instead)
     return replace(style, method=auto_method(reads)) if style.method == "auto" else style
 
 
@@ -68,9 +68,9 @@ def check_references(styles: Sequence[Style], steps: int) -> None:
     for method, what in (("splice", "spliced"), ("vision", "read by vision")):
         found = weigh(styles, method)
         if found and method == "splice" and steps == 1:
-            raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Take more steps.")
+            raise K2Error("A spliced style needs two steps: the first is pure noise.", hint="Choose more steps.")
         if len(found) > MOST_AT_ONCE[method]:
             raise K2Error(
-                f"{len(found)} reference pictures are {what}, and {MOST_AT_ONCE[method]} is the most.",
+                f"{len(found)} reference pictures are {what}, but at most {MOST_AT_ONCE[method]} can be.",
                 hint="Choose those that show the look best.",
             )

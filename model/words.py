@@ -53,7 +53,7 @@ class Words:
         checkpoint = open_checkpoint(path)
         about = checkpoint.metadata
         if about.get("kind") != "words":
-            raise K2Error(f"{path} is no table of words.", hint=f"Make it again: {AGAIN}")
+            raise K2Error(f"{path} is not a table of words.", hint=f"Create it again: {AGAIN}")
         state = {name: tensor.double() for name, tensor in checkpoint.read()}
         kinds = about["names"]
         return cls(

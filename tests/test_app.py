@@ -473,7 +473,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
         (["--size", "4096x2048"], "--size: 4096x2048 is more than 4,194,304 pixels.", "Choose a smaller size."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
-        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Here: "),
+        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Available: "),
         (["--turbo"], "The box holds no turbo checkpoint of mini.", "Take --raw."),
         (["--model", "minni"], '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
         (["--model", ""], '--model: There is no model "" here.', "Known: mini"),
@@ -1346,7 +1346,7 @@ def test_a_lone_file_that_would_get_no_text_encoder_of_its_own_is_refused_before
 
     for dry in ((), ("--dry-run",)):
         refused = k2("render", "--model", "lone.safetensors", *dry, code=1).stderr
-        assert "lone.safetensors listens to 12 layers of 2560 numbers" in refused and "k2 models pull" in refused
+        assert "lone.safetensors needs 12 text layers of width 2560" in refused and "k2 models pull" in refused
 
 
 def test_a_file_that_is_no_transformer_is_refused_before_anything_is_made(moody, k2):

@@ -219,7 +219,7 @@ def changed(saved: dict[str, Tensor], **ends: object) -> dict[str, Tensor]:
         ({"comfy_quant": raw({"format": "mxfp8"})}, "U8 with marks of mxfp8"),
         ({"comfy_quant": raw({"format": "nvfp4", "convrot": True})}, "rotated"),
         ({"comfy_quant": raw({"format": "nvfp4", "hadamard": True})}, "nvfp4 with hadamard"),
-        ({"comfy_quant": raw({"format": ["nvfp4"]})}, "something unknown"),
+        ({"comfy_quant": raw({"format": ["nvfp4"]})}, "an unknown format"),
         ({"weight": None}, "without their weights"),
     ],
 )

@@ -298,7 +298,7 @@ def test_only_what_lacks_tensors_may_have_been_cut_short(tmp_path, state, case):
     save(tmp_path / "model.safetensors", wrong[case], {"kind": "dit", "config": asdict(TINY)})
     with pytest.raises(K2Error, match=f"1 {case}") as error:
         load_dit(tmp_path / "model.safetensors")
-    assert ("cut short" in error.value.hint) == (case == "missing")
+    assert ("incomplete" in error.value.hint) == (case == "missing")
 
 
 def test_many_misfits_are_counted(tmp_path, state):
@@ -313,7 +313,7 @@ def test_many_misfits_are_counted(tmp_path, state):
     ("config", "what"),
     [
         (asdict(TINY) | {"window": 4}, "window"),
-        (asdict(TINY) | {"heads": 3}, "multiples of their numbers of heads"),
+        (asdict(TINY) | {"heads": 3}, "multiples of their head counts"),
         (asdict(TINY) | {"blocks": 10**9}, "3 of 1000000000 blocks"),
         ({"width": 64}, "missing"),
         (5, "shape"),

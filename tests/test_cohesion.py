@@ -141,7 +141,7 @@ def test_what_cannot_be_tied_is_one_sentence(pipeline):
         ({"cohesion": 1.5, "leader": leader}, "A cohesion of 1.5"),
         ({"cohesion": float("nan"), "leader": leader}, "A cohesion of nan"),
         ({"cohesion": 0.5}, "none is named"),
-        ({"cohesion": 0.5, "leader": replace(leader, seed=-1)}, "-1 is no seed"),
+        ({"cohesion": 0.5, "leader": replace(leader, seed=-1)}, "-1 is not a seed"),
     ):
         with pytest.raises(K2Error, match=message) as error:
             pipeline.render([replace(FOX, **changes)])

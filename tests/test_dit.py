@@ -299,7 +299,7 @@ def test_attention_of_ones_own():
     assert torch.equal(model.velocity(*given, attend=[look, None, look]), plain)
     assert seen == [((2, 12, 17, 32), (2, 3, 17, 32), (2, 3, 17, 32))] * 2
     assert not torch.allclose(model.velocity(*given, attend=[None, None, lambda q, k, v: 0 * q]), plain)
-    with pytest.raises(ValueError, match="without a mask"):
+    with pytest.raises(ValueError, match="and no mask"):
         model.velocity(*given, prompt_mask=torch.ones(2, 5, dtype=torch.bool), attend=[None] * 3)
     with pytest.raises(ValueError):
         model.velocity(*given, attend=[None] * 2)  # the last block would be left out in silence

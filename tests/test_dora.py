@@ -97,7 +97,7 @@ def test_ai_toolkit_calls_it_magnitude(tmp_path, model):
         assert set(adapter.layers) == set(linears(model)) and not adapter.unmatched
         assert relative_error(velocity(model, (adapter, 1)), expected) < 1e-4
     scaled = state | {f"{module}.alpha": torch.tensor(rank / 2)}
-    assert "a DoRA whose norm is without alpha" in refused(tmp_path, model, scaled)
+    assert "a DoRA whose norm omits alpha" in refused(tmp_path, model, scaled)
 
 
 def test_a_norm_is_taken_once_and_not_for_every_batch(tmp_path, model, monkeypatch):
@@ -193,7 +193,7 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
         expected = {f"{name}.diff": part for name, part in zip(names, change.split(sizes), strict=True)}
         assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
     message = refused(tmp_path, model, state | {f"{module}.dora_scale": torch.ones(1, TINY.width)})
-    assert "columns (DoRA) that three layers have together" in message
+    assert "column magnitudes (DoRA) that three layers share" in message
     beside, out = module.replace("to_qkv", "to_k"), sizes[1]
     state |= {f"{beside}.lora_A.weight": torch.ones(1, TINY.width), f"{beside}.lora_B.weight": torch.zeros(out, 1)}
     own = model.get_submodule(names[1]).weight.norm(dim=1)
@@ -201,7 +201,7 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
     adapter = read_lora(write(tmp_path, state), model)  # of no effect, like its magnitude, which is the layer's own
     assert relative_error(velocity(model, (adapter, 1)), velocity(with_differences(model, 1, expected))) < 1e-4
     state[f"{beside}.lora_B.weight"] = torch.ones(out, 1)
-    assert "twice, by itself and in" in refused(tmp_path, model, state)
+    assert "twice, on its own and in" in refused(tmp_path, model, state)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -221,7 +221,7 @@ def test_a_magnitude_beside_a_fused_layer(tmp_path, model, form):
         assert torch.equal(velocity(model, (adapter, 1)), alone)
     for length in (own * 5, own * 0.7, torch.zeros_like(own)):
         message = refused(tmp_path, model, state | {f"{beside}.dora_scale": length})
-        assert f"holds {beside} twice, by itself and in" in message
+        assert f"holds {beside} twice, on its own and in" in message
     assert "another size" in refused(tmp_path, model, state | {f"{beside}.dora_scale": torch.ones(out + 1, 1)})
 
     for each in ("int8", "int4"):
@@ -250,7 +250,7 @@ def test_a_magnitude_beside_a_fused_layer_that_is_streamed(tmp_path, model, prec
     path = write(tmp_path, state | {f"{beside}.dora_scale": own})
     answers = [velocity(each, (read_lora(path, each), 1)) for each in (held, streamed)]
 
-    assert messages[0] == messages[1] and "twice, by itself and in" in messages[0]
+    assert messages[0] == messages[1] and "twice, on its own and in" in messages[0]
     assert torch.equal(*answers) and not torch.equal(answers[0], before)
     assert {each.device.type for each in streamed.blocks.parameters()} == {"meta"}
     assert torch.equal(velocity(streamed), before)
@@ -394,8 +394,8 @@ def test_rows_of_noughts_stay_so():
 @pytest.mark.parametrize(
     ("key", "shape", "what"),
     [
-        ("blocks.0.attn.wq.dora_scale", (63, 1), "another size: the magnitude of its blocks.0.attn.wq is [63, 1]"),
-        ("blocks.0.attn.wq.dora_scale", (64, 64), "this one has 64 rows and 64 columns"),
+        ("blocks.0.attn.wq.dora_scale", (63, 1), "another size: its magnitude of blocks.0.attn.wq is [63, 1]"),
+        ("blocks.0.attn.wq.dora_scale", (64, 64), "this network's layer has 64 rows and 64 columns"),
         ("blocks.0.attn.wq.dora_scale", (64, 1, 1, 1), "another size"),
         ("blocks.0.attn.wq.lora_magnitude_vector", (32,), "another size"),
         ("blocks.0.attn.wk.dora_scale", (64, 1), "the magnitude of blocks.0.attn.wk"),
@@ -414,7 +414,7 @@ def test_a_vector_is_never_of_columns(tmp_path, model):
     state = {"lora_A": torch.ones(2, layer.in_features), "lora_B": torch.ones(layer.out_features, 2)}
     state["dora_scale"] = torch.ones(layer.in_features)
     message = refused(tmp_path, model, {f"blocks.0.mlp.up.{what}": tensor for what, tensor in state.items()})
-    assert "the magnitude of its blocks.0.mlp.up" in message
+    assert "its magnitude of blocks.0.mlp.up" in message
 
 
 def test_magnitudes_of_what_is_not_decomposed(tmp_path, model):
@@ -426,7 +426,7 @@ def test_magnitudes_of_what_is_not_decomposed(tmp_path, model):
     assert "more than one adapter" in refused(tmp_path, model, two)
     norm = {"last.modulation.lin.lora_A": torch.ones(2, 64), "last.modulation.lin.lora_B": torch.ones(2, 2)}
     norm["last.modulation.lin.dora_scale"] = torch.ones(2, 1)
-    assert "no linear layer, as if it were one" in refused(tmp_path, model, norm)
+    assert "which is not a linear layer, as if it were one" in refused(tmp_path, model, norm)
     broken = pair("blocks.0.attn.wq", width=64) | {"blocks.0.attn.wq.dora_scale": torch.full((64, 1), torch.nan)}
     assert "NaN or infinite" in refused(tmp_path, model, broken)
 
@@ -436,7 +436,7 @@ def test_a_dora_that_lost_its_magnitudes(tmp_path, model):
     stated = json.dumps({"transformer.use_dora": True, "transformer.lora_alpha": 4})
     state = pair("blocks.0.attn.wq", width=64)
     message = refused(tmp_path, model, state, lora_adapter_metadata=stated)
-    assert "says that it is a DoRA, and has no magnitude of blocks.0.attn.wq" in message
+    assert "says that it is a DoRA, but has no magnitude for blocks.0.attn.wq" in message
     state["blocks.0.attn.wq.lora_magnitude_vector"] = torch.ones(64)
     read_lora(write(tmp_path, state, lora_adapter_metadata=stated), model)
 

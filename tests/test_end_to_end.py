@@ -213,7 +213,7 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     ("make", "message"),
     [
         (lambda good, bad: bad.write_bytes(good.read_bytes()[:-1000]), "is damaged"),
-        (lambda good, bad: bad.write_bytes(good.read_bytes()[:100]), "is cut off in its header"),
+        (lambda good, bad: bad.write_bytes(good.read_bytes()[:100]), "is truncated: its header is incomplete"),
         (lambda good, bad: bad.write_bytes(b"PK\x03\x04 and so on, and so on"), "is a PyTorch pickle"),
         (lambda good, bad: bad.write_bytes(b"hello"), "is not a safetensors file"),
         (lambda good, bad: shutil.copyfile(good.with_name("tiny-vae.safetensors"), bad), "weights.safetensors"),

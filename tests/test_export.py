@@ -164,7 +164,7 @@ def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):  # noqa: F
     monkeypatch.setattr("model.export.write_tokenizer", full)
     with pytest.raises(K2Error, match="No space left") as told:
         Pipeline.load("tiny", device="cpu").export(tmp_path / "out")
-    assert told.value.hint == "Make room, and try again."
+    assert told.value.hint == "Free some space, and try again."
     assert not list(tmp_path.iterdir())
 
 

@@ -295,13 +295,13 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     [
         (without(f"{NAME}_s_rel"), "asym_w4a8_int8 without scales"),
         (without(f"{NAME}_s_channel"), "asym_w4a8_int8 without scales"),
-        (with_("", lambda packed: packed[:, :4].contiguous()), "asym_w4a8_int8 of the shape [768, 8]"),
+        (with_("", lambda packed: packed[:, :4].contiguous()), "asym_w4a8_int8 of shape [768, 8]"),
         (with_("_correction", lambda packed: torch.ones(16, len(packed))), 'with "weight_correction" beside them'),
         (with_("_codebook", lambda levels: levels.repeat(4)), "with levels of F32 [64]"),
         (with_("_s_channel", lambda rows: rows[:1]), "with scales of F32 [1]"),
         (with_("_s_rel", lambda groups: groups.float()), "with scales of F32 ["),
         (with_("_s_rel", lambda groups: groups[:, :8].contiguous()), "with scales of F8_E4M3 ["),
-        (without("blocks.0.mlp.up.comfy_quant"), "no mark of what that is"),
+        (without("blocks.0.mlp.up.comfy_quant"), "with an unexplained"),
         (without("blocks.1.attn.wo.weight"), "scales without their weights"),
     ],
 )
@@ -322,7 +322,7 @@ def test_other_groups(tmp_path, state, how):
 def test_w4a4_has_no_groups(tmp_path, state):
     saved, _ = stored(state, W4A4)
     groups = torch.ones(len(state[NAME]), state[NAME].shape[1] // 16).to(torch.float8_e4m3fn)
-    assert "convrot_w4a4 with scales of groups" in refused(native(tmp_path, saved | {f"{NAME}_s_rel": groups}))
+    assert "convrot_w4a4 with group scales" in refused(native(tmp_path, saved | {f"{NAME}_s_rel": groups}))
 
 
 def test_6_bits(tmp_path, state):

@@ -69,7 +69,7 @@ def test_a_models_file_may_be_replaced_and_not_be_written_over(tmp_path):
     os.utime(path, (1, 1))
     assert held.by_name() == known
     path.write_bytes(b"turbo")
-    with pytest.raises(K2Error, match="was written over after it had been loaded"):
+    with pytest.raises(K2Error, match="was overwritten after it had been loaded"):
         held.by_name()
 
 

@@ -147,9 +147,9 @@ def test_a_record_names_the_picture_and_its_hash(pipeline, sketch):
 
 def test_what_no_picture_can_begin_with_is_refused(pipeline, sketch, tmp_path):
     for denoise in (0.0, 0.009, -0.5, 1.01, float("nan")):
-        with pytest.raises(K2Error, match="takes no picture anywhere"):
+        with pytest.raises(K2Error, match="is out of range"):
             pipeline.resolve(replace(FOX, init_image=sketch, denoise=denoise))
-    with pytest.raises(K2Error, match="no picture to denoise from"):
+    with pytest.raises(K2Error, match="no picture to denoise"):
         pipeline.resolve(replace(FOX, denoise=0.5))
     (tmp_path / "broken.png").write_bytes(sketch.read_bytes()[:100])
     with pytest.raises(K2Error, match=r"broken\.png cannot be read"):
@@ -239,7 +239,7 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline,
     side = pipeline.native
     wide = masked(tmp_path / "wide.png", (0, 0, side, side // 2), (2 * side, side))
     specs = [FOX, replace(FOX, init_image=noisy, mask=wide)]
-    with pytest.raises(K2Error, match=r"wide.png has not the shape of .*noisy"):
+    with pytest.raises(K2Error, match=r"wide.png does not have the shape of .*noisy"):
         next(pipeline.stream(specs))
     larger = masked(tmp_path / "larger.png", (0, 0, side, side), (2 * side, 2 * side))
     assert pipeline.render([replace(FOX, init_image=noisy, mask=larger)])
@@ -256,10 +256,10 @@ def test_where_a_mask_is_transparent_nothing_is_made_anew(tmp_path):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ("96x64", "is no region"),
-        ("8x8+0", "is no region"),
+        ("96x64", "is not a region"),
+        ("8x8+0", "is not a region"),
         ("0x8+0+0", "is empty"),
-        ("8x9999+0+0", "leaves the picture"),
+        ("8x9999+0+0", "extends beyond the picture"),
     ],
 )
 def test_what_masks_nothing_is_refused(pipeline, noisy, mask, message):
@@ -273,7 +273,7 @@ def test_a_region_may_touch_every_edge(pipeline, noisy):
     whole = replace(FOX, init_image=noisy, width=96, height=64, mask="96x64+0+0")
     assert pipeline.resolve(whole).mask == whole.mask
     for beyond in ("8x8+89+0", "8x8+0+57"):
-        with pytest.raises(K2Error, match="leaves the picture"):
+        with pytest.raises(K2Error, match="extends beyond the picture"):
             pipeline.resolve(replace(whole, mask=beyond))
 
 
@@ -521,7 +521,10 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
     ("options", "message"),
     [
         (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to be masked"),
-        (("--only", "fox", "--mask", "161x8+0+0"), "--mask: the region 161x8+0+0 leaves the picture, which is 160x112"),
+        (
+            ("--only", "fox", "--mask", "161x8+0+0"),
+            "--mask: the region 161x8+0+0 extends beyond the picture, which is 160x112",
+        ),
         (("--only", "fox", "--mask", "8x0+0+0"), "--mask: the region 8x0+0+0 is empty"),
         (("--only", "fox", "--mask", "96x64"), '"96x64" is no region'),
         (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),

@@ -87,5 +87,5 @@ def test_a_pipeline_says_what_it_renders(tiny, asked):  # noqa: F811
     pipeline = Pipeline.load("tiny", device="cpu")
 
     for ask in (pipeline.render, pipeline.batches, lambda specs: list(pipeline.stream(specs))):
-        with pytest.raises(K2Error, match=r"of a list of specs|Expected a RenderSpec"):
+        with pytest.raises(K2Error, match=r"from a list of specs|Expected a RenderSpec"):
             ask(asked)

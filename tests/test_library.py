@@ -196,7 +196,7 @@ def test_a_time_shift_that_is_none_is_refused(home: Path, stated: dict):
     (home / "scheduler").mkdir()
     (home / "model_index.json").write_text("{}")
     (home / "scheduler/scheduler_config.json").write_text(json.dumps({"use_dynamic_shifting": True} | stated))
-    with pytest.raises(K2Error, match=r"scheduler_config\.json states a time shift that is none"):
+    with pytest.raises(K2Error, match=r"scheduler_config\.json states an unusable time shift"):
         library.recommended("raw", {}, home)
 
 

@@ -136,13 +136,16 @@ def test_queries_keys_and_values_as_one(tmp_path, model):
 @pytest.mark.parametrize(
     ("shapes", "what"),
     [
-        ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 2)}, "no whole low-rank pair or product: blocks.0.attn.wq"),
+        (
+            {"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 2)},
+            "not make up a low-rank pair or product: blocks.0.attn.wq",
+        ),
         ({"w1_a": (64, 2), "w1_b": (3, 64), "w2_a": (64, 2), "w2_b": (2, 64)}, "is damaged"),
         ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 0), "w2_b": (0, 64)}, "is damaged"),
         ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 65), "w2_b": (65, 64)}, "has a rank of 65"),
         ({"w1_a": (64, 2), "w1_b": (2, 64, 1, 1), "w2_a": (64, 2), "w2_b": (2, 64)}, "is damaged"),
-        ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 1)}, "turns 1 numbers into 64"),
-        ({"w1_a": (32, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 64)}, "turns 64 numbers into 32"),
+        ({"w1_a": (64, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 1)}, "maps 1 numbers to 64"),
+        ({"w1_a": (32, 2), "w1_b": (2, 64), "w2_a": (64, 2), "w2_b": (2, 64)}, "maps 64 numbers to 32"),
     ],
     ids=["a factor lacks", "two ranks", "no rank", "more rank than width", "a convolution", "in", "out"],
 )
@@ -155,7 +158,7 @@ def test_what_is_no_linear_layers_takes_none(tmp_path, model):
     name, scale = next(iter(bare_ones(model).items()))
     shapes = {"w1_a": (len(scale), 1), "w1_b": (1, 1), "w2_a": (len(scale), 1), "w2_b": (1, 1)}
     state = {f"{name}.hada_{what}": torch.ones(shape) for what, shape in shapes.items()}
-    assert "no linear layer, as if it were one" in refused(tmp_path, model, state)
+    assert "which is not a linear layer, as if it were one" in refused(tmp_path, model, state)
 
 
 # ---- beside PEFT --------------------------------------------------------------------------------

@@ -370,32 +370,32 @@ def test_made_for_another_model(tmp_path, model, modules, what):
 
 def test_made_for_another_size(tmp_path, model):
     state = pair("diffusion_model.blocks.0.attn.wq", width=6144)
-    assert "turns 6144 numbers into 6144, this one 64 into 64" in refused(tmp_path, model, state)
+    assert "maps 6144 numbers to 6144, this network's 64 to 64" in refused(tmp_path, model, state)
 
 
 @pytest.mark.parametrize(
     ("key", "what"),
     [
-        ("blocks.0.attn.wk.lokr_w1", "no whole low-rank pair or product: blocks.0.attn.wk"),
-        ("blocks.0.attn.wq.lokr_w2_a", "no whole low-rank pair or product: blocks.0.attn.wq"),
-        ("blocks.0.attn.wk.lokr_t2", "a LoKr of convolutions"),
-        ("blocks.0.attn.wq.hada_w1_a", "no whole low-rank pair or product: blocks.0.attn.wq"),
-        ("blocks.0.attn.wq.hada_t1", "a LoHa of convolutions"),
-        ("blocks.0.attn.wq.set_weight", "take the place"),
-        ("blocks.0.attn.wq.diff", "blocks.0.attn.wq by a whole matrix and by factors"),
+        ("blocks.0.attn.wk.lokr_w1", "not make up a low-rank pair or product: blocks.0.attn.wk"),
+        ("blocks.0.attn.wq.lokr_w2_a", "not make up a low-rank pair or product: blocks.0.attn.wq"),
+        ("blocks.0.attn.wk.lokr_t2", "a convolutional LoKr"),
+        ("blocks.0.attn.wq.hada_w1_a", "not make up a low-rank pair or product: blocks.0.attn.wq"),
+        ("blocks.0.attn.wq.hada_t1", "a convolutional LoHa"),
+        ("blocks.0.attn.wq.set_weight", "replace the model's own"),
+        ("blocks.0.attn.wq.diff", "blocks.0.attn.wq both by a full matrix and by factors"),
         ("blocks.0.attn.wq.wd_for_diff", "a DoRA of differences"),
         ("blocks.0.attn.wq.oft_blocks", "OFT"),
         ("blocks.0.attn.wq.a1.weight", "GLoRA"),
         ("blocks.0.attn.wq.on_input", "IA3"),
         ("blocks.0.prenorm.w_norm", "norms"),
-        ("blocks.0.attn.wq.reshape_weight", "no whole low-rank pair or product: blocks.0.attn.wq.reshape_weight"),
-        ("blocks.0.attn.wq.lora_mid.weight", "convolutions"),
+        ("blocks.0.attn.wq.reshape_weight", "not make up a low-rank pair or product: blocks.0.attn.wq.reshape_weight"),
+        ("blocks.0.attn.wq.lora_mid.weight", "a convolutional LoRA"),
         ("blocks.0.attn.wq.lora_B.bias", "biases"),
-        ("blocks.0.attn.wk.lora_A.weight", "no whole low-rank pair or product: blocks.0.attn.wk"),
-        ("blocks.0.attn.wk.alpha", "no whole low-rank pair or product: blocks.0.attn.wk.alpha"),
+        ("blocks.0.attn.wk.lora_A.weight", "not make up a low-rank pair or product: blocks.0.attn.wk"),
+        ("blocks.0.attn.wk.alpha", "not make up a low-rank pair or product: blocks.0.attn.wk.alpha"),
         ("blocks.0.attn.wq.lora_down.weight", "more than one adapter"),
         ("blocks.0.attn.wq.lora_A.second.weight", "more than one adapter"),
-        ("blocks.0.attn.wq.weight", "no whole low-rank pair or product: blocks.0.attn.wq.weight"),
+        ("blocks.0.attn.wq.weight", "not make up a low-rank pair or product: blocks.0.attn.wq.weight"),
     ],
 )
 def test_more_than_a_plain_lora(tmp_path, model, key, what):
@@ -468,7 +468,7 @@ def test_made_for_a_base_that_was_changed_first(tmp_path, model, begun):
 
 
 def test_files_that_hold_no_lora(tmp_path, model):
-    assert "is no LoRA: it holds blocks.0.attn.wq.weight" in refused(
+    assert "is not a LoRA: it holds blocks.0.attn.wq.weight" in refused(
         tmp_path, model, {"blocks.0.attn.wq.weight": torch.ones(2)}
     )
     (tmp_path / "lora.pt").write_bytes(b"PK\x03\x04" + bytes(100))

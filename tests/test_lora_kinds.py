@@ -204,7 +204,7 @@ def test_a_streamed_network_is_changed_as_a_resident_one(tmp_path, model, pairs)
         ({"blocks.0.prenorm.scale.diff": (65,)}, "another size"),
         ({"last.modulation.lin.lora_A": (2, 64), "last.modulation.lin.lora_B": (3, 2)}, "another size"),
         ({"last.modulation.lin.lora_A": (2, 64), "last.modulation.lin.lora_B": (2, 3)}, "is damaged"),
-        ({"last.modulation.lin.diff_b": (64,)}, "no linear layer, as if it were one"),
+        ({"last.modulation.lin.diff_b": (64,)}, "which is not a linear layer, as if it were one"),
         ({"last.modulation.lin.lokr_w1": (2, 2), "last.modulation.lin.lokr_w2": (1, 32)}, "as if it were one"),
         ({"blocks.0.mod.lin.lora_A": (1, 1 << 18), "blocks.0.mod.lin.lora_B": (1 << 18, 1)}, "another size"),
     ],
@@ -344,12 +344,12 @@ def test_queries_keys_and_values_as_one_kronecker_product(tmp_path, model, halve
 @pytest.mark.parametrize(
     ("shapes", "what"),
     [
-        ({"w1": (4, 4), "w2": (16, 8)}, "turns 32 numbers into 64, this one 64 into 64"),
+        ({"w1": (4, 4), "w2": (16, 8)}, "maps 32 numbers to 64, this network's 64 to 64"),
         ({"w1": (4, 4), "w2_a": (16, 2), "w2_b": (3, 16)}, "is damaged"),
         ({"w1": (4, 4), "w2": (16, 16, 1, 1)}, "is damaged"),
         ({"w1": (4, 4), "w2_a": (16, 0), "w2_b": (0, 16)}, "is damaged"),
         ({"w1": (16,), "w2": (16, 16)}, "is damaged"),
-        ({"w1": (), "w2": (16, 16)}, "no whole low-rank pair or product: blocks.0.attn.wq.lokr_w1"),
+        ({"w1": (), "w2": (16, 16)}, "not make up a low-rank pair or product: blocks.0.attn.wq.lokr_w1"),
         ({"w1_a": (1 << 20, 1), "w1_b": (1, 1 << 20), "w2": (1, 1)}, "another size"),
     ],
     ids=["size", "two ranks", "a convolution", "no rank", "one dim", "no dims", "a bomb"],
@@ -387,7 +387,7 @@ def test_queries_keys_and_values_as_one(tmp_path, model, pairs, prefix, beside):
     assert relative_error(velocity(model, (adapter, 1)), velocity(dense(model, (three, 1)))) < 1e-5
 
     trained = kohya(prefix, called)({"blocks.1.attn.wk": three["blocks.1.attn.wk"]})
-    assert "twice, by itself and in" in refused(tmp_path, model, state | trained)
+    assert "twice, on its own and in" in refused(tmp_path, model, state | trained)
 
 
 def test_queries_keys_and_values_of_another_size(tmp_path, model):
@@ -419,7 +419,7 @@ def test_a_kronecker_product_of_pefts_without_a_rank(tmp_path, model, rank):
 @pytest.mark.parametrize("kind", ["PeftType.OFT", "ADALORA", 3])
 def test_adapters_of_peft_that_are_no_lora(tmp_path, model, kind):
     state = written({"blocks.0.attn.wq": factors(model, "")["blocks.0.attn.wq"]}, native, 1.0)
-    assert "of PEFT's" in refused(tmp_path, model, state, lora_adapter_metadata=json.dumps({"peft_type": kind}))
+    assert "is a PEFT" in refused(tmp_path, model, state, lora_adapter_metadata=json.dumps({"peft_type": kind}))
     for plain in ("LORA", "PeftType.LORA", None):
         stated = json.dumps({"transformer.peft_type": plain})
         read_lora(write(tmp_path, pair("blocks.0.attn.wq", width=64), lora_adapter_metadata=stated), model)

@@ -233,18 +233,18 @@ def test_bad_boards_are_a_sentence_each(den):
     with pytest.raises(K2Error, match="holds no picture"):
         analyse([], Eye.load("tiny"))
     pictures = den / "refs" / "board"
-    assert any("thin board" in note for note in board(den, "dark-0.png").notes)
+    assert any("thin moodboard" in note for note in board(den, "dark-0.png").notes)
     for name in ("a.png", "b.png"):
         shutil.copy(pictures / "dark-0.png", pictures / name)
-    assert any("All 3 pictures are the same one" in note for note in board(den, "dark-0.png", "a.png", "b.png").notes)
+    assert any("All 3 pictures are the same" in note for note in board(den, "dark-0.png", "a.png", "b.png").notes)
     (pictures / "c.png").write_text("no picture")
     (pictures / "d.png").write_bytes((pictures / "a.png").read_bytes()[:-40])
     whole = board(den)
     assert "Left out: c.png cannot be read as a picture." in whole.notes
-    assert any("d.png cannot be read as a picture. The file is cut off" in note for note in whole.notes)
+    assert any("d.png cannot be read as a picture. The file is truncated" in note for note in whole.notes)
     assert any("2 of them are copies" in note for note in whole.notes)
     assert sum(len(look.pictures) for look in whole.looks) == 12
-    with pytest.raises(K2Error, match="No picture of the board can be read"):
+    with pytest.raises(K2Error, match="No picture of the moodboard can be read"):
         board(den, "c.png")
 
 
@@ -390,7 +390,7 @@ def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
 
     for images in ((), ("refs/board",)):
         told = k2("moodboard", "analyze", *images, "--force").stderr
-        assert "Passed over: 1 picture (heic); png, jpg and webp are read." in told and "12 pictures in" in told
+        assert "Passed over: 1 picture (heic); k2 reads png, jpg and webp." in told and "12 pictures in" in told
 
 
 def test_contact_sheets_that_a_shell_finds_are_not_on_the_board(den, k2):
@@ -406,7 +406,7 @@ def test_contact_sheets_that_a_shell_finds_are_not_on_the_board(den, k2):
 
 def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
     (den / "refs" / "board" / "IMG_1.HEIC").write_bytes(b"")
-    over = "Passed over: 1 picture (heic); png, jpg and webp are read.\n"
+    over = "Passed over: 1 picture (heic); k2 reads png, jpg and webp.\n"
 
     assert k2("render", "--dry-run").stderr.count(over) == 1
     for picture in (den / "refs" / "board").glob("*.png"):
@@ -430,7 +430,7 @@ def test_what_is_no_file_is_not_on_the_board_whatever_it_is_called(den, k2):
     """A folder, and a link to a picture that is gone, of which it is told."""
     (den / "refs" / "board" / "final.png").mkdir()
     (den / "refs" / "board" / "gone.png").symlink_to("elsewhere.png")
-    over = "Passed over: links that lead nowhere (gone.png).\n"
+    over = "Passed over: broken links (gone.png).\n"
 
     for images in ((), ("refs/board",)):
         told = k2("moodboard", "analyze", *images, "--force").stderr
@@ -445,7 +445,7 @@ def test_what_the_board_names_is_not_passed_over_beside_a_style(den, k2):
     (den / "refs" / "more" / "broken.png").write_bytes(b"x")
     (den / "styles").mkdir()
     (den / "styles" / "dusk.toml").write_text('[[reference]]\nimage = "refs"\n')
-    over = "Passed over: pictures in folders within (more); name those folders, too."
+    over = "Passed over: pictures in subfolders (more); name those folders too."
 
     assert over in k2("render", "--dry-run", "--style", "dusk=0.5").stderr
     (den / "k2.toml").write_text(K2.replace('"refs/board/*"', '"refs/board/*", "refs/more"'))

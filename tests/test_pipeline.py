@@ -569,7 +569,7 @@ def test_weights_that_name_a_side_have_other_shapes_laid_around_its_middle(tiny,
     ):
         save(tmp_path / f"{name}.safetensors", state, facts)
         assert load_dit(tmp_path / f"{name}.safetensors", cell=8)[0].side == side
-    with pytest.raises(ValueError, match="taught pictures of 64 pixels"):
+    with pytest.raises(ValueError, match="trained on pictures of 64 pixels"):
         load_dit(tmp_path / "many.safetensors")
 
 
@@ -708,7 +708,7 @@ def test_absurd_specs(pipeline, wrong):
         ({"name": "tiny", "device": "tpu"}, 'no device "tpu"'),
         ({"name": "tiny", "device": "cuda:9"}, 'no device "cuda:9"'),
         ({"name": "tiny", "device": "meta"}, 'no device "meta"'),
-        ({"name": "tiny", "dtype": "float16"}, '"float16" is no number format'),
+        ({"name": "tiny", "dtype": "float16"}, '"float16" is not a number format'),
     ],
     ids=str,
 )
@@ -803,10 +803,10 @@ def test_a_variant_that_is_not_there(tiny, tmp_path, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize(
     ("part", "config", "what"),
     [
-        ("text", {"taps": (1, 2)}, "listens to 3 layers of 32 numbers"),
+        ("text", {"taps": (1, 2)}, "needs 3 text layers of width 32"),
         ("vae", {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}, "do not fit its config"),
-        ("vae", {"z_dim": 8}, "not one number a channel"),
-        ("raw", {"patch": 2.0}, "has a shape that no"),
+        ("vae", {"z_dim": 8}, "not one number per channel"),
+        ("raw", {"patch": 2.0}, "has a shape no"),
     ],
 )
 def test_parts_that_do_not_belong_together(tiny, tmp_path, monkeypatch, part, config, what):  # noqa: F811
@@ -830,7 +830,7 @@ def test_a_lone_file_that_the_boxs_text_encoder_does_not_fit_says_where_others_c
     monkeypatch.setattr(library, "BOX", box)
     monkeypatch.setattr("model.pipeline.load_dit", lambda *_, **__: pytest.fail("its weights were read"))
 
-    with pytest.raises(K2Error, match="listens to 3 layers") as refused:
+    with pytest.raises(K2Error, match="needs 3 text layers") as refused:
         Pipeline.load(str(lone), device="cpu")
     assert "k2 models pull krea-2-turbo" in refused.value.hint
 
@@ -847,7 +847,7 @@ def test_overflow_is_said_and_not_painted_black(pipeline, red):
     with torch.no_grad():
         pipeline.dit.last.linear.bias.fill_(float("nan"))
     plain = replace(FOX, guidance=0.0)
-    lower, fetch = "lower guidance", "hold what is no number: fetch the file again"
+    lower, fetch = "lower guidance", "hold NaN or infinite numbers: fetch the file again"
     for spec, dtype, hint in (
         (replace(FOX, guidance=2.0), torch.float32, lower),
         (replace(plain, style_guidance=1.0, styles=(Style("x", 1.0, (Reference(red),)),)), torch.float32, lower),

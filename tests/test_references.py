@@ -202,7 +202,7 @@ def test_a_picture_that_is_cut_off_is_to_be_fetched_again(tmp_path, suffix, left
     for read in (lambda: to_pixels(cut, 32, 32), lambda: read_picture(cut, 32)):
         with pytest.raises(K2Error) as error:
             read()
-        assert error.value.hint == "The file is cut off: fetch or export it again."
+        assert error.value.hint == "The file is truncated: fetch or export it again."
 
 
 def test_a_palette_of_more_transparencies_than_colours(tmp_path):

@@ -223,7 +223,7 @@ def test_pictures_in_folders_within_are_told_of_unless_they_are_named_too(moody,
     within = photos / "more" / "at night"
     within.mkdir()
     Image.new("RGB", (32, 32), "navy").save(within / "c.png")
-    said = "Passed over: pictures in folders within (at night); name those folders, too."
+    said = "Passed over: pictures in subfolders (at night); name those folders too."
 
     assert said in k2("style", "add", "dusk", photos / "more").stderr
     assert said not in k2("style", "add", "dusk", photos / "more", within, "--force").stderr
@@ -248,7 +248,7 @@ def test_a_render_tells_once_of_references_that_are_not_read(looks, photos, k2):
     for name in ("dusk", "ink"):
         (looks / "styles" / f"{name}.toml").write_text('[[reference]]\nimage = "refs/board/*"\n')
     (looks / "k2.toml").write_text(PROJECT + "[style]\ndusk = 1.0\nink = 0.5\n")
-    over = "Passed over: 2 pictures (avif, heic); png, jpg and webp are read.\n"
+    over = "Passed over: 2 pictures (avif, heic); k2 reads png, jpg and webp.\n"
 
     assert k2("render").stderr.count(over) == 1
     assert k2("render", "--dry-run").stderr.count(over) == 1
@@ -425,7 +425,7 @@ def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
     (photos / "page.safetensors").write_text("<!DOCTYPE html>")
     before = tree(moody)
     for files, said in (
-        (["model.safetensors"], "is no LoRA: it holds w."),
+        (["model.safetensors"], "is not a LoRA: it holds w."),
         (["sdxl.safetensors"], "is made for SDXL or Stable Diffusion 1: it has layers like lora_unet_down_blocks_0"),
         (["words.safetensors"], "is made for a text encoder"),
         (["page.safetensors"], "is a web page."),
@@ -450,8 +450,8 @@ def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
         ("dusk", ["notes.txt"], "is not a picture that can be read"),
         ("dusk", ["moving.gif"], "is not a picture that can be read"),
         ("dusk", ["dot.png"], "has 1 x 1 pixels"),
-        ("dusk", ["a.png", "cut.png"], "cut.png is not a picture that can be read.\nHint:  The file is cut off"),
-        ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a picture that can be read.\nHint:  The file is cut off"),
+        ("dusk", ["a.png", "cut.png"], "cut.png is not a picture that can be read.\nHint:  The file is truncated"),
+        ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a picture that can be read.\nHint:  The file is truncated"),
         ("dusk", ["a.png", "missing.png"], "There is no "),
         ("../dusk", ["a.png"], "cannot name files"),
         ("AUX", ["a.png"], "cannot name files on Windows"),
@@ -518,7 +518,7 @@ def test_more_pictures_than_all_styles_may_have_at_once_are_told_without_weights
 
     said = k2("render", "--style", "first=0.5", "--style", "then=0.5", *dry, code=1).stderr
 
-    assert "17 reference pictures are spliced, and 16 is the most." in said and not fake.loaded
+    assert "17 reference pictures are spliced, but at most 16 can be." in said and not fake.loaded
     k2("render", "--style", "first=0.5", "--style", "again=0.5", *dry)
     write_weights(library.BOX / "mini-style.safetensors", {"kind": "style"})
     k2("render", "--style", "first=0.5", "--style", "then=0.5", *dry)
@@ -848,7 +848,9 @@ def test_a_way_that_the_model_or_the_steps_do_not_allow_is_told_without_weights(
     assert f"Error: {few}" in said("--style", "splice=1", "--steps", "1")
     assert f'Error: "fox-01": {few}' in said("--style", "splice=1", "--only", "fox", "--matrix", "steps=1,2")
     assert "mini has no style encoder." in said("--style", "tokens=0.5")
-    assert 'mini has a text encoder that cannot see.\nHint:  Give "vision" the method' in said("--style", "vision=0.5")
+    assert 'The text encoder of mini cannot read pictures.\nHint:  Give "vision" the method' in said(
+        "--style", "vision=0.5"
+    )
     assert not fake.loaded
     said("--style", "splice=1", "--steps", "2", code=0)
     said("--style", "vision=0", "--style", "tokens=0", "--style", "splice=0", "--steps", "1", code=0)

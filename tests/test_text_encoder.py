@@ -254,7 +254,7 @@ def test_what_would_be_left_out_of_a_layer_is_refused(qwen, tmp_path, beside):
 
     state[f"{name.removesuffix('weight')}{beside}"] = torch.ones(48)
     save(tmp_path / "model.safetensors", state, {})
-    with pytest.raises(K2Error, match=rf"1 tensor that Qwen3-VL has not \(layers.1.mlp.up_proj.{beside}\)"):
+    with pytest.raises(K2Error, match=rf"1 tensor that Qwen3-VL does not have \(layers.1.mlp.up_proj.{beside}\)"):
         TextEncoder.load(tmp_path, taps=TAPS)
 
 
@@ -274,7 +274,7 @@ def test_a_tower_of_llama_cpp(qwen, tmp_path):
     names = ("token_embd.weight", "blk.0.attn_q.weight")
     file = gguf_of(tmp_path, dict.fromkeys(names, torch.ones(64, 32)), "F32")
     for path in (tmp_path, file):
-        with pytest.raises(K2Error, match="in GGUF, and a text encoder is read from safetensors only"):
+        with pytest.raises(K2Error, match="is a GGUF file, but text encoders are read from safetensors only"):
             open_tower(path, TAPS)
 
 
