@@ -1,4 +1,4 @@
-"""Attention by the kernel that a device has, in the way that the kernel likes best.
+"""Attention with each device's own kernel, and inputs laid out as that kernel likes them.
 
 B rows, H query heads, K key-value heads, S queries, S' keys, d head dim.
 """
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Metal's kernel holds every score; from 2^31 of them on, as four pictures of 1024 pixels have, its answers are wrong
-# without a word. These take less than what a feed-forward holds of such a picture, which plans count.
+# Metal's kernel materialises all scores; from 2^31 of them on (four pictures of 1024 px) its results are silently
+# wrong. This many take less memory than the feed-forward of such a picture, which plans allow for.
 SCORES_AT_ONCE = {"mps": 1 << 27}
 
 
 def repeated(x: Tensor, heads: int) -> Tensor:
-    """Key-value heads x [B, K, S, d] -> [B, H, S, d], one for each query head: the first H / K share the first."""
+    """Repeat key-value heads x [B, K, S, d] -> [B, H, S, d], one per query head: the first H / K share the first."""
     return x.repeat_interleave(heads // x.shape[1], 1)
 
 
@@ -27,9 +27,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if most and q.shape[2] > (at_once := max(1, most // (q.shape[:2].numel() * k.shape[2]))):
         masks = repeat(mask) if mask is None or mask.shape[-2] == 1 else mask.split(at_once, -2)
         return torch.cat([attention(some, k, v, own) for some, own in zip(q.split(at_once, 2), masks, strict=False)], 2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose kernel walks over heads: every stride costs it
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # its kernel iterates over heads: strides slow it
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.device.type == "cuda" and (mask is not None or q.dtype == torch.float32):
-        # the fused kernel there that takes these knows no shared heads: all logits would be held, in fp32
+        # the fused kernel for these cannot share heads; the fallback would hold all logits, in fp32
         k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,7 +1,7 @@
-"""Pictures that are made together, as rows through the network: one for each branch of each picture's guidance.
+"""Pictures that are rendered together, as rows through the network: one for each guidance branch of each picture.
 
-Rows are grouped by the length of their contexts, never padded, so no mask is needed and a picture does not depend on
-its company. Where it pays all groups are one stream, which only attention takes apart: every weight is read once.
+Rows are grouped by context length, never padded, so no mask is needed and a picture does not depend on its batch. Where
+it pays, all groups run as one stream, split only for attention: every weight is read once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Told(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What pictures made together are told, in wordings whose shares add up to 1."""
+    """The prompts of pictures rendered together, in wordings whose shares add up to 1."""
 
     ways: Mapping[str, Sequence[Told]]  # as `model.settle.ways` names and orders them
-    negative: Sequence[Told] = ()  # what guidance leads away from, where there is any
+    negative: Sequence[Told] = ()  # what guidance leads away from, if anything
 
 
 class Group(NamedTuple):
@@ -38,11 +38,11 @@ class Group(NamedTuple):
     rows: list[int]
     context: Tensor  # [rows, T, D]
     rope: Tensor
-    leads: bool = False  # the leader's rows, in the presence of which the others are evaluated
+    leads: bool = False  # the lead picture's rows, which the others follow
 
 
 class Branches:
-    """A velocity for pictures of one schedule, as `model.sampler.euler` wants it."""
+    """The velocity of pictures of one schedule, as `model.sampler.euler` needs it."""
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class Branches:
         tie: Tie | None = None,
         pack: int = 0,
     ):
-        """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture is the leader. `presence`: how much
-        of what is "styled" and not "lasting" counts, below 1 on the way to none. `pack`: up to so many image tokens all
-        groups are one stream."""
+        """mods [steps, 1, 7D] from `Krea2.modulate`. With a tie the first picture leads. `presence`: how much of what
+        is "styled" but not "lasting" counts; below 1 it is fading out. `pack`: up to this many image tokens all groups
+        run as one stream."""
         self.dit, self.said, self.mods, self.grid = dit, said, mods, grid
         self.guidance, self.style_guidance, self.presence = guidance, style_guidance, presence
         self.splice, self.tie, self.pack = splice, tie, pack
         branches = [told.contexts for way in (*said.ways.values(), said.negative) for told in way]
         self.count, self.pictures = len(branches), len(branches[0])
         rows = [context for branch in branches for context in branch]
-        # The splice enters every branch, so that guidance tells apart prompts and not looks; a term of the style's own
-        # is the difference between a branch that has it and one that has not.
+        # The splice enters every branch, so that guidance contrasts prompts and not looks; the style's own guidance
+        # term is the difference between a branch with the splice and one without.
         without = 0 if style_guidance is None else len(said.ways["plain"]) + len(said.negative)
         spliced = (self.count - without) * self.pictures if splice else 0
         self.spliced, self.others = self._groups(rows, range(spliced)), self._groups(rows, range(spliced, len(rows)))
@@ -91,7 +91,7 @@ class Branches:
         return v if self.style_guidance is None else style_guided(with_style, conditional, v, self.style_guidance)
 
     def _groups(self, contexts: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
-        """Rows by the length of their contexts, one group for each; the leader's come first."""
+        """Rows grouped by context length; the lead picture's groups come first."""
         found: dict[tuple[bool, int], list[int]] = {}
         for row in rows:
             leads = self.tie is not None and row % self.pictures == 0
@@ -104,8 +104,8 @@ class Branches:
     def _evaluate(
         self, x: Tensor, groups: Sequence[Group], step: int, attend: Sequence[Attend | None] | None = None
     ) -> Tensor:
-        """Velocities of all rows by the network; zero in the rows of no group. fp32, whatever it computes in, for x is
-        integrated in that."""
+        """The network's velocities for all rows; zero for rows in no group. In fp32, whatever the network computes in,
+        since x is integrated in fp32."""
         v = torch.zeros_like(x)
         mods = self.mods[step : step + 1]
         attends = [self._tied(group, attend, step) for group in groups]
@@ -122,7 +122,7 @@ class Branches:
         return v
 
     def _tied(self, group: Group, attend: Sequence[Attend | None] | None, step: int) -> Sequence[Attend | None] | None:
-        """A group's attention: the leader's is listened to, the others' follow it."""
+        """A group's attention: the lead's is recorded, the others follow it."""
         if self.tie is None:
             return attend
         branches = [row // self.pictures for row in group.rows]
@@ -130,7 +130,7 @@ class Branches:
 
 
 def whole(wordings: Sequence[Told], answers: Iterator[Tensor]) -> Tensor:
-    """The velocity that all wordings make together; the next answers are theirs."""
+    """The weighted sum of all wordings' velocities; takes the next answers."""
     if len(wordings) == 1:
         return next(answers)
     return torch.stack([told.share * next(answers) for told in wordings]).sum(0)

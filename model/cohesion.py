@@ -1,17 +1,17 @@
 """Cohesion: how much the pictures of a batch belong together, from 0 (not at all) to 1.
 
-Every picture is tied to a leader, the picture that one prompt and one seed come to by themselves. The leader goes
-through the network beside those that follow, always ahead of them, and in proportion to c they share with it
+Every picture is tied to a lead picture, the one that a certain prompt and seed give on their own. The lead goes through
+the network with the pictures that follow it, always ahead of them, and in proportion to c they share with it
 
-    noise       the mean of each channel at the start goes towards the leader's by NOISE · c, as long as before
-    statistics  queries and keys of the image tokens are pulled towards the leader's mean and variance by PULL · c
-    attention   a share SHARE · c of each image token's answer is from attention that the leader's tokens are part of
+    noise       the mean of each channel of the starting noise moves towards the lead's by NOISE · c, variance kept
+    statistics  queries and keys of the image tokens are pulled towards the lead's mean and variance by PULL · c
+    attention   a share SHARE · c of each image token's output comes from attention that includes the lead's tokens
 
-in the deeper blocks, as the splice does with a reference (`model/splice.py`; after StyleAligned, arXiv 2312.02133). A
-branch of guidance follows the leader's own branch. Words never see the leader.
+the last two in the deeper blocks, as the splice does with a reference (`model/splice.py`; after StyleAligned, arXiv
+2312.02133). Each branch of guidance follows the same branch of the lead. Prompt tokens never see the lead.
 
-A picture so depends on its own spec, which names the leader, and on nothing else: it can be made again by itself, in
-company of any size, and memory does not grow with a batch. The leader of a batch is the picture that it would be alone.
+So a picture depends only on its own spec, which names the lead: it can be reproduced alone or in a batch of any size,
+and memory does not grow with the batch. The lead of a batch is the same picture that it would be alone.
 
 B rows, K key-value heads, H query heads, L image tokens, d head dim, as in `model/dit.py`.
 """
@@ -32,14 +32,14 @@ from model.splice import Capture, first_block, guarded, moments, pulled
 
 Spec = TypeVar("Spec", bound=RenderSpec)
 
-# At c = 1. More attention ties looks more and lets the leader's content through: at 0.75 eight prompts of a run lose a
-# tenth of their subjects on Raw. Damping alone lets twice as many go astray.
+# At c = 1. More attention ties looks closer but lets the lead's content through: at 0.75 eight prompts of a run lose a
+# tenth of their subjects on Raw. With damping alone twice as many are lost.
 NOISE, PULL, SHARE = 1.0, 0.8, 0.65
-GUARD = "both"  # against the leader's content
+GUARD = "both"  # against the lead's content
 
 
 def leader_of(spec: Spec) -> Spec | None:
-    """The picture that a spec is tied to: its own but for prompt, negative and seed. None where nothing is shared."""
+    """The spec of the lead picture: this one but for prompt, negative and seed. None if nothing is shared."""
     if not spec.cohesion or spec.leader is None:
         return None
     led = spec.leader
@@ -47,41 +47,41 @@ def leader_of(spec: Spec) -> Spec | None:
 
 
 def leads(spec: RenderSpec) -> bool:
-    """Whether a tied picture is its own leader, and so the picture that it would be alone."""
+    """Whether a tied picture is its own lead, and so the picture that it would be alone."""
     return leader_of(spec) == replace(spec, cohesion=0.0, leader=None)
 
 
 def shares(spec: RenderSpec) -> dict[str, float]:
-    """How much of its noise, statistics and attention a picture shares with its leader, for a record; the leader itself
-    nothing."""
+    """How much noise, statistics and attention a picture shares with its lead, for a record; the lead itself shares
+    none."""
     c = 0.0 if leads(spec) else spec.cohesion
     return {"noise": round(NOISE * c, 6), "statistics": round(PULL * c, 6), "attention": round(SHARE * c, 6)}
 
 
 def shared_noise(starts: Tensor, cohesion: float) -> Tensor:
-    """Starts [B, C, H, W], the leader's first -> the same, the channels' means of all others in part the leader's.
+    """Starts [B, C, H, W], the lead's first -> the same with all other channel means moved towards the lead's.
 
-    What noise holds of the slowest frequencies becomes the colours of the ground and of the whole; all that decides
-    what stands where is left alone.
+    The lowest frequencies of the noise become the colours of the background and of the whole picture; what decides the
+    layout is left alone.
     """
     means, part = starts.mean((2, 3), keepdim=True), NOISE * cohesion
-    mixed = means[1:].lerp(means[:1], part) * ((1 - part) ** 2 + part**2) ** -0.5  # of the same variance
-    same = (starts[1:] == starts[:1]).flatten(1).all(1)  # of the leader's seed, which nothing is to be added to
+    mixed = means[1:].lerp(means[:1], part) * ((1 - part) ** 2 + part**2) ** -0.5  # keeps the variance
+    same = (starts[1:] == starts[:1]).flatten(1).all(1)  # those with the lead's seed stay as they are
     mixed[same] = means[1:][same]
     return torch.cat((starts[:1], starts[1:] + (mixed - means[1:])))
 
 
 class Tie:
-    """Listens to the leader in an evaluation of the network, and lets the rows evaluated after it follow."""
+    """Records the lead's attention in an evaluation of the network, and lets rows evaluated after it follow."""
 
     def __init__(self, config: DiTConfig, cohesion: float, sigmas: Sequence[float], tokens: int, reach: float):
-        """sigmas of the steps; how many image tokens there are, and the reach of their grid (`Krea2.reach`)."""
+        """sigmas of the steps, number of image tokens, and the reach of their grid (`Krea2.reach`)."""
         self.config, self.cohesion, self.sigmas, self.tokens, self.reach = config, cohesion, sigmas, tokens, reach
         self.first = first_block(config.blocks)
-        self.heard: dict[int, list[Capture]] = {}  # branch -> of each tied block what the leader left, keys guarded
+        self.heard: dict[int, list[Capture]] = {}  # branch -> the lead's capture in each tied block, keys guarded
 
     def listen(self, attend: Sequence[Attend | None] | None, branches: Sequence[int], step: int) -> list[Attend | None]:
-        """The attention of the leader's rows, which are of these branches: as it is, and remembered."""
+        """Attention for the lead's rows, in these branches: unchanged, but recorded."""
         tokens, sigma = self.tokens, self.sigmas[step]
         self.heard |= {branch: [] for branch in branches}
 
@@ -99,7 +99,7 @@ class Tie:
         return self._deeper(attend, listening)
 
     def follow(self, attend: Sequence[Attend | None] | None, branches: Sequence[int]) -> list[Attend | None]:
-        """The attention of rows in these branches, tied to what the same block heard of the leader before."""
+        """Attention for rows in these branches, tied to what the same block recorded of the lead."""
 
         def following(inner: Attend, index: int) -> Attend:
             def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Tie:
 
 
 def tied(inner: Attend, heard: Capture, cohesion: float) -> Attend:
-    """A block's attention, and in the image tokens' answers a share of one that the leader is part of."""
+    """A block's attention, with a share of the image tokens' output from attention that includes the lead."""
     tokens, pull, share = heard.k.shape[2], PULL * cohesion, SHARE * cohesion
 
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

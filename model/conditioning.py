@@ -1,4 +1,4 @@
-"""What the transformer is told: a prompt's rows, with those of styles and pictures, led away from what is avoided."""
+"""The transformer's conditioning: a prompt's rows, with those of styles and pictures, steered away from avoids."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from model.text_encoder import TextEncoder
 from model.vision import Looked, Reader, Shown, find_tower
 from model.weighed import Weighed
 
-REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative one that all of them share
-MOST_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times what a context takes
-MOST_LOOKS = 1024  # references whose rows are kept, a handful each: styles may have hundreds, of which none may go
-SHORT = 16  # tokens of a text that is small enough to be kept among as many as contexts: what is avoided mostly is
+REMEMBERED = 64  # contexts kept: a batch's prompts, and the negative prompt that they share
+MOST_TEXTS = 16  # texts and pictures whose rows are kept: of every tapped layer, five times the size of a context
+MOST_LOOKS = 1024  # references whose rows are kept, a few each: styles may have hundreds, and need all of them
+SHORT = 16  # texts of up to this many tokens are kept as many as contexts: most avoids are that short
 
 
 class Conditioning:
-    """A model's parts that read prompts and references; the style encoder and the vision tower are loaded when needed.
+    """The parts of a model that read prompts and references; style encoder and vision tower are loaded when needed.
 
-    What was asked last is kept: shapes are T tokens, N tapped layers, E the text encoder's width, D the transformer's.
+    Recent results are kept. T tokens, N tapped layers, E the text encoder's width, D the transformer's.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Conditioning:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what is kept; whatever is asked next is read again."""
+        """Drop everything cached; it is read again when next needed."""
         self._contexts: Recent[Tensor] = Recent(REMEMBERED)
         self._rows: Recent[Tensor] = Recent(MOST_TEXTS)
         self._short: Recent[Tensor] = Recent(REMEMBERED)
@@ -55,8 +55,8 @@ class Conditioning:
         self._shown: Recent[Looked] = Recent(MOST_TEXTS)
 
     def context(self, prompt: str, adapters: Hashable, spec: Settled | None = None, way: str = "plain") -> Tensor:
-        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, led away from what that
-        avoids, [1, T, D]. `adapters` says which lie over the transformer's weights."""
+        """What the transformer sees of a prompt and, in one of its `ways`, of a spec's styles, steered away from the
+        spec's avoids, [1, T, D]. `adapters` identifies the adapters applied to the transformer."""
         (references, shown), away = (read_beside(spec, way), avoided(spec)) if spec else (((), ()), ())
         tiles, keep_rows = (spec.vision_tiles, bool(spec.vision_rows)) if spec and shown else (None, False)
 
@@ -68,7 +68,7 @@ class Conditioning:
                 embeds = self._speak(prompt)
             if away:
                 led = directions(self._speak, self.text.unread, prompt, away)
-                words = len(self.text.token_ids(prompt))  # rows of pictures stand behind them, and stay as they are
+                words = len(self.text.token_ids(prompt))  # rows of pictures follow, and stay as they are
                 steered = steer_away(embeds[:, :words], led, self._speak(SAYS_NOTHING))
                 embeds = torch.cat((steered, embeds[:, words:]), 1)
             if references:
@@ -79,7 +79,7 @@ class Conditioning:
         return self._contexts.ask((prompt, adapters, away, *seen, tiles, keep_rows), read)
 
     def style_rows(self, references: tuple[Weighed, ...]) -> Tensor:
-        """References, by the style encoder, as extra prompt rows [K, N, E]."""
+        """References as extra prompt rows [K, N, E], from the style encoder."""
         encoder, side = self._style_encoder
 
         def read(reference: Weighed) -> Tensor:
@@ -90,7 +90,7 @@ class Conditioning:
         return encoder.mix(rows, [reference.weight for reference in references])
 
     def show(self, references: tuple[Weighed, ...], tiles: int) -> list[Shown]:
-        """References, as a text encoder with eyes sees them."""
+        """References as the text encoder's vision tower sees them."""
 
         def see(reference: Weighed) -> Looked:
             return self._reader.show(reference.image, tiles)
@@ -99,11 +99,11 @@ class Conditioning:
 
     @property
     def sees(self) -> bool:
-        """Whether the text encoder has eyes."""
+        """Whether the text encoder has a vision tower."""
         return self._vision_tower is not None
 
     def _speak(self, text: str) -> Tensor:
-        """A text's rows [1, T, N, E]; kept, for what is avoided is read beside many prompts."""
+        """A text's rows [1, T, N, E]; cached, since avoids are read with many prompts."""
         kept = self._short if len(self.text.token_ids(text)) <= SHORT else self._rows
         return kept.ask(text, lambda: self.text.encode([text])[0])
 
@@ -115,11 +115,11 @@ class Conditioning:
 
     @cached_property
     def _vision_tower(self) -> Checkpoint | None:
-        """The files of the text encoder's vision tower, of which nothing is read yet; None where there is none."""
+        """The files of the text encoder's vision tower, not read yet; None if it has none."""
         return find_tower(self.parts.text)
 
     @cached_property
     def _reader(self) -> Reader:
-        """The text encoder with eyes; the tower is loaded when the first picture is shown."""
+        """The text encoder with its vision tower, which is loaded for the first picture."""
         assert self._vision_tower is not None  # or settling would have refused
         return Reader(self.text, self._vision_tower)

@@ -1,4 +1,4 @@
-"""The Krea 2 diffusion transformer, whole, top to bottom: one stream of tokens, one kind of block, text and image.
+"""The complete Krea 2 diffusion transformer: text and image tokens in one stream, through one kind of block.
 
 Shape legend
     B  pictures            T  prompt tokens        L  image tokens = h · w of the token grid, row by row
@@ -6,7 +6,7 @@ Shape legend
     D  width               H  query heads          K  key-value heads (H is a multiple of K)
     d  head dim = D / H    C  latent channels      p  patch: a token holds C · p · p numbers
 
-Modules bear the names of the published native checkpoints, so such a state dict loads strictly, as it stands.
+Modules are named as in the published native checkpoints, so their state dicts load as is, strictly.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from torch import Tensor, nn
 from model.attention import attention
 from model.latents import around, position_ids
 
-FUSION_BLOCKS = 2  # of either kind: across the tapped layers, then across the prompt
+FUSION_BLOCKS = 2  # of each kind: across the tapped layers, then across the prompt
 
-# What takes the place of a block's attention: q [B, H, S, d], k and v [B, K, S, d], normed and turned -> [B, H, S, d].
-# It may look (a reference's keys and values are taken so) or answer otherwise (they are put in so; `model/splice.py`).
-# One may work inside another (`model/cohesion.py`), and then find more keys than queries: the others' come first.
+# Replaces a block's attention: q [B, H, S, d], k and v [B, K, S, d], normed and rotated -> [B, H, S, d].
+# It may record (this is how a reference's keys and values are collected) or replace attention (how they are injected;
+# `model/splice.py`). One may wrap another (`model/cohesion.py`), which then gets more keys than queries, extra ones
+# first.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """The shape of a DiT; everything else follows from it."""
+    """The dimensions of a DiT; everything else follows from them."""
 
     width: int
     heads: int
     kv_heads: int
     blocks: int
-    text_width: int  # width of the text encoder whose hidden states come in
-    text_taps: int  # how many of its layers are tapped
+    text_width: int  # hidden size of the text encoder
+    text_taps: int  # number of its layers that are tapped
     text_heads: int
     channels: int = 16  # of the latents
     patch: int = 2
@@ -74,13 +75,13 @@ class DiTConfig:
 
     @property
     def rope_axes(self) -> tuple[int, int, int]:
-        """How many dimensions of a head turn with the frame, the row, the column: 32, 48, 48 of 128."""
+        """How many dimensions of a head rotate with the frame, the row and the column: 32, 48, 48 of 128."""
         side = 6 * (self.head_dim // 16)
         return self.head_dim - 2 * side, side, side
 
 
 def hidden_width(width: int, multiplier: int) -> int:
-    """SwiGLU's hidden width: two thirds of `multiplier · width`, up to the next 128."""
+    """SwiGLU's hidden width: two thirds of `multiplier · width`, rounded up to a multiple of 128."""
     return math.ceil(int(2 * width / 3) * multiplier / 128) * 128
 
 
@@ -88,7 +89,7 @@ PRESETS = {
     "mini": DiTConfig(width=384, heads=6, kv_heads=2, blocks=8, text_width=256, text_taps=4, text_heads=4),
     # the open 12.9B release
     "medium": DiTConfig(width=6144, heads=48, kv_heads=12, blocks=28, text_width=2560, text_taps=12, text_heads=20),
-    # Krea's Large is not published beyond "more than twice Medium"; this shape, for FLUX.2's latents, is ours
+    # Krea has published no more of Large than "more than twice Medium"; this shape, for FLUX.2's latents, is ours
     "large": DiTConfig(
         width=8192, heads=64, kv_heads=16, blocks=36, text_width=2560, text_taps=12, text_heads=20, channels=32
     ),
@@ -96,12 +97,12 @@ PRESETS = {
 
 
 def unfused(x: Tensor) -> bool:
-    """Whether every small operation on x is a pass over memory: on a processor, where nothing is compiled."""
+    """Whether every small operation on x is its own pass over memory: on a CPU, where nothing is compiled."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] with a mean square of 1 over D, times weight [D], in fp32."""
+    """x [..., D] scaled to a mean square of 1 over D, times weight [D], in fp32."""
     x32 = x.float()
     if unfused(x):  # three passes instead of PyTorch's five
         length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
@@ -122,7 +123,7 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Queries and keys are normalised per head, so that attention logits stay bounded at any width."""
+    """Norms for queries and keys, per head, so that attention logits stay bounded at any width."""
 
     def __init__(self, head_dim: int, eps: float):
         super().__init__()
@@ -131,9 +132,9 @@ class QKNorm(nn.Module):
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines."""
+    """Rotate adjacent pairs of x [B, S, heads, d] by rope [S, 1, d/2, 2], cosines and sines."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    if unfused(x):  # one pass instead of seven; compilers want real numbers
+    if unfused(x):  # one pass instead of seven; compilers need real numbers
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
     else:
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
@@ -142,7 +143,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def apart(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:
-    """Attention over a stream of groups of rows, [n, S] each: each group by its own, and every row sees itself only."""
+    """Attention over a packed stream of groups of [n, S] tokens: each group has its own `attend`, each row sees only
+    itself."""
 
     def each(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         split = (x[0].split([count * length for count, length in shapes], 1) for x in (q, k, v))  # [H, n*S, d]
@@ -157,7 +159,7 @@ def apart(attends: Sequence[Attend], shapes: Sequence[Sequence[int]]) -> Attend:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; a sigmoid gate of the input decides how much of each head's answer passes."""
+    """Grouped-query attention; a sigmoid gate computed from the input scales each head's output."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, eps: float):
         super().__init__()
@@ -196,7 +198,7 @@ class SwiGLU(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """A plain pre-norm block: neither time nor place enters."""
+    """A plain pre-norm block, without time or position."""
 
     def __init__(self, width: int, heads: int, multiplier: int, eps: float):
         super().__init__()
@@ -212,7 +214,7 @@ class TextBlock(nn.Module):
 
 
 class TextFusion(nn.Module):
-    """Many layers' view of each prompt token become one: look across the layers, weigh them, look across the prompt."""
+    """Fuse the tapped layers of each prompt token into one: attend across layers, weigh them, attend across tokens."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -237,7 +239,7 @@ class TextFusion(nn.Module):
 
 
 class Modulation(nn.Module):
-    """What a layer adds to the modulation that all layers share."""
+    """What one layer adds to the modulation that all layers share."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -245,7 +247,7 @@ class Modulation(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and SwiGLU, each scaled, shifted and gated by the time."""
+    """Attention and SwiGLU, each scaled, shifted and gated by the time embedding."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -269,7 +271,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """Norm, modulation by the time embedding itself, and the way out of the width."""
+    """Norm, modulation by the time embedding itself, and projection to token size."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -286,8 +288,8 @@ class LastLayer(nn.Module):
 class Krea2(nn.Module):
     """Predicts the velocity (noise − image) of image tokens, given the prompt and the noise level.
 
-    `forward` does it in one go, for training. A sampler calls the parts instead, since only `velocity` changes
-    from step to step: `encode_text` once per prompt, `modulate` and `rope` once for all steps.
+    `forward` does it in one call, for training. A sampler calls the parts, since only `velocity` changes from step to
+    step: `encode_text` runs once per prompt, `modulate` and `rope` once for all steps.
     """
 
     def __init__(self, config: DiTConfig):
@@ -305,10 +307,10 @@ class Krea2(nn.Module):
         )
         self.blocks = nn.ModuleList(SingleStreamBlock(c) for _ in range(c.blocks))
         self.last = LastLayer(c)
-        self.side: int | None = None  # in tokens, of the square that other grids are laid around; None: they are not
+        self.side: int | None = None  # tokens along the square that other grids are centred on; None: they are not
 
     def encode_text(self, prompt_embeds: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
-        """What the stream sees of the prompt; the same at every step.
+        """The prompt as the stream sees it; the same at every step.
 
         prompt_embeds [B, T, N, E] tapped hidden states, prompt_mask [B, T] True = a real token -> context [B, T, D]
         """
@@ -316,7 +318,7 @@ class Krea2(nn.Module):
         return self.txtmlp(self.txtfusion(prompt_embeds, mask))
 
     def modulate(self, sigmas: Tensor) -> Tensor:
-        """What the blocks and the last layer see of the noise levels: all steps in one product.
+        """The noise levels as the blocks and the last layer see them: all steps in one product.
 
         sigmas [B] in 0 … 1 -> [B, 1, 7D]: the six parts of the blocks' shared modulation, then the time embedding
         """
@@ -327,21 +329,21 @@ class Krea2(nn.Module):
         return torch.cat((self.tproj(time), time), -1)
 
     def places(self, grid: tuple[int, int]) -> Tensor:
-        """Row and column of every token of a grid of h × w, as they are told apart by -> [h · w, 2], fp64.
+        """Row and column of every token in an h × w grid, as positions for RoPE -> [h · w, 2], fp64.
 
-        What has learned on one square puts its subject in the middle of that, and knows no places beyond it: any other
-        grid is laid around that middle (`around`), and learned so.
+        A network trained on one square puts its subject in the square's middle, and has seen no positions beyond it.
+        Any other grid is therefore centred on that middle (`around`), in training too.
         """
         places = position_ids(0, *grid)[:, 1:].double()
         return places if self.side is None else around(places, grid, self.side)
 
     def reach(self, grid: tuple[int, int]) -> float:
-        """How much further right the columns of a picture of that grid lie that hangs beside one: by all of its own."""
+        """How far to shift columns so that a picture of this grid lies right beside another: its full width."""
         columns = self.places(grid)[: grid[1], 1]
         return float(columns[-1] - columns[0]) * grid[1] / (grid[1] - 1) if grid[1] > 1 else 1.0
 
     def rope(self, text_tokens: int, grid: tuple[int, int]) -> Tensor:
-        """Cosines and sines of the stream's rotary angles, for `text_tokens` and a grid of h × w -> [S, 1, d/2, 2]."""
+        """Cosines and sines of the stream's rotary angles, for `text_tokens` and an h × w grid -> [S, 1, d/2, 2]."""
         positions = position_ids(text_tokens, *grid).double()
         positions[text_tokens:, 1:] = self.places(grid)
         angles = [
@@ -366,8 +368,8 @@ class Krea2(nn.Module):
         context      [B, T, D]        from `encode_text`
         step_mod     [B or 1, 1, 7D]  from `modulate`
         rope         [S, 1, d/2, 2]   from `rope`
-        prompt_mask  [B, T]           True = a real token; none where the prompts have one length
-        attend       one a block      in the place of its attention, which then knows no mask
+        prompt_mask  [B, T]           True = a real token; None if all prompts have one length
+        attend       one per block    replaces its attention; excludes prompt_mask
         returns      [B, L, C·p·p]    noise − image
         """
         if attend is not None and prompt_mask is not None:
@@ -386,10 +388,10 @@ class Krea2(nn.Module):
         step_mod: Tensor,
         attend: Sequence[Sequence[Attend | None] | None] | None = None,
     ) -> list[Tensor]:
-        """`velocity` for groups of rows, each of (tokens, context, rope) and a prompt length of its own, as one stream.
+        """`velocity` for groups of rows, each (tokens, context, rope) with its own prompt length, as one stream.
 
-        step_mod [1, 1, 7D], the same for all; every weight is read once for all groups, and nothing is padded
-        attend   of each group; in every block a group's comes after those of the groups before it
+        step_mod [1, 1, 7D], the same for all; each weight is read once for all groups, and nothing is padded
+        attend   one list per group; within a block they run in the order of the groups
         """
         width = self.config.width
         time_mod, time = step_mod.split((6 * width, width), -1)
@@ -420,10 +422,10 @@ class Krea2(nn.Module):
         return self.velocity(tokens, context, self.modulate(sigma), rope, prompt_mask)
 
     def initialise(self) -> None:
-        """Weights to train from: variance-keeping products, quiet residual branches, a velocity of zero.
+        """Initial weights for training: variance-preserving products, quiet residual branches, a velocity of zero.
 
-        Gates start open at one and `wo`, `down` small instead of the other way round, so that every matrix learns
-        from the second step on.
+        Gates start open at one and `wo`, `down` small, not the other way round, so that every matrix learns from the
+        second step on.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
 """The FLUX.2 autoencoder: factor 8, 32 channels, normalised by running statistics of packs of 2 x 2 cells.
 
-Parameter names are diffusers' (`AutoencoderKLFlux2`), whose pipeline leaves the latents packed, 128 channels of 16 x 16
-pixels; here they are spread out again, as `patchify` wants them. Shapes: B pictures, H x W pixels; pictures are RGB in
+Parameter names are diffusers' (`AutoencoderKLFlux2`). Its pipeline leaves the latents packed, 128 channels per 16 x 16
+pixels; here they are unpacked again, as `patchify` needs them. Shapes: B pictures, H x W pixels; pictures are RGB in
 -1 ... 1; one latent cell is 8 x 8 pixels.
 """
 
@@ -21,12 +21,12 @@ from model.tiling import OVERLAP, TILE, tiled
 from model.upsample import doubled
 
 EPS = 1e-6  # of every group norm
-SCALES = 4  # a latent cell is of 8 x 8 pixels
+SCALES = 4  # so a latent cell is 8 x 8 pixels
 
 
 @dataclass(frozen=True)
 class FluxVAEConfig:
-    """Shape of a FLUX.2 autoencoder; defaults are the release's. The names are diffusers'."""
+    """Dimensions of a FLUX.2 autoencoder; defaults: the release's. The names are diffusers'."""
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     decoder_block_out_channels: tuple[int, ...] | None = None  # none: the encoder's
@@ -37,9 +37,9 @@ class FluxVAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FluxVAEConfig:
-        """From JSON values; keys that do not shape the network (as in diffusers' config.json) are left aside.
+        """From JSON values; keys that do not shape the network (diffusers' config.json has some) are ignored.
 
-        Raises TypeError or ValueError for what no autoencoder is.
+        Raises TypeError or ValueError for values that no autoencoder has.
         """
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
@@ -57,7 +57,7 @@ class FluxVAEConfig:
 
 
 class ResidualBlock(nn.Module):
-    """Group norm, SiLU, 3 x 3 convolution, twice, beside a shortcut."""
+    """Group norm, SiLU, 3 x 3 convolution, twice, plus a shortcut."""
 
     def __init__(self, dim: int, out_dim: int, groups: int):
         super().__init__()
@@ -160,7 +160,7 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the moments of their latents."""
+    """From pictures to the moments of their latents."""
 
     def __init__(self, config: FluxVAEConfig):
         super().__init__()
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """From latents to pictures."""
 
     def __init__(self, config: FluxVAEConfig):
         super().__init__()
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
 
 
 class FluxVAE(nn.Module):
-    """Pictures to normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
+    """From pictures to normalised latents and back. Sides longer than `tile` pixels are processed in blended tiles."""
 
     tile, overlap = TILE, OVERLAP
     factor = 2 ** (SCALES - 1)  # pixels along the side of a latent cell

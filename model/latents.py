@@ -1,4 +1,4 @@
-"""Between latents [B, C, H, W], one cell of which is a square of pixels, and the tokens that the transformer reads."""
+"""Conversions between latents [B, C, H, W], whose cells are squares of pixels, and the transformer's tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Where a picture starts: [1, C, height, width] in latent cells, fp32.
+    """A picture's starting noise: [1, C, height, width] in latent cells, fp32.
 
-    Always drawn on the CPU, from a generator of its own, so a seed means the same on every device and in any batch.
+    Always drawn on the CPU with its own generator, so a seed means the same on every device and in any batch.
     """
     return torch.randn(1, channels, height, width, generator=torch.Generator("cpu").manual_seed(seed))
 
@@ -42,7 +42,7 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
 def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
     """(frame, row, column) of every token of the stream [text | image] -> [text_tokens + rows · columns, 3].
 
-    Text sits at the origin: the order of words is the text encoder's business.
+    All text tokens sit at the origin: word order is the text encoder's business.
     """
     ids = torch.zeros(text_tokens + rows * columns, 3, dtype=torch.long)
     image = ids[text_tokens:].view(rows, columns, 3)
@@ -51,16 +51,16 @@ def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
     return ids
 
 
-BEYOND = 0.3  # as far apart as elsewhere are rows and columns beyond the square
+BEYOND = 0.3  # spacing of rows and columns beyond the square, relative to those inside
 
 
 def around(places: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Rows and columns of a grid [L, 2] as places of the square of so many tokens a side that training knew.
+    """Map the rows and columns of a grid [L, 2] to positions on the square of `side` tokens used in training.
 
-    The middles meet. The scale lies half way, in proportion, between that at which the areas are the same, where a
-    long picture cuts its subject, and that at which the square fits into the picture, where subjects are small; what
-    lies beyond the square comes close to its edge, for further out subjects begin again. The square itself stays as it
-    is. Chosen by eye and by the judge among five ways (`model/train/shape_study.py` measures this one).
+    The centres coincide. The scale is the geometric mean of two: the one at which the areas are equal, where a long
+    picture cuts off its subject, and the one at which the square fits into the picture, where subjects come out small.
+    Positions beyond the square are pulled close to its edge, since further out subjects repeat. The square itself is
+    unchanged. Chosen by eye and by the judge among five methods (`model/train/shape_study.py` measures this one).
     """
     scale = side / math.sqrt(math.sqrt(math.prod(grid)) * min(grid))
     middle, edge = (torch.tensor(grid) - 1) / 2, (side - 1) / 2

@@ -1,8 +1,8 @@
-"""From specs to pictures: the seam between this package and whoever calls it.
+"""From specs to pictures: the interface between this package and its callers.
 
-What pictures share is worked out once: each distinct prompt is encoded and fused once, all steps' modulation is one
-product, and neighbours of one size and schedule go through the network together. Prompts of different lengths are
-grouped, never padded, so no mask is needed and a picture does not depend on its company.
+What pictures share is computed once: each distinct prompt is encoded and fused once, all steps' modulation is one
+product, and neighbours of the same size and schedule go through the network together. Prompts of different lengths are
+grouped, never padded, so no mask is needed and a picture does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from model.splice import NEUTRAL, SEED, Capture, CaptureCache, Splice, capture, 
 from model.text_encoder import TextEncoder
 from model.weighed import Weighed, weigh
 
-OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
+OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures being rendered
 
-PIXELS_AT_ONCE = 2**19  # decoded: eight pictures of 256 px, less memory than one of 1024
-TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # where more pictures at once stop being faster; others as cuda
-TOKENS_SHARED = 4096  # beyond, a group is work enough by itself, and the memory is better kept
-TOKENS_STREAMED = 4096  # where weights are read for every step: more pictures share one reading
-MOST_ADAPTERS = 8  # kept, of those that the last pictures used; more where one picture takes them
+PIXELS_AT_ONCE = 2**19  # decoded together: eight pictures of 256 px, less memory than one of 1024
+TOKENS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # above this, larger batches are no faster; other devices as cuda
+TOKENS_SHARED = 4096  # above this, a group is enough work by itself, and saves the memory
+TOKENS_STREAMED = 4096  # if weights are read at every step: more pictures share one read
+MOST_ADAPTERS = 8  # recently used adapters kept; more if one picture uses more
 
 
 class Pipeline:
@@ -81,7 +81,7 @@ class Pipeline:
         self._hashes = Hashes(files_of(parts), (model.root, parts.lender))
         streamed = plan.offload == "all"
         if device.type == "cpu":
-            keep_pages()  # before weights are rounded, which takes as much memory again and again
+            keep_pages()  # before weights are rounded, which allocates as much memory again and again
         self.vae = load_vae(parts.vae, device, dtype)
         self.dit, checkpoint = load_dit(
             parts.dit,
@@ -99,7 +99,7 @@ class Pipeline:
         self.recommended = library.recommended(self.variant, checkpoint.metadata, model.path)
         self.native = int(checkpoint.metadata.get("native") or library.NATIVE)
         self._adapters: Recent[Adapter] = Recent(MOST_ADAPTERS)
-        self._too_many: dict[tuple[int, int, bool], int] = {}  # pictures together that memory was too short for
+        self._too_many: dict[tuple[int, int, bool], int] = {}  # batch sizes for which memory ran out
         refuse_misfits(parts, self.dit, self.text, self.vae)
         self.conditioning = Conditioning(self.dit, self.text, self.vae, parts, device, dtype)
         self.beginnings = Beginnings(self.vae, self.dit.config.patch, device, dtype)
@@ -116,11 +116,11 @@ class Pipeline:
         offload: str | None = None,
         filters: Sequence[Filter] | None = None,
     ) -> Pipeline:
-        """A model by its name in the box, a folder, or a .safetensors file. Raises K2Error.
+        """Load a bundled model by name, a folder, or a .safetensors file. Raises K2Error.
 
-        variant: raw or turbo; device: cpu, cuda, cuda:1, mps; dtype: float32 or bfloat16; each chosen where left out.
-        precision, offload: how the weights are held (`model/plan.py`); where left out, the best that fits into memory.
-        filters see every picture before anyone else does (`model/safety.py`); where left out, the installed ones.
+        variant: raw or turbo; device: cpu, cuda, cuda:1, mps; dtype: float32 or bfloat16; each has a suitable default.
+        precision, offload: how the weights are held (`model/plan.py`); default: the best that fits into memory.
+        filters see every picture before anyone else does (`model/safety.py`); default: the installed ones.
         """
         if variant not in (None, *VARIANTS):
             raise K2Error(f'There is no variant "{variant}".', hint="Choose raw or turbo.")
@@ -135,21 +135,21 @@ class Pipeline:
         parts = library.find_parts(model)
         numbers = numbers_of(parts, chosen)
         if chosen.index is not None and chosen.type == "cuda":
-            torch.cuda.set_device(chosen)  # streams and recordings are of the card in hand
+            torch.cuda.set_device(chosen)  # streams and graphs belong to the current card
         dtype = pick_dtype(dtype, chosen, numbers.width)
         plan = plan_on(chosen, numbers, dtype=dtype, precision=precision, offload=offload)
         with lacking_memory(f"the weights of {model.name}"):
             return cls(model, parts, chosen, plan, checks)
 
     def render(self, specs: Sequence[RenderSpec], on_step: OnStep | None = None) -> list[Picture]:
-        """Pictures in the specs' order. Raises K2Error for what cannot be rendered, before anything is."""
+        """Pictures in the specs' order. Raises K2Error, before rendering any, if one of them cannot be rendered."""
         return list(self.stream(specs, on_step))
 
     def stream(self, specs: Iterable[RenderSpec], on_step: OnStep | None = None) -> Iterator[Picture]:
         """Pictures in the specs' order, one after the other; memory does not grow with their number.
 
-        A sequence is checked as a whole before the first picture, an iterator as it goes. `on_step(done, steps)` is
-        called after every step of the pictures in hand.
+        A sequence is checked completely before the first picture, an iterator as it is consumed. `on_step(done, steps)`
+        is called after every step of the pictures being rendered.
         """
         resolved = self._resolved(specs)
         if isinstance(specs, Sequence):
@@ -160,11 +160,11 @@ class Pipeline:
                 yield review(picture, self.filters)
 
     def batches(self, specs: Iterable[RenderSpec]) -> list[int]:
-        """How many neighbours each `stream` renders together, where memory suffices. Raises K2Error for a spec that
+        """Sizes of the batches in which `stream` renders specs, if memory suffices. Raises K2Error for a spec that
         cannot be rendered.
 
-        A picture does not depend on its company, but for the last bits of its numbers: kernels add in an order that
-        suits the size of a batch.
+        A picture does not depend on its batch, but for the last bits of its numbers: kernels choose the order of
+        summation by batch size.
         """
         return [len(batch) for batch in self._batches(self._resolved(specs))]
 
@@ -173,7 +173,7 @@ class Pipeline:
         return self._hashes.by_name()
 
     def forget(self) -> None:
-        """Let go of what is kept of prompts and styles; whatever asks for them next reads them again."""
+        """Drop cached prompts and styles; they are read again when next needed."""
         self.conditioning.forget()
 
     def export(self, folder: Path | str) -> None:
@@ -192,8 +192,8 @@ class Pipeline:
         return spec
 
     def _resolved(self, specs: Iterable[RenderSpec]) -> Iterator[Settled]:
-        """Specs settled one by one, as they are asked for. Raises K2Error for one spec alone, or anything else that is
-        no list of them."""
+        """Specs settled one by one, as they are consumed. Raises K2Error for a single spec, or anything else that is
+        not a list of specs."""
         if isinstance(specs, str) or not isinstance(specs, Iterable):
             raise K2Error("Pictures are rendered from a list of specs.", hint="Like render([RenderSpec(...)]).")
         return map(self.resolve, specs)
@@ -204,7 +204,7 @@ class Pipeline:
         return Able(self.name, self.native, self._unit, self.recommended, reads=reads, sees=sees)
 
     def _batches(self, specs: Iterable[Settled]) -> Iterator[list[Settled]]:
-        """Neighbours that share a schedule, as many at once as make it faster."""
+        """Neighbours that share a schedule, in batches of a size that is fastest."""
         limit = TOKENS_AT_ONCE.get(self.device.type, TOKENS_AT_ONCE["cuda"])
         if self.plan.offload == "all":
             limit = max(limit, TOKENS_STREAMED)
@@ -212,7 +212,7 @@ class Pipeline:
         for spec in specs:
             rows = (len(batch) + 1) * branches(spec)
             roomy = self.device.type == "cpu" or self.plan.offload == "all"
-            most = limit * (2 if spec.cohesion and roomy else 1)  # in larger company a leader costs less
+            most = limit * (2 if spec.cohesion and roomy else 1)  # in larger batches a lead picture costs less
             if batch and (schedule(spec) != schedule(batch[0]) or rows * self._image_tokens(spec) > most):
                 yield batch
                 batch = []
@@ -221,7 +221,7 @@ class Pipeline:
             yield batch
 
     def _fitting(self, batch: list[Settled], on_step: OnStep | None) -> list[Picture]:
-        """Pictures of one schedule, in halves where memory is too short for all of them together, or was before."""
+        """Pictures of one schedule, in halves if memory runs out for all of them together, or did before."""
         first = batch[0]
         kind = (first.width, first.height, first.guidance > 0)
         if len(batch) < self._too_many.get(kind, len(batch) + 1):
@@ -232,19 +232,19 @@ class Pipeline:
                 if len(batch) == 1:
                     raise
             self._too_many[kind] = len(batch)
-        half = len(batch) // 2  # only here is free what the attempt held
+        half = len(batch) // 2  # only here has the failed attempt's memory been freed
         return [*self._fitting(batch[:half], on_step), *self._fitting(batch[half:], on_step)]
 
     @torch.inference_mode()
     def _render(self, specs: list[Settled], on_step: OnStep | None) -> list[Picture]:
         """Pictures of one schedule, together."""
         started = time.perf_counter()
-        if self.device.type == "cuda":  # another pipeline may have made another card the one in hand
+        if self.device.type == "cuda":  # another pipeline may have switched the current card
             torch.cuda.set_device(self.dit.first.weight.device)
         adapters = [(self._adapter(lora), lora.weight) for lora in specs[0].adapters]
         pictures = [r.image for spec in specs for style in spec.styles for r in style.references]
         pictures += [path for spec in specs for path in (spec.init_image, spec.mask) if isinstance(path, Path)]
-        files = {path: sha256(path) for path in pictures}  # as they are now: they may be gone once it is done
+        files = {path: sha256(path) for path in pictures}  # as they are now: they may be gone when rendering is done
         rests = [self.beginnings.rest(spec) for spec in specs]
         with laid_over(self.dit, adapters):
             latents = self._latents(specs, tuple((a.sha256, weight) for a, weight in adapters), on_step)
@@ -259,7 +259,7 @@ class Pipeline:
         ]
 
     def _latents(self, specs: list[Settled], adapters: Hashable, on_step: OnStep | None) -> Tensor:
-        """Latents [B, C, H/f, W/f] of pictures of one schedule: the network's part of them. Raises K2Error where
+        """Latents [B, C, H/f, W/f] of pictures of one schedule: the network's part of the work. Raises K2Error if
         numbers overflow."""
         first, config = specs[0], self.dit.config
         rows, columns = first.height // self.vae.factor, first.width // self.vae.factor
@@ -267,7 +267,7 @@ class Pipeline:
 
         leader = leader_of(first)
         made = specs if leader is None else [leader, *(spec for spec in specs if not leads(spec))]
-        worded = list(zip(*map(wordings, made), strict=True))  # of each wording: of each picture, prompt and share
+        worded = list(zip(*map(wordings, made), strict=True))  # for each wording, each picture's prompt and share
         negative = list(zip(*map(unwanted, made), strict=True)) if first.guidance else []
         context = self.conditioning.context
 
@@ -316,7 +316,7 @@ class Pipeline:
         if first.sampler == "euler":
             tokens = euler(velocity, way.start, sigmas, count, first.first_step)
         else:
-            changed = {first.end_of_guidance, *([1] if splice else [])}  # pure noise has no reference spliced in
+            changed = {first.end_of_guidance, *([1] if splice else [])}  # nothing is spliced into pure noise
             tokens = adams_bashforth(velocity, way.start, sigmas, count, changed, first.first_step)
         if leader:
             following = iter(range(1, len(made)))
@@ -329,7 +329,7 @@ class Pipeline:
         return unpatchify(tokens, config.patch, rows, columns).to(self.dtype)
 
     def _adapter(self, lora: Lora) -> Adapter:
-        """A LoRA's file, matched against the network; read again where it has changed. Raises K2Error."""
+        """A LoRA's file, matched against the network; read again if it has changed. Raises K2Error."""
         key = (lora.path, identity(weights_file(lora.path)))
         return self._adapters.ask(key, lambda: read_lora(lora.path, self.dit))
 
@@ -340,7 +340,7 @@ class Pipeline:
     def _splice(
         self, spec: Settled, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
     ) -> Splice | None:
-        """The spliced references of pictures of one schedule; each is read once, and passed once a step unless kept."""
+        """Spliced references for pictures of one schedule; each is encoded once, and run once per step if not cached."""
         references = weigh(spec.styles, "splice")
         if not references:
             return None
@@ -383,8 +383,8 @@ class Pipeline:
         files: Mapping[Path, str],
         loras: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        """How a picture was made, in plain values: enough to make it again. `files` are the hashes of its references
-        and of its initial picture."""
+        """How a picture was made, in plain values: enough to reproduce it. `files` are the hashes of its references and
+        of its init image."""
         unread = self.text.unread(spec.prompt)
         return {
             "schema": 1,
@@ -397,14 +397,14 @@ class Pipeline:
             "precision": self.plan.precision,
             "offload": self.plan.offload,
             **({"threads": self._threads} if self._threads else {}),
-            "versions": {"torch": str(torch.__version__)},  # of a class of torch's own: to unpickle it imports torch
+            "versions": {"torch": str(torch.__version__)},  # its own class would import torch when unpickled
             "seconds": round(seconds, 3),
             "pixels": hashlib.sha256(image.tobytes()).hexdigest(),
         }
 
     @property
     def _threads(self) -> int | None:
-        """Threads that share the work out, which the last bits depend on; None on a card."""
+        """The number of CPU threads, on which the last bits depend; None on a card."""
         return torch.get_num_threads() if self.device.type == "cpu" else None
 
     def _image_tokens(self, spec: Settled) -> int:
@@ -412,10 +412,10 @@ class Pipeline:
 
     @property
     def _one_stream(self) -> int:
-        """How many image tokens at most share every reading of the weights, whatever their prompts' lengths."""
+        """The most image tokens that share one reading of the weights, whatever their prompts' lengths."""
         if self.plan.offload == "all":
             return sys.maxsize
-        return TOKENS_SHARED if self.device.type == "cpu" else 0  # on a card compiled kernels are worth more
+        return TOKENS_SHARED if self.device.type == "cpu" else 0  # on a card compiled kernels gain more
 
     @property
     def _unit(self) -> int:

@@ -21,12 +21,12 @@ def shifted_sigmas(steps: int, mu: float) -> list[float]:
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Away from the unconditional velocity. Krea's scale: 0 is off, 3.5 is what others call 4.5."""
+    """Classifier-free guidance, on Krea's scale: 0 is off, 3.5 is what others call 4.5."""
     return conditional + guidance * (conditional - unconditional)
 
 
 def style_guided(styled: Tensor, conditional: Tensor, guided: Tensor, style_guidance: float) -> Tensor:
-    """The style's own term on top of the prompt's guidance, on the same scale: 0 adds what the style does, once."""
+    """The style's own term on top of the prompt's guidance, on the same scale: 0 adds the style's effect once."""
     return guided + (1 + style_guidance) * (styled - conditional)
 
 
@@ -55,11 +55,11 @@ def adams_bashforth(
     anew: Collection[int] = (),
     first: int = 0,
 ) -> Tensor:
-    """`euler` to the second order: a step goes on with what the last one changed, and takes no evaluation more.
+    """Second-order `euler`: each step extrapolates from the last velocity, at no extra evaluation.
 
-    v_n + h_n / (2 h_{n−1}) · (v_n − v_{n−1}) in the place of v_n, h the steps' lengths: two-step Adams–Bashforth
-    (Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, III.5). `anew`: steps whose field is not
-    that of the step before, where a line through both would mislead; they are Euler's, as the first is.
+    v_n + h_n / (2 h_{n−1}) · (v_n − v_{n−1}) replaces v_n, with h the steps' lengths: two-step Adams–Bashforth
+    (Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, III.5). `anew`: steps whose velocity field
+    differs from the step before, where extrapolation would mislead; they are Euler steps, like the first.
     """
     before: tuple[Tensor, float] | None = None
     for step, (sigma, next_sigma) in islice(enumerate(pairwise(sigmas)), first, None):

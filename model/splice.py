@@ -1,17 +1,17 @@
-"""The key/value splice: a reference's look on any checkpoint, without training.
+"""The key/value splice: apply a reference's look on any checkpoint, without training.
 
 The reference goes through the transformer at every step's noise level, always with the same noise and an empty prompt.
-Its image tokens' keys and values are taken in the deeper blocks, after the norm and the rotation, and the picture's own
-image tokens attend to them beside their own, with queries and keys pulled towards the reference's statistics. Words
-never see the reference, so it cannot speak through them.
+The keys and values of its image tokens are captured in the deeper blocks, after norm and rotation, and the picture's
+image tokens attend to them as well as to their own, with queries and keys pulled towards the reference's statistics.
+Prompt tokens never see the reference, so it cannot act through them.
 
-Several references go in together: statistics are those of their weighted mixture, and a bias of log(weight) shares out
-attention, so two equal references are the one, and one pass serves any number of them. (Velocities summed reference by
-reference would cost a pass for each.) A negative weight cannot be a share, so those form a mixture of their own, which
-the velocity is pushed away from: v − s · (v_away − v_native).
+Several references are spliced together: statistics are those of their weighted mixture, and a bias of log(weight)
+divides attention among them. So two equal references act as one, and one pass serves any number. (Summing velocities
+per reference would cost a pass for each.) A negative weight cannot be a share, so negative ones form a mixture of their
+own, which the velocity is pushed away from: v − s · (v_away − v_native).
 
-Keys and values of one reference at 1024 x 1024 are 0.5 GB a step in bf16 for the open 12.9B weights; only the step in
-hand is in memory, together with a guarded copy.
+Keys and values of one reference at 1024 x 1024 take 0.5 GB per step in bf16 for the open 12.9B weights; only the
+current step's are in memory, together with a guarded copy.
 
 K key-value heads, H query heads, L image tokens, d head dim, as in `model/dit.py`; n spliced blocks, R references.
 """
@@ -40,28 +40,28 @@ from model.latents import patchify
 from model.weighed import Weighed
 from model.whole import sweep, whole
 
-# Where none is asked for. On mini the reference's subject shows under neither guard; "shift" comes nearer to its look
-# (nearest of twenty in 0.50 of 32 pictures, against 0.38), "damping" keeps the prompt's subject (0.91 against 0.75).
+# The default. On mini the reference's subject shows under neither guard; "shift" comes closer to its look (nearest of
+# twenty in 0.50 of 32 pictures, against 0.38), "damping" keeps the prompt's subject (0.91 against 0.75).
 LEAK_GUARD = "damping"
-NEUTRAL = ""  # the prompt of a reference's own pass: what any picture could have
+NEUTRAL = ""  # the prompt for a reference's own pass
 SEED = 0x57A1E  # of the references' noise
-PULL = 0.85  # how far queries and keys go towards the reference's statistics, at strengths up to 1
+PULL = 0.85  # how far queries and keys move towards the reference's statistics, at strengths up to 1
 KEY_GAIN = 1.06
 DAMP_HIGH, DAMP_LOW, DAMP_POWER = 1.04, 0.10, 2.5
 CACHE_BYTES = 8 << 30
-SPARE_BYTES = 2 << 30  # that a disk keeps free of captures
-FORMAT = 2  # of the captures on disk
+SPARE_BYTES = 2 << 30  # disk space that captures leave free
+FORMAT = 2  # version of the captures on disk
 
 
 def first_block(blocks: int) -> int:
-    """The first quarter decides what stands where, and stays as it is: 7 of 28."""
+    """The first quarter of the blocks decides the layout and is left alone: 7 of 28."""
     return blocks // 4
 
 
 class Capture(NamedTuple):
-    """What image tokens leave for others to attend to: a reference's at one noise level in n spliced blocks.
+    """Image tokens' keys, values and statistics for others to use: a reference's, at one noise level, in n blocks.
 
-    In `model/cohesion.py` it is what a leader leaves in one block, n then being the rows that hear it.
+    In `model/cohesion.py` they are the lead picture's in one block, and n is the number of rows that follow it.
     """
 
     k: Tensor  # [n, K, L, d]
@@ -77,7 +77,7 @@ class Capture(NamedTuple):
 
 
 def capture(dit: Krea2, tokens: Tensor, context: Tensor, step_mod: Tensor, rope: Tensor) -> Capture:
-    """One reference's pass: tokens [1, L, C·p·p], noised to the step's level, and the rest as `Krea2.velocity`."""
+    """Run one reference: tokens [1, L, C·p·p], noised to the step's level; the rest as for `Krea2.velocity`."""
     taken: list[tuple[Tensor, ...]] = []
 
     def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,13 +91,13 @@ def capture(dit: Krea2, tokens: Tensor, context: Tensor, step_mod: Tensor, rope:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the tokens of x [..., L, d], in fp32 -> twice [..., 1, d]."""
+    """Mean and variance over the tokens of x [..., L, d], in fp32 -> [..., 1, d] each."""
     variance, mean = torch.var_mean(x.float(), -2, keepdim=True, correction=0)
     return mean, variance
 
 
 def mixture(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a mixture of distributions whose shares add up to one."""
+    """Mean and variance of a mixture of distributions, whose shares add up to one."""
     share = torch.tensor(shares, device=means[0].device).view(-1, *[1] * means[0].dim())
     each = torch.stack(list(means))
     mean = (share * each).sum(0)
@@ -105,17 +105,17 @@ def mixture(means: Sequence[Tensor], variances: Sequence[Tensor], shares: Sequen
 
 
 def pulled(x: Tensor, mean: Tensor, variance: Tensor, pull: float, eps: float = 1e-6) -> Tensor:
-    """x [B, heads, L, d] with its statistics over the tokens moved towards those given, [heads, 1, d]."""
+    """x [B, heads, L, d] with its statistics over the tokens moved towards the given ones, [heads, 1, d]."""
     own_mean, own_variance = moments(x)
     there = (x.float() - own_mean) * ((variance + eps) / (own_variance + eps)).sqrt() + mean
     return x.float().lerp(there, pull).to(x.dtype)
 
 
-# ---- against leakage: what of a key tells where in the reference something is --------------------------------------
+# ---- against leakage: the parts of a key that encode positions in the reference -------------------------------------
 
 
 def damping(config: DiTConfig, sigma: float) -> Tensor:
-    """A factor for each dimension of a key, [d]. Fast-turning pairs carry the layout, and with it the content; they
+    """A factor for each dimension of a key, [d]. Fast-rotating pairs carry the layout, and with it the content; they
     fade as the picture forms, while slow ones gain a little."""
     high, low = DAMP_HIGH * sigma, 1 + DAMP_LOW * (1 - sigma)
     frame, *sides = config.rope_axes
@@ -124,7 +124,7 @@ def damping(config: DiTConfig, sigma: float) -> Tensor:
 
 
 def shifted(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
-    """Keys [..., L, d] turned on as if the reference hung to the right of the picture: (row, column + reach)."""
+    """Keys [..., L, d] rotated as if the reference lay to the right of the picture: (row, column + reach)."""
     frame, rows, across = config.rope_axes
     speeds = config.rope_base ** -(torch.arange(0, across, 2, dtype=torch.float64) / across)
     angle = torch.cat((torch.zeros((frame + rows) // 2), reach * speeds))
@@ -132,7 +132,7 @@ def shifted(k: Tensor, config: DiTConfig, reach: float) -> Tensor:
 
 
 def guarded(k: Tensor, config: DiTConfig, guard: str, sigma: float, reach: float) -> Tensor:
-    """A reference's keys [n, K, L, d] as the picture's queries will meet them."""
+    """A reference's keys [n, K, L, d] with the guard applied, as the picture's queries see them."""
     if guard in ("damping", "both"):
         k = (k.float() * damping(config, sigma).to(k.device)).to(k.dtype)
     if guard in ("shift", "both"):
@@ -144,10 +144,10 @@ def guarded(k: Tensor, config: DiTConfig, guard: str, sigma: float, reach: float
 
 
 def attends(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequence[float]) -> list[Attend]:
-    """Attention of the spliced blocks with references of positive weights mixed in.
+    """Attention for the spliced blocks, with references of positive weight mixed in.
 
     captures, keys  of each reference; the keys guarded, [n, K, L, d]
-    weights         their sum is the strength: up to 1 the spliced answer is blended in, beyond 1 the references draw
+    weights         their sum is the strength: up to 1 the spliced output is blended in, beyond 1 the references get
                     more of the attention and their statistics pull harder
     """
     strength = math.fsum(weights)
@@ -182,7 +182,7 @@ def attends(captures: Sequence[Capture], keys: Sequence[Tensor], weights: Sequen
 
 
 class Splice:
-    """Spliced references of pictures that are made together: what they share of every step."""
+    """Spliced references for pictures that are rendered together."""
 
     def __init__(
         self,
@@ -193,16 +193,16 @@ class Splice:
         reach: float,
         guard: str = LEAK_GUARD,
     ):
-        """capture_at(reference, step) gives what it left at that step; reach of the picture's grid (`Krea2.reach`)."""
+        """capture_at(reference, step) gives its capture for that step; reach of the picture's grid (`Krea2.reach`)."""
         self.dit, self.capture_at, self.sigmas, self.reach, self.guard = dit, capture_at, sigmas, reach, guard
         self.toward = [r for r in references if r.weight > 0]
         self.away = [r for r in references if r.weight < 0]
         self.push = -math.fsum(r.weight for r in self.away)
 
     def velocity(self, evaluate: Callable[[list[Attend | None] | None], Tensor], step: int) -> Tensor:
-        """The spliced velocity, of as many evaluations as it takes: one, two with negative weights, three with both.
+        """The spliced velocity. It takes one evaluation, two with only negative weights, three with both signs.
 
-        Pure noise holds nothing of a reference, so at sigma 1 the picture goes its own way.
+        Pure noise holds nothing of a reference, so at sigma 1 nothing is spliced.
         """
         if self.sigmas[step] >= 1:
             return evaluate(None)
@@ -231,13 +231,13 @@ def noised(latents: Tensor, noise: Tensor, sigma: float, patch: int) -> Tensor:
 
 
 class CaptureCache:
-    """Captures on disk, the longest unused forgotten first. A folder that cannot be used only costs time."""
+    """Captures on disk, least recently used evicted first. If the folder cannot be used, it only costs time."""
 
     def __init__(self, folder: Path):
         self.folder, self.limit = folder, CACHE_BYTES
 
     def get(self, facts: Mapping[str, Any], device: torch.device) -> Capture | None:
-        """The capture that was put under the same facts, bit for bit; None where there is none that can be read."""
+        """The capture stored under the same facts, bit for bit; None if there is none that can be read."""
         path = self._path(facts)
         try:
             found = Capture(**load_file(path, str(device)))
@@ -248,8 +248,8 @@ class CaptureCache:
         return found
 
     def put(self, facts: Mapping[str, Any], capture: Capture, of: int = 1) -> None:
-        """Keep a capture under these facts. `of`: how many such the run makes; if they cannot all stay, none is worth
-        writing."""
+        """Store a capture under these facts. `of`: how many such captures the run makes; if they cannot all be kept,
+        none is written."""
         if capture.nbytes * of > self.limit:
             return
         path = self._path(facts)

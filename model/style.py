@@ -1,9 +1,9 @@
 """Style: pictures in, prompt rows out.
 
-A reference picture becomes K rows in the text features' own space, [K, N, E], which are appended to the prompt's rows
-before text fusion, just where a vision-language encoder's image rows would enter. So the transformer needs no new part.
-Strength and mixing happen there: rows = S_null + sum_i s_i (S_i - S_null), whatever the order of the references, with
-strengths that are evened out first (`response`).
+A reference picture becomes K rows in the space of the text features, [K, N, E]. They are appended to the prompt's rows
+before text fusion, just where a vision-language encoder's image rows would go, so the transformer needs no new part.
+Strength and mixing happen there: rows = S_null + sum_i s_i (S_i - S_null), independent of the order of the references,
+with strengths that are evened out first (`response`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STYLE_ROWS = 4  # prompt rows that one style takes
-SHUFFLES = 4  # of a reference, in each of two sizes of tiles
+STYLE_ROWS = 4  # prompt rows per style
+SHUFFLES = 4  # of a reference, at each of two tile sizes
 STRENGTHS, TURNED = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.285, 0.355, 0.51, 1.0)  # of `response`
 
 
@@ -50,8 +50,8 @@ class ResidualConv(nn.Module):
 class StyleEncoder(nn.Module):
     """Reference latents to style rows and one style vector.
 
-    Only means and deviations over the picture reach the output, so where things stand, and most of what they are, is
-    lost on the way: a style is what is left of a picture when its content is averaged out.
+    Only means and deviations over the picture reach the output, so where things are, and most of what they are, is
+    lost: a style is what remains of a picture when its content is averaged out.
     """
 
     def __init__(self, config: StyleConfig):
@@ -69,7 +69,7 @@ class StyleEncoder(nn.Module):
         return self.told(self.statistics(latents))
 
     def statistics(self, latents: Tensor) -> Tensor:
-        """All that is seen of latents [B, C, H, W]: means and deviations of features [B, 2·width]."""
+        """All that the encoder sees of latents [B, C, H, W]: means and deviations of features [B, 2·width]."""
         x = self.blocks(self.inward(latents)).flatten(2)
         return torch.cat((x.mean(-1), x.std(-1)), -1)
 
@@ -80,10 +80,10 @@ class StyleEncoder(nn.Module):
         return rows, F.normalize(self.to_vector(trunk), dim=-1)
 
     def read(self, latents: Tensor) -> Tensor:
-        """A reference's rows, latents [1, C, H, W] -> [K, N, E], as training showed references: their tiles shuffled.
+        """A reference's rows, latents [1, C, H, W] -> [K, N, E], with tiles shuffled as in training.
 
-        Seams are part of the statistics that the encoder knows, so an untouched picture says less. The mean over some
-        shuffles, always the same ones.
+        Seams are part of the statistics that the encoder was trained on, so an unshuffled picture works less well.
+        Averaged over a few shuffles, always the same ones.
         """
         generator = torch.Generator().manual_seed(0)
         tiles = [
@@ -95,16 +95,16 @@ class StyleEncoder(nn.Module):
         return self(torch.cat(shuffled) if shuffled else latents)[0].mean(0)
 
     def initialise(self) -> None:
-        """Rows start as noise fainter than the text's rows: they are heard, and say nothing yet."""
+        """Rows start as noise, fainter than the text's rows: present, but without meaning yet."""
         nn.init.normal_(self.null, std=0.5)
         nn.init.normal_(self.to_rows.weight, std=0.7 * self.config.hidden**-0.5)
 
     def mix(self, rows: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
-        """Several styles' rows [K, N, E] at their strengths (-2 ... 2) as one style's rows [K, N, E].
+        """Mix several styles' rows [K, N, E] at their strengths (-2 ... 2) into one style's rows [K, N, E].
 
-        What is for a style and what is against it answer to `response` by their sums, so that shares of one style, and
-        ways from one to another, stay what they are. Summed in fp64 and in the order of the parts' own bytes, so the
-        order of the arguments never matters: parts that cannot be told apart may change places.
+        `response` is applied to the sum of the positive and the sum of the negative strengths, so that the proportions
+        between styles, and paths from one to another, are preserved. Summed in fp64 and in the order of the parts'
+        bytes, so the order of the arguments never matters: only identical parts can change places.
         """
         null = self.null.detach().cpu().double()
         evened = even_out(strengths)
@@ -114,24 +114,24 @@ class StyleEncoder(nn.Module):
 
 
 def response(strength: float) -> float:
-    """How far rows go from saying nothing towards a style, for a strength: as far at 0, at 1 and beyond, less between.
+    """How far rows go from the null rows towards a style at a given strength: equal at 0, 1 and beyond, less between.
 
-    Pictures turn to a look over a short part of the straight way, each at a point of its own between a fifth and a
-    half. At `STRENGTHS` rows have gone `TURNED`: there, by the judge, mean likeness has come three, six and nine tenths
-    of its way. Straight between; odd, so that negative strengths mirror positive ones.
+    Along the straight path, a picture takes on a look within a short stretch, at its own point between a fifth and a
+    half. `TURNED` holds the positions for `STRENGTHS`: there, by the judge, mean likeness reaches three, six and nine
+    tenths of its range. Linear in between; odd, so that negative strengths mirror positive ones.
     """
     size = abs(strength)
     return strength if size >= 1 else math.copysign(float(np.interp(size, STRENGTHS, TURNED)), strength)
 
 
 def even_out(strengths: Sequence[float]) -> list[float]:
-    """Strengths as the rows take them: those for a style and those against it each keep their proportions."""
+    """Strengths as applied to the rows: positive ones keep their proportions to each other, and so do negative ones."""
     sums = {sign: math.fsum(abs(s) for s in strengths if (s > 0) is sign) for sign in (True, False)}
     return [s * response(total) / total if (total := sums[s > 0]) else 0.0 for s in strengths]
 
 
 def destroy_content(latents: Tensor, tile: int, generator: torch.Generator) -> Tensor:
-    """Shuffle a reference's tiles and flip it: its look stays, its subject does not.
+    """Shuffle a reference's tiles and flip it at random: its look stays, its subject does not.
 
     latents [B, C, H, W], tile in latent cells, H and W multiples of it -> the same shape
     """

@@ -1,7 +1,7 @@
-"""The text encoder: a prompt in Krea's template -> hidden states of several layers, one stack for every token.
+"""The text encoder: a prompt in Krea's template -> hidden states of several layers, stacked for every token.
 
-One class reads Qwen3-VL-4B for the open weights and the small model in the box. Only the language tower is here, and
-only up to the last tapped layer. For text, Qwen3-VL's three rotary axes count the same position: plain RoPE.
+The same class runs Qwen3-VL-4B for the open weights and the small bundled encoder. It holds only the language tower,
+and only up to the last tapped layer. For text, Qwen3-VL's three rotary axes count the same position: plain RoPE.
 
 B batch, T tokens, P tokens before them, N taps, E width, H query heads, G key/value heads, D head dim.
 """
@@ -33,21 +33,21 @@ SYSTEM = (
 )
 PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
-PREFIX_TOKENS, SUFFIX_TOKENS = 34, 5  # the prefix's rows are dropped, the suffix's stay
-PROMPT_TOKENS = 507  # longer prompts are cut
+PREFIX_TOKENS, SUFFIX_TOKENS = 34, 5  # the prefix's rows are dropped, the suffix's kept
+PROMPT_TOKENS = 507  # longer prompts are truncated
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 KREA_TAPS = tuple(range(2, 36, 3))  # of Qwen3-VL-4B's 36 layers
-PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # before the tower's names, by who saved them
+PREFIXES = ("", "model.language_model.", "language_model.", "model.")  # of the tower's names, depending on the writer
 
 ITS_OWN = "Use the text encoder that came with the model, in bf16 or fp8_scaled."
-MOST_SIZE, MOST_LAYERS = 1 << 20, 256  # of what a config may state
+MOST_SIZE, MOST_LAYERS = 1 << 20, 256  # the largest that a config may state
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys, values [B, G, P, D]
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The shape of a tower, in transformers' words; tap n is the state after n layers, 0 the embedding."""
+    """The dimensions of a tower, under transformers' names; tap n is the state after n layers, 0 the embedding."""
 
     vocab_size: int
     hidden_size: int
@@ -59,13 +59,13 @@ class TextConfig:
     rope_theta: float
     rms_norm_eps: float
     taps: tuple[int, ...]
-    mrope_section: tuple[int, ...] = (24, 20, 20)  # pairs of a head that turn with time, row and column of a picture
+    mrope_section: tuple[int, ...] = (24, 20, 20)  # pairs of a head that rotate with a picture's time, row and column
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], taps: Sequence[int] | None = None) -> TextConfig:
-        """Read our metadata or transformers' config.json: its text part may be nested, RoPE's base in two places.
+        """Read our metadata or transformers' config.json, whose text part may be nested and RoPE's base in two places.
 
-        Raises K2Error, also for sizes that no encoder has: they would be built before any tensor is compared.
+        Raises K2Error, also for sizes that no encoder has: they would be allocated before any tensor is compared.
         """
         try:
             config = cls._read(raw, taps)
@@ -113,12 +113,12 @@ QWEN3_VL_4B = TextConfig(
 
 
 class Seen(NamedTuple):
-    """What a vision tower puts into a sequence of T tokens, and where everything in it stands."""
+    """What a vision tower puts into a sequence of T tokens, and the positions of all of them."""
 
     where: Tensor  # [T] True = a picture's
-    rows: Tensor  # [V, E] in the place of their embeddings
+    rows: Tensor  # [V, E] replace their embeddings
     deep: list[Tensor]  # [V, E] each, added after the first layers
-    positions: Tensor  # [3, T] in time, row, column
+    positions: Tensor  # [3, T]: time, row, column
 
 
 class RMSNorm(nn.Module):
@@ -133,7 +133,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn dimension i together with i + D/2: x [B, H, T, D], cos and sin [T, D]."""
+    """Rotate dimension i together with i + D/2: x [B, H, T, D], cos and sin [T, D]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -196,10 +196,10 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        empty = torch.empty(config.vocab_size, config.hidden_size)  # drawing numbers on meta would import the compiler
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # random init on meta would import the compiler
         self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(max(config.taps)))
-        if max(config.taps) == config.num_hidden_layers:  # as in transformers, the very last state is the normed one
+        if max(config.taps) == config.num_hidden_layers:  # as in transformers, the very last state is normed
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -207,8 +207,8 @@ class TextTower(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """ids [B, T], past of the P tokens before (B or 1 rows) -> taps [B, T, N, E] and the cache of all P + T tokens.
 
-        Attention is causal, so padding after a row's end changes nothing before it. saved: how many positions fewer
-        than tokens the past takes, as pictures do.
+        Attention is causal, so padding after a row's end changes nothing before it. saved: how many fewer positions
+        than tokens the past takes up, because of pictures.
         """
         before = past[0][0].shape[2] if past else 0
         length = ids.shape[1]
@@ -225,15 +225,15 @@ class TextTower(nn.Module):
             states.append(x)
             cache.append(keys_values)
             if seen is not None and index < len(seen.deep):
-                x = x.clone()  # a tap is the layer's answer, before anything is added
+                x = x.clone()  # a tap is the layer's output, before anything is added
                 x[:, seen.where] += seen.deep[index]
         if hasattr(self, "norm"):
             states[-1] = self.norm(x)
         return torch.stack([states[tap] for tap in self.config.taps], 2), cache
 
     def rope(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [T, D] of positions [3, T]; angles in fp32. Every third pair turns with the row, every third
-        with the column, for as many as `mrope_section` says, and the others with time: in text all count alike."""
+        """Cosine and sine [T, D] of positions [3, T]; angles in fp32. Of every three pairs one rotates with the row and
+        one with the column, for as many as `mrope_section` says; the others with time. In text all three are equal."""
         c = self.config
         frequencies = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=like.device).float() / c.head_dim)
         angles = positions[..., None].float() * frequencies
@@ -259,13 +259,13 @@ class TextEncoder:
                 f"This tokenizer splits the template into {counts} tokens instead of {expected}.",
                 hint="Use the tokenizer that came with the text encoder.",
             )
-        tokenizer.encode_special_tokens = True  # from here on "<|im_end|>" in a prompt is text, not the end of the turn
+        tokenizer.encode_special_tokens = True  # from here on "<|im_end|>" in a prompt is text, not an end
         self.suffix, self.prefix_ids = suffix, torch.tensor([prefix], device=device)
 
     @cached_property
     @torch.no_grad()
     def prefix(self) -> Cache:
-        """The template's keys and values: the same for all prompts, as causal attention shows it nothing of them."""
+        """The template's keys and values: the same for all prompts, since attention is causal."""
         return self.tower(self.prefix_ids)[1]
 
     @classmethod
@@ -278,19 +278,19 @@ class TextEncoder:
         taps: tuple[int, ...] | None = None,
         streamed: bool = False,
     ) -> TextEncoder:
-        """Load NAME-text.safetensors (NAME-tokenizer.json beside it), a transformers folder, or a diffusers one.
+        """Load NAME-text.safetensors (with NAME-tokenizer.json beside it), a transformers folder, or a diffusers one.
 
-        From a folder only the tensors needed are read: no vision tower, no head, no layer past the last tap. Streamed,
-        the layers stay on disk, and each is read while the one before it works.
+        From a folder only the tensors needed are read: no vision tower, no head, no layer past the last tap. If
+        streamed, the layers stay on disk, and each is read while the one before it runs.
         """
         return cls(*read_tower(Path(path), device, dtype, taps=taps, streamed=streamed))
 
     def token_ids(self, prompt: str) -> list[int]:
-        """The prompt's tokens and the suffix; space around the prompt carries no meaning and is dropped."""
+        """The prompt's tokens and the suffix; space around the prompt means nothing and is stripped."""
         return self._own(prompt)[:PROMPT_TOKENS] + self.suffix
 
     def unread(self, prompt: str) -> int:
-        """How many tokens at the end of a prompt are too many, and cut off."""
+        """How many tokens are truncated from the end of a prompt."""
         return max(0, len(self._own(prompt)) - PROMPT_TOKENS)
 
     def _own(self, prompt: str) -> list[int]:
@@ -301,7 +301,7 @@ class TextEncoder:
     def encode(self, prompts: list[str], *, at_once: int = 1, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Prompts -> embeds [B, T, N, E], mask [B, T] True = real; T is the longest prompt's tokens + 5.
 
-        With `at_once` = 1 a prompt's rows are bit for bit the same whatever else is in the list; more is faster.
+        With `at_once` = 1 a prompt's rows are bit for bit the same whatever else is in the list; larger is faster.
         `multiple` rounds T up.
         """
         rows = [self.token_ids(prompt) for prompt in prompts]
@@ -319,7 +319,7 @@ class TextEncoder:
 def read_tower(
     path: Path, device: torch.device | str, dtype: torch.dtype, *, taps: tuple[int, ...] | None, streamed: bool
 ) -> tuple[TextTower, Any]:
-    """A tower with its weights, and its tokenizer; arguments as of `TextEncoder.load`."""
+    """A tower with its weights, and its tokenizer; arguments as for `TextEncoder.load`."""
     from tokenizers import Tokenizer
 
     tower, checkpoint = open_tower(path, taps)
@@ -332,21 +332,21 @@ def read_tower(
     file = tokenizer_file(path)
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # all that the library raises, whatever is wrong
+    except Exception as error:  # the library raises nothing more specific
         raise K2Error(f"{file} is not a tokenizer: {error}.", hint="Download it again.") from None
-    tokenizer.no_truncation()  # transformers writes how it was last called into the file: prompts would be cut unsaid
+    tokenizer.no_truncation()  # transformers saves its last call's settings in the file: prompts would be cut silently
     tokenizer.no_padding()
     return tower, tokenizer
 
 
 def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTower, Checkpoint]:
-    """A tower on the meta device, and the checkpoint that its weights are to come from, by the tower's own names.
+    """A tower on the meta device, and the checkpoint to load its weights from, under the tower's own names.
 
-    path: as of `TextEncoder.load`. Raises K2Error where the tensors are not what the config says, and before that
-    where another tool packed them: then they have other shapes and names.
+    path: as for `TextEncoder.load`. Raises K2Error if the tensors do not match the config, or, before that, if another
+    tool packed them, as their shapes and names then differ.
     """
     checkpoint = open_checkpoint(weights_of(path))
-    if any(file.suffix == ".gguf" for file in checkpoint.files):  # llama.cpp's, which has names of its own
+    if any(file.suffix == ".gguf" for file in checkpoint.files):  # llama.cpp's, which uses other names
         raise K2Error(f"{path} is a GGUF file, but text encoders are read from safetensors only.", hint=ITS_OWN)
     prefix = next((p for p in PREFIXES if f"{p}embed_tokens.weight" in checkpoint.tensors), "")
     own = {name.removeprefix(prefix): s for name, s in checkpoint.tensors.items() if name.startswith(prefix)}
@@ -363,7 +363,7 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
             raise K2Error(f"{name} of {path} is {list(shape)}, but its config asks for {list(tensor.shape)}.")
     heard = re.compile(rf"(embed_tokens|layers\.({'|'.join(map(str, range(len(tower.layers))))}))\.")
     extra = [name for name in own if heard.match(name) and name not in known and not is_auxiliary(name)]
-    if extra:  # scales of a way to store numbers, biases: to leave them out would be another encoder
+    if extra:  # scales of some number format, or biases: without them it would be another encoder
         raise K2Error(
             f"{path} holds {count_of(len(extra), 'tensor')} that Qwen3-VL does not have ({listed(sorted(extra), 3)}).",
             hint=ITS_OWN,
@@ -372,13 +372,13 @@ def open_tower(path: Path, taps: tuple[int, ...] | None = None) -> tuple[TextTow
 
 
 def stated_taps(path: Path) -> Any:
-    """The taps that a diffusers pipeline folder states, unchecked; None where it states none."""
+    """The taps stated in a diffusers pipeline folder, unchecked; None if it states none."""
     index = path / "model_index.json"
     return read_json(index).get("text_encoder_select_layers") or None if index.exists() else None
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer.json that goes with a text encoder's file or folder."""
+    """The tokenizer.json that belongs to a text encoder's file or folder."""
     places = [
         path / "tokenizer.json",
         path / "tokenizer" / "tokenizer.json",

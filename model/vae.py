@@ -1,11 +1,11 @@
-"""The Qwen-Image autoencoder, read as what it is for a single picture: a 2-D network.
+"""The Qwen-Image autoencoder as the 2-D network that it is for a single picture.
 
 The published network is a causal 3-D convolutional video autoencoder. For one frame its temporal padding is zeros, so
 every 3-D kernel acts as its last temporal slice, and temporal resampling is skipped. Here the kernels are 2-D from the
 start: the same numbers for a third of the work. Parameter names are diffusers' (`AutoencoderKLQwenImage`).
 
 Shapes: B pictures, H x W pixels, C channels. Pictures are RGB in -1 ... 1; one latent cell is f x f pixels, f the
-factor: 8 in the release, twice that with one scale more.
+factor: 8 in the release, twice that with one more scale.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ QWEN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 # fmt: on
 THEIRS = "temperal_downsample"  # as diffusers' authors spell it
 
-LONE = 20480  # numbers up to which PyTorch convolves a single picture by another kernel than one in company
+LONE = 20480  # numbers up to which PyTorch uses another convolution kernel for a single picture than for a batch
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a Qwen-Image autoencoder and the statistics that normalise its latents; defaults are the release's."""
+    """Dimensions of a Qwen-Image autoencoder and the statistics that normalise its latents; defaults: the release's."""
 
     base_dim: int = 96
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -54,9 +54,9 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """From JSON values, ours or diffusers'; keys that do not shape the network are left aside.
+        """From JSON values, ours or diffusers'; keys that do not shape the network are ignored.
 
-        Raises TypeError or ValueError for what no autoencoder is.
+        Raises TypeError or ValueError for values that no autoencoder has.
         """
         known = {"temporal_downsample": values[THEIRS]} if THEIRS in values else {}
         known |= {key: values[key] for key in cls.__dataclass_fields__ if key in values}
@@ -86,13 +86,13 @@ class VAEConfig:
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x [B, C, H, W], gamma [C, 1, 1] -> x with a mean square of 1 over the channels of every pixel, times gamma."""
+    """x [B, C, H, W], gamma [C, 1, 1] -> x scaled to a mean square of 1 over every pixel's channels, times gamma."""
     unit = F.normalize(x.float(), dim=1, eps=1e-12)
-    return unit.mul_(gamma.float() * x.shape[1] ** 0.5).to(x.dtype)  # in place: a new tensor costs as much as its work
+    return unit.mul_(gamma.float() * x.shape[1] ** 0.5).to(x.dtype)  # in place: a new tensor costs as much as the maths
 
 
 def norm_silu(x: Tensor, gamma: Tensor) -> Tensor:
-    """SiLU of `rms_norm`: apart from convolutions all there is; worth fusing (training compiles just this)."""
+    """SiLU of `rms_norm`: all there is apart from convolutions; worth fusing (training compiles just this)."""
     return F.silu(rms_norm(x, gamma), inplace=True)
 
 
@@ -109,7 +109,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, 3 x 3 convolution, twice, beside a shortcut."""
+    """Norm, SiLU, 3 x 3 convolution, twice, plus a shortcut."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
@@ -195,7 +195,7 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the moments of their latents."""
+    """From pictures to the moments of their latents."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """From latents to pictures."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
 
 
 class QwenImageVAE(nn.Module):
-    """Pictures to normalised latents and back. Sides beyond `tile` pixels go through in blended tiles."""
+    """From pictures to normalised latents and back. Sides longer than `tile` pixels are processed in blended tiles."""
 
     tile, overlap = TILE, OVERLAP
     mean: Tensor
@@ -279,7 +279,7 @@ class QwenImageVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, z_dim, h, w] -> images [B, 3, f*h, f*w] in -1 ... 1.
 
-        On one thread the same bits in any company; several may split a batch by its size, and round otherwise.
+        On one thread bit for bit the same in any batch; several threads may split batches by size, and then differ.
         """
         z = latents * self.std + self.mean
         f, widest = self.config.factor, self.config.base_dim * self.config.dim_mult[-1]
@@ -297,11 +297,11 @@ class QwenImageVAE(nn.Module):
         self.load_state_dict(from_diffusers(state), strict=True, assign=True)
 
     def to_diffusers(self) -> dict[str, Tensor]:
-        """The weights in diffusers' 3-D shapes; what a single frame never touches is zero."""
+        """The weights in diffusers' 3-D shapes; those that a single frame never uses are zero."""
         return to_diffusers(self.state_dict(), self.config)
 
 
-# Diffusers keeps these modules 2-D; every other convolution and norm of its network is 3-D.
+# These modules are 2-D in diffusers; every other convolution and norm of its network is 3-D.
 PLANAR = (".resample.", ".attentions.")
 
 
