@@ -1,13 +1,13 @@
-"""Linear layers whose matrix stays in 8 bits, or in 4, in memory.
+"""Linear layers whose matrix is held in 8 or 4 bits.
 
-Where the hardware multiplies 8-bit numbers, each token is rounded to 8 bits as well, by its own largest number, so a
-token's answer does not depend on its company. Elsewhere the matrix is widened for the length of one product. Either
-way scales are put to the product, not to the matrix. 4 bits are codes for 8, and become them for the length of one
-product (`model/four_bit.py`). Where a matrix was rotated before it was rounded, tokens are rotated too:
-(x H)(W H)ᵀ = x Wᵀ, H being orthogonal. A state dict holds `NAME.weight` and what it takes to read it, as `ENDS` has it.
+Where the hardware multiplies 8-bit numbers, each token is rounded to 8 bits as well, scaled by its own largest number,
+so a token's result does not depend on the others. Elsewhere the matrix is widened for the duration of one product.
+Either way scales are applied to the product, not to the matrix. 4-bit codes stand for 8-bit numbers, and are decoded
+for the duration of one product (`model/four_bit.py`). If a matrix was rotated before rounding, tokens are rotated too:
+(x H)(W H)ᵀ = x Wᵀ, with H orthogonal. A state dict holds `NAME.weight` and the tensors needed to read it (`ENDS`).
 
-Gradients pass through to the tokens, never to the matrix: tokens are then not rounded, so they are the dequantised
-matrix's own.
+Gradients flow to the tokens, never to the matrix. Tokens are then not rounded, so the gradients are exactly those of
+the dequantised matrix.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from torch import Tensor, nn
 from model.four_bit import GROUP, Codes, numbers_of, to_codes, width_of_turns
 from model.quantize import Rows, parts_of, restore, rotate, round_rows, to_rows
 
-FEW = 16  # tokens up to which CUDA's 8-bit products refuse to work
-TOKENS_AT_ONCE = 2048  # on a CPU: a product packs the whole matrix anew, and its answer is wide before it is scaled
+FEW = 16  # CUDA's 8-bit products need more tokens than this
+TOKENS_AT_ONCE = 2048  # on a CPU: each product repacks the whole matrix, and its result is wide before scaling
 
 
 class Format(NamedTuple):
     """How a matrix is held."""
 
-    number: torch.dtype  # that products are taken in: int8 or float8_e4m3fn
+    number: torch.dtype  # of the products: int8 or float8_e4m3fn
     bits: int = 8  # 4: codes for those numbers
-    turned: int = 0  # in groups of how many numbers its rows are rotated; 0: not
+    turned: int = 0  # group size in which its rows are rotated; 0: not rotated
 
 
 FORMATS = {"int8": Format(torch.int8), "fp8": Format(torch.float8_e4m3fn), "int4": Format(torch.int8, bits=4)}
-ENDS = {8: ("", "_scale"), 4: ("", "_s_rel", "_s_channel", "_codebook")}  # of a weight's name; of 4 bits ComfyUI's
+ENDS = {8: ("", "_scale"), 4: ("", "_s_rel", "_s_channel", "_codebook")}  # after a weight's name; 4 bits as in ComfyUI
 
 
 def usual(precision: str, inward: int) -> Format:
-    """How a matrix [out, in] is held where its file does not decide: 4 bits want rotated rows."""
+    """How to hold a matrix [out, in] if its file does not decide: 4 bits need rotated rows."""
     format = FORMATS[precision]
     return format._replace(turned=width_of_turns(inward)) if format.bits == 4 else format
 
 
 class FewBitLinear(nn.Linear):
-    """A linear layer (adapters and `isinstance` know it as such) of weight int8 or e4m3 [out, in] and its scales, or of
+    """A linear layer (also to adapters and `isinstance`) with an int8 or e4m3 weight [out, in] and its scales, or with
     codes and theirs."""
 
-    exact = False  # never round tokens, as where something is learned on top
+    exact = False  # never round tokens, as when training on top
 
     def __init__(self, inward: int, outward: int, bias: bool, format: Format):
-        """Built on the meta device: there is nothing to draw in few bits."""
+        """Built on the meta device: there is no random init in few bits."""
         super().__init__(inward, outward, bias, device="meta")
         self.format = format
         with torch.device("meta"):
@@ -91,11 +91,11 @@ class FewBitLinear(nn.Linear):
         return tuple(getattr(self, f"weight{end}") for end in ENDS[self.format.bits])
 
     def matrix(self) -> Tensor:
-        """What the layer multiplies by, dequantised and as it was before it was rotated: fp32 [out, in]."""
+        """The layer's matrix, dequantised and with any rotation undone: fp32 [out, in]."""
         return restore(*in_eight(*self.held), torch.float32, self.format.turned)
 
     def multiplies(self, tokens: Tensor) -> bool:
-        """Whether the product itself is taken in 8 bits: where the device can, and its kernels take the shape."""
+        """Whether the product itself runs in 8 bits: if the device can, and its kernels accept the shape."""
         if not native(self.format.number, tokens.device.type):
             return False
         fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
@@ -111,8 +111,8 @@ def in_eight(weight: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Widened(torch.autograd.Function):
-    """Tokens times a frozen matrix in few bits, with a gradient. The matrix is widened anew on the way back: autograd
-    would keep the wide copy of every layer, and with it the memory that few bits save."""
+    """Tokens times a frozen matrix in few bits, with a gradient. The matrix is widened again in the backward pass:
+    autograd would keep a wide copy of every layer, and lose the memory that few bits save."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, *held: Tensor) -> Tensor:
@@ -132,19 +132,19 @@ def widened_product(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def native(number: torch.dtype, device: str) -> bool:
-    """Whether a kind of device multiplies numbers of this format faster than bf16; compilers take it as it is.
+    """Whether a kind of device multiplies numbers of this format faster than bf16; constant to compilers.
 
-    CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with a scale for every
-    row from Hopper on, under Windows on Hopper alone, where cuBLAS has it: PyTorch's own kernel is not built there.
-    ROCm: neither, its libraries have it for some cards only, and others crash.
+    CPUs: int8 with the dot-product instructions (VNNI, AMX). CUDA: int8 from Ampere on; e4m3 with row-wise scales from
+    Hopper on; on Windows only on Hopper, where cuBLAS provides it: PyTorch's own kernel is not built there. ROCm:
+    neither, since its libraries support only some cards and crash on others.
     """
     return native_on(number, device, torch.cuda.current_device() if device == "cuda" else 0)
 
 
 @cache
 def native_on(number: torch.dtype, device: str, card: int) -> bool:
-    """Whether a device multiplies numbers of this format faster than bf16, by what it says of itself; `card` is the
-    index of one of several."""
+    """Whether a device multiplies numbers of this format faster than bf16, by its reported capabilities; `card` is the
+    index of a CUDA card."""
     if device == "cpu":
         known = torch.cpu.get_capabilities()
         return number == torch.int8 and any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
@@ -159,7 +159,7 @@ def native_on(number: torch.dtype, device: str, card: int) -> bool:
 def eight_bit_product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """tokens [M, K], rounded to 8 bits, times (weight [N, K] · weight_scale [N]) transposed -> [M, N] in tokens' dtype.
 
-    On a CPU part by part, each of as many tokens.
+    On a CPU in parts of equal size.
     """
     if tokens.device.type != "cpu":
         return product(tokens, weight, weight_scale).to(tokens.dtype)
@@ -188,9 +188,9 @@ def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 def shrink(network: nn.Module, format_of: Callable[[str, nn.Linear], Format | None]) -> None:
-    """Put layers of few bits, still empty, in the place of linear ones below a network on the meta device.
+    """Replace linear layers of a network on the meta device by few-bit ones, still empty.
 
-    format_of: by a layer's name and itself, how its matrix is to be held; None leaves it as it is.
+    format_of: the format for a layer, given its name and the layer; None leaves it as is.
     """
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and (format := format_of(name, layer)):
@@ -200,15 +200,15 @@ def shrink(network: nn.Module, format_of: Callable[[str, nn.Linear], Format | No
 
 
 def few_bit_layers(network: nn.Module) -> dict[str, FewBitLinear]:
-    """Name of each weight that is held in few bits -> its layer."""
+    """Name of each weight held in few bits -> its layer."""
     return {f"{n}.weight": m for n, m in network.named_modules() if isinstance(m, FewBitLinear)}
 
 
 def hold(stored: Rows | Codes, scale: Tensor | None, group: int, format: Format) -> tuple[Tensor, ...]:
-    """A matrix as it is stored -> the tensors of a layer, in the order of `ENDS`. It is rounded part by part, and not
-    at all where it is stored as it is held.
+    """A matrix as stored -> a layer's tensors, in the order of `ENDS`. It is rounded part by part, or not at all if
+    it is already stored in the layer's format.
 
-    stored, scale, group: as of `quantize.restore`, or codes and the rotation of their rows.
+    stored, scale, group: as for `quantize.restore`, or codes and the rotation of their rows.
     """
     if isinstance(stored, Codes) and (format.bits, format.turned) == (4, group):
         return tuple(stored)
@@ -221,7 +221,7 @@ def hold(stored: Rows | Codes, scale: Tensor | None, group: int, format: Format)
 
 
 def widened(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The network's state dict as if nothing were in few bits: matrices in `dtype`, no scales."""
+    """The network's state dict without few-bit layers: matrices in `dtype`, no scales."""
     few = few_bit_layers(network)
     beside = {f"{name}{end}" for name, layer in few.items() for end in ENDS[layer.format.bits][1:]}
     return {

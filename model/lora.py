@@ -1,11 +1,11 @@
-"""Low-rank adapters laid over a network and taken off again.
+"""Apply low-rank adapters to a network, and remove them again.
 
-A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Laid over,
-it is a second, narrow path beside the layer: the base is neither copied nor changed, so taking it off leaves the very
-bits that were there. Some files add a whole matrix to a layer (`.diff`), something to its bias (`.diff_b`), a Kronecker
-product (LoKr) or a Hadamard one (LoHa), or say how long its rows are to be (DoRA): see `model/second_path.py`. And some
-change the scales of norms, or what a layer adds to the time's modulation. These few numbers are exchanged for as long
-as the layer that they belong to works. `model/lora_match.py` reads a file and matches it with a network.
+A LoRA adds `weight · alpha / rank · up @ down` to the matrix of a linear layer: down [r, in], up [out, r]. Applied, it
+is a second, narrow path beside the layer: the base is neither copied nor changed, so removing it restores the network
+bit for bit. Some files add a full matrix to a layer (`.diff`), a term to its bias (`.diff_b`), a Kronecker product
+(LoKr) or a Hadamard product (LoHa), or set the norms of its rows (DoRA): see `model/second_path.py`. Others change the
+scales of norms, or what a layer adds to the time modulation: these few numbers are swapped in while the layer that they
+belong to runs. `model/lora_match.py` reads a file and matches it with a network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from model.second_path import SecondPath, Update
 
 @dataclass(frozen=True)
 class Shift:
-    """What is added to a parameter that is no linear layer's at weight 1."""
+    """What is added, at weight 1, to a parameter outside linear layers."""
 
     delta: Tensor  # in the parameter's shape
 
@@ -41,12 +41,12 @@ class Adapter:
     """A LoRA file, matched against a network."""
 
     path: Path
-    sha256: str  # of the file, and of settings beside it: see `hashes.identity`
-    layers: Mapping[str, Change]  # by the native name of the linear layer, or of the parameter
-    unmatched: tuple[str, ...]  # layers that the network lacks, as the file calls them
+    sha256: str  # of the file and any settings beside it: see `hashes.identity`
+    layers: Mapping[str, Change]  # by the native name of the linear layer or parameter
+    unmatched: tuple[str, ...]  # layers that the network lacks, under the file's names
 
     def report(self, weight: float) -> dict[str, Any]:
-        """For records: matched of modules layers are in use; the others are named. `idle` is one that changes none."""
+        """For records: `matched` of `modules` layers are in use, others are named. An `idle` adapter changes none."""
         idle = not any(each.changes() for each in self.layers.values())
         return {
             "path": str(self.path),
@@ -61,9 +61,9 @@ class Adapter:
 
 @contextmanager
 def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iterator[None]:
-    """Within the context the network answers with the adapters, each at its weight (negative too), in any order.
+    """Within the context the adapters are applied, each at its weight (also negative), in any order.
 
-    Weight 0 adds nothing, not even a rounding. Contexts may be nested: they add.
+    Weight 0 adds nothing, not even rounding. Contexts can be nested: their adapters add up.
     """
     with ExitStack() as stack:
         for name, changes in together(adapters).items():
@@ -75,20 +75,20 @@ def laid_over(network: Krea2, adapters: Iterable[tuple[Adapter, float]]) -> Iter
 
 
 class Exchange:
-    """A parameter is another while the module that reads it works; then it is itself again, also where that failed."""
+    """Swaps a parameter while the module that reads it runs, and restores it afterwards, even after an error."""
 
     def __init__(self, network: Krea2, name: str, weighted: Sequence[tuple[Change, float]]):
         above, _, self.own = name.rpartition(".")
         self.holder = self.reader = network.get_submodule(above)
-        if isinstance(self.holder, Modulation):  # it only holds
+        if isinstance(self.holder, Modulation):  # only holds the parameter; its parent reads it
             self.reader = network.get_submodule(above.rpartition(".")[0])
         self.delta = torch.stack([each.delta * weight for each, weight in weighted if isinstance(each, Shift)]).sum(0)
         self.before: list[nn.Parameter] = []
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Blocks that are streamed have their numbers only while they work: so it comes after their filling, and ends
-        before their emptying, as one of these within another does."""
+        """Streamed blocks have weights only while they run: so the swap comes after they are filled and ends before
+        they are emptied, and nested swaps end in reverse order."""
         with (
             self.reader.register_forward_pre_hook(self.put),
             self.reader.register_forward_hook(self.take, prepend=True, always_call=True),
@@ -107,7 +107,7 @@ class Exchange:
 
 
 def together(adapters: Iterable[tuple[Adapter, float]]) -> dict[str, list[tuple[Change, float]]]:
-    """Several adapters as one: layer -> what changes it, and at which weight, in an order of their own."""
+    """Combine adapters: layer -> its changes and their weights, in an order that does not depend on the caller's."""
     in_use = sorted(((a, weight) for a, weight in adapters if weight), key=lambda pair: (pair[0].sha256, pair[1]))
     changes: dict[str, list[tuple[Change, float]]] = {}
     for adapter, weight in in_use:

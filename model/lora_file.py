@@ -1,6 +1,6 @@
-"""What the file of an adapter holds, by layer and in any trainer's words, and what it is refused for.
+"""The contents of an adapter's file, by layer and in any trainer's naming, and the reasons to refuse it.
 
-`model/lora_match.py` matches it with a network. This needs no torch.
+`model/lora_match.py` matches it with a network. Needs no torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PART = re.compile(  # module . part [. the adapter's name] [. weight]
     r"|dora_scale|lora_magnitude_vector|magnitude)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.weight)?"
 )
-WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as it is to a layer's matrix, to its bias
-KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a factor, or the two that it is made of
-OTHER_KINDS = {  # adapters that are none of these, or more than one
+WHOLE = re.compile(r"(?P<module>.+)\.(?P<what>diff|diff_b)")  # added as is to a layer's matrix or its bias
+KRONECKER = re.compile(r"(?P<module>.+)\.lokr_(?P<what>w[12](_[ab])?)")  # a factor, or the two that make it up
+OTHER_KINDS = {  # adapters that k2 does not read
     r"\.lokr_t[12]$": "a convolutional LoKr",
     r"\.hada_t[12]$": "a convolutional LoHa",
     r"\.wd_for_diff$": "a DoRA of differences",
@@ -39,7 +39,7 @@ OTHER_KINDS = {  # adapters that are none of these, or more than one
     r"\.lora_mid": "a convolutional LoRA",
     r"\.lora_(B|up)(\.\w+)?\.bias$": "a LoRA with biases",
 }
-OTHER_MODELS = {  # whose layers are called so; the first that fits
+OTHER_MODELS = {  # by their layers' names; the first match counts
     r"(double|single)_blocks|single_transformer_blocks": "FLUX",
     r"joint_blocks": "Stable Diffusion 3",
     r"(img|txt)_(mod|mlp)[._]|[._]add_[qkv]_proj": "Qwen-Image or FLUX",
@@ -48,26 +48,26 @@ OTHER_MODELS = {  # whose layers are called so; the first that fits
     r"(^|[._])layers[._]\d+[._](attention|feed_forward)": "Z-Image",
 }
 TEXT_ENCODER = r"lora_te\d?_|text_encoder|text_model|layers[._]\d+[._](self_attn|mlp)"
-BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take the adapter out of the base
+BASE_CHANGERS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that subtract the adapter from the base
 PAIR, HADAMARD = {"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 LEFT, RIGHT = ({"w1"}, {"w1_a", "w1_b"}), ({"w2"}, {"w2_a", "w2_b"})
-WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # what a change consists of
-LONGEST_TRIGGER, MOST_TRIGGERS = 200, 16  # characters of one that a file states, and how many: they join every prompt
+WHOLE_KINDS = [PAIR, HADAMARD, *(left | right for left in LEFT for right in RIGHT)]  # complete sets of factors
+LONGEST_TRIGGER, MOST_TRIGGERS = 200, 16  # characters of one, and number, that a file may add to every prompt
 ON_RAW = "Give a LoRA trained on Krea 2."
 PLAIN = "Give a plain LoRA; if this is one, fetch it again."
 
 
 def check_kind(path: Path) -> None:
-    """Refuse what its header says is no adapter that is read here, or another model's; whether it fits a network is
-    another question. Raises K2Error."""
+    """Refuse, by its header, a file that is no adapter k2 can read, or another model's; whether it fits a network is
+    not checked. Raises K2Error."""
     refuse_others(path, read_header(path).keys() - {"__metadata__"})
     peft_settings(path)
 
 
 def stated_triggers(path: Path) -> tuple[list[str], str]:
-    """The words that an adapter was trained to answer to, where its metadata states them, by ModelSpec or as k2 trains
-    them; how often tags stood in its captions (kohya) is no such statement. It is somebody's text, and may be anything:
-    what is too much to join a prompt is passed over -> and told in a sentence."""
+    """The trigger words stated in an adapter's metadata, by ModelSpec or by k2's own training; tag frequencies (kohya)
+    do not count. It is a stranger's text and may hold anything: what is too much for a prompt is skipped -> triggers,
+    and a sentence about what was skipped, or ""."""
     about = read_header(path).get("__metadata__", {})
     own = own_words(about).get("triggers")
     stated = [*(own if isinstance(own, list) else ()), about.get("modelspec.trigger_phrase")]
@@ -79,7 +79,7 @@ def stated_triggers(path: Path) -> tuple[list[str], str]:
 
 
 def refuse_others(path: Path, names: Iterable[str]) -> None:
-    """Raises K2Error for adapters of another kind or another model's, and for files that hold none."""
+    """Raises K2Error for adapters of another kind or for another model, and for files that hold none."""
     for pattern, what in OTHER_KINDS.items():
         if any(re.search(pattern, name) for name in names):
             raise K2Error(f"{path} is {what}, which k2 does not read.", hint="Give a plain LoRA.")
@@ -95,8 +95,8 @@ def refuse_others(path: Path, names: Iterable[str]) -> None:
 
 
 def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …}, `HADAMARD` or {"diff": …}, and "diff_b" and
-    "magnitude" (DoRA's); module -> alpha, where it is stated. A factor may be two, {"w2_a": …, "w2_b": …}.
+    """Module -> its parts, {"down": …, "up": …}, {"w1": …, "w2": …}, `HADAMARD` or {"diff": …}, plus "diff_b" and
+    "magnitude" (DoRA); module -> alpha, if stated. A factor may come as two, {"w2_a": …, "w2_b": …}.
 
     Raises K2Error.
     """
@@ -126,7 +126,8 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
         )
     if both := [module for module, kind in kinds.items() if kind > {"diff"}]:
         raise K2Error(f"{path} changes {listed(both, 3)} both by a full matrix and by factors.", hint=PLAIN)
-    # ai-toolkit's norm is without alpha, which is the rank in all transformers that it trains: then it is PEFT's
+    # ai-toolkit's norm omits alpha, which equals the rank in all transformers that it trains: then it is the same as
+    # PEFT's
     if any(f"{m}.magnitude" in state and alpha != len(parts[m].get("down", ())) for m, alpha in alphas.items()):
         raise K2Error(f"{path} is a DoRA whose norm omits alpha (ai-toolkit), which k2 does not read.", hint=PLAIN)
     if not all(tensor.float().isfinite().all() for tensor in state.values()):
@@ -136,19 +137,19 @@ def sort_out(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What PEFT states apart from the tensors; without it alpha is the rank."""
+    """What PEFT states besides the tensors; without it alpha equals the rank."""
 
     alpha: float | None = None
-    alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first that fits
+    alphas: Mapping[re.Pattern[str], float] | None = None  # of single layers; the first match counts
     by_root: bool = False  # rank-stabilised: alpha / √rank
     dora: bool = False  # every layer has a magnitude
-    ranks: Mapping[re.Pattern[str], float] | None = None  # of a LoKr, by which it is scaled where its factors have none
+    ranks: Mapping[re.Pattern[str], float] | None = None  # of a LoKr, to scale it by if its factors have none
 
     def stated_rank(self, name: str) -> float | None:
         return first(self.ranks, name)
 
     def scale(self, name: str, rank: float) -> float:
-        """Of a layer by the name that the file has for it, as that is what the patterns are of."""
+        """The scale of a layer by its name in the file, which is what the patterns match."""
         alpha = first(self.alphas, name, self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.by_root else rank)
 
@@ -177,7 +178,7 @@ def peft_settings(path: Path) -> PeftSettings:
                 raise ValueError("a rank is not a positive number")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise K2Error(f"{path} states settings that cannot be read: {error}.", hint="Fetch it again.") from None
-    if kind not in ("LORA", "LOHA", "LOKR"):  # their scales are stated otherwise
+    if kind not in ("LORA", "LOHA", "LOKR"):  # others state their scales differently
         raise K2Error(f"{path} is a PEFT {brief(kind)}, which k2 does not read.", hint="Give a plain LoRA.")
     if (begun := str(stated.get("init_lora_weights")).lower()).startswith(BASE_CHANGERS):
         raise K2Error(
@@ -189,14 +190,14 @@ def peft_settings(path: Path) -> PeftSettings:
 
 
 def by_layer(stated: Mapping[str, Any], key: str) -> dict[re.Pattern[str], float]:
-    """A table of PEFT's, {pattern: number}. Raises ValueError, TypeError, AttributeError or re.error."""
+    """One of PEFT's tables, {pattern: number}. Raises ValueError, TypeError, AttributeError or re.error."""
     return {layers(name): float(value) for name, value in (stated.get(key) or {}).items()}
 
 
 def layers(key: str) -> re.Pattern[str]:
-    """The layers that a key of PEFT's patterns means: a regular expression for the end of a name.
+    """The layers that a key of PEFT's patterns matches: a regular expression for the end of a name.
 
-    Raises ValueError for one that could keep the search busy: it comes with a stranger's file.
+    Raises ValueError for one that could make the search explode: it comes with a stranger's file.
     """
     if len(key) > 200 or re.search(r"[)\]}][*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 3:
         raise ValueError(f"the pattern {key[:50]!r}")

@@ -1,5 +1,5 @@
-"""An adapter's file matched with a network: whose layer each of its parts is, in any trainer's spelling, and whether it
-fits. `model/lora_file.py` sorts out what a file holds, `model/lora.py` lays an adapter over the network."""
+"""Match an adapter's file with a network: which layer each part belongs to, in any trainer's spelling, and whether it
+fits. `model/lora_file.py` sorts a file's contents, `model/lora.py` applies an adapter to the network."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from model.stream import at_hand
 
 PREFIXES = (
     "base_model.model.",  # PEFT
-    "model.diffusion_model.",  # ComfyUI, as the next
+    "model.diffusion_model.",  # ComfyUI, like the next
     "diffusion_model.",
     "transformer.",  # diffusers
-    "lora_unet_",  # kohya, dots as underscores; as the next two
+    "lora_unet_",  # kohya, dots as underscores; so do the next two
     "lora_transformer_",
     "lycoris_",
 )
 FUSED = re.compile(r"(?P<stem>.*attn[._]to_)qkv")  # queries, keys and values as one matrix
-MOST_BESIDE = 256 << 20  # bytes of layers that the network lacks
-ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # what has as many rows as a layer has
-TALL = ("w1", "w1_a", "w2", "w2_a")  # whose product has
-ABOUT = 0.1  # of a layer's norm: as far off it may be in other weights of one model, in few bits or distilled
+MOST_BESIDE = 256 << 20  # bytes allowed for layers that the network lacks
+ROWS = ("up", "diff", "diff_b", "hada_w1_a", "hada_w2_a", "magnitude")  # parts with as many rows as the layer
+TALL = ("w1", "w1_a", "w2", "w2_a")  # parts whose product has as many
+ABOUT = 0.1  # relative difference of a layer's norm between weights of one model, in few bits or distilled
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a file holds of one layer. All that makes a change of it raises K2Error for what does not fit."""
+    """What a file holds for one layer. Methods that make a change of it raise K2Error for what does not fit."""
 
     path: Path
-    module: str  # the layer, as the file calls it
+    module: str  # the layer's name in the file
     tensors: Mapping[str, Tensor]
     scale: float = 1.0  # alpha / rank
-    alpha: float | None = None  # as the file holds it
+    alpha: float | None = None  # as stored in the file
     rows: slice = field(default_factory=lambda: slice(None))  # of a change that several layers share
 
     def update(self, layer: nn.Linear, width: int, *, dora: bool) -> Update:
-        """What is added to a layer; a network of this width, a file that says of itself whether it is a DoRA."""
-        shape = layer.out_features, layer.in_features  # what is held in few bits is packed
+        """What is added to a layer of a network of this width. dora: whether the file says that it is a DoRA."""
+        shape = layer.out_features, layer.in_features  # few-bit weights are packed, so not weight.shape
         for what, own, whole in (("diff", "weight", shape), ("diff_b", "bias", shape[:1])):
             if what in self.tensors and self.tensors[what].shape != whole:
                 theirs = f"its {self.module}.{what} is {list(self.tensors[what].shape)}"
@@ -68,7 +68,7 @@ class Part:
     def shift(self, own: nn.Parameter) -> Shift:
         """What is added to a parameter: a difference, or scale times a pair's product.
 
-        A row of numbers may come as a table: diffusers has a block's modulation as 6 × width.
+        A vector may come as a matrix: diffusers stores a block's modulation as 6 × width.
         """
         if self.tensors.keys() not in ({"diff"}, {"down", "up"}):
             why = f"changes {self.module}, which is not a linear layer, as if it were one"
@@ -83,7 +83,7 @@ class Part:
         return Shift(delta.view(own.shape))
 
     def low_rank(self, shape: tuple[int, int], width: int) -> LowRank | Whole:
-        """A low-rank pair, or a whole matrix; nothing is a pair of no rank."""
+        """A low-rank pair or a full matrix; with neither, a pair of rank 0."""
         out, inward = shape
         if "down" in self.tensors:
             self.check_factors(self.tensors["up"], self.tensors["down"], shape, width)
@@ -100,7 +100,7 @@ class Part:
         return Hadamard(*factors, scale=self.scale)
 
     def kronecker(self, shape: tuple[int, int]) -> Kronecker:
-        """A Kronecker product. Where both factors are whole there is no rank, and alpha means nothing (LyCORIS)."""
+        """A Kronecker product. If both factors are full matrices there is no rank, and alpha is ignored (LyCORIS)."""
         held = self.tensors
         halves = [(held[what],) if what in held else (held[f"{what}_a"], held[f"{what}_b"]) for what in ("w1", "w2")]
         (a, b), (c, d) = (self.span(*pair) if len(pair) == 2 else self.shape_of(*pair) for pair in halves)
@@ -113,9 +113,9 @@ class Part:
         return Kronecker(left, right, self.rows, scale=scale)
 
     def magnitude(self, shape: tuple[int, int], *, stated: bool) -> Tensor | None:
-        """A DoRA's lengths: of rows as a column [out, 1], of columns as a row [1, in]. PEFT's vector is of rows.
+        """A DoRA's norms: of rows as a column [out, 1], of columns as a row [1, in]. PEFT's vector is for rows.
 
-        stated: whether the file says that it is a DoRA, which then has them.
+        stated: whether the file says that it is a DoRA, and so must have them.
         """
         magnitude = self.tensors.get("magnitude")
         if magnitude is None:
@@ -130,8 +130,8 @@ class Part:
         return lengths
 
     def trains(self) -> bool:
-        """Whether it changes anything: a product does where none of its factors is all noughts. Of a magnitude over one
-        that does not, see `is_own_norm`."""
+        """Whether it changes anything: a product does if none of its factors is all zeros. For a magnitude on top of an
+        idle product see `is_own_norm`."""
         wholes, factors = (
             [bool(tensor.any()) for what, tensor in self.tensors.items() if what.startswith("diff") == whole]
             for whole in (True, False)
@@ -139,7 +139,7 @@ class Part:
         return any(wholes) or (bool(factors) and all(factors))
 
     def is_own_norm(self, layer: nn.Linear) -> bool:
-        """Whether its magnitude is about the layer's own norm, as it begins, and stays where nothing trains it."""
+        """Whether its magnitude is about the layer's own norm, where it starts, and stays if it is not trained."""
         out, inward = layer.out_features, layer.in_features
         lengths = self.magnitude((out, inward), stated=False)
         gain = gain_of(layer, LowRank(torch.zeros(0, inward), torch.zeros(out, 0), magnitude=lengths))
@@ -158,9 +158,9 @@ class Part:
         return a.shape[0], b.shape[1]
 
     def check_factors(self, a: Tensor, b: Tensor, shape: tuple[int, int], width: int) -> None:
-        """Both factors of a @ b must share a rank and span the layer's shape, (out, in).
+        """Check that the factors of a @ b share a rank and give the layer's shape, (out, in).
 
-        A rank may exceed one side of a small layer (trainers give all layers one rank), but never the network's width.
+        A rank may exceed one side of a small layer (trainers use one rank for all layers), but not the network's width.
         """
         out, inward = self.span(a, b)
         if len(b) > width:
@@ -168,7 +168,7 @@ class Part:
         self.check_span(out, inward, shape)
 
     def check_span(self, out: int, inward: int, shape: tuple[int, int]) -> None:
-        """What changes a layer must turn as many numbers into as many as it does itself."""
+        """Check that a change has the layer's own shape."""
         if (out, inward) != shape:
             ours = f"this network's {shape[1]} to {shape[0]}"
             raise self.of_another_size(f"its {self.module} maps {inward} numbers to {out}, {ours}")
@@ -182,17 +182,17 @@ class Part:
 
 
 def read_lora(path: Path | str, network: Krea2) -> Adapter:
-    """Read a .safetensors file, or PEFT's folder of one, and match its layers with the network's.
+    """Read a .safetensors file, or a PEFT folder, and match its layers with the network's.
 
-    Layers that the network lacks (of a text encoder, say) are named in `unmatched`. Raises K2Error where none match,
-    where the file is made for another model or is an adapter of another kind, and for shapes that do not fit.
+    Layers that the network lacks (a text encoder's, say) are named in `unmatched`. Raises K2Error if none match, if the
+    file is for another model or another kind of adapter, and for shapes that do not fit.
     """
     file = weights_file(Path(path))
     checkpoint = open_checkpoint(file)
     refuse_others(file, checkpoint.tensors)
     refuse_unreadable(checkpoint)
     refuse_giants(file, network)
-    # copies: what is kept of the file must not change with it
+    # cloned: what is kept must not change with the file
     parts, alphas = sort_out(file, {name: tensor.clone() for name, tensor in checkpoint.read()})
     spellings = layer_names(network)
     bares = dict(bare_parameters(network))
@@ -228,20 +228,20 @@ def read_lora(path: Path | str, network: Krea2) -> Adapter:
 
 
 def weights_file(path: Path) -> Path:
-    """PEFT saves a folder."""
+    """An adapter's weights file: PEFT saves a folder."""
     return path / PEFT_WEIGHTS if path.is_dir() else path
 
 
 def bare_parameters(network: Krea2) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those that are no linear layer's, by native name: scales of norms, and what layers add to the modulation."""
+    """Parameters outside linear layers, by native name: scales of norms, and what layers add to the modulation."""
     for name, parameter in network.named_parameters():
         if not isinstance(network.get_submodule(name.rpartition(".")[0]), nn.Linear):
             yield name, parameter
 
 
 def layer_names(network: Krea2) -> dict[str, str]:
-    """Every spelling of a linear layer, or of a parameter beside them -> its native name: native and diffusers', with
-    dots and with underscores."""
+    """Every spelling of a linear layer, or of a parameter outside them -> its native name. Spellings: native and
+    diffusers', with dots and with underscores."""
     theirs = diffusers_names(network.config.blocks)
     linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     others = {name: theirs[f"{name}.weight"] for name in linear}
@@ -249,13 +249,13 @@ def layer_names(network: Krea2) -> dict[str, str]:
     names = {}
     for name, full in others.items():
         other = full.removesuffix(".weight")
-        for spelling in (name, full, other, other.removesuffix(".0")):  # some leave the last name's number out
+        for spelling in (name, full, other, other.removesuffix(".0")):  # some omit the trailing number
             names[spelling] = names[spelling.replace(".", "_")] = name
     return names
 
 
 def bare(module: str) -> str:
-    """A layer's name without the prefixes that trainers put before it. Behind kohya's some double the underscores."""
+    """A layer's name without trainers' prefixes. After kohya's, some double the underscores."""
     while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), ""):
         module = module.removeprefix(prefix)
         if prefix.endswith("_"):
@@ -264,8 +264,8 @@ def bare(module: str) -> str:
 
 
 def refuse_giants(path: Path, network: Krea2) -> None:
-    """Raises K2Error, before it is read, for a file of more than any LoRA of this network can hold in fp32."""
-    most = MOST_BESIDE + 8 * sum(weight.numel() for weight in network.parameters())  # a rank is the width at most
+    """Raises K2Error, before reading it, for a file larger than any LoRA of this network can be in fp32."""
+    most = MOST_BESIDE + 8 * sum(weight.numel() for weight in network.parameters())  # the rank is at most the width
     if path.stat().st_size > most:
         raise K2Error(f"{path} is larger than a LoRA of this network can be.", hint=ON_RAW)
 
@@ -273,16 +273,16 @@ def refuse_giants(path: Path, network: Krea2) -> None:
 def part_fused(
     path: Path, parts: dict[str, dict[str, Tensor]], spellings: Mapping[str, str], network: Krea2
 ) -> dict[str, tuple[str, slice]]:
-    """Cut what was trained for queries, keys and values as one matrix into theirs; module -> the whole, and which rows.
+    """Split what was trained for queries, keys and values as one matrix; module -> the fused module, and which rows.
 
-    SimpleTuner trains so where it is told to, and writes beside it the three that it did not train. Raises K2Error.
+    SimpleTuner can train this way, and also writes the three separate layers, untrained. Raises K2Error.
     """
     found = {}
     for module, match in [(module, match) for module in parts if (match := FUSED.fullmatch(module))]:
         three = [match["stem"] + each for each in "qkv"]
         names = [spellings.get(bare(each)) for each in three]
         if None in names:
-            continue  # it is named with the others that do not match
+            continue  # it will be reported as unmatched
         layers = [network.get_submodule(str(name)) for name in names]
         sizes = [layer.get_parameter("weight").shape[0] for layer in layers]
         whole, start = parts.pop(module), 0
@@ -295,7 +295,7 @@ def part_fused(
         if heights != {sum(sizes)}:
             raise K2Error(f"{path} is made for a network of another size: see its {module}.", hint=ON_RAW)
         beside = {each: Part(path, each, parts[each]) for each in three if each in parts}
-        measured = any("magnitude" in part.tensors for part in beside.values())  # few are, and a block is read for it
+        measured = any("magnitude" in part.tensors for part in beside.values())  # rare, and it takes reading a block
         with at_hand(network, str(names[0])) if measured else nullcontext():
             for each, part in beside.items():
                 layer = network.get_submodule(str(spellings[bare(each)]))

@@ -1,6 +1,6 @@
-"""Moodboards: many pictures -> the looks among them, pictures that stand for each, colours, and words.
+"""Moodboards: many pictures -> the looks among them, pictures that represent each look, colours, and words.
 
-A picture's style vector (`model/style.py`) says which others look like it. Everything here is deterministic.
+Pictures are compared by their style vectors (`model/style.py`). Everything here is deterministic.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from model.seeing import Eye, Pixels, read_all
 from model.speaker import Speaker
 from model.words import AGAIN, speak
 
-AT_ONCE = 16  # pictures through the encoders together
-REFERENCES = 10  # pictures that stand for a board, at most three of a look
-SHOWN = 4  # of them, that a language model looks at
-CELLS = 16  # a side: pictures are compared as so many areas of one colour
-# Root mean square over the cells, in levels of 255. Copies as JPEG or WebP of quality 60 up, or of another size, are at
-# most 1.4 off; other seeds of one prompt, small on white, at least 5.6.
+AT_ONCE = 16  # pictures encoded together
+REFERENCES = 10  # pictures that represent a board, at most three per look
+SHOWN = 4  # of these, shown to a language model
+CELLS = 16  # per side: to find copies, pictures are reduced to this many cells of one colour
+# Root mean square over the cells, in levels of 255. Copies as JPEG or WebP of quality 60 and up, or of another size,
+# differ by at most 1.4; other seeds of one prompt, small on white, by at least 5.6.
 COPY = 3.0
-# How much what lies inside the areas has to be in common, as grain, hatching and halftone leave no trace in their
-# colours: a correlation, where it is more than a few levels of 255. In brightness and at half the side, as JPEG takes
-# the rest away: copies of quality 60 up, or of half the size, have at least 0.66; other grain of 8 levels, 0.4 at most.
+# How similar the detail inside the cells must be, as grain, hatching and halftone leave no trace in cell colours: a
+# correlation, if the detail exceeds a few levels of 255. In brightness and at half the side, since JPEG loses the rest:
+# copies of quality 60 and up, or of half the size, reach at least 0.66; another grain of 8 levels, 0.4 at most.
 SAME, FLAT, FINE = 0.5, 3.0, 2
 
 OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
@@ -45,15 +45,15 @@ OnPicture = Callable[[int, int], None]  # (pictures seen, of how many)
 class Look:
     """Pictures of one look: a cluster of the board."""
 
-    pictures: tuple[Path, ...]  # nearest to its middle first
+    pictures: tuple[Path, ...]  # nearest to the look's centre first
     share: float  # of the board
-    representatives: tuple[tuple[Path, float], ...]  # with their weights; over the whole board these add up to 1
-    words: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # kind -> its likeliest word, how much of it
+    representatives: tuple[tuple[Path, float], ...]  # with weights that add up to 1 over the whole board
+    words: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # kind -> its likeliest word and share
 
 
 @dataclass(frozen=True)
 class Board:
-    """What a board comes to. `notes` are sentences about what was left out, or could not be said."""
+    """The analysis of a board. `notes` are sentences about what was skipped or could not be determined."""
 
     looks: tuple[Look, ...]
     palette: tuple[Colour, ...]
@@ -61,8 +61,8 @@ class Board:
     avoids: tuple[str, ...]
     profile: str
     notes: tuple[str, ...] = ()
-    told: str = ""  # the profile in the words of a language model that has looked
-    unread: tuple[Path, ...] = ()  # pictures that were left out, as they cannot be read
+    told: str = ""  # the profile as written by a language model that saw the pictures
+    unread: tuple[Path, ...] = ()  # pictures skipped because they cannot be read
 
     @property
     def representatives(self) -> list[tuple[Path, float]]:
@@ -70,13 +70,13 @@ class Board:
 
     @property
     def shown(self) -> list[Path]:
-        """A few pictures for all of it: the middle of each look first, the largest look's before."""
+        """A few pictures for the whole board: the most central of each look first, the largest look leading."""
         ranks = zip_longest(*([path for path, _ in look.representatives] for look in self.looks))
         return [path for rank in ranks for path in rank if path][:SHOWN]
 
 
 class Seen(NamedTuple):
-    """A board's pictures that could be read, each once."""
+    """A board's readable pictures, without copies."""
 
     paths: list[Path]
     pictures: list[Pixels]
@@ -87,7 +87,7 @@ class Seen(NamedTuple):
 
 
 def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Seen:
-    """Look at every picture. Raises K2Error where none can be read; others, and second copies, are a note."""
+    """Read every picture. Raises K2Error if none can be read; unreadable ones and copies become notes."""
     if not paths:
         raise K2Error("The moodboard holds no picture.", hint="Name png, jpg or webp files.")
     notes: list[str] = []
@@ -126,18 +126,18 @@ def see(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) ->
 def is_copy(
     picture: Pixels, cells: NDArray[np.float32], known: NDArray[np.float32], fresh: Sequence[tuple[Path, Pixels]]
 ) -> bool:
-    """Whether a picture is one of those seen, whose cells are `known`."""
+    """Whether a picture is a copy of one already seen, whose cells are in `known`."""
     near = np.flatnonzero(np.square(known - cells).mean(1) < COPY**2).tolist()
     return any(same_within(picture, fresh[index][1]) for index in near)
 
 
 def cells_of(picture: Pixels) -> NDArray[np.float32]:
-    """A picture's colours by area, [CELLS · CELLS · 3]."""
+    """A picture's mean colour per cell, [CELLS · CELLS · 3]."""
     return np.asarray(Image.fromarray(picture).resize((CELLS, CELLS), Image.Resampling.BOX), np.float32).ravel()
 
 
 def same_within(one: Pixels, other: Pixels) -> bool:
-    """Whether what two pictures show inside their areas is the same."""
+    """Whether two pictures have the same detail inside their cells."""
     a, b = map(within_cells, (one, other))
     if max(a.std(), b.std()) < FLAT:
         return True
@@ -145,7 +145,7 @@ def same_within(one: Pixels, other: Pixels) -> bool:
 
 
 def within_cells(picture: Pixels) -> NDArray[np.float32]:
-    """What is left of a picture's brightness without that of its areas."""
+    """A picture's brightness minus that of its cells."""
     size = picture.shape[1] // FINE, picture.shape[0] // FINE
     grey = Image.fromarray(picture).convert("L").resize(size, Image.Resampling.BOX)
     means = grey.resize((CELLS, CELLS), Image.Resampling.BOX).resize(size, Image.Resampling.BOX)
@@ -153,9 +153,9 @@ def within_cells(picture: Pixels) -> NDArray[np.float32]:
 
 
 def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None) -> Board:
-    """A board's pictures -> its looks, colours and words. Raises K2Error where no picture can be read.
+    """A board's pictures -> its looks, colours and words. Raises K2Error if no picture can be read.
 
-    Pictures that cannot be read, and second copies, are left out with a note.
+    Unreadable pictures and copies are skipped with a note.
     """
     good, pictures, vectors, statistics, notes, unread = see(paths, eye, on_picture)
     chances, known = eye.words.read(statistics) if eye.words else ({}, np.zeros(len(good), bool))
@@ -191,7 +191,7 @@ def analyse(paths: Sequence[Path], eye: Eye, on_picture: OnPicture | None = None
 def describe(
     looks: Sequence[Look], palette: Sequence[Colour], count: int, keywords: Sequence[str], avoids: Sequence[str]
 ) -> str:
-    """The taste profile: sentences over what was measured."""
+    """The taste profile: sentences about what was measured."""
     number = ("", "one look", "two looks", "three looks", "four looks")
     pictures = "1 picture" if count == 1 else f"{count} pictures"
     many = number[len(looks)] if len(looks) < len(number) else f"{len(looks)} looks"
@@ -208,7 +208,7 @@ def describe(
 
 
 def instruction(board: Board, *, sees: bool) -> str:
-    """What a language model is asked for a board's taste profile."""
+    """The instruction that asks a language model for a board's taste profile."""
     lines = [
         "These pictures stand for a moodboard." if sees else "",
         f"Measured over the whole moodboard: {board.profile}",
@@ -219,14 +219,14 @@ def instruction(board: Board, *, sees: bool) -> str:
 
 
 def told(board: Board, speaker: Speaker) -> str:
-    """The taste profile in whole sentences of a language model's; "" where there is nothing to trust in its answer."""
+    """The taste profile in complete sentences by a language model; "" if its answer cannot be trusted."""
     pictures = [speaker.show(path) for path in board.shown] if speaker.sight else []
     answer = trusted(speaker.answer(instruction(board, sees=bool(pictures)), 0, pictures))
     return answer[: max(answer.rfind(sign) for sign in ".!") + 1]
 
 
 def manner(look: Look) -> str:
-    """A look's likeliest words, those that make up at least half of it."""
+    """A look's likeliest words, those with a share of at least half."""
     table = look_words()
     said = []
     for kind in ("medium", "drawing", "ground"):

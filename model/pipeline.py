@@ -340,7 +340,7 @@ class Pipeline:
     def _splice(
         self, spec: Settled, sigmas: list[float], mods: Tensor, grid: tuple[int, int], adapters: Hashable
     ) -> Splice | None:
-        """Spliced references for pictures of one schedule; each is encoded once, and run once per step if not cached."""
+        """Spliced references for pictures of one schedule; each is encoded once, and runs once per step if uncached."""
         references = weigh(spec.styles, "splice")
         if not references:
             return None

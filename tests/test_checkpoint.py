@@ -190,7 +190,13 @@ def refused(path) -> str:
 
 @pytest.mark.parametrize(
     ("keep", "what"),
-    [(0, "not a safetensors file"), (8, "not a safetensors file"), (40, "cut off"), (0.5, "damaged"), (-1, "damaged")],
+    [
+        (0, "not a safetensors file"),
+        (8, "not a safetensors file"),
+        (40, "its header"),
+        (0.5, "damaged"),
+        (-1, "damaged"),
+    ],
 )
 def test_cut_short(file, keep, what):
     whole = file.read_bytes()
@@ -245,7 +251,7 @@ def test_headers_that_lie(tmp_path, entry):
         (["model.language_model.layers.0.self_attn.q_proj.weight"], "a text encoder"),
         (["diffusion_model.blocks.0.attn.wq.lora_A.weight"], "a LoRA"),
         (["double_blocks.0.img_mod.lin.weight"], "another kind of image model"),
-        (["weight"], "something else"),
+        (["weight"], "is not a Krea 2 transformer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
