@@ -1,7 +1,7 @@
-"""Checkpoints on disk: safetensors or GGUF, checked before they are read, loaded strictly; written whole or not at all.
+"""Checkpoints on disk: safetensors or GGUF, checked before reading, loaded strictly; written completely or not at all.
 
-Our own files say in their metadata, under `k2`, what they are: kind, variant, config, recommended settings. What
-others' files hold is told by names and shapes (`model/layouts.py`).
+Our own files state in their metadata, under `k2`, what they are: kind, variant, config, recommended settings. What
+other files hold is inferred from names and shapes (`model/layouts.py`).
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ from model.safetensors_file import PLAINER, Arriving, SafeTensors
 from model.whole import whole
 
 WIDE = ("F64", "F32", "F16", "BF16")
-WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights they are the bits of something else
+WHOLE = ("BOOL", "U8", "I16", "U16", "I32", "U32", "I64", "U64")  # as weights these pack another format
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file, or a folder of shards, says it holds. No tensor is read yet."""
+    """The contents of a file or a folder of shards, by its headers. No tensor is read yet."""
 
     path: Path
     tensors: dict[str, Stored]
-    metadata: dict[str, Any] = field(default_factory=dict)  # ours, `k2`; empty in others' files
+    metadata: dict[str, Any] = field(default_factory=dict)  # our own, `k2`; empty for other files
     config: dict[str, Any] = field(default_factory=dict)  # a folder's config.json
-    astray: tuple[Mark, ...] = ()  # marks of weights that the file does not hold
+    astray: tuple[Mark, ...] = ()  # marks for weights that the file lacks
 
     @property
     def files(self) -> list[Path]:
         return sorted({stored.path for stored in self.tensors.values()})
 
     def can_be_cached(self) -> bool:
-        """Whether free memory holds the files beside what is made of them, half as much; then who reads them next finds
-        them there."""
+        """Whether free memory can hold the files plus half as much for what is made of them; then the next read finds
+        them cached."""
         return 1.5 * sum(path.stat().st_size for path in self.files) <= free_memory("cpu")
 
     def read(
@@ -76,13 +76,13 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         few: Mapping[str, Format] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Tensors one by one, in file order, those in few bits dequantised; floats in `dtype` (none: as stored).
+        """Tensors one by one, in file order, few-bit ones dequantised; floats in `dtype` (None: as stored).
 
-        What `refuse_unreadable` lets pass is read right.
+        Anything that `refuse_unreadable` lets pass is read correctly.
 
-        few: matrices that are wanted in few bits, and how; what it takes to read each follows it, under the names of
-        `few_bits.ENDS`. They are rounded some rows at a time, the next being read meanwhile, or taken as they are where
-        the file holds the very same format.
+        few: matrices wanted in few bits, and their formats; each is followed by its scales, under the names of
+        `few_bits.ENDS`. They are rounded a few rows at a time while the next are read, or kept as stored if the file
+        holds the very same format.
         """
         wanted, few = set(self.tensors) if names is None else set(names), few or {}
         order = [name for name in self.tensors if name in wanted and not is_auxiliary(name)]
@@ -105,9 +105,9 @@ class Checkpoint:
             return tensor, factor
 
         device = torch.device(device)
-        if device.type == "cuda" and device.index is None:  # the one in hand: threads have each their own
+        if device.type == "cuda" and device.index is None:  # the current one, which is per thread
             device = torch.device("cuda", torch.cuda.current_device())
-        where = "cpu" if device.type == "mps" else str(device)  # Metal knows no 8-bit floats
+        where = "cpu" if device.type == "mps" else str(device)  # Metal has no 8-bit floats
         with Opened(where, not few or self.can_be_cached()) as files, ThreadPoolExecutor(1, "weights") as reader:
             coming = reader.submit(fetch, 0) if order else None
             for index, name in enumerate(order):
@@ -127,18 +127,18 @@ class Checkpoint:
 
 
 class Opened(ExitStack):
-    """Weights files while they are read."""
+    """Weights files, open for reading."""
 
     def __init__(self, device: str, cached: bool):
         super().__init__()
         self.device, self.cached, self._files = device, cached, dict[Path, Any]()
 
     def get(self, stored: Stored) -> Tensor:
-        """A tensor as it is stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
+        """A tensor as stored; on a CPU a view of the mapping, which lives as long as the tensor does."""
         return self._of(stored.path).get_tensor(stored.name)
 
     def rows(self, stored: Stored, reader: Executor) -> Rows:
-        """A matrix as it is stored; on a CPU it may be on its way, by this reader."""
+        """A matrix as stored; on a CPU possibly still being read, by `reader`."""
         file = self._of(stored.path)
         on_its_way = self.device == "cpu" and isinstance(file, SafeTensors)
         return Arriving(file, stored.name, reader) if on_its_way else file.get_tensor(stored.name)
@@ -152,7 +152,7 @@ class Opened(ExitStack):
 def read(
     path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a file or folder, dequantised, and the `k2` metadata ({} where there is none)."""
+    """All tensors of a file or folder, dequantised, and the `k2` metadata ({} if there is none)."""
     checkpoint = open_checkpoint(path)
     return dict(checkpoint.read(device=device, dtype=dtype)), checkpoint.metadata
 
@@ -182,9 +182,9 @@ def open_tensors(path: Path, device: str, cached: bool) -> Any:
 
 
 def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, Any], **beside: str) -> None:
-    """Write a checkpoint with its `k2` metadata, whole or not at all.
+    """Write a checkpoint with its `k2` metadata, completely or not at all.
 
-    beside: further entries of the header, for other tools' eyes.
+    beside: further header entries, for other tools.
     """
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
     header = {"format": "pt", **beside} | ({"k2": json.dumps(metadata, sort_keys=True)} if metadata else {})
@@ -192,7 +192,7 @@ def save(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, A
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file, whole or not at all: the same content is the same bytes."""
+    """Write a .safetensors file, completely or not at all: the same content gives the same bytes."""
     from safetensors.torch import save_file
 
     with whole(path) as draft:
@@ -201,7 +201,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def sort_metadata(path: Path) -> None:
-    """Put a file's metadata in order, in its place: safetensors leaves theirs to chance."""
+    """Sort a file's metadata in place: safetensors leaves its order to chance."""
     with path.open("rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -220,10 +220,10 @@ def load(
     dtype: torch.dtype,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Give a model built on the meta device its tensors; names and shapes are compared before any is read.
+    """Load the tensors of a model built on the meta device; names and shapes are compared before any is read.
 
-    Norm scales stay fp32, as the norms compute in it. Tensors to skip are compared and stay on meta. Raises K2Error
-    that names what does not fit.
+    Norm scales stay fp32, since norms compute in fp32. Tensors to skip are compared and stay on meta. Raises K2Error
+    naming what does not fit.
     """
     check(model, checkpoint)
     state = reader(model, checkpoint, device=device, dtype=dtype)(name for name in shapes_of(model) if not skip(name))
@@ -233,7 +233,7 @@ def load(
 
 
 def check(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Compare names and shapes, and how the tensors are stored. Raises K2Error that names what does not fit."""
+    """Compare names, shapes and storage formats. Raises K2Error naming what does not fit."""
     expected = shapes_of(model)
     refuse_unreadable(checkpoint)
     stored = {name: s.shape for name, s in checkpoint.tensors.items() if not is_auxiliary(name)}
@@ -254,7 +254,7 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors that a checkpoint must hold for a network; what else few bits take is made where it has none."""
+    """The tensors that a checkpoint must hold for a network; missing few-bit scales are computed."""
     few = {name: (layer.out_features, layer.in_features) for name, layer in few_bit_layers(model).items()}
     whole = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not is_auxiliary(name)}
     return whole | few
@@ -263,7 +263,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def reader(
     model: nn.Module, checkpoint: Checkpoint, *, device: torch.device | str, dtype: torch.dtype
 ) -> Callable[[Iterable[str]], dict[str, Tensor]]:
-    """What reads some of a network's tensors, as it wants them: norm scales fp32, few bits as their layers do."""
+    """A function that reads some of a network's tensors as it needs them: norm scales in fp32, few bits by layer."""
     shapes, few = shapes_of(model), {name: layer.format for name, layer in few_bit_layers(model).items()}
 
     def wanted(name: str, tensor: Tensor) -> Tensor:
@@ -278,8 +278,8 @@ def reader(
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
-    """Some tools store weights in ways that would load without complaint and mean something else, or that no network's
-    shape can be told from. Raises K2Error."""
+    """Refuse storage formats that would load without complaint but wrongly, or that hide the network's shape. Raises
+    K2Error."""
     formats = {"marks without their weights" for mark in checkpoint.astray if unreadable([mark], "", ())}
     marked = set[str]()
     for name, stored in checkpoint.tensors.items():
@@ -293,7 +293,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         if kind := form_of(stored.marks, CODES):
             formats.add(four_bit.lacking(kind, stored, factor, *(checkpoint.tensors.get(name + end) for end in BESIDE)))
             continue
-        if strange:  # what the shapes and scales of such a format are to be, nobody knows
+        if strange:  # the shapes and scales of such a format are unknown
             continue
         if factor and not of_rows(factor.shape, stored.shape):
             formats.add(f"{stored.dtype} with scales of {list(factor.shape)}")
@@ -319,13 +319,13 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
 
 
 def of_rows(scales: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether there is one scale, or one for each row: [out], [out, 1]. As many in a grid are those of blocks, and
-    [1, out] would be broadcast over columns."""
+    """Whether there is one scale, or one per row: [out], [out, 1]. As many in a grid belong to blocks, and [1, out]
+    would be broadcast over columns."""
     return prod(scales) == 1 or (scales[:1] == weight[:1] and prod(scales[1:]) == 1)
 
 
 def stated_format(checkpoint: Checkpoint) -> list[str]:
-    """The tool whose numbers a folder's config says that it holds, if it names one."""
+    """The quantisation tool that a folder's config names, if any."""
     settings = checkpoint.config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return [method] if isinstance(method, str) else []

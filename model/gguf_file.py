@@ -1,7 +1,7 @@
-"""GGUF files: the header checked claim by claim, tensors dequantised one at a time.
+"""GGUF files: every claim of the header is checked, tensors are dequantised one at a time.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A header is walked here and not by the
-`gguf` package, whose reader believes every length that a file states; the package (our extra `gguf`) knows the number
+The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Headers are parsed here and not by the
+`gguf` package, whose reader trusts every length that a file states; the package (our extra `gguf`) knows the number
 formats. Reading a header needs neither it nor torch.
 """
 
@@ -44,7 +44,7 @@ FORMATS = {  # number in the file: name, numbers in a block, bytes of a block
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }
-OTHERS = {  # known by name, and read from no file
+OTHERS = {  # known by name, but never read
     9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 BLOCKS = {name: (numbers, size) for name, numbers, size in FORMATS.values()}
@@ -53,11 +53,11 @@ STRING, ARRAY = 8, 9
 SHAPE = "comfy.gguf.orig_shape."  # of a tensor that was reshaped to fill whole blocks
 PIECES = "split.count"
 MAX_HEADER = 1 << 24  # 16 MiB; an image network's is a few dozen KiB
-MAX_LIST = 16  # longer lists are vocabularies: passed over
+MAX_LIST = 16  # longer lists are vocabularies, and skipped
 
 
 class Cursor:
-    """Reads a file from front to back and never past `limit`."""
+    """Reads a file from front to back, never past `limit`."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self.file, self.limit = file, limit
@@ -74,7 +74,7 @@ class Cursor:
         return self.take(self.number("Q")).decode("utf-8")
 
     def value(self) -> Any:
-        """The next value, whose kind comes first; None for a long list."""
+        """The next value, preceded by its type; None for a long list."""
         kind = self.number("I")
         if kind == STRING:
             return self.text()
@@ -89,9 +89,9 @@ class Cursor:
 
 
 def read_gguf_header(path: Path) -> dict[str, Any]:
-    """{tensor name: {dtype, shape, data_offsets}, …}, as of a safetensors header; offsets are from the file's start.
+    """{tensor name: {dtype, shape, data_offsets}, …}, like a safetensors header; offsets are from the file's start.
 
-    Raises K2Error for a damaged file, for a piece of one, and for number formats that no tensor can be read from.
+    Raises K2Error for a damaged file, for a piece of a split one, and for number formats that k2 does not read.
     """
     size = path.stat().st_size
     try:
@@ -115,9 +115,9 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
 
 
 def walk(cursor: Cursor, size: int) -> tuple[dict[str, Any], int]:
-    """Fields, then tensors; each must lie within the `size` bytes of the file and on no other. Raises ValueError.
+    """Fields, then tensors; each must lie within the `size` bytes of the file without overlaps. Raises ValueError.
 
-    Returns the tensors, and in how many pieces the whole lies (`gguf-split`), of which this is one.
+    Returns the tensors, and the number of pieces of the split file (`gguf-split`) that this belongs to.
     """
     magic, version = cursor.take(4), cursor.number("I")
     if magic != b"GGUF" or version not in (2, 3):
@@ -168,10 +168,10 @@ def name_of(kind: int) -> str:
 
 
 class GGUFTensors:
-    """The tensors of a file by name, in fp32; opened and read as `safetensors.safe_open` is."""
+    """The tensors of a file by name, in fp32; same interface as `safetensors.safe_open`."""
 
     STEP = 1 << 22  # numbers dequantised at once: the working copies stay small
-    MOST_READ = 1 << 30  # bytes read through one mapping: until it is gone its pages count as ours
+    MOST_READ = 1 << 30  # bytes read through one mapping: while it lives, its pages count as this process's
 
     def __init__(self, path: Path, device: str = "cpu"):
         try:

@@ -1,4 +1,4 @@
-"""Weights files without their weights: headers of .safetensors and .gguf files and folders, checked. Needs no torch."""
+"""Read and check the headers of .safetensors and .gguf files and folders, not their weights. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AGAIN = "The download may be incomplete: fetch it again."
 SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}  # diffusers' own
 KREAS_SHIFT = (256, 6400, 0.5, 1.15)
 TAKEN = "k2 reads weights from .safetensors and .gguf files only."
-MAGIC = {  # what is given in safetensors' place, by its first bytes
+MAGIC = {  # other files mistaken for safetensors, by their first bytes
     b"PK\x03\x04": "a PyTorch pickle",
     b"\x80\x02": "a pickle",
     b"\x80\x03": "a pickle",
@@ -36,28 +36,28 @@ MAGIC = {  # what is given in safetensors' place, by its first bytes
     b"\xff\xd8\xff": "a picture",
 }
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
-BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # known to be whole, though nothing reads them
+BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}  # sizes are checked, though k2 reads none of these
 BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 MOST_DIMENSIONS = 8
 LONGEST_MARK = 1 << 16  # bytes
-MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would come to gigabytes in memory
+MAX_HEADER = 16 << 20  # a network's is some 100 KB; the format allows 100 MB, which would take gigabytes in memory
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: in which file, under which name, in what number format (the file's own word), and the shape
-    of its numbers, however many of them share a byte."""
+    """Where a tensor is stored: file, name, number format (the file's word for it), and the shape of its numbers,
+    however many of them share a byte."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
-    marks: tuple[Mark, ...] = ()  # what ComfyUI's file says of how it is stored
+    marks: tuple[Mark, ...] = ()  # how it is stored, in ComfyUI's files
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A file, open for reading. Raises OSError also for what is none: a named pipe would keep its reader for ever."""
+    """A file opened for reading. Raises OSError for anything but a regular file: a named pipe would block forever."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -85,7 +85,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if start.startswith(b"GGUF"):
         return read_gguf_header(path)
     for magic, what in MAGIC.items():
-        if start.startswith(magic) and not raw.startswith(b"{"):  # the length of a header may look like any of them
+        if start.startswith(magic) and not raw.startswith(b"{"):  # a header's length can look like any of these
             raise K2Error(f"{path} is {what}.", hint=TAKEN)
     if not raw.startswith(b"{"):
         if start[8:9] == b"{" and length <= MAX_HEADER:
@@ -101,7 +101,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def stored_in(path: Path) -> tuple[dict[str, Stored], dict[str, str], tuple[Mark, ...]]:
-    """A weights file's tensors by name, its metadata, and marks of weights that it does not hold. Raises K2Error."""
+    """A weights file's tensors by name, its metadata, and marks for weights that it lacks. Raises K2Error."""
     header = read_header(path)
     about = header.pop("__metadata__", {})
     marks: dict[str, list[Mark]] = {}
@@ -119,7 +119,7 @@ def stored_in(path: Path) -> tuple[dict[str, Stored], dict[str, str], tuple[Mark
 
 
 def marks_beside(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The marks that lie beside the weights of a .safetensors file; of one that is too long to be read nothing."""
+    """The marks beside the weights of a .safetensors file; an overlong one is returned empty."""
     names = [name for name in header if name.endswith(SUFFIX)]
     if not names:
         return
@@ -132,7 +132,7 @@ def marks_beside(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, b
 
 
 def check_header(header: dict[str, Any], data: int) -> None:
-    """Tensors must tile the `data` bytes after the header, each as long as its shape says. Raises ValueError."""
+    """Check that tensors tile the `data` bytes after the header, each as long as its shape says. Raises ValueError."""
     spans = []
     check_about(own_words(header.get("__metadata__", {})))
     for name, entry in header.items():
@@ -155,18 +155,18 @@ def check_header(header: dict[str, Any], data: int) -> None:
         raise ValueError(f"it should hold {position:,} bytes of tensors, but holds {data:,}")
 
 
-VARIANTS = ("raw", "turbo")  # the first one is meant where none is asked for
+VARIANTS = ("raw", "turbo")  # the first is the default
 SHAPE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")  # width and height in pixels
 SETTINGS = ("steps", "guidance", "mu")  # that may be recommended
 
 
 def own_words(about: Mapping[str, str]) -> dict[str, Any]:
-    """What a file of ours says of itself, by its metadata; {} of others'. In a header that was read it was checked."""
+    """The `k2` metadata of our own files; {} for others. `read_header` has checked it."""
     return json.loads(about.get("k2", "{}"))
 
 
 def check_about(about: Any) -> None:
-    """What our own files say of themselves, under `k2`. Raises ValueError."""
+    """Check the `k2` metadata of our own files. Raises ValueError."""
     if not isinstance(about, dict):
         raise ValueError("its k2 metadata is not a table")
     variant, native, settings = (about.get(key) for key in ("variant", "native", "recommended"))
@@ -204,8 +204,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shift_of(pipeline: Path) -> dict[str, Any]:
-    """The mu by a pipeline's scheduler, as diffusers takes it (`calculate_shift`): "auto" where it is Krea's, a number
-    where the line is level, else its values at 256 and at 6400 tokens; {} where it states none. Raises K2Error."""
+    """The mu of a pipeline's scheduler, as in diffusers' `calculate_shift`: "auto" if it is Krea's, a number if it is
+    constant, else its values at 256 and at 6400 tokens; {} if none is stated. Raises K2Error."""
     file = pipeline / "scheduler" / "scheduler_config.json"
     stated = read_json(file) if file.is_file() else {}
     if not stated.get("use_dynamic_shifting"):
@@ -224,9 +224,9 @@ def shift_of(pipeline: Path) -> dict[str, Any]:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The weight files of a folder: those its index names, else the only one there is.
+    """The weight files of a folder: those in its index, else the only one.
 
-    diffusers calls the same weights in other numbers NAME.fp16.safetensors: where NAME is there too, that is meant.
+    diffusers names the same weights in another number format NAME.fp16.safetensors; NAME, if present, takes precedence.
     """
     indices = (sorted(folder.glob(f"*.safetensors.index{variant}.json")) for variant in ("", ".*"))
     index = next((index for found in indices for index in found), None)

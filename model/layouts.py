@@ -1,8 +1,8 @@
-"""The layouts in which a Krea 2 transformer is published, and how each becomes our network.
+"""The layouts in which Krea 2 transformers are published, and how each is mapped to our network.
 
-Native names (they are this code's module names), ComfyUI's (native under a prefix), and diffusers' (a folder, often in
-shards), or either under the prefix of what held the network when it was saved; any of them as safetensors, in 8 bits
-too, or as GGUF. The key map is a table, read both ways.
+Native names (this code's module names), ComfyUI's (native under a prefix) and diffusers' (a folder, often in shards),
+each possibly under the prefix of the module that held the network when it was saved; any of them as safetensors, also
+in 8 bits, or as GGUF. The key map is a table, used in both directions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ OUTSIDE = {
 
 
 def diffusers_names(blocks: int) -> dict[str, str]:
-    """Native name -> diffusers' name, for a network of so many blocks."""
+    """Native name -> diffusers' name, for a network of this many blocks."""
     table = dict(OUTSIDE)
     for kind in ("layerwise_blocks", "refiner_blocks"):
         for i in range(FUSION_BLOCKS):
@@ -83,7 +83,7 @@ LEFTOVERS = {"last.down.weight", "last.up.weight"}  # in repacked files; neither
 
 
 def native_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint under native names, whatever its layout. Raises K2Error where it is no Krea 2 transformer."""
+    """The same checkpoint under native names, whatever its layout. Raises K2Error if it is no Krea 2 transformer."""
     tensors = checkpoint.tensors
     refuse_others(checkpoint.path, checkpoint.metadata, tensors)
     for prefix in PREFIXES:
@@ -104,13 +104,13 @@ def native_names(checkpoint: Checkpoint) -> Checkpoint:
         native = {back.get(name, name): stored for name, stored in tensors.items()}
         return replace(checkpoint, tensors=in_shape(native))
     if any("txtfusion" in name or "text_fusion" in name for name in tensors):
-        refuse_unreadable(checkpoint)  # where every matrix is packed, no whole name tells the layout
+        refuse_unreadable(checkpoint)  # if every matrix is packed, no plain name shows the layout
     raise K2Error(f"{checkpoint.path} is not a Krea 2 transformer.", hint=GIVE)
 
 
 def in_shape(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Tensors under native names, in native shapes where others have them otherwise: modulation as 6 × width, and the
-    projector's one row as a vector, since what writes GGUF in 4 bits keeps no dimensions of 1."""
+    """Tensors under native names, in native shapes. Others store modulation as 6 × width, and the projector's single
+    row as a vector, since writers of 4-bit GGUF drop dimensions of 1."""
     shapes: dict[str, tuple[int, ...]] = {
         name: (prod(s.shape),) for name, s in tensors.items() if name.endswith(".mod.lin")
     }
@@ -120,15 +120,15 @@ def in_shape(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
 
 
 def count_blocks(names: Iterable[str], stem: str) -> int:
-    """How many different ones there are; a file that names only the billionth has one."""
+    """The number of distinct blocks; a file that names only the billionth has one."""
     found = (re.match(rf"{stem}\.(\d+)\.", name) for name in names)
     return len({match[1] for match in found if match})
 
 
 def dit_config(checkpoint: Checkpoint) -> DiTConfig:
-    """The network's shape: from our metadata, else from the shapes of its tensors (native names). Raises K2Error.
+    """The network's dimensions: from our metadata, else from its tensors' shapes (native names). Raises K2Error.
 
-    What is packed in ways that k2 does not read has other shapes and names: that is said first.
+    Packings that k2 does not read change shapes and names, so they are reported first.
     """
     refuse_unreadable(checkpoint)
     try:
@@ -176,9 +176,9 @@ def inferred_config(checkpoint: Checkpoint) -> DiTConfig:
 
 
 def open_dit(path: Path | str) -> tuple[Krea2, Checkpoint]:
-    """A transformer of any layout on the meta device, and the checkpoint that its weights are to come from.
+    """A transformer of any layout on the meta device, and the checkpoint to load its weights from.
 
-    path: a file, the transformer's folder, or the folder of a whole diffusers pipeline. Raises K2Error.
+    path: a file, the transformer's folder, or the folder of a complete diffusers pipeline. Raises K2Error.
     """
     checkpoint = native_names(open_checkpoint(dit_of(Path(path))))
     with torch.device("meta"):
@@ -194,13 +194,13 @@ def load_dit(
     streamed: bool = False,
     cell: int | None = None,
 ) -> tuple[Krea2, Checkpoint]:
-    """A transformer ready to infer, and the checkpoint it came from. Raises K2Error.
+    """A transformer ready for inference, and the checkpoint it came from. Raises K2Error.
 
-    path       as of `open_dit`
-    precision  of the blocks' matrices: "native" is `dtype`; others as of `hold_blocks`. All that is outside of the
-               blocks stays in `dtype`: few numbers, and every step's error passes through them
-    streamed   the blocks stay on disk, and each is read while the one before it works
-    cell       pixels along the side of a latent cell, the autoencoder's; `side_of` says where it is needed
+    path       as for `open_dit`
+    precision  of the blocks' matrices: "native" is `dtype`; others as for `hold_blocks`. Everything outside the blocks
+               stays in `dtype`: few numbers, and every step's error passes through them
+    streamed   the blocks stay on disk, and each is read while the one before it runs
+    cell       pixels along the side of the autoencoder's latent cell; needed as `side_of` says
     """
     model, checkpoint = open_dit(path)
     model.side = side_of(checkpoint, model.config.patch, cell)
@@ -216,11 +216,11 @@ def load_dit(
 
 
 def side_of(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
-    """The side, in tokens, of the square around whose middle a transformer was taught other shapes, or knows nothing
-    else; None where its file names none, as the open weights.
+    """The side, in tokens, of the square a transformer was trained on, which other shapes are centred on; None if its
+    file names none, like the open weights.
 
-    patch, cell  latent cells along the side of a token, pixels along that of a cell. Raises ValueError where cell is
-                 None and there is such a square: without it tokens would lie where the transformer never saw any
+    patch, cell  latent cells along a token's side, pixels along a cell's. Raises ValueError if cell is None but there
+                 is such a square: tokens would get positions that the transformer never saw
     """
     native = checkpoint.metadata.get("native")
     if not native:
@@ -231,11 +231,10 @@ def side_of(checkpoint: Checkpoint, patch: int, cell: int | None) -> int | None:
 
 
 def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
-    """Let the matrices of a network's blocks, still on the meta device, be held as a precision has it.
+    """Set up the matrices of a network's blocks, still on the meta device, to be held in this precision.
 
-    "int8" and "fp8" have a scale for every row, "int4" has codes for int8. What the file holds in such numbers is held
-    as it lies there, rotated or not. Where its matrices lie so, those that it keeps in more bits are left as they are:
-    whoever wrote it had their reasons.
+    "int8" and "fp8" have a scale per row, "int4" has codes for int8. Matrices already in this precision in the file are
+    held as stored, rotated or not. In such a file, those kept in more bits stay so: its writer had their reasons.
     """
     if precision == "native":
         return
@@ -256,7 +255,7 @@ def hold_blocks(model: Krea2, checkpoint: Checkpoint, precision: str) -> None:
 
 
 def stored_precision(checkpoint: Checkpoint) -> str | None:
-    """The precision in which the blocks' matrices lie in the file, if it is one of few bits that they are held in."""
+    """The precision in which the file stores the blocks' matrices, if it is a few-bit one that k2 can hold."""
     blocks = [stored for name, stored in checkpoint.tensors.items() if name.startswith("blocks.")]
     if any(form_of(stored.marks, CODES) for stored in blocks):
         return "int4"
@@ -265,15 +264,15 @@ def stored_precision(checkpoint: Checkpoint) -> str | None:
 
 
 def is_packed(checkpoint: Checkpoint) -> bool:
-    """Whether the blocks' matrices are no numbers times a scale, but have to be worked out when they are read."""
+    """Whether the blocks' matrices are not numbers times a scale, but have to be unpacked when read."""
     dtype, in_blocks = most_are(checkpoint)
     return bool(in_blocks) or dtype not in NUMBER_FORMATS
 
 
 def most_are(checkpoint: Checkpoint) -> tuple[str, str]:
-    """How most numbers of the blocks' matrices are stored: the file's word for them, and which of `BLOCKS` they are.
+    """How most numbers of the blocks' matrices are stored: the file's word for the format, and which of `BLOCKS` it is.
 
-    Writers keep some matrices in more bits, often the first and the last blocks whole.
+    Writers keep some matrices in more bits, often the entire first and last blocks.
     """
     numbers: Counter[tuple[str, str]] = Counter()
     for name, stored in checkpoint.tensors.items():

@@ -1,8 +1,8 @@
-"""Models by name: in the box, pulled from the hub, or wherever a path points. Needs no torch and asks no network.
+"""Models by name: bundled, pulled from the hub, or at any path. Needs no torch and no network.
 
-Pulled files lie in the hub client's own cache, in its layout: `models--ORG--NAME/snapshots/COMMIT/…`. A manifest with
-commit, sizes and hashes stands beside them, written before they are fetched; each of them appears once it is verified,
-so a snapshot is whole when all that its manifest lists is there. What other tools fetched counts where `refs` point.
+Pulled files live in the hub client's own cache, in its layout: `models--ORG--NAME/snapshots/COMMIT/…`. A manifest with
+commit, sizes and hashes lies beside them, written before they are fetched; each file appears only once it is verified,
+so a snapshot is complete when everything in its manifest exists. Other tools' downloads count if `refs` points to them.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from model.headers import VARIANTS, own_words, read_header, read_json, shards, s
 from model.marks import COMFYUIS, PREFIXES, SECOND, W4A4, W4A8, form_of, is_auxiliary
 
 BOX = Path(__file__).parent / "weights"
-OFFICIAL = {  # Krea's own repositories on huggingface.co, as its code repository and its model cards name them
+OFFICIAL = {  # Krea's own repositories on huggingface.co, as named in its code repository and model cards
     "krea-2-turbo": "krea/Krea-2-Turbo",
     "krea-2-raw": "krea/Krea-2-Raw",
 }
-RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings for weights that carry none themselves
+RECOMMENDED: dict[str, dict[str, Any]] = {  # the publisher's settings, for weights that state none
     "raw": {"steps": 52, "guidance": 3.5, "mu": "auto"},
     "turbo": {"steps": 8, "guidance": 0.0, "mu": 1.15},
 }
 NATIVE = 1024  # the side in pixels that the open weights were trained for
-HEARD = (  # tensors whose last dimension is how wide the text's layers are, and how many, natively and in diffusers
+HEARD = (  # tensors whose last dimension is the width, and the number, of text layers; native and diffusers' names
     ("txtmlp.0.scale", "txt_in.norm.weight"),
     ("txtfusion.projector.weight", "text_fusion.projector.weight"),
 )
-EYES = ("model.visual.", "visual.")  # before the names of a text encoder's vision tower, by who saved them
-RELEASE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of all that was trained from it
+EYES = ("model.visual.", "visual.")  # prefixes of a text encoder's vision tower, depending on the writer
+RELEASE = {"width": 6144, "blocks": 28}  # the shape of the open 12.9B release, and of everything trained from it
 KREA_2 = "krea-2-community-license"  # as model cards on the hub call it
 
 MANIFEST = "k2-pull.json"
 WEIGHTS = (".safetensors", ".gguf")
-CALLED_WEIGHTS = (*WEIGHTS, ".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # misspelt, or of other formats, too
-DEEPEST = 3  # folders that weights lie in, their own counted
+CALLED_WEIGHTS = (*WEIGHTS, ".safetensor", ".sft", ".ckpt", ".pt", ".pth", ".bin")  # misspellings and other formats too
+DEEPEST = 3  # levels at which weights are looked for
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?P<file>(?:/[\w.@ -]+)*)")
-WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a file's name, krea2Turbo_v10 too
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # in a file's name, also krea2Turbo_v10
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is here. `path` is a folder, or the file of its transformer."""
+    """A model on this machine. `path` is a folder, or the file of its transformer."""
 
     name: str
     path: Path
     source: str  # box | hub | path
-    variant: str | None = None  # raw | turbo, where it is known
+    variant: str | None = None  # raw | turbo, if known
     revision: str | None = None  # the hub's commit
-    manifest: Mapping[str, Any] = field(default_factory=dict)  # of the pull; {} where k2 did not pull it
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # of the pull; {} if k2 did not pull it
 
     @property
     def root(self) -> Path:
-        """The folder that its files are named from: a pulled one's snapshot, else where its transformer lies."""
+        """The folder that file names are relative to: the snapshot if pulled, else the transformer's folder."""
         if self.revision:
             return next(path for path in (self.path, *self.path.parents) if path.name == self.revision)
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def licence(self) -> str | None:
-        """The licence under which the weights came, as their model card names it."""
+        """The licence of the weights, as named in their model card."""
         if self.manifest.get("licence"):
             return str(self.manifest["licence"])
         official = self.source == "hub" and (parse(self.name) or ("",))[0] in OFFICIAL.values()
@@ -77,7 +77,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Parts:
-    """A transformer and what belongs to it: files, or folders in transformers' and diffusers' layout."""
+    """A transformer and the parts it needs: files, or folders in transformers' and diffusers' layout."""
 
     dit: Path
     text: Path  # a file, or the folder that holds text_encoder/ and tokenizer/
@@ -86,14 +86,14 @@ class Parts:
 
     @property
     def lender(self) -> Path:
-        """The folder that text encoder and autoencoder lie in."""
+        """The folder that holds text encoder and autoencoder."""
         return self.text if self.text.is_dir() else self.text.parent
 
 
 def find_parts(model: Model) -> Parts:
-    """A lone transformer file is joined by what stands beside it, else by the pulled release, else by the box.
+    """A lone transformer file gets the parts beside it, else those of the pulled release, else the bundled ones.
 
-    The box's go before the release's where the transformer listens to their text encoder.
+    Bundled parts come before the release's if the transformer takes what the bundled text encoder gives.
     """
     if model.source == "box":
         return Parts(model.path, *helpers(model.name))
@@ -108,36 +108,36 @@ def find_parts(model: Model) -> Parts:
 
 
 def dit_of(path: Path) -> Path:
-    """Where the transformer of a file or folder lies: in its folder of that name, where it has one."""
+    """The transformer of a file or folder: its subfolder of that name, if it has one."""
     return path / "transformer" if (path / "transformer").is_dir() else path
 
 
 def pipeline_of(path: Path) -> Path | None:
-    """The folder of the diffusers pipeline that a path is, or whose transformer it is or lies in; else None."""
+    """A path's diffusers pipeline: the folder itself, or the parent of the `transformer` it is or lies in; else None."""
     folder = path if path.is_dir() else path.parent
     whole = folder.parent if folder.name == "transformer" else path
     return whole if (whole / "model_index.json").is_file() else None
 
 
 def is_lender(folder: Path) -> bool:
-    """Whether a text encoder and an autoencoder lie here, as in diffusers' layout."""
+    """Whether the folder holds a text encoder and an autoencoder in diffusers' layout."""
     return (folder / "text_encoder").is_dir() and (folder / "vae").is_dir()
 
 
 def helpers(name: str) -> tuple[Path, Path, Path | None]:
-    """Text encoder, autoencoder and style encoder of a model in the box."""
+    """Text encoder, autoencoder and style encoder of a bundled model."""
     text, vae, style = (BOX / f"{name}-{part}.safetensors" for part in ("text", "vae", "style"))
     return text, vae, style if style.is_file() else None
 
 
 def weights_of(text: Path) -> Path:
-    """Where the weights of a text encoder lie, which may be named by the pipeline's folder that it is in."""
+    """The path of a text encoder's weights, given that path itself or the pipeline folder that contains it."""
     return text / "text_encoder" if (text / "text_encoder").is_dir() else text
 
 
 def sees(text: Path) -> bool:
-    """Whether a text encoder's files hold a vision tower too, and its config says that it has a layer. Raises K2Error
-    where they cannot be read."""
+    """Whether a text encoder's files also hold a vision tower, with at least one layer by its config. Raises K2Error
+    if they cannot be read."""
     folder = weights_of(text)
     if not (folder / "config.json").is_file():
         return False
@@ -147,26 +147,26 @@ def sees(text: Path) -> bool:
 
 
 def listens(dit: Path, text: Path) -> bool:
-    """Whether a transformer takes as many layers, as wide, as a text encoder of ours speaks."""
+    """Whether a transformer takes text layers of the number and width that one of our text encoders gives."""
     return heard_by(dit) == spoken_by(text)
 
 
 def heard_by(dit: Path) -> tuple[int, int]:
-    """How wide the text's layers are that a transformer takes, and how many; 0 where its file does not tell."""
+    """Width and number of the text layers that a transformer takes; 0 if its file does not show them."""
     shapes = {name: shape for file in files_in(dit) for name, shape in shapes_in(file).items()}
     width, taps = (next((s[-1] for name, s in shapes.items() if s and name.endswith(ends)), 0) for ends in HEARD)
     return width, taps
 
 
 def spoken_by(text: Path) -> tuple[int, int]:
-    """The same of what a text encoder of ours speaks."""
+    """Width and number of the text layers that one of our text encoders gives."""
     config = describe(text).get("config") or {}
     return config.get("hidden_size") or 0, len(config.get("taps") or ())
 
 
 def refuse_unheard(model: Model) -> None:
-    """Of a lone transformer that is joined by the box's parts, though it listens to another text encoder than theirs.
-    Only headers are read. Raises K2Error."""
+    """Refuse a lone transformer that would get the bundled parts but needs another text encoder. Reads only headers.
+    Raises K2Error."""
     parts = find_parts(model)
     if model.source == "box" or parts.lender != BOX or not parts.text.is_file():
         return
@@ -180,16 +180,16 @@ def refuse_unheard(model: Model) -> None:
 
 
 def locate(name: str, variant: str | None = None) -> Path | None:
-    """Where a model lies, or None where it is not here. See `find`."""
+    """The path of a model, or None if it is not on this machine. See `find`."""
     model = find(name, variant)
     return model.path if model else None
 
 
 def find(name: str, variant: str | None = None) -> Model | None:
-    """A model by a name of the box, `krea-2[-turbo|-raw]`, a path, or a hub id; for the hub's also `NAME@REVISION`.
+    """A model by bundled name, `krea-2[-turbo|-raw]`, path, or hub id; for the hub also `NAME@REVISION`.
 
-    A hub id may go on with a file's path in its repository. Raw comes first where no variant is asked for. Weights
-    that do not say what they are, are what is asked for; those that say otherwise are not found.
+    A hub id may be followed by a file's path in the repository. Raw is preferred if no variant is asked for. Weights
+    that state no variant count as the one asked for; weights that state another are not found.
     """
     wanted = (variant,) if variant else VARIANTS
     if files := box().get(name):
@@ -212,14 +212,14 @@ def find(name: str, variant: str | None = None) -> Model | None:
 
 
 def of_variant(model: Model, asked: str | None) -> Model | None:
-    """The model as the variant asked for, unless its weights say that they are another."""
+    """The model as the variant asked for, unless its weights state another."""
     if asked is None or model.variant == asked:
         return model
     return None if stated_variant(model.path) else replace(model, variant=asked)
 
 
 def list_models() -> list[Model]:
-    """The models of the box and those pulled from the hub; all that can be found without being told a path."""
+    """Bundled models and those pulled from the hub: all that can be found without a path."""
     models = [model for name in sorted(box()) for each in VARIANTS if (model := find(name, each))]
     names = {repo: name for name, repo in OFFICIAL.items()}
     for snapshot in snapshots():
@@ -232,7 +232,7 @@ def list_models() -> list[Model]:
 
 
 def box() -> dict[str, list[Path]]:
-    """The models of the box: name -> its files."""
+    """The bundled models: name -> files."""
     names = {
         path.stem.rpartition("-")[0] for path in BOX.glob("*-*.safetensors") if path.stem.endswith(("-raw", "-turbo"))
     }
@@ -243,7 +243,7 @@ def box() -> dict[str, list[Path]]:
 
 
 def parse(name: str) -> tuple[str, str, str] | None:
-    """A hub name -> (repository, revision or "", file or ""); None where it is no hub name."""
+    """A hub name -> (repository, revision or "", file or ""); None if it is not a hub name."""
     short, at, rest = name.partition("@")
     match = HUB_NAME.fullmatch(OFFICIAL.get(short, short) + at + rest)
     if match is None or ".." in name or "--" in match["repo"]:
@@ -252,7 +252,7 @@ def parse(name: str) -> tuple[str, str, str] | None:
 
 
 def cache() -> Path:
-    """The hub client's cache of repositories, found as the client finds it."""
+    """The hub client's cache, located as the client does."""
     env = os.environ
     home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     where = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
@@ -268,7 +268,7 @@ def repo_of(snapshot: Path) -> str:
 
 
 def find_snapshot(repo: str, revision: str = "") -> Path | None:
-    """A repository's files at a commit, the beginning of one, a branch or a tag; else at main, else as last pulled."""
+    """A repository's files at a commit (or its prefix), branch or tag; by default at main, else as last pulled."""
     folder = folder_of(repo)
     if revision:
         commit = read_ref(folder, revision)
@@ -287,7 +287,7 @@ def read_ref(folder: Path, revision: str) -> str | None:
 
 
 def snapshots(repo: str = "*") -> list[Path]:
-    """The pulled snapshots that are whole, oldest first; of a repository, or of all that hold a Krea 2 model."""
+    """The complete snapshots, oldest first, of a repository or of all repositories known to hold a Krea 2 model."""
     folders = [path for path in cache().glob(f"models--{repo.replace('/', '--')}/snapshots/*") if path.is_dir()]
     names = set(OFFICIAL.values())
     known = [path for path in folders if read_manifest(path) or repo_of(path) in (names if repo == "*" else {repo})]
@@ -295,7 +295,7 @@ def snapshots(repo: str = "*") -> list[Path]:
 
 
 def is_whole(snapshot: Path) -> bool:
-    """Whether all that the manifest lists is there; without one, whether another tool's ref points here."""
+    """Whether everything in the manifest exists; without a manifest, whether another tool's ref points here."""
     if manifest := read_manifest(snapshot):
         files = manifest["files"].items()
         return all(
@@ -307,7 +307,7 @@ def is_whole(snapshot: Path) -> bool:
 
 
 def read_manifest(snapshot: Path) -> dict[str, Any]:
-    """What k2 pulled, or began to pull, into a snapshot; {} where it did not."""
+    """The manifest of what k2 pulled, or began to pull, into a snapshot; {} if it did not."""
     file = snapshot / MANIFEST
     if file.is_symlink():  # the repository's own, from another tool: k2 writes a plain file
         return {}
@@ -320,26 +320,26 @@ def read_manifest(snapshot: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> Iterator[Path]:
-    """Weights files of a folder, by name. None lies deeper than `DEEPEST`: whoever names a home is answered in time."""
+    """Weights files of a folder, by name, down to `DEEPEST` levels: even a home folder is searched quickly."""
     levels = ("/".join("*" * depth) for depth in range(1, DEEPEST + 1))
     found = sorted(path for level in levels for path in folder.glob(level) if path.suffix in WEIGHTS)
     return (path for path in found if path.is_file())
 
 
 def files_in(path: Path) -> list[Path]:
-    """A weights file itself, or those of a folder."""
+    """The weights file itself, or those of a folder."""
     return list(weights(path)) if path.is_dir() else [path]
 
 
 def the_weights(folder: Path) -> Path:
-    """A folder's one weights file where it holds no more than that; the folder itself where it holds a pipeline."""
+    """A folder's weights file if it holds just one; the folder itself if it holds more, or a pipeline."""
     found = list(weights(folder))
     return found[0] if len(found) == 1 and not (folder / "model_index.json").exists() else folder
 
 
 def variant_of(path: Path) -> str | None:
-    """raw or turbo: as the weights state, else by the words of a file's name, or of its folder's or repository's on the
-    hub; else None."""
+    """raw or turbo: as the weights state, else from words in the file's name, or on the hub in its folder's or
+    repository's; else None."""
     names, above = [path.stem] if path.suffix in WEIGHTS else [], [parent.name for parent in path.parents]
     if repository := next((name for name in above if name.startswith("models--")), None):
         names += above[: above.index(repository) + 1]
@@ -348,7 +348,7 @@ def variant_of(path: Path) -> str | None:
 
 
 def stated_variant(path: Path) -> str | None:
-    """raw or turbo, by the weights' own metadata or by diffusers' index; None where neither says."""
+    """raw or turbo, from the weights' own metadata or diffusers' index; None if neither says."""
     for file in files_in(dit_of(path)):
         with suppress(K2Error):
             about = own_words(read_header(file).get("__metadata__", {}))
@@ -363,14 +363,14 @@ def stated_variant(path: Path) -> str | None:
 
 
 def recommended(variant: str, about: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Steps, guidance and mu that weights of this variant take: what they say of themselves, else Raw's pipeline of its
-    mu, else their publisher. Raises K2Error where a pipeline's cannot be read."""
+    """Steps, guidance and mu for weights of this variant: as stated in the weights, else (Raw's mu) by the pipeline's
+    scheduler, else by the publisher. Raises K2Error if a pipeline's cannot be read."""
     pipeline = pipeline_of(path) if variant == "raw" else None
     return RECOMMENDED[variant] | (shift_of(pipeline) if pipeline else {}) | (about.get("recommended") or {})
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a weights file holds: kind, layout, precision, parameters, shape, and what its own metadata says."""
+    """What a weights file holds: kind, layout, precision, parameters, shape, and its own metadata."""
     tensors, metadata, _ = stored_in(path)
     about = own_words(metadata)
     shapes = {name: stored.shape for name, stored in tensors.items() if not is_auxiliary(name)}
@@ -389,16 +389,16 @@ def describe(path: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value} | about
 
 
-FOUR_BITS = {"nvfp4": "NVFP4", W4A8: "W4A8", W4A4: "W4A4"}  # ComfyUI's mark -> what it is called
+FOUR_BITS = {"nvfp4": "NVFP4", W4A8: "W4A8", W4A4: "W4A4"}  # ComfyUI's mark -> its usual name
 
-ATTENTION = {  # layout -> the blocks' stem, and its attention's query, key and query norm
+ATTENTION = {  # layout -> prefix of the blocks, and names of the attention's query, key and query norm
     "native": ("blocks", "wq.weight", "wk.weight", "qknorm.qnorm.scale"),
     "diffusers": ("transformer_blocks", "to_q.weight", "to_k.weight", "norm_q.weight"),
 }
 
 
 def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[str, int]]:
-    """Layout and main numbers of a Krea 2 transformer, as far as this file (it may be a shard) shows them."""
+    """Layout and main dimensions of a Krea 2 transformer, as far as this file (perhaps a shard) shows them."""
     prefixes = "|".join(map(re.escape, PREFIXES))
     for layout, (stem, query, key, norm) in ATTENTION.items():
         pattern = re.compile(rf"(?P<prefix>{prefixes}){stem}\.\d+\.attn\.{re.escape(query)}")
@@ -415,7 +415,7 @@ def dit_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, dict[s
 
 
 def is_release(path: Path) -> bool:
-    """Whether a file or folder holds the open 12.9B network, or one trained from it: both are under its licence."""
+    """Whether a file or folder holds the open 12.9B network or one trained from it: its licence covers both."""
     files = [path] if path.is_file() else [each for each in sorted(dit_of(path).iterdir()) if each.is_file()]
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -426,5 +426,5 @@ def is_release(path: Path) -> bool:
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Of a weights file's tensors, as the network has them."""
+    """The shapes of a weights file's tensors, as in the network."""
     return {name: stored.shape for name, stored in stored_in(path)[0].items()}

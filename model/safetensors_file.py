@@ -1,4 +1,4 @@
-"""The tensors of a .safetensors file: views of its pages, or matrices that pass through little memory on their way."""
+"""The tensors of a .safetensors file: views of its pages, or matrices read part by part through little memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from model.errors import K2Error
 from model.headers import read_header
 
-MOST_MAPPED = 1 << 30  # bytes of a file that one mapping spans: until it is gone the pages read count as ours
-PAGE = 4096  # bytes of a file that a disk hands out at once
-AHEAD = 4  # parts of a matrix that are read while one is worked on
-SMALL = 1 << 20  # bytes up to which a tensor is copied: a view of it would keep a whole mapping with all that was read
+MOST_MAPPED = 1 << 30  # bytes spanned by one mapping: while it lives, the pages read count as this process's
+PAGE = 4096  # bytes that a disk reads at once
+AHEAD = 4  # parts of a matrix read ahead while one is processed
+SMALL = 1 << 20  # bytes up to which a tensor is copied: a view would keep an entire mapping and its pages alive
 NUMBERS = {  # safetensors' names of number formats
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -33,13 +33,13 @@ PLAINER = "Use the bf16 or the fp8_scaled file of the same model."
 
 
 class SafeTensors:
-    """The tensors of a .safetensors file by name: views of its pages, which are read when they are touched.
+    """The tensors of a .safetensors file by name: views of its pages, which are read when touched.
 
-    No more than a window of the file is mapped at a time, and a window lives as long as a tensor of it does: all of a
-    file that is larger than the machine's memory would be refused. Pages that are written to become our own.
+    Only a window of the file is mapped at a time, and lives as long as any of its tensors: mapping all of a file larger
+    than the machine's memory would be refused. Mappings are copy-on-write.
 
-    cached: whether the system is to keep what `read_into` reads. Of a file that it cannot keep whole, each page takes
-    the place of another that is wanted as soon, and costs a copy: past the cache a disk is read in half the time.
+    cached: whether the system should cache what `read_into` reads. If a file does not fit into the cache, each page
+    evicts another that is needed just as soon, and costs a copy: bypassing the cache halves the time.
     """
 
     def __init__(self, path: Path, device: str, cached: bool = True):
@@ -65,7 +65,7 @@ class SafeTensors:
         return begin, end, NUMBERS[entry["dtype"]], entry["shape"]
 
     def read_into(self, room: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The file's bytes from `begin` up to `end`, as numbers in a room of `room_for`. Raises OSError."""
+        """The file's bytes from `begin` up to `end`, as numbers in a buffer from `room_for`. Raises OSError."""
         early = begin % PAGE
         self.file.seek(begin - early)
         filled, view = 0, memoryview(room.numpy())[: whole_pages(early + end - begin)]  # type: ignore[arg-type]
@@ -90,8 +90,8 @@ class SafeTensors:
 
 
 class Arriving:
-    """A matrix of a file that passes through little memory, which stays in the processor's cache: some rows are read
-    while those before them are worked on."""
+    """A matrix read part by part through little memory, which stays in the CPU's cache: some rows are read while those
+    before them are processed."""
 
     device = torch.device("cpu")
 
@@ -105,7 +105,7 @@ class Arriving:
         return self.shape[0]
 
     def split(self, count: int) -> Iterator[Tensor]:
-        """All rows, so many at a time; each part is there until the next is asked for. Raises OSError."""
+        """All rows, `count` at a time; each part is valid until the next is requested. Raises OSError."""
         begin, end, *_ = self.file.place_of(self.name)
         rooms = [room_for(count * self.row) for _ in range(AHEAD + 1)]
 
@@ -123,8 +123,8 @@ class Arriving:
 
 
 def open_uncached(path: Path) -> io.FileIO:
-    """A file whose pages are not kept by the system, where it knows how (Linux, on most disks). It is read by whole
-    pages, into memory that begins at one."""
+    """A file opened to bypass the system's cache, where that is possible (Linux, on most disks). It must be read in
+    whole pages, into page-aligned memory."""
     if hasattr(os, "O_DIRECT"):
         with suppress(OSError):
             file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
@@ -137,7 +137,7 @@ def open_uncached(path: Path) -> io.FileIO:
 
 
 def room_for(count: int) -> Tensor:
-    """Memory for as many bytes of a file, and for the rest of the pages that they begin and end in."""
+    """Page-aligned memory for this many bytes of a file, plus the rest of the pages they begin and end in."""
     room = torch.empty(whole_pages(count) + 2 * PAGE, dtype=torch.uint8)
     return room[-room.data_ptr() % PAGE :][: whole_pages(count) + PAGE]
 

@@ -209,10 +209,7 @@ def changed(saved: dict[str, Tensor], **ends: object) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        (
-            {"comfy_quant": None},
-            'with an unexplained "weight_scale_2" beside it',
-        ),  # other tools pack the other way round
+        ({"comfy_quant": None}, 'unexplained "weight_scale_2" beside it'),  # other tools pack the other way round
         ({"weight_scale": None}, "nvfp4 without scales"),
         ({"weight_scale": torch.ones(256, 16)}, "nvfp4 with scales of F32"),
         ({"weight_scale": torch.ones(128, 16).to(torch.float8_e4m3fn)}, "nvfp4 with scales of F8_E4M3 [128, 16]"),

@@ -190,13 +190,7 @@ def refused(path) -> str:
 
 @pytest.mark.parametrize(
     ("keep", "what"),
-    [
-        (0, "not a safetensors file"),
-        (8, "not a safetensors file"),
-        (40, "its header"),
-        (0.5, "damaged"),
-        (-1, "damaged"),
-    ],
+    [(0, "not a safetensors file"), (8, "not a safetensors file"), (40, "header"), (0.5, "damaged"), (-1, "damaged")],
 )
 def test_cut_short(file, keep, what):
     whole = file.read_bytes()
