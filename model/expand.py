@@ -1,8 +1,8 @@
-"""Creativity: how far a prompt is led beyond what it says.
+"""Creativity: how far to expand a prompt beyond what it says.
 
-Words of looks and settings that the model knows are put behind the prompt, which itself stays as it was written. What
-a prompt, a style or an avoided word has decided is never decided again. Torch-free and a function of its arguments
-alone, so that a plan can show what a run will do.
+Words for looks and settings that the model knows are appended to the prompt, which itself stays as written. What the
+prompt, a style or an avoid has already decided is left alone. Torch-free and a pure function of its arguments, so that
+a plan can show what a run will do.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 LEVELS = {"raw": 0, "low": 1, "medium": 2, "high": 3}  # level -> how many slots it fills
-LOOK = ("drawing", "medium")  # the slots that a style's pictures or its LoRA already fill
-SLOTS = ("ground", *LOOK)  # in the order of their words
+LOOK = ("drawing", "medium")  # the slots that a style's pictures or LoRA already fill
+SLOTS = ("ground", *LOOK)  # in the order in which they are appended
 LONGEST = 600  # characters that a language model's expansion may have
-SMALL = frozenset((  # words that tell nothing of a look
+SMALL = frozenset((  # words that say nothing about a look
     "a", "an", "the", "of", "on", "in", "at", "with", "and", "or", "its", "his", "her", "their", "to", "by", "from",
     "for",
 ))  # fmt: skip
@@ -27,20 +27,20 @@ SMALL = frozenset((  # words that tell nothing of a look
 
 @cache
 def look_words() -> Mapping[str, Any]:
-    """`looks.toml`: the look words by slot, and the words by which a prompt names a slot itself."""
+    """`looks.toml`: the look words by slot, and the words by which a prompt itself fills a slot."""
     return tomllib.loads(Path(__file__).with_name("looks.toml").read_text("utf-8"))
 
 
 def expand(
     prompt: str, level: str, seed: int, *, styles: Sequence[str] = (), avoids: Sequence[str] = (), look: bool = False
 ) -> str:
-    """The prompt with words for what it leaves open, the same for the same arguments; "raw" is the prompt itself.
+    """The prompt plus words for what it leaves open, the same for the same arguments; "raw" is the prompt itself.
 
     level   one of LEVELS: low adds a setting, medium a manner of drawing or a medium, high both
-    seed    of the picture; a choice depends on prompt and seed alone, so a higher level keeps a lower one's, but for
-            the setting that it takes away where its medium brings a ground of its own
+    seed    of the picture; choices depend only on prompt and seed, so a higher level keeps a lower one's, except for
+            the setting if its medium brings its own background
     styles  words that join the prompt anyway: what they name is decided
-    avoids  words that are never added, nor anything else that means the same
+    avoids  words that are never added, nor others with the same meaning
     look    whether a style's pictures or LoRA decide drawing and medium
     """
     if not (count := LEVELS[level]):
@@ -49,7 +49,7 @@ def expand(
     decided = {slot for slot, names in words["named"].items() if mentions([prompt, *styles], names)}
     if look:
         decided.update(LOOK)
-    # bare words vary in drawings and in media: medium varies less than raw where it adds drawings alone
+    # a plain prompt varies in both drawing and medium: "medium" would vary less than "raw" if it only added drawings
     order = LOOK if pick(LOOK, "look", prompt, seed) == LOOK[0] else LOOK[::-1]
     added: dict[str, str] = {}
     for slot in order:
@@ -64,16 +64,16 @@ def expand(
 
 
 def suitable(slot: str, decided: set[str], avoids: Sequence[str]) -> dict[str, list[str]]:
-    """The looks of a slot, each with its words, that may be added unasked to what is decided."""
+    """The looks of a slot, each with its words, that may be added unasked, given what is decided."""
     words = look_words()
     left_out = set(words["asked_only"][slot])
-    if slot == "medium" and {"ground", "colour"} & decided:  # theirs would be black
+    if slot == "medium" and {"ground", "colour"} & decided:  # theirs is black
         left_out |= set(words["own_ground"]["media"])
     return {name: told for name, told in words[slot].items() if name not in left_out and not clash(told, avoids)}
 
 
 def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> str:
-    """A setting for a prompt that names none, in a colour if the prompt names none; "" where all are avoided."""
+    """A setting for a prompt that names none, with a colour if the prompt names none; "" if all are avoided."""
     words = look_words()
     colours = [name for name in sorted(words["palette"]) if not clash([name], avoids)]
     plain = "colour" in decided or not colours
@@ -87,10 +87,11 @@ def ground(prompt: str, seed: int, decided: set[str], avoids: Sequence[str]) -> 
 
 
 def pick(choices: Sequence[str], slot: str, prompt: str, seed: int) -> str:
-    """One of the choices by hashes: the same in every process, independent from slot to slot.
+    """Pick one of the choices by hash: the same in every process, independent between slots.
 
-    Of n choices every n seeds from a multiple of n on have each one once: a batch within them repeats none. Each round
-    has an order of its own, or slots of as many choices would always go together; where two meet, one may come twice.
+    Of n choices, each block of n seeds starting at a multiple of n has every choice once, so a batch within a block
+    repeats none. Each block has its own order, or slots with equally many choices would always move together; across a
+    block's border a choice may come twice.
     """
     which_round, place = divmod(seed, len(choices))
 
@@ -106,19 +107,19 @@ def words_of(text: str) -> list[str]:
 
 
 def mentions(texts: Iterable[str], names: Iterable[str]) -> bool:
-    """Whether any of the texts holds any of the names as whole words."""
+    """Whether any of the texts contains any of the names as whole words."""
     said = [spaced(text) for text in texts]
     return any(spaced(name) in text for name in names for text in said)
 
 
 @lru_cache(maxsize=1024)
 def spaced(text: str) -> str:
-    """A text's words, a space around each. The same names are looked for in every prompt, a prompt for every seed."""
+    """A text's words, with spaces around each. Cached: the same names and prompts are searched again and again."""
     return f" {' '.join(words_of(text))} "
 
 
 def clash(told: Iterable[str], avoids: Iterable[str]) -> bool:
-    """Whether words share a telling word with what is to be avoided."""
+    """Whether any text shares a meaningful word with what is to be avoided."""
     avoided = {word for text in avoids for word in words_of(text)} - SMALL
     return any(word in avoided for text in told for word in words_of(text))
 
@@ -144,7 +145,7 @@ REFUSALS = re.compile(
 def instruction(
     prompt: str, level: str, styles: Sequence[str] = (), avoids: Sequence[str] = (), look: bool = False
 ) -> str:
-    """What a language model is asked; the prompt stands in it as material, in quotes."""
+    """The instruction for a language model; it contains the prompt as material, in quotes."""
     lines = [
         "Rewrite this description of a picture as one sentence for an image generator.",
         "Keep its subject and every detail it names, in its own words. " + ASKED["low" if look else level],
@@ -166,10 +167,10 @@ def expand_by_language(
     avoids: Sequence[str] = (),
     look: bool = False,
 ) -> str:
-    """A language model's expansion, or the prompt as it was where there is nothing to trust in its answer.
+    """A language model's expansion, or the unchanged prompt if its answer cannot be trusted.
 
-    Not trusted, beside what `trusted` leaves out: an answer that has lost a word of the prompt or holds an avoided one.
-    "raw" asks nobody. The other arguments are those of `expand`.
+    Not trusted, besides what `trusted` rejects: an answer that lost a word of the prompt or contains an avoided one.
+    "raw" asks no model. The other arguments are those of `expand`.
     """
     if level == "raw":
         return prompt
@@ -179,13 +180,13 @@ def expand_by_language(
 
 
 def trusted(answer: str) -> str:
-    """A tidy answer; "" where it says nothing, refuses, asks back, or goes on for more than LONGEST characters."""
+    """The answer, tidied; "" if it is empty, refuses, asks back, or is longer than LONGEST characters."""
     answer = tidy(answer)
     return "" if len(answer) > LONGEST or answer.endswith("?") or REFUSALS.search(answer) else answer
 
 
 def tidy(answer: str) -> str:
-    """An answer on one line, without its thoughts, its label and its quotes."""
+    """An answer on one line, without thinking, label and quotes."""
     answer = re.sub(r"<think>.*?(</think>|$)", " ", answer, flags=re.DOTALL)
     answer = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", answer)
     answer = re.sub(

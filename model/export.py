@@ -1,7 +1,7 @@
-"""A model as the folder that `diffusers.Krea2Pipeline.from_pretrained` opens.
+"""Export a model as a folder that `diffusers.Krea2Pipeline.from_pretrained` opens.
 
-It proves that this is a plain Krea 2: another implementation, given the folder and the same noise, paints the same
-picture. Parts that came from such a folder are copied; parts from our own files are written under the others' names.
+It proves that this is a plain Krea 2: another implementation, given the folder and the same noise, renders the same
+picture. Parts that came from such a folder are copied; parts from our own files are written under diffusers' names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LIBRARIES = {
 
 
 def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
-    """Write the whole folder, or nothing. Raises K2Error where it exists already, or cannot be written."""
+    """Write the complete folder, or nothing. Raises K2Error if it exists already or cannot be written."""
     if folder.exists():
         raise K2Error(f"{folder} exists already.", hint="Choose another name.")
     if not isinstance(pipeline.vae, QwenImageVAE):
@@ -62,7 +62,7 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
             write_text_encoder(pipeline.text, draft / "text_encoder")
         if (lender / "tokenizer").is_dir():
             shutil.copytree(lender / "tokenizer", draft / "tokenizer")
-        else:  # a lone tokenizer.json, which is read just as well
+        else:  # a lone tokenizer.json, which works just as well
             write_tokenizer(pipeline.text, draft / "tokenizer")
         if pipeline.parts.vae.is_dir():
             shutil.copytree(pipeline.parts.vae, draft / "vae")
@@ -78,17 +78,17 @@ def export_diffusers(pipeline: Pipeline, folder: Path) -> None:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
         if not folder.exists():
-            with suppress(OSError):  # that they hold something by now
+            with suppress(OSError):  # they may hold something by now
                 for path in missing:
                     path.rmdir()
 
 
 def index_of(pipeline: Pipeline) -> dict[str, Any]:
-    """model_index.json: which class reads which folder, and what the pipeline itself must know."""
+    """model_index.json: which class reads which folder, and the pipeline's own settings."""
     turbo = RECOMMENDED["turbo"]
     return {
         "_class_name": "Krea2Pipeline",
-        "is_distilled": pipeline.recommended["mu"] == turbo["mu"],  # there it means just this: mu is 1.15 at any size
+        "is_distilled": pipeline.recommended["mu"] == turbo["mu"],  # there it only means that mu is 1.15 at any size
         "patch_size": pipeline.dit.config.patch,
         "text_encoder_select_layers": list(pipeline.text.tower.config.taps),
         **LIBRARIES,
@@ -122,8 +122,7 @@ def transformer_config(c: DiTConfig) -> dict[str, Any]:
 
 
 def write_scheduler(pipeline: Pipeline, folder: Path) -> None:
-    """Write the scheduler's config: mu grows with the picture, or is the same for all, and then the line between the
-    two sizes is level."""
+    """Write the scheduler's config: mu grows with the picture, or is constant, with equal values at both sizes."""
     mu = pipeline.recommended["mu"]
     low, high = (0.5, 1.15) if mu == "auto" else mu if isinstance(mu, tuple) else (mu, mu)
     config = {
@@ -140,12 +139,12 @@ def write_scheduler(pipeline: Pipeline, folder: Path) -> None:
 
 
 def write_text_encoder(text: TextEncoder, folder: Path) -> None:
-    """The language tower, completed to what transformers' Qwen3-VL class wants to find."""
+    """The language tower, completed to what transformers' Qwen3-VL class requires."""
     config, state = text.tower.config, text.tower.state_dict()
     depth = max(config.taps)
     state = {f"language_model.{name}": tensor for name, tensor in state.items()}
     if "language_model.norm.weight" not in state:
-        # The very last state is normed there. One layer more, of zeros, keeps the last tap from being that state.
+        # transformers norms the very last state. One more layer, of zeros, keeps the last tap from being that state.
         zeros = {name: tensor for name, tensor in state.items() if f".layers.{depth - 1}." in name}
         state |= {name.replace(f".{depth - 1}.", f".{depth}."): torch.zeros_like(t) for name, t in zeros.items()}
         state["language_model.norm.weight"] = torch.ones_like(state["language_model.layers.0.input_layernorm.weight"])
@@ -159,7 +158,7 @@ def write_text_encoder(text: TextEncoder, folder: Path) -> None:
             "model_type": "qwen3_vl",
             "text_config": text_config(config, depth),
             "vision_config": eye_config,
-            # no picture ever comes in; the ids must only not be those of words
+            # no picture ever comes in; the ids just must not be those of words
             **dict.fromkeys(("image_token_id", "video_token_id"), config.vocab_size),
             **dict.fromkeys(("vision_start_token_id", "vision_end_token_id"), end),
         },
@@ -186,14 +185,14 @@ def text_config(c: TextConfig, depth: int) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": c.rope_theta,
-            "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],  # all three count alike in text
+            "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],  # all three are equal in text
             "mrope_interleaved": True,
         },
     }
 
 
 def blind_eye(width: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The smallest vision tower that the class accepts, all zeros: this encoder reads words only."""
+    """The smallest vision tower that the class accepts, all zeros: this encoder reads only text."""
     inner = 16
     config = {
         "model_type": "qwen3_vl_vision",

@@ -1,4 +1,4 @@
-"""The hashes by which records name files, each worked out once, and where such things are kept. Needs no torch."""
+"""The hashes by which records identify files, each computed once, and the folders that cache them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from model.spec import RenderSpec
 
 PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-LARGE = 1 << 28  # bytes from which a file's hash is worth remembering on disk
+LARGE = 1 << 28  # file size from which a hash is worth caching on disk
 
 
 class Hashes:
-    """sha256 of a model's files as they were loaded, worked out beside the loading; the first record waits for them."""
+    """sha256 of a model's files as loaded, computed in the background; the first record waits for them."""
 
     def __init__(self, files: Iterable[Path], roots: Sequence[Path]):
-        """roots: the model's folder, then what lends the rest; names are relative to the first that has the file."""
+        """roots: the model's folder, then that of the other parts; names are relative to the first with the file."""
         under = ((next(root for root in (*roots, file.parent) if file.is_relative_to(root)), file) for file in files)
         self._files = {file.relative_to(root).as_posix(): file for root, file in under}
         self._watched = Watched(self._files)
         self._found: Future[dict[str, str]] = Future()
-        threading.Thread(target=self._work, daemon=True).start()  # a pool's would keep the process from ending
+        threading.Thread(target=self._work, daemon=True).start()  # a pool's thread would keep the process alive
 
     def _work(self) -> None:
         try:
@@ -44,8 +44,8 @@ class Hashes:
             self._found.set_exception(error)
 
     def by_name(self) -> dict[str, str]:
-        """File name -> hash. Raises K2Error where a file could not be read, or was written over: what is held may be
-        its very pages. One that came in its place is another file."""
+        """File name -> hash. Raises K2Error if a file could not be read, or was overwritten in place, since its pages
+        may be mapped. Replacing the file is fine: the old one stays open."""
         found = self._found.result()
         for name in self._watched.changed():
             if sha256(file := self._files[name]) != found[name]:
@@ -54,7 +54,7 @@ class Hashes:
 
 
 class Watched:
-    """Files that are kept open, so that each stays the one that it was, whatever comes in its place."""
+    """Files kept open, so that each stays the same file even if its path gets another."""
 
     def __init__(self, files: Mapping[str, Path]):
         self._open: dict[str, int] = {}
@@ -65,7 +65,7 @@ class Watched:
         self._stamps = {name: stamp(file) for name, file in self._open.items()}
 
     def changed(self) -> Iterator[str]:
-        """Which of them seem to have been written to."""
+        """Those that seem to have been written to."""
         return (name for name, file in self._open.items() if stamp(file) != self._stamps[name])
 
 
@@ -75,13 +75,13 @@ def close(files: Mapping[str, int]) -> None:
 
 
 def stamp(file: int) -> tuple[int, int]:
-    """By what one can tell that an open file has been written to."""
+    """Size and modification time, which change when an open file is written to."""
     stat = os.fstat(file)
     return stat.st_size, stat.st_mtime_ns
 
 
 def sha256(path: Path) -> str:
-    """A file's hash; not worked out again while the file stays as it is. Raises K2Error."""
+    """A file's hash, cached while the file is unchanged. Raises K2Error."""
     try:
         stat = path.stat()
         return _sha256(path, stat.st_size, stat.st_mtime_ns)
@@ -90,7 +90,7 @@ def sha256(path: Path) -> str:
 
 
 def identity(path: Path) -> str:
-    """What a file's part in a picture is known by: its hash, and of an adapter with settings beside it that of both
+    """What identifies a file's part in a picture: its hash; for an adapter with settings beside it, the hash of both
     hashes. Raises K2Error."""
     settings = settings_beside(path)
     if settings is None:
@@ -99,14 +99,14 @@ def identity(path: Path) -> str:
 
 
 def settings_beside(path: Path) -> Path | None:
-    """PEFT's adapter_config.json, which says how strong the weights beside it are."""
+    """PEFT's adapter_config.json, which states the scale of the weights beside it."""
     file = path.with_name(PEFT_SETTINGS)
     return file if path.name == PEFT_WEIGHTS and file.is_file() else None
 
 
 def files_of(spec: RenderSpec) -> set[Path]:
-    """What a picture is made of, beside the model: its references, its initial picture and mask, its adapters and what
-    they have beside them."""
+    """The files a picture depends on, besides the model: references, init image, mask, and adapters with their
+    settings."""
     found = {reference.image for style in spec.styles for reference in style.references}
     found |= {path for path in (spec.init_image, spec.mask) if isinstance(path, Path)}
     adapters = {style.lora for style in spec.styles if style.lora} | {lora.path for lora in spec.loras}
@@ -130,16 +130,16 @@ def digest(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where k2 keeps what costs time to work out again."""
+    """Where k2 caches what takes time to compute again."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "k2"
-    except RuntimeError:  # a user of no name and no home, as in a container that is run by a number
+    except RuntimeError:  # a user without name or home, as in a container run by user id
         return temporary_folder()
 
 
 @cache
 def temporary_folder() -> Path:
-    """One for this user among everybody's, from run to run; if another user was there first, one for this run."""
+    """A private folder of this user in the shared temporary folder; if another user owns it, one for this run only."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"k2-{user}"
     with suppress(FileExistsError):
@@ -150,7 +150,7 @@ def temporary_folder() -> Path:
 
 
 def memory() -> Path:
-    """Where hashes of large files are remembered between runs."""
+    """The file that caches hashes of large files between runs."""
     return cache_folder() / "sha256.json"
 
 
@@ -163,7 +163,7 @@ def remembered() -> dict[str, str]:
 
 
 def remember(known: dict[str, str]) -> None:
-    """Best effort: a home that cannot be written only costs time."""
+    """Best effort: an unwritable home only costs time."""
     path = memory()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Specs from callers whom no type checker has told: every value of the kind that its field says. Torch-free."""
+"""Run-time type checks for specs from callers without a type checker. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUMBERS = {float: (int, float)}  # Python's own: no record can hold NumPy's
 
 
 def check_kinds(value: Any, cls: type) -> None:
-    """Refuse what is no `cls`, a dataclass, and a field of it, or of one that it holds, of another kind than it says.
+    """Refuse a value that is no `cls`, a dataclass, or that has a field of another type than declared, at any depth.
 
     Raises K2Error.
     """
@@ -35,13 +35,13 @@ def check_kinds(value: Any, cls: type) -> None:
 
 @cache
 def kinds_of(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The fields of a dataclass, and what each may be."""
+    """The fields of a dataclass, and the types each may have."""
     hints = get_type_hints(cls)
     return {name: get_args(hint) if isinstance(hint, UnionType) else (hint,) for name, hint in hints.items()}
 
 
 def fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is tuple:  # a list does as well; a text is one of letters to Python alone
+    if get_origin(kind) is tuple:  # lists are fine too; a string is not, though Python sees a sequence
         one = get_args(kind)[0]
         return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(each, one) for each in value)
     return isinstance(value, NUMBERS.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
@@ -61,7 +61,7 @@ def called(kind: Any) -> str:
 
 
 def like(kind: Any) -> str:
-    """How a value of a kind is written, for a hint: "(Style(...),)"."""
+    """How a value of a type is written, for a hint: "(Style(...),)"."""
     if get_origin(kind) is tuple:
         return f"({like(get_args(kind)[0])},)"
     return LIKE.get(kind) or f"{kind.__name__}(...)"

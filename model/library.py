@@ -113,7 +113,7 @@ def dit_of(path: Path) -> Path:
 
 
 def pipeline_of(path: Path) -> Path | None:
-    """A path's diffusers pipeline: the folder itself, or the parent of the `transformer` it is or lies in; else None."""
+    """A path's diffusers pipeline: the folder itself, or the one whose `transformer` it is or lies in; else None."""
     folder = path if path.is_dir() else path.parent
     whole = folder.parent if folder.name == "transformer" else path
     return whole if (whole / "model_index.json").is_file() else None

@@ -1,4 +1,4 @@
-"""The parts of a model: how much they hold, what they are loaded into, and whether they fit each other."""
+"""The parts of a model: their sizes, how they are loaded, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ OTHER_BUILD = (
 
 
 def files_of(parts: Parts) -> list[Path]:
-    """Every file that has a part in a picture: weights, the transformer's first, the tokenizer, and what folders say
-    of how they are built."""
+    """Every file that affects a picture: weights, the transformer's first, the tokenizer, and the folders' configs."""
     paths = [parts.dit, weights_of(parts.text), parts.vae, *([parts.style] if parts.style else [])]
     stated = [*(path / "config.json" for path in paths), parts.text / "model_index.json"]
     weights = [file for path in paths for file in open_checkpoint(path).files]
@@ -39,7 +38,7 @@ def files_of(parts: Parts) -> list[Path]:
 
 
 def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
-    """How many numbers the parts hold, by their headers, and how they would lie on a device. Raises K2Error where the
+    """How many numbers the parts hold, by their headers, and how a device would hold them. Raises K2Error if the
     transformer is none."""
     dit = native_names(open_checkpoint(parts.dit))
     text = open_checkpoint(weights_of(parts.text))
@@ -71,12 +70,12 @@ def count(tensors: Mapping[str, Stored]) -> int:
 
 
 def shape_of(config: DiTConfig) -> tuple[int, int, int]:
-    """What the memory at work depends on: width, the feed-forwards' width, blocks."""
+    """What working memory depends on: width, the feed-forwards' width, blocks."""
     return config.width, hidden_width(config.width, config.multiplier), config.blocks
 
 
 def release_numbers(device: torch.device | str = "cpu") -> Numbers:
-    """The numbers of the open 12.9B weights, with the text encoder and the autoencoder that they come with, in bf16."""
+    """The numbers of the open 12.9B weights, with their text encoder and autoencoder, in bf16."""
     with torch.device("meta"):
         dit, tower = Krea2(PRESETS["medium"]), TextTower(QWEN3_VL_4B)
     inside, text = (sum(p.numel() for p in stack.parameters()) for stack in (dit.blocks, tower.layers))
@@ -95,7 +94,7 @@ def release_numbers(device: torch.device | str = "cpu") -> Numbers:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Autoencoder:
-    """An autoencoder from our own file or from diffusers' folder. Raises K2Error."""
+    """An autoencoder from our own file or a diffusers folder. Raises K2Error."""
     checkpoint = open_checkpoint(path)
     refuse_unreadable(checkpoint)
     stated = checkpoint.metadata.get("config") or checkpoint.config
@@ -116,15 +115,15 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Autoencode
     if isinstance(vae, QwenImageVAE):
         for name, values in (("mean", vae.config.latents_mean), ("std", vae.config.latents_std)):
             setattr(vae, name, torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1))
-        if device.type == "cpu":  # narrow outer scales are convolved in half the time so, the release's a sixth sooner
+        if device.type == "cpu":  # halves the time of narrow outer scales' convolutions, saves a sixth on the release's
             vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae.requires_grad_(False).eval()
 
 
 def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
-    """A style encoder from our own file, and the side in pixels of the pictures that it reads. Raises K2Error.
+    """A style encoder from our own file, and the side in pixels of the pictures it reads. Raises K2Error.
 
-    It is small, so always in fp32.
+    It is small, so it always runs in fp32.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.metadata.get("kind") != "style":
@@ -136,7 +135,7 @@ def load_style(path: Path, device: torch.device) -> tuple[StyleEncoder, int]:
 
 
 def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder) -> None:
-    """The parts must speak of the same numbers. Raises K2Error."""
+    """Check that the parts' dimensions fit together. Raises K2Error."""
     asked, spoken = dit.config, text.tower.config
     hint = "Give the {} that the transformer was trained with."
     if (spoken.hidden_size, len(spoken.taps)) != (asked.text_width, asked.text_taps):
@@ -153,18 +152,18 @@ def refuse_misfits(parts: Parts, dit: Krea2, text: TextEncoder, vae: Autoencoder
 
 
 def has_kernels(card: int) -> bool:
-    """Whether this PyTorch can run on a card: it holds binaries for its generation, no newer than itself, or PTX no
-    newer, which the driver compiles."""
+    """Whether this PyTorch can run on a card: it has binaries for the card's generation, no newer than the card, or PTX
+    no newer, which the driver compiles."""
     built = torch.cuda.get_arch_list()  # sm_80 is a binary, compute_120 PTX
     if torch.version.hip or not built:
-        return True  # or so it is taken to be
+        return True  # assumed
     own = torch.cuda.get_device_capability(card)
     versions = [(kind, divmod(int(number.rstrip("af")), 10)) for kind, number in (each.split("_") for each in built)]
     return any(version <= own and (kind == "compute" or version[0] == own[0]) for kind, version in versions)
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is. Raises K2Error where it is not here."""
+    """The device of that name, or the best available. Raises K2Error if it does not exist here."""
     here, useless = ["cpu"], {}
     if torch.backends.mps.is_available():
         here = ["mps", *here]
@@ -181,7 +180,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str | None, device: torch.device, width: int) -> str:
-    """The number format to compute in, by its name; what suits the device and a network of this width, unless told.
+    """The name of the number format to compute in: the given one, else what suits the device and the network's width.
 
     Raises K2Error.
     """

@@ -1,7 +1,7 @@
-"""Picture files from anybody, opened by one door: what would keep a decoder busy, or flood it, is refused. No torch.
+"""The one place that opens untrusted picture files: files made to stall or flood a decoder are refused. No torch.
 
-Pillow guards against pictures of too many pixels and texts that unpack to too much. It walks the parts of a file one by
-one in Python, keeps what it does not know, and takes as many passes over a picture as a JPEG asks for.
+Pillow guards against pictures of too many pixels and texts that decompress to too much. But it walks a file's parts one
+by one in Python, keeps those it does not know, and makes as many passes over a picture as a JPEG asks for.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from model.headers import open_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}  # .jfif on Windows
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
-OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, not read here
-LEAST_SIDE, MOST_DECODED = 8, 1 << 26  # of a picture that is decoded
-ALIKE = 0.02  # of proportions, up to which two pictures lie on each other
+OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".psd", ".svg", ".tif", ".tiff")  # pictures, but unread
+LEAST_SIDE, MOST_DECODED = 8, 1 << 26  # smallest side and most pixels of a picture to decode
+ALIKE = 0.02  # relative difference up to which proportions count as equal
 WILL_DO = f"Sides start at {LEAST_SIDE} pixels, and {MOST_DECODED >> 20} megapixels are the most."
 MOST_BYTES = 256 << 20  # of a file
 MOST_PARTS = 50_000  # chunks, segments: 256 MiB in PNG's usual pieces of 8 KiB are 32,768
@@ -31,34 +31,34 @@ MOST_ASIDE = 32 << 20  # bytes of metadata
 MOST_SCANS = 64  # passes over a JPEG; a progressive one takes about ten
 ORIENTATION = 0x0112  # the EXIF tag
 BLOCK = 1 << 20  # bytes read at once
-MADE = ("outputs", "gallery")  # of a project's folder: what is made, not what it is made of
+MADE = ("outputs", "gallery")  # in a project's folder: outputs, not inputs
 SHEET = re.compile(r"sheet(\.\d+)?\.png")  # beside a run's plan; its pictures are NAME-SEED
-SHEET_KEY = "k2-sheet"  # of a text in a contact sheet's file, by which it is known by whatever name it is copied to
-HEAD = 1024  # bytes of a sheet's file that hold it
+SHEET_KEY = "k2-sheet"  # key of a text in a contact sheet's file, which identifies it under any name
+HEAD = 1024  # first bytes of a sheet's file, which hold that text
 
 
 def is_named_so(path: Path) -> bool:
-    """Whether a file is called like a picture that is read here."""
+    """Whether a file has the name of a picture that k2 reads."""
     return path.suffix.lower() in SUFFIXES
 
 
 def is_sheet(path: Path) -> bool:
-    """Whether a file is a contact sheet of a run of k2's: many pictures on one, so none to learn a look from."""
+    """Whether a file is a contact sheet of a k2 run: many pictures in one, so not one to learn a look from."""
     if SHEET.fullmatch(path.name) and path.with_name("run.toml").is_file():
         return True
     return path.suffix.lower() == ".png" and says_sheet(path)
 
 
 def says_sheet(path: Path) -> bool:
-    """Whether a PNG says so itself, before its pixels."""
+    """Whether a PNG says so in a text before its pixels."""
     with suppress(OSError), open_file(path) as file:
         return f"tEXt{SHEET_KEY}\0".encode() in file.read(HEAD)
     return False
 
 
 def passed_over(paths: Iterable[Path]) -> str:
-    """Sentences on what of a folder's content is no use: pictures that nothing here reads, folders that hold some, and
-    links to some that are gone; "" where there is none of either."""
+    """Sentences on what was skipped in a folder: pictures that k2 does not read, subfolders with pictures, and broken
+    links to pictures; "" if there is none of these."""
     seen = sorted(path for path in paths if not path.name.startswith("."))
     others = [path.suffix.lower()[1:] for path in seen if path.suffix.lower() in OTHERS]
     kinds = ", ".join(sorted(set(others)))
@@ -72,22 +72,22 @@ def passed_over(paths: Iterable[Path]) -> str:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether a path is a folder with a picture in it."""
+    """Whether a path is a folder that contains a picture."""
     with suppress(OSError):
         return path.is_dir() and any(is_named_so(each) for each in path.iterdir())
     return False
 
 
 def cut_off(error: Exception) -> str:
-    """What to do with a picture whose end is missing, by what Pillow raised; "" where something else is wrong."""
+    """A hint if, by Pillow's error, a picture's end is missing; "" for other errors."""
     return "The file is truncated: fetch or export it again." if "truncated" in str(error).lower() else ""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture, not decoded yet. Raises ValueError or OSError, and whatever else Pillow raises over a broken file.
+    """A picture, not decoded yet. Raises ValueError or OSError, and whatever else Pillow raises for a broken file.
 
-    What Pillow warns of, sizes and broken tags, is left to whoever looks.
+    Pillow's warnings about sizes and broken tags are silenced; callers check what they need.
     """
     check(path)
     with warnings.catch_warnings():
@@ -97,25 +97,25 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def sides(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened picture as it is looked at: a camera's may lie on its side."""
-    lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # others, and what is no number, turn nothing
+    """Width and height of an opened picture as displayed: a camera's may be stored sideways."""
+    lies = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)  # other values do not swap sides
     return image.size[::-1] if lies else image.size
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow cuts 16-bit greys off at 255 when it converts them, so nearly all would be white; scale them instead."""
+    """Pillow clips 16-bit greys at 255 when converting, so nearly all would be white; scale them instead."""
     if not image.mode.startswith("I"):
         return image
     return image.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")
 
 
 def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether a picture of these sides lies on one of those, whatever their size."""
+    """Whether two pictures of these sides have the same proportions, whatever their size."""
     return abs(one[0] / one[1] * other[1] / other[0] - 1) <= ALIKE
 
 
 def check(path: Path) -> None:
-    """Count what a file is made of, decoding nothing. Raises OSError, and ValueError for what no camera writes."""
+    """Check a file's structure without decoding it. Raises OSError, and ValueError for what no camera writes."""
     with open_file(path) as file:
         check_parts(file)
 
@@ -181,7 +181,7 @@ def webp_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
 
 
 def scans(file: BinaryIO) -> int:
-    """How often a JPEG begins a scan. Within the data of one, no FF is followed by DA."""
+    """The number of scans in a JPEG. Within a scan's data, FF is never followed by DA."""
     file.seek(0)
     count, last = 0, b""
     while block := file.read(BLOCK):

@@ -1,6 +1,6 @@
-"""How a model is held in memory: which numbers, in how many bits, and what stays on disk until it is needed.
+"""How a model is held in memory: number format, bits, and what stays on disk until it is needed.
 
-Counting needs headers only, choosing needs none: torch is asked about devices, and not before.
+Counting needs only headers, choosing not even those: torch is imported only to query devices.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from model.errors import K2Error, TooLittleMemory
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("native", "int8", "fp8", "int4")  # of the blocks' matrices; native is the numbers that are computed with
-OFFLOADS = ("none", "text", "all")  # what is read block by block as it is needed: the text encoder, all but the ends
+PRECISIONS = ("native", "int8", "fp8", "int4")  # of the blocks' matrices; native is the compute format
+OFFLOADS = ("none", "text", "all")  # what is read block by block as needed: the text encoder, all but the ends
 BYTES = {"float32": 4, "bfloat16": 2}
-HELD = {"int8": 1, "fp8": 1, "int4": 9 / 16}  # bytes of a number: of 4 bits with the scale that 16 share
-SMALL = 1 << 30  # bytes of weights up to which a model is held as it is: there is nothing to gain
+HELD = {"int8": 1, "fp8": 1, "int4": 9 / 16}  # bytes per number: 4 bits plus a scale shared by 16
+SMALL = 1 << 30  # bytes of weights up to which a model is held as is: there is nothing to gain
 NARROW = 1024  # width below which a CPU computes in fp32
-IN_HAND = 3  # blocks in memory while they are streamed: at work, on the way, and a copy in other numbers
-OUT_OF_IT = (  # what the allocators of processors and of cards say
+IN_HAND = 3  # blocks in memory while streaming: running, arriving, and a copy in another number format
+OUT_OF_IT = (  # out-of-memory messages of CPU and GPU allocators
     "can't allocate memory",
     "not enough memory",  # of Windows
     "out of memory",
@@ -37,31 +37,31 @@ OUT_OF_IT = (  # what the allocators of processors and of cards say
     "error 1455",  # ... and there, whatever its language
 )
 SMALLER = "Choose a smaller size, --precision int4 or --offload all, or close other programs that use memory."
-SPARE = 0.9  # of the memory that is free now may be counted on
+SPARE = 0.9  # share of the free memory that k2 plans with
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """How many numbers a model holds, sorted by what may become of them."""
+    """How many numbers a model holds, by how they can be held."""
 
     width: int
     hidden: int  # of the feed-forwards
     blocks: int
-    native: int  # pixels along the side of the pictures that it is made for
+    native: int  # side in pixels of the pictures it was trained for
     inside: int  # numbers in all blocks
-    outside: int  # the transformer's others
+    outside: int  # the transformer's other numbers
     layers: int  # of the text encoder
     text: int  # numbers in all of them
     others: int  # embedding, autoencoder, style encoder
-    stored: str | None = None  # the precision of the blocks on disk, where it is one of few bits
-    packed: bool = False  # on disk, so that they have to be worked out whenever they are read
-    on_card: bool = False  # beside whose memory there is another, to keep in what of streamed blocks was worked out
-    wide: int = 0  # of those inside, what the file holds in more: it stays so where the others are held as they lie
+    stored: str | None = None  # the precision of the blocks on disk, if it is a few-bit one
+    packed: bool = False  # on disk, so that they must be unpacked at every read
+    on_card: bool = False  # host memory can then cache what was unpacked of streamed blocks
+    wide: int = 0  # numbers inside that the file holds in more bits; they stay so if the others are held as stored
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to hold a model, and the bytes that it takes with a picture of the model's own size in the making."""
+    """One way to hold a model, and the bytes it needs while rendering a picture of the model's native size."""
 
     dtype: str
     precision: str
@@ -82,10 +82,10 @@ def choose(
     precision: str | None = None,
     offload: str | None = None,
 ) -> Plan:
-    """The fastest way to hold a model that fits into `free` bytes; what is given is kept to. Raises K2Error.
+    """The fastest way to hold a model in `free` bytes; given values are kept. Raises K2Error.
 
-    eight: the 8-bit precision that the device is fast in; known: all whose numbers it has. Where nothing fits, what
-    needs the least is taken.
+    eight: the device's fast 8-bit precision; known: all precisions it supports. If nothing fits, the plan that needs
+    the least is chosen.
     """
     for value, those, what in ((precision, PRECISIONS, "precision"), (offload, OFFLOADS, "offload")):
         if value not in (None, *those):
@@ -108,7 +108,7 @@ def plan_on(
     precision: str | None = None,
     offload: str | None = None,
 ) -> Plan:
-    """The fastest way to hold a model that fits into what is free on a device now. Raises K2Error, as `choose`."""
+    """The fastest way to hold a model in what is free on a device now. Raises K2Error, like `choose`."""
     return choose(
         numbers,
         free_memory(device),
@@ -130,8 +130,8 @@ def ways(
     """(precision, offload), exact before rounded, resident before streamed: streaming costs most."""
     if precision is not None:
         return [(precision, offload) for offload in OFFLOADS]
-    # streamed weights are taken as they lie on disk, if they can be: less to read, or nothing to do; for a card, what
-    # has to be worked out is, once, and kept where it takes the least
+    # streamed weights are used as stored on disk if possible: less to read, or nothing to convert; for a card, packed
+    # ones are unpacked once, and kept in the form that takes the least memory
     last = numbers.stored if numbers.stored and numbers.stored in known else "native"
     less = last if last == "int4" else eight
     streamed = [(last, "all")]
@@ -141,7 +141,7 @@ def ways(
 
 
 def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
-    """Bytes of weights and of one picture in the making, guidance on."""
+    """Bytes for the weights and for rendering one picture with guidance."""
     size, n = BYTES[dtype], numbers
     wide = n.wide if precision == n.stored else 0
     inside = int((n.inside - wide) * HELD.get(precision, size)) + wide * size
@@ -157,8 +157,7 @@ def needs(numbers: Numbers, dtype: str, precision: str, offload: str) -> int:
 
 
 def native_bf16(device: torch.device | str) -> bool:
-    """Whether the device multiplies bf16 numbers itself, as cards do from Ampere on: elsewhere it is slower than fp32,
-    not faster."""
+    """Whether the device multiplies bf16 natively, as cards do from Ampere on: elsewhere it is slower than fp32."""
     import torch
 
     kind = torch.device(device).type
@@ -171,10 +170,10 @@ def native_bf16(device: torch.device | str) -> bool:
 
 
 def default_dtype(device: torch.device | str, width: int) -> str:
-    """What a model of this width computes in where nobody says: bf16 where that is fast, else fp32.
+    """The default compute format of a model of this width: bf16 where that is fast, else fp32.
 
     Narrow models stay in fp32 on a CPU: they are quick either way (bf16 makes mini 1.5 times as fast), and in fp32
-    their pictures are the same, to the last of 8 bits, on every processor and beside diffusers; bf16's are 46 dB away.
+    their 8-bit pictures are identical on every CPU and to diffusers'; bf16's are 46 dB away.
     """
     import torch
 
@@ -185,7 +184,7 @@ def default_dtype(device: torch.device | str, width: int) -> str:
 
 
 def eight_bits(device: torch.device | str) -> str:
-    """The 8-bit precision that a device is fastest in, or, where it knows none, that is widened fastest."""
+    """The 8-bit precision that a device computes fastest, or, if it supports none, widens fastest."""
     import torch
 
     from model.few_bits import native
@@ -205,17 +204,17 @@ class Memory(NamedTuple):
 
     whole: int
     free: int
-    told: bool = True  # what is free; else it is an estimate
+    told: bool = True  # whether the system reported what is free; else it is an estimate
 
 
 def machine_memory() -> Memory:
-    """What the system says of this machine's memory; where it does not say what is free, as on a Mac, two thirds are
-    taken for it."""
+    """This machine's memory as reported by the system; if it does not report what is free, as on a Mac, two thirds are
+    assumed."""
     if sys.platform == "win32":
         status = (ctypes.c_uint64 * 8)(64)  # a MEMORYSTATUSEX, which begins with its own size
         ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
         _, whole, free, _, promised, *_ = status
-        return Memory(whole, min(free, promised))  # what the paging file has no room for cannot be had
+        return Memory(whole, min(free, promised))  # allocations must also fit into the commit limit
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
@@ -225,14 +224,14 @@ def machine_memory() -> Memory:
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that can be had on a device now: a card's own, else the machine's within the limit set for this process."""
+    """Bytes available on a device now: a card's own, else the machine's within this process's limit."""
     import torch
 
     kind = torch.device(device).type
     if kind == "cuda":
-        torch.cuda.empty_cache()  # what a model before this one left is free too
+        torch.cuda.empty_cache()  # what an earlier model left counts as free
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    if kind == "mps":  # which lends a part of the machine's
+    if kind == "mps":  # a share of the machine's memory
         torch.mps.empty_cache()
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     free = machine_memory().free
@@ -240,7 +239,7 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def limit_left(group: Path, free: int) -> int:
-    """What a control group (version 2) still allows, its file cache counted as free; `free` where it sets no limit."""
+    """What a control group (version 2) still allows, counting its file cache as free; `free` if it sets no limit."""
     try:
         most, used = (int((group / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
@@ -251,7 +250,7 @@ def limit_left(group: Path, free: int) -> int:
 
 @contextmanager
 def lacking_memory(what: str, hint: str = SMALLER) -> Iterator[None]:
-    """Memory that runs out for a picture of some size, or whatever is made, in one sentence."""
+    """Within the context, running out of memory becomes one sentence that says what for."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Pictures on their way in: whatever a png, jpg or webp may hold becomes plain colour, or is refused."""
+"""Reading pictures: whatever a png, jpg or webp holds becomes plain colour, or is refused."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ STRIP = 512  # rows
 
 
 def to_pixels(path: Path, width: int, height: int, ground: str = "white") -> Tensor:
-    """A picture, filling width x height from its middle -> [1, 3, height, width] in −1 … 1. Raises K2Error.
+    """A picture, centre-cropped to fill width x height -> [1, 3, height, width] in −1 … 1. Raises K2Error.
 
-    Turned as its camera says, transparency on the ground, of an animation the first frame, the colours of phones and
-    print and 16 bits as the eye would have them.
+    EXIF rotation is applied, transparency laid on `ground`, an animation gives its first frame, and colour profiles and
+    16-bit greys are converted.
     """
     opaque = laid_on(ground, to_rgba(decoded(path))).convert("RGB")
     return from_bytes(np.array(ImageOps.fit(opaque, (width, height)))[None])
@@ -38,10 +38,10 @@ def from_bytes(pictures: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:
 
 
 def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
-    """What is made anew of a picture, 1, and what stays, 0 -> [1, 1, height, width]. Raises K2Error.
+    """What to repaint of a picture, 1, and what stays, 0 -> [1, 1, height, width]. Raises K2Error.
 
-    A picture counts by the mean of its colours, as black where it is transparent, and fills width x height as
-    `to_pixels` has it; a text is a region.
+    A picture counts by the mean of its channels, transparency as black, and fills width x height as in `to_pixels`; a
+    string is a region.
     """
     if isinstance(mask, Path):
         return (to_pixels(mask, width, height, "black").mean(1, keepdim=True) + 1) / 2
@@ -53,17 +53,17 @@ def to_mask(mask: Path | str, width: int, height: int) -> Tensor:
 
 
 def feathered(mask: Tensor, radius: int) -> Tensor:
-    """A mask [1, 1, H, W] that comes in over `radius` pixels within its edge, and is nowhere where it was not.
+    """A mask [1, 1, H, W] feathered over `radius` pixels inside its edge, never beyond it.
 
-    Greys lighter than half come in as an edge does; darker ones are nowhere, beside white too.
+    Greys lighter than half fade in like an edge; darker ones become 0, even beside white.
     """
-    around = F.pad(mask, [radius] * 4, mode="replicate")  # the picture's own edge is none of the mask's
+    around = F.pad(mask, [radius] * 4, mode="replicate")  # the picture's border is not an edge of the mask
     mean = F.avg_pool2d(around, 2 * radius + 1, stride=1)
     return (2 * torch.minimum(mask, mean) - 1).clamp(0, 1)
 
 
 def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
-    """Width and height of at most `pixels` in multiples of `unit`, in about a picture's proportions. Raises K2Error."""
+    """Width and height of at most `pixels`, multiples of `unit`, about in the picture's proportions. Raises K2Error."""
     width, height = sides_of(path)
     ratio = min(max(width / height, 1 / 4), 4)
     sides = ((pixels * ratio) ** 0.5, (pixels / ratio) ** 0.5)
@@ -71,25 +71,25 @@ def fitting(path: Path, pixels: int, unit: int) -> tuple[int, int]:
 
 
 def sides_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is looked at. Raises K2Error."""
+    """Width and height of a picture as displayed. Raises K2Error."""
     with opened(path) as image:
         return picture_file.sides(image)
 
 
 def decoded(path: Path) -> Image.Image:
-    """A picture in memory, turned as its camera says. Raises K2Error."""
+    """A picture in memory, with EXIF rotation applied. Raises K2Error."""
     with opened(path) as image:
         if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
             raise K2Error(f"{path} has {image.width} x {image.height} pixels.", hint=WILL_DO)
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
-        return image.convert("RGBA") if image.mode == "P" else image  # a broken palette shows itself only then
+        return image.convert("RGBA") if image.mode == "P" else image  # only this reveals a broken palette
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture, for what reads its file alone: K2Error is raised for whatever goes wrong within the context, as Pillow
-    raises anything over a broken file."""
+    """An opened picture, for reading its file only: whatever goes wrong within the context is raised as K2Error, since
+    Pillow may raise anything for a broken file."""
     try:
         with picture_file.opened(path) as image:
             yield image
@@ -103,7 +103,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def laid_on(ground: str, rgba: Image.Image) -> Image.Image:
-    """The picture, opaque: what shone through is the ground. In place and by strips, as it may be large."""
+    """The picture, opaque, on `ground`. In place and in strips, as it may be large."""
     for top in range(0, rgba.height, STRIP):
         strip = rgba.crop((0, top, rgba.width, min(top + STRIP, rgba.height)))
         rgba.paste(Image.alpha_composite(Image.new("RGBA", strip.size, ground), strip), (0, top))
@@ -111,8 +111,8 @@ def laid_on(ground: str, rgba: Image.Image) -> Image.Image:
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """The picture in eight bits, sRGB and transparency. What its numbers mean is its profile's to say: as they stand,
-    the colours of a phone's Display P3 would be dull. A profile that cannot be read counts for nothing, as in browsers.
+    """The picture in 8-bit sRGB with transparency. Its colour profile is applied: without it, a phone's Display P3
+    would look dull. An unreadable profile is ignored, as in browsers.
     """
     profile, image = image.info.get("icc_profile"), picture_file.in_eight_bits(image)
     if profile and image.mode in ("L", "CMYK"):
@@ -126,7 +126,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
 
 
 def in_srgb(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
-    """A picture's colours as a profile means them; in place, where it has this mode already. Raises PyCMSError."""
+    """Convert a picture's colours from a profile to sRGB; in place if it has this mode already. Raises PyCMSError."""
     srgb, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
     changed = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, intent, mode, inPlace=image.mode == mode)
     return changed or image

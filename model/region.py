@@ -1,4 +1,4 @@
-"""The part of a picture that is made anew while the rest stays: a rectangle, written as X11 and ImageMagick do."""
+"""The part of a picture to repaint while the rest stays: a rectangle, in X11's and ImageMagick's notation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 from model.errors import K2Error
 
 LIKE = "Like 96x64+80+120: width, height, left, top."
-ALMOST = re.compile(r"\s*\d+\s*[xX×][-+\s\dxX×]*")  # what is meant for one, and is no file's name
+ALMOST = re.compile(r"\s*\d+\s*[xX×][-+\s\dxX×]*")  # meant as a region, not as a file name
 SHAPE = re.compile(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})\+(\d{1,5})")
 
 
 class Region(NamedTuple):
-    """Pixels of the picture that is rendered, from its upper left corner on."""
+    """In pixels of the rendered picture, from its upper left corner."""
 
     width: int
     height: int
@@ -22,7 +22,7 @@ class Region(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Region | None:
-        """ "96x64+80+120": 96 wide, 64 high, 80 from the left, 120 from the top. None for what is none."""
+        """ "96x64+80+120": 96 wide, 64 high, 80 from the left, 120 from the top. None if it is not a region."""
         found = SHAPE.fullmatch(text)
         return cls(*map(int, found.groups())) if found else None
 
@@ -30,7 +30,7 @@ class Region(NamedTuple):
         return f"{self.width}x{self.height}+{self.left}+{self.top}"
 
     def check(self, width: int, height: int, where: str = "") -> None:
-        """Raises K2Error where it is empty, or leaves a picture of this size."""
+        """Raises K2Error if it is empty or extends beyond a picture of this size."""
         region = f"{where}the region {self}" if where else f"The region {self}"
         if not (self.width and self.height):
             raise K2Error(f"{region} is empty.", hint=LIKE)

@@ -1,6 +1,6 @@
-"""The place for an output filter: it sees every finished picture and may keep it from anyone's eyes.
+"""The hook for output filters: a filter sees every finished picture and may block it before anyone else sees it.
 
-k2 brings no classifier; which one fits is for whoever deploys it to say. A package plugs one in by an entry point,
+k2 includes no classifier; whoever deploys it chooses one. A package plugs one in by an entry point,
 
     [project.entry-points."k2.filters"]
     nudity = "my_package:check"
@@ -26,7 +26,7 @@ GROUP = "k2.filters"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a filter says of a picture; the reason is for the record and the log."""
+    """A filter's decision about a picture; the reason is for the record and the log."""
 
     allowed: bool
     reason: str = ""
@@ -36,7 +36,7 @@ Filter = Callable[[Image.Image, Mapping[str, Any]], Verdict]
 
 
 def installed() -> dict[str, Filter]:
-    """The filters of installed packages, by name, and by what stands behind it where two packages have the same one.
+    """The filters of installed packages, by name; if two packages use the same name, with the entry point added.
 
     Raises K2Error for one that cannot be loaded.
     """
@@ -45,15 +45,15 @@ def installed() -> dict[str, Filter]:
         name = point.name if point.name not in filters else f"{point.name} of {point.value}"
         try:
             filters[name] = point.load()
-        except Exception as error:  # whatever a foreign package raises while it is imported
+        except Exception as error:  # whatever a third-party package raises on import
             raise failure(point.name, error) from error
     return filters
 
 
 def filters_of(filters: Any) -> Mapping[str, Filter] | Sequence[Filter]:
-    """Filters as a caller gives them, to be asked about every picture: an iterator would be about the first alone.
+    """A caller's filters as a reusable collection: an iterator would be exhausted after the first picture.
 
-    Raises K2Error where they are none.
+    Raises K2Error if they are not callable.
     """
     if isinstance(filters, Iterable) and not isinstance(filters, str):
         found = dict(filters) if isinstance(filters, Mapping) else tuple(filters)
@@ -67,12 +67,13 @@ def name_of(check: Filter) -> str:
 
 
 def review(picture: Picture, filters: Mapping[str, Filter] | Iterable[Filter]) -> Picture:
-    """The picture as it came if every filter allows it; else a black one, whose record says who blocked it and why."""
+    """The picture unchanged if every filter allows it; else a black one, whose record says which filter blocked it and
+    why."""
     named = filters.items() if isinstance(filters, Mapping) else [(name_of(check), check) for check in filters]
     for name, check in named:
         try:
             verdict = check(picture.image.copy(), picture.record)
-        except Exception as error:  # a classifier's own troubles; the picture stays unseen
+        except Exception as error:  # a classifier's own errors; the picture stays unseen
             raise failure(name, error) from error
         if not isinstance(verdict, Verdict):
             raise failure(name, TypeError(f"it returned {type(verdict).__name__}, not a Verdict"))

@@ -1,4 +1,4 @@
-"""How pictures are looked at: any file as a small square, and a style encoder's view of many of them."""
+"""Read pictures for moodboards: any file as a small square, and a style encoder's view of many."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from model.style import StyleEncoder
 from model.words import Words
 
 Pixels = NDArray[np.uint8]  # RGB [S, S, 3]
-LARGE = 1 << 24  # pixels from which pictures are decoded one after another: each may take half a gigabyte
+LARGE = 1 << 24  # pictures of more pixels are decoded one at a time: each may take half a gigabyte
 one_at_a_time = Lock()
 
 
 class Eye:
-    """A style encoder with the autoencoder that it looks through, and its words where it has any."""
+    """A style encoder with its autoencoder, and its word table if it has one."""
 
     def __init__(self, encoder: StyleEncoder, vae: Autoencoder, side: int, words: Words | None, why: str):
         self.encoder, self.vae, self.side, self.words, self.why = encoder, vae, side, words, why
 
     @classmethod
     def load(cls, name: str = "mini", device: str = "cpu") -> Eye:
-        """The eye of a model in the box. Raises K2Error where it has none."""
+        """The eye of a bundled model. Raises K2Error if it has none."""
         _, vae, style = library.helpers(name)
         if style is None:
             raise K2Error(f"{name} has no style encoder, which moodboards need.", hint="mini has one.")
@@ -57,12 +57,12 @@ class Eye:
 
 
 def read_picture(path: Path, side: int) -> Pixels:
-    """A picture's middle square, uint8 RGB [side, side, 3], on white where transparent. Raises K2Error.
+    """A picture's central square, uint8 RGB [side, side, 3], on white where transparent. Raises K2Error.
 
-    JPEGs are decoded at a fraction of their size where that is enough: a board may hold hundreds of photographs.
+    JPEGs are decoded at reduced size where that is enough: a board may hold hundreds of photographs.
     """
     try:
-        picture_file.check(path)  # and not its `opened`: what that does to warnings is not for threads
+        picture_file.check(path)  # not its `opened`, whose handling of warnings is not thread-safe
         with Image.open(path, formats=picture_file.FORMATS) as image:
             if image.width * image.height > MOST_DECODED or min(image.size) < LEAST_SIDE:
                 raise K2Error(f"{path.name} has {image.width} x {image.height} pixels.")
@@ -74,13 +74,13 @@ def read_picture(path: Path, side: int) -> Pixels:
                 small = ImageOps.fit(upright, (side, side)).convert("RGBA")
     except K2Error:
         raise
-    except Exception as error:  # Pillow's decoders raise anything over a broken file
+    except Exception as error:  # Pillow's decoders may raise anything for a broken file
         raise K2Error(f"{path.name} cannot be read as a picture.", hint=picture_file.cut_off(error)) from None
     return np.asarray(Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB"))
 
 
 def read_all(paths: Sequence[Path], side: int) -> Iterator[Pixels | K2Error]:
-    """Every picture, or what is wrong with it; files are decoded beside each other."""
+    """Every picture, or its error; files are decoded in parallel."""
 
     def one(path: Path) -> Pixels | K2Error:
         try:

@@ -1,4 +1,4 @@
-"""A spec settled: whether a model can render it, and with every recommendation filled in."""
+"""Settle a spec: check that a model can render it, and fill in every default."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from model.spec import (
 from model.splice import LEAK_GUARD
 from model.weighed import Weighed, check_references, weigh, with_way
 
-FADE = 0.1  # below this strength references count in part, down to nothing at 0
-VISION_TILES = 2  # where none is asked for: subjects fall apart, strokes and colours stay
+FADE = 0.1  # below this strength references fade out, to nothing at 0
+VISION_TILES = 2  # the default: subjects fall apart, strokes and colours stay
 
 
 @dataclass(frozen=True)
 class Able:
-    """What a model can do and what it recommends, as far as a spec depends on it."""
+    """A model's abilities and recommended settings, as far as a spec depends on them."""
 
     name: str
     native: int  # the side in pixels that it was trained for
@@ -49,7 +49,7 @@ class Able:
 
 @dataclass(frozen=True)
 class Settled(RenderSpec):
-    """A spec as a model renders it: nothing is left to recommend."""
+    """A spec as a model renders it, with nothing left open."""
 
     width: int = 0
     height: int = 0
@@ -60,20 +60,20 @@ class Settled(RenderSpec):
 
     @property
     def first_step(self) -> int:
-        """The step that it begins with: of those before it an initial picture takes none."""
+        """The first step taken: an init image skips those before it."""
         if self.denoise is None:
             return 0
         return self.steps - steps_taken(self.denoise, self.steps)
 
     @property
     def end_of_guidance(self) -> int:
-        """The first step that takes its prompt's branches alone; those that are taken before it are guided."""
+        """The first step without guidance: it evaluates only the prompt's branches; steps before it are guided."""
         taken = self.steps - self.first_step
         return self.first_step + steps_guided(self.guidance_until or 0, taken)
 
 
 def settle(spec: RenderSpec, able: Able) -> Settled:
-    """The spec as this model renders it. Raises K2Error for what it cannot."""
+    """The spec as this model renders it. Raises K2Error if it cannot."""
     check_kinds(spec, RenderSpec)
     width, height = size_of(spec, able)
     steps = able.recommended["steps"] if spec.steps is None else spec.steps
@@ -137,7 +137,7 @@ def size_of(spec: RenderSpec, able: Able) -> tuple[int, int]:
 
 
 def check_company(spec: RenderSpec) -> None:
-    """Seeds and cohesion. Raises K2Error."""
+    """Check seeds and cohesion. Raises K2Error."""
     for seed in (spec.seed, spec.leader.seed if spec.leader else 0):
         if not (isinstance(seed, int) and 0 <= seed < 2**63):
             raise K2Error(f"{seed} is not a seed.", hint="Seeds are whole numbers from 0 to 2^63 − 1.")
@@ -148,7 +148,7 @@ def check_company(spec: RenderSpec) -> None:
 
 
 def with_method(style: Style, able: Able) -> Style:
-    """The style with `auto` decided. Raises K2Error."""
+    """The style with `auto` resolved. Raises K2Error."""
     if not all(within("strength", weight) for weight in (style.strength, *(r.weight for r in style.references))):
         raise K2Error(f'"{style.name}" or a reference in it is too strong.', hint=f"Strengths are {span('strength')}.")
     if style.method not in METHODS:
@@ -157,7 +157,7 @@ def with_method(style: Style, able: Able) -> Style:
 
 
 def settle_styles(spec: Settled) -> Settled:
-    """What only references have a use for: filled in where any count, none elsewhere. Raises K2Error."""
+    """Settings that only references use: filled in if any reference counts, else None. Raises K2Error."""
     guard = LEAK_GUARD if spec.leak_guard is None else spec.leak_guard
     if guard not in LEAK_GUARDS:
         raise K2Error(f'There is no leak guard "{guard}".', hint=f"Choose one of {', '.join(LEAK_GUARDS)}.")
@@ -178,14 +178,14 @@ def settle_styles(spec: Settled) -> Settled:
     )
 
 
-# ---- what a settled spec amounts to ---------------------------------------------------------------------------------
+# ---- what a settled spec means for the network ----------------------------------------------------------------------
 
 
 def presence(spec: RenderSpec) -> float:
-    """How much of what rows of references change counts, 0 … 1: the way to none is continuous.
+    """How much the change made by references' rows counts, 0 … 1, so that strength fades to 0 continuously.
 
-    Rows that say nothing are rows all the same, and a picture with them is another: a strength that comes to nothing
-    takes them along, by the velocity. What has no rows, as a splice, does not depend on it.
+    Even rows without meaning change the picture by being there, so as a strength goes to 0 they are faded out, in the
+    velocity. What adds no rows, such as a splice, does not need this.
     """
     tokens = sum(abs(each.weight) for each in weigh(spec.styles, "tokens"))
     seen = [each.weight for each in weigh(spec.styles, "vision")] if spec.vision_rows else []
@@ -194,16 +194,16 @@ def presence(spec: RenderSpec) -> float:
 
 
 def ways(spec: RenderSpec) -> tuple[str, ...]:
-    """The branches that a prompt is evaluated in: "styled", as asked for; "lasting", where something counts in part,
-    without that; "plain", where styles have a guidance of their own, without any reference. "plain" serves for both
-    where nothing lasts."""
+    """The branches in which a prompt is evaluated: "styled", as asked for; "lasting", if something fades, without that;
+    "plain", if styles have their own guidance, without any reference. "plain" serves as both if nothing would be left
+    in "lasting"."""
     fades, guided = presence(spec) < 1, spec.style_guidance is not None
     lasts = bool(weigh(spec.styles, "splice")) or any(read_beside(spec, "lasting"))
     return ("styled", *(["lasting"] if fades and (lasts or not guided) else []), *(["plain"] if guided else []))
 
 
 def read_beside(spec: RenderSpec, way: str) -> tuple[tuple[Weighed, ...], tuple[Weighed, ...]]:
-    """The references that a prompt is read with in one of the `ways`: those that become tokens, and those seen."""
+    """The references used with a prompt in one of the `ways`: those that become tokens, and those read by vision."""
     tokens, seen = weigh(spec.styles, "tokens"), weigh(spec.styles, "vision")
     if way == "styled":
         return tokens, seen
@@ -211,19 +211,21 @@ def read_beside(spec: RenderSpec, way: str) -> tuple[tuple[Weighed, ...], tuple[
 
 
 class Wording(NamedTuple):
-    """A prompt, and its share in the picture's velocity."""
+    """A prompt, and its share of the picture's velocity."""
 
     prompt: str
     share: float
 
 
 def wordings(spec: RenderSpec) -> list[Wording]:
-    """The prompts whose velocities make the picture's, at shares whose sum is 1; one where nothing is weighed.
+    """The prompts whose velocities make up the picture's, with shares that add up to 1; just one if no words are
+    weighted.
 
-    Words have no strength: those of a style of words alone get its own by the velocity, or what several styles give
-    them together, up to 1 or to the largest of them. With their strengths t_1 < t_2 < …, `eased`, v_k the velocity of
-    the prompt with the words of t_k and more, and v_0 with none, v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). Where
-    pictures or a LoRA carry a style's strength, its words join whole, also where such a style says them too.
+    Words have no strength themselves: those of a keywords-only style get the style's, applied to the velocity, or the
+    sum over several styles, up to 1 or the largest of them. With their strengths t_1 < t_2 < …, `eased`, v_k the
+    velocity of the prompt with the words of strength t_k and more, and v_0 with none,
+    v = v_0 + Σ (t_k − t_{k−1}) (v_k − v_0). If pictures or a LoRA carry a style's strength, its words join in full,
+    even if a keywords-only style has them too.
     """
     said = [(style, style.keywords if style.strength > 0 else style.avoids) for style in spec.styles]
     whole = {word for style, words in said if carried(style) for word in (*words, *style.triggers)}
@@ -233,8 +235,8 @@ def wordings(spec: RenderSpec) -> list[Wording]:
 
 
 def unwanted(spec: RenderSpec) -> list[Wording]:
-    """The negative prompts whose velocities guidance leads away from, at shares as of `wordings`: they hold what styles
-    avoid, or want where they are turned around."""
+    """The negative prompts whose velocities guidance leads away from, with shares as in `wordings`: they hold what
+    styles avoid, or, for styles of negative strength, their keywords."""
     said = [(style, [phrase for text in unsaid(style) for phrase in phrases(text)]) for style in spec.styles]
     whole = {phrase for style, found in said if carried(style) for phrase in found}
     alone = [(abs(style.strength), found) for style, found in said if not carried(style)]
@@ -244,17 +246,17 @@ def unwanted(spec: RenderSpec) -> list[Wording]:
 
 
 def carried(style: Style) -> bool:
-    """Whether something else than words has a style's strength."""
+    """Whether something other than words carries a style's strength."""
     return bool(style.references or style.lora)
 
 
 def by_strength(prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole: Collection[str]) -> list[Wording]:
-    """A prompt in its wordings: with all words of these strengths, with the stronger ones … and with none."""
+    """A prompt's wordings: with all words of these strengths, with only the stronger ones … and with none."""
     parts: dict[str, list[float]] = {}
     for strength, words in alone:
         for word in dict.fromkeys(words):
             parts.setdefault(word, []).append(strength)
-    # rounded, as 0.1 + 0.2 would be one more strength than 0.3
+    # rounded, or 0.1 + 0.2 and 0.3 would count as two strengths
     sums = {word: round(math.fsum(each), 12) for word, each in parts.items() if word not in whole}
     strengths = {word: min(total, max(1, *parts[word])) for word, total in sums.items()}
     found, before = [], 0.0
@@ -266,12 +268,12 @@ def by_strength(prompt: str, alone: Sequence[tuple[float, Sequence[str]]], whole
 
 
 def eased(strength: float) -> float:
-    """Beyond 1 half as fast: words that count twice tear pictures."""
+    """Strength beyond 1 at half rate: words that count twice tear pictures apart."""
     return min(strength, (1 + strength) / 2)
 
 
 def without(prompt: str, words: Iterable[str]) -> str:
-    """A prompt without these words, where they stand between commas, the last ones first."""
+    """A prompt without these words, where they stand between commas; the last occurrence of each is removed."""
     for word in words:
         parts = f", {prompt}, ".rpartition(f", {word}, ")
         if parts[1]:
@@ -280,12 +282,12 @@ def without(prompt: str, words: Iterable[str]) -> str:
 
 
 def branches(spec: Settled) -> int:
-    """How many evaluations a step of a picture takes at most, those of a splice aside."""
+    """The most evaluations that a picture takes per step, not counting a splice's."""
     return len(wordings(spec)) * len(ways(spec)) + (len(unwanted(spec)) if spec.guidance else 0)
 
 
 def schedule(spec: Settled) -> Hashable:
-    """What pictures that are made together have in common."""
+    """What pictures must share to be rendered together."""
     course = (spec.height, spec.width, spec.steps, spec.first_step, bool(spec.mask), spec.mu, spec.sampler)
     guided = (spec.guidance, spec.end_of_guidance, spec.style_guidance)
     spliced = tuple((style.strength, style.references) for style in spec.styles if style.method == "splice")

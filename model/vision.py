@@ -1,10 +1,10 @@
 """Qwen3-VL reads references: its vision tower, and what it adds to a prompt's rows.
 
-All pictures stand in one vision span before the prompt (several spans make collages). What they do to the prompt's own
-rows is the difference between reading it with them and without; it is scaled by strength, and a negative one turns it
-around. The vision rows themselves may follow or stay out: without them the style comes through the words alone, the
-strongest guard against a reference's content. Scaling vision rows does nothing, since norms undo it, so their strength
-is information: the less, the nearer each comes to a few statistics of them all.
+All pictures share one vision span before the prompt (several spans make collages). Their effect on the prompt's own
+rows is the difference between reading it with and without them; it is scaled by strength, and reversed by a negative
+one. The vision rows themselves may follow the prompt's or be left out: without them the style acts only through the
+words, the strongest guard against a reference's content. Scaling vision rows has no effect, since norms undo it, so
+their strength is how much information they keep: the less, the closer each row moves to a few statistics of all rows.
 
 P patches of a picture, V = P / merge² rows that it becomes, T tokens of prompt and suffix, N taps, E text width.
 """
@@ -30,14 +30,14 @@ from model.library import EYES, sees, weights_of
 from model.references import fitting, to_pixels
 from model.text_encoder import MOST_LAYERS, MOST_SIZE, Seen, TextEncoder, rotate
 
-PIXELS = 512 * 512  # that a reference is read at
-SEED = 0x71135  # of the shuffling: a reference is always shuffled alike
-FAINT = 0.1  # of the heaviest picture's weight, below which a picture's rows are thinned out, down to none at 0
+PIXELS = 512 * 512  # at which a reference is read
+SEED = 0x71135  # of the shuffling: a reference is always shuffled the same way
+FAINT = 0.1  # share of the largest weight below which a picture's rows are thinned out, to none at 0
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The shape of the tower, in transformers' words."""
+    """The dimensions of the tower, under transformers' names."""
 
     depth: int
     hidden_size: int
@@ -53,7 +53,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> VisionConfig:
-        """From transformers' config.json. Raises K2Error, also for sizes that no tower has: they would be built."""
+        """From transformers' config.json. Raises K2Error, also for sizes no tower has: they would be allocated."""
         try:
             known = {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
             known["deepstack_visual_indexes"] = tuple(known.get("deepstack_visual_indexes", ()))
@@ -62,7 +62,7 @@ class VisionConfig:
             sizes = [getattr(config, f.name) for f in fields(cls) if f.type == "int"]
             plausible = all(type(size) is int and 0 < size <= MOST_SIZE for size in (*sizes, *(1 + i for i in deep)))
             plausible &= config.depth <= MOST_LAYERS and all(index < config.depth for index in deep)
-            if not plausible or config.hidden_size % (4 * config.num_heads):  # a head turns in two halves of pairs
+            if not plausible or config.hidden_size % (4 * config.num_heads):  # a head rotates pairs in two halves
                 raise ValueError
             if isqrt(config.num_position_embeddings) ** 2 != config.num_position_embeddings:  # of a square grid
                 raise ValueError
@@ -72,7 +72,7 @@ class VisionConfig:
 
     @property
     def unit(self) -> int:
-        """Pixels along the side of what becomes one row."""
+        """Side in pixels of the square that becomes one row."""
         return self.patch_size * self.spatial_merge_size
 
 
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [P, W], rope twice [P, d] -> [P, W]."""
+        """x [P, W], rope [P, d] twice -> [P, W]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
         q, k = (rotate(each.float(), *rope).to(x.dtype) for each in (q, k))
         out = attention(q[None], k[None], v[None])[0]
@@ -138,7 +138,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, kernel)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[P, C·t·p·p] -> [P, W]; each patch is the whole of the convolution's kernel, so it is a product."""
+        """[P, C·t·p·p] -> [P, W]; each patch fills the convolution's kernel, so it is a matrix product."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -173,26 +173,26 @@ class VisionTower(nn.Module):
         return pixels.shape[2] // self.config.unit, pixels.shape[3] // self.config.unit
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """[1, 3, H, W] -> [P, C·t·p·p]; a still picture fills both moments of a patch."""
+        """[1, 3, H, W] -> [P, C·t·p·p]; a still picture is repeated over a patch's time axis."""
         c = self.config
         cells = self.in_order(pixels[0].unfold(1, c.patch_size, c.patch_size).unfold(2, c.patch_size, c.patch_size))
         return cells[:, :, None].expand(-1, -1, c.temporal_patch_size, -1, -1).flatten(1)
 
     def in_order(self, cells: Tensor) -> Tensor:
-        """Cells of a grid [C, h, w, …] so that those merged into one row are neighbours -> [P, C, …]."""
+        """Cells of a grid [C, h, w, …], reordered so that those merged into one row are adjacent -> [P, C, …]."""
         m = self.config.spatial_merge_size
         blocks = cells.unflatten(2, (-1, m)).unflatten(1, (-1, m)).transpose(2, 3)
         return blocks.flatten(1, 4).transpose(0, 1)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The learned square of positions, stretched over the grid -> [P, W]."""
+        """The learned square of positions, resized to the grid -> [P, W]."""
         side = isqrt(self.config.num_position_embeddings)
         square = self.pos_embed.weight.T.unflatten(1, (side, side))[None].float()
         stretched = F.interpolate(square, grid, mode="bilinear", align_corners=True)[0]
         return self.in_order(stretched).to(self.pos_embed.weight.dtype)
 
     def rope(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [P, d]: half of a head turns with the row, half with the column; fp32."""
+        """Cosine and sine [P, d]: half of a head rotates with the row, half with the column; fp32."""
         quarter = self.config.hidden_size // self.config.num_heads // 4
         speeds = 1e4 ** -(torch.arange(quarter, device=device).float() / quarter)
         places = torch.stack(torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij"))
@@ -201,12 +201,12 @@ class VisionTower(nn.Module):
 
 
 def find_tower(path: Path) -> Checkpoint | None:
-    """The files that hold a text encoder's vision tower too; none where there is none, or one without a layer."""
+    """The files that also hold a text encoder's vision tower; None if there is none, or one without layers."""
     return open_checkpoint(weights_of(path)) if sees(path) else None
 
 
 def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VisionTower:
-    """A vision tower with its weights. Raises K2Error where names or shapes are not the tower's."""
+    """A vision tower with its weights. Raises K2Error if names or shapes do not match."""
     with torch.device("meta"):
         tower = VisionTower(VisionConfig.from_dict(checkpoint.config["vision_config"]))
     prefix = next(p for p in EYES if any(name.startswith(p) for name in checkpoint.tensors))
@@ -216,7 +216,7 @@ def load_tower(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 
 
 class Marks(NamedTuple):
-    """The tokens before a picture, in the place of each of its rows, and behind it."""
+    """The tokens before a picture, for each of its rows, and after it."""
 
     start: int
     pad: int
@@ -224,7 +224,7 @@ class Marks(NamedTuple):
 
 
 def marks_of(checkpoint: Checkpoint) -> Marks:
-    """The marks that a text encoder's config names. Raises K2Error where it names none."""
+    """The marks named in a text encoder's config. Raises K2Error if it names none."""
     ids = [checkpoint.config.get(f"{name}_token_id") for name in ("vision_start", "image", "vision_end")]
     known = [each for each in ids if isinstance(each, int)]
     if len(known) < len(ids):
@@ -254,7 +254,7 @@ def look(tower: VisionTower, pixels: Tensor) -> Looked:
 
 
 class Reader:
-    """A text encoder that also sees."""
+    """A text encoder with a vision tower."""
 
     def __init__(self, text: TextEncoder, checkpoint: Checkpoint):
         weight = text.tower.embed_tokens.weight
@@ -269,19 +269,19 @@ class Reader:
 
     @torch.no_grad()
     def encode(self, prompt: str, pictures: Sequence[Shown], *, keep_rows: bool) -> Tensor:
-        """The prompt's rows as pictures of positive and negative weight leave them -> [1, T or T + V, N, E].
+        """The prompt's rows as changed by pictures of positive and negative weight -> [1, T or T + V, N, E].
 
-        Pictures in one span are read as one, so weights that differ count by readings of fewer: with t_1 < t_2 < … the
-        sizes of the weights, r_k the reading of the n_k pictures of t_k and more, and r_0 that of none, the words are
-        r_0 ± Σ n_k (t_k − t_{k−1}) (r_k − r_0). `keep_rows` lets the rows of the positive pictures follow, each with as
-        much information as its weight says, and on the way to nothing beside another ever fewer of them.
+        Pictures in one span are read as one, so different weights take several readings, each of fewer pictures: with
+        t_1 < t_2 < … the absolute weights, r_k the reading of the n_k pictures of weight t_k and more, and r_0 that of
+        none, the words are r_0 ± Σ n_k (t_k − t_{k−1}) (r_k − r_0). `keep_rows` appends the rows of the positive
+        pictures, each with information in proportion to its weight, and thinned out as a weight nears 0 beside others.
         """
         plain = self.text.encode([prompt])[0]
         words, rows = plain, []
         for side in (1, -1):
             shown = [picture for picture in pictures if round(picture.weight * side, 9) > 0]
             sizes = [round(picture.weight * side, 9) for picture in shown]
-            own: list[Any] = [0.0] * len(shown)  # rows of each picture [V, N, E]
+            own: list[Any] = [0.0] * len(shown)  # each picture's rows [V, N, E]
             for before, size in pairwise([0.0, *sorted(set(sizes))]):
                 some = [index for index, each in enumerate(sizes) if each >= size]
                 read, seen, counts = self.read(prompt, [shown[index].picture for index in some])
@@ -298,7 +298,7 @@ class Reader:
         return torch.cat((words, *rows), 1)
 
     def read(self, prompt: str, pictures: Sequence[Looked]) -> tuple[Tensor, Tensor, list[int]]:
-        """What the pictures make of prompt and suffix [1, T, N, E]; their own rows [1, V, N, E]; how many each has."""
+        """Prompt and suffix read with the pictures [1, T, N, E]; the pictures' rows [1, V, N, E]; rows per picture."""
         encoder, words = self.text, self.text.token_ids(prompt)
         parts: list[list[int] | Looked] = [[self.marks.start], *pictures, [self.marks.end, *words]]
         ids, seen = interleave(parts, self.marks.pad, encoder.prefix_ids.shape[1])
@@ -308,7 +308,7 @@ class Reader:
 
 
 def interleave(parts: Sequence[list[int] | Looked], pad: int, before: int = 0) -> tuple[list[int], Seen]:
-    """Tokens and pictures as one sequence behind `before` tokens: its ids, and what is seen in it."""
+    """Tokens and pictures as one sequence after `before` tokens: its ids, and what its pictures contribute."""
     ids: list[int] = []
     where: list[bool] = []
     seen = [part for part in parts if isinstance(part, Looked)]
@@ -323,9 +323,9 @@ def interleave(parts: Sequence[list[int] | Looked], pad: int, before: int = 0) -
 
 
 def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:
-    """Time, row and column of everything behind `before` tokens -> [3, tokens].
+    """Time, row and column of everything after `before` tokens -> [3, tokens].
 
-    A part is so many tokens of text, or a picture's rows and columns; each begins where the last one ends, and a
+    A part is a number of text tokens, or a picture's rows and columns; each starts where the last one ends, and a
     picture is as long as its longer side.
     """
     places, at = [], before
@@ -341,9 +341,9 @@ def positions(before: int, parts: Sequence[int | tuple[int, int]]) -> Tensor:
 
 
 def informed(rows: Tensor, known: Tensor) -> Tensor:
-    """Vision rows that know less: each pulled, in every tap, to the nearest of μ − σ, μ and μ + σ of all rows.
+    """Vision rows with less information: in every tap, each is pulled to the nearest of μ − σ, μ and μ + σ of all rows.
 
-    rows [V, N, E], known [V] 0 … 1: what remains of each row's own -> [V, N, E]
+    rows [V, N, E], known [V] 0 … 1: how much of each row is kept -> [V, N, E]
     """
     wide = rows.float()
     deviation, mean = torch.std_mean(wide, 0, correction=0)
@@ -354,19 +354,19 @@ def informed(rows: Tensor, known: Tensor) -> Tensor:
 
 
 def thinned(rows: Tensor, share: float) -> Tensor:
-    """Rows [V, …] spread evenly over all of them, so many as make up a share of 0 … 1, or more and all."""
+    """An evenly spaced selection of rows [V, …], of a share 0 … 1; from 1 on, all of them."""
     count = min(round(share * len(rows)), len(rows))
     return rows[(torch.arange(count, device=rows.device) + 0.5).mul(len(rows) / max(count, 1)).long()]
 
 
 def shuffled(pixels: Tensor, tiles: int) -> Tensor:
-    """A picture [1, 3, H, W] cut into tiles x tiles, none of which stays in its place; H and W multiples of tiles."""
+    """A picture [1, 3, H, W] cut into tiles x tiles, all of which change places; H and W multiples of tiles."""
     if tiles == 1:
         return pixels
     count = tiles**2
     cut = pixels.unflatten(3, (tiles, -1)).unflatten(2, (tiles, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
     moved = cut.clone()
-    moved[:, order] = cut[:, order.roll(1)]  # one round through all places
+    moved[:, order] = cut[:, order.roll(1)]  # one cycle through all places
     grid = moved.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5)
     return grid.flatten(4, 5).flatten(2, 3)
