@@ -1,4 +1,4 @@
-"""What a picture was asked to be, in plain values: its own part of the record, beside what the model was."""
+"""A picture's settings in plain values: its own part of the record, beside the model's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from model.cohesion import leader_of, shares
 from model.settle import Settled
 
-APART = ("styles", "loras", "leader", "init_image", "mask")  # of a spec, which are told in another form
+APART = ("styles", "loras", "leader", "init_image", "mask")  # fields of a spec that are recorded in another form
 
 
 def asked(spec: Settled, files: Mapping[Path, str]) -> dict[str, Any]:
-    """A spec as it was settled, for a record; `files` are the sha256 of its references, initial picture and mask."""
+    """A settled spec for a record; `files` are the sha256 of its references, init image and mask."""
     begun, mask = spec.init_image, spec.mask
     masked = {"image": str(mask), "sha256": files[mask]} if isinstance(mask, Path) else {"region": mask}
     return {

@@ -1,7 +1,7 @@
-"""Avoiding words without guidance: a distilled checkpoint reads no negative prompt, so the prompt itself is led away.
+"""Avoid words without guidance: a distilled checkpoint uses no negative prompt, so the prompt itself is steered away.
 
-Guidance moves the velocity from the negative prompt's to the prompt's. Here the same is done once, on the prompt's rows
-before text fusion, and costs nothing per step.
+Guidance moves the velocity from the negative prompt's towards the prompt's. Here the same is done once, to the prompt's
+rows before text fusion, and costs nothing per step.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from model.spec import RenderSpec, Style
 from model.text_encoder import SUFFIX_TOKENS
 
-SAYS_NOTHING = "a picture"  # what a prompt says that says nothing
-MOST = 2.0  # weight of one avoided phrase
-ASIDE = 0.5  # of the avoided mean, for rows that have nothing to do with it: the whole costs one subject in ten
+SAYS_NOTHING = "a picture"  # the neutral prompt
+MOST = 2.0  # largest weight of one avoided phrase
+ASIDE = 0.5  # share of the avoided mean taken from unrelated rows: all of it would cost one subject in ten
 
-Avoided = tuple[tuple[str, float], ...]  # phrases and their weights, by phrase
+Avoided = tuple[tuple[str, float], ...]  # phrases and their weights, sorted by phrase
 
 
 def avoided(spec: RenderSpec) -> Avoided:
-    """What a picture without guidance is led away from; with guidance nothing, its negative prompt does that.
+    """What a picture without guidance is steered away from; with guidance nothing, as the negative prompt does that.
 
-    A style's avoids weigh as much as the style, and so do the keywords of one that is turned around; phrases of the
-    negative prompt, between commas, weigh 1 at least, unless it has them from the styles only.
+    A style's avoids weigh as much as the style, and so do the keywords of one with negative strength; phrases of the
+    negative prompt, between commas, weigh at least 1, unless they come only from the styles.
     """
     if spec.guidance:
         return ()
@@ -37,26 +37,26 @@ def avoided(spec: RenderSpec) -> Avoided:
     for phrase, strength in of_styles(spec):
         strengths[phrase].append(strength)
     weights = defaultdict(float, {phrase: min(math.fsum(each), MOST) for phrase, each in strengths.items()})
-    joined = dict.fromkeys(text for style in spec.styles for text in unsaid(style))  # what two avoid is said once
+    joined = dict.fromkeys(text for style in spec.styles for text in unsaid(style))  # two styles' avoids join once
     for phrase in Counter(phrases(spec.negative)) - Counter(phrase for text in joined for phrase in phrases(text)):
         weights[phrase] = max(weights[phrase], 1.0)
     return tuple(sorted((phrase, weight) for phrase, weight in weights.items() if weight))
 
 
 def negative_prompt(spec: RenderSpec) -> str:
-    """What guidance leads away from: the spec's negative prompt, and what its styles avoid where it lacks that."""
+    """What guidance leads away from: the spec's negative prompt, plus the styles' avoids that it lacks."""
     said = phrases(spec.negative)
     lacking = sorted({phrase for phrase, _ in of_styles(spec) if phrase not in said})
     return ", ".join(filter(None, [spec.negative, *lacking]))
 
 
 def unsaid(style: Style) -> tuple[str, ...]:
-    """What a style joins to the negative prompt."""
+    """What a style adds to the negative prompt."""
     return style.avoids if style.strength > 0 else style.keywords
 
 
 def of_styles(spec: RenderSpec) -> list[tuple[str, float]]:
-    """Each phrase that a style avoids, and how strongly: as often as styles do."""
+    """Each phrase that a style avoids, and how strongly, once for every style that does."""
     return [
         (phrase, abs(style.strength)) for style in spec.styles for text in unsaid(style) for phrase in phrases(text)
     ]
@@ -67,24 +67,24 @@ def phrases(text: str) -> list[str]:
 
 
 class Direction(NamedTuple):
-    """Where a phrase lies, and how much of it is to be taken."""
+    """The direction of a phrase, and how much of it to remove."""
 
-    rows: Tensor  # [1, T_a, N, E] its own, as of a prompt
-    adds: Tensor  # [1, SUFFIX_TOKENS, N, E] what it adds to the suffix of the prompt in hand
+    rows: Tensor  # [1, T_a, N, E] its rows when read as a prompt
+    adds: Tensor  # [1, SUFFIX_TOKENS, N, E] what it adds to the current prompt's suffix
     weight: float
 
 
 def directions(
     encode: Callable[[str], Tensor], unread: Callable[[str], int], prompt: str, away: Avoided
 ) -> list[Direction]:
-    """Avoided phrases beside a prompt.
+    """The directions of avoided phrases for a prompt.
 
     encode  makes a prompt's rows [1, T, N, E]
-    unread  tokens at a prompt's end that are too many, and cut off
+    unread  the number of tokens truncated from a prompt's end
 
-    The suffix sums the prompt up, so what a phrase adds to it depends on the others: it is the difference between the
-    prompt with it and without. A prompt may hold the phrase already; then the one without is the shorter. One that
-    is too long to be read with the phrase behind it gives up its last words, each being a token at the least.
+    The suffix summarises the prompt, so what a phrase adds to it depends on the rest: it is the difference between the
+    prompt with the phrase and without. If the prompt already contains the phrase, it is removed for the latter. A
+    prompt too long for the phrase to fit after it loses its last words, each being at least one token.
     """
     found = []
     for phrase, weight in away:
@@ -98,10 +98,10 @@ def directions(
 
 
 def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Tensor:
-    """A prompt's rows led away from avoided phrases; without phrases, the very same tensor.
+    """A prompt's rows steered away from avoided phrases; without phrases, the very same tensor.
 
     embeds   [1, T, N, E]  the prompt: its own rows, then the template's SUFFIX_TOKENS
-    neutral  [1, T_0, N, E]  a prompt that says nothing
+    neutral  [1, T_0, N, E]  a neutral prompt
     returns  [1, T, N, E]
 
     Tap by tap, with m the mean of the neutral prompt's own rows, R_a − m the avoided phrase's, r_a their mean, P_a the
@@ -110,12 +110,12 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
 
         h' = h − Σ_a w_a (s(g) (h − m) + c (1 − s(g)) r_a)
 
-    A row that speaks of what is avoided lies in that span, and at weight 1 is neutral afterwards, word by word. (The
-    mean alone would do so for one word only: of three, two thirds of each would stay.) Where the prompt does not speak
-    of it, rows are led away by the mean; where it does, what it loses is enough. The suffix rows lose what the phrase
-    adds to them, so at weight 1 they are those of the prompt without it. All is linear in the weights, and the order of
-    the phrases means nothing. At no tap is a shift longer than from the row to neutral, or than rows are on average:
-    many phrases together would leave only their opposite of a prompt.
+    A row about what is avoided lies in that span, and becomes neutral at weight 1, word by word. (The mean alone would
+    achieve that for a single word only: of three, two thirds of each would stay.) If the prompt does not mention it,
+    rows are steered away by the mean; if it does, removing that is enough. The suffix rows lose what the phrase adds to
+    them, so at weight 1 they are those of the prompt without it. Everything is linear in the weights, and the order of
+    the phrases does not matter. At each tap a shift is capped at the row's distance from neutral, or the rows' average
+    length if larger: otherwise many phrases together would leave only the opposite of themselves.
     """
     if not away:
         return embeds
@@ -136,10 +136,11 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
 
 
 def away_from(rows: Tensor, avoided: Tensor) -> Tensor:
-    """What weight 1 takes from rows [1, T, N, E], for avoided rows [1, T_a, N, E], both from the neutral mean."""
+    """What weight 1 removes from rows [1, T, N, E], for avoided rows [1, T_a, N, E], both relative to the neutral
+    mean."""
     by_tap, spanning = rows[0].transpose(0, 1), avoided[0].transpose(0, 1)  # [N, T, E], [N, T_a, E]
     _, sizes, basis = torch.linalg.svd(spanning, full_matrices=False)
-    basis = basis * (sizes > 1e-3 * sizes[:, :1])[..., None]  # of words that say the same, one direction
+    basis = basis * (sizes > 1e-3 * sizes[:, :1])[..., None]  # words with the same meaning give one direction
     inside = (by_tap @ basis.transpose(1, 2)).square().sum(-1, keepdim=True)
     share = (inside / by_tap.square().sum(-1, keepdim=True).clamp(min=1e-12)).mean(0)
     share = share**2 * (3 - 2 * share)

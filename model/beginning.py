@@ -1,9 +1,9 @@
-"""Pictures that begin with a picture, in the place of pure noise: all of it is made anew to a degree, or a part of it.
+"""Start from a picture (init image) instead of pure noise: repaint all of it to some degree, or a part of it.
 
-On the straight way from a picture z to its noise ε lie x(σ) = z + σ (ε − z). What is made anew to a degree begins
-there, at a noise level below 1 (SDEdit, Meng et al. 2022). What a mask says that it stays keeps to that way, whose
-velocity is ε − z: the rest is painted beside it, both at the same noise level (Blended Latent Diffusion, Avrahami et
-al. 2023, which puts the same points back in after every step).
+On the straight path from a picture z to its noise ε lie x(σ) = z + σ (ε − z). Repainting to a degree starts there, at a
+noise level below 1 (SDEdit, Meng et al. 2022). What a mask keeps follows that path, whose velocity is ε − z, while the
+rest is painted beside it at the same noise level (Blended Latent Diffusion, Avrahami et al. 2023, which restores the
+same points after every step).
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ REMEMBERED = 16  # pictures whose latents are kept
 
 
 class Way(NamedTuple):
-    """Where pictures made together begin, and what keeps to the way there: tokens [B, L, C·p·p], fp32."""
+    """Where pictures rendered together start, and what stays on the straight path: tokens [B, L, C·p·p], fp32."""
 
     start: Tensor
     straight: Tensor | None = None  # the velocity of what stays
-    anew: Tensor | None = None  # how much of each number does not, 0 … 1; all of it where None
+    anew: Tensor | None = None  # how much of each number is repainted, 0 … 1; None: all
 
     def held(self, velocity: Tensor) -> Tensor:
-        """The network's velocity, and that of what stays in its place."""
+        """The network's velocity, replaced by the straight path's where the picture stays."""
         if self.straight is None or self.anew is None:
             return velocity
         return self.straight.lerp(velocity, self.anew)
 
 
 class Rest(NamedTuple):
-    """What stays of a picture: its pixels [3, H, W], and how much of each is made anew, 0 … 1."""
+    """What stays of a picture: its pixels [3, H, W], and how much of each is repainted, 0 … 1."""
 
     pixels: Tensor
     anew: Tensor
 
     def around(self, made: Tensor) -> Tensor:
-        """A decoded picture [3, H, W], and the other one, exactly as it is, where that stays."""
+        """A decoded picture [3, H, W], with the original's exact pixels where that stays."""
         return self.pixels.lerp(made.float().cpu(), self.anew)
 
 
 class Beginnings:
-    """An autoencoder's view of the pictures that others begin with; what was asked for last is kept."""
+    """Init images as latents; recent ones are cached."""
 
     def __init__(self, vae: Autoencoder, patch: int, device: torch.device, dtype: torch.dtype):
         self.vae, self.patch, self.device, self.dtype = vae, patch, device, dtype
         self._latents: Recent[Tensor] = Recent(REMEMBERED)
 
     def check(self, spec: Settled) -> None:
-        """Raises K2Error where a mask's picture does not lie on the one that it masks: neither is stretched."""
+        """Raises K2Error if a mask's proportions differ from its init image's: neither is stretched."""
         if not (isinstance(spec.mask, Path) and spec.init_image):
             return
         if not picture_file.same_shape(sides_of(spec.mask), sides_of(spec.init_image)):
@@ -70,10 +70,10 @@ class Beginnings:
             )
 
     def way(self, specs: Sequence[Settled], noise: Tensor, sigma: float) -> Way:
-        """The `Way` of pictures of one schedule from noise, in tokens, to what they begin with. sigma: that of the
-        first step. Raises K2Error."""
+        """The `Way` for pictures of one schedule, from their noise, in tokens, and their init images. sigma: that of
+        the first step. Raises K2Error."""
         first = specs[0]
-        if not (first.first_step or first.mask):  # as much noise as a picture without
+        if not (first.first_step or first.mask):  # pure noise, as without an init image
             return Way(noise)
         image = torch.cat([self.latents(spec.init_image, spec.width, spec.height) for spec in specs if spec.init_image])
         straight = noise - self._tokens(image)
@@ -85,8 +85,8 @@ class Beginnings:
         return Way(start, straight, self._tokens(cells.expand_as(image)))
 
     def latents(self, image: Path, width: int, height: int) -> Tensor:
-        """The latents [1, C, H/f, W/f] of a picture that fills width x height from its middle: fp32, on the CPU as
-        noise is. Raises K2Error."""
+        """The latents [1, C, H/f, W/f] of a picture centre-cropped to width x height: fp32, on the CPU like the noise.
+        Raises K2Error."""
 
         def read() -> Tensor:
             pixels = to_pixels(image, width, height).to(self.device, self.dtype)
@@ -95,8 +95,8 @@ class Beginnings:
         return self._latents.ask((sha256(image), width, height), read)
 
     def rest(self, spec: Settled) -> Rest | None:
-        """What a mask leaves of the initial picture; to be read before the first step, as files may change meanwhile.
-        Raises K2Error."""
+        """What a mask keeps of the init image; call it before the first step, as files may change meanwhile. Raises
+        K2Error."""
         if not spec.mask or not spec.init_image:
             return None
         anew = feathered(to_mask(spec.mask, spec.width, spec.height), self.vae.factor // 2)[0]

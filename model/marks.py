@@ -1,9 +1,9 @@
-"""How ComfyUI's files say that their weights are stored: marks of JSON, one a layer. Needs no torch.
+"""How ComfyUI's files state the storage format of their weights: JSON marks, one per layer. Needs no torch.
 
-A mark is a tensor `LAYER.comfy_quant` beside the weight, or stands in the file's metadata; some files have both. Most
-name a number format, whose numbers times a scale are the weight. int8 may also have been *rotated* ("ConvRot", as
-comfy-kitchen defines it): see `model/quantize.py`. Other formats scale blocks of a row (`model/blockwise.py`), or are
-codes for int8 (`model/four_bit.py`). Formats that are not read are told by the names of their tensors.
+A mark is a tensor `LAYER.comfy_quant` beside the weight, or an entry in the file's metadata; some files have both. Most
+name a number format, whose numbers times a scale are the weight. int8 may also be *rotated* ("ConvRot", as defined by
+comfy-kitchen): see `model/quantize.py`. Other formats scale blocks of a row (`model/blockwise.py`), or are codes for
+int8 (`model/four_bit.py`). Formats that k2 does not read are recognised by their tensors' names.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COMFYUIS = ("model.diffusion_model.", "diffusion_model.")
-WRAPPERS = ("transformer.", "model.", "dit.", "net.", "module.", "_orig_mod.")  # of trainers that save the whole
-PREFIXES = ("", *COMFYUIS, *WRAPPERS)  # before the transformer's names
-PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # in its all-in-one files
+WRAPPERS = ("transformer.", "model.", "dit.", "net.", "module.", "_orig_mod.")  # trainers' wrapping modules
+PREFIXES = ("", *COMFYUIS, *WRAPPERS)  # of the transformer's names
+PASSENGERS = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")  # other parts in all-in-one files
 SUFFIX = ".comfy_quant"
 
 PLAIN = {"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"}  # a number times its scale
-BLOCKS = {"nvfp4": 16, "mxfp8": 32}  # formats of one scale for so many numbers of a row
+BLOCKS = {"nvfp4": 16, "mxfp8": 32}  # formats with one scale per this many numbers of a row
 SCALES = {"nvfp4": ("F8_E4M3",), "mxfp8": ("U8", "F8_E8M0")}  # the file's word for those scales
-SECOND = "_scale_2"  # behind a weight's name: NVFP4's other scale, of the whole matrix
+SECOND = "_scale_2"  # suffix of a weight's name: NVFP4's other scale, of the whole matrix
 W4A8, W4A4 = "asym_w4a8_int8", "convrot_w4a4"
-CODES = (W4A8, W4A4)  # formats of two numbers in every int8, rotated always
+CODES = (W4A8, W4A4)  # formats with two numbers in every int8, always rotated
 STORED_AS = {"nvfp4": "U8", "mxfp8": "F8_E4M3", W4A8: "I8", W4A4: "I8"}  # the file's word for their numbers
-NEIGHBOURS = {"group_size": 16, "quant_group_size": 64}  # the groups that they are defined for, in the terms for them
-BESIDE = ("_s_rel", "_codebook")  # behind a weight's name: W4A8's scales of neighbours, and its levels
+NEIGHBOURS = {"group_size": 16, "quant_group_size": 64}  # the group sizes that they are defined for, by the marks' keys
+BESIDE = ("_s_rel", "_codebook")  # suffixes of a weight's name: W4A8's scales of neighbours, and its levels
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_s_channel")  # ours and most others'; ComfyUI's
-SCALE_ENDS = (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))  # behind a layer's name, all of them
-NOT_WEIGHTS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$")  # for their tools' own kernels
-OTHER_SCALES = re.compile(  # of no plain numbers
+SCALE_ENDS = (*SCALE_SUFFIXES, *(f".weight{end}" for end in (SECOND, *BESIDE)))  # all suffixes of a layer's name
+NOT_WEIGHTS = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|input_scale|scale_input)$")  # for other tools' own kernels
+OTHER_SCALES = re.compile(  # of formats that k2 does not read
     r"\.(weight_scale_inv|weight_zero_point|weight_correction|weight_scale_(?!2$)\d+)$"
 )
-OTHER_TOOLS = {  # formats of other tools, by names that only their files have
+OTHER_TOOLS = {  # other tools' formats, by names that only their files have
     "SVDQuant": r"\.(wscales|wtscale|wcscales|(weight_)?smooth_factor)$",
     "GPTQ or AWQ": r"\.(qzeros|weight_zeros)$",
     "DFloat11": r"\.(encoded_exponent|sign_mantissa)$",
@@ -43,17 +43,17 @@ OTHER_TOOLS = {  # formats of other tools, by names that only their files have
     "bitsandbytes": r"\.(SCB|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$",
     "SDNQ": r"\.zero_point$",
 }
-HARMLESS = {  # told by scales and shapes as well, of before, or of tokens
+HARMLESS = {  # terms implied by scales and shapes, about the original, or about tokens
     "format", "full_precision_matrix_mult", "per_row", "orig_dtype", "orig_shape", "linear_dtype",
 }  # fmt: skip
 TURNED = {"convrot", "convrot_groupsize"}
-USUAL_GROUP = 256  # where a mark says no more than that the weight was rotated
+USUAL_GROUP = 256  # if a mark only says that the weight was rotated
 
 Mark = str | bytes
 
 
 def table_of(text: str | None) -> dict[str, Mark]:
-    """The marks in a file's metadata, {"layers": {layer: mark, …}}; one that nobody can read where it is no table."""
+    """The marks in a file's metadata, {"layers": {layer: mark, …}}; an unreadable one if that is not a table."""
     try:
         return {layer: json.dumps(mark) for layer, mark in json.loads(text)["layers"].items()} if text else {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -61,7 +61,7 @@ def table_of(text: str | None) -> dict[str, Mark]:
 
 
 def mark_of(bits: int, turned: int) -> dict[str, Any]:
-    """The mark of a matrix as `few_bits.Format` has it; empty where scales and shapes tell all."""
+    """The mark for a matrix, given `few_bits.Format`'s fields; empty if scales and shapes say it all."""
     rotated = {"convrot": True, "convrot_groupsize": turned} if turned else {}
     if bits == 4:
         return {"format": W4A8, "group_size": NEIGHBOURS["group_size"], **rotated}
@@ -69,14 +69,14 @@ def mark_of(bits: int, turned: int) -> dict[str, Any]:
 
 
 def weight_of(layer: str, names: Iterable[str]) -> str:
-    """The weight that a layer's mark is about: some writers leave the transformer's prefix out."""
+    """The weight that a layer's mark is about: some writers omit the transformer's prefix."""
     return next((name for prefix in PREFIXES if (name := f"{prefix}{layer}.weight") in names), f"{layer}.weight")
 
 
 def rotation(marks: Sequence[Mark]) -> int:
-    """In groups of how many numbers a weight's rows were rotated before they were rounded; 0 where they were not.
+    """The group size in which a weight's rows were rotated before rounding; 0 if they were not.
 
-    marks: of one weight, all saying the same. Those that cannot be read say nothing here: they are refused elsewhere.
+    marks: of one weight, all equal in meaning. Unreadable ones count as none here: they are refused elsewhere.
     """
     try:
         return int(group_of(terms(marks[0]))) if marks else 0
@@ -87,7 +87,7 @@ def rotation(marks: Sequence[Mark]) -> int:
 def form_of(marks: Sequence[Mark], kinds: Iterable[str]) -> str:
     """The format of a weight if it is one of these kinds (`BLOCKS`, `CODES`); empty for any other.
 
-    marks: as of `rotation`.
+    marks: as for `rotation`.
     """
     try:
         return next((kind for kind in kinds if marks and terms(marks[0])["format"] == kind), "")
@@ -96,16 +96,16 @@ def form_of(marks: Sequence[Mark], kinds: Iterable[str]) -> str:
 
 
 def shape_of(name: str, header: Mapping[str, Any], marks: Sequence[Mark] = ()) -> tuple[int, ...]:
-    """A tensor's shape as the network has it: where numbers have 4 bits, a byte holds two."""
+    """A tensor's shape in the network: 4-bit numbers are stored two to a byte."""
     shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
     packed = (dtype == "U8" and name + SECOND in header) or (dtype == "I8" and form_of(marks, CODES))
     return (shape[0], 2 * shape[1]) if packed and len(shape) == 2 else shape
 
 
 def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
-    """What is strange in the marks of a weight; empty where `model/quantize.py` can restore it.
+    """What k2 cannot read in a weight's marks; empty if `model/quantize.py` can restore it.
 
-    Others scale in blocks of their own, or rotate in their own ways.
+    Unreadable formats scale other blocks, or rotate differently.
     """
     try:
         found = [terms(mark) for mark in marks]
@@ -129,14 +129,14 @@ def unreadable(marks: Sequence[Mark], dtype: str, shape: Sequence[int]) -> str:
 
 
 def terms(mark: Mark) -> dict[str, Any]:
-    """A mark's terms. Older writers put some into a table of their own; ComfyUI-INT8-Fast's first name no format."""
+    """A mark's terms. Older writers nest some in a table; the first ComfyUI-INT8-Fast files name no format."""
     how = dict(json.loads(mark))
     how = dict(how.pop("params", None) or {}) | how
     return {"format": "int8_tensorwise"} | how if "convrot" in how else how
 
 
 def is_harmless(name: str, how: Mapping[str, Any]) -> bool:
-    """Whether a term of a mark changes nothing, or is one that is understood."""
+    """Whether a term of a mark changes nothing, or is understood."""
     return name in HARMLESS | TURNED or (how["format"] in CODES and how[name] == NEIGHBOURS.get(name))
 
 
@@ -149,12 +149,12 @@ def is_turned(how: Mapping[str, Any]) -> bool:
 
 
 def can_be_turned(group: Any, format: str, dtype: str, shape: Sequence[int]) -> bool:
-    """Rotations are defined for matrices of whole numbers whose rows divide into groups of a power of 4."""
+    """Whether the rotation is defined: for int8 matrices whose rows divide into groups of a power of 4."""
     power_of_4 = type(group) is int and group >= 4 and group.bit_count() == 1 and group.bit_length() % 2 == 1
     whole = format in ("int8_tensorwise", *CODES) and dtype == "I8"
     return power_of_4 and whole and len(shape) == 2 and shape[1] % group == 0
 
 
 def is_auxiliary(name: str) -> bool:
-    """Whether a stored tensor is no weight of the network but something that storage in few bits added."""
+    """Whether a stored tensor is not one of the network's weights but was added by storage in few bits."""
     return name.endswith((*SCALE_SUFFIXES, SECOND, *BESIDE)) or NOT_WEIGHTS.search(name) is not None

@@ -1,4 +1,4 @@
-"""Weights files that are no Krea 2 transformer: what they are instead. Needs no torch."""
+"""Recognise weights files that are not Krea 2 transformers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from model.errors import K2Error
 from model.headers import own_words, read_header
 from model.marks import PREFIXES
 
-NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either tells the layout
+NATIVE = ("txtfusion.projector.weight", "blocks.0.attn.wq.weight")  # either identifies the layout
 DIFFUSERS = ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight")
 LORA = "a LoRA, which goes on top of a model"
-KINDS = {  # what ours say that they are
+KINDS = {  # stated in our own files
     "text": "a text encoder",
     "vae": "an autoencoder",
     "style": "a style encoder",
@@ -22,7 +22,7 @@ KINDS = {  # what ours say that they are
     "lora": LORA,
     "words": "a table of words",
 }
-OTHER_FILES = {  # what else people keep in .safetensors files
+OTHER_FILES = {  # other contents of .safetensors files, by tensor names
     r"lora_(A|B|down|up)\b|\.lokr_|\.hada_": LORA,
     r"^(encoder|decoder)\.(conv_in|conv1|down|up|mid)|^(post_)?quant_conv": "an autoencoder",
     r"(^|\.)layers\.\d+\.(self_attn|input_layernorm)|(^|\.)embed_tokens\.|^blk\.\d|^token_embd\.": "a text encoder",
@@ -33,14 +33,13 @@ ON_TOP = "Make it a style: k2 style add NAME FILE"
 
 
 def check_transformer(path: Path) -> None:
-    """Refuse a file that its header shows to be something else. Raises K2Error."""
+    """Refuse a file whose header shows that it is something else. Raises K2Error."""
     header = read_header(path)
     refuse_others(path, own_words(header.get("__metadata__", {})), header)
 
 
 def refuse_others(path: Path, about: Mapping[str, Any], names: Collection[str]) -> None:
-    """Raises K2Error for a file that is known to be something else, by what it says of itself or by its tensors'
-    names."""
+    """Raises K2Error for a file that is recognised as something else, by its metadata or its tensors' names."""
     kind = str(about.get("kind", "dit"))
     if kind != "dit":
         what = KINDS.get(kind, kind)

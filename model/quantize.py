@@ -1,7 +1,7 @@
-"""Weights in 8 bits: one scale per output row, whole numbers from −127 to 127 or fp8's e4m3.
+"""Weights in 8 bits: one scale per output row, integers from −127 to 127 or fp8's e4m3.
 
 A stored matrix `NAME.weight` is int8 beside `NAME.weight_scale`, fp32 [out]; everything else is bf16. The same reader
-takes the fp8 files of other tools, which carry one scale per tensor, and int8 that was rotated before it was rounded.
+handles other tools' fp8 files, with one scale per tensor, and int8 that was rotated before rounding.
 `model/few_bits.py` multiplies by such matrices.
 """
 
@@ -20,13 +20,13 @@ from model.marks import SCALE_SUFFIXES, is_auxiliary
 
 _SENSITIVE = re.compile(r"^(first|last|tmlp|tproj)\.")  # few numbers, and every step's error passes through them
 _SMALL = 1 << 14
-_AT_ONCE = 1 << 20  # numbers in hand while a matrix is made 8 bits: larger copies leave the cache, and cost fresh pages
+_AT_ONCE = 1 << 20  # numbers processed at once when rounding to 8 bits: larger copies leave the cache, need new pages
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # 8-bit formats of a matrix, and their largest number
 
 
 class Rows(Protocol):
-    """A matrix [out, in] as far as it is asked of one that is rounded: a tensor, or one that is still being read."""
+    """The interface of a matrix [out, in] to be rounded: a tensor, or one that is still being read."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Rows(Protocol):
 
 
 def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Big matrices to int8 rows; to bf16 the rest: first, last, modulation, norms, convolutions, all that is small."""
+    """Large matrices to int8 rows, the rest to bf16: first, last, modulation, norms, convolutions, everything small."""
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
         matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.numel() >= _SMALL
@@ -52,7 +52,7 @@ def quantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dequantise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `quantise`, and read fp8 with a scale per tensor: every float in fp32, no scales left."""
+    """Undo `quantise`, or per-tensor fp8: every float in fp32, no scales left."""
     weights = ((name, tensor, scale_of(name, state)) for name, tensor in state.items() if not is_auxiliary(name))
     return {name: restore(tensor, state[scale] if scale else None, torch.float32) for name, tensor, scale in weights}
 
@@ -65,10 +65,10 @@ def to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def to_rows(
     matrix: Rows, number: torch.dtype, scale: Tensor | None = None, group: int = 0, turned: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A matrix in 8 bits, a scale a row: matrix [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
+    """A matrix in 8 bits, with a scale per row: [out, in], number int8 or float8_e4m3fn -> [out, in], fp32 [out].
 
-    `scale` and `group` are those of a matrix which is stored in few bits, as of `restore`; where it lies in just those
-    that are asked for, rotated as it is asked for (`turned`), it is kept as it is, and else rounded a second time.
+    `scale` and `group` describe a matrix stored in few bits, as for `restore`. If it is already in the format asked
+    for, with the rotation asked for (`turned`), it is kept as is; otherwise it is rounded a second time.
     """
     lies_so = (matrix.dtype, group) == (number, turned)
     if lies_so and isinstance(matrix, Tensor) and (scale is None or scale.numel() in (1, len(matrix))):
@@ -83,8 +83,7 @@ def to_rows(
 
 
 def parts_of(matrix: Rows, scale: Tensor | None, group: int, turned: int) -> Iterator[Tensor]:
-    """A stored matrix, some rows of it after the others, as `restore` gives them in fp32, rotated in groups of
-    `turned`, 0 for none."""
+    """A stored matrix, a few rows at a time, restored to fp32 and rotated in groups of `turned`, 0 for none."""
     step = max(1, _AT_ONCE // matrix.shape[1])
     for start, part in zip(count(step=step), matrix.split(step)):
         stored = scale if scale is None or scale.numel() == 1 else scale.reshape(len(matrix), -1)[start : start + step]
@@ -93,16 +92,16 @@ def parts_of(matrix: Rows, scale: Tensor | None, group: int, turned: int) -> Ite
 
 
 def round_rows(wide: Tensor, number: torch.dtype) -> tuple[Tensor, Tensor]:
-    """wide [M, K] -> [M, K] in `number`, and the fp32 scale [M] by which the largest number fills the format."""
+    """wide [M, K] -> [M, K] in `number`, and fp32 scales [M] that map each row's largest number to the format's."""
     scale = torch.maximum(wide.amax(1), wide.amin(1).abs()).float() / LARGEST[number]
     scaled = wide / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]  # in fp32, whatever `wide` is
     return (scaled.round_() if number == torch.int8 else scaled).to(number), scale
 
 
 def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int = 0) -> Tensor:
-    """A stored tensor as floats; the scale holds one number, or one for each row, or for each block of every row.
+    """A stored tensor as floats; the scale holds one number, or one per row, or one per block of every row.
 
-    group: of how many numbers of a row were rotated together before they were rounded; 0 where none were.
+    group: how many numbers of a row were rotated together before rounding; 0 if it was not rotated.
     """
     if scale is None:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -113,31 +112,31 @@ def restore(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int
 
 
 def rotate(matrix: Tensor, group: int) -> Tensor:
-    """ConvRot's rotation of a matrix [out, in], every `group` numbers of a row (a power of 4) times `hadamard(group)`.
+    """ConvRot's rotation of a matrix [out, in]: every `group` numbers of a row (a power of 4) times `hadamard(group)`.
 
-    It spreads outliers before rounding. Done twice it is undone. A product with rotated rows is that of tokens which
-    are rotated too, as ComfyUI does it: (x H)(W H)ᵀ = x Wᵀ.
+    It spreads outliers before rounding, and is its own inverse. Rotating the tokens too leaves a product with rotated
+    rows unchanged, as in ComfyUI: (x H)(W H)ᵀ = x Wᵀ.
     """
     inner = min(group, 16 if matrix.device.type == "cpu" and matrix.dtype == torch.float32 else 256)
     parts = matrix.reshape(-1, group // inner, inner) @ hadamard(inner, matrix.dtype, matrix.device)
-    if group > inner:  # H of a product of sizes is their Kronecker product: the large one is never made
+    if group > inner:  # H of a product of sizes is a Kronecker product: the large matrix is never built
         parts = hadamard(group // inner, matrix.dtype, matrix.device) @ parts
     return parts.view(matrix.shape)
 
 
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size, size], symmetric and orthogonal: Kronecker powers of a matrix of 4 whose rows and columns all have the
-    same sum, not Sylvester's, whose first column would gather what a row has in common (comfy-kitchen).
+    """[size, size], symmetric and orthogonal: Kronecker powers of a 4 x 4 matrix whose rows and columns all have the
+    same sum, not Sylvester's, whose first column would collect a row's mean (comfy-kitchen).
 
-    It is made once for each device: copies to a card cannot be recorded, and compilers take it as a constant.
+    Built once per device: copies to a card cannot be recorded in a graph, and compilers treat it as a constant.
     """
     return powers(size, dtype, device)
 
 
 @cache
-@torch.inference_mode(False)  # whoever asks first, gradients may pass through it later
+@torch.inference_mode(False)  # it is cached, and gradients may pass through it later
 def powers(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix that `hadamard` gives, made once for each size, number format and device."""
+    """The matrix that `hadamard` returns, built once per size, number format and device."""
     small, whole = (1 - 2 * torch.eye(4).flip(1)) / 2, torch.ones(1, 1)
     while len(whole) < size:
         whole = torch.kron(small, whole)
@@ -145,6 +144,6 @@ def powers(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def scale_of(name: str, names: Mapping[str, object]) -> str | None:
-    """The name of a weight's scale among the stored names, if there is one."""
+    """The name of a weight's scale among the stored names, if it has one."""
     stem = name.removesuffix(".weight")
     return next((stem + suffix for suffix in SCALE_SUFFIXES if stem != name and stem + suffix in names), None)

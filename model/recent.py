@@ -1,4 +1,4 @@
-"""What was made last, kept for whoever asks again."""
+"""A cache of the most recently used values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[V]):
-    """At most so many values by their keys; the one asked for longest ago is forgotten before another is made."""
+    """At most `most` values by key; the least recently used is evicted before a new one is made."""
 
     def __init__(self, most: int):
         self.most, self.values = most, dict[Hashable, V]()

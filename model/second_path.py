@@ -1,20 +1,20 @@
 """What adapters add to a linear layer, as a second path beside it: low-rank, Hadamard and Kronecker products, and DoRA.
 
-A layer answers W x + b, and an update U at the weight s adds s U x. Where the update has a magnitude m it is a DoRA
-(Liu et al. 2024, arXiv 2402.09353), and W' takes the place of W:
+A layer computes W x + b, and an update U of weight s adds s U x. An update with a magnitude m is a DoRA (Liu et al.
+2024, arXiv 2402.09353), where W' replaces W:
 
     W' = g (W + U),  g = m / ‖W + U‖
 
-The norm is that of each row, as in PEFT, where m is [out, 1], and of each column, as in OneTrainer, where m is [1, in];
-LyCORIS trains either. (ComfyUI divides rows by ‖W‖ alone; those who train them do not.) s scales the difference, as in
-ComfyUI, so that at 0 the layer is itself:
+The norm is per row, as in PEFT, if m is [out, 1], and per column, as in OneTrainer, if m is [1, in]; LyCORIS trains
+either. (ComfyUI divides rows by ‖W‖ only; the trainers do not.) s scales the difference, as in ComfyUI, so that 0
+leaves the layer unchanged:
 
-    rows:     s (W' − W) x = s (g − 1) W x + s g U x          W x is there already
-    columns:  s (W' − W) x = W (s (g − 1) x) + s U (g x)      W multiplies once more
+    rows:     s (W' − W) x = s (g − 1) W x + s g U x          W x exists already
+    columns:  s (W' − W) x = W (s (g − 1) x) + s U (g x)      one more product with W
 
-So W' is never made, nor W + U but a few rows at a time for the norm, and a matrix in few bits keeps its fast product. W
-is the untouched one, as it is when dequantised, and U the DoRA's own, whatever else lies over the layer: adapters add
-up, in any order.
+So W' is never built, and W + U only a few rows at a time for the norm, and a matrix in few bits keeps its fast product.
+W is the base layer's matrix, dequantised, and U the DoRA's own, whatever else is applied to the layer: adapters add up,
+in any order.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ from torch import Tensor, nn
 from model.few_bits import FewBitLinear, in_eight
 from model.quantize import parts_of
 
-EPS = torch.finfo(torch.float32).eps  # beside a norm, as in LyCORIS: a row of noughts has none
+EPS = torch.finfo(torch.float32).eps  # added to a norm, as in LyCORIS: a row of zeros has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update(ABC):
-    """What is added to one linear layer at weight 1: scale · a product of factors, and something to its bias."""
+    """What is added to one linear layer at weight 1: scale · a product of factors, and a term for its bias."""
 
-    scaled: ClassVar[str]  # the factor that takes a scale
+    scaled: ClassVar[str]  # the factor that a scale is multiplied into
     scale: float = 1.0  # alpha / rank
     bias: Tensor | None = None  # [out]
     magnitude: Tensor | None = None  # of a DoRA: [out, 1] or [1, in]
-    gains: WeakKeyDictionary[nn.Linear, Tensor] = field(default_factory=WeakKeyDictionary)  # by layer, once taken
+    gains: WeakKeyDictionary[nn.Linear, Tensor] = field(default_factory=WeakKeyDictionary)  # by layer, once computed
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], without the scale."""
+        """x [..., in] -> [..., out], unscaled."""
 
     @abstractmethod
     def dense(self, rows: slice) -> Tensor:
-        """Some rows of the matrix [out, in], without the scale."""
+        """Some rows of the matrix [out, in], unscaled."""
 
     def changes(self) -> bool:
-        """Whether it is not all noughts. A magnitude counts as a change: only beside its layer is seen what it does."""
+        """Whether it is not all zeros. A magnitude counts as a change: its effect shows only with its layer."""
         tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
         some = {name for name, each in tensors.items() if each.any()}
         factors = tensors.keys() - {"bias", "magnitude"}
         return bool(some & {"bias", "magnitude"}) or (bool(self.scale) and factors <= some)
 
     def times(self, weight: float) -> Self:
-        """This update with its scale, times a weight, multiplied into one of its factors, in fp32."""
+        """This update with scale · weight multiplied into one of its factors, in fp32."""
         factor: dict[str, Any] = {self.scaled: getattr(self, self.scaled).float() * (self.scale * weight)}
         return replace(self, scale=1.0, **factor)
 
     def to(self, *place: Any) -> Self:
-        """This update with its tensors on another device or in other numbers, which are named as to `Tensor.to`."""
+        """This update with its tensors on another device or in another dtype; arguments as for `Tensor.to`."""
         tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
         moved: dict[str, Any] = {name: each.to(*place) for name, each in tensors.items()}
         return replace(self, **moved)
@@ -89,7 +89,7 @@ class LowRank(Update):
 
 @dataclass(frozen=True)
 class Whole(Update):
-    """A matrix as it is."""
+    """A full matrix."""
 
     scaled = "matrix"
     matrix: Tensor  # [out, in]
@@ -112,8 +112,8 @@ class Hadamard(Update):
     w2_b: Tensor  # [q, in]
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], without the scale. The matrix is of rank r·q: up and down are all products of
-        columns of w1_a and w2_a, and of rows of w1_b and w2_b."""
+        """x [..., in] -> [..., out], unscaled. The matrix has rank r·q: up holds all products of columns of w1_a and
+        w2_a, down those of rows of w1_b and w2_b."""
         rank, out, inward = len(self.w1_b) * len(self.w2_b), len(self.w1_a), x.shape[-1]
         if rank * (out + inward) > out * inward:
             return F.linear(x, self.dense(slice(None)))
@@ -132,7 +132,7 @@ class Kronecker(Update):
     scaled = "left"
     left: Tensor  # [a, b]
     right: Tensor  # [c, d], for a layer of b·d numbers in and a·c out
-    rows: slice  # of their product
+    rows: slice  # of the product
 
     def product(self, x: Tensor) -> Tensor:
         parts = F.linear(x.unflatten(-1, (self.left.shape[1], self.right.shape[1])), self.right)  # [..., b, c]
@@ -145,7 +145,7 @@ class Kronecker(Update):
 
 
 class SecondPath:
-    """A forward hook: the layer's answer, and what several updates add to it, each at its weight."""
+    """A forward hook: the layer's output plus what several updates add, each at its weight."""
 
     def __init__(self, weighted: Sequence[tuple[Update, float]]):
         plain = [each.times(weight) for each, weight in weighted if each.magnitude is None]
@@ -158,9 +158,9 @@ class SecondPath:
 
     def __call__(self, layer: nn.Linear, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
         (x,) = inputs
-        first = next(iter(layer._forward_hooks.values())) is self  # else others have added to the answer
+        first = next(iter(layer._forward_hooks.values())) is self  # else other hooks have added to the answer
         own = answer if first or not self.doras else layer.forward(x)
-        # x tells where, and how exactly, the layer computes
+        # x has the device and dtype that the layer computes in
         self.updates = [each.to(x) for each in self.updates]
         for each in self.updates:
             answer = answer + each.product(x)
@@ -173,15 +173,15 @@ class SecondPath:
 
 
 def stacked(pairs: Sequence[LowRank]) -> list[LowRank]:
-    """Pairs, their scales in them already, as one: down [Σr, in] and up [out, Σr]. None of none."""
+    """Several pairs, already scaled, as one: down [Σr, in] and up [out, Σr]. [] for no pairs."""
     if not pairs:
         return []
     return [LowRank(torch.cat([each.down.float() for each in pairs]), torch.cat([each.up for each in pairs], 1))]
 
 
 class Dora:
-    """A DoRA over a layer, at a weight s. Its norm is taken when the layer first works: streamed, it has no matrix
-    before."""
+    """A DoRA applied to a layer, at a weight s. Its norm is computed when the layer first runs: a streamed layer has no
+    matrix before."""
 
     def __init__(self, update: Update, weight: float):
         self.update, self.weight = update, weight
@@ -190,10 +190,10 @@ class Dora:
         self.by_row: bool
 
     def difference(self, layer: nn.Linear, x: Tensor, own: Tensor) -> Tensor:
-        """x [..., in], own [..., out] what the layer alone answers -> s (W' − W) x [..., out]."""
+        """x [..., in], own [..., out] the bare layer's output -> s (W' − W) x [..., out]."""
         if self.gain is None:
             gain = self.update.gains.get(layer)
-            if gain is None:  # a whole matrix is read for it
+            if gain is None:  # costs reading the whole matrix
                 gain = self.update.gains[layer] = gain_of(layer, self.update)
             self.by_row = gain.shape == (layer.out_features, 1)
             self.gain, self.more = gain.flatten(), self.weight * (gain - 1).flatten()  # in bf16 g − 1 would be lost
@@ -207,7 +207,7 @@ class Dora:
 
 @torch.no_grad()
 def gain_of(layer: nn.Linear, update: Update) -> Tensor:
-    """m / ‖W + U‖ in m's shape, [out, 1] or [1, in], fp32. Of W + U some rows are there at a time."""
+    """m / ‖W + U‖ in m's shape, [out, 1] or [1, in], fp32. W + U is built a few rows at a time."""
     update = update.times(1.0).to(layer.weight.device, torch.float32)
     assert update.magnitude is not None
     by_row = update.magnitude.shape == (layer.out_features, 1)
@@ -223,7 +223,7 @@ def gain_of(layer: nn.Linear, update: Update) -> Tensor:
 
 
 def parts(layer: nn.Linear) -> Iterator[Tensor]:
-    """A layer's matrix, dequantised, some rows after the others, in fp32."""
+    """A layer's matrix, dequantised to fp32, a few rows at a time."""
     if isinstance(layer, FewBitLinear):
         return parts_of(*in_eight(*layer.held), layer.format.turned, 0)
     return parts_of(layer.weight, None, 0, 0)

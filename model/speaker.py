@@ -1,7 +1,7 @@
-"""The text encoder's language side: Qwen3-VL answers an instruction, to lead a prompt further or to tell of pictures.
+"""The text encoder as a language model: Qwen3-VL answers an instruction, to expand a prompt or describe pictures.
 
-The same tower that reads prompts, with all of its layers, its last norm and its head. What the box has is no such
-tower: it was trained to read only.
+The same tower that reads prompts, with all layers, the last norm and the head. The bundled encoder cannot do this: it
+was trained only to read.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from model.vision import Looked, Marks, VisionTower, find_tower, interleave, loa
 ASKS, ANSWERS = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ENDS = ("<|im_end|>", "<|endoftext|>")
 MOST_TOKENS = 200  # of an answer
-PIXELS = 384 * 384  # that a picture is shown at: enough for its manner
+PIXELS = 384 * 384  # at which a picture is shown: enough to see its style
 TEMPERATURE, TOP_K, TOP_P = 0.7, 20, 0.8  # as Qwen3-VL-Instruct's own generation config has them
 
 
 def speaks(path: Path) -> bool:
-    """Whether a text encoder, as `Parts.text` names it, has a language side: a Qwen3-VL with its last norm and head."""
+    """Whether a text encoder (as in `Parts.text`) can answer: a Qwen3-VL with its last norm and head."""
     if not path.is_dir():
         return False
     checkpoint = open_checkpoint(weights_of(path))
@@ -43,7 +43,7 @@ def speaks(path: Path) -> bool:
 
 
 class Speaker:
-    """A tower, the head above it, its tokenizer, and the files of its eyes, where it has some."""
+    """A tower, its head, its tokenizer, and the files of its vision tower, if it has one."""
 
     def __init__(self, tower: TextTower, head: Tensor, tokenizer: Any, sight: Checkpoint | None = None):
         self.tower, self.head, self.tokenizer, self.sight = tower, head, tokenizer, sight
@@ -51,8 +51,8 @@ class Speaker:
 
     @classmethod
     def load(cls, path: Path, device: str | None = None) -> Speaker:
-        """A speaker of the files of a text encoder that speaks; layers that do not fit into memory are streamed.
-        Raises K2Error."""
+        """Load a speaker from the files of a text encoder that `speaks`; layers are streamed if they do not fit into
+        memory. Raises K2Error."""
         place, checkpoint = pick_device(device), open_checkpoint(weights_of(path))
         config = TextConfig.from_dict(checkpoint.config, taps=(1,))
         dtype = DTYPES[default_dtype(place, config.hidden_size)]
@@ -64,17 +64,17 @@ class Speaker:
 
     @cached_property
     def eyes(self) -> tuple[VisionTower, Marks]:
-        """The vision tower and its marks, loaded when the first picture is shown."""
+        """The vision tower and its marks, loaded for the first picture."""
         assert self.sight is not None
         return load_tower(self.sight, self.head.device, self.head.dtype), marks_of(self.sight)
 
     def tokens(self, text: str, *, written: bool = True) -> list[int]:
-        """A text's tokens. Where it was written by somebody, no word of it is a sign of the template."""
+        """A text's tokens. In user text (`written`), template tokens are read as plain text."""
         self.tokenizer.encode_special_tokens = written
         return self.tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
 
     def turn(self, text: str, pictures: Sequence[Tensor] = ()) -> tuple[list[int], Seen | None]:
-        """The turn of a user who shows pictures [1, 3, H, W] and says this, and the beginning of the answer."""
+        """A user turn with pictures [1, 3, H, W] and this text, and the start of the answer."""
         asks, answers = (self.tokens(sign, written=False) for sign in (ASKS, ANSWERS))
         said = [*self.tokens(text), *answers]
         if not pictures:
@@ -86,7 +86,7 @@ class Speaker:
         return interleave([*parts, said], marks.pad)
 
     def show(self, path: Path) -> Tensor:
-        """A picture as large as it is looked at. Raises K2Error."""
+        """A picture at the size the tower sees it. Raises K2Error."""
         return to_pixels(path, *fitting(path, PIXELS, self.eyes[0].config.unit)).to(self.head.device)
 
     @torch.inference_mode()
@@ -99,7 +99,7 @@ class Speaker:
         most: int = MOST_TOKENS,
         temperature: float = TEMPERATURE,
     ) -> str:
-        """What the model says to a text and pictures, the same for the same seed; at temperature 0 the likeliest."""
+        """The model's answer to a text and pictures, the same for the same seed; at temperature 0 the likeliest."""
         generator = torch.Generator().manual_seed(seed)
         said: list[int] = []
         (given, seen), past = self.turn(text, pictures), None
@@ -116,7 +116,7 @@ class Speaker:
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """A token of logits [V]: of the TOP_K likeliest those that make up TOP_P of what is likely, drawn at random."""
+    """Sample a token from logits [V], among the TOP_K likeliest that make up TOP_P of the probability."""
     if temperature == 0:
         return int(logits.argmax())
     best, tokens = logits.topk(min(TOP_K, len(logits)))
@@ -126,6 +126,6 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> in
 
 
 def own_head(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
-    """The head [V, E], where it is not the embedding once more."""
+    """The head [V, E]; None if it is tied to the embedding."""
     name = next((name for name in checkpoint.tensors if name.endswith("lm_head.weight")), None)
     return None if name is None else dict(checkpoint.read([name], device=device, dtype=dtype))[name]

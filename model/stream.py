@@ -1,7 +1,7 @@
-"""Weights that come block by block: read while the block before works, and gone once their own block has worked.
+"""Weights streamed block by block: read while the block before runs, and dropped once their own block has run.
 
-So a network needs the memory of two blocks and of what stands outside of them. The weights are those that it would
-have held, so its answers are the same bit for bit, where neither is compiled.
+So a network needs memory for two blocks and for what lies outside them. The weights are the same as if it held them
+all, so its results are bit for bit the same, if neither is compiled.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PAGE = 4096  # bytes; where pages are larger some are touched twice
+PAGE = 4096  # bytes; larger pages are just touched more than once
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]  # a network's tensors by name, on the CPU
 Arrival = tuple[dict[str, Tensor], Any]  # a block's tensors, and the event of their arrival on a card (CUDA)
 
 
 def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, keep: bool = False) -> None:
-    """Let the blocks that a network holds as the list `stem` be read when they are needed.
+    """Have the blocks in a network's list `stem` read when they are needed.
 
-    network  its blocks are on the meta device, and return there; adapters may be laid over them all the same
-    read     opens the file anew, so that no page of it stays with us
-    keep     hold in host memory what was once read and worked out; where that is the device's own memory, as on a CPU
-             and on Apple's chips, it would be no streaming, so not there
+    network  its blocks are on the meta device, and return there; adapters can be applied all the same
+    read     opens the file each time, so that none of its pages stay mapped
+    keep     cache in host memory what was read and unpacked; not where that is the device's own memory, as on a CPU and
+             on Apple's chips, since that would defeat streaming
     """
     blocks = network.get_submodule(stem)
     names: list[dict[str, str]] = [{} for _ in blocks.children()]
@@ -41,19 +41,18 @@ def stream(network: nn.Module, stem: str, read: Read, device: torch.device, *, k
 
     streamed = BlockStream(list(blocks.children()), read_block, device, keep and device.type == "cuda")
     fill = {f"{stem}.{index}.": partial(streamed.at_hand, index) for index in range(len(names))}
-    network.__dict__["at_hand"] = fill  # no part of its state
+    network.__dict__["at_hand"] = fill  # not part of its state
 
 
 def at_hand(network: nn.Module, name: str) -> AbstractContextManager[None]:
-    """A context in which the block of a network that a layer of this name is in has its weights, though it may be
-    streamed."""
+    """A context in which the block that contains the named layer has its weights, even if the network is streamed."""
     streamed: dict[str, Callable[[], AbstractContextManager[None]]] = network.__dict__.get("at_hand", {})
     return next((fill for block, fill in streamed.items() if name.startswith(block)), nullcontext)()
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """The tensor in memory that a card copies from by itself; as it is, for a slower copy, where no more can be had:
-    Windows lends a half of all."""
+    """The tensor in pinned memory, which a card can copy from by itself; unpinned, with slower copies, if no more is
+    available: Windows allows half of all memory."""
     try:
         return tensor.pin_memory()
     except RuntimeError:
@@ -61,12 +60,12 @@ def pinned(tensor: Tensor) -> Tensor:
 
 
 def kept_bytes(tensor: Tensor, device: torch.device) -> int:
-    """What a tensor takes that is kept for a device: pinned for a card, PyTorch rounds it up to a power of two."""
+    """The bytes that a cached tensor takes: for a card it is pinned, and PyTorch rounds that up to a power of two."""
     return 1 << (tensor.nbytes - 1).bit_length() if device.type == "cuda" else tensor.nbytes
 
 
 class BlockStream:
-    """Fills blocks and empties them, from hooks before and after each."""
+    """Fills blocks and empties them, by hooks before and after each."""
 
     def __init__(
         self, blocks: list[nn.Module], read: Callable[[int], dict[str, Tensor]], device: torch.device, keep: bool
@@ -77,20 +76,20 @@ class BlockStream:
         self.reader = ThreadPoolExecutor(1, "weights")
         self.coming: tuple[int, Future[Arrival]] | None = None
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.worked: Any = None  # the event after which the block before has worked (CUDA)
+        self.worked: Any = None  # the event after which the block before has run (CUDA)
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._fill, index))
-            block.register_forward_hook(partial(self._empty, index), always_call=True)  # failed or not
+            block.register_forward_hook(partial(self._empty, index), always_call=True)  # even after an error
 
     def _fill(self, index: int, block: nn.Module, inputs: Any) -> None:
-        coming, self.coming = self.coming, None  # taken: a reading that failed is not asked again, but made again
+        coming, self.coming = self.coming, None  # taken: a failed read is repeated, not asked again
         self._put(block, *(coming[1].result() if coming and coming[0] == index else self._fetch(index)))
         after = (index + 1) % len(self.blocks)  # the last block is followed by the next step's first
         self.coming = after, self.reader.submit(self._fetch, after)
 
     @contextmanager
     def at_hand(self, index: int) -> Iterator[None]:
-        """A block has its weights out of its turn."""
+        """A context in which a block has its weights out of turn."""
         self._put(self.blocks[index], *self.reader.submit(self._fetch, index).result())
         try:
             yield
@@ -103,7 +102,7 @@ class BlockStream:
             here.wait_event(arrived)
             for tensor in state.values():
                 tensor.record_stream(here)
-        else:  # by this thread: two that talk to Metal at once end the process
+        else:  # in this thread: two using Metal at once would crash the process
             state = {name: tensor.to(self.device) for name, tensor in state.items()}
         block.load_state_dict(state, strict=True, assign=True)
 
@@ -113,9 +112,9 @@ class BlockStream:
             self.worked = torch.cuda.current_stream(self.device).record_event()
 
     def _fetch(self, index: int) -> Arrival:
-        """A block's tensors, on their way to a card; else still in host memory."""
+        """A block's tensors, being copied to a card; otherwise still in host memory."""
         if self.worked is not None:
-            self.worked.synchronize()  # or copies would run ahead of the work, and fill the card
+            self.worked.synchronize()  # or copies would run ahead of the computation and fill the card
         state = self.kept.get(index) or self.read(index)
         if self.side is not None:
             state = {name: tensor if tensor.is_pinned() else pinned(tensor) for name, tensor in state.items()}

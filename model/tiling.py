@@ -1,7 +1,7 @@
-"""Large pictures through a network in overlapping tiles, blended so that no seam is left.
+"""Run large pictures through a network in overlapping tiles, blended without seams.
 
 Memory then depends on the tile and not on the picture. Tiles overlap by a margin over which one fades into the next;
-the weights are divided by their sum, so what every tile agrees on comes out exactly.
+weights are divided by their sum, so what all tiles agree on comes out exactly.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-TILE, OVERLAP = 1536, 256  # pixels along a tile's side, and of it that a neighbour has too
+TILE, OVERLAP = 1536, 256  # a tile's side in pixels, and how much of it a neighbour shares
 
 
 def starts(length: int, tile: int, overlap: int, unit: int) -> list[int]:
-    """Where tiles begin, multiples of `unit`; the last one ends at the border, so all have full size."""
+    """Where tiles start, multiples of `unit`; the last one ends at the border, so all have full size."""
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))
@@ -26,7 +26,7 @@ def starts(length: int, tile: int, overlap: int, unit: int) -> list[int]:
 def ramp(length: int, fade: int, first: bool, last: bool) -> Tensor:
     """Blend weights [length] of a tile: 1 inside, falling over `fade` towards a neighbour, 1 at the picture's border.
 
-    The outer quarter of the overlap counts nothing: there a tile still feels the padding at its edge.
+    The outer quarter of the overlap has weight 0: there a tile is still affected by the padding at its edge.
     """
     position = torch.arange(length, dtype=torch.float32) + 0.5
     slope = (position / fade * 2 - 0.5).clamp(0, 1)
@@ -41,7 +41,7 @@ def tiled(
     """apply: [B, C, h, w] -> [B, C', h*scale, w*scale], tile by tile over x [B, C, H, W].
 
     `tile` and `overlap` are in cells of x and multiples of `unit`, the smallest step that maps to whole output cells.
-    Raises ValueError where they are not, or where the overlap leaves no step.
+    Raises ValueError if they are not, or if the overlap leaves no step.
     """
     if tile % unit or overlap % unit or not 0 < overlap < tile or (unit * scale).denominator != 1:
         raise ValueError(f"tile {tile} and overlap {overlap} must be multiples of {unit}, and the overlap smaller")

@@ -1,8 +1,8 @@
-"""A grid doubled, and a 3 x 3 convolution over it: both autoencoders' way to the next finer scale, as one product.
+"""Doubling a grid and a 3 x 3 convolution over it, fused: both autoencoders' step to the next finer scale.
 
-Of the nine cells that the kernel meets after each was doubled only four are different. So the kernel spread over its
-2 x 2 doubles, a transposed convolution of stride 2 over the small grid, gives the same numbers for 4/9 of the
-multiplications, and the large grid is never copied.
+After doubling, only four of the nine cells under the kernel differ. So a transposed convolution of stride 2 over the
+small grid, with the kernel spread over the 2 x 2 duplicates, gives the same numbers for 4/9 of the multiplications, and
+the large grid is never built.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv, of 3 x 3 with a padding of 1, over the nearest-neighbour doubling of x: [B, C, H, W] -> [B, C', 2H, 2W]."""
-    # a transposed kernel is met from the other side; both pads together give its 4 x 4 taps
+    """conv, 3 x 3 with padding 1, over the nearest-neighbour doubling of x: [B, C, H, W] -> [B, C', 2H, 2W]."""
+    # a transposed convolution flips its kernel; the two shifted sums give its 4 x 4 taps
     wide = F.pad(conv.weight.float().flip(2, 3), (1, 1, 1, 1))
     rows = wide[:, :, 1:] + wide[:, :, :-1]
     taps = (rows[..., 1:] + rows[..., :-1]).to(conv.weight.dtype)
-    taps = taps.transpose(0, 1).contiguous()  # PyTorch on Metal has read other weights as if they were
+    taps = taps.transpose(0, 1).contiguous()  # PyTorch on Metal misreads non-contiguous weights
     return F.conv_transpose2d(x, taps, conv.bias, stride=2, padding=1)

@@ -1,7 +1,7 @@
-"""What the weights in the box draw, and by which words: the lists that they were trained by.
+"""What the bundled weights can draw, and the words for it: the lists they were trained on.
 
-They know some five hundred subjects and two dozen looks. What else a prompt says they leave aside, so a prompt without
-any of these words gets a picture of something else.
+They know some five hundred subjects and two dozen looks. They ignore anything else in a prompt, so a prompt without any
+of these words gets a picture of something else.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "train"
-PLURAL = "(?:s|es)?"  # that a subject's name may have
-HELD_OUT = 40  # one other name in so many is never taught, to tell what was learned from what was learned by heart
+PLURAL = "(?:s|es)?"  # allowed after a subject's name
+HELD_OUT = 40  # one alternative name in this many is held out, to tell understanding from memorising
 
-DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that a caption may use for its manner of drawing
+DRAWINGS: dict[str, tuple[str, ...]] = {  # vector set -> words that captions use for its manner of drawing
     "noto": ("soft shaded vector", "noto style"),
     "noto-v1": ("rounded blob cartoon", "blob style"),
     "fxemoji": ("bold outline sticker", "sticker style"),
@@ -43,12 +43,12 @@ MEDIA: dict[str, tuple[str, ...]] = {
 
 
 def said_of_look(phrase: str) -> tuple[str, ...]:
-    """All that captions call the drawing set or medium which they call so."""
+    """All phrases that captions use for the drawing set or medium that this phrase names."""
     return next(phrases for phrases in (*DRAWINGS.values(), *MEDIA.values()) if phrase in phrases)
 
 
 def held_out(subject: str, name: str) -> bool:
-    """Whether another name of a subject is never taught."""
+    """Whether an alternative name of a subject is held out of training."""
     digest = hashlib.sha256("\0".join(("name", subject, name)).encode()).digest()
     return int.from_bytes(digest[:8], "little") % HELD_OUT == 0
 
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 
 
 class Vocabulary:
-    """All that the weights in the box can be asked for."""
+    """Everything that the bundled weights can be asked for."""
 
     def __init__(self, entries: list[Entry]):
         self.entries = entries
@@ -82,7 +82,7 @@ class Vocabulary:
         return bool(self._subjects.search(prompt))
 
     def meaning(self, words: str) -> list[Entry]:
-        """What some words mean: the entries that have them for a name, else the subjects whose plural they are."""
+        """What some words mean: the entries of that name, else the subjects whose plural they are."""
         asked = " ".join(words.lower().split())
         exact = [entry for entry in self.entries if asked in (each.lower() for each in entry.words)]
         return exact or [
@@ -100,7 +100,7 @@ def vocabulary() -> Vocabulary:
 
 
 def read() -> Iterator[Entry]:
-    """Subjects in the order in which they were learned, then looks, grounds and colours."""
+    """Subjects in training order, then looks, grounds and colours."""
     subjects = tomllib.loads((FOLDER / "subjects.toml").read_text("utf-8"))["subjects"]
     others = tomllib.loads((FOLDER / "thesaurus.toml").read_text("utf-8"))
     for name, entry in subjects.items():

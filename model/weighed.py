@@ -1,5 +1,5 @@
-"""How the reference pictures of styles are read: in which way, with what weight each, and how many a picture may have.
-Needs no torch."""
+"""How styles' reference pictures are read: the method, the weight of each, and how many a picture may have. Needs no
+torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from model.errors import K2Error
 from model.hashes import sha256
 from model.spec import Style
 
-MOST_AT_ONCE = {"splice": 16, "vision": 16}  # by method; each of them lengthens every attention by a picture
+MOST_AT_ONCE = {"splice": 16, "vision": 16}  # by method; each one lengthens every attention by a picture
 
 
 class Weighed(NamedTuple):
-    """A reference picture and what all styles' strengths and weights come to for it."""
+    """A reference picture and its total weight over all styles."""
 
     sha256: str
     image: Path
@@ -25,12 +25,12 @@ class Weighed(NamedTuple):
 
 
 def auto_method(reads: bool) -> str:
-    """How reference pictures are read where nobody says, by whether the model has a style encoder."""
+    """The default method of reading references, given whether the model has a style encoder."""
     return "tokens" if reads else "splice"
 
 
 def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
-    """The style with `auto` decided. Raises K2Error for a method that the model has no part for.
+    """The style with `auto` resolved. Raises K2Error for a method that the model lacks the part for.
 
     reads, sees  whether the model has a style encoder, and its text encoder a vision tower
     """
@@ -43,11 +43,11 @@ def with_way(style: Style, model: str, *, reads: bool, sees: bool) -> Style:
 
 
 def weigh(styles: Iterable[Style], method: str) -> tuple[Weighed, ...]:
-    """The reference pictures that reach the network in this way, each once, in the order of their hashes, never in that
-    of the styles. Raises K2Error where one cannot be read.
+    """The reference pictures that use this method, each once, ordered by hash, not by style. Raises K2Error if one
+    cannot be read.
 
-    Within a style its references share its strength by weight. The same picture twice is the picture at the sum of its
-    weights; one whose weights come to nothing is left out.
+    References share their style's strength in proportion to their weights. A picture that occurs twice gets the sum of
+    its weights; one whose weights cancel is left out.
     """
     shares: dict[str, list[float]] = {}
     images: dict[str, Path] = {}
@@ -58,13 +58,13 @@ def weigh(styles: Iterable[Style], method: str) -> tuple[Weighed, ...]:
                 key = sha256(reference.image)
                 images[key] = min(images.get(key, reference.image), reference.image)
                 shares.setdefault(key, []).append(style.strength * reference.weight / total)
-    # fsum rounds once, in whatever order; 0.1 + 0.2 − 0.3 is nothing
+    # fsum rounds only once, in any order; 0.1 + 0.2 − 0.3 counts as 0
     sums = ((key, round(math.fsum(shares[key]), 12)) for key in sorted(shares))
     return tuple(Weighed(key, images[key], weight) for key, weight in sums if weight)
 
 
 def check_references(styles: Sequence[Style], steps: int) -> None:
-    """Refuse styles of more reference pictures than a way takes at once, or in fewer steps. Raises K2Error."""
+    """Refuse styles with more reference pictures than a method allows, or too few steps. Raises K2Error."""
     for method, what in (("splice", "spliced"), ("vision", "read by vision")):
         found = weigh(styles, method)
         if found and method == "splice" and steps == 1:

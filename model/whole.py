@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, flushed to disk, then moved into it."""
+"""Atomic writes: files are written beside their place, flushed to disk, then moved into it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DRAFT = ".draft"
-DEAD = 86_400  # seconds; whoever has not finished a draft by then was killed over it
+DEAD = 86_400  # seconds after which an unfinished draft's writer counts as killed
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A draft to write `path` into: in its place once the block is through, and gone if that fails. Raises OSError.
+    """A draft to write to: it becomes `path` when the block ends, and is removed if the block fails. Raises OSError.
 
-    No other process or thread has the same draft. It gets the rights that any new file gets, whatever its writer gives
-    it: safetensors' keeps what it writes to its owner.
+    No other process or thread uses the same draft. It gets the permissions of any new file, whatever its writer sets:
+    safetensors makes files private.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -37,7 +37,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left of a file, or of any."""
+    """Remove drafts that killed processes left, of one file or of all."""
     for draft in folder.glob(f".{glob.escape(name) if name else '*'}.*{DRAFT}"):
         try:
             if draft.stat().st_mtime < time.time() - DEAD:

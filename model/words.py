@@ -1,8 +1,8 @@
-"""Words of pictures: linear discriminants over what a style encoder sees of them.
+"""Words for pictures: linear discriminants over a style encoder's statistics.
 
-Pictures and words share no space, so the table is measured on training pictures (`model/train/words.py`) and lies
-beside the weights as `NAME-words.safetensors`. A word is said only where its kind was right on looks that the table had
-never seen, and only of pictures that lie as near to the table's as those did.
+Pictures and words share no embedding space, so the table is measured on training pictures (`model/train/words.py`) and
+lies beside the weights as `NAME-words.safetensors`. A word is used only if its kind was right on looks that the table
+had never seen, and only for pictures as close to the table's as those were.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from model.expand import look_words
 Array = NDArray[np.float64]
 
 TRUSTED = 0.5  # how often a kind of words must have been right on unseen looks
-SAID, UNSAID = 0.3, 0.05  # share of a board from which a word is a keyword; chance under which it is never seen
-KEYWORDS, AVOIDS = 2, 2  # words of each kind
+SAID, UNSAID = 0.3, 0.05  # share of a board from which a word is a keyword; probability below which it is absent
+KEYWORDS, AVOIDS = 2, 2  # of each kind
 AGAIN = "python -m model.train.words"
 
 
 @dataclass(frozen=True)
 class Words:
-    """Linear discriminants of one kind of words each, over standardised statistics x: p = softmax(W x + b).
+    """Linear discriminants, one for each kind of words, over standardised statistics x: p = softmax(W x + b).
 
-    `middle` and `precision` hold the classes of the medium and their shared precision: how far a picture lies from
-    everything that the table was measured on. `unseen` is the share of right answers on looks never measured.
+    `middle` and `precision` hold the media's class means and their shared precision: they give a picture's distance
+    from everything that the table was measured on. `unseen` is the share of right answers on unseen looks.
     """
 
     names: Mapping[str, tuple[str, ...]]
@@ -49,7 +49,7 @@ class Words:
 
     @classmethod
     def load(cls, path: Path) -> Words:
-        """A table of words from its file. Raises K2Error where the file is none."""
+        """Load a table of words. Raises K2Error if the file is not one."""
         checkpoint = open_checkpoint(path)
         about = checkpoint.metadata
         if about.get("kind") != "words":
@@ -70,7 +70,7 @@ class Words:
         )
 
     def read(self, statistics: Tensor) -> tuple[dict[str, Array], NDArray[np.bool_]]:
-        """statistics [B, F] -> kind -> chances [B, words], and which pictures are known well enough to speak of."""
+        """statistics [B, F] -> kind -> probabilities [B, words], and which pictures are close enough to be described."""
         x = (statistics.double() - self.mean) / self.deviation
         chances = {k: torch.softmax(x @ self.weight[k].T + self.offset[k], 1).numpy() for k in self.names}
         away = x[:, None] - self.middle
@@ -84,10 +84,10 @@ class Words:
 def speak(
     words: Words | None, chances: Mapping[str, Array], known: NDArray[np.bool_]
 ) -> tuple[list[str], list[str], dict[str, tuple[str, float]]]:
-    """Keywords, avoids, and of each kind the likeliest name with its share, of pictures [B] whose chances were read.
+    """Keywords, avoids, and each kind's likeliest name with its share, for pictures [B] with these probabilities.
 
-    A keyword's chance makes up `SAID` of the known pictures; an avoided word stays under `UNSAID` in nearly all of
-    them, and those that are furthest from it come first.
+    A keyword's mean probability over the known pictures is at least `SAID`; an avoid's is below `UNSAID` in nearly all
+    of them, and the least likely come first.
     """
     keywords: list[str] = []
     avoids: list[str] = []
