@@ -1,9 +1,9 @@
-"""Matrices whose rows are scaled in blocks, as ComfyUI stores them (comfy-kitchen): NVFP4 and MXFP8.
+"""Matrices whose rows are scaled in blocks, as stored by ComfyUI (comfy-kitchen): NVFP4 and MXFP8.
 
-NVFP4: numbers of 4 bits (e2m1), two a byte and the higher half first; a scale in e4m3 for every 16 of a row, and one in
-fp32 for all. MXFP8: numbers in e4m3, and a power of 2 (e8m0) for every 32. Scales lie in the order that cuBLAS wants
-("1D Block Scaling Factors Layout" of its documentation): tiles of 128 rows by 4 blocks, in which the rows i, i + 32,
-i + 64 and i + 96 stand side by side; the last tiles are filled up.
+NVFP4: 4-bit numbers (e2m1), two per byte, high half first; an e4m3 scale for every 16 of a row, and one in fp32 for the
+matrix. MXFP8: e4m3 numbers, and a power of 2 (e8m0) for every 32. Scales are stored in cuBLAS's order ("1D Block
+Scaling Factors Layout" in its documentation): tiles of 128 rows by 4 blocks, in which rows i, i + 32, i + 64 and i + 96
+lie side by side; the last tiles are padded.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from model.marks import BLOCKS, SCALES
 
 HALVES = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # e2m1, times 2
 TILE = (128, 4)  # rows and blocks
-STACKED = 32  # rows of a tile below one another
-AT_ONCE = 1 << 22  # bytes that are taken apart at once: the working copies stay small
+STACKED = 32  # rows of a tile that are stacked
+AT_ONCE = 1 << 22  # bytes unpacked at once, to keep working copies small
 
 
 def in_blocks(kind: str, matrix: Tensor, scale: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A matrix as it is stored -> numbers [out, in], int8 or fp8, and fp32 scales [out, in / block].
+    """A matrix as stored -> numbers [out, in], int8 or fp8, and fp32 scales [out, in / block].
 
     whole: NVFP4's scale of the matrix.
     """
@@ -36,7 +36,7 @@ def in_blocks(kind: str, matrix: Tensor, scale: Tensor, whole: Tensor | None = N
 
 
 def from_halves(matrix: Tensor) -> Tensor:
-    """Bytes [out, in / 2] -> twice the numbers in them, int8 [out, in]."""
+    """Bytes [out, in / 2] -> their numbers times 2, int8 [out, in]."""
     halves = HALVES.to(matrix.device)
     numbers = torch.empty(*matrix.shape, 2, dtype=torch.int8, device=matrix.device)
     step = max(AT_ONCE // matrix.shape[1], 1)
@@ -54,12 +54,12 @@ def in_order(scale: Tensor, rows: int, blocks: int) -> Tensor:
 
 
 def padded(rows: int, blocks: int) -> Sequence[int]:
-    """How many rows and blocks have a scale: whole tiles of them."""
+    """The numbers of rows and blocks with scales, rounded up to whole tiles."""
     return [-(-count // size) * size for count, size in zip((rows, blocks), TILE, strict=True)]
 
 
 def lacking(kind: str, stored: Stored, scale: Stored | None, whole: Stored | None) -> str:
-    """What a matrix that is scaled in blocks lacks to be read, or has instead; empty where nothing is wrong."""
+    """What is missing or wrong in a matrix scaled in blocks; empty if nothing is."""
     rows, numbers = stored.shape if len(stored.shape) == 2 else (0, 0)
     if not numbers or numbers % BLOCKS[kind]:
         return f"{kind} of shape {list(stored.shape)}"

@@ -1,4 +1,4 @@
-"""The looks of a board: clusters of unit style vectors, as many as there are and no more."""
+"""The looks of a board: clusters of unit style vectors, as many as the data supports."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 MOST_LOOKS = 8
-APART = 0.25  # silhouette below which a split is no structure (Kaufman & Rousseeuw 1990)
-ONE_LOOK = 0.5  # cosine of two middles from which they are one look: a silhouette alone knows no scale and splits any
-EVEN = 0.35  # tight group. The more evenly a board falls apart, the less it is by a few odd pictures, so the smallest
-# share of it times this is added: up to 0.675 for two halves
-LEAST_LOOK, LEAST_PICTURES = 0.05, 3  # share of a board, and pictures, that make a look of its own
-ROUNDS = 50  # of means, at most
+APART = 0.25  # silhouette below which a split is not structure (Kaufman & Rousseeuw 1990)
+ONE_LOOK = 0.5  # cosine of two centres from which they are one look: a silhouette has no scale and splits any tight
+EVEN = 0.35  # group. An even split is less likely to be due to a few odd pictures, so the smallest look's share times
+# this is added: up to 0.675 for two halves
+LEAST_LOOK, LEAST_PICTURES = 0.05, 3  # smallest share of a board, and number of pictures, for a look
+ROUNDS = 50  # of k-means, at most
 
 
 def find_looks(vectors: Array) -> list[list[int]]:
-    """Unit vectors [B, V] -> clusters of their indices, the largest first, each nearest to its middle first.
+    """Unit vectors [B, V] -> clusters of their indices, the largest first, each ordered by distance to its centre.
 
-    Spherical k-means for every number of looks up to `MOST_LOOKS`; of the splits into looks that are apart and no
-    strays, the highest mean silhouette wins, and one look is the answer where none reaches `APART`.
+    Spherical k-means for every number of looks up to `MOST_LOOKS`; among the splits into looks that are separate and
+    not too small, the highest mean silhouette wins. If none reaches `APART`, there is one look.
     """
     best, labels = APART, np.zeros(len(vectors), int)
     for count in range(2, min(MOST_LOOKS, len(vectors) // LEAST_PICTURES) + 1):
@@ -36,7 +36,7 @@ def find_looks(vectors: Array) -> list[list[int]]:
 
 
 def separate(vectors: Array, labels: NDArray[np.intp]) -> bool:
-    """Whether every cluster is large enough for a look, and no two of them are one."""
+    """Whether every cluster is large enough for a look, and no two are too similar."""
     names, counts = np.unique(labels, return_counts=True)
     middles = np.stack([vectors[labels == name].mean(0) for name in names])
     middles /= np.maximum(np.linalg.norm(middles, axis=1, keepdims=True), 1e-12)
@@ -47,7 +47,7 @@ def separate(vectors: Array, labels: NDArray[np.intp]) -> bool:
 
 
 def spherical_kmeans(vectors: Array, count: int) -> NDArray[np.intp]:
-    """Unit vectors [B, V] -> labels [B]. Begins with the vector nearest to the mean, then whatever is furthest."""
+    """Unit vectors [B, V] -> labels [B]. Starts from the vector nearest to the mean, then the furthest from those."""
     chosen = [int((vectors @ vectors.mean(0)).argmax())]
     while len(chosen) < count:
         chosen.append(int((vectors @ vectors[chosen].T).max(1).argmin()))

@@ -1,4 +1,4 @@
-"""Colours of pictures: which there are, how much of each, and what they are called."""
+"""Colours of pictures: the dominant ones, their shares, and their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.expand import look_words
 Array = NDArray[np.float64]
 
 COLOURS = 6
-STRIP = (480, 96)  # pixels across and down that show a palette
+STRIP = (480, 96)  # width and height in pixels of a palette strip
 SAME_COLOUR = 0.06  # OKLab distance below which two colours are one swatch
 SAID = 0.3  # share of a board from which a colour is a keyword
 
@@ -30,8 +30,8 @@ class Colour:
         return "#{:02x}{:02x}{:02x}".format(*self.rgb)
 
 
-LIGHTNESS = 0.7  # of a difference in lightness counts for a name: dark red is red before it is a dark blue
-BASIC = {  # what the palettes of the data lack, in hue, in depth or of muted ones; the text encoder knows them all
+LIGHTNESS = 0.7  # weight of lightness when naming: dark red is closer to red than to dark blue
+BASIC = {  # hues, depths and muted tones missing from the data's palettes; the text encoder knows all these names
     "white": [(252, 252, 252), (238, 238, 238)], "black": [(16, 16, 18)],
     "grey": [(118, 120, 124)], "dark grey": [(80, 82, 86), (46, 47, 50)],
     "red": [(214, 36, 40)], "brick red": [(92, 22, 30)],
@@ -43,7 +43,7 @@ BASIC = {  # what the palettes of the data lack, in hue, in depth or of muted on
 
 
 def oklab(rgb: Array) -> Array:
-    """sRGB in 0 … 1, [..., 3] -> OKLab, [..., 3] (Ottosson 2020): distances in it are as the eye sees them."""
+    """sRGB in 0 … 1, [..., 3] -> OKLab, [..., 3] (Ottosson 2020), whose distances match perception."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     cones = linear @ np.array(
         [
@@ -62,7 +62,7 @@ def oklab(rgb: Array) -> Array:
 
 
 def named_colours() -> dict[str, list[tuple[int, int, int]]]:
-    """Colour names -> the colours that go by them: the data's palettes, both colours of each, and basic ones."""
+    """Colour names -> their colours: the data's palettes, both colours of each, and basic ones."""
     known = {
         name: [(int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)) for code in codes]
         for name, codes in look_words()["palette"].items()
@@ -79,7 +79,7 @@ def name_of(rgb: Iterable[int]) -> str:
 
 
 def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
-    """Dominant colours of pictures, uint8 [H, W, 3], the most of it first: k-means over a histogram in OKLab."""
+    """Dominant colours of pictures, uint8 [H, W, 3], largest share first: k-means over a histogram in OKLab."""
     pixels = np.concatenate([picture[::2, ::2].reshape(-1, 3) for picture in pictures])
     bins = (pixels >> 4).astype(np.int64) @ np.array([256, 16, 1])
     counts = np.bincount(bins, minlength=4096).astype(float)
@@ -110,7 +110,7 @@ def find_palette(pictures: Sequence[NDArray[np.uint8]]) -> tuple[Colour, ...]:
 
 
 def swatches(palette: Sequence[Colour]) -> Image.Image:
-    """The palette as a strip; a colour is as wide as its share, but never too narrow to see."""
+    """The palette as a strip; each colour is as wide as its share, but never too narrow to see."""
     width, height = STRIP
     shares = np.maximum([colour.share for colour in palette], 0.04)
     edges = [0, *(np.cumsum(shares / shares.sum()) * width).round().astype(int)]
@@ -121,7 +121,7 @@ def swatches(palette: Sequence[Colour]) -> Image.Image:
 
 
 def colour_words(palette: Sequence[Colour]) -> tuple[list[str], list[str]]:
-    """The data's colour names that make up much of a board, and the one that is furthest from all its colours."""
+    """The data's colour name that dominates a board, if any, and the one furthest from all its colours, if far."""
     shares: dict[str, float] = {}
     for colour in palette:
         shares[colour.name] = shares.get(colour.name, 0.0) + colour.share

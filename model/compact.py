@@ -1,7 +1,7 @@
-"""A transformer as one .safetensors file under native names, its blocks' matrices in few bits if that is asked for.
+"""Write a transformer as one .safetensors file under native names, optionally with its blocks' matrices in few bits.
 
-They are rounded once, as they would be whenever weights of more bits are held in few: what is read is less, and
-nothing is left to do. A tensor at a time is in memory, so that a file larger than the memory can be written.
+They are rounded once, exactly as when wider weights are loaded in few bits: then there is less to read and nothing left
+to convert. Only one tensor at a time is in memory, so files larger than the memory can be written.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from model.safetensors_file import NUMBERS
 from model.whole import whole
 
 WORDS = {number: word for word, number in NUMBERS.items()}
-SCALES = ("_scale", "_s_channel")  # of the rows of matrices in few bits, in which a NaN or infinity among them shows
-ALIGNED = 64  # bytes that the tensors begin at a multiple of, so that they can be mapped
+SCALES = ("_scale", "_s_channel")  # row scales of few-bit matrices, which show any NaN or infinity in their rows
+ALIGNED = 64  # tensors start at a multiple of this many bytes, so that they can be mapped
 
 OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
 
@@ -34,12 +34,12 @@ OnTensor = Callable[[int, int], None]  # (tensors written, of how many)
 def write_compact(
     source: Path, target: Path, precision: str, variant: str | None, on_tensor: OnTensor | None = None
 ) -> None:
-    """Write a transformer of any layout that k2 reads, whole or not at all. Raises K2Error.
+    """Write a transformer of any layout that k2 reads, completely or not at all. Raises K2Error.
 
-    source     as of `open_dit`
+    source     as for `open_dit`
     precision  of the blocks' matrices: "int8", "fp8", "int4", or "native", which is bf16; all else is bf16, norm scales
                fp32
-    variant    raw or turbo, where the source does not say it itself
+    variant    raw or turbo, if the source does not state it
     """
     if target.exists():
         raise K2Error(f"{target} exists already.", hint="Choose another name.")
@@ -66,7 +66,7 @@ def write_compact(
 
 
 def is_sound(tensor: Tensor) -> bool:
-    """Whether all of it is numbers; a matrix that lies in 8 bits already is not told by its scales."""
+    """Whether all numbers are finite; for a matrix already stored in 8 bits its scales do not show it."""
     return all(bool(rows.float().isfinite().all()) for rows in tensor.split(1024))
 
 
@@ -79,7 +79,7 @@ def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
     held = {f"{name}{end}" for name, layer in few.items() for end in ENDS[layer.format.bits]}
     end = 0
     for name, tensor in model.state_dict().items():
-        if name in held:  # the bits of scales in e4m3 are bytes to us
+        if name in held:  # k2 holds e4m3 scales as raw bytes
             number = torch.float8_e4m3fn if tensor.dtype == torch.uint8 else tensor.dtype
         else:
             number = torch.float32 if name.endswith(".scale") else torch.bfloat16  # norms compute in fp32
@@ -90,7 +90,7 @@ def header_of(model: nn.Module, about: Mapping[str, Any]) -> bytes:
 
 
 def tensors(model: nn.Module, read: Callable[[Iterable[str]], dict[str, Tensor]]) -> Iterator[Tensor]:
-    """What a network on the meta device holds, one after the other; a scale comes with its matrix."""
+    """The tensors of a network on the meta device, one after the other; scales are read with their matrix."""
     come: dict[str, Tensor] = {}
     for name in model.state_dict():
         if name not in come:

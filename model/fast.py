@@ -1,9 +1,9 @@
-"""What makes a network faster on its device, with the same answers up to rounding.
+"""Make a network faster on its device, with the same results up to rounding.
 
-On a CUDA card a wide network's time goes into kernels: its blocks are compiled, so that norms, modulation, rotation
-and gates become few passes over memory. A narrow one's goes into launching them: they are recorded once for each shape
-and replayed. Whatever changes the network from outside (adapters, attention of one's own) takes the plain path. On a
-processor large pictures spend their time on fresh pages of memory, so old ones are kept.
+On a CUDA card a wide network spends its time in kernels: its blocks are compiled, so that norms, modulation, rotation
+and gates become a few passes over memory. A narrow one spends it launching kernels: they are recorded once per shape
+and replayed. Anything that changes the network from outside (adapters, custom attention) takes the plain path. On a
+CPU large pictures spend their time on fresh memory pages, so freed ones are kept.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from model.plan import NARROW
 from model.quantize import hadamard
 from model.recent import Recent
 
-MOST_GRAPHS = 8  # shapes kept; each holds its own working memory
+MOST_GRAPHS = 8  # shapes kept; each holds working memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-MEASURED = 512  # side of the matrices that tell a processor's speed
-WARM_UP = 3  # runs before a recording, in which libraries choose their kernels
+MEASURED = 512  # side of the matrices that measure a CPU's speed
+WARM_UP = 3  # runs before recording, in which libraries choose their kernels
 
 Work = Callable[..., Tensor]
 
 
 def accelerate(dit: Krea2) -> None:
-    """Make `dit.velocity` fast, for good. The network is on a CUDA card, with its weights in place."""
+    """Make `dit.velocity` fast, permanently. The network must be on a CUDA card, with its weights loaded."""
     if wide := dit.config.width >= NARROW:
         # Compiled kernels outlive the process: the next one finds them in a second.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-        torch.compiler.assume_constant_result(native)  # a question to the device would cut every block in pieces
-        torch.compiler.assume_constant_result(hadamard)  # or it would be made anew by every call
+        torch.compiler.assume_constant_result(native)  # a device query would break every block's graph
+        torch.compiler.assume_constant_result(hadamard)  # or every call would rebuild it
     compiled = wide and compilers_know(layer.format.number for layer in few_bit_layers(dit).values()) and can_compile()
     if compiled:
         for block in dit.blocks:
-            block.compile()  # one after the other: they share code, so one compilation serves all
+            block.compile()  # one by one: they share code, so one compilation serves all
     dit.velocity = FastVelocity(dit, compiled)  # type: ignore[assignment, method-assign]
 
 
 def speed(dtype: torch.dtype) -> float:
-    """Billions of multiplications and additions a second that the processor does in a product of two square matrices;
-    the best of a few."""
+    """Billions of multiplications and additions per second that the CPU does in a product of two square matrices; the
+    best of a few runs."""
     a, b = torch.ones(2, MEASURED, MEASURED, dtype=dtype)
     best, end = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < end:
@@ -61,10 +61,10 @@ def speed(dtype: torch.dtype) -> float:
 
 
 def keep_pages() -> None:
-    """Let this process keep the memory that a large tensor frees, for the next one of its kind; for good.
+    """Have this process keep the memory that large tensors free, to reuse it, permanently.
 
-    glibc gives every block of more than 32 MB back at once, and the system hands out pages one by one, zeroed: for a
-    picture of 1024 px that takes longer than most of what is computed in them. Elsewhere nothing happens.
+    glibc returns every block of more than 32 MB at once, and the system hands out pages one by one, zeroed: for a
+    picture of 1024 px that takes longer than most of the computation. Without glibc this does nothing.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -74,10 +74,10 @@ def keep_pages() -> None:
 
 
 def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
-    """Whether Triton can read these number formats on the card: e4m3 from Ada on, and on few of AMD's; plain kernels
-    widen it anywhere.
+    """Whether Triton supports these number formats on the card: e4m3 from Ada on, and on few AMD cards; plain kernels
+    can widen it anywhere.
 
-    `can_compile` would not find out: Triton says so when such a matrix is met, in the middle of the first picture.
+    `can_compile` would not find out: Triton only fails when it meets such a matrix, in the middle of the first picture.
     """
     if torch.float8_e4m3fn not in numbers:
         return True
@@ -85,7 +85,7 @@ def compilers_know(numbers: Iterable[torch.dtype]) -> bool:
 
 
 def can_compile(device: torch.device | str = "cuda") -> bool:
-    """Whether a kernel can be compiled for a device: a card takes Triton and a C compiler, a processor one of C++."""
+    """Whether kernels can be compiled for a device: a card needs Triton and a C compiler, a CPU a C++ compiler."""
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))
     except Exception:  # whatever is missing
@@ -94,7 +94,7 @@ def can_compile(device: torch.device | str = "cuda") -> bool:
 
 
 class FastVelocity:
-    """Takes the place of `Krea2.velocity`."""
+    """Replaces `Krea2.velocity`."""
 
     def __init__(self, dit: Krea2, compiled: bool):
         self.plain: Work = dit.velocity
@@ -103,9 +103,9 @@ class FastVelocity:
         self.graphs: Recent[Graph] = Recent(MOST_GRAPHS)
 
     def __call__(self, *inputs: Tensor, **others: Any) -> Tensor:
-        """The velocity, of what `Krea2.velocity` takes: tokens, context, step_mod, rope; and what is seldom there."""
+        """The velocity, with `Krea2.velocity`'s arguments: tokens, context, step_mod, rope, and rarely others."""
         seldom = any(value is not None for value in others.values()) or len(inputs) > 4
-        if seldom or any(layer._forward_hooks for layer in self.layers):  # a recording would not notice either
+        if seldom or any(layer._forward_hooks for layer in self.layers):  # a recording would ignore them
             with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
                 return self.plain(*inputs, **others)
         if not self.narrow:
@@ -115,7 +115,7 @@ class FastVelocity:
 
 
 class Graph:
-    """All kernels of one call, recorded on inputs of its own; a replay costs one launch."""
+    """All kernels of one call, recorded on its own input buffers; a replay costs one launch."""
 
     @torch.inference_mode()
     def __init__(self, work: Work, inputs: tuple[Tensor, ...]):
@@ -127,7 +127,7 @@ class Graph:
                 work(*self.inputs)
         here.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # other threads may go on meanwhile: one reads the text encoder's next layer, where that is streamed
+        # other threads may continue meanwhile: one reads the next layer of a streamed text encoder
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.answer = work(*self.inputs)
 

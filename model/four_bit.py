@@ -1,9 +1,9 @@
-"""Matrices in 4 bits, as codes for whole numbers of 8: what ComfyUI calls asym_w4a8_int8 (comfy-kitchen).
+"""Matrices in 4 bits, as codes for 8-bit integers: what ComfyUI calls asym_w4a8_int8 (comfy-kitchen).
 
-A code picks one of 16 levels. Times the scale of its 16 neighbours and rounded, that is a whole number of −127 … 127;
-times the scale of its row, a weight. So a product is taken in 8 bits, as if the matrix had been stored in them (in two
-steps, as QServe does it, arXiv 2405.04532). Rows are rotated first, which leaves their numbers normally distributed;
-the levels are those of the least squared error for such numbers over the largest of 16 (Lloyd and Max).
+A code picks one of 16 levels. Times the scale of its group of 16 and rounded, that is an integer from −127 to 127;
+times the scale of its row, a weight. So products run in 8 bits, as if the matrix had been stored in them (in two steps,
+as in QServe, arXiv 2405.04532). Rows are rotated first, which makes their numbers normally distributed; the levels have
+the least squared error for such numbers divided by the largest of 16 (Lloyd and Max).
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from model.headers import Stored
 from model.marks import W4A4, W4A8
 from model.quantize import LARGEST
 
-GROUP = 16  # neighbours in a row, of one scale
-LEVELS = (  # comfy-kitchen's: its kernels know no others
+GROUP = 16  # neighbours in a row that share a scale
+LEVELS = (  # comfy-kitchen's: its kernels support no others
     -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
     0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
 )  # fmt: skip
-UNSIGNED, SIGNED = tuple(range(-8, 8)), (*range(8), *range(-8, 0))  # levels of files that bring none: codes as numbers
+UNSIGNED, SIGNED = tuple(range(-8, 8)), (*range(8), *range(-8, 0))  # for files without levels: codes as numbers
 ONE = 0x38  # in e4m3
 TINY = torch.finfo(torch.float32).tiny
-FINE = 512  # steps from 0 to a group's largest number in which the nearest level is looked up, not searched
-WIDEST = 256  # rotation
+FINE = 512  # steps from 0 to a group's largest number, in a table that gives the nearest level
+WIDEST = 256  # largest rotation
 MOST = LARGEST[torch.int8]
-AT_ONCE = {"cpu": 1 << 18}  # numbers in hand: working copies that leave a processor's cache cost twice the time
+AT_ONCE = {"cpu": 1 << 18}  # numbers processed at once: working copies larger than the CPU's cache take twice as long
 ELSEWHERE = 1 << 26
 
 
 class Codes(NamedTuple):
     """A matrix [out, in] in 4 bits."""
 
-    packed: Tensor  # int8 [out, in / 2], two codes a byte, the first in its lower half
-    groups: Tensor  # uint8 [out, in / 16], the bits of scales in e4m3
+    packed: Tensor  # int8 [out, in / 2], two codes per byte, the first in the low half
+    groups: Tensor  # uint8 [out, in / 16], the bits of e4m3 scales
     rows: Tensor  # fp32 [out]
     levels: Tensor  # fp32 [16]
 
     @property
     def numbers(self) -> Tensor:
-        """The whole numbers that the codes stand for, int8 [out, in]."""
+        """The integers that the codes stand for, int8 [out, in]."""
         return numbers_of(self.packed, self.groups, self.levels)
 
 
 def codes_of(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, levels: Tensor | None) -> Codes:
-    """Codes as ComfyUI stores them: W4A8, with levels of its own or without, or W4A4, which has no groups."""
+    """Codes as stored by ComfyUI: W4A8, with or without its own levels, or W4A4, which has no group scales."""
     if kind == W4A4 or groups is None:
         groups = torch.full((len(packed), 2 * packed.shape[1] // GROUP), ONE, dtype=torch.uint8, device=packed.device)
     if levels is None:
@@ -57,8 +57,8 @@ def codes_of(kind: str, packed: Tensor, rows: Tensor, groups: Tensor | None, lev
 
 
 def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
-    """The whole numbers that codes stand for, by the terms of `Codes`, int8 [out, in]. They are looked up by scale and
-    byte, two numbers at once: there are 65,536 answers."""
+    """The integers that codes stand for (arguments as in `Codes`), int8 [out, in]. They are looked up by scale and
+    byte, two numbers at once: the table has 65,536 entries."""
     both = torch.arange(256, device=packed.device)
     pairs = levels[torch.stack([both & 15, both >> 4], -1)]
     table = (e4m3(both)[:, None, None] * pairs).round().clamp(-MOST, MOST).to(torch.int8).view(torch.int16).flatten()
@@ -71,23 +71,23 @@ def numbers_of(packed: Tensor, groups: Tensor, levels: Tensor) -> Tensor:
 
 
 def e4m3(bits: Tensor) -> Tensor:
-    """The numbers that bytes mean in e4m3, which not every device knows; 480 in the place of none."""
+    """The numbers that bytes mean in e4m3, which not every device supports; 480 instead of NaN."""
     exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
     size = torch.where(exponent > 0, torch.ldexp(1 + fraction, exponent - 7), torch.ldexp(fraction, exponent - 6))
     return torch.where(bits > 127, -size, size)
 
 
 def to_codes(matrix: Tensor) -> Codes:
-    """A matrix [out, in] whose rows are rotated -> its codes; in is a multiple of 16.
+    """A matrix [out, in] with rotated rows -> its codes; in is a multiple of 16.
 
-    A group's scale is that of the least squares for the levels which are nearest if its largest number is 1.
+    A group's scale is the least-squares fit to the levels that are nearest when its largest number is scaled to 1.
     """
     levels = torch.tensor(LEVELS, device=matrix.device)
     steps = torch.arange(-FINE, FINE + 1, device=matrix.device) / FINE
     nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2)
 
     def look_up(table: Tensor, size: Tensor) -> Tensor:
-        """What a table of levels from -1 to 1 says of each number of groups of this size."""
+        """Look up each number, divided by its group's size, in a table over -1 … 1."""
         places = (wide * (FINE / size.clamp(min=FINE * TINY))[..., None]).add_(FINE + 0.5).int()
         return table.index_select(0, places.clamp_(0, 2 * FINE).flatten()).view(wide.shape)
 
@@ -95,20 +95,20 @@ def to_codes(matrix: Tensor) -> Codes:
     sizes = wide.abs().amax(-1)
     near = look_up(levels[nearest], sizes)
     scale = (torch.linalg.vecdot(wide, near) / torch.linalg.vecdot(near, near)).clamp(min=0)
-    rows = scale.amax(1) * (LEVELS[-1] / MOST) + 0 * sizes.amax(1)  # of a number that is none, not one either
+    rows = scale.amax(1) * (LEVELS[-1] / MOST) + 0 * sizes.amax(1)  # NaN stays NaN
     groups = (scale / rows.clamp(min=TINY)[:, None]).to(torch.float8_e4m3fn)
     codes = look_up(nearest.to(torch.uint8), groups.float() * rows[:, None])
-    both = codes.flatten(1).view(torch.int16)  # the first in its lower byte
+    both = codes.flatten(1).view(torch.int16)  # the first in the low byte
     return Codes((both | both >> 4).to(torch.int8), groups.view(torch.uint8), rows, levels)
 
 
 def width_of_turns(inward: int) -> int:
-    """In groups of how many numbers rows of this length are rotated: the largest power of 4 that divides them."""
+    """The rotation's group size for rows of this length: the largest power of 4 that divides it, up to `WIDEST`."""
     return next(size for size in (WIDEST, 64, 16, 4, 1) if inward % size == 0)
 
 
 def lacking(kind: str, stored: Stored, rows: Stored | None, groups: Stored | None, levels: Stored | None) -> str:
-    """What a matrix of codes lacks to be read, or has instead; empty where nothing is wrong."""
+    """What is missing or wrong in a matrix of codes; empty if nothing is."""
     outward, inward = stored.shape if len(stored.shape) == 2 else (0, 0)
     if not inward or inward % GROUP:
         return f"{kind} of shape {list(stored.shape)}"

@@ -70,7 +70,7 @@ class Words:
         )
 
     def read(self, statistics: Tensor) -> tuple[dict[str, Array], NDArray[np.bool_]]:
-        """statistics [B, F] -> kind -> probabilities [B, words], and which pictures are close enough to be described."""
+        """statistics [B, F] -> kind -> probabilities [B, words], and which pictures are close enough to describe."""
         x = (statistics.double() - self.mean) / self.deviation
         chances = {k: torch.softmax(x @ self.weight[k].T + self.offset[k], 1).numpy() for k in self.names}
         away = x[:, None] - self.middle
