@@ -122,7 +122,7 @@ def steer_away(embeds: Tensor, away: Sequence[Direction], neutral: Tensor) -> Te
     own, suffix = split(embeds.cpu().double())
     middle = split(neutral.cpu().double())[0].mean(1, keepdim=True)
     parts = [(away_from(own - middle, rows.cpu().double() - middle), adds, weight) for rows, adds, weight in away]
-    parts.sort(key=lambda part: (part[2], part[1].sum().item()))  # sums round the same in any order
+    parts.sort(key=lambda part: (part[2], part[1].sum().item()))  # so that sums round the same in any order
     moved = []
     from_own = [weight * toward for toward, _, weight in parts]
     from_suffix = [weight * adds for _, adds, weight in parts]

@@ -182,7 +182,7 @@ def product(tokens: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
         weight.t(),
         scale_a=scale[:, None],
         scale_b=weight_scale[None],
-        out_dtype=torch.bfloat16,  # the only one that kernels with row scales know
+        out_dtype=torch.bfloat16,  # the only one that kernels with row scales support
         use_fast_accum=True,
     )
 

@@ -13,11 +13,11 @@ from model.errors import K2Error, brief
 
 CALLED = {str: "a text", int: "a whole number", float: "a number", bool: "True or False", Path: "a Path"}
 LIKE = {str: '"a fox"', int: "7", float: "0.5", bool: "True", Path: 'Path("fox.png")'}
-NUMBERS = {float: (int, float)}  # Python's own: no record can hold NumPy's
+NUMBERS = {float: (int, float)}  # only Python's own: records cannot hold NumPy's
 
 
 def check_kinds(value: Any, cls: type) -> None:
-    """Refuse a value that is no `cls`, a dataclass, or that has a field of another type than declared, at any depth.
+    """Refuse a value that is not a `cls`, a dataclass, or that has a field of the wrong type, at any depth.
 
     Raises K2Error.
     """

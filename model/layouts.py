@@ -83,7 +83,7 @@ LEFTOVERS = {"last.down.weight", "last.up.weight"}  # in repacked files; neither
 
 
 def native_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint under native names, whatever its layout. Raises K2Error if it is no Krea 2 transformer."""
+    """The same checkpoint under native names, whatever its layout. Raises K2Error if it is not a Krea 2 one."""
     tensors = checkpoint.tensors
     refuse_others(checkpoint.path, checkpoint.metadata, tensors)
     for prefix in PREFIXES:

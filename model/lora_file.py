@@ -58,8 +58,8 @@ PLAIN = "Give a plain LoRA; if this is one, fetch it again."
 
 
 def check_kind(path: Path) -> None:
-    """Refuse, by its header, a file that is no adapter k2 can read, or another model's; whether it fits a network is
-    not checked. Raises K2Error."""
+    """Refuse, by its header, a file that is not an adapter k2 can read, or is for another model; whether it fits a
+    network is not checked. Raises K2Error."""
     refuse_others(path, read_header(path).keys() - {"__metadata__"})
     peft_settings(path)
 

@@ -314,7 +314,7 @@ def is_row(magnitude: Tensor) -> bool:
 
 
 def refuse_unmatched(path: Path, unmatched: Sequence[str], modules: int) -> None:
-    """Raises K2Error where no layer matches."""
+    """Raises K2Error if no layer matches."""
     if len(unmatched) == modules:
         layers = listed(list(unmatched), 2)
         raise K2Error(f"{path} matches no layer of this network: it has layers like {layers}.", hint=ON_RAW)

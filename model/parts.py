@@ -39,7 +39,7 @@ def files_of(parts: Parts) -> list[Path]:
 
 def numbers_of(parts: Parts, device: torch.device | str) -> Numbers:
     """How many numbers the parts hold, by their headers, and how a device would hold them. Raises K2Error if the
-    transformer is none."""
+    transformer is not one."""
     dit = native_names(open_checkpoint(parts.dit))
     text = open_checkpoint(weights_of(parts.text))
     tower = {name: stored for name, stored in text.tensors.items() if "visual." not in name}

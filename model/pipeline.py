@@ -183,7 +183,7 @@ class Pipeline:
         export_diffusers(self, Path(folder))
 
     def resolve(self, spec: RenderSpec) -> Settled:
-        """The spec with every recommendation filled in. Raises K2Error for what cannot be rendered."""
+        """The spec with every default filled in. Raises K2Error if it cannot be rendered."""
         spec = settle(spec, self._able)
         self.beginnings.check(spec)
         self._adapters.most = max(self._adapters.most, len(spec.adapters))

@@ -33,8 +33,8 @@ OUT_OF_IT = (  # out-of-memory messages of CPU and GPU allocators
     "out of memory",
     "invalid buffer size",  # of Metal
     "_status_alloc_failed",  # of cuBLAS and its kin
-    "cannot allocate memory",  # of a file's pages, elsewhere than under Windows ...
-    "error 1455",  # ... and there, whatever its language
+    "cannot allocate memory",  # of a file's pages, except on Windows ...
+    "error 1455",  # ... and on Windows, in any language
 )
 SMALLER = "Choose a smaller size, --precision int4 or --offload all, or close other programs that use memory."
 SPARE = 0.9  # share of the free memory that k2 plans with
@@ -244,7 +244,7 @@ def limit_left(group: Path, free: int) -> int:
         most, used = (int((group / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
         return max(0, most - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):  # "max" is no number, and no limit
+    except (OSError, KeyError, ValueError):  # "max" is not a number, and means no limit
         return free
 
 

@@ -13,7 +13,7 @@ StepVelocity = Callable[[Tensor, int], Tensor]  # (tokens [B, L, C·p·p], index
 
 
 def shifted_sigmas(steps: int, mu: float) -> list[float]:
-    """`steps + 1` noise levels from 1 to 0, spaced evenly and then shifted towards noise by exp(mu)."""
+    """`steps + 1` noise levels from 1 to 0, evenly spaced, then shifted towards noise by exp(mu)."""
     if steps < 1:
         raise ValueError(f"there must be at least one step, not {steps}")
     shift = math.exp(mu)
