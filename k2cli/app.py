@@ -1,4 +1,4 @@
-"""The commands: read what was typed, call, print. Whatever is heavy is imported by the command that needs it."""
+"""The commands: parse arguments, call, print. Each command does its own heavy imports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from k2cli.runs import Job, Saved
 
 
-# As one comes to need them; what is not named here stands last.
+# In the order a new user needs them; anything not listed comes last.
 ORDER = (
     *("new", "render", "watch", "log", "show", "rerun", "gallery"),
     *("style", "mix-styles", "moodboard", "models", "train", "doctor"),
@@ -80,19 +80,19 @@ app = Commands(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},  # of every command below, too
 )
-app.add_typer(models_app, name="models", help="Weights: what is here, fetch, export.")
-app.add_typer(style_app, name="style", help="Styles of the project: add, list, show.")
-app.add_typer(moodboard_app, name="moodboard", help="A style out of many pictures.")
+app.add_typer(models_app, name="models", help="Weights: list, fetch, export.")
+app.add_typer(style_app, name="style", help="The project's styles: add, list, show.")
+app.add_typer(moodboard_app, name="moodboard", help="Make a style from many pictures.")
 
 
 def main() -> None:
-    """The command line, in an environment and on streams that suit it."""
-    # Before torch: threads that spin while they wait are several times slower beside other work, and no faster without.
+    """Run the command line, with environment and streams set up for it."""
+    # Before torch: threads that spin while waiting are several times slower on a busy machine, no faster on an idle.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     standard.settle()
     try:
         app(prog_name="k2")
-    except OSError as error:  # of what no command writes: help, the version
+    except OSError as error:  # in output that no command writes: help, the version
         if error.errno != errno.ENOSPC:
             raise
         from k2cli.console import show_error, unwritable
@@ -116,10 +116,10 @@ def k2(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Batches of pictures that share a look, made on this machine.
+    """Render batches of pictures that share a look, on this machine.
 
     A project is a folder with a k2.toml: prompts, styles, settings.
-    Every picture gets a record from which it can be made again.
+    Every picture gets a record from which k2 can reproduce it.
 
     \b
     Start:
@@ -127,7 +127,7 @@ def k2(
       k2 render
       k2 render -p "a red fox" --batch 4
 
-    Without a command, inside a project, it says where you are and what to do next.
+    Without a command, inside a project, k2 says where you are and what to do next.
     """
     if context.invoked_subcommand is None:
         from k2cli.console import result
@@ -135,31 +135,31 @@ def k2(
         from k2cli.here import where_am_i
 
         try:
-            allowed = os.environ.get(ALLOWED, "").lower() in ("1", "true", "t", "yes", "y", "on")  # as options read it
+            allowed = os.environ.get(ALLOWED, "").lower() in ("1", "true", "t", "yes", "y", "on")  # as Typer reads it
             result(where_am_i(allow_outside=allowed) or context.get_help())
-        except Outside as error:  # whose hint is an option that k2 alone has not
-            hint = f"Put it in the place of the link, or allow it, for all commands: set {ALLOWED}=1 in the environment"
+        except Outside as error:  # its hint names an option that bare `k2` lacks
+            hint = f"Replace the link with its target, or allow it for all commands: set {ALLOWED}=1 in the environment"
             raise K2Error(str(error), hint=hint) from None
 
 
 @app.command()
 def new(
-    folder: Annotated[str, typer.Argument(metavar="NAME", help="The folder to make; its name is the project's.")],
-    more: Annotated[list[Path] | None, typer.Argument(metavar="PICTURE", help="More pictures, with --from.")] = None,
+    folder: Annotated[str, typer.Argument(metavar="NAME", help="Folder to create; its name is the project's.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="PICTURE", help="More pictures for --from.")] = None,
     pictures: Annotated[
         list[Path] | None,
         typer.Option(
             "--from",
             metavar="PICTURE",
-            help="Take prompts, seeds and shapes out of a picture, or a folder; may come again.",
+            help="Reuse the prompts, seeds and shapes of a picture or folder; repeatable.",
         ),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a project that renders at once.
+    """Create a project, ready to render.
 
-    With --from its prompts are those of pictures made by A1111, ComfyUI, InvokeAI, Midjourney, mflux or k2, as their
-    metadata tells them.
+    With --from, its prompts come from the metadata of pictures made by A1111, ComfyUI, InvokeAI, Midjourney, mflux or
+    k2.
 
     \b
     Examples:
@@ -171,15 +171,15 @@ def new(
     from k2cli.folder import FILE, Folder, keeps_outputs
 
     if not folder:  # as a path it would be the current folder
-        raise K2Error("The project's name is empty.", hint="Like: k2 new moody")
+        raise K2Error("The project's name is empty.", hint="Example: k2 new moody")
     root = Path(os.path.abspath(folder))
     step = f"cd {for_shell(root)} && k2 render" if root != Path.cwd() else "k2 render"
     if os.path.isfile(root / FILE):
-        hint = f"Choose another folder for a new one, or go on with this: {step}"
-        raise K2Error(f"{root} is a k2 project already.", hint=hint)
+        hint = f"Choose another folder, or continue with this one: {step}"
+        raise K2Error(f"{root} is already a k2 project.", hint=hint)
     compose, notes = None, []
     if more and not pictures:
-        raise typer.BadParameter("a name is one word, or stands in quotes; pictures go with --from", param_hint="NAME")
+        raise typer.BadParameter("quote a name of several words; pictures need --from", param_hint="NAME")
     if pictures:
         from functools import partial
 
@@ -196,7 +196,7 @@ def new(
         for note in notes:
             say(note, "yellow")
         if keeps_outputs(made):
-            say("Git may keep every picture: add outputs/, gallery/ and .runs/ to the .gitignore.", "yellow")
+            say("Git may track every picture: add outputs/, gallery/ and .runs/ to .gitignore.", "yellow")
         say(f"Next: {step}", "dim")
 
 
@@ -205,17 +205,18 @@ def render(
     context: typer.Context,
     projects: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROJECT", help="Project folders. A - reads prompts from standard input, one a line."),
+        typer.Argument(metavar="PROJECT", help="Project folders; - reads prompts from standard input, one per line."),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Render this, not the project's prompts.")
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Render this instead of the project's prompts."),
     ] = None,
     only: OnlyOption = None,
     avoid: AvoidOption = None,
     like: Annotated[
         Path | None,
         typer.Option(
-            "--like", metavar="PICTURE", help="Go on from this one: its settings, styles and, without -p, its prompt."
+            "--like", metavar="PICTURE", help="Reuse this picture's settings, styles and, without -p, its prompt."
         ),
     ] = None,
     turbo: TurboOption = None,
@@ -224,34 +225,32 @@ def render(
         typer.Option(
             "--style",
             metavar="NAME=W",
-            help="Weigh a style, −2 … 2; 0 leaves it out.",
+            help="Weight of a style, −2 … 2; 0 turns it off.",
             autocompletion=complete_weight,
         ),
     ] = None,
     moodboard: Annotated[
         float | None,
-        typer.Option("--moodboard", metavar="S", help="Strength of [moodboard], −0.5 … 1.5; 0 is without."),
+        typer.Option("--moodboard", metavar="S", help="Strength of [moodboard], −0.5 … 1.5; 0 turns it off."),
     ] = None,
     matrix: Annotated[
         list[str] | None,
         typer.Option(
             "--matrix",
             metavar="KEY=V,V",
-            help="Compare: a picture of every combination, or --batch of each. style.NAME, seed, size, steps, "
+            help="Render every combination, one picture each or --batch of each. Keys: style.NAME, seed, size, steps, "
             "guidance, guidance_until, sampler, creativity, denoise.",
         ),
     ] = None,
     batch: BatchOption = None,
-    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="Picture i uses seed + i; or random.")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="Picture i uses N + i; or random.")] = None,
     size: SizeOption = None,
     aspect: Annotated[
-        str | None, typer.Option("--aspect", metavar="W:H", help="In the place of a size, like 3:2.")
+        str | None, typer.Option("--aspect", metavar="W:H", help="Aspect ratio, like 3:2, instead of --size.")
     ] = None,
     resolution: Annotated[
         str | None,
-        typer.Option(
-            "--resolution", metavar="R", help="With an aspect: 1K, 2K, or the side of a square of as many pixels."
-        ),
+        typer.Option("--resolution", metavar="R", help="With --aspect: 1K, 2K, or the side of a square of equal area."),
     ] = None,
     init_image: InitImageOption = None,
     denoise: DenoiseOption = None,
@@ -263,7 +262,7 @@ def render(
     style_guidance: StyleGuidanceOption = None,
     cohesion: Annotated[
         float | None,
-        typer.Option("--cohesion", metavar="C", help="0 every picture by itself … 1 all in the look of the first."),
+        typer.Option("--cohesion", metavar="C", help="0: independent pictures … 1: all share the look of the first."),
     ] = None,
     scope: ScopeOption = None,
     creativity: CreativityOption = None,
@@ -273,7 +272,7 @@ def render(
     offload: OffloadOption = None,
     format: FormatOption = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, max=256, metavar="N", help="Render in so many processes at once.")
+        int | None, typer.Option("--workers", min=1, max=256, metavar="N", help="Render in N processes at once.")
     ] = None,
     ray: Annotated[
         str | None, typer.Option("--ray", metavar="ADDRESS", help="Render on a Ray cluster: HOST:PORT, or auto.")
@@ -281,11 +280,11 @@ def render(
     project: ProjectOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the project's last run as it was planned.")] = False,
     run: Annotated[
-        int | None, typer.Option("--run", min=1, metavar="N", help="With --resume: the run of this number.")
+        int | None, typer.Option("--run", min=1, metavar="N", help="With --resume: the run with this number.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be rendered.")] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Render each line of standard input as it comes, a run of its own.")
+        bool, typer.Option("--stream", help="Render each line of standard input as it arrives, as its own run.")
     ] = False,
     no_embed: EmbedOption = False,
     allow_outside: OutsideOption = False,
@@ -294,12 +293,12 @@ def render(
 ) -> None:
     """Render a project, or single prompts, into its outputs folder.
 
-    Prints the path of each picture as soon as it is on disk. -p, --only, --style and --matrix may come several times.
-    Exits with 1 when any line of --stream went wrong.
+    Prints the path of each picture as soon as it is on disk. -p, --only, --style and --matrix are repeatable.
+    Exits with 1 if any line of --stream fails.
 
     \b
     Examples:
-      k2 render                             the project here, whole
+      k2 render                             the current project
       k2 render -p "a red fox" --batch 4    one prompt, four seeds
       k2 render --style dusk=0.6 --seed 40
       k2 render --only fox --init-image sketch.png --denoise 0.6
@@ -307,7 +306,7 @@ def render(
       tail -f wishes.txt | k2 render --stream
       k2 render -p "a {red|green} apple" --matrix style.dusk=0,0.5,1
       k2 render --like outputs/0001-fox/fox-7.png --batch 8
-      k2 render --resume                    go on with a run that was stopped
+      k2 render --resume                    finish an interrupted run
     """
     from k2cli.asked import Asked
     from k2cli.carry import carry_out, say_again, show_plan
@@ -329,7 +328,7 @@ def render(
             if not quiet and (elsewhere := said_of_home(like, home.root)):
                 say(elsewhere, "yellow")
         if len(named) > 1:
-            raise typer.BadParameter("a picture is of one project", param_hint="--like")
+            raise typer.BadParameter("it works with one project at a time", param_hint="--like")
     opened = open_projects(named, project, allow_outside, prompt or ())
     options = {
         "batch": batch, "seed": seed_of(seed), "size": size, "aspect": aspect, "resolution": resolution,
@@ -362,7 +361,7 @@ def render(
     if resume:
         if any((prompt, only, like, style, matrix, stdin, settings)) or moodboard is not None:
             raise typer.BadParameter(
-                "a run is resumed as it was planned; no other setting goes with it", param_hint="--resume"
+                "a run resumes as it was planned, so no other setting can be given", param_hint="--resume"
             )
         runs, none = tried(opened, lambda each: last_run(each, run))
         if not runs:
@@ -374,17 +373,19 @@ def render(
             raise typer.Exit(1)
         return
     if run is not None:
-        raise typer.BadParameter("it says which run is resumed, so it goes with --resume", param_hint="--run")
+        raise typer.BadParameter("it selects the run to resume, so it needs --resume", param_hint="--run")
     if only and (prompt or stdin):
-        raise typer.BadParameter("it chooses of the project's prompts, so no other goes with it", param_hint="--only")
+        raise typer.BadParameter("it selects project prompts, so no others can be given", param_hint="--only")
     if stream and prompt:
-        raise typer.BadParameter("its prompts come by standard input, so no other goes with it", param_hint="--stream")
+        raise typer.BadParameter(
+            "its prompts come from standard input, so no others can be given", param_hint="--stream"
+        )
     weights = dict(map(read_style, style or []))
     compared = [read_matrix(matrix, settled_by(settings, weights))] if matrix else []
     prompts = [typed("anything")] if stream else asked_for(prompt or [], stdin=stdin)
     example = Example.read(like, opened[0]) if like else None
     asked = Asked(settings, prompts, only or [], weights, compared, moodboard, example)
-    # of a stream what no line could make right is refused before the first
+    # what no line of a stream could put right is refused before the first
     several = len(opened) > 1
     jobs = for_all(opened, lambda each: asked.job(each, quiet=quiet or stream, named=several))
     if not quiet:
@@ -392,10 +393,10 @@ def render(
     if not stream:
         return carry(jobs)
     if not (dry_run or crew):
-        load(jobs[0].model)  # while it is awaited
+        load(jobs[0].model)  # while waiting for the first line
 
     def answer(one: Prompt) -> None:
-        """A line, by the projects as they are by now."""
+        """Render a line, with the projects as they are now."""
         mine = replace(asked, prompts=[one])
         there = open_projects(named, project, allow_outside)
         carry(for_all(there, lambda each: mine.job(each, quiet=quiet, named=several)))
@@ -415,9 +416,9 @@ app.command()(rerun)
 
 @app.command()
 def doctor(project: ProjectOption = None, json: JsonOption = False) -> None:
-    """Look this installation over.
+    """Check this installation.
 
-    Device, memory, models, versions, what will be slow and why. Exits with 1 where something is broken.
+    Reports device, memory, models, versions, and what will be slow and why. Exits with 1 if something is broken.
     """
     from k2cli.console import result, screen, to_json
     from k2cli.doctor import describe, examine

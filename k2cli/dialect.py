@@ -1,4 +1,4 @@
-"""TOML as k2 writes it, and as it is read back many times sooner than TOML from anybody.
+"""TOML in the layout that k2 writes, which is read back many times faster than arbitrary TOML.
 
 A project has thousands of records, and a plan may be megabytes long.
 """
@@ -13,24 +13,24 @@ from typing import Any
 
 from k2cli.tables import LIMIT, loads
 
-MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # lines of a long text; those that are unlike all others
-MOST_ESCAPES = 1_000_000  # in its texts
+MOST_LINES, MOST_DISTINCT = 1_000_000, 200_000  # of a long text: lines, distinct lines
+MOST_ESCAPES = 1_000_000  # in its strings
 HEADER = re.compile(r"(\[\[?)([\w-]+(?:\.[\w-]+)*)\]\]?\s*$")
 KEY = re.compile(r"(?:[\w-]+|\"[^\"\\]*\") = ")
-SIMPLE = re.compile(  # a text without escapes, a whole number, a fraction, a moment
+SIMPLE = re.compile(  # a string without escapes, an integer, a float, a datetime
     r"""([A-Za-z0-9_-]+) = (?:"([^"\\\x00-\x1f\x7f]*+)"|(-?(?:0|[1-9][0-9]{0,17}))|(-?(?:0|[1-9][0-9]{0,17})\.[0-9]+)"""
     r"""|([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{6})?[+-][0-9]{2}:[0-9]{2}))"""
 )
-VALUE: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each in turn
+VALUE: tuple[Callable[[str], Any], ...] = (str, int, float, datetime.fromisoformat)  # of each group in turn
 SCALAR = r"""(?:"(?:[^"\\]|\\.)*+"|[-+:. \w]{1,40})"""
 PAIR = KEY.pattern + SCALAR
-PLAIN_LINE = re.compile(  # as `dump` writes them, in whose lists stand scalars or short tables
+PLAIN_LINE = re.compile(  # as `dump` writes it; lists hold scalars or short tables
     rf"|{HEADER.pattern}|{PAIR}|{KEY.pattern}\[\]?|    {SCALAR},|    {{ {PAIR}(?:, {PAIR}){{0,9}} }},|\]"
 )
 
 
 def dump(table: Mapping[str, Any]) -> bytes:
-    """TOML of plain values; what is None is left out, as TOML knows no nothing."""
+    """TOML of plain values; None is left out, as TOML has no null."""
     import tomli_w
 
     def clean(value: Any) -> Any:
@@ -42,10 +42,10 @@ def dump(table: Mapping[str, Any]) -> bytes:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """What tomllib reads, several times sooner where the text is as `dump` writes it.
+    """The same as tomllib, several times faster if the text is as `dump` writes it.
 
-    Most lines of a project's records are alike, so every `key = value` is parsed once and remembered. Whatever does
-    not look like that goes to tomllib as a whole. Raises ValueError, and RecursionError as `loads` does.
+    Most lines of a project's records are alike, so every `key = value` is parsed once and cached. Any other layout
+    goes to tomllib in full. Raises ValueError, and RecursionError as `loads` does.
     """
     try:
         return parse_lines(text)
@@ -54,8 +54,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def parse_lines(text: str) -> dict[str, Any]:
-    """A text as `dump` writes it, and as no other: ValueError, TypeError, KeyError or AttributeError say that it is
-    not."""
+    """Parse text laid out as `dump` writes it; ValueError, TypeError, KeyError or AttributeError mean it is not."""
     root: dict[str, Any] = {}
     table = root
     lines = iter(text.split("\n"))
@@ -76,7 +75,7 @@ def parse_lines(text: str) -> dict[str, Any]:
                 table = table[name][-1]
             else:
                 if name in table:
-                    raise ValueError("a table twice")
+                    raise ValueError("duplicate table")
                 table[name] = table = {}
             continue
         if not KEY.match(line):
@@ -90,14 +89,14 @@ def parse_lines(text: str) -> dict[str, Any]:
             line = "\n".join([line, *rest])
         key, value = parse_line(line)
         if key in table:
-            raise ValueError("a key twice")
+            raise ValueError("duplicate key")
         table[key] = list(value) if isinstance(value, list) else value
     return root
 
 
 @lru_cache(maxsize=1 << 16)
 def parse_line(line: str) -> tuple[str, Any]:
-    if simple := SIMPLE.fullmatch(line):  # seeds, hashes and moments are new in every record
+    if simple := SIMPLE.fullmatch(line):  # seeds, hashes and datetimes are new in every record
         which = simple.lastindex or 0
         return simple[1], VALUE[which - 2](simple[which])
     ((key, value),) = loads(line).items()
@@ -105,16 +104,16 @@ def parse_line(line: str) -> tuple[str, Any]:
 
 
 def parse_long(text: str) -> dict[str, Any]:
-    """A text of which one longer than hands write must look as `dump` writes it: TOML at its most intricate is read
-    many times slower. Raises ValueError, and RecursionError as `loads` does."""
+    """Parse text that, if longer than anybody writes by hand, must be laid out as `dump` writes it: the most intricate
+    TOML is read many times slower. Raises ValueError, and RecursionError as `loads` does."""
     if len(text) <= LIMIT:
         return loads(text)
     lines = text.split("\n")
     distinct = set(lines)
     fits = len(lines) <= MOST_LINES and len(distinct) <= MOST_DISTINCT and text.count("\\") <= MOST_ESCAPES
     if not fits or not all(map(PLAIN_LINE.fullmatch, distinct)):
-        raise ValueError("it is long, and not as k2 wrote it")
+        raise ValueError("it is long, and not as k2 writes it")
     try:
         return parse_lines(text)
     except (TypeError, KeyError, AttributeError):
-        raise ValueError("it is long, and not as k2 wrote it") from None
+        raise ValueError("it is long, and not as k2 writes it") from None

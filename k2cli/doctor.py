@@ -1,4 +1,4 @@
-"""What this machine gives a render, and what is in its way."""
+"""What this machine offers for rendering, and what is in the way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("k2", "torch", "tokenizers", "safetensors", "pillow", "numpy", "type
 
 
 def examine(folder: Path | None = None) -> dict[str, Any]:
-    """Everything `k2 doctor` knows, of a project too. `problems` keep k2 from working, `notes` say what is slow."""
+    """Everything `k2 doctor` reports, on a project too. `problems` keep k2 from working, `notes` say what is slow."""
     import torch
 
     from model.fast import speed
@@ -55,7 +55,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
                 {key: each[key] for key in ("file", "megabytes", "sha256")} for each in models.describe(name)
             ]
     if not library.box():
-        problems.append(f"There are no weights in {library.BOX}: nothing can be rendered with the model of the box.")
+        problems.append(f"There are no weights in {library.BOX}: the bundled model cannot render.")
     with noted(problems):
         if project := Project.open(folder) if folder else Project.around(Path.cwd()):
             found["project"] = {
@@ -73,7 +73,7 @@ def examine(folder: Path | None = None) -> dict[str, Any]:
 
 @contextmanager
 def noted(problems: list[str]) -> Iterator[None]:
-    """Add what users can fix to the problems, and go on."""
+    """Collect errors that users can fix in `problems`, and continue."""
     try:
         yield
     except K2Error as error:
@@ -81,7 +81,7 @@ def noted(problems: list[str]) -> Iterator[None]:
 
 
 def plans(device: str) -> list[dict[str, Any]]:
-    """How each model that is here would be held, and the open 12.9B weights even where they are not; and what fits."""
+    """How each installed model would be held, and the open 12.9B weights even if absent; and what fits."""
     from model import parts
     from model.plan import default_dtype, eight_bits, free_memory, known_precisions, needs, plan_on, ways
 
@@ -90,13 +90,13 @@ def plans(device: str) -> list[dict[str, Any]]:
         try:
             counted = {model.name: parts.numbers_of(library.find_parts(model), device)} | counted
         except K2Error:
-            continue  # `models` tells what is wrong with it
+            continue  # `k2 models` reports what is wrong with it
     free, eight, known = free_memory(device), eight_bits(device), known_precisions(device)
     found = []
     for name, numbers in counted.items():
         dtype = default_dtype(device, numbers.width)
         chosen = plan_on(device, numbers, dtype=dtype)
-        by_hand = [("int4", offload) for offload in OFFLOADS]  # nothing is rounded as far as that unasked
+        by_hand = [("int4", offload) for offload in OFFLOADS]  # never chosen automatically
         open_ways = dict.fromkeys([*ways(numbers, eight, known=known), *by_hand])
         others = {f"{p}, offload {o}": round(needs(numbers, dtype, p, o) / 1e9, 1) for p, o in open_ways}
         others = dict(sorted(others.items(), key=lambda way: -way[1]))
@@ -119,7 +119,7 @@ def plans(device: str) -> list[dict[str, Any]]:
 
 
 def operations(numbers: Numbers) -> int:
-    """Of a step at a model's own size: the products of its blocks' matrices, for the picture's tokens alone."""
+    """FLOP of a step at the model's native size: its blocks' matrix products, for the picture's tokens alone."""
     return 2 * numbers.inside * (numbers.native // 16) ** 2
 
 
@@ -137,7 +137,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         none = "No GPU is used" if found["gpus"] else without_gpu()
         rate = f"{gflops['float32']:g} GFLOP/s"
         lines.append(
-            f"{none}: everything runs on the processor, at {rate}. Mini is made for that, the open weights are not."
+            f"{none}: everything runs on the processor, at {rate}. Mini is made for that; the open weights are not."
         )
         if gflops["bfloat16"] < gflops["float32"]:
             ratio = gflops["float32"] / max(gflops["bfloat16"], 0.1)
@@ -146,28 +146,28 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             )
     if cpu["threads"] < cpu["cores"]:
         used = f"{cpu['threads']} of {cpu['cores']} cores {'is' if cpu['threads'] == 1 else 'are'} used"
-        lines.append(f"{used}: OMP_NUM_THREADS or the machine says so.")
+        lines.append(f"{used}: OMP_NUM_THREADS or the system limits them.")
     for plan in found["plans"]:
         if not plan["fits"]:
             lines.append(
-                f"{plan['model']} does not fit: {plan['needs_gb']:g} GB are needed, nine tenths of the "
-                f"{about(memory_gb)}{plan['free_gb']:g} GB free may be used."
+                f"{plan['model']} does not fit: it needs {plan['needs_gb']:g} GB, and k2 uses at most nine tenths of "
+                f"the {about(memory_gb)}{plan['free_gb']:g} GB free."
             )
         elif plan["offload"] == "all":
             four = plan["ways_gb"]["int4, offload text"]
-            why = "only in 4 bits could it be held (--precision int4)" if four <= SPARE * plan["free_gb"] else ""
-            line = f"{plan['model']} is read from disk for every step: {why or 'it is too large to be held'}."
+            why = "it fits in memory only in 4 bits (--precision int4)" if four <= SPARE * plan["free_gb"] else ""
+            line = f"{plan['model']} is read from disk for every step: {why or 'it does not fit in memory'}."
             if found["device"] == "cpu" and plan["step_gflop"]:
                 rate = 1000 * plan["blocks_gb"] * gflops[plan["dtype"]] / plan["step_gflop"]
                 line += f" A disk that reads {max(rate, 1):.0f} MB/s keeps up with the processor."
             lines.append(line)
     if memory_gb["free"] < 2:
-        lines.append(f"{memory_gb['free']:g} GB of memory are free: close something before rendering large pictures.")
+        lines.append(f"Only {memory_gb['free']:g} GB of memory are free: close something before large renders.")
     return lines
 
 
 def without_gpu() -> str:
-    """Why no card is found: there is none, or PyTorch would find none, as pip's on Windows. Macs need no CUDA."""
+    """Why no GPU is found: there is none, or PyTorch cannot see one, as pip's build on Windows. Macs need no CUDA."""
     from torch import version
 
     blind = version.cuda is None and version.hip is None and sys.platform != "darwin"
@@ -175,8 +175,8 @@ def without_gpu() -> str:
 
 
 def memory() -> dict[str, Any]:
-    """Gigabytes in all and free, as plans count them: within the limit that is set for this process. What is free may
-    be an estimate."""
+    """Total and free gigabytes as plans count them: within the limit set for this process. The free figure may be an
+    estimate."""
     from model.plan import free_memory, machine_memory
 
     whole, _, told = machine_memory()
@@ -199,12 +199,12 @@ def version_of(package: str) -> str | None:
 
 
 def about(memory_gb: Mapping[str, Any]) -> str:
-    """What stands before gigabytes that are free where the system does not say how many are."""
+    """Prefix for free gigabytes where the system does not report them and they are an estimate."""
     return "about " if memory_gb["estimated"] else ""
 
 
 def describe(found: Mapping[str, Any], cells: int | None = None) -> str:
-    """The findings for people; on a screen of so many cells no word is cut."""
+    """The findings as text; with `cells`, words are wrapped to that width and none is cut."""
     cpu, memory_gb = found["cpu"], found["memory_gb"]
     cores, threads = count_of(cpu["cores"], "core"), count_of(cpu["threads"], "thread")
     usable = [f", {gpu['name']} with {gpu['memory_gb']:g} GB" for gpu in found["gpus"] if gpu["usable"]]

@@ -21,9 +21,9 @@ PLANNED = re.compile(rb'^\[\[picture\]\]\nfile = "([^"\\/\n]+)\.\w+"$', re.MULTI
 
 
 def where_am_i(*, allow_outside: bool = False) -> str:
-    """The project around the current folder in a few lines, and what to do next; empty where there is none.
+    """The project around the current folder in a few lines, and what to do next; "" if there is none.
 
-    Raises K2Error where its k2.toml cannot be read, or a style that it wears.
+    Raises K2Error if its k2.toml, or a style that it uses, cannot be read.
     """
     project = Project.around(Path.cwd(), allow_outside=allow_outside)
     if project is None:
@@ -32,7 +32,7 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     outputs, lost = project.outputs, ""
     try:
         runs, last = history.runs_of(outputs), Run.last(outputs)
-    except K2Error as error:  # as of a drive that is not mounted: where one is can be said
+    except K2Error as error:  # of an unmounted drive, say: the rest can still be shown
         runs, last, lost = [], None, f"{error} {error.hint}"
     newest = next((made[-1] for run in reversed(runs) if (made := history.read_run(run))), None)
     done, planned = progress(last) if last and last.folder in runs else (0, 0)
@@ -40,7 +40,7 @@ def where_am_i(*, allow_outside: bool = False) -> str:
     facts = [
         ("  prompts", listed(names) or "none yet: add a [[prompt]] to k2.toml"),
         ("  styles", listed(styles_worn(project)) or "none"),
-        ("  model", f"{model_of(project)}, {count_of(project.settings.batch, 'picture')} a prompt"),
+        ("  model", f"{model_of(project)}, {count_of(project.settings.batch, 'picture')} per prompt"),
         *([("  together", together(project))] if project.settings.cohesion else []),
         ("  runs", lost or f"{len(runs) or 'none yet'}{when}"),
     ]
@@ -50,37 +50,37 @@ def where_am_i(*, allow_outside: bool = False) -> str:
         if last.busy:
             there += " and is being rendered"
         else:
-            steps["k2 render --resume"] = "make the rest"
+            steps["k2 render --resume"] = "render the rest"
         facts.append(("  runs", there))
-    steps |= {"k2 render": "make the pictures"} if names else {'k2 render -p "a red fox"': "make a picture"}
+    steps |= {"k2 render": "render the pictures"} if names else {'k2 render -p "a red fox"': "render a picture"}
     if newest:
         shown = newest.path.relative_to(project.root) if Path.cwd() == project.root else newest.path
         steps |= {
-            f"k2 show {quote(str(shown))}": "what it was made from",
-            "k2 log": "all that was made",
-            "k2 gallery": "a page of it for the browser",
+            f"k2 show {quote(str(shown))}": "show what it was made from",
+            "k2 log": "list all pictures",
+            "k2 gallery": "make a web page of them",
         }
     else:
-        steps |= {"k2 render --dry-run": "what would be made"}
+        steps |= {"k2 render --dry-run": "show what would be rendered"}
     steps |= {"k2 --help": "everything else"}
     told = aligned([(f"  {step}", what) for step, what in steps.items()], 23)
     return harmless(f"{project.name}  ({project.root})\n{aligned(facts, 12, screen())}\n\n{told}")
 
 
 def model_of(project: Project) -> str:
-    """The model, and which of its checkpoints where the project names one."""
+    """The model, and which of its checkpoints if the project names one."""
     return " ".join(filter(None, (project.settings.model, project.settings.variant)))
 
 
 def together(project: Project) -> str:
-    """How much pictures share, and with which."""
-    whose = "a prompt's first picture" if project.settings.scope == "prompt" else "the first picture of all"
+    """How much pictures share, and with which one."""
+    whose = "the prompt's first picture" if project.settings.scope == "prompt" else "the run's first picture"
     return f"cohesion {project.settings.cohesion:g}, with {whose}"
 
 
 def styles_worn(project: Project) -> list[str]:
-    """The project's styles: with their weights, those of single prompts, and those that are off; and its moodboard.
-    Raises K2Error for one that is not there."""
+    """The project's moodboard and styles: those with weights, those of single prompts, and those that are off. Raises
+    K2Error for a missing one."""
     board = [f"moodboard {project.board.strength:g}"] if project.board and project.board.strength else []
     project.styles.resolve(dict.fromkeys(project.weights, 0.0), Place(project.toml, ("style",)))
     for prompt in project.prompts:
@@ -92,17 +92,17 @@ def styles_worn(project: Project) -> list[str]:
 
 
 def weight_in(project: Project, style: str) -> str:
-    """A style's weight in the project, or that only some prompts have one, or that it is off."""
+    """A style's weight in the project, or that only some prompts give it one, or that it is off."""
     if weight := project.weights.get(style):
         return f"weight {weight:g}"
     return "some prompts" if any(prompt.style.get(style) for prompt in project.prompts) else "off"
 
 
 def progress(run: Run) -> tuple[int, int]:
-    """How many of a run's pictures are made, and how many are planned; 0 of 0 where its plan cannot be read, or the run
-    has its sheet: what it lacks was deleted since.
+    """How many of a run's pictures exist, and how many are planned; 0 of 0 if its plan cannot be read, or if the run
+    has its contact sheet: whatever is missing then was deleted since.
 
-    A plan may be megabytes long: the names are looked for, and the rest is not parsed.
+    A plan may be megabytes long: it is searched for names, and the rest is not parsed.
     """
     if run[SHEET].exists():
         return 0, 0
@@ -115,8 +115,9 @@ def progress(run: Run) -> tuple[int, int]:
 
 
 def first_step(outputs: Path) -> str:
-    """The command that makes the first pictures of a project: of a run that was stopped before it had any, the rest.
-    What that run reaches out for is said, and left to be allowed, when it is tried: the plan may be a stranger's."""
+    """The command that makes a project's first pictures; it resumes a run that was stopped before it had any. Files
+    outside the project that such a run needs are reported, for the user to allow, when it is tried: the plan may be a
+    stranger's."""
     last = Run.last(outputs)
     done, planned = progress(last) if last else (0, 0)
     return "k2 render --resume" if last and done < planned and not last.busy else "k2 render"

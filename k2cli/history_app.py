@@ -1,4 +1,4 @@
-"""The commands about what has been made. As in `app.py`, whatever is heavy is imported by the command that needs it."""
+"""The commands about existing pictures. As in `app.py`, each command does its own heavy imports."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from k2cli.folder import Folder
     from k2cli.history import Chosen, Made
 
-SCREENFUL = 30  # pictures that a terminal is shown unless it asks for more
+SCREENFUL = 30  # pictures that a terminal shows by default
 
 RunOption = Annotated[
     str,
     typer.Option(
-        "--run", metavar="RUN", help="Of this run: its number, or a part of its name.", autocompletion=complete_run
+        "--run", metavar="RUN", help="Only this run: its number, or part of its name.", autocompletion=complete_run
     ),
 ]
 WordsOption = Annotated[
     list[str] | None,
-    typer.Option("--prompt", "-p", metavar="WORDS", help="Whose prompt has words that begin so, or whose name does."),
+    typer.Option("--prompt", "-p", metavar="WORDS", help="Match the start of words in the prompt or its name."),
 ]
 WithOption = Annotated[
     list[str] | None,
     typer.Option(
         "--style",
         metavar="NAME",
-        help="Made with this style; given twice: made with both.",
+        help="Made with this style; if repeated, with all of them.",
         autocompletion=complete_style,
     ),
 ]
 SinceOption = Annotated[
     str | None,
-    typer.Option("--since", metavar="WHEN", help="Made since: 30m, 2h, 3d, 1w, today, yesterday, 2026-11-24."),
+    typer.Option("--since", metavar="WHEN", help="How far back: 30m, 2h, 3d, 1w, today, yesterday, 2026-11-24."),
 ]
 
 
 def chosen_by(run: str, prompt: list[str] | None, style: list[str] | None, since: str | None) -> Chosen | None:
-    """Which pictures these options choose; None where nothing is said. Raises K2Error."""
+    """Which pictures these options select; None if none is given. Raises K2Error."""
     from k2cli import history
 
     if not (run or prompt or style or since is not None):
@@ -62,21 +62,19 @@ def log(
     prompt: WordsOption = None,
     style: WithOption = None,
     since: SinceOption = None,
-    last: Annotated[int | None, typer.Option("--last", "-n", metavar="N", min=1, help="The last N of them.")] = None,
+    last: Annotated[int | None, typer.Option("--last", "-n", metavar="N", min=1, help="Only the last N.")] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help=f"All of them; a terminal is shown the last {SCREENFUL} otherwise.")
+        bool, typer.Option("--all", help=f"All pictures; by default a terminal shows the last {SCREENFUL}.")
     ] = False,
-    null: Annotated[
-        bool, typer.Option("--null", "-0", help="Only files, each ended by a NUL, as xargs -0 wants.")
-    ] = False,
+    null: Annotated[bool, typer.Option("--null", "-0", help="Only paths, each ended by a NUL, for xargs -0.")] = False,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List the pictures that were made, the newest last.
+    """List pictures, newest last.
 
-    On a terminal as a table; in a pipe a line each, the fields parted by tabs: file, when, seed, size, styles, prompt.
+    A table on a terminal; in a pipe one line each, with tab-separated fields: file, when, seed, size, styles, prompt.
 
     \b
     Examples:
@@ -90,9 +88,9 @@ def log(
     from k2cli.listing import line_of, near_file, show_table
 
     if everything and last is not None:
-        raise typer.BadParameter("all of them or the last N, not both", param_hint="--all")
+        raise typer.BadParameter("it cannot be combined with --last", param_hint="--all")
     if null and json:
-        raise typer.BadParameter("files alone or objects, not both", param_hint="--null")
+        raise typer.BadParameter("it cannot be combined with --json", param_hint="--null")
     folders, wrong = find_folders(projects or [], project, allow_outside)
     chosen = chosen_by(run, prompt, style, since)
     unread: list[Path] = []
@@ -102,7 +100,7 @@ def log(
     count = 0
 
     def every() -> Iterator[Made]:
-        """Of all projects; what is wrong with one keeps nothing of the others."""
+        """Of all projects; an error in one does not stop the others."""
         nonlocal count
         for folder in folders:
             try:
@@ -127,9 +125,9 @@ def log(
             told = f"No picture matches. {why_none(folders, chosen)}" if chosen else none_yet(folders)
             say(told.rstrip(), "dim")
         elif len(found) < count:
-            say(f"The last {len(found)} of {count:,} pictures{'; --all lists every one' if short else ''}.", "dim")
+            say(f"The last {len(found)} of {count:,} pictures{'; --all lists them all' if short else ''}.", "dim")
         if unread:
-            say(f"{len(unread)} left out, whose records are gone or cannot be read: {short_path(unread[0])}", "yellow")
+            say(f"{len(unread)} left out, record missing or unreadable: {short_path(unread[0])}", "yellow")
     for problem in wrong:
         show_error(problem)
     if wrong:
@@ -137,7 +135,7 @@ def log(
 
 
 def none_yet(folders: Sequence[Folder]) -> str:
-    """That projects have no pictures, and what makes some."""
+    """Say that projects have no pictures yet, and which command makes some."""
     from k2cli.console import for_shell
     from k2cli.folder import root_above
     from k2cli.here import first_step
@@ -150,15 +148,15 @@ def none_yet(folders: Sequence[Folder]) -> str:
 
 
 def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
-    """What may be wrong with a choice that no picture matches: a run or a style that there is none of, or a style that
-    no record names; "" where nothing is."""
+    """Why a selection may match no picture: a run or a style that does not exist, or a style that no record names; ""
+    if nothing explains it."""
     from k2cli import history
     from k2cli.styles import BOARD, Styles
     from k2cli.texts import composed
     from model.errors import close_to, nearest
 
     runs: list[str] = []
-    known: set[str] = set()  # of some styles there are only pictures by now
+    known: set[str] = set()  # some styles live on only in pictures
     for folder in folders:
         with suppress(K2Error):
             runs += [run.name for run in history.runs_of(folder.outputs)]
@@ -175,7 +173,7 @@ def why_none(folders: Sequence[Folder], chosen: Chosen) -> str:
 
 
 def of_mixes(folders: Sequence[Folder], styles: Iterable[str]) -> str:
-    """Of styles that are mixes and nothing else, what records name in their place; "" where there is none."""
+    """For styles that are mixes and nothing else, the parts that records name instead; "" if there are none."""
     from k2cli.styles import Styles
     from k2cli.texts import composed, quote
 
@@ -186,7 +184,7 @@ def of_mixes(folders: Sequence[Folder], styles: Iterable[str]) -> str:
                 parts = [part.name for part in Styles(folder.root, folder.inside).resolve({name: 1.0}, lambda name: "")]
                 if parts and name not in parts:
                     those = " ".join(f"--style {quote(part)}" for part in parts)
-                    told[f"{name} is a mix, and records name what it is made of: {those}"] = None
+                    told[f"{name} is a mix, and records name its parts: {those}"] = None
     return " ".join(told)
 
 
@@ -196,7 +194,7 @@ def gallery(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="The folder to make; else gallery in the project."),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write; default: gallery in the project."),
     ] = None,
     run: RunOption = "",
     prompt: WordsOption = None,
@@ -207,11 +205,11 @@ def gallery(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a page of the project's pictures for any browser.
+    """Make a web page of the project's pictures.
 
-    A folder that needs no server and no network: runs, styles and prompts to filter by, search, zoom, keys, and each
-    picture's record with the line that makes it again. Run it once more to bring it up to date. The folder can be
-    moved, zipped, or put on a web server. Some of the pictures go into a folder of their own, by --output.
+    It is a folder that needs no server and no network: filters by run, style and prompt, search, zoom, keyboard
+    shortcuts, and each picture's record with the command that reproduces it. Run it again to update the page. The
+    folder can be moved, zipped, or put on a web server. A selection of pictures needs its own folder, by --output.
 
     \b
     Examples:
@@ -224,30 +222,30 @@ def gallery(
     from k2cli.project import Project
 
     chosen = chosen_by(run, prompt, style, since)
-    if chosen and output is None:  # in that of the project all others would be dropped
-        raise typer.BadParameter("some of the pictures go into a folder of their own: name it", param_hint="--output")
+    if chosen and output is None:  # in the project's own, all others would be removed
+        raise typer.BadParameter("a selection of pictures needs a folder of its own: name it", param_hint="--output")
     found, wrong = find_folders([folder] if folder else [], project, allow_outside)
     if wrong:
         raise wrong[0]
     (there,) = found
     target, name = output or there.inside("gallery"), there.root.name
     if chosen and target.resolve() == (there.root / "gallery").resolve():
-        raise typer.BadParameter("it would drop all others from the project's own gallery", param_hint="--output")
-    try:  # what was made can be looked at, whatever is being written now
+        raise typer.BadParameter("it would remove all others from the project's own gallery", param_hint="--output")
+    try:  # pictures can be viewed even while k2.toml is broken
         name = Project.open(there.root, allow_outside=allow_outside).name
     except K2Error as error:
         wrong.append(error)
     unread: list[Path] = []
     count = build(there.outputs, target, name, chosen=chosen, skipped=unread.append)
-    if unread and not quiet:  # it may be for them that there is no page
-        say(f"{len(unread)} left out, whose pictures or records cannot be read: {short_path(unread[0])}", "yellow")
+    if unread and not quiet:  # they may be why there is no page
+        say(f"{len(unread)} left out, picture or record unreadable: {short_path(unread[0])}", "yellow")
     if chosen and not count:
         hint = why_none([there], chosen) or "All pictures: k2 log"
-        raise K2Error("No picture that can be shown matches, so that no page is made.", hint=hint)
+        raise K2Error("No picture that can be shown matches, so no page is made.", hint=hint)
     result(to_json({"file": short_path(target / PAGE), "pictures": count}) if json else short_path(target / PAGE))
     if not quiet:
         for problem in wrong:
-            say(f"{problem} The page is called after the folder.", "yellow")
+            say(f"{problem} The page is named after the folder.", "yellow")
         if count:
             say(f"{count_of(f'{count:,}', 'picture')}. Open the page in a browser.", "dim")
         elif not unread:
@@ -259,16 +257,16 @@ def show(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="A picture that k2 made, or its record; from here, or in --project. Of several, what is different.",
+            help="Pictures that k2 made, or their records, here or in --project; several are compared.",
         ),
     ],
     project: ProjectOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a picture was made from, or in what several differ.
+    """Show what a picture was made from, or how several differ.
 
-    The pictures on a terminal only, as well as that can: by the protocols of kitty and iTerm2, as sixels, or in
-    half-blocks. To choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
+    On a terminal, the pictures are shown, too: by the kitty or iTerm2 protocol, as sixels, or in half-blocks. To
+    choose, set K2_PREVIEW to kitty, iterm2, sixel, blocks or off.
 
     \b
     Examples:
@@ -304,19 +302,17 @@ def show(
 def rerun(
     files: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="FILE...", help="Pictures that k2 made, or their records; a run's folder for all of it."
-        ),
+        typer.Argument(metavar="FILE...", help="Pictures that k2 made, their records, or the folder of a whole run."),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write one; else a new run of the project."),
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write a single picture; default: a new run."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Compare, and write nothing; the paths are those of the pictures compared.")
+        bool, typer.Option("--check", help="Compare and write nothing; prints the paths of the pictures compared.")
     ] = False,
     device: Annotated[
-        str | None, typer.Option("--device", metavar="DEVICE", help="In the place of the recorded one.")
+        str | None, typer.Option("--device", metavar="DEVICE", help="Device to use instead of the recorded one.")
     ] = None,
     project: ProjectOption = None,
     no_embed: EmbedOption = False,
@@ -324,17 +320,17 @@ def rerun(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make pictures again from their records, and compare.
+    """Reproduce pictures from their records, and compare.
 
-    Refuses when the model or a reference is not what it was. Exits with 1 when the pixels of any differ,
-    and with --check also when a picture itself is gone, was changed, or cannot be read.
+    Refuses if the model or a reference has changed. Exits with 1 if any pixels differ, and with --check also if a
+    picture is gone, changed or unreadable.
 
     \b
     Examples:
       k2 rerun outputs/0001-fox/fox-7.png
       k2 rerun outputs/0001-fox                    all pictures of a run
-      k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone will do
-      k2 rerun outputs/0001-fox --check            the comparison alone
+      k2 rerun ~/Downloads/fox-7.png -o fox.png    the picture alone is enough
+      k2 rerun outputs/0001-fox --check            only compare
     """
     from k2cli.console import last_words, meter, say
     from k2cli.pictures import without_sheets
@@ -342,16 +338,16 @@ def rerun(
 
     if check and (output is not None or no_embed):
         other = "--output" if output is not None else "--no-embed"
-        raise typer.BadParameter(f"it writes nothing, so {other} does not go with it", param_hint="--check")
+        raise typer.BadParameter(f"it writes nothing, so it cannot be combined with {other}", param_hint="--check")
     asked, sheets = without_sheets([find_file(file, project) for file in files])
     if sheets and not quiet:
         say(sheets, "yellow")
     lone: list[Path] = []
     named = pictures_in(asked, None if check else lone)
     if lone and not quiet:
-        say(f"{len(lone)} left out, whose pictures are gone. {brought_back(lone)}", "yellow")
+        say(f"{len(lone)} left out, picture gone. {brought_back(lone)}", "yellow")
     if output is not None and len(named) > 1:
-        raise typer.BadParameter(f"one file for {len(named)} pictures", param_hint="--output")
+        raise typer.BadParameter(f"one file cannot hold {len(named)} pictures", param_hint="--output")
     several, identical = len(named) > 1, 0
     refused: list[str] = []
     with Shelf() as shelf, meter(len(named), quiet=quiet) as bar:
@@ -366,7 +362,7 @@ def rerun(
                 continue
             except KeyboardInterrupt:
                 made = done - 1 - len(refused)
-                last_words(f"Interrupted: {made} of {len(named)} were made again, {identical} of them identical.")
+                last_words(f"Interrupted: {made} of {len(named)} rendered again, {identical} of them identical.")
                 raise
             finally:
                 bar.saved(done)

@@ -242,7 +242,7 @@ def test_a_dry_run_says_what_differs(moody, k2, fake, tmp_path):
         line = k2("render", "--only", "fox", "--guidance-until", *given, "--dry-run").stdout.splitlines()[0]
         assert line.split("\t")[3] == f"52 steps, guidance {0 if '--guidance' in given else 3.5:g}{told}"
     off = ("--guidance-until", "0.5", "--dry-run")
-    told = "Guidance is off, so that guidance_until = 0.5 changes nothing."
+    told = "Guidance is off, so guidance_until = 0.5 has no effect."
     assert told in k2("render", *off, "--guidance", "0").stderr and told not in k2("render", *off).stderr
     assert told not in k2("render", *off, "--matrix", "guidance=0,1").stderr
     line = k2("render", "--only", "fox", "--sampler", "ab2", "--dry-run").stdout.splitlines()[0]
@@ -392,8 +392,8 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--matrix", "size=64x64", "--aspect", "1:1"], 2, '"size" is settled by another option', ""),
         (["render", "--matrix", "style.x=1", "--style", "x=1"], 2, '"style.x" is settled by another option', ""),
         (["render", "--matrix", "steps=1", "--matrix", "steps=2"], 2, '"steps" comes twice', "steps=1,2"),
-        (["render", "--only", "fox", "-p", "tea"], 2, "it chooses of the project's prompts", ""),
-        (["render", "--only", "fox", "-"], 2, "it chooses of the project's prompts", ""),
+        (["render", "--only", "fox", "-p", "tea"], 2, "it selects project prompts", ""),
+        (["render", "--only", "fox", "-"], 2, "it selects project prompts", ""),
         (["render", "a red owl"], 1, "There is no project a red owl.", "k2 render -p 'a red owl'"),
         (["render", "-p", "a", "red", "fox"], 1, "There is no project red.", "in quotes: k2 render -p 'a red fox'"),
         (["render", ".", "-p", "a", "red", "fox"], 1, "There is no project red.", "k2 render . -p 'a red fox'"),
@@ -416,8 +416,8 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["style", "add", "x", "gone.png"], 1, "There is no gone.png.", "Name pictures, or a folder of them."),
         (["show", "k2.toml"], 1, "k2.toml is no record of a picture.", "Name a picture that k2 made"),
         (["show", "."], 1, ". is a folder.", "k2 log"),
-        (["log", "--all", "-n", "1"], 2, "Invalid value for --all: all of them or the last N, not both", ""),
-        (["render", "--resume", "--seed", "3"], 2, "no other setting goes with it", ""),
+        (["log", "--all", "-n", "1"], 2, "Invalid value for --all: it cannot be combined with --last", ""),
+        (["render", "--resume", "--seed", "3"], 2, "no other setting can be given", ""),
     ],
 )
 def test_unknown_keys_and_usage(moody, k2, arguments, code, message, hint):
@@ -950,7 +950,7 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
     assert k2("render", "--resume", "--run", "1").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-8.png\n"
     none = k2("render", "--resume", "--run", "7", code=1).stderr
     assert "has no run 0007 to go on with" in none and "Which there are: k2 log" in none
-    assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
+    assert "needs --resume" in k2("render", "--run", "1", code=2).stderr
 
 
 def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
@@ -1147,15 +1147,15 @@ def test_a_place_is_found_however_its_accents_are_written(moody, k2, there, aske
 
 def test_a_project_without_a_name_is_none(moody, k2):
     assert "The project's name is empty." in k2("new", "", code=1).stderr
-    assert f"{moody} is a k2 project already." in k2("new", ".", code=1).stderr
+    assert f"{moody} is already a k2 project." in k2("new", ".", code=1).stderr
 
 
 def test_a_new_project_that_is_one_already_is_gone_on_with(k2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     k2("new", "my mood")
     told = k2("new", "my mood", code=1).stderr
-    assert told.startswith(f"Error: {tmp_path / 'my mood'} is a k2 project already.\n")
-    assert told.endswith("or go on with this: cd 'my mood' && k2 render\n")
+    assert told.startswith(f"Error: {tmp_path / 'my mood'} is already a k2 project.\n")
+    assert told.endswith("or continue with this one: cd 'my mood' && k2 render\n")
 
 
 @pytest.mark.parametrize(
@@ -1164,7 +1164,7 @@ def test_a_new_project_that_is_one_already_is_gone_on_with(k2, tmp_path, monkeyp
 def test_a_size_that_the_model_cannot_paint_is_told(moody, k2, size, broken):
     said = k2("render", "--size", size, "--dry-run").stderr
 
-    assert (f"{size} is far from the 128x128 that the model was made for: expect broken pictures." in said) is broken
+    assert (f"{size} is far from the model's native 128x128: expect broken pictures." in said) is broken
     assert "far from" not in k2("render", "--size", size, "--dry-run", "--quiet").stderr
 
 
@@ -1276,11 +1276,11 @@ def test_a_word_in_a_projects_place_is_a_prompt(moody, k2, fake, word, meant):
     ("bf16", "free", "said"),
     [
         (True, 80, ""),
-        (True, 18, "only in 4 bits could it be held"),
-        (True, 10, "too large to be"),
+        (True, 18, "it fits in memory only in 4 bits"),
+        (True, 10, "it does not fit in memory"),
         (False, 80, ""),
-        (False, 20, "only in 4 bits could it be held"),
-        (False, 18, "too large to be"),
+        (False, 20, "it fits in memory only in 4 bits"),
+        (False, 18, "it does not fit in memory"),
     ],
 )
 def test_doctor_says_what_has_to_be_streamed(monkeypatch, bf16, free, said):

@@ -411,14 +411,14 @@ def test_what_is_typed_and_changes_nothing_is_told(den, k2):
     def told(*options: str) -> str:
         return k2("render", "--dry-run", *options).stderr
 
-    alone = "Every picture is the first of its own, so that cohesion changes nothing."
+    alone = "Every picture is its own lead picture, so cohesion has no effect."
     assert alone in told("--cohesion", "0.5", "--batch", "1")
     for options in (["--batch", "1"], ["--cohesion", "0.5"], ["--cohesion", "0", "--batch", "1"]):
         assert alone not in told(*options)
     assert alone not in told("--cohesion", "0.5", "--batch", "1", "--scope", "run")
-    untied = "Cohesion is 0, so that scope changes nothing."
+    untied = "Cohesion is 0, so scope has no effect."
     assert untied in told("--scope", "run", "--cohesion", "0") and untied not in told("--scope", "run")
-    wordless = "No style has reference pictures, so that style_guidance changes nothing."
+    wordless = "No style has reference pictures, so style_guidance has no effect."
     assert wordless in told("--style-guidance", "2") and wordless not in told()
     made = k2("render", "--only", "fox", "--batch", "1", "--quiet").stdout.strip()
     assert wordless not in told("--like", made)
@@ -439,7 +439,7 @@ def test_some_of_a_run_that_are_led_by_a_seed_of_their_own_are_told_to_belong_to
     def told(*options: str) -> str:
         return " ".join(k2("render", "--scope", "run", "--dry-run", *options).stderr.split())
 
-    strange = "these pictures belong to none that were made before. To belong to one: --like PICTURE"
+    strange = "these pictures match no earlier ones. To match one: --like PICTURE"
     owl = k2("render", "--only", "owl", "--batch", "1", "--quiet").stdout.strip()
     for options in (["--only", "owl"], ["--only", "owl", "--seed", "random"]):
         assert strange not in told(*options)  # the project's own seed leads

@@ -103,7 +103,7 @@ def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told)
 
     said = k2("new", folder).stderr
 
-    assert ("Git may keep every picture: add outputs/" in said) is told
+    assert ("Git may track every picture: add outputs/" in said) is told
     assert ignored is None or (folder / ".gitignore").read_text() == ignored
 
 

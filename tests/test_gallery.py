@@ -82,7 +82,7 @@ def test_of_a_project_whose_file_is_being_written(moody, k2):
 
     result = k2("gallery")
 
-    assert "The page is called after the folder." in result.stderr and "not valid TOML" in result.stderr
+    assert "The page is named after the folder." in result.stderr and "not valid TOML" in result.stderr
     assert len(data_of(moody / "gallery")["pictures"]) == 2 and data_of(moody / "gallery")["project"] == "moody"
     assert "after the folder" not in k2("gallery", "--quiet").stderr
 
@@ -102,7 +102,7 @@ def test_some_of_the_pictures_go_into_a_folder_of_their_own(moody, k2):
     before = tree(moody / "some")
     assert "No picture that can be shown matches" in k2("gallery", "-o", "some", "--style", "dusk", code=1).stderr
     assert tree(moody / "some") == before
-    assert "a folder of their own" in k2("gallery", "--run", "1", code=2).stderr
+    assert "a folder of its own" in k2("gallery", "--run", "1", code=2).stderr
     assert "is no moment" in k2("gallery", "--since", "soon", "-o", "some", code=2).stderr
     assert not (moody / "gallery").exists()
 
@@ -265,7 +265,7 @@ def test_a_picture_that_is_none_is_left_out(moody, k2, content):
 
     result = k2("gallery")
 
-    assert f"1 left out, whose pictures or records cannot be read: outputs/{run.name}/fox-7.png" in result.stderr
+    assert f"1 left out, picture or record unreadable: outputs/{run.name}/fox-7.png" in result.stderr
     assert "1 picture. Open the page in a browser." in result.stderr
     assert [each[1] for each in data_of(moody / "gallery")["pictures"]] == ["an-owl-at-night-7.png"]
     assert not (moody / "gallery" / "pictures" / run.name / "fox-7.png").exists()

@@ -62,7 +62,7 @@ def test_that_a_mix_is_in_no_record_is_told(moody, k2):
     (styles / "own.toml").write_text('keywords = ["own"]\n[mix]\nblend = 1\n')
     k2("render", "-p", "tea", "--style", "wide=1", "--steps", "1")
 
-    made_of = "is a mix, and records name what it is made of: --style riso --style ink\n"
+    made_of = "is a mix, and records name its parts: --style riso --style ink\n"
     for name in ("blend", "wide"):
         assert f"No picture matches. {name} {made_of}" in k2("log", "--style", name).stderr
         assert f"Hint:  {name} {made_of}" in k2("gallery", "--style", name, "-o", "page", code=1).stderr
@@ -100,7 +100,7 @@ def test_the_log_as_xargs_wants_it(moody, k2, monkeypatch):
     assert k2("log", "--project", odd, "--null").stdout == "".join(f"{os.path.relpath(path)}\0" for path in paths)
     assert k2("log", odd, "-0", "-n", "1").stdout == f"{os.path.relpath(paths[1])}\0"
     assert k2("log", odd, "-0", "--style", "dusk").stdout == ""
-    assert "files alone or objects, not both" in k2("log", odd, "-0", "--json", code=2).stderr
+    assert "it cannot be combined with --json" in k2("log", odd, "-0", "--json", code=2).stderr
 
 
 def test_the_log_is_in_the_order_of_making(moody, k2, tmp_path):
@@ -358,7 +358,7 @@ def test_the_log_on_a_terminal_is_a_table_of_a_screenful(moody, monkeypatch, cap
     assert "outputs/0001-fox" in lines[0] and "mini raw" in lines[0]
     assert "fox-10.png" in lines[1] and "seed 10" in lines[1] and "[bold]a very long" in lines[1]
     assert max(map(len, lines)) <= 100 and len([line for line in lines if "seed" in line]) == history_app.SCREENFUL
-    assert "The last 30 of 40 pictures; --all lists every one." in err
+    assert "The last 30 of 40 pictures; --all lists them all." in err
 
 
 def test_the_log_on_a_narrow_terminal_keeps_what_tells_pictures_apart(moody, monkeypatch, capsys):
@@ -515,7 +515,7 @@ def test_damaged_and_lost_records_are_counted(moody, k2, record):
     result = k2("log")
 
     assert len(result.stdout.splitlines()) == 1
-    assert "1 left out, whose records are gone or cannot be read: outputs/0001-fox/fox-0.png" in result.stderr
+    assert "1 left out, record missing or unreadable: outputs/0001-fox/fox-0.png" in result.stderr
 
 
 def test_k2_alone_in_a_project_says_where_you_are(moody, k2):
@@ -543,7 +543,7 @@ def test_k2_alone_tells_what_all_pictures_have_in_common(moody, k2):
     )
     said = " ".join(k2().stdout.split())
     assert "styles moodboard 0.5" in said and "model mini turbo" in said
-    assert "cohesion 0.9, with the first picture of all" in said
+    assert "cohesion 0.9, with the run's first picture" in said
 
     toml.write_text(PROJECT + "style.badge = 1\n")
     assert 'there is no style "badge"' in k2(code=1).stderr
@@ -626,7 +626,7 @@ def test_what_k2_advises_fits_a_terminal_of_eighty(moody, k2, fake):
     lines = k2().stdout.partition("\n\n")[2].splitlines()
 
     assert max(len(line) for line in lines if not line.startswith("  k2 show outputs/")) <= 80
-    assert " " * 23 + "what it was made from" in lines
+    assert " " * 23 + "show what it was made from" in lines
 
 
 def test_k2_alone_imports_no_network(moody, k2, fake):
@@ -726,7 +726,7 @@ def test_some_of_the_pictures_never_take_the_place_of_the_whole_gallery(moody, k
     k2("gallery")
     before = (moody / "gallery/index.html").read_bytes()
 
-    assert "drop all others" in k2("gallery", "-p", "fox", "-o", "gallery", code=2).stderr
+    assert "remove all others" in k2("gallery", "-p", "fox", "-o", "gallery", code=2).stderr
     assert (moody / "gallery/index.html").read_bytes() == before
 
 

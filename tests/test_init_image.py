@@ -602,7 +602,7 @@ def test_mixes_are_seen_on_one_picture(begun, k2):
 
 
 def test_a_share_of_no_picture_is_told_to_change_nothing(begun, k2):
-    told = "Nothing begins with a picture, so that denoise changes nothing."
+    told = "No picture has an init image, so denoise has no effect."
     assert told in k2("render", "-p", "tea", "--denoise", "0.5", "--dry-run").stderr
     assert told in k2("render", "--only", "an-owl-at-night", "--matrix", "denoise=0.5,1", "--dry-run").stderr
     assert told not in k2("render", "--denoise", "0.5", "--dry-run").stderr  # the fox begins with one
@@ -614,9 +614,9 @@ def test_what_may_not_be_meant_is_told(begun, k2):
     def told(*options: str) -> str:
         return k2("render", "--only", "fox", *options, "--dry-run").stderr
 
-    nothing, scaled, narrow = "nothing of the initial picture stays", "a mask keeps of it is scaled", "is narrower than"
-    assert f"Of 1 step denoise 0.75 takes all: {nothing}" in told("--steps", "1")
-    assert "wide.png is 300x200 and becomes 160x112" in told("--mask", "64x64+0+0")
+    nothing, scaled, narrow = "nothing of the init image remains", "is scaled from", "is narrower than"
+    assert f"With 1 step, denoise 0.75 amounts to 1: {nothing}" in told("--steps", "1")
+    assert "wide.png is scaled from 300x200 to 160x112" in told("--mask", "64x64+0+0")
     assert "The region 64x8+0+0 is narrower than 16 pixels" in told("--mask", "64x8+0+0")
     Image.new("RGB", (160, 112)).save(begun / "refs" / "wide.png")
     quiet = told("--mask", "64x64+0+0", "--steps", "1") + told("--denoise", "1", "--steps", "1") + told()
@@ -628,24 +628,24 @@ def test_shares_that_come_to_as_many_steps_are_told(begun, k2):
         said = k2("render", *options, "--dry-run").stderr
         return "".join(line for line in said.splitlines(True) if "are the same" in line)
 
-    same = "Of 8 steps 4 are taken by denoise 0.45, 0.5 and 0.55: these pictures are the same.\n"
+    same = "With denoise 0.45, 0.5 and 0.55, 4 of 8 steps are used: these pictures are the same.\n"
     assert told("--matrix", "denoise=0.45,0.5,0.55,1", "--steps", "8", "--only", "fox") == same
     assert told("--matrix", "denoise=0.45,0.5,0.55", "--matrix", "steps=8,40", "--only", "fox") == same
     assert told("--matrix", "denoise=0.45,0.5,0.55", "--steps", "8", "--init-image", "none") == ""
-    guided = "Of 1 step 1 is guided by guidance_until 0.4 and 1: these pictures are the same.\n"
+    guided = "With guidance_until 0.4 and 1, 1 of 1 step is guided: these pictures are the same.\n"
     assert told("--matrix", "guidance_until=0.4,1", "--steps", "1", "--only", "an-owl-at-night") == guided
-    guided = "Of 4 steps 2 are guided by guidance_until 0.4 and 0.5: these pictures are the same.\n"
+    guided = "With guidance_until 0.4 and 0.5, 2 of 4 steps are guided: these pictures are the same.\n"
     assert told("--matrix", "guidance_until=0.4,0.5,1", "--steps", "4", "--only", "an-owl-at-night") == guided
     begins = ("--denoise", "0.5", "--steps", "8", "--only", "fox")  # with a picture, of whose steps half are taken
     assert told("--matrix", "guidance_until=0.4,0.5,1", *begins) == guided
     assert told("--matrix", "guidance_until=0.4,0.5", "--steps", "4", "--guidance", "0") == ""
     assert told("--matrix", "guidance_until=0.4,0.6", "--steps", "10", "--only", "an-owl-at-night") == ""
-    void = 'Some pictures of "{}" are the same: {} changes nothing without {}.\n'
+    void = 'Some pictures of "{}" are the same: {} has no effect without {}.\n'
     half = ("--matrix", "guidance=0,3", "--matrix", "guidance_until=0.25,0.75", "--steps", "8", "--only", "fox")
     assert told(*half) == void.format("a red fox", "guidance_until", "guidance")
     toml = (begun / "k2.toml").read_text()
     (begun / "k2.toml").write_text(toml + "guidance = 0\n")
-    for axis, what in (("denoise=0.3,0.6", "an initial picture"), ("guidance_until=0.25,0.75", "guidance")):
+    for axis, what in (("denoise=0.3,0.6", "an init image"), ("guidance_until=0.25,0.75", "guidance")):
         assert told("--matrix", axis, "--steps", "8") == void.format("an owl at night", axis.partition("=")[0], what)
         assert told("--matrix", axis, "--steps", "8", "--only", "an-owl-at-night") == ""  # of no picture is said more
     lines = '{"prompt": "a fox", "init_image": "refs/wide.png", "guidance": 3}\n' + '{"prompt": "an owl"}\n' * 2
@@ -666,10 +666,10 @@ def test_that_much_of_an_initial_picture_is_cut_off_is_told(begun, k2):
         Image.new("RGB", sides).save(begun / "refs" / "wide.png")
         return k2("render", "--only", "fox", *options, "--dry-run").stderr
 
-    assert "wide.png is 3000x100 and fills 256x64: 87% of it is cut off, at its ends." in told((3000, 100))
-    assert "wide.png is 300x200 and fills 256x256: 33% of it is cut off" in told((300, 200), "--size", "256x256")
-    assert "wide.png is 100x200 and fills 128x128: 50% of it is cut off" in told((100, 200), "--aspect", "1:1")
-    assert "cut off" not in told((300, 200)) + told((640, 480))
+    assert "wide.png is 3000x100 and fills 256x64: 87% of it is cropped." in told((3000, 100))
+    assert "wide.png is 300x200 and fills 256x256: 33% of it is cropped" in told((300, 200), "--size", "256x256")
+    assert "wide.png is 100x200 and fills 128x128: 50% of it is cropped" in told((100, 200), "--aspect", "1:1")
+    assert "cropped" not in told((300, 200)) + told((640, 480))
 
 
 def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):

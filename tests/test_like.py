@@ -335,9 +335,9 @@ def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     (without,) = plan(k2, "--like", made, "--batch", "1", "--style", "dusk=0", "--style", "ink=0.5")
     assert [(style["name"], style["strength"]) for style in without["style"]] == [("ink", 0.5)]
     assert 'no style "dsk"' in k2("render", "--like", made, "--style", "dusk=0", "--style", "dsk=0", code=2).stderr
-    assert "no other setting goes with it" in k2("render", "--resume", "--like", made, code=2).stderr
+    assert "no other setting can be given" in k2("render", "--resume", "--like", made, code=2).stderr
     shutil.copytree(dusky, tmp_path / "other")
-    assert "of one project" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
+    assert "one project at a time" in k2("render", dusky, tmp_path / "other", "--like", made, code=2).stderr
 
 
 def test_a_creativity_that_there_is_not_is_told_of_the_record(dusky, k2):

@@ -471,7 +471,7 @@ class TestRerun:
         assert tree(moody) == before
         for option, *value in (("--output", "x.png"), ("--no-embed",)):
             refused = k2("rerun", "outputs/0001-fox/fox-7.png", "--check", option, *value, code=2).stderr
-            assert f"it writes nothing, so {option} does not go with it" in refused
+            assert f"it writes nothing, so it cannot be combined with {option}" in refused
 
         bare = shutil.copy("outputs/0001-fox/fox-7.png", tmp_path / "bare.png")
         record = Path("outputs/0001-fox/fox-7.toml")
@@ -554,7 +554,7 @@ class TestRerun:
         assert "outputs/0001-fox/fox-7.png is gone" in said and "1 of 2 are identical" in said
         again = "A record that is named makes its picture again: k2 rerun outputs/0001-fox/fox-7.toml"
         said = k2("rerun", "outputs/0001-fox").stderr
-        assert said == f"1 left out, whose pictures are gone. {again}\nIdentical, pixel for pixel.\n"
+        assert said == f"1 left out, picture gone. {again}\nIdentical, pixel for pixel.\n"
         assert k2("rerun", "outputs/0001-fox", "--quiet").stderr == ""
         shutil.copytree("outputs/0001-fox", "empty")
         Path("empty/fox-8.png").unlink()

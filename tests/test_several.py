@@ -405,7 +405,7 @@ def test_a_doubt_says_which_project_it_is_about(three, k2, more):
     """Whether the plan is doubted, or what is made by it; of one project there is no question."""
     two = PLAIN.replace("seed = 7", "seed = 7\ndenoise = 0.5").replace("a red fox", "a ((red)) fox")
     (three / "two" / "k2.toml").write_text(two)
-    idle, signs = "Nothing begins with a picture, so that denoise changes nothing.\n", "Read as words: ((red)) ("
+    idle, signs = "No picture has an init image, so denoise has no effect.\n", "Read as words: ((red)) ("
 
     several, one = k2("render", *NAMES, *more).stderr, k2("render", "two", *more).stderr
 

@@ -305,7 +305,7 @@ def test_what_is_told_of_a_prompt_stands_in_its_object(moody, k2, how):
     said = k2("render", *how, "--json", "--quiet", input="a fox\na ((red)) fox\na zebu\n")
 
     fox, red, zebu = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
-    assert fox == [] and said.stderr == "" and zebu[0].startswith('Nothing that mini can draw is in "a zebu";')
+    assert fox == [] and said.stderr == "" and zebu[0].startswith('mini can draw nothing in "a zebu";')
     assert red == ["Read as words: ((red)) (words have no weights, styles do: --style NAME=0.6)."]
     assert not any("warnings" in path.read_text() for path in moody.glob("outputs/*/*.toml"))
 
@@ -322,8 +322,8 @@ def test_what_is_told_of_a_size_or_of_guidance_stands_in_the_objects_that_it_hol
 
     small, fine, guided = (json.loads(answer)["warnings"] for answer in said.stdout.splitlines())
     sooner, later = (json.loads(answer)["warnings"] for answer in compared.stdout.splitlines())
-    far = "64x64 is far from the 128x128 that the model was made for: expect broken pictures."
-    never = "Guidance is off, so that guidance_until = 0.5 changes nothing."
+    far = "64x64 is far from the model's native 128x128: expect broken pictures."
+    never = "Guidance is off, so guidance_until = 0.5 has no effect."
     assert (small, fine, guided) == ([far, never], [never], [])
     assert (sooner, later) == ([never.replace("0.5", "0.25")], [never])
 
@@ -413,9 +413,9 @@ def test_each_line_is_led_by_the_picture_that_all_are_to_be_like(moody, k2, asks
     [
         (("--style", "dusky=1"), 2, 'there is no style "dusky"'),
         (("--size", "3x3"), 2, "3x3 is no size"),
-        (("-p", "tea"), 2, "no other goes with it"),
-        (("--only", "fox"), 2, "no other goes with it"),
-        (("--resume",), 2, "no other setting goes with it"),
+        (("-p", "tea"), 2, "no others can be given"),
+        (("--only", "fox"), 2, "no others can be given"),
+        (("--resume",), 2, "no other setting can be given"),
     ],
 )
 def test_what_no_line_could_make_right_is_refused_before_the_first(moody, k2, asks, arguments, code, said):

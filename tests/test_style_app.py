@@ -529,7 +529,7 @@ def test_add_stays_in_the_project(moody, photos, k2):
 
     said = k2("style", "add", "dusk", photos / "a.png", code=1).stderr
 
-    assert "outside the project" in said and "in the place of the link" in said and "--allow-outside" not in said
+    assert "outside the project" in said and "Replace the link" in said and "--allow-outside" not in said
 
 
 # ---- list, show -------------------------------------------------------------------------------------------------

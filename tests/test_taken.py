@@ -207,7 +207,7 @@ def test_pictures_may_follow_as_a_shell_lays_them_out(k2, fake, tmp_path):
     k2("new", tmp_path / "taken", "--from", *pictures)
 
     assert [prompt.text for prompt in Project.open(tmp_path / "taken").prompts] == ["a fox", "a owl", "a cup"]
-    assert "pictures go with --from" in k2("new", tmp_path / "my", "project", code=2).stderr
+    assert "pictures need --from" in k2("new", tmp_path / "my", "project", code=2).stderr
 
 
 def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):

@@ -372,7 +372,7 @@ class TestPlans:
         plan.write_text(plan.read_text() + more)
         started = time.process_time()
 
-        assert "long, and not as k2 wrote it" in k2("render", "--resume", code=1).stderr
+        assert "long, and not as k2 writes it" in k2("render", "--resume", code=1).stderr
         assert time.process_time() - started < PATIENCE
 
     def test_a_long_one_of_k2s_own_is_read(self, plan):

@@ -102,7 +102,7 @@ def test_a_render_says_when_there_is_nothing_to_draw(fake, k2, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "moody")
 
     said = k2("render", *dry, "-p", "a zebu", "-p", "zilch", "-p", "a fox", "--batch", "2").stderr
-    assert 'Nothing that mini can draw is in "a zebu" and 1 more; what it can: k2 models vocabulary' in said
+    assert 'mini can draw nothing in "a zebu" and 1 more; for what it can: k2 models vocabulary' in said
     assert said.count("Nothing") == 1
     assert f'"{"zilch " * 6}zilc…"; what' in k2("render", *dry, "-p", "zilch " * 99).stderr
     assert "Nothing" not in k2("render", *dry, "-p", "a fox").stderr
