@@ -1,4 +1,4 @@
-"""What `k2 render` is asked for: projects in, their runs out, planned."""
+"""What `k2 render` is asked for: it turns projects into planned runs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from model.errors import listed
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line says of pictures, in the place of what their projects say."""
+    """What a command line says about pictures, which replaces what their projects say."""
 
-    settings: Mapping[str, Any]  # by their names below [render]
-    prompts: Sequence[Prompt] | None  # in the place of the projects' own
+    settings: Mapping[str, Any]  # by their keys in [render]
+    prompts: Sequence[Prompt] | None  # instead of the projects' own
     only: Sequence[str]  # names of the projects' own
     weights: Mapping[str, float]  # of styles, on top of the projects'
     compared: Sequence[Matrix]
     moodboard: float | None  # its strength
-    example: Example | None  # a picture that others are to be like
+    example: Example | None  # the picture of --like
 
     def job(self, project: Project, *, quiet: bool, named: bool) -> Job:
-        """A project's run, planned; what may not be meant is told, with the project's name in front where several are
-        asked for. Raises K2Error."""
+        """Plan a project's run, with warnings about what may not be meant, prefixed with the project's name if several
+        are asked for. Raises K2Error."""
         prompts, weights = self.prompts, self.weights
         if self.example:
             own = prompts is None and not self.only
@@ -47,7 +47,7 @@ class Asked:
         return plan_project(project, settings, wanted, weights, matrices, quiet=quiet, named=named)
 
     def tell_changed(self, job: Job) -> None:
-        """That the look of the picture that others are to be like is another by now."""
+        """Warn if the look of the --like picture has changed since."""
         if self.example and (changed := self.example.changed(job)):
             say(changed, "yellow")
 
@@ -62,7 +62,7 @@ def plan_project(
     quiet: bool,
     named: bool,
 ) -> Job:
-    """The run of a project, as `Project.shots` plans it; what may not be meant is told."""
+    """The run of a project, as `Project.shots` plans it, with warnings about what may not be meant."""
     called = among_others(project.root) if named else project.root.name
     whose = f"{called}: " if named else ""
     asked = project.prompts if prompts is None else prompts
@@ -71,8 +71,8 @@ def plan_project(
     shots = project.shots(settings, prompts, styles, matrices)
     if not quiet and (names := project.uncompared(prompts, matrices)):
         they, name = ("it is", names[0]) if len(names) == 1 else ("they are", "NAME")
-        left = f"{they} not rendered; alone {they}: --only {name}"
-        say(f"{called}: no [[matrix]] is about {listed(names)}: {left}", "yellow")
+        left = f"{they} not rendered unless {they} selected: --only {name}"
+        say(f"{called}: no [[matrix]] covers {listed(names)}: {left}", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:
         void = *unbegun(job, settings, asked, matrices), *idle(settings, shots)
@@ -82,7 +82,7 @@ def plan_project(
 
 
 def plan_job(project: Project, settings: Settings, shots: Sequence[Shot], *, compared: bool) -> Job:
-    """The run of these pictures; those that a matrix compares stand row below row on their sheet."""
+    """The run of these pictures; the sheet of a matrix shows its rows below one another."""
     job = Job(project, shots, settings.held())
     if not (compared and shots):
         return job

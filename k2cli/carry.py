@@ -1,4 +1,4 @@
-"""From planned jobs to pictures on disk: they are shown, or carried out and told of."""
+"""From planned jobs to pictures on disk: show the plan, or carry it out and report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from model.weighed import check_references
 
 
 def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
-    """What a run would make: a line or an object for each picture, the model's own settings filled in."""
+    """Show what a run would render: a line or an object per picture, the model's own settings filled in."""
     for_all(jobs, check_files)
     lefts = [job.left for job in jobs]
     for job, left, of in zip(jobs, lefts, places(lefts), strict=True):
@@ -61,7 +61,7 @@ def show_plan(jobs: Sequence[Job], *, as_json: bool, quiet: bool) -> None:
                 facts = [*course(made)]
                 facts += [f"{style.name}={style.strength:g}" for style in shot.spec.styles if style.strength]
                 facts += [f"cohesion {made['cohesion']:g}"] * bool(made["cohesion"])
-                facts += [f"begun with {begun['image']}"] if (begun := asked["init_image"]) else []
+                facts += [f"init image {begun['image']}"] if (begun := asked["init_image"]) else []
                 facts += [f"denoise {made['denoise']:g}"] if made.get("denoise") is not None else []
                 facts += [f"mask {mask.get('region') or mask['image']}"] if (mask := asked["mask"]) else []
                 row = [f"{folder}{shot.file}", size, f"seed {made['seed']}", ", ".join(facts), shot.spec.prompt]
@@ -78,9 +78,9 @@ def carry_out(
     crew: Crew | None = None,
     on_saved: Callable[[Saved], object] | None = None,
 ) -> list[Path]:
-    """Render jobs, print each picture's path, and tell people how it went -> the runs' folders.
+    """Render jobs, print each picture's path, and report to people -> the runs' folders.
 
-    Nothing is made where anything is wrong with any of them that can be known before. Raises K2Error.
+    Nothing is rendered if any of them has a problem that can be known beforehand. Raises K2Error.
     """
     forget()
     for_all(jobs, check_licence_and_files)
@@ -90,7 +90,7 @@ def carry_out(
     turns = Turns([replace(job, embed=job.embed and embed) for job in jobs], quiet=quiet)
     with turns.ending():
         begun = turns.begin()
-        lefts = [job.left for job in begun]  # by which they are numbered, whatever is deleted until their turn comes
+        lefts = [job.left for job in begun]  # numbering is fixed here, whatever is deleted later
         for job, left, of in zip(begun, lefts, places(lefts), strict=True):
             with turns.turn(job):
                 doubts = Doubts(job)
@@ -107,7 +107,7 @@ def check_licence_and_files(job: Job) -> None:
 
 
 def check_devices(jobs: Sequence[Job]) -> None:
-    """Refuse devices that are not here: once where all have the same, be it said by the command line or by each."""
+    """Refuse devices that are not here; only once if all jobs have the same, whoever set it."""
     if len({job.model.device for job in jobs}) == 1:
         check_device(jobs[0].model)
     else:
@@ -115,8 +115,8 @@ def check_devices(jobs: Sequence[Job]) -> None:
 
 
 def check_files(job: Job) -> None:
-    """Refuse, before weights are read, those that are no transformer or get no text encoder of theirs, references that
-    cannot be read, and what is no LoRA for them. Raises K2Error."""
+    """Refuse, before weights are read, those that are no transformer or have no matching text encoder, references that
+    cannot be read, and files that are no LoRA for them. Raises K2Error."""
     if model := library.find(job.model.name, job.model.variant):
         if model.path.is_file():
             check_transformer(model.path)
@@ -135,13 +135,13 @@ def check_files(job: Job) -> None:
 
 
 def check_ways(job: Job) -> None:
-    """Refuse ways to read references that the model has no part for, more of them than it takes at once, and a splice
-    in one step. Raises K2Error."""
+    """Refuse methods of reading references that the model has no part for, more references than it takes at once, and
+    a splice in one step. Raises K2Error."""
     looks: dict[tuple[tuple[Style, ...], int | None], str] = {}
     for shot in job.left:
         looks.setdefault((shot.spec.styles, shot.spec.steps), shot.name)
     referring = [look for look in looks if any(style.strength and style.references for style in look[0])]
-    if not referring:  # nor need the model's headers be read
+    if not referring:  # saves reading the model's headers
         return
     name, variant = job.model.name, job.model.variant
     way, own = way_of(name, variant), recommended(name, variant)["steps"]
@@ -155,8 +155,7 @@ def check_ways(job: Job) -> None:
 
 
 def places(lefts: Sequence[Sequence[Shot]]) -> list[list[list[int]]]:
-    """Of each job which picture of how many in all each is, so that whoever reads them knows which is the last: [1, 2],
-    [2, 2]."""
+    """For each job, its pictures' numbers out of the total, so that readers know which is the last: [1, 2], [2, 2]."""
     number, total = count(1), sum(map(len, lefts))
     return [[[next(number), total] for _ in left] for left in lefts]
 
@@ -172,11 +171,11 @@ def carry(
     crew: Crew | None,
     on_saved: Callable[[Saved], object] | None,
 ) -> Path | None:
-    """What was left of a job when it was begun is made -> the run's folder, if it has a picture more."""
+    """Render what was left of a job when it began -> the run's folder, if it gained a picture."""
     total, done, kept_back, folder = len(left), 0, 0, None
     told: set[str] = set()  # prompts
     shots = {shot.stem: shot for shot in left}
-    before = "" if crew else "loading the model"  # whose steps nobody hears of
+    before = "" if crew else "loading the model"  # which reports no steps
     with meter(total, quiet=quiet, before=before) as bar:
         for saved in render(job, left, on_step=bar.step, crew=crew):
             done, folder = done + 1, saved.path.parent
@@ -198,10 +197,14 @@ def carry(
 
 
 def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *, as_json: bool, quiet: bool) -> None:
-    """A picture's line of results, and what is wrong with it; of its prompt once, as `told` keeps in mind. That it was
-    blocked is said even if all else is quiet: its line is missing."""
+    """Print a picture's line of results, and its warnings; those of its prompt once, tracked in `told`. A blocked
+    picture is reported even with --quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
-    unread = f'The last {asked["unread"]} tokens of "{asked["name"]}" are too many: unread.' if asked["unread"] else ""
+    unread = (
+        f'The last {asked["unread"]} tokens of "{asked["name"]}" are over the limit and not read.'
+        if asked["unread"]
+        else ""
+    )
     if unread and not quiet and asked["text"] not in told:
         told.add(asked["text"])
         say(unread, "yellow")
@@ -217,17 +220,17 @@ def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *,
 
 def matched(lora: Mapping[str, Any]) -> str:
     """How much of a LoRA is in use, by a picture's record of it."""
-    idle = ", and none is changed: all of it is 0" if lora.get("idle") else ""
+    idle = ", but it changes nothing: it is all zeros" if lora.get("idle") else ""
     return f"{lora['file']}: {lora['matched']} of {lora['modules']} modules matched{idle}"
 
 
 def is_doubtful(lora: Mapping[str, Any]) -> bool:
-    """Whether it changes nothing, or most of it is another network's, or spelt in a way that nobody reads."""
+    """Whether it changes nothing, or most of it is for another network or in an unknown layout."""
     return bool(lora.get("idle")) or 2 * lora["matched"] < lora["modules"]
 
 
 def say_again(made: Mapping[Path, str], *, named: bool) -> None:
-    """That all pictures of a run are those of the run before it, with its project in front where there are several.
+    """Say if all pictures of a run equal those of the run before it, naming the project if there are several.
 
     made  the pictures of finished runs, and the hashes of their pixels
     """
@@ -245,5 +248,5 @@ def say_again(made: Mapping[Path, str], *, named: bool) -> None:
 
 
 def holds(run: Path, hashes: Mapping[str, str]) -> bool:
-    """Whether a run has pictures of these stems, with these pixels; the first that differs is the last looked at."""
+    """Whether a run has pictures of these stems, with these pixels; stops at the first that differs."""
     return all((history.load(run / f"{stem}.toml") or {}).get("pixels") == sha for stem, sha in hashes.items())

@@ -1,7 +1,7 @@
-"""A run's pictures made by the machines of a Ray cluster. Needs the extra `ray`, and k2 installed on every machine.
+"""Render a run on the machines of a Ray cluster. Needs the extra `ray`, and k2 installed on every machine.
 
-What a project brings (references, LoRAs) travels with the run; models do not: every machine has its own, by the same
-name, and a picture made with other weights than the rest ends the run.
+A project's files (references, LoRAs) travel with the run; models do not: every machine has its own under the same
+name, and a picture made with different weights from the rest ends the run.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from model.errors import K2Error
 from model.hashes import PEFT_SETTINGS, PEFT_WEIGHTS, files_of
 from model.spec import Picture, RenderSpec
 
-PATIENCE = 300.0  # seconds that a cluster may take to find room for the first hand
+PATIENCE = 300.0  # seconds that a cluster may take to place the first hand
 KNOCKING = 5.0  # seconds that a machine may take to answer
-LEAVING = 5.0  # seconds that one may take to clear up
+LEAVING = 5.0  # seconds that a hand may take to clean up
 VERSIONS = ("k2", "torch", "pillow")  # that pictures depend on
 
 
 class Cluster(Crew):
-    """Hands that are actors: one for every GPU of the cluster, or for every processor core where it has none."""
+    """Hands that are actors: one for every GPU of the cluster, or for every processor core if it has none."""
 
     where, here = "of the cluster", False
     ray: Any = None
 
     def __init__(self, address: str, most: int | None):
-        """most: hands at work at a time; as many as there is room for where left out."""
+        """most: hands at work at a time; default: as many as there is room for."""
         super().__init__()
         self.address, self.most = address, most
         self.actors: dict[int, Any] = {}
-        self.awaited: dict[Any, int] = {}  # what a hand will answer with -> its number
+        self.awaited: dict[Any, int] = {}  # a pending answer -> the hand's number
         self.placed: set[int] = set()  # hands that have found room
 
     def begin(self, specs: Sequence[RenderSpec]) -> None:
@@ -57,7 +57,7 @@ class Cluster(Crew):
             raise Unreachable("Ray is not installed.", hint='To use a cluster: pip install "k2[ray]"') from None
         knock(self.address)
         try:
-            with chdir(os.sep):  # Ray's workers import from the folder that they are asked from: not from a project's
+            with chdir(os.sep):  # Ray's workers import from the caller's folder: not from a project's
                 ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:  # whatever keeps it from answering
             what = f"No Ray cluster answers at {self.address}: {error}."
@@ -84,14 +84,13 @@ class Cluster(Crew):
             self.awaited[self.actors[hand].make.remote(group)] = hand
 
     def at_home(self) -> bool:
-        """Whether this machine's own node is alive: Ray ends a process without a word that asks anything of a dead
-        one."""
+        """Whether this machine's own node is alive: Ray silently ends a process that asks anything of a dead one."""
         with self.reached():
             return any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == self.home)
 
     @contextmanager
     def reached(self) -> Iterator[None]:
-        """Turn what Ray raises where nothing of the cluster is within reach any more into one sentence."""
+        """Turn what Ray raises when the cluster cannot be reached any more into one sentence."""
         try:
             yield
         except (self.ray.exceptions.RayError, OSError) as error:
@@ -101,7 +100,7 @@ class Cluster(Crew):
         with self.reached():
             done, _ = self.ray.wait(list(self.awaited), num_returns=1, timeout=None if self.placed else PATIENCE)
         if not done:
-            raise Unreachable("The cluster has no room for a single worker.", hint="See what it has with: ray status")
+            raise Unreachable("The cluster has no room for a single worker.", hint="See its resources: ray status")
         hand = self.awaited.pop(done[0])
         try:
             news = self.ray.get(done[0])
@@ -112,19 +111,21 @@ class Cluster(Crew):
         except self.ray.exceptions.RayError as error:
             if getattr(error, "actor_init_failed", False):
                 what = f"A machine of the cluster cannot start k2: {last_line(error)}."
-                raise K2Error(what, hint="Install there what is installed here.") from None
+                raise K2Error(what, hint="Install the same versions as here.") from None
             if not self.at_home():
                 raise unreachable("its node on this machine has ended") from None
             self.dismiss([hand])
             return hand, Lost(last_line(error))
-        if news is None:  # it has found its place, and begins to load
+        if news is None:  # it is placed, and begins to load
             self.placed.add(hand)
             return self.hear()
         if isinstance(news, tuple):
             news, versions = news
             if versions != own_versions():
                 theirs = ", ".join(f"{name} {number}" for name, number in versions.items())
-                raise K2Error(f"A machine of the cluster has {theirs}.", hint="Install there what is installed here.")
+                raise K2Error(
+                    f"A machine of the cluster has other versions: {theirs}.", hint="Install the same versions as here."
+                )
         return hand, news
 
     def stop(self, hands: Collection[int]) -> None:
@@ -146,15 +147,15 @@ class Cluster(Crew):
 
 
 class FarHand:
-    """A hand in an actor; files of the project lie in a folder of its own."""
+    """A hand in an actor; the project's files are in a folder of its own."""
 
     def here(self) -> None:
-        """Answered as soon as the hand has its place."""
+        """Answered as soon as the hand is placed."""
 
     def ready(
         self, held: Held, specs: Sequence[RenderSpec], parcel: Mapping[Path, bytes]
     ) -> tuple[Ready, dict[str, str]]:
-        """For a run: its files lie where the hand is then, once it has loaded. One killed before leaves none behind."""
+        """Prepare for a run: unpack its files here, once the model is loaded. A hand killed before leaves none."""
         load(held)
         self.folder = tempfile.TemporaryDirectory(prefix="k2-")
         here_of = unpack(parcel, Path(self.folder.name))
@@ -163,14 +164,14 @@ class FarHand:
         return self.hand.ready(held), own_versions()
 
     def leave(self) -> None:
-        """Clear up: whoever is killed cannot."""
+        """Clean up: a killed hand cannot."""
         self.folder.cleanup()
 
     def make(self, group: Group) -> list[Picture]:
         return [Picture(each.image, self.as_at_home(each.record)) for each in self.hand.make(group)]
 
     def as_at_home(self, value: Any) -> Any:
-        """A record, with the paths that its files have where the run was begun."""
+        """A record, with its files' paths as they are where the run began."""
         if isinstance(value, Mapping):
             return {key: self.as_at_home(each) for key, each in value.items()}
         if isinstance(value, list):
@@ -179,8 +180,8 @@ class FarHand:
 
 
 def knock(address: str) -> None:
-    """Where an address names a port, ask whether anybody answers there: Ray asks for a minute and a half, and says
-    nothing. Raises K2Error."""
+    """If an address names a port, check that somebody answers there: Ray tries for a minute and a half, silently.
+    Raises K2Error."""
     match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
     if match is None:  # auto
         return
@@ -192,11 +193,11 @@ def knock(address: str) -> None:
 
 
 def unreachable(why: str) -> Unreachable:
-    return Unreachable(f"The connection to the cluster is lost: {why}.", hint="See to it, and try again.")
+    return Unreachable(f"The connection to the cluster was lost: {why}.", hint="Check the cluster, and try again.")
 
 
 def last_line(error: Exception) -> str:
-    """What Ray says in the end, which is the reason; before it come the places in its code, and whose they are."""
+    """The last line of what Ray says, which is the reason; before it come traceback lines."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip().rstrip(".") if lines else type(error).__name__
 
@@ -211,8 +212,8 @@ def pack(specs: Sequence[RenderSpec]) -> dict[Path, bytes]:
 
 
 def unpack(parcel: Mapping[Path, bytes], folder: Path) -> dict[Path, Path]:
-    """Write the files, each in a folder of a number, in their order -> where each lies now. An adapter's settings stay
-    beside it, and both are called as they were, or nobody would find them."""
+    """Write the files, each in a numbered folder, in their order -> where each is now. An adapter's settings stay
+    beside it, and both keep their names, or nobody would find them."""
     places, numbers = {}, {path: f"{number:05}" for number, path in enumerate(sorted(parcel))}
     for path, data in parcel.items():
         beside = path.with_name(PEFT_WEIGHTS) if path.name == PEFT_SETTINGS else path

@@ -1,7 +1,7 @@
-"""A graph of ComfyUI read backwards: from each sampler along its links to the words and numbers that it was given.
+"""Reads a ComfyUI graph backwards: from each sampler along its links to the words and numbers that it was given.
 
-There are two forms. What runs stands in a picture as `prompt`, nodes by their number with named inputs; what the editor
-keeps stands there as `workflow`, where a node's own values lie in a row without names.
+A picture holds it in two forms: `prompt`, which is what ran, has nodes by number with named inputs; `workflow`, which
+is what the editor keeps, lists a node's own values without names.
 """
 
 from __future__ import annotations
@@ -13,10 +13,18 @@ from typing import Any
 
 Graph = Mapping[str, Any]
 
-TEXTS = ("text", "populated_text", "prompt", "text_g", "t5xxl", "clip_l", "text_0")  # the last of what a node has shown
-VALUES = ("value", "string", "int", "float")  # of nodes that hold one value for others
+TEXTS = (
+    "text",
+    "populated_text",
+    "prompt",
+    "text_g",
+    "t5xxl",
+    "clip_l",
+    "text_0",
+)  # last: the text that a node has displayed
+VALUES = ("value", "string", "int", "float")  # of nodes that hold a single value for others
 SIDES = {"on_true", "on_false"}  # of a switch
-BYPASSED = "bypassed"  # a node that only passes on what it is given, in the place of another
+BYPASSED = "bypassed"  # stands for a node, and only passes its input on
 PASSING = re.compile(  # words in the names of nodes that pass a number on, alone or among other values
     f"{BYPASSED}|reroute|pass.?through|preview|show|display|any.?switch|pipe|context", re.IGNORECASE
 )
@@ -24,18 +32,18 @@ JOINED = {
     "ConditioningCombine": ("conditioning_1", "conditioning_2"),
     "ConditioningConcat": ("conditioning_to", "conditioning_from"),
 }
-PART = re.compile(r"(?:string|text|prompt)_?[a-z1-9]$")  # of nodes that put texts together
+PART = re.compile(r"(?:string|text|prompt)_?[a-z1-9]$")  # inputs of nodes that join texts
 COLONS = (":", "\uff1a")  # the second in Chinese texts
-MOST_LINKS = 2000  # that are followed for one value
-MOST_INPUTS = 100  # of a node; of one with more nothing is read
-MOST_WORDS = 100_000  # characters of texts that are put together
-MOST_JOINED = 100  # nodes behind which no more texts are put together, as each is a step deeper here
+MOST_LINKS = 2000  # followed for one value
+MOST_INPUTS = 100  # of a node; one with more is ignored
+MOST_WORDS = 100_000  # characters of joined texts
+MOST_JOINED = 100  # nested nodes that join texts, as each one recurses a level deeper here
 LORA = re.compile("lora", re.IGNORECASE)  # in the names of nodes, as the next two
 CONTROL = re.compile("control.?net", re.IGNORECASE)
 REFERENCE = re.compile("reference|ip.?adapter|style.?model|redux|unclip|image.?edit", re.IGNORECASE)
 STARTS = ("latent_image", "samples", "latent")
 SIZE = ("width", "height")
-WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in their order; "" is none of ours
+WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of a node in `workflow`, in order; "" is one we ignore
     "KSampler": ("seed", "", "steps", "cfg", "", "", "denoise"),
     "KSamplerAdvanced": ("", "noise_seed", "", "steps", "cfg"),
     "SamplerCustom": ("", "noise_seed", "", "cfg"),
@@ -58,8 +66,8 @@ WIDGETS: Mapping[str, tuple[str, ...]] = {  # the values of an editor's node in 
 
 
 def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
-    """What each sampler was given, the last first: prompt, avoid, enhanced, seed, steps, cfg, denoise, width, height,
-    model, loras, control, references; and begun, the picture that was encoded for it."""
+    """The inputs of each sampler, the last first: prompt, avoid, enhanced, seed, steps, cfg, denoise, width, height,
+    model, loras, control, references; and begun, its init image."""
     graph = switched(graph)
     for node in [*graph][::-1]:
         here = inputs(graph, node)
@@ -83,15 +91,15 @@ def samplers(graph: Graph) -> Iterator[dict[str, Any]]:
             "begun": find(graph, encoded(graph, start), ("image",), str),
         }
         on_model = kinds_on_way(graph, [model], "model")
-        on_clip = kinds_on_way(graph, [*asked.clips, *avoided.clips], "clip")  # known once texts are found
+        on_clip = kinds_on_way(graph, [*asked.clips, *avoided.clips], "clip")  # known only after the texts are found
         leading = on_model | kinds_on_way(graph, [words], ("positive", "conditioning"))
         named = {"loras": (LORA, on_model | on_clip), "control": (CONTROL, leading), "references": (REFERENCE, leading)}
         yield found | {key: any(map(sign.search, kinds)) for key, (sign, kinds) in named.items()}
 
 
 def switched(graph: Graph) -> dict[str, Any]:
-    """The graph with a node in the place of each switch that passes on what the switch lets through; nothing where it
-    cannot be told which side that is. Other nodes may hold it."""
+    """The graph with each switch replaced by a node that passes on the side it selects, or nothing if that cannot be
+    told. Other nodes may hold its flag."""
     flags, new = Search(graph, (), bool), dict(graph)
     for node in graph:
         here = inputs(graph, node)
@@ -119,12 +127,12 @@ def linked(value: Any) -> str | None:
 
 
 class Search:
-    """A search for one value, which follows no more than MOST_LINKS links.
+    """A search for one value that follows at most MOST_LINKS links.
 
-    keys      what the value is called; the first that is met answers
-    side      the input on which nodes are followed that pass both sides on, as a ControlNet does
-    enhanced  the search led through a node that has a language model write texts anew
-    clips     the links to what encodes the texts that the search led to
+    keys      names of the value; the first one found answers
+    side      the input to follow at nodes that pass on both sides, such as a ControlNet
+    enhanced  whether the search passed a node in which a language model rewrites texts
+    clips     the links to the encoders of the texts found
     """
 
     def __init__(self, graph: Graph, keys: tuple[str, ...], kind: type | tuple[type, ...], side: str = ""):
@@ -136,16 +144,18 @@ class Search:
     def at(self, value: Any, direct: bool = False, above: frozenset[str] = frozenset()) -> Any:
         """The value at the end of a link, or further up.
 
-        direct  the link asks for this very value, so that a node which holds a single one answers, whatever it calls it
-        above   the nodes whose parts this link is among, to which it does not lead back
+        direct  the link asks for this very value, so a node that holds a single value answers, whatever its name
+        above   the nodes whose parts include this link; the search does not return to them
         """
         found = self.each_at(value, direct, above)
         return ", ".join(found)[:MOST_WORDS] if len(found) > 1 else next(iter(found), None)
 
     def each_at(self, value: Any, direct: bool, above: frozenset[str]) -> list[Any]:
-        """The same, but several where JOINED puts texts together."""
+        """The same, but several values where JOINED joins texts."""
         left = deque([(value, direct)])
-        seen: dict[str, bool] = {}  # node -> whether it was asked directly, which finds all that is found otherwise
+        seen: dict[
+            str, bool
+        ] = {}  # node -> whether it was asked directly, which finds everything that an indirect search would
         while left:
             value, direct = left.popleft()
             node = linked(value)
@@ -156,7 +166,7 @@ class Search:
             if node in above or seen.get(node, -1) >= direct:
                 continue
             seen[node] = direct
-            if kind_of(self.graph, node) == "ConditioningZeroOut":  # which says: nothing, not this text
+            if kind_of(self.graph, node) == "ConditioningZeroOut":  # it stands for no text at all
                 continue
             if found := self.put_together(node, above | {node}):
                 return found
@@ -166,14 +176,14 @@ class Search:
         return []
 
     def put_together(self, node: str, above: frozenset[str]) -> list[str]:
-        """The text of a node that makes one of others, or its texts where each is for itself."""
+        """The text of a node that joins others into one, or its texts if it keeps them apart."""
         if self.kind is not str or len(above) > MOST_JOINED:
             return []
         here, kind = inputs(self.graph, node), kind_of(self.graph, node)
         parts = parts_of(self.graph, node) if kind in JOINED or not {*self.keys} & {*here} else []
         parts = parts[: self.left]
         self.left -= len(parts)
-        if kind in JOINED:  # a text may lead there more than once, each time for another part of the picture
+        if kind in JOINED:  # the same text may arrive more than once, each time for another part of the picture
             return [*dict.fromkeys(text for key in parts for text in self.each_at(here[key], False, above))]
         joint = here.get("delimiter", " ")
         found = [self.at(here[key], True, above) for key in parts]
@@ -181,25 +191,25 @@ class Search:
         return [text] if text else []
 
     def onward(self, node: str, direct: bool, above: frozenset[str]) -> list[tuple[Any, bool]]:
-        """The inputs of a node that are asked next, and whether directly."""
+        """The inputs of a node to search next, and whether directly."""
         here = inputs(self.graph, node)
         if self.side and self.side in here:
             return [(here[self.side], False)]
         if kind_of(self.graph, node).startswith("TextGenerate"):
             self.enhanced = True
             if self.kind is not str:
-                return []  # what it writes holds no number
+                return []  # its text holds no number
             return [(self.users_part(here.get("prompt"), above), True)]
         told = [(here[key], True) for key in (*self.keys, *(VALUES if direct else ())) if key in here]
         links = [each for each in here.values() if linked(each)]
         self.clips += [here["clip"]] if told and "clip" in here else []
         if direct and self.kind is not str and not PASSING.search(kind_of(self.graph, node)):
-            return told  # the node makes another number of those behind it
+            return told  # the node computes another number from those behind it
         return [*told, *((each, direct and not told and len(links) == 1) for each in links)]
 
     def users_part(self, value: Any, above: frozenset[str]) -> Any:
-        """Of what a language model is given the user's words: what instructions announce by a colon, otherwise what is
-        linked, as instructions may be typed into the node that puts both together, otherwise the last."""
+        """The user's words in what a language model is given: the part after instructions that end with a colon;
+        otherwise a linked part, as instructions may be typed into the node that joins both; otherwise the last."""
         node = linked(value)
         parts = [inputs(self.graph, node)[key] for key in parts_of(self.graph, node)][: self.left]
         self.left -= len(parts)
@@ -222,7 +232,7 @@ def number(
 
 
 def parts_of(graph: Graph, node: str | None) -> list[str]:
-    """The inputs of a node that puts texts together, in their order."""
+    """The inputs of a node that joins texts, in order."""
     here = inputs(graph, node)
     parts = JOINED.get(kind_of(graph, node or ""), ()) or sorted(key for key in here if PART.fullmatch(key))
     parts = [key for key in parts if key in here]
@@ -230,8 +240,8 @@ def parts_of(graph: Graph, node: str | None) -> list[str]:
 
 
 def kinds_on_way(graph: Graph, links: list[Any], sides: str | tuple[str, ...]) -> set[str]:
-    """The nodes on the way to the end of these links; what leads on are inputs whose names begin as `sides`, "model"
-    say, or all where there are none."""
+    """The kinds of the nodes along these links; followed are inputs whose names start with `sides`, such as "model", or
+    all if there are none."""
     left, seen = [*links], set[str]()
     while left and len(seen) < MOST_LINKS:
         node = linked(left.pop())
@@ -244,7 +254,7 @@ def kinds_on_way(graph: Graph, links: list[Any], sides: str | tuple[str, ...]) -
 
 
 def encoded(graph: Graph, link: Any) -> Any:
-    """The pixels that latents were encoded from, behind masks and changes of size, but no other sampler."""
+    """The pixels that latents were encoded from, through masks and resizes, but not through another sampler."""
     for _ in range(MOST_LINKS):
         here = inputs(graph, linked(link))
         if "pixels" in here:
@@ -257,8 +267,8 @@ def encoded(graph: Graph, link: Any) -> Any:
 
 
 def from_workflow(workflow: Mapping[str, Any]) -> dict[str, Any]:
-    """The editor's form as the one that runs, as far as WIDGETS knows the nodes; muted ones are left out,
-    and of bypassed ones all but their links."""
+    """Turn the editor's form into the one that runs, as far as WIDGETS knows the nodes; muted nodes are dropped, and
+    bypassed ones keep only their links."""
     nodes, links = list_of(workflow.get("nodes")), list_of(workflow.get("links"))
     ends: dict[Any, list[Any]] = {}
     for link in links:  # [id, node, output, node, input, type], or the same with names

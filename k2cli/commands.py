@@ -1,4 +1,4 @@
-"""What every command is: where a problem that the user can fix ends up, and what is told of the options typed."""
+"""The base of every command: it reports problems that the user can fix, and checks the options given."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typer.core import TyperCommand, TyperGroup
 
 from model.errors import USAGE, K2Error
 
-THEIRS = {  # what can be wrong with any path that is named, or that a project holds
-    errno.EACCES: "Ask its owner for the right to use it, or name another.",
-    errno.EPERM: "Ask its owner for the right to use it, or name another.",
-    errno.ENAMETOOLONG: "No file can be called so.",
-    errno.ELOOP: "Its links lead in a circle.",
+THEIRS = {  # what can be wrong with any path that the user or a project names
+    errno.EACCES: "Ask its owner for permission, or choose another.",
+    errno.EPERM: "Ask its owner for permission, or choose another.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Its links form a loop.",
     errno.ENOTDIR: "A part of the path is a file.",
 }
 PLACES = {"ADDRESS", "DIR", "FILE", "FILE...", "IMAGE", "PICTURE", "PROJECT", "RUN", "TARGET"}  # metavars
@@ -27,10 +27,10 @@ PATHS = PLACES - {"ADDRESS"} | {"MODEL", "RECIPE"}
 
 
 class Group(TyperGroup):
-    """Where a problem that the user can fix ends up: one sentence, a hint, and its exit code."""
+    """Reports a problem that the user can fix as one sentence and a hint, and ends with its exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that was typed; of one that other tools have, what k2 has for it."""
+        """The command given; for one that other tools have, an error that names k2's equivalent."""
         from k2cli.settings import COMMANDS
 
         name = args[0]
@@ -43,7 +43,7 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as reason:
-            raise typer.Exit(getattr(reason, "code", 130)) from None  # of a signal, its own
+            raise typer.Exit(getattr(reason, "code", 130)) from None  # a signal has its own
         except typer.BadParameter as error:
             error.message = in_plain_words(error)
             raise
@@ -58,8 +58,8 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """Of an option that is given twice the last counts, so that aliases can be outdone; but it is told. A place that
-    is named by nothing is refused. Help names arguments and not their types, which are Python's."""
+    """If an option is given twice, the last counts, so that aliases can be overridden, and k2 says so. Empty paths are
+    refused. Help shows the names of arguments without their types, which are Python's."""
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -83,7 +83,7 @@ class Command(TyperCommand):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
-        Path.cwd()  # of a folder that is gone: libraries below would end the process
+        Path.cwd()  # raises if it is gone: libraries below would end the process
         return super().invoke(ctx)
 
 
@@ -95,7 +95,7 @@ class Commands(typer.Typer):
 
 
 def refuse_empty(said: Mapping[str, Any], params: Sequence[Any]) -> None:
-    """Raises K2Error where a path, a project or a run is "", as of a variable that is unset: it would be all, or here.
+    """Raises K2Error if a path, a project or a run is "", as from an unset variable: it would mean all, or here.
 
     said: the values by the parameters' names
     """
@@ -108,7 +108,7 @@ def refuse_empty(said: Mapping[str, Any], params: Sequence[Any]) -> None:
 
 
 def as_there(said: Any) -> Any:
-    """A path, or several, by the names that are on the disk: some systems write accents apart from their letters."""
+    """A path, or several, spelt as on disk: some systems store accents apart from their letters."""
     if isinstance(said, list | tuple):
         return type(said)(map(as_there, said))
     if not isinstance(said, str | Path) or str(said).isascii():
@@ -120,10 +120,10 @@ def as_there(said: Any) -> Any:
 
 
 def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -> str:
-    """Which options of one value, and which styles, came more than once, in a sentence; nothing where none did.
+    """Which options of one value, and which styles, were given more than once, in a sentence; "" if none was.
 
     said      the values by the options' names
-    order     the parameters as they came
+    order     the parameters in the order given
     compares  whether the command has a --matrix
     """
     from k2cli.matrix import AXES
@@ -143,7 +143,7 @@ def given_twice(said: Mapping[str, Any], order: Sequence[Any], compares: bool) -
 
 
 def styles_given_twice(said: Sequence[str], compares: bool) -> list[str]:
-    """The same of every style that has come with several weights."""
+    """The same for every style given with several weights."""
     pairs = [(name.strip(), weight) for name, equals, weight in (each.rpartition("=") for each in said) if equals]
     last = dict(pairs)
     often = Counter(name for name, _ in pairs)
@@ -155,16 +155,16 @@ def styles_given_twice(said: Sequence[str], compares: bool) -> list[str]:
 
 
 def last_counts(name: str, times: int, last: str, axis: str) -> str:
-    """axis: what a --matrix calls it, if it can compare such"""
+    """axis: its name in a --matrix, if that can compare it"""
     often = "twice" if times == 2 else f"{times} times"
-    compare = f", and --matrix {axis}=V,V compares" if axis else ""
-    return f"{name} is given {often}: {last} counts{compare}."
+    compare = f"; to compare, use --matrix {axis}=V,V" if axis else ""
+    return f"{name} is given {often}: k2 uses {last}{compare}."
 
 
 def as_ours(error: Exception) -> K2Error | None:
-    """An option that a command does not have, with what it is called here, or where a project says it; None where that
-    is not known, or the error is another."""
-    context: Any = getattr(error, "ctx", None)  # Typer has no public name for what it raises of an unknown option
+    """An error about an unknown option that says what it is called here, or where a project sets it; None if that is
+    not known, or if it is another error."""
+    context: Any = getattr(error, "ctx", None)  # Typer has no public name for the error of an unknown option
     if context is None or not hasattr(error, "possibilities"):
         return None
     from k2cli.settings import HOMES, INSTEAD, OTHERS
@@ -175,11 +175,11 @@ def as_ours(error: Exception) -> K2Error | None:
     hint = (HOMES | INSTEAD).get(key) if context.command.name == "render" else None
     if any(each.param_type_name == "option" and each.name == ours for each in context.command.params):
         hint = f"It is called --{ours.replace('_', '-')}{how}."
-    return K2Error(f"{option}: there is no such option.", hint=hint, code=USAGE) if hint else None
+    return K2Error(f"There is no option {option}.", hint=hint, code=USAGE) if hint else None
 
 
 def in_plain_words(error: typer.BadParameter) -> str:
-    """What is wrong with an option's value; where it should be a number, not in the words of the parser's library."""
+    """What is wrong with an option's value; for numbers, not in the words of the parsing library."""
     cause: Any = error.__cause__
     if not hasattr(cause, "errors"):
         return error.message
@@ -198,16 +198,16 @@ def in_plain_words(error: typer.BadParameter) -> str:
 
 
 def as_problem(error: Exception) -> K2Error | None:
-    """An error as one that the user can fix; None where it is none of theirs, but a bug."""
+    """An error as one that the user can fix; None if it is a bug instead."""
     if isinstance(error, K2Error):
         return error
-    if isinstance(error, UnicodeEncodeError):  # of a path: what standard output has no sign for is no error
+    if isinstance(error, UnicodeEncodeError):  # from a path: standard output replaces what it cannot encode
         from k2cli.texts import USE_UTF_8
 
         sign, encoding = error.object[error.start], error.encoding
-        return K2Error(f'No file can be called by "{sign}" in the encoding here, {encoding}.', hint=USE_UTF_8)
+        return K2Error(f'No file name can contain "{sign}" in the encoding here, {encoding}.', hint=USE_UTF_8)
     if isinstance(error, FileNotFoundError) and not is_somewhere():
-        return K2Error("The current folder is gone.", hint="Go to another one: cd ~")
+        return K2Error("The current folder is gone.", hint="Change to another: cd ~")
     if isinstance(error, OSError) and error.errno in THEIRS and error.filename is not None:
         name = os.fsdecode(error.filename)
         short = name if len(name) < 200 else f"{name[:200]}…"
@@ -216,7 +216,7 @@ def as_problem(error: Exception) -> K2Error | None:
 
 
 def is_somewhere() -> bool:
-    """Whether the current folder is there: its path may have been deleted behind the shell's back."""
+    """Whether the current folder exists: it may have been deleted behind the shell's back."""
     try:
         Path.cwd()
     except FileNotFoundError:

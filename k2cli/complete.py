@@ -1,4 +1,4 @@
-"""What the shell offers after Tab: names, and what an option may be. It never complains and never loads anything."""
+"""What the shell offers after Tab: names, and the values of options. It never complains and never loads anything."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer  # Typer looks the annotations below up
+import typer  # Typer resolves the annotations below
 
 from k2cli.texts import UNPRINTABLE
 
 if TYPE_CHECKING:
     from k2cli.project import Project
 
-OBEYED = re.compile(rf"^[-=~]|[\s\"'`$\\|&;<>(){{}}\[\]*?!#^]|{UNPRINTABLE.pattern}")  # what shells act upon
+OBEYED = re.compile(rf"^[-=~]|[\s\"'`$\\|&;<>(){{}}\[\]*?!#^]|{UNPRINTABLE.pattern}")  # what shells interpret
 
 
 def project_of(context: typer.Context | None) -> Project | None:
-    """The project that the command line so far is about; None where it cannot be read."""
+    """The project that the command line so far refers to; None if it cannot be read."""
     from k2cli.project import Project
 
     given = context.params if context else {}
@@ -38,12 +38,12 @@ def complete_style(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_weight(context: typer.Context, incomplete: str) -> list[str]:
-    """NAME= for NAME=WEIGHT; the weight is for the hand to type."""
+    """NAME= for NAME=WEIGHT; the user types the weight."""
     return [f"{name}=" for name in complete_style(context, incomplete)]
 
 
 def complete_prompt(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of the project's prompts, as --only takes them."""
+    """Names of the project's prompts, for --only."""
     from k2cli.prompts import name_files
 
     project = project_of(context)
@@ -61,7 +61,7 @@ def complete_run(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Recipes of the package, and folders, which may hold pictures."""
+    """Bundled recipes, and folders, which may hold pictures."""
     from model.train import recipe
 
     above = incomplete[: incomplete.rfind("/") + 1]
@@ -73,7 +73,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Models of the box, and those that were pulled."""
+    """Bundled models, and those that were pulled."""
     from model import library
 
     with suppress(Exception):
@@ -82,7 +82,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def complete_setting(key: str) -> Callable[[str], list[str]]:
-    """What a setting may be, of one that has only certain values."""
+    """The values of a setting that has only certain ones."""
 
     def complete(incomplete: str) -> list[str]:
         from k2cli.settings import FIELDS
@@ -93,13 +93,13 @@ def complete_setting(key: str) -> Callable[[str], list[str]]:
 
 
 def complete_method(incomplete: str) -> list[str]:
-    """Ways in which a style's pictures are read."""
+    """Methods of reading a style's pictures."""
     from model.spec import METHODS
 
     return begin(METHODS, incomplete)
 
 
 def begin(names: Iterable[str], incomplete: str) -> list[str]:
-    """Those that begin so. Shells put them into the line as they are, and zsh even runs what stands in some: a project
-    from anywhere may hold a style or a run of any name, and what would have to be quoted is not offered."""
+    """Names with this prefix. Shells insert them as is, and zsh even runs what some contain: a stranger's project may
+    hold a style or a run of any name, so names that need quotes are not offered."""
     return [name for name in names if name.startswith(incomplete) and not OBEYED.search(name)]

@@ -1,4 +1,4 @@
-"""What people read: standard error, through rich. Standard output carries results, and only results."""
+"""Standard error is for people, through rich. Standard output carries results, and only results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from model.errors import K2Error
 
 LONGEST = 2000  # characters of an error
 MOST_ROWS = 2000  # in columns, which take half a millisecond each
-NARROW = 60  # cells of a screen that fewer are too few for columns of words
+NARROW = 60  # cells of a screen; below that, columns of words do not fit
 
 console = Console(stderr=True, highlight=False)
 
 
 def harmless(text: str) -> str:
-    """The text as a terminal may show it: a name in a project may hold what would rewrite the screen."""
+    """The text as a terminal may show it: a name in a project may hold sequences that would rewrite the screen."""
     return "\n".join("\t".join(masked(part) for part in line.split("\t")) for line in text.split("\n"))
 
 
@@ -38,13 +38,13 @@ def say(text: str, style: str = "") -> None:
 
 
 def last_words(text: str) -> None:
-    """A line for people who may be gone: what ends a command may be that they closed its terminal."""
+    """A line for people who may be gone: a command may end because they closed its terminal."""
     with suppress(OSError):
         say(text)
 
 
 def show_error(error: K2Error) -> None:
-    """One sentence, and below it what to do. Names in it are a file's own words: they may be a megabyte long."""
+    """One sentence, and below it what to do. It may quote text from files, which may be a megabyte long."""
     said = str(error) if len(str(error)) <= LONGEST else f"{str(error)[:LONGEST]}…"
     console.print(Text.assemble(("Error: ", "bold red"), harmless(said)), soft_wrap=True)
     if error.hint:
@@ -52,15 +52,15 @@ def show_error(error: K2Error) -> None:
 
 
 def result(line: str) -> None:
-    """A line of results, at once, so that whoever reads the pipe can begin; a pipe gets it as it is."""
+    """A line of results, at once, so that a reader of the pipe can begin; a pipe gets it as is."""
     with delivering():
         print(harmless(line) if sys.stdout.isatty() else line, flush=True)
 
 
 def to_json(table: Any) -> str:
-    """One line of JSON; control characters that JSON lets pass are escaped too, as terminals obey some of them.
+    """One line of JSON; control characters that JSON allows are escaped, too, as terminals obey some of them.
 
-    JSON has no nan and no inf: they are null. It is UTF-8, or ASCII where standard output speaks something else.
+    JSON has no nan and no inf: they become null. It is UTF-8, or ASCII if standard output has another encoding.
     """
     import json
 
@@ -86,12 +86,12 @@ def finite(value: Any) -> Any:
 
 
 class Unwritable(K2Error):
-    """Standard output takes nothing any more: whatever else is made, nobody hears of it."""
+    """Standard output cannot be written any more: nobody would learn of further results."""
 
 
 @contextmanager
 def delivering() -> Iterator[None]:
-    """Turn what keeps standard output from taking results into one sentence; a reader who has left is Typer's."""
+    """Turn errors of writing standard output into one sentence; a reader who has left is handled by Typer."""
     try:
         yield
     except OSError as error:
@@ -101,14 +101,14 @@ def delivering() -> Iterator[None]:
 
 
 def unwritable(error: OSError) -> Unwritable:
-    """What keeps standard output from taking anything, in a sentence; nothing more is written to it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries the rest again when it ends
+    """Why standard output cannot be written, in a sentence; nothing more is written to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest again at exit
     return Unwritable(f"Standard output cannot be written: {error.strerror}.", hint="Send the results somewhere else.")
 
 
 def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = None) -> str:
-    """Facts below one another, each behind its name, or below one that is longer than `width`; a name that the row
-    above has is not said again. On a screen of so many cells no word is cut."""
+    """Facts below one another, each beside its name, or below it if that is longer than `width`; a name equal to the
+    row above's is not repeated. If `cells` gives the screen's width, facts are wrapped and no word is cut."""
     lines = []
     for (above, _), (name, fact) in pairwise([("", ""), *rows]):
         said = "" if name == above else name
@@ -123,8 +123,8 @@ def aligned(rows: Sequence[tuple[str, str]], width: int, cells: int | None = Non
 
 
 def results(rows: Sequence[Sequence[str]]) -> None:
-    """Lines of results, each of as many fields: parted by tabs in a pipe, and laid out on a terminal. Very many are
-    not laid out."""
+    """Rows of results with equally many fields: separated by tabs in a pipe, in columns on a terminal unless there are
+    very many."""
     cells = screen()
     if not cells or len(rows) > MOST_ROWS:
         for row in rows:
@@ -136,8 +136,8 @@ def results(rows: Sequence[Sequence[str]]) -> None:
 
 
 def columns(rows: Sequence[Sequence[Text]], cells: int) -> RenderableType:
-    """Fields in columns, folded where they are too long; the first, of names, is not if that leaves room for the
-    others. Where the screen is so narrow that words and numbers would fold, the others stand below it instead."""
+    """Fields in columns, folded if too long; the first, of names, is not folded if that leaves room for the others. On
+    a screen so narrow that words and numbers would fold, the others go below it instead."""
     from rich.padding import Padding
     from rich.table import Column, Table
 
@@ -153,7 +153,7 @@ def columns(rows: Sequence[Sequence[Text]], cells: int) -> RenderableType:
 
 
 def screen() -> int | None:
-    """How many cells a line of standard output has, where that is a terminal."""
+    """How many cells a line of standard output has, if that is a terminal."""
     return Console().width if sys.stdout.isatty() else None
 
 
@@ -164,18 +164,18 @@ def short_path(path: Path) -> str:
 
 
 def among_others(root: Path) -> str:
-    """What a project is called where there are several: as short as it can be typed, or by its folder's name."""
+    """What a project is called among several: the shortest path that can be typed here, or its folder's name."""
     short = short_path(root)
     return root.name if short == "." else short
 
 
 def for_shell(path: Path) -> str:
-    """The same, as a shell takes it."""
+    """The same, quoted for a shell."""
     return quote(short_path(path))
 
 
 class Meter:
-    """Progress over pictures and steps; a silent one where nobody watches."""
+    """Progress over pictures and steps; silent if nobody watches."""
 
     def __init__(self, progress: Any = None, pictures: Any = None, steps: Any = None, what: str = ""):
         self.progress, self.pictures, self.steps, self.what = progress, pictures, steps, what
@@ -192,9 +192,9 @@ class Meter:
 
 @contextmanager
 def meter(total: int | None, *, quiet: bool, what: str = "pictures", before: str = "") -> Iterator[Meter]:
-    """A bar for the pictures, or whatever is made, and one for the steps of those in hand, on a terminal only. It says
-    what is done `before` the first step. A signal that ends the process meanwhile is raised as Ended, as it leaves the
-    cursor hidden otherwise, and nobody knows how to go on."""
+    """A bar for the pictures, or whatever is made, and one for the steps of those being rendered, on a terminal only.
+    `before` is what happens before the first step. A signal that ends the process meanwhile is raised as Ended;
+    otherwise the cursor would stay hidden, and nobody would learn how to resume."""
     watched = console.is_terminal and not quiet
     with ended_as_by_ctrl_c(), bars(total, what, before) if watched else nullcontext(Meter()) as bar:
         yield bar
@@ -205,7 +205,7 @@ def bars(total: int | None, what: str, before: str) -> Iterator[Meter]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    # Rich would send what goes to a piped standard output to the terminal; only where both are one screen may it.
+    # Rich would redirect a piped standard output to the terminal; it may only if both are the same screen.
     progress = Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
     pictures = progress.add_task(before or what, total=total)
     steps = progress.add_task("   steps", total=None, visible=False)
@@ -213,7 +213,7 @@ def bars(total: int | None, what: str, before: str) -> Iterator[Meter]:
         progress.start()
         yield Meter(progress, pictures, steps, what)
     except BaseException:
-        with suppress(OSError):  # of a terminal that is closed: what ended it is told, not that
+        with suppress(OSError):  # of a closed terminal: what ended it is reported instead
             progress.stop()
         raise
     progress.stop()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks that end with the process that holds them, however it ends."""
+"""Files that appear complete or not at all, and locks that end with the process that holds them, however it ends."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCKS = fcntl is not None  # else files are whole all the same, and nobody is kept from anything
+LOCKS = fcntl is not None  # else files are complete all the same, but nobody is locked out
 DRAFT = ".draft"
 OWN = re.compile(rf"\.\d+-[0-9a-f]+{re.escape(DRAFT)}")  # as `new_draft` names them
-FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe, laid where a folder should be, would wait for ever
+FOLDER = getattr(os, "O_DIRECTORY", 0)  # else opening a named pipe in place of a folder would block for ever
 
-FORBIDDEN, BLOCKED = "Check the folder's permissions.", "A file stands where a folder belongs: move it away."
+FORBIDDEN, BLOCKED = "Check the folder's permissions.", "A file is where a folder belongs: move it away."
 HINTS = {  # what to do about an error of the file system
     errno.EACCES: FORBIDDEN,
     errno.EPERM: FORBIDDEN,
-    errno.EROFS: "Choose a place on another disk, or have this one mounted for writing.",
+    errno.EROFS: "Choose another disk, or remount this one for writing.",
     errno.ENOTDIR: BLOCKED,
     errno.EEXIST: BLOCKED,
-    errno.ENOENT: "Its folder is gone, or was moved.",
+    errno.ENOENT: "Its folder was deleted or moved.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.EFBIG: "The disk takes no file so large: choose another.",
+    errno.EFBIG: "The disk cannot hold a file this large: choose another.",
 }
 
 
@@ -42,7 +42,7 @@ ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasat
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asks this process to end, which then ends with the code that shells know it by."""
+    """A signal asks this process to end; it then exits with the code by which shells know that signal."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -50,11 +50,11 @@ class Ended(KeyboardInterrupt):
 
 
 class DiskFull(K2Error):
-    """Something could not be written for want of room."""
+    """Something could not be written for lack of space."""
 
 
 class Exists(K2Error):
-    """Something that was to be new has come to stand at `path`."""
+    """Something that was to be new already exists at `path`."""
 
     def __init__(self, path: Path):
         super().__init__(f"{path} exists already.", hint="Choose another name.")
@@ -63,7 +63,7 @@ class Exists(K2Error):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until what is in hand is finished, and so does what counts as it; once more, it does not."""
+    """Ctrl-C, and signals treated like it, wait until the block is finished; pressed once more, it does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -91,8 +91,8 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def ended_as_by_ctrl_c() -> Iterator[None]:
-    """Who asks this process to end, or closes its terminal, is heard as Ctrl-C is: Ended is raised. What the process
-    was told to ignore, as under nohup, it does."""
+    """A signal to end this process, or a closed terminal, acts like Ctrl-C: Ended is raised. Signals that the process
+    was told to ignore, as under nohup, stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -111,10 +111,10 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
-    """Write files so that each is whole or absent: drafts, flushed to disk, all put in place once all are there.
+    """Write files so that each is complete or absent: as drafts, flushed to disk, all put in place once all exist.
 
-    Raises K2Error. Where they are to be `new`, nothing is replaced: Exists is raised, and none of them is there. Ctrl-C
-    during it comes afterwards.
+    Raises K2Error. If they are to be `new`, nothing is replaced: Exists is raised, and none of them is left. Ctrl-C
+    meanwhile takes effect afterwards.
     """
     drafts: dict[Path, Path] = {}
     placed: list[Path] = []
@@ -150,7 +150,7 @@ def write(files: Mapping[Path, bytes], *, new: bool = False) -> None:
 
 
 def place(draft: Path, path: Path, *, new: bool) -> None:
-    """Give a draft its name; what is to be new gets it by a link, which never replaces anything."""
+    """Give a draft its name; a new file gets it by a link, which never replaces anything."""
     if new:
         try:
             os.link(draft, path)
@@ -164,7 +164,7 @@ def place(draft: Path, path: Path, *, new: bool) -> None:
 
 
 def new_draft(folder: Path) -> tuple[Path, int]:
-    """A new file, locked until it is closed, and never one that was there: that might be a link to anywhere."""
+    """A new file, locked until it is closed; never an existing one, which might be a link to anywhere."""
     while True:
         draft = folder / f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"
         try:
@@ -182,19 +182,21 @@ def close(handles: list[int]) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Names are part of a folder: what was put in place stays there when the power goes."""
+    """Flush a folder, which holds the names: what was put in place then survives a power cut."""
     with suppress(OSError), opened(folder) as handle:
         os.fsync(handle)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one sentence."""
+    """Turn errors of the file system into one sentence."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"The disk is full: {path} was not written.", hint="Make room, and try again.") from None
+            raise DiskFull(
+                f"The disk is full: {path} was not written.", hint="Free some space, and try again."
+            ) from None
         reason = {errno.EACCES: "permission denied", errno.EROFS: "the file system is read-only"}.get(error.errno or 0)
         hint = HINTS.get(error.errno or 0, "")
         raise K2Error(f"{path} cannot be written: {reason or error.strerror}.", hint=hint) from None
@@ -214,7 +216,7 @@ def opened(path: str | Path, flags: int = 0) -> Iterator[int]:
 
 
 def hold(handle: int) -> bool | None:
-    """Lock an open file or folder. False: another process has it; None: this file system knows no locks."""
+    """Lock an open file or folder. False: another process holds it; None: this file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -223,8 +225,8 @@ def hold(handle: int) -> bool | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts whose writers are dead: a living one holds the lock of its draft. Drafts of other names are
-    others', as `model/whole.py`'s, which nobody locks."""
+    """Remove the drafts whose writers are dead: a live writer holds the lock of its draft. Drafts with other names are
+    somebody else's, such as those of `model/whole.py`, which are not locked."""
     if not LOCKS:
         return
     with suppress(OSError):

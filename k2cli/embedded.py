@@ -1,4 +1,4 @@
-"""What a picture's file says of itself: its record, and the same in the forms that other tools read."""
+"""The metadata inside a picture's file: its record, and the same in the forms that other tools read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from k2cli.dialect import dump
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 SAMPLERS = {"euler": "Euler", "ab2": "AB2"}  # as galleries show them
-XMP = "XML:com.adobe.xmp"  # the keyword that PNG readers know XMP by
+XMP = "XML:com.adobe.xmp"  # the keyword of XMP in a PNG
 
 
 def encode(picture: Image.Image, record: Mapping[str, Any], *, embed: bool = True, format: str = "png") -> bytes:
@@ -34,7 +34,7 @@ def encode(picture: Image.Image, record: Mapping[str, Any], *, embed: bool = Tru
 
 
 def parameters(record: Mapping[str, Any]) -> str:
-    """The text that most galleries read, in the form that A1111's web interface gave it; its scale is ours plus one."""
+    """The text that most galleries read, in A1111's form; its CFG scale is our guidance plus one."""
     prompt, made, used = record["prompt"], record["settings"], record["model"]
     lines = [prompt["expanded"], f"Negative prompt: {prompt['avoid']}" if prompt["avoid"] else ""]
     facts = {
@@ -52,7 +52,7 @@ def parameters(record: Mapping[str, Any]) -> str:
 
 
 def xmp(record: Mapping[str, Any]) -> str:
-    """That a machine made this, in the words of IPTC (Photo Metadata Standard 2025.1)."""
+    """The statement that a machine made this, in IPTC's terms (Photo Metadata Standard 2025.1)."""
     facts = {
         "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
         "Iptc4xmpExt:AISystemUsed": f"k2, {Path(record['model']['name']).stem} {record['model']['variant']}",

@@ -1,7 +1,7 @@
-"""Who leads a prompt further: the word lists of the model in the box, or the language side of a text encoder.
+"""What expands a prompt: the bundled model's word lists, or the language model of a text encoder.
 
-A language model is large, and what it says is the same for the same words: it is loaded for what has not been asked
-before, and let go when the planning is over. Neither it nor torch is imported for word lists.
+A language model is large, and always answers the same words alike: it is loaded only for what has not been asked
+before, and released when planning is over. For word lists, neither it nor torch is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Expand = Callable[..., str]  # as `model.expand.expand`
 
 
 def expander(model: str, level: str, device: str | None = None) -> Expand:
-    """What expands prompts for a resolved model: Qwen3-VL where it is the text encoder, else the words of the box."""
+    """What expands prompts for a resolved model: Qwen3-VL if that is its text encoder, else the bundled word lists."""
     if level == "raw" or model in library.box() or (text := language_of(model)) is None:
         return expand
     return partial(said, text, device)
@@ -31,7 +31,7 @@ def expander(model: str, level: str, device: str | None = None) -> Expand:
 
 @cache
 def language_of(model: str) -> Path | None:
-    """The text encoder of a model, if it can answer. Raises K2Error where the model's licence is not accepted."""
+    """The text encoder of a model, if it can answer. Raises K2Error if the model's licence is not accepted."""
     found = library.find(model)
     if found is None:
         return None
@@ -46,7 +46,7 @@ def language_of(model: str) -> Path | None:
 
 @cache
 def said(text: Path, device: str | None, prompt: str, level: str, seed: int, **words: Any) -> str:
-    """One expansion, asked for once."""
+    """One expansion, cached."""
     return expand_by_language(
         lambda asked, number: speaker(text, device).answer(asked, number), prompt, level, seed, **words
     )
@@ -57,10 +57,10 @@ def speaker(text: Path, device: str | None) -> Speaker:
     """The language model; one at a time."""
     from model.speaker import Speaker
 
-    say("Asking the language side of the text encoder.", "dim")
+    say("Expanding prompts with the text encoder's language model.", "dim")
     return Speaker.load(text, device)
 
 
 def forget() -> None:
-    """Let the language model go; what it has said stays."""
+    """Release the language model; its answers stay cached."""
     speaker.cache_clear()

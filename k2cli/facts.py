@@ -1,4 +1,4 @@
-"""What is said of a picture to people, by its record."""
+"""A picture's record as facts for people."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from k2cli.records import Record
 from k2cli.texts import masked
 from model.errors import count_of
 
-NAMED = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # what is several, and one of it
-OF_ITS_OWN = ("created", "seconds", "pixels")  # of every picture, however it was made
-USUAL = len("creativity")  # the longest name of a fact but for what only references have a use for
+NAMED = {
+    "styles": "style",
+    "loras": "lora",
+    "files": "file",
+    "versions": "version",
+}  # facts with several values, and the name of one
+OF_ITS_OWN = ("created", "seconds", "pixels")  # of each picture alone, however it was made
+USUAL = len("creativity")  # the longest name of a fact, except those that only references use
 
 Facts = dict[str, str | dict[str, str]]
 
 
 def facts_of(record: Record) -> Facts:
-    """What a record says, by name, and of what is several by the name of each; "" is nothing."""
+    """A record's facts by name; those with several values as a dict; "" if it has none."""
     spec, used, table = record.shot.spec, record.model, record.table
     versions, blocked = table.get("versions") or {}, table.get("blocked")
     return {
@@ -40,14 +45,14 @@ def facts_of(record: Record) -> Facts:
         "guidance": "" if spec.guidance is None else f"{spec.guidance:g}{lasting(spec.guidance_until)}",
         "mu": "" if spec.mu is None else f"{spec.mu:g}",
         "sampler": spec.sampler if spec.sampler and spec.sampler != "euler" else "",
-        "cohesion": f"{spec.cohesion:g}, led by seed {spec.leader.seed} of: {spec.leader.prompt}"
+        "cohesion": f"{spec.cohesion:g}, follows seed {spec.leader.seed} of: {spec.leader.prompt}"
         if spec.leader
         else "",
         "style guidance": "" if spec.style_guidance is None else f"{spec.style_guidance:g}",
         "leak guard": spec.leak_guard or "",
         "vision tiles": f"{spec.vision_tiles or ''}",
         "vision rows": "" if spec.vision_rows is None else f"{spec.vision_rows}".lower(),
-        "begun with": f"{spec.init_image or ''}",
+        "init image": f"{spec.init_image or ''}",
         "denoise": "" if spec.denoise is None else f"{spec.denoise:g}",
         "mask": f"{spec.mask or ''}",
         "model": f"{used.name} {used.variant or ''}",
@@ -61,15 +66,15 @@ def facts_of(record: Record) -> Facts:
 
 
 def to_the_second(value: Any) -> Any:
-    """A moment as people want it, by their clock; anything else as it is."""
+    """A datetime for people, in local time; anything else as is."""
     try:
         return value.astimezone().replace(microsecond=0) if isinstance(value, datetime) else value
-    except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock
+    except (OverflowError, ValueError, OSError):  # a zone would leave the calendar, or the range of the clock
         return value
 
 
 def describe(record: Record, cells: int | None = None) -> str:
-    """A record for people: what it says, a fact a line, or on a screen of so many cells as many as it takes."""
+    """A record for people: one fact per line, wrapped if `cells` gives the screen's width."""
     facts = facts_of(record)
     pictures = {style.name: [f"  {each.image}" for each in style.references] for style in record.shot.spec.styles}
     rows = []
@@ -87,7 +92,7 @@ def describe(record: Record, cells: int | None = None) -> str:
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:
-    """By what pictures were not made alike: a fact's name -> what it is of each; "" is nothing."""
+    """In what pictures differ: a fact's name -> its value for each; "" if it has none."""
     flat: list[dict[str, str]] = []
     for record in records:
         facts = facts_of(record) | {"references": {f"{path}": sha[:12] for path, sha in record.references.items()}}
@@ -102,13 +107,13 @@ def differences(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def lasting(until: float | None) -> str:
-    """What is said behind guidance of when it ends, where that is before the last step."""
+    """The suffix of guidance that ends before the last step."""
     return "" if until in (None, 1) else f" until {until:g}"
 
 
 def course(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """Steps and guidance for people, with what of them is not as usual: a sampler that is not Euler's, an early end;
-    "" for what a record does not tell."""
+    """Steps and guidance for people, with what is unusual about them: a sampler other than Euler's, an early end; ""
+    for what a record lacks."""
     sampler, until = settings.get("sampler"), settings.get("guidance_until")
     steps, guidance = settings["steps"], settings["guidance"]
     return (

@@ -1,5 +1,4 @@
-"""Which project is meant: by the words of a command, by a picture, or by the current folder. What is heavy is imported
-where it is needed."""
+"""Which project is meant: the one named, that of a picture, or that of the current folder. Heavy imports are local."""
 
 from __future__ import annotations
 
@@ -19,30 +18,30 @@ if TYPE_CHECKING:
 
 
 def prompt_meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> str:
-    """A hint at what is meant by a word where a project's folder belongs: a prompt, known or new, or the rest of one.
+    """A hint for a word given where a project's folder belongs: it may be a prompt, known or new, or the rest of one.
 
-    words    all that stand there
+    words    all that were given there
     prompts  those of -p
     """
     from k2cli.project import Project
     from k2cli.texts import quote
 
-    if any(prompt.split() != [prompt] for prompt in prompts):  # which was quoted, so that this one is another
-        return f"Each prompt goes with its own -p, and a project is made by: k2 new {quote(word)}"
+    if any(prompt.split() != [prompt] for prompt in prompts):  # that one was quoted, so this word is another
+        return f"Each prompt needs its own -p. To create a project: k2 new {quote(word)}"
     if len(prompts) == 1:
         there = "".join(f"{quote(each)} " for each in words if os.path.exists(each))
         whole = " ".join([*prompts, *(each for each in words if not os.path.exists(each))])
-        return f"A prompt of several words stands in quotes: k2 render {there}-p {quote(whole)}"
+        return f"Put a prompt of several words in quotes: k2 render {there}-p {quote(whole)}"
     if (above := os.path.dirname(word)) and (word.split() == [word] or os.path.isdir(above)):
         return "Check the path."
     with suppress(K2Error):
         if (here := Project.around(Path.cwd())) and here.choose([word]):
-            return f"The prompt of that name: k2 render --only {quote(word)}"
-    return f"A prompt goes with -p: k2 render -p {quote(word)}"
+            return f"To render the prompt of that name: k2 render --only {quote(word)}"
+    return f"A prompt needs -p: k2 render -p {quote(word)}"
 
 
 def find_file(file: Path, project: Path | None) -> Path:
-    """A picture or a record as it is named: from the current folder on, else within the project that is named."""
+    """A picture or a record by its path: relative to the current folder, else to the project that is named."""
     from k2cli.folder import Folder
 
     if project is None:
@@ -52,8 +51,8 @@ def find_file(file: Path, project: Path | None) -> Path:
 
 
 def find_home(file: Path, project: Path | None, allow_outside: bool) -> Folder | None:
-    """A picture's project: the one named, else the nearest above the picture, else above the current folder. Whatever
-    its k2.toml says by now, the picture was made."""
+    """A picture's project: the one named, else the nearest above the picture, else above the current folder. Its
+    k2.toml is not read: the picture exists, whatever that says by now."""
     from k2cli.folder import Folder, root_above
 
     root = project or root_above(file.absolute().parent) or root_above(Path.cwd())
@@ -70,10 +69,10 @@ def find_project(project: Path | None, allow_outside: bool = False) -> Project:
 def open_projects(
     folders: Sequence[str], project: Path | None, allow_outside: bool, prompts: Sequence[str] = ()
 ) -> list[Project]:
-    """The projects named, each once, however it is called; or the one that the current folder belongs to. Raises
-    K2Error where anything is wrong with any, once all of that is told.
+    """The projects named, each once, however it is spelt; or the one that the current folder belongs to. Raises
+    K2Error if anything is wrong with any, after reporting all of it.
 
-    prompts  those of -p, for a hint where words stand that name no folder
+    prompts  those of -p, for a hint about words that name no folder
     """
     from k2cli.project import Project
     from k2cli.several import refuse, tried
@@ -94,7 +93,7 @@ def open_projects(
 def find_folders(
     folders: Sequence[str], project: Path | None, allow_outside: bool
 ) -> tuple[list[Folder], list[K2Error]]:
-    """The same without a look into their k2.toml, and what is wrong with those that are named and are no projects."""
+    """The same without reading their k2.toml, and what is wrong with names that are no projects."""
     from k2cli.folder import Folder
 
     if folders and project:

@@ -1,4 +1,4 @@
-"""A project's folder on disk: made, found, and never left, whatever its k2.toml says."""
+"""A project's folder on disk: created, found, and never left, whatever its k2.toml says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IGNORE = ".gitignore"
 
 
 class Outside(K2Error):
-    """A project's file that lies outside its folder; the hint is for commands that have --allow-outside."""
+    """A project's file is outside its folder; the hint is for commands that have --allow-outside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,37 +34,37 @@ class Folder:
 
     @classmethod
     def at(cls, folder: Path, *, allow_outside: bool = False) -> Folder:
-        """The folder of that name, or of that k2.toml. Raises K2Error where there is no project."""
+        """The folder of that name, or of that k2.toml. Raises K2Error if it is no project."""
         if folder.is_file() and folder.name == FILE:
             folder = folder.parent
         if not folder.exists():
-            raise K2Error(f"There is no folder {folder}.", hint="Make a project with: k2 new NAME")
+            raise K2Error(f"There is no folder {folder}.", hint="Create a project: k2 new NAME")
         if not folder.is_dir():
             raise K2Error(f"{folder} is not a project: it is a file.", hint=meant_by(folder))
         if not (folder / FILE).is_file():
             raise K2Error(f"{folder} is not a project: it has no {FILE}.", hint=meant_by(folder))
-        plain = Path(os.path.abspath(folder))  # as people read it, without ".."; behind a link that may be another
+        plain = Path(os.path.abspath(folder))  # readable, without ".."; behind a link that may be another folder
         root = plain if plain.exists() and plain.samefile(folder) else folder.absolute()
         return Folder(root=root, allow_outside=allow_outside)
 
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Folder:
-        """That of a folder, or of the nearest one above it. Raises K2Error where there is none."""
+        """The project of a folder, or of the nearest one above it. Raises K2Error if there is none."""
         if root := root_above(start):
             return cls.at(root, allow_outside=allow_outside)
-        raise K2Error(f"There is no {FILE} in {start.absolute()} or above it.", hint="Make a project with: k2 new NAME")
+        raise K2Error(f"There is no {FILE} in {start.absolute()} or above it.", hint="Create a project: k2 new NAME")
 
     @property
     def outputs(self) -> Path:
         return self.inside("outputs")
 
     def inside(self, path: str | Path, where: str = "") -> Path:
-        """A path of the project, absolute. Links count as where they lead."""
+        """A path of the project, absolute. Links count as the places they lead to."""
         asked = f"{where}: " if where else ""
         check_path(path, asked)
         full = spelt(self.root, path)
         if in_circle(full):
-            raise K2Error(f"{asked}{path} leads in a circle.", hint="Mend the link.")
+            raise K2Error(f"{asked}{path} is a link that leads back to itself.", hint="Fix the link.")
         if not self.allow_outside and not full.resolve().is_relative_to(self.root.resolve()):
             raise Outside(
                 f"{asked}{path} lies outside the project.",
@@ -73,7 +73,7 @@ class Folder:
         return full
 
     def recorded(self, path: str | Path) -> Path:
-        """The same for a path of a record or a plan, which goes on naming it wherever its file is copied to."""
+        """The same for a path in a record or a plan, which keeps naming it wherever its file is copied."""
         try:
             full = self.inside(path)
         except Outside as error:
@@ -89,9 +89,9 @@ class Folder:
         folder = Path(os.path.abspath(folder))
         name = " ".join(printable(folder.name, "The project's name").split())
         if folder.exists() and not folder.is_dir():
-            raise K2Error(f"{folder} exists already and is no folder.", hint="Choose another name.")
-        there = folder.exists()  # perhaps a mount, to which nothing moves from beside it
-        short = f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"  # while the project's name may fill all room
+            raise K2Error(f"{folder} exists already and is not a folder.", hint="Choose another name.")
+        there = folder.exists()  # perhaps a mount, into which nothing can be moved from beside it
+        short = f".{os.getpid()}-{secrets.token_hex(4)}{DRAFT}"  # the project's name may be as long as names can be
         draft = (folder if there else folder.parent) / short
         try:
             with writing(folder):
@@ -104,7 +104,7 @@ class Folder:
                     (draft / "styles" / "sticker.toml").write_text(template.STYLE, "utf-8")
                 if not os.path.lexists(folder / IGNORE):
                     (draft / IGNORE).write_text(template.IGNORE, "utf-8")
-                if there:  # a shell may stand in it, so it stays, and k2.toml moves in last
+                if there:  # it may be a shell's current folder, so it stays, and k2.toml moves in last
                     move_all(draft, folder, missing(draft, folder, ("refs", "styles", IGNORE, FILE)))
                 else:
                     os.replace(draft, folder)
@@ -114,7 +114,7 @@ class Folder:
 
 
 def keeps_outputs(folder: Path) -> bool:
-    """Whether a .gitignore, which may be the user's own, has no line for the outputs or the pictures in them."""
+    """Whether .gitignore, which may be the user's own, has no line for the outputs or the pictures in them."""
     with suppress(OSError):
         lines = (folder / IGNORE).read_text("utf-8", "replace").splitlines()
         return not any(map(ignores_outputs, lines))
@@ -122,14 +122,14 @@ def keeps_outputs(folder: Path) -> bool:
 
 
 def ignores_outputs(line: str) -> bool:
-    """Whether a line of a .gitignore is about them: a name of any folder, or a path where there is a slash within."""
+    """Whether a line of a .gitignore matches them: a name in any folder, or a path if it contains a slash."""
     pattern = line.rstrip().removesuffix("/").replace("[^", "[!")
     parts = pattern.removeprefix("/").split("/") if "/" in pattern else ["**", pattern]
     picture = ("outputs", "0001-x", "x-1.png")
-    matched = {0}  # how many of its parts may be by the parts so far; with a folder goes what lies in it
+    matched = {0}  # how many of its parts the pattern so far may match; a folder includes its contents
     for number, part in enumerate(parts, 1):
         if part == "**":
-            least = number == len(parts)  # at the end it is for what lies there, and not for the folder itself
+            least = number == len(parts)  # at the end it matches what is inside, not the folder itself
             matched = {end for start in matched for end in range(start + least, len(picture) + 1)}
         else:
             matched = {at + 1 for at in matched if at < len(picture) and fnmatch(picture[at], part)}
@@ -137,16 +137,16 @@ def ignores_outputs(line: str) -> bool:
 
 
 def missing(start: Path, end: Path, parts: Sequence[str]) -> list[str]:
-    """Parts of a folder that are to be moved into another; of a folder that both have, what lies in it. Raises K2Error
-    where one is there already."""
+    """Parts of a folder that are to be moved into another; for a folder that both have, its contents. Raises K2Error if
+    one exists there already."""
     found: list[str] = []
     for part in (part for part in parts if (start / part).exists()):
         inside = [f"{part}/{name}" for name in os.listdir(start / part)] if (start / part).is_dir() else None
-        linked = inside and (end / part).is_symlink()  # to where a project writes nothing
+        linked = inside and (end / part).is_symlink()  # to a place where a project writes nothing
         new = [part] if inside is None or linked or not (end / part).is_dir() else inside
         for name in new:
             if os.path.lexists(end / name):
-                raise K2Error(f"{end} holds {name} already.", hint="Nothing is overwritten: choose another folder.")
+                raise K2Error(f"{end} already contains {name}.", hint="Nothing is overwritten: choose another folder.")
         found += new
     return found
 
@@ -166,15 +166,15 @@ def move_all(start: Path, end: Path, parts: Sequence[str]) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What lies in a folder; nothing where there is none. Raises K2Error where it may not be read."""
+    """The names in a folder; none if it does not exist. Raises K2Error if it cannot be read."""
     try:
-        return os.listdir(folder) if folder.is_dir() else []  # a glob would find nothing where it may not look
+        return os.listdir(folder) if folder.is_dir() else []  # a glob would silently skip what it may not read
     except OSError as error:
         raise K2Error(f"{folder} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
 
 
 def spelt(root: Path, path: str | Path) -> Path:
-    """A path from a folder on, its names as they are there: some systems write accents apart from their letters."""
+    """A path below a folder, spelt as on disk: some systems store accents apart from their letters."""
     full = root / path
     if str(path).isascii() or os.path.lexists(full):
         return full
@@ -189,7 +189,7 @@ def spelt(root: Path, path: str | Path) -> Path:
 
 
 def in_circle(path: Path) -> bool:
-    """Whether links lead back to themselves on the way there: not every Python's `resolve` tells."""
+    """Whether links on the way lead back to themselves: not every Python's `resolve` reports it."""
     try:
         os.stat(path)
     except OSError as error:
@@ -198,22 +198,22 @@ def in_circle(path: Path) -> bool:
 
 
 def meant_by(folder: Path) -> str:
-    """A hint at what is meant where a project's folder belongs: a picture, a run, the folder of all, a new project."""
+    """A hint for a path given as a project's folder: it may be a picture, a run, the outputs, or a new project."""
     from k2cli.console import for_shell
     from k2cli.outputs import NUMBER, number_of, picture_of
     from model.picture_file import is_named_so
 
     full = Path(os.path.abspath(folder))
     if full.exists() and not full.is_dir():
-        picture = picture_of(full)  # itself, or that beside a record
+        picture = picture_of(full)  # itself, or the one beside a record
         of_one = is_named_so(picture) and picture.is_file()
-        more = f" What one picture was made from: k2 show {for_shell(folder)}" if of_one else ""
+        more = f" To see what a picture was made from: k2 show {for_shell(folder)}" if of_one else ""
         return f"A project is a folder with a {FILE}.{more}"
     if NUMBER.match(full.name) and (full.parent.parent / FILE).is_file():
-        return f"A run goes with --run, as k2 log and k2 gallery take it: --run {number_of(full)}"
+        return f"It is a run; k2 log and k2 gallery select it with: --run {number_of(full)}"
     if full.name == "outputs" and (full.parent / FILE).is_file():
-        return f"It is where a project's pictures are; the project itself: {for_shell(full.parent)}"
-    return f"Make one with: k2 new {for_shell(folder)}"
+        return f"It holds a project's pictures; the project itself is {for_shell(full.parent)}"
+    return f"Create one: k2 new {for_shell(folder)}"
 
 
 def root_above(folder: Path) -> Path | None:

@@ -1,7 +1,7 @@
-"""The files that pictures are kept in, and what each can say of itself.
+"""The file formats of pictures, and the metadata that each can hold.
 
-PNG carries texts. WebP (lossless) and JPEG carry EXIF, whose comment holds the A1111 text, and XMP, which holds the
-record as well where a PNG has a chunk for it.
+PNG has text chunks. WebP (lossless) and JPEG have EXIF, whose comment holds the A1111 text, and XMP, which also holds
+the record, for which a PNG has a chunk of its own.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from model import picture_file
 
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 QUALITY = 95  # of a JPEG
-MOST_XMP = 4 << 20  # bytes; the record is most of what we write, and as an element a byte becomes twenty
-SEGMENT = 65_000  # bytes that a JPEG has room for in one place
+MOST_XMP = 4 << 20  # bytes; the record is most of what we write, and parsed, a byte becomes twenty
+SEGMENT = 65_000  # bytes that fit into one segment of a JPEG
 RECORD = "urn:k2:record"  # the namespace of the record in XMP
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name stands for; None where it is none of ours."""
+    """The format that a file's name stands for; None if it is none of ours."""
     kind = picture_file.SUFFIXES.get("." + name.rpartition(".")[2].lower())
     return kind and kind.lower()
 
 
 def encode(picture: Image.Image, format: str, *, parameters: str = "", xmp: str = "", record: str = "") -> bytes:
-    """A picture as WebP, without loss, or as JPEG; what is empty is left out, and the record where it has no room."""
+    """A picture as lossless WebP or as JPEG; empty metadata is left out, and so is a record that does not fit."""
     room = SEGMENT if format == "jpeg" else 1 << 30
     packets = [with_record(xmp, record).encode(), xmp.encode()] if xmp else []
     more: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def encode(picture: Image.Image, format: str, *, parameters: str = "", xmp: str 
 
 
 def exif(comment: str) -> bytes:
-    """EXIF with a comment, coded as A1111 and those who read it do: UNICODE, big-endian."""
+    """EXIF with a comment, encoded as A1111 and its readers do: UNICODE, big-endian."""
     table = Image.Exif()
     table[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: b"UNICODE\0" + comment.encode("utf-16-be")}
     # Pillow writes bytes as type 1 (BYTE), and the standard wants 7 (UNDEFINED) here.
@@ -55,7 +55,7 @@ def exif(comment: str) -> bytes:
 
 
 def with_record(xmp: str, record: str) -> str:
-    """An XMP packet with the record as one more property."""
+    """An XMP packet with the record as an additional property."""
     from xml.sax.saxutils import quoteattr
 
     if not record:

@@ -1,7 +1,7 @@
-"""A project as one static folder: a page, and beside it every picture with its record. Nothing is fetched, ever.
+"""A project as one static folder: a page, and beside it every picture with its record. It never uses the network.
 
-The page stands in `gallery.html`, whole. What is filled in is the title, one block of JSON and the policy that lets
-the page's own script run and no other; a prompt reaches the screen as text only.
+`gallery.html` is the complete page. Only the title, one block of JSON, and the policy that lets the page's own script
+run and no other are filled in; a prompt reaches the screen as text only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model import picture_file
 from model.errors import K2Error, count_of
 
 PAGE, FOLDER = "index.html", "pictures"
-COMPARED = (  # what tells a run's pictures apart, unseen
+COMPARED = (  # settings that a run's pictures are labelled with if they differ in them
     *(f"settings.{key}" for key in ("steps", "guidance", "guidance_until", "sampler", "denoise")),
     "prompt.creativity",
 )
@@ -46,14 +46,14 @@ def build(
 ) -> int:
     """Write the gallery of an outputs folder, or bring it up to date -> the number of pictures in it.
 
-    Pictures and records take no room of their own where the file system knows hard links. The page comes last, so
-    that it never shows a picture that is not there; before it an empty one, by which a build that was stopped is known
-    for a gallery. What has no record or no picture that can be read is handed to `skipped` and left out. Where none of
-    what is chosen is there, nothing is written. Raises K2Error where `target` holds something else.
+    Pictures and records take no extra space where the file system has hard links. The page is written last, so that it
+    never shows a missing picture; an empty page comes first, which marks an interrupted build as a gallery. Whatever
+    has no readable record or picture is passed to `skipped` and left out. If nothing matches `chosen`, nothing is
+    written. Raises K2Error if `target` holds something else.
     """
     check_target(target)
     made = [each for each in history.read(outputs, chosen, skipped) if can_be_shown(each.path, skipped)]
-    if chosen and not made:  # an earlier choice may lie there
+    if chosen and not made:  # an earlier selection may be there
         return 0
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def build(
 
 
 def can_be_shown(path: Path, skipped: Callable[[Path], None] | None) -> bool:
-    """Whether a file is a picture, by how it begins: thousands are asked. One that is none is handed to `skipped`."""
+    """Whether a file is a picture, by its first bytes, as there are thousands. If not, it is passed to `skipped`."""
     try:
         with picture_file.opened(path):
             return True
@@ -83,13 +83,13 @@ def can_be_shown(path: Path, skipped: Callable[[Path], None] | None) -> bool:
 
 
 def record_beside(path: Path) -> Path | None:
-    """A picture's record, where it has one beside it; that within is enough to be shown."""
+    """The record beside a picture, if any; the one inside is enough to show it."""
     record = path.with_suffix(".toml")
     return record if record.is_file() and not record.is_symlink() else None
 
 
 def check_target(target: Path) -> None:
-    """Refuse a folder in which a gallery would write over what somebody keeps there."""
+    """Refuse a folder in which a gallery would overwrite somebody's files."""
     pictures = target / FOLDER
     if not target.exists():
         return
@@ -100,7 +100,7 @@ def check_target(target: Path) -> None:
             return
         known = (target / PAGE).is_file() and MARK in head(target / PAGE)
     if not known or pictures.is_symlink():
-        raise K2Error(f"{target} holds something that is no gallery of k2.", hint="Choose another: --output DIR")
+        raise K2Error(f"{target} holds something other than a k2 gallery.", hint="Choose another: --output DIR")
 
 
 def head(path: Path) -> bytes:
@@ -110,7 +110,7 @@ def head(path: Path) -> bytes:
 
 
 def bring(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """A run's files into the gallery, by hard link where that can be, else as copies; those that are there stay."""
+    """Bring a run's files into the gallery, by hard link if possible, else as copies; those already there stay."""
     with writing(folder):
         if folder.is_symlink():
             folder.unlink(missing_ok=True)
@@ -125,14 +125,14 @@ def bring(source: Path, folder: Path, names: Iterable[str]) -> None:
                 (folder / name).unlink(missing_ok=True)
             try:
                 os.link(source / name, folder / name, follow_symlinks=False)
-            except FileExistsError:  # another build was sooner
+            except FileExistsError:  # another build was faster
                 continue
             except OSError:  # another disk, or a file system without links
                 shutil.copy2(source / name, folder / name, follow_symlinks=False)
 
 
 def clear(folder: Path, wanted: Mapping[str, set[str]]) -> None:
-    """Drop pictures that the project no longer has. Anything else that lies in the folder stays."""
+    """Remove pictures that the project no longer has. Anything else in the folder stays."""
     for run in folder.iterdir():
         if run.is_symlink() or not run.is_dir():
             continue
@@ -170,19 +170,19 @@ def digest(text: str) -> str:
 
 
 class Table(dict[Any, int]):
-    """Values numbered in the order in which they first come, so that thousands of pictures share them."""
+    """Values numbered in order of first appearance, so that thousands of pictures share them."""
 
     def number(self, value: Any) -> int:
         return self.setdefault(value, len(self))
 
 
 def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
-    """What the page's script reads: runs, pictures, and the tables in which pictures look their words up."""
+    """What the page's script reads: runs, pictures, and the tables that pictures refer to by number."""
     runs: dict[str, Made] = {}  # the first picture of each
-    told: dict[str, dict[str, set[str]]] = {}  # of each, what its pictures say of what may be compared
+    told: dict[str, dict[str, set[str]]] = {}  # of each, the values of its pictures for each key of COMPARED
     numbers, strings, looks, facts = Table(), Table(), Table(), Table()
     pictures: list[list[Any]] = []
-    within: list[int] = []  # the pictures with no record but that within them
+    within: list[int] = []  # the pictures whose only record is inside the file
     for each in made:
         runs.setdefault(each.run, each)
         for key in COMPARED:
@@ -220,12 +220,12 @@ def describe(title: str, made: Iterable[Made]) -> dict[str, Any]:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number that JavaScript holds exactly; larger seeds are told in the facts."""
+    """An integer that JavaScript represents exactly; larger seeds appear in the facts."""
     return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else None
 
 
 def about(made: Made, apart: Collection[str]) -> str:
-    """What a run has in common, after its name; `apart` are the settings in which its pictures differ."""
+    """What a run's pictures have in common, shown after its name; `apart` are the settings in which they differ."""
     when = f"{made.local.day} {made.local:%b %Y, %H:%M}" if made.local else ""
     steps = "" if "settings.steps" in apart else made.text("settings.steps")
     return " · ".join(filter(None, [when, model_of(made), count_of(steps, "step") if steps else ""]))
@@ -236,7 +236,7 @@ def model_of(made: Made) -> str:
 
 
 def record_of(made: Made) -> list[tuple[str, str]]:
-    """A picture's record, a fact a line, much as `k2 show` tells it; what says nothing is left out."""
+    """A picture's record as facts, much as `k2 show` prints it; empty ones are left out."""
     expanded = made.text("prompt.expanded")
     facts: list[tuple[str, Any]] = [
         ("expanded", "" if expanded == made.text("prompt.text") else expanded),
@@ -246,7 +246,7 @@ def record_of(made: Made) -> list[tuple[str, str]]:
         ("loras", "\n".join(f"{file} {weight}" for file, weight in history.loras(made.table).items())),
         ("size", made.size.replace("x", " × ") if made["settings.width"] else ""),
         *((key, setting(made, key)) for key in ("seed", "steps", "guidance", "guidance_until", "sampler")),
-        ("begun with", made.text("init_image.image")),
+        ("init image", made.text("init_image.image")),
         ("denoise", setting(made, "denoise")),
         ("mask", made.text("mask.region") or made.text("mask.image")),
         ("cohesion", cohesion_of(made)),
@@ -268,15 +268,15 @@ def record_of(made: Made) -> list[tuple[str, str]]:
 
 
 def setting(made: Made, key: str) -> str:
-    """A setting as one would type it: 1 and not 1.0."""
+    """A setting as a user would type it: 1, not 1.0."""
     value = made[f"settings.{key}"]
     return f"{value:g}" if isinstance(value, float) else made.text(f"settings.{key}")
 
 
 def cohesion_of(made: Made) -> str:
-    """How much a picture shares, and with which."""
+    """How much a picture shares, and with which one."""
     seed, prompt = made.text("leader.seed"), made.text("leader.prompt")
-    return f"{setting(made, 'cohesion')}, led by seed {seed} of: {prompt}" if prompt or seed else ""
+    return f"{setting(made, 'cohesion')}, follows seed {seed} of: {prompt}" if prompt or seed else ""
 
 
 def references(made: Made) -> Iterable[str]:

@@ -1,8 +1,8 @@
-"""Who makes a run's pictures: this process, processes beside it, or a cluster. What comes back is the same.
+"""What renders a run: this process, worker processes, or a cluster. The results are the same.
 
-A hand is a pipeline somewhere that has all specs of a run and makes the groups it is given; a crew hires hands, hears
-from them, and keeps them from run to run, so that weights are read once. How groups are dealt, and what happens when a
-hand is lost, is the same for every crew: `spread`.
+A hand is a worker: a pipeline somewhere that has all specs of a run and renders the groups it is given. A crew hires
+hands, hears from them, and keeps them from run to run, so that weights are read once. How groups are handed out, and
+what happens when a hand is lost, is the same for every crew: `spread`.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from model.spec import Picture, RenderSpec
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
-TRIES = 3  # of a group whose hands are lost before it is done: something about it kills them
-DYING = 0.5  # seconds after which the process that workers are forked from is gone for the system, too, and begun anew
+TRIES = 3  # of a group whose hands keep getting lost: something about it kills them
+DYING = 0.5  # seconds until the system, too, sees that the fork server is gone, so that it is started again
 
 Group = tuple[int, ...]  # places in the run's list of specs
-OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures in hand
+OnStep = Callable[[int, int], None]  # (steps done, steps in all) of the pictures being rendered
 
 
 class Unreachable(K2Error):
-    """Whoever makes the pictures cannot be spoken to, or has no room: for no run that comes next either."""
+    """The crew cannot be reached, or has no room: nor will it for the runs that come next."""
 
 
 @lru_cache(maxsize=1)
 def load(held: Held) -> Pipeline:
-    """The weights; projects rendered one after another share them, and different ones do not pile up in memory."""
+    """Load the weights; projects rendered one after another share them, and different ones do not pile up in memory."""
     licence.require_for(held.name, held.variant)
     if load.cache_info().currsize:
         load.cache_clear()  # before the next one is read: two may not fit
-        gc.collect()  # a network that is made faster refers to itself
-    with undisturbed():  # torch's modules, cut off in the middle, raise something else, or abort
+        gc.collect()  # an accelerated network refers to itself
+    with undisturbed():  # interrupting torch's import raises something else, or aborts
         from model.pipeline import Pipeline  # which imports torch
 
     return Pipeline.load(
@@ -66,15 +66,15 @@ def load(held: Held) -> Pipeline:
 
 
 def check_device(held: Held) -> None:
-    """Refuse, before runs are begun, a device that this machine has not. Raises K2Error."""
-    if held.device not in (None, "cpu"):  # else torch may come later
+    """Refuse, before runs begin, a device that this machine lacks. Raises K2Error."""
+    if held.device not in (None, "cpu"):  # else torch may be imported later
         with undisturbed():
             from model.parts import pick_device
         pick_device(held.device)
 
 
 class Hand:
-    """The far end: one pipeline, and all specs of a run, each of them checked before the first is rendered."""
+    """The far end: one pipeline, and all specs of a run, each checked before the first is rendered."""
 
     def __init__(self, held: Held, specs: Sequence[RenderSpec]):
         self.pipeline, self.specs = load(held), specs
@@ -84,17 +84,17 @@ class Hand:
         return self.pipeline.stream([self.specs[index] for index in group], on_step=on_step)
 
     def ready(self, held: Held) -> Ready:
-        """How this pipeline came to be held."""
+        """How this pipeline is actually held, and its batches."""
         plan, device = self.pipeline.plan, held.device or str(self.pipeline.device)
         held = replace(held, device=device, dtype=plan.dtype, precision=plan.precision, offload=plan.offload)
         return Ready(held, self.batches)
 
 
 def groups_of(batches: Sequence[int], wanted: Collection[int]) -> list[Group]:
-    """The batches of a whole run in which something is wanted.
+    """The batches of a complete run in which something is wanted.
 
-    They are made as they would be in an undisturbed run by one process: with other company a picture may differ in
-    the last bits of its numbers.
+    They are rendered as in an uninterrupted run by one process: in another batch, a picture may differ in the last bits
+    of its numbers.
     """
     ends = list(accumulate(batches))
     groups = (tuple(range(end - size, end)) for size, end in zip(batches, ends, strict=True))
@@ -104,7 +104,7 @@ def groups_of(batches: Sequence[int], wanted: Collection[int]) -> list[Group]:
 def make_here(
     held: Held, specs: Sequence[RenderSpec], wanted: Collection[int], on_step: OnStep | None
 ) -> Iterator[tuple[int, Picture]]:
-    """What is wanted of a run, by this process -> pictures with their places."""
+    """Render what is wanted of a run in this process -> pictures with their places."""
     hand = Hand(held, specs)
     for group in groups_of(hand.batches, wanted):
         for index, picture in zip(group, hand.make(group, on_step), strict=True):
@@ -117,7 +117,7 @@ def make_here(
 
 @dataclass(frozen=True)
 class Ready:
-    """A hand has loaded its pipeline, holds it so, and would render the run in these batches."""
+    """A hand has loaded its pipeline, which is held like this, and would render the run in these batches."""
 
     held: Held
     batches: list[int]
@@ -125,7 +125,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Lost:
-    """A hand is gone, with whatever it had in work."""
+    """A hand is gone, with whatever it was rendering."""
 
     why: str
 
@@ -134,7 +134,7 @@ News = Ready | list[Picture] | Lost | Exception
 
 
 class Crew(ABC):
-    """Hands of one kind. They are known by numbers; what becomes of each is heard in the order in which it happens."""
+    """Hands of one kind, known by numbers; their news arrives in the order in which it happens."""
 
     size: int  # hands at work at a time
     where: str  # for messages
@@ -142,15 +142,15 @@ class Crew(ABC):
 
     def __init__(self) -> None:
         self.holds: dict[int, Held] = {}  # every hand, and what it was told to hold
-        self.kept: list[int] = []  # hands of earlier runs that have nothing to do
+        self.kept: list[int] = []  # idle hands of earlier runs
         self.hired = 0
 
     def begin(self, specs: Sequence[RenderSpec]) -> None:
-        """A run, for which hands are hired from now on. Raises K2Error."""
+        """Begin a run, for which hands are hired from now on. Raises K2Error."""
         self.specs = specs
 
     def hire(self, held: Held) -> int:
-        """A hand begins to load a pipeline, or has it still from an earlier run -> its number."""
+        """Have a hand load a pipeline, if possible one that still holds it from an earlier run -> its number."""
         hand = min(self.kept, key=lambda each: self.holds[each] != held, default=None)
         if hand is None:
             self.hired += 1
@@ -162,7 +162,7 @@ class Crew(ABC):
         return hand
 
     def keep(self, idle: Collection[int]) -> None:
-        """The run is done: hands that are idle stay, and others go, as they would answer for it yet."""
+        """The run is done: idle hands stay, and the others go, as they would still send answers for it."""
         self.kept = [hand for hand in self.holds if hand in idle or hand in self.kept]
         self.dismiss(set(self.holds) - set(self.kept))
 
@@ -179,15 +179,15 @@ class Crew(ABC):
 
     @abstractmethod
     def start(self, hand: int) -> None:
-        """Make a hand of this number, somewhere."""
+        """Start a hand with this number, somewhere."""
 
     @abstractmethod
     def load(self, hand: int) -> None:
-        """Have it load the pipeline that it holds, and answer how it is ready for the run."""
+        """Have it load the pipeline that it is to hold, and answer with Ready for the run."""
 
     @abstractmethod
     def give(self, hand: int, group: Group) -> None:
-        """To a hand that is ready and has nothing to do."""
+        """Give a group to a hand that is ready and idle."""
 
     @abstractmethod
     def hear(self) -> tuple[int, News]:
@@ -195,16 +195,16 @@ class Crew(ABC):
 
     @abstractmethod
     def stop(self, hands: Collection[int]) -> None:
-        """End them, whatever they do."""
+        """End them, whatever they are doing."""
 
 
 def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[int, Picture]]:
-    """What is wanted of a run, by a crew -> pictures with their places, as they are finished; each once.
+    """Render what is wanted of a run with a crew -> pictures with their places, as they are finished; each once.
 
-    The first hand decides how the weights are held and what is rendered together; the others do as it does. What a
-    lost hand had in work is made again by another. Raises K2Error.
+    The first hand decides how the weights are held and what is rendered together; the others follow. What a lost hand
+    was rendering is rendered again by another. Raises K2Error.
     """
-    left, at_work, losses = deque[Group](), dict[int, Group](), Counter[Group]()  # of () over loading
+    left, at_work, losses = deque[Group](), dict[int, Group](), Counter[Group]()  # () stands for loading
     idle: list[int] = []
     agreed: Held | None = None
     weights: Any = None
@@ -220,11 +220,11 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
             losses[group] += bool(group) or hand in loading
             loading.discard(hand)
             alone = not (at_work or idle or loading)
-            if losses[group] >= TRIES and (group or alone):  # of those that load, others may do without
-                over = "the same pictures" if group else "loading the model"
+            if losses[group] >= TRIES and (group or alone):  # without one that cannot load, others may go on
+                over = "rendering the same pictures" if group else "loading the model"
                 raise K2Error(
-                    f"{losses[group]} workers {crew.where} were lost over {over}: {news.why}.",
-                    hint="Is there memory for so many? Try fewer, or none.",
+                    f"{losses[group]} workers {crew.where} were lost {over}: {news.why}.",
+                    hint="Memory may be too short for so many: try fewer, or none.",
                 )
             if (alone and (agreed is None or left)) or (left and not idle and losses[()] < TRIES):
                 loading.add(crew.hire(agreed or held))
@@ -240,7 +240,9 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
             for index, picture in zip(group, news, strict=True):
                 weights = weights or picture.record["model"]
                 if picture.record["model"] != weights:
-                    raise K2Error(f"A worker {crew.where} has other weights than the rest.", hint="Install the same.")
+                    raise K2Error(
+                        f"A worker {crew.where} has different weights from the rest.", hint="Install the same."
+                    )
                 if index in wanted:
                     yield index, picture
             idle.append(hand)
@@ -255,21 +257,21 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
 
 
 def cores() -> int:
-    """How many cores this process may use: a cluster, a container or taskset may leave it fewer than there are."""
+    """How many cores this process may use: a cluster, a container or taskset may allow fewer than exist."""
     if sys.version_info >= (3, 13):
         return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_method() -> str:
-    """How processes begin: forked from one that has torch, which is quick; afresh where Metal, which does not survive a
-    fork, may be used, and where there is no fork."""
+    """How processes start: forked from one that has torch, which is quick; afresh where Metal may be used, which does
+    not survive a fork, and where fork does not exist."""
     forks = sys.platform != "darwin" and "forkserver" in multiprocessing.get_all_start_methods()
     return "forkserver" if forks else "spawn"
 
 
 class Processes(Crew):
-    """Hands that are processes beside this one. They end with it, however it ends."""
+    """Hands that are processes on this machine. They end with this one, however it ends."""
 
     where = "on this machine"
 
@@ -277,15 +279,15 @@ class Processes(Crew):
         super().__init__()
         self.size = size
         self.context: Any = multiprocessing.get_context(start_method())
-        self.hands: dict[int, tuple[Any, Connection]] = {}  # None in the place of a process that could not be started
-        self.seats: dict[int, int] = {}  # each hand's, from 0 on; that of one that is lost is taken by the next
+        self.hands: dict[int, tuple[Any, Connection]] = {}  # None for a process that could not be started
+        self.seats: dict[int, int] = {}  # each hand's, from 0; a lost hand's seat goes to the next
 
     def start(self, hand: int) -> None:
         if self.context.get_start_method() == "forkserver":  # torch is imported once for all
             self.context.set_forkserver_preload(["model.pipeline"])
             try:
                 start_server()
-            except OSError:  # for its socket the path of the temporary folder may be too long
+            except OSError:  # the temporary folder's path may be too long for its socket
                 self.context = multiprocessing.get_context("spawn")
         ours, theirs = self.context.Pipe()
         threads = max(1, cores() // self.size)
@@ -295,7 +297,7 @@ class Processes(Crew):
             with installed_modules_only():
                 process.start()
         except (EOFError, ConnectionError):
-            theirs.send(Lost("what starts them has ended"))
+            theirs.send(Lost("the process that starts them has ended"))
             process = None
             time.sleep(DYING)
         except OSError as error:
@@ -311,12 +313,12 @@ class Processes(Crew):
         self.send(hand, group)
 
     def send(self, hand: int, order: Any) -> None:
-        with suppress(OSError):  # it is gone, which will be heard
+        with suppress(OSError):  # it is gone, which `hear` will find
             self.hands[hand][1].send(order)
 
     def hear(self) -> tuple[int, News]:
         by_pipe: dict[Any, int] = {pipe: hand for hand, (_, pipe) in self.hands.items()}
-        pipe: Any = wait(list(by_pipe))[0]  # on Windows of another class
+        pipe: Any = wait(list(by_pipe))[0]  # another class on Windows
         hand = by_pipe[pipe]
         try:
             news = pipe.recv()
@@ -331,7 +333,7 @@ class Processes(Crew):
             return hand, Lost(f"ended by signal {-code}" if code and code < 0 else f"ended with {code}")
 
     def stop(self, hands: Collection[int]) -> None:
-        ending = [self.hands.pop(hand) for hand in hands if hand in self.hands]  # not where Ctrl-C cut this off before
+        ending = [self.hands.pop(hand) for hand in hands if hand in self.hands]  # gone if Ctrl-C cut this off before
         self.seats = {hand: seat for hand, seat in self.seats.items() if hand in self.hands}
         begun = [process for process, _ in ending if process is not None]
         for process in begun:
@@ -344,11 +346,11 @@ class Processes(Crew):
 
 def start_server() -> None:
     """Start the process that workers are forked from, deaf to Ctrl-C, which reaches every process of a terminal: torch,
-    cut off while it is imported there, would tell of it at length."""
+    interrupted during its import there, would print a long traceback."""
     from multiprocessing import forkserver, resource_tracker
 
     with installed_modules_only():
-        resource_tracker.ensure_running()  # before the signal is blocked: it unblocks it
+        resource_tracker.ensure_running()  # first, as it unblocks the signal
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             forkserver.ensure_running()
@@ -358,9 +360,9 @@ def start_server() -> None:
 
 @contextmanager
 def installed_modules_only() -> Iterator[None]:
-    """Interpreters that start meanwhile look for no module in the current folder: a project there may be a stranger's.
+    """Interpreters that start meanwhile import nothing from the current folder: a project there may be a stranger's.
 
-    multiprocessing starts them with `-c`, for which Python would look there first, even for its own modules.
+    multiprocessing starts them with `-c`, with which Python would search there first, even for its own modules.
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -374,11 +376,11 @@ def installed_modules_only() -> Iterator[None]:
 
 
 def work(pipe: Connection, threads: int, seat: int) -> None:
-    """The life of a hand in a process: before the groups of a run comes what to hold, and its specs.
+    """The life of a hand in a process: for each run it receives what to hold and the specs, then groups.
 
-    By their seats hands take the machine's cards in turn, where they are told none by its number.
+    By their seats, hands take the machine's GPUs in turn, unless told one by its number.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main process decides
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         import torch

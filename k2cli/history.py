@@ -1,6 +1,6 @@
-"""What a project has made: every picture that stands in its outputs, with its record, read fast enough for thousands.
+"""What a project has rendered: every picture in its outputs with its record, read fast enough for thousands.
 
-Records are somebody's files by now, edited or damaged perhaps: what is read here is looked at, never rendered from.
+Records are the user's files, perhaps edited or damaged: what is read here is only shown, never rendered from.
 `records.parse` is the strict reader.
 """
 
@@ -32,16 +32,16 @@ SINCE = re.compile(r"(\d+)\s*(m|h|d|w)")
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 PARTED = (
-    r"[^\W_\u0590-\u1dff\u2000-\U0010ffff]"  # a letter or digit of scripts that part words: Latin, Greek, Cyrillic
-    r"|[\u0300-\u036f\u0483-\u0487\u1dc0-\u1dff\ufe20-\ufe2f]"  # or an accent of theirs that stands apart
+    r"[^\W_\u0590-\u1dff\u2000-\U0010ffff]"  # a letter or digit of scripts that separate words: Latin, Greek, Cyrillic
+    r"|[\u0300-\u036f\u0483-\u0487\u1dc0-\u1dff\ufe20-\ufe2f]"  # or a combining accent of theirs
 )
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 def loras(table: Mapping[str, Any]) -> dict[str, str]:
-    """Of a record every LoRA that had a part in the picture: its file, and at which weight; several styles may share
-    one, each at its own."""
+    """Every LoRA that a record says had a part in the picture: its file and weight; several styles may share one, each
+    at its own weight."""
     found: dict[str, str] = {}
     for lora in tables_in(table, "lora"):
         if lora.get("file") and isinstance(lora.get("weight"), int | float):
@@ -50,7 +50,7 @@ def loras(table: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML leaves out
+MAY_BE_NULL = {  # keys that TOML leaves out where a record has no value for them
     "": ("blocked", "leader", "init_image", "mask", "style", "lora"),
     "prompt": ("row", "caption", "unread"),
     "settings": ("sampler", "guidance_until", "denoise", *OF_REFERENCES),
@@ -59,7 +59,7 @@ MAY_BE_NULL = {  # keys of a record that has nothing to say of them, which TOML 
 
 
 def in_full(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as whoever rendered the picture was told of it: with null for what it has nothing to say of."""
+    """A record as `k2 render --json` printed it: with null where it has no value."""
     full: dict[str, Any] = dict.fromkeys(MAY_BE_NULL[""]) | dict(table)
     for part, keys in MAY_BE_NULL.items():
         if isinstance(full.get(part), dict):
@@ -71,7 +71,7 @@ def in_full(table: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """One picture on disk and the table of its record. The properties take whatever a record may hold."""
+    """One picture on disk and the table of its record. The properties accept whatever a record may hold."""
 
     path: Path
     table: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Made:
         return value
 
     def text(self, place: str) -> str:
-        """A value of the record on one line that no terminal would obey."""
+        """A value of the record on one line, without control characters."""
         value = self[place]
         return "" if value is None else masked(" ".join(str(value).split()))
 
@@ -97,13 +97,15 @@ class Made:
     def created(self) -> datetime | None:
         """When it was made, in UTC."""
         moment = self["created"]
-        if not isinstance(moment, datetime) or not 1 < moment.year < 9999:  # no zone may lead out of the calendar
+        if (
+            not isinstance(moment, datetime) or not 1 < moment.year < 9999
+        ):  # so that no time zone leads out of the calendar
             return None
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
     @cached_property
     def local(self) -> datetime | None:
-        """The same by the clock here, or in UTC where that does not go so far: on Windows not before 1970."""
+        """The same in local time, or in UTC where that is out of range: on Windows before 1970."""
         try:
             return self.created and self.created.astimezone()
         except (OverflowError, ValueError, OSError):
@@ -125,11 +127,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which pictures are wanted; what is empty leaves all of them in."""
+    """Which pictures are wanted; an empty field selects all."""
 
-    run: str = ""  # a number, or a part of the folder's name
-    prompt: str = ""  # words that all occur in what was asked, or begin one that does
-    styles: Collection[str] = ()  # that it was all made with
+    run: str = ""  # a number, or part of the folder's name
+    prompt: str = ""  # each of these words starts a word of the prompt
+    styles: Collection[str] = ()  # all of which it was made with
     since: datetime | None = None
 
     def __contains__(self, made: Made) -> bool:
@@ -141,24 +143,24 @@ class Chosen:
         )
 
     def run_folder(self, name: str) -> bool:
-        if not self.run.isdecimal() or len(self.run) > LONGEST_PART:  # as no folder has in its name
+        if not self.run.isdecimal() or len(self.run) > LONGEST_PART:  # too long for any folder's name
             return sought(self.run) in sought(name)
         number = NUMBER.match(name)
         return number is not None and int(number[1]) == int(self.run)
 
 
 def begins_in(word: str, text: str) -> bool:
-    """Whether a word of the text begins so; in scripts that join words to others, or do not part them, whether it is in
-    it, and behind letters of those a word of the others may begin."""
+    """Whether a word of the text starts so; in scripts that join words, or do not separate them, whether the text
+    contains it. A word of other scripts may also start right after letters of those."""
     parted = word[0] < "\u0590"  # Latin, Greek, Cyrillic and their like come first
     return re.search((f"(?<!{PARTED})" if parted else "") + re.escape(word), text) is not None
 
 
 def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> Iterator[Made]:
-    """All pictures of an outputs folder, run after run in the order in which they were made.
+    """All pictures of an outputs folder, run after run, in the order in which they were made.
 
-    A picture without a record that can be read, beside it or within, is handed to `skipped`. Raises K2Error if the
-    folder cannot be listed.
+    A picture without a readable record, beside it or inside, is passed to `skipped`. Raises K2Error if the folder
+    cannot be listed.
     """
     chosen = chosen or Chosen()
     for run in runs_of(outputs):
@@ -167,8 +169,8 @@ def read(outputs: Path, chosen: Chosen | None = None, skipped: Callable[[Path], 
 
 
 def newest_last(made: Iterable[Made], most: int | None) -> list[Made]:
-    """In the order in which they were made, whatever run of whatever project they are of: the last `most` of them, and
-    no more are held on the way."""
+    """The last `most` pictures, in the order in which they were made, across runs and projects; no more than that are
+    held in memory."""
 
     def moment(numbered: tuple[int, Made]) -> tuple[datetime, int]:
         place, one = numbered
@@ -179,11 +181,11 @@ def newest_last(made: Iterable[Made], most: int | None) -> list[Made]:
 
 
 def runs_of(outputs: Path) -> list[Path]:
-    """The folders of all runs, the oldest first, and before them those that were given other names. Links are passed
-    over: what they lead to was not made here.
+    """The folders of all runs, oldest first, after those that were renamed. Links are skipped: what they lead to was
+    not made here.
 
-    So is what is hidden, and names with control characters, which k2 gives to nothing: a line break would make two
-    lines of one in a pipe. Raises K2Error where the folder cannot be listed, or is a link to nothing.
+    So are hidden folders, and names with control characters, which k2 never creates: a line break would make two lines
+    of one in a pipe. Raises K2Error if the folder cannot be listed, or is a broken link.
     """
     check_link(outputs)
     found = [outputs / name for name in names_in(outputs) if not name.startswith(".") and not UNPRINTABLE.search(name)]
@@ -192,8 +194,8 @@ def runs_of(outputs: Path) -> list[Path]:
 
 
 def read_run(run: Path, chosen: Chosen | None = None, skipped: Callable[[Path], None] | None = None) -> list[Made]:
-    """The pictures of one run, as `read` gives them; none of one that is gone by now: a run that has only just begun
-    gets another name, and one that came to nothing is removed."""
+    """The pictures of one run, as `read` gives them; none if it is gone by now: a run that has just begun is renamed,
+    and one without pictures is removed."""
     try:
         with os.scandir(run) as entries:
             found = (entry.name for entry in entries if entry.is_file(follow_symlinks=False))
@@ -235,7 +237,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """A record's table, or None where there is none to be read, or where a number in it is nan or inf."""
+    """A record's table, or None if it cannot be read, or if a number in it is nan or inf."""
     try:
         with open_file(path) as file:
             raw = file.read(LIMIT + 1)
@@ -246,8 +248,8 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def carried(picture: Path) -> dict[str, Any] | None:
-    """The record's table that a picture itself carries, where none that can be read stands beside it."""
-    # with all that a project is, for which the shell would wait when it completes the name of a run
+    """The record's table inside a picture, used if none that can be read is beside it."""
+    # imported here, as it pulls in everything about projects, and completing the name of a run would wait for it
     from k2cli.records import read as read_record
 
     with suppress(K2Error):
@@ -266,7 +268,7 @@ def is_finite(table: Any) -> bool:
 
 
 def read_since(text: str, now: datetime | None = None) -> datetime:
-    """ "3d", "2h", "2026-11-24" or "2026-11-24 12:00" -> a moment. Raises K2Error where it is none of these."""
+    """ "3d", "2h", "2026-11-24" or "2026-11-24 12:00" -> a datetime. Raises K2Error if it is none of these."""
     now = now or datetime.now(UTC)
     if match := SINCE.fullmatch(text.strip()):
         try:
@@ -279,10 +281,10 @@ def read_since(text: str, now: datetime | None = None) -> datetime:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        said = f'--since: "{masked(text)}" is no moment.'
-        hint = "Like 30m, 2h, 3d, 1w (minutes, hours, days, weeks), today, yesterday, 2026-11-24."
+        said = f'--since: "{masked(text)}" is not a time.'
+        hint = "Examples: 30m, 2h, 3d, 1w (minutes, hours, days, weeks), today, yesterday, 2026-11-24."
         raise K2Error(said, hint=hint, code=USAGE) from None
     try:
         return moment.astimezone() if moment.tzinfo is None else moment
-    except (OverflowError, ValueError, OSError):  # a zone would lead out of the calendar, or out of the clock
+    except (OverflowError, ValueError, OSError):  # a zone would leave the calendar, or the range of the clock
         return moment.replace(tzinfo=UTC)

@@ -401,7 +401,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
             ["render", "modoy", "-p", "a red fox"],
             1,
             "There is no project modoy.",
-            "its own -p, and a project is made by",
+            "its own -p. To create a project",
         ),
         (["render", "-p", "a", "-p", "the", "cat"], 1, "There is no project cat.", "k2 render -p cat"),
         (["render", ".", "../gone"], 1, "There is no project ../gone.", "Check the path."),
@@ -525,7 +525,7 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
     assert "The disk is full" in result.stderr and len(result.stderr.splitlines()) == 2
     assert len(result.stdout.splitlines()) == pictures_before
     if not pictures_before:  # the run is gone
-        assert tree(moody) == before and "Hint:  Make room, and try again." in result.stderr
+        assert tree(moody) == before and "Hint:  Free some space, and try again." in result.stderr
     else:
         assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
         for said in (result.stderr, k2("render", "--resume", code=1).stderr):  # and still full
@@ -603,7 +603,7 @@ def test_pictures_made_again_and_interrupted_are_counted(moody, k2, fake):
 
     fake.stop = stop
     said = k2("rerun", "gone.png", folder, code=130).stderr
-    assert said.endswith("Interrupted: 2 of 5 were made again, 2 of them identical.\n")
+    assert said.endswith("Interrupted: 2 of 5 rendered again, 2 of them identical.\n")
 
 
 def test_resume_finishes_what_was_planned(moody, k2, fake):
@@ -1035,14 +1035,14 @@ def test_models_stand_below_one_another_on_a_terminal(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--seed", "7", "--seed", "9"), "--seed is given twice: 9 counts, and --matrix seed=V,V compares.\n"),
-        (("--seed=7", "-n", "2", "--batch", "3", "-n1"), "--batch is given 3 times: 1 counts.\n"),
-        (("--turbo", "--raw"), "--turbo/--raw is given twice: --raw counts.\n"),
-        (("--project", ".", "--project", "../moody"), "--project is given twice: ../moody counts.\n"),
+        (("--seed", "7", "--seed", "9"), "--seed is given twice: k2 uses 9; to compare, use --matrix seed=V,V.\n"),
+        (("--seed=7", "-n", "2", "--batch", "3", "-n1"), "--batch is given 3 times: k2 uses 1.\n"),
+        (("--turbo", "--raw"), "--turbo/--raw is given twice: k2 uses --raw.\n"),
+        (("--project", ".", "--project", "../moody"), "--project is given twice: k2 uses ../moody.\n"),
         (("-p", "a fox", "-p", "an owl", "--json", "--json", "--style", "dusk=0", "--style", "sea=0"), ""),
         (
             ("--style", "dusk=1", "--style", "sea=1", "--style", "dusk=0"),
-            "--style dusk is given twice: 0 counts, and --matrix style.dusk=V,V compares.\n",
+            "--style dusk is given twice: k2 uses 0; to compare, use --matrix style.dusk=V,V.\n",
         ),
         (("--seed", "7", "--seed", "9", "--quiet"), ""),
     ],
@@ -1054,7 +1054,7 @@ def test_an_option_that_comes_twice_is_told(moody, k2, arguments, told):
     assert k2("render", "--dry-run", *arguments).stderr == told
     for command in (("log",), ("models", "list"), ("style", "list")):
         said = k2(*command, "--project", ".", "--project", ".", code=2 if command[0] == "models" else 0).stderr
-        assert ("--project is given twice: . counts.\n" in said) is (command[0] != "models")
+        assert ("--project is given twice: k2 uses ..\n" in said) is (command[0] != "models")
     assert "matrix" not in k2("mix-styles", "dusk=1", "--seed", "1", "--seed", "2").stderr
     last = k2("render", "--dry-run", "--json", "--style", "dusk=1", "--style", "dusk=0.5").stdout.splitlines()[0]
     assert [style["strength"] for style in json.loads(last)["style"]] == [0.5]
@@ -1226,7 +1226,7 @@ def test_one_line_is_one_prompt_whatever_else_breaks_lines(moody, k2):
 def test_a_path_is_never_taken_for_an_option(moody, k2):
     assert "cd ./-dash && k2 render" in k2("new", "--", "-dash").stderr
     (moody / "-empty").mkdir()
-    assert "Hint:  Make one with: k2 new ./-empty\n" in k2("render", "--", "-empty", code=1).stderr
+    assert "Hint:  Create one: k2 new ./-empty\n" in k2("render", "--", "-empty", code=1).stderr
 
     png = k2("render", "--only", "fox", "--quiet").stdout.strip()
     (moody / png).rename("-x.png")
@@ -1236,7 +1236,7 @@ def test_a_path_is_never_taken_for_an_option(moody, k2):
 
 
 def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
-    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  A prompt goes with -p: ")[2]
+    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  A prompt needs -p: ")[2]
     assert hint == "k2 render -p '-5 degrees'"
 
     k2(*shlex.split(hint)[1:], "--batch", "1")

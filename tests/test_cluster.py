@@ -195,7 +195,7 @@ def test_trouble_is_one_sentence(painted, k2, monkeypatch):
 
     monkeypatch.setattr(cluster, "version", lambda name: "0.1" if len(seen.append(name) or seen) < 4 else "0.2")
     seen: list[str] = []
-    assert "A machine of the cluster has k2 0.1" in k2("render", "--ray", "here", code=1).stderr
+    assert "A machine of the cluster has other versions: k2 0.1" in k2("render", "--ray", "here", code=1).stderr
 
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "Ray is not installed." in k2("render", "--ray", "here", code=1).stderr

@@ -286,7 +286,7 @@ def test_pictures_of_a_project_are_made_again_one_by_one(den, k2):
     paths = k2("render", "--quiet").stdout.split()
     assert len(paths) == 4
     for path in paths:
-        assert "cohesion 0.5, led by seed 0 of:" in " ".join(k2("show", path).stdout.split())
+        assert "cohesion 0.5, follows seed 0 of:" in " ".join(k2("show", path).stdout.split())
         k2("rerun", path, "--quiet")
 
 

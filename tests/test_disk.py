@@ -61,14 +61,14 @@ def test_what_was_replaced_is_not_taken_away_by_what_could_not_be(tmp_path, monk
 def test_a_folder_that_is_gone_is_not_blamed_on_permissions(tmp_path):
     with pytest.raises(K2Error, match="cannot be written") as caught:
         write({tmp_path / "gone" / "a": b"new"})
-    assert caught.value.hint == "Its folder is gone, or was moved."
+    assert caught.value.hint == "Its folder was deleted or moved."
 
 
 @pytest.mark.parametrize(
     ("code", "hint"),
     [
         (errno.EACCES, "Check the folder's permissions."),
-        (errno.EROFS, "Choose a place on another disk, or have this one mounted for writing."),
+        (errno.EROFS, "Choose another disk, or remount this one for writing."),
         (errno.ENAMETOOLONG, "Choose a shorter name."),
         (errno.EIO, ""),
         (errno.EMFILE, ""),

@@ -279,7 +279,7 @@ def test_what_a_prompt_has_too_many_of_is_said_once_and_recorded(den, k2):
     long = "fox " * (PROMPT_TOKENS + 3)
     made = k2("render", "-p", long, "--batch", "2", "--steps", "1")
 
-    assert made.stderr.count('The last 3 tokens of "') == 1 and "too many: unread" in made.stderr
+    assert made.stderr.count('The last 3 tokens of "') == 1 and "over the limit and not read." in made.stderr
     assert [record(line)["prompt"]["unread"] for line in made.stdout.split()] == [3, 3]
     assert k2("render", "-p", long, "--batch", "1", "--steps", "1", "--quiet").stderr == ""
     (answer,) = k2("render", "-p", long, "--batch", "1", "--steps", "1", "--quiet", "--json").stdout.splitlines()

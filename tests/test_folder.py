@@ -110,10 +110,10 @@ def test_outputs_that_git_would_keep_are_told(fake, k2, tmp_path, ignored, told)
 def test_no_project_is_advised_within_what_another_made(moody, k2, monkeypatch):
     """Whatever way their folder is named."""
     run = Path(k2("render", "--only", "fox", "--batch", "1").stdout.strip()).absolute().parent
-    assert "the project itself: .\n" in k2("render", "outputs", code=1).stderr
+    assert "the project itself is .\n" in k2("render", "outputs", code=1).stderr
     monkeypatch.chdir(run)
-    assert "A run goes with --run, as k2 log and k2 gallery take it: --run 1\n" in k2("log", ".", code=1).stderr
-    assert f"the project itself: {moody}\n" in k2("log", "..", code=1).stderr
+    assert "It is a run; k2 log and k2 gallery select it with: --run 1\n" in k2("log", ".", code=1).stderr
+    assert f"the project itself is {moody}\n" in k2("log", "..", code=1).stderr
 
 
 def test_a_root_is_told_without_detours(moody, k2, tmp_path, monkeypatch):
@@ -138,7 +138,9 @@ def test_a_file_is_no_project_and_a_picture_has_commands_of_its_own(moody, k2):
         for command in ("log", "gallery"):
             told = k2(command, file, code=1).stderr
             assert f"{file} is not a project: it is a file." in told and "k2 new" not in told
-            assert f"A project is a folder with a k2.toml. What one picture was made from: k2 show {file}\n" in told
+            assert (
+                f"A project is a folder with a k2.toml. To see what a picture was made from: k2 show {file}\n" in told
+            )
         assert picture.rpartition("/")[2] in k2("show", file, "--json").stdout
     (moody / "notes.txt").touch()
     for file in ("notes.txt", os.devnull):
@@ -168,6 +170,6 @@ def test_a_new_project_follows_no_link(fake, tmp_path):
     (tmp_path / "moody").mkdir()
     (tmp_path / "moody" / "styles").symlink_to(tmp_path / "other")
 
-    with pytest.raises(K2Error, match="holds styles already"):
+    with pytest.raises(K2Error, match="already contains styles"):
         Folder.create(tmp_path / "moody")
     assert [*(tmp_path / "other").iterdir()] == []

@@ -103,7 +103,7 @@ def test_some_of_the_pictures_go_into_a_folder_of_their_own(moody, k2):
     assert "No picture that can be shown matches" in k2("gallery", "-o", "some", "--style", "dusk", code=1).stderr
     assert tree(moody / "some") == before
     assert "a folder of its own" in k2("gallery", "--run", "1", code=2).stderr
-    assert "is no moment" in k2("gallery", "--since", "soon", "-o", "some", code=2).stderr
+    assert "is not a time" in k2("gallery", "--since", "soon", "-o", "some", code=2).stderr
     assert not (moody / "gallery").exists()
 
 
@@ -193,7 +193,7 @@ def test_it_writes_over_nothing_but_galleries(moody, k2, tmp_path, holds):
         Path("gallery", holds).write_text("mine")
     before = tree(tmp_path)
 
-    assert "holds something that is no gallery" in k2("gallery", code=1).stderr
+    assert "holds something other than a k2 gallery" in k2("gallery", code=1).stderr
     assert tree(tmp_path) == before
 
 
@@ -364,7 +364,7 @@ def test_the_facts_say_what_a_picture_shares_and_with_which(tmp_path):
 
     facts = dict(gallery.describe("x", history.read(tmp_path))["facts"])
 
-    assert facts["cohesion"] == "0.9, led by seed 7 of: an owl"
+    assert facts["cohesion"] == "0.9, follows seed 7 of: an owl"
     assert (facts["leak guard"], facts["offload"]) == ("shift", "all")
 
 
@@ -573,7 +573,7 @@ class TestInABrowser:
         def line() -> str:
             return page.locator("#line").inner_text()
 
-        picks, choice = page.locator("#picks"), page.get_by_label("What they are for")
+        picks, choice = page.locator("#picks"), page.get_by_label("What to do with them")
         assert not picks.is_visible()
         page.get_by_label("Order").select_option(label="Oldest first")
         page.locator(".cell").nth(2).hover()
@@ -583,9 +583,9 @@ class TestInABrowser:
         assert page.locator("#picked").inner_text() == "2 picked" and not page.locator("#view").is_visible()
         odd = """'outputs/0001-fox/it'"'"'s #1 100% fox.png'"""
         assert line() == f"k2 style add picked {odd} outputs/0001-fox/fox-2.png"
-        choice.select_option(label="A new project")
+        choice.select_option(label="Start a project")
         assert line() == f"k2 new picked --from {odd} --from outputs/0001-fox/fox-2.png"
-        choice.select_option(label="Their files")
+        choice.select_option(label="List the files")
         assert line() == f"{odd} outputs/0001-fox/fox-2.png"
 
         page.locator(".tile").nth(0).click()
@@ -594,7 +594,7 @@ class TestInABrowser:
         page.keyboard.press("ArrowRight")
         page.get_by_role("button", name="Pick", exact=True).click()
         page.keyboard.press("Escape")
-        choice.select_option(label="A moodboard")
+        choice.select_option(label="Make a moodboard")
         assert line() == "k2 moodboard analyze outputs/0001-fox/fox-1.png outputs/0001-fox/fox-2.png"
         page.locator("#drop").click()
         assert not picks.is_visible() and "pick" not in page.url

@@ -155,7 +155,7 @@ def test_every_picture_comes_once_whoever_is_lost(batches, wanted, seed):
 def test_what_kills_every_hand_is_given_up():
     crew = Scripted([1], 0, losing=1.0)
 
-    with pytest.raises(K2Error, match=f"{TRIES} workers in this test were lost over loading the model: struck"):
+    with pytest.raises(K2Error, match=f"{TRIES} workers in this test were lost loading the model: struck"):
         list(spread(crew, Held("mini"), {0}))
     assert crew.hired == TRIES
 
@@ -379,8 +379,8 @@ def test_workers_are_forked_only_where_what_they_use_survives_it(platform, metho
 @pytest.mark.parametrize(
     ("error", "why"),
     [
-        (EOFError(), "what starts them has ended"),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "what starts them has ended"),
+        (EOFError(), "the process that starts them has ended"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "the process that starts them has ended"),
         (BlockingIOError(errno.EAGAIN, "No more processes"), "No more processes"),
     ],
 )
@@ -393,7 +393,7 @@ def test_workers_that_cannot_be_started_are_lost(error, why, monkeypatch):
         raise error
 
     crew.context.Process.start = start
-    with pytest.raises(K2Error, match=f"{TRIES} workers on this machine were lost over loading the model: {why}"):
+    with pytest.raises(K2Error, match=f"{TRIES} workers on this machine were lost loading the model: {why}"):
         list(spread(crew, Held("mini"), {0}))
     assert len(given) == TRIES and crew.hands == crew.seats == {}
 

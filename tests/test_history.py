@@ -215,7 +215,7 @@ def test_since_days_of_people():
     now = datetime.now(UTC)
 
     assert history.read_since("yesterday", now) <= history.read_since("today", now) - timedelta(hours=22)
-    with pytest.raises(K2Error, match="is no moment"):
+    with pytest.raises(K2Error, match="is not a time"):
         history.read_since("soon", now)
 
 

@@ -555,12 +555,12 @@ def test_none_is_none_whatever_was_said_before(begun, k2):
         assert (each["settings"]["width"], each["settings"]["height"]) == (128, 128)
     told = k2("render", "--init-image", "none", "--dry-run").stderr
     assert "denoise" not in told
-    assert "denoise changes nothing" in k2("render", "--init-image", "none", "--denoise", "0.5", "--dry-run").stderr
+    assert "denoise has no effect" in k2("render", "--init-image", "none", "--denoise", "0.5", "--dry-run").stderr
     own = text.replace('init_image = "refs/wide.png"', 'init_image = "none"')
     (begun / "k2.toml").write_text(own)
     assert "k2.toml, line 10: there is no init_image to be masked." in k2("render", code=1).stderr
     (begun / "k2.toml").write_text(own.replace('mask = "8x8+0+0"', 'mask = "none"'))
-    assert "denoise changes nothing" in k2("render", "--only", "fox").stderr
+    assert "denoise has no effect" in k2("render", "--only", "fox").stderr
 
 
 def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
@@ -584,7 +584,7 @@ def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
     assert json.loads(liked.stdout)["mask"] is None
 
     told = k2("render", "--only", "an-owl-at-night", "--mask", "8x8+0+0", "--denoise", "0.5", "--dry-run").stderr
-    assert "Nothing begins with a picture, so that denoise and mask change nothing." in told
+    assert "No picture has an init image, so denoise and mask have no effect." in told
     (begun / "k2.toml").write_text(text.replace(said, "[render]\n"))
     refused = k2("render", "-p", "tea", "--mask", "8x8+0+0", code=2).stderr
     assert 'Name the picture that "tea" is to begin with.' in refused

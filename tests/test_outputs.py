@@ -126,7 +126,7 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
 
     with pytest.raises(K2Error, match=r"outputs.* cannot be written: Not a directory\.") as caught:
         Run.claim(tmp_path / "outputs", "fox")
-    assert caught.value.hint == "A file stands where a folder belongs: move it away."
+    assert caught.value.hint == "A file is where a folder belongs: move it away."
 
 
 def test_outputs_may_lie_on_a_drive_that_is_not_mounted(tmp_path):

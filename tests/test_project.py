@@ -173,7 +173,7 @@ def test_what_is_to_be_avoided_adds_up(moody, k2):
 def test_an_option_of_another_tool_is_told_its_name(moody, k2, option, hint):
     refused = k2("render", option, "0.5", "--dry-run", code=2)
 
-    assert refused.stderr == f"Error: {option}: there is no such option.\nHint:  {hint}\n"
+    assert refused.stderr == f"Error: There is no option {option}.\nHint:  {hint}\n"
 
 
 @pytest.mark.parametrize(

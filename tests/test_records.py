@@ -624,7 +624,7 @@ class TestRerun:
         assert quiet.stderr.splitlines()[0] == said[0] and "fox-8" not in quiet.stderr  # a difference is no small talk
 
         both = ("outputs/0001-fox", "-o", "one.png")
-        assert "one file for 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
+        assert "one file cannot hold 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
         Path("empty").mkdir()
         assert "There are no pictures of k2 in empty." in k2("rerun", "empty", code=1).stderr
 

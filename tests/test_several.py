@@ -353,7 +353,7 @@ def test_a_full_disk_ends_all_and_they_are_gone_on_with(three, k2, monkeypatch, 
 
     assert said.count("The disk is full") == 1 and "projects" not in said
     if not whole:  # there is nothing to go on with
-        assert tree(three) == before and "Make room, and try again." in said
+        assert tree(three) == before and "Free some space, and try again." in said
         return
     line = said.partition("then go on with: ")[2].strip()
     assert line == "k2 render --resume one two three"  # the first's sheet is missing

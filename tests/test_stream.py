@@ -385,7 +385,7 @@ def test_a_path_that_the_encoding_here_cannot_say_is_told_and_the_next_line_is_r
     done = subprocess.run(line, input=said, capture_output=True, env=environment)
 
     wrong, pear = map(json.loads, done.stdout.splitlines())
-    assert wrong["error"].startswith('No file can be called by "') and pear["prompt"]["text"] == "a pear"
+    assert wrong["error"].startswith('No file name can contain "') and pear["prompt"]["text"] == "a pear"
     assert done.returncode == 1
 
 

@@ -483,7 +483,7 @@ def test_add_names_the_file_that_is_in_its_way(moody, photos, k2, file):
     result = k2("style", "add", "dusk", photos / "a.png", code=1)
 
     assert f"moody/{file}" in result.stderr.split(" cannot be written: ")[0]
-    assert result.stderr.endswith("Hint:  A file stands where a folder belongs: move it away.\n")
+    assert result.stderr.endswith("Hint:  A file is where a folder belongs: move it away.\n")
 
 
 @pytest.mark.parametrize("option", ["--keyword", "--avoid"])
@@ -529,7 +529,7 @@ def test_add_stays_in_the_project(moody, photos, k2):
 
     said = k2("style", "add", "dusk", photos / "a.png", code=1).stderr
 
-    assert "outside the project" in said and "Replace the link" in said and "--allow-outside" not in said
+    assert "outside the project" in said and "in the place of the link" in said and "--allow-outside" not in said
 
 
 # ---- list, show -------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_a_mistake_is_told_and_waited_out(moody, k2, changes):
 def test_a_path_that_the_encoding_here_cannot_say_is_waited_out_too(moody, k2, changes, monkeypatch):
     monkeypatch.setattr(watch, "look", lambda *_: "ä".encode("ascii"))
 
-    assert 'No file can be called by "' in (result := k2("watch", code=130)).stderr
+    assert 'No file name can contain "' in (result := k2("watch", code=130)).stderr
     assert "Waiting for a change" in result.stderr
 
 
