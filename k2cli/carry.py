@@ -201,9 +201,7 @@ def tell(saved: Saved, told: set[str], of: list[int], doubted: Sequence[str], *,
     picture is reported even with --quiet: its line is missing."""
     asked, blocked = saved.record["prompt"], saved.record["blocked"]
     unread = (
-        f'The last {asked["unread"]} tokens of "{asked["name"]}" are over the limit and not read.'
-        if asked["unread"]
-        else ""
+        f'"{asked["name"]}" is too long: its last {asked["unread"]} tokens are not read.' if asked["unread"] else ""
     )
     if unread and not quiet and asked["text"] not in told:
         told.add(asked["text"])
@@ -244,7 +242,7 @@ def say_again(made: Mapping[Path, str], *, named: bool) -> None:
             which = "picture" if len(hashes) == 1 else "pictures"
             whose = f"{among_others(run.parent.parent)}: " if named else ""
             same = f"The same {which} as run {number_of(before[-1]):04d}"
-            say(f"{whose}{same}; --seed N or --seed random for others.", "dim")
+            say(f"{whose}{same}; for others: --seed N or --seed random", "dim")
 
 
 def holds(run: Path, hashes: Mapping[str, str]) -> bool:

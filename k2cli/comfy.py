@@ -13,15 +13,7 @@ from typing import Any
 
 Graph = Mapping[str, Any]
 
-TEXTS = (
-    "text",
-    "populated_text",
-    "prompt",
-    "text_g",
-    "t5xxl",
-    "clip_l",
-    "text_0",
-)  # last: the text that a node has displayed
+TEXTS = ("text", "populated_text", "prompt", "text_g", "t5xxl", "clip_l", "text_0")  # last: what a node displays
 VALUES = ("value", "string", "int", "float")  # of nodes that hold a single value for others
 SIDES = {"on_true", "on_false"}  # of a switch
 BYPASSED = "bypassed"  # stands for a node, and only passes its input on

@@ -78,13 +78,13 @@ class Folder:
             full = self.inside(path)
         except Outside as error:
             raise Outside(str(error), hint="Allow it: --allow-outside") from None
-        return full.resolve() if ".." in full.parts else full  # as people read it
+        return full.resolve() if ".." in full.parts else full  # kept readable
 
     @staticmethod
     def create(folder: Path, compose: Callable[[str], str] | None = None) -> Path:
-        """A new project that renders as it stands; it appears whole or not at all, and in the place of nothing.
+        """Create a project that renders as is; it appears complete or not at all, and replaces nothing.
 
-        compose  k2.toml for a project of this name, in the place of the template and its style
+        compose  gives k2.toml for a project of this name, instead of the template and its style
         """
         folder = Path(os.path.abspath(folder))
         name = " ".join(printable(folder.name, "The project's name").split())

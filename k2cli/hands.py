@@ -241,7 +241,7 @@ def spread(crew: Crew, held: Held, wanted: Collection[int]) -> Iterator[tuple[in
                 weights = weights or picture.record["model"]
                 if picture.record["model"] != weights:
                     raise K2Error(
-                        f"A worker {crew.where} has different weights from the rest.", hint="Install the same."
+                        f"A worker {crew.where} has different weights from the rest.", hint="Install the same weights."
                     )
                 if index in wanted:
                     yield index, picture

@@ -97,9 +97,7 @@ class Made:
     def created(self) -> datetime | None:
         """When it was made, in UTC."""
         moment = self["created"]
-        if (
-            not isinstance(moment, datetime) or not 1 < moment.year < 9999
-        ):  # so that no time zone leads out of the calendar
+        if not isinstance(moment, datetime) or not 1 < moment.year < 9999:  # zones stay in the calendar
             return None
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 

@@ -1438,7 +1438,7 @@ def test_the_pictures_of_the_run_before_are_told_to_be_the_same(moody, k2):
     again, other, more = k2("render"), k2("render", "--seed", "8"), k2("render", "--seed", "8", "--batch", "2")
     once, twice = (k2("render", "-p", "tea") for _ in range(2))
 
-    said = "The same pictures as run 0001; --seed N or --seed random for others."
+    said = "The same pictures as run 0001; for others: --seed N or --seed random"
     assert said in again.stderr and len(again.stdout.splitlines()) == 2
     assert not any("The same picture" in each for each in (first, other.stderr, more.stderr, once.stderr))
     assert "The same picture as run 0005;" in twice.stderr
