@@ -529,7 +529,7 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
     else:
         assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
         for said in (result.stderr, k2("render", "--resume", code=1).stderr):  # and still full
-            assert "Make room, then go on with: k2 render --resume\n" in said
+            assert "Free some space, then go on with: k2 render --resume\n" in said
         monkeypatch.setattr(os, "fsync", real)
         assert k2("render", "--resume").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
