@@ -137,7 +137,7 @@ def test_the_log_filters(moody, k2):
     nothing = k2("log", "--since", "1m")
     assert nothing.stdout == "" and "No picture matches." in nothing.stderr
     soon = k2("log", "--since", "soon", code=2).stderr
-    assert "is not a time" in soon and "Hint:  Like 30m, 2h, 3d, 1w (minutes, hours, days, weeks), today, " in soon
+    assert "is not a time" in soon and "Hint:  Examples: 30m, 2h, 3d, 1w (minutes, hours, days, weeks), today, " in soon
 
 
 @pytest.mark.parametrize("moment", ["0001-01-01", "9999-12-31T23:59:59"])
