@@ -196,7 +196,7 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     inks = den / "ink.safetensors"
     save_file({name: tensor * 0 for name, tensor in load_file(inks).items()}, inks)
     idle = k2("render", "--only", "fox", "--batch", "1", "--style", "ink=1")
-    assert "1 of 1 modules matched, and none is changed: all of it is 0" in idle.stderr
+    assert "1 of 1 modules matched, but it changes nothing: it is all zeros" in idle.stderr
     assert record(idle.stdout.strip())["lora"][0]["idle"] is True
     modules = ("blocks.0.attn.wq", "mystery.0", "mystery.1")
     save_file({f"{module}.{part}": tensor + 0 for module in modules for part, tensor in pair.items()}, inks)
