@@ -243,7 +243,7 @@ def test_an_address_without_a_port_is_left_to_ray(address):
         ),
         (
             ActorDiedError("It died.\n\tits node was terminated.\n"),
-            "lost over loading the model: its node was terminated.",
+            "lost loading the model: its node was terminated.",
         ),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_connection_that_is_lost_leaves_a_run_to_be_gone_on_with(painted, k2, 
     monkeypatch.setattr(ray, "shutdown", shutdown)
     told = k2("render", "--quiet", "--batch", "2", "--ray", "here", code=1).stderr
 
-    assert "The connection to the cluster is lost: System error: Broken pipe." in told
+    assert "The connection to the cluster was lost: System error: Broken pipe." in told
     assert "See to it, then go on with: k2 render --resume" in told
     assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) < 4
 
@@ -290,7 +290,7 @@ def test_a_node_of_this_machine_that_dies_is_a_connection_that_is_lost(painted, 
     told = k2("render", "--quiet", "--batch", "2", "--ray", "here", code=1).stderr
 
     assert (
-        "The connection to the cluster is lost: its node on this machine has ended." in told
+        "The connection to the cluster was lost: its node on this machine has ended." in told
         and "k2 render --resume" in told
     )
     assert ray.hired == 1

@@ -418,7 +418,7 @@ def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
     """Also where the board is remembered, by the names that its pictures have now."""
     broken = den / "refs" / "board" / "broken.png"
     broken.write_bytes(b"x")
-    left_out = "Left out of the moodboard, as they cannot be read: {}.\n"
+    left_out = "Left out of the moodboard because they cannot be read: {}.\n"
 
     assert left_out.format("broken.png") in k2("render", "--dry-run").stderr
     broken.rename(broken.with_name("z.png"))
