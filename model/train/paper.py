@@ -1,8 +1,9 @@
-"""What the recipes would take at medium's true size: parameters, operations, memory, days.
+"""What the recipes would need at medium's true size: parameters, operations, memory, days.
 
-`python -m model.train.paper` prints the tables of the model card. Counts are the network's own; the rest is arithmetic,
-and every assumption is a constant below. One multiplication and addition are two operations; a step takes three
-forwards' worth, as the way back has two products for each of the way there (Kaplan et al., arXiv 2001.08361).
+`python -m model.train.paper` prints the tables of the model card. Parameters are counted from the network itself; the
+rest is arithmetic, and every assumption is a constant below. A multiplication and an addition are two operations; a
+step costs three forward passes, as the backward pass has two products for each one in the forward pass (Kaplan et al.,
+arXiv 2001.08361).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from model.train.pretrain import Recipe
 from model.train.products import WIDE
 
 CARDS = 64
-PEAK = 989.5e12  # operations a second of an H200, bf16 without sparsity (NVIDIA's data sheet)
+PEAK = 989.5e12  # operations per second of an H200, bf16 without sparsity (NVIDIA's data sheet)
 UTILISATION = 0.40  # share of the peak that a step's own operations reach; Llama 3 reports 38 to 43 % on H100s
 FASTER = 1.17  # a step with 8-bit products: Krea's report says 15 to 20 %
 TEXT = 128  # tokens of a caption: "mostly long"
@@ -37,8 +38,8 @@ class Parameters:
     block: int  # one of the stream's blocks
     inside: int  # all of them
     outside: int  # text fusion, ends, time
-    muon: int  # that Muon has; AdamW has the others
-    modulation: int  # of it all, what turns time into scales, shifts and gates: `tproj` and each block's own vector
+    muon: int  # trained by Muon; AdamW trains the others
+    modulation: int  # of the total, what turns time into scales, shifts and gates: `tproj` and each block's own vector
 
     @property
     def total(self) -> int:
@@ -62,7 +63,7 @@ def parameters(config: DiTConfig) -> Parameters:
 
 
 def with_own_modulation(config: DiTConfig) -> int:
-    """The same network where every block projects the time by a matrix of its own, 6D × D and a bias, as DiT's do."""
+    """The same network if every block projected time with its own matrix, 6D × D and a bias, as in DiT."""
     own = 6 * config.width**2 + 6 * config.width
     return parameters(config).total - parameters(config).modulation + config.blocks * own
 
@@ -71,9 +72,9 @@ def with_own_modulation(config: DiTConfig) -> int:
 
 
 def forward_operations(c: DiTConfig, text: int, image: int) -> float:
-    """Of one evaluation for one picture with its prompt: `text` and `image` tokens; products only."""
+    """Of one evaluation for one picture and its prompt: `text` and `image` tokens; products only."""
     tokens, hidden, kv = text + image, hidden_width(c.width, c.multiplier), c.kv_heads * c.head_dim
-    block = c.width * (3 * c.width + 2 * kv + 3 * hidden) + 2 * tokens * c.width  # a token's, with its attention
+    block = c.width * (3 * c.width + 2 * kv + 3 * hidden) + 2 * tokens * c.width  # per token, with its attention
     stream = c.blocks * tokens * block + 2 * image * c.token_dim * c.width
     matrices = c.text_width * (5 * c.text_width + 3 * hidden_width(c.text_width, c.multiplier))
     across_layers = FUSION_BLOCKS * text * c.text_taps * (matrices + 2 * c.text_taps * c.text_width)
@@ -88,10 +89,10 @@ def forward_operations(c: DiTConfig, text: int, image: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device at the height of a step."""
+    """Bytes on one device at the peak of a step."""
 
     state: float  # its share of weights, gradients, averages and moments
-    gathered: float  # two blocks and what is outside of them, whole, and one block's gradient
+    gathered: float  # two complete blocks, everything outside the blocks, and one block's gradient
     activations: float
 
     @property
@@ -100,10 +101,10 @@ class Memory:
 
 
 def kept_by_block(c: DiTConfig, tokens: int) -> float:
-    """Bytes, in bf16, that one block's way back needs for one picture: the inputs of its products, norms and gates.
+    """Bytes, in bf16, that one block's backward pass needs for one picture: inputs of products, norms and gates.
 
-    Counted off the block, norms and rotations in fp32: 22 rows of the width, six of the keys' and values', four of the
-    feed-forward's hidden.
+    Counted by hand from the block, norms and rotations in fp32: 22 rows of the width, six of the keys and values, four
+    of the feed-forward's hidden width.
     """
     hidden, kv = hidden_width(c.width, c.multiplier), c.kv_heads * c.head_dim
     return 2.0 * tokens * (22 * c.width + 6 * kv + 4 * hidden)
@@ -112,8 +113,8 @@ def kept_by_block(c: DiTConfig, tokens: int) -> float:
 def memory(c: DiTConfig, tokens: int, pictures: int, devices: int, *, recompute: bool) -> Memory:
     """Under FSDP2 (`fully_shard`): fp32 masters, gathered in bf16, gradients summed in fp32.
 
-    A number costs its share of 4 bytes each for weight, gradient and average, and 4 or 8 for Muon's or AdamW's moments.
-    Recomputing keeps each block's input, and one block's inside at a time.
+    Each parameter costs its share of 4 bytes for weight, gradient and average each, and 4 or 8 for the moments of Muon
+    or AdamW. Recomputing keeps each block's input, and the inside of one block at a time.
     """
     count = parameters(c)
     moments = 4 * count.muon + 8 * (count.total - count.muon)
@@ -125,7 +126,7 @@ def memory(c: DiTConfig, tokens: int, pictures: int, devices: int, *, recompute:
 
 
 def adapter_memory(c: DiTConfig, tokens: int, pictures: int, rank: int) -> tuple[float, float]:
-    """Bytes of weights and of activations for a LoRA on one device: blocks in 8 bits, the rest bf16, recomputed."""
+    """Bytes of weights and activations for a LoRA on one device: blocks in 8 bits, the rest in bf16, recomputed."""
     count = parameters(c)
     hidden, kv = hidden_width(c.width, c.multiplier), c.kv_heads * c.head_dim
     sides = 3 * 2 * c.width + 2 * (c.width + kv) + 3 * (c.width + hidden)
@@ -139,7 +140,7 @@ def adapter_memory(c: DiTConfig, tokens: int, pictures: int, rank: int) -> tuple
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage by its recipe."""
+    """What one stage's recipe costs."""
 
     recipe: Recipe
 
@@ -150,7 +151,7 @@ class Cost:
 
     @property
     def batch(self) -> int:
-        """Pictures of a step."""
+        """Pictures per step."""
         return self.recipe.accumulate * self.recipe.batch * self.recipe.repeats
 
     @property
@@ -198,7 +199,7 @@ def modulation_table() -> str:
                 f"{1 - light.total / heavy:.0%}",
             ]
         )
-    return table(["shape", "one modulation for all blocks", "one of each block's own", "saved"], rows)
+    return table(["shape", "shared modulation", "one per block", "saved"], rows)
 
 
 def stage_table() -> str:
@@ -220,8 +221,8 @@ def stage_table() -> str:
         )
     every = stages()
     total = sum(cost.operations for cost in every), sum(cost.days for cost in every)
-    rows.append(["together", "", "", "", "", f"{total[0]:.1e}".replace("e+", " · 10^"), "", f"{total[1]:.1f}"])
-    head = ["recipe", "products", "pictures", "a step's", "operations a picture", "operations", "memory a card", "days"]
+    rows.append(["total", "", "", "", "", f"{total[0]:.1e}".replace("e+", " · 10^"), "", f"{total[1]:.1f}"])
+    head = ["recipe", "products", "pictures", "per step", "operations/picture", "operations", "memory/GPU", "days"]
     return table(head, rows)
 
 
@@ -230,7 +231,7 @@ def adapter_line() -> str:
     weights, kept = adapter_memory(PRESETS["medium"], (size // 16) ** 2 + TEXT, 1, rank)
     return (
         f"A LoRA of rank {rank} on Raw, blocks in int8, one picture of {size} px at a time:\n"
-        f"{weights / 1e9:.1f} GB of weights and {kept / 1e9:.1f} GB kept for the way back."
+        f"{weights / 1e9:.1f} GB of weights and {kept / 1e9:.1f} GB of activations kept for the backward pass."
     )
 
 
