@@ -116,5 +116,5 @@ def test_a_teacher_that_is_not_there(tmp_path, monkeypatch):
     recipe = Recipe(name="t", steps=1, lr=1e-3, muon_lr=1e-3)
     with pytest.raises(finer.K2Error, match='autoencoder of a run "autoencoder"'):
         finer.main(recipe)
-    with pytest.raises(finer.K2Error, match="decoder means nothing"):
+    with pytest.raises(finer.K2Error, match="decoder has no meaning"):
         replace(recipe, decoder=True)

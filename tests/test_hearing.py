@@ -110,7 +110,7 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
             "products": "int8",
             "repeats": 3,
         }.items():
-            with pytest.raises(K2Error, match=f'{key} means nothing to the stage "{stage}"'):
+            with pytest.raises(K2Error, match=f'{key} has no meaning for the stage "{stage}"'):
                 cls(**shared, **more, **{key: value})
 
 

@@ -153,7 +153,7 @@ def test_an_interrupted_run_is_saved_and_ends_as_one_that_was_not(tmp_path, monk
 
     again = run(RECIPE, tmp_path / "stopped")
     assert again.step == (saved or 0)
-    assert ("line: stops in 1 step, saved; Ctrl-C again stops it at once" in said) == (4 in at)
+    assert ("line: saves and stops in 1 step; press Ctrl-C again to stop at once" in said) == (4 in at)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(again, lambda line: None)
     assert same(*(load_file(tmp_path / name / "state.safetensors") for name in ("straight", "stopped")))
@@ -163,8 +163,8 @@ def test_an_interrupted_run_is_saved_and_ends_as_one_that_was_not(tmp_path, monk
 @pytest.mark.parametrize(
     ("steps", "at", "told"),
     [
-        (10, 8, ["line: ends in 1 step; Ctrl-C again stops it at once"]),
-        (12, 9, ["line: ends in 2 steps; Ctrl-C again stops it at once"]),
+        (10, 8, ["line: ends in 1 step; press Ctrl-C again to stop at once"]),
+        (12, 9, ["line: ends in 2 steps; press Ctrl-C again to stop at once"]),
         (10, 9, []),  # in the last step
     ],
 )
@@ -250,7 +250,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_leaves_what_was_saved(tmp
     loss = one.stage.loss
     one.stage.loss = lambda batch: (loss(batch)[0] * math.nan, {})
 
-    with pytest.raises(K2Error, match="gradient of step 2 is no number"):
+    with pytest.raises(K2Error, match="gradient of step 2 is not finite"):
         loop.train(one, lambda line: None)
     assert (tmp_path / "state.safetensors").read_bytes() == kept
     assert all(tensor.isfinite().all() for tensor in one.model.state_dict().values())
@@ -269,7 +269,7 @@ def test_weights_that_a_step_broke_end_the_run_and_leave_what_was_saved(tmp_path
                 one.model["out"].weight[0, 0] = math.inf
 
     one.optimisers["adamw"].step = break_at
-    with pytest.raises(K2Error, match=f"weights of step {at} are no numbers"):
+    with pytest.raises(K2Error, match=f"weights of step {at} are not finite"):
         train(one, lambda line: None)
     assert run(RECIPE, tmp_path).step == at - 3
 
@@ -295,7 +295,7 @@ def test_a_run_does_not_go_on_with_what_another_recipe_saved(tmp_path, before, n
     train(Run(before(RECIPE), tmp_path), lambda line: None)
     kept = (tmp_path / "state.safetensors").read_bytes()
 
-    with pytest.raises(K2Error, match=r'"line" holds other weights than its recipe trains now: steps 12 → 15\.'):
+    with pytest.raises(K2Error, match=r"saved with other weights than its recipe now trains: steps 12 → 15\."):
         Run(now(Recipe(**{**RECIPE.__dict__, "steps": 15})), tmp_path)
     assert (tmp_path / "state.safetensors").read_bytes() == kept
 
@@ -309,8 +309,8 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     shorter = Recipe(**{**RECIPE.__dict__, "steps": 6, "lr": 0.5})
     again = loop.train(run(shorter, tmp_path), said.append)
 
-    idle = "line: already done at step 12; with more steps or minutes it goes on"
-    assert said == [idle, idle, "line: of no effect on what is done: steps 12 → 6, lr 0.05 → 0.5"]
+    idle = "line: already done at step 12; with more steps or minutes it continues"
+    assert said == [idle, idle, "line: changes without effect on a finished run: steps 12 → 6, lr 0.05 → 0.5"]
     assert (again.step, again.figures) == (done.step, done.figures) and again.figures
     assert (tmp_path / "state.safetensors").read_bytes() == written
 
@@ -343,7 +343,7 @@ def test_a_run_that_another_process_took_further_is_not_overwritten(tmp_path):
     train(run(RECIPE, tmp_path), lambda line: None)
     kept = (tmp_path / "state.safetensors").read_bytes()
 
-    with pytest.raises(K2Error, match="Another process has trained in"):
+    with pytest.raises(K2Error, match="Another process has meanwhile trained in"):
         train(late, lambda line: None)
     assert (tmp_path / "state.safetensors").read_bytes() == kept
 
@@ -453,7 +453,7 @@ def test_what_is_left_of_a_run_without_a_state_is_left_alone(tmp_path, result):
         (tmp_path / "a" / f"{recipe.name}.safetensors").touch()
     before = sorted(path.name for path in (tmp_path / "a").iterdir())
 
-    with pytest.raises(K2Error, match="without a state"):
+    with pytest.raises(K2Error, match="without a saved state"):
         train(run(recipe, tmp_path / "a"), lambda line: None)
 
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before
@@ -548,7 +548,7 @@ def test_where_nothing_compiles_a_long_run_goes_on_all_the_same(tmp_path, monkey
     train(Run(Compiled(Recipe(**{**RECIPE.__dict__, "steps": 201})), tmp_path), lines.append)
 
     assert bool(compiled) == compiler
-    assert ("no compiler works here" in lines[0]) != compiler
+    assert ("no working compiler here" in lines[0]) != compiler
 
 
 def test_curves_are_drawn_where_the_log_says(tmp_path):
@@ -600,11 +600,11 @@ def test_the_commit_is_that_of_the_codes_own_repository(tmp_path, monkeypatch):
         ({"minutes": 2}, "either minutes or steps"),
         ({"steps": -3, "minutes": 5}, "steps must be at least 0"),
         ({"every": 0}, "every"),
-        ({"seed": -1}, "-1 is no seed"),
-        ({"seed": 2**63}, "is no seed"),
+        ({"seed": -1}, "-1 is not a seed"),
+        ({"seed": 2**63}, "is not a seed"),
         ({"clip": 0}, "clip must be more than 0"),
-        ({"decay": 1.5}, "decay is a share"),
-        ({"average": -0.1}, "average is a share"),
+        ({"decay": 1.5}, "decay must be from 0 to 1"),
+        ({"average": -0.1}, "average must be from 0 to 1"),
         ({"average": 1}, "average must be less than 1"),
         ({"keep": -1, "keep_every": 1}, "keep must be at least 0"),
         ({"keep": 2}, "keep and keep_every"),
@@ -620,7 +620,7 @@ def test_a_parent_that_is_not_there_or_does_not_fit(tmp_path):
     with pytest.raises(K2Error, match='no run "none"'):
         run(Recipe(**{**RECIPE.__dict__, "init": "none"}), tmp_path / "a")
     model = nn.Linear(2, 2)
-    with pytest.raises(K2Error, match="share no name"):
+    with pytest.raises(K2Error, match="share no names"):
         states.start(model, {"other": torch.zeros(2)})
     parted = nn.ModuleList([nn.Linear(1, 1) for _ in range(11)])
     before = {name: value.clone() for name, value in parted.state_dict().items()}

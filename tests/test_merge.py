@@ -121,13 +121,13 @@ def test_every_run_has_a_weight_or_none_has():
         ({"runs": ["a", "b"], "divisions": 0}, "divisions must be at least 1"),
         (
             {"runs": ["a", "b"], "weights": [1.0, 0.0], "divisions": 9},
-            "divisions means nothing to weights that are known",
+            "divisions has no meaning for weights that are known",
         ),
         (
             {"runs": ["a", "b"], "weights": [1.0, 0.0], "pictures": 4},
-            "pictures means nothing to weights that are stated",
+            "pictures has no meaning for weights that are stated",
         ),
-        ({"snapshots": "a", "divisions": 9}, "divisions means nothing"),
+        ({"snapshots": "a", "divisions": 9}, "divisions has no meaning"),
     ],
 )
 def test_a_merge_that_would_go_wrong_is_refused(keys, message):

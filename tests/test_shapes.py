@@ -76,7 +76,7 @@ def test_one_picture_in_twelve_comes_in_a_shape_and_other_ones_in_another(tmp_pa
 
 @pytest.mark.parametrize("text", ["320", "320x", "wide", "320 x 192", "-320x192"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(K2Error, match="is no size"):
+    with pytest.raises(K2Error, match="is not a size"):
         Shape.of(text)
 
 
@@ -207,5 +207,5 @@ def test_encoding_a_shape_writes_its_share(data, tmp_path, monkeypatch):
     assert told.value.hint.endswith("python -m model.train.encode 64x32")
     (tmp_path / "another.safetensors").touch()
     monkeypatch.setattr(train_data, "AUTOENCODER", tmp_path / "another.safetensors")
-    with pytest.raises(K2Error, match="by the autoencoder in the box"):
+    with pytest.raises(K2Error, match="by the bundled autoencoder"):
         read_latents(folder, shape, len(made))

@@ -186,7 +186,7 @@ def test_a_turbo_of_an_earlier_raw_becomes_one_of_a_later(workshop):  # noqa: F8
 
     raw = merged("raw", ["later", "box"], [0.5, 0.5])
     assert {name.partition(".")[0] for name in raw} == {"dit", "style"}
-    with pytest.raises(K2Error, match=r"where one lacks style\.") as error:  # a Raw without would begin another's anew
+    with pytest.raises(K2Error, match=r"if one lacks style\.") as error:  # a Raw without would begin another's anew
         merged("lost", ["later", "fast", "base"], [1.0, 1.0, -1.0])
     assert "name it first" in error.value.hint
 
@@ -369,7 +369,7 @@ def test_counts_of_none_are_refused_before_anything_is_loaded(stage, keys):
     ],
 )
 def test_keys_that_do_nothing_are_refused(stage, keys, to):
-    with pytest.raises(K2Error, match=f"{[*keys][-1]} means nothing to {to}"):
+    with pytest.raises(K2Error, match=f"{[*keys][-1]} has no meaning for {to}"):
         recipe.saved(least(stage) | keys)
 
 
@@ -385,22 +385,22 @@ def least(stage):
 @pytest.mark.parametrize(
     ("stage", "key", "wrong", "message"),
     [
-        *(("pretrain", key, 1.7, "is a share") for key in ("references", "said", "reworded", "strangers", "shaped")),
-        ("pretrain", "null", -1, "is a share"),
+        *(("pretrain", key, 1.7, "from 0 to 1") for key in ("references", "said", "reworded", "strangers", "shaped")),
+        ("pretrain", "null", -1, "from 0 to 1"),
         *(("pretrain", key, -3, "at least 0") for key in ("white", "grounds", "later", "style_loss", "align")),
         ("pretrain", "unasked", ["notto"], 'no drawing set "notto"'),
         ("sft", "on", ["gradiant"], 'no ground "gradiant"'),
         ("sft", "media", ["oyl"], 'no medium "oyl"'),
         ("sft", "per_subject", 0, "at least 1"),
-        ("midtrain", "balance", 2, "is a share"),
+        ("midtrain", "balance", 2, "from 0 to 1"),
         ("stpo", "beta", -5, "more than 0"),
         ("stpo", "aside", -3, "at least 0"),
         ("stpo", "weights", {}, "must name rewards"),
         ("grpo", "weights", {"style": 0.0}, "must name rewards"),
         ("grpo", "noise", 0, "more than 0"),
-        ("turbo", "untouched", 2, "is a share"),
-        ("hearing", "plain", 2, "is a share"),
-        ("lora", "drop", 2, "is a share"),
+        ("turbo", "untouched", 2, "from 0 to 1"),
+        ("hearing", "plain", 2, "from 0 to 1"),
+        ("lora", "drop", 2, "from 0 to 1"),
         ("lora", "lr", 0.0, "more than 0"),
         *((stage, "batch", 0, "at least 1") for stage in ("judge", "text", "autoencoder", "finer", "sharpen")),
         ("sharpen", "widths", (), "widths are numbers from 1 on, at least one"),
@@ -423,13 +423,13 @@ def test_keys_that_mean_nothing_to_a_stage_are_refused():
     idle |= {"unasked": ("noto",), "forms": (1.0, 0.0, 0.0)}
     for stage in ("stpo", "grpo"):
         for key, value in idle.items():
-            with pytest.raises(K2Error, match=f"{key} means nothing"):
+            with pytest.raises(K2Error, match=f"{key} has no meaning"):
                 recipe.saved(least(stage) | {key: value})
     for key, value in (("fakes", 3), ("fake_rate", 2.0)):
         recipe.saved(least("turbo") | {key: value})
-        with pytest.raises(K2Error, match=f"{key} means nothing"):
+        with pytest.raises(K2Error, match=f"{key} has no meaning"):
             recipe.saved(least("turbo") | {"method": "guidance", key: value})
-    with pytest.raises(K2Error, match="fresh means nothing"):
+    with pytest.raises(K2Error, match="fresh has no meaning"):
         recipe.saved(least("lora") | {"fresh": ("up",)})
     with pytest.raises(K2Error, match="muon_lr"):
         recipe.saved(least("lora") | {"muon_lr": 1e-3})

@@ -59,12 +59,12 @@ def test_a_run_whose_network_was_edited_or_merged_over_says_so(k2, workshop):  #
     k2("train", path)
     deeper = written(workshop, SMALL + TINY.replace("blocks = 1", "blocks = 2"))
     said = k2("train", deeper, "--steps", "6", code=1).stderr
-    assert '"small" holds other weights' in said and "network" in said and "remove .runs/small to begin anew" in said
+    assert '"small" was saved with other' in said and "network" in said and "remove .runs/small to start" in said
 
     (workshop / "merged.toml").write_text('name = "merged"\nstage = "merge"\nruns = ["small"]\nweights = [1]\n')
     k2("train", "merged.toml")
     said = k2("train", written(workshop, SMALL.replace("small", "merged") + TINY), code=1).stderr
-    assert '"merged" holds other weights than its recipe trains now' in said
+    assert '"merged" was saved with other weights than its recipe now trains' in said
 
 
 def test_sheets_of_samples_are_drawn_while_it_runs(k2, workshop, monkeypatch):  # noqa: F811
@@ -113,13 +113,13 @@ def test_recipes_of_the_package_are_valid_and_named_as_their_files(path):
         (("size = 64", "size = 64\nfresh = [1]"), "fresh must be a list, each text", ""),
         (("size = 64", "size = 64\nnetwork = {width = 0.5}"), "network must be a table, each value a whole number", ""),
         (("steps = 4", "steps = 4\nminutes = 2"), "either minutes or steps", ""),
-        (("size = 64", "size = 64\nforms = [1, 2, 3]"), "forms are three shares, whose sum is 1", ""),
+        (("size = 64", "size = 64\nforms = [1, 2, 3]"), "forms must be three shares that sum to 1", ""),
         (("batch = 2", f"batch = {10**20}"), "batch must be at most 1,000,000,000", ""),
         (("batch = 2", "batch = 0"), "batch must be at least 1", ""),
         (("repeats = 2", "repeats = 0"), "repeats must be at least 1", ""),
         (("muon_lr = 1e-3", "muon_lr = nan"), "muon_lr must be a number", ""),
         (("muon_lr = 1e-3", "muon_lr = -1e-3"), "muon_lr must be at least 0", ""),
-        (('"small"', '"../small"'), "cannot name a run", "Letters"),
+        (('"small"', '"../small"'), "cannot name a run", "letters"),
         (("small", "ß" * 101), "is too long to name a run", "200 bytes"),
         (("steps = 4", "steps = ="), "not valid TOML", ""),
     ],
@@ -159,7 +159,7 @@ def test_a_module_that_there_is_not_is_named(k2, workshop, key):  # noqa: F811
     """Else it would be trained, or taken over, in silence."""
     k2("train", written(workshop, f'{SMALL}{key} = ["style", "dit.blocks.0"]\n{TINY}'))
     said = k2("train", written(workshop, f'{SMALL}{key} = ["stile"]\n{TINY}'), code=1).stderr
-    assert f'{key} names no module "stile"' in said and "Like dit, style, look_head" in said
+    assert f'{key} names no module "stile"' in said and "Name dit, style, look_head" in said
 
 
 def test_a_recipe_that_is_not_there(k2, tmp_path, monkeypatch):

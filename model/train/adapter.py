@@ -1,10 +1,10 @@
-"""LoRA training: a low-rank adapter of any Krea 2 checkpoint, learned from a folder of one's own pictures.
+"""LoRA training: a low-rank adapter of any Krea 2 checkpoint, learned from a folder of pictures.
 
-The base is frozen: its weights are read as `k2 render` reads them, in 8 bits where memory is short, and are the same
-code from mini to the 12.9B. What comes out is a file in diffusers' layout, `transformer.NAME.lora_A.weight`; train on
-Raw, use on Raw and on Turbo.
+The base is frozen: its weights are read as `k2 render` reads them, in 8 bits where memory is short, by the same code
+from mini to the 12.9B. The result is a file in diffusers' layout, `transformer.NAME.lora_A.weight`; train on Raw, use
+on Raw and Turbo.
 
-Text features and latents are worked out once, and their encoders are gone before the transformer is loaded.
+Text features and latents are computed once, and their encoders are freed before the transformer is loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from model.train.recipe import at_least, more_than_none, refuse, share
 from model.train.rollout import noised
 from model.train.training_set import pad
 
-LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by their native names
+LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by native name
     "attention": lambda name: name.startswith("blocks.") and ".attn." in name,
     "blocks": lambda name: name.startswith("blocks."),
     "all": lambda name: name.startswith(("blocks.", "txtfusion.", "txtmlp.")) and name != "txtfusion.projector",
@@ -55,26 +55,26 @@ LAYERS: dict[str, Callable[[str], bool]] = {  # which linear layers learn, by th
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(loop.Recipe):
-    """A LoRA, as its TOML file says it. All but a name and a folder has a default."""
+    """A LoRA's recipe. All keys but name and pictures have defaults."""
 
     stage: str = "lora"
     pictures: str  # folder; captions are text files beside the pictures, else file names
-    model: str = "mini"  # as `k2 render` takes it
-    variant: str = "raw"  # undistilled; the adapter serves Turbo as well
+    model: str = "mini"  # as for `k2 render`
+    variant: str = "raw"  # undistilled; the adapter works on Turbo as well
     trigger: str = ""  # words that end every caption, and later ask for what was learned
     rank: int = 16
     layers: str = "blocks"  # one of LAYERS
-    size: int = 0  # side of a square of as many pixels as a picture gets; 0: the model's own
+    size: int = 0  # side of a square with as many pixels as each picture gets; 0: the model's own
     batch: int = 4
     repeats: int = 1  # noise levels for each picture
-    mu: float | None = None  # shift of the training timesteps; left out: Raw's own for the number of image tokens
-    drop: float = 0.1  # share of the pictures that are shown without their caption, for guidance
-    mirror: bool = False  # show pictures left to right as well
-    precision: str = ""  # of the frozen base: native, int8, fp8, int4; left out: what fits into memory
-    recompute: bool | None = None  # work blocks out again on the way back instead of keeping them; left out: if large
+    mu: float | None = None  # shift of the training timesteps; default: Raw's own for the number of image tokens
+    drop: float = 0.1  # share of the pictures shown without their caption, for guidance
+    mirror: bool = False  # show pictures mirrored left to right as well
+    precision: str = ""  # of the frozen base: native, int8, fp8, int4; default: what fits into memory
+    recompute: bool | None = None  # recompute blocks in the backward pass instead of keeping them; default: if large
 
     lr: float = 1e-3
-    muon_lr: float = 0.0  # both halves are thin: AdamW has them
+    muon_lr: float = 0.0  # both halves are thin: AdamW trains them
     warmup_steps: int = 20
     decay: float = 0.3
     weight_decay: float = 0.0
@@ -88,28 +88,28 @@ class Recipe(loop.Recipe):
             if getattr(self, key) not in values:
                 raise K2Error(
                     f'Recipe "{self.name}": {key} is "{getattr(self, key)}".',
-                    hint=f"Choose of {', '.join(value for value in values if value)}.",
+                    hint=f"Choose from {', '.join(value for value in values if value)}.",
                 )
         if not self.pictures:  # as a path it would be the current folder
             raise K2Error(f'Recipe "{self.name}": pictures names no folder.', hint="Give a folder of pictures.")
         at_least(self, 1, "rank", "batch", "repeats")
         at_least(self, 0, "size")
         if self.size**2 > MOST_PIXELS:
-            hint = f"At most {math.isqrt(MOST_PIXELS)}, as of what is rendered; the model's own if left out."
+            hint = f"At most {math.isqrt(MOST_PIXELS)}, as for rendering; default: the model's own."
             raise K2Error(f'Recipe "{self.name}": a size of {self.size} is too large.', hint=hint)
         if self.init in ("box", "turbo"):
-            hint = "It names another LoRA's run to begin with; what is trained on is the model."
-            raise K2Error(f'Recipe "{self.name}": init = "{self.init}" is no LoRA.', hint=hint)
-        more_than_none(self, "lr")  # AdamW has all of it
+            hint = "init names another LoRA's run to start from; the base to train on is model."
+            raise K2Error(f'Recipe "{self.name}": init = "{self.init}" is not a LoRA.', hint=hint)
+        more_than_none(self, "lr")  # AdamW trains all of it
         share(self, "drop")
         refuse(self, "muon_lr", "fresh")
 
 
 class Halves(nn.Module):
-    """The trainable halves of an adapter: for each of a frozen network's layers down [r, in] and up [out, r].
+    """The trainable halves of an adapter: down [r, in] and up [out, r] for each of a frozen network's layers.
 
-    `up` starts at zero, so the first step sees the base as it is. The network is no part of this module: what is
-    saved, averaged and handed to the optimiser is the adapter alone.
+    `up` starts at zero, so the first step sees the base as is. The network is not part of this module: only the adapter
+    is saved, averaged and handed to the optimiser.
     """
 
     def __init__(self, network: Krea2, layers: str, rank: int):
@@ -125,13 +125,13 @@ class Halves(nn.Module):
             layer.register_forward_hook(partial(self._add, key))
 
     def _add(self, key: str, layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
-        """A forward hook: the layer's answer plus up(down(x))."""
+        """A forward hook: the layer's output plus up(down(x))."""
         (x,) = inputs
         down, up = self.down[key].to(x.dtype), self.up[key].to(x.dtype)
         return answer + F.linear(F.linear(x, down), up).to(answer.dtype)
 
     def pairs(self, state: Mapping[str, Tensor] | None = None) -> dict[str, LowRank]:
-        """Native layer -> its halves, these or those of a state dict."""
+        """Native layer -> its halves, the current ones or those of a state dict."""
         state = self.state_dict() if state is None else state
         keys = {name: name.replace(".", "_") for name in self.names}
         return {name: LowRank(state[f"down.{key}"], state[f"up.{key}"]) for name, key in keys.items()}
@@ -141,7 +141,7 @@ class Halves(nn.Module):
 class Material:
     """All that a step draws from: latents by shape, text features by picture, and the files that they came from."""
 
-    latents: dict[tuple[int, int], tuple[Tensor, list[int]]]  # as `pictures.encode` gives them
+    latents: dict[tuple[int, int], tuple[Tensor, list[int]]]  # as `pictures.encode` returns them
     embeds: list[Tensor]  # per picture, [T, N, E]
     nothing: Tensor  # of the empty prompt, [T, N, E]
     files: list[dict[str, str]]
@@ -178,7 +178,7 @@ class Adapting(Stage):
         recipe, network = self.recipe, self.network
         device, dtype = network.first.weight.device, network.first.weight.dtype
         embeds, mask = pad(batch["embeds"], max(map(len, batch["embeds"])))
-        alike = bool(mask.all())  # no mask where all have one length
+        alike = bool(mask.all())  # no mask if all have the same length
         context = network.encode_text(embeds.to(device, dtype), None if alike else mask.to(device))
         image = patchify(batch["latents"], network.config.patch).repeat_interleave(recipe.repeats, 0)
         mu = raw_mu(image.shape[1]) if recipe.mu is None else recipe.mu
@@ -197,7 +197,7 @@ class Adapting(Stage):
 
 
 def freeze(network: Krea2) -> Krea2:
-    """Nothing of it learns, and layers of few bits answer as their dequantised matrices would."""
+    """Nothing in it learns, and quantised layers compute as their dequantised matrices would."""
     for layer in network.modules():
         if isinstance(layer, FewBitLinear):
             layer.exact = True
@@ -218,13 +218,13 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     if model is None:
         raise K2Error(
             f'There is no {recipe.variant} checkpoint of "{recipe.model}" here.',
-            hint=f"In the box: {', '.join(library.box()) or 'none'}. The open weights: k2 models pull krea-2-raw",
+            hint=f"Bundled: {', '.join(library.box()) or 'none'}. The open weights: k2 models pull krea-2-raw",
         )
     parts = library.find_parts(model)
     numbers = numbers_of(parts, device)
     if recipe.rank > numbers.width:
         hint = f"At most {numbers.width}, the network's width; 16 is usual."
-        raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is more than can be read back.', hint=hint)
+        raise K2Error(f'Recipe "{recipe.name}": a rank of {recipe.rank} is too large to be read back.', hint=hint)
     dtype = DTYPES[pick_dtype(None, device, numbers.width)]
     files = manifest(pictures)
     before = begun(states.RUNS / recipe.name)
@@ -243,12 +243,12 @@ def prepare(recipe: Recipe, device: torch.device, report: Report) -> tuple[Adapt
     text = TextEncoder.load(parts.text, device, dtype)
     captions = [shortened(picture.caption, recipe.trigger, text.unread) for picture in pictures]
     if cut := sum(text.unread(picture.caption) > 0 for picture in pictures):
-        report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to the {PROMPT_TOKENS} tokens that are read")
+        report(f"{recipe.name}: {count_of(cut, 'caption')} too long, cut to {PROMPT_TOKENS} tokens")
     embeds = [text.encode([caption])[0][0].cpu() for caption in captions]
     material = Material(latents, embeds, text.encode([""])[0][0].cpu(), files)
     del text
     precision, number = recipe.precision, str(dtype).removeprefix("torch.")
-    if not precision and before.get("precision") in known_precisions(device):  # it goes on with its base as it was
+    if not precision and before.get("precision") in known_precisions(device):  # resume with the same base
         precision = before["precision"]
     precision = plan_on(device, numbers, dtype=number, precision=precision or None, offload="none").precision
     network, checkpoint = load_dit(parts.dit, device=device, dtype=dtype, precision=precision, cell=cell)
@@ -282,7 +282,7 @@ class Run(loop.Run):
         return self.folder / f"{self.recipe.name}.safetensors"
 
     def finish(self) -> None:
-        """Write the averaged adapter, where that of these steps is not there yet."""
+        """Write the averaged adapter, unless that of these steps already exists."""
         if not self.world.leads or (self.idle and steps_of(self.result) == self.step):
             return
         record = self.record()
@@ -291,14 +291,14 @@ class Run(loop.Run):
             "kind": "lora",
             "triggers": [self.stage.recipe.trigger] if self.stage.recipe.trigger else [],
             "base": self.base,
-            "pictures": [file["sha256"] for file in self.stage.material.files],  # no names: it may be given away
+            "pictures": [file["sha256"] for file in self.stage.material.files],  # not names: it may be shared
             "training": record | {"recipe": told},
         }
         write(self.result, self.stage.model.pairs(self.ema), self.stage.network.config.blocks, about)
 
 
 def main(recipe: Recipe, device: str | None = None, report: Report = print) -> Run:
-    """Train an adapter to its end, from where it stands. Raises K2Error."""
+    """Train an adapter to its end from where it stands. Raises K2Error."""
     chosen = pick_device(device)
     stage, base = prepare(recipe, chosen, report)
     run = Run(stage, states.RUNS / recipe.name, base, str(chosen))
@@ -308,7 +308,7 @@ def main(recipe: Recipe, device: str | None = None, report: Report = print) -> R
 
 
 def steps_of(adapter: Path) -> int | None:
-    """After how many steps an adapter was written; none where there is none that can be read."""
+    """The number of steps after which an adapter was written; None if it cannot be read."""
     try:
         return open_checkpoint(adapter).metadata["training"]["steps"]
     except (K2Error, KeyError):
@@ -320,12 +320,12 @@ def hashes_of(base: Mapping[str, Any]) -> str:
 
 
 def data_of(files: list[dict[str, str]]) -> str:
-    """sha256 of what a run learns from."""
+    """sha256 of a run's training data."""
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def begun(folder: Path) -> dict[str, Any]:
-    """What a run began with: its `recipe`, hashes of `data` and `base`, its base's `precision`; {} before its start."""
+    """What a run started with: `recipe`, hashes of `data` and `base`, the base's `precision`; {} before its start."""
     saved = folder / "state.safetensors"
     if not saved.exists():
         return {}
@@ -335,8 +335,8 @@ def begun(folder: Path) -> dict[str, Any]:
 
 
 def refuse_another(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    """A run goes on with what it began with. Raises K2Error where the recipe says otherwise, or a hash that is known
-    now is another: of pictures, captions and trigger, `data`, or of the `base`."""
+    """A run resumes only with what it started with. Raises K2Error if the recipe differs, or one of the hashes known
+    now: `data`, of pictures, captions and trigger, or `base`."""
     if not before:
         return
     was, says = before["recipe"], asdict(recipe)
@@ -349,8 +349,8 @@ def refuse_another(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, 
         changed.append("the base's weights")
     if changed:
         raise K2Error(
-            f'The run "{recipe.name}" began otherwise; what differs now: {", ".join(changed)}.',
-            hint=f"Go on as it began, remove {states.RUNS / recipe.name} to begin anew, or name the run otherwise in a "
+            f'The run "{recipe.name}" started differently; what differs now: {", ".join(changed)}.',
+            hint=f"Undo that, remove {states.RUNS / recipe.name} to start over, or give the run another name in a "
             "recipe.",
         )
 
@@ -358,7 +358,7 @@ def refuse_another(recipe: Recipe, before: Mapping[str, Any], now: Mapping[str, 
 def write(path: Path, layers: Mapping[str, LowRank], blocks: int, about: Mapping[str, Any]) -> None:
     """Save an adapter in diffusers' layout; `about` becomes its `k2` metadata.
 
-    Scales go into the `up` halves, so alpha is the rank, and a reader that knows no alpha means the same.
+    Scales go into the `up` halves, so alpha is the rank, and a reader that ignores alpha gets the same result.
     """
     names = diffusers_names(blocks)
     theirs = {name: names[f"{name}.weight"].removesuffix(".weight") for name in layers}
@@ -375,7 +375,7 @@ def rank_of(layers: Mapping[str, LowRank]) -> int:
 
 
 def peft_settings(modules: Iterable[str], rank: int) -> str:
-    """What diffusers keeps beside the tensors, in its own words."""
+    """The settings that diffusers keeps beside the tensors, under its own names."""
     settings = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules), "bias": "none", "use_rslora": False}
-    settings["rank_pattern"] = {}  # diffusers 0.39 asks for it
+    settings["rank_pattern"] = {}  # diffusers 0.39 requires it
     return json.dumps({f"transformer.{key}": value for key, value in settings.items()})

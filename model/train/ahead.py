@@ -1,4 +1,4 @@
-"""The next batch while the last is worked on."""
+"""Prepares the next batch while the last one is trained on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Batches = list[dict[str, Any]]  # of a step's parts
 
 
 class Ahead:
-    """A run's batches. On a card the next one is made, in a thread and a stream of its own, while it works on the last:
-    a batch is a function of the step alone, so that it does not matter when it is made."""
+    """A run's batches. On a GPU the next ones are made in a thread and a stream of their own while it works on the
+    last: a batch depends on the step alone, so it does not matter when it is made."""
 
     def __init__(self, make: Callable[[int], Batches], device: torch.device):
         self.make, self.device, self.card = make, device, device.type == "cuda"

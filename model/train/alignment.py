@@ -1,8 +1,8 @@
-"""Self-representation alignment: an early block learns to foretell what a later one makes of a cleaner picture.
+"""Self-representation alignment: an early block learns to predict what a later one makes of a cleaner picture.
 
-After SRA (arXiv 2505.02831), which needs no encoder from elsewhere: the teacher is the average of the network's own
-weights, cut after its later block, and sees the same picture under less noise. Ours: cosine distance, a third and two
-thirds of the depth, and only the first epoch of the first stage, as alignment speeds the beginning up and binds later.
+After SRA (arXiv 2505.02831), which needs no external encoder: the teacher is the average of the network's own weights,
+cut after its later block, and sees the same picture under less noise. Ours: cosine distance, at a third and two thirds
+of the depth, and only in the first epoch of the first stage, as alignment speeds up the start and constrains later.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from model.dit import Krea2
 from model.train.parallel import whole
 
-CLEANER = 0.2  # the teacher's noise level lies below the pupil's by up to so much
+CLEANER = 0.2  # the most by which the teacher's noise level lies below the pupil's
 
 
 class Features(nn.Module):
-    """In the place of a last layer: what the blocks made, as it is."""
+    """Replaces the last layer: passes on the blocks' output as is."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return x
 
 
 class Teacher:
-    """The averaged weights up to their later block; not a module, so that no run saves it."""
+    """The averaged weights up to the later block; not a module, so that no run saves it."""
 
     def __init__(self, pupil: Krea2):
         with torch.device("meta"):
@@ -39,13 +39,13 @@ class Teacher:
 
     @torch.no_grad()
     def follow(self, averages: Mapping[str, Tensor]) -> None:
-        """Take over a trainee's averaged weights; every process must ask where they are sharded."""
+        """Take over a trainee's averaged weights; every process must call this if they are sharded."""
         for name, param in self.dit.named_parameters():
             param.copy_(whole(averages[f"dit.{name}"]))
 
     @torch.no_grad()
     def see(self, tokens: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the later block makes of pictures under noise, several to each prompt -> [B·R, L, D].
+        """What the later block makes of noised pictures, several per prompt -> [B·R, L, D].
 
         tokens [B·R, L, C·p·p], sigma [B·R], embeds [B, T, N, E], mask [B, T], rows and columns of a picture in tokens
         """
@@ -57,7 +57,7 @@ class Teacher:
 
 
 class Pupil(nn.Module):
-    """What the early block sees, [B, L, D], led through a head of its own that is thrown away after training."""
+    """What the early block sees, [B, L, D], through a head of its own that is discarded after training."""
 
     def __init__(self, dit: Krea2):
         super().__init__()
@@ -70,6 +70,6 @@ class Pupil(nn.Module):
         self._seen[:] = [made] if self.training and torch.is_grad_enabled() else []
 
     def distance(self, taught: Tensor) -> Tensor:
-        """Mean cosine distance of the image tokens just seen to what was taught [B, L, D]: 0 the same … 2."""
+        """Mean cosine distance of the image tokens just seen from the teacher's view [B, L, D]: 0 the same … 2."""
         seen = self._seen.pop()[:, -taught.shape[1] :]
         return 1 - F.cosine_similarity(self.head(seen).float(), taught.float(), -1).mean()

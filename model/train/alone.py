@@ -1,4 +1,4 @@
-"""One process at a time trains in a run's folder: two would overwrite each other's states, and mingle their logs."""
+"""Only one process at a time trains in a run's folder: two would overwrite each other's states and mix their logs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ except ImportError:  # not on Windows
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Within the context no other process is in a run's folder. Raises K2Error where one is.
+    """Within the context no other process trains in a run's folder. Raises K2Error if one does.
 
-    The lock ends with the process that holds it, however it ends; a system without locks keeps nobody out.
+    The lock ends with the process that holds it, however that ends; systems without locks keep nobody out.
     """
     if fcntl is None:
         yield
@@ -30,7 +30,7 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise K2Error(
-                f"Another process is training in {folder}.", hint="Wait for it, or name the run otherwise in a recipe."
+                f"Another process is training in {folder}.", hint="Wait for it, or give this run another name."
             ) from None
         except OSError:  # a file system without locks
             pass

@@ -1,9 +1,9 @@
-"""The data set of the bundled model: open vector art of the package registry, rendered, composed and captioned by rule.
+"""The data set of the bundled model: open vector art from the npm registry, rendered, composed and captioned by rule.
 
 `python -m model.train.data` rebuilds it bit for bit: it fetches pinned packages with npm, renders the subjects of
-`subjects.toml` in 128 px, writes the renders with a manifest of hashes, and renders the same drawings in 256 px beside
+`subjects.toml` at 128 px, writes the renders with a manifest of hashes, and renders the same drawings at 256 px beside
 them; `python -m model.train.data SIZE` adds another size. Pictures are composed on demand (`Catalog.picture`), each
-from a generator seeded by what it shows, so that a picture is the same whenever and wherever it is made.
+from a generator seeded by its content, so that a picture is the same whenever and wherever it is made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from model.library import BOX
 from model.train.looks import DRAWINGS, MEDIA, Look, compose, looks, resize
 from model.whole import whole
 
-PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
+PACKAGES = {  # npm package -> version; licences of the art: NOTICE
     "noto": "1.2.9",
     "noto-v1": "1.2.5",
     "fxemoji": "1.2.2",
@@ -48,21 +48,21 @@ PACKAGES = {  # npm package -> version; the art's licences stand in NOTICE
 HERE = Path(__file__).parent
 DATA = Path(".data/mini")
 AUTOENCODER = BOX / "mini-vae.safetensors"
-SIZE = 128  # px of the renders that say which drawings there are
-NATIVE = 256  # px of the pictures that the model is to make
+SIZE = 128  # px of the renders that define which drawings exist
+NATIVE = 256  # px of the model's pictures
 
 
 def stable_seed(*parts: object) -> int:
-    """A 64-bit number that depends on the parts alone: the same on every machine and in every process."""
+    """A 64-bit number that depends only on the parts: the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
 @dataclass(frozen=True)
 class Subject:
     name: str
-    icons: tuple[str, ...]  # names in the vector sets, the first that a set knows is taken
-    words: tuple[str, ...]  # what captions may call it, the plain name first
-    later: bool = False  # joined when the others were learned
+    icons: tuple[str, ...]  # names in the vector sets; the first that a set has is used
+    words: tuple[str, ...]  # names in captions, the plain one first
+    later: bool = False  # joined after the others were learned
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Pair:
 
     @property
     def held_out(self) -> bool:
-        """Two in a hundred drawings of a subject are never trained on, in no look."""
+        """Two in a hundred drawings of a subject are never trained on, in any look."""
         return stable_seed("pair", self.subject, self.drawing) % 50 == 0
 
 
@@ -88,12 +88,12 @@ class Item:
 
     @property
     def held_out(self) -> bool:
-        """The pair's own fate, and two in a hundred single pictures besides."""
+        """Whether its pair is held out, or it is one of two in a hundred single pictures."""
         return self.pair.held_out or stable_seed("item", self.pair, self.look) % 50 == 0
 
 
 def read_subjects() -> list[Subject]:
-    """The subjects in their order of the file."""
+    """The subjects in the order of the file."""
     table: dict[str, dict[str, Any]] = tomllib.loads((HERE / "subjects.toml").read_text())["subjects"]
     return [
         Subject(
@@ -110,10 +110,10 @@ class Catalog:
     """The rendered subjects, their looks and captions, and the splits."""
 
     def __init__(self, folder: Path = DATA, size: int = SIZE):
-        """`size`: of its pictures in px. Those of more than `SIZE` need renders of theirs, or a `K2Error` is raised."""
+        """`size`: of its pictures in px. Sizes above `SIZE` need their own renders, or a `K2Error` is raised."""
         manifest = folder / "manifest.toml"
         if not manifest.exists():
-            raise K2Error(f"there is no data set in {folder}.", hint="build it with: python -m model.train.data")
+            raise K2Error(f"There is no data set in {folder}.", hint="Build it with: python -m model.train.data")
         self.folder = folder
         self.manifest = tomllib.loads(manifest.read_text())
         self.subjects = {subject.name: subject for subject in read_subjects()}
@@ -140,15 +140,15 @@ class Catalog:
         return [item for item in every if item.held_out == (split == "held-out")]
 
     def picture(self, item: Item, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """The picture of an item, uint8 RGB [H, W, 3], always the same; shape: (H, W), `size` both where left out."""
+        """The picture of an item, uint8 RGB [H, W, 3], always the same; shape: (H, W), by default `size` both."""
         rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
         picture = compose(np.asarray(self.renders[item.row]), item.look, rng, shape)
         return resize(picture, self.size) if self.size < SIZE else picture
 
     def caption(self, item: Item, rng: np.random.Generator, form: str = "short", style: bool = True) -> str:
-        """A caption in short, medium or long form; with style=False it names the content only.
+        """A caption in short, medium or long form; with style=False it names only the content.
 
-        Style words are left out of a share of the short captions as well, so that a bare subject means any look.
+        Some short captions have no style words either, so that a bare subject means any look.
         """
         subject = self.subjects[item.pair.subject]
         name = subject.words[0] if rng.random() < 0.7 else str(rng.choice(subject.words))
@@ -170,23 +170,23 @@ class Catalog:
 
 
 def renders_path(folder: Path, size: int) -> Path:
-    """Where the renders of a size lie."""
+    """The file with the renders of a size."""
     return folder / ("renders.npy" if size == SIZE else f"renders-{size}.npy")
 
 
 def latents_file(folder: Path, size: object) -> Path:
-    """Where the latents of a size lie; those of another autoencoder, which mean nothing to this one, lie elsewhere."""
+    """The file with the latents of a size; those of other autoencoders, useless to this one, have other names."""
     return folder / f"latents-{size}-{sha256(AUTOENCODER)[:8]}.npy"
 
 
 def read_renders(folder: Path, size: int, count: int) -> NDArray[np.uint8]:
-    """RGBA [count, size, size, 4], not read before it is asked for. Raises `K2Error` where they are not there."""
-    path, hint = renders_path(folder, size), f"make them with: python -m model.train.data {size}"
+    """RGBA [count, size, size, 4], read from disk on access. Raises `K2Error` if there are none."""
+    path, hint = renders_path(folder, size), f"Make them with: python -m model.train.data {size}"
     if not path.exists():
-        raise K2Error(f"there are no renders of {size} px in {folder}.", hint=hint)
+        raise K2Error(f"There are no renders of {size} px in {folder}.", hint=hint)
     renders: NDArray[np.uint8] = np.load(path, mmap_mode="r")
     if len(renders) != count:
-        raise K2Error(f"{path} holds {len(renders)} renders, the data set {count}.", hint=hint)
+        raise K2Error(f"{path} holds {len(renders)} renders, but the data set has {count}.", hint=hint)
     return renders
 
 
@@ -196,13 +196,13 @@ chocolate curry custard pudding milk honey pancakes peanuts popcorn spaghetti pa
 beans blueberries broccoli butter garlic lettuce peas salt ginger fireworks fuji saturn earth lightning pins skis
 headphones keys maracas bags money chains bricks swords chopsticks soap dna lips shoes jeans gloves socks shorts
 eyeglasses sunglasses goggles dolls yarn paper masks footprints claus
-"""  # last words of what is said without an article
+"""  # last words of names without an article
 BARE_WORDS = frozenset(BARE.split())
 THE = ("sun", "moon", "statue of liberty", "tokyo tower", "planet earth")
 
 
 def article(name: str) -> str:
-    """The article of a subject's name with its space; none where the name takes none."""
+    """The article of a subject's name with its space; empty if the name has none."""
     if name in THE:
         return "the "
     if name.split()[-1] in BARE_WORDS and " of " not in name:
@@ -212,19 +212,19 @@ def article(name: str) -> str:
 
 
 def phrase(name: str) -> str:
-    """A subject's name with its article, as short captions have it."""
+    """A subject's name with its article, as in short captions."""
     return f"{article(name)}{name}"
 
 
 def pack(package: str, version: str, folder: Path) -> Path:
-    """The registry's own tarball of a package, in a folder, by npm. Raises K2Error."""
+    """The registry's tarball of a package, fetched into a folder by npm. Raises K2Error."""
     archive = folder / f"{package.lstrip('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
         command = ["npm", "pack", "--silent", f"{package}@{version}"]
         try:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise K2Error("npm is not installed.", hint="The art and the words come from the npm registry.") from error
+            raise K2Error("npm is not installed.", hint="Install it: art and words come from its registry.") from error
         except subprocess.CalledProcessError as error:
             raise K2Error(f"npm could not fetch {package}: {error.stderr.strip()[-200:]}") from error
     return archive
@@ -239,7 +239,7 @@ def fetch(package: str, version: str, folder: Path) -> dict[str, Any]:
 
 
 def render_icon(icons: dict[str, Any], name: str, size: int) -> NDArray[np.uint8] | None:
-    """Render one icon as RGBA [size, size, 4], or None where the set does not have it."""
+    """Render one icon as RGBA [size, size, 4]; None if the set does not have it."""
     import resvg_py
 
     by_plain_name = {key.replace("-", ""): key for key in (*icons["icons"], *icons.get("aliases", {}))}
@@ -272,7 +272,7 @@ def fingerprint(catalog: Catalog) -> str:
 
 
 def build(folder: Path = DATA) -> None:
-    """Fetch, render, drop exact repeats, write the renders and their manifest."""
+    """Fetch, render, drop exact duplicates, write the renders and their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     renders: list[NDArray[np.uint8]] = []
     pairs: list[tuple[str, str]] = []
@@ -302,16 +302,16 @@ def build(folder: Path = DATA) -> None:
 
 
 def enlarge(size: int, folder: Path = DATA) -> None:
-    """Render the drawings of the data set once more, in another size."""
+    """Render the drawings of the data set at another size."""
     catalog = Catalog(folder)
     asked = [(pair.drawing, catalog.subjects[pair.subject]) for pair in catalog.pairs]
     drawn = [picture for picture in draw_all(folder, asked, size) if picture is not None]
-    assert len(drawn) == len(asked)  # or a pair would not be there
+    assert len(drawn) == len(asked)  # else the pair would not exist
     write_renders(folder, np.stack(drawn))
 
 
 def draw_all(folder: Path, asked: Sequence[tuple[str, Subject]], size: int) -> Iterator[NDArray[np.uint8] | None]:
-    """Subjects, each in a drawing set, in their order; drawn on all cores."""
+    """Subjects, each in a drawing set, in order; drawn on all cores."""
     for package, version in PACKAGES.items():
         pack(f"@iconify-json/{package}", version, folder)
     packages, subjects = zip(*asked, strict=True)
@@ -325,7 +325,7 @@ def icons_of_process(folder: Path, package: str) -> dict[str, Any]:
 
 
 def draw(folder: Path, package: str, subject: Subject, size: int) -> NDArray[np.uint8] | None:
-    """A subject in a drawing set, RGBA [size, size, 4], or None where the set has none of its icons."""
+    """A subject in a drawing set, RGBA [size, size, 4]; None if the set has none of its icons."""
     icons = icons_of_process(folder, package)
     found = (render_icon(icons, name, size) for name in subject.icons)
     return next((picture for picture in found if picture is not None), None)

@@ -1,9 +1,10 @@
 """Turbo: a few steps without guidance that land where many guided steps do.
 
-Two stages, each a recipe. `guidance` teaches one pass to say what the two passes of guidance say (arXiv 2210.03142, by
-regression on noised pictures). `trajectory` is Trajectory Distribution Matching (arXiv 2503.06674): the student walks
-its K segments; each segment's end is noised further, and there a frozen teacher and a fake-score network, which follows
-the student, say in which direction the student's pictures must move to be the teacher's guided ones.
+Two stages, each a recipe. `guidance` teaches one pass to predict what the two passes of guidance give (arXiv
+2210.03142, by regression on noised pictures). `trajectory` is Trajectory Distribution Matching (arXiv 2503.06674): the
+student walks its K segments; each segment's end is noised further, and there a frozen teacher and a fake-score network,
+which follows the student, give the direction in which the student's pictures must move towards the teacher's guided
+ones.
 
 Times here are noise levels: 1 is noise, 0 a picture; x_t = (1 − t) x₀ + t ε, velocity v = ε − x₀.
 """
@@ -22,12 +23,12 @@ from model.train.rollout import Velocity
 
 
 def level(t: Tensor, like: Tensor) -> Tensor:
-    """t [B] as [B, 1, ...], to be multiplied with `like`."""
+    """t [B] as [B, 1, ...], to multiply `like` by."""
     return t.view(-1, *[1] * (like.dim() - 1))
 
 
 def picture(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """x₀ of a point x [B, ...] of the flow at t [B], by its velocity there."""
+    """x₀ of a point x [B, ...] of the flow at t [B], from its velocity there."""
     return x - level(t, x) * v
 
 
@@ -38,11 +39,11 @@ def noise_in(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Walk:
-    """The student's own way from noise to pictures, without gradient."""
+    """The student's own path from noise to pictures, without gradient."""
 
     times: tuple[float, ...]  # K + 1 noise levels, 1 … 0
     points: Tensor  # [K, B, ...] where each segment starts
-    velocities: Tensor  # [K, B, ...] the student's answer there
+    velocities: Tensor  # [K, B, ...] the student's output there
 
     def at(self, segment: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """segment [B] of 0 … K − 1 -> points and velocities [B, ...], times of the segments' starts and ends [B]."""
@@ -54,7 +55,7 @@ class Walk:
 
 @torch.no_grad()
 def walk(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Walk:
-    """Follow `velocity` from noise [B, ...] by Euler steps, and keep where it went."""
+    """Follow `velocity` from noise [B, ...] by Euler steps, and record the path."""
     x, points, velocities = noise, [], []
     for t, end in pairwise(times):
         v = velocity(x, torch.full((len(x),), t, device=x.device))
@@ -65,10 +66,10 @@ def walk(velocity: Velocity, noise: Tensor, times: Sequence[float]) -> Walk:
 
 
 def noised_on(x0: Tensor, eps: Tensor, s: Tensor, t: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
-    """Noise a segment's end x_s = (1 − s) x₀ + s ε on to t > s with fresh noise -> x_t and the velocity that made it.
+    """Noise a segment's end x_s = (1 − s) x₀ + s ε further to t > s with fresh noise -> x_t and its velocity.
 
-    x_t = a x_s + b ε' with a = (1 − t)/(1 − s), b² = t² − a² s²: of x₀ there is as much in it as the flow has at t,
-    and the two noises together have its variance.
+    x_t = a x_s + b ε' with a = (1 − t)/(1 − s), b² = t² − a² s²: it contains as much of x₀ as the flow does at t, and
+    the two noises together have the flow's variance.
     """
     s, t = level(s, x0), level(t, x0)
     a = (1 - t) / (1 - s)
@@ -77,14 +78,14 @@ def noised_on(x0: Tensor, eps: Tensor, s: Tensor, t: Tensor, fresh: Tensor) -> t
 
 
 def between(s: Tensor, t: Tensor, uniform: Tensor, margin: float = 0.02) -> Tensor:
-    """Noise levels inside (s, t), away from either end by a share of the segment."""
+    """Noise levels inside (s, t), at least a share of the segment away from either end."""
     return s + (t - s) * (margin + (1 - 2 * margin) * uniform)
 
 
 def matching_loss(
     x0: Tensor, fake: Tensor, teacher: Tensor, unconditional: Tensor, guidance: float, softness: float = 0.3
 ) -> Tensor:
-    """Move the student's pictures x0 [B, ...] by what the teacher's estimate and the fake score's differ in -> [B].
+    """Move the student's pictures x0 [B, ...] by the difference of the teacher's and the fake score's estimates -> [B].
 
     fake, teacher, unconditional: estimates of x₀ at a noised point, without gradient. Pseudo-Huber distance to the
     target, bent at `softness`, divided per picture by its distance from the teacher's guided estimate (as in DMD).
@@ -98,11 +99,11 @@ def matching_loss(
 
 @dataclass(frozen=True)
 class Chance:
-    """What a loss draws, apart from the student's noise: so that a step is a function of its seed."""
+    """Random draws of a loss other than the student's noise, so that a step is a function of its seed."""
 
     segment: Tensor  # [B] which of the K
     uniform: Tensor  # [B] where between its ends
-    fresh: Tensor  # [B, ...] the noise on top
+    fresh: Tensor  # [B, ...] the added noise
 
     @classmethod
     def draw(cls, segments: int, like: Tensor, generator: torch.Generator | None = None) -> Chance:
@@ -116,7 +117,7 @@ class Chance:
 
 
 def fake_loss(fake: Velocity, way: Walk, chance: Chance) -> Tensor:
-    """The fake score learns the student's pictures: flow matching on what the segments' ends become [B]."""
+    """The fake score learns the student's pictures: flow matching on the noised ends of segments [B]."""
     x, v, t, s = way.at(chance.segment)
     tau = between(s, t, chance.uniform)
     x_tau, target = noised_on(picture(x, v, t), noise_in(x, v, t), s, tau, chance.fresh)

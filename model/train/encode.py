@@ -1,8 +1,8 @@
-"""Encode the data set's pictures once, ahead of training: latents of every training picture at a size.
+"""Encode the data set's pictures once, before training: latents of every training picture at a size.
 
 `python -m model.train.encode SIZE [DEVICE]` writes `latents-SIZE-….npy`, float16 [pictures, C, H/f, W/f] for an
-autoencoder of factor f, in the train split's own order. SIZE is a side of squares, of all pictures, or a shape like
-320x192, of those that come in it.
+autoencoder of factor f, in the order of the train split. SIZE is the side of a square, for all pictures, or a shape
+like 320x192, for those that come in it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(size: int | Shape, device: str = "cpu", *, batch: int = 64) -> None:
 if __name__ == "__main__":
     with reported():
         parser = argparse.ArgumentParser(description="Encode the train split at a size.")
-        parser.add_argument("size", help="a side of squares, or a shape like 320x192")
+        parser.add_argument("size", help="side of a square, or a shape like 320x192")
         parser.add_argument("device", nargs="?", default="cpu")
         options = parser.parse_args()
         main(int(options.size) if options.size.isdecimal() else Shape.of(options.size), options.device)

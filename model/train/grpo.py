@@ -5,8 +5,8 @@ marginals, whose transitions have probabilities. Times are noise levels t, falli
 
     x' = x + [v + s²/2t · ε̂] dt + s √(−dt) n,    s = a √(t / (1 − t))
 
-Rewards are combined as in GDPO (arXiv 2601.05242): each is normalised within its group, then weighed, then the sum is
-normalised over the batch; groups in which no reward tells pictures apart are dropped.
+Rewards are combined as in GDPO (arXiv 2601.05242): each is normalised within its group, then weighted, then the sum is
+normalised over the batch; groups in which no reward distinguishes pictures are dropped.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 from model.whole import whole
 
-CHOSEN_BY = (*JUDGED_BY, "gates", "pool")  # are prompts
-FLAT = 1e-3  # a reward whose standard deviation in a group is below it tells nothing
+CHOSEN_BY = (*JUDGED_BY, "gates", "pool")  # keys that the choice of prompts depends on
+FLAT = 1e-3  # a reward whose standard deviation in a group is below this counts as constant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Judged):
-    """A run of GRPO; `batch` counts prompts, each painted `group` times."""
+    """A run of GRPO; `batch` counts prompts, each rendered `group` times."""
 
     stage: str = "grpo"
     group: int = 8
     sample_steps: int = 8
-    stochastic: int = 2  # of them, chosen at random for each rollout
+    stochastic: int = 2  # number of these, chosen at random for each rollout
     noise: float = 0.7  # a
     trust: float = 1e-4  # how far a transition's probability ratio may move from 1: log-probabilities are means
-    updates: int = 2  # steps of the optimiser from one rollout
-    gates: dict[str, str] = field(default_factory=dict)  # a reward that counts only as far as another is won
-    prompts: int = 192  # asked, of which those whose rewards differ most ...
-    pool: int = 64  # ... and are neither won nor hopeless make the pool that is trained on
+    updates: int = 2  # optimiser steps per rollout
+    gates: dict[str, str] = field(default_factory=dict)  # reward -> another that it is multiplied by
+    prompts: int = 192  # candidates, of which those whose rewards differ most ...
+    pool: int = 64  # ... and are neither won nor hopeless form the pool to train on
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,9 +64,9 @@ class Recipe(Judged):
                 f'Recipe "{self.name}": every must be a multiple of updates.', hint="A run is saved between rollouts."
             )
         if idle := [name for name in self.gates if name not in self.weights]:
-            raise K2Error(f'Recipe "{self.name}": "{idle[0]}" is gated, and is no reward in weights.')
+            raise K2Error(f'Recipe "{self.name}": "{idle[0]}" is gated, but is not a reward in weights.')
         if not 0 < self.stochastic < self.sample_steps:
-            raise K2Error(f'Recipe "{self.name}": stochastic must be fewer than sample_steps, and not none.')
+            raise K2Error(f'Recipe "{self.name}": stochastic must be at least 1 and less than sample_steps.')
 
 
 class Transition(NamedTuple):
@@ -84,7 +84,7 @@ def sde_step(
 ) -> tuple[Tensor, float]:
     """Mean of the next tokens [B, L, D], and their standard deviation. With noise 0 it is Euler's step, bit for bit.
 
-    s grows without bound towards t = 1, so t stops at `cap` in its denominator, as in Flow-GRPO.
+    s diverges as t approaches 1, so t is capped at `cap` in its denominator, as in Flow-GRPO.
     """
     dt = next_sigma - sigma
     spread = noise * (sigma / max(1 - min(sigma, cap), 1e-6)) ** 0.5
@@ -147,7 +147,7 @@ def advantages(
 def policy_loss(
     velocity: Velocity, made: Sequence[Transition], advantage: Tensor, noise: float, cap: float, trust: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy loss of transitions under the velocity as it is now; advantage [B]."""
+    """The clipped policy loss of transitions under the current velocity; advantage [B]."""
     losses, ratios = [], []
     for move in made:
         v = velocity(move.before, torch.full((len(move.before),), move.sigma, device=move.before.device))
@@ -161,7 +161,7 @@ def policy_loss(
 
 
 class Round(NamedTuple):
-    """A rollout, judged: what some steps of the optimiser learn from."""
+    """A judged rollout, which some optimiser steps learn from."""
 
     number: int
     made: list[Transition]
@@ -172,7 +172,7 @@ class Round(NamedTuple):
 class Policy(pretrain.Drawing):
     """The stage: roll out, judge, and learn from the same rollout for `updates` steps."""
 
-    pool: Sequence[Asked] = ()  # prompts that are learned from
+    pool: Sequence[Asked] = ()  # prompts to learn from
 
     def __init__(self, recipe: Recipe, data: TrainingSet, rewards: Rewards, device: str = "cpu"):
         self.recipe: Recipe = recipe
@@ -185,7 +185,7 @@ class Policy(pretrain.Drawing):
         return float(name.startswith("dit."))
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """The prompts of a rollout, each `group` times, and its seed: the same for all its updates."""
+        """The prompts of a rollout, each `group` times, and its seed: the same for all of its updates."""
         recipe = self.recipe
         round_ = step // recipe.updates
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, round_, part))
@@ -224,7 +224,7 @@ class Policy(pretrain.Drawing):
             figures = {name: float(value.mean()) for name, value in found.items()}
             figures["groups"] = float(counts.float().mean())
             self.rounds[part] = Round(round_, made, advantage.flatten(), figures)
-            torch.clear_autocast_cache()  # else weights first cast without gradient stay so
+            torch.clear_autocast_cache()  # else weights first cast without gradient stay without
         known = self.rounds[part]
         velocity = conditioned(dit, embeds, mask, grid)
         loss, more = policy_loss(velocity, known.made, known.advantage, recipe.noise, sigmas[1], recipe.trust)
@@ -234,14 +234,14 @@ class Policy(pretrain.Drawing):
         return self.recipe.batch * self.recipe.group
 
     def measured(self) -> Mapping[str, float]:
-        """Held-out flow loss: what the rewards do not ask for must not be forgotten."""
+        """Held-out flow loss: what the rewards do not measure must not be forgotten."""
         return {"held": validation_loss(self.model, self.set, self.recipe, 32)}
 
 
 def telling_prompts(
     dit: Any, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Callable[[str], None]
 ) -> list[Asked]:
-    """Of many prompts, those whose pictures' rewards differ most, where the reward is neither won nor hopeless."""
+    """Of many prompts, those whose pictures' rewards differ most and are neither won nor hopeless."""
     prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
     scores: list[tuple[float, float]] = []
     group, at_once = 4, 8
@@ -255,13 +255,13 @@ def telling_prompts(
     chosen = order[: recipe.pool]
     spread = float(np.mean([scores[i][0] for i in chosen])), float(np.mean([score for score, _ in scores]))
     report(
-        f"{recipe.name}: {len(chosen)} prompts whose rewards differ by {spread[0]:.3f}, all of them by {spread[1]:.3f}"
+        f"{recipe.name}: {len(chosen)} prompts whose rewards differ by {spread[0]:.3f}, those of all by {spread[1]:.3f}"
     )
     return [prompts[i] for i in chosen]
 
 
 def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, device: str, report: Report) -> None:
-    """Write the prompts by which the parent's rewards tell most, where they are not there yet."""
+    """Write the prompts that distinguish the parent's rewards best, unless they exist."""
     parent = pretrain.Trainee(recipe.config, len(data.looks))
     states.start(parent, states.parent(recipe.init))
     dit = parent.to(device).dit
@@ -275,14 +275,14 @@ def choose(path: Path, data: TrainingSet, rewards: Rewards, recipe: Recipe, devi
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Choose the prompts, once for what the recipe says of them, then run to its end, from where it stands."""
+    """Choose the prompts, unless those of the recipe exist, then run to the end from where it stands."""
     data = training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
     stage = Policy(recipe, data, rewards, device)
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pool.json"
-    over = run.done and path.exists()  # then they are what it learned from
+    over = run.done and path.exists()  # then it learned from the existing ones
     if run.world.leads and not over:
         choose(path, data, rewards, recipe, device, report)
     run.world.wait()

@@ -1,4 +1,4 @@
-"""Ctrl-C while a run trains: it stops where it can be saved; pressed once more, at once."""
+"""Ctrl-C while a run trains: it stops where it can be saved; pressed again, at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextmanager
 def heeded() -> Iterator[Callable[[], bool]]:
-    """Within the context Ctrl-C is noted, and raises KeyboardInterrupt from the second time on -> whether it was.
+    """Within the context Ctrl-C is noted, and from the second time on raises KeyboardInterrupt -> whether it was noted.
 
-    Where Ctrl-C does something else already, or this is not the main thread, it goes on to do that.
+    If Ctrl-C already does something else, or this is not the main thread, nothing changes.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""A run's log: a line of figures now and then, cut back when the run resumes, and drawn as curves."""
+"""A run's log: a line of figures now and then, truncated when the run resumes, and drawn as curves."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ COLOURS = (
     *("#54aeff", "#ff8182", "#4ac26b", "#d4a72c", "#d8b9ff", "#afb8c1"),
 )
 ABREAST = 6  # figures in a row of the legend
-LEFT_OUT = ("step", "seconds", "lr", "norm")  # figures that no curve is drawn of
+LEFT_OUT = ("step", "seconds", "lr", "norm")  # figures without a curve
 
 
 class Journal:
     """`log.csv` of a run: `step`, `seconds`, then the stage's figures."""
 
     def __init__(self, path: Path, step: int = 0):
-        """Go on after `step`; lines beyond it are of a past that was not saved."""
+        """Continue after `step`; later lines are of steps that were not saved, and are removed."""
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if not (cell := line.split(",")[0]).isdigit() or int(cell) <= step]
@@ -33,7 +33,7 @@ class Journal:
                 draft.write_text("".join(line + "\n" for line in kept))
 
     def add(self, row: Mapping[str, float]) -> None:
-        """A line; figures that were not there before get columns of their own, those that are missing stay empty."""
+        """Add a line; new figures get columns of their own, missing ones stay empty."""
         names = self._names()
         joined = [name for name in row if name not in names]
         if not joined:
@@ -47,7 +47,7 @@ class Journal:
             writer.writerows([*rows, row])
 
     def _names(self) -> list[str]:
-        """Names of the log's columns; the rest of it, long as it may be, is not read."""
+        """Names of the log's columns; the rest of the file, which may be long, is not read."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
@@ -62,7 +62,7 @@ class Journal:
             return list(reader.fieldnames or ()), list(reader)
 
     def read(self) -> dict[str, list[float]]:
-        """Columns by name, not a number where a figure is missing; none where the log has no names."""
+        """Columns by name, NaN where a figure is missing; none if the log has no names."""
         names, rows = self._table()
         if not rows or names[0] != "step":
             return {}

@@ -1,7 +1,7 @@
-"""The one loop behind every stage of training: it steps, averages, logs, saves, and resumes to the last bit.
+"""The one loop behind every stage of training: it steps, averages, logs, saves, and resumes bit for bit.
 
-A stage is a recipe, a model, a batch that follows from the recipe's seed and the step's number alone, and a loss. All
-else is here: AdamW and Muon, warmup-stable-decay, gradient accumulation, averaged weights, snapshots for averaging
+A stage is a recipe, a model, a batch that depends only on the recipe's seed and the step's number, and a loss. All else
+is here: AdamW and Muon, warmup-stable-decay, gradient accumulation, averaged weights, snapshots for averaging
 afterwards, the log, and a record of the run in its checkpoint's metadata.
 """
 
@@ -62,9 +62,9 @@ class Stage(ABC):
     recipe: Recipe
     model: nn.Module
     data: str = ""  # hash of the data set's manifest, for the record
-    frozen: nn.Module | None = None  # a network that is learned from, and has to be the same when a run goes on
-    entry: tuple[str, ...] = ()  # methods of the model, all that `loss` calls: then several processes can share it out
-    own: tuple[str, ...] = ()  # tensors of the model that no parent has a say in
+    frozen: nn.Module | None = None  # a network that the stage learns from; must be unchanged when a run resumes
+    entry: tuple[str, ...] = ()  # all methods of the model that `loss` calls: several processes can then shard it
+    own: tuple[str, ...] = ()  # tensors of the model that are never taken from a parent
     narrow: bool = True  # products in bf16 where the device multiplies it natively
 
     @abstractmethod
@@ -73,10 +73,10 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        """The loss to descend, and figures for the log (numbers or tensors of one). Runs under autocast."""
+        """The loss to minimise, and figures for the log (numbers or one-element tensors). Runs under autocast."""
 
     def muon(self, name: str, param: Tensor) -> bool:
-        """Whether Muon takes a parameter; AdamW has the rest."""
+        """Whether Muon trains a parameter; AdamW trains the rest."""
         return for_muon(name, param)
 
     def rate(self, name: str) -> float:
@@ -84,33 +84,33 @@ class Stage(ABC):
         return 1.0
 
     def begin(self, averages: Mapping[str, Tensor]) -> None:  # noqa: B027 - most have no use for them
-        """Called when a run stands, with its averaged weights by name, which follow the run from then on."""
+        """Called once a run is set up, with its averaged weights by name; they are updated as the run goes on."""
 
     def after(self, step: int) -> None:  # noqa: B027 - most have nothing left to do
-        """What is left to do once the step with this number is taken; what it depends on must lie in `model`."""
+        """Called after the step with this number; whatever it depends on must be part of `model`."""
 
     def measured(self) -> Mapping[str, float]:
-        """Figures for a line of the log that cost too much to be had of every step."""
+        """Figures for a line of the log that are too expensive to compute at every step."""
         return {}
 
     def pictures(self) -> float:
-        """Pictures that one part of a step learns from in the mean, for the speed."""
+        """Pictures that one part of a step learns from on average; used to report speed."""
         return 1
 
     def sheets(self) -> float:
-        """Minutes from one sheet of samples to the next, as the run is saved; 0 where none is drawn."""
+        """Minutes between sheets of samples, which are drawn when the run is saved; 0 draws none."""
         return 0.0
 
     def sheet(self) -> Path | None:
-        """Draw one, by the averaged weights as saved -> where it is."""
+        """Draw one with the averaged weights as saved -> its path."""
         return None
 
     def compile(self) -> None:  # noqa: B027 - most have nothing to compile
-        """Compile what is worth it; called for runs of more than two minutes or 200 steps."""
+        """Compile what is worth compiling; called for runs of more than two minutes or 200 steps."""
 
 
 class Run:
-    """A stage under way: model, optimisers, averaged weights, and the place where it stands."""
+    """A stage under way: model, optimisers, averaged weights, and how far it has come."""
 
     def __init__(self, stage: Stage, folder: Path, device: str = "cpu"):
         self.stage, self.recipe, self.folder = stage, stage.recipe, folder
@@ -121,7 +121,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = newest_state(self.folder)
         if state is not None and not place_of(state)["step"]:
-            state = None  # nothing is done: it begins as the recipe says by now
+            state = None  # no step was taken: start as the recipe now says
         if self.recipe.init and state is None:
             start(self.model, parent(self.recipe.init, self.folder.parent), (*self.recipe.fresh, *stage.own))
         self.sharded = self.world.size > 1 and bool(stage.entry)
@@ -132,8 +132,8 @@ class Run:
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.figures: dict[str, float] = {}
-        self.idle = False  # nothing was left to do, or to write
-        self.changed: list[str] = []  # what the recipe says otherwise than when the run was saved
+        self.idle = False  # nothing was left to do or to write
+        self.changed: list[str] = []  # how the recipe differs from the one that the run was saved with
         self.bf16 = stage.narrow and native_bf16(self.device)
         self.learned_from = {"data set": stage.data} if stage.data else {}
         if stage.frozen is not None:
@@ -149,7 +149,7 @@ class Run:
 
     @property
     def saved(self) -> Path:
-        """Its whole state on disk, once it is through."""
+        """Its complete state on disk, once it is done."""
         return self.folder / "state.safetensors"
 
     @property
@@ -162,7 +162,7 @@ class Run:
         return self.progress >= self.recipe.total
 
     def advance(self, *batches: Batch) -> dict[str, float]:
-        """One step of the optimisers, from the mean gradient of its parts; `batches` are those of this process."""
+        """One step of the optimisers by the mean gradient of its parts; `batches` are those of this process."""
         recipe = self.recipe
         done = self.progress / recipe.total
         factor = warmup_stable_decay(self.step, recipe.warmup_steps, done, recipe.decay)
@@ -177,7 +177,7 @@ class Run:
             parallel.average_gradients(trained)
         norm = parallel.whole(nn.utils.clip_grad_norm_(trained, recipe.clip))
         if not math.isfinite(norm):
-            raise self.broken(f"the gradient of step {self.step + 1} is no number")
+            raise self.broken(f"the gradient of step {self.step + 1} is not finite")
         for optimiser in self.optimisers.values():
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -192,13 +192,13 @@ class Run:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What a state is of: the model's tensors and their shapes, and each optimiser's parameters in their order."""
+        """What a state consists of: the model's tensors and shapes, and each optimiser's parameters in order."""
         names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         return {"model": shapes} | {key: [names[p] for p in params_of(each)] for key, each in self.optimisers.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that a run goes on from, by the names that they are saved under."""
+        """All tensors that a run resumes from, by the names that they are saved under."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         for name, optimiser in self.optimisers.items():
@@ -207,15 +207,15 @@ class Run:
         return tensors
 
     def broken(self, what: str) -> K2Error:
-        hint = f"Lower the learning rate. The run goes on from where it was last saved in {self.folder}."
+        hint = f"Lower the learning rate. The run resumes from where it was last saved in {self.folder}."
         return K2Error(f"{self.recipe.name}: {what}.", hint=hint)
 
     def save(self, *, last: bool = False) -> None:
-        """The whole state, replaced in one move; while several processes train, each writes its own part of it. Raises
-        K2Error where the last step broke the weights: no gradient has told yet."""
+        """Save the complete state, replacing the old one in one move; while several processes train, each writes its
+        own part. Raises K2Error if the last step broke the weights, which no gradient has shown yet."""
         trained = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
         if not parallel.finite(tensor for name, param in trained for tensor in (param, self.ema[name])):
-            raise self.broken(f"weights of step {self.step} are no numbers")
+            raise self.broken(f"the weights of step {self.step} are not finite")
         place = {
             "step": self.step,
             "seconds": self.seconds,
@@ -235,9 +235,9 @@ class Run:
         self.world.wait()
 
     def load(self, path: Path) -> None:
-        """Back to where `save` was called; to the last bit where as many processes go on as were there.
+        """Back to where `save` was called; bit for bit if the number of processes is the same.
 
-        Raises K2Error where the recipe now makes or trains other tensors than were saved.
+        Raises K2Error if the recipe now makes or trains other tensors than were saved.
         """
         place = place_of(path)
         self.step, self.seconds = place["step"], place["seconds"]
@@ -254,9 +254,9 @@ class Run:
         ]
         if place.get("layout", self.layout) != self.layout:
             raise K2Error(
-                f'The run "{self.recipe.name}" holds other weights than its recipe trains now: '
+                f'The run "{self.recipe.name}" was saved with other weights than its recipe now trains: '
                 f"{', '.join(self.changed) or 'they are of another kind'}.",
-                hint=f"Go on as it began, remove {self.folder} to begin anew, or name the run otherwise.",
+                hint=f"Restore the recipe, remove {self.folder} to start over, or give the run another name.",
             )
         tensors = parallel.load(path, self._room) if path.is_dir() else read_whole(path, self.device)
         weights = self.model.state_dict()
@@ -268,13 +268,13 @@ class Run:
                 if key.startswith(f"{name}."):
                     _, index, slot = key.split(".")
                     param = params_of(optimiser)[int(index)]
-                    if value.shape == param.shape:  # fused kernels walk through memory and ask for no strides
+                    if value.shape == param.shape:  # fused kernels walk through memory and ignore strides
                         value = torch.empty_like(param, dtype=value.dtype).copy_(as_sharded(value, param))
                     states[int(index)][slot] = value
             optimiser.load_state_dict({"state": dict(states), "param_groups": optimiser.state_dict()["param_groups"]})
 
     def _room(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Where a tensor of a saved state is to be read into."""
+        """Memory to read a tensor of a saved state into."""
         kind, _, rest = name.partition(".")
         if kind in ("model", "ema"):
             return torch.empty_like(self.model.state_dict()[rest])
@@ -283,7 +283,7 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Meanwhile the model has its averaged weights: what others take over of the run."""
+        """Within the context the model has its averaged weights, which are what others use of the run."""
         last = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema)
         try:
@@ -292,7 +292,7 @@ class Run:
             self.model.load_state_dict(last)
 
     def snapshot(self) -> None:
-        """Keep the weights of this step, and of as many before as the recipe says."""
+        """Keep the weights of this step, and of as many earlier ones as the recipe says."""
         recipe = self.recipe
         stable = self.progress <= (1 - recipe.decay) * recipe.total
         if not (recipe.keep and recipe.keep_every and stable) or self.step % recipe.keep_every:
@@ -324,8 +324,8 @@ class Run:
 
 
 def train(run: Run, report: Report = print) -> Run:
-    """Take a run to its end, from where it stands; `report` gets a line now and then. Raises K2Error, and
-    KeyboardInterrupt: at once where several processes train, else when the run is saved."""
+    """Take a run to its end from where it stands; `report` gets a line now and then. Raises K2Error, and
+    KeyboardInterrupt: at once if several processes train, else when the run is saved."""
     heeds = heeded() if run.world.size == 1 else nullcontext(lambda: False)
     with alone(run.folder) if run.world.leads else nullcontext(), heeds as pressed:
         if run.world.leads:
@@ -334,18 +334,18 @@ def train(run: Run, report: Report = print) -> Run:
 
 
 def clear(run: Run) -> None:
-    """Remove snapshots of a past that was not saved. Raises K2Error where they, or a result, are all that is left of a
-    run, and where another process has gone further meanwhile: the run was read before it was locked."""
+    """Remove snapshots of steps that were not saved. Raises K2Error if they, or a result, are all that is left of a
+    run, or if another process has meanwhile gone further: the run was read before it was locked."""
     state = newest_state(run.folder)
     result = run.folder / f"{run.recipe.name}.safetensors"
     if state is None and (left := [*([result] if result.exists() else []), *snapshots(run.folder)]):
         raise K2Error(
-            f"{run.folder} holds what is left of a run without a state: {listed([path.name for path in left], 3)}.",
-            hint="Move it elsewhere to begin anew, or name the run otherwise in a recipe.",
+            f"{run.folder} holds files of a run without a saved state: {listed([path.name for path in left], 3)}.",
+            hint="Move them elsewhere to start over, or give the run another name in a recipe.",
         )
     if state is not None and place_of(state)["step"] > run.step:
         raise K2Error(
-            f"Another process has trained in {run.folder} meanwhile.", hint="Train again: it goes on from there."
+            f"Another process has meanwhile trained in {run.folder}.", hint="Train again: it resumes from there."
         )
     for later in snapshots(run.folder):
         if step_of(later) > run.step:
@@ -358,19 +358,19 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
     report = report if here.leads else lambda line: None
     if run.done and newest_state(run.folder) == run.saved:
         run.idle = True
-        report(f"{recipe.name}: already done at step {run.step}; with more steps or minutes it goes on")
+        report(f"{recipe.name}: already done at step {run.step}; with more steps or minutes it continues")
         if run.changed:
-            report(f"{recipe.name}: of no effect on what is done: {', '.join(run.changed)}")
+            report(f"{recipe.name}: changes without effect on a finished run: {', '.join(run.changed)}")
         return run
     if run.changed:
-        report(f"{recipe.name} goes on otherwise than it began: {', '.join(run.changed)}")
+        report(f"{recipe.name}: resumed with changes: {', '.join(run.changed)}")
     compiles = type(stage).compile is not Stage.compile
     if compiles and max(recipe.minutes, recipe.steps / 100) > 2:  # compiling takes a minute
         if can_compile(run.device):
             stage.compile()
         else:
-            report(f"{recipe.name}: no compiler works here (C++; on a card Triton), so it takes longer")
-    if recipe.keep and not run.step:  # whenever it is killed, its snapshots have a state: see `clear`
+            report(f"{recipe.name}: no working compiler here (C++; on a GPU Triton), so it takes longer")
+    if recipe.keep and not run.step:  # so that snapshots always have a state, whenever the run is killed: see `clear`
         run.save()
     last_save = started = time.monotonic()
     before, first, last_sheet = run.seconds, run.step, run.seconds
@@ -383,7 +383,7 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
         run.snapshot()
         known, stops = stops, pressed()
         if stops and not known and (how := ending(run)):
-            report(f"{recipe.name}: {how}; Ctrl-C again stops it at once")
+            report(f"{recipe.name}: {how}; press Ctrl-C again to stop at once")
         if run.step % recipe.every == 0 or run.done:
             figures = mean_of(window) | {"lr": window[-1]["lr"]} | dict(stage.measured())
             run.figures = {key: float(f"{value:.4g}") for key, value in figures.items()}
@@ -409,17 +409,17 @@ def _train(run: Run, report: Report, pressed: Callable[[], bool]) -> Run:
 
 
 def ending(run: Run) -> str:
-    """How a run that is to stop does so: at the next line of its log, or at its end if that comes first; "" if now."""
+    """How a run that is asked to stop does so: at its next log line, or at its end if that is earlier; "" if now."""
     left = -run.step % run.recipe.every
     if not left or run.done:
         return ""
     if run.recipe.steps and (rest := run.recipe.steps - run.step) <= left:
         return f"ends in {count_of(rest, 'step')}"
-    return f"stops in {count_of(left, 'step')}, saved"
+    return f"saves and stops in {count_of(left, 'step')}"
 
 
 def draw_samples(run: Run, last: float, report: Report) -> float:
-    """A sheet of samples, where one is due -> the run's seconds at the last."""
+    """Draw a sheet of samples if one is due -> the run's seconds at the last one."""
     every = 60 * run.stage.sheets()
     if not every or run.seconds - last < every:
         return last
@@ -429,7 +429,7 @@ def draw_samples(run: Run, last: float, report: Report) -> float:
 
 
 def line(run: Run, first: int, before: float) -> str:
-    """One line on how a run is doing, its speed measured since step `first`, at `before` seconds."""
+    """One line on how a run is doing; speed is measured since step `first`, at `before` seconds."""
     recipe, spent = run.recipe, max(run.seconds - before, 1e-9)
     speed = (run.step - first) * recipe.accumulate * run.stage.pictures() / spent
     left = recipe.total - run.progress

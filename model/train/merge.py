@@ -1,9 +1,9 @@
 """Merging checkpoints: θ = Σ w_i θ_i, of runs with weights by validation or stated, or of a run's last snapshots.
 
-The first makes one checkpoint of runs that were fine-tuned from one parent on different domains. With stated weights
-what one run learned is carried over to another (task arithmetic, arXiv 2212.04089): a Turbo of an earlier Raw, plus the
-later Raw, less the earlier one, is a Turbo of the later. The last is PMA (arXiv 2505.12082): the plain mean of the last
-snapshots of the stable phase, in the place of a running average.
+The first makes one checkpoint of runs fine-tuned from one parent on different domains. With stated weights, what one
+run learned is carried over to another (task arithmetic, arXiv 2212.04089): a Turbo of an earlier Raw, plus the later
+Raw, minus the earlier one, is a Turbo of the later. The last is PMA (arXiv 2505.12082): the plain mean of the last
+snapshots of the stable phase, instead of a running average.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Recipe(Table):
     """A merge: of several runs, or of one run's snapshots."""
 
     stage: str = "merge"
-    runs: tuple[str, ...] = ()  # whose averaged weights are merged; with weights also "box", "turbo": the package's
-    weights: tuple[float, ...] = ()  # one for each; chosen on validation where left out
+    runs: tuple[str, ...] = ()  # whose averaged weights are merged; with weights also "box", "turbo": the bundled ones
+    weights: tuple[float, ...] = ()  # one for each; default: chosen by validation
     snapshots: str = ""  # a run whose snapshots are averaged instead
-    divisions: int = 4  # of each weight's way from 0 to 1 that are tried
-    pictures: int = 128  # that validate
+    divisions: int = 4  # weights are tried in steps of 1 / divisions
+    pictures: int = 128  # to validate on
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +50,7 @@ class Recipe(Table):
         if self.name in (*self.runs, self.snapshots):
             raise K2Error(
                 f'Recipe "{self.name}" would overwrite the run "{self.name}", which it merges.',
-                hint="Name the merge otherwise.",
+                hint="Give the merge another name.",
             )
         if self.weights or self.snapshots:  # nothing is searched for
             refuse(self, "divisions", to="weights that are known")
@@ -60,10 +60,10 @@ class Recipe(Table):
 
 
 def combine(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Σ w_i θ_i, summed in fp64; what is not a floating number is the first state's. All states have the same names."""
+    """Σ w_i θ_i, summed in fp64; tensors that are not floating point are the first state's. All have the same names."""
     if lacking := set().union(*states) - set(states[0]).intersection(*states):
-        hint = "A Turbo has no style encoder: state the weights, and name it first."
-        raise K2Error(f"Checkpoints cannot be merged where one lacks {listed(sorted(lacking), 3)}.", hint=hint)
+        hint = "A Turbo has no style encoder: set weights, and name it first."
+        raise K2Error(f"Checkpoints cannot be merged if one lacks {listed(sorted(lacking), 3)}.", hint=hint)
     merged = {}
     for name, first in states[0].items():
         if len({state[name].shape for state in states}) > 1:
@@ -90,19 +90,19 @@ def simplex(count: int, divisions: int) -> list[tuple[float, ...]]:
 def choose(
     states: Sequence[State], score: Callable[[State], float], divisions: int
 ) -> tuple[tuple[float, ...], float, dict[tuple[float, ...], float]]:
-    """The weights of the lowest score, that score, and all scores by weights."""
+    """The weights with the lowest score, that score, and all scores by weights."""
     scores = {weights: score(combine(states, weights)) for weights in simplex(len(states), divisions)}
     best = min(scores, key=lambda weights: scores[weights])
     return best, scores[best], scores
 
 
 def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> tuple[State, dict[str, Any]]:
-    """The mean of a run's snapshots, or of runs by the weights that are stated or validate best, and what was found."""
+    """The mean of a run's snapshots, or of runs by weights that are stated or validate best, and figures."""
     if recipe.weights:
         parents = [states.parent(name, RUNS) for name in recipe.runs]
         own = {name for name in parents[0] if name.startswith("style.")}  # a Turbo has a transformer alone
         own |= {name for state in parents for name in state if name.startswith("dit.")}
-        own |= set(parents[0]).intersection(*parents)  # of what served training, as a fake score, what all have
+        own |= set(parents[0]).intersection(*parents)  # of training parts, like a fake score, what all have
         alike = [{name: tensor for name, tensor in state.items() if name in own} for state in parents]
         return combine(alike, recipe.weights), {"weights": dict(zip(recipe.runs, recipe.weights, strict=True))}
 
@@ -116,7 +116,7 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
 
     def score(state: State) -> float:
         if not names <= state.keys():  # a Turbo has a transformer alone
-            raise K2Error("What is merged has no style encoder to validate with.", hint="State the weights of runs.")
+            raise K2Error("The merged runs have no style encoder to validate with.", hint="Set weights for the runs.")
         model.load_state_dict({name: tensor for name, tensor in state.items() if name in names})
         return validation_loss(model, data, parent, recipe.pictures)
 
@@ -124,7 +124,7 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
         kept = states.snapshots(RUNS / recipe.snapshots)
         if not kept:
             raise K2Error(
-                f'The run "{recipe.snapshots}" kept no snapshots.', hint="Let its recipe say keep and keep_every."
+                f'The run "{recipe.snapshots}" kept no snapshots.', hint="Set keep and keep_every in its recipe."
             )
         weights = [load_file(path) for path in kept]
         merged = combine(weights, [1 / len(weights)] * len(weights))
@@ -144,20 +144,20 @@ def weighed(recipe: Recipe, parent: Any, paths: Sequence[Path], device: str) -> 
 
 
 def packaged_place(name: str) -> dict[str, Any]:
-    """Where the run stood that the package's weights are of."""
+    """The progress of the run that the bundled weights come from."""
     training = read(BOX / f"mini-{states.PACKAGED[name]}.safetensors")[1]["training"]
     return {"step": training["steps"], "seconds": 60 * training["minutes"], "recipe": training["recipe"]}
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
-    """Merge, and leave the result as a run that others start from and that can be released."""
+    """Merge, and leave the result as a run that others can start from and that can be released."""
     from model.train import pretrain
 
     parents = list(recipe.runs) or [recipe.snapshots]
     paths = [RUNS / name / "state.safetensors" for name in parents]
     for name, path in zip(parents, paths, strict=True):
         if not (path.exists() or (name in states.PACKAGED and recipe.weights)):
-            raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that one first.")
+            raise K2Error(f'There is no run "{name}" to merge.', hint=f"{path} does not exist: train that run first.")
     places = [
         packaged_place(name) if name in states.PACKAGED else states.place_of(path)
         for name, path in zip(parents, paths, strict=True)
@@ -166,7 +166,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         if not isinstance(saved(each["recipe"]), pretrain.Recipe):
             hint = "A LoRA, an encoder or a judge cannot be merged."
             raise K2Error(f'The run "{name}" has no transformer: its stage is "{each["recipe"]["stage"]}".', hint=hint)
-    shapes = max((tuple(each["recipe"].get("shapes", ())) for each in places), key=len)  # what one learned, all have
+    shapes = max((tuple(each["recipe"].get("shapes", ())) for each in places), key=len)  # one has, all have
     parent = replace(saved(places[0]["recipe"]), shapes=shapes)
     merged, figures = weighed(recipe, parent, paths, device)
     report(f"{recipe.name}: {figures}")
@@ -175,7 +175,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> Any:
         "step": max(each["step"] for each in places),
         "seconds": sum(each["seconds"] for each in places),
         "recipe": asdict(replace(parent, name=recipe.name, init=parents[0])),
-        "layout": {},  # averages alone: nothing goes on from them
+        "layout": {},  # averages only: no run resumes from them
     }
     record = {"recipe": asdict(recipe), "parents": [each["recipe"] for each in places], "commit": states.commit()}
     states.write(

@@ -1,7 +1,7 @@
-"""Midtraining: the whole train split once more, balanced over clusters of what pictures show and how they look.
+"""Midtraining: the complete train split again, balanced over clusters of what pictures show and how they look.
 
-Pictures are clustered by the text encoder's view of their subject beside the style encoder's view of their latents.
-Every cluster is drawn as often as every other, so that what is common does not crowd out what is rare.
+Pictures are clustered by the text encoder's view of their subject and the style encoder's view of their latents. Every
+cluster is drawn equally often, so that the common does not crowd out the rare.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model.train.recipe import at_least, share
 from model.train.training_set import TrainingSet, training_set
 from model.train.validation import finish, rest_for_validation
 
-ROUNDS = 25  # in which clusters may still move
+ROUNDS = 25  # of k-means, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,14 @@ class Recipe(pretrain.Recipe):
 
     stage: str = "midtrain"
     clusters: int = 24
-    balance: float = 1.0  # 1: every cluster alike; 0: as often as its pictures come in pretraining
+    balance: float = 1.0  # 1: all clusters equally often; 0: as often as in pretraining
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "clusters")
         share(self, "balance")
         if not self.init:
-            raise K2Error(f'Recipe "{self.name}": midtraining goes on from a run, and init names none.')
+            raise K2Error(f'Recipe "{self.name}": midtraining continues a run, but init names none.')
 
 
 def kmeans(points: NDArray[np.floating], count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -65,7 +65,7 @@ def kmeans(points: NDArray[np.floating], count: int, seed: int = 0) -> NDArray[n
 
 
 def balanced(weights: NDArray[np.floating], clusters: NDArray[np.int64], balance: float) -> NDArray[np.floating]:
-    """Odds of pictures [N] such that cluster c comes with a share of s_c^(1 − balance), s_c its share before."""
+    """Odds of pictures [N] such that cluster c has a share proportional to s_c^(1 − balance), s_c its share before."""
     share = np.bincount(clusters, weights)
     wanted = np.where(share > 0, np.maximum(share, 1e-300) ** (1 - balance), 0.0)
     odds = weights * (wanted / np.where(share > 0, share, 1.0))[clusters]
@@ -74,7 +74,7 @@ def balanced(weights: NDArray[np.floating], clusters: NDArray[np.int64], balance
 
 @torch.no_grad()
 def features(data: TrainingSet, model: pretrain.Trainee) -> NDArray[np.float32]:
-    """Unit subject features beside unit style vectors of all pictures [N, N_taps·E + V]."""
+    """Unit subject features and unit style vectors of all pictures, concatenated [N, N_taps·E + V]."""
     device = model.look_head.weight.device
     names = sorted({item.pair.subject for item in data.items})
     embeds, mask = data.embed(names)

@@ -1,4 +1,4 @@
-"""Muon for the matrices of blocks and of the text's way in, AdamW for the rest, and the learning rate's course."""
+"""Muon for the matrices of blocks and text input layers, AdamW for the rest, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from model.train.recipe import Recipe
 
 # The quintic of Jordan et al. (Muon, 2024): steep at zero, singular values end near one.
 QUINTIC = (3.4445, -4.7750, 2.0315)
-STEPS = 4  # of it
+STEPS = 4  # of the quintic
 MOMENTUM = 0.95
-MUON = (".blocks.", ".txtfusion.", ".txtmlp.")  # whose matrices it takes, wherever the transformer stands
+MUON = (".blocks.", ".txtfusion.", ".txtmlp.")  # modules whose matrices it trains, wherever the transformer is nested
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: Newton-Schulz on [G, m, n], all of one shape at once.
+    """Roughly the nearest semi-orthogonal matrices: Newton-Schulz on [G, m, n], all of one shape at once.
 
-    In the dtype that it is given: where bf16 products are not native the usual cast to bf16 costs a hundred times more.
+    Keeps the dtype: without native bf16 products the usual cast to bf16 costs a hundred times more.
     """
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -38,7 +38,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal. Updates have the root mean square of AdamW's (0.2), so both share a learning rate."""
+    """Orthogonalised momentum. Updates have the root mean square of AdamW's (0.2), so both share a learning rate."""
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -71,19 +71,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def for_muon(name: str, param: Tensor) -> bool:
-    """Whether Muon takes a parameter: the transformer's matrices inside the blocks, and on the text's way in.
+    """Whether Muon trains a parameter: the transformer's matrices in the blocks and in the text input layers.
 
-    The text's way belongs to Muon: AdamW at a rate that suits the rest grows one common direction in all its rows
-    within a few hundred steps, until what tells one subject from another is a few hundredths of a row.
+    The text input layers need Muon: AdamW, at a rate that suits the rest, grows one common direction in all their rows
+    within a few hundred steps, until the difference between two subjects is a few hundredths of a row.
     """
     return param.ndim == 2 and min(param.shape) > 1 and any(part in f".{name}" for part in MUON)
 
 
 def warmup_stable_decay(step: int, warmup_steps: int, done: float, decay: float) -> float:
-    """Factor of the learning rate: linearly up over the first steps, flat, and down to zero over the last `decay`.
+    """Factor of the learning rate: rises linearly over the first steps, stays, and falls to zero over the last `decay`.
 
-    step   how many were taken before
-    done   how much of the run is, 0 … 1, by its steps or by the clock
+    step   number of steps taken before
+    done   share of the run that is done, 0 … 1, by its steps or by the clock
     """
     falling = max(0.0, min(1.0, (1 - done) / decay)) if decay else 1.0
     return min(1.0, (step + 1) / warmup_steps) * falling
@@ -92,11 +92,11 @@ def warmup_stable_decay(step: int, warmup_steps: int, done: float, decay: float)
 def optimisers_of(
     model: nn.Module, recipe: Recipe, muon: Callable[[str, Tensor], bool], rate: Callable[[str], float]
 ) -> dict[str, torch.optim.Optimizer]:
-    """Muon and AdamW, as far as they have something to do; parameters of rate 0 stay as they are.
+    """Muon and AdamW, each only if it has something to train; parameters of rate 0 stay unchanged.
 
-    muon   whether it takes a parameter, by its name
+    muon   whether Muon trains a parameter, by its name
     rate   factor of a parameter's learning rate, by its name
-    Raises K2Error where nothing learns.
+    Raises K2Error if nothing learns.
     """
     shares: dict[bool, dict[float, list[Tensor]]] = {True: defaultdict(list), False: defaultdict(list)}
     for name, param in model.named_parameters():
@@ -115,10 +115,10 @@ def optimisers_of(
             rest, recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
         )
     if not made:
-        raise K2Error(f'Recipe "{recipe.name}": nothing learns, as all of it is frozen.')
+        raise K2Error(f'Recipe "{recipe.name}": nothing learns, as everything is frozen.')
     return made
 
 
 def params_of(optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    """Its parameters, in the order of its state dict's numbers."""
+    """An optimiser's parameters, in the order of its state dict's indices."""
     return [param for group in optimiser.param_groups for param in group["params"]]

@@ -1,10 +1,9 @@
-"""Training on several processes: who takes what, shards by FSDP2, checkpoints that any number of processes can read.
+"""Training on several processes: how work is shared, FSDP2 shards, checkpoints that any number of processes can read.
 
 `torchrun --nproc-per-node N --no-python k2 train RECIPE`. A step has `accumulate` parts, each a pure function of the
-recipe, the step and the part; process r of N takes the parts r, r + N, … So the recipe's batch, down to its noise, is
-the same whatever N is, as long as N divides `accumulate`. Where a stage says how (`Stage.entry`), parameters,
-gradients, averages and the optimisers' states are sharded; else each process holds all of them, and gradients are
-averaged.
+recipe, the step and the part; process r of N takes parts r, r + N, … So the recipe's batch, down to its noise, is the
+same for every N that divides `accumulate`. If a stage names its entry points (`Stage.entry`), parameters, gradients,
+averages and optimiser states are sharded; otherwise each process holds all of them, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model.errors import K2Error
 from model.whole import whole as whole_file
 
-PLACE = "place.json"  # written last: a saved state without it is not whole
+PLACE = "place.json"  # written last: a saved state without it is incomplete
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,20 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether it is this process that writes and reports."""
+        """Whether this process writes and reports."""
         return self.rank == 0
 
     def parts(self, count: int) -> range:
-        """The parts of a step that are this process's. Raises K2Error where they cannot be dealt out evenly."""
+        """This process's parts of a step. Raises K2Error if they cannot be divided evenly."""
         if count % self.size:
             raise K2Error(
-                f"{count} parts of a step cannot be dealt out to {self.size} processes.",
+                f"{count} parts of a step cannot be divided evenly among {self.size} processes.",
                 hint=f"Set the recipe's accumulate to a multiple of {self.size}.",
             )
         return range(self.rank, count, self.size)
 
     def gather(self, own: list[Any]) -> list[Any]:
-        """Everybody's items, of each process the first, then of each the second, as one process would have had them."""
+        """The items of all processes, each one's first, then each one's second, in the order of a single process."""
         if self.size == 1:
             return own
         every: list[list[Any]] = [[]] * self.size
@@ -60,7 +59,7 @@ class World:
         return [item for row in zip(*every, strict=True) for item in row]
 
     def agree(self, value: float) -> float:
-        """The leader's value: clocks differ, and whoever stops alone leaves the others waiting."""
+        """The leader's value: clocks differ, and a process that stops alone leaves the others waiting."""
         if self.size == 1:
             return value
         told = [value]
@@ -77,10 +76,10 @@ def world() -> World:
 
 
 def leave() -> None:
-    """End this process, its work done, where it is one of several; else nothing.
+    """End this process, its work done, if it is one of several; else do nothing.
 
-    Not by way of the interpreter's end: a thread of gloo's that wants the interpreter then is stopped in the middle of
-    C++, which aborts the process now and then.
+    Interpreter shutdown is skipped: a gloo thread that wants the interpreter then is stopped in the middle of C++,
+    which sometimes aborts the process.
     """
     if dist.is_initialized():
         dist.barrier()
@@ -91,7 +90,7 @@ def leave() -> None:
 
 
 def join(device: str) -> str:
-    """Meet the others that torchrun started, if it did -> this process's own device of the kind."""
+    """Join the other processes that torchrun started, if any -> this process's own device of the kind."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
     kind = torch.device(device).type
@@ -106,16 +105,16 @@ def join(device: str) -> str:
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], device: torch.device) -> None:
-    """Give every process its share of each parameter: of a unit's where it is called, of the others by `methods`.
+    """Give every process its share of each parameter. A unit's are gathered when it is called, the others by `methods`.
 
-    units    modules that are gathered one by one while they work
+    units    modules that are gathered one by one as they run
     methods  of the model, through which a stage calls it
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
-    if device.type == "cuda":  # fp32 masters travel as the bf16 that autocast would make of them
+    if device.type == "cuda":  # fp32 master weights are sent as the bf16 that autocast would make of them
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -125,22 +124,22 @@ def shard(model: nn.Module, units: Iterable[nn.Module], methods: Sequence[str], 
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share, as a view; all of a tensor that is not sharded."""
+    """This process's share, as a view; the complete tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process must ask."""
+    """The complete tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers are, in everybody's shares; every process must ask."""
+    """Whether all numbers are finite, in every process's share; every process must call this."""
     return all(world().gather([all(bool(local(tensor).isfinite().all()) for tensor in tensors)]))
 
 
 def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of many tensors, one after the other, in the leader's main memory; the others keep none."""
+    """The complete tensors, gathered one by one into the leader's main memory; the others keep none."""
     leads, found = world().leads, {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -150,14 +149,14 @@ def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as another is."""
+    """A complete tensor, sharded like another."""
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def average_gradients(params: Sequence[Tensor]) -> None:
-    """Of parameters that every process holds whole; those that no process used stay without."""
+    """For parameters that every process holds completely; those that no process used keep no gradient."""
     used = torch.tensor([param.grad is not None for param in params], dtype=torch.int32, device=params[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
     chosen = [param for param, mark in zip(params, used.tolist(), strict=True) if mark]
@@ -169,10 +168,10 @@ def average_gradients(params: Sequence[Tensor]) -> None:
 
 
 def spread(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Work that needs whole matrices of one shape, each done by one process.
+    """Work that needs complete matrices of one shape, each done by one process.
 
-    shards   of each matrix this process's rows, [r, n]; rows are split as `torch.chunk` splits them
-    rows     of a whole matrix
+    shards   this process's rows of each matrix, [r, n]; rows are split as by `torch.chunk`
+    rows     of a complete matrix
     work     [1, rows, n] -> the same shape
     returns  this process's rows of every result
     """
@@ -198,7 +197,7 @@ def spread(shards: Sequence[Tensor], rows: int, work: Callable[[Tensor], Tensor]
 
 
 def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
-    """Each process writes its shares into `folder/state-STEP`; older states go once this one is whole."""
+    """Each process writes its shares into `folder/state-STEP`; older states are removed once this one is complete."""
     import torch.distributed.checkpoint as dcp
 
     here, target = world(), folder / f"state-{place['step']:08d}"
@@ -216,7 +215,7 @@ def save(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record
 
 
 def saved(folder: Path) -> list[Path]:
-    """The sharded states of a run's folder, the oldest first; broken ones are left out."""
+    """The sharded states of a run's folder, oldest first, without incomplete ones."""
     return sorted(path for path in folder.glob("state-*") if (path / PLACE).is_file())
 
 
@@ -225,9 +224,9 @@ def place_of(state: Path) -> dict[str, Any]:
 
 
 def load(state: Path, room: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Tensor]:
-    """A sharded state, by however many processes it was written and by however many it is read.
+    """A sharded state, whatever number of processes wrote it and reads it.
 
-    room: a tensor's name, whole shape and dtype -> what it is to be read into, sharded or not
+    room: a tensor's name, complete shape and dtype -> memory to read it into, sharded or not
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -1,6 +1,6 @@
-"""A folder of one's own pictures as training data: what each is called, and its latents.
+"""A folder of the user's pictures as training data: captions and latents.
 
-A caption is the text file of the same name beside a picture; without one the picture's own file name, as words.
+A caption is the text file of the same name beside a picture, or else the picture's file name as words.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from model.references import fitting, to_pixels
 from model.spec import says
 
 SAY_EVERY = 20.0  # seconds
-MOST_TEXT = 1 << 16  # bytes of a caption's file
-CAPTIONS = (".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv")  # that tools write captions into
+MOST_TEXT = 1 << 16  # bytes of a caption file
+CAPTIONS = (".txt", ".caption", ".captions", ".json", ".jsonl", ".csv", ".tsv")  # files that tools write captions to
 SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
     r"(img|image|dsc[fn]?|dscn|pxl|mvimg|photo|picture|pic|screenshot|screen shot|untitled|download|unnamed|copy)"
     r"( ?(of|at|from|copy|\d+))*|[0-9a-f]{8}( ?[0-9a-f]{4}){3} ?[0-9a-f]{12}|",
@@ -35,17 +35,17 @@ SAYS_NOTHING = re.compile(  # names that cameras, browsers and editors give
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture's file and what it shows, in words; empty where nothing is known."""
+    """A picture's file and what it shows, in words; empty if nothing is known."""
 
     path: Path
     caption: str
 
 
 def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
-    """The pictures of a folder and of all below it, by name; no contact sheets, and nothing hidden. Raises K2Error
-    where there is none.
+    """The pictures of a folder and its subfolders, by name, without contact sheets and hidden files. Raises K2Error if
+    there are none.
 
-    What was made in it is left out: of a project its pictures, and of training the curves and samples of its runs.
+    What k2 made there is left out: a project's pictures, and the curves and samples of training runs.
 
     trigger: words that end every caption, as they will end the prompts that ask for the look.
     """
@@ -58,7 +58,7 @@ def read_folder(folder: Path, trigger: str = "") -> list[Captioned]:
 
 
 def not_learned(folder: Path) -> str:
-    """Sentences on what of a folder's content nothing is learned from; "" where there is no such thing."""
+    """Sentences on what is skipped of a folder's content; "" if nothing is."""
     paths = files_below(folder)
     linked = [path.name for path in paths if path.is_dir()]
     links = f"Passed over: links to folders, which are not followed ({listed(linked, 3)})." if linked else ""
@@ -66,8 +66,8 @@ def not_learned(folder: Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of a folder and of all below it, but for what is hidden and what was made in it. Links to folders are
-    not followed and stand for themselves."""
+    """The files of a folder and its subfolders, except hidden ones and what k2 made there. Links to folders are not
+    followed; they are listed themselves."""
     files = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
     seen = (path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     made = [folder / part for part in MADE if (folder / "k2.toml").is_file()]
@@ -75,7 +75,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def about_captions(folder: Path, pictures: Sequence[Captioned]) -> str:
-    """How many captions come from where, and which files that look like some are none's."""
+    """How many captions come from which source, and which caption-like files belong to no picture."""
     files = {beside.with_suffix(".txt") for picture in pictures if (beside := text_beside(picture.path))}
     bare = [picture.path for picture in pictures if text_beside(picture.path) is None]
     named = sum(bool(words_of(path.stem)) for path in bare)
@@ -87,7 +87,7 @@ def about_captions(folder: Path, pictures: Sequence[Captioned]) -> str:
 
 
 def text_beside(path: Path) -> Path | None:
-    """The file of a picture's caption."""
+    """A picture's caption file."""
     return next((each for each in map(path.with_suffix, (".txt", ".TXT")) if each.is_file()), None)
 
 
@@ -98,30 +98,30 @@ def caption_of(path: Path) -> str:
         return words_of(path.stem)
     try:
         if beside.stat().st_size > MOST_TEXT:
-            raise K2Error(f"{beside} is no caption: it has {beside.stat().st_size:,} bytes.", hint="Say it shorter.")
+            raise K2Error(f"{beside} is too long for a caption: {beside.stat().st_size:,} bytes.", hint="Shorten it.")
         return " ".join(beside.read_text("utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
-        raise K2Error(f"{beside} cannot be read: {error}.", hint="Captions are text in UTF-8.") from None
+        raise K2Error(f"{beside} cannot be read: {error}.", hint="Captions must be UTF-8 text.") from None
 
 
 def words_of(stem: str) -> str:
-    """A file's name as words: "red-fox_03 (2)" is "red fox"; what only counts or names a camera is nothing."""
+    """A file's name as words: "red-fox_03 (2)" is "red fox"; bare numbers and camera names give nothing."""
     words = " ".join(re.sub(r"[-_.,+()\[\]\s]+", " ", stem).split())
     words = re.sub(r"( \d+)+$", "", words)
     return "" if SAYS_NOTHING.fullmatch(words) or not re.search(r"[^\W\d_]", words) else words
 
 
 def join(caption: str, trigger: str) -> str:
-    """As a style's trigger joins a prompt; one that the caption has already, as words, is not said twice."""
+    """Append a trigger as to a prompt; one that the caption already contains, as words, is not repeated."""
     if not trigger or says(caption, trigger):
         return caption
     return ", ".join(part for part in (caption.rstrip(", "), trigger) if part)
 
 
 def shortened(caption: str, trigger: str, unread: Callable[[str], int]) -> str:
-    """A caption of which all is read, the trigger too: words are left out before it.
+    """A caption short enough to be read completely, trigger included: words before the trigger are dropped.
 
-    unread: how many tokens at a text's end are too many
+    unread: the number of tokens at a text's end that are too many
     """
     words = caption.removesuffix(f", {trigger}").split(" ")
 
@@ -141,11 +141,11 @@ def encode(
     mirrored: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[tuple[int, int], tuple[Tensor, list[int]]]:
-    """Latents of pictures, each in about its own proportions, sorted by shape. Raises K2Error for broken ones.
+    """Latents of pictures, each in about its own proportions, grouped by shape. Raises K2Error for broken ones.
 
-    size      side of a square of as many pixels as a picture gets
-    unit      what its sides are multiples of
-    mirrored  each once more, left to right
+    size      side of a square with as many pixels as each picture gets
+    unit      sides are multiples of this
+    mirrored  add each picture mirrored left to right
     report    gets a line now and then
     returns   (rows, columns) -> latents [n, C, rows, columns], fp32 on the CPU, and the index of each in `pictures`
     """

@@ -1,6 +1,6 @@
 """Pretraining: the transformer and the style encoder together, from words and reference pictures to latents.
 
-Every step's pictures, captions, references and noise follow from the recipe's seed and the step's number.
+Every step's pictures, captions, references and noise depend only on the recipe's seed and the step's number.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from model.train.training_set import Recipe, TrainingSet, training_set
 
 
 class Losses(NamedTuple):
-    """What a step amounts to."""
+    """The losses of a step."""
 
     flow: Tensor  # [B·R] the flow-matching loss of each noised picture
     sigma: Tensor  # [B·R] their noise levels
     style: Tensor  # of telling looks apart by the style vector
-    apart: Tensor  # how far the prompts' contexts differ, as a share of their size: near zero, words are not heard
+    apart: Tensor  # how far the prompts' contexts differ, relative to their size: near zero, words have no effect
     align: Tensor  # distance of an early block's view from the teacher's
 
 
 class Trainee(nn.Module):
     """What is trained together: transformer, style encoder, and a head that tells looks apart by the style vector.
 
-    align: with a head that foretells a teacher's view
+    align: with a head that predicts a teacher's view
     """
 
     def __init__(self, config: DiTConfig, looks: int, align: bool = False):
@@ -85,10 +85,10 @@ class Trainee(nn.Module):
 
 
 def compile_blocks(recipe: Recipe, *networks: Krea2) -> None:
-    """Compile the blocks, where nearly all the work is; they share what is compiled, for every length of a stream anew
-    unless shapes make these many.
+    """Compile the blocks, where nearly all the work is. They share the compiled code, which is built for every length
+    of a stream, unless shapes make these many.
 
-    A card is done with the prompts before compiling for them would pay.
+    Blocks for prompts are not compiled on a GPU: they run too fast there for it to pay.
     """
     torch._dynamo.config.recompile_limit = 64
     for dit in networks:
@@ -98,14 +98,14 @@ def compile_blocks(recipe: Recipe, *networks: Krea2) -> None:
 
 
 def recompute(dit: Krea2) -> None:
-    """Keep each block's input only, and work the block out again on the way back: a third more work, for memory that
-    grows with one block instead of all."""
+    """Keep only each block's input, and recompute the block in the backward pass: a third more work, but memory grows
+    with one block instead of all."""
     for block in dit.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
-    """What a recipe trains, as its seed begins it."""
+    """What a recipe trains, initialised by its seed."""
     torch.manual_seed(recipe.seed)
     made = Trainee(recipe.config, looks, align=recipe.align > 0)
     convert(made.dit.blocks, parse(recipe.products, device))
@@ -115,17 +115,17 @@ def trainee(recipe: Recipe, looks: int, device: str = "cpu") -> Trainee:
 
 
 def taught_by(recipe: Recipe, name: str, looks: int, device: str = "cpu") -> Trainee:
-    """A teacher: a run, or the package. Raises K2Error where it cannot read the references that it is shown."""
+    """A teacher: a run or the bundled weights. Raises K2Error if it cannot read the references that it is shown."""
     made, weights = Trainee(recipe.config, looks).to(device), states.parent(name, RUNS)
     if recipe.references and "style.null" not in weights:
-        hint = "Name a run that has one, as of pretraining, or show it none: references = 0.0."
+        hint = "Name a run that has one, such as pretraining, or show no references: references = 0.0."
         raise K2Error(f'The teacher "{name}" has no style encoder to read references with.', hint=hint)
     states.start(made, weights)
     return made
 
 
 class Drawing(loop.Stage):
-    """A stage whose transformer, the model's `dit`, draws: sheets of samples show how it comes along."""
+    """A stage whose transformer, the model's `dit`, draws: sheets of samples show its progress."""
 
     recipe: Recipe
 
@@ -140,7 +140,7 @@ class Drawing(loop.Stage):
 
 
 class Pretraining(Drawing):
-    """The stage: all of the trainee learns, from the train split."""
+    """The stage: the whole trainee learns from the train split."""
 
     entry = ("losses",)
 
@@ -164,7 +164,7 @@ class Pretraining(Drawing):
         self.averages = averages
 
     def taught(self, batch: Batch) -> Teacher | None:
-        """The teacher as it is now, in the first epoch of a run that has one."""
+        """The current teacher, in the first epoch of a run that has one."""
         if not (self.recipe.align and batch.get("first")):
             self.teacher = None
         elif self.teacher is None:
@@ -195,7 +195,7 @@ class Pretraining(Drawing):
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Run a stage to its end, from where it stands."""
+    """Run a stage to its end from where it stands."""
     data = training_set(recipe, device)
     run = loop.Run(Pretraining(recipe, len(data.looks), data, device), RUNS / recipe.name, device)
     report(f"{recipe.name}: from step {run.step}, {len(data.items)} pictures, {len(data.looks)} looks")

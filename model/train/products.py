@@ -1,11 +1,12 @@
-"""Training with 8-bit matrix products: both factors of a product are rounded on the way in, weights stay wide.
+"""Training with 8-bit matrix products: both factors of a product are rounded just before it; weights stay wide.
 
-One autograd function, y = x · wᵀ and its two gradients, over three back ends (whole numbers, e4m3 on hardware that has
-it, e4m3 emulated) and two kinds of scale: one a tensor, or one for every row along what is summed over. A recipe says
-`products = "int8-rowwise"`. Only the blocks' matrices take part: the ends carry few numbers, and every step's error.
+One autograd function, y = x · wᵀ and its two gradients, over three back ends (int8, e4m3 on hardware that has it, e4m3
+emulated) and two kinds of scale: one per tensor, or one per row along the summed dimension. A recipe says
+`products = "int8-rowwise"`. Only the blocks' matrices use it: the ends have few parameters, and carry every step's
+error.
 
-Gradients: fp8 rounds all three products, e5m2 for the incoming gradient where it has one scale, as torchao's recipes.
-int8 has no exponent to hold a gradient's range, so its weight gradient stays wide: SwitchBack (arXiv 2304.13013).
+Gradients: fp8 rounds all three products, with e5m2 for the incoming gradient if it has one scale, as in torchao's
+recipes. int8 has no exponent for a gradient's range, so its weight gradient stays wide: SwitchBack (arXiv 2304.13013).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from model.errors import K2Error
 from model.few_bits import FEW
 from model.quantize import LARGEST
 
-MULTIPLE = 16  # that both sides of a matrix must be of: what 8-bit kernels take
+MULTIPLE = 16  # both sides of a matrix must be multiples of this: 8-bit kernels require it
 
-WIDE = "wide"  # no 8 bits
+WIDE = "wide"  # not in 8 bits
 E5M2 = torch.float8_e5m2
 
 
@@ -37,15 +38,15 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True)
 class Products:
-    """How products are taken."""
+    """How products are computed."""
 
     number: torch.dtype  # int8 or e4m3
-    rowwise: bool  # a scale for every row, else one for the tensor
+    rowwise: bool  # a scale per row, else one for the tensor
     multiply: Callable[[Rounded, Rounded], Tensor]  # a [M, K], b [N, K] -> a · bᵀ [M, N], scales included
 
     @property
     def gradient_number(self) -> torch.dtype:
-        """What an incoming gradient is rounded to."""
+        """The format that an incoming gradient is rounded to."""
         return E5M2 if self.number == torch.float8_e4m3fn and not self.rowwise else self.number
 
     @property
@@ -53,9 +54,9 @@ class Products:
         return self.number == torch.int8
 
     def round(self, matrix: Tensor, number: torch.dtype | None = None, *, turned: bool = False) -> Rounded:
-        """matrix [R, K] -> 8 bits; the largest number of a row, or of all, fills the format.
+        """matrix [R, K] -> 8 bits; the largest number of a row, or of the tensor, uses the format's full range.
 
-        turned: of the transposed matrix, which is rounded before it is moved: then a quarter of the bytes move.
+        turned: for the transposed matrix, which is rounded before it is moved, so that a quarter of the bytes move.
         """
         number = number or self.number
         size = matrix.abs()
@@ -66,7 +67,7 @@ class Products:
         return Rounded(numbers.t().contiguous(), scale.t()) if turned else Rounded(numbers.contiguous(), scale)
 
     def across(self, rounded: Rounded | None, matrix: Tensor, number: torch.dtype | None = None) -> Rounded:
-        """The transposed matrix, summed over the other way. One scale serves both ways; rows' scales do not."""
+        """The transposed matrix, for sums over the other dimension. One scale serves both; row scales do not."""
         if self.rowwise or rounded is None:
             return self.round(matrix, number, turned=True)
         return Rounded(rounded.numbers.t().contiguous(), rounded.scale)
@@ -78,7 +79,7 @@ def whole(a: Rounded, b: Rounded) -> Tensor:
 
 
 def emulated(a: Rounded, b: Rounded) -> Tensor:
-    """8-bit numbers multiplied in fp32: what hardware would answer, at no gain."""
+    """8-bit numbers multiplied in fp32: what hardware would compute, without the speed."""
     return (a.numbers.float() @ b.numbers.float().t()) * a.scale * b.scale.t()
 
 
@@ -102,20 +103,20 @@ NAMES = (WIDE, *(f"{end}-{scales}" for end in BACK_ENDS for scales in ("tensorwi
 
 
 def parse(name: str, device: torch.device | str = "cpu") -> Products | None:
-    """What a recipe's `products` means on a device; None is wide. Raises K2Error where it is not known, or not here."""
+    """What a recipe's `products` means on a device; None is wide. Raises K2Error if unknown or unsupported here."""
     if name not in NAMES:
-        raise K2Error(f'There are no products "{name}".', hint=f"Choose of {', '.join(NAMES)}.")
+        raise K2Error(f'There are no products "{name}".', hint=f"Choose from {', '.join(NAMES)}.")
     if name == WIDE:
         return None
     end, _, scales = name.rpartition("-")
     if end == "fp8" and not multiplies_fp8(torch.device(device)):
-        raise K2Error(f'Products "{name}" need a card that multiplies fp8.', hint="fp8-emulated runs anywhere, slowly.")
+        raise K2Error(f'Products "{name}" need a GPU that multiplies fp8.', hint="fp8-emulated runs anywhere, slowly.")
     number, multiply = BACK_ENDS[end]
     return Products(number, scales == "rowwise", multiply)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """From Ada on, with one scale or with one a row: PyTorch has kernels of both for each of these cards."""
+    """From Ada on, with one scale or one per row: PyTorch has both kernels for all of these GPUs."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -126,7 +127,7 @@ class EightBitProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, how: Products) -> Tensor:
         left, right = how.round(x), how.round(weight)
         ctx.how = how
-        # what a second rounding needs is kept wide; where one scale serves both ways the 8 bits are kept instead
+        # what is rounded a second time is kept wide; if one scale serves both ways, the 8 bits are kept instead
         wide = x if how.rowwise or how.wide_weight_gradient else None
         ctx.save_for_backward(wide, weight, *(() if how.rowwise else (*left, *right)))
         return how.multiply(left, right).to(x.dtype)
@@ -151,7 +152,7 @@ class EightBitProduct(torch.autograd.Function):
 
 
 class TrainedLinear(nn.Linear):
-    """A linear layer whose products are taken in 8 bits; its weight is an ordinary one."""
+    """A linear layer with 8-bit products; its weight is an ordinary one."""
 
     how: Products
 
@@ -162,7 +163,7 @@ class TrainedLinear(nn.Linear):
         tokens = x.flatten(0, -2)
         if len(tokens) <= FEW:  # kernels refuse so few, and there is nothing to gain
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        rows = F.pad(tokens, (0, 0, 0, -len(tokens) % MULTIPLE))  # the weight's gradient sums over them
+        rows = F.pad(tokens, (0, 0, 0, -len(tokens) % MULTIPLE))  # the weight's gradient sums over rows
         answer = EightBitProduct.apply(rows, self.weight, self.how)[: len(tokens)]
         if self.bias is not None:
             answer = answer + self.bias.to(x.dtype)
@@ -170,9 +171,9 @@ class TrainedLinear(nn.Linear):
 
 
 def convert(network: nn.Module, how: Products | None) -> list[str]:
-    """Give a network's linear layers 8-bit products where their sides fit -> the names of those that have them now.
+    """Give a network's linear layers 8-bit products where their sides fit -> the names of the converted ones.
 
-    Parameters stay the very same objects, so optimisers and state dicts do not notice.
+    Parameters stay the same objects, so optimisers and state dicts do not notice.
     """
     changed = []
     for name, layer in list(network.named_modules()):

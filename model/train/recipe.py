@@ -1,4 +1,4 @@
-"""Recipes: what a run of training is to do, as a TOML file says it. Nothing here imports torch.
+"""Recipes: TOML files that say what a training run does. Nothing here imports torch.
 
 A recipe names its `stage`; the stage's module holds a `Recipe` (the keys it knows) and `main(recipe, device, report)`.
 """
@@ -19,7 +19,7 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 from model.errors import K2Error, close_to
 
 FOLDER = Path(__file__).parent / "recipes"
-STAGES = {  # what `stage` may say -> the module
+STAGES = {  # value of `stage` -> its module
     "pretrain": "model.train.pretrain",
     "turbo": "model.train.turbo",
     "lora": "model.train.adapter",
@@ -35,10 +35,10 @@ STAGES = {  # what `stage` may say -> the module
     "stpo": "model.train.stpo",
     "grpo": "model.train.grpo",
 }
-EITHER = "Name a folder of pictures, or a recipe: a .toml file, or one of the package, like pretrain-256."
-LONGEST = 200  # bytes of a name: file systems take 255, and drafts are called by more than it
-MOST = 10**9  # of any number of things
-LORA_STEPS = 300  # of a LoRA that has no recipe but a folder of pictures
+EITHER = "Name a folder of pictures or a recipe: a .toml file, or a bundled one like pretrain-256."
+LONGEST = 200  # bytes of a name: file systems allow 255, and names of drafts are longer
+MOST = 10**9  # of any count
+LORA_STEPS = 300  # for a LoRA from a folder of pictures, without a recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Table:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise K2Error(f'"{self.name}" cannot name a run.', hint="Letters, digits, dots and dashes can.")
+            raise K2Error(f'"{self.name}" cannot name a run.', hint="Use letters, digits, dots and dashes.")
         if len(self.name.encode()) > LONGEST:
             raise K2Error(f'"{self.name[:40]}…" is too long to name a run.', hint=f"At most {LONGEST} bytes.")
         for field in fields(self):
@@ -60,12 +60,12 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The recipe in a TOML file. Raises `K2Error` for keys unknown or missing and for values of another kind."""
+        """The recipe in a TOML file. Raises `K2Error` for unknown or missing keys and for values of another kind."""
         return cls.of(table_of(path), str(path))
 
     @classmethod
     def of(cls, table: Mapping[str, Any], where: str) -> Self:
-        """A recipe from a table; `where` is what errors call it."""
+        """A recipe from a table; `where` is its name in errors."""
         known, hints = {field.name: field for field in fields(cls)}, get_type_hints(cls)
         for key in table:
             if key not in known:
@@ -81,24 +81,24 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Table):
-    """What the recipe of every stage that runs by the loop says; each stage adds keys of its own."""
+    """The keys of every stage that uses the loop; each stage adds its own."""
 
-    minutes: float = 0.0  # how long it runs by the clock ...
-    steps: int = 0  # ... or by count: then the whole course of the run is repeatable, not only each of its steps
+    minutes: float = 0.0  # length by the clock ...
+    steps: int = 0  # ... or by count: then the whole run is reproducible, not only each of its steps
     lr: float  # of AdamW
-    muon_lr: float  # of the matrices inside the blocks; updates have the size of AdamW's, but bear more
+    muon_lr: float  # of the matrices inside the blocks; updates are of AdamW's size, but tolerate a higher rate
     warmup_steps: int = 50
     decay: float = 0.0  # share of the run over which the learning rate falls to zero
     weight_decay: float = 0.01
     clip: float = 2.0  # of the gradient's norm
-    accumulate: int = 1  # parts of a step, each a batch of its own
-    average: float = 0.998  # decay of the averaged weights, once the run is old enough
-    keep: int = 0  # how many of the last snapshots of the weights stay ...
+    accumulate: int = 1  # parts of a step, each with its own batch
+    average: float = 0.998  # decay of the averaged weights, after the first steps
+    keep: int = 0  # how many of the last snapshots of the weights to keep ...
     keep_every: int = 0  # ... of those taken every so many steps before the learning rate falls
-    every: int = 25  # steps to a line of the log; runs are saved on such steps only
+    every: int = 25  # steps per line of the log; runs are saved on such steps only
     seed: int = 1
-    init: str = ""  # a run whose averaged weights this one starts from, or "box", "turbo": those of the package
-    fresh: tuple[str, ...] = ()  # modules that begin anew all the same
+    init: str = ""  # a run whose averaged weights this one starts from, or "box", "turbo": the bundled ones
+    fresh: tuple[str, ...] = ()  # modules that start from scratch all the same
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,13 +107,13 @@ class Recipe(Table):
         more_than_none(self, "clip")
         share(self, "decay", "average")
         if not 0 <= self.seed < 2**63:
-            raise K2Error(f'Recipe "{self.name}": {self.seed} is no seed.', hint="Seeds go from 0 to 2^63 − 1.")
+            raise K2Error(f'Recipe "{self.name}": {self.seed} is not a seed.', hint="Seeds go from 0 to 2^63 − 1.")
         if bool(self.minutes) == bool(self.steps):
-            raise K2Error(f'Recipe "{self.name}" must say either minutes or steps.')
+            raise K2Error(f'Recipe "{self.name}" must set either minutes or steps.')
         if bool(self.keep) != bool(self.keep_every):
-            raise K2Error(f'Recipe "{self.name}": keep and keep_every say together which snapshots stay.')
+            raise K2Error(f'Recipe "{self.name}": keep and keep_every must be set together.')
         if self.average == 1:
-            raise K2Error(f'Recipe "{self.name}": average must be less than 1, or the averages stay as they begin.')
+            raise K2Error(f'Recipe "{self.name}": average must be less than 1, or the averages never change.')
 
     @property
     def total(self) -> float:
@@ -122,7 +122,7 @@ class Recipe(Table):
 
 
 def table_of(path: Path) -> dict[str, Any]:
-    """What a TOML file holds. Raises `K2Error` where it cannot be read."""
+    """The contents of a TOML file. Raises `K2Error` if it cannot be read."""
     try:
         return tomllib.loads(path.read_text("utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
@@ -134,12 +134,12 @@ def table_of(path: Path) -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """The recipes of the package."""
+    """The bundled recipes."""
     return sorted(each.stem for each in FOLDER.glob("*.toml"))
 
 
 def find(name: str) -> Path:
-    """A recipe by its path, or by its bare name where it comes with the package."""
+    """A recipe by its path, or a bundled one by its bare name."""
     for path in (Path(name), FOLDER / f"{name}.toml"):
         if path.is_file():
             return path
@@ -149,8 +149,8 @@ def find(name: str) -> Path:
 
 
 def load(name: str) -> Any:
-    """The recipe of a path or name, as its own stage reads it; of a folder of pictures, a LoRA's."""
-    if name and Path(name).is_dir():  # no name is a path, too: that of the current folder
+    """The recipe of a path or name, as its stage reads it; for a folder of pictures, a LoRA's."""
+    if name and Path(name).is_dir():  # an empty name is a path too: the current folder
         own = re.sub(r"[^\w.-]+|^\W+", "-", Path(name).resolve().name).encode()[:LONGEST].decode(errors="ignore")
         own = own.strip("-.") or "pictures"
         return module("lora", name).Recipe.of({"name": own, "pictures": name, "steps": LORA_STEPS}, name)
@@ -160,12 +160,12 @@ def load(name: str) -> Any:
 
 
 def saved(table: Mapping[str, Any]) -> Any:
-    """The recipe that a saved run was made by, from its `place`."""
+    """The recipe of a saved run, from its `place`."""
     return module(table.get("stage", "pretrain"), "the run").Recipe.of(table, "the run's recipe")
 
 
 def module(stage: Any, where: str) -> Any:
-    """The module of a stage. Raises `K2Error` where there is none of that name."""
+    """The module of a stage. Raises `K2Error` if no stage has that name."""
     if not isinstance(stage, str) or stage not in STAGES:
         hint = close_to(str(stage), STAGES) or f"Stages: {', '.join(STAGES)}."
         raise K2Error(f'{where}: there is no stage "{stage}".', hint=hint)
@@ -173,43 +173,43 @@ def module(stage: Any, where: str) -> Any:
 
 
 def refuse(recipe: Table, *keys: str, to: str = "") -> None:
-    """A stage, or `to` what it is told to do, says which of another's keys it has no use for. Raises K2Error."""
+    """Raises K2Error if a recipe sets keys that its stage, or `to` what it asks for, does not use."""
     stage = f'the stage "{recipe.stage}"'
     for field in fields(recipe):
         if field.name in keys and getattr(recipe, field.name) != field.default:
-            raise K2Error(f'Recipe "{recipe.name}": {field.name} means nothing to {to or stage}.')
+            raise K2Error(f'Recipe "{recipe.name}": {field.name} has no meaning for {to or stage}.')
 
 
 def at_least(recipe: Table, least: int, *keys: str) -> None:
-    """Raises K2Error where one of these numbers is less."""
+    """Raises K2Error if one of these numbers is less."""
     for key in keys:
         if getattr(recipe, key) < least:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be at least {least}.')
 
 
 def more_than_none(recipe: Table, *keys: str) -> None:
-    """Raises K2Error where one of these numbers is 0 or less."""
+    """Raises K2Error if one of these numbers is 0 or less."""
     for key in keys:
         if getattr(recipe, key) <= 0:
             raise K2Error(f'Recipe "{recipe.name}": {key} must be more than 0.')
 
 
 def share(recipe: Table, *keys: str) -> None:
-    """Raises K2Error where one of these is none."""
+    """Raises K2Error if one of these is not between 0 and 1."""
     for key in keys:
         if not 0 <= getattr(recipe, key) <= 1:
-            raise K2Error(f'Recipe "{recipe.name}": {key} is a share, from 0 to 1.')
+            raise K2Error(f'Recipe "{recipe.name}": {key} must be from 0 to 1.')
 
 
 def known(recipe: Table, names: Collection[str], those: Collection[str], what: str) -> None:
-    """Raises K2Error where one of these names is not among those that there are."""
+    """Raises K2Error if one of these names is not among the known ones."""
     for name in names:
         if name not in those:
             raise K2Error(f'Recipe "{recipe.name}": there is no {what} "{name}".', hint=f"{', '.join(those)}.")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a TOML file is what a field of this type takes."""
+    """Whether a value of a TOML file fits a field of this type."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, Union):
         return any(fits(value, each) for each in inner)

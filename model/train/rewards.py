@@ -1,10 +1,10 @@
-"""Rewards: what a picture is worth, 0 … 1, to those who train on it. Never what it is evaluated by.
+"""Rewards: the value of a picture in training, 0 … 1. Never used for evaluation.
 
-subject   the judge's probability that the picture shows the subject that was asked for, among all names
-style     the judge's likeness of its style to that of real pictures in the look that was asked for
-artefact  the critic's probability that nothing is broken in it
+subject   the judge's probability that the picture shows the requested subject, among all names
+style     the judge's likeness of its style to that of real pictures in the requested look
+artefact  the critic's probability that nothing in it is broken
 grain     the power in the top octave of its spectrum against real pictures of the look: grainy looks must not be
-          polished away, nor smooth ones roughened
+          smoothed, nor smooth ones roughened
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from model.train.states import RUNS, digest
 from model.train.training_set import Recipe, TrainingSet
 from model.vae import QwenImageVAE
 
-EVALUATION = 77  # the seed of the judge that only evaluates
-REAL = 6  # pictures of each look that its style and its spectrum are known by
-JUDGED_BY = (  # of a recipe: what judged pictures of a model's own depend on
+EVALUATION = 77  # the seed of the judge for evaluation only
+REAL = 6  # pictures of each look that define its style and spectrum
+JUDGED_BY = (  # keys of a recipe that a model's own judged pictures depend on
     *("init", "preset", "network", "seed", "size", "prompts", "white", "grounds", "later", "sample_steps"),
     *("judge", "weights"),
 )
 
 
 def top_octave(pictures: Tensor) -> Tensor:
-    """Mean power of brightness between half and all of the highest frequency along an axis: [B, 3, H, W] -> [B].
+    """Mean power of brightness from half the highest frequency up along an axis: [B, 3, H, W] -> [B].
 
-    Under a Hann window, so that a picture whose sides differ does not seem to have an edge there.
+    Under a Hann window, so that a picture whose opposite sides differ does not seem to have an edge there.
     """
     grey = pictures.float().mean(1)
     sides = [torch.hann_window(side, device=grey.device) for side in grey.shape[1:]]
@@ -56,7 +56,7 @@ def top_octave(pictures: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Recipe):
-    """A run that learns from pictures of the model's own, by what a judge's rewards make of them."""
+    """A run that learns from the model's own pictures by a judge's rewards."""
 
     init: str = "box"
     repeats: int = 1
@@ -68,27 +68,27 @@ class Judged(Recipe):
         refuse(self, "references", "null", "style_loss", "repeats", "shapes", "shaped", "frozen")
         refuse(self, "fresh", "align", "said", "unasked", "forms", "reworded", "strangers")
         if sum(self.weights.values()) <= 0:
-            raise K2Error(f'Recipe "{self.name}": weights must name rewards, and sum to more than 0.')
+            raise K2Error(f'Recipe "{self.name}": weights must name rewards and sum to more than 0.')
 
 
 def chosen_by(
     recipe: Judged, keys: Sequence[str], dit: nn.Module, rewards: Rewards, data: TrainingSet
 ) -> dict[str, Any]:
-    """What a choice among a network's own pictures depends on, to be kept beside it: keys of the recipe, the data set's
-    manifest, and a hash of the networks that read, paint, decode and judge, as one of the same name may be trained
-    anew."""
+    """What a choice among a network's own pictures depends on, to be stored with it: keys of the recipe, the data set's
+    manifest, and a hash of the networks that read, paint, decode and judge, as one of the same name may be
+    retrained."""
     networks = [data.text.tower, dit, rewards.vae, rewards.judge, rewards.critic or nn.Identity()]
     found = {"data": fingerprint(data.catalog), "networks": digest(nn.ModuleList(networks))}
     return {key: getattr(recipe, key) for key in keys} | found
 
 
 def gated(found: Mapping[str, Tensor], gates: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rewards by name, each multiplied by the one that gates it, where one does."""
+    """Rewards by name, each multiplied by the one that gates it, if any."""
     return {name: reward * found[gates[name]] if name in gates else reward for name, reward in found.items()}
 
 
 class Rewards:
-    """All rewards of one judge, with what they know of real pictures: those of the train split, through the decoder."""
+    """All rewards of one judge, with their statistics of real pictures: the train split's, through the decoder."""
 
     def __init__(
         self,
@@ -120,15 +120,15 @@ class Rewards:
 
     @classmethod
     def load(cls, name: str, data: TrainingSet, device: str = "cpu") -> Rewards:
-        """The rewards of a judge in `.runs/judge`. Raises `K2Error` for one that is not there, or only evaluates."""
+        """The rewards of a judge in `.runs/judge`. Raises `K2Error` if it is missing or for evaluation only."""
         path = RUNS / "judge" / f"{name}.safetensors"
         if not path.exists():
-            raise K2Error(f'There is no judge "{name}" to reward by.', hint="Train one first: k2 train judge-11")
+            raise K2Error(f'There is no judge "{name}" for rewards.', hint="Train one first: k2 train judge-11")
         seed = open_checkpoint(path).metadata["training"]["seed"]
         if seed == EVALUATION:
             raise K2Error(
-                f"Judge {seed} is for evaluation; no training may see it.",
-                hint="Train one of another seed for rewards.",
+                f"Judge {seed} is for evaluation; no training may use it.",
+                hint="Train one with another seed for rewards.",
             )
         critic = path.with_name(name.replace("judge", "critic") + ".safetensors")
         return cls(
@@ -145,8 +145,8 @@ class Rewards:
             return self.judge(F.adaptive_avg_pool2d(pictures.float(), SIZE))
 
     def chosen(self, pictures: Tensor, asked: Sequence[Asked], names: Collection[str]) -> dict[str, Tensor]:
-        """These rewards by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1. Raises K2Error for one that
-        there is not; without a critic there is no `artefact`."""
+        """These rewards by name, [B] each, in fp32, of pictures [B, 3, H, W] in −1 … 1. Raises K2Error for unknown
+        ones; without a critic there is no `artefact`."""
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             subject, style = self.see(pictures)
             wanted = torch.tensor([self.place[a.subject] for a in asked], device=subject.device)
@@ -161,8 +161,8 @@ class Rewards:
                 known["artefact"] = lambda: critic(F.adaptive_avg_pool2d(pictures.float(), SIZE)).sigmoid()
             for name in names:
                 if name not in known:
-                    reason = "has no critic beside it" if name == "artefact" else "is unknown"
-                    raise K2Error(f'The reward "{name}" {reason}.', hint=f"Rewards here: {', '.join(known)}.")
+                    reason = "needs a critic beside the judge" if name == "artefact" else "is unknown"
+                    raise K2Error(f'The reward "{name}" {reason}.', hint=f"Available: {', '.join(known)}.")
             return {name: known[name]() for name in names}
 
     def total(
@@ -172,7 +172,7 @@ class Rewards:
         weights: Mapping[str, float],
         gates: Mapping[str, str] | None = None,
     ) -> Tensor:
-        """The weighted mean of rewards, gated, [B], 0 … 1."""
+        """The weighted mean of gated rewards [B], 0 … 1."""
         gates = gates or {}
         found = gated(self.chosen(pictures, asked, dict.fromkeys((*weights, *gates.values()))), gates)
         return sum((weight * found[name] for name, weight in weights.items()), torch.zeros(())) / sum(weights.values())

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning on small curated sub-sets, one run a domain; `merge` makes one checkpoint of them.
+"""Supervised fine-tuning on small curated subsets, one run per domain; `merge` makes one checkpoint of them.
 
-A domain is what the recipe lets through: media, drawing sets, grounds. Of that the pictures stay whose subject a judge
-reads best, at most so many of a subject.
+A domain is what the recipe lets through: media, drawing sets, grounds. Of these it keeps the pictures whose subject a
+judge reads best, up to a number per subject.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Recipe(pretrain.Recipe):
     media: tuple[str, ...] = ()
     drawings: tuple[str, ...] = ()
     on: tuple[str, ...] = ()  # grounds
-    judge: str = ""  # whose reading of the subject curates; without one chance chooses
-    per_subject: int = 24  # pictures that stay of each
+    judge: str = ""  # curates by its reading of the subject; default: random choice
+    per_subject: int = 24  # pictures kept of each
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +54,7 @@ def domain(items: list[Item], recipe: Recipe) -> NDArray[np.bool_]:
 
 
 def best_of_each(items: list[Item], keep: NDArray[np.bool_], score: NDArray[np.floating], count: int) -> NDArray:
-    """Of the kept pictures, the `count` of the highest score of every subject."""
+    """Of the kept pictures, the `count` with the highest scores for every subject."""
     by_subject: dict[str, list[int]] = defaultdict(list)
     for index in np.flatnonzero(keep).tolist():
         by_subject[items[index].pair.subject].append(index)
@@ -65,7 +65,7 @@ def best_of_each(items: list[Item], keep: NDArray[np.bool_], score: NDArray[np.f
 
 
 def curate(data: TrainingSet, recipe: Recipe, device: str) -> None:
-    """Leave the pictures of the domain that the judge reads best, few enough of each subject, all subjects alike."""
+    """Keep the pictures of the domain that the judge reads best, a limited number per subject, all equally often."""
     from model.train.rewards import Rewards
     from model.train.rollout import Asked, decode
 

@@ -1,7 +1,7 @@
-"""Shapes of pictures other than the square: a share of the data set comes in each of them, and a step in one of all.
+"""Shapes of pictures other than the square: each has a share of the data set, and every step uses one shape.
 
-A picture of a shape shows what its square does, its subject in the middle and whole, as large as the shorter side lets
-it be. Batches are of one shape, so that nothing is padded and a run repeats exactly.
+A picture of a shape shows what its square does, its subject complete and in the middle, as large as the shorter side
+allows. A batch has one shape, so that nothing is padded and a run is exactly reproducible.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import NamedTuple, Self
 from model.errors import K2Error
 from model.train.data import NATIVE, Item, stable_seed
 
-SHARE = 12  # of so many pictures of the train split one comes in a shape
+SHARE = 12  # one in so many pictures of the train split comes in a shape
 LARGE = 384  # px of the renders for pictures whose shorter side is more than `NATIVE`
 
 
 class Shape(NamedTuple):
-    """Height and width of a picture in pixels, said "320x192", width first."""
+    """Height and width of a picture in pixels; written "320x192", width first."""
 
     height: int
     width: int
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Raises K2Error for what is no size."""
+        """Raises K2Error for text that is not a size."""
         found = re.fullmatch(r"(\d+)x(\d+)", text)
         if not found:
-            raise K2Error(f'"{text}" is no size.', hint='Sizes are width and height in pixels, "320x192".')
+            raise K2Error(f'"{text}" is not a size.', hint='Sizes are width and height in pixels, like "320x192".')
         return cls(int(found[2]), int(found[1]))
 
     def __str__(self) -> str:
@@ -41,5 +41,5 @@ class Shape(NamedTuple):
 
 
 def of_shape(items: Sequence[Item], shape: Shape) -> list[int]:
-    """Which pictures of the train split come in a shape, too."""
+    """Which pictures of the train split also come in a shape."""
     return [i for i, each in enumerate(items) if not stable_seed("shape", shape, each.pair, each.look) % SHARE]

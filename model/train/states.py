@@ -1,4 +1,4 @@
-"""What runs leave on disk, and begin with: their states and snapshots, where they stand, and parents' weights.
+"""What runs leave on disk and start from: states, snapshots, progress, and parents' weights.
 
 `.runs/NAME/state.safetensors` holds `model.*`, `ema.*`, `muon.I.*` and `adamw.I.*`; its metadata holds `place` (where
 the run stands) and `record` (how it came about).
@@ -24,18 +24,18 @@ from model.library import BOX
 from model.train import parallel
 
 RUNS = Path(".runs")
-PACKAGED = {"box": "raw", "turbo": "turbo"}  # what recipes call the package's weights -> the variant
+PACKAGED = {"box": "raw", "turbo": "turbo"}  # name of the bundled weights in recipes -> variant
 
 
 def write(folder: Path, tensors: dict[str, Tensor], place: dict[str, Any], record: dict[str, Any]) -> None:
-    """A state and its record into a run's folder, in one move."""
+    """Write a state and its record into a run's folder, in one move."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"place": json.dumps(place), "record": json.dumps(record)}
     checkpoint.write(folder / "state.safetensors", tensors, metadata)
 
 
 def newest_state(folder: Path) -> Path | None:
-    """What a run goes on from: the whole state of one process or the parts of several, whichever is further."""
+    """What a run resumes from: the complete state of one process or the parts of several, whichever is further."""
     file = folder / "state.safetensors"
     found = [*([file] if file.exists() else []), *parallel.saved(folder)[-1:]]
     return max(found, key=lambda path: place_of(path)["step"], default=None)
@@ -50,18 +50,18 @@ def place_of(path: Path) -> dict[str, Any]:
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """A run's kept snapshots, the oldest first."""
+    """A run's kept snapshots, oldest first."""
     return sorted(folder.glob("snapshot-*.safetensors"))
 
 
 def step_of(snapshot: Path) -> int:
-    """After how many steps a snapshot was kept."""
+    """The number of steps after which a snapshot was taken."""
     return int(snapshot.stem.rpartition("-")[2])
 
 
 def commit() -> str:
-    """The commit of the code that runs, with a + where files differ from it; empty outside its repository: one that
-    it is only installed within tells nothing of it."""
+    """The commit of the running code, with a + if files differ from it; empty outside its repository. A repository that
+    it is merely installed in does not count."""
     here = Path(__file__)
     commands = (
         ("ls-files", "--error-unmatch", here.name),
@@ -79,12 +79,12 @@ def commit() -> str:
 
 
 def parent(name: str, runs: Path = RUNS) -> dict[str, Tensor]:
-    """The weights that a recipe's `init` names: of the package's Raw or Turbo, or a run's averages."""
+    """The weights that a recipe's `init` names: the bundled Raw or Turbo, or a run's averages."""
     if name in PACKAGED:
         return box(PACKAGED[name])
     path = runs / name / "state.safetensors"
     if not path.exists():
-        raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that one first.")
+        raise K2Error(f'There is no run "{name}" to start from.', hint=f"{path} does not exist: train that run first.")
     return averages(path)
 
 
@@ -94,27 +94,27 @@ def averages(path: Path) -> dict[str, Tensor]:
 
 
 def box(variant: str = "raw") -> dict[str, Tensor]:
-    """The weights of the package, under a trainee's names; the head that tells looks apart is not among them."""
+    """The bundled weights under a trainee's names, without the head that tells looks apart."""
     parts = {"dit.": f"mini-{variant}", "style.": "mini-style"}
     states = ((prefix, checkpoint.read(BOX / f"{name}.safetensors")[0]) for prefix, name in parts.items())
     return {prefix + name: tensor for prefix, state in states for name, tensor in state.items()}
 
 
 def check_modules(model: nn.Module, recipe: str, key: str, modules: tuple[str, ...]) -> None:
-    """Raises K2Error where a list of a recipe names a module that the model lacks."""
+    """Raises K2Error if a recipe's list names a module that the model lacks."""
     for module in modules:
         if not any(f"{name}.".startswith(f"{module}.") for name in model.state_dict()):
-            hint = f"Like {', '.join(name for name, _ in model.named_children())}, or a part of them."
+            hint = f"Name {', '.join(name for name, _ in model.named_children())}, or a part of one."
             raise K2Error(f'Recipe "{recipe}": {key} names no module "{module}".', hint=hint)
 
 
 def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...] = ()) -> None:
-    """Copy a parent's weights into a model, but for modules that begin anew and those that the parent lacks."""
+    """Copy a parent's weights into a model, except modules that start from scratch and those that the parent lacks."""
     begin = model.state_dict()
     anew = tuple(f"{module}." for module in fresh)
     shared = [name for name in begin if name in weights and not f"{name}.".startswith(anew)]
     if not shared:
-        raise K2Error("The parent's weights share no name with this model.")
+        raise K2Error("The parent's weights share no names with this model.")
     for name in shared:
         if begin[name].shape != weights[name].shape:
             raise K2Error(f"The parent's {name} is {list(weights[name].shape)}, this one's {list(begin[name].shape)}.")
@@ -122,7 +122,7 @@ def start(model: nn.Module, weights: Mapping[str, Tensor], fresh: tuple[str, ...
 
 
 def read_whole(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    """A file's tensors, in memory of their own: Windows replaces no file that somebody holds mapped."""
+    """A file's tensors, in memory of their own: Windows cannot replace a file that is still mapped."""
     return {name: tensor.clone() for name, tensor in load_file(path, str(device)).items()}
 
 

@@ -1,15 +1,15 @@
-"""STPO: preference optimisation that does not let go of the winner.
+"""STPO: preference optimisation that holds on to the winner.
 
 The name and the aim are Krea 2's: plain DPO lets the likelihood of both pictures of a pair fall, and drifts into
-high-frequency artefacts. The method is unpublished; this one is ours. With ℓ = mean‖v − (ε − x₀)‖² at one noise level
-and one noise for both pictures, and Δ = (ℓ_w − ℓ_l) − (ℓ_w^ref − ℓ_l^ref):
+high-frequency artefacts. Their method is unpublished; this one is ours. With ℓ = mean‖v − (ε − x₀)‖² at the same noise
+level and noise for both pictures, and Δ = (ℓ_w − ℓ_l) − (ℓ_w^ref − ℓ_l^ref):
 
     dpo        −log σ(−β/2 · Δ)                                    Diffusion-DPO, arXiv 2311.12908
     dpo+sft    ... + β/2 · anchor · ℓ_w
     stpo       the loser's gradient scaled by λ so that, to first order, the winner's loss cannot rise (Diffusion-SDPO,
                arXiv 2511.03317), ... + β/2 · (hinge · max(0, ℓ_w − ℓ_w^ref) + anchor · ℓ_w)
 
-β is set once, when the spread of Δ over pairs held aside is known, so that βΔ/2 has a standard deviation of 1.
+β is set once the spread of Δ over held-out pairs is known, so that βΔ/2 has a standard deviation of 1.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from model.train.training_set import TrainingSet, training_set
 from model.train.validation import rest_for_validation, validation_loss
 
 KINDS = ("dpo", "dpo+sft", "stpo")
-CHOSEN_BY = (*JUDGED_BY, "group", "margin", "guidance")  # are pairs
-SEEN = 4  # pictures of each prompt that is looked over
+CHOSEN_BY = (*JUDGED_BY, "group", "margin", "guidance")  # keys that the choice of pairs depends on
+SEEN = 4  # pictures of each prompt in the final comparison
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +52,17 @@ class Recipe(Judged):
     stage: str = "stpo"
     kind: str = "stpo"
     beta: float = 500.0  # until it is set from the spread of Δ
-    calibrate_at: int = 50  # the step after which it is; 0 leaves it, and so do fewer than two pairs held aside
-    safety: float = 0.1  # by how much of its own size the winner's step outweighs the loser's
+    calibrate_at: int = 50  # the step after which it is set; 0, or fewer than two held-out pairs: never
+    safety: float = 0.1  # share of its own size by which the winner's step outweighs the loser's
     hinge: float = 0.5  # weights of the auxiliary losses, in units of β/2
     anchor: float = 0.05
-    prompts: int = 160  # asked to make pairs ...
-    group: int = 4  # ... each for so many pictures, of which the best and the worst make a pair ...
-    margin: float = 0.1  # ... if their rewards, 0 … 1, differ by so much
-    aside: int = 24  # pairs held aside: β is set and the run is watched on them
+    prompts: int = 160  # for making pairs ...
+    group: int = 4  # ... each with so many pictures, of which the best and the worst form a pair ...
+    margin: float = 0.1  # ... if their rewards, 0 … 1, differ by at least this
+    aside: int = 24  # held-out pairs: β is set and the run is watched on them
     sample_steps: int = 16
     guidance: float = 2.0
-    look: int = 12  # prompts that are looked at in the end, beside what they were before
+    look: int = 12  # prompts whose pictures are compared before and after, at the end
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +78,7 @@ class Recipe(Judged):
 
 
 class Both(NamedTuple):
-    """Something of a winner and of its loser, [B, ...] each."""
+    """One quantity for a winner and for its loser, [B, ...] each."""
 
     winner: Tensor
     loser: Tensor
@@ -90,7 +90,7 @@ def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
 
 
 def safe_scale(made: Both, target: Both, safety: float) -> Tensor:
-    """λ [B] in 0 … 1: what of the loser's gradient leaves the winner's loss falling, seen from the velocities."""
+    """λ [B] in 0 … 1: the share of the loser's gradient, at the velocities, that lets the winner's loss still fall."""
     toward, away = ((v - u).detach().flatten(1) for v, u in zip(made, target, strict=True))
     together = (toward * away).sum(1)
     bound = (1 - safety) * toward.square().sum(1) / together.clamp_min(1e-12)
@@ -108,9 +108,9 @@ def preference_loss(
     hinge: float = 0.5,
     anchor: float = 0.05,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [B] of velocities [B, ...] against noise − image, beside the frozen reference's; figures to watch, [B] each.
+    """Loss [B] of velocities [B, ...] against noise − image, relative to the frozen reference's; figures, [B] each.
 
-    Winner and loser have noise and noise level in common.
+    Winner and loser share noise and noise level.
     """
     winner, loser = map(squared_error, made, target)
     winner_before, loser_before = map(squared_error, reference, target)
@@ -150,7 +150,7 @@ class Pairs:
 
 
 def made_for(path: Path, now: Mapping[str, Any], aside: int) -> bool:
-    """Whether a file holds pairs that would be chosen the same now, and some besides those held aside."""
+    """Whether a file holds pairs that would be chosen the same way now, and more than the held-out ones."""
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
@@ -159,14 +159,14 @@ def made_for(path: Path, now: Mapping[str, Any], aside: int) -> bool:
 
 
 def best_and_worst(reward: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
-    """reward [P, G] -> indices of the best and the worst in each group, [P] each, and which groups differ enough."""
+    """reward [P, G] -> indices of the best and the worst in each group, [P] each, and whether they differ enough."""
     best, worst = reward.argmax(1), reward.argmin(1)
     apart = reward.gather(1, best[:, None]) - reward.gather(1, worst[:, None])
     return best, worst, apart[:, 0] >= margin
 
 
 def make_pairs(model: pretrain.Trainee, data: TrainingSet, rewards: Rewards, recipe: Recipe, report: Report) -> Pairs:
-    """Groups of pictures by the model that the run starts from, judged; the best and the worst of each."""
+    """Groups of pictures by the model that the run starts from, judged -> the best and the worst of each."""
     prompts = asked(data, recipe.prompts, recipe.seed, recipe.name)
     captions: list[str] = []
     winners: list[Tensor] = []
@@ -188,14 +188,14 @@ def make_pairs(model: pretrain.Trainee, data: TrainingSet, rewards: Rewards, rec
         report(f"{recipe.name}: {len(captions)} pairs from {start + len(chunk) // recipe.group} prompts")
     if len(captions) <= recipe.aside:
         raise K2Error(
-            f"Only {len(captions)} prompts of {len(prompts)} gave pairs that differ by {recipe.margin:g}.",
-            hint="Ask more prompts, or lower the margin or what is held aside.",
+            f"Only {len(captions)} of {len(prompts)} prompts gave pairs that differ by {recipe.margin:g}.",
+            hint="Raise prompts, or lower margin or aside.",
         )
     return Pairs(captions, Both(torch.stack(winners), torch.stack(losers)))
 
 
 class Preference(pretrain.Drawing):
-    """The stage: the transformer learns, beside a frozen copy of what it started from."""
+    """The stage: the transformer learns, compared with a frozen copy of its start."""
 
     own = ("beta",)
 
@@ -215,7 +215,7 @@ class Preference(pretrain.Drawing):
         return float(name.startswith("dit."))
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """Pairs not held aside; none of them twice in a step, where there are enough."""
+        """Pairs that are not held out; none of them twice in a step, if there are enough."""
         assert self.pairs is not None
         rng = np.random.default_rng(stable_seed(self.recipe.seed, self.recipe.name, step, part))
         known = len(self.pairs) - self.recipe.aside
@@ -223,7 +223,7 @@ class Preference(pretrain.Drawing):
         return self.of(chosen.tolist(), int(rng.integers(2**62)))
 
     def of(self, indices: list[int], seed: int) -> Batch:
-        """Some pairs, and the seed of their noise."""
+        """The pairs at these indices, and the seed of their noise."""
         assert self.pairs is not None
         embeds, mask = self.set.embed([self.pairs.captions[index] for index in indices])
         latents = [each[indices].float() for each in self.pairs.latents]
@@ -247,13 +247,13 @@ class Preference(pretrain.Drawing):
         return preference_loss(made, target, before, self.model.get_buffer("beta"), recipe.kind, **options)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        """In units of β/2, so that a gradient's norm means the same whatever β is."""
+        """In units of β/2, so that a gradient's norm means the same for any β."""
         loss, figures = self.compare(batch)
         return 2 / self.model.get_buffer("beta") * loss.mean(), {name: value.mean() for name, value in figures.items()}
 
     @torch.no_grad()
     def held_aside(self) -> dict[str, Tensor]:
-        """The figures of each pair held aside, at noise that is always the same."""
+        """The figures of each held-out pair, at noise that is always the same."""
         return self.compare(self.of(list(range(self.recipe.aside)), 0))[1]
 
     def pictures(self) -> int:
@@ -278,8 +278,8 @@ class Preference(pretrain.Drawing):
 
     @torch.no_grad()
     def look_over(self, rewards: Rewards, prompts: list[Asked]) -> dict[str, float]:
-        """Pictures of fixed prompts, `SEEN` of one, by the reference and by the model: rewards, how often they rose,
-        power in the top octave, and how far the pictures of one prompt lie apart. By the judge that chose the pairs."""
+        """Pictures of fixed prompts, `SEEN` of each, by the reference and by the model: rewards, how often they rose,
+        power in the top octave, and the spread of pictures of one prompt. By the judge that chose the pairs."""
         recipe = self.recipe
         found: dict[str, float] = {}
         totals: list[Tensor] = []
@@ -301,7 +301,7 @@ class Preference(pretrain.Drawing):
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Make the pairs, once for what the recipe says of them, then run the stage to its end, from where it stands."""
+    """Make the pairs, unless those of the recipe exist, then run the stage to its end from where it stands."""
     data = training_set(recipe, device)
     rest_for_validation(data)
     rewards = Rewards.load(recipe.judge, data, device)
@@ -309,7 +309,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     run = loop.Run(stage, RUNS / recipe.name, device)
     path = run.folder / "pairs.safetensors"
     now = chosen_by(recipe, CHOSEN_BY, stage.reference.dit, rewards, data)
-    over = run.done and path.exists()  # then they are what it learned from
+    over = run.done and path.exists()  # then it learned from the existing ones
     if run.world.leads and not over and not made_for(path, now, recipe.aside):
         pairs = make_pairs(stage.reference, data, rewards, recipe, report)
         pairs.save(path, {"recipe": asdict(recipe), "chosen_by": now})

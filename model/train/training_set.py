@@ -1,6 +1,6 @@
-"""What a step of training draws: pictures' latents, captions in the text encoder's features, style references.
+"""What a training step draws: pictures' latents, captions as text-encoder features, style references.
 
-And the recipe that says how: the keys that all stages share which train the transformer on the data set.
+And the recipe for it: the keys shared by all stages that train the transformer on the data set.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ from model.train.recipe import at_least, known, share
 from model.train.shapes import Shape, of_shape
 from model.train.strangers import Wording
 
-KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a card
-UNSAID = 0.1  # share of the pictures that are shown without their caption, for guidance
-WIDTHS = 8  # tokens that captions are encoded in multiples of
+KEPT = 20_000  # captions whose features are kept: most of a gigabyte; ten times as many on a GPU
+UNSAID = 0.1  # share of the pictures shown without their caption, for guidance
+WIDTHS = 8  # captions are encoded in multiples of so many tokens
 
 
 class Sampling(NamedTuple):
-    """How pictures are drawn."""
+    """Sampler settings."""
 
     steps: int
     guidance: float
-    mu: float | None = None  # shift of the noise levels; none: Raw's own for the picture's size
+    mu: float | None = None  # shift of the noise levels; None: Raw's own for the picture's size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(recipes.Recipe):
-    """A run that learns from the data set, as its TOML file says it: pretraining's, and what other stages add to."""
+    """A run that learns from the data set: the recipe of pretraining, which other stages extend."""
 
     size: int  # px
-    batch: int  # pictures a step
+    batch: int  # pictures per step
     repeats: int  # noise levels for each of them: the prompt's part is computed once for all
     mu: float  # shift of the training timesteps, sigma = sigmoid(mu + n)
     preset: str = "mini"
-    network: dict[str, int] = field(default_factory=dict)  # what differs from the preset, as width or blocks
+    network: dict[str, int] = field(default_factory=dict)  # differences from the preset, like width or blocks
     references: float = 0.5  # share of the steps that show a style reference
-    white: float = 3.0  # how much oftener than media plain pictures on white come: subjects are learned there first
+    white: float = 3.0  # frequency of plain pictures on white relative to media: subjects are learned there first
     grounds: float = 1.7  # the same for plain pictures on other grounds
-    later: float = 0.0  # how much oftener than the others the subjects marked so come; 0 leaves them out
+    later: float = 0.0  # frequency of subjects marked `later` relative to the others; 0 leaves them out
     null: float = 0.1  # share of the pictures with style rows whose rows say nothing
-    said: float = 0.5  # share of the others with style rows whose caption says the look too
+    said: float = 0.5  # share of the others with style rows whose caption names the look too
     unasked: tuple[str, ...] = ()  # drawing sets that bare words may mean, without a medium; empty: any look
     forms: tuple[float, float, float] = (0.5, 0.4, 0.1)  # shares of short, medium and long captions
-    reworded: float = 0.0  # share of the captions that are said in other words
-    strangers: float = 0.0  # share of the captions that strange words are put around
+    reworded: float = 0.0  # share of the captions said in other words
+    strangers: float = 0.0  # share of the captions wrapped in strange words
     style_loss: float = 0.05
-    frozen: tuple[str, ...] = ()  # modules that stay as they are, "style"
-    align: float = 0.0  # weight of self-representation alignment, which the first epoch has and no other
+    frozen: tuple[str, ...] = ()  # modules that stay unchanged, "style"
+    align: float = 0.0  # weight of self-representation alignment, in the first epoch only
     shapes: tuple[str, ...] = ()  # other sizes of pictures, "320x192" ...
-    shaped: float = 0.5  # ... and the share of the steps that have one of them, each as often
-    sheets: float = 0.0  # minutes from one sheet of samples to the next, as runs are saved; 0 draws none
-    recompute: bool = False  # work blocks out again on the way back instead of keeping them: less memory, more work
-    rows: int = 8  # prompts are padded until a stream is a multiple of it: fewer lengths, and less is compiled
-    products: str = "wide"  # of the blocks' matrices: wide, or 8 bits as `model/train/products.py` names them
+    shaped: float = 0.5  # ... and the share of the steps that use one of them, each as often
+    sheets: float = 0.0  # minutes between sheets of samples, drawn as runs are saved; 0 draws none
+    recompute: bool = False  # recompute blocks in the backward pass instead of keeping them: less memory, more work
+    rows: int = 8  # prompts are padded to make a stream a multiple of this: fewer lengths, and less to compile
+    products: str = "wide"  # of the blocks' matrices: wide, or in 8 bits, by a name of `model/train/products.py`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,14 +82,14 @@ class Recipe(recipes.Recipe):
         share(self, "references", "null", "said", "reworded", "strangers", "shaped")
         known(self, self.unasked, DRAWINGS, "drawing set")
         if min(self.forms) < 0 or not math.isclose(sum(self.forms), 1, abs_tol=1e-8):
-            raise K2Error(f'Recipe "{self.name}": forms are three shares, whose sum is 1.')
+            raise K2Error(f'Recipe "{self.name}": forms must be three shares that sum to 1.')
 
     @property
     def config(self) -> DiTConfig:
-        """Of the network. Raises K2Error where there is none such."""
+        """The network's configuration. Raises K2Error if there is no such network."""
         where, known = f'Recipe "{self.name}"', [each.name for each in fields(DiTConfig)]
         if self.preset not in PRESETS:
-            raise K2Error(f'{where}: there is no preset "{self.preset}".', hint=f"Choose of {', '.join(PRESETS)}.")
+            raise K2Error(f'{where}: there is no preset "{self.preset}".', hint=f"Choose from {', '.join(PRESETS)}.")
         if unknown := [key for key in self.network if key not in known]:
             raise K2Error(f'{where}: a network has no "{unknown[0]}".', hint=f"It has {', '.join(known)}.")
         try:
@@ -99,18 +99,18 @@ class Recipe(recipes.Recipe):
 
     @property
     def sampling(self) -> Sampling:
-        """How samples are drawn by what it trains."""
+        """Sampler settings of what it trains."""
         return Sampling(steps=16, guidance=2.5)
 
     def weight(self, item: Item, later: bool) -> float:
-        """How often a picture is drawn, next to one with a medium; `later` says whether its subject joined late."""
+        """How often a picture is drawn, relative to one with a medium; `later`: whether its subject joined late."""
         share = self.later if later else 1.0
         if item.look.medium != "plain":
             return share
         return share * (self.white if item.look.ground == "white" else self.grounds)
 
     def form(self, item: Item, form: str) -> str:
-        """The form of a caption that alone says the look: a look that nobody gets unasked is always asked for."""
+        """The form of a caption that alone names the look: a look that bare words cannot mean is always named."""
         tasteful = not self.unasked or (item.look.medium == "plain" and item.pair.drawing in self.unasked)
         return form if tasteful or form != "short" else "medium"
 
@@ -118,7 +118,7 @@ class Recipe(recipes.Recipe):
 class TrainingSet:
     """Everything that a step draws from: latents, captions and style references of the train split.
 
-    All of it lies where the network is, and so do the dice: a step carries nothing over but its captions.
+    All of it is on the network's device, random generators too: a step transfers nothing but its captions.
     """
 
     def __init__(self, catalog: Catalog, text: TextEncoder, recipe: Recipe):
@@ -130,7 +130,7 @@ class TrainingSet:
         self.kept, self.at_once = (KEPT, 16) if self.device.type == "cpu" else (10 * KEPT, 64)
         self.latents = torch.from_numpy(read_latents(catalog.folder, recipe.size, len(self.items))).to(self.device)
         self.cells = self.latents.shape[-1]  # along a side
-        self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are laid around it
+        self.side = self.cells // recipe.config.patch  # of the square, in tokens: other shapes are centred on it
         self.shaped = [self._shaped(Shape.of(shape)) for shape in recipe.shapes]
         self.features: dict[str, Tensor] = {}
         self.embedding = Lock()  # batches are made in a thread of their own while a step validates in another
@@ -150,8 +150,8 @@ class TrainingSet:
         return Shaped(np.array(indices), torch.from_numpy(latents).to(self.device))
 
     def draw(self, recipe: Recipe, step: int, rng: np.random.Generator) -> tuple[NDArray[np.integer], Tensor]:
-        """The pictures of a batch, all of one size: which they are, and their latents [B, C, h, w]."""
-        dice = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "shape"))  # of a step, not of its part
+        """The pictures of a batch, all of one size: their indices and their latents [B, C, h, w]."""
+        dice = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "shape"))  # per step, not per part
         if not recipe.shapes or dice.random() >= recipe.shaped:
             chosen = rng.choice(len(self.items), recipe.batch, p=self.weights)
             return chosen, self.latents[chosen].float()
@@ -163,23 +163,23 @@ class TrainingSet:
     def embed(self, captions: list[str], more: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded text features [B, T, N, E] and their mask [B, T]; repeated captions are encoded once.
 
-        T is such that `more` rows after it make a multiple of the recipe's `rows`.
+        T plus `more` rows is a multiple of the recipe's `rows`.
         """
         with self.embedding:
             self._encode(caption for caption in set(captions) if caption not in self.features)
             rows = [self.features[caption] for caption in captions]
             padded = pad(rows, -(-(max(map(len, rows)) + more) // self.rows) * self.rows - more)
-            if self.device.type == "cuda":  # each thread has a stream of its own, and features are for both
+            if self.device.type == "cuda":  # each thread has its own stream, and both use the features
                 torch.cuda.current_stream(self.device).synchronize()
             for caption in list(islice(self.features, max(0, len(self.features) - self.kept))):
                 del self.features[caption]
         return padded
 
     def _encode(self, captions: Iterable[str]) -> None:
-        """Put in the features of captions that there are none of.
+        """Add the features of captions that have none yet.
 
-        A caption's are the same bits in any company, so that a run that goes on sees what it would have seen: they are
-        worked out in shapes that depend on its own length alone, full batches of captions that are about as long.
+        A caption's features are the same bits in any batch, so that a resumed run sees what it would have seen: they
+        are computed in shapes that depend on its length alone, in full batches of captions about as long.
         """
         alike = defaultdict(list)
         for caption in sorted(captions):
@@ -193,19 +193,19 @@ class TrainingSet:
                     self.features[caption] = rows[:length].clone()
 
     def batch(self, recipe: Recipe, step: int, part: int = 0) -> Batch:
-        """The pictures, prompts and references of one step, or of one of its parts."""
+        """The pictures, prompts and references of one step or one of its parts."""
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, *([part] if part else [])))
         generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
         chosen, latents = self.draw(recipe, step, rng)
         with_reference = rng.random() < recipe.references
-        if recipe.accumulate > 1:  # parts may lie on several processes, which must agree on what takes part
+        if recipe.accumulate > 1:  # parts may be on several processes, which must agree on references
             shared = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, "references"))
             with_reference = shared.random() < recipe.references
         form = str(rng.choice(("short", "medium", "long"), p=recipe.forms))
         null = rng.random(recipe.batch) < recipe.null
         captions = []
         for index, silent in zip(chosen, null, strict=True):
-            # rows that say nothing come with the captions of no rows, so that both mean the same
+            # rows that say nothing come with the captions used without rows, so that both mean the same
             style = not with_reference or silent or rng.random() < recipe.said
             item = self.items[index]
             caption = self.catalog.caption(item, rng, recipe.form(item, form) if style else form, style)
@@ -232,7 +232,7 @@ class TrainingSet:
         }
 
     def _other(self, index: int, rng: np.random.Generator) -> int:
-        """A picture in the same look of another subject."""
+        """A picture of another subject in the same look."""
         peers = self.by_look[self.items[index].look]
         other = peers[int(rng.integers(len(peers)))]
         return other if other != index or len(peers) == 1 else peers[(peers.index(other) + 1) % len(peers)]
@@ -241,7 +241,7 @@ class TrainingSet:
 class Shaped(NamedTuple):
     """The pictures of the train split that come in a shape."""
 
-    indices: NDArray[np.integer]  # among all
+    indices: NDArray[np.integer]  # among all pictures
     latents: Tensor  # float16 [pictures, C, h, w]
 
 
@@ -255,16 +255,16 @@ def pad(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
 
 
 def training_set(recipe: Recipe, device: str) -> TrainingSet:
-    """The package's data and text encoder, as a recipe draws from them."""
+    """The data set with the bundled text encoder, as a recipe draws from them."""
     return TrainingSet(Catalog(DATA), TextEncoder.load(BOX / "mini-text.safetensors", device), recipe)
 
 
 def read_latents(folder: Path, size: int | Shape, count: int) -> NDArray[np.float16]:
     """The train split's latents at a size, float16 [count, C, H/f, W/f]."""
-    path, hint = latents_file(folder, size), f"encode them with: python -m model.train.encode {size}"
+    path, hint = latents_file(folder, size), f"Encode them with: python -m model.train.encode {size}"
     if not path.exists():
-        raise K2Error(f"there are no latents of {size} px by the autoencoder in the box in {folder}.", hint=hint)
+        raise K2Error(f"There are no latents of {size} px by the bundled autoencoder in {folder}.", hint=hint)
     latents = np.load(path)
     if len(latents) != count:
-        raise K2Error(f"{path} holds {len(latents)} pictures, the data set {count}.", hint=hint)
+        raise K2Error(f"{path} holds {len(latents)} pictures, but the data set has {count}.", hint=hint)
     return latents

@@ -1,11 +1,11 @@
-"""The Turbo stage: a recipe's `method` says which half of `model/train/distill.py` it is.
+"""The Turbo stage: a recipe's `method` says which half of `model/train/distill.py` it runs.
 
-The teacher is a Raw checkpoint with guidance, frozen; the student starts from `init` and never sees guidance again.
-Prompts are those of the train split, with and without style rows, whose strengths are drawn from what a user may turn
-them to: so the student keeps the teacher's answer to every strength.
+The teacher is a frozen Raw checkpoint with guidance; the student starts from `init` and never sees guidance again.
+Prompts are those of the train split, with and without style rows, whose strengths are drawn from the range open to
+users, so that the student keeps the teacher's response to every strength.
 
-In a trajectory's step the fake score learns at once with the student, from two points of the walk at five times the
-rate, where others take five steps of it to one of the student's: the walk is the dearer part, and serves both.
+In a trajectory step the fake score learns together with the student, from two points of the walk at five times the
+rate, where others take five steps of it per student step: the walk is the expensive part, and serves both.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ METHODS = ("guidance", "trajectory")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(pretrain.Recipe):
-    """One half of the distillation, as its TOML file says it."""
+    """The recipe of one half of the distillation."""
 
     stage: str = "turbo"
     method: str
-    teacher: str = "box"  # a run, or the package's Raw weights
-    guidance: float = 2.5  # of the teacher, which the student takes in
+    teacher: str = "box"  # a run, or the bundled Raw weights
+    guidance: float = 2.5  # of the teacher, which the student absorbs
     walk_steps: int = 8  # of the student
     walk_mu: float = 0.5  # shift of their noise levels
-    fakes: int = 2  # points of the walk that the fake score learns from, for each one that the student does
-    fake_rate: float = 5.0  # learning rate of the fake score, in student's
-    strengths: tuple[float, float] = (-1.0, 1.5)  # of the style rows, where there are any ...
-    untouched: float = 0.5  # ... but for this share of them, which stays at 1, as nearly every style does
+    fakes: int = 2  # points of the walk that the fake score learns from, per point for the student
+    fake_rate: float = 5.0  # learning rate of the fake score, relative to the student's
+    strengths: tuple[float, float] = (-1.0, 1.5)  # range for style rows, if there are any ...
+    untouched: float = 0.5  # ... except this share of them, which stays at 1, as nearly every style does
     repeats: int = 1
 
     @property
@@ -68,7 +68,7 @@ class Recipe(pretrain.Recipe):
 
 
 class Pair(nn.Module):
-    """The student, under the transformer's usual name, and the fake score where there is one."""
+    """The student, under the transformer's usual name, and the fake score if there is one."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -77,13 +77,13 @@ class Pair(nn.Module):
 
 
 class Turbo(pretrain.Drawing):
-    """Distillation of a frozen teacher into a student that takes few steps without guidance."""
+    """Distillation of a frozen teacher into a student that needs few steps and no guidance."""
 
     recipe: Recipe
     model: Pair
 
     def __init__(self, recipe: Recipe, data: TrainingSet | None, teacher: Trainee, empty: Tensor):
-        """`empty` [1, T, N, E]: text features of no prompt. Raises where the teacher has another shape."""
+        """`empty` [1, T, N, E]: text features of the empty prompt. Raises if the teacher has another shape."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.set, self.teacher, self.empty = recipe, data, teacher.eval(), empty
         self.frozen = teacher.dit
@@ -134,7 +134,7 @@ class Turbo(pretrain.Drawing):
         times = shifted_sigmas(self.recipe.walk_steps, self.recipe.walk_mu)
         fake = conditioned(self.model.fake, embeds, mask, grid)
         way = walk(student, noise, times)
-        torch.clear_autocast_cache()  # else weights first cast without gradient stay so
+        torch.clear_autocast_cache()  # else weights first cast without gradient stay without
         draws = [Chance.draw(self.recipe.walk_steps, noise, generator) for _ in range(1 + self.recipe.fakes)]
         follow = torch.cat([fake_loss(fake, way, chance) for chance in draws[1:]]).mean()
         move = student_loss(student, fake, teacher, way, draws[0], self.recipe.guidance).mean()
@@ -143,7 +143,7 @@ class Turbo(pretrain.Drawing):
 
     @torch.no_grad()
     def prompts(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Text features with the style rows behind them, at strengths of their own, and the mask."""
+        """Text features followed by style rows, each at its own strength, and the mask."""
         embeds, mask = tensors["embeds"], tensors["mask"]
         references = tensors.get("references")
         if references is None:
@@ -158,7 +158,7 @@ class Turbo(pretrain.Drawing):
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Run a stage to its end, from where it stands."""
+    """Run a stage to its end from where it stands."""
     data = training_set(recipe, device)
     teacher = pretrain.taught_by(recipe, recipe.teacher, len(data.looks), device)
     run = loop.Run(Turbo(recipe, data, teacher, data.text.encode([""])[0]), RUNS / recipe.name, device)

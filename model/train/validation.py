@@ -1,6 +1,6 @@
-"""What rests, so that every stage after pretraining can be compared: a twentieth of the train split.
+"""The validation set that makes every stage after pretraining comparable: a twentieth of the train split.
 
-`finish` runs a stage whose end figure is its loss there.
+`finish` runs a stage whose final figure is its loss there.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from model.train.pretrain import Pretraining, Trainee
 from model.train.states import RUNS
 from model.train.training_set import TrainingSet
 
-PICTURES = 128  # that a finished stage is validated by
+PICTURES = 128  # that a finished stage is validated on
 
 
 def rests(item: Item) -> bool:
-    """Whether a picture of the train split is kept for validation by every stage after pretraining."""
+    """Whether every stage after pretraining keeps a picture of the train split for validation."""
     return stable_seed("validation", item.pair, item.look) % 20 == 0
 
 
 def only(data: TrainingSet, keep: NDArray[np.bool_]) -> None:
-    """Draw from these pictures only, at the odds that they had."""
+    """Draw only from these pictures, at their previous odds."""
     weights = data.weights * keep
     if not (weights.any() and all(weights[shaped.indices].any() for shaped in data.shaped)):
-        hint = "Let the recipe's domain take more in, or name fewer shapes."
+        hint = "Widen the recipe's domain, or name fewer shapes."
         raise K2Error("No picture of the data set, or of one of its shapes, is left to train on.", hint=hint)
     data.weights = weights / weights.sum()
 
 
 def rest_for_validation(data: TrainingSet) -> None:
-    """Leave out of training what validates."""
+    """Exclude the validation pictures from training."""
     only(data, np.array([not rests(item) for item in data.items]))
 
 
 @torch.no_grad()
 def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, pictures: int) -> float:
-    """Flow loss on pictures that rest, without references, at noise that is always the same."""
+    """Flow loss on validation pictures, without references, at noise that is always the same."""
     resting = copy.copy(data)
     resting.weights = np.array([float(rests(item)) for item in data.items])
     resting.weights /= resting.weights.sum()
@@ -63,7 +63,7 @@ def validation_loss(model: Trainee, data: TrainingSet, recipe: pretrain.Recipe, 
 
 
 def finish(stage: Pretraining, data: TrainingSet, device: str, report: Report) -> loop.Run:
-    """Run a stage to its end, from where it stands, and validate what comes of it: its averages, which others take."""
+    """Run a stage to its end from where it stands, and validate its averages, which other stages start from."""
     recipe = stage.recipe
     run = loop.train(loop.Run(stage, RUNS / recipe.name, device), report)
     if run.idle and "validation" in run.figures:
