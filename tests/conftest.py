@@ -30,29 +30,29 @@ from model.spec import Picture, RenderSpec
 SIDE = 64
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a process for every core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is one process per core
 
 hypothesis.settings.register_profile("k2", deadline=None)  # a busy machine is no failure
 hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("k2"), max_examples=20_000)
 hypothesis.settings.load_profile("k2")
 
-# Typer's runner makes all commands anew for each call, which takes most of a test's time: they are the same ones.
+# Typer's runner rebuilds all commands for each call, which takes most of a test's time although they never change.
 typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """All tests share the cores, up to four; files that are named are run here, which begins sooner."""
+    """A full run uses all cores, up to four; named files run in this process, which starts sooner."""
     return min(4, os.cpu_count() or 1) if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_collection_finish() -> None:
-    """What is there before the first test stays: a collection need not go through all of torch, half a second each."""
+    """Objects from before the first test stay: no garbage collection needs to scan all of torch, half a second each."""
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
-    """Shells start what runs in the background deaf to Ctrl-C, and children inherit it; tests press it all the same."""
+    """Shells make background jobs ignore Ctrl-C, and children inherit that; tests need it to work all the same."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -60,12 +60,12 @@ def ctrl_c():
 
 @pytest.fixture(autouse=True)
 def able_terminal(monkeypatch: pytest.MonkeyPatch):
-    """What is drawn on a terminal does not depend on that of whoever runs the tests, as within an editor."""
+    """Terminal output does not depend on the terminal that runs the tests, such as an editor's."""
     monkeypatch.setenv("TERM", "xterm")
 
 
 class FakePipeline:
-    """Pictures depend on the spec alone. `stop` is called before each picture, to raise what a test wants raised."""
+    """Pictures depend only on the spec. `stop` is called before each picture, to raise what a test wants raised."""
 
     loaded: ClassVar[list[tuple[Any, ...]]] = []
     held: ClassVar[list[tuple[Any, ...]]] = []
@@ -131,7 +131,7 @@ class FakePipeline:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakePipeline]]:
-    """The command line with a box of its own and the painting pipeline; torch stays out."""
+    """The command line with bundled weights of its own and the fake pipeline, without torch."""
     box = tmp_path / "box"
     box.mkdir()
     write_weights(box / "mini-raw.safetensors", {"kind": "dit", "variant": "raw", "native": 128})
@@ -146,7 +146,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeP
 
 
 def write_weights(path: Path, about: dict[str, Any]) -> None:
-    """The smallest safetensors file that says what it is."""
+    """The smallest safetensors file with metadata of what it is."""
     import json
 
     header = {
@@ -175,7 +175,7 @@ text = "an owl at night"
 
 @pytest.fixture
 def moody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: type[FakePipeline]) -> Path:
-    """A project of two prompts, which is the current folder."""
+    """A project with two prompts, in the current folder."""
     folder = tmp_path / "moody"
     folder.mkdir()
     (folder / "k2.toml").write_text(PROJECT)
@@ -185,7 +185,7 @@ def moody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: type[FakePipeli
 
 @pytest.fixture
 def k2() -> Callable[..., Any]:
-    """Run a command in this process; exceptions that no user should see come through."""
+    """Run a command in this process; exceptions that no user should see are raised."""
 
     def run(*arguments: str, input: str | None = None, code: int = 0) -> Any:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
@@ -198,7 +198,7 @@ def k2() -> Callable[..., Any]:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file of a folder with its bytes, every folder with None."""
+    """Every file in a folder with its bytes, every folder with None."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -206,7 +206,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def many_pictures(outputs: Path, count: int, *, per_run: int = 40, text: str = "", png: bytes = b"") -> None:
-    """A history as long as wanted: runs of one prompt each, records as a render writes them, one small picture."""
+    """A history of any length: runs of one prompt each, records as a render writes them, one small picture."""
     from datetime import UTC, datetime, timedelta
 
     from k2cli.dialect import dump

@@ -131,7 +131,7 @@ def test_half_a_dozen_kills_at_random_moments(tmp_path):
     )
 
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "all whole, all finished" in done.stdout
+    assert "all complete, all finished" in done.stdout
 
 
 def paint(barrier: Any, number: int) -> None:

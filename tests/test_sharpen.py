@@ -72,7 +72,7 @@ def test_as_wide_as_it_was_it_is_what_it_was(vae):
     [(), (8, 8, 16), (2, 4, 8, 24), (8, 8, 8, 24), (6, 6, 12, 24), (12, 12, 24, 24), (16, 16, 32, 24), (8, 8, 16, 48)],
 )
 def test_widths_by_which_it_would_be_another_are_refused(vae, widths):
-    with pytest.raises(K2Error, match=r"Scales of \[4, 4, 8, 24\] channels cannot have"):
+    with pytest.raises(K2Error, match=r"Scales of \[4, 4, 8, 24\] channels cannot be widened"):
         widened(vae, widths)
 
 
@@ -266,7 +266,7 @@ def test_latents_are_drawn_in_parts_and_those_that_are_there_stay(tmp_path, monk
     [
         ({"taken": (2, 9)}, "taken must be at most 8"),
         ({"crop": 100}, "crop and size must be multiples of 16"),
-        ({"widths": (16, 16)}, "channels cannot have"),
+        ({"widths": (16, 16)}, "channels cannot be widened"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, settings, message):

@@ -1,20 +1,19 @@
-"""What a stage of post-training changes, by a judge that no training has used: before and after, picture by picture.
+"""What a stage of post-training changes, by a judge that no training used: before and after, picture by picture.
 
 `python -m model.train.ablation JUDGE OUT BEFORE AFTER…` renders the same captions of pictures that were never trained
-on, from the same seeds, by each checkpoint: `raw` and `turbo` are those of the box, anything else a run of `.runs`, put
-into 8 bits as it would be shipped. `NAME:STEPS:GUIDANCE` renders by other settings than the checkpoint's own.
+on, from the same seeds, by each checkpoint: `raw` and `turbo` are the bundled ones, anything else a run in `.runs`,
+quantised to 8 bits as for release. `NAME:STEPS:GUIDANCE` replaces the checkpoint's own settings.
 
 subject    share of pictures whose subject is the nearest of 100 names
-style      cosine of the judge's style embedding to that of real pictures in the look that was asked for
+style      cosine of the judge's style embedding to that of real pictures in the requested look
 whole      the critic's probability that nothing in a picture is broken
-diversity  mean distance between pictures of one prompt and different seeds, in the judge's features
+diversity  mean distance between pictures of one prompt with different seeds, in the judge's features
 distance   Fréchet distance to as many real pictures, in the same features
-kernel     squared kernel distance to them, whose expectation is 0 where nothing is different
-grain      power in the top octave of the spectrum of the film-grain look, as a share of real pictures'
+kernel     squared kernel distance to them, whose expectation is 0 if there is no difference
+grain      power in the top octave of the spectrum of the film-grain look, relative to real pictures
 
-Real pictures of the same captions stand beside them where that has a meaning. Changes are after − before, with
-intervals drawn over drawings, as held-out pictures share them; distances have none, since a sample drawn anew from
-itself is further away.
+Real pictures of the same captions are measured too where that makes sense. Changes are after − before, with intervals
+over drawings, which held-out pictures share; distances have none, since a resample of a sample is further away.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SHOWN = 12  # pictures of each checkpoint on the sheet
 
 
 class Checkpoint(NamedTuple):
-    """What to render by: a name, and settings where they are not the checkpoint's own."""
+    """What to render with: a name, and settings that differ from the checkpoint's own."""
 
     name: str
     steps: int | None = None
@@ -62,7 +61,7 @@ class Checkpoint(NamedTuple):
             raise K2Error(f'"{said}" is not NAME, NAME:STEPS or NAME:STEPS:GUIDANCE.') from None
 
     def load(self, dtype: str | None) -> Pipeline:
-        """Its pipeline; a run's transformer is joined by the box's other parts."""
+        """Its pipeline; a run's transformer is used with the other bundled parts."""
         if self.name in ("raw", "turbo"):
             return Pipeline.load("mini", self.name, dtype=dtype, filters=())
         with tempfile.TemporaryDirectory() as folder:
@@ -75,13 +74,13 @@ class Checkpoint(NamedTuple):
 
 @torch.inference_mode()
 def wholeness(critic: Critic, pictures: Sequence[Pixels]) -> Floats:
-    """What the critic makes of each picture, 0 … 1."""
+    """The critic's rating of each picture, 0 … 1."""
     parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
     return torch.cat([critic(to_tensor(list(part), SIZE)).sigmoid() for part in parts]).numpy()
 
 
 def looks_of(task: Task, judge: Judge, catalog: Catalog) -> Floats:
-    """What stands for the look of each picture that is asked for: the mean style of real ones of the train split."""
+    """The embedding of each requested picture's look: the mean style of real ones of the train split."""
     known, wanted = pictures_of_looks(catalog), {item.look for item in task.items}
     real = {look: [catalog.picture(item) for item in known[look][:PROTOTYPE]] for look in wanted}
     centres = {look: middle(embed(judge, pictures)[1]) for look, pictures in real.items()}
@@ -89,17 +88,17 @@ def looks_of(task: Task, judge: Judge, catalog: Catalog) -> Floats:
 
 
 class Scores(NamedTuple):
-    """A checkpoint's numbers: a column for each figure that is a mean, and what the others are taken of."""
+    """A checkpoint's numbers: a column for each figure that is a mean, and the data for the others."""
 
     columns: dict[str, Floats]
-    drawings: Sequence[Hashable]  # of the pictures; prompts of the diversity have each their own
+    drawings: Sequence[Hashable]  # of the pictures; each prompt for diversity has its own
     features: Floats
     real_features: Floats
     power: Floats
     real_power: Floats
 
     def groups(self, name: str) -> Sequence[Hashable]:
-        """What a figure's rows are drawn by."""
+        """The groups that a figure's rows are resampled by."""
         return () if name == "diversity" else self.drawings
 
 
@@ -132,7 +131,7 @@ def changes(before: Scores, after: Scores) -> dict[str, Any]:
 
 
 def main(judge_path: Path, out: Path, names: Sequence[str], count: int, dtype: str | None = None) -> dict[str, Any]:
-    """Measure checkpoints and what lies between the first and each of the others; print it, and keep it in `out`."""
+    """Measure checkpoints and the change from the first to each of the others; print it, and store it in `out`."""
     checkpoints = [Checkpoint.of(name) for name in names]
     judge = Judge.load(judge_path)
     critic = Critic.load(judge_path.with_name(judge_path.name.replace("judge", "critic")))

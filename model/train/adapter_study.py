@@ -1,10 +1,10 @@
 """What ten pictures teach a LoRA, by the evaluation judge: `python -m model.train.adapter_study JUDGE OUT`.
 
-The pictures are real ones of a look that neither generator nor judge was trained on, captioned by their subject alone.
-Prompts name subjects that are not among them. Three ways to paint each prompt, same seeds: as it is, with the trigger's
-words alone, with the words and the LoRA; the latter two on Turbo as well, where it is there. A likeness is the cosine
-between the judge's style embedding of a picture and the mean of other real pictures in the look; intervals are 95 %, by
-bootstrap over prompts. Writes `adapter.toml` and `adapter.png`: a row a way, real pictures last.
+The pictures are real ones in a look that neither generator nor judge was trained on, captioned only by their subject.
+Prompts name other subjects. Each prompt is painted in three ways with the same seed: as is, with only the trigger's
+words, with the words and the LoRA; the latter two also on Turbo, if it exists. A likeness is the cosine between the
+judge's style embedding of a picture and the mean of other real pictures in the look; intervals are 95 %, by bootstrap
+over prompts. Writes `adapter.toml` and `adapter.png`: one row per way, real pictures last.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from model.train.study import (
 
 TRIGGER = "dusk style"  # words that mean no look of the data set
 PICTURES = 10
-SHOWN = 12  # pictures of a row of the sheet
+SHOWN = 12  # pictures per row of the sheet
 
 
 def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
-    """Write ten pictures of a look with their captions, each of another subject -> the subjects."""
+    """Write ten pictures in a look with captions, each of a different subject -> the subjects."""
     folder.mkdir(parents=True, exist_ok=True)
     known = set(candidates(catalog, len(catalog.subjects)))
     items: dict[str, Item] = {}
@@ -66,7 +66,7 @@ def teach(catalog: Catalog, look: Look, folder: Path) -> list[str]:
 def study(
     judge: Judge, catalog: Catalog, folder: Path, recipe: adapter.Recipe, *, which: int, count: int, steps: int | None
 ) -> dict[str, Any]:
-    """Teach, paint, judge -> figures. `which` of the held-out looks, `count` prompts, sampling `steps`."""
+    """Train, paint, judge -> figures. `which` of the held-out looks, `count` prompts, sampling `steps`."""
     looks = choose_looks(catalog)
     look = looks[which]
     taught = teach(catalog, look, folder / "pictures")
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--look", type=int, default=0, help="which of the held-out looks")
     parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--sampling", type=int, help="steps of sampling; the model's own if left out")
+    parser.add_argument("--sampling", type=int, help="sampling steps; default: the model's own")
     parser.add_argument("--count", type=int, default=40, help="prompts")
     options = parser.parse_args()
     recipe = adapter.Recipe(

@@ -1,11 +1,11 @@
-"""Training the small autoencoder: 8 x 8 pixels to 16 numbers, and back, on composed pictures of the data set.
+"""Training the small autoencoder: 8 x 8 pixels to 16 numbers and back, on composed pictures of the data set.
 
 `k2 train autoencoder` trains both halves and measures the latents' statistics; `k2 train finer` takes it to cells of
-16 x 16 (`finer.py`); `k2 train decoder` goes on with the decoder of the package's autoencoder alone, so that latents
-stay what they are, and `k2 train sharpen` by what the network draws (`sharpen.py`). The loss is L1 + squared error
-(fidelity) + L1 of differences (edges) + a small Kullback-Leibler term, and the decoder sees noisy latents, so that what
-a diffusion model gets almost right still decodes well. Asked for texture, it compares fine detail by strength as well:
-by those sums alone grain is best left out.
+16 x 16 (`finer.py`); `k2 train decoder` trains only the decoder of the bundled autoencoder further, so that latents
+stay the same, and `k2 train sharpen` does so on what the network draws (`sharpen.py`). The loss is L1 + squared error
+(fidelity) + L1 of differences (edges) + a small Kullback-Leibler term, and the decoder sees noisy latents, so that
+nearly correct latents of a diffusion model still decode well. With `texture` it also compares the strength of fine
+detail: the other terms alone are lowest without any grain.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from model.whole import whole
 
 ENCODER = ("encoder.", "quant_conv.")
 WIDE, NARROW = 32, 4  # px, of windows
-DIRECTIONS, PATCHES = 48, 12.0  # of patches, and what their distance weighs beside that of the strengths
+DIRECTIONS, PATCHES = 48, 12.0  # of patches, and the weight of their distance relative to that of the strengths
 GRAINY = "film"  # the medium whose fine detail is noise
 SHAPE = VAEConfig(
     base_dim=8, dim_mult=(1, 2, 6, 12), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16
@@ -52,17 +52,17 @@ class Recipe(recipes.Recipe):
     stage: str = "autoencoder"
     batch: int = 16
     size: int = data.SIZE  # px of the pictures
-    crop: int = 64  # px of what is cut out of them
+    crop: int = 64  # px of the crops
     edges: float = 0.5  # weight of the loss on differences of neighbours
     squares: float = 3.0  # weight of the squared error
-    texture: float = 0.0  # weight of the loss on fine detail: grain is met in its strength, not in its places
-    grainy: float = 0.0  # share of the pictures that are surely grainy
+    texture: float = 0.0  # weight of the loss on fine detail: grain is matched in strength, not in position
+    grainy: float = 0.0  # share of the pictures that are always grainy
     kl: float = 1e-5  # per latent number, against a unit Gaussian
     noise: float = 0.1  # of the latents' standard deviation, seen by the decoder
     pictures: int = 5000
     plain: float = 0.65  # share of the pictures without a medium
-    held_out: int = 128  # pictures of either kind that measure the result
-    decoder: bool = False  # train the decoder of the package's autoencoder, its encoder as it is
+    held_out: int = 128  # pictures of either kind to measure the result on
+    decoder: bool = False  # train only the decoder of the bundled autoencoder
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +82,7 @@ class Pool(NamedTuple):
 
 
 def draw(items: Sequence[Item], count: int, plain: float, rng: np.random.Generator) -> list[Item]:
-    """So many items, this share of them without a medium: first those, then the others."""
+    """`count` items, a share `plain` of them without a medium: those first, then the others."""
     kinds = [item for item in items if item.look.medium == "plain"], [i for i in items if i.look.medium != "plain"]
     wanted = round(count * plain), count - round(count * plain)
     return [kind[i] for kind, n in zip(kinds, wanted, strict=True) for i in rng.permutation(len(kind))[:n]]
@@ -106,7 +106,7 @@ def pool(catalog: Catalog, split: str, count: int, plain: float, seed: int, fold
 
 
 def picked(grainy: NDArray[np.bool_], recipe: Recipe, rng: np.random.Generator) -> list[int]:
-    """A batch of a pool's pictures, which of them are grainy [N] -> their places, of the recipe's share grainy ones."""
+    """Indices of a batch from a pool with grainy pictures [N]; the recipe's share of them is always grainy."""
     those = np.flatnonzero(grainy)
     among = (those if len(those) and rng.random() < recipe.grainy else len(grainy) for _ in range(recipe.batch))
     return [int(rng.choice(each)) for each in among]
@@ -145,11 +145,11 @@ def spectra(images: Tensor, side: int) -> Tensor:
 
 
 def strength(decoded: Tensor, images: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] -> how far their fine detail is apart in strength, wherever it lies.
+    """Pictures [B, 3, H, W] -> how much their fine detail differs in strength, regardless of position.
 
-    By frequency over the whole of a picture, which forbids a pattern that repeats from cell to cell, and by place over
-    all frequencies, which forbids lone dots. Logarithms of means: those of single powers would have noise too weak by a
-    third, as their median is. Below one grey level nothing is told apart.
+    By frequency over the whole picture, which rules out patterns that repeat from cell to cell, and by place over all
+    frequencies, which rules out lone dots. Logarithms of means: logarithms of single powers would make noise a third
+    too weak, as their median is. Differences below one grey level are ignored.
     """
     apart = []
     for side, over in ((WIDE, (2, 3)), (NARROW, (4,))):
@@ -159,10 +159,10 @@ def strength(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def patches(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, H, W] -> how far the distributions of their small patches are apart, in deviations.
+    """Pictures [B, 3, H, W] -> how far apart the distributions of their small patches are, in standard deviations.
 
-    The sliced Wasserstein distance (arXiv 2006.07229) along random directions: nets and worms have the spectrum of
-    noise but not its patches.
+    The sliced Wasserstein distance (arXiv 2006.07229) along random directions: net and worm patterns have the spectrum
+    of noise but not its patches.
     """
     apart = []
     for side in (3, 5):
@@ -175,10 +175,10 @@ def patches(decoded: Tensor, images: Tensor, generator: torch.Generator) -> Tens
 
 
 def infidelity(decoded: Tensor, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, H, W], which are grainy [B] -> how far they are from what they should be.
+    """Pictures [B, 3, H, W], which of them are grainy [B] -> how far they are from their targets.
 
-    Where spectra count, grainy pictures are compared from five pixels on: without any grain they would cost less than
-    with one that lies elsewhere.
+    With `texture`, grainy pictures are compared only at scales of five pixels and up: otherwise no grain would cost
+    less than misplaced grain.
     """
     error = decoded - images
     if recipe.texture:
@@ -194,9 +194,9 @@ def infidelity(decoded: Tensor, images: Tensor, grainy: Tensor, recipe: Recipe, 
 
 
 def loss(vae: QwenImageVAE, images: Tensor, grainy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """images [B, 3, H, W], which are grainy [B] -> the training loss.
+    """images [B, 3, H, W], which of them are grainy [B] -> the training loss.
 
-    Where only the decoder learns, the encoder merely supplies latents.
+    If only the decoder learns, the encoder merely supplies latents.
     """
     images, grainy, frozen = images.to(vae.mean.device), grainy.to(vae.mean.device), recipe.decoder
     with torch.set_grad_enabled(not frozen):
@@ -223,7 +223,7 @@ def psnr(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> float:
 
 @torch.no_grad()
 def sheet(vae: QwenImageVAE, pictures: NDArray[np.uint8], path: Path) -> None:
-    """Originals above their reconstructions, twelve a row."""
+    """Originals above their reconstructions, twelve per row."""
     images = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     decoded = (vae.decode(vae.encode(images / 127.5 - 1)) * 127.5 + 127.5).round().to(torch.uint8)
     rows = []
@@ -234,10 +234,10 @@ def sheet(vae: QwenImageVAE, pictures: NDArray[np.uint8], path: Path) -> None:
 
 @torch.no_grad()
 def measure(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
-    """The configuration with the statistics of raw latents over whole pictures in it.
+    """The configuration with the statistics of raw latents over complete pictures.
 
-    Channels are scaled half-way, by the geometric mean of their own deviation and the average one: full equality would
-    have a diffusion model spend as much on the faintest detail as on what the picture shows.
+    Channels are only half equalised, by the geometric mean of their own deviation and the average one: with full
+    equality a diffusion model would spend as much on the faintest detail as on what the picture shows.
     """
     means = []
     for start in range(0, len(pictures), 32):
@@ -248,7 +248,7 @@ def measure(vae: QwenImageVAE, pictures: NDArray[np.uint8]) -> VAEConfig:
 
 
 def write(vae: QwenImageVAE, path: Path, training: dict[str, Any], size: int) -> None:
-    """The finished autoencoder as a checkpoint of its own kind, meant for pictures of this size in px."""
+    """Write the finished autoencoder as a checkpoint, for pictures of this size in px."""
     metadata = {"kind": "vae", "config": asdict(vae.config), "native": size, "training": training}
     save(path, vae.state_dict(), metadata)
 
@@ -325,7 +325,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
 
 
 def averaged(run: loop.Run, config: VAEConfig, prefix: str = "") -> QwenImageVAE:
-    """The autoencoder of a run's averaged weights, among which its names begin so."""
+    """The autoencoder from a run's averaged weights whose names start with `prefix`."""
     vae = QwenImageVAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae.load_state_dict({k.removeprefix(prefix): v.cpu() for k, v in run.ema.items() if k.startswith(prefix)})
     return vae

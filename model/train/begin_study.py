@@ -1,8 +1,8 @@
-"""Pictures that begin with others, by the judge: `python -m model.train.begin_study JUDGE OUT`.
+"""Pictures with an init image, by the judge: `python -m model.train.begin_study JUDGE OUT`.
 
-became  a picture of one subject and the prompt of another: share by share of it that is made anew, as which of the two
-        it is read among the names of all, and how far its pixels have gone, of how far they go where nothing is kept
-mended  the right half made anew by the picture's own prompt and another seed: whether it is read as what it was
+became  an init image of one subject with the prompt of another: for each share that is repainted, which of the two it
+        is recognised as among the names of all, and how far its pixels move, relative to repainting everything
+mended  the right half repainted by the picture's own prompt and another seed: whether it is still recognised
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
 class Study(OfSubjects):
-    """Each subject is led to the next."""
+    """Each subject is repainted as the next."""
 
     def first(self) -> tuple[list[Path], list[Pixels]]:
-        """The pictures that others begin with, and their files."""
+        """The init images and their files."""
         pictures = paint(self.pipeline, self.specs(self.chosen, 100))
         files = [self.folder / f"first-{index}.png" for index in range(len(pictures))]
         for file, picture in zip(files, pictures, strict=True):
@@ -38,13 +38,13 @@ class Study(OfSubjects):
         return specs_of(list(map(phrase, subjects)), seed, steps=self.steps)
 
     def read_as(self, pictures: list[Pixels], subjects: list[str]) -> Floats:
-        """Of each picture whether its own subject's name is the nearest."""
+        """Whether each picture's own subject has the nearest name."""
         return retrieval(self.judge, pictures, subjects, self.subjects).astype(float)
 
 
 def became(study: Study) -> dict[str, Any]:
-    """Share of the steps -> how many are read as their prompt's subject, how many as that of the picture before, and
-    the mean distance to it."""
+    """Share of the steps -> how many are recognised as their prompt's subject, how many as the init image's, and the
+    mean distance to it."""
     files, before = study.first()
     wanted = [*study.chosen[1:], study.chosen[0]]
     made = {share: begun(study, files, wanted, share) for share in SHARES}
@@ -69,12 +69,12 @@ def with_first(spec: RenderSpec, file: Path, share: float, mask: str | None = No
 
 
 def distance(one: Pixels, other: Pixels) -> float:
-    """Root mean square of pixels' differences, of 255."""
+    """Root mean square difference of pixels, out of 255."""
     return float(np.sqrt(np.mean((one.astype(float) - other) ** 2)))
 
 
 def mended(study: Study) -> dict[str, Any]:
-    """How many are read as their subject, before and after their right half was made anew."""
+    """How many are recognised as their subject, before and after their right half was repainted."""
     files, before = study.first()
     height, width = before[0].shape[:2]
     edge = width // 2

@@ -1,16 +1,15 @@
-"""What moodboards and their like do, by the evaluation judge: `python -m model.train.board_study JUDGE OUT [--only …]`.
+"""What moodboards and the like do, by the evaluation judge: `python -m model.train.board_study JUDGE OUT [--only …]`.
 
-cohesion    batches of eight, of one prompt and of a run of eight: likeness of looks over the dial, what is kept of
-            subjects and of difference, and whether 0 is bit for bit the independent picture
-moodboard   boards of thirty pictures in looks that are held out for good: are two looks found as two, one as one, with
-            the right members; are pictures made with a board nearer to it than without; seconds for 300 pictures
-creativity  variety of a prompt's pictures, and the subject kept, level by level
-avoids      without guidance: how often an avoided medium or colour is read in pictures whose prompt asks for it
-sheets      a ladder of cohesion, and boards before and after, for the eye
+cohesion    batches of eight, of one prompt and of a run of eight: likeness of looks over the dial, how much of subjects
+            and variety remains, and whether 0 is bit for bit the independent picture
+moodboard   boards of thirty pictures in permanently held-out looks: are two looks found as two, one as one, with the
+            right members; are pictures closer to a board with it than without; seconds for 300 pictures
+creativity  variety of a prompt's pictures, and subjects kept, level by level
+avoids      without guidance: how often an avoided medium or colour is recognised although the prompt asks for it
+sheets      a ladder of cohesion, and boards before and after, to look at
 
-What is written stands in `study.py`. A likeness is the cosine of the judge's style embeddings; a spread is one minus
-the mean of it over pairs. Distances between pictures are taken of pixels at 64 px (root mean square) and of the judge's
-last feature map.
+Output: see `study.py`. A likeness is the cosine of the judge's style embeddings; a spread is one minus its mean over
+pairs. Distances between pictures are of pixels at 64 px (root mean square) and of the judge's last feature map.
 """
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ from model.train.viewing import Seen, Study, centre_of, distances, likeness, pic
 BATCH = 8
 DIAL = (0.0, 0.25, 0.5, 0.75, 1.0)
 BOARD = 30  # pictures of a board
-BOARD_STRENGTH = 0.35  # where [moodboard] gives none
-PER_BOARD = 10  # pictures made with each
+BOARD_STRENGTH = 0.35  # the default of [moodboard]
+PER_BOARD = 10  # pictures rendered with each
 
 
 # ---- cohesion -------------------------------------------------------------------------------------------------------
 
 
 def cohesion(study: Study, scope: str = "prompt") -> dict[str, Any]:
-    """The dial, over batches of one prompt or over runs of eight; real pictures of one look are the ceiling."""
+    """The dial over batches of one prompt or over runs of eight; real pictures of one look are the ceiling."""
     real = [[study.catalog.picture(item) for item in items] for items in looks_of_eight(study.catalog)]
     levels, drawn = np.array(DIAL), draw_batches(study, scope)
     table = np.array([[measure(study, batch, c) for c in DIAL] for batch in drawn])  # [batches, levels, 4]
@@ -95,13 +94,13 @@ def specs_of(study: Study, batch: Sequence[str], level: float) -> list[RenderSpe
 
 
 def measure(study: Study, batch: Sequence[str], level: float) -> tuple[float, float, float, float]:
-    """Likeness of looks, share of right subjects, distance of pixels, of features."""
+    """Likeness of looks, share of correct subjects, distance of pixels, of features."""
     seen = study.see(specs_of(study, batch, level))
     return likeness(seen), float(study.right(seen, batch).mean()), *distances(seen)
 
 
 def is_exact(study: Study, batch: Sequence[str]) -> bool:
-    """Whether a batch at 0 is, bit for bit, the same pictures that nothing ties."""
+    """Whether a batch at 0 is, bit for bit, the same as pictures without cohesion."""
     free = [study.spec(spec.prompt, spec.seed) for spec in specs_of(study, batch, 0.0)]
     pairs = zip(study.pipeline.stream(free), study.pipeline.stream(specs_of(study, batch, 0.0)), strict=True)
     return all(one.record["pixels"] == other.record["pixels"] for one, other in pairs)
@@ -118,7 +117,7 @@ def looks_of_eight(catalog: Catalog) -> list[list[Item]]:
 
 
 def moodboard(study: Study) -> dict[str, Any]:
-    """Boards in held-out looks, analysed and rendered with."""
+    """Boards in held-out looks: their analysis, and pictures rendered with them."""
     eye = Eye.load("mini")
     looks = choose_looks(study.catalog)
     two, right = [], []
@@ -155,13 +154,13 @@ def moodboard(study: Study) -> dict[str, Any]:
 
 
 def pairs_of(looks: Sequence[Look]) -> list[tuple[Look, Look]]:
-    """Twenty pairs of looks in different media and drawings, the same ones every time."""
+    """Twenty pairs of looks in different media and drawing sets, always the same ones."""
     apart = [(a, b) for a, b in combinations(looks, 2) if a.medium != b.medium and a.drawing != b.drawing]
     return sorted(apart, key=lambda pair: stable_seed("pair", *pair))[:20]
 
 
 def lay_out(study: Study, looks: Sequence[Look], eye: Eye) -> tuple[dict[Path, Look], Board]:
-    """A board of `BOARD` real pictures in equal parts, as files, and what it is read as."""
+    """A board of `BOARD` real pictures in equal parts, as files, and its analysis."""
     if tuple(looks) in study.boards:
         return study.boards[tuple(looks)]
     folder = study.folder / "boards" / "-and-".join(f"{look.drawing}-{look.medium}" for look in looks)
@@ -179,7 +178,7 @@ def lay_out(study: Study, looks: Sequence[Look], eye: Eye) -> tuple[dict[Path, L
 
 
 def members(truth: dict[Path, Look], board: Board) -> float:
-    """The share of pictures in a look that is mostly of their own."""
+    """The share of pictures assigned to a look that is mostly their own."""
     agree = sum(Counter(truth[path] for path in look.pictures).most_common(1)[0][1] for look in board.looks)
     return agree / len(truth)
 
@@ -199,13 +198,13 @@ def seconds_of(study: Study, eye: Eye) -> float:
 
 
 def style_of(board: Board) -> Style:
-    """A board as the command line makes a style of it."""
+    """A board as a style, as the command line makes it."""
     references = tuple(Reference(path, weight) for path, weight in board.representatives)
     return Style("moodboard", BOARD_STRENGTH, references, board.keywords, board.avoids)
 
 
 def make_with(study: Study, style: Style | None, index: int) -> tuple[list[str], list[RenderSpec]]:
-    """Subjects and specs of the pictures for one board; the same without it."""
+    """Subjects and specs of the pictures for one board; the same ones without it."""
     rng = np.random.default_rng(stable_seed("board", index))
     subjects = [str(name) for name in rng.choice(study.subjects, PER_BOARD, replace=False)]
     return subjects, [styled(study, name, 5000 + PER_BOARD * index + i, style) for i, name in enumerate(subjects)]
@@ -244,7 +243,7 @@ def creativity(study: Study, seeds: int = 4) -> dict[str, Any]:
 
 
 def wander(study: Study, name: str, level: str, seeds: int, first: int) -> tuple[float, float, float, float]:
-    """Right subjects, distance of pixels, of features, spread of looks of a prompt's pictures."""
+    """Correct subjects, distance of pixels, of features, and spread of looks of a prompt's pictures."""
     text = phrase(name)
     seen = study.see([study.spec(expand(text, level, seed), seed) for seed in range(first, first + seeds)])
     return float(study.right(seen, [name] * seeds).mean()), *distances(seen), 1 - likeness(seen)
@@ -254,9 +253,9 @@ def wander(study: Study, name: str, level: str, seeds: int, first: int) -> tuple
 
 
 def avoids(study: Study) -> dict[str, Any]:
-    """Pictures without guidance whose prompt asks for what is avoided: how often it is read with and without avoiding.
+    """Pictures without guidance whose prompt asks for what is avoided: how often it is recognised with and without.
 
-    The ceiling of reading are real pictures of it, the floor pictures that nobody asked it of.
+    The ceiling is pictures that only ask for it, the floor pictures that do not ask for it.
     """
     media = {told: (name, told) for name, told in ((name, words[0]) for name, words in MEDIA.items() if words)}
     colours = {f"on a {name} background": (name, name) for name in PALETTES if name[0] not in "aeiou"}
@@ -302,7 +301,7 @@ def avoid_one(
 
 
 def grounds(seen: Sequence[Seen]) -> list[str]:
-    """The named colour that is nearest to the median of each picture's left, right and upper edge."""
+    """The named colour nearest to the median of each picture's left, right and upper edge."""
     names, colours = zip(*((name, c) for name, each in named_colours().items() for c in each), strict=True)
     known = oklab(np.array(colours) / 255)
     found = []

@@ -1,14 +1,14 @@
-"""Sheets for the model card, from the weights in the box: `python -m model.train.card [FOLDER]`.
+"""Sheets for the model card, from the bundled weights: `python -m model.train.card [FOLDER]`.
 
-subjects.webp  forty subjects of the training list in plain words, one seed each, nothing chosen
+subjects.webp  forty subjects of the training list in plain words, one seed each, uncurated
 others.webp    words that pretraining never saw, learned by hearing
-near.webp      words that no training has said
+near.webp      words that no training used
 samples.webp   the training's own sheet: subjects, then media and grounds
-scenes.webp    the forty subjects again, each on a ground of a colour and in a medium, all in turn
-prompts.webp   `prompts.txt`: forty prompts by somebody who had the list of subjects and nothing else
+scenes.webp    the forty subjects again, each with the next ground, colour and medium
+prompts.webp   `prompts.txt`: forty prompts by somebody who had only the list of subjects
 all.webp       every subject of the training list, in one look
-begun.webp     pictures that begin with a picture, and more and more of it made anew
-masked.webp    a part of pictures made anew by five seeds, and the rest as it was
+begun.webp     init images, repainted more and more
+masked.webp    pictures with a part repainted by five seeds, the rest unchanged
 
 Raw paints the first five, Turbo the others.
 """
@@ -39,22 +39,22 @@ SUBJECTS = (
     *("bicycle", "sailboat", "rocket", "house", "crescent moon", "rainbow", "umbrella", "balloon", "guitar", "ghost"),
 )
 SIDE = 160  # of most pictures, in px
-SEEDS = 5  # by which a masked part is made anew
+SEEDS = 5  # by which a masked part is repainted
 GROUNDS = ("flat", "gradient", "scene", "floor")
 LOOK = "soft shaded vector"  # of the sheet of all subjects
-BEGUN = {  # subject of the initial picture -> what is asked for
+BEGUN = {  # subject of the init image -> prompt
     "fox": "a wolf",
     "red apple": "a pumpkin",
     "house": "a house on an orange background, pencil hatching",
     "car": "a taxi, pixel art",
 }
-MASKED = {  # prompt -> what is made anew of its picture
+MASKED = {  # prompt -> the part of its picture to repaint
     "a guitar on a white background": "176x144+16+96",
     "a cactus on a white background": "96x128+16+64",
     "a house on a white background": "256x96+0+0",
 }
-EIGHTHS = [n / 8 for n in range(2, 9)]  # of Turbo's steps, that are taken
-NEAR = {  # a word that no training has said -> the subject that it means, or lies near to
+EIGHTHS = [n / 8 for n in range(2, 9)]  # shares of Turbo's steps to take
+NEAR = {  # a word that no training used -> the subject that it means or is close to
     "hound": "dog",
     "kitty": "cat",
     "hammerhead": "shark",
@@ -66,7 +66,7 @@ NEAR = {  # a word that no training has said -> the subject that it means, or li
     "asteroid": "comet",
     "gown": "dress",
 }
-OTHERS = {  # words that only the thesaurus has -> what they are to mean
+OTHERS = {  # words that only the thesaurus has -> their meaning
     "puppy": "dog",
     "kitten": "cat",
     "bunny": "rabbit",
@@ -91,7 +91,7 @@ OTHERS = {  # words that only the thesaurus has -> what they are to mean
 
 
 def scenes() -> list[str]:
-    """The subjects, each with the next ground, colour and medium; media that bring a black ground are left out."""
+    """The subjects, each with the next ground, colour and medium, without media that bring a black ground."""
     media = [told[0] for name, told in MEDIA.items() if told and name not in ("neon", "lowkey")]
     texts = []
     for i, name in enumerate(SUBJECTS):
@@ -101,7 +101,7 @@ def scenes() -> list[str]:
 
 
 def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int) -> Image.Image:
-    """Pictures of prompts, seeds from 0 on, row by row in one image."""
+    """Pictures of prompts, seeds from 0 up, row by row in one image."""
     specs = [RenderSpec(prompt, seed=index) for index, prompt in enumerate(prompts)]
     page = Image.new("RGB", (columns * side, -(-len(specs) // columns) * side), "white")
     for index, made in enumerate(pipeline.stream(specs)):
@@ -111,7 +111,7 @@ def sheet(pipeline: Pipeline, prompts: Sequence[str], columns: int, side: int) -
 
 
 def ladder(pipeline: Pipeline) -> Image.Image:
-    """Initial pictures, and beside each what comes of it, by how much is made anew; seeds 0 to 3, and 100 more."""
+    """Init images, each followed by its results by how much is repainted; seeds 0 to 3, results 100 to 103."""
     begun = list(pipeline.stream([RenderSpec(phrase(name), seed=seed) for seed, name in enumerate(BEGUN)]))
     page = Image.new("RGB", ((1 + len(EIGHTHS)) * SIDE, len(BEGUN) * SIDE))
     with TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def ladder(pipeline: Pipeline) -> Image.Image:
 
 
 def mended(pipeline: Pipeline) -> Image.Image:
-    """Pictures with a frame around a part of them, and beside each what comes of that; seeds 0 to 2, then 0 to 4."""
+    """Pictures with a part framed, each followed by that part repainted; seeds 0 to 2, then 0 to 4."""
     begun = list(pipeline.stream([RenderSpec(prompt, seed=seed) for seed, prompt in enumerate(MASKED)]))
     page = Image.new("RGB", ((1 + SEEDS) * SIDE, len(MASKED) * SIDE))
     with TemporaryDirectory() as folder:

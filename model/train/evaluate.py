@@ -1,15 +1,15 @@
-"""How good the pictures are, by a judge that no training has used and beside real pictures.
+"""Quality of pictures, by a judge that no training used and relative to real pictures.
 
 `python -m model.train.evaluate JUDGE [COUNT] [--variant raw turbo] [--out FILE]` renders captions of pictures that were
-never trained on, and says for each checkpoint in the box:
+never trained on, and reports for each bundled checkpoint:
 
-retrieval  is the subject that was asked for the nearest among the names of all candidates
-distance   Fréchet distance to as many real pictures in the judge's features, which only compares with others of as many
-kernel     squared kernel distance in the same features: 0 where nothing is different, whatever the number
-diversity  mean distance between pictures of one prompt and different seeds, in the same features
-grain      power in the top octave of the spectrum of the film-grain look, as a share of real pictures'
+retrieval  is the requested subject the nearest among the names of all candidates
+distance   Fréchet distance to as many real pictures in the judge's features, comparable only for equal numbers
+kernel     squared kernel distance in the same features: 0 if there is no difference, whatever the number
+diversity  mean distance between pictures of one prompt with different seeds, in the same features
+grain      power in the top octave of the spectrum of the film-grain look, relative to real pictures
 
-Intervals of retrieval are drawn over drawings (a subject in a drawing set): held-out pictures share them.
+Intervals of retrieval are over drawings (a subject in a drawing set), which held-out pictures share.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from model.train.looks import resize
 from model.train.rewards import top_octave
 from model.train.study import Floats, Pixels, embed, figure, lines_of, mean, names_of, paint, ratio
 
-PROMPTS, SEEDS = 25, 4  # of which diversity is taken
-GRAINY = 40  # pictures of which grain is taken, at most
+PROMPTS, SEEDS = 25, 4  # to measure diversity on
+GRAINY = 40  # pictures to measure grain on, at most
 
 
 def nearest(judge: Judge, found: Floats, subjects: Sequence[str], among: Sequence[str]) -> NDArray[np.bool_]:
@@ -69,9 +69,9 @@ def frechet(a: Floats, b: Floats) -> float:
 def kernel_distance(a: Floats, b: Floats) -> float:
     """Squared maximum mean discrepancy of two sets of features [N, D], unbiased (Bińkowski et al. 2018).
 
-    By the kernel (a·b / D + 1)³ of features scaled to a mean square of 1. Its expectation is 0 for two sets of one
-    kind, however small, which the Fréchet distance's is not: that grows as sets shrink. Row i of both is of one
-    caption, so the two are left out as a picture is beside itself: they are alike without being the same.
+    With the kernel (a·b / D + 1)³ of features scaled to a mean square of 1. Its expectation is 0 for two sets from one
+    distribution, however small; the Fréchet distance's is not, and grows as sets shrink. Row i of both has the same
+    caption, so this pair is excluded like a picture with itself: the two are alike without being the same.
     """
     dim = a.shape[1]
     a, b = (each.astype(np.float64) * np.sqrt(dim / np.square(a).sum(1).mean()) for each in (a, b))
@@ -110,17 +110,17 @@ def candidates(catalog: Catalog, count: int = 100) -> list[str]:
 
 
 def specs_of(captions: Sequence[str], seed: int, **settings: Any) -> list[RenderSpec]:
-    """A picture of each, each with a seed of its own; settings that are not given are the checkpoint's own."""
+    """A picture of each, each with its own seed; other settings default to the checkpoint's own."""
     return [RenderSpec(prompt=caption, seed=seed + index, **settings) for index, caption in enumerate(captions)]
 
 
 class Task(NamedTuple):
-    """What every checkpoint of one size is asked for, and what the judge sees in the real pictures of it."""
+    """What every checkpoint of one size has to render, and what the judge sees in the real pictures."""
 
     items: list[Item]
     captions: list[str]
-    subjects: list[str]  # that are asked for
-    among: list[str]  # whose names are compared with
+    subjects: list[str]  # requested
+    among: list[str]  # candidates whose names are compared
     grainy: list[str]  # captions of film grain
     pictures: list[Pixels]  # real ones of the items
     right: NDArray[np.bool_]  # whether the subject's name is the nearest
@@ -129,7 +129,7 @@ class Task(NamedTuple):
 
     @property
     def drawings(self) -> list[Pair]:
-        """The drawing of each picture: those of one drawing are no independent trials."""
+        """The drawing of each picture: pictures of one drawing are not independent trials."""
         return [item.pair for item in self.items]
 
     @classmethod
@@ -167,7 +167,7 @@ class Painted(NamedTuple):
 
 
 def carry_out(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> Painted:
-    """All captions once, some of them several times, and those of film grain; from the same seeds every time."""
+    """Render all captions once, some of them several times, and those of film grain; always from the same seeds."""
     pictures = paint(pipeline, specs_of(task.captions, seed=1000, **settings))
     first = list(dict.fromkeys(task.captions))[:PROMPTS]
     alike = paint(pipeline, specs_of([each for each in first for _ in range(SEEDS)], seed=5000, **settings))
@@ -186,7 +186,7 @@ def carry_out(task: Task, judge: Judge, pipeline: Pipeline, **settings: Any) -> 
 def measure(
     judge: Judge, catalog: Catalog, pipeline: Pipeline, count: int, sheet: Path, **settings: Any
 ) -> dict[str, Any]:
-    """The figures of one checkpoint; each with what real pictures reach where that is known."""
+    """The figures of one checkpoint, each beside that of real pictures if known."""
     task = Task.of(judge, catalog, count)
     painted = carry_out(task, judge, pipeline, **settings)
     small = [resize(picture, 64) for picture in painted.pictures[:200]]
@@ -215,8 +215,8 @@ def main(
     precision: str | None = None,
     **settings: Any,
 ) -> None:
-    """Measure checkpoints of the box, print and keep what was found; `settings` of specs are the checkpoint's own
-    where left out."""
+    """Measure bundled checkpoints, print and store the figures; `settings` of specs default to the checkpoint's
+    own."""
     judge = Judge.load(judge_path)
     found: dict[str, Any] = {"count": count, **settings}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def main(
 
 if __name__ == "__main__":
     with reported():
-        parser = argparse.ArgumentParser(description="Measure the box's checkpoints by a judge.")
+        parser = argparse.ArgumentParser(description="Measure bundled checkpoints by a judge.")
         parser.add_argument("judge", type=Path)
         parser.add_argument("count", type=int, nargs="?", default=500)
         parser.add_argument("--variant", nargs="+", default=["raw", "turbo"])

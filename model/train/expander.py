@@ -1,9 +1,9 @@
-"""Which looks creativity may add: `python -m model.train.expander JUDGE` measures them on a checkpoint of the box.
+"""Which looks creativity may add: `python -m model.train.expander JUDGE` measures them on a bundled checkpoint.
 
-A look that costs the subject is no gift. Every drawing is drawn in every medium, by its words, on subjects and seeds
-of its own; a judge reads the subjects. Drawings and media in which fewer than three of four are right are for those who
-ask for them: `asked_only` in `looks.toml`, whose lines are printed. Take the judge of the rewards, so that the one of
-evaluation stays a stranger to the choice. Five minutes on one core.
+A look that loses the subject is not worth adding. Every drawing set is rendered in every medium, by its words, each
+with its own subjects and seeds; a judge reads the subjects. Drawing sets and media with fewer than three in four
+correct are left to prompts that ask for them: `asked_only` in `looks.toml`, whose lines are printed. Use the judge of
+the rewards, so that the evaluation judge has no part in the choice. Five minutes on one core.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from model.train.judge import Judge
 from model.train.looks import DRAWINGS, MEDIA
 from model.train.study import Floats, paint
 
-ENOUGH = 0.75  # of the subjects right
+ENOUGH = 0.75  # share of correct subjects
 FIRST_SEED = 900_000  # far from those of the studies
 
 
 def measure(pipeline: Pipeline, judge: Judge, catalog: Catalog, count: int) -> Floats:
-    """Shares of right subjects among `count` pictures, [drawings, media] in the data set's order."""
+    """Shares of correct subjects among `count` pictures, [drawings, media] in the data set's order."""
     among = candidates(catalog)
     table = np.zeros((len(DRAWINGS), len(MEDIA)))
     for i, (drawing, how) in enumerate(DRAWINGS.items()):
@@ -41,7 +41,7 @@ def measure(pipeline: Pipeline, judge: Judge, catalog: Catalog, count: int) -> F
 
 
 def asked_only(table: Floats) -> dict[str, list[str]]:
-    """Drawings, by their mean over media, and media, by theirs over drawings, that keep too few subjects."""
+    """Drawing sets, by their mean over media, and media, by theirs over drawing sets, that lose too many subjects."""
     slots = {"drawing": (DRAWINGS, table.mean(1)), "medium": (MEDIA, table.mean(0))}
     return {
         slot: [name for name, share in zip(names, shares, strict=True) if share < ENOUGH and name != "plain"]
@@ -50,7 +50,7 @@ def asked_only(table: Floats) -> dict[str, list[str]]:
 
 
 def main(judge: Path, variant: str, count: int, dtype: str | None) -> None:
-    """Measure, and print the table and the lines."""
+    """Measure, and print the table and the lines for `looks.toml`."""
     pipeline = Pipeline.load("mini", variant, dtype=dtype, filters=())
     table = measure(pipeline, Judge.load(judge), Catalog(DATA, pipeline.native), count)
     print(f"{'':<28}", *(f"{medium[:8]:>9}" for medium in MEDIA), f"{'mean':>9}")
@@ -64,7 +64,7 @@ def main(judge: Path, variant: str, count: int, dtype: str | None) -> None:
 
 if __name__ == "__main__":
     with reported():
-        parser = argparse.ArgumentParser(description="Measure which looks may be added unasked.")
+        parser = argparse.ArgumentParser(description="Measure which looks creativity may add.")
         parser.add_argument("judge", type=Path)
         parser.add_argument("--variant", default="turbo")
         parser.add_argument("--count", type=int, default=12, help="pictures of each drawing in each medium")

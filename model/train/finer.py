@@ -1,9 +1,9 @@
-"""One scale more for a small autoencoder: a latent cell goes from 8 to 16 pixels, and says what it said before.
+"""One more scale for a small autoencoder: a latent cell grows from 8 to 16 pixels and keeps its meaning.
 
-`k2 train finer` takes a finished autoencoder, the teacher, and twins of every picture: 256 px to see and to draw, and
-128 px as the teacher saw them. The new encoder learns to say of the fine twin what the teacher says of the coarse one,
-the new decoder to draw the fine twin from it. So whatever was trained on the teacher's latents goes on as it is, in
-four times the pixels for the same work.
+`k2 train finer` uses a finished autoencoder, the teacher, and twins of every picture: 256 px to encode and decode, and
+128 px as the teacher saw them. The new encoder learns to give for the fine twin the latents that the teacher gives for
+the coarse one, the new decoder to draw the fine twin from them. So whatever was trained on the teacher's latents works
+as is, with four times the pixels for the same work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from model.train.states import RUNS
 from model.vae import QwenImageVAE
 from model.whole import whole
 
-TOP = 1  # the new scale's width, in `base_dim`s: as wide as the next, for it works on four times as many pixels
+TOP = 1  # the new scale's width, in `base_dim`s: only as wide as the next, as it works on four times as many pixels
 Pixels = NDArray[np.uint8]
 FIRST, LAST = "encoder.conv_in.", ("decoder.norm_out.", "decoder.conv_out.")
 DOWN = re.compile(r"(encoder\.down_blocks\.)(\d+)\.")
@@ -39,11 +39,11 @@ DOWN = re.compile(r"(encoder\.down_blocks\.)(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(autoencoder.Recipe):
-    """The training of one more scale."""
+    """A run that adds one more scale."""
 
     stage: str = "finer"
     size: int = data.NATIVE  # px of the fine twins
-    teacher: str = "autoencoder"  # the run whose autoencoder it is
+    teacher: str = "autoencoder"  # the run that trained the teacher
     crop: int = 128  # px of the fine twin, a multiple of 16
     pictures: int = 2000
     match: float = 0.3  # weight of the squared error of latents, in deviations of the teacher's
@@ -57,7 +57,7 @@ class Recipe(autoencoder.Recipe):
 
 
 class Tape:
-    """A generator that keeps what it drew, so that a twin of half the side can be made with the same."""
+    """A generator that records what it draws, so that a twin of half the side can be made with the same draws."""
 
     def __init__(self, rng: Generator):
         self.rng, self.drawn = rng, []  # type: tuple[Generator, list[Any]]
@@ -70,7 +70,7 @@ class Tape:
         return draw
 
     def coarse(self) -> Generator:
-        """What gives the same again, noise of every pixel as that of cells of 2 x 2, as strong as theirs was."""
+        """A generator that replays the draws, with per-pixel noise averaged over 2 x 2 cells at the same strength."""
         left = iter(self.drawn)
 
         def draw(name: str, *wanted: Any) -> Any:
@@ -104,7 +104,7 @@ def halve(picture: NDArray[Any]) -> NDArray[Any]:
 
 
 def twins(catalog: Catalog, item: Item) -> tuple[Pixels, Pixels]:
-    """An item's picture, and the same in half the side, with a grain as strong, of its own pixels."""
+    """An item's picture, and the same at half the side, with grain of the same strength in its own pixels."""
     rng = np.random.default_rng(stable_seed("picture", item.pair, item.look))
     placed = looks.place(np.asarray(catalog.renders[item.row]), item.look, rng)
     tape = Tape(rng)
@@ -139,7 +139,7 @@ def pool(catalog: Catalog, recipe: Recipe, folder: Path) -> Pool:
 
 
 def grown(teacher: QwenImageVAE) -> QwenImageVAE:
-    """The teacher with one scale more outside of all others; what is new begins at random."""
+    """The teacher with one more scale outside all others; new parts are initialised at random."""
     old = teacher.config
     vae = QwenImageVAE(
         replace(old, dim_mult=(TOP, *old.dim_mult), temporal_downsample=(False, *old.temporal_downsample))
@@ -149,7 +149,7 @@ def grown(teacher: QwenImageVAE) -> QwenImageVAE:
     for name, tensor in teacher.state_dict().items():
         if not name.startswith((FIRST, *LAST)):  # now a scale further out
             moved[DOWN.sub(lambda found: f"{found[1]}{int(found[2]) + layers}.", name)] = tensor
-    entry = f"encoder.down_blocks.{layers}."  # it takes the new scale's channels, and looks for the old ones first
+    entry = f"encoder.down_blocks.{layers}."  # its input is the new scale's channels, the old ones first
     outside, inside = TOP * old.base_dim, old.base_dim * old.dim_mult[0]
     for name in (f"{entry}norm1.gamma", f"{entry}conv1.weight"):  # [C, 1, 1] and [O, C, 3, 3], C the channels taken
         moved[name] = F.pad(moved[name], (0, 0, 0, 0, 0, outside - old.base_dim))
@@ -162,7 +162,7 @@ def grown(teacher: QwenImageVAE) -> QwenImageVAE:
 
 
 class Growing(autoencoder.Stage):
-    """The stage: both halves at once, each by what the teacher says of the coarse twin."""
+    """The stage: both halves at once, each by the teacher's latents of the coarse twin."""
 
     recipe: Recipe
 
@@ -178,7 +178,7 @@ class Growing(autoencoder.Stage):
         self.new += (f"decoder.up_blocks.{last}.", f"decoder.up_blocks.{last - 1}.upsamplers.")
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """Crops of twins, mirrored and with the colours in another order now and then."""
+        """Crops of twins, sometimes mirrored or with the colours in another order."""
         recipe = self.recipe
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, part))
         grainy, every = np.flatnonzero(self.pool.grainy), len(self.pool.fine)
@@ -221,9 +221,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
     """Train, and leave `vae.safetensors` and a sheet of held-out pictures in the run's folder."""
     source = RUNS / recipe.teacher / "vae.safetensors"
     if not source.exists():
-        raise K2Error(
-            f'There is no autoencoder of a run "{recipe.teacher}".', hint="Train one first: k2 train autoencoder"
-        )
+        raise K2Error(f'The run "{recipe.teacher}" has no autoencoder.', hint="Train one first: k2 train autoencoder")
     catalog, folder = Catalog(DATA, recipe.size), RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     stage = Growing(recipe, catalog, pool(catalog, recipe, folder), autoencoder.load(source))

@@ -1,11 +1,11 @@
-"""Hearing: the text's way in learns what people say for what captions say, and to leave aside what no picture shows.
+"""Hearing: the text input layers learn other words for what captions say, and to ignore what no picture shows.
 
-A network that was pretrained without them takes every strange word for news: "a rusty bicycle by the sea" gets neither.
-Here captions are said in other words (`thesaurus.py`) and wrapped in strange ones (`strangers.py`), and only the text's
-way in is trained, for the frozen rest to say of such a caption what it says of the plain one. Most captions go no
-further than the way in: with one phrase in other words, or one of strange words put in, they are to leave it as the
-plain ones do. No picture is learned, and a distilled checkpoint hears as well by the same change (`stage = "merge"`
-with weights).
+A network pretrained without such words takes every strange one as meaningful: "a rusty bicycle by the sea" gets
+neither. Here captions are put in other words (`thesaurus.py`) and wrapped in strange ones (`strangers.py`), and only
+the text input layers are trained, so that the frozen rest answers such a caption as it answers the plain one. Most
+captions pass through the text input layers only: with one phrase in other words, or one of strange words inserted,
+their output is to be that of the plain ones. No picture is learned, and the same change works for a distilled
+checkpoint (`stage = "merge"` with weights).
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ TRAINED = ("dit.txtfusion.", "dit.txtmlp.")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(pretrain.Recipe):
-    """A run that makes a checkpoint hear better, as its TOML file says it."""
+    """The recipe of a run that makes a checkpoint understand more words."""
 
     stage: str = "hearing"
-    teacher: str = "box"  # a run, or the package's Raw weights; where it starts from, too
+    teacher: str = "box"  # a run, or the bundled Raw weights; also the start
     reworded: float = 0.5
-    strangers: float = 0.6  # captions that get neither are to stay what they are
-    whole: int = 4  # one of so many steps goes through the whole network, too
-    swapped: int = 256  # captions of a step that go through the way in only
-    plain: float = 0.0  # of those are to stay what they are
-    inserted: float = 0.5  # of the others have strange words put in, the rest a phrase in other words
-    pool: int = 80  # batches of captions that go through the way in only
-    swap: float = 1.0  # weight of what is off in those
+    strangers: float = 0.6  # captions that get neither are to keep their meaning
+    whole: int = 4  # one in so many steps also goes through the whole network
+    swapped: int = 256  # captions of a step that go through the text input layers only
+    plain: float = 0.0  # share of those that stay unchanged
+    inserted: float = 0.5  # share of the others that get strange words; the rest get a phrase in other words
+    pool: int = 80  # batches of captions that go through the text input layers only
+    swap: float = 1.0  # weight of the error in those
     repeats: int = 1
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class Recipe(pretrain.Recipe):
 
 
 class Hearing(pretrain.Drawing):
-    """The text's way in learns from the whole network as it was."""
+    """The text input layers learn from the whole network as it was."""
 
     recipe: Recipe
     model: Trainee
@@ -101,10 +101,10 @@ class Hearing(pretrain.Drawing):
 
     @torch.no_grad()
     def swaps(self, number: int) -> Batch:
-        """Captions with one phrase in other words or one put in, and what the teacher's way in makes of the plain ones.
+        """Captions with one phrase in other words or one inserted, and the teacher's text output for the plain ones.
 
-        Subjects come as often as they have other names. There are `pool` such batches: the text encoder's part of them
-        is done once.
+        Subjects come as often as they have other names. There are `pool` such batches, so that the text encoder runs
+        only once for each.
         """
         assert self.set is not None
         catalog, text, wording = self.set.catalog, self.set.text, self.set.wording
@@ -150,7 +150,7 @@ class Hearing(pretrain.Drawing):
         return heard + self.recipe.swap * swapped, figures | more
 
     def answers(self, tensors: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        """How far the network's answer to captions as people say them is from the teacher's to the plain ones."""
+        """How far the network's output for captions as people say them is from the teacher's for the plain ones."""
         patch = self.recipe.config.patch
         image, grid = patchify(tensors["latents"], patch), grid_of(tensors["latents"], patch)
         plain, plain_mask, wild, wild_mask = (tensors[k] for k in ("embeds", "mask", "wild", "wild_mask"))
@@ -173,8 +173,8 @@ class Hearing(pretrain.Drawing):
 def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
     """Tokens of a caption in other words, and of the plain one -> [said, meant], which rows are to become which.
 
-    What both begin and end with is the same, row by row. Each row between is to become the mean of those between; words
-    that are put in are to become what they are put before, and words at the end what they are put behind.
+    A common start and end map row by row. Each row between is to become the mean of the rows between; inserted words
+    are to become what they are inserted before, and words at the end what they follow.
     """
     shorter = min(len(said), len(meant))
     first = next((i for i in range(shorter) if said[i] != meant[i]), shorter)
@@ -194,7 +194,7 @@ def align(said: Sequence[int], meant: Sequence[int]) -> Tensor:
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Run it to its end, from where it stands."""
+    """Run it to its end from where it stands."""
     data = training_set(recipe, device)
     teacher = pretrain.taught_by(recipe, recipe.teacher, len(data.looks), device)
     run = loop.Run(Hearing(recipe, data, teacher, len(data.looks)), RUNS / recipe.name, device)

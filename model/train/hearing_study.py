@@ -1,13 +1,13 @@
-"""How prompts are heard, by the evaluation judge: `python -m model.train.hearing_study JUDGE OUT [--only names …]`.
+"""How prompts are understood, by the evaluation judge: `python -m model.train.hearing_study JUDGE OUT [--only …]`.
 
 names      subjects by the data's own names, by other names that were taught, and by others that never were: is the
            subject the nearest among the names of all
-looks      subjects in the look of a held-out picture, said not at all, in the data's words and in other ones: likeness
-           of the judge's style embedding to that picture's
-strangers  captions of held-out pictures as they are, in other words, and among strange ones too, or with one of other
-           subjects by theirs: is the subject the nearest among those of the first hundred
+looks      subjects in the look of a held-out picture, not described, in the data's words and in others: likeness of the
+           judge's style embedding to that picture's
+strangers  captions of held-out pictures as is, in other words, among strange ones too, or with another subject beside
+           theirs: is the subject the nearest of the first hundred
 
-Captions are the same ones for every checkpoint. Intervals are 95 %, by bootstrap: over subjects, looks, drawings.
+Captions are the same for every checkpoint. Intervals are 95 %, by bootstrap: over subjects, looks, drawings.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Study:
 
 
 def names(study: Study) -> dict[str, Any]:
-    """Shares of subjects that come by each kind of name."""
+    """Shares of subjects recognised, by kind of name."""
     rng = np.random.default_rng(3)
     known = study.wording.thesaurus.subjects
     others = [(subject, name) for subject in study.catalog.subjects for name in known.get(subject, ())]
@@ -72,7 +72,7 @@ def names(study: Study) -> dict[str, Any]:
 
 
 def looks(study: Study) -> dict[str, Any]:
-    """Likeness to a held-out picture's look, by what is said of it."""
+    """Likeness to a held-out picture's look, by how it is described."""
     rng = np.random.default_rng(4)
     items = [item for item in study.catalog.items("held-out") if item.look.ground == "white"]
     chosen = [items[i] for i in rng.permutation(len(items))[: study.count]]
@@ -93,7 +93,7 @@ def looks(study: Study) -> dict[str, Any]:
 
 
 def strangers(study: Study) -> dict[str, Any]:
-    """Shares of subjects that come by captions as they are, in other words, and among strange ones too."""
+    """Shares of subjects recognised, by captions as is, in other words, and among strange ones too."""
     prompts, among = held_out_prompts(study.catalog, study.count), candidates(study.catalog)
     subjects = [item.pair.subject for item, _ in prompts]
     found = {}

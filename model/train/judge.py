@@ -1,9 +1,9 @@
-"""Judges: small image-text dual encoders that read a picture's subject and its look, and a critic of what is broken.
+"""Judges: small image-text dual encoders that read a picture's subject and look, and a critic of broken pictures.
 
-A judge is trained on real pictures of the data set only, on a split and a seed of its own. The evaluation judge is
-never used as a reward; its figures always stand beside those of real pictures. The critic beside a judge learns to tell
-real pictures from the same ones broken by rule: doubled, melted, patched, torn, speckled.
-`k2 train` on a recipe of the stage `judge` trains both; `python -m model.train.judge SEED MINUTES [SIZE]` too.
+A judge is trained only on real pictures of the data set, with its own split and seed. The evaluation judge is never
+used as a reward; its figures are always given beside those of real pictures. A judge's critic learns to tell real
+pictures from the same ones broken by rule: doubled, melted, patched, torn, speckled. `k2 train` on a recipe of the
+stage `judge` trains both, as does `python -m model.train.judge SEED MINUTES [SIZE]`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from model.train.looks import resize
 from model.train.loop import Batch, Report
 from model.train.states import RUNS
 
-SIZE = 64  # px that a judge looks at
+SIZE = 64  # px of a judge's input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(recipes.Recipe):
-    """A judge's training; its seed is also its split's."""
+    """A run that trains a judge; its seed also defines its split."""
 
     stage: str = "judge"
     batch: int = 64
-    size: int = data.NATIVE  # px of the pictures before they are made small: that of the checkpoints to be judged
+    size: int = data.NATIVE  # px of the pictures before downscaling: that of the checkpoints to be judged
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +71,7 @@ class ConvBlock(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures and words into one space for subjects; pictures into a second one for looks."""
+    """Embeds pictures and words in one space for subjects, and pictures in a second one for looks."""
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
@@ -92,7 +92,7 @@ class Judge(nn.Module):
         return F.normalize(subject, dim=-1), F.normalize(self.to_style(torch.cat(statistics, 1)), dim=-1)
 
     def read(self, phrases: Sequence[str]) -> Tensor:
-        """Phrases -> unit subject embeddings [P, 96]; words outside the vocabulary count for nothing."""
+        """Phrases -> unit subject embeddings [P, 96]; words outside the vocabulary are ignored."""
         bags = [[self.index.get(word, 0) for word in words_of(phrase)] or [0] for phrase in phrases]
         device = self.word.weight.device
         offsets = torch.tensor([0, *np.cumsum([len(bag) for bag in bags])[:-1]], device=device)
@@ -101,7 +101,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Judge:
-        """A trained one, to read by. Raises K2Error where the file cannot be read."""
+        """A trained judge, for inference. Raises K2Error if the file cannot be read."""
         state, about = read(path)
         judge = cls(JudgeConfig(**about["config"] | {"words": tuple(about["config"]["words"])}))
         judge.load_state_dict(state)
@@ -113,12 +113,12 @@ def words_of(phrase: str) -> list[str]:
 
 
 def judged(item: Item, seed: int) -> bool:
-    """Whether a judge of this seed may train on the item: nine in ten pictures, none that the generator never saw."""
+    """Whether a judge with this seed may train on the item: nine in ten pictures, none held out from the generator."""
     return not item.held_out and stable_seed("judge", seed, item.pair, item.look) % 10 != 0
 
 
 class Critic(nn.Module):
-    """How whole a picture looks: a logit."""
+    """How intact a picture looks: a logit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Critic(nn.Module):
 
 
 def broken(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each picture [B, 3, H, W] broken in one of five ways, none of which polishes its grain away."""
+    """Each picture [B, 3, H, W] broken in one of five ways, none of which smooths its grain."""
     out = pictures.clone()
     side = pictures.shape[-1]
     for index, picture in enumerate(pictures):
@@ -168,7 +168,7 @@ def broken(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 class Judging(loop.Stage):
-    """The stage: contrast pictures with the names of all subjects, looks with all others, what is whole with broken."""
+    """The stage: contrast pictures with all subjects' names, looks with all others, and intact with broken pictures."""
 
     def __init__(self, recipe: Recipe, catalog: Catalog):
         torch.manual_seed(recipe.seed)
@@ -185,17 +185,17 @@ class Judging(loop.Stage):
         look_head = nn.Linear(judge.config.style, len(looks), bias=False)
         self.judge, self.look_head, self.critic = judge, look_head, Critic()
         self.model = nn.ModuleDict({"judge": judge, "look_head": look_head, "critic": self.critic})
-        self.seen: dict[int, NDArray[np.uint8]] = {}  # pictures as small as a judge sees them, by index
+        self.seen: dict[int, NDArray[np.uint8]] = {}  # pictures at a judge's size, by index
 
     def compose(self) -> None:
-        """All pictures at once, on all cores: else each is made when it is first drawn."""
+        """Compose all pictures at once, on all cores; otherwise each is composed when first drawn."""
         parts = [self.items[start : start + 256] for start in range(0, len(self.items), 256)]
         with ProcessPoolExecutor() as pool:
             made = pool.map(thumbnails, repeat(self.catalog.folder), repeat(self.recipe.size), parts)
             self.seen = dict(enumerate(picture for part in made for picture in part))
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """Pictures, moved and tinted a little, whole and broken; and a name of each subject."""
+        """Pictures, slightly shifted and tinted, intact and broken; and a name of each subject."""
         rng = np.random.default_rng(stable_seed(self.recipe.seed, "judge", step, part))
         chosen = rng.choice(len(self.items), min(self.recipe.batch, len(self.items)), replace=False)
         for index in chosen:
@@ -204,8 +204,8 @@ class Judging(loop.Stage):
         x = from_bytes(np.stack([self.seen[index] for index in chosen]))
         x = torch.roll(x, tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
         x = x * float(rng.uniform(0.9, 1.1)) + float(rng.uniform(-0.1, 0.1))
-        x = x.clamp(-1, 1)  # as `broken` leaves pictures: else the range of values tells the two apart
-        soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders leave pictures
+        x = x.clamp(-1, 1)  # as `broken` does: else the range of values gives them away
+        soft = torch.from_numpy(rng.random((len(x), 1, 1, 1)) ** 2).float()  # as decoders do
         x = torch.lerp(x, F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), soft)
         grain = torch.from_numpy(rng.normal(0, 0.04, tuple(x.shape))).float()
         return {
@@ -236,20 +236,20 @@ class Judging(loop.Stage):
 
 
 def thumbnails(folder: Path, size: int, items: Sequence[Item]) -> list[NDArray[np.uint8]]:
-    """Pictures of items as small as a judge sees them, uint8 RGB."""
+    """Pictures of items at a judge's size, uint8 RGB."""
     catalog = catalog_of_process(folder, size)
     return [resize(catalog.picture(item), SIZE) for item in items]
 
 
 def place(kind: str, seed: int) -> Path:
-    """Where a trained judge of a seed lies, or its critic."""
+    """The path of the trained judge of a seed, or its critic."""
     return RUNS / "judge" / f"{kind}-{seed}.safetensors"
 
 
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
-    """Train a judge and its critic, and leave them in `.runs/judge` under the seed's number."""
+    """Train a judge and its critic, and store them in `.runs/judge` under the seed's number."""
     if device != "cpu":
-        report("judges are small: trained on the CPU")
+        report("judges are small and are trained on the CPU")
     stage = Judging(recipe, Catalog(DATA, recipe.size))
     if recipe.minutes > 2:
         stage.compose()

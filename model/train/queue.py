@@ -1,9 +1,9 @@
-"""The next piece of training for a GPU that is there for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
+"""The next training for a GPU that is available for minutes: `python -m model.train.queue MINUTES [--out DIR]`.
 
-Draws the data set where it is not there, from the archives of `.data/mini` (which travel, where no registry can be
-reached), encodes it on the device, trains the stages of `STAGES` that are not done, sharing the minutes out, and leaves
-8-bit weights and sheets of samples: Raw goes on from the package's, and Turbo is made of it. Called again it goes on
-where it was cut off.
+Renders the data set if it is missing, from the archives in `.data/mini` (to be copied along if no registry can be
+reached), encodes it on the device, trains the unfinished stages of `STAGES` with their shares of the minutes, and
+leaves 8-bit weights and sheets of samples: Raw continues from the bundled weights, and Turbo is distilled from it.
+Called again, it resumes where it was interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RELEASED = ("gpu-further", "gpu-turbo")
 
 
 def main(minutes: float, out: Path, device: str) -> None:
-    """Train for about so many minutes; drawing and encoding come on top."""
+    """Train for about this many minutes; rendering and encoding come on top."""
     out.mkdir(parents=True, exist_ok=True)
     if not (DATA / "manifest.toml").exists():
         data.build(DATA)

@@ -1,9 +1,9 @@
-"""Put trained weights in the box: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
+"""Bundle trained weights: `python -m model.train.release RUN` stores a run's averaged weights in 8 bits.
 
-Writes `mini-raw.safetensors` and `mini-style.safetensors` into `model/weights`, of a distillation
-`mini-turbo.safetensors` alone, of an autoencoder `mini-vae.safetensors` alone, of a judge `judge-SEED.safetensors` and
-its critic, by which figures can be taken anew; the text encoder is stored by its own training. Each file says in its
-metadata how it came about. A new style encoder or autoencoder needs new words: `python -m model.train.words`.
+Writes `mini-raw.safetensors` and `mini-style.safetensors` into `model/weights`; for a distillation only
+`mini-turbo.safetensors`, for an autoencoder only `mini-vae.safetensors`, for a judge `judge-SEED.safetensors` and its
+critic, so that figures can be reproduced. The text encoder is stored by its own training. Each file's metadata says how
+it was made. A new style encoder or autoencoder needs new words: `python -m model.train.words`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECOMMENDED = {"steps": 28, "guidance": 2.5, "mu": "auto"}
 
 
 def main(run: str, folder: Path = BOX) -> None:
-    """Store what a run has learned, as files of the box, in a folder."""
+    """Store a run's weights in a folder as bundled files."""
     path = RUNS / run / "state.safetensors"
     place = place_of(path)
     recipe = place["recipe"]
@@ -61,7 +61,7 @@ def main(run: str, folder: Path = BOX) -> None:
         save(folder / f"mini-{name}.safetensors", quantise(state), about | shared)
 
     distilled = isinstance(stage, turbo.Recipe)
-    if distilled or stage.init == "turbo":  # what began as Turbo stays one
+    if distilled or stage.init == "turbo":  # what started from Turbo stays one
         if distilled:
             own = {"steps": stage.walk_steps, "guidance": 0.0, "mu": stage.walk_mu}
         else:
@@ -69,7 +69,7 @@ def main(run: str, folder: Path = BOX) -> None:
         put("turbo", "dit.", dit | {"variant": "turbo", "recommended": own})
         return
     put("raw", "dit.", dit)
-    if not (isinstance(stage, hearing.Recipe) or "style" in stage.frozen):  # or it stays, words and all
+    if not (isinstance(stage, hearing.Recipe) or "style" in stage.frozen):  # otherwise it stays, and so do its words
         style = StyleConfig(text_width=config.text_width, text_taps=config.text_taps)
         put("style", "style.", {"kind": "style", "config": asdict(style)})
     for file in sorted(folder.glob("mini-*.safetensors")):
@@ -78,6 +78,6 @@ def main(run: str, folder: Path = BOX) -> None:
 
 if __name__ == "__main__":
     with reported():
-        parser = argparse.ArgumentParser(description="Pack a run's weights into the box.")
+        parser = argparse.ArgumentParser(description="Bundle a run's weights.")
         parser.add_argument("run", metavar="RUN")
         main(parser.parse_args().run)

@@ -1,7 +1,7 @@
-"""Pictures made while training: prompts of any length in one batch, from the train split's own captions.
+"""Pictures rendered during training: prompts of any length in one batch, from the train split's own captions.
 
-What post-training learns from is made by the model itself: groups of pictures of one prompt, judged by rewards. The
-prompts here ask for pictures of the train split, so that what was asked for is known: a subject, and a look.
+Post-training learns from the model's own pictures: groups of pictures of one prompt, judged by rewards. The prompts
+here ask for pictures of the train split, so that the requested subject and look are known.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Embed = Callable[[list[str]], tuple[Tensor, Tensor]]  # prompts -> right-padded 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, and what a picture of it has to show."""
+    """A prompt, and what its picture must show."""
 
     caption: str
     subject: str
@@ -38,7 +38,7 @@ class Asked:
 
 
 def asked(data: TrainingSet, count: int, *seed: object) -> list[Asked]:
-    """Prompts with style words, of pictures drawn as training draws them."""
+    """Prompts with style words, for pictures drawn as in training."""
     rng = np.random.default_rng(stable_seed("asked", *seed))
     chosen = rng.choice(len(data.items), count, p=data.weights)
     items = [data.items[index] for index in chosen]
@@ -48,7 +48,7 @@ def asked(data: TrainingSet, count: int, *seed: object) -> list[Asked]:
 def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Velocity:
     """The velocity of tokens [B, L, C·p·p] under prompts.
 
-    embeds [B or 1, T, N, E] and mask [B, T], where lengths differ, lie where the network is
+    embeds [B or 1, T, N, E] and mask [B, T], needed if lengths differ, are on the network's device
     """
     context = dit.encode_text(embeds, mask)
     rope = dit.rope(context.shape[1], grid)
@@ -60,17 +60,17 @@ def conditioned(dit: Krea2, embeds: Tensor, mask: Tensor | None, grid: tuple[int
 
 
 def noise_levels(count: int, mu: float, generator: torch.Generator) -> Tensor:
-    """Shifted logit-normal noise levels [count], stratified: no step sees only easy or only hard ones."""
+    """Shifted logit-normal noise levels [count], stratified, so that no step sees only easy or only hard ones."""
     dice: dict[str, Any] = {"generator": generator, "device": generator.device}
     spread = (torch.randperm(count, **dice) + torch.rand(count, **dice)) / count
-    normal = torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4).cpu()).to(spread.device)  # Metal knows no ndtri
+    normal = torch.special.ndtri(spread.clamp(1e-4, 1 - 1e-4).cpu()).to(spread.device)  # Metal has no ndtri
     return torch.sigmoid(mu + normal)
 
 
 def noised(image: Tensor, mu: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, L, D] somewhere on their way to noise -> those, the noise, and how far each went [B].
+    """Clean tokens [B, L, D] -> tokens with noise, the noise, and the noise levels [B].
 
-    The noise is drawn first and the levels after it, by the generator's device, whatever the tokens lie on.
+    The noise is drawn before the levels, on the generator's device, whatever device the tokens are on.
     """
     noise = torch.randn(image.shape, generator=generator, device=generator.device).to(image.device)
     sigma = noise_levels(len(image), mu, generator).to(image.device)
@@ -78,12 +78,12 @@ def noised(image: Tensor, mu: float, generator: torch.Generator) -> tuple[Tensor
 
 
 def with_rows(embeds: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Text features [B, T, N, E] and their mask [B, T], with style rows [B, R, N, E] behind, which all are seen."""
+    """Text features [B, T, N, E] and their mask [B, T], followed by style rows [B, R, N, E], all unmasked."""
     return torch.cat((embeds, rows), 1), F.pad(mask, (0, rows.shape[1]), value=True)
 
 
 def sigmas_for(steps: int, cells: int, dit: Krea2) -> list[float]:
-    """The sampler's noise levels for a square picture of so many latent cells a side."""
+    """The sampler's noise levels for a square picture with `cells` latent cells per side."""
     return shifted_sigmas(steps, raw_mu((cells // dit.config.patch) ** 2))
 
 
@@ -99,9 +99,9 @@ def sample(
     mu: float | None = None,
     begun: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """Latents [B, C, cells, cells] of the prompts, from noise that depends on `seed` and their place alone.
+    """Latents [B, C, cells, cells] of the prompts, from noise that depends only on `seed` and their position.
 
-    begun: latents of pictures to begin with, and how many of the steps, the last ones, are taken from there
+    begun: latents of pictures to start from, and how many of the steps, the last ones, to take from there
     """
     if begun is not None and not 0 <= begun[1] <= steps:
         raise ValueError(f"of {steps} steps {begun[1]} cannot be taken")

@@ -1,4 +1,4 @@
-"""Look at a run: `python -m model.train.samples RUN` renders fixed prompts from its averaged weights to a sheet."""
+"""Inspect a run: `python -m model.train.samples RUN` renders a sheet of fixed prompts with its averaged weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = [
 
 @torch.inference_mode()
 def main(run: str, device: str = "cpu") -> Path:
-    """Draw `PROMPTS` by a run's averaged weights, eight a row -> where the sheet is."""
+    """Render `PROMPTS` with a run's averaged weights, eight per row -> the sheet's path."""
     path = RUNS / run / "state.safetensors"
     place = place_of(path)
     recipe = saved(place["recipe"])
@@ -50,6 +50,6 @@ def main(run: str, device: str = "cpu") -> Path:
 
 if __name__ == "__main__":
     with reported():
-        parser = argparse.ArgumentParser(description="Draw what a run has learned.")
+        parser = argparse.ArgumentParser(description="Render samples of a run.")
         parser.add_argument("run", metavar="RUN")
         print(main(parser.parse_args().run))

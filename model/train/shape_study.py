@@ -1,12 +1,12 @@
-"""Pictures of other sizes than the training had, by the judge: `python -m model.train.shape_study JUDGE OUT`.
+"""Pictures in other sizes than in training, by the judge: `python -m model.train.shape_study JUDGE OUT`.
 
-shapes    of every size, is the prompt's subject the nearest among the names of all, in one prompt per subject
-distance  squared kernel distance, in the judge's features, to real pictures of that size that were never trained on,
-          of the same captions
-sheet     the first few of them, a row a size, for the eye
+shapes    for every size, is the prompt's subject the nearest among the names of all, one prompt per subject
+distance  squared kernel distance, in the judge's features, to held-out real pictures of that size with the same
+          captions
+sheet     the first few of them, one row per size, to look at
 
-The judge knows squares: of a picture of another shape it sees the square in the middle, and the whole with its edges
-going on until it is a square; the better view of the two counts for each name.
+The judge knows only squares: it sees the centre crop of another shape, and the complete picture with its edges extended
+to a square; for each name the better of the two views counts. The distance uses only the complete picture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHOWN = 8  # pictures of each size on the sheet
 
 
 class Study(OfSubjects):
-    """Each picture has a seed of its own."""
+    """Each picture has its own seed."""
 
     def paint(self, size: str, count: int) -> list[Pixels]:
         width, height = map(int, size.split("x"))
@@ -38,7 +38,7 @@ class Study(OfSubjects):
 
 
 def squared(picture: Pixels, mode: Literal["edge", "constant"] = "edge") -> Pixels:
-    """A picture [H, W, 3] in the middle of a square, its outermost pixels going on to the edges, or on black."""
+    """A picture [H, W, 3] in the middle of a square, its outermost pixels extended to the edges, or on black."""
     height, width = picture.shape[:2]
     side = max(height, width)
     margins = [((side - each) // 2, side - each - (side - each) // 2) for each in (height, width)]
@@ -53,7 +53,7 @@ def cropped(picture: Pixels) -> Pixels:
 
 
 def shapes(study: Study) -> dict[str, Any]:
-    """Shares of pictures whose subject is recognised, size by size."""
+    """Shares of pictures whose subject is recognised, by size."""
     names, found = names_of(study.judge, study.subjects), {}
     for size in SIZES:
         pictures = study.paint(size, study.count)
@@ -65,7 +65,7 @@ def shapes(study: Study) -> dict[str, Any]:
 
 
 def distance(study: Study) -> dict[str, Any]:
-    """Of pictures by the real ones' captions, size by size: the less, the more they are like them."""
+    """Distance of pictures with the real ones' captions, by size: the less, the more alike."""
     found: dict[str, Any] = {}
     for size in SIZES:
         shape = Shape.of(size)

@@ -1,16 +1,16 @@
-"""The decoder taught on what the network draws, beside a critic: clean edges, and flat colours that are flat.
+"""The decoder trained on what the network draws, with a critic: clean edges, and flat colours that are flat.
 
-A diffusion model's latents are no encoder's. They are wrong where it was unsure, and a decoder that never met such
-draws what lies between all that they could mean. `k2 train sharpen` goes on with the package's autoencoder, its scales
-wider where the recipe says so; the encoder says what it said, so that latents mean what they meant. Turbo draws for it:
+A diffusion model's latents are not an encoder's. They are wrong where it was unsure, and a decoder that never saw such
+latents draws an average of everything they could mean. `k2 train sharpen` continues the bundled autoencoder, with wider
+scales if the recipe says so; the encoder is unchanged, so that latents keep their meaning. Turbo draws the latents:
 
-asked  a picture's own latents, a little noised: drawn as that picture, as ever
-begun  the same, noised and taken back by the network in its last steps: that picture still, but as the network has it
-free   what it makes of the picture's caption. How that should look nobody knows; its large forms stay those that the
-       decoder drew before, and of its fine detail a critic says how like a real picture's it is
+asked  a picture's own latents, slightly noised: to be decoded as that picture, as before
+begun  the same, noised and denoised by the network in its last steps: still that picture, as the network has it
+free   what the network makes of the picture's caption. There is no target for it; its large forms stay as the decoder
+       drew them before, and a critic judges how real its fine detail looks
 
-The critic learns meanwhile to tell crops of the latter two from crops of real pictures, by the hinge loss (arXiv
-1705.02894), place by place (1611.07004), each by 54 px around it. Drawing comes on top of a run's minutes.
+Meanwhile the critic learns to tell crops of the latter two from crops of real pictures, by the hinge loss (arXiv
+1705.02894), place by place (1611.07004), each from 54 px around it. Drawing comes on top of a run's minutes.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from model.train.states import RUNS
 from model.vae import QwenImageVAE
 from model.whole import whole
 
-LARGE = 8  # px, from which on forms are large: the critic sees what is finer
+LARGE = 8  # px from which forms count as large: the critic sees what is finer
 KINDS = ("asked", "begun", "free")
-DRAWERS = ("turbo", "text", "vae")  # files of the box that latents depend on
-AT_ONCE, PART = 16, 160  # pictures that are encoded and drawn together, and that are kept in one file
+DRAWERS = ("turbo", "text", "vae")  # bundled files that latents depend on
+AT_ONCE, PART = 16, 160  # pictures encoded and drawn together; pictures kept in one file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class Recipe(autoencoder.Recipe):
     crop: int = 128  # px, a multiple of the latents' factor
     pictures: int = 2400
     plain: float = 0.5
-    widths: tuple[int, ...] = (16, 16, 32, 48, 96)  # channels of each scale, from the outermost on
-    begun: float = 0.5  # weight of how far pictures that were begun with are from what they should be
-    taken: tuple[int, ...] = (2, 3)  # steps, of eight, that the network takes them back in; one of these each time
-    hold: float = 1.0  # weight of how far large forms of free pictures are from what they were
+    widths: tuple[int, ...] = (16, 16, 32, 48, 96)  # channels of each scale, outermost first
+    begun: float = 0.5  # weight of the error of begun pictures
+    taken: tuple[int, ...] = (2, 3)  # steps, of eight, in which the network denoises them; one of these each time
+    hold: float = 1.0  # weight of the change in large forms of free pictures
     critic: float = 0.05  # weight of the critic's opinion ...
     trusted: int = 300  # ... from this step on; before, less
-    critic_rate: float = 0.6  # learning rate of the critic, in that of the decoder
+    critic_rate: float = 0.6  # learning rate of the critic, relative to the decoder's
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,7 @@ class Recipe(autoencoder.Recipe):
         at_least(self, autoencoder.WIDE, "crop")
         for key in ("widths", "taken"):
             if min(getattr(self, key), default=0) < 1:
-                raise K2Error(f'Recipe "{self.name}": {key} are numbers from 1 on, at least one.')
+                raise K2Error(f'Recipe "{self.name}": {key} must be a list of numbers from 1 up.')
         if self.crop > self.size:
             raise K2Error(f'Recipe "{self.name}": crop must be at most size, {self.size}.')
         at_least(self, 0, "begun", "hold", "critic", "critic_rate")
@@ -85,7 +85,7 @@ class Recipe(autoencoder.Recipe):
 
 
 class Pool(NamedTuple):
-    """Composed pictures, and latents that mean them or were drawn for their captions."""
+    """Composed pictures, with latents that encode them or were drawn for their captions."""
 
     pictures: NDArray[np.uint8]  # [N, size, size, 3]
     grainy: NDArray[np.bool_]  # [N]
@@ -95,8 +95,8 @@ class Pool(NamedTuple):
 
 
 def pool(catalog: Catalog, recipe: Recipe, folder: Path, drawer: Pipeline, report: Report = print) -> Pool:
-    """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`, in parts:
-    what is cut off goes on."""
+    """A fixed random choice of pictures of the train split and their latents, made once and kept in `folder`; kept in
+    parts, so that an interrupted run resumes."""
     about = (catalog, "train", recipe.pictures, recipe.plain, recipe.seed)
     items, pictures = autoencoder.choose(*about), autoencoder.pool(*about, folder)
     made_by = hashlib.sha256("".join(sha256(BOX / f"mini-{part}.safetensors") for part in DRAWERS).encode()).hexdigest()
@@ -132,7 +132,7 @@ def draw(
     recipe: Recipe,
     first: int,
 ) -> dict[str, NDArray[np.float16]]:
-    """Latents of each kind, of pictures [N, size, size, 3] of items, the first of which has this place among all."""
+    """Latents of each kind for pictures [N, size, size, 3] of items; `first` is the index of the first among all."""
     steps, mu = int(drawer.recommended["steps"]), float(drawer.recommended["mu"])
     rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, "captions", first))
     captions = [catalog.caption(item, rng, "medium") for item in items]
@@ -154,17 +154,17 @@ def draw(
 
 
 def widened(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
-    """The same function with so many channels in each scale (Net2WiderNet, arXiv 1511.05641). Raises K2Error.
+    """The same function with these numbers of channels per scale (Net2WiderNet, arXiv 1511.05641). Raises K2Error.
 
-    Every channel is there 2, 4, … times, and whatever reads it takes a share of each: the encoder, which stays as it
-    is, equal ones, which even bf16 holds exactly, the decoder others from weight to weight, so that twins grow apart.
-    The innermost scale stays as it is: its attention is scaled by the root of its width.
+    Every channel is copied 2, 4, … times, and whatever reads it takes a share of each copy: equal shares in the
+    encoder, which stays unchanged and which even bf16 holds exactly; different ones from weight to weight in the
+    decoder, so that copies diverge. The innermost scale keeps its width: its attention is scaled by the width's root.
     """
     old = vae.config
     narrow = [old.base_dim * times for times in old.dim_mult]
     refusal = K2Error(
-        f"Scales of {narrow} channels cannot have {list(widths)}.",
-        hint="2, 4, … times as many, all but the innermost; some not without their neighbours.",
+        f"Scales of {narrow} channels cannot be widened to {list(widths)}.",
+        hint="Use 2, 4, … times as many in all but the innermost; some only together with their neighbours.",
     )
     if len(widths) != len(narrow) or widths[-1] != narrow[-1] or any(width % widths[0] for width in widths):
         raise refusal
@@ -188,9 +188,9 @@ def widened(vae: QwenImageVAE, widths: Sequence[int]) -> QwenImageVAE:
 
 
 class Critic(nn.Module):
-    """Pictures [B, 3, H, W] -> how real each place of them looks [B, 1, H/8, W/8].
+    """Pictures [B, 3, H, W] -> how real each place in them looks [B, 1, H/8, W/8].
 
-    Of a picture it sees what is left without its large forms: those are not in question, and it learns faster so.
+    It sees pictures without their large forms, which are not in question; so it learns faster.
     """
 
     def __init__(self, width: int = 32):
@@ -221,7 +221,7 @@ class Pair(nn.Module):
 
 
 class Sharpening(autoencoder.Stage):
-    """The stage: the decoder by all three kinds, the critic by begun and free pictures and the real ones of them."""
+    """The stage: the decoder learns from all three kinds, the critic from begun and free pictures and the real ones."""
 
     recipe: Recipe
     model: Pair
@@ -233,7 +233,7 @@ class Sharpening(autoencoder.Stage):
         self.model = Pair(widened(before, recipe.widths))
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """Crops of latents and of the pictures that they are about, as many of each kind."""
+        """Crops of latents and of the pictures that they belong to, the same number of each kind."""
         recipe, factor = self.recipe, self.before.factor
         rng = np.random.default_rng(stable_seed(recipe.seed, recipe.name, step, part))
         cells, side = self.pool.asked.shape[-1], recipe.crop // factor
@@ -301,7 +301,7 @@ def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Ru
         raise K2Error(f'Recipe "{recipe.name}": crop and size must be multiples of {before.factor}.')
     drawer = Pipeline.load("mini", variant="turbo", device=device, dtype="float32", filters=())
     if max(recipe.taken) > (steps := int(drawer.recommended["steps"])):
-        raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps that Turbo takes.')
+        raise K2Error(f'Recipe "{recipe.name}": taken must be at most {steps}, the steps of Turbo.')
     folder.mkdir(parents=True, exist_ok=True)
     stage = Sharpening(recipe, catalog, pool(catalog, recipe, folder, drawer, report), before)
     run = loop.train(loop.Run(stage, folder, device), report)

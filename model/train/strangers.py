@@ -1,8 +1,8 @@
-"""Strange words: what people put around a subject, and no picture of the data set shows.
+"""Strange words: what people put around a subject, but no picture of the data set shows.
 
-Captions come from a few rules. A network that has read nothing else takes every other word for news, so some captions
-are wrapped in words that are not: qualities, doings, places, any words that the tokenizer has whole, others that it
-cuts in pieces, and second things. A picture shows one thing, the one that all others are by: "a phone on a nightstand"
+Captions follow a few rules. A network that has read nothing else takes every other word as meaningful, so some captions
+are wrapped in words to ignore: qualities, activities, places, any words that the tokenizer has complete, others that it
+splits, and second things. A picture shows one thing, the one that all others are placed by: "a phone on a nightstand"
 is a phone.
 """
 
@@ -20,21 +20,21 @@ from model.train.looks import DRAWINGS, MEDIA, PALETTES
 from model.train.phrases import PARTS
 from model.train.thesaurus import Thesaurus, called, named, one
 
-FRAMES = (  # what prompts are wrapped in besides
+FRAMES = (  # further wrappers of prompts
     *("a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an illustration of {}", "{}, close up"),
     *("a portrait of {}", "{}, highly detailed", "{}, simple and clean", "{}, award winning", "beautiful {}", "{} art"),
     *("{}, centred", "{}, front view", "{}, side view", "a study of {}", "a render of {}", "{}, soft light", "my {}"),
     *("{}, dramatic", "{}, professional", "{}, 4k", "{}, in the style of a master", "one single {}", "detail of {}"),
     *("still life with {}", "a scene with {}", "macro of {}", "{}, shot from above", "{} in the foreground"),
 )
-RELATIONS = (  # of the thing to a second one
+RELATIONS = (  # of the main thing to a second one
     *("with", "on", "on top of", "in front of", "behind", "beside", "next to", "near", "under", "inside", "and"),
     *("holding", "above", "below", "against", "by", "full of", "outside", "looking at", "beneath", "leaning on"),
 )
 
 
 def known_words() -> set[str]:
-    """Words that captions use for looks: they are news indeed."""
+    """Words that captions use for looks: these are meaningful."""
     told = [*DRAWINGS.values(), *MEDIA.values(), *PALETTES]
     phrases = [phrase for each in told for phrase in ([each] if isinstance(each, str) else each)]
     words = {word for phrase in [*phrases, *PARTS["colours"]] for word in phrase.replace("-", " ").lower().split()}
@@ -42,7 +42,7 @@ def known_words() -> set[str]:
 
 
 class Wilderness:
-    """Words around captions that say nothing a picture could show."""
+    """Words around captions that name nothing a picture could show."""
 
     def __init__(self, subjects: Mapping[str, Subject], thesaurus: Thesaurus):
         parts = {word for name in subjects for word in name.split() if len(word) > 2} - {"the"}
@@ -64,7 +64,7 @@ class Wilderness:
         self.things = [name for each in subjects.values() for name in (*each.words, *thesaurus.taught(each.name))]
 
     def strange(self, rng: np.random.Generator) -> str:
-        """A word that says nothing: one that the tokenizer has whole, or, one in five, one of pieces."""
+        """A meaningless word: one that the tokenizer has complete or, one in five, one made of pieces."""
         while rng.random() < 0.2:
             made = "".join(one(self.pieces, rng) for _ in range(int(rng.integers(2, 4))))
             if made not in self.vocabulary:
@@ -72,7 +72,7 @@ class Wilderness:
         return one(self.words, rng)
 
     def beside(self, names: Sequence[str], rng: np.random.Generator) -> str:
-        """A second thing, and where the first one is by it: "on top of an old hotel"."""
+        """A second thing and the relation of the first one to it: "on top of an old hotel"."""
         while (thing := one(self.things, rng)) in names:
             pass
         relation, quality = one(RELATIONS, rng), rng.random()
@@ -82,11 +82,11 @@ class Wilderness:
         return f"{relation} {one(('a', 'the', 'some'), rng)} {word} {thing}"
 
     def some(self, least: int, most: int, rng: np.random.Generator) -> list[str]:
-        """At least so many words that say nothing, and less than `most`."""
+        """At least `least` meaningless words, and fewer than `most`."""
         return [self.strange(rng) for _ in range(int(rng.integers(least, most)))]
 
     def phrase(self, names: Sequence[str], rng: np.random.Generator) -> str:
-        """A place, a second thing, or strange words behind a preposition."""
+        """A place, a second thing, or strange words after a preposition."""
         kind = rng.random()
         if kind < 0.3:
             return one(self.places, rng)
@@ -95,12 +95,12 @@ class Wilderness:
         return " ".join((one(("in", "on", "at", "near", "with", "from", "of", "under"), rng), *self.some(1, 4, rng)))
 
     def crowd(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
-        """A caption whose subject is by a second thing; `names` are the subject's."""
+        """A caption whose subject is next to a second thing; `names` are the subject's."""
         name = named(caption, names)
         return caption if name is None else articled(caption.replace(name, f"{name} {self.beside(names, rng)}", 1))
 
     def insert(self, caption: str, names: Sequence[str], rng: np.random.Generator) -> str:
-        """A caption with strange words in one place: before its subject, or, oftener, behind it."""
+        """A caption with strange words in one place: before its subject or, more often, after it."""
         name = named(caption, names)
         if name is None:
             return caption
@@ -133,19 +133,19 @@ class Wilderness:
 
 
 def articled(text: str) -> str:
-    """A text whose every "a" and "an" suits the word behind it."""
+    """A text with every "a" and "an" adapted to the next word."""
     return re.sub(r"\ban? (?=[a-z])", lambda found: "an " if found.string[found.end()] in "aeio" else "a ", text)
 
 
 class Wording:
-    """Captions as people might have said them."""
+    """Captions as people might say them."""
 
     def __init__(self, subjects: Mapping[str, Subject]):
         self.subjects, self.thesaurus = subjects, Thesaurus()
         self.wilderness = Wilderness(subjects, self.thesaurus)
 
     def say(self, caption: str, subject: str, reworded: float, strangers: float, rng: np.random.Generator) -> str:
-        """A caption of a subject, in other words and among strange ones, each with a probability."""
+        """A caption of a subject, put in other words and among strange ones, each with a probability."""
         known = self.subjects[subject]
         names: Sequence[str] = known.words
         if rng.random() < reworded:

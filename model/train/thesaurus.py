@@ -1,7 +1,7 @@
 """Other words for what captions say: people ask for a kitten, a 3d render, a pale blue backdrop.
 
-The data's captions have one or two names for each subject and look. `thesaurus.toml` has what else people call them;
-some of these names are never taught, to tell what was learned from what was learned by heart.
+The data's captions have one or two names for each subject and look. `thesaurus.toml` has other names that people use;
+some of these are never taught, to tell understanding from memorising.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATH = Path(__file__).with_suffix(".toml")
 
 
 def named(caption: str, names: Iterable[str]) -> str | None:
-    """The longest of a subject's names that a caption holds."""
+    """The longest of a subject's names in a caption."""
     return max((each for each in names if each in caption), key=len, default=None)
 
 
@@ -49,17 +49,17 @@ class Thesaurus:
         }
 
     def words(self) -> set[str]:
-        """The words in here that say something alone: the last of each name, and all of colours."""
+        """The words that mean something alone: the last of each name, and all colour words."""
         names = [name for table in (self.subjects, self.looks) for names in table.values() for name in names]
         last = {re.findall("[a-z0-9]+", name)[-1] for name in names}
         return last | {word for names in self.palettes.values() for name in names for word in name.split()}
 
     def taught(self, subject: str) -> list[str]:
-        """A subject's other names, but for those that are never taught."""
+        """A subject's other names, except those that are never taught."""
         return [each for each in self.subjects.get(subject, ()) if not held_out(subject, each)]
 
     def reword(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
-        """A caption in other words, each of its parts or not, and the names that its subject may have in it."""
+        """A caption with each part put in other words or not, and the names that its subject may have in it."""
         head, *rest = caption.split(", ")
         if rng.random() < 0.5:
             head = self._ground(head, rng)
@@ -74,14 +74,14 @@ class Thesaurus:
         return ", ".join([head, *rest]), names
 
     def swap(self, caption: str, subject: Subject, rng: np.random.Generator) -> str:
-        """A caption with one phrase in other words: its subject's name, or what it says of the look at its end."""
+        """A caption with one phrase in other words: its subject's name, or the look at its end."""
         start, comma, look = caption.rpartition(", ")
         if comma and rng.random() < 0.3:
             return start + comma + self._look(look, rng)
         return self.rename(caption, subject, rng)[0]
 
     def rename(self, caption: str, subject: Subject, rng: np.random.Generator) -> tuple[str, Sequence[str]]:
-        """A caption whose subject has another name, and the names that it may have in it."""
+        """A caption whose subject is renamed, and the names that it may have there."""
         name = named(caption, subject.words)
         others = self.taught(subject.name)
         if name is None or not others:
@@ -105,7 +105,7 @@ class Thesaurus:
 
 
 def either(phrases: Iterable[str]) -> re.Pattern[str]:
-    """Any of these phrases, the longest that fits."""
+    """A pattern for any of these phrases, longest first."""
     return re.compile("|".join(re.escape(each) for each in sorted(phrases, key=len, reverse=True)))
 
 

@@ -23,7 +23,7 @@ from model.train.study import Floats, Pixels, middle, names_of, paint
 
 
 class Seen(NamedTuple):
-    """What the judge makes of one picture."""
+    """The judge's view of one picture."""
 
     picture: Pixels  # [H, W, 3]
     subject: Floats  # [96], unit
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 class Study:
-    """Renders what figures ask for, once each, and shows it to the judge."""
+    """Renders what figures ask for, each picture once, and shows it to the judge."""
 
     def __init__(self, pipeline: Pipeline, judge: Judge, catalog: Catalog, folder: Path, steps: int | None, count: int):
         self.pipeline, self.judge, self.catalog, self.folder = pipeline, judge, catalog, folder
@@ -63,7 +63,7 @@ class Study:
         return [self.seen[spec] for spec in specs]
 
     def right(self, seen: Sequence[Seen], subjects: Sequence[str]) -> Floats:
-        """1 where the subject asked for is the nearest of all candidates."""
+        """1 if the requested subject is the nearest of all candidates, else 0."""
         nearest = (np.stack([each.subject for each in seen]) @ self.names.T).argmax(1)
         return np.array([self.subjects[n] == name for n, name in zip(nearest, subjects, strict=True)], float)
 

@@ -1,9 +1,9 @@
-"""The words by which pictures are read: `python -m model.train.words` writes `mini-words.safetensors` into the box.
+"""The words read off pictures: `python -m model.train.words` writes the bundled `mini-words.safetensors`.
 
-Pictures and words share no space, so the table is measured: statistics of the box's style encoder over pictures of the
-data set, and a linear discriminant for each kind of words. Drawing, medium, ground and palette are drawn freely, not as
-the training looks pair them: there a palette gives a drawing set away, and a board of one's own would not. Drawings in
-media that are held out for good are not measured on; they give the accuracy that decides which kinds of words are said.
+Pictures and words share no space, so the table is measured: statistics of the bundled style encoder over pictures of
+the data set, and a linear discriminant for each kind of words. Drawing, medium, ground and palette are drawn freely,
+not paired as in the training looks: there a palette gives a drawing set away, unlike on a user's board. Drawings in
+permanently held-out media are not measured on; they give the accuracy that decides which kinds of words are reported.
 Three minutes on one core; rebuild it whenever the style encoder or the autoencoder changes.
 """
 
@@ -33,7 +33,7 @@ KNOWN = 0.99  # share of the unseen pictures that count as known
 
 
 def kinds_of(look: Look) -> dict[str, str]:
-    """What a picture of a look is called, by kind of words."""
+    """The words for a look, by kind."""
     dark = look.medium in ("neon", "lowkey")
     return {"medium": look.medium, "drawing": look.drawing, "ground": "dark" if dark else look.ground}
 
@@ -53,7 +53,7 @@ def draw_items(catalog: Catalog) -> list[Item]:
 
 
 def unseen_items(catalog: Catalog) -> list[Item]:
-    """Pictures of the looks that are held out for good."""
+    """Pictures of the permanently held-out looks."""
     items = catalog.items("styles")
     return [items[i] for i in np.random.default_rng(stable_seed("words")).permutation(len(items))[:UNSEEN]]
 
@@ -79,7 +79,7 @@ def discriminant(x: Tensor, index: Tensor, classes: int) -> tuple[Tensor, Tensor
 
 @torch.inference_mode()
 def build(catalog: Catalog) -> dict[str, float]:
-    """Measure and write mini-words.safetensors -> the share of right answers on unseen looks, by kind."""
+    """Measure and write mini-words.safetensors -> the share of correct answers on unseen looks, by kind."""
     eye = Eye.load("mini")
     items, others = draw_items(catalog), unseen_items(catalog)
     raw, new = statistics_of(catalog, items, eye), statistics_of(catalog, others, eye)
@@ -116,10 +116,10 @@ def build(catalog: Catalog) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the words of the box's style encoder.")
+    parser = argparse.ArgumentParser(description="Measure the words of the bundled style encoder.")
     parser.add_argument("--data", type=Path, default=DATA, help="the data set's folder")
     for kind, share in build(Catalog(parser.parse_args().data, Eye.load("mini").side)).items():
-        print(f"{kind}: {share:.0%} right on looks never measured")
+        print(f"{kind}: {share:.0%} correct on unseen looks")
 
 
 if __name__ == "__main__":

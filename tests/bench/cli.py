@@ -1,7 +1,7 @@
-"""How long the command line takes, measured as a user feels it: from process start to exit.
+"""How long the command line takes as a user experiences it: from process start to exit.
 
-`python tests/bench/cli.py [--rounds 5] [--out FILE]`. Each row holds two commands, run in turn, so that whatever else
-the machine does falls on both; figures are medians, ratios are medians of the rounds' ratios.
+`python tests/bench/cli.py [--rounds 5] [--out FILE]`. Each row compares two commands that run alternately, so that
+other load affects both; figures are medians, ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MANY = [part for index in range(128) for part in ("-p", f"a red fox number {inde
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: `ours` may cost at most `limit` times `theirs`. `share` is what one unit of ours is."""
+    """A comparison: `ours` may cost at most `limit` times `theirs`. `share` is the number of units in ours."""
 
     name: str
     ours: list[str]
@@ -55,7 +55,7 @@ ROWS = [
         what="megabytes",
     ),
     Row(
-        "peak memory of 128 prompts / of 64",  # what is kept of a run (contexts, a page of the sheet) is full by then
+        "peak memory of 128 prompts / of 64",  # what a run keeps (contexts, a page of the sheet) is full by then
         [K2, "render", "--quiet", "--steps", "1", *MANY],
         [K2, "render", "--quiet", "--steps", "1", *MANY[:128]],
         1.05,
@@ -87,7 +87,7 @@ def main() -> None:
         project = Path(scratch) / "bench"
         subprocess.run([K2, "new", str(project), "--quiet"], check=True, stdout=subprocess.DEVNULL)
         for row in ROWS:
-            measure(row.ours, project)  # the first run of all reads the disk
+            measure(row.ours, project)  # the very first run reads from disk
             rounds = [(measure(row.ours, project), measure(row.theirs, project)) for _ in range(options.rounds)]
             pairs = [(ours[row.what] / row.share, theirs[row.what]) for ours, theirs in rounds]
             ours, theirs = (median(side) for side in zip(*pairs, strict=True))

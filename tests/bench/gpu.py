@@ -1,9 +1,9 @@
-"""A picture on a card: 1024², Turbo, 8 steps, random weights of the true size, whole and part by part.
+"""A picture on a GPU: 1024², Turbo, 8 steps, random weights of the true size, as a whole and part by part.
 
 `python tests/bench/gpu.py [--size 1024] [--steps 8] [--rounds 5] [--out .cache/bench/gpu] [--smoke]`. Ours in bf16 and
-fp8, plain and compiled, beside diffusers on the same tensors in the same run; the share of the card's bf16 rate that a
-large product reaches. `speed.py --device cuda` has the rows of the other benchmark. `--smoke` also runs without a card.
-What is found is printed and written row by row; a row that fails says why, and the others go on.
+fp8, plain and compiled, against diffusers on the same tensors in the same run; also the bf16 rate that a large product
+reaches. `speed.py --device cuda` has the rows of the other benchmark. `--smoke` also runs without a GPU. Results are
+printed and written row by row; a row that fails says why, and the others continue.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
-        parser.error("there is no CUDA card here; --smoke runs at toy size without one")
+        parser.error("there is no CUDA GPU here; --smoke runs at toy size without one")
     size, steps, rounds = (64, 2, 1) if options.smoke else (options.size, options.steps, options.rounds)
     config, dtype = SMALL if options.smoke else MEDIUM, torch.bfloat16
 
@@ -120,7 +120,7 @@ def main() -> None:
     mask = (torch.arange(PADDED, device=device) < PROMPT)[None]
 
     def other() -> None:
-        """Its text encoding is left out, in diffusers' favour: `speed.py` compares that."""
+        """Without its text encoding, in diffusers' favour: `speed.py` compares that."""
         pipe(
             prompt_embeds=embeds, prompt_embeds_mask=mask, height=size, width=size,
             num_inference_steps=steps, guidance_scale=0.0, output_type="pt",
@@ -131,7 +131,7 @@ def main() -> None:
     failed = []
 
     def attempt(name: str, work: Callable[[], None]) -> None:
-        """One row of many: where it fails, the others are still worth having."""
+        """One row of many: if it fails, the others are still worth having."""
         try:
             work()
         except Exception as error:
@@ -162,18 +162,18 @@ def main() -> None:
     def compiled_for_good(network: Krea2) -> None:
         accelerate(network)
         if not network.velocity.compiled:
-            raise RuntimeError("there is no compiler for this card")
+            raise RuntimeError("there is no compiler for this GPU")
         began = time.perf_counter()
         sample(network, embedded)
         print(f"  compiled and run in {time.perf_counter() - began:.0f} s", flush=True)
 
     def looked_at(network: Krea2, label: str) -> None:
-        """Whether the answer is right, and what it takes beside the weights."""
+        """Whether the result is correct, and its memory in addition to the weights."""
         far = ((sample(network, embedded) - exact).float().norm() / exact.float().norm()).item()
         weights = sum(tensor.nbytes for part in (network, tower, vae) for tensor in part.state_dict().values())
         facts[label] = {"latents_off": far, "gigabytes": weights / 1e9 + peak_megabytes(lambda: picture(network)) / 1e3}
         print(f"  latents off by {far:.2%}, {facts[label]['gigabytes']:.1f} GB", flush=True)
-        if not far < 1:  # nor a NaN, which a card multiplies faster
+        if not far < 1:  # nor NaN, which a GPU multiplies faster
             raise ArithmeticError(f"{label} is not the same network")
 
     for compiled in (False, True) if device == "cuda" else (False,):
@@ -200,9 +200,9 @@ def main() -> None:
         return vae.decode(latents)
 
     def others(name: str, better: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
-        """What a picture might save yet, beside how it is done."""
+        """A possible further saving, against the current way."""
         far = ((better() - plain()).float().norm() / plain().float().norm()).item()
-        compare(f"  {name}, beside as it is", better, plain)
+        compare(f"  {name}, against as is", better, plain)
         print(f"  off by {far:.2%}", flush=True)
 
     compare("decode", decode, lambda: video.decode(latents[:, :, None]))
@@ -224,7 +224,7 @@ def main() -> None:
 
 
 def recorded(tower: TextTower, prefix: Cache, ids: Tensor) -> Callable[[], Tensor]:
-    """The text tower as one launch: its time goes into launching, not into kernels."""
+    """The text tower as one launch: its time is spent on launches, not in kernels."""
     graph = Graph(lambda ids: tower(ids, prefix)[0], (ids,))
     return lambda: graph(ids)
 
@@ -236,7 +236,7 @@ def compiled_decoder(vae: QwenImageVAE, latents: Tensor) -> Callable[[], Tensor]
 
 
 def attend(config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, compare: Callable[..., None]) -> None:
-    """All attention of a picture, by the kernel that is chosen, beside each of those that could be."""
+    """All attention of a picture, with the chosen kernel against each alternative."""
     tokens, wide = PROMPT + grid[0] * grid[1], config.head_dim
     q, k, v = (
         random((1, tokens, heads, wide), 1, dtype, "cuda").transpose(1, 2)
@@ -252,11 +252,11 @@ def attend(config: Any, grid: tuple[int, int], dtype: torch.dtype, steps: int, c
             all_of_it()
 
     for name, kernel in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        compare(f"  all attention, beside {name}'s", all_of_it, lambda kernel=kernel: by(kernel))
+        compare(f"  all attention, against {name}'s", all_of_it, lambda kernel=kernel: by(kernel))
 
 
 def kernels(name: str, work: Callable[[], Any], most: int = 12) -> None:
-    """Print where a card's time goes."""
+    """Print where a GPU spends its time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()

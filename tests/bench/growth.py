@@ -1,9 +1,9 @@
-"""How the time for pictures grows with their size, number, steps and prompt, beside the operations that they take.
+"""How the time for pictures grows with their size, number, steps and prompt, compared with their operations.
 
 `python tests/bench/growth.py [--model mini] [--rounds 5] [--out .cache/bench/growth] [--smoke]`. Each point is a
-median, the points of a panel take turns. Operations: of the stream, of the text encoder, and of the autoencoder as
-PyTorch counts them. Nothing should grow faster than its operations; what grows more slowly pays a fixed price at the
-small end.
+median; the points of a panel take turns. Operations: of the stream, of the text encoder, and of the autoencoder as
+counted by PyTorch. Nothing should grow faster than its operations; what grows more slowly has a fixed cost at the small
+end.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ AXES = {  # what grows: its points, and those of a smoke test
     "steps": ((4, 8, 16, 32), (1, 2)),
     "words of the prompt": ((2, 8, 32, 128), (2, 8)),
 }
-SLACK = 1.1  # what a point may exceed its operations by, measured from the point before: clocks are not exact
+SLACK = 1.1  # factor by which a point may outgrow its operations from the point before: clocks are not exact
 
 
 def specs_at(axis: str, x: int, smoke: bool) -> list[RenderSpec]:
-    """The pictures of one point; a new seed each, guidance off so that the prompt's length is the only one."""
+    """The pictures of one point, each with its own seed; guidance is off so that there is only one prompt length."""
     small = 64 if smoke else 128
     base = RenderSpec("a red fox", small, small, steps=1 if smoke else 4, guidance=0.0)
     if axis == "side in pixels":

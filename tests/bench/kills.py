@@ -1,9 +1,9 @@
-"""Renders killed at random moments: what stands there is whole, and `--resume` makes the rest, to the same pixels.
+"""Renders killed at random moments: what exists is complete, and `--resume` makes the rest, to the same pixels.
 
-`python tests/bench/kills.py [--kills 200] [--workers N] [--together 20] [--seed 0]`, with the model of the box. A
-render is a fork of this process, which has the weights already, so that the kills fall on rendering and writing and
-not on imports; with --workers the forks have worker processes of their own. --together starts so many processes at
-once in one project instead, each with its own interpreter.
+`python tests/bench/kills.py [--kills 200] [--workers N] [--together 20] [--seed 0]`, with the bundled model. A render
+is a fork of this process, which already has the weights, so that kills hit rendering and writing and not imports; with
+--workers the forks have worker processes of their own. --together instead starts this many processes at once in one
+project, each with its own interpreter.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Arena:
         self.root.mkdir()
         (self.root / "k2.toml").write_text(PROJECT)
         if not workers:
-            hands.load(Held("mini")).hashes()  # worked out by a thread, which a fork would not have
+            hands.load(Held("mini")).hashes()  # computed by a thread, which a fork would not have
         started = time.monotonic()
         assert self.wait(self.start("render")) == 0
         self.seconds = time.monotonic() - started
@@ -78,20 +78,20 @@ class Arena:
             os._exit(code)
 
     def wait(self, process: int) -> int:
-        """The exit code; minus the signal where one ended it."""
+        """The exit code, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
     def killed(self, *arguments: str) -> bool:
         """Start, kill at a random moment -> whether the kill came before the end."""
         process = self.start(*arguments)
-        time.sleep(self.random.uniform(0, 1.5 * self.seconds))  # some come to their end, on a busy machine too
+        time.sleep(self.random.uniform(0, 1.5 * self.seconds))  # some finish, even on a busy machine
         os.kill(process, signal.SIGKILL)
         code = self.wait(process)
         assert code in (0, -signal.SIGKILL), code
         return code != 0
 
     def round(self) -> int:
-        """One run, killed over and over and resumed until it is whole -> how many kills it took."""
+        """One run, killed repeatedly and resumed until it is complete -> the number of kills."""
         kills, before, arguments = 0, set((self.root / "outputs").glob("*-*")), ["render"]
         while self.killed(*arguments):
             kills += 1
@@ -106,7 +106,7 @@ class Arena:
         return kills
 
     def pictures(self, folder: Path) -> dict[str, str]:
-        """Every picture by its hash, each whole and as its record says."""
+        """Every picture by its hash, each complete and matching its record."""
         found = {}
         for path in folder.glob("*-*.png"):
             with Image.open(path) as image:
@@ -116,7 +116,7 @@ class Arena:
 
 
 def together(folder: Path, commands: Sequence[Sequence[str]]) -> None:
-    """Renders at once in one project, a picture each: no number, picture or record is lost or doubled."""
+    """Simultaneous renders in one project, one picture each: no number, picture or record is lost or duplicated."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE) for command in commands]
     printed = [process.communicate()[0].decode().splitlines() for process in processes]
@@ -145,12 +145,12 @@ def main() -> None:
             (Path(folder) / "k2.toml").write_text(PROJECT.replace("batch = 3", "batch = 1"))
             k2 = [sys.executable, "-c", "from k2cli.app import main; main()"]
             together(Path(folder), [[*k2, "render", "-q", "-p", f"picture {i}"] for i in range(options.together)])
-            print(f"{options.together} processes at once: nothing lost, nothing doubled", end=", ")
+            print(f"{options.together} processes at once: nothing lost, nothing duplicated", end=", ")
         else:
             arena, kills, rounds = Arena(Path(folder), options.workers, options.seed), 0, 0
             while kills < options.kills:
                 kills, rounds = kills + arena.round(), rounds + 1
-            print(f"{kills} kills in {rounds} runs of {arena.seconds:.1f} s: all whole, all finished", end=", ")
+            print(f"{kills} kills in {rounds} runs of {arena.seconds:.1f} s: all complete, all finished", end=", ")
     print(f"{time.monotonic() - started:.0f} s")
 
 

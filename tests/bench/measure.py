@@ -29,14 +29,14 @@ Work = Callable[[], Any]
 MEDIUM = PRESETS["medium"]
 SMALL = DiTConfig(width=256, heads=4, kv_heads=1, blocks=3, text_width=160, text_taps=3, text_heads=5)  # for --smoke
 BLOCKS = 28  # that a step is extrapolated to
-PATTERN = 1 << 22  # random numbers that are laid out again and again: drawing billions takes minutes
+PATTERN = 1 << 22  # random numbers that are repeated: drawing billions takes minutes
 
 
 # ---- clocks -----------------------------------------------------------------------------------------------------
 
 
 def seconds(work: Work) -> float:
-    """Of one call, all of a card's work included."""
+    """Seconds of one call, including all work on a GPU."""
     settle()
     started = time.perf_counter()
     work()
@@ -50,8 +50,8 @@ def settle() -> None:
 
 
 def interleaved(works: Sequence[Work], rounds: int) -> list[list[float]]:
-    """Each work's seconds in every round; they take turns, so that whatever else the machine does falls on all. One
-    round shows that they work, and no more."""
+    """Each work's seconds in every round; they take turns, so that other load affects all. One round shows only that
+    they work."""
     for work in works if rounds > 1 else ():
         work()  # the first time, caches are cold
     times: list[list[float]] = [[] for _ in works]
@@ -62,9 +62,9 @@ def interleaved(works: Sequence[Work], rounds: int) -> list[list[float]]:
 
 
 def rate(dtype: torch.dtype, device: str, side: int) -> float:
-    """Operations a second of a large product: what arithmetic alone would allow."""
+    """Operations per second of a large product: the arithmetic limit."""
     a, b = torch.randn(2, side, side, device=device).to(dtype)
-    times = 1 if device == "cpu" else 16  # a card that was idle has to raise its clocks first
+    times = 1 if device == "cpu" else 16  # an idle GPU has to raise its clocks first
 
     def products() -> None:
         for _ in range(times):
@@ -75,22 +75,22 @@ def rate(dtype: torch.dtype, device: str, side: int) -> float:
 
 
 def peak_megabytes(work: Work) -> float:
-    """By how much a call raises resident memory at its height (Linux), or a card's."""
+    """How much a call raises peak resident memory (Linux), or a GPU's."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         settle()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the heap would hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the height so far
+    ctypes.CDLL(None).malloc_trim(0)  # leftovers of earlier calls in the heap would hide this one's memory
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident()["VmRSS"]
     work()
     return max(resident()["VmHWM"] - before, 4096) / 1e6
 
 
 def resident() -> dict[str, int]:
-    """Bytes: VmRSS now, VmHWM at the most."""
+    """Bytes: VmRSS now, VmHWM at the peak."""
     lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(value.split()[0]) << 10 for name, value in lines if name in ("VmRSS", "VmHWM")}
 
@@ -99,7 +99,7 @@ def resident() -> dict[str, int]:
 
 
 def stream_operations(c: DiTConfig, text: int, image: int, blocks: int | None = None) -> float:
-    """Multiplications and additions of one evaluation of the stream, for one picture."""
+    """Multiplications and additions of one evaluation of the stream for one picture."""
     tokens = text + image
     matrices = c.width * (3 * c.width + 2 * c.kv_heads * c.head_dim + 3 * hidden_width(c.width, c.multiplier))
     attention = 2 * tokens * c.width
@@ -108,7 +108,7 @@ def stream_operations(c: DiTConfig, text: int, image: int, blocks: int | None = 
 
 
 def tower_operations(c: TextConfig, tokens: int, layers: int, before: int = 0) -> float:
-    """Of the text encoder, for one prompt; `before` are tokens whose keys are there already."""
+    """Operations of the text encoder for one prompt; `before`: tokens whose keys already exist."""
     inner, shared = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     matrices = c.hidden_size * (2 * inner + 2 * shared + 3 * c.intermediate_size)
     return 2 * layers * tokens * (matrices + 2 * (before + tokens) * inner)
@@ -118,7 +118,7 @@ def tower_operations(c: TextConfig, tokens: int, layers: int, before: int = 0) -
 
 
 def fill(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
-    """Give a network on the meta device random weights of a trained one's size; norms stay fp32 where they are ours."""
+    """Give a network on the meta device random weights as large as a trained one's; our norms stay fp32."""
     state = {}
     for name, tensor in network.state_dict().items():
         flat = name.endswith((".scale", "norm.weight")) or tensor.ndim < 2
@@ -132,7 +132,7 @@ def fill(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def random(shape: Sequence[int], std: float, dtype: torch.dtype, device: str) -> Tensor:
-    """Normal numbers, the same few million over and over."""
+    """Normal numbers, the same few million repeated."""
     whole = torch.empty(shape, dtype=dtype, device=device)
     pattern = (drawn()[: whole.numel()] * std).to(dtype).to(device)
     for part in whole.view(-1).split(PATTERN):
@@ -146,7 +146,7 @@ def drawn() -> Tensor:
 
 
 def shrunk(network: Krea2, precision: str) -> Krea2:
-    """The same network with its blocks' matrices in few bits; it shares all else."""
+    """The same network with its blocks' matrices in few bits, sharing everything else."""
     with torch.device("meta"):
         small = Krea2(network.config)
     shrink(small.blocks, lambda name, layer: usual(precision, layer.in_features))
@@ -168,15 +168,15 @@ def small_tower() -> TextConfig:
 
 @dataclass
 class Row:
-    """Two ways to the same result. `ratio`: how much longer (or larger) the other way is, the median of the rounds'."""
+    """Two ways to the same result. `ratio`: how much longer (or larger) the other way is, the rounds' median."""
 
     name: str
     ours: float
     theirs: float
     ratio: float
     unit: str = "s"
-    aim: float | None = None  # what the ratio should reach
-    limit: float | None = None  # seconds that the operations alone would take
+    aim: float | None = None  # target of the ratio
+    limit: float | None = None  # seconds for the operations alone
     rounds: list[list[float]] = field(default_factory=list)
 
     def line(self) -> str:
@@ -204,7 +204,7 @@ def save(path: Path, title: str, rows: Sequence[Row], **facts: Any) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row], **facts: Any) -> None:
-    """rows -> path.toml, also when more are to come."""
+    """rows -> path.toml, even if more rows follow."""
     found = [{key: value for key, value in asdict(each).items() if value is not None} for each in rows]
     write_toml(path.with_suffix(".toml"), row=found, **facts)
 
@@ -222,11 +222,11 @@ def write_toml(path: Path, **tables: Any) -> None:
 INK, SOFT, OURS, OTHER = "#1d1d1f", "#c8c8cc", "#2f6f5e", "#c9722f"
 
 
-MOST_SHOWN = 64.0  # a ratio above this is drawn no longer
+MOST_SHOWN = 64.0  # larger ratios are drawn at this length
 
 
 def bars(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """A bar a row, by the ratio's logarithm: right of the line ours is the better way. A tick marks the aim."""
+    """One bar per row, by the ratio's logarithm: to the right of the line ours is better. A tick marks the aim."""
     left, high, wide = 400, 26, 560
     image = Image.new("RGB", (left + wide + 90, 70 + high * len(rows)), "white")
     draw, font, large = ImageDraw.Draw(image), ImageFont.load_default(13), ImageFont.load_default(17)
@@ -250,7 +250,7 @@ def bars(path: Path, title: str, rows: Sequence[Row]) -> None:
 
 @dataclass
 class Panel:
-    """Seconds against something, and what the operations would lead one to expect."""
+    """Seconds against a variable, and the expectation from the operations."""
 
     title: str
     xs: list[float]

@@ -1,9 +1,9 @@
-"""One modulation for all blocks beside one of each block's own: parameters, and loss after equal steps.
+"""One modulation for all blocks against one per block: parameters, and loss after equal steps.
 
 `python tests/bench/modulation.py [--seeds 3] [--steps N] [--out .cache/bench/modulation] [--smoke]`. Pretraining by
-`modulation.toml` on the data set in `.data`; both kinds see the same pictures, captions and noise at every step,
-several seeds each. What counts is the loss over the last tenth of the steps: the kinds' mean difference beside the
-spread that another seed makes. `--smoke` needs no data set.
+`modulation.toml` on the data set in `.data`; both kinds see the same pictures, captions and noise at every step, with
+several seeds each. The result is the loss over the last tenth of the steps: the mean difference between the kinds,
+compared with the spread between seeds. `--smoke` needs no data set.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPE = Path(__file__).with_name("modulation.toml")
 
 
 class OwnBlock(SingleStreamBlock):
-    """Projects the time embedding by a matrix of its own; the vector that was the block's own is its bias."""
+    """Projects the time embedding with its own matrix; the block's own vector becomes its bias."""
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -60,7 +60,7 @@ class OwnModulation(Krea2):
 
     def initialise(self) -> None:
         width = self.config.width
-        self.tproj = nn.Sequential(nn.GELU("tanh"), nn.Linear(width, 6 * width))  # whose start the base class draws
+        self.tproj = nn.Sequential(nn.GELU("tanh"), nn.Linear(width, 6 * width))  # the base class initialises it
         super().initialise()
         self.tproj = nn.Identity()
         for block in self.blocks:
@@ -68,7 +68,7 @@ class OwnModulation(Krea2):
 
 
 def losses(own: bool, recipe: Recipe, data: TrainingSet | None, device: str) -> list[float]:
-    """Of every step of a run."""
+    """The loss of every step of a run."""
     stage = Pretraining(recipe, looks=200, data=data, device=device)
     if own:
         torch.manual_seed(recipe.seed)
@@ -106,7 +106,7 @@ def main() -> None:
     apart = [own - shared for own, shared in zip(ends["own"], ends["shared"], strict=True)]
     noise = stdev(ends["shared"]) if options.seeds > 1 else float("nan")
     print(f"parameters {counts['shared']:,} and {counts['own']:,}: {1 - counts['shared'] / counts['own']:.0%} saved")
-    print(f"own − shared {mean(apart):+.4f}; another seed's spread {noise:.4f}")
+    print(f"own − shared {mean(apart):+.4f}; spread between seeds {noise:.4f}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw(options.out.with_suffix(".png"), curves)
     write_toml(

@@ -1,7 +1,7 @@
 """How long the history takes: `k2 log` and `k2 gallery` over many pictures, and the gallery's page in Chromium.
 
-`python tests/bench/pictures.py [--pictures 10000] [--page 2000]`. Seconds by the clock, and of processor time beside
-them, which is what a machine that does nothing else would take. The page needs Playwright and the system's Chromium.
+`python tests/bench/pictures.py [--pictures 10000] [--page 2000]`. Wall-clock seconds, and CPU time, which is what an
+otherwise idle machine would take. The page needs Playwright and the system's Chromium.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def project(folder: Path, count: int) -> Path:
 
 
 def command(folder: Path, *arguments: str) -> tuple[float, float]:
-    """Seconds by the clock and of the processor for one command."""
+    """Wall-clock and CPU seconds of one command."""
     start, before = time.perf_counter(), os.times()
     subprocess.run([K2, *arguments, "--project", str(folder), "--quiet"], check=True, stdout=subprocess.DEVNULL)
     after = os.times()
@@ -39,7 +39,7 @@ def command(folder: Path, *arguments: str) -> tuple[float, float]:
 
 
 def page(folder: Path) -> dict[str, tuple[float, float]]:
-    """Opening the page until it is drawn; a search, then a style on top, each until its result is drawn."""
+    """Time to open the page, to search, and then to add a style, each until the result is drawn."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as tool:
@@ -87,8 +87,8 @@ def main() -> None:
         try:
             rows |= {f"page of {asked.page:,}: {name}": figures for name, figures in page(some).items()}
         except ImportError:
-            print("Playwright is not installed: without the page in Chromium")
-    print(f"{'':42}{'clock s':>10}{'processor s':>13}")
+            print("Playwright is not installed: skipping the page in Chromium")
+    print(f"{'':42}{'wall s':>10}{'CPU s':>13}")
     for name, (clock, used) in rows.items():
         print(f"{name:42}{clock:>10.2f}{used:>13.2f}")
 

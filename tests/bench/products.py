@@ -1,10 +1,10 @@
-"""8-bit products in training: seconds a step beside bf16, and the loss curves laid over each other.
+"""8-bit products in training: seconds per step against bf16, and the loss curves in one plot.
 
 `python tests/bench/products.py [--rounds 5] [--steps 500] [--batch 32] [--blocks 8] [--compile] [--smoke]`.
-A step is two blocks of the transformer, there, back and AdamW, on 4,096 tokens; bf16 is autocast as training runs it
-(fp32 where the processor has no bf16). The curves are pretraining at 64 px from one seed on the data set in `.data`,
-which `python -m model.train.data` and `python -m model.train.encode 64` make; the toy of `--smoke` needs none. A ratio
-above 1 pays; where it stays below, a recipe had better leave `products` at "wide".
+A step is two blocks of the transformer, forward, backward and AdamW, on 4,096 tokens; bf16 is autocast as in training
+(fp32 if the processor has no bf16). The curves are pretraining at 64 px from one seed on the data set in `.data`, made
+by `python -m model.train.data` and `python -m model.train.encode 64`; the toy of `--smoke` needs none. A ratio above 1
+pays off; below, a recipe should leave `products` at "wide".
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from model.train.products import NAMES, WIDE, convert, multiplies_fp8, parse
 from model.train.training_set import TrainingSet
 
 WIDTHS, BLOCKS, TOKENS = (384, 1024, 2048), 2, 4096  # tokens as in a step of pretraining
-AIM = 1.15  # from width 2048 on
+AIM = 1.15  # from width 2048 up
 COLOURS = {WIDE: "#1d1d1f", "int8-tensorwise": "#c9722f", "int8-rowwise": "#2f6f5e", "fp8-tensorwise": "#8250df"}
-SMOOTH = 25  # steps that a point of a curve is the mean of
+SMOOTH = 25  # steps averaged for a point of a curve
 
 
 def stepper(config: DiTConfig, name: str, tokens: int, device: str, compiled: bool) -> Callable[[], None]:
-    """One step of training of a stack of blocks, on four pictures that have so many tokens together."""
+    """One training step of a stack of blocks, on four pictures with `tokens` tokens in total."""
     torch.manual_seed(0)
     blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(BLOCKS)).to(device)
     convert(blocks, parse(name, device))
@@ -49,7 +49,7 @@ def stepper(config: DiTConfig, name: str, tokens: int, device: str, compiled: bo
     side, width = tokens // 4, config.width
     with torch.device("meta"):
         network = Krea2(config)
-    network.first = nn.Linear(1, 1, device=device)  # where and in what the angles are wanted
+    network.first = nn.Linear(1, 1, device=device)  # device and dtype of the angles
     rope = network.rope(0, (side // 16, 16))
     x = torch.randn(4, side, width, device=device)
     time = torch.randn(4, 1, 6 * width, device=device)
@@ -69,7 +69,7 @@ def stepper(config: DiTConfig, name: str, tokens: int, device: str, compiled: bo
 def seconds_a_step(
     names: list[str], widths: tuple[int, ...], tokens: int, rounds: int, device: str, compiled: bool
 ) -> list[Row]:
-    """A row for each kind of products at each width; wide ones take turns with all."""
+    """A row for each kind of products at each width, alternating with wide products."""
     rows = []
     print(HEAD)
     for width in widths:
@@ -93,7 +93,7 @@ def curve(name: str, recipe: Recipe, data: TrainingSet | None, device: str) -> l
 
 
 def toy(step: int) -> loop.Batch:
-    """Noise in the place of pictures and words."""
+    """Noise instead of pictures and words."""
     generator = torch.Generator().manual_seed(step)
     c = PRESETS["mini"]
     embeds = torch.randn(4, 8, c.text_taps, c.text_width, generator=generator)
@@ -160,7 +160,7 @@ def main() -> None:
         print(f"{name:<20} loss over the last tenth {loss:.4f} ({loss - last[WIDE]:+.4f})")
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    bars(options.out.with_suffix(".png"), f"a step of training with 8-bit products on {device}, beside bf16", rows)
+    bars(options.out.with_suffix(".png"), f"a training step with 8-bit products on {device}, against bf16", rows)
     draw(options.out.with_name(f"{options.out.stem}-curves.png"), curves)
     found = [{key: value for key, value in vars(each).items() if value is not None} for each in rows]
     write_toml(options.out.with_suffix(".toml"), row=found, loss=last, curve=curves, smoke=options.smoke)

@@ -1,7 +1,7 @@
 """The screenshots beside the README: `python tests/bench/screens.py PROJECT [FOLDER]`.
 
-PROJECT has been rendered. Needs Playwright and the system's Chromium. Each command runs on a terminal of its own, so
-that it shows what it shows to people; the gallery is made anew, in a folder that is thrown away.
+PROJECT must have been rendered. Needs Playwright and the system's Chromium. Each command runs on its own terminal, so
+that it shows what people see; the gallery is built in a temporary folder.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PICKED = (0, 3, 4)  # in the gallery
 PAGE = """<meta charset="utf-8"><style>
 body {{ margin: 0; background: {background}; color: {foreground}; }}
 pre {{ margin: 0; padding: 18px 22px; width: max-content; font: 14px "DejaVu Sans Mono", monospace; }}
-</style><pre>{code}</pre>"""  # the font's own line height, with which half-blocks close up
+</style><pre>{code}</pre>"""  # the font's own line height, which joins half-blocks
 
 
 def on_a_terminal(arguments: list[str], project: Path) -> str:
-    """What a command writes where its three streams are a terminal."""
+    """What a command writes if its three streams are a terminal."""
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     own = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "K2_PREVIEW": "blocks"}

@@ -1,10 +1,10 @@
-"""How fast, beside diffusers and beside the arithmetic limit; and what every exact saving saves.
+"""Speed against diffusers and against the arithmetic limit, and what every exact saving saves.
 
 `python tests/bench/speed.py [--rounds 5] [--device cuda] [--only WORD …] [--out .cache/bench/speed] [--smoke]`. The two
 sides of a row take turns in one process; figures are medians, ratios medians of the rounds' ratios (above one: ours is
-the faster, or the smaller). A step of the open weights is timed with one and with three blocks of their width and
-extrapolated to 28, in what a pipeline would choose: bf16, or fp32 on a processor without it. `--smoke` runs every row
-once at toy size: it shows that the script works and says nothing else.
+faster or smaller). A step of the open weights is timed with one and with three blocks of their width and extrapolated
+to 28, in the dtype that a pipeline would choose: bf16, or fp32 on a processor without it. `--smoke` runs every row once
+at toy size, which shows only that the script works.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ from model.text_encoder import QWEN3_VL_4B, TextTower
 from model.upsample import doubled
 from model.vae import QwenImageVAE, VAEConfig
 
-PROMPT, PADDED, TEMPLATE = 45, 512, 34  # tokens of the prompt, as diffusers pads it, and before it
+PROMPT, PADDED, TEMPLATE = 45, 512, 34  # tokens of the prompt, of diffusers' padded prompt, and before the prompt
 PROMPTS = ("a red fox", "an owl on a night blue background", "a sailboat at sunset, paper cut", "a green apple")
 
 
 class Bench:
-    """What rows need, built when first asked for; `rows` yields (name, function) in the table's order."""
+    """What rows need, built on demand; `rows` gives name -> function in the table's order."""
 
     def __init__(self, rounds: int, device: str, smoke: bool, scratch: Path):
         self.rounds, self.device, self.smoke, self.scratch = rounds, device, smoke, scratch
@@ -75,7 +75,7 @@ class Bench:
         self.dtype = getattr(torch, self.wide)
         self.sides = (128, 256) if smoke else (512, 1024)
         if device == "cpu":
-            keep_pages()  # as loading a pipeline does; here the other side has it too
+            keep_pages()  # as loading a pipeline does; here it applies to the other side too
 
     def rows(self) -> dict[str, Callable[[], Iterator[Row]]]:
         return {
@@ -100,7 +100,7 @@ class Bench:
 
     @cached_property
     def theirs(self) -> nn.Module:
-        """diffusers' network on the same tensors: no byte twice."""
+        """diffusers' network on the same tensors, without copies."""
         with torch.device("meta"):
             network = diffusers.Krea2Transformer2DModel(
                 **{k: v for k, v in transformer_config(self.config).items() if not k.startswith("_")}
@@ -110,11 +110,11 @@ class Bench:
 
     @cached_property
     def limit(self) -> float:
-        """Operations a second in the numbers that are computed with."""
+        """Operations per second in the dtype used."""
         return rate(self.dtype, self.device, 512 if self.smoke else 4096)
 
     def stream(self, side: int, text: int = PROMPT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a sampler gives to `velocity`, guidance off."""
+        """What a sampler passes to `velocity`, with guidance off."""
         grid = (side // 16, side // 16)
         tokens = random((1, grid[0] * grid[1], self.config.token_dim), 1.0, self.dtype, self.device)
         context = random((1, text, self.config.width), 1.0, self.dtype, self.device)
@@ -122,7 +122,7 @@ class Bench:
         return tokens, context, mods, self.dit.rope(text, grid)
 
     def step(self) -> Iterator[Row]:
-        """The text enters theirs padded to 512 and through text fusion at every step, as its pipeline does it."""
+        """Theirs gets the text padded to 512 and runs text fusion at every step, as its pipeline does."""
         for side, aim in zip(self.sides, (1.45, 1.12), strict=True):
             tokens, context, mods, rope = self.stream(side)
             embeds = random((1, PADDED, self.config.text_taps, self.config.text_width), 1, self.dtype, self.device)
@@ -161,13 +161,13 @@ class Bench:
         works = [(net, count) for net in (small, self.dit, smaller) for count in (1, 3)]
         times = interleaved([lambda w=work: run(*w) for work in works], self.rounds)
         eight, wide, four = (extrapolated(*times[i : i + 2]) for i in (0, 2, 4))
-        yield row(f"step at {side} px, int8 beside {self.wide}", eight, wide, aim=1.2)
-        yield row(f"step at {side} px, int4 beside {self.wide}", four, wide)
+        yield row(f"step at {side} px, int8 against {self.wide}", eight, wide, aim=1.2)
+        yield row(f"step at {side} px, int4 against {self.wide}", four, wide)
         yield self.likeness("int8", 35)
         yield self.likeness("int4")
 
     def likeness(self, precision: str, aim: float | None = None) -> Row:
-        """Mini's pictures with weights and products in few bits, beside those in fp32: not a time but decibels."""
+        """Mini's pictures with weights and products in few bits, against those in fp32: in decibels, not seconds."""
         specs = [RenderSpec(text, seed=seed) for seed, text in enumerate(PROMPTS[: 1 if self.smoke else None])]
         specs = [replace(spec, steps=2, width=64, height=64) for spec in specs] if self.smoke else specs
         plain, small = (
@@ -183,7 +183,7 @@ class Bench:
     # ---- the other parts --------------------------------------------------------------------------------------
 
     def prompt(self) -> Iterator[Row]:
-        """Qwen3-VL's width, one and three layers, extrapolated to the layers that either needs."""
+        """Qwen3-VL's width, one and three layers, extrapolated to the number that each side needs."""
         from diffusers import Krea2Pipeline
         from transformers import Qwen3VLConfig, Qwen3VLModel
 
@@ -205,13 +205,13 @@ class Bench:
         }
 
         def tower_of(count: int) -> nn.Module:
-            """Theirs with so many layers, on our tensors; its vision part stays empty."""
+            """Theirs with `count` layers, on our tensors; its vision part stays empty."""
             short = Qwen3VLConfig(text_config=text | {"num_hidden_layers": count}, vision_config=vision)
             with torch.device("meta"):
                 model = Qwen3VLModel(short)
             state = model.language_model.state_dict()
             model.language_model.load_state_dict({name: tower.state_dict()[name] for name in state}, assign=True)
-            rotary = type(model.language_model.rotary_emb)(short.text_config)  # its angles are no weights
+            rotary = type(model.language_model.rotary_emb)(short.text_config)  # its angles are not weights
             model.language_model.rotary_emb = rotary.to(self.device)
             return model.requires_grad_(False).eval()
 
@@ -235,7 +235,7 @@ class Bench:
             stub.text_encoder, stub.text_encoder_select_layers = others[count], config.taps[:count]
             Krea2Pipeline.get_text_hidden_states(stub, "", device=torch.device(self.device))
 
-        # our tower stacks what it taps: with one layer only the first tap is there
+        # our tower stacks its taps: with one layer there is only the first
         tower.config = replace(config, taps=(1,))
         one, three, their_one, their_three = interleaved(
             [lambda: ours(1), lambda: ours(3), lambda: theirs(1), lambda: theirs(3)], self.rounds
@@ -262,7 +262,7 @@ class Bench:
         return ours.to(self.dtype), theirs.to(device=self.device, dtype=self.dtype).requires_grad_(False).eval()
 
     def autoencoder(self) -> Iterator[Row]:
-        """Qwen-Image's, of full size: theirs is the video network that it was published as."""
+        """Qwen-Image's, at full size: theirs is the video network that was published."""
         ours, theirs = self.autoencoders
         side, dtype = self.sides[0], next(ours.parameters()).dtype
         latents = random((1, 16, side // 8, side // 8), 1, dtype, self.device)
@@ -270,7 +270,7 @@ class Bench:
         works: list[Callable[[], Any]] = [lambda: ours.decode(latents), lambda: theirs.decode(latents[:, :, None])]
         yield row(f"autoencoder, decode at {side} px", *interleaved(works, self.rounds), aim=2.5)
         megabytes = [[peak_megabytes(work)] for work in works]
-        yield row("autoencoder, decode, memory at its height", *megabytes, unit="MB", aim=2.0)
+        yield row("autoencoder, decode, peak memory", *megabytes, unit="MB", aim=2.0)
         works = [lambda: ours.encode(images), lambda: theirs.encode(images[:, :, None])]
         yield row(f"autoencoder, encode at {side} px", *interleaved(works, self.rounds))
 
@@ -304,7 +304,7 @@ class Bench:
                 )
 
             def ours(specs: list[RenderSpec] = specs) -> None:
-                self.mini.forget()  # or only the first round would encode
+                self.mini.forget()  # else only the first round would encode
                 self.mini.render(specs)
 
             image = first.height * first.width // (self.mini.vae.factor * self.mini.dit.config.patch) ** 2
@@ -318,18 +318,18 @@ class Bench:
             yield row(name, *interleaved([ours, theirs], self.rounds), limit=limit)
 
     def turbo(self) -> Iterator[Row]:
-        """Turbo's own settings beside Raw's full course of 52 guided steps: both ours."""
+        """Turbo's own settings against Raw's full 52 guided steps: both ours."""
         raw, turbo = (Pipeline.load("mini", variant=variant, device=self.device) for variant in ("raw", "turbo"))
         few = {"width": 64, "height": 64} if self.smoke else {}
         short = [RenderSpec(text, seed=i, **few) for i, text in enumerate(2 * PROMPTS)]
         long = [replace(spec, steps=4 if self.smoke else 52, guidance=3.5) for spec in short]
-        for count in (1, 4, 8):  # alone, and up to a full batch
+        for count in (1, 4, 8):  # from one to a full batch
             sides = [partial(turbo.render, short[:count]), partial(raw.render, long[:count])]
             name = f"{count} picture{'s' * (count > 1)}: Turbo / Raw, 52 guided steps"
             yield row(name, *interleaved(sides, self.rounds), aim=10.0)
 
     def start(self) -> Iterator[Row]:
-        """From nothing to a picture in one step, a process each."""
+        """From process start to a picture in one step, one process each."""
         mine = (
             "from model.pipeline import Pipeline; from model.spec import RenderSpec;"
             f"Pipeline.load('mini', device='{self.device}').render([RenderSpec('a red fox', 64, 64, steps=1)])"
@@ -343,7 +343,7 @@ class Bench:
 
         def process(code: str) -> None:
             if self.smoke:
-                exec(code, {})  # the code works; of a start nothing is to be learned
+                exec(code, {})  # shows that the code works; a start is not measured
             else:
                 subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
@@ -355,7 +355,7 @@ class Bench:
     # ---- every exact saving by itself -------------------------------------------------------------------------
 
     def savings(self) -> Iterator[Row]:
-        """With and without, all of it ours: the same numbers, but for rounding, for less work."""
+        """With and without each saving, all ours: the same result, apart from rounding, for less work."""
         side, c = self.sides[0], self.config
         tokens, context, mods, rope = self.stream(side)
         dit, rounds = self.dit, self.rounds
@@ -434,14 +434,14 @@ class Bench:
         ]
         noises = random((len(embeds), *both.shape[1:]), 1, torch.float32, self.device)
         yield compare(
-            "a leader in one stream with those that follow (mini)",
+            "the lead picture in one stream with the others (mini)",
             lambda: led[0](noises, 0),
             lambda: led[1](noises, 0),
         )
         conv = torch.nn.Conv2d(384, 192, 3, padding=1).to(self.device).requires_grad_(False)
         cells = random((1, 384, side // 8, side // 8), 1, torch.float32, self.device)
         yield compare(
-            "a grid doubled and convolved in one product",
+            "upsampling and convolution in one product",
             lambda: doubled(cells, conv),
             lambda: conv(F.interpolate(cells, scale_factor=2.0, mode="nearest")),
         )
@@ -451,7 +451,7 @@ class Bench:
             self.mini.conditioning.context(PROMPTS[0], ())
 
         yield compare(
-            "prompts asked for again are kept (mini)", lambda: self.mini.conditioning.context(PROMPTS[0], ()), anew
+            "repeated prompts are cached (mini)", lambda: self.mini.conditioning.context(PROMPTS[0], ()), anew
         )
         file = self.scratch / "transformer"
         if not file.exists():
@@ -467,7 +467,7 @@ class Bench:
 
 
 class Tokens(SimpleNamespace):
-    """What a tokenizer gives."""
+    """A tokenizer's output."""
 
     def __init__(self, ids: Tensor):
         super().__init__(
@@ -482,7 +482,7 @@ class Tokens(SimpleNamespace):
 
 
 class fewer:
-    """Within the context a network has only the first few of its blocks."""
+    """Within the context a network has only its first few blocks."""
 
     def __init__(self, network: nn.Module, stem: str, count: int):
         self.network, self.stem, self.count = network, stem, count
@@ -496,7 +496,7 @@ class fewer:
 
 
 def extrapolated(one: list[float], three: list[float], blocks: int = BLOCKS) -> list[float]:
-    """Seconds with so many blocks, from those with one and with three, round by round."""
+    """Seconds with `blocks` blocks, from those with one and with three, round by round."""
     return [a + (blocks - 1) * (b - a) / 2 for a, b in zip(one, three, strict=True)]
 
 
@@ -528,7 +528,7 @@ def main() -> None:
                     print(each.line(), flush=True)
     missed = [each.name for each in found if each.aim and each.ratio < each.aim]
     facts = {"smoke": options.smoke, "rounds": options.rounds, "device": options.device, "missed": missed}
-    save(options.out, f"k2 beside diffusers {diffusers.__version__}, {options.device}", found, **facts)
+    save(options.out, f"k2 against diffusers {diffusers.__version__}, {options.device}", found, **facts)
     if found:
         print(f"median ratio {median(each.ratio for each in found):.2f}; {len(missed)} aims missed")
 

@@ -1,9 +1,9 @@
-"""What a style costs: a step with style tokens, and a batch under spliced references that are cached, beside none.
+"""What a style costs: a step with style tokens, and a batch with cached spliced references, against none.
 
 `python tests/bench/style.py [--rounds 5] [--model mini] [--out .cache/bench/style] [--smoke]`. The two sides of a row
 take turns in one process; figures are medians, ratios medians of the rounds' ratios: plain over styled, so 0.95 is 5 %
-more time. Prompts are encoded before the clock starts, as in any batch but its first picture; captures of the splice
-are on disk and read again for every step. `--smoke` runs every row once at toy size, which says nothing else.
+more time. Prompts are encoded before timing starts, as for all but the first picture of a batch; captures of the splice
+are on disk and read again at every step. `--smoke` runs every row once at toy size, which shows only that it works.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from model.spec import Reference, RenderSpec, Style
 from model.splice import CaptureCache
 
 BATCH = 8
-TOKENS, SPLICE = 1 / 1.05, 1 / 1.4  # aims: what a step with tokens, a batch with a splice may take
+TOKENS, SPLICE = 1 / 1.05, 1 / 1.4  # aims for a step with tokens and for a batch with a splice
 
 
 def styled(spec: RenderSpec, method: str, references: list[Path]) -> RenderSpec:
-    """The spec under one style of these pictures, at strength 1."""
+    """The spec with one style of these pictures, at strength 1."""
     return replace(spec, styles=(Style("s", 1.0, tuple(map(Reference, references)), method=method),))
 
 
 def pictures(folder: Path, count: int = 2) -> list[Path]:
-    """References: what they show is of no account here."""
+    """References: their content does not matter here."""
     files = [folder / f"{index}.png" for index in range(count)]
     for index, file in enumerate(files):
         Image.effect_noise((128, 128), 40 + 60 * index).convert("RGB").save(file)
@@ -40,7 +40,7 @@ def pictures(folder: Path, count: int = 2) -> list[Path]:
 
 
 def rows(pipeline: Pipeline, folder: Path, rounds: int, smoke: bool) -> Iterator[Row]:
-    """Guidance as the checkpoint recommends it, and off, as Turbo has it."""
+    """With guidance as the checkpoint recommends, and without, as for Turbo."""
     references = pictures(folder)
     pipeline.__dict__["_captures"] = CaptureCache(folder / "captures")
     base = RenderSpec("a red fox", 64, 64, steps=2) if smoke else RenderSpec("a red fox")

@@ -1,10 +1,9 @@
-"""The open weights' true size on this machine: loaded in few bits, and streamed; memory and time to the first step.
+"""The open weights' true size on this machine, loaded in few bits and streamed: memory and time to the first step.
 
 `python tests/bench/true_size.py FOLDER [--stored bf16|int8|int4] [--size 256] [--keep] [--smoke]`. Writes a file of
-random weights into FOLDER, block by block (26 GB; 14 as int8, 8 as int4), and measures each way to hold it in a process
-of its own: its highest resident memory, and the time to the first step beside that of reading the file once, as any
-program reads. The file's pages are dropped from the system's cache before every reading. It is deleted at the end
-unless kept.
+random weights into FOLDER, block by block (26 GB; 14 as int8, 8 as int4), and measures each way to hold it in its own
+process: peak resident memory, and the time to the first step compared with plainly reading the file once. The file's
+pages are dropped from the system's cache before every read. It is deleted at the end unless --keep is given.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from model.few_bits import ENDS, FORMATS, few_bit_layers, hold, shrink, usual
 from model.layouts import load_dit
 from model.plan import NARROW, native_bf16
 
-WAYS = {  # what is measured: precision, streamed, the most GiB that it may take; of files that are stored so
+WAYS = {  # what is measured: precision, streamed, limit in GiB, formats of the stored file
     "int8": ("int8", False, 15, ("bf16", "int8")),
     "int4": ("int4", False, 9, ("bf16", "int4")),
     "streamed": ("native", True, 6, ("bf16", "int8")),
@@ -41,7 +40,7 @@ GIB = 1 << 30
 
 
 def write(path: Path, config: DiTConfig, stored: str) -> None:
-    """A native checkpoint of random weights; no more than one matrix of it is ever in memory."""
+    """Write a native checkpoint of random weights; at most one matrix is in memory at a time."""
     with torch.device("meta"):
         network = Krea2(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -87,7 +86,7 @@ def read_once(path: Path) -> float:
 
 @torch.inference_mode()
 def measure(path: Path, way: str, side: int) -> None:
-    """In a process of its own: prints a line of JSON."""
+    """Run in its own process: prints a line of JSON."""
     precision, streamed, *_ = WAYS[way]
     keep_pages()  # as a pipeline does
     started = time.perf_counter()

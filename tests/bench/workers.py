@@ -1,8 +1,8 @@
-"""How the pictures a minute grow with the workers: processes of one thread each, and a Ray cluster of one core each.
+"""How pictures per minute grow with the workers: processes with one thread each, and Ray nodes with one core each.
 
-`python tests/bench/workers.py [--pictures 192] [--sizes 1,2,4] [--out .cache/bench/workers.toml]`, with the model of
-the box. Counted from the moment when all workers have their weights: loading them is a price that a run pays once.
-More workers than cores cannot be faster; the table says how many cores there are.
+`python tests/bench/workers.py [--pictures 192] [--sizes 1,2,4] [--out .cache/bench/workers.toml]`, with the bundled
+model. Timed from when all workers have their weights: a run pays for loading only once. More workers than cores cannot
+be faster; the output file has the number of cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a worker is a core's worth
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core per worker
 
 from measure import write_toml
 
@@ -27,7 +27,7 @@ SUBJECTS = ("fox", "owl", "cat", "dog", "car", "bus", "tree", "house")
 
 
 class Timed:
-    """A crew, and when each of its pictures was heard of."""
+    """A crew that times its pictures."""
 
     def __init__(self, crew: Crew):
         self.crew, self.size, self.where = crew, crew.size, crew.where
@@ -53,7 +53,7 @@ class Timed:
 
 
 def rate(make: Callable[[list[RenderSpec]], Crew], count: int) -> float:
-    """Pictures a minute, once everybody is at work."""
+    """Pictures per minute, once all workers are running."""
     specs = [RenderSpec(f"a red {SUBJECTS[seed % len(SUBJECTS)]}", seed=seed) for seed in range(count)]
     crew = Timed(make(specs))
     try:
@@ -65,7 +65,7 @@ def rate(make: Callable[[list[RenderSpec]], Crew], count: int) -> float:
 
 
 def clusters(sizes: list[int], count: int) -> dict[int, float]:
-    """The same on Ray, with as many nodes of one core as there are workers."""
+    """The same on Ray, with one single-core node per worker."""
     from ray.cluster_utils import Cluster as Nodes
 
     from k2cli.cluster import Cluster
@@ -97,12 +97,12 @@ def main() -> None:
 
         ways["ray"] = lambda: clusters(sizes, options.pictures)
     except ImportError:
-        print("Ray is not installed: processes only")
+        print("Ray is not installed: measuring processes only")
     for way, measure in ways.items():
         rates = measure()
         found[way] = {str(size): round(each, 1) for size, each in rates.items()}
         for size, each in rates.items():
-            print(f"{way:<10}{size:>3} {each:8.1f} pictures a minute {each / rates[sizes[0]]:6.2f} ×", flush=True)
+            print(f"{way:<10}{size:>3} {each:8.1f} pictures per minute {each / rates[sizes[0]]:6.2f} ×", flush=True)
     write_toml(options.out, pictures=options.pictures, **found)
 
 
