@@ -114,7 +114,7 @@ def test_both_halves_learn(catalog, tmp_path):
 def test_a_teacher_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = Recipe(name="t", steps=1, lr=1e-3, muon_lr=1e-3)
-    with pytest.raises(finer.K2Error, match='autoencoder of a run "autoencoder"'):
+    with pytest.raises(finer.K2Error, match='run "autoencoder" has no autoencoder'):
         finer.main(recipe)
     with pytest.raises(finer.K2Error, match="decoder has no meaning"):
         replace(recipe, decoder=True)
