@@ -1,4 +1,4 @@
-"""The commands about models. As in `app.py`, whatever is heavy is imported by the command that needs it."""
+"""Commands for models. As in `app.py`, each command imports the heavy modules it needs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def info(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A name of the box or the hub, a folder, or a file.", autocompletion=complete_model
+            metavar="MODEL", help="A bundled model, a hub id, a folder, or a file.", autocompletion=complete_model
         ),
     ],
     accept_licence: AcceptOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Say what a model's files hold.
+    """Describe a model's files.
 
     Layout, shapes, precision, recommended settings, training, licence, hashes.
     """
@@ -57,10 +57,10 @@ def info(
 
 @models_app.command("vocabulary")
 def show_vocabulary(
-    words: Annotated[list[str] | None, typer.Argument(metavar="WORDS", help="What these mean; else all.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="WORDS", help="Words to look up; default: all.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List what the weights in the box draw, and by which words.
+    """List what the bundled weights can draw, and the words for it.
 
     \b
     Examples:
@@ -83,26 +83,27 @@ def show_vocabulary(
     if not json:
         results(rows)
     if unknown:
-        raise K2Error(f"The weights in the box do not know {listed(unknown)}.", hint="All: k2 models vocabulary")
+        raise K2Error(f"The bundled weights do not know {listed(unknown)}.", hint="List all: k2 models vocabulary")
 
 
 @models_app.command()
 def pull(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="krea-2-turbo, krea-2-raw, or a hub id like ORG/NAME.")],
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REV", help="A branch, a tag or a commit; else the latest.")
+        str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit; default: the latest.")
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="GLOB", help="Of several models, the files of this one.")
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="Only files that match, if there are several models."),
     ] = None,
     accept_licence: AcceptOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Fetch weights from the hub, and check every file's hash.
+    """Fetch weights from the hub and verify every file's hash.
 
-    They go into the Hugging Face cache; what was interrupted goes on. HF_TOKEN, HF_ENDPOINT, HF_HOME and
-    HF_HUB_OFFLINE are honoured. Afterwards `k2 render --model NAME` takes them; NAME@REV is a certain revision.
+    They go into the Hugging Face cache; an interrupted pull resumes. HF_TOKEN, HF_ENDPOINT, HF_HOME and
+    HF_HUB_OFFLINE are honoured. Then use them with `k2 render --model NAME`; NAME@REV pins a revision.
     """
     from k2cli import hub
     from k2cli.console import result, say, to_json
@@ -113,7 +114,7 @@ def pull(
     except KeyboardInterrupt:
         options = [f" --revision {quote(revision)}"] if revision else []
         options += [f" --include {quote(pattern)}" for pattern in include or []]
-        say(f"Interrupted; what came is kept. Go on with: k2 models pull {quote(model)}{''.join(options)}")
+        say(f"Interrupted; what has arrived is kept. Resume with: k2 models pull {quote(model)}{''.join(options)}")
         raise
     about = {"name": model, "path": str(found.path), "commit": found.revision, "licence": found.licence}
     result(to_json(about | {"files": found.manifest.get("files", {})}) if json else str(found.path))
@@ -124,20 +125,20 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A name of the box, a folder, or a .safetensors file.", autocompletion=complete_model
+            metavar="MODEL", help="A bundled model, a folder, or a .safetensors file.", autocompletion=complete_model
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="The folder to make, for diffusers; or a .safetensors file.")
+        Path, typer.Argument(metavar="TARGET", help="New folder, for diffusers; or a .safetensors file.")
     ],
-    turbo: Annotated[bool, typer.Option("--turbo", help="The distilled checkpoint.")] = False,
+    turbo: Annotated[bool, typer.Option("--turbo", help="Export the distilled checkpoint.")] = False,
     precision: PrecisionOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model for diffusers, or its transformer as one file.
+    """Export a model for diffusers, or its transformer as one file.
 
-    The folder opens in diffusers.Krea2Pipeline. The file is k2's own, in bf16, or rounded once for all: to int8 or fp8,
-    half as large, or to int4, a third, which ComfyUI reads too. Where memory is short it is sooner read.
+    diffusers.Krea2Pipeline opens the folder. The file is k2's own, in bf16 or already rounded: to int8 or fp8 (half
+    the size) or int4 (a third), which ComfyUI reads too. Where memory is short, it loads faster.
 
     \b
     Examples:
@@ -156,7 +157,7 @@ def export(
     file = target.suffix == ".safetensors"
     if not file and target.suffix.lower() in library.CALLED_WEIGHTS:
         raise K2Error(
-            f"{target}: a model is not written as {target.suffix}.",
+            f"{target}: k2 does not write models as {target.suffix}.",
             hint="Name a .safetensors file, or a folder for diffusers.",
         )
     if precision is not None and not file:
@@ -170,7 +171,7 @@ def export(
 
         found = library.find(name, variant)
         if found is None:
-            raise K2Error(f'"{name}" has no turbo checkpoint here.', hint="Leave --turbo out, or name another.")
+            raise K2Error(f'"{name}" has no turbo checkpoint here.', hint="Omit --turbo, or name another model.")
         with meter(None, quiet=quiet, what="tensors") as bar:
             write_compact(library.find_parts(found).dit, target, chosen, found.variant, bar.saved)
     else:

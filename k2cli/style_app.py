@@ -1,4 +1,4 @@
-"""The commands about styles and moodboards. As in `app.py`, what is heavy is imported by the command that needs it."""
+"""Commands for styles and moodboards. As in `app.py`, each command imports the heavy modules it needs."""
 
 from __future__ import annotations
 
@@ -44,32 +44,32 @@ if TYPE_CHECKING:
 style_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 moodboard_app = Commands(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace a style of this name.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing style of this name.")]
 
 
 @style_app.command()
 def add(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the style is called.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the style.")],
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="Pictures that have the look, or folders; a LoRA (.safetensors) as well."),
+        typer.Argument(metavar="FILE", help="Pictures with the look, or folders; also a LoRA (.safetensors)."),
     ],
     keyword: Annotated[
-        list[str] | None, typer.Option("--keyword", "-k", metavar="WORDS", help="Joins the prompt; may come again.")
+        list[str] | None, typer.Option("--keyword", "-k", metavar="WORDS", help="Added to the prompt; repeatable.")
     ] = None,
     avoid: Annotated[
-        list[str] | None, typer.Option("--avoid", metavar="WORDS", help="Joins the negative prompt; may come again.")
+        list[str] | None, typer.Option("--avoid", metavar="WORDS", help="Added to the negative prompt; repeatable.")
     ] = None,
     trigger: Annotated[
         list[str] | None,
-        typer.Option("--trigger", metavar="WORDS", help="What the LoRA answers to; joins the prompt; may come again."),
+        typer.Option("--trigger", metavar="WORDS", help="LoRA trigger, added to the prompt; repeatable."),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             "--method",
             metavar="M",
-            help="How pictures are read: auto, tokens, splice, vision.",
+            help="How to read pictures: auto, tokens, splice or vision.",
             autocompletion=complete_method,
         ),
     ] = None,
@@ -78,11 +78,11 @@ def add(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a style of pictures, of a LoRA, or of both.
+    """Make a style from pictures, a LoRA, or both.
 
     Copies pictures into refs/NAME and a LoRA into loras, and writes styles/NAME.toml. It never writes outside the
-    project. Where no --trigger is given, a LoRA's own are taken, if its file states any. With --force the style file
-    is written anew; what lies in refs/NAME and loras stays there.
+    project. Without --trigger it uses the trigger words stated in the LoRA's file, if any. --force overwrites the
+    style file; existing files in refs/NAME and loras stay.
 
     \b
     Examples:
@@ -105,7 +105,7 @@ def add(
     try:
         added = add_style(find_project(project).styles, name, files, **words, method=method, force=force)
     except Outside as error:
-        raise K2Error(str(error), hint="Put it into the project itself, in the place of the link.") from None
+        raise K2Error(str(error), hint="Replace the link with the file or folder itself.") from None
     about = {
         "name": name,
         "file": short_path(added.file),
@@ -117,7 +117,7 @@ def add(
         for note in filter(None, (sheets, added.over)):
             say(note, "yellow")
         if added.stated:
-            say(f"The LoRA says what it answers to, which joins the prompt: {', '.join(added.stated)}", "dim")
+            say(f"Trigger words stated by the LoRA, added to the prompt: {', '.join(added.stated)}", "dim")
         pictures = count_of(len(added.pictures), "picture") if added.pictures else ""
         holds = " and ".join(filter(None, [pictures, "1 LoRA" if added.lora else ""]))
         say(f"{holds}. Next: k2 render --style {name}=0.6", "dim")
@@ -125,9 +125,9 @@ def add(
 
 @style_app.command("list")
 def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = False, json: JsonOption = False) -> None:
-    """List the styles: file, what it is made of, its words.
+    """List the styles: file, contents, keywords.
 
-    On a terminal with the weight that each has in the project; in a pipe a line each, the fields parted by tabs.
+    On a terminal also each style's weight in the project; in a pipe one line per style, fields separated by tabs.
     """
     from k2cli.console import result, results, screen, short_path, to_json
     from k2cli.here import weight_in
@@ -163,8 +163,8 @@ def list_styles(project: ProjectOption = None, allow_outside: OutsideOption = Fa
 
 
 def usable_of(styles: Styles) -> dict[str, StyleFile]:
-    """The styles that can be used, by name. What is wrong with the others is told, of a mix that it is one, where that
-    was told already."""
+    """The styles that can be used, by name. Errors in the others are shown; if a mix fails by an error already shown,
+    only that it mixes an unusable style."""
     from k2cli.console import show_error
     from k2cli.texts import label_of
 
@@ -194,9 +194,9 @@ def show_style(
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what a style comes to at weight 1.
+    """Show what a style amounts to at weight 1.
 
-    Its mixes taken apart, its words, every reference and its weight.
+    Its mixes broken down into parts; the words, references and weights of each.
     """
     from k2cli.console import result, to_json
     from k2cli.here import weight_in
@@ -230,24 +230,24 @@ def show_style(
 def mix_styles(
     styles: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME=W", help="Styles and how much each counts, −2 … 2.", autocompletion=complete_weight
-        ),
+        typer.Argument(metavar="NAME=W", help="Styles and their weights, −2 … 2.", autocompletion=complete_weight),
     ],
     save_as: Annotated[
-        str | None, typer.Option("--save-as", metavar="NAME", help="Write the mix as a style of this name.")
+        str | None, typer.Option("--save-as", metavar="NAME", help="Save the mix as a style of this name.")
     ] = None,
     sweep: Annotated[
         int | None,
-        typer.Option("--sweep", metavar="N", help="Render the way from style to style in N pictures, not the preview."),
+        typer.Option("--sweep", metavar="N", help="Render N pictures from style to style instead."),
     ] = None,
-    preview: Annotated[bool, typer.Option("--preview/--no-preview", help="Render parts and mix side by side.")] = True,
+    preview: Annotated[
+        bool, typer.Option("--preview/--no-preview", help="Render the parts and the mix side by side.")
+    ] = True,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to paint; else the project's first.")
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; default: the project's first.")
     ] = None,
     turbo: TurboOption = None,
     seed: Annotated[
-        str | None, typer.Option("--seed", metavar="N", help="The same for every picture; or random.")
+        str | None, typer.Option("--seed", metavar="N", help="One seed for every picture; or random.")
     ] = None,
     size: SizeOption = None,
     init_image: InitImageOption = None,
@@ -266,11 +266,10 @@ def mix_styles(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Mix styles by weight, see the mix, keep it as a style.
+    """Mix styles by weight, preview the mix, save it as a style.
 
-    Prints the style's file, if it is saved, then the path of each picture, then the sheet that shows them.
-    With --sweep two styles give a path, three a triangle, more the paths of every pair. With --init-image all begin
-    with the same picture.
+    Prints the style's file, if saved, then the path of each picture, then their contact sheet. With --sweep two styles
+    give a path, three a triangle, more a path for every pair. With --init-image all pictures start from that one.
 
     \b
     Examples:
@@ -291,7 +290,7 @@ def mix_styles(
         raise typer.BadParameter("all weights are 0", param_hint="NAME=W")
     opened.styles.resolve(weights, lambda name: "k2 mix-styles")
     if sweep is None and not preview and save_as is None:
-        raise typer.BadParameter("nothing to do without a preview, --sweep or --save-as", param_hint="--no-preview")
+        raise typer.BadParameter("without --sweep or --save-as there is nothing left to do", param_hint="--no-preview")
     jobs = []
     if sweep is not None or preview:
         settings = opened.settle(
@@ -303,7 +302,7 @@ def mix_styles(
         asked = pick_prompt(opened, prompt)
         jobs = [mix.plan(opened, settings, asked, layout)]
         if not quiet and (choices := len(variants(asked.text))) > 1:
-            say(f"The first of the prompt's {choices} choices is taken.", "yellow")
+            say(f"The prompt has {choices} choices; only the first is used.", "yellow")
     if save_as is not None:
         file = short_path(add_mix(opened.styles, save_as, weights, force=force))
         result(to_json({"kind": "style", "name": save_as, "file": file, "mix": weights}) if json else file)
@@ -316,13 +315,13 @@ def mix_styles(
 
 
 def pick_prompt(project: Project, text: str | None) -> Prompt:
-    """What was typed, or the project's first prompt."""
+    """The prompt that was typed, or the project's first."""
     from k2cli.prompts import typed
 
     if text is not None:
         return typed(text)
     if not project.prompts:
-        raise K2Error("The project has no [[prompt]].", hint='Give one here: -p "a red fox"')
+        raise K2Error("The project has no [[prompt]].", hint='Give one with -p: -p "a red fox"')
     return project.prompts[0]
 
 
@@ -330,20 +329,20 @@ def pick_prompt(project: Project, text: str | None) -> Prompt:
 def analyze(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Pictures or folders; else those of [moodboard]."),
+        typer.Argument(metavar="IMAGE", help="Pictures or folders; default: those of [moodboard]."),
     ] = None,
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="The style to write.")] = "board",
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the style to write.")] = "board",
     force: ForceOption = False,
     project: ProjectOption = None,
     allow_outside: OutsideOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Find a board's looks, colours and words; write a style.
+    """Find a moodboard's looks, colours and words; write a style.
 
-    Makes styles/NAME.toml, to edit as you like, with the pictures that stand for each look, and its colours as
-    styles/NAME.png. Of pictures outside the project, or in its outputs/, it takes copies, in refs/NAME-looks. With the
-    open weights their text encoder looks at the board too, and says what it is drawn to.
+    Writes styles/NAME.toml, to edit as you like, with the pictures that represent each look, and the colours as
+    styles/NAME.png. Pictures outside the project or in its outputs/ are copied to refs/NAME-looks. With the open
+    weights, their text encoder also looks at the board and describes what it is drawn to.
 
     \b
     Examples:
@@ -366,7 +365,7 @@ def analyze(
     target = home.inside(f"styles/{name}.toml")
 
     def taken(path: Path) -> K2Error:
-        return K2Error(f"{short_path(path)} exists already.", hint="Choose another --name, or replace it: --force")
+        return K2Error(f"{short_path(path)} exists already.", hint="Choose another --name, or replace it with --force.")
 
     if not force:
         for path in (target, target.with_suffix(".png")):
@@ -378,15 +377,15 @@ def analyze(
         board = moodboard.look(paths, home.settings.model, lambda done, of: bar.saved(done))
     board = replace(board, notes=(*filter(None, (sheets, passed_over(others))), *board.notes))
     model = ""
-    with suppress(K2Error):  # one that is not here yet tells nothing
+    with suppress(K2Error):  # a model not pulled yet has nothing to say
         model = home.settle().model
     if model:
         board = moodboard.tell(board, model, home.settings.device)
-    # The project's board may be refs/NAME itself, and is not to grow by its own looks.
+    # The project's board may be refs/NAME itself, which must not grow by its own looks.
     board = moodboard.outlasting(board, home, f"refs/{target.stem}-looks")
     try:
         strip = moodboard.save(board, home.root, target, new=not force)
-    except Exists as error:  # only since it was asked
+    except Exists as error:  # created since the check above
         raise taken(error.path) from None
     result(
         to_json({"file": short_path(target), **moodboard.to_table(board, home.root)}) if json else short_path(target)
@@ -396,24 +395,24 @@ def analyze(
             say(masked(note), "yellow")
         for sentence in filter(None, (board.told, board.profile)):
             say(sentence)
-        say(f"Colours in {short_path(strip)}. Edit the style, and use it: k2 render --style {name}=0.35", "dim")
+        say(f"Colours: {short_path(strip)}. Edit the style, then use it: k2 render --style {name}=0.35", "dim")
 
 
 def pictures_of(home: Project, images: Sequence[Path]) -> tuple[list[Path], set[Path]]:
-    """The pictures of a board: those that were named, else those of [moodboard]; and what lies beside them. Raises
+    """A moodboard's pictures, those named or else those of [moodboard], and the other files beside them. Raises
     K2Error."""
     from k2cli import moodboard
     from k2cli.folder import Folder
     from k2cli.texts import relative
 
     if images:
-        root = home.root.resolve()  # either may be reached by a link
+        root = home.root.resolve()  # links may lead to either
         typed = [relative(image.parent.resolve() / image.name, root) for image in images]
-        anywhere = Folder(root=home.root, allow_outside=True)  # who types a path may read there
-        return moodboard.gather(typed, home.root, anywhere.inside, "The board")
+        anywhere = Folder(root=home.root, allow_outside=True)  # a path typed by the user may lie outside
+        return moodboard.gather(typed, home.root, anywhere.inside, "The moodboard")
     if home.board:
         return home.board_pictures(home.board)
     raise K2Error(
-        "There is no board: no picture was named, and k2.toml has no [moodboard].",
+        "There is no moodboard: no picture was named, and k2.toml has no [moodboard].",
         hint="Name pictures: k2 moodboard analyze refs/board/*",
     )

@@ -1,4 +1,4 @@
-"""`k2 train`: any stage of the training pipeline from its recipe, and a LoRA from a folder of pictures."""
+"""`k2 train`: run any stage of the training pipeline from its recipe, or train a LoRA on a folder of pictures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from k2cli.options import QuietOption
 from model.errors import K2Error, brief
 
 LESS = (  # memory
-    'In a recipe lower batch or size, or set recompute = true; of a LoRA also precision = "int8" or "int4". '
-    "Or end what else takes memory."
+    'In a recipe lower batch or size, or set recompute = true; for a LoRA also precision = "int8" or "int4". '
+    "Or close other programs that use memory."
 )
 
-FULL = re.compile(r"\(os error (28|112|122)\)")  # what Rust says of ENOSPC, also on Windows, and of EDQUOT
+FULL = re.compile(r"\(os error (28|112|122)\)")  # Rust's text for ENOSPC, on Windows too, and for EDQUOT
 
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """What the machine refuses a run within the context, in one sentence. Raises K2Error."""
+    """Turn what the machine refuses a run (memory, disk) into one sentence. Raises K2Error."""
     from safetensors import SafetensorError
 
     from k2cli.disk import HINTS, DiskFull
@@ -37,10 +37,10 @@ def explained(name: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         folder = f".runs/{name}"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
-            hint = "Make room, and train again: it goes on from where it was last saved."
+            hint = "Free some space, then train again: it resumes from the last save."
             raise DiskFull(f"The disk is full: {folder} was not written.", hint=hint) from None
         if isinstance(error, SafetensorError):
-            hint = f"Remove the damaged .safetensors file in {folder}, or in the run that it starts from."
+            hint = f"Remove the damaged .safetensors file in {folder}, or in the run it starts from."
             raise K2Error(f'A saved state of "{name}" cannot be read: {brief(error)}.', hint=hint) from None
         if not str(error.filename or "").startswith(".runs"):
             raise
@@ -53,31 +53,31 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A .toml file, the name of one of the package, or a folder of pictures.",
+            help="A .toml file, a built-in recipe, or a folder of pictures.",
             autocompletion=complete_recipe,
         ),
     ],
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Run for so many steps, whatever the recipe says.")
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Number of steps, overrides the recipe's.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1; the best there is if left out.")
+        str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1; default: the best available.")
     ] = None,
     trigger: Annotated[
-        str | None, typer.Option("--trigger", metavar="WORDS", help="Of a LoRA: words that ask for what it learns.")
+        str | None, typer.Option("--trigger", metavar="WORDS", help="Trigger words to train a LoRA with.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Of a LoRA: what to train it on; mini if left out.")
+        str | None, typer.Option("--model", metavar="MODEL", help="The model to train a LoRA on; default: mini.")
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a LoRA on a folder of pictures, or run a recipe.
 
-    The text file beside a picture says what it shows, else its own name does. A recipe is a stage of the model's own
+    A picture's caption is the text file beside it, or else its file name. A recipe is one stage of the model's own
     training.
 
-    State, log and curves go to .runs/NAME; a run that was stopped goes on by the same command.
-    Prints the path of the trained state, or of the LoRA.
+    State, log and curves go to .runs/NAME; the same command resumes a stopped run.
+    Prints the path of the trained state or LoRA.
 
     \b
     Examples:
@@ -95,11 +95,13 @@ def train(
     chosen: Any = recipes.load(recipe)
     if steps is not None:
         if not isinstance(chosen, recipes.Recipe):
-            raise K2Error(f'The stage "{chosen.stage}" has no steps.', hint="Leave --steps out.")
+            raise K2Error(f'The stage "{chosen.stage}" has no steps.', hint="Omit --steps.")
         chosen = replace(chosen, steps=steps, minutes=0.0)
     changes = {key: value for key, value in (("trigger", trigger), ("model", model)) if value is not None}
     if changes and chosen.stage != "lora":
-        raise typer.BadParameter(f'a LoRA has it, and this is "{chosen.stage}"', param_hint=f"--{next(iter(changes))}")
+        raise typer.BadParameter(
+            f'it is for a LoRA only, and this is "{chosen.stage}"', param_hint=f"--{next(iter(changes))}"
+        )
     chosen = replace(chosen, **changes)
     if chosen.stage == "lora":
         licence.require_for(chosen.model, chosen.variant)
@@ -115,7 +117,7 @@ def train(
     except KeyboardInterrupt:
         asked = {"steps": steps, "device": device, "trigger": trigger, "model": model}
         options = [f" --{name} {quote(str(value))}" for name, value in asked.items() if value is not None]
-        say(f"Interrupted; what was saved stays. Go on with: k2 train {quote(recipe)}{''.join(options)}")
+        say(f"Interrupted; what was saved is kept. Resume with: k2 train {quote(recipe)}{''.join(options)}")
         raise
     if not parallel.world().leads:
         parallel.leave()
@@ -125,5 +127,5 @@ def train(
         words = ["k2 style add", quote(run.result.stem), for_shell(run.result)]
         words += ["--trigger", quote(chosen.trigger)] if chosen.trigger else []
         words += [] if root_above(Path.cwd()) else ["--project DIR"]
-        say(f"Make a style of it: {' '.join(words)}", "dim")
+        say(f"Make it a style: {' '.join(words)}", "dim")
     parallel.leave()

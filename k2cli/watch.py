@@ -47,12 +47,14 @@ Stamps = Mapping[str, tuple[int, int]]
 
 def watch(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="PROJECT", help="The project, if not that of the current folder.")
+        Path | None, typer.Argument(metavar="PROJECT", help="The project; default: that of the current folder.")
     ] = None,
     only: OnlyOption = None,
     turbo: TurboOption = None,
     batch: BatchOption = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Fewer are a quicker look.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="Denoising steps; fewer give a quicker look.")
+    ] = None,
     size: SizeOption = None,
     device: DeviceOption = None,
     project: ProjectOption = None,
@@ -61,11 +63,11 @@ def watch(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Render, and again whenever the project's files change.
+    """Render, then render again whenever the project's files change.
 
-    k2.toml, styles and references are watched, and of a change only the pictures are made that it may make different;
-    what the last runs made is not made again. What you throw away stays away until it is asked for anew. The weights
-    stay in memory. A mistake in a file is told, and waited out. Ctrl-C ends it.
+    Watches k2.toml, styles and references. A change renders only the pictures that it may affect and that recent runs
+    have not made. Deleted pictures stay deleted until something about them changes. The weights stay in memory. An
+    error in a file is reported, and k2 waits for the next change. Ctrl-C ends it.
 
     \b
     Examples:

@@ -577,7 +577,7 @@ def test_on_the_command_line(tmp_path, pictures, tiny, k2, monkeypatch):  # noqa
     assert done.stdout == f"{path}\n" and open_checkpoint(path).metadata["triggers"] == ["dusk style"]
     assert "pictures: 10 pictures in 2 shapes; tiny" in done.stderr
     next_one = "k2 style add pictures .runs/pictures/pictures.safetensors --trigger 'dusk style' --project DIR"
-    assert f"Make a style of it: {next_one}\n" in done.stderr
+    assert f"Make it a style: {next_one}\n" in done.stderr
     (tmp_path / "moody").mkdir()
     (tmp_path / "moody" / "k2.toml").touch()
     k2(*shlex.split(next_one.replace("DIR", "moody"))[1:])

@@ -166,7 +166,7 @@ def test_the_command(tiny, k2, tmp_path, monkeypatch):  # noqa: F811
     assert "variant      turbo\n" in told and re.search(r"^  I8 +[\d,]+$", told, re.MULTILINE)
     assert "exists already" in refused(*asked[2:], code=1)
     for name in ("x.gguf", "x.GGUF", "x.safetensor", "x.pt"):
-        assert f"not written as {Path(name).suffix}" in refused("tiny", name, code=1) and not Path(name).exists()
+        assert f"not write models as {Path(name).suffix}" in refused("tiny", name, code=1) and not Path(name).exists()
     assert "a folder for diffusers holds bf16" in refused("tiny", "out", "--precision", "int8", code=2)
     assert 'cannot be "int7"' in refused("tiny", "y.safetensors", "--precision", "int7", code=2)
     k2("models", "export", "tiny", "raw.safetensors")

@@ -465,8 +465,8 @@ def test_what_is_here_needs_no_room(hf: Hub, k2, monkeypatch):
     ("trouble", "code", "words"),
     [
         (OSError(errno.ENOSPC, "No space"), 1, "is full"),
-        (KeyboardInterrupt(), 130, "Interrupted; what came is kept"),
-        (signal.SIGTERM, 143, "Interrupted; what came is kept"),
+        (KeyboardInterrupt(), 130, "Interrupted; what has arrived is kept"),
+        (signal.SIGTERM, 143, "Interrupted; what has arrived is kept"),
     ],
 )
 def test_an_end_half_way_keeps_what_came(hf: Hub, k2, monkeypatch, trouble: Any, code: int, words: str):

@@ -110,7 +110,7 @@ def test_a_mix_takes_the_first_choice(moody, k2):
     (moody / "styles" / "dusk.toml").write_text('keywords = ["dusk"]\n')
 
     told = k2("mix-styles", "dusk=1", "-p", "a {red|blue} fox").stderr
-    assert "The first of the prompt's 2 choices is taken." in told
+    assert "The prompt has 2 choices; only the first is used." in told
     assert "choices" not in k2("mix-styles", "dusk=1", "-p", "a red fox").stderr
 
     texts = {tomllib.loads(path.read_text())["prompt"]["text"] for path in moody.glob("outputs/*/*-7.toml")}

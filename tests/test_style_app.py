@@ -374,7 +374,7 @@ def test_what_a_lora_says_that_it_answers_to_joins_the_prompt(moody, photos, k2,
 
     assert table(moody / "styles" / "ink.toml")["triggers"] == triggers
     assert table(moody / "styles" / "own.toml")["triggers"] == ["mine"]
-    assert ("answers to" in told) == bool(triggers) and all(each in told for each in triggers)
+    assert ("Trigger words stated" in told) == bool(triggers) and all(each in told for each in triggers)
     if triggers:
         assert spec_of(moody, ink=0.6).prompt == f"a red fox, {triggers[0]}"
 
@@ -529,7 +529,7 @@ def test_add_stays_in_the_project(moody, photos, k2):
 
     said = k2("style", "add", "dusk", photos / "a.png", code=1).stderr
 
-    assert "outside the project" in said and "in the place of the link" in said and "--allow-outside" not in said
+    assert "outside the project" in said and "Replace the link" in said and "--allow-outside" not in said
 
 
 # ---- list, show -------------------------------------------------------------------------------------------------
@@ -698,9 +698,9 @@ def test_the_triangle_is_drawn(looks, k2):
     [
         (["dusk"], 2, "not NAME=WEIGHT"),
         (["dusk=3"], 2, "not NAME=WEIGHT"),
-        (["dusk=1", "dusk=0.5"], 2, "comes twice"),
+        (["dusk=1", "dusk=0.5"], 2, "is given twice"),
         (["dusk=0"], 2, "all weights are 0"),
-        (["dusk=1", "--no-preview"], 2, "nothing to do"),
+        (["dusk=1", "--no-preview"], 2, "nothing left to do"),
         (["disk=1"], 1, 'Did you mean "dusk"?'),
         (["dusk=1", "--sweep", "4"], 1, "from one style to another"),
         (["dusk=1", "riso=1", "--sweep", "1"], 1, "leads nowhere"),
