@@ -1,9 +1,9 @@
-"""What tools write into their pictures: prompts and settings out of A1111, ComfyUI, InvokeAI, Midjourney, mflux, k2.
+"""Read prompts and settings from the metadata of A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 pictures.
 
-A1111 and its kin: text `parameters`, or the EXIF comment. ComfyUI: texts `prompt` and `workflow`, the graph as JSON, in
-a WebP the EXIF tags of camera and maker. InvokeAI: text `invokeai_metadata`, earlier `sd-metadata`. Midjourney: text
-`Description`, the prompt with its parameters. mflux: JSON in the EXIF comment, and a file of it beside the picture, as
-k2's record is. All of it is somebody's text: nothing of it is trusted, only read.
+A1111 and its forks: text `parameters`, or the EXIF comment. ComfyUI: texts `prompt` and `workflow`, the graph as JSON;
+in WebP the EXIF tags for camera model and maker. InvokeAI: text `invokeai_metadata`, formerly `sd-metadata`.
+Midjourney: text `Description`, the prompt with its parameters. mflux: JSON in the EXIF comment, and a JSON file beside
+the picture, like k2's record. All of it is untrusted text, and only read.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ from model import picture_file
 from model.errors import K2Error
 from model.expand import LEVELS
 
-MARKING = ("A1111", "ComfyUI", "InvokeAI")  # tools that read signs in a prompt
+MARKING = ("A1111", "ComfyUI", "InvokeAI")  # tools with a prompt syntax
 LORA = re.compile(r"<(?:lora|lyco|hypernet):([^<>:]+)(?::[^<>]*)?>")
 WEIGHT = re.compile(r"\(([^()]+?)(?::\s*[\d.]+\s*)?\)|\[([^\[\]:|]+)\]")  # (words:1.2), (words), [words]
-RAISED = re.compile(  # in InvokeAI alone, elsewhere C++ is a word: (words)1.2, (words)++, word++
+RAISED = re.compile(  # InvokeAI only, as elsewhere C++ is a word: (words)1.2, (words)++, word++
     r"(?<=\))(?:[+-]+|\d*\.?\d+)|(?<=\w)(?:\++|--+)(?=[\s,.]|$)"
 )
-OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 had what to avoid in brackets
+OLD_AVOID = re.compile(r"(?<!\\)\[([^\[\]]*)\]")  # InvokeAI before 3.0 put the negative prompt in brackets
 FACT = re.compile(r'(?<![\w ./()-]) *+([\w./()-][\w ./()-]{0,80}?):\s*+("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 STEPS_FIRST = re.compile(r"^[ \t]*+Steps: \d", re.MULTILINE)
-CIVITAI = "Civitai resources: "  # its own generator's: JSON, in which prompts name no LoRAs
+CIVITAI = "Civitai resources: "  # JSON by Civitai's own generator, whose prompts name no LoRAs
 CIVITAI_LORA = re.compile(r'"type":\s*"(?:lora|lycoris|locon|dora)"', re.IGNORECASE)
-JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # of Midjourney's
+JOB = re.compile(r" Job ID: [0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")  # Midjourney's
 PARAMETER = re.compile(r"(?:^| )--(?=[a-z])")
-PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # of a prompt, and its weight
+PART = re.compile(r"(.*?)(?:::(-?\d*\.?\d*)|$)", re.DOTALL)  # a part of a prompt, and its weight
 IMAGE_PROMPTS = re.compile(r"^(?:<?https?://\S+(?: |$))+")
-TAKEN = ("no", "seed", "ar", "aspect", "v", "version")  # the picture has its shape, and its version is another model
+TAKEN = ("no", "seed", "ar", "aspect", "v", "version")  # the shape is the picture's own, and a version is another model
 BRACKETS = "()[]"
-DEEPEST = 8  # brackets in brackets
-MOST_SAID = 1 << 20  # characters of a text; of workflows there are long ones
-MOST_SAMPLERS = 50  # of a graph that are asked for a prompt
+DEEPEST = 8  # nested brackets
+MOST_SAID = 1 << 20  # characters of a text; workflows can be long
+MOST_SAMPLERS = 50  # of a graph, in which a prompt is sought
 SIDE = ".metadata.json"
 BEGINNING = "its initial picture"
 CONTROL, REFERENCES = "ControlNet", "reference pictures"
-TELLING = "Pictures of A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was taken out."
+TELLING = "Pictures by A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was stripped."
 
 
 class TooLong(K2Error):
-    """A prompt that no project could hold."""
+    """A prompt too long for any project."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a picture says of how it was made. What it does not say is None, or empty."""
+    """What a picture says about how it was made. What it does not say is None or empty."""
 
     tool: str
     prompt: str
@@ -73,19 +73,19 @@ class Origin:
     width: int | None = None
     height: int | None = None
     steps: int | None = None
-    guidance: float | None = None  # on our scale: what those tools call CFG, less one
+    guidance: float | None = None  # on k2's scale: those tools' CFG minus one
     model: str = ""
-    left_out: tuple[str, ...] = ()  # what has no counterpart here
-    turbo: bool = False  # made by k2's distilled checkpoint
-    creativity: str = "raw"  # of k2's
-    guidance_until: float | None = None  # of k2's, where guidance ended before the last step
-    sampler: str | None = None  # of k2's, where it was not Euler's
-    mu: float | None = None  # of k2's
-    name: str = ""  # of k2's prompt
+    left_out: tuple[str, ...] = ()  # what has no counterpart in k2
+    turbo: bool = False  # made by k2's distilled checkpoint; the following are k2's own, too
+    creativity: str = "raw"
+    guidance_until: float | None = None  # if guidance ended before the last step
+    sampler: str | None = None  # if not Euler's
+    mu: float | None = None
+    name: str = ""  # of the prompt
 
 
 def read(path: Path) -> Origin:
-    """The origin of a picture. Raises K2Error where it is none, or says nothing that can be read."""
+    """The origin of a picture. Raises K2Error if it is not a picture, or has no readable prompt."""
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture.")
     if path.suffix == ".json":
@@ -96,36 +96,36 @@ def read(path: Path) -> Origin:
             texts = {key: value for key, value in said.items() if isinstance(value, str) and len(value) <= MOST_SAID}
             exif = image.getexif()
             comment, size = read_comment(exif), image.size
-            for tag in (ExifTags.Base.Model, ExifTags.Base.Make):  # of ComfyUI's WebPs: "prompt:{…}"
+            for tag in (ExifTags.Base.Model, ExifTags.Base.Make):  # ComfyUI's WebPs: "prompt:{…}"
                 key, _, rest = str(exif.get(tag, "")).partition(":")
                 if key in ("prompt", "workflow") and len(rest) <= MOST_SAID:
                     texts.setdefault(key, rest)
             if record := record_of(said):
                 texts.setdefault("k2", record)
     except Exception:  # Pillow raises anything over a broken file
-        raise K2Error(f"{path} is not a picture that can be read.", hint="PNG, JPEG and WebP can be.") from None
+        raise K2Error(f"{path} is not a picture that can be read.", hint="k2 reads PNG, JPEG and WebP.") from None
     beside = path.with_suffix(SIDE)
     kept = history.load(path.with_suffix(".toml")) or {}
     for found in (*readings(texts, comment), *of_k2(kept), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
         if found.prompt:
             if len(escape(found.prompt)) > MOST_WORDS:
-                hint = "No project could hold it: leave that picture out."
+                hint = "No project can hold it: omit that picture."
                 raise TooLong(f"{path} has a prompt of more than {MOST_WORDS:,} characters.", hint=hint)
             whole = found.width is not None and found.height is not None
             return found if whole else replace(found, width=size[0], height=size[1])
-    raise K2Error(f"{path} says nothing of its prompt.", hint=TELLING)
+    raise K2Error(f"{path} does not state its prompt.", hint=TELLING)
 
 
 def read_side_file(path: Path) -> Origin:
-    """The origin that mflux writes beside a picture where it is asked to."""
+    """The origin that mflux can write beside a picture."""
     found = next(of_mflux(table_in(path)))
     if not found.prompt:
-        raise K2Error(f"{path} says nothing of a prompt.", hint="The JSON that mflux writes beside a picture does.")
+        raise K2Error(f"{path} does not state a prompt.", hint="The JSON that mflux writes beside a picture does.")
     return found
 
 
 def table_in(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         with path.open("rb") as file:
             return table_of(file.read(MOST_SAID).decode())
@@ -134,20 +134,22 @@ def table_in(path: Path) -> dict[str, Any]:
 
 
 def read_comment(exif: Image.Exif) -> str:
-    """The EXIF comment, in each of the codings that tools use; its first eight bytes say which."""
+    """The EXIF comment, in any encoding that tools use; its first eight bytes say which."""
     raw = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
     if isinstance(raw, str):
         return raw
     if not isinstance(raw, bytes) or len(raw) > 2 * MOST_SAID:
         return ""
     if raw.startswith(b"UNICODE\0"):
-        little = raw[8:10] == b"\xff\xfe" or raw[9::2].count(0) > raw[8::2].count(0)  # where ASCII's second halves lie
+        little = raw[8:10] == b"\xff\xfe" or raw[9::2].count(0) > raw[8::2].count(
+            0
+        )  # where the zero bytes of ASCII are
         return raw[8:].decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
     return raw.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace").strip("\0")
 
 
 def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
-    """Every form that is there, the most telling first."""
+    """Every form of metadata present, the most informative first."""
     if "k2" in texts:
         with suppress(ValueError, RecursionError):
             yield from of_k2(loads(texts["k2"]))
@@ -170,7 +172,7 @@ def readings(texts: Mapping[str, str], comment: str) -> Iterator[Origin]:
 
 
 def table_of(text: str) -> dict[str, Any]:
-    """The JSON object that a text is; empty where it is none."""
+    """A text parsed as a JSON object; empty if it is not one."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -179,7 +181,7 @@ def table_of(text: str) -> dict[str, Any]:
 
 
 def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
-    """A record, perhaps of another version, or edited."""
+    """A record, perhaps edited or of another version."""
     asked, made, used = (table.get(key) for key in ("prompt", "settings", "model"))
     if isinstance(asked, dict) and isinstance(made, dict):
         used = used if isinstance(used, dict) else {}
@@ -188,7 +190,7 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
         ties = [f'cohesion {tied:g} with "{plain(led.get("prompt"))}"'] if isinstance(led, dict) and tied else []
         shared = led.get("shared") if ties and isinstance(led, dict) else None
         if isinstance(shared, dict) and shared and not any(map(decimal, shared.values())):
-            ties = []  # it was the one that led
+            ties = []  # it was the lead picture
         init = table.get("init_image")
         begun = [f"{BEGINNING} {plain(init.get('image'))}"] if isinstance(init, dict) else []
         styles = [f"style {plain(name)}" for name in values(table, "style", "name")]
@@ -211,8 +213,8 @@ def of_k2(table: Mapping[str, Any]) -> Iterator[Origin]:
 
 
 def own_phrases(avoid: str, table: Mapping[str, Any]) -> str:
-    """What a record's prompt avoids without what its styles, which stay behind, have put after that."""
-    texts: dict[str, None] = {}  # each once, as `styles.words` gives them
+    """A record's own negative prompt, without what its styles, which are not taken over, appended to it."""
+    texts: dict[str, None] = {}  # each once, as `styles.words` yields them
     styles = zip(*(values(table, "style", key) for key in ("strength", "avoids", "keywords")), strict=True)
     for strength, avoids, keywords in styles:
         side = avoids if (decimal(strength) or 0) > 0 else keywords
@@ -227,12 +229,12 @@ def own_phrases(avoid: str, table: Mapping[str, Any]) -> str:
 
 
 def values(table: Mapping[str, Any], key: str, of: str) -> list[Any]:
-    """What each table of a list says under a key."""
+    """The value that each table in a list has under a key."""
     return [each.get(of) for each in tables_in(table, key)]
 
 
 def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
-    """Before 3.0 all was said under `image`, from then on at the top."""
+    """Before 3.0 everything was under `image`, since then at the top level."""
     old = table.get("image")
     if isinstance(old, dict):
         asked = old.get("prompt")
@@ -263,21 +265,21 @@ def of_invoke(table: Mapping[str, Any]) -> Iterator[Origin]:
 
 
 def of_mflux(table: Mapping[str, Any]) -> Iterator[Origin]:
-    """The EXIF comment, or the file beside the picture; others write comments of that kind, too."""
+    """The EXIF comment, or the file beside the picture; other tools write such comments, too."""
     loras = table.get("lora_paths")
     yield origin(
         "mflux" if "mflux_version" in table else "another tool",
         table.get("prompt"),
         table.get("negative_prompt"),
         table,
-        guidance=None,  # of a distilled network, or of another scale: nothing of ours
+        guidance=None,  # of a distilled network, or on another scale than k2's
         model=plain(table.get("model")),
         left_out=("LoRAs",) * bool(isinstance(loras, list) and loras) + (BEGINNING,) * bool(table.get("image_path")),
     )
 
 
 def of_midjourney(text: str) -> Origin:
-    """The prompt, behind links to pictures if there are any, and its parameters: `--ar 3:2 --no text --raw`."""
+    """The prompt, after any links to pictures, and its parameters: `--ar 3:2 --no text --raw`."""
     asked, *parameters = PARAMETER.split(text)
     pairs = [each.partition(" ")[::2] for each in parameters]
     facts = dict(pairs)
@@ -297,21 +299,21 @@ def of_midjourney(text: str) -> Origin:
 
 
 def of_a1111(text: str) -> Origin:
-    """Prompt, `Negative prompt: …`, and a last paragraph that begins with `Steps: `."""
+    """Prompt, `Negative prompt: …`, and a last paragraph that starts with `Steps: `."""
     facts_at = list(STEPS_FIRST.finditer(text))
     said, rest = (text[: facts_at[-1].start()], text[facts_at[-1].start() :]) if facts_at else (text, "")
     facts: dict[str, str] = {}
     for match in FACT.finditer(rest.replace("\n", ", ")):
-        facts.setdefault(match[1], unquoted(match[2]))  # extensions add their own behind, of the same names
+        facts.setdefault(match[1], unquoted(match[2]))  # extensions append their own, with the same names
     asked, _, avoid = ("\n" + said).partition("\nNegative prompt:")
     width, _, height = facts.get("Size", "").partition("x")
     table = {"seed": facts.get("Seed"), "steps": facts.get("Steps"), "width": width, "height": height}
     tool, model, turbo = "A1111", plain(facts.get("Model")), False
-    if facts.get("Version", "").startswith("k2 "):  # written here, with the variant behind the model's name
+    if facts.get("Version", "").startswith("k2 "):  # written by k2, with the variant after the model's name
         tool, turbo = "k2", model.endswith("-turbo")
         model = model.removesuffix("-raw").removesuffix("-turbo")
     denoised = facts.get("Denoising strength")
-    hires = [key for key in facts if key.startswith("Hires")]  # of a second pass
+    hires = [key for key in facts if key.startswith("Hires")]  # a second pass
     told = [key for key in ("Hires upscale", "Hires resize") if key in facts] or hires[:1]
     left_out = [plain(f"{key.lower()} {facts[key]}") for key in told]
     left_out += ["LoRAs"] if CIVITAI_LORA.search(rest.partition(CIVITAI)[2]) and not LORA.search(asked) else []
@@ -338,7 +340,7 @@ def unquoted(value: str) -> str:
 
 
 def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
-    """One for every sampler of a graph, the last first."""
+    """One origin for every sampler in a graph, the last first."""
     for given in islice(comfy.samplers(graph), MOST_SAMPLERS):
         yield origin(
             "ComfyUI",
@@ -357,21 +359,21 @@ def of_comfy(graph: Mapping[str, Any]) -> Iterator[Origin]:
 
 
 def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: Any) -> Origin:
-    """An origin of what a tool wrote: texts without that tool's signs, numbers only where they are some."""
+    """An origin from what a tool wrote: texts without that tool's syntax, numbers only where they are numbers."""
     raised = tool == "InvokeAI"
     tidy = partial(unmarked, raised=raised) if tool in MARKING else plain
     loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
     left_out += ("weights of words",) * (tool in MARKING and any(weighed(text, raised) for text in (asked, avoid)))
     seed = integer(table.get("seed"))
-    left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's have a bit more
+    left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's seeds have one bit more
     numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}
     return Origin(tool, tidy(asked), tidy(avoid), **numbers, **more, left_out=left_out)
 
 
 def unmarked(text: Any, raised: bool = False) -> str:
-    """A prompt as plain words: no adapters, no weights, no brackets but those that were escaped, one line."""
-    text = guarded(re.sub(r"(?: BREAK)+(?= |$)", ",", LORA.sub("", plain(text))))  # by which A1111 begins a new piece
+    """A prompt as plain words on one line: no adapters, no weights, no brackets but escaped ones."""
+    text = guarded(re.sub(r"(?: BREAK)+(?= |$)", ",", LORA.sub("", plain(text))))  # A1111 starts a new chunk at BREAK
     text = RAISED.sub("", text) if raised else text
     for _ in range(DEEPEST):
         text = WEIGHT.sub(r"\1\2", text)
@@ -380,29 +382,29 @@ def unmarked(text: Any, raised: bool = False) -> str:
 
 
 def weighed(text: Any, raised: bool = False) -> bool:
-    """Whether signs of a prompt give some of its words more or less weight."""
+    """Whether a prompt's syntax gives some of its words more or less weight."""
     text = guarded(plain(text))
     return bool(WEIGHT.search(text) or (raised and RAISED.search(text)))
 
 
 def guarded(text: str) -> str:
-    """Without brackets that were escaped, which are no signs: a number stands for each."""
+    """The text with a number in place of each escaped bracket, which is not syntax."""
     return re.sub(r"\\([()\[\]])", lambda sign: f"\0{BRACKETS.index(sign[1])}", text)
 
 
 def plain(text: Any) -> str:
-    """A text on one line, without control characters; of anything else nothing."""
+    """A text on one line, without control characters; "" for anything else."""
     return " ".join(UNPRINTABLE.sub(" ", text).split()) if isinstance(text, str) else ""
 
 
 def whole(value: Any) -> int | None:
-    """A whole number that a seed, a side or steps may be."""
+    """A whole number valid as a seed, a side or steps; else None."""
     number = integer(value)
     return number if 0 <= number < 2**63 else None
 
 
 def integer(value: Any) -> int:
-    """A whole number; −1 of anything else."""
+    """A whole number; −1 for anything else."""
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):
@@ -410,7 +412,7 @@ def integer(value: Any) -> int:
 
 
 def decimal(value: Any) -> float | None:
-    """A finite number."""
+    """A finite number; else None."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -419,6 +421,6 @@ def decimal(value: Any) -> float | None:
 
 
 def scale(cfg: Any) -> float | None:
-    """Another tool's CFG scale as k2's guidance, which is 1 less; None where it is no number."""
+    """Another tool's CFG scale as k2's guidance, which is 1 less; None if it is not a number."""
     number = decimal(cfg)
     return None if number is None else max(0.0, round(number - 1, 6))

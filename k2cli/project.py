@@ -1,4 +1,4 @@
-"""What a project asks for: its k2.toml opened, checked, and resolved into render specs."""
+"""A project: its k2.toml read, checked, and resolved into render specs."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from model.spec import Leader, RenderSpec, Style, says, tied
 
 INIT_OPTION, MASK_OPTION = Option("--init-image"), Option("--mask")
 Sides = tuple[int, int]  # width and height of a picture
-MOST_PLAN = 32 << 20  # bytes of a run.toml
+MOST_PLAN = 32 << 20  # bytes in a run.toml
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture to make: the stem of its file, the prompt as given, and everything that is known before rendering."""
+    """One picture to make: its file's stem, the prompt as given, and everything known before rendering."""
 
     stem: str
     name: str
     given: str
     spec: RenderSpec
-    row: str = ""  # over its strip on a contact sheet, before the prompt
-    caption: str = ""  # below it; the seed where empty
-    creativity: str = "raw"  # by which the spec's prompt came from the given one
+    row: str = ""  # above its strip on a contact sheet, before the prompt
+    caption: str = ""  # below it; the seed if empty
+    creativity: str = "raw"  # that expanded the given prompt to the spec's
     format: str = "png"  # of the file
 
     @property
@@ -61,9 +61,9 @@ class Project(Folder):
     toml: Toml
     board: moodboard.Moodboard | None = None
     matrices: tuple[Matrix, ...] = ()
-    leader: Leader | None = None  # whose look is shared, where it is not that of a batch's first
-    others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that its folders and globs name
-    unread: set[Path] = field(default_factory=set, compare=False)  # of the moodboard, left out
+    leader: Leader | None = None  # the lead picture, if not the first of a batch
+    others: set[Path] = field(default_factory=set, compare=False)  # files its folders and globs hold besides pictures
+    unread: set[Path] = field(default_factory=set, compare=False)  # moodboard pictures that could not be read
 
     @classmethod
     def find(cls, start: Path, *, allow_outside: bool = False) -> Project:
@@ -72,7 +72,7 @@ class Project(Folder):
 
     @classmethod
     def around(cls, folder: Path, *, allow_outside: bool = False) -> Project | None:
-        """The project of a folder, or of the nearest one above it; None where there is none."""
+        """The project of a folder, or of the nearest one above it; None if there is none."""
         root = root_above(folder)
         return None if root is None else cls.open(root, allow_outside=allow_outside)
 
@@ -81,12 +81,12 @@ class Project(Folder):
         """Read and check k2.toml; styles are read when they are used."""
         folder = cls.at(folder).root
         if not allow_outside and not (folder / FILE).resolve().is_relative_to(folder.resolve()):
-            raise Outside(f"{folder / FILE} lies outside the project.", hint="Copy it there, or say --allow-outside.")
+            raise Outside(f"{folder / FILE} lies outside the project.", hint="Copy it there, or use --allow-outside.")
         toml = Toml.read(folder / FILE, label_of(folder, FILE))
         place, table = Place(toml), toml.table
         check_keys(table, ("project", "render", "prompt", "matrix", "style", "moodboard"), place, HOMES)
         head = read_table(Head, table.get("project", {}), place.below("project"), HOMES)
-        homes = HOMES | {"prompts": "Each has a [[prompt]] of its own, and is called text there."}
+        homes = HOMES | {"prompts": "Write each as text, under a [[prompt]] of its own."}
         settings = read_table(Settings, table.get("render", {}), place.below("render"), homes)
         check_frame(vars(settings), place.below("render"))
         prompts = read_prompts(table.get("prompt", []), place)
@@ -110,10 +110,10 @@ class Project(Folder):
         return Styles(self.root, self.inside, self.others)
 
     def settle(self, **given: Any) -> Settings:
-        """The project's settings, options of a command line in their place, with the model found and a seed drawn for
-        where it is to be random."""
+        """The project's settings, overridden by a command line's options, with the model found and a seed drawn in case
+        it is random."""
         settings = replace(self.settings.override(**given), drawn=draw())
-        shells = given.get("model") is not None  # a path of the shell's, not of the project's
+        shells = given.get("model") is not None  # a path relative to the shell, not the project
         try:
             inside = None if shells else self.inside
             return replace(settings, model=models.resolve(settings.model, inside, settings.variant))
@@ -125,7 +125,7 @@ class Project(Folder):
             raise K2Error(f"{where}: {error}", hint=error.hint, code=USAGE if option else error.code) from None
 
     def board_pictures(self, board: moodboard.Moodboard) -> tuple[list[Path], set[Path]]:
-        """The pictures of [moodboard], and what lies beside them."""
+        """The pictures of [moodboard], and the other files beside them."""
         where = Place(self.toml, ("moodboard",))("images")
         pictures, others = moodboard.gather(board.images, self.root, self.inside, where)
         for path in pictures:
@@ -133,12 +133,12 @@ class Project(Folder):
         return pictures, others
 
     def with_board(self, strength: float) -> Project:
-        """The project with its moodboard at this strength; at 0 it need have none."""
+        """The project with its moodboard at this strength; at 0 it needs none."""
         if self.board is None:
             if strength == 0:
                 return self
             raise K2Error(
-                f"{self.root.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard], and images below it."
+                f"{self.root.name} has no moodboard.", hint=f"Add one to {FILE}: [moodboard] with images under it."
             )
         limits = next(f.metadata for f in fields(self.board) if f.name == "strength")
         with said_by(Option("--moodboard")) as said:
@@ -150,8 +150,8 @@ class Project(Folder):
     ) -> tuple[Style, ...]:
         """The project's styles at their weights, and its moodboard.
 
-        asked   weights in the place of the project's own, and where they were asked for
-        styles  weights in the place of both, of --style
+        asked   weights that replace the project's own, and where they were set
+        styles  weights from --style, which replace both
         """
         weights = {**self.weights, **{name: weight for name, (weight, _) in asked.items()}, **styles}
         where = {name: said for name, (_, said) in asked.items()} | dict.fromkeys(styles, Option("--style"))
@@ -160,52 +160,54 @@ class Project(Folder):
             return resolved
         if any(style.name == BOARD for style in resolved):
             raise K2Error(
-                f"A style is called {BOARD}, and so is the project's own look.",
+                f"The style name {BOARD} is taken by the project's [moodboard].",
                 hint=f"Rename styles/{BOARD}.toml.",
             )
         pictures, others = self.board_pictures(self.board)
         self.others.update(others)
-        self.others.difference_update(path.parent for path in pictures)  # which a style's folder may hold
+        self.others.difference_update(
+            path.parent for path in pictures
+        )  # a style's folder may hold the board's pictures
         look, unread = moodboard.as_style(self.board, pictures, settings.model)
         self.unread.update(unread)
         return (*resolved, *look)
 
     @cached_property
     def pictures(self) -> Callable[[str, str], tuple[Path, Sides]]:
-        """`picture`, and each is looked at once, however many begin with it."""
+        """`picture`, cached: each file is opened once, however many pictures start from it."""
         return cache(self.picture)
 
     def picture(self, said: str, where: str) -> tuple[Path, Sides]:
-        """A picture by its path, of the project, or of the shell if that names it, and its sides. Raises K2Error."""
+        """A picture and its sides, by a path in the project, or in the shell if an option names it. Raises K2Error."""
         if not said:
             raise K2Error(f"{where} names no picture.", hint='Name one, or "none".')
         shells = where in (INIT_OPTION, MASK_OPTION)
         path = Path(os.path.realpath(spelt(Path(), said))) if shells else self.inside(said, where)
         if shells and not path.exists():
-            hint = nearly_called(path, said) or "Paths start from the current folder."
+            hint = nearly_called(path, said) or "Paths are relative to the current folder."
             raise K2Error(f"{where}: there is no {said}.", hint=hint)
         check_picture(path, where, said, whole=True)
         return path, sides_of(path)
 
     def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides) -> Path | str:
-        """Which part of the picture that others begin with is made anew: a region of them, or a picture of the same
-        proportions. Raises K2Error."""
+        """The part of an initial picture to repaint: a region of the new picture, or a mask picture with the initial
+        picture's proportions. Raises K2Error."""
         if region := Region.read(said):
-            assert size[0] and size[1]  # what it begins with leads to them
+            assert size[0] and size[1]  # the initial picture determines them
             region.check(size[0], size[1], f"{where}: ")
             return str(region)
         if ALMOST.fullmatch(said):
-            raise K2Error(f'{where}: "{said}" is no region.', hint=LIKE)
+            raise K2Error(f'{where}: "{said}" is not a region.', hint=LIKE)
         path, sides = self.pictures(said, where)
         if is_dark(path):
-            raise K2Error(f"{where}: nothing in {said} is white.", hint="White is made anew, dark stays as it is.")
+            raise K2Error(f"{where}: nothing in {said} is white.", hint="White is repainted, dark stays as is.")
         if not same_shape(sides, begun):
-            raise K2Error(f"{where}: {said} has not the shape of its init_image.", hint="Draw it on a copy of that.")
+            raise K2Error(f"{where}: {said} differs in shape from its init_image.", hint="Draw it on a copy of that.")
         return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:
-        """The readings of the project's prompts of these names, or of their own, as --only gives them, in their order
-        of the file: each may be a pattern, or several, parted by commas."""
+        """The readings of the project's prompts with these names, as --only gives them, in file order. A name may be a
+        prompt's or a single reading's, a pattern, or several separated by commas."""
         lists = ([name.strip() for name in several.split(",")] for several in names)
         asked = [name for several in lists for name in [*filter(None, several)] or [""]]
         known = [name for _, name in name_files(self.prompts)]
@@ -220,13 +222,14 @@ class Project(Folder):
         return tuple(each for each in read.values() if chosen & {each.name, each.base})
 
     def comparing(self, prompts: Sequence[Prompt] | None) -> tuple[Matrix, ...]:
-        """The matrices that are about these of the project's prompts, or about any; without one they are batches."""
+        """The matrices that compare any of these prompts (default: all of the project's); without one they are
+        batches."""
         named = name_files(self.prompts if prompts is None else prompts)
         names = [prompt.base or name for prompt, name in named]
         return tuple(matrix for matrix in self.matrices if any(map(matrix.about, names)))
 
     def uncompared(self, prompts: Sequence[Prompt] | None, matrices: Sequence[Matrix]) -> list[str]:
-        """The names of the prompts that no matrix is about: they are not rendered beside those that are compared."""
+        """The names of the prompts that no matrix compares, which are not rendered beside those that are compared."""
         if not matrices:
             return []
         names = dict.fromkeys(base for _, base in spread(self.prompts if prompts is None else prompts))
@@ -242,16 +245,16 @@ class Project(Folder):
         """Every picture of a run, resolved.
 
         settings  as settled
-        prompts   in the place of the project's own, if given; what has choices is one prompt for each
+        prompts   replace the project's own, if given; a prompt with choices becomes one for each
         styles    weights on top of the project's own
-        matrices  settings to go through with every prompt, in the place of one batch
+        matrices  settings to run every prompt through, instead of one batch
         """
         if prompts is None and not self.prompts:
-            raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one here: k2 render -p "a red fox"')
+            raise K2Error(f"{FILE} has no [[prompt]].", hint='Add one, or give one with -p: k2 render -p "a red fox"')
         readings = spread(self.prompts if prompts is None else prompts)
         settled = settled_by(settings.elsewhere, styles or {})
         grid = models.grid(settings.model, settings.variant)
-        looks = cache(lambda asked, here: self.looks(settings, dict(asked), dict(here)))  # many ask for the same
+        looks = cache(lambda asked, here: self.looks(settings, dict(asked), dict(here)))  # many shots have the same
         alone = ((prompt, [(prompt.name, Cell())]) for prompt, _ in readings)
         shots: list[Shot] = []
         letters = 0
@@ -274,9 +277,9 @@ class Project(Folder):
                 shots += series
                 letters += len(series) * weigh(series[0])
             if len(shots) > MOST:
-                raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer prompts.")
+                raise K2Error(f"That is more than {MOST:,} pictures.", hint="Use fewer values or prompts.")
             if letters > MOST_PLAN:
-                raise K2Error("The run would be too large to be planned.", hint="Render it in parts: --only")
+                raise K2Error("The run is too large to plan.", hint="Render it in parts: --only")
         if settings.scope == "run":
             return tie(shots, settings.cohesion, self.leader or self.first_of(settings, prompts, styles, matrices))
         batches = [list(batch) for _, batch in groupby(shots, lambda shot: shot.name)]
@@ -289,8 +292,8 @@ class Project(Folder):
         styles: Mapping[str, float] | None,
         matrices: Sequence[Matrix],
     ) -> Leader | None:
-        """The project's first picture, where prompts are only some of its own: they belong together with the others. A
-        seed that is said for these few is theirs alone, unless the first's is another every time."""
+        """The project's first picture, when only some of its own prompts are rendered: they share a look with the rest.
+        A seed given for these few is theirs alone, unless the first picture's seed is random."""
         if not settings.cohesion or not prompts or prompts[0].place is None or prompts[0].place.toml is not self.toml:
             return None
         settings = replace(settings, scope="prompt")
@@ -301,7 +304,7 @@ class Project(Folder):
         known = name_files(self.prompts)
         about = ((prompt, name) for each in matrices or [Matrix({})] for prompt, name in known if each.about(name))
         prompt, name = next(about)  # matrix by matrix, as they are compared
-        first = replace(prompt, name=name)  # matrices know it by that
+        first = replace(prompt, name=name)  # by which matrices know it
         spec = self.shots(settings, [first], styles, matrices)[0].spec
         return Leader(spec.prompt, spec.seed, spec.negative)
 
@@ -318,7 +321,7 @@ class Project(Folder):
         place = Place(self.toml, ("render",))
 
         def where(key: str) -> str:
-            """Where a setting was made: by the prompt or its matrix, on the command line, or in [render]."""
+            """Where a setting was given: by the prompt or its matrix, on the command line, or in [render]."""
             return settings.elsewhere.get(key) or place(key)
 
         triggers = [trigger for trigger in words(looks, "triggers") if not says(prompt.text, trigger)]
@@ -334,11 +337,11 @@ class Project(Folder):
                 begun, sides = self.pictures(settings.init_image, at)
         width, height = settings.pixels(where, grid, sides)
         mask = None
-        if settings.mask not in (None, NONE) and settings.init_image != NONE:  # of which there is nothing to keep
+        if settings.mask not in (None, NONE) and settings.init_image != NONE:  # without which there is nothing to mask
             with said_by(where("mask")) as at:
                 if sides is None:
-                    hint = f'Name the picture that "{name}" is to begin with.'
-                    raise K2Error(f"{at}: there is no init_image to be masked.", hint=hint)
+                    hint = f'Name the picture that "{name}" starts from.'
+                    raise K2Error(f"{at}: there is no init_image to mask.", hint=hint)
                 mask = self.mask(settings.mask, at, (width, height), sides)
         seed, batch = settings.first_seed, settings.batch
         if seed + batch > 2**63:
@@ -356,7 +359,7 @@ class Project(Folder):
         )
         expand = expander(settings.model, settings.creativity, settings.device)
         shots: list[Shot] = []
-        whole: dict[str, str] = {}  # a long prompt is kept once, and not once for every seed
+        whole: dict[str, str] = {}  # a long prompt is kept once, not once per seed
         for n in range(seed, seed + batch):
             led = expand(prompt.text, settings.creativity, n, styles=tuple(joined), avoids=tuple(avoids), look=shown)
             made = replace(spec, seed=n, prompt=whole.setdefault(led, ", ".join([led, *joined])))
@@ -375,7 +378,7 @@ class Head:
 
 
 def weigh(shot: Shot) -> int:
-    """At least so many characters is a picture in the plan of its run; a reference is its path and its hash."""
+    """The least number of characters that a picture adds to its run's plan; a reference adds its path and hash."""
     styles = shot.spec.styles
     spoken = sum(len(word) for style in styles for word in (*style.keywords, *style.avoids))
     return (
@@ -388,6 +391,6 @@ def weigh(shot: Shot) -> int:
 
 
 def tie(shots: Sequence[Shot], cohesion: float, leader: Leader | None) -> list[Shot]:
-    """Shots as pictures that belong together, the first of them leading, or another."""
+    """Shots tied together by cohesion, led by the first of them, or by another picture."""
     specs = tied([shot.spec for shot in shots], cohesion, leader)
     return [replace(shot, spec=spec) for shot, spec in zip(shots, specs, strict=True)]

@@ -1,4 +1,4 @@
-"""The prompts of a project: read, every choice in them laid out, each with a name that fits a file."""
+"""A project's prompts: read, expanded into one for each choice, and given names that work as file names."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from k2cli.tables import NO_KEY, Place, check_keys, read_table, read_weights, sa
 from k2cli.texts import as_name, check_name, is_mark, plain
 from model.errors import K2Error
 
-STEM = 50  # characters of a prompt's name that may come of its choices
+STEM = 50  # characters of a name made from a prompt's choices
 MOST_PROMPTS = 20_000  # of a project
 SAY = "Say what the picture should show."
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One [[prompt]]: what to show, and what it says of that in the place of [render] and [style]."""
+    """One [[prompt]]: what to show, and its own settings, which override [render] and [style]."""
 
     text: str
     name: str = ""
@@ -30,12 +30,14 @@ class Prompt:
     settings: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # of OF_PROMPT
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
-    base: str = field(default="", metadata=NO_KEY)  # whose reading it is, where not its own
-    freed: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # what [render] says again, beside --like
-    last: bool = field(default=False, metadata=NO_KEY)  # it was said after the command line, and goes before that
+    base: str = field(default="", metadata=NO_KEY)  # the prompt it is a reading of, if another
+    freed: Mapping[str, Any] = field(
+        default_factory=dict, metadata=NO_KEY
+    )  # settings that go back to [render]'s, beside --like
+    last: bool = field(default=False, metadata=NO_KEY)  # it was given after the command line, and overrides that
 
     def where(self, *path: str) -> str:
-        """Where a key of it was written, for messages."""
+        """Where one of its keys was written, for messages."""
         return f'"{self.name or self.text}"' if self.place is None else self.place.below(*path)()
 
 
@@ -43,7 +45,7 @@ WORDS = tuple(f.name for f in fields(Prompt) if f.metadata.get("key", True))
 
 
 def typed(text: str) -> Prompt:
-    """A prompt of the command line, or a line of standard input."""
+    """A prompt from the command line, or from a line of standard input."""
     said = plain(text, "A prompt")
     if not said:
         raise K2Error("A prompt is empty.", hint=SAY)
@@ -51,11 +53,13 @@ def typed(text: str) -> Prompt:
 
 
 def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
-    """The [[prompt]] tables: every text there, every name fit for a file and its own."""
+    """The [[prompt]] tables, checked: each has a text, and its name is unique and works as a file name."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise K2Error(f"{place('prompt')}: prompts are a list of tables.", hint="Write [[prompt]], with two brackets.")
     if len(entries) > MOST_PROMPTS:
-        raise K2Error(f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Make several projects of them.")
+        raise K2Error(
+            f"{place('prompt')}: more than {MOST_PROMPTS:,} prompts.", hint="Split them into several projects."
+        )
     prompts: list[Prompt] = []
     for index, entry in enumerate(entries):
         at = place.below("prompt", index)
@@ -72,7 +76,7 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
         if "size" in prompt.settings:
             parse_size(prompt.settings["size"], at("size"))
         if prompt.settings.get("init_image") == NONE and prompt.settings.get("mask", NONE) != NONE:
-            raise K2Error(f"{at('mask')}: there is no init_image to be masked.", hint="Name one, or drop the mask.")
+            raise K2Error(f"{at('mask')}: there is no init_image to mask.", hint="Name one, or drop the mask.")
         if prompt.name:
             prompt = replace(prompt, name=check_name(prompt.name, at("name")))
         prompts.append(prompt)
@@ -81,8 +85,9 @@ def read_prompts(entries: Any, place: Place) -> tuple[Prompt, ...]:
 
 
 def refuse_twins(prompts: Iterable[tuple[str, Prompt]]) -> None:
-    """Raises K2Error where two prompts, and where each is, have one name but for capitals: some disks know none."""
-    taken: dict[str, str] = {}  # without capitals -> as it is written
+    """Raises K2Error if two prompts have the same name but for capitals, which some disks ignore. Each comes with its
+    place for messages."""
+    taken: dict[str, str] = {}  # name without capitals -> as written
     for where, name in ((where, prompt.name) for where, prompt in prompts if prompt.name):
         if other := taken.get(name.casefold()):
             raise K2Error(f'{where}: another prompt is named "{other}".', hint="Give each its own name.")
@@ -90,9 +95,9 @@ def refuse_twins(prompts: Iterable[tuple[str, Prompt]]) -> None:
 
 
 def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
-    """Every reading of every prompt, named as its files, and the name of the prompt that it comes from.
+    """Every reading of every prompt, named like its files, and the name of the prompt it comes from.
 
-    A name that was given stands before what was chosen: fox, with {red|blue} in its text, is fox-red and fox-blue.
+    A given name precedes the choice: fox, with {red|blue} in its text, becomes fox-red and fox-blue.
     """
     found, known, count, letters = [], [], 0, 0
     last: dict[str, int] = {}
@@ -101,14 +106,14 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
         count += len(known[-1][2])
         letters += len(known[-1][2]) * len(prompt.text)
         if count > MOST_PROMPTS:
-            raise K2Error(f"With their choices those are more than {MOST_PROMPTS:,} prompts.", hint="Take fewer.")
+            raise K2Error(f"With their choices these are more than {MOST_PROMPTS:,} prompts.", hint="Use fewer.")
         if letters > MOST_LETTERS:
-            raise K2Error(f"The prompts come to more than {MOST_LETTERS:,} characters.", hint="Take fewer.")
+            raise K2Error(f"The prompts add up to more than {MOST_LETTERS:,} characters.", hint="Use fewer.")
     taken = {base.casefold() for _, base, read in known if not read[0][1]}
     for prompt, base, read in known:
         for text, chosen in read:
             if not text:
-                raise K2Error(f'A reading of "{prompt.text}" is empty.', hint="Write a word outside of the choices.")
+                raise K2Error(f'A reading of "{prompt.text}" is empty.', hint="Write a word outside the choices.")
             name = base
             if chosen:
                 name = f"{prompt.name}-{slug(' '.join(chosen))}" if prompt.name else slug(text)
@@ -120,10 +125,10 @@ def spread(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
 def compare(
     readings: Sequence[tuple[Prompt, str]], matrices: Sequence[Matrix], settled: Collection[str]
 ) -> Iterator[tuple[Prompt, list[tuple[str, Cell]]]]:
-    """Matrix by matrix, every reading that it is about, with its cells and a name for each of them.
+    """Matrix by matrix, every reading that it compares, with its cells and a name for each cell.
 
-    settled  what the command line has said, about which nothing is left to compare; nor is there about what a prompt
-             says that has the last word
+    settled  axes that the command line has already set, which leaves nothing to compare; the same holds for what a
+             prompt sets that overrides the command line
     """
 
     def said_of(prompt: Prompt) -> set[str]:
@@ -142,7 +147,7 @@ def compare(
                 said = said_of(prompt)
                 if "batch" in said and "seed" in matrix.axes.keys() - said:
                     with said_by(matrix.where) as who:
-                        raise K2Error(f"{who} lists the seeds, so a batch has nothing to say.", hint="Leave it out.")
+                        raise K2Error(f"{who} lists the seeds, so a batch has no effect.", hint="Omit the batch.")
                 cells = matrix.cells(said)
                 first = numbers[prompt.name[:STEM]] + 1
                 numbers[prompt.name[:STEM]] += len(cells)
@@ -150,17 +155,17 @@ def compare(
 
 
 def name_files(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
-    """Every prompt with its file-name stem: its name, or one made from its text, numbered where two would be alike."""
+    """Every prompt with its file-name stem: its name, or one made from its text, numbered if two would be alike."""
     taken = {prompt.name.casefold() for prompt in prompts}
     last: dict[str, int] = {}
     return [(prompt, prompt.name or free_name(slug(prompt.text), taken, last)) for prompt in prompts]
 
 
 def free_name(stem: str, taken: set[str], last: dict[str, int]) -> str:
-    """The stem, numbered where a prompt is called so already, which it is by this name from now on.
+    """The stem, numbered if a prompt has that name already; the result is added to `taken`.
 
-    taken  the names that are given, without capitals
-    last   stem -> the number that was given last
+    taken  the names in use, without capitals
+    last   stem -> the last number used
     """
     name, number = stem, last.get(stem, 1)
     while name.casefold() in taken:
@@ -172,18 +177,18 @@ def free_name(stem: str, taken: set[str], last: dict[str, int]) -> str:
 
 
 def numbered(name: str, number: int, most: int) -> str:
-    """The name of a picture among at most so many that are compared: files sort as they are numbered."""
+    """The name of a picture among at most `most` that are compared: files sort in the order of their numbers."""
     return f"{name[:STEM]}-{number:0{max(2, len(str(most)))}}"
 
 
 def prompt_of(name: str, caption: str) -> str:
-    """Of which prompt a picture is, by the name in its record; that of a comparison has a caption, and ends in a
-    number then."""
+    """The name of a picture's prompt, from the name in its record; in a comparison, which has a caption, that ends in
+    a number."""
     return re.sub(r"-\d+$", "", name) if caption else name
 
 
 def slug(text: str) -> str:
-    """A file-name stem out of a prompt, cut at a word where it is long, or between letters of one that is longer."""
+    """A file-name stem made from a prompt; a long one is cut between words, or within a word that is too long."""
     name, end = as_name(text.casefold()).strip("-_"), 40
     while is_mark(name[end : end + 1] or "-"):
         end -= 1

@@ -1,4 +1,4 @@
-"""What a picture is rendered by: [render] of a project, with the options of a command line in its place."""
+"""Render settings: a project's [render], overridden by the options of a command line."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import LEAK_GUARDS, OF_REFERENCES, SAMPLERS, TILES
 
 SCOPES = ("prompt", "run")
-RANDOM = "random"  # in the place of a seed
-NONE = "none"  # in the place of a picture: there is to be none, whatever was said before
-FRAME = {"size", "aspect", "resolution"}  # of which the one said last counts
-OF_PROMPT = (  # what a [[prompt]] may say itself, in the place of [render]
+RANDOM = "random"  # instead of a seed
+NONE = "none"  # instead of a picture: use none, whatever was set before
+FRAME = {"size", "aspect", "resolution"}  # of which the last one given counts
+OF_PROMPT = (  # settings that a [[prompt]] may override
     *("batch", "seed", "size", "aspect", "resolution"),
     *("steps", "guidance", "creativity"),
     *("init_image", "denoise", "mask"),
 )
 
-OF_PICTURE = (  # what goes as it stands into the spec of a picture
+OF_PICTURE = (  # settings copied as is into a picture's spec
     *("steps", "guidance", "guidance_until", "sampler", "mu"),
     *OF_REFERENCES,
 )
@@ -35,25 +35,25 @@ OF_PICTURE = (  # what goes as it stands into the spec of a picture
 
 @dataclass(frozen=True)
 class Settings:
-    """[render], and the options of `k2 render`. None is the checkpoint's own recommendation."""
+    """[render], and the options of `k2 render`. None means the checkpoint's own recommendation."""
 
     model: str = field(default="mini", metadata=PATH)
-    variant: str | None = one_of(None, *VARIANTS)  # of the model's checkpoints; None: raw where there is one
+    variant: str | None = one_of(None, *VARIANTS)  # of the model's checkpoints; None: raw if it has one
     size: str | None = None
     aspect: str | None = None
     resolution: str | int | None = None
     batch: int = between(1, 1, 1000)
     seed: int | str = field(default=0, metadata={"low": 0, "high": 2**63 - 1, "word": RANDOM})
-    avoid: str = ""  # of every prompt, beside what each avoids itself
+    avoid: str = ""  # by every prompt, in addition to its own
     steps: int | None = limited("steps")
     guidance: float | None = limited("guidance")
     sampler: str | None = one_of(None, *SAMPLERS)
-    guidance_until: float | None = limited("guidance_until")  # share of the steps that are guided, from the first on
+    guidance_until: float | None = limited("guidance_until")  # share of the steps to guide, from the first on
     mu: float | None = limited("mu")
-    init_image: str | None = field(default=None, metadata=PATH)  # that pictures begin with, in the place of noise
-    denoise: float | None = limited("denoise")  # how much of it is made anew
+    init_image: str | None = field(default=None, metadata=PATH)  # to start from instead of noise
+    denoise: float | None = limited("denoise")  # how much of it to repaint
     mask: str | None = field(default=None, metadata=PATH)  # which part of it: white in a picture, or "96x64+80+120"
-    style_guidance: float | None = limited("style_guidance")  # None: styles are guided with the prompt
+    style_guidance: float | None = limited("style_guidance")  # None: styles share the prompt's guidance
     leak_guard: str | None = one_of(None, *LEAK_GUARDS)
     vision_tiles: int | None = one_of(None, *TILES)
     vision_rows: bool | None = None
@@ -62,23 +62,23 @@ class Settings:
     offload: str | None = one_of(None, *OFFLOADS)
     cohesion: float = limited("cohesion", 0.0)  # how much pictures share with the first of their prompt, or of the run
     scope: str = one_of("prompt", *SCOPES)  # whose first picture
-    # of the files; only JPEG loses anything
+    # of the files; only JPEG is lossy
     format: str = field(default="png", metadata={"choices": tuple(SUFFIXES), "also": {"jpg": "jpeg"}})
-    creativity: str = one_of("raw", *LEVELS)  # how far prompts are led beyond what they say
-    drawn: int = field(default=0, metadata=NO_KEY)  # the seed that "random" is, of a whole run
-    elsewhere: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # said not in [render]: where
+    creativity: str = one_of("raw", *LEVELS)  # how far prompts are extended
+    drawn: int = field(default=0, metadata=NO_KEY)  # the seed that "random" stands for, in the whole run
+    elsewhere: Mapping[str, str] = field(default_factory=dict, metadata=NO_KEY)  # keys not set in [render], and where
 
     def override(self, **given: Any) -> Settings:
-        """These settings with the options of a command line in their place; None means not given."""
+        """These settings overridden by a command line's options; None means not given."""
         options = {key: Option(f"--{key.replace('_', '-')}") for key, value in given.items() if value is not None}
         checked = {key: check_setting(key, given[key], where) for key, where in options.items()}
         if "size" in checked and ("aspect" in checked or "resolution" in checked):
-            said = "--size says all that --aspect and --resolution could."
-            raise K2Error(said, hint="Give the one or the others.", code=USAGE)
+            said = "--size excludes --aspect and --resolution."
+            raise K2Error(said, hint="Keep --size or the others.", code=USAGE)
         return self.over(checked, options)
 
     def over(self, said: Mapping[str, Any], where: Mapping[str, str]) -> Settings:
-        """These settings with others in their place, and where those were said. Of a size and an aspect the later one
+        """These settings overridden by others, noting where those were given. Of a size and an aspect the later one
         counts."""
         if "size" in said:
             said = {"aspect": None, "resolution": None, **said}
@@ -87,13 +87,13 @@ class Settings:
         return replace(self, **said, elsewhere={**self.elsewhere, **where})
 
     def yielding_to(self, said: Collection[str]) -> Settings:
-        """These settings, in the place of which a prompt may say its own even where a command line has named them."""
+        """These settings, but a prompt may override those named, even if a command line has set them."""
         theirs = {*said, *(FRAME if FRAME & set(said) else ())}
         return replace(self, elsewhere={key: where for key, where in self.elsewhere.items() if key not in theirs})
 
     @property
     def first_seed(self) -> int:
-        """That of a batch's first picture."""
+        """The seed of a batch's first picture."""
         return self.drawn if isinstance(self.seed, str) else self.seed
 
     def held(self) -> models.Held:
@@ -101,10 +101,10 @@ class Settings:
         return models.Held(self.model, self.variant, device=self.device, precision=self.precision, offload=self.offload)
 
     def beyond(self, prompts: Iterable[Mapping[str, Any]]) -> str:
-        """Steps and guidance that a project asks for, and no command line, where a checkpoint that a command line names
-        is made for less.
+        """A phrase on steps and guidance that the project, not the command line, sets higher than the checkpoint named
+        on the command line is made for; else "".
 
-        prompts  what each [[prompt]] says itself
+        prompts  the settings of each [[prompt]]
         """
         if "variant" not in self.elsewhere:
             return ""
@@ -120,8 +120,8 @@ class Settings:
     def pixels(
         self, where: Callable[[str], str], grid: models.Grid, begun: tuple[int, int] | None = None
     ) -> tuple[int | None, int | None]:
-        """Width and height of a picture; (None, None) is the checkpoint's own. `where` places a key in messages.
-        `begun` are the sides of the picture that it begins with: they stay if the model knows such, or their shape."""
+        """Width and height of a picture; (None, None) is the checkpoint's own. `where` locates a key for messages.
+        `begun` is the size of the initial picture: kept if the model knows such a size, else only its shape."""
         if self.size is not None:
             with said_by(where("size")) as said:
                 return parse_size(self.size, said, grid.step)
@@ -134,72 +134,70 @@ class Settings:
 
 
 def draw() -> int:
-    """A seed by chance, short enough to be typed."""
+    """A random seed, short enough to type."""
     return int.from_bytes(os.urandom(4))
 
 
 FIELDS = {f.name: f for f in fields(Settings)}
-OTHERS = {  # what other tools call a setting: its name here, and in what it differs
+OTHERS = {  # what other tools call a setting: its name here, and how it differs
     **dict.fromkeys(("negative", "negative_prompt", "no"), ("avoid", "")),
     **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), ("guidance", ", and is 1 less than a CFG scale")),
-    **dict.fromkeys(("width", "height"), ("size", ', of both sides: "320x192"')),
+    **dict.fromkeys(("width", "height"), ("size", ', for both sides: "320x192"')),
     **dict.fromkeys(("ar", "aspect_ratio"), ("aspect", "")),
     **dict.fromkeys(("num_steps", "num_inference_steps"), ("steps", "")),
     **dict.fromkeys(("batch_size", "num_images", "count", "n", "num", "repeat"), ("batch", "")),
     **dict.fromkeys(("image", "img2img", "init", "init_img"), ("init_image", "")),
     **dict.fromkeys(("inpaint", "mask_image"), ("mask", "")),
-    **dict.fromkeys(("strength", "denoising_strength", "image_strength"), ("denoise", ", and 1 is all made anew")),
-    "iw": ("denoise", ", and less of it keeps more"),
+    **dict.fromkeys(("strength", "denoising_strength", "image_strength"), ("denoise", ", and 1 repaints all")),
+    "iw": ("denoise", ", and a lower value keeps more"),
     **dict.fromkeys(("checkpoint", "ckpt"), ("model", "")),
 }
-LARGER = "Nothing enlarges pictures; painted again, larger: k2 render --init-image PICTURE --size WxH --denoise 0.4"
-INSTEAD = {  # what k2 has for options of other tools that are none of its settings
+LARGER = "k2 has no upscaler; to repaint larger: k2 render --init-image PICTURE --size WxH --denoise 0.4"
+INSTEAD = {  # k2's answer to options of other tools that are none of its settings
     **dict.fromkeys(("upscale", "hires"), LARGER),
-    **dict.fromkeys(("sref", "cref", "style_reference"), "Make a style of the picture: k2 style add NAME PICTURE"),
-    **dict.fromkeys(("s", "stylize", "sw"), "How strong a look is, is the weight of its style: --style NAME=0.6"),
-    **dict.fromkeys(("v", "version", "niji"), "Other weights go by --model; those that are here: k2 models list"),
-    **dict.fromkeys(("c", "chaos", "weird"), "Seeds differ more with --creativity high."),
-    **dict.fromkeys(("-o", "output", "outdir"), "Pictures go to outputs/, and their paths are printed."),
-    **dict.fromkeys(("tile", "tiling"), "No model here is told to make the edges of a picture meet."),
+    **dict.fromkeys(("sref", "cref", "style_reference"), "Make the picture a style: k2 style add NAME PICTURE"),
+    **dict.fromkeys(("s", "stylize", "sw"), "A look is as strong as the weight of its style: --style NAME=0.6"),
+    **dict.fromkeys(("v", "version", "niji"), "Choose weights with --model; to list them: k2 models list"),
+    **dict.fromkeys(("c", "chaos", "weird"), "Seeds vary more with --creativity high."),
+    **dict.fromkeys(("-o", "output", "outdir"), "Pictures go to outputs/; their paths are printed."),
+    **dict.fromkeys(("tile", "tiling"), "k2 has no seamless tiling."),
 }
-COMMANDS = {  # what k2 has for commands of other tools
+COMMANDS = {  # k2's answer to commands of other tools
     "upscale": LARGER,
-    **dict.fromkeys(("vary", "remix"), "More like a picture: k2 render --like PICTURE"),
-    "reroll": "Other seeds: k2 render --seed random",
-    **dict.fromkeys(("generate", "imagine", "txt2img"), 'A prompt goes with -p: k2 render -p "a red fox"'),
-    "img2img": 'Begin with a picture: k2 render -p "a red fox" --init-image PICTURE',
-    "init": "A project is made by: k2 new NAME",
+    **dict.fromkeys(("vary", "remix"), "For more like a picture: k2 render --like PICTURE"),
+    "reroll": "For new seeds: k2 render --seed random",
+    **dict.fromkeys(("generate", "imagine", "txt2img"), 'Give a prompt with -p: k2 render -p "a red fox"'),
+    "img2img": 'Start from a picture: k2 render -p "a red fox" --init-image PICTURE',
+    "init": "To make a project: k2 new NAME",
     **dict.fromkeys(("style rm", "style remove", "style delete"), "Delete its file, styles/NAME.toml."),
 }
-HOMES = {  # hints for keys of k2.toml that stand in another table than theirs
-    **{key: "It belongs below [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
-    "text": "It belongs below [[prompt]].",
-    "prompt": "It is called text, below [[prompt]].",
-    "avoid": "It belongs below [render] or [[prompt]].",
-    "style": "Weights of styles stand below [style].",
-    "images": "It belongs below [moodboard].",
-    "turbo": 'Say variant = "turbo" below [render].',
-    **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs into a style: styles/NAME.toml."),
+HOMES = {  # hints for keys of k2.toml that are in the wrong table
+    **{key: "It belongs under [render]." for key, each in FIELDS.items() if each.metadata.get("key", True)},
+    "text": "It belongs under [[prompt]].",
+    "prompt": "It is called text, under [[prompt]].",
+    "avoid": "It belongs under [render] or [[prompt]].",
+    "style": "Style weights belong under [style].",
+    "images": "It belongs under [moodboard].",
+    "turbo": 'Write variant = "turbo" under [render].',
+    **dict.fromkeys(("mix", "reference", "keywords", "avoids", "lora"), "It belongs in a style: styles/NAME.toml."),
     **{theirs: f"It is called {ours}{how}." for theirs, (ours, how) in OTHERS.items()},
     **{key: each for key, each in INSTEAD.items() if key != "version"},  # a file may mean its own
-    "seeds": "Say seed, and batch for more; or a [[matrix]] of seed = [1, 5].",
+    "seeds": "Write seed, and batch for more; or a [[matrix]] with seed = [1, 5].",
 }
 
 
 def as_asked(key: str) -> Any:
-    """A dataclass field that holds what [render] may say under this key."""
+    """A dataclass field with the default and the limits of this key of [render]."""
     return field(default=FIELDS[key].default, metadata=FIELDS[key].metadata)
 
 
 def check_setting(key: str, value: Any, where: str) -> Any:
-    """A value as the setting of this name wants it."""
+    """A value, checked and converted as this setting requires."""
     with said_by(where):
         return check_value(key, value, hints_of(Settings)[key], FIELDS[key].metadata, where)
 
 
 def check_frame(said: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    """Refuse a size that is said beside an aspect."""
+    """Refuse a size given together with an aspect."""
     if said.get("size") is not None and (said.get("aspect") is not None or said.get("resolution") is not None):
-        raise K2Error(
-            f'{where("size")}: "size" excludes "aspect" and "resolution".', hint="Keep the one or the others."
-        )
+        raise K2Error(f'{where("size")}: "size" excludes "aspect" and "resolution".', hint="Keep size or the others.")

@@ -1,4 +1,4 @@
-"""Picture sizes as people write them: "256x384", "16:9", "1K"."""
+"""Picture sizes as users write them: "256x384", "16:9", "1K"."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import re
 from model.errors import K2Error
 from model.spec import MOST_PIXELS, SIDES
 
-STEP = 16  # px; some models take larger steps
-WIDEST = 4  # to 1, of a shape that nobody asked for by its name
+STEP = 16  # px; some models need larger steps
+WIDEST = 4  # to 1, for a shape that was not asked for explicitly
 ASPECTS = "1:1, 4:3, 3:2, 16:9, 2.35:1, 4:5, 2:3, 9:16"
 
 
 def parse_size(size: str, where: str, step: int = 1) -> tuple[int, int]:
-    """ "256x384" → (256, 384), both multiples of the model's step, where that is known."""
+    """ "256x384" → (256, 384), both multiples of the model's step, if that is known."""
     match = re.fullmatch(r"(\d{1,20})\s*[xX×]\s*(\d{1,20})", size)
     if not match:
         raise K2Error(f'{where}: "{size}" is not a size.', hint='Write width x height, like "256x384".')
     width, height = int(match[1]), int(match[2])
     if not SIDES[0] <= min(width, height) <= max(width, height) <= SIDES[1]:
         raise K2Error(
-            f"{where}: {width}x{height} is no size for a picture.",
-            hint=f"Sides go from {SIDES[0]} to {SIDES[1]} pixels.",
+            f"{where}: {width}x{height} is out of range.",
+            hint=f"Sides are from {SIDES[0]} to {SIDES[1]} pixels.",
         )
     if width * height > MOST_PIXELS:
         raise K2Error(f"{where}: {width}x{height} is more than {MOST_PIXELS:,} pixels.", hint="Choose a smaller size.")
@@ -35,12 +35,12 @@ def parse_size(size: str, where: str, step: int = 1) -> tuple[int, int]:
 
 
 def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[int, int]:
-    """ "16:9" with the pixels of a square of side `edge`, each side to the nearest multiple of `step`, or to
-    the next below where the picture would become too large for having been rounded up."""
+    """ "16:9" with as many pixels as a square of side `edge`, each side rounded to a multiple of `step`, or down if
+    rounding to the nearest would make the picture too large."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)", aspect)
     ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
     if not 1 / 8 <= ratio <= 8:
-        raise K2Error(f'{where}: "{aspect}" is not an aspect.', hint=f"Write width:height, like {ASPECTS}.")
+        raise K2Error(f'{where}: "{aspect}" is not an aspect ratio.', hint=f"Write width:height, like {ASPECTS}.")
     sides = [edge * math.sqrt(r) / step for r in (ratio, 1 / ratio)]
     width, height = (round(side) * step for side in sides)
     if width * height > MOST_PIXELS >= edge**2:
@@ -49,7 +49,7 @@ def fit_aspect(aspect: str, edge: int, where: str, step: int = STEP) -> tuple[in
 
 
 def shape_of(width: int, height: int) -> str:
-    """The aspect of a picture, within what a model can paint: "1.5000:1"."""
+    """A picture's aspect ratio, clamped to what a model can paint: "1.5000:1"."""
     return f"{min(max(width / height, 1 / WIDEST), WIDEST):.4f}:1"
 
 

@@ -1,4 +1,4 @@
-"""A project's styles: files of words and reference pictures, mixed by weight into what a render spec takes."""
+"""A project's styles: files of words and reference pictures, mixed by weight into the styles of a render spec."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from model.headers import read_header
 from model.picture_file import passed_over
 from model.spec import METHODS, Reference, Style, span, within
 
-BOARD = "moodboard"  # the name by which a project's [moodboard] is a style
+BOARD = "moodboard"  # the style name of a project's [moodboard]
 MOST_REFERENCES = 64  # pictures of a style; a glob that finds more is a mistake
-MOST_MIXES = 16  # styles that mix styles that mix styles …
-MOST_LORA = 4 << 30  # bytes of a file, which is hashed when a run is planned: in seconds, if it must be
-MOST_STYLES = 256  # that a picture's styles come from, mixes taken apart
+MOST_MIXES = 16  # levels of mixes within mixes
+MOST_LORA = 4 << 30  # bytes in a file, which is hashed when a run is planned: within seconds at most
+MOST_STYLES = 256  # behind one picture, mixes broken down
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class StyleFile:
     avoids: tuple[str, ...] = ()
     references: tuple[Reference, ...] = ()
     mix: Mapping[str, float] = field(default_factory=dict)
-    mixed_at: Mapping[str, str] = field(default_factory=dict, compare=False)  # where each of them is asked for
+    mixed_at: Mapping[str, str] = field(default_factory=dict, compare=False)  # where each of them is written
     lora: Path | None = None
     triggers: tuple[str, ...] = ()
     method: str = "auto"
 
     @property
     def is_mix_alone(self) -> bool:
-        """Nothing of its own."""
+        """Whether it has nothing of its own."""
         return not (self.keywords or self.avoids or self.references or self.lora)
 
     def at(self, name: str, strength: float) -> Style:
-        """Its own content as the style of this name."""
+        """Its own content, as a style with this name."""
         return Style(
             name=name,
             strength=strength,
@@ -67,38 +67,38 @@ class ReferenceTable:
 
 @dataclass(frozen=True)
 class Styles:
-    """The styles folder of a project. `inside` makes a path absolute and refuses what lies outside the project."""
+    """A project's styles folder. `inside` makes a path absolute and refuses what lies outside the project."""
 
     root: Path
     inside: Inside
-    others: set[Path] = field(default_factory=set, compare=False)  # beside the pictures that references name
+    others: set[Path] = field(default_factory=set, compare=False)  # files that references match besides pictures
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """The names of the styles there are, and their files: some systems write accents apart from their letters, and
-        a name is the same however they are written. What cannot be typed as a name is none. Raises K2Error."""
+        """The names of all styles, and their files: some systems store accents apart from their letters, and a name is
+        the same either way. What cannot be typed is not a name. Raises K2Error."""
         files = sorted(names_in(self.inside("styles", "")))
         found = ((composed(Path(file).stem), file) for file in files if file.endswith(".toml"))
         return {name: file for name, file in found if not UNPRINTABLE.search(name)}
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The names of the styles there are."""
+        """The names of all styles."""
         return tuple(sorted(self.files))
 
     def file_of(self, name: str) -> str:
-        """Where a style of this name is, or would be, within the project."""
+        """The path of this style's file within the project, whether it exists or not."""
         return f"styles/{self.files.get(name, f'{name}.toml')}"
 
     def read(self, name: str, where: str) -> StyleFile:
-        """styles/NAME.toml, checked; `where` is who asks for it."""
+        """styles/NAME.toml, checked; `where` is what refers to it."""
         name = composed(name)
         file = self.file_of(name)
         with said_by(where):
             if name not in self.files:
                 raise K2Error(
                     f'{where}: there is no style "{name}".',
-                    hint=nearest(name, self.known) or f"Write it as styles/{name}.toml.",
+                    hint=nearest(name, self.known) or f"Create styles/{name}.toml.",
                 )
             path = self.inside(file, where)
         label = label_of(self.root, file)
@@ -107,19 +107,19 @@ class Styles:
         check_keys(table, ("keywords", "avoids", "reference", "method", "mix", "lora", "triggers"), place)
         if not isinstance(table.get("reference", []), list):
             raise K2Error(
-                f"{place('reference')}: references come as a list of tables.",
+                f"{place('reference')}: references are a list of tables.",
                 hint="Write [[reference]], with two brackets.",
             )
         if not any(table.get(key) for key in ("keywords", "reference", "mix", "lora")):
             raise K2Error(
                 f"{label} has no keywords, no [[reference]], no lora and no [mix].",
-                hint="Give the style something to go by.",
+                hint="Give it at least one of them.",
             )
         if table.get("triggers") and not table.get("lora"):
-            raise K2Error(f"{place('triggers')}: triggers without a lora.", hint="Call them keywords.")
+            raise K2Error(f"{place('triggers')}: triggers need a lora.", hint="Use keywords instead.")
         if "method" in table and not table.get("reference"):
             raise K2Error(
-                f"{place('method')}: a method without a [[reference]].", hint="It says how reference pictures are read."
+                f"{place('method')}: a method needs a [[reference]].", hint="It says how to read reference pictures."
             )
         mix = read_weights(table.get("mix", {}), place.below("mix"))
         return StyleFile(
@@ -136,7 +136,7 @@ class Styles:
         )
 
     def references(self, entries: Sequence[Any], place: Place) -> tuple[Reference, ...]:
-        """The pictures of the [[reference]] tables of a style file."""
+        """The pictures that a style file's [[reference]] tables name."""
         found: list[Reference] = []
         for index, entry in enumerate(entries):
             at = place.below("reference", index)
@@ -144,13 +144,13 @@ class Styles:
             found += [Reference(path, table.weight) for path in self.pictures(table.image, at("image"))]
         if len(found) > MOST_REFERENCES:
             raise K2Error(
-                f"{place.toml.label} has {len(found)} reference pictures, and {MOST_REFERENCES} is the most.",
+                f"{place.toml.label} has {len(found)} reference pictures; the limit is {MOST_REFERENCES}.",
                 hint="Choose those that show the look best.",
             )
         return tuple(found)
 
     def reached(self, names: Iterable[str], where: str) -> set[str]:
-        """These styles and all that they mix."""
+        """These styles and all styles that they mix."""
         found: set[str] = set()
         left = list(names)
         while left:
@@ -161,18 +161,18 @@ class Styles:
         return found
 
     def new_file(self, name: str, *, force: bool) -> Path:
-        """Where a style of this name is written. Refuses what exists already, unless forced."""
+        """Where to write a style of this name. Refuses an existing one unless forced."""
         path = self.inside(self.file_of(self.new_name(name, "The style")), "")
         if path.exists() and not force:
             raise taken(name)
         return path
 
     def new_name(self, name: str, where: str) -> str:
-        """A name that a style may be given, its accents joined. Refuses one that cannot name files, that of a project's
-        own look, and one that only capitals tell from another's: many systems have room for one of these two files."""
+        """The name for a new style, accents composed. Refuses a name that cannot be a file's, that of [moodboard]'s
+        look, and one that differs from another style's only in capitals: on many systems both would be one file."""
         name = check_name(name, where, alone=True)
         if name == BOARD:
-            raise K2Error(f"{where}: {BOARD} is what the look of [moodboard] is called.", hint="Choose another name.")
+            raise K2Error(f"{where}: the name {BOARD} is reserved for [moodboard].", hint="Choose another name.")
         alike = [each for each in self.known if folded(each) == folded(name)]
         if alike and name not in alike:
             said = f'{where}: on many systems "{name}" would be the same file as the style {alike[0]}.'
@@ -180,18 +180,18 @@ class Styles:
         return name
 
     def is_mix(self, name: str, weights: Mapping[str, float]) -> bool:
-        """Whether a style is there already, and is this mix and nothing else."""
+        """Whether the style exists and is exactly this mix."""
         with suppress(K2Error):
             return self.read(name, "") == StyleFile(mix=dict(weights))
         return False
 
     def adapter(self, file: str, where: str) -> Path:
-        """A LoRA's file, its header checked; whether it fits is the model's business."""
+        """A LoRA's file, its header checked; whether it fits is up to the model."""
         path = self.inside(file, where)
         if not path.is_file():
             raise K2Error(f"{where}: there is no file {file}.", hint="Paths are relative to the project.")
         if path.stat().st_size > MOST_LORA:
-            raise K2Error(f"{where}: {file} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
+            raise K2Error(f"{where}: {file} is larger than {MOST_LORA >> 30} GB.", hint="Is it a model, not a LoRA?")
         try:
             read_header(path)
         except K2Error as error:
@@ -199,11 +199,11 @@ class Styles:
         return path
 
     def pictures(self, pattern: str, where: str) -> list[Path]:
-        """The pictures that a path, a folder or a glob names, sorted, each one checked to be a picture."""
+        """The pictures that a path, a folder or a glob names, sorted and each checked."""
         found, others = find(pattern, self.root, self.inside, where, MOST_REFERENCES)
         if not found:
             hint = passed_over(others) or "Put png, jpg or webp files there."
-            raise K2Error(f"{where}: {pattern} names no picture.", hint=hint)
+            raise K2Error(f"{where}: {pattern} matches no picture.", hint=hint)
         self.others.update(others)
         for path in found:
             label = relative(path, self.root)
@@ -212,18 +212,18 @@ class Styles:
         return found
 
     def resolve(self, weights: Mapping[str, float], where: Callable[[str], str]) -> tuple[Style, ...]:
-        """Mixes taken apart, equal styles added up, strongest first; what comes to nothing is left out."""
+        """The styles behind these weights: mixes broken down, equal styles added up, strongest first, zeros dropped."""
         files: dict[str, StyleFile] = {}
         parts: dict[str, dict[str, float]] = {}
 
         def take_apart(name: str, trail: tuple[str, ...], asked_by: str) -> dict[str, float]:
-            """What a style comes to, by name: its own content and that of everything mixed into it."""
+            """A style's parts and their weights, by name: its own content and that of all styles mixed into it."""
             name = composed(name)
             if name in trail:
                 circle = " → ".join((*trail[trail.index(name) :], name))
-                raise K2Error(f"{asked_by}: the styles mix themselves, {circle}.", hint="Break the circle.")
+                raise K2Error(f"{asked_by}: the mixes form a loop, {circle}.", hint="Break the loop.")
             if len(trail) > MOST_MIXES:
-                raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles themselves.")
+                raise K2Error(f"{asked_by}: mixes nest more than {MOST_MIXES} deep.", hint="Mix the styles directly.")
             if name not in parts:
                 with said_by(asked_by):
                     if len(files) == MOST_STYLES:
@@ -248,10 +248,10 @@ class Styles:
 
 
 def words_in(table: Mapping[str, Any], key: str, place: Place) -> tuple[str, ...]:
-    """A list of words of a style file, which join a prompt one after the other: none may be empty."""
+    """A style file's list of words, which are appended to a prompt one by one: none may be empty."""
     words: list[str] = check_value(key, table.get(key, []), list[str], {}, place(key))
     if not all(words):
-        raise K2Error(f'{place(key)}: "{key}" has an empty text.', hint="Leave it out, or say a word.")
+        raise K2Error(f'{place(key)}: "{key}" has an empty string.', hint="Remove it, or write a word.")
     return tuple(words)
 
 
@@ -261,10 +261,10 @@ def add(total: dict[str, float], more: Mapping[str, float], weight: float) -> No
 
 
 def words(styles: Sequence[Style], wanted: str, opposite: str | None = None) -> Iterator[str]:
-    """The styles' words, each once: what a style wants, and what a style of negative strength does not."""
+    """The styles' words, each once: the `wanted` ones of a style, the `opposite` ones if its strength is negative."""
     sides = ((style, wanted if style.strength > 0 else opposite) for style in styles)
     return iter(dict.fromkeys(text for style, side in sides if side for text in getattr(style, side)))
 
 
 def taken(name: str) -> K2Error:
-    return K2Error(f"There is a style {name} already.", hint="Choose another name, or replace it: --force")
+    return K2Error(f"The style {name} already exists.", hint="Choose another name, or replace it with --force.")

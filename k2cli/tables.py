@@ -1,4 +1,4 @@
-"""TOML from people: parsed, checked against dataclasses, and complained about by line."""
+"""User-written TOML: parsed and checked against dataclasses; errors name the line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from model.errors import USAGE, K2Error, listed, nearest
 from model.headers import open_file
 from model.spec import LIMITS
 
-LIMIT = 1 << 20  # bytes of a file written by hand; anything larger is a mistake or an attack
-LONGEST_LINE = 400  # characters of a line in which its key is looked for, when messages place it
-DEEP_KEY = re.compile(  # a.b.c…, where a key may stand: tomllib takes quadratic time over its parts
+LIMIT = 1 << 20  # bytes in a file written by hand; anything larger is a mistake or an attack
+LONGEST_LINE = 400  # characters of a line searched for its key, to locate it in messages
+DEEP_KEY = re.compile(  # a.b.c… where a key may be: tomllib takes quadratic time over its parts
     r"""(?m)(?:^|[{,\[])[ \t]*+(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){16}"""
 )
 KINDS = {
-    str: "a text in quotes",
+    str: "a string in quotes",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -33,35 +33,35 @@ KINDS = {
     list: "a list",
 }
 
-SYNTAX = (  # how tomllib's messages begin, and what to do
+SYNTAX = (  # how tomllib's messages start, and what to do
     (
         ("Invalid value",),
-        'Texts stand in straight quotes, name = "moody", numbers begin with a digit, 0.5, true and false are small.',
+        'Strings need straight quotes (name = "moody"), numbers a leading digit (0.5); true and false are lower-case.',
     ),
-    (("Unescaped",), r"Write \\ for a \, or put the text in single quotes, in which it means nothing."),
+    (("Unescaped",), r"Write \\ for a \, or use single quotes, in which it needs no escape."),
     (
         ("Unterminated", r"Illegal character '\n'", 'Expected "\'"'),
-        "A text ends on its line, by the quote it began with.",
+        "A string must end on its own line, with the quote it started with.",
     ),
-    (("Illegal character",), "It is a control character, which editors hardly show: delete it."),
-    (("Cannot declare", "Cannot overwrite"), "It is there already, further up: make one of the two."),
+    (("Illegal character",), "It is a control character, which few editors show: delete it."),
+    (("Cannot declare", "Cannot overwrite"), "It is already defined further up: merge the two."),
     (
         ("Expected newline",),
-        'A line is a key = value: a text stands in quotes, size = "256x192", a number is written 0.5, and 7, not 07.',
+        'A line is key = value: strings need quotes (size = "256x192"), numbers look like 0.5 and 7, not 07.',
     ),
-    (("Expected '='", "Invalid statement"), "A line is a key = value, a [table], or a # comment."),
-    (("Expected ']",), "A table's name stands between as many brackets on both sides: [render], [[prompt]]."),
-    (("Unclosed",), "It ends with the bracket it began with, its values parted by commas."),
+    (("Expected '='", "Invalid statement"), "A line is key = value, a [table], or a # comment."),
+    (("Expected ']",), "A table's name needs the same brackets on both sides: [render], [[prompt]]."),
+    (("Unclosed",), "Separate the values with commas, and close the bracket."),
 )
 
 QUOTED = r"'([^']*)'"
-TWICE = re.compile(rf"\(({QUOTED}(?:, {QUOTED})*),?\)(?= twice)")  # a table's name in the words of Python
+TWICE = re.compile(rf"\(({QUOTED}(?:, {QUOTED})*),?\)(?= twice)")  # a table's name as Python prints it
 
 T = TypeVar("T")
 
 
-PATH = {"path": True}  # metadata of a field whose text, or texts, are paths: every space in them is meant
-NO_KEY = {"key": False}  # of a field that no table may say
+PATH = {"path": True}  # metadata of a field whose strings are paths, in which every space counts
+NO_KEY = {"key": False}  # of a field that is no key of the table
 WEIGHT = {"low": LIMITS["strength"][0], "high": LIMITS["strength"][1]}  # of a style, and of a picture within it
 
 
@@ -71,7 +71,7 @@ def between(default: Any, low: float, high: float) -> Any:
 
 
 def limited(key: str, default: Any = None) -> Any:
-    """A dataclass field whose number keeps to the limits that rendering has for it."""
+    """A dataclass field whose number must keep to rendering's limits for it."""
     return between(default, *LIMITS[key])
 
 
@@ -81,12 +81,12 @@ def one_of(default: Any, *choices: str | int) -> Any:
 
 
 def like(default: Any, pattern: str, *examples: str) -> Any:
-    """A dataclass field whose text has a certain form."""
+    """A dataclass field whose string must match a pattern."""
     return field(default=default, metadata={"pattern": pattern, "examples": examples})
 
 
 class TooManyBits(ValueError):
-    """A whole number is none of TOML's."""
+    """A whole number beyond TOML's 64 bits."""
 
     def __init__(self, path: tuple[str | int, ...]):
         key = [part for part in path if isinstance(part, str)][-1]
@@ -95,7 +95,7 @@ class TooManyBits(ValueError):
 
 
 def loads(text: str) -> dict[str, Any]:
-    """The table of a TOML text from anybody. Raises ValueError, and RecursionError where it is nested absurdly."""
+    """The table in an untrusted TOML text. Raises ValueError, and RecursionError if it is nested absurdly deep."""
     if DEEP_KEY.search(text):
         raise RecursionError
     table = tomllib.loads(text)
@@ -104,15 +104,15 @@ def loads(text: str) -> dict[str, Any]:
 
 
 def check_numbers(value: Any) -> None:
-    """Refuse whole numbers beyond TOML's 64 bits: Python takes a megabyte of hexadecimal digits for one, and no float
-    can hold it, nor may it be printed. Raises TooManyBits."""
+    """Refuse whole numbers beyond TOML's 64 bits: Python accepts a megabyte of hexadecimal digits as one, which fits no
+    float and cannot be printed. Raises TooManyBits."""
     for path, each in leaves(value):
         if isinstance(each, int) and not -(2**63) <= each < 2**63:
             raise TooManyBits(path)
 
 
 def leaves(value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """All that is no table and no list in a value, however deep it lies, each after the keys that lead to it."""
+    """Every item in a value that is neither table nor list, at any depth, with the keys that lead to it."""
     left: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while left:
         path, value = left.pop()
@@ -125,20 +125,20 @@ def leaves(value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
 
 
 def tables_in(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The tables that stand in a list under a key of what anybody may have written; all else is passed over."""
+    """The tables in the list under a key of an untrusted table; everything else is skipped."""
     found = table.get(key)
     return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
 
 
 class Toml:
-    """A parsed TOML text that can say where a key stands. `label` is what messages call it."""
+    """A parsed TOML text that knows the line of each key. `label` is what messages call it."""
 
     def __init__(self, text: str, label: str, parse: Callable[[str], dict[str, Any]] = loads):
         self.text, self.label = text, label
         try:
             self.table = parse(text)
         except RecursionError:
-            raise K2Error(f"{label} is nested too deeply.", hint="Tables need not lie deeper than three.") from None
+            raise K2Error(f"{label} is nested too deeply.", hint="Three levels of tables are enough.") from None
         except TooManyBits as error:
             hint = f"Whole numbers go up to {2**63 - 1:,}."
             raise K2Error(f"{self.where(*error.path)}: {error}.", hint=hint) from None
@@ -149,39 +149,37 @@ class Toml:
 
     @classmethod
     def read(cls, path: Path, label: str, limit: int = LIMIT, parse: Callable[[str], dict[str, Any]] = loads) -> Toml:
-        """A file of at most `limit` bytes. Raises K2Error where it is none, is larger, or cannot be read as TOML."""
+        """A file of at most `limit` bytes. Raises K2Error if it is missing, larger, or not readable as TOML."""
         try:
             with open_file(path) as file:
                 content = file.read(limit + 1)
             if len(content) > limit:
-                raise K2Error(
-                    f"{label} is larger than {limit >> 20} MB.", hint="Is it the right file? No hand writes that much."
-                )
+                raise K2Error(f"{label} is larger than {limit >> 20} MB.", hint="Is it the right file?")
             return cls(content.decode("utf-8-sig"), label, parse)
         except FileNotFoundError:
             raise K2Error(f"There is no {label}.", hint="Check the name.") from None
         except OSError as error:
             raise K2Error(f"{label} cannot be read: {error.strerror}.", hint="Check its permissions.") from None
         except UnicodeDecodeError:
-            raise K2Error(f"{label} is not a text.", hint="Save it as UTF-8.") from None
+            raise K2Error(f"{label} is not a text file in UTF-8.", hint="Save it as UTF-8.") from None
 
     @cached_property
     def lines(self) -> dict[tuple[str | int, ...], int]:
-        """Key path -> line number, for everything written as `[table]`, `[[table]]` or `key =` on a line of its own."""
+        """Key path -> line number, for every `[table]`, `[[table]]` and `key =` on a line of its own."""
         found: dict[tuple[str | int, ...], int] = {}
         prefix: tuple[str | int, ...] = ()
-        counts: dict[tuple[str | int, ...], int] = {}  # of every list of tables, the index of its last one
-        fence = ""  # the quotes of a multi-line text that is open
-        for number, line in enumerate(self.text.split("\n"), 1):  # a text may hold what else Python ends lines at
+        counts: dict[tuple[str | int, ...], int] = {}  # index of the last table in each list of tables
+        fence = ""  # the quotes of an open multi-line string
+        for number, line in enumerate(self.text.split("\n"), 1):  # not splitlines: strings may hold other line ends
             if fence:
                 fence = "" if fence in line else fence
                 continue
-            if line.lstrip().startswith("#"):  # whatever quotes it holds
+            if line.lstrip().startswith("#"):  # even with quotes in it
                 continue
-            start = line[:LONGEST_LINE]  # the patterns take quadratic time over lines that never end
+            start = line[:LONGEST_LINE]  # the patterns take quadratic time over endless lines
             if header := re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", start):
                 prefix = ()
-                for part in header[2].split("."):  # what lies below a list of tables lies below its last one
+                for part in header[2].split("."):  # a table under a list of tables belongs to the last one
                     prefix = (*prefix, *([counts[prefix]] if prefix in counts else []), part.strip("\"' "))
                 found.setdefault(prefix, number)
                 if header[1] == "[[":
@@ -191,7 +189,7 @@ class Toml:
             elif key := re.match(r"\s*([\w.-]+|\"[^\"]*\"|'[^']*')\s*=", start):
                 name = key[1]
                 parts = (name[1:-1],) if name[0] in "\"'" else tuple(name.split("."))
-                for end in range(1, len(parts) + 1):  # a.b = 1 writes a, too
+                for end in range(1, len(parts) + 1):  # a.b = 1 defines a, too
                     found.setdefault((*prefix, *parts[:end]), number)
             for quotes in ('"""', "'''"):
                 if line.count(quotes) % 2:
@@ -199,7 +197,7 @@ class Toml:
         return found
 
     def where(self, *path: str | int) -> str:
-        """The place of a key for a message: "k2.toml, line 7", or the file alone if the line is not to be found."""
+        """A key's place for a message: "k2.toml, line 7", or the file alone if the line cannot be found."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return f"{self.label}, line {self.lines[path[:end]]}"
@@ -207,12 +205,12 @@ class Toml:
 
 
 class Option(str):
-    """What messages call an option, where others say the line of a file: its value was typed."""
+    """An option as the place of an error, like a line of a file, for a value that was typed."""
 
 
 @contextmanager
 def said_by(where: str) -> Iterator[str]:
-    """A context in which what is wrong is wrong with what was said there: if that is an option, it is one of usage."""
+    """A context whose errors concern what was given at `where`: if that is an option, they are usage errors."""
     try:
         yield where
     except K2Error as error:
@@ -223,7 +221,7 @@ def said_by(where: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Place:
-    """A table inside a file, for messages."""
+    """A table in a file, for messages."""
 
     toml: Toml
     path: tuple[str | int, ...] = ()
@@ -236,7 +234,7 @@ class Place:
 
     @property
     def title(self) -> str:
-        """ " in [render]", " in [[prompt]]", or nothing for the file itself."""
+        """ " in [render]", " in [[prompt]]", or "" for the file itself."""
         name = ".".join(part for part in self.path if isinstance(part, str))
         if not name:
             return ""
@@ -244,7 +242,7 @@ class Place:
 
 
 def read_table(cls: type[T], table: Any, place: Place, homes: Mapping[str, str] | None = None) -> T:
-    """A dataclass out of a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
+    """A dataclass from a TOML table: unknown keys, wrong types and numbers out of range are errors with a line."""
     known = {f.name: f for f in fields(cls) if f.metadata.get("key", True)}  # type: ignore[arg-type]
     check_keys(table, known, place, homes)
     hints = hints_of(cls)  # type: ignore[arg-type]  # a class is hashable
@@ -256,33 +254,34 @@ def read_table(cls: type[T], table: Any, place: Place, homes: Mapping[str, str] 
 
 @cache
 def hints_of(cls: type) -> dict[str, Any]:
-    """A dataclass's types; there may be thousands of one in a file."""
+    """A dataclass's types, cached: a file may hold thousands of one class."""
     return get_type_hints(cls)
 
 
 def check_keys(table: Any, known: Iterable[str], place: Place, homes: Mapping[str, str] | None = None) -> None:
-    """Refuse what is no table, and a table with a key that nothing would read. `homes` are hints for those that are
-    right elsewhere."""
+    """Refuse what is not a table, and a table with an unknown key. `homes` are hints for keys that belong elsewhere."""
     if not isinstance(table, dict):
-        raise K2Error(f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below.")
+        raise K2Error(
+            f"{place()}: expected a table{place.title}.", hint="Write [name] on a line, and its keys below it."
+        )
     for key in table:
         if key not in known:
             near = nearest(key, known)
-            hint = near if f"{key}s" in known else (homes or {}).get(key) or near  # nothing is nearer than its plural
+            hint = near if f"{key}s" in known else (homes or {}).get(key) or near  # its plural is the nearest of all
             raise K2Error(f'{place(key)}: unknown key "{masked(key)}"{place.title}.', hint=hint)
 
 
 def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
-    """The value as the field wants it: type, range and text checked."""
+    """The value as the field requires it: type, range and characters checked."""
     called = where if where == f"--{key.replace('_', '-')}" else f'{where}: "{key}"'
     kinds = [k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None)]
     kinds = [getattr(k, "__origin__", k) for k in kinds]
     word, drawn = limits.get("word"), ""
-    if word and str in kinds:  # not in a record, where it has become a number
+    if word and str in kinds:  # not in a record, where it is a number by then
         if value == word:
             return value
         kinds.remove(str)
-        drawn = f'Or "{word}", which is another one every time.'
+        drawn = f'Or "{word}", for a new one every time.'
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
         value = float(value)
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, tuple(kinds)):
@@ -291,12 +290,12 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
             f"{called} must be {' or '.join(KINDS[k] for k in kinds)}, not {describe(value)}.", hint=meant or drawn
         )
     if isinstance(value, list) and any(not isinstance(item, str) for item in value):
-        raise K2Error(f"{called} must be a list of texts.", hint=f'Like {key} = ["one", "two"].')
+        raise K2Error(f"{called} must be a list of strings.", hint=f'Like {key} = ["one", "two"].')
     if ("low" in limits and not (limits["low"] <= value <= limits["high"])) or (
         isinstance(value, float) and not math.isfinite(value)
     ):
         low, high = (f"{limits[end]:,}".replace("-", "−") for end in ("low", "high"))
-        raise K2Error(f"{called} must lie between {low} and {high}, not {value}.", hint=drawn)
+        raise K2Error(f"{called} must be between {low} and {high}, not {value}.", hint=drawn)
     value = limits["also"].get(value, value) if "also" in limits else value
     if value not in (choices := limits.get("choices", (value,))):
         raise K2Error(f"{called} cannot be {describe(value)}.", hint=nearest(str(value), map(str, choices)))
@@ -309,11 +308,11 @@ def check_value(key: str, value: Any, hint: Any, limits: Mapping[str, Any], wher
 
 
 def describe(value: Any) -> str:
-    """A value in a message, short."""
+    """A value in short, for a message."""
     if isinstance(value, dict | list):
         return KINDS[type(value)]
     written = value.isoformat() if isinstance(value, date | time) else repr(value)
-    said = str(value).lower() if isinstance(value, bool) else written  # as TOML has it
+    said = str(value).lower() if isinstance(value, bool) else written  # as TOML writes it
     text = masked(f'"{value}"' if isinstance(value, str) else said)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
@@ -334,9 +333,9 @@ def read_weights(table: Any, place: Place) -> dict[str, float]:
 
 
 def dotted(name: str, value: Any) -> str:
-    """A hint for a name out of whose dots TOML has made tables; "" where it has not."""
+    """A hint for a name whose dots TOML has read as tables; "" if it has not."""
     whole = name
     while isinstance(value, dict) and value:
         part, value = next(iter(value.items()))
         whole += f".{part}"
-    return f'A name with a dot stands in quotes: "{masked(whole)}".' if whole != name else ""
+    return f'A name with a dot needs quotes: "{masked(whole)}".' if whole != name else ""

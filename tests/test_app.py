@@ -386,7 +386,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--style", "dusk"], 2, '"dusk" is not NAME=WEIGHT', ""),
         (["render", "--precision", "int5"], 2, '--precision cannot be "int5".', 'Did you mean "int8"?'),
         (["render", "--offload", "disk"], 2, '--offload cannot be "disk".', "Known: none, text, all."),
-        (["render", "--cohesion", "3"], 2, "--cohesion must lie between 0 and 1, not 3.0.", ""),
+        (["render", "--cohesion", "3"], 2, "--cohesion must be between 0 and 1, not 3.0.", ""),
         (["render", "--matrix", "steps"], 2, '--matrix: "steps" has no values to compare.', "Like steps=1,2."),
         (["render", "--matrix", "steps=1,2", "--steps", "1"], 2, '"steps" is already set by another option', ""),
         (["render", "--matrix", "size=64x64", "--aspect", "1:1"], 2, '"size" is already set by another option', ""),
@@ -409,7 +409,7 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "a 1/2 moon"], 1, "There is no project a 1/2 moon.", "k2 render -p 'a 1/2 moon'"),
         (["render", "--matrix", "cfg=1,2"], 2, '"cfg" is no axis.', "called guidance, and is 1 less than a CFG scale"),
         (["render", "a red fox " * 99], 1, "There is no project a red fox", "k2 render -p 'a red fox a red fox"),
-        (["render", "--size", "64x64", "--aspect", "1:1"], 2, "--size says all that --aspect", "Give the one"),
+        (["render", "--size", "64x64", "--aspect", "1:1"], 2, "--size excludes --aspect", "Keep --size"),
         (["show", "x" * 5000], 1, "x" * 200, ""),  # too long, or not there: Pythons differ in what they find out
         (["show", "k2.toml/x.png"], 1, "There is no k2.toml/x.png", ""),
         (["log", "boards"], 1, "There is no folder boards.", "k2 new NAME"),
@@ -470,7 +470,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
     ("arguments", "message", "hint"),
     [
         (["--size", "100x100"], "--size: the sides of 100x100 are not multiples of 16.", "The nearest size is 96x96."),
-        (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides go from 64 to 4096 pixels."),
+        (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides are from 64 to 4096 pixels."),
         (["--size", "4096x2048"], "--size: 4096x2048 is more than 4,194,304 pixels.", "Choose a smaller size."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
         (["--device", "cuda:99"], 'There is no device "cuda:99".', "Available: "),
@@ -479,10 +479,10 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["--model", ""], '--model: There is no model "" here.', "Known: mini"),
         (["--model", "."], "--model: . holds no weights: no .safetensors or .gguf.", "Name a folder or a file"),
         (["--model", "k2.toml"], "--model: k2.toml holds no weights", "Name a folder or a file that does"),
-        (["--style", "dusk=1"], '--style: there is no style "dusk".', "Write it as styles/dusk.toml."),
+        (["--style", "dusk=1"], '--style: there is no style "dusk".', "Create styles/dusk.toml."),
         (["--only", "fux"], '--only: moody has no prompt named "fux".', 'Did you mean "fox"?'),
-        (["-p", "a\x1b[2Jb"], "A prompt holds a control character.", ""),
-        (["-p", "a fox \uffff"], "A prompt holds a control character.", ""),
+        (["-p", "a\x1b[2Jb"], "A prompt contains a control character.", ""),
+        (["-p", "a fox \uffff"], "A prompt contains a control character.", ""),
         (["--resume"], "moody has no run to go on with.", "Start one with: k2 render"),
         (["-"], "Standard input holds no prompt.", "Give one a line"),
         (["-p", ""], "A prompt is empty.", "Say what the picture should show."),
@@ -1079,7 +1079,7 @@ def test_a_project_has_its_name_on_one_line(moody, k2, name):
 
     refused = k2("new", name, code=1)
 
-    assert "The project's name holds a control character." in refused.stderr and refused.stdout == ""
+    assert "The project's name contains a control character." in refused.stderr and refused.stdout == ""
     assert tree(moody) == before
 
 
@@ -1236,7 +1236,7 @@ def test_a_path_is_never_taken_for_an_option(moody, k2):
 
 
 def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
-    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  A prompt needs -p: ")[2]
+    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  Give a prompt with -p: ")[2]
     assert hint == "k2 render -p '-5 degrees'"
 
     k2(*shlex.split(hint)[1:], "--batch", "1")

@@ -309,7 +309,7 @@ def test_a_scope_is_a_prompt_or_the_run(den, k2):
     assert led("--scope", "run", "--seed", "9") == [("a red fox", 9, "")] * 4
     assert led("--scope", "run", "-p", "a hen") == [("a hen", 0, "")] * 2
     for options, message in (
-        (("--cohesion", "2"), "--cohesion must lie between 0 and 1, not 2.0."),
+        (("--cohesion", "2"), "--cohesion must be between 0 and 1, not 2.0."),
         (("--scope", "all"), '--scope cannot be "all".'),
     ):
         assert message in " ".join(k2("render", *options, code=2).stderr.split())

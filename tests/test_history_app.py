@@ -19,7 +19,7 @@ from k2cli.outputs import Run
 
 K2 = Path(sys.executable).with_name("k2")
 ASCII = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
-LOCALE = "Use a locale of UTF-8: export LC_ALL=C.UTF-8"
+LOCALE = "Use a UTF-8 locale: export LC_ALL=C.UTF-8"
 
 
 def test_the_log_in_a_pipe_is_a_line_a_picture(moody, k2):
@@ -170,17 +170,17 @@ def test_results_that_find_no_room(moody, words, buffered):
         (
             r"printf '\377\376' | PYTHONIOENCODING=utf-8 k2 render -",
             1,
-            "Standard input is no text in the encoding here, utf-8.",
+            "Standard input is not text in the encoding here, utf-8.",
         ),
         (
             r"printf '\377\376' | PYTHONIOENCODING=utf-8:surrogateescape k2 render -",
             1,
-            "Standard input is no text in the encoding here, utf-8.",
+            "Standard input is not text in the encoding here, utf-8.",
         ),
-        (f"{ASCII} k2 render -p füchse", 1, f"A prompt is no text in the encoding here, ascii.\nHint:  {LOCALE}"),
-        (f"{ASCII} k2 new füchse", 1, f"The project's name is no text in the encoding here, ascii.\nHint:  {LOCALE}"),
-        (rf"printf '\374' | {ASCII} k2 render -", 1, "no text in the encoding here, ascii.\nHint:  Save it as UTF-8."),
-        (r"k2 render -p $'a\377'", 1, "A prompt is no text in the encoding here, utf-8.\nHint:  Type the text again"),
+        (f"{ASCII} k2 render -p füchse", 1, f"A prompt is not text in the encoding here, ascii.\nHint:  {LOCALE}"),
+        (f"{ASCII} k2 new füchse", 1, f"The project's name is not text in the encoding here, ascii.\nHint:  {LOCALE}"),
+        (rf"printf '\374' | {ASCII} k2 render -", 1, "not text in the encoding here, ascii.\nHint:  Save it as UTF-8."),
+        (r"k2 render -p $'a\377'", 1, "A prompt is not text in the encoding here, utf-8.\nHint:  Type the text again"),
         ("echo 'prompt=[{text=\"狐\"}]' > k2.toml; " + ASCII + " k2 render", 1, "ascii"),
         ("mkdir gone && cd gone && rmdir ../gone && k2", 1, "The current folder is gone."),
         ("mkdir gone && cd gone && rmdir ../gone && k2 models info x", 1, "The current folder is gone."),
@@ -201,8 +201,8 @@ def test_letters_that_another_encoding_takes_for_controls_are_no_controls(moody,
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
 
     told = k2("render", "-p", "o c\u00c4\u0083ma\u00c8\u0099\u00c4\u0083", code=1).stderr
-    assert told == f"Error: A prompt is no text in the encoding here, iso8859-1.\nHint:  {LOCALE}\n"
-    assert "A prompt holds a control character." in k2("render", "-p", "a\x1b[2J", code=1).stderr
+    assert told == f"Error: A prompt is not text in the encoding here, iso8859-1.\nHint:  {LOCALE}\n"
+    assert "A prompt contains a control character." in k2("render", "-p", "a\x1b[2J", code=1).stderr
 
 
 def test_what_the_encoding_lacks_is_said_by_its_number(moody):

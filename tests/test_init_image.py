@@ -239,7 +239,7 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline,
     side = pipeline.native
     wide = masked(tmp_path / "wide.png", (0, 0, side, side // 2), (2 * side, side))
     specs = [FOX, replace(FOX, init_image=noisy, mask=wide)]
-    with pytest.raises(K2Error, match=r"wide.png does not have the shape of .*noisy"):
+    with pytest.raises(K2Error, match=r"wide.png differs in shape from .*noisy"):
         next(pipeline.stream(specs))
     larger = masked(tmp_path / "larger.png", (0, 0, side, side), (2 * side, 2 * side))
     assert pipeline.render([replace(FOX, init_image=noisy, mask=larger)])
@@ -520,19 +520,16 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to be masked"),
-        (
-            ("--only", "fox", "--mask", "161x8+0+0"),
-            "--mask: the region 161x8+0+0 extends beyond the picture, which is 160x112",
-        ),
+        (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to mask"),
+        (("--only", "fox", "--mask", "161x8+0+0"), "--mask: the region 161x8+0+0 leaves the picture, which is 160x112"),
         (("--only", "fox", "--mask", "8x0+0+0"), "--mask: the region 8x0+0+0 is empty"),
-        (("--only", "fox", "--mask", "96x64"), '"96x64" is no region'),
+        (("--only", "fox", "--mask", "96x64"), '"96x64" is not a region'),
         (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),
         (("--only", "fox", "--mask", ""), "--mask names no picture"),
         (("--only", "fox", "--mask", "none", "--init-image", ""), "--init-image is empty"),
         (("--only", "fox", "--mask", "refs/dark.png"), "nothing in refs/dark.png is white"),
         (("--only", "fox", "--mask", "refs/green.png"), "nothing in refs/green.png is white"),
-        (("--only", "fox", "--mask", "refs/square.png"), "has not the shape of its init_image"),
+        (("--only", "fox", "--mask", "refs/square.png"), "differs in shape from its init_image"),
     ],
 )
 def test_a_mask_lies_on_its_picture(begun, k2, options, message):
@@ -558,7 +555,7 @@ def test_none_is_none_whatever_was_said_before(begun, k2):
     assert "denoise has no effect" in k2("render", "--init-image", "none", "--denoise", "0.5", "--dry-run").stderr
     own = text.replace('init_image = "refs/wide.png"', 'init_image = "none"')
     (begun / "k2.toml").write_text(own)
-    assert "k2.toml, line 10: there is no init_image to be masked." in k2("render", code=1).stderr
+    assert "k2.toml, line 10: there is no init_image to mask." in k2("render", code=1).stderr
     (begun / "k2.toml").write_text(own.replace('mask = "8x8+0+0"', 'mask = "none"'))
     assert "denoise has no effect" in k2("render", "--only", "fox").stderr
 
@@ -587,7 +584,7 @@ def test_none_makes_void_what_was_said_of_a_picture_and_no_more(begun, k2):
     assert "No picture has an init image, so denoise and mask have no effect." in told
     (begun / "k2.toml").write_text(text.replace(said, "[render]\n"))
     refused = k2("render", "-p", "tea", "--mask", "8x8+0+0", code=2).stderr
-    assert 'Name the picture that "tea" is to begin with.' in refused
+    assert 'Name the picture that "tea" starts from.' in refused
 
 
 def test_mixes_are_seen_on_one_picture(begun, k2):

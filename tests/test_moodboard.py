@@ -381,7 +381,7 @@ def test_a_board_may_hold_names_that_no_style_file_can(den, k2, tmp_path):
 
     (den / "k2.toml").write_text(K2)
     refused = k2("moodboard", "analyze", "--force", code=1).stderr
-    assert "the name of refs/board/bro?ken.png holds a control character.\nHint:  Rename the file." in refused
+    assert "the name of refs/board/bro?ken.png contains a control character.\nHint:  Rename the file." in refused
 
 
 def test_pictures_that_a_board_does_not_read_are_told_of(den, k2):
@@ -527,7 +527,7 @@ def test_a_style_cannot_be_called_as_the_projects_own_look(den, k2):
     (den / "styles").mkdir(exist_ok=True)
     (den / "styles" / "moodboard.toml").write_text('keywords = ["ink"]\n')
     refused = k2("render", "--dry-run", "--style", "moodboard=0.5", code=1)
-    assert "A style is called moodboard" in refused.stderr and "Rename styles/moodboard.toml" in refused.stderr
+    assert "The style name moodboard is taken" in refused.stderr and "Rename styles/moodboard.toml" in refused.stderr
 
 
 def test_a_boards_strength_is_an_option(den, k2):
@@ -538,7 +538,7 @@ def test_a_boards_strength_is_an_option(den, k2):
         return [style["strength"] for style in json.loads(line)["style"] or []]
 
     assert strength() == [0.35] and strength("--moodboard", "1.2") == [1.2] and strength("--moodboard", "0") == []
-    assert "must lie between −0.5 and 1.5" in k2("render", "--moodboard", "2", code=2).stderr
+    assert "must be between −0.5 and 1.5" in k2("render", "--moodboard", "2", code=2).stderr
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
     assert "has no moodboard" in k2("render", "--moodboard", "1", code=1).stderr
     assert strength("--moodboard", "0") == []
@@ -568,7 +568,7 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
         ("images = []", "the board holds no picture"),
         ('image = ["refs/*/*"]', 'Did you mean "images"?'),
         ("strength = 1", '"images" is missing in [moodboard]'),
-        ('images = ["refs/*/*"]\nstrength = 1.6', '"strength" must lie between −0.5 and 1.5'),
+        ('images = ["refs/*/*"]\nstrength = 1.6', '"strength" must be between −0.5 and 1.5'),
         ('images = ["refs/*/*"]\nstrenght = 1', 'unknown key "strenght" in [moodboard]'),
     ],
 )

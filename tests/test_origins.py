@@ -157,7 +157,7 @@ def test_an_exif_comment_in_either_order_of_bytes(tmp_path, words, coding):
 
 @pytest.mark.parametrize("comment", [b"ASCII\0\0\0Screenshot", b"UNICODE\0" + "at the sea".encode("utf-16-be")])
 def test_what_a_camera_comments_is_no_prompt(tmp_path, comment):
-    with pytest.raises(K2Error, match="says nothing of its prompt"):
+    with pytest.raises(K2Error, match="does not state its prompt"):
         origins.read(with_comment(tmp_path / "a.jpg", comment))
 
 
@@ -536,7 +536,7 @@ def test_a_graph_that_turns_in_circles_comes_to_an_end(tmp_path):
     graph = {"1": {"inputs": {"positive": ["2", 0], "latent_image": ["2", 0]}},
              "2": {"inputs": {f"in{i}": ["2", 0] for i in range(30)} | {"text": ["2", 0]}}}  # fmt: skip
 
-    with pytest.raises(K2Error, match="says nothing of its prompt"):
+    with pytest.raises(K2Error, match="does not state its prompt"):
         origins.read(png(tmp_path / "a.png", prompt=json.dumps(graph)))
 
 
@@ -574,7 +574,7 @@ def test_mflux_beside_the_picture(tmp_path):
 
     found = origins.Origin("mflux", "a (red) fox", "", 5, 64, 96, 8, None, "krea2")
     assert origins.read(tmp_path / "a.png") == found == origins.read(tmp_path / "a.metadata.json")
-    with pytest.raises(K2Error, match="says nothing of a prompt"):
+    with pytest.raises(K2Error, match="does not state a prompt"):
         origins.read(tmp_path / "other.json")
 
 
@@ -605,7 +605,7 @@ def test_midjourney(tmp_path, text, said):
     "text", ["a fox at the sea", "--v 7" + JOB, "https://s.mj.run/abc <https://s.mj.run/d.png> --ar 1:1" + JOB]
 )
 def test_a_description_without_midjourneys_job_or_words_is_no_prompt(tmp_path, text):
-    with pytest.raises(K2Error, match="says nothing of its prompt"):
+    with pytest.raises(K2Error, match="does not state its prompt"):
         origins.read(png(tmp_path / "a.png", Description=text))
 
 
@@ -615,7 +615,7 @@ def test_what_says_nothing_is_one_sentence(k2, tmp_path):
     (tmp_path / "outputs").mkdir()
 
     for name, message in (
-        ("bare.png", "says nothing of its prompt"),
+        ("bare.png", "does not state its prompt"),
         ("text.png", "not a picture"),
         ("gone.png", "There is no"),
         ("outputs", "outputs holds no picture."),

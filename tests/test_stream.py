@@ -190,7 +190,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "foo": 4}', 'The line: unknown key "foo".', "Known: prompt, styles, name, avoid, batch"),
         ('{"prompt": "tea", "version": 2}', 'The line: unknown key "version".', "Known: prompt, styles, name"),
         ('{"prompt": "tea", "cfg": 4}', 'The line: unknown key "cfg".', "It is called guidance, and is 1 less"),
-        ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must lie between', 'Or "random"'),
+        ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must be between', 'Or "random"'),
         ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
         ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", 'The line is no JSON: "steps" has more than 64', "Like"),
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
@@ -201,16 +201,16 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "styles": {"dusk": 1, "dusk": 0}}', 'The line: the key "dusk" is there more', "Keep one."),
         ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
-        ('{"prompt": 4}', 'The line: "prompt" must be a text in quotes, not 4.', ""),
+        ('{"prompt": 4}', 'The line: "prompt" must be a string in quotes, not 4.', ""),
         ('{"prompt": {"text": "tea"}}', 'The line: "prompt" cannot be an object.', 'Like {"prompt": "a red fox"'),
         ('{"prompt": "tea", "seed": {}}', 'The line: "seed" cannot be an object.', "Like {"),
         ('{"prompt": null}', "The line: the prompt is empty.", ""),
-        ('{"text": 4}', 'The line: "text" must be a text in quotes, not 4.', ""),
+        ('{"text": 4}', 'The line: "text" must be a string in quotes, not 4.', ""),
         ('{"prompt": "tea", "styles": ["dusk"]}', 'The line: "styles" must be an object, not a list.', 'Like "styles"'),
         ('{"prompt": "tea", "style": 1}', 'The line: "style" must be an object, not 1.', 'Like "style": {"dusk": 0.6}'),
         ('{"prompt": "tea", "cohesion": 1}', 'The line: unknown key "cohesion".', ": --cohesion on the command line."),
         ('{"prompt": "tea", "turbo": true}', 'The line: unknown key "turbo".', ": --turbo on the command line."),
-        ('{"prompt": "tea", "mu": 1}', 'The line: unknown key "mu".', "It belongs below [render]."),
+        ('{"prompt": "tea", "mu": 1}', 'The line: unknown key "mu".', "It belongs under [render]."),
         ('{"prompt": "\\ud83e"}', "The line: ", ""),
         ('{"prompt": "tea"', "The line is no JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
         ('{"a":' * 100_000, "The line is no JSON", "Like"),
@@ -431,7 +431,7 @@ def test_a_line_that_is_no_text_is_told_and_the_next_is_read(moody, k2, spoilt):
 
     pear, wrong, plum = map(json.loads, done.stdout.splitlines())
     assert (pear["prompt"]["text"], plum["prompt"]["text"]) == ("a pear", "a plum")
-    assert wrong["file"] is None and wrong["error"].startswith("Standard input is no text in the encoding here")
+    assert wrong["file"] is None and wrong["error"].startswith("Standard input is not text in the encoding here")
     assert "\ufffd" in wrong["prompt"]["text"] and "Standard input is no text" in done.stderr
 
 

@@ -77,7 +77,7 @@ def test_add_refuses_to_overwrite_and_loses_no_picture_when_forced(moody, photos
     before = tree(moody)
 
     refused = k2("style", "add", "dusk", photos / "more" / "a.jpg", code=1)
-    assert "There is a style dusk already." in refused.stderr and "--force" in refused.stderr
+    assert "The style dusk already exists." in refused.stderr and "--force" in refused.stderr
     assert tree(moody) == before
 
     k2("style", "add", "dusk", photos / "more" / "a.jpg", "--force", "--method", "splice")
@@ -100,7 +100,7 @@ def test_a_style_that_came_while_another_was_made_stays(looks, photos, k2, monke
 
     said = k2(*command.format(photos).split(), code=1).stderr
 
-    assert "There is a style dusk already." in said and "--force" in said
+    assert "The style dusk already exists." in said and "--force" in said
     assert file.read_text() == 'keywords = ["mine"]\n'
 
 
@@ -453,8 +453,8 @@ def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
         ("dusk", ["a.png", "cut.png"], "cut.png is not a picture that can be read.\nHint:  The file is truncated"),
         ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a picture that can be read.\nHint:  The file is truncated"),
         ("dusk", ["a.png", "missing.png"], "There is no "),
-        ("../dusk", ["a.png"], "cannot name files"),
-        ("AUX", ["a.png"], "cannot name files on Windows"),
+        ("../dusk", ["a.png"], "cannot be a file name"),
+        ("AUX", ["a.png"], "cannot be a file name on Windows"),
         ("dusk", ["empty"], "empty holds no picture.\nHint:  Name pictures, or a folder of them."),
         ("dusk", ["a.png", "empty"], "empty holds no picture."),
         ("dusk", ["many"], "would have 65 reference pictures"),
@@ -705,9 +705,9 @@ def test_the_triangle_is_drawn(looks, k2):
         (["dusk=1", "--sweep", "4"], 1, "from one style to another"),
         (["dusk=1", "riso=1", "--sweep", "1"], 1, "leads nowhere"),
         (["dusk=1", "riso=1", "--sweep", "500"], 1, "500 pictures, and a sheet holds 120"),
-        (["dusk=1", "--save-as", "riso"], 1, "There is a style riso already."),
+        (["dusk=1", "--save-as", "riso"], 1, "The style riso already exists."),
         (["dusk=1", "--save-as", "dusk", "--force"], 1, "dusk is itself part of the mix."),
-        (["dusk=1", "--save-as", "a/b"], 1, "cannot name files"),
+        (["dusk=1", "--save-as", "a/b"], 1, "cannot be a file name"),
         (["dusk=1", "-p", " "], 1, "A prompt is empty."),
     ],
 )
@@ -725,7 +725,7 @@ def test_what_cannot_be_mixed(looks, k2, arguments, code, message):
     [
         ("Dusk", '"Dusk" would be the same file as the style dusk.'),
         ("GRÖSSE", '"GRÖSSE" would be the same file as the style größe.'),
-        ("moodboard", "moodboard is what the look of [moodboard] is called."),
+        ("moodboard", "the name moodboard is reserved for [moodboard]."),
     ],
 )
 def test_a_name_that_would_be_in_the_way_of_another_look_is_none(looks, photos, k2, name, message):
@@ -773,7 +773,7 @@ def test_the_list_tells_mixes_that_work_from_those_that_cannot(looks, k2):
         f"styles/{name}.toml" for name in ("dusk", "good", "ink", "much", "neon", "riso")
     ]
     assert 'styles/lost.toml, line 2: there is no style "nope".' in listed.stderr
-    assert "styles/self.toml, line 2: the styles mix themselves, self → self." in listed.stderr
+    assert "styles/self.toml, line 2: the mixes form a loop, self → self." in listed.stderr
 
 
 def test_a_broken_style_is_told_once_and_mixes_of_it_by_their_names(looks, k2):
@@ -810,7 +810,7 @@ def test_a_mix_is_kept_where_its_preview_fails_and_may_be_asked_for_again(looks,
     asked = ["mix-styles", "dusk=1", "riso=1", "--save-as", "blend"]
     k2(*asked, "--device", "cuda:99", code=1)
     k2(*asked, "--no-preview")
-    assert "There is a style blend already." in k2("mix-styles", "dusk=2", "--save-as", "blend", code=1).stderr
+    assert "The style blend already exists." in k2("mix-styles", "dusk=2", "--save-as", "blend", code=1).stderr
 
 
 def test_a_mix_that_would_come_back_to_itself_is_not_saved(looks, k2):

@@ -114,7 +114,7 @@ def test_settings_of_styles_reach_every_picture(styled):
     [
         ('leak_guard = "dampin"', '"leak_guard" cannot be "dampin".', 'Did you mean "damping"?'),
         ("vision_tiles = 3", '"vision_tiles" cannot be 3.', "Known: 1, 2, 4."),
-        ("style_guidance = -1", '"style_guidance" must lie between 0 and 100', ""),
+        ("style_guidance = -1", '"style_guidance" must be between 0 and 100', ""),
         ("vision_rows = 1", '"vision_rows" must be true or false, not 1.', ""),
     ],
 )
@@ -182,20 +182,20 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("[mix]\nx = 1\n", "styles/x.toml, line 2: the styles mix themselves, x → x.", "Break the circle."),
+        ("[mix]\nx = 1\n", "styles/x.toml, line 2: the mixes form a loop, x → x.", "Break the loop."),
         ("[mix]\nducks = 1\n", 'styles/x.toml, line 2: there is no style "ducks".', 'Did you mean "dusk"?'),
         ("[[mix]]\ndusk = 1\n", "line 1: expected a table in [mix].", 'Like [mix] and below it "dusk = 0.6".'),
-        ("", "styles/x.toml has no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
-        ('avoids = ["neon"]\n', "no keywords, no [[reference]], no lora and no [mix].", "Give the style something"),
+        ("", "styles/x.toml has no keywords, no [[reference]], no lora and no [mix].", "Give it at least one"),
+        ('avoids = ["neon"]\n', "no keywords, no [[reference]], no lora and no [mix].", "Give it at least one"),
         ('keyword = ["a"]\n', 'styles/x.toml, line 1: unknown key "keyword".', 'Did you mean "keywords"?'),
-        ("keywords = [1]\n", '1: "keywords" must be a list of texts.', 'Like keywords = ["one", "two"].'),
+        ("keywords = [1]\n", '1: "keywords" must be a list of strings.', 'Like keywords = ["one", "two"].'),
         ('avoids = ["b"]\nkeywords = ["", "x"]\n', 'x.toml, line 2: "keywords" has an empty text.', "or say a word."),
         ('keywords = ["x"]\navoids = [" "]\n', 'x.toml, line 2: "avoids" has an empty text.', "or say a word."),
         ('keywords = "film"\n', '1: "keywords" must be a list, not "film".', ""),
         ('lora = "a.safetensors"\n', "1: there is no file a.safetensors.", "Paths are relative to the project."),
         ('lora = "../a.safetensors"\n', "1: ../a.safetensors lies outside the project.", "--allow-outside"),
-        ('keywords = ["a"]\ntriggers = ["b"]\n', "2: triggers without a lora.", "Call them keywords."),
-        ('[[reference]]\nimage = "refs/z/*"\n', "2: refs/z/* names no picture.", "Put png, jpg or webp files there."),
+        ('keywords = ["a"]\ntriggers = ["b"]\n', "2: triggers need a lora.", "Use keywords instead."),
+        ('[[reference]]\nimage = "refs/z/*"\n', "2: refs/z/* matches no picture.", "Put png, jpg or webp files there."),
         ('[[reference]]\nimage = "refs/z.png"\n', "2: there is no picture refs/z.png.", "Paths are relative"),
         ('[[reference]]\nimage = "refs/a/A.PNG"\n', "no picture refs/a/A.PNG.", "Did you mean refs/a/a.png?"),
         (
@@ -206,8 +206,8 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ('[[reference]]\nimage = "../*.png"\n', "2: ../ lies outside the project.", "--allow-outside"),
         ('[[reference]]\nimage = "/etc/passwd"\n', "2: /etc/passwd lies outside the project.", "--allow-outside"),
         ('[[reference]]\nimage = "**/**/*.png"\n', "2: **/**/*.png has more than one **.", "One walks all folders"),
-        ('[[reference]]\nimage = "refs/a/a.png"\nweight = 9\n', '3: "weight" must lie between −2 and 2, not 9.0.', ""),
-        ('keywords = ["a"]\nmethod = "splice"\n', "2: a method without a [[reference]].", "how reference pictures"),
+        ('[[reference]]\nimage = "refs/a/a.png"\nweight = 9\n', '3: "weight" must be between −2 and 2, not 9.0.', ""),
+        ('keywords = ["a"]\nmethod = "splice"\n', "2: a method needs a [[reference]].", "how to read reference pictures"),
         (
             'method = "spice"\n[[reference]]\nimage = "refs/a/a.png"\n',
             '1: "method" cannot be "spice".',
@@ -215,7 +215,7 @@ def test_mixes_of_mixes_are_taken_apart_once(styled):
         ),
         (
             33 * '[[reference]]\nimage = "refs/?/[ab].png"\n',
-            "x.toml has 66 reference pictures, and 64 is the most.",
+            "x.toml has 66 reference pictures; the limit is 64.",
             "best",
         ),
         ("[mix]\ndusk = 2\nblend = 2\n", 'The weights of style "dusk" add up to 3.4, beyond −2 … 2.', "Lower them."),

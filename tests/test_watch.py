@@ -365,8 +365,8 @@ def test_a_real_process_ends_by_ctrl_c(moody):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps must lie between 1 and 1,000, not 0."),
-        (["--batch", "0"], "--batch must lie between 1 and 1,000, not 0."),
+        (["--steps", "0"], "--steps must be between 1 and 1,000, not 0."),
+        (["--batch", "0"], "--batch must be between 1 and 1,000, not 0."),
         (["--size", "65x65"], "--size: the sides of 65x65 are not multiples of 16."),
         (["--size", "big"], '--size: "big" is not a size.'),
         (["--device", "foo"], '--device cannot be "foo".'),
