@@ -1,8 +1,8 @@
-"""Weights from the hub: only the files that are needed, room for them first, every byte verified, and never a pickle.
+"""Weights from the hub: only the files needed, disk space checked first, every byte verified, and never a pickle.
 
-The hub's client says what there is and who may have it, and its transport brings the bytes. But it forgets a download
-that is cut off, and compares lengths where the hub gives hashes; with files of 26 GB both count. So resuming, checking
-and placing are done here, in the client's own cache and layout, where every tool that uses it finds the files too.
+The hub's client lists the files and handles access, and its transport fetches the bytes. But it forgets an interrupted
+download, and compares lengths although the hub gives hashes; with files of 26 GB both matter. So resuming, checking and
+placing are done here, in the client's own cache and layout, where every tool that uses it finds the files too.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ NEEDED = (
     "*merges.txt",
     "*vocab.txt",
 )  # no pickle, no code, no pictures
-TERMS = ("LICEN[CS]E*", "NOTICE*")  # to be kept beside the weights
+TERMS = ("LICEN[CS]E*", "NOTICE*")  # kept beside the weights
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # sha256 of a large file, git's object id of a small one
-FOREIGN = re.compile(rf"[\\\\:]|{UNPRINTABLE.pattern}")  # on Windows C:x lies on another drive, joined or not
+FOREIGN = re.compile(rf"[\\\\:]|{UNPRINTABLE.pattern}")  # on Windows C:x is on another drive, joined or not
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MARGIN = 1 << 28  # bytes to leave free on the disk
 
-Watch = Callable[[str, int], None]  # (what is going on, bytes that are here of the whole pull)
+Watch = Callable[[str, int], None]  # (what is being done, bytes of the whole pull present so far)
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a repository. `etag` is its sha256, or git's object id where it is small."""
+    """A file in a repository. `etag` is its sha256, or git's object id if it is small."""
 
     name: str
     size: int
@@ -59,12 +59,12 @@ class File:
         parts = self.name.split("/")
         strange = FOREIGN.search(self.name) or any(part in ("", ".", "..") or DEVICE.match(part) for part in parts)
         if not HASH.fullmatch(self.etag) or strange:
-            raise K2Error(f'The hub lists a file that has no place in a repository: "{masked(self.name)}".')
+            raise K2Error(f'The hub lists a file that does not belong in a repository: "{masked(self.name)}".')
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pull brings: these files of this commit."""
+    """What to pull: these files of this commit."""
 
     repo: str
     revision: str  # as asked for: a branch, a tag or a commit
@@ -86,11 +86,11 @@ class Plan:
 
 
 def look_up(name: str, revision: str | None = None, include: Sequence[str] = ()) -> Plan:
-    """Ask the hub what there is, and choose. `name` is one of the official models' or a hub id; K2Error if neither."""
+    """Ask the hub for its files, and choose. `name` is an official model's name or a hub id; K2Error if neither."""
     found = library.parse(name)
     if found is None:
         known = ", ".join(library.OFFICIAL)
-        raise K2Error(f'"{masked(name)}" is not the name of a model at the hub.', hint=f"Like ORG/NAME, or {known}.")
+        raise K2Error(f'"{masked(name)}" is not the name of a model on the hub.', hint=f"Like ORG/NAME, or {known}.")
     repo, at, file = found
     revision = revision or at or "main"
     if ".." in revision or revision.startswith("/"):
@@ -104,13 +104,13 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
             info = api.model_info(repo, revision=revision, files_metadata=True, timeout=wait)
             listed = {each.rfilename: each for each in info.siblings or []}
         except HFValidationError:
-            raise K2Error(f'"{repo}" is not the name of a model at the hub.', hint="Names are like ORG/NAME.") from None
+            raise K2Error(f'"{repo}" is not the name of a model on the hub.', hint="Names are like ORG/NAME.") from None
         except HfHubHTTPError:
             raise
-        except UnicodeEncodeError:  # of a header, and the token is the only one that is the user's
-            raise K2Error("HF_TOKEN holds a character that no token has.", hint="Copy it anew.") from None
+        except UnicodeEncodeError:  # in a header, of which only the token comes from the user
+            raise K2Error("HF_TOKEN contains a character that no token has.", hint="Copy it again.") from None
         except (ValueError, KeyError, TypeError):
-            raise K2Error(f"{constants.ENDPOINT} does not answer as a hub does.", hint="Check HF_ENDPOINT.") from None
+            raise K2Error(f"{constants.ENDPOINT} does not answer like a hub.", hint="Check HF_ENDPOINT.") from None
     sizes = {each.rfilename: each.size or 0 for each in listed.values() if not is_ours(each.rfilename)}
     chosen = choose(sizes, [file] if file else include, repo)
     if not COMMIT.fullmatch(info.sha or ""):
@@ -121,12 +121,12 @@ def look_up(name: str, revision: str | None = None, include: Sequence[str] = ())
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file is called as k2's manifest, in any case: some file systems see no difference."""
+    """Whether a file has the name of k2's manifest, ignoring case, as some file systems do."""
     return name.rpartition("/")[2].casefold() == library.MANIFEST
 
 
 def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str]:
-    """The files to pull: those that match `include`, else a pipeline's folders, else the only weights there are."""
+    """The files to pull: those that match `include`, else a pipeline's folders, else the only weights present."""
 
     def any_of(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
@@ -145,7 +145,7 @@ def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str
         safe = [name for name in safe if any_of(name, include)]
         if not any(name in weights for name in safe):
             raise K2Error(f"{repo} has no weights that match {listed(list(include), 3)}.", hint=f"It has: {listing}.")
-    elif "model_index.json" in sizes:  # what lies outside the pipeline's folders is the same network once more
+    elif "model_index.json" in sizes:  # weights outside the pipeline's folders duplicate the network
         safe = [name for name in safe if "/" in name or name not in weights]
     elif len({library.SHARD.sub("", name) for name in weights}) > 1:
         raise K2Error(f"{repo} holds several models.", hint=f"Choose with --include: {listing}.")
@@ -153,7 +153,7 @@ def choose(sizes: dict[str, int], include: Sequence[str], repo: str) -> list[str
 
 
 def licence_of(info: Any) -> str | None:
-    """The licence that a model card states; Krea's where the weights are Krea's, or were made from them."""
+    """The licence that a model card states; Krea's if the weights are Krea's or derived from them."""
     card = info.card_data
     stated = getattr(card, "license_name", None) or getattr(card, "license", None)
     bases = getattr(card, "base_model", None) or []
@@ -162,9 +162,9 @@ def licence_of(info: Any) -> str | None:
 
 
 def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
-    """Bring a plan's files in, going on where an earlier pull stopped. Returns the model's folder, or its one file.
+    """Fetch a plan's files, resuming an earlier pull. Returns the model's folder, or its single file.
 
-    A file appears under its name when its hash is right. Raises K2Error with all that came kept, if it was right.
+    A file gets its name once its hash is right. When this raises K2Error, all intact data received so far is kept.
     """
     with explained(plan.repo, plan.revision), alone(plan):
         check_room(plan)
@@ -188,7 +188,7 @@ def fetch(plan: Plan, watch: Watch = lambda what, done: None) -> Path:
 
 
 def download(plan: Plan, file: File, blob: Path, watch: Watch, before: int) -> None:
-    """One file into the cache, from the byte on that an earlier try came to."""
+    """Fetch one file into the cache, resuming from where an earlier try stopped."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -213,14 +213,14 @@ def download(plan: Plan, file: File, blob: Path, watch: Watch, before: int) -> N
     if not matches(begun, file, partial(watch, f"checking {file.name}", before + file.size)):
         begun.unlink()
         raise K2Error(
-            f"{file.name} arrived damaged: its hash is not the one that the hub states, and it was thrown away.",
-            hint="Pull again. If it stays so, whoever serves the file (HF_ENDPOINT, a proxy) serves another one.",
+            f"{file.name} arrived damaged and was deleted: its hash is not the one that the hub states.",
+            hint="Pull again. If that fails too, HF_ENDPOINT or a proxy serves a different file.",
         )
     begun.replace(blob)
 
 
 class Counted:
-    """A file that tells its size after every write."""
+    """A file that reports its size after every write."""
 
     def __init__(self, file: BinaryIO, tell: Callable[[int], None]):
         self.file, self.tell_size = file, tell
@@ -235,7 +235,7 @@ class Counted:
 
 
 def matches(path: Path, file: File, before: Callable[[], None]) -> bool:
-    """Whether the bytes are those that the hub states: by sha256, or as git names an object."""
+    """Whether the bytes match the hub's hash: a sha256, or git's object id."""
     if path.stat().st_size != file.size:
         return False
     before()
@@ -251,14 +251,14 @@ def partial_of(blob: Path) -> Path:
 
 
 def twins(file: File) -> Iterator[Path]:
-    """The same file in other repositories of the cache: Raw and Turbo share all but the transformer."""
+    """The same file in other cached repositories: Raw and Turbo share everything but the transformer."""
     for path in library.cache().glob(f"models--*/blobs/{file.etag}"):
         if path.is_file() and path.stat().st_size == file.size:
             yield path.resolve()
 
 
 def borrow(blob: Path, file: File) -> None:
-    """Begin with a twin's bytes, if there is one and the file system can share them."""
+    """Start from a twin's bytes, if there is one and the file system can share them."""
     if not partial_of(blob).exists():
         for twin in twins(file):
             with suppress(OSError):
@@ -267,7 +267,7 @@ def borrow(blob: Path, file: File) -> None:
 
 
 def place(blob: Path, path: Path) -> None:
-    """Show a verified file under its name, as the hub's client does: by a link where the file system knows links."""
+    """Give a verified file its name, as the hub's client does: by a link if the file system has links."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.samefile(blob):
         return
@@ -282,7 +282,7 @@ def place(blob: Path, path: Path) -> None:
 
 
 def write_manifest(plan: Plan) -> None:
-    """List what the snapshot is going to hold; what an earlier pull of the same commit brought stays listed."""
+    """List what the snapshot will hold; files from an earlier pull of the same commit stay listed."""
     table = {
         "repo": plan.repo,
         "revision": plan.revision,
@@ -302,7 +302,7 @@ def write_manifest(plan: Plan) -> None:
 
 
 def check_room(plan: Plan) -> None:
-    """Refuse before the first byte what the disk cannot take. What an earlier try brought counts as there."""
+    """Refuse a pull that does not fit on the disk before its first byte. Data from an earlier try counts as present."""
     need = 0
     for file in plan.files:
         blob = plan.folder / "blobs" / file.etag
@@ -313,14 +313,14 @@ def check_room(plan: Plan) -> None:
     free = shutil.disk_usage(disk).free
     if need and need + MARGIN > free:
         raise K2Error(
-            f"{plan.repo} needs {gigabytes(need)} more, and the disk of {disk} has {gigabytes(free)} free.",
-            hint="Make room, or set HF_HOME to a folder on a larger disk.",
+            f"{plan.repo} needs {gigabytes(need)} more, but the disk of {disk} has {gigabytes(free)} free.",
+            hint="Free some space, or set HF_HOME to a folder on a larger disk.",
         )
 
 
 @contextmanager
 def alone(plan: Plan) -> Iterator[None]:
-    """Keep two pulls from writing into one file."""
+    """Keep two pulls from writing to the same file."""
     from filelock import FileLock, Timeout
 
     path = library.cache() / ".locks" / plan.folder.name / "k2-pull.lock"

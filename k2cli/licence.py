@@ -1,4 +1,4 @@
-"""The licence of the official weights: shown before their first use, its acceptance kept in a file of the user's."""
+"""The licence of the official weights: shown before first use, its acceptance recorded in a user file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from model.errors import K2Error
 
 @dataclass(frozen=True)
 class Licence:
-    """What a user must know before the first use. `terms` sum the text up; the text itself counts."""
+    """What a user must know before the first use. `terms` are a summary; the full text is what counts."""
 
     name: str
     title: str
@@ -35,13 +35,13 @@ KREA_2 = Licence(
     text="https://krea.ai/krea-2-licensing",
     policy="https://www.krea.ai/krea-2-use-policy",
     terms=(
-        "Commercial use is open to companies below a revenue threshold only (1,000,000 US dollars in the last twelve"
+        "Commercial use is open only to companies below a revenue threshold (1,000,000 US dollars in the last twelve"
         " months, affiliates included); others need a commercial licence from Krea.",
-        "Whoever deploys the model must filter what is unlawful or what Krea's use policy forbids."
-        " k2 has a place for a filter: the entry point group k2.filters.",
-        "Pictures must be disclosed as made by AI where the law asks for it."
-        " k2 marks every picture's metadata so, unless --no-embed is given.",
-        "Who passes the weights on, changed or not, passes on these duties too.",
+        "Anyone who deploys the model must filter what is unlawful or what Krea's use policy forbids."
+        " k2 supports filters through the entry point group k2.filters.",
+        "Pictures must be disclosed as made by AI where the law requires it."
+        " k2 marks every picture's metadata accordingly, unless --no-embed is given.",
+        "Anyone who passes the weights on, changed or not, passes on these duties too.",
     ),
 )
 LICENCES = {KREA_2.name: KREA_2}
@@ -52,7 +52,7 @@ def record_file() -> Path:
 
 
 def accepted() -> dict[str, datetime]:
-    """Licences accepted on this machine -> when. A file that cannot be read counts as none."""
+    """Licences accepted on this machine -> when. An unreadable file counts as none."""
     try:
         table = tomllib.loads(record_file().read_text("utf-8"))
     except (OSError, ValueError):
@@ -68,30 +68,30 @@ def accept(licence: Licence) -> None:
 
 
 def require(name: str | None, subject: str, *, yes: bool = False, command: str = "pull") -> None:
-    """See to it that a licence is accepted: from earlier, by `yes`, or asked for on a terminal. Raises K2Error if not.
+    """Ensure that a licence is accepted: earlier, by `yes`, or by asking on a terminal. Raises K2Error if not.
 
-    `name` is the licence's as model cards have it; one that k2 knows no terms of asks for nothing. `command` is where
-    it can be accepted without a terminal.
+    `name` is the licence's name on model cards; one whose terms k2 does not know needs no acceptance. `command` is
+    where it can be accepted without a terminal.
     """
     licence = LICENCES.get(name or "")
     if licence is None or licence.name in accepted():
         return
-    say(f"{subject} comes under the {licence.title}. In short:")
+    say(f"{subject} is licensed under the {licence.title}. In short:")
     for term in licence.terms:
         say(f"  • {term}")
-    say(f"The text counts, not this summary: {licence.text}\nUse policy: {licence.policy}")
+    say(f"The full text counts, not this summary: {licence.text}\nUse policy: {licence.policy}")
     if not yes:
         hint = f"Read it, then: k2 models {command} {quote(subject)} --accept-licence"
         if not (sys.stdin.isatty() and console.is_terminal):
             raise K2Error(f"The licence of {subject} has not been accepted on this machine.", hint=hint)
         if not typer.confirm("Have you read it, and do you accept it?", err=True):
-            raise K2Error(f"Without its licence accepted, {subject} is not used.", hint=hint)
+            raise K2Error(f"{subject} cannot be used before its licence is accepted.", hint=hint)
     accept(licence)
-    say(f"Accepted; noted in {record_file()}.", "dim")
+    say(f"Accepted; recorded in {record_file()}.", "dim")
 
 
 def require_for(name: str, variant: str | None = None, *, yes: bool = False) -> None:
-    """The same for a model that is here, by the name that a render gives it; what is not here asks for nothing."""
+    """The same for a local model, by the name that a render gives it; a model that is not here needs nothing."""
     model = library.find(name, variant)
     if model is not None and model.source != "box":
         require(model.licence, name, yes=yes, command="info")

@@ -1,4 +1,4 @@
-"""More like a picture that was made: its prompt, settings and styles, and the picture itself as the one that leads."""
+"""More like an existing picture: its prompt, settings and styles, with the picture itself as the lead picture."""
 
 from __future__ import annotations
 
@@ -29,62 +29,62 @@ if TYPE_CHECKING:
     from k2cli.runs import Job
 
 OPTION = Option("--like")
-# what another checkpoint has others for, or is held in otherwise
+# settings that do not carry over to another checkpoint
 OF_CHECKPOINT = ("variant", "steps", "guidance", "guidance_until", "sampler", "mu", "precision")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of a project that others are to be like."""
+    """A project's picture that others are to be like."""
 
     record: Record
     file: Path
 
     @classmethod
     def read(cls, file: Path, project: Project) -> Example:
-        """Raises K2Error where it is none of k2's. Its files may have changed since: they count as they are now."""
+        """Raises K2Error if k2 did not make it. Its files may have changed since: they count as they are now."""
         return cls(records.parse(records.read(file), project.recorded), file)
 
     def prompt(self) -> Prompt:
-        """What it shows, in words."""
+        """The prompt it was made from."""
         shot = self.record.shot
         avoid = own_phrases(shot.spec.negative, self.record.table)
         return Prompt(escape(shot.given), prompt_of(shot.name, shot.caption), avoid)
 
     def settings(self, said: Collection[str]) -> dict[str, Any]:
-        """Of [render], but for what is said otherwise, and for what that makes void. None is none, whatever the project
-        has come to say since."""
+        """Its settings of [render], except those given otherwise (`said`) and those that these make void. None means
+        none, whatever the project says by now."""
         shot, used = self.record.shot, self.record.model
         spec = shot.spec
         found = {key: getattr(spec, key) for key in SPEC_KEYS if key not in ("seed", "width", "height")}
         found |= {"model": used.name, "variant": used.variant, "creativity": shot.creativity}
-        found |= {"precision": used.precision if used.precision != "native" else None}  # what fits, as it did there
+        found |= {"precision": used.precision if used.precision != "native" else None}  # native: what fits, as then
         found |= {"size": f"{spec.width}x{spec.height}"} if spec.width and spec.height else {}
         found |= {"init_image": spec.init_image and str(spec.init_image)}
         found |= {"mask": spec.mask and str(spec.mask)}
-        void = set(said) | (set() if "size" in found else {"mu"})  # the project says the size then
+        void = set(said) | (set() if "size" in found else {"mu"})  # then the project sets the size
         if void & {"model", "variant"}:
             void |= set(OF_CHECKPOINT)
         if void & FRAME:
             void |= {"size", "mu"}
-        if "init_image" in void:  # its shape is another's, and a mask was drawn on the one before
+        if "init_image" in void:  # the new one has its own shape, and a mask was drawn for the old one
             void |= {"size", "mu", "mask"} | ({"denoise"} if spec.mask or not spec.init_image else set())
         return {key: value for key, value in found.items() if key not in void}
 
     def freed(self, prompt: Prompt, own: Settings, said: Collection[str]) -> Prompt:
-        """A prompt for which the project's own settings count again where it makes void what the picture has, as a
-        command line that said the same would have."""
+        """The prompt, with the project's own settings restored where the prompt's settings make the picture's void, as
+        the same settings on a command line would."""
         void = self.settings(said).keys() - self.settings({*said, *prompt.settings}).keys()
         void |= FRAME if "size" in void else set()
         return replace(prompt, freed={key: getattr(own, key) for key in void})
 
     def leader(self) -> Leader:
-        """It, or what it was led by itself: whose look the batch has that it is of."""
+        """This picture, or its own lead picture, whose look its batch shares."""
         spec = self.record.shot.spec
         return spec.leader or Leader(spec.prompt, spec.seed, spec.negative)
 
     def changed(self, job: Job) -> str:
-        """That what a job's pictures take of it is not what it was made with; else nothing."""
+        """A sentence on what a job takes from this picture that has changed since; else ""."""
         root, shots = job.project.root, job.shots
         now = {style.name: style for shot in shots for style in shot.spec.styles}
         before = {style.name: style for style in self.record.shot.spec.styles if style.name in now}
@@ -94,17 +94,17 @@ class Example:
         for name, style in before.items():
             was, look = look_of(style, root, self.record.references.__getitem__), look_of(now[name], root)
             other = [called for called, said in was.items() if look[called] != said]
-            told += [f"{name} has other {' and '.join(other)}"] if other else []
+            told += [f"{name} has different {' and '.join(other)}"] if other else []
             if style.references and now[name].references:
                 way, method = (auto if each.method == "auto" else each.method for each in (style, now[name]))
-                told += [f"{name} is read by {method}"] if way != method else []
+                told += [f"{name} is now read by {method}"] if way != method else []
         mixed = set(map(composed, job.project.styles.reached(before.keys() - {BOARD}, OPTION)))
-        more = (name for name in now if name in mixed - before.keys())  # since then, or it was weighed off
-        told += [f"{name} comes by a mix (it had none)" for name in more]
+        more = (name for name in now if name in mixed - before.keys())  # since then, or its weight was 0 in all
+        told += [f"{name} is now mixed in" for name in more]
         begun = {path for shot in shots for path in (shot.spec.init_image, shot.spec.mask) if isinstance(path, Path)}
         for path in sorted(begun & self.record.references.keys()):
-            told += [f"{path.name} is another picture"] if sha256(path) != self.record.references[path] else []
-        return f"The look is not what it was when {self.file.name} was made: {', '.join(told)}." if told else ""
+            told += [f"{path.name} is a different picture"] if sha256(path) != self.record.references[path] else []
+        return f"The look has changed since {self.file.name} was made: {', '.join(told)}." if told else ""
 
     def within(
         self,
@@ -115,20 +115,20 @@ class Example:
         *,
         own_prompt: bool,
     ) -> tuple[Project, dict[str, float]]:
-        """Its project with its settings and styles in the place of the project's own and of its prompts' own, and the
-        styles that the command line has something left to say of. Raises K2Error.
+        """Its project with the picture's settings and styles in place of those of the project and its prompts, and the
+        command line's weights for styles that exist. Raises K2Error.
 
-        said        settings of the command line, which go before, and what a matrix compares
-        styles      weights of the command line, which go before; a style that is gone may be left out by it
-        board       strength of the moodboard of the command line; one that is gone may be left out by it
-        own_prompt  its prompt is rendered: with the seeds after its own, where none are said
+        said        settings from the command line, which take precedence, and what a matrix compares
+        styles      weights from the command line, which take precedence; 0 drops a style that is gone
+        board       the moodboard's strength from the command line; 0 drops one that is gone
+        own_prompt  the picture's own prompt is rendered: with the seeds after its own, if none are given
         """
         spec = self.record.shot.spec
         settings = self.settings(said)
         if own_prompt and "seed" not in said:
             settings["seed"] = spec.seed + 1
         if own_prompt and "avoid" not in said:
-            settings["avoid"] = ""  # what the project said then is among what its prompt avoids
+            settings["avoid"] = ""  # the picture's negative prompt includes the project's of then
         weights = {style.name: style.strength for style in spec.styles}
         strength = weights.pop(BOARD, 0.0)
         more = " any more" if is_within(self.file, project.root) else ""
@@ -137,14 +137,14 @@ class Example:
             if styles.get(name) != 0:
                 raise K2Error(
                     f'{OPTION}: {project.root.name} has no style "{name}"{more}.',
-                    hint=f"Make it, or leave it out: --style {quote(name)}=0",
+                    hint=f"Create it, or omit it: --style {quote(name)}=0",
                     code=USAGE,
                 )
         weights = weights_for({name: weight for name, weight in weights.items() if name not in gone}, project.styles)
         if strength and board is None and not project.board:
             raise K2Error(
                 f"{OPTION}: {project.root.name} has no moodboard{more}.",
-                hint="Add one to k2.toml, or leave it out: --moodboard 0",
+                hint="Add one to k2.toml, or omit it: --moodboard 0",
                 code=USAGE,
             )
         if project.board or board:
@@ -153,21 +153,21 @@ class Example:
             project,
             settings=project.settings.over(settings, dict.fromkeys(settings, OPTION)),
             weights=weights,
-            prompts=tuple(replace(prompt, style={}) for prompt in project.prompts),  # whose settings yield, too
+            prompts=tuple(replace(prompt, style={}) for prompt in project.prompts),  # their settings yield, too
             leader=self.leader(),
         )
         return project, {name: weight for name, weight in styles.items() if name not in gone}
 
 
 def weights_for(strengths: Mapping[str, float], styles: Styles) -> dict[str, float]:
-    """The weights by which styles come to these strengths, some of them perhaps being mixed into others."""
+    """The weights that give styles these strengths, although some may be mixed into others."""
     mixed: dict[str, dict[str, float]] = {}
     for name in strengths:
-        with suppress(K2Error):  # of a style that cannot be used, which is told where it is
+        with suppress(K2Error):  # an unusable style, which is reported where it is used
             parts = styles.resolve({name: 1.0}, lambda name: OPTION)
             mixed[name] = {part.name: part.strength for part in parts if part.name != name}
     weights = dict(strengths)
-    for _ in strengths:  # mixes in mixes come right one after the other
+    for _ in strengths:  # nested mixes converge one level per pass
         weights = {
             name: strength - sum(weights[other] * parts.get(name, 0.0) for other, parts in mixed.items())
             for name, strength in strengths.items()
@@ -176,7 +176,7 @@ def weights_for(strengths: Mapping[str, float], styles: Styles) -> dict[str, flo
 
 
 def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] = identity) -> dict[str, Any]:
-    """What a style's look comes from, as it is called; neither order nor names of files mean anything."""
+    """What a style's look comes from, by name; the order and names of files do not matter."""
     table = records.style_table(style, root, hash_of)
     return {
         "pictures": sorted((each["sha256"], each["weight"]) for each in table["reference"]),
@@ -186,13 +186,13 @@ def look_of(style: Style, root: Path, hash_of: Callable[[Path], str] = identity)
 
 
 def said_of_home(file: Path, root: Path) -> str:
-    """Where pictures like this one are made, if that is not the project of the current folder; else nothing."""
+    """A sentence on where pictures like this one go, if not into the current folder's project; else ""."""
     here = root_above(Path.cwd())
     if here is None or here.samefile(root):
         return ""
-    return f"{file.name} is of another project; what is like it is made there: {short_path(root)}"
+    return f"{file.name} belongs to another project; pictures like it go there: {short_path(root)}"
 
 
 def is_within(file: Path, folder: Path) -> bool:
-    """Whether a file lies below a folder, links followed."""
+    """Whether a file is below a folder, with links resolved."""
     return file.resolve().is_relative_to(folder.resolve())

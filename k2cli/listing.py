@@ -1,4 +1,4 @@
-"""How pictures are listed, and in what several differ: a table on a terminal, lines parted by tabs in a pipe."""
+"""Lists of pictures and of their differences: a table on a terminal, tab-separated lines in a pipe."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
     from k2cli.history import Made
     from k2cli.records import Record
 
-BESIDE, COLUMN = 14, 18  # cells: the names of facts beside pictures, and a picture's, to be read
-MOST = 20  # of a fact's name
+BESIDE, COLUMN = 14, 18  # cells: the column of names, and the least for a picture's column
+MOST = 20  # cells of a fact's name
 
 
 def near_file(made: Made) -> str:
-    """A picture's path as short as it can be typed here."""
+    """The shortest path by which a picture can be typed here."""
     return os.path.join(near_folder(made.path.parent, os.getcwd()), made.path.name)
 
 
 @cache
 def near_folder(folder: Path, here: str) -> str:
-    """A run's folder as short as it can be typed from `here`; thousands of pictures ask for it."""
+    """The shortest path of a run's folder from `here`, cached for thousands of pictures."""
     return short_path(folder)
 
 
 def line_of(made: Made) -> str:
-    """A picture in a pipe."""
+    """A picture's line in a pipe."""
     created = f"{made.created:%Y-%m-%dT%H:%M:%SZ}" if made.created else ""
     seed = made.text("settings.seed")
     return "\t".join([near_file(made), created, seed, made.size, styles_of(made, ","), made.text("prompt.text")])
 
 
 def show_table(found: Sequence[Made]) -> None:
-    """Pictures on a terminal: a heading for each run, below it a line for each picture, cut where the screen ends. On a
-    narrow one when it was made, and what was asked for, have lines of their own; so has what tells the pictures of a
-    comparison apart where it does not fit."""
+    """Pictures on a terminal: a heading for each run, then a line for each picture, cut at the screen's edge. On a
+    narrow screen the time and the prompt get lines of their own; so does what distinguishes the pictures of a
+    comparison, if it does not fit."""
     screen = Console(highlight=False)
-    most = (screen.width // 3, 30, 30, screen.width // 5)  # cells of a column; what was asked for has the rest
+    most = (screen.width // 3, 30, 30, screen.width // 5)  # cells of a column; the prompt gets the rest
     rows = [
         (
             Text("  " + shortened(made.path.name, most[0] - 2)),
@@ -82,14 +82,14 @@ def show_table(found: Sequence[Made]) -> None:
 
 
 def told_apart(made: Made) -> str:
-    """What a picture of a comparison has that those beside it may not."""
+    """What distinguishes a picture of a comparison from those beside it."""
     row, caption = row_alone(made.text("prompt.row"), made.text("prompt.text")), made.text("prompt.caption")
-    row = "" if f"{caption} · ".startswith(f"{row} · ") else row  # as the rows of a triangle
+    row = "" if f"{caption} · ".startswith(f"{row} · ") else row  # as in the rows of a triangle
     return " · ".join(filter(None, [row, caption]))
 
 
 def shortened(name: str, cells: int) -> str:
-    """A file's name in so many cells, cut before its end, which tells it from others of its prompt."""
+    """A file's name in so many cells, cut before its end, which distinguishes it from others of its prompt."""
     if cell_len(name) <= cells:
         return name
     end = name[-min(12, cells // 2) :]
@@ -101,7 +101,7 @@ def styles_of(made: Made, joint: str, places: int = 6) -> str:
 
 
 def side_by_side(rows: Mapping[str, Sequence[str]], some: slice) -> Table:
-    """A fact a row, by name, and some of the pictures a column each."""
+    """A table with a row for each fact, by name, and a column for each of some pictures."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -113,8 +113,8 @@ def side_by_side(rows: Mapping[str, Sequence[str]], some: slice) -> Table:
 
 
 def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
-    """A fact a row and a picture a column: on a terminal tables of as many as have room for words, parted by tabs in a
-    pipe."""
+    """One row per fact, one column per picture: on a terminal in tables that leave room for words, in a pipe
+    tab-separated."""
     from k2cli.facts import differences
 
     short = [Path(name).name for name in names]
@@ -130,7 +130,7 @@ def show_differences(names: Sequence[str], found: Sequence[Record]) -> None:
             result("\t".join([name, *(" ".join(fact.split()) for fact in row)]))
     alike = len({str(record.pixels) for record in found}) == 1
     if len(rows) == 1:
-        pixels = ", nor are their pixels" if alike else ", and yet their pixels are"
-        say(f"Nothing that they were made by is different{pixels}.", "dim")
+        pixels = ", and so are their pixels" if alike else ", yet their pixels differ"
+        say(f"All that they were made from is the same{pixels}.", "dim")
     elif alike:
         say("Their pixels are the same.", "dim")

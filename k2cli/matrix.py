@@ -1,7 +1,7 @@
 """Many pictures from few words: choices in prompts, `a {red|blue} fox`, and [[matrix]] tables of settings.
 
-Every choice and every cell is made with the same seeds, so that pictures differ by what is compared and nothing else;
-but for the words that creativity adds, which depend on the prompt and on the styles beside it.
+Every choice and every cell is rendered with the same seeds, so that pictures differ only in what is compared, and in
+the words that creativity adds, which depend on the prompt and its styles.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from k2cli.tables import WEIGHT, Option, Place, check_keys, check_value, dotted,
 from k2cli.texts import composed, plain
 from model.errors import K2Error, nearest
 
-MOST = 10_000  # pictures that a run may come to
+MOST = 10_000  # pictures in a run
 MOST_WORDS = 20_000  # characters of a prompt with all that its styles add
-MOST_LETTERS = 10_000_000  # characters that the readings of a project's prompts come to, all together
-DEEPEST = 32  # braces within braces
-AXES = (  # settings that can be compared; and styles' weights
+MOST_LETTERS = 10_000_000  # characters of all readings of a project's prompts together
+DEEPEST = 32  # nested braces
+AXES = (  # settings that can be compared, besides styles' weights
     *("seed", "size", "steps", "guidance", "guidance_until", "sampler"),
     *("creativity", "denoise"),
 )
@@ -33,41 +33,41 @@ SIGNS = re.compile(r"\\([{|}\\])|([{|}])")
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: what it says in the place of all others, and how it is called on a sheet."""
+    """One combination: the settings that override all others, and its labels on a sheet."""
 
     styles: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     row: str = ""
     caption: str = ""
-    where: str = ""  # its matrix was written, for messages
+    where: str = ""  # where its matrix was written, for messages
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Axes in the order in which they were written; the last one runs along the rows of the sheet."""
+    """Axes in the order written; the last one runs along the rows of the sheet."""
 
     axes: Mapping[str, Sequence[Any]]  # "style.dusk", "seed", … -> its values
-    prompts: Sequence[str] = ()  # names; all where empty
-    where: str = OPTION  # it was written, for messages
+    prompts: Sequence[str] = ()  # names; all if empty
+    where: str = OPTION  # where it was written, for messages
 
     def about(self, prompt: str) -> bool:
-        """Whether the prompt of this name is one that it compares."""
+        """Whether it compares the prompt of this name."""
         return not self.prompts or prompt in self.prompts
 
     def count(self, settled: Collection[str] = ()) -> int:
-        """How many combinations there are."""
+        """The number of combinations."""
         return math.prod(len(values) for name, values in self.axes.items() if name not in settled)
 
     def cells(self, settled: Collection[str] = ()) -> list[Cell]:
-        """Every combination. Axes that the command line has settled are left out. Raises K2Error past MOST."""
+        """Every combination, without axes that the command line has set. Raises K2Error past MOST."""
         if self.count(settled) > MOST:
-            raise K2Error(f"That is more than {MOST:,} pictures.", hint="Take fewer values, or fewer axes.")
+            raise K2Error(f"That is more than {MOST:,} pictures.", hint="Use fewer values or axes.")
         axes = {name: values for name, values in self.axes.items() if name not in settled}
         return [cell(dict(zip(axes, values, strict=True)), self.where) for values in product(*axes.values())]
 
 
 def settled_by(given: Iterable[str], styles: Iterable[str]) -> set[str]:
-    """The axes about which nothing is left to compare, once a command line has said these settings and styles."""
+    """The axes with nothing left to compare once a command line has set these settings and styles."""
     return {"size" if key in ("aspect", "resolution") else key for key in given} | {f"style.{name}" for name in styles}
 
 
@@ -112,7 +112,7 @@ def read_matrices(entries: Any, place: Place, prompts: Collection[str]) -> tuple
 
 
 def read_axes(texts: Sequence[str]) -> Matrix:
-    """ "style.dusk=0,0.5,1" and "seed=7,8" of a command line."""
+    """ "style.dusk=0,0.5,1" and "seed=7,8" from a command line."""
     axes = {}
     with said_by(OPTION):
         for text in texts:
@@ -120,7 +120,7 @@ def read_axes(texts: Sequence[str]) -> Matrix:
             key = key.strip()
             if key not in AXES and not (key.startswith("style.") and len(key) > len("style.")):
                 hint = HOMES[key] if OTHERS.get(key, ("",))[0] in AXES else nearest(key, [*AXES, "style.NAME"])
-                raise K2Error(f'{OPTION}: "{plain(key, OPTION)}" is no axis.', hint=hint)
+                raise K2Error(f'{OPTION}: "{plain(key, OPTION)}" is not an axis.', hint=hint)
             if not equals:
                 raise K2Error(f'{OPTION}: "{key}" has no values to compare.', hint=f"Like {key}=1,2.")
             axes[key] = axis(key, [number(part.strip()) for part in values.split(",")], OPTION)
@@ -128,7 +128,7 @@ def read_axes(texts: Sequence[str]) -> Matrix:
 
 
 def number(text: str) -> Any:
-    """A number where the text is one, whole where it can be; else the text."""
+    """A number if the text is one, whole if possible; else the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -138,7 +138,7 @@ def number(text: str) -> Any:
 
 
 def axis(key: str, values: Any, where: str) -> list[Any]:
-    """The values of one axis, each checked as the setting that it stands for."""
+    """The values of one axis, each checked as the setting it stands for."""
     if not isinstance(values, list) or not values:
         meant = dotted(key.removeprefix("style."), values) if key.startswith("style.") else ""
         meant = meant or f"Like {key} = [1, 2]."
@@ -148,7 +148,7 @@ def axis(key: str, values: Any, where: str) -> list[Any]:
     else:
         checked = [check_setting(key, value, where) for value in values]
     if len(set(checked)) < len(checked):
-        raise K2Error(f'{where}: "{key}" names a value twice.', hint="Once is enough.")
+        raise K2Error(f'{where}: "{key}" lists a value twice.', hint="Once is enough.")
     if key == "size":
         for value in checked:
             parse_size(value, where)
@@ -158,8 +158,8 @@ def axis(key: str, values: Any, where: str) -> list[Any]:
 def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
     r"""Every reading of a prompt with choices, and what was chosen in it; the first choice varies slowest.
 
-    `a {red|blue} fox` is two prompts. Choices nest, and may be empty. Braces without a | between them are braces, and
-    so are \{ and \}. Raises K2Error where it is more than MOST, or too long.
+    `a {red|blue} fox` is two prompts. Choices nest, and may be empty. Braces without a | between them are literal, and
+    so are \{ and \}. Raises K2Error if there are more than MOST, or too long.
     """
     if len(text) > MOST_WORDS:
         raise K2Error(f"A prompt is longer than {MOST_WORDS:,} characters: {text[:40]}…", hint="Shorten it.")
@@ -167,27 +167,27 @@ def variants(text: str) -> list[tuple[str, tuple[str, ...]]]:
     count = many(parts)
     if count > MOST:
         told = f"{count:,}" if count < 10**9 else "billions of"
-        raise K2Error(f"A prompt with choices is {told} prompts, and {MOST:,} are the most.", hint="Take fewer.")
+        raise K2Error(f"A prompt with choices makes {told} prompts; the limit is {MOST:,}.", hint="Use fewer.")
     if count * len(text) > MOST_LETTERS:
-        raise K2Error(f"A prompt with choices comes to {count * len(text):,} characters.", hint="Shorten it.")
+        raise K2Error(f"A prompt with choices adds up to {count * len(text):,} characters.", hint="Shorten it.")
     return [(" ".join(said.split()), chosen) for said, chosen in readings(parts)]
 
 
 def escape(text: str) -> str:
-    """A text that `variants` reads as it stands."""
+    """A text escaped so that `variants` reads it literally."""
     return re.sub(r"([{|}\\])", r"\\\1", text)
 
 
 def parse(text: str) -> list[Any]:
-    """A prompt as parts: texts, and lists of alternatives, each of which is a list of parts again."""
-    open_: list[list[list[Any]]] = [[[]]]  # of every brace that is open, the alternatives so far
+    """A prompt as parts: texts, and lists of alternatives, each of which is again a list of parts."""
+    open_: list[list[list[Any]]] = [[[]]]  # for every open brace, the alternatives so far
     end = 0
     for sign in SIGNS.finditer(text):
         open_[-1][-1].append(text[end : sign.start()])
         end = sign.end()
         if sign[2] == "{":
             if len(open_) > DEEPEST:
-                raise K2Error(f"A prompt has more than {DEEPEST} braces within braces.", hint="Close some of them.")
+                raise K2Error(f"A prompt has more than {DEEPEST} nested braces.", hint="Close some of them.")
             open_.append([[]])
         elif sign[2] == "|" and len(open_) > 1:
             open_[-1].append([])
@@ -197,19 +197,19 @@ def parse(text: str) -> list[Any]:
         else:
             open_[-1][-1].append(sign[1] or sign[2])
     open_[-1][-1].append(text[end:])
-    while len(open_) > 1:  # a brace that nobody closed is a brace
+    while len(open_) > 1:  # an unclosed brace is literal
         found = open_.pop()
         open_[-1][-1] += ["{", *found[0], *(part for more in found[1:] for part in ("|", *more))]
     return open_[0][0]
 
 
 def many(parts: Sequence[Any]) -> int:
-    """How many readings the parts of a prompt have, without laying them out."""
+    """The number of readings of a prompt's parts, without expanding them."""
     return math.prod(sum(map(many, part)) for part in parts if not isinstance(part, str))
 
 
 def readings(parts: Sequence[Any]) -> list[tuple[str, tuple[str, ...]]]:
-    """The readings themselves, each with what was chosen in it; choices within a choice are part of that."""
+    """The readings themselves, each with what was chosen in it; nested choices are part of the outer one."""
     found: list[tuple[str, tuple[str, ...]]] = [("", ())]
     for part in parts:
         if isinstance(part, str):

@@ -1,4 +1,4 @@
-"""Mixes of styles to look at: parts and sum side by side, the way from one to another, the triangle of three."""
+"""Previews of style mixes: parts and mix side by side, the path from one to another, the triangle of three."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Weights = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Point:
-    """One picture of a sheet: what each style counts in it, and what is written over its strip and below it."""
+    """One picture on a sheet: the weight of each style, and the labels above its strip and below it."""
 
     weights: Weights
     caption: str
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Layout:
-    """Points in strips, one below the other."""
+    """Points in strips, one below another."""
 
     points: tuple[Point, ...]
     centred: bool = False
@@ -42,21 +42,21 @@ def preview(weights: Weights) -> Layout:
 
 
 def sweep(weights: Weights, steps: int) -> Layout:
-    """From style to style in `steps` pictures, each at its own weight where it is alone.
+    """From style to style in `steps` pictures; each style has its given weight where it is alone.
 
-    Two styles are a path, three a triangle with `steps` pictures along each side, more are the paths of every pair.
-    Raises K2Error where that is more than a sheet holds.
+    Two styles make a path, three a triangle with `steps` pictures along each side, more a path for every pair. Raises
+    K2Error if that is more than a sheet holds.
     """
     names = list(weights)
     if len(names) < 2:
         raise K2Error("A sweep goes from one style to another.", hint="Name two or more: dusk=1 riso=1")
     if steps < 2:
-        raise K2Error(f"A sweep of {steps} pictures leads nowhere.", hint="From 2 on it has both ends.")
+        raise K2Error(f"A sweep needs at least 2 pictures, not {steps}.", hint="Two are its ends.")
     count = steps * (steps + 1) // 2 if len(names) == 3 else steps * comb(len(names), 2)
     if count > PER_GRID:
         raise K2Error(
-            f"A sweep of {steps} with {len(names)} styles is {count} pictures, and a sheet holds {PER_GRID}.",
-            hint="Take fewer.",
+            f"A sweep of {steps} with {len(names)} styles makes {count} pictures; a sheet holds {PER_GRID}.",
+            hint="Use fewer.",
         )
 
     def point(row: str, shares: Weights) -> Point:
@@ -85,7 +85,7 @@ def sweep(weights: Weights, steps: int) -> Layout:
 
 
 def plan(project: Project, settings: Settings, prompt: Prompt, layout: Layout) -> Job:
-    """The run that paints a layout: one prompt, one seed, and only the layout's own styles."""
+    """The run that renders a layout: one prompt, one seed, and only the layout's own styles."""
     text, _ = variants(prompt.text)[0]
     prompt = replace(prompt, text=escape(text), settings={**prompt.settings, "batch": 1}, style={})
     bare = replace(project, board=None)

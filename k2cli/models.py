@@ -1,4 +1,4 @@
-"""Models as a project names them, and what their files say of themselves. Needs no torch."""
+"""Models as a project names them, and what their files say about themselves. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALES = 4  # of the open weights' autoencoder
 
 @dataclass(frozen=True)
 class Held:
-    """The weights of a run: whose they are, and how they are held. None is chosen when they are loaded."""
+    """The weights of a run: which model's, and how they are held. None is decided when they are loaded."""
 
     name: str = field(metadata=PATH)
     variant: str | None = None
@@ -36,13 +36,13 @@ class Held:
 
 
 def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str | None = None) -> str:
-    """A model's name in the box or at the hub, or the absolute path of a folder or file. Raises K2Error if not here.
+    """The name of a bundled or pulled model, or the absolute path of a folder or file. Raises K2Error if not here.
 
     `inside` makes a project's relative path absolute and refuses what lies outside; without it paths are the shell's.
     """
     if name in library.box():
         if library.find(name, variant) is None:
-            raise K2Error(f"The box holds no {variant} checkpoint of {name}.", hint=f"Take --{other(variant)}.")
+            raise K2Error(f"There is no bundled {variant} checkpoint of {name}.", hint=f"Use --{other(variant)}.")
         return name
     path = inside(name) if inside else Path(name).absolute()
     if name and os.path.exists(path):
@@ -50,7 +50,7 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
             kinds = " or ".join(library.WEIGHTS)
             raise K2Error(
                 f"{masked(name)} holds no weights: no {kinds}.",
-                hint="Name a folder or a file that does; `k2 models list` shows the models there are.",
+                hint="Name a folder or a file that does; `k2 models list` lists the models here.",
             )
         check_variant(str(path), variant)
         return str(path)
@@ -64,39 +64,39 @@ def resolve(name: str, inside: Callable[[str], Path] | None = None, variant: str
         raise K2Error(f"{shown} is not on this machine.", hint=f"Fetch it with: k2 models pull {pulled}")
     base, _, wanted = name.lower().rpartition("-")
     if wanted in ("turbo", "raw") and base in ("", *library.box()):
-        hint = f'A variant is no part of the name: variant = "{wanted}" below [render], or --{wanted}.'
+        hint = f'The variant is not part of the name: use variant = "{wanted}" under [render], or --{wanted}.'
     elif "/" in name or "." in name:
-        hint = "Name a folder or a file that is there, or fetch it from the hub with: k2 models pull ORG/NAME"
+        hint = "Name an existing folder or file, or fetch a model from the hub: k2 models pull ORG/NAME"
     else:
         hint = nearest(name, [*library.box(), *library.OFFICIAL])
     raise K2Error(f'There is no model "{shown}" here.', hint=hint)
 
 
 def check_variant(name: str, variant: str | None) -> None:
-    """Raises K2Error where the weights of a path or of the hub say that they are another variant."""
+    """Raises K2Error if weights from a path or the hub say that they are another variant."""
     if variant and library.find(name, variant) is None:
-        raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Take --{other(variant)}, or name others.")
+        raise K2Error(f"{masked(name)} holds no {variant} weights.", hint=f"Use --{other(variant)}, or name others.")
 
 
 def untold_variant(name: str, variant: str | None = None) -> str:
-    """That neither the weights nor whoever asks for them say which variant they are; else nothing."""
+    """A warning that neither the weights nor the caller say which variant they are; else ""."""
     found = library.find(name, variant)
     if found is None or found.variant:
         return ""
     about = map(library.describe, library.files_in(library.dit_of(found.path)))
     if not any(each.get("layout") or each.get("kind") == "dit" for each in about):
-        return ""  # it is no transformer, which is told when it is read
+        return ""  # not a transformer, which is reported when it is read
     name = masked(Path(name).name)
-    return f"{name} does not say whether it is Raw or Turbo, and is taken as Raw; --turbo takes it as the other."
+    return f"{name} does not say whether it is Raw or Turbo; k2 assumes Raw, or Turbo with --turbo."
 
 
 def other(variant: str | None) -> str:
-    """The variant that weights are where they are not this one."""
+    """The other variant."""
     return "turbo" if variant == "raw" else "raw"
 
 
 def files(name: str) -> list[Path]:
-    """The files of a resolved model, weights and others that it needs."""
+    """The files of a resolved model: weights and whatever else it needs."""
     if name in library.box():
         return library.box()[name]
     found = library.find(name)
@@ -105,7 +105,7 @@ def files(name: str) -> list[Path]:
 
 
 def file_of(name: str, file: str) -> Path:
-    """Where a file that a record names lies: with its model, or in what lends a lone file the rest of it."""
+    """Where a file named by a record is: with its model, or in the release that completes a single file."""
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise K2Error(f'The record names a file outside its model: "{masked(file)}".')
     check_path(file, "The record's model: ")
@@ -118,21 +118,21 @@ def file_of(name: str, file: str) -> Path:
 
 
 class Grid(NamedTuple):
-    """Which sizes a model's pictures have, in pixels."""
+    """The sizes of a model's pictures, in pixels."""
 
-    native: int  # the side that it was trained for
-    step: int  # what sides are multiples of: a token, which is two latent cells wide
-    known: tuple[int, int] | None = None  # the least and the most pixels that it says it was trained for
+    native: int  # the side it was trained for
+    step: int  # sides are multiples of it: one token, two latent cells wide
+    known: tuple[int, int] | None = None  # the least and most pixels it states it was trained for
 
     def knows(self, width: int, height: int) -> bool:
-        """Whether pictures of this size are of those that it was trained for."""
+        """Whether it was trained for pictures of this size."""
         least, most = self.known or (self.native**2, self.native**2)
         fits = width % self.step == height % self.step == 0 and max(width, height) <= WIDEST * min(width, height)
         return fits and least <= width * height <= most
 
 
 def grid(name: str, variant: str | None = None) -> Grid:
-    """By the headers of a model, else as the open weights are. Raises K2Error where there is none."""
+    """The grid from a model's headers, or else that of the open weights. Raises K2Error if there is no such model."""
     found = library.find(name, variant)
     if found is None:
         raise K2Error(f'There is no model "{masked(name)}" here.')
@@ -148,14 +148,14 @@ def grid(name: str, variant: str | None = None) -> Grid:
 
 
 def auto_method(name: str, variant: str | None = None) -> str:
-    """How a model reads the reference pictures of a style whose method is `auto`. Its weights are not read."""
+    """How a model reads reference pictures if the style's method is `auto`. Its weights are not read."""
     found = library.find(name, variant)
     return weighed.auto_method(found is not None and library.find_parts(found).style is not None)
 
 
 def way_of(name: str, variant: str | None) -> Callable[[Style], Style]:
-    """How a model reads the reference pictures of a style: the style with `auto` decided, as rendering decides it. It
-    raises K2Error for a method that the model has no part for. Weights are not read."""
+    """A function that returns a style with `auto` decided as rendering does. It raises K2Error for a method that the
+    model lacks the part for. Weights are not read."""
     found = library.find(name, variant)
     assert found is not None, name
     parts = library.find_parts(found)
@@ -163,8 +163,8 @@ def way_of(name: str, variant: str | None) -> Callable[[Style], Style]:
 
 
 def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
-    """What a model takes where nothing is said: width, height, steps, guidance, and mu unless that depends on the size.
-    Its weights are not read."""
+    """A model's defaults: width, height, steps, guidance, and mu unless it depends on the size. Its weights are not
+    read."""
     best = recommendation(name, variant)
     side = grid(name, variant).native
     taken = {"width": side, "height": side, "steps": best["steps"], "guidance": float(best["guidance"])}
@@ -172,7 +172,7 @@ def recommended(name: str, variant: str | None = None) -> dict[str, Any]:
 
 
 def recommendation(name: str, variant: str | None) -> dict[str, Any]:
-    """Steps, guidance and mu as of `library.recommended`, of a model that is here."""
+    """Steps, guidance and mu of a local model, from `library.recommended`."""
     found = library.find(name, variant)
     assert found is not None, name
     about = [library.describe(path) for path in files(name) if path.suffix == ".safetensors"]
@@ -181,8 +181,8 @@ def recommendation(name: str, variant: str | None) -> dict[str, Any]:
 
 
 def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
-    """The mu that a model takes for pictures of this size where none is said: one that is not here as the open weights
-    do, if it is one of theirs; else None. Its weights are not read."""
+    """A model's default mu for pictures of this size. For a model that is not here: the open weights' if it is one of
+    them, else None. Its weights are not read."""
     here = library.find(name, variant) is not None
     if not here and name not in library.OFFICIAL:
         return None
@@ -192,7 +192,7 @@ def own_mu(name: str, variant: str, width: int, height: int) -> float | None:
 
 
 def inventory() -> list[dict[str, Any]]:
-    """The models that are here: what each is, and how much of it there is, text encoder and autoencoder included."""
+    """The models here: what each is, and its size, text encoder and autoencoder included."""
     entries = []
     for model in library.list_models():
         others = {library.BOX / f"{model.name}-{each}.safetensors" for each in VARIANTS} - {model.path}
@@ -215,7 +215,7 @@ def inventory() -> list[dict[str, Any]]:
 
 
 def describe(name: str) -> list[dict[str, Any]]:
-    """What each file of a model says of itself, with its hash; of a pulled one that which was verified as it came."""
+    """What each file of a model says about itself, with its hash; for a pulled one the hash verified on arrival."""
     name = resolve(name)
     found = library.find(name)
     assert found is not None, name
@@ -224,7 +224,7 @@ def describe(name: str) -> list[dict[str, Any]]:
     entries = []
     for path in files(name):
         about = library.describe(path) if path.suffix in library.WEIGHTS else {}
-        if "layout" in about:  # the transformer: what its publisher says, where it does not say it itself
+        if "layout" in about:  # the transformer: its publisher's facts, where it states none itself
             variant = about.get("variant") or library.variant_of(path) or found.variant
             best = library.recommended(variant, {}, path) if variant else {}
             about = {"variant": variant, "recommended": best} | about
@@ -239,7 +239,7 @@ def megabytes(*paths: Path) -> float:
 
 
 def card(entry: Mapping[str, Any], indent: str = "") -> str:
-    """A file's entry for people: a key a line, tables below their names."""
+    """A file's entry for people: one key per line, tables below their names."""
     lines = []
     for key, value in entry.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""A project's moodboard: which pictures are on it, what they come to, and the style file that this makes.
+"""A project's moodboard: its pictures, what they amount to, and the style file made from that.
 
-Looking at a board needs torch and seconds, and rendering it would look again each time, so what was found is kept in
-the cache under the hashes of everything that it depends on. The cache may be deleted at any time.
+Analysing a board needs torch and takes seconds, and every render would repeat it, so the result is cached under the
+hashes of everything it depends on. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from model.moodboard import Board, Look
 
 MOST = 1000  # pictures of a board
-READING = 4  # changes whenever the same pictures would be read in another way
+READING = 4  # changes whenever the same pictures would be read differently
 WIDE = 118  # characters of a comment
 NAME_SOME = "Name png, jpg or webp files, or put some there."
 
@@ -52,16 +52,16 @@ class Moodboard:
 
 
 def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> tuple[list[Path], set[Path]]:
-    """The pictures that paths, folders and globs name, each of them at least one; each once, sorted; and what folders
-    and globs hold besides. Whether they can be read is seen later."""
+    """The pictures that paths, folders and globs match (each must match at least one), unique and sorted; and what else
+    folders and globs hold. Whether they are readable is checked later."""
     if not patterns:
-        raise K2Error(f"{where}: the board holds no picture.", hint=NAME_SOME)
+        raise K2Error(f"{where}: the moodboard holds no picture.", hint=NAME_SOME)
     found: set[Path] = set()
     others: set[Path] = set()
     for pattern in patterns:
         named, beside = find(pattern, root, inside, where, MOST)
         if not named:
-            raise K2Error(f"{where}: {pattern} names no picture.", hint=picture_file.passed_over(beside) or NAME_SOME)
+            raise K2Error(f"{where}: {pattern} matches no picture.", hint=picture_file.passed_over(beside) or NAME_SOME)
         others |= beside
         for path in named:
             if not path.exists():
@@ -69,21 +69,21 @@ def gather(patterns: Sequence[str], root: Path, inside: Inside, where: str) -> t
                     f"{where}: there is no {pattern}.", hint=nearly_called(path, pattern) or "Check the name."
                 )
             if not path.is_file():
-                raise K2Error(f"{where}: {pattern} is no picture.", hint="Use png, jpg or webp.")
+                raise K2Error(f"{where}: {pattern} is not a picture.", hint="Use png, jpg or webp.")
         found.update(named)
         if len(found) > MOST:
             raise K2Error(f"{where}: more than {MOST} pictures.", hint="Choose those that show the look best.")
-    return sorted(found), others - {path.parent for path in found}  # a folder within that is named by itself
+    return sorted(found), others - {path.parent for path in found}  # a subfolder that is named itself
 
 
 def eye_of(model: str) -> str:
-    """The model of the box whose style encoder reads the board: the project's own, or mini's for all that have none."""
+    """The bundled model whose style encoder reads the board: the project's own, or mini if that has none."""
     return model if (library.BOX / f"{model}-style.safetensors").is_file() and model in library.box() else "mini"
 
 
 def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None) -> Board:
-    """What a board comes to."""
-    with undisturbed():  # as where pictures are made
+    """Analyse a board's pictures."""
+    with undisturbed():  # as in rendering
         from model.moodboard import analyse  # torch
         from model.seeing import Eye
 
@@ -91,7 +91,7 @@ def look(paths: Sequence[Path], model: str, on_picture: OnPicture | None = None)
 
 
 def tell(board: Board, model: str, device: str | None = None) -> Board:
-    """The board with its profile in the words of a resolved model's language side too, where it has one."""
+    """The board, also described by a resolved model's language side, if it has one."""
     from model.moodboard import told
 
     try:
@@ -99,15 +99,15 @@ def tell(board: Board, model: str, device: str | None = None) -> Board:
             return board
         with lacking_memory("its language side"):
             return replace(board, told=told(board, speaker(text, device)))
-    except K2Error as error:  # what was measured stands without it
-        return replace(board, notes=(*board.notes, f"The text encoder says nothing of the board: {error}"))
+    except K2Error as error:  # the measurements stand without it
+        return replace(board, notes=(*board.notes, f"The text encoder did not describe the moodboard: {error}"))
     finally:
         forget()
 
 
 def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple[Style, ...], set[Path]]:
-    """The table as a style: representatives for references, and the board's words; and the pictures that were left out,
-    as they cannot be read. Strength 0 is no style at all."""
+    """The table as a style, with the board's representatives as references and its words; and the unreadable pictures
+    that were left out. Strength 0 means no style at all."""
     if not board.strength:
         return (), set()
     hashes = [sha256(path) for path in paths]
@@ -123,7 +123,7 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple
             "avoids": list(seen.avoids),
             "unread": [paths.index(path) for path in seen.unread],
         }
-        with suppress(K2Error, OSError):  # a home that cannot be written only costs time
+        with suppress(K2Error, OSError):  # an unwritable cache only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
             write({kept: json.dumps(found).encode()})
     unread = {paths[index] for index in found["unread"]}
@@ -132,7 +132,7 @@ def as_style(board: Moodboard, paths: Sequence[Path], model: str) -> tuple[tuple
 
 
 def recall(path: Path, count: int) -> dict[str, Any] | None:
-    """What was found earlier, if it can be read and speaks of as many pictures."""
+    """An earlier result, if it is readable and fits this number of pictures."""
     try:
         found = json.loads(path.read_text("utf-8"))
         fits = all(
@@ -149,9 +149,8 @@ def recall(path: Path, count: int) -> dict[str, Any] | None:
 
 
 def outlasting(board: Board, home: Folder, folder: str) -> Board:
-    """The board, in the place of its representatives that lie in the outputs, which may be deleted, or outside of the
-    project, or whose names no style file can hold, with copies of them in a folder of it; where it may reach outside,
-    those out there stay."""
+    """The board, with copies in a folder of the project instead of representatives that are in outputs, which may be
+    deleted, or outside the project, unless it may reach outside, or whose names no style file can hold."""
     root, outputs = home.root.resolve(), (home.root / "outputs").resolve()
 
     def may_go(path: Path) -> bool:
@@ -161,7 +160,7 @@ def outlasting(board: Board, home: Folder, folder: str) -> Board:
     lost = [path for path, name in named.items() if may_go(path.resolve()) or UNPRINTABLE.search(name)]
     if not lost:
         return board
-    kinds = {path: check_picture(path, "The board", named[path]) for path in lost}
+    kinds = {path: check_picture(path, "The moodboard", named[path]) for path in lost}
     copies = copied(kinds, home.inside(folder))
 
     def kept(look: Look) -> Look:
@@ -171,9 +170,9 @@ def outlasting(board: Board, home: Folder, folder: str) -> Board:
 
 
 def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
-    """The board as a style file and, beside it, its colours as a picture -> where the picture is.
+    """Write the board as a style file, and its colours as a picture beside it -> the picture's path.
 
-    Raises Exists where they are to be new and are not.
+    Raises Exists if they should be `new` and are not.
     """
     from model.colours import swatches
 
@@ -187,7 +186,7 @@ def save(board: Board, root: Path, target: Path, *, new: bool = False) -> Path:
 
 
 def style_file(board: Board, root: Path) -> str:
-    """styles/NAME.toml: what was measured as comments, what counts as keys. Every line may be edited."""
+    """styles/NAME.toml: measurements as comments, what takes effect as keys. Every line may be edited."""
     lines = [f"# {line}".rstrip() for line in (*wrap(board.told, WIDE), board.profile, "")]
     lines += [f"# {colour.hex}  {colour.share:4.0%}  {colour.name}" for colour in board.palette]
     lines += ["", dump({"keywords": board.keywords, "avoids": board.avoids}).decode().rstrip()]
@@ -200,7 +199,7 @@ def style_file(board: Board, root: Path) -> str:
 
 
 def to_table(board: Board, root: Path) -> dict[str, Any]:
-    """The board in plain values."""
+    """The board as plain values."""
     return {
         "profile": board.profile,
         "told": board.told or None,

@@ -1,4 +1,4 @@
-"""Styles that are made: of pictures, of a LoRA, of both, or of other styles."""
+"""New styles: from pictures, a LoRA, both, or other styles."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LORA = ".safetensors"
 
 @dataclass(frozen=True)
 class Added:
-    """A style that was made of files."""
+    """A style that was made from files."""
 
     file: Path
-    pictures: Sequence[Path]  # in the project, as the next
+    pictures: Sequence[Path]  # in the project, like the LoRA
     lora: Path | None
     over: str  # what was passed over, in sentences
-    stated: Sequence[str] = ()  # triggers that the LoRA itself states, and that were taken over
+    stated: Sequence[str] = ()  # triggers that the LoRA itself states, which the style uses
 
 
 def add_style(
@@ -47,23 +47,23 @@ def add_style(
 ) -> Added:
     """Copy pictures into refs/NAME, a LoRA into loras, and write styles/NAME.toml.
 
-    Whatever lies there stays there; what is there already, under whatever name, is not copied again. Everything is
-    checked before anything is written, and the style file comes last.
+    Existing files stay; a file that is there already, under any name, is not copied again. Everything is checked before
+    anything is written, and the style file comes last.
     """
     file = styles.new_file(name, force=force)
     said: dict[str, Any] = {"keywords": spoken(keywords, "A keyword"), "avoids": spoken(avoids, "An avoid")}
     loras = [each for each in files if each.suffix.lower() == LORA]
     if len(loras) > 1:
-        raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each a style, and mix them.")
+        raise K2Error(f'Style "{name}" would have {len(loras)} LoRAs.', hint="Give each its own style, and mix them.")
     if triggers and not loras:
-        raise K2Error("Triggers are a LoRA's words, and none was named.", hint="Call them keywords: -k")
+        raise K2Error("Triggers need a LoRA, and none was named.", hint="Use keywords instead: -k")
     images = [each for each in files if each not in loras]
     for each in images:
         if each.suffix.lower() in library.CALLED_WEIGHTS and each.is_file():
             hint = "Rename it." if each.suffix.lower() in (".sft", ".safetensor") else "Fetch it as one, or convert it."
             raise K2Error(f"{masked(str(each))}: a LoRA is a {LORA} file.", hint=hint)
     if method and not images:
-        raise K2Error("No picture was named that --method could be of.", hint="Leave it out, or name pictures.")
+        raise K2Error("--method needs pictures, and none was named.", hint="Omit it, or name pictures.")
     lora = place_for(loras[0], name, styles) if loras else None
     stated, unsaid = stated_triggers(loras[0]) if loras and not triggers else ([], "")
     stated = [masked(each) for each in stated]
@@ -82,17 +82,17 @@ def add_style(
 
 
 def place_for(file: Path, name: str, styles: Styles) -> Path:
-    """Where a style's LoRA lies in the project already, or is to lie. Raises K2Error where it is none."""
+    """Where a style's LoRA is in the project, or will be. Raises K2Error if it is not a LoRA."""
     if not file.is_file():
         raise K2Error(f"There is no {masked(str(file))}.", hint="Name a LoRA's .safetensors file.")
     if file.stat().st_size > MOST_LORA:
-        raise K2Error(f"{masked(str(file))} is larger than {MOST_LORA >> 30} GB.", hint="Is it a LoRA, or a model?")
+        raise K2Error(f"{masked(str(file))} is larger than {MOST_LORA >> 30} GB.", hint="Is it a model, not a LoRA?")
     check_kind(file)
     folder = styles.inside("loras", "")
-    if settings_beside(file):  # which is found by that name alone, so both have a folder of their own
+    if settings_beside(file):  # found only by its name, so both get a folder of their own
         place = styles.inside(f"loras/{name}/{file.name}", "")
         if place.exists() and identity(place) != identity(file):
-            raise K2Error(f"loras/{name} holds another LoRA.", hint="Choose another name, or remove it.")
+            raise K2Error(f"loras/{name} holds a different LoRA.", hint="Choose another name, or remove it.")
         return place
     loras = (each for each in sorted(folder.glob(f"*{LORA}")) if each.is_file() and not each.is_symlink())
     there = (each for each in loras if sha256(each) == sha256(file))
@@ -102,8 +102,8 @@ def place_for(file: Path, name: str, styles: Styles) -> Path:
 def add_pictures(
     styles: Styles, name: str, images: Sequence[Path], method: str | None, loras: Sequence[Path]
 ) -> tuple[list[Path], list[str], str]:
-    """Copy pictures, and those in folders, into refs/NAME -> where they are there, the patterns that name them, and
-    what was passed over. `loras` are named besides."""
+    """Copy pictures, and those in folders, into refs/NAME -> their paths there, the patterns that match them, and what
+    was passed over. `loras` are those named as well."""
     folder = styles.inside(f"refs/{name}", "")
     for image in images:
         if not image.exists():
@@ -123,8 +123,8 @@ def add_pictures(
         except K2Error:
             if each in images or (each == files[-1] and not kinds):
                 raise
-            unread.append(masked(each.name))  # of a folder the others are meant, as on a board
-    left_out = f"Left out, as they cannot be used: {listed(unread)}." if unread else ""
+            unread.append(masked(each.name))  # in a folder the others still count, as on a moodboard
+    left_out = f"Left out as unusable: {listed(unread)}." if unread else ""
     others = passed_over(beside - {each.parent for each in files})
     over = " ".join(filter(None, (others, weights_among(beside, loras), left_out)))
     count = len({sha256(each) for each in kinds})
@@ -141,16 +141,16 @@ def add_pictures(
 
 
 def weights_among(paths: Iterable[Path], loras: Sequence[Path]) -> str:
-    """That weights lie in a folder, as its LoRA is taken only where it is named itself; "" where none do."""
+    """A note that a folder holds weights, since a LoRA is used only if named itself; "" if it holds none."""
     taken = {path.resolve() for path in loras}
     others = (path for path in paths if path.resolve() not in taken and not path.name.startswith("."))
     found = sorted(masked(path.name) for path in others if path.suffix.lower() in library.CALLED_WEIGHTS)
-    return f"Passed over: weights ({listed(found)}); for a LoRA name the file itself." if found else ""
+    return f"Passed over: weights ({listed(found)}); to use a LoRA, name its file." if found else ""
 
 
 def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
-    """Copy pictures, of which the kinds are known, into a folder -> where each lies there. One that is there already,
-    under whatever name, is not copied again."""
+    """Copy pictures of known kinds into a folder -> where each is there. One that is there already, under any name, is
+    not copied again."""
     make(folder)
     there = {sha256(each): each for each in in_folder(folder)}
     for image, kind in kinds.items():
@@ -161,15 +161,15 @@ def copied(kinds: Mapping[Path, str], folder: Path) -> dict[Path, Path]:
 
 
 def make(folder: Path) -> None:
-    """A folder that is there, and holds nothing that a killed process left."""
+    """Create a folder, and clear what a killed process left in it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
 
 
 def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: bool) -> Path:
-    """Write a mix as styles/NAME.toml -> that file. One that is this very mix may be there already. Raises K2Error."""
-    same = styles.is_mix(name, weights)  # written before its preview failed
+    """Write a mix as styles/NAME.toml -> that file. The same mix may exist already. Raises K2Error."""
+    same = styles.is_mix(name, weights)  # saved before its preview failed
     file = styles.new_file(name, force=force or same)
     if name in styles.reached(weights, "k2 mix-styles"):
         raise K2Error(f"{name} is itself part of the mix.", hint="Save it under another name.")
@@ -180,7 +180,7 @@ def add_mix(styles: Styles, name: str, weights: Mapping[str, float], *, force: b
 
 
 def put(file: Path, data: bytes, name: str, *, force: bool) -> None:
-    """Write a style's file, and unless forced replace none, not even one that came since `new_file` looked."""
+    """Write a style's file; unless forced, replace none, not even one created since `new_file` looked."""
     try:
         write({file: data}, new=not force)
     except Exists:
@@ -188,20 +188,20 @@ def put(file: Path, data: bytes, name: str, *, force: bool) -> None:
 
 
 def reference(image: str, weight: float) -> bytes:
-    """A reference as hands would add the next one."""
+    """A [[reference]] as a user would write it."""
     return b"[[reference]]\n" + dump({"image": image, "weight": weight})
 
 
 def spoken(texts: Sequence[str], what: str) -> list[str]:
-    """Words as a style file holds them."""
+    """Words as a style file stores them."""
     words = [plain(text, what) for text in texts]
     if not all(words):
-        raise K2Error(f"{what} is empty.", hint="Leave it out, or say a word.")
+        raise K2Error(f"{what} is empty.", hint="Omit it, or write a word.")
     return words
 
 
 def free_name(folder: Path, stem: str, kind: str) -> Path:
-    """A path in the folder that nothing stands at, numbered where it must be."""
+    """An unused path in the folder, numbered if necessary."""
     stem = as_name(stem, besides=".").strip("-.") or "picture"
     path, number = folder / f"{stem}.{kind}", 1
     while path.exists():

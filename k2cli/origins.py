@@ -103,7 +103,7 @@ def read(path: Path) -> Origin:
             if record := record_of(said):
                 texts.setdefault("k2", record)
     except Exception:  # Pillow raises anything over a broken file
-        raise K2Error(f"{path} is not a picture that can be read.", hint="k2 reads PNG, JPEG and WebP.") from None
+        raise K2Error(f"{path} is not a readable picture.", hint="k2 reads PNG, JPEG and WebP.") from None
     beside = path.with_suffix(SIDE)
     kept = history.load(path.with_suffix(".toml")) or {}
     for found in (*readings(texts, comment), *of_k2(kept), *(of_mflux(table_in(beside)) if beside.is_file() else ())):
@@ -293,7 +293,7 @@ def of_midjourney(text: str) -> Origin:
         ", ".join([*avoided, *(value for key, value in pairs if key == "no")]),
         facts,
         left_out=("its image prompt",) * bool(images)
-        + ("weights of words",) * any(weight for _, weight in parts)
+        + ("prompt weights",) * any(weight for _, weight in parts)
         + (others,) * bool(others),
     )
 
@@ -364,7 +364,7 @@ def origin(tool: str, asked: Any, avoid: Any, table: Mapping[str, Any], **more: 
     tidy = partial(unmarked, raised=raised) if tool in MARKING else plain
     loras = [plain(name) for name in LORA.findall(asked)] if tool in MARKING and isinstance(asked, str) else []
     left_out = (*more.pop("left_out", ()), *(f"LoRA {name}" for name in loras))
-    left_out += ("weights of words",) * (tool in MARKING and any(weighed(text, raised) for text in (asked, avoid)))
+    left_out += ("prompt weights",) * (tool in MARKING and any(weighed(text, raised) for text in (asked, avoid)))
     seed = integer(table.get("seed"))
     left_out += (f"seed {seed}",) if 2**63 <= seed < 2**64 else ()  # ComfyUI's seeds have one bit more
     numbers: dict[str, Any] = {key: whole(table.get(key)) for key in ("seed", "width", "height", "steps")}

@@ -1,4 +1,4 @@
-"""Run folders: numbers that two processes cannot share, and which of a run's pictures are done."""
+"""Run folders: numbers that no two processes share, and which of a run's pictures are done."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from model.errors import K2Error
 RUN = "run.toml"
 SHEET = "sheet.png"
 BLOCKED = ".blocked.toml"
-PICTURES = (".png", ".webp", ".jpg")  # as a picture may be called that has a record beside it
+PICTURES = (".png", ".webp", ".jpg")  # suffixes of pictures with a record beside them
 PATIENCE = 10.0  # seconds to wait for another process that claims a number
-SWEPT: set[Path] = set()  # outputs in which drafts were looked for
+SWEPT: set[Path] = set()  # outputs already searched for drafts
 NUMBER = re.compile(r"(\d{4,})(?:-|$)")
 
 
 class Run:
-    """outputs/0003-fox: claimed by one process, and gone again if nothing came of it.
+    """outputs/0003-fox: claimed by one process, and removed again if nothing came of it.
 
-    Used as a context manager. Left by an error with no picture saved, it removes the folder, and `outputs` if new.
-    Left by Ctrl-C it keeps what has a plan, which can be gone on with.
+    A context manager. Left by an error with no picture saved, it removes the folder, and `outputs` if new. Left by
+    Ctrl-C it keeps a folder with a plan, which can be resumed.
     """
 
     def __init__(self, folder: Path):
@@ -39,10 +39,10 @@ class Run:
     def claim(cls, outputs: Path, name: str, files: Mapping[str, bytes] | None = None) -> Run:
         """The next number's folder with these files in it, locked by this process. Raises K2Error.
 
-        Creating NNNN is the claim, and the folder gets its name when the files are there: a process killed between
-        the two leaves a bare number, which the next one clears away. Where file locks work, claims come one after the
-        other. Where they do not, whoever holds NNNN looks once more for a named twin: a process that finds NNNN-other
-        beside its own NNNN came second and moves on; one that finds none may rename.
+        Creating NNNN is the claim, and the folder gets its name once the files are there: a process killed in between
+        leaves a bare number, which the next one clears away. Where file locks work, claims are made one at a time.
+        Where they do not, the holder of NNNN looks once more for a named twin: a process that finds NNNN-other beside
+        its own NNNN came second and moves on; one that finds none may rename.
         """
         run = cls(outputs)
         try:
@@ -67,14 +67,14 @@ class Run:
 
     @classmethod
     def last(cls, outputs: Path, number: int | None = None) -> Run | None:
-        """The run with the highest number, or with this one, that a plan was written for."""
+        """The planned run with the highest number, or with this one."""
         asked = [run for run in cls.planned_in(outputs) if number in (None, number_of(run.folder))]
         return asked[-1] if asked else None
 
     @classmethod
     def planned_in(cls, outputs: Path) -> list[Run]:
-        """The runs that a plan was written for, by their numbers. Links are passed over, as by `history.runs_of`.
-        Raises K2Error as `check_link`."""
+        """The runs that have a plan, by number. Links are skipped, as in `history.runs_of`. Raises K2Error like
+        `check_link`."""
         check_link(outputs)
         folders = sorted(path.parent for path in outputs.glob(f"*-*/{RUN}"))
         found = [folder for folder in folders if NUMBER.match(folder.name) and not folder.is_symlink()]
@@ -91,7 +91,7 @@ class Run:
         self.unlock()
 
     def discard(self) -> None:
-        """Remove its folder, if claiming it made it, nothing came of it, and nobody else has taken it up."""
+        """Remove its folder if claiming created it, nothing came of it, and no other process has resumed it."""
         if self.made and not self.has_any:
             with suppress(OSError, K2Error):
                 self.lock()
@@ -100,7 +100,7 @@ class Run:
                     folder.rmdir()
 
     def lock(self) -> None:
-        """Keep other processes from resuming this run; the lock ends with this process, however it ends."""
+        """Keep other processes from resuming this run; the lock ends with this process, however that ends."""
         if not LOCKS or self.handle is not None:
             return
         with writing(self.folder):
@@ -111,14 +111,14 @@ class Run:
         sweep(self.folder)
 
     def unlock(self) -> None:
-        """Let others have it."""
+        """Release it to others."""
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
 
     @property
     def busy(self) -> bool:
-        """Whether another process renders it, as far as can be told."""
+        """Whether another process is rendering it, as far as can be known."""
         if not LOCKS:
             return False
         with suppress(OSError), opened(self.folder, FOLDER) as handle:
@@ -130,52 +130,52 @@ class Run:
 
     @property
     def planned(self) -> bool:
-        """Whether it can be resumed: it has a plan, and its name."""
+        """Whether it can be resumed: it has a plan and its final name."""
         return self[RUN].exists() and not self.folder.name.isdigit()
 
     @property
     def has_any(self) -> bool:
-        """Whether a picture is there, or was blocked."""
+        """Whether any picture exists or was blocked."""
         return any(made for end in (*PICTURES, BLOCKED) for made in self.folder.glob(f"*{end}"))
 
     def has(self, stem: str) -> bool:
-        """A picture is done when both its files stand there, or was blocked; each of them is whole if it exists."""
+        """Whether a picture is done: both its files exist, or it was blocked. A file that exists is complete."""
         return (self.picture(stem).exists() and self[f"{stem}.toml"].exists()) or self[f"{stem}{BLOCKED}"].exists()
 
     def picture(self, stem: str) -> Path:
-        """Where a picture stands, in whichever format; where there is none, where it would stand as a PNG."""
+        """A picture's path, in whichever format; if there is none, its path as a PNG."""
         names = [self[f"{stem}{suffix}"] for suffix in PICTURES]
         return next((path for path in names if path.exists()), names[0])
 
     def save(self, stem: str, picture: bytes, record: bytes, suffix: str = ".png") -> Path:
-        """A picture and its record. The record takes its place first, so that no picture is ever without one."""
+        """Save a picture and its record. The record appears first, so that no picture is ever without one."""
         path = self[f"{stem}{suffix}"]
         write({self[f"{stem}.toml"]: record, path: picture})
         return path
 
     def block(self, stem: str, record: bytes) -> Path:
-        """The record alone, of a picture that an output filter keeps back."""
+        """Save the record alone, of a picture that an output filter blocked."""
         path = self[f"{stem}{BLOCKED}"]
         write({path: record})
         return path
 
 
 def picture_of(file: Path) -> Path:
-    """The picture itself, or that beside a record."""
+    """The picture itself, or the one beside a record."""
     return Run(file.parent).picture(file.stem) if file.suffix == ".toml" else file
 
 
 def row_alone(row: str, prompt: str) -> str:
-    """A row of a sheet without the prompt: that of older plans is the prompt, or begins with it."""
+    """A sheet's row without the prompt: in older plans it is the prompt, or starts with it."""
     return "" if row == prompt else row.removeprefix(f"{prompt} · ")
 
 
 def check_link(outputs: Path) -> None:
-    """Raises K2Error where it is a link to nothing, as to a drive that is not mounted: what was made may be there."""
-    with suppress(OSError):  # of what may not be looked at, as whoever lists it tells
+    """Raises K2Error if it is a broken link, as to an unmounted drive, which may hold earlier runs."""
+    with suppress(OSError):  # no permission, which is reported on listing it
         if outputs.is_symlink() and not outputs.exists():
             there = masked(os.readlink(outputs))
-            raise K2Error(f"{outputs} leads to {there}, which is not there.", hint="Is its drive mounted?")
+            raise K2Error(f"{outputs} links to {there}, which does not exist.", hint="Is its drive mounted?")
 
 
 def next_number(outputs: Path) -> Path:
@@ -194,7 +194,7 @@ def next_number(outputs: Path) -> Path:
 
 
 def numbers(outputs: Path) -> list[int]:
-    """The numbers of all run folders, one that is only just claimed included."""
+    """The numbers of all run folders, including one just claimed."""
     return [number_of(path) for path in outputs.iterdir() if NUMBER.match(path.name)]
 
 
@@ -204,14 +204,14 @@ def number_of(folder: Path) -> int:
     return int(match[1])
 
 
-# ---- what a killed process leaves, and who may take it away -----------------------------------------------------
+# ---- what a killed process leaves, and who may remove it ---------------------------------------------------------
 
 
 def clear(outputs: Path) -> None:
-    """Numbers that dead processes claimed without coming to name them, and, once in this process's life, their drafts
-    in all runs: a process that claims run after run would look through thousands of folders for each.
+    """Remove numbers that dead processes claimed but never named, and, once per process, their drafts in all runs:
+    a process that claims run after run would otherwise search thousands of folders for each.
 
-    Only for whoever is `alone`: a living process that claims a number holds `outputs` until it has named it.
+    Only while `alone`: a living process that claims a number holds `outputs` until it has named it.
     """
     if not LOCKS:
         return
@@ -229,7 +229,7 @@ def clear(outputs: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """One process at a time -> whether it is so: not where locks do not work, nor past a holder that stands still."""
+    """One process at a time -> whether that is granted: not where locks do not work, nor if the holder hangs."""
     if not LOCKS:
         yield False
         return

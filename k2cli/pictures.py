@@ -1,4 +1,4 @@
-"""Pictures that a project names: found by path or glob, and refused before anything decodes what is none."""
+"""Pictures that a project names: found by path or glob, and checked before anything decodes them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from model.errors import K2Error, count_of
 from model.picture_file import LEAST_SIDE, MOST_DECODED, WILL_DO
 
 MOST_SEEN = 100_000  # names that a glob may look at
-MOST_NEAR = 1000  # names of a folder among which one is sought that is nearly another
+MOST_NEAR = 1000  # names in a folder that are searched for a similar one
 LONGEST = 1000  # characters of a pattern
-DECODED: set[tuple[Path, int, int]] = set()  # files that came out whole: of so many bytes, last changed then
+DECODED: set[tuple[Path, int, int]] = set()  # files that decoded completely: path, bytes, time of last change
 
-Inside = Callable[[str, str], Path]  # makes a path absolute, refuses what lies outside the project; and who asks
+Inside = Callable[[str, str], Path]  # (path, who asks): makes it absolute, refuses what lies outside the project
 
 
 def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tuple[list[Path], set[Path]]:
-    """The pictures that a path, a folder or a glob names, sorted; and what else it does. Raises K2Error, also past
+    """The pictures that a path, a folder or a glob matches, sorted; and what else it matches. Raises K2Error, also past
     `most`.
 
-    A path is taken as it is; of a folder and a glob, the files that are called like pictures and are no contact sheets.
+    A path is used as is; of a folder or a glob, the files that are named like pictures and are not contact sheets.
     """
     if not pattern.strip():
         raise K2Error(f"{where}: the path is empty.", hint="Name a picture, a folder, or a glob of pictures.")
     if pattern.count("**") > 1:  # each further one multiplies the folders walked
-        raise K2Error(f"{where}: {pattern} has more than one **.", hint="One walks all folders below.")
+        raise K2Error(f"{where}: {pattern} has more than one **.", hint="One covers all subfolders.")
     if len(pattern) > LONGEST:
-        raise K2Error(f"{where}: a path of {len(pattern):,} characters.", hint="Name the folder, or use a *.")
+        raise K2Error(f"{where}: the path has {len(pattern):,} characters.", hint="Name the folder, or use a *.")
     magic = glob.has_magic(pattern) and not os.path.exists(root / pattern)
     named = inside(pattern.split("*")[0] if magic else pattern, where)
     if not magic and named.is_dir():
@@ -52,21 +52,21 @@ def find(pattern: str, root: Path, inside: Inside, where: str, most: int) -> tup
             found.add(inside(relative(path, root), where))
             if len(found) > most:
                 raise K2Error(
-                    f"{where}: {pattern} names more than {most} pictures.",
+                    f"{where}: {pattern} matches more than {most} pictures.",
                     hint="Choose those that show the look best.",
                 )
         else:
             others.add(path)
-    return sorted(found), others - {path.parent for path in found}  # folders within that the glob walks, too
+    return sorted(found), others - {path.parent for path in found}  # without subfolders that the glob walks, too
 
 
 def check_label(label: str, where: str) -> None:
-    """Refuse a picture that no record can name; `label` is what messages and records call it."""
+    """Refuse a picture whose name no record can hold; `label` is what messages and records call it."""
     printable(label, f"{where}: the name of {masked(label)}", "Rename the file.")
 
 
 def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Path]:
-    """What a glob names, as `glob.glob` reads it. Every folder is looked at once, so that links make no circles."""
+    """What a glob matches, like `glob.glob`. Every folder is visited once, so that links cannot form loops."""
     seen: set[tuple[int, int, tuple[str, ...]]] = set()
     start, parts = split(Path(pattern))
     looked_at, left = 0, [(root / start, parts)]
@@ -84,14 +84,14 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
         if key in seen:
             continue
         seen.add(key)
-        if part == "**":  # no folder at all, too
+        if part == "**":  # which also matches no folder at all
             left.append((folder, tuple(rest) or ("*",)))
         like = re.compile(fnmatch.translate(composed(part)), re.IGNORECASE if sys.platform == "win32" else 0).match
         for entry in names(folder):
             looked_at += 1
             if looked_at > MOST_SEEN:
                 raise K2Error(
-                    f"{where}: {pattern} looks at more than {MOST_SEEN:,} files.", hint="Name the folder that it means."
+                    f"{where}: {pattern} looks at more than {MOST_SEEN:,} files.", hint="Name a folder further down."
                 )
             if entry.name.startswith(".") and not part.startswith("."):
                 continue
@@ -106,12 +106,12 @@ def matches(root: Path, pattern: str, inside: Inside, where: str) -> Iterator[Pa
 
 
 def split(pattern: PurePath) -> tuple[str, tuple[str, ...]]:
-    """Where a glob starts, with its drive where there are such, and nothing if that is the project; and its parts."""
+    """A glob's anchor (root or drive), "" if it starts from the project; and its parts."""
     return pattern.anchor, pattern.parts[bool(pattern.anchor) :]
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether there is a folder behind an entry; not behind a link that leads to itself."""
+    """Whether an entry is a folder or links to one; a link to itself is none."""
     try:
         return entry.is_dir()
     except OSError:
@@ -119,7 +119,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def names(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder; nothing where it may not be read."""
+    """The entries of a folder; none if it may not be read."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -128,7 +128,8 @@ def names(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def check_picture(path: Path, where: str, label: str, *, whole: bool = False) -> str:
-    """Refuse what is no picture -> png, jpg or webp, by what is in it. It is decoded only to see if it is `whole`."""
+    """Refuse what is not a picture -> png, jpg or webp, by its content. It is decoded only to check if it is `whole`,
+    that is complete."""
     try:
         with picture_file.opened(path) as image:
             width, height, kind = *image.size, str(image.format)
@@ -138,60 +139,62 @@ def check_picture(path: Path, where: str, label: str, *, whole: bool = False) ->
         hint = nearly_called(path, label) or "Paths are relative to the project."
         raise K2Error(f"{where}: there is no picture {label}.", hint=hint) from None
     except Image.DecompressionBombError:
-        raise K2Error(f"{where}: {label} is absurdly large.", hint="Scale it down.") from None
+        raise K2Error(f"{where}: {label} is far too large.", hint="Scale it down.") from None
     except Exception as error:  # Pillow's decoders raise anything over a broken file
         hint = picture_file.cut_off(error) or "Use png, jpg or webp."
-        raise K2Error(f"{where}: {label} is not a picture that can be read.", hint=hint) from None
+        raise K2Error(f"{where}: {label} is not a readable picture.", hint=hint) from None
     if width * height > MOST_DECODED or min(width, height) < LEAST_SIDE:
         raise K2Error(f"{where}: {label} has {width} x {height} pixels.", hint=WILL_DO)
-    return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG with more of them behind it
+    return {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}[kind]  # MPO: a JPEG followed by further ones
 
 
 def nearly_called(path: Path, label: str) -> str:
-    """A hint at the picture that is called nearly as one that is not there, or the same but for capitals; "" where none
-    is. `label` is what messages call the path."""
+    """A hint at a picture with nearly the name of a missing one, or the same but for capitals; "" if there is none.
+    `label` is what messages call the path."""
     there = [entry.name for entry in names(path.parent) if picture_file.is_named_so(Path(entry.name))]
-    there = [name for name in there if name != path.name]  # a link that leads nowhere
+    there = [name for name in there if name != path.name]  # a broken link
     same = [name for name in there if folded(name) == folded(path.name)]
     found = same or difflib.get_close_matches(path.name, there[:MOST_NEAR], 1, 0.6)
     return f"Did you mean {masked((Path(label).parent / found[0]).as_posix())}?" if found else ""
 
 
 def decode(image: Image.Image, path: Path) -> None:
-    """Raises whatever a decoder does; a file that was decoded is not again while it stays as it is."""
+    """Decode a file once for as long as it stays unchanged. Raises whatever the decoder does."""
     about = path.stat()
     now = (path, about.st_size, about.st_mtime_ns)
     if now not in DECODED:
-        image.draft(None, (1, 1))  # a JPEG's at an eighth, in half the time; of others nothing
+        image.draft(None, (1, 1))  # a JPEG at an eighth, in half the time; no effect on others
         image.load()
         DECODED.add(now)
 
 
 def sides_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is looked at."""
+    """Width and height of a picture as displayed."""
     with picture_file.opened(path) as image:
         return picture_file.sides(image)
 
 
 def is_dark(path: Path) -> bool:
-    """Whether a picture is nowhere lighter than half, as masks count: transparency on black."""
+    """Whether no part of a picture is lighter than half, as masks count it: transparency on black."""
     with picture_file.opened(path) as image:
         rgba = picture_file.in_eight_bits(image).convert("RGBA")
     opaque = Image.new("RGB", rgba.size)
     opaque.paste(rgba, mask=rgba)
-    lightest = opaque.convert("L", (1 / 3, 1 / 3, 1 / 3, 0)).getextrema()[1]  # their mean; to the eye green is lighter
+    lightest = opaque.convert("L", (1 / 3, 1 / 3, 1 / 3, 0)).getextrema()[
+        1
+    ]  # the plain mean; to the eye green is lighter
     return isinstance(lightest, int) and lightest < 128
 
 
 def in_folder(folder: Path) -> list[Path]:
-    """The pictures in a folder, by their names; no contact sheets, and nothing hidden, as with a glob."""
+    """The pictures in a folder, sorted by name; no contact sheets and nothing hidden, as with a glob."""
     named = (path for path in folder.iterdir() if picture_file.is_named_so(path) and path.is_file())
     return sorted(path for path in named if not picture_file.is_sheet(path) and not path.name.startswith("."))
 
 
 def without_sheets(files: Sequence[Path]) -> tuple[list[Path], str]:
-    """Of what was typed, all but k2's contact sheets, which a shell's * finds beside a run's pictures; and a sentence
-    on them. Raises K2Error where nothing else is left."""
+    """The typed files without k2's contact sheets, which a shell's * finds beside a run's pictures; and a sentence on
+    those. Raises K2Error if nothing else is left."""
     kept = [file for file in files if not picture_file.is_sheet(file)]
     if files and not kept:
         hint = "Name the pictures that it shows, or their folder."

@@ -1,7 +1,7 @@
-"""A picture in the terminal: by kitty's protocol, iTerm2's, as sixels, or as half-blocks of colour. Never into a pipe.
+"""A picture in the terminal: by kitty's or iTerm2's protocol, as sixels, or as coloured half-blocks. Never in a pipe.
 
 Protocols: kitty graphics protocol; iTerm2 inline images (OSC 1337); DEC STD 070 for sixels; device attributes (DA1),
-in which a terminal that draws sixels counts a 4.
+which include a 4 if the terminal draws sixels.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from PIL import Image
 from model import picture_file
 
 WAYS = ("kitty", "iterm2", "sixel", "blocks", "off")
-WIDEST, TALLEST = 40, 20  # cells that a preview takes at most
-CELL = (8, 16)  # pixels of a cell, where the terminal does not say
-WINDOWS = "WT_SESSION"  # set by Windows Terminal, which sets no TERM and knows all colours
-PATIENCE = 0.2  # seconds for a terminal to answer what it can do
+WIDEST, TALLEST = 40, 20  # cells, at most, of a preview
+CELL = (8, 16)  # pixels of a cell, if the terminal does not say
+WINDOWS = "WT_SESSION"  # set by Windows Terminal, which sets no TERM and has true colour
+PATIENCE = 0.2  # seconds to wait for a terminal's answer
 
 
 def preview(paths: Sequence[Path]) -> None:
-    """Print pictures, side by side, where standard output is a terminal that can show one; else, and for what is none,
-    nothing."""
+    """Print pictures side by side if standard output is a terminal that can show them; unreadable ones are skipped."""
     if not sys.stdout.isatty():
         return
     way = choose(os.environ, draws_sixels)
@@ -47,14 +46,14 @@ def preview(paths: Sequence[Path]) -> None:
 
 
 def choose(environ: Mapping[str, str], ask: Callable[[], bool]) -> str:
-    """The best way that this terminal knows. K2_PREVIEW decides where it is one of WAYS; NO_COLOR asks for none."""
+    """The best way that this terminal supports. K2_PREVIEW decides if it is one of WAYS; NO_COLOR turns it off."""
     if (told := environ.get("K2_PREVIEW", "")) in WAYS:
         return told
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
     if environ.get("NO_COLOR") or term == "dumb" or not (term or WINDOWS in environ):
         return "off"
     if "TMUX" in environ or term.startswith(("tmux", "screen")):
-        return "blocks"  # what is outside is hidden, and may change
+        return "blocks"  # the outer terminal is unknown, and may change
     if "KITTY_WINDOW_ID" in environ or "kitty" in term or "ghostty" in term or program == "ghostty":
         return "kitty"
     if program in ("iTerm.app", "WezTerm") or environ.get("LC_TERMINAL") == "iTerm2":
@@ -89,7 +88,7 @@ def draws_sixels() -> bool:
 
 
 def beside(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a row, as high as the first, with a little black between them."""
+    """Pictures in a row, as high as the first, with a narrow black gap between them."""
     height = images[0].height
     scaled = [image.resize((max(round(image.width * height / image.height), 1), height)) for image in images]
     gap = height // TALLEST
@@ -102,7 +101,7 @@ def beside(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def draw(image: Image.Image, way: str, environ: Mapping[str, str], count: int = 1) -> str:
-    """The picture, or so many in a row, as the characters that draw it, in at most WIDEST x TALLEST cells each."""
+    """The characters that draw the picture, or `count` in a row, in at most WIDEST x TALLEST cells each."""
     columns, lines = shutil.get_terminal_size()
     across, down = cells(image.size, min(WIDEST * count, columns - 1), min(TALLEST, max(lines - 4, 4)))
     if way == "blocks":
@@ -125,7 +124,7 @@ def cells(size: tuple[int, int], columns: int, lines: int) -> tuple[int, int]:
 
 
 def cell_size() -> tuple[int, int]:
-    """Pixels of a cell, as the terminal tells them."""
+    """A cell's width and height in pixels, as the terminal states them."""
     with suppress(ImportError, OSError):
         import fcntl
         import struct
@@ -138,7 +137,7 @@ def cell_size() -> tuple[int, int]:
 
 
 def blocks(image: Image.Image, true_colour: bool) -> str:
-    """Two pixels a cell: the upper half-block in one colour on the other's ground."""
+    """Two pixels per cell: an upper half-block in one colour, the other as its background."""
 
     def colour(layer: int, pixel: tuple[int, ...]) -> str:
         if true_colour:
@@ -175,7 +174,7 @@ def iterm2(png: bytes, columns: int, lines: int) -> str:
 
 
 def sixels(image: Image.Image) -> str:
-    """Bands of six rows, one pass for each colour of a band; runs are counted."""
+    """Bands of six rows, one pass for each colour in a band, run-length encoded."""
     small = image.quantize(128)
     width, height = small.size
     palette = small.getpalette() or []

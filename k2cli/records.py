@@ -1,7 +1,7 @@
-"""Records: what a picture was made from, beside it as TOML and inside it as metadata, and the way back to a spec.
+"""Records: what a picture was made from, as TOML beside it and as metadata inside it, and the way back to a spec.
 
-A record holds every resolved setting and the sha256 of every file that had a part in the picture. A plan entry of
-run.toml is the same table as far as it is known before rendering, so one reader serves both.
+A record holds every resolved setting and the sha256 of every file that contributed to the picture. A plan entry in
+run.toml is the same table as far as known before rendering, so one reader serves both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AskedPrompt:
 
 @dataclass(frozen=True)
 class MadeWith:
-    """[settings]: as they were asked for, or as they turned out. None in a plan is the checkpoint's own."""
+    """[settings]: as requested, or as they turned out. None in a plan means the checkpoint's own."""
 
     seed: int = as_asked("seed")
     width: int | None = between(None, *SIDES)
@@ -59,9 +59,9 @@ class MadeWith:
     mu: float | None = as_asked("mu")
     sampler: str | None = as_asked("sampler")
     cohesion: float = as_asked("cohesion")
-    guidance_until: float | None = as_asked("guidance_until")  # where there is guidance
-    denoise: float | None = as_asked("denoise")  # where there is an initial picture
-    style_guidance: float | None = as_asked("style_guidance")  # and the next three: where a style has a use for them
+    guidance_until: float | None = as_asked("guidance_until")  # if there is guidance
+    denoise: float | None = as_asked("denoise")  # if there is an initial picture
+    style_guidance: float | None = as_asked("style_guidance")  # this and the next three: if a style uses them
     leak_guard: str | None = as_asked("leak_guard")
     vision_tiles: int | None = as_asked("vision_tiles")
     vision_rows: bool | None = None
@@ -69,7 +69,7 @@ class MadeWith:
     dtype: str | None = None
     precision: str | None = as_asked("precision")
     offload: str | None = as_asked("offload")
-    threads: int | None = between(None, 1, 4096)  # of a CPU, which share out sums and so round them
+    threads: int | None = between(None, 1, 4096)  # on a CPU, where their number affects rounding
 
 
 SPEC_KEYS = tuple(f.name for f in fields(MadeWith) if hasattr(RenderSpec, f.name))  # the spec's own
@@ -77,7 +77,7 @@ SPEC_KEYS = tuple(f.name for f in fields(MadeWith) if hasattr(RenderSpec, f.name
 
 @dataclass(frozen=True)
 class StyleUsed:
-    """One [[style]], but for its files."""
+    """One [[style]], without its files."""
 
     name: str
     strength: float = field(default=1.0, metadata=WEIGHT)
@@ -89,7 +89,7 @@ class StyleUsed:
 
 @dataclass(frozen=True)
 class PictureUsed:
-    """A picture that another was made from, as it was."""
+    """A picture that another was made from, as it was then."""
 
     image: str = field(metadata=PATH)
     sha256: str
@@ -97,14 +97,14 @@ class PictureUsed:
 
 @dataclass(frozen=True)
 class ReferenceUsed(PictureUsed):
-    """One of a style."""
+    """A style's reference."""
 
     weight: float = field(default=1.0, metadata=WEIGHT)
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Which part of an initial picture was made anew: a region, or a picture as it was."""
+    """Which part of an initial picture was repainted: a region, or a mask picture as it was then."""
 
     region: str | None = None
     image: str | None = field(default=None, metadata=PATH)
@@ -113,7 +113,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class LoraUsed:
-    """A style's LoRA, as it was."""
+    """A style's LoRA, as it was then."""
 
     file: str = field(metadata=PATH)
     sha256: str
@@ -121,7 +121,7 @@ class LoraUsed:
 
 @dataclass(frozen=True)
 class LedBy:
-    """The picture that this one is tied to, where cohesion is on."""
+    """The lead picture, if cohesion is on."""
 
     prompt: str
     seed: int = as_asked("seed")
@@ -130,7 +130,7 @@ class LedBy:
 
 @dataclass(frozen=True)
 class Record:
-    """A record as read back: checked, but not yet whether what it names is there."""
+    """A record read back and checked; whether the files it names exist is not checked yet."""
 
     shot: Shot
     model: models.Held
@@ -145,7 +145,7 @@ class Record:
 
 
 def request(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
-    """What is known of a picture before it is rendered; reference paths are relative to the project."""
+    """What is known about a picture before it is rendered; reference paths are relative to the project."""
     spec, led, begun = shot.spec, shot.spec.leader, shot.spec.init_image
     return {
         "prompt": {
@@ -166,14 +166,14 @@ def request(shot: Shot, root: Path, hash_of: HashOf = identity) -> dict[str, Any
 
 
 def mask_table(mask: Path | str, root: Path, hash_of: HashOf) -> dict[str, Any]:
-    """A mask as records hold it."""
+    """A mask as stored in records."""
     if isinstance(mask, str):
         return {"region": mask}
     return {"image": relative(mask, root), "sha256": hash_of(mask)}
 
 
 def style_table(style: Style, root: Path, hash_of: HashOf = identity) -> dict[str, Any]:
-    """A style as records hold it, with the hash of every file it is made of."""
+    """A style as stored in records, with the hash of every file it is made from."""
     table = {
         "name": style.name,
         "strength": style.strength,
@@ -191,14 +191,14 @@ def style_table(style: Style, root: Path, hash_of: HashOf = identity) -> dict[st
 
 
 def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
-    """The record of a finished picture: what was asked, and what the model made of it."""
+    """The record of a finished picture: what was requested, and what the model did."""
     made = dict(picture.record)
     used = {each["image"]: each["sha256"] for style in made.get("styles", ()) for each in style["references"]}
     used |= {lora["path"]: lora["sha256"] for lora in made.get("loras", ())}
     used |= {made[key]["image"]: made[key]["sha256"] for key in ("init_image", "mask") if "image" in made.get(key, ())}
 
     def hash_of(path: Path) -> str:
-        """Of a file as the picture was made with it: by now it may be another, or gone."""
+        """A file's hash when the picture was made: by now the file may have changed or be gone."""
         return used.get(str(path)) or identity(path)
 
     asked = request(shot, root, hash_of)
@@ -215,7 +215,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
         "mask": asked["mask"],
         "model": made["model"] | {"name": portable(made["model"]["name"], root)},
         "style": with_methods(asked.get("style"), made.get("styles", ())),
-        "lora": [  # how much of each adapter found its place in the network
+        "lora": [  # how much of each adapter matched the network
             {"file": relative(Path(lora["path"]), root), **{key: lora[key] for key in lora if key != "path"}}
             for lora in made.get("loras", ())
         ]
@@ -228,7 +228,7 @@ def compose(shot: Shot, picture: Picture, root: Path) -> dict[str, Any]:
 
 
 def with_methods(asked: list[dict[str, Any]] | None, made: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """The styles asked for, with the way in which their references in fact reached the network."""
+    """The requested styles, with the method by which the network in fact read their references."""
     used = {style["name"]: style["method"] for style in made}
     return asked and [
         style | {"method": style["method"] and used.get(style["name"], style["method"])} for style in asked
@@ -236,21 +236,21 @@ def with_methods(asked: list[dict[str, Any]] | None, made: Iterable[Mapping[str,
 
 
 def portable(name: str, root: Path) -> str:
-    """A model's name; a path within the project is relative to it, so that the project can move."""
+    """A model's name; a path within the project is made relative to it, so that the project can move."""
     return Path(name).relative_to(root).as_posix() if Path(name).is_relative_to(root) else name
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """sha256 over the RGB bytes, row by row: the picture itself, whatever file it lies in."""
+    """sha256 of the RGB bytes, row by row: of the picture itself, whatever its file format."""
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def read(path: Path) -> Toml:
-    """The record of a picture, out of the .toml beside it or out of the picture itself."""
+    """A picture's record, from the .toml beside it or from the picture itself."""
     if path.suffix == ".toml" and not path.is_dir():
         return Toml.read(path, path.name)
     if path.is_dir():
-        raise K2Error(f"{path} is a folder.", hint="Name a picture in it, or a record; `k2 log` lists all there are.")
+        raise K2Error(f"{path} is a folder.", hint="Name a picture in it, or a record; `k2 log` lists them.")
     if not path.is_file():
         raise K2Error(f"There is no {path}.", hint="Name a picture that k2 made, or its record.")
     try:
@@ -259,11 +259,11 @@ def read(path: Path) -> Toml:
                 raise ValueError
             text = image.info.get("k2") if image.format == "PNG" else formats.record_of(image.info)
             if text is None and image.format == "PNG" and not getattr(image, "is_animated", False):
-                image.load()  # texts may also stand behind the picture; of an animation that is every frame
+                image.load()  # texts may also follow the image data; in an animation that is every frame
                 text = image.info.get("k2")
     except Exception as error:  # Pillow raises anything over a broken file
         hint = picture_file.cut_off(error) or "Name a picture that k2 made, or its record."
-        raise K2Error(f"{path} is not a picture that can be read.", hint=hint) from None
+        raise K2Error(f"{path} is not a readable picture.", hint=hint) from None
     if text is not None and len(text) <= LIMIT:
         return Toml(text, path.name)
     if path.with_suffix(".toml").is_file():
@@ -271,29 +271,31 @@ def read(path: Path) -> Toml:
     if picture_file.is_sheet(path):
         raise K2Error(f"{path} is a contact sheet.", hint="Name one of the pictures that it shows.")
     raise K2Error(
-        f"{path} carries no record, and none stands beside it.",
-        hint="Made elsewhere? A new project may know its prompt: k2 new NAME --from PICTURE",
+        f"{path} has no record, inside or beside it.",
+        hint="Made with another tool? Reuse its prompt: k2 new NAME --from PICTURE",
     )
 
 
-Inside = Callable[[str], Path]  # a project's own file, absolute; refuses what lies outside
+Inside = Callable[[str], Path]  # makes a project's path absolute; refuses what lies outside
 
 
 def parse(toml: Toml, inside: Inside | None) -> Record:
-    """A record read back and checked. Without a project to look into there can be no references."""
+    """A record read back and checked. Without a project it cannot have references."""
     place, table = Place(toml), toml.table
     if isinstance(table.get("picture"), list):
         raise K2Error(
             f"{toml.label} is the plan of a run, not the record of a picture.",
-            hint="Name a picture of the run, or its record; k2 render --resume goes on with a run.",
+            hint="Name a picture of the run, or its record; k2 render --resume resumes a run.",
         )
     if "schema" not in table:
-        raise K2Error(f"{toml.label} is no record of a picture.", hint="Name a picture that k2 made, or its record.")
+        raise K2Error(
+            f"{toml.label} is not the record of a picture.", hint="Name a picture that k2 made, or its record."
+        )
     if table.get("schema") != SCHEMA or not isinstance(table.get("versions", {}), dict):
-        raise K2Error(f"{toml.label} is no record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
+        raise K2Error(f"{toml.label} is not a record that this version of k2 reads.", hint=f"It reads schema {SCHEMA}.")
     shot, references = shot_of(table, place, inside)
     spec = shot.spec
-    # before it could be said, it was guided to the end, and by Euler's
+    # before these settings existed, guidance ran to the end, and the sampler was Euler's
     until = (1.0 if spec.guidance_until is None else spec.guidance_until) if spec.guidance else None
     shot = replace(shot, spec=replace(spec, guidance_until=until, sampler=spec.sampler or "euler"))
     used, made = part(models.Held, table, "model", place), part(MadeWith, table, "settings", place)
@@ -306,23 +308,23 @@ def parse(toml: Toml, inside: Inside | None) -> Record:
 
 
 def locate(record: Record, inside: Inside | None) -> str:
-    """The record's model, found here. Refuses when a file of it, or a reference, is not what it was."""
+    """The record's model, found here. Raises K2Error if one of its files, or a reference, has changed."""
     name = models.resolve(record.model.name, inside, record.model.variant)
     verify({models.file_of(name, file): sha for file, sha in record.files.items()} | dict(record.references))
     return name
 
 
 def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tuple[Shot, dict[Path, str]]:
-    """What a record or a plan entry asks for, and the hashes of the references it needs."""
+    """The shot that a record or plan entry describes, and the hashes of the references it needs."""
     prompt, made = part(AskedPrompt, table, "prompt", place), part(MadeWith, table, "settings", place)
     hashes: dict[Path, str] = {}
 
     def own(file: str, sha: str) -> Path:
-        """A file of the project that the picture was made with."""
+        """A file in the project that the picture was made with."""
         if inside is None:
             raise K2Error(
-                f"{place.toml.label} was made with {file} of its project.",
-                hint="Say where that is: --project DIR",
+                f"{place.toml.label} needs {file} from its project.",
+                hint="Name the project: --project DIR",
             )
         path = inside(file)
         hashes[path] = sha
@@ -334,7 +336,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
     begun = part(PictureUsed, table, "init_image", place) if "init_image" in table else None
     mask = part(Masked, table, "mask", place) if "mask" in table else Masked()
     if "mask" in table and bool(mask.region) == bool(mask.image):
-        raise K2Error(f"{place('mask')}: expected a region, or an image.", hint="Is it a record that k2 wrote?")
+        raise K2Error(f"{place('mask')}: expected a region or an image.", hint="Is it a record that k2 wrote?")
     spec = RenderSpec(
         prompt=prompt.expanded,
         negative=prompt.avoid,
@@ -345,7 +347,7 @@ def shot_of(table: Mapping[str, Any], place: Place, inside: Inside | None) -> tu
         **{key: getattr(made, key) for key in SPEC_KEYS},
     )
     stem = f"{check_name(prompt.name, place())}-{spec.seed}"
-    kept = formats.format_of(str(table.get("file", ""))) or "png"  # as a plan names it
+    kept = formats.format_of(str(table.get("file", ""))) or "png"  # from the file name in a plan
     row = row_alone(prompt.row, prompt.text)
     return Shot(stem, prompt.name, prompt.text, spec, row, prompt.caption, prompt.creativity, kept), hashes
 
@@ -377,7 +379,7 @@ def part(cls: type[T], table: Mapping[str, Any], key: str, place: Place) -> T:
 
 
 def known_part(cls: type[T], table: Any, place: Place) -> T:
-    """A dataclass out of a table of which it knows some keys; the others are for people."""
+    """A dataclass from the keys it knows in a table; the other keys are for people."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     return read_table(cls, {name: value for name, value in table.items() if name in known}, place)
 
@@ -391,14 +393,14 @@ def tables_of(table: Mapping[str, Any], key: str, place: Place) -> list[dict[str
 
 
 def verify(hashes: Mapping[Path, str]) -> None:
-    """Refuse, naming the file, when something a picture was made from is gone or has changed."""
+    """Raises K2Error, naming the file, if something a picture was made from is gone or has changed."""
     for path, expected in hashes.items():
         if not path.is_file():
             raise K2Error(
-                f"{path} is gone, and the picture was made with it.", hint="Bring it back to make the picture again."
+                f"{path} is gone, and the picture was made with it.", hint="Restore it to reproduce the picture."
             )
-        if expected not in (identity(path), sha256(path)):  # records knew of no settings beside an adapter once
+        if expected not in (identity(path), sha256(path)):  # older records do not cover the settings beside an adapter
             raise K2Error(
-                f"{path} is not what it was when the picture was made.",
-                hint="Bring the old file back to make the picture again.",
+                f"{path} has changed since the picture was made.",
+                hint="Restore the old file to reproduce the picture.",
             )

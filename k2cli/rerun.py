@@ -1,4 +1,4 @@
-"""Making recorded pictures again, and how far they are from what they were."""
+"""Reproducing recorded pictures, and comparing them with the originals."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 
-JPEG_APART = 16  # levels, at most, between what two encoders leave of a picture; what is painted over is further off
-LOST = {  # what has become of a picture that there is nothing to compare of
+JPEG_APART = 16  # levels, at most, between two encoders' results for a picture; an edited one is further off
+LOST = {  # why there is no original to compare with
     "gone": "is gone",
     "barred": "may not be read",
-    "broken": "is no picture that can be read any more",
+    "broken": "is no longer a readable picture",
 }
 
 
 @dataclass(frozen=True)
 class Again:
-    """A picture made again, and what it was compared with."""
+    """A reproduced picture, and how it compares."""
 
     saved: Saved
-    levels_off: int | None  # of 255 at most, from what was recorded; None where that is not known
+    levels_off: int | None  # largest difference from the recorded pixels, of 255; None if unknown
     fate: str  # of the recorded picture since: "changed", one of LOST, or ""
-    checked: bool  # that picture is what was asked about; else what it was made from
-    other: Path | None = None  # the record beside it, where that asks for another picture than the one within
+    checked: bool  # the recorded picture itself is being checked, not only its record
+    other: Path | None = None  # the record beside it, if that differs from the one inside
 
     @property
     def identical(self) -> bool:
@@ -55,14 +55,14 @@ class Again:
 
 
 class Shelf(ExitStack):
-    """The runs that pictures made again lie in: one for each project, and another where a name comes twice."""
+    """The runs that reproduced pictures go to: one per project, and another if a name occurs twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.runs: list[Run] = []
 
     def room(self, home: Folder, name: str, stem: str) -> Run:
-        """A run of this project, newly claimed or of before, that has no such picture yet. Raises K2Error."""
+        """A run of this project, newly claimed or an earlier one here, without such a picture yet. Raises K2Error."""
         for run in self.runs:
             if run.folder.parent == home.outputs and not run.has(stem):
                 return run
@@ -70,13 +70,13 @@ class Shelf(ExitStack):
         return self.runs[-1]
 
 
-Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none are known in it
+Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none were found in it
 
 
 def pictures_in(files: Iterable[Path], lone: list[Path] | None = None) -> list[Named]:
-    """Pictures and records as they are named, and for a run's folder all its pictures, also those that nothing is known
-    of; its records whose pictures are gone are noted in `lone`, or are among them where there is no such list. What
-    keeps one from being looked into, or that it has none, is told in its turn."""
+    """Pictures and records as named; for a run's folder all its pictures, also those without a record. Records whose
+    pictures are gone go to `lone`, or into the result if that is None. If a folder is unreadable or empty, its error is
+    returned in its place."""
     found: list[Named] = []
     for file in files:
         try:
@@ -87,12 +87,12 @@ def pictures_in(files: Iterable[Path], lone: list[Path] | None = None) -> list[N
 
 
 def pictures_of(folder: Path, lone: list[Path] | None) -> list[Path]:
-    """Those of a run's folder. Raises K2Error where it has none, and OSError."""
+    """The pictures in a run's folder. Raises K2Error if it has none, and OSError."""
     unknown: list[Path] = []
     made = history.read_run(folder, skipped=unknown.append)
     alone = sorted(each for each in folder.glob("*.toml") if is_lone(each))
     if not (made or unknown or alone):
-        raise K2Error(f"There are no pictures of k2 in {folder}.", hint="Name a picture, a record, or a run.")
+        raise K2Error(f"There are no k2 pictures in {folder}.", hint="Name a picture, a record, or a run.")
     there = [*(each.path for each in made), *sorted(unknown)]
     if lone is None:
         return [*there, *alone]
@@ -103,13 +103,13 @@ def pictures_of(folder: Path, lone: list[Path] | None) -> list[Path]:
 
 
 def brought_back(lone: Sequence[Path]) -> str:
-    """How pictures that are gone are made again: not unasked, as somebody may have thrown them away."""
-    return f"A record that is named makes its picture again: k2 rerun {for_shell(lone[0])}"
+    """How to reproduce pictures that are gone: only on request, as somebody may have deleted them."""
+    return f"To reproduce one, name its record: k2 rerun {for_shell(lone[0])}"
 
 
 def is_lone(record: Path) -> bool:
-    """Whether a file is the record of a picture that is gone, be it broken, and not that of a run, of a picture that
-    was blocked, or something else: a project, a style, somebody's notes."""
+    """Whether a file is the record, perhaps a damaged one, of a picture that is gone; not a run's plan, a blocked
+    picture's record, or something else: a project, a style, somebody's notes."""
     if record.name == RUN or record.name.endswith(BLOCKED) or picture_of(record).is_file() or not record.is_file():
         return False
     if history.load(record) is not None:
@@ -131,19 +131,19 @@ def repeat(
     embed: bool,
     on_step: OnStep | None = None,
 ) -> Again:
-    """Make a picture again, and compare. Hashes are verified before. To `check` it alone nothing is written, and it is
-    where it was. Raises K2Error.
+    """Reproduce a picture, and compare. Hashes are verified first. With `check` nothing is written, and the result's
+    path is the original's. Raises K2Error.
     """
     inside = home.recorded if home else None
     toml = records.read(file)
     record, other = records.parse(toml, inside), other_beside(file, toml)
     if "seed" not in record.table["settings"]:
-        raise K2Error(f"The record of {file} has no seed.", hint="Without it the picture cannot be made again.")
+        raise K2Error(f"The record of {file} has no seed.", hint="Without it the picture cannot be reproduced.")
     model = records.locate(record, inside)
     if output is not None:
         check_output(output)
     elif home is None and not check:
-        raise K2Error(f"There is no project around {file} to write into.", hint="Say where to write: --output FILE.png")
+        raise K2Error(f"There is no project around {file} to write to.", hint="Name a file to write: --output FILE.png")
     kept = format_of((output or picture_of(file)).name) or "png"
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
     picture, again = make_again(pipeline, record, file, home, on_step)
@@ -157,7 +157,7 @@ def repeat(
         path = output
         try:
             write({output.with_suffix(".toml"): text, output: encoded}, new=True)
-        except Exists as error:  # only since it was asked
+        except Exists as error:  # created since the check above
             raise taken(error.path) from None
     else:
         assert home is not None
@@ -167,28 +167,28 @@ def repeat(
 
 
 def other_beside(file: Path, read: Toml) -> Path | None:
-    """The record beside a picture where it says otherwise than the one that was read of it; none where it is that."""
+    """The record beside a picture, if it differs from the one that was read; else None."""
     beside = file.with_suffix(".toml")
     table = None if beside == file else history.load(beside)
     return beside if table is not None and table != read.table else None
 
 
 def check_output(output: Path) -> None:
-    """Refuse a file that is no picture's, that is there already, or that has no folder."""
+    """Refuse a file whose name is not a picture's, that exists already, or that has no folder."""
     if format_of(output.name) is None:
-        raise K2Error(f"{output} is no name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
+        raise K2Error(f"{output} is not a name for a picture.", hint="Pictures are written as .png, .webp or .jpg.")
     for path in (output, output.with_suffix(".toml")):
         if path.exists():
             raise taken(path)
     if not output.parent.is_dir():
-        raise K2Error(f"There is no folder {output.parent}.", hint="Make it first, or choose another.")
+        raise K2Error(f"There is no folder {output.parent}.", hint="Create it first, or choose another.")
 
 
 def make_again(
     pipeline: Pipeline, record: records.Record, file: Path, home: Folder | None, on_step: OnStep | None
 ) -> tuple[Picture, dict[str, Any]]:
-    """A recorded picture and its new record: made by itself or, where only so it is the same, in the company that it
-    was made in, as numbers round as they did then."""
+    """A recorded picture reproduced, and its new record: rendered alone or, if only that gives the same pixels, in its
+    original batch, where numbers round as they did then."""
     if record.threads and str(pipeline.device) == "cpu":
         use_threads(record.threads)
     root = home.root if home else Path.cwd()
@@ -208,10 +208,10 @@ def make_again(
 
 
 def company(file: Path, home: Folder | None, stem: str) -> tuple[list[RenderSpec], int]:
-    """All that was to be made in a picture's run, and its place in it; nothing where its plan is not beside it."""
+    """The specs of a picture's whole run, and its index there; empty if the plan is not beside the picture."""
     folder = file.absolute().parent
     if home is not None and (folder / RUN).is_file():
-        with suppress(K2Error):  # a run that can no longer be gone on with
+        with suppress(K2Error):  # a run that can no longer be resumed
             shots = [shot for shot, _ in read_plan(home, Run(folder))[1]]
             place = next((index for index, shot in enumerate(shots) if shot.stem == stem), None)
             return ([shot.spec for shot in shots], place) if place is not None else ([], 0)
@@ -219,28 +219,28 @@ def company(file: Path, home: Folder | None, stem: str) -> tuple[list[RenderSpec
 
 
 def use_threads(count: int) -> None:
-    """Share work out on a CPU as it was when a picture was made: the last bits depend on it."""
+    """Use as many CPU threads as when a picture was made: the last bits depend on it."""
     import torch
 
     torch.set_num_threads(count)
 
 
 def taken(path: Path) -> K2Error:
-    return K2Error(f"{path} exists already.", hint="Choose another name: a record stands beside each picture.")
+    return K2Error(f"{path} exists already.", hint="Choose another name; each picture gets a record beside it.")
 
 
 def verdict(off: int | None) -> str:
-    """What it means for people that a picture is so many levels off at most."""
+    """What it means that a picture is at most so many levels off, as a sentence."""
     if off == 0:
         return "Identical, pixel for pixel."
-    by = "" if off is None else f", by {off} of 255 levels at most"
-    rounding = " That is rounding, as on another machine or in other company." if off == 1 else ""
+    by = "" if off is None else f", by at most {off} of 255 levels"
+    rounding = " That is rounding, as on another machine or in another batch." if off == 1 else ""
     return f"The pixels differ from the recorded ones{by}.{rounding}"
 
 
 def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool) -> None:
-    """A line of results of a picture made again, and for people what the comparison came to: if `quiet`, where they are
-    not identical, as errors are told; of `several` that they are is told once, by whoever has counted them."""
+    """Print a reproduced picture's line of results, and what the comparison found: if `quiet` only differences, as
+    errors. If there are `several`, the caller counts the identical ones and reports them once."""
     path, off = again.saved.path, again.levels_off
     gone, changed, unreadable = again.fate == "gone", again.fate == "changed", again.fate in ("barred", "broken")
     if as_json:
@@ -252,20 +252,19 @@ def tell(again: Again, file: Path, *, several: bool, as_json: bool, quiet: bool)
     if quiet and again.identical:
         return
     if again.other:
-        followed = f"{short_path(again.other)} says otherwise than the picture's own record, which was followed."
-        say(f"{followed} To follow it instead: k2 rerun {for_shell(again.other)}", "yellow")
+        followed = f"{short_path(again.other)} differs from the picture's own record, which was used."
+        say(f"{followed} To use it instead: k2 rerun {for_shell(again.other)}", "yellow")
     if off != 0 or (again.identical and not several):
         say(f"{short_path(file)}: {verdict(off)}" if several else verdict(off), "yellow" if off != 0 else "green")
     if unreadable or (gone and again.checked):
         say(f"{short_path(picture_of(file))} {LOST[again.fate]}: only its record was compared.", "yellow")
     if changed:
-        say(f"{short_path(picture_of(file))} was changed since it was made: its own pixels are others.", "yellow")
+        say(f"{short_path(picture_of(file))} was changed after it was made: its own pixels differ.", "yellow")
 
 
 def refuse(error: Exception, file: Path, refused: list[str], *, several: bool, as_json: bool) -> None:
-    """Why a picture is not made again: to whoever waits for an object a file, as one. People are told once of what is
-    the same for several: it joins those `refused` before. Raises the error where nothing else was asked, or where it
-    is a bug."""
+    """Report why a picture is not reproduced: with JSON also as an object, one per file. A message that is the same for
+    several is shown once and added to `refused`. Raises the error if it is the only file, or if it is a bug."""
     problem = as_problem(error)
     if problem is None:
         raise error
@@ -279,21 +278,21 @@ def refuse(error: Exception, file: Path, refused: list[str], *, several: bool, a
 
 
 def in_all(identical: int, refused: int, of: int) -> str:
-    """What it came to that several were to be made again."""
+    """The summary for several pictures."""
     if refused == of:
-        return f"None of {of} could be made again."
-    rest = f", and {refused} could not be made again" if refused else ""
+        return f"None of {of} could be reproduced."
+    rest = f", and {refused} could not be reproduced" if refused else ""
     return f"{identical} of {of} are identical, pixel for pixel{rest}."
 
 
 def compare(path: Path, record: records.Record, image: Image.Image, again: Mapping[str, Any]) -> tuple[int | None, str]:
-    """The largest difference between a picture made again and the recorded one, None where that is not there; and what
-    has become of it: "changed", one of LOST, or "". Of a JPEG, whose pixels are others than those recorded, nobody can
-    say that unless the same picture was made again, of which a JPEG leaves the same; another Pillow's, nearly.
+    """The largest difference between a reproduced picture and the recorded one, None if unknown; and what has become of
+    the recorded one: "changed", one of LOST, or "". A JPEG's pixels are never those recorded, so a change shows only if
+    the reproduction is identical: as a JPEG it gives the same pixels, or with another Pillow nearly the same.
 
     path   of the recorded picture
-    image  made again
-    again  its record
+    image  the reproduction
+    again  the reproduction's record
     """
     off = 0 if again["pixels"] == record.pixels else None
     if not path.is_file():
@@ -307,27 +306,27 @@ def compare(path: Path, record: records.Record, image: Image.Image, again: Mappi
     if records.pixel_hash(found) == record.pixels:
         return (apart(found, image) if found.size == image.size else off), ""  # else its record was changed
     if format_of(path.name) == "jpeg":
-        here = record.table.get("versions", {}).get("pillow") == version("pillow")  # and with it the encoder
+        here = record.table.get("versions", {}).get("pillow") == version("pillow")  # and so the same encoder
         left = as_jpeg(image)
         kept = off is None or (found.size == left.size and apart(found, left) <= (0 if here else JPEG_APART))
     else:
         kept = records.pixel_hash(found) == again["pixels"]
-    return off, "" if kept else "changed"  # if it was kept, it is its record that was
+    return off, "" if kept else "changed"  # if the picture is unchanged, its record was changed
 
 
 def apart(one: Image.Image, other: Image.Image) -> int:
-    """How many levels, of 255, two pictures of one size are apart where they are it most."""
-    counts = ImageChops.difference(one, other).histogram()  # 256 a channel
+    """The largest difference, in levels of 255, between two pictures of one size."""
+    counts = ImageChops.difference(one, other).histogram()  # 256 per channel
     return max(level % 256 for level, count in enumerate(counts) if count)
 
 
 def as_jpeg(image: Image.Image) -> Image.Image:
-    """What is left of a picture that is kept as a JPEG."""
+    """A picture after encoding as a JPEG."""
     return Image.open(io.BytesIO(encode(image, "jpeg")))
 
 
 def pixels_of(path: Path) -> Image.Image:
-    """A picture's pixels. Raises whatever Pillow does, and ValueError where there are too many."""
+    """A picture's pixels. Raises whatever Pillow does, and ValueError if there are too many."""
     with picture_file.opened(path) as found:
         if found.width * found.height > picture_file.MOST_DECODED:
             raise ValueError("it is too large")

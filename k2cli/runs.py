@@ -1,4 +1,4 @@
-"""Rendering a project: plan, claim a folder, render, save, and go on where an earlier run stopped."""
+"""Rendering a project: plan, claim a folder, render, save, and resume an earlier run."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ LONGEST_CALLED = 50  # characters
 class SheetForm:
     """How a run's contact sheet is laid out."""
 
-    columns: int | None = between(None, 1, 1000)  # of strips; as many as suit it where left out
+    columns: int | None = between(None, 1, 1000)  # of strips; default: as many as suit the sheet
     centred: bool = False  # the strips, as in a triangle
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one project: what to make, with which weights."""
+    """One run of one project: what to render, with which weights."""
 
     project: Project
     shots: Sequence[Shot]
     model: models.Held
-    run: Run | None = None  # its folder, once it is begun; an earlier one to go on with
-    called: str = ""  # the run's folder, where its prompts' names do not say it
+    run: Run | None = None  # its folder, once begun; or an earlier run to resume
+    called: str = ""  # the folder's title, if not from the prompts' names
     sheet: SheetForm = SheetForm()
     embed: bool = True  # metadata into the pictures
 
     @property
     def left(self) -> list[Shot]:
-        """The pictures still to make."""
+        """The pictures still to render."""
         return [shot for shot in self.shots if self.run is None or not self.run.has(shot.stem)]
 
     @property
@@ -74,37 +74,36 @@ class Job:
 class Saved:
     """A picture on disk, and its record."""
 
-    path: Path  # of a blocked picture's record, which then stands alone
+    path: Path  # if it was blocked, of its record, which is then alone
     record: Mapping[str, Any]
-    stem: str  # of the file as it was planned
+    stem: str  # of the file as planned
 
 
 def begin(job: Job) -> Job:
-    """The job with its run, a new one, claimed and planned, or that of before, locked by this process. Raises
+    """The job with its run: a new one, claimed and planned, or its earlier one; locked by this process. Raises
     K2Error."""
     if job.run:
         job.run.lock()
         return job
     planned = dump(plan(job))
     if len(planned) > MOST_PLAN:
-        raise K2Error("The run would be too large to be planned.", hint="Render the prompts in several runs: --only")
+        raise K2Error("The run is too large to plan.", hint="Render the prompts in several runs: --only")
     return replace(job, run=Run.claim(job.project.outputs, job.title, {RUN: planned}))
 
 
 def render(
     job: Job, counted: Sequence[Shot], *, on_step: OnStep | None = None, crew: Crew | None = None
 ) -> Iterator[Saved]:
-    """Make those pictures of a job that is begun that are still left of those counted then; each is on disk with its
-    record before it is yielded.
+    """Render a begun job's pictures that are still missing, out of those `counted`; each is on disk with its record
+    before it is yielded.
 
-    Ctrl-C while a picture is written waits until the caller has heard of it. Where a crew makes them, and not this
-    process, they come as they are finished. The run is unlocked in the end; if nothing came of it, it is the caller's
-    to discard.
+    Ctrl-C while a picture is being written takes effect once the caller has received it. A crew's pictures come as they
+    are finished. The run is unlocked in the end; if nothing came of it, the caller should discard it.
     """
     run = job.run
     assert run is not None
     try:
-        run.lock()  # which may have been left to others until its turn came
+        run.lock()  # it may have been unlocked until its turn came
         if left := [shot for shot in counted if not run.has(shot.stem)]:
             for shot, picture in make(job, left, on_step, crew):
                 record = records.compose(shot, picture, job.project.root)
@@ -113,13 +112,13 @@ def render(
         if len(job.shots) > 1:
             pages = enumerate(sheets(job, run))
             files = {run[SHEET if i == 0 else f"sheet.{i + 1}.png"]: png for i, png in pages}  # pictures are NAME-SEED
-            write(dict(reversed(files.items())))  # whoever finds the first finds them all
+            write(dict(reversed(files.items())))  # the first is written last, so if it exists, all do
     finally:
         run.unlock()
 
 
 def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, crew: Crew | None) -> Iterator[tuple[Shot, Picture]]:
-    """What is left of a job, as it is finished."""
+    """The remaining pictures of a job, as they are finished."""
     specs = [shot.spec for shot in job.shots]
     stems = {shot.stem for shot in left}
     wanted = {index for index, shot in enumerate(job.shots) if shot.stem in stems}
@@ -132,12 +131,12 @@ def make(job: Job, left: Sequence[Shot], on_step: OnStep | None, crew: Crew | No
         for index, picture in spread(crew, job.model, wanted):
             yield job.shots[index], picture
     except BaseException:
-        crew.close()  # its hands have work for a run that comes to no end
+        crew.close()  # its workers still hold work for a run that will not finish
         raise
 
 
 def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, embed: bool) -> Path:
-    """A picture and its record, or the record alone where an output filter blocked it."""
+    """Save a picture and its record, or only the record if an output filter blocked it."""
     if record["blocked"]:
         return run.block(shot.stem, dump(record))
     file = embedded.encode(picture.image, record, embed=embed, format=shot.format)
@@ -145,9 +144,9 @@ def save(run: Run, shot: Shot, picture: Picture, record: Mapping[str, Any], *, e
 
 
 def sheets(job: Job, run: Run) -> Iterator[bytes]:
-    """The contact sheets of a finished run, of all pictures that no filter blocked. Raises K2Error.
+    """The contact sheets of a finished run, with all pictures that no filter blocked. Raises K2Error.
 
-    Of a resumed run they may be anyone's: they are checked as references are.
+    In a resumed run the pictures may come from anywhere, so they are checked like references.
     """
     shots = [shot for shot in job.shots if run.picture(shot.stem).is_file()]
     if not shots:
@@ -160,7 +159,7 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
     for shot in shots:
         name, label = prompt_of(shot.name, shot.caption), shot.given
         if shot.row:
-            label = f"{shot.row} · {label}"  # in front, as a long label is cut at its end
+            label = f"{shot.row} · {label}"  # first, as a long label is cut at its end
         if prompts[shot.given] > 1:
             label = f"{name}: {label}"
         entries.append(Entry(run.picture(shot.stem), label, shot.caption or f"seed {shot.spec.seed}", name))
@@ -169,10 +168,10 @@ def sheets(job: Job, run: Run) -> Iterator[bytes]:
 
 
 def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
-    """A line on what a run's pictures have in common, by the record of the first. Raises K2Error."""
+    """A line on what a run's pictures have in common, from the record of the first. Raises K2Error."""
     file = run[f"{shots[0].stem}.toml"]
     toml = Toml.read(file, shots[0].stem)
-    record = records.parse(toml, project.root.joinpath)  # of files anywhere, which are not opened
+    record = records.parse(toml, project.root.joinpath)  # files may be anywhere, as none is opened
     made, made_on = record.shot.spec, Made(file, toml.table).local
     steps, guidance = course(vars(made))
     weights = [{style.name: style.strength for style in shot.spec.styles} for shot in shots]
@@ -185,7 +184,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
         f"{Path(record.model.name).stem} {record.model.variant or ''}".strip(),
         *([steps] if alike("steps", "sampler") else []),
         *([guidance] if alike("guidance", "guidance_until") else []),
-        *([f"begun with {made.init_image.name}"] if made.init_image and alike("init_image") else []),
+        *([f"from {made.init_image.name}"] if made.init_image and alike("init_image") else []),
         *([f"mask {Path(made.mask).name}"] if made.mask and alike("mask") else []),  # its file, or its region
         *([f"denoise {made.denoise:g}"] if made.denoise and alike("denoise") else []),
         *([f"cohesion {made.cohesion:g}"] if made.cohesion and alike("cohesion") else []),
@@ -197,7 +196,7 @@ def in_common(project: Project, run: Run, shots: Sequence[Shot]) -> str:
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """run.toml: all that a run is going to be, so that it can be finished by another process."""
+    """run.toml: everything a run will be, so that another process can finish it."""
     return {
         "schema": records.SCHEMA,
         "started": datetime.now(UTC).replace(microsecond=0),
@@ -210,15 +209,15 @@ def plan(job: Job) -> dict[str, Any]:
 
 
 def resume(project: Project, number: int | None = None) -> Job:
-    """The last run of a project, or that of a number, as it was planned.
+    """A project's last run, or the one with this number, as planned.
 
-    Raises K2Error where there is none, and where weights or references are not what they were.
+    Raises K2Error if there is none, or if weights or references have changed.
     """
     run = Run.last(project.outputs, number)
     if run is None:
         which = "run" if number is None else f"run {number:04d}"
-        hint = "Start one with: k2 render" if number is None else "Which there are: k2 log"
-        raise K2Error(f"{project.root.name} has no {which} to go on with.", hint=hint)
+        hint = "Start one with: k2 render" if number is None else "To list the runs: k2 log"
+        raise K2Error(f"{project.root.name} has no {which} to resume.", hint=hint)
     toml, planned = read_plan(project, run)
     held = weights_of(toml, project)
     sheet = read_table(SheetForm, toml.table.get("sheet", {}), Place(toml).below("sheet"))
@@ -230,15 +229,15 @@ def resume(project: Project, number: int | None = None) -> Job:
 
 
 def weights_of(toml: Toml, project: Project) -> models.Held:
-    """The weights that a plan names, as far as it does. Raises K2Error where they are not here."""
+    """The weights that a plan names, as far as it does. Raises K2Error if they are not here."""
     used = records.part(models.Held, toml.table, "model", Place(toml))
     return replace(used, name=models.resolve(used.name, project.recorded, used.variant))
 
 
 def as_begun(project: Project, run: Run, shots: Sequence[Shot], planned: models.Held) -> models.Held:
-    """The weights of a run as its first picture was made with them: what the plan left to choose is chosen as it was.
+    """A run's weights, held as for its first picture: what the plan left open is decided the same way again.
 
-    Raises K2Error where they, or the picture's references, are not what they were.
+    Raises K2Error if they, or the picture's references, have changed.
     """
     for shot in shots:
         if run.has(shot.stem) and project.inside(run[f"{shot.stem}.toml"]).is_file():
@@ -255,7 +254,7 @@ def read_plan(project: Folder, run: Run) -> tuple[Toml, list[tuple[Shot, dict[Pa
     toml = Toml.read(run[RUN], f"{run.folder.name}/{RUN}", limit=MOST_PLAN, parse=parse_long)
     if toml.table.get("schema") != records.SCHEMA or not isinstance(toml.table.get("picture"), list):
         raise K2Error(
-            f"{toml.label} is not a plan that this version of k2 can read.", hint="Start anew with: k2 render"
+            f"{toml.label} is not a plan that this version of k2 can read.", hint="Start a new run with: k2 render"
         )
     entries = enumerate(toml.table["picture"])
     return toml, [records.shot_of(entry, Place(toml).below("picture", i), project.recorded) for i, entry in entries]

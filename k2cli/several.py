@@ -1,4 +1,4 @@
-"""Several projects in one command: what is wrong with one is said of it, and keeps none of the others."""
+"""Several projects in one command: an error in one is reported for it, and does not stop the others."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from model.errors import USAGE, K2Error, count_of
 One = TypeVar("One", bound=Folder | Job)
 Gained = TypeVar("Gained")
 
-LOCKED = 100  # runs that wait for their turn and are kept from others: each takes an open file, and systems allow few
-ENDS_ALL = (DiskFull, Unreachable, Unwritable)  # what any other job would meet, too
-AGAIN = ", and try again."  # how a hint ends where it is known how to go on
+LOCKED = 100  # runs kept locked until their turn: each needs an open file, and systems allow few
+ENDS_ALL = (DiskFull, Unreachable, Unwritable)  # errors that any other job would meet, too
+AGAIN = ", and try again."  # how a hint ends that says what to fix before resuming
 
 
 class Several(K2Error):
-    """An error after others that are told already, for whoever is to be told of all of them at once."""
+    """An error after others that have been shown, carried along for whoever needs all of them at once."""
 
     def __init__(self, message: str, told: Sequence[K2Error], *, hint: str = "", code: int = 1):
         super().__init__(message, hint=hint, code=code)
         self.told = told
 
 
-# ---- what is known before anything is made -----------------------------------------------------------------------
+# ---- what is known before anything is rendered -------------------------------------------------------------------
 
 
 def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gained], list[K2Error]]:
-    """What comes of projects, or of their jobs, and what is wrong with the others of them."""
+    """The results for projects, or their jobs, and the errors of those that failed."""
     gained: list[Gained] = []
     wrong: list[tuple[Folder, K2Error]] = []
     for each in asked:
@@ -51,7 +51,7 @@ def tried(asked: Sequence[One], do: Callable[[One], Gained]) -> tuple[list[Gaine
     errors = [error for _, error in wrong]
     same = {(str(error), error.hint, error.code) for error in errors}
     of_all = len(errors) == len(asked) and len(same) == 1 and errors[0].code == USAGE
-    if len(asked) > 1 and not of_all:  # else it is the command line that is wrong
+    if len(asked) > 1 and not of_all:  # else the command line itself is wrong
         errors = [said_of(home, error, list(map(home_of, asked))) for home, error in wrong]
     return gained, errors
 
@@ -61,14 +61,14 @@ def home_of(each: Folder | Job) -> Folder:
 
 
 def for_all(asked: Sequence[One], do: Callable[[One], Gained]) -> list[Gained]:
-    """What comes of each. Raises K2Error where anything is wrong with any, once all of that is told."""
+    """The result for each. Raises K2Error if any failed, once all errors are shown."""
     gained, wrong = tried(asked, do)
     refuse(wrong)
     return gained
 
 
 def refuse(wrong: Sequence[K2Error]) -> None:
-    """Raise the last of these errors, if there are any; the others are told first. The same is told once."""
+    """Raise the last of these errors, if any, after showing the others. Equal errors are shown once."""
     if not wrong:
         return
     *told, last = {(str(error), error.hint): error for error in wrong}.values()
@@ -78,12 +78,15 @@ def refuse(wrong: Sequence[K2Error]) -> None:
 
 
 def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
-    """The error with its project in front, where it does not name that as none of the others is called."""
+    """The error with its project in front, unless it already names the project unambiguously."""
     root, said = home.root, str(error)
-    named = [re.escape(f"{short_path(root)}/"), rf"{re.escape(str(root))}(?![\w.-])"]  # nor is /s-models one called s
+    named = [
+        re.escape(f"{short_path(root)}/"),
+        rf"{re.escape(str(root))}(?![\w.-])",
+    ]  # but /s-models does not name one called s
     if [each.root.name for each in among].count(root.name) == 1:
         named.append(re.escape(f"{root.name} has "))
-    if re.search(rf"(?<![\w./-])(?:{'|'.join(named)})", said):  # refs/a.png is not of a project called s
+    if re.search(rf"(?<![\w./-])(?:{'|'.join(named)})", said):  # but refs/a.png does not name one called s
         return error
     return K2Error(f"{among_others(root)}: {said}", hint=error.hint, code=error.code)
 
@@ -92,18 +95,18 @@ def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
 
 
 class Turns:
-    """Jobs that are rendered one after the other, their runs begun before the first is rendered: whatever ends them,
-    each can be gone on with."""
+    """Jobs rendered one after another. All runs are begun before the first is rendered, so that each can be resumed
+    whatever ends them."""
 
     def __init__(self, jobs: Sequence[Job], *, quiet: bool):
         self.asked, self.quiet = jobs, quiet
         self.begun: list[Job] = []
         self.failed: list[tuple[Job, K2Error]] = []
-        self.now: Job | None = None  # which of those begun has its turn
+        self.now: Job | None = None  # the begun job whose turn it is
 
     def begin(self) -> list[Job]:
-        """The jobs that have something left to make and come to have a run. Raises K2Error."""
-        with undisturbed():  # who ends it meanwhile finds all of them planned
+        """Begin the runs of all jobs with something left to render. Raises K2Error."""
+        with undisturbed():  # an interrupt takes effect once all are planned
             for job in self.asked:
                 if not job.left and not job.lacks_sheet:
                     if not self.quiet:
@@ -118,14 +121,14 @@ class Turns:
 
     @contextmanager
     def turn(self, job: Job) -> Iterator[None]:
-        """The turn of a job that is begun. Raises K2Error where it is alone, or all would meet the same."""
+        """The turn of a begun job. Raises K2Error if it is the only one, or if all would meet the same error."""
         self.now = job
         with self.bearing(job):
             yield
 
     @contextmanager
     def bearing(self, job: Job) -> Iterator[None]:
-        """What goes wrong with a job among others is told, and goes no further."""
+        """Report an error in one of several jobs, and let the others continue."""
         try:
             yield
         except ENDS_ALL:
@@ -141,9 +144,9 @@ class Turns:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """All turns. Where they are cut short, a word on how to go on; else on what failed. Raises K2Error.
+        """All turns. If they are cut short, say how to resume; else what failed. Raises K2Error.
 
-        By Ctrl-C every run stays. By an error, too, once there is a picture in any; else all are discarded.
+        After Ctrl-C every run stays; after an error only if any has a picture, else all are discarded.
         """
         interrupted = False
         try:
@@ -152,19 +155,19 @@ class Turns:
         except (KeyboardInterrupt, BrokenPipeError) as reason:
             interrupted = isinstance(reason, KeyboardInterrupt)
             if interrupted or not self.quiet:
-                self.tell_end("Interrupted" if interrupted else "Nobody reads on")
+                self.tell_end("Interrupted" if interrupted else "The pipe was closed")
             raise
-        except Exception as error:  # of the only job, or what all would meet
+        except Exception as error:  # of the only job, or one that all would meet
             problem = as_problem(error)
             left = self.left if self.came_to_something else []
             if problem is None or not left:
                 raise
-            if isinstance(error, ENDS_ALL) or problem.hint.endswith(AGAIN):  # then nothing but that is to be mended
+            if isinstance(error, ENDS_ALL) or problem.hint.endswith(AGAIN):  # then nothing else needs fixing
                 first = problem.hint.removesuffix(AGAIN).removesuffix(".")
-                problem.hint = f"{first}, then go on with: {go_on(left)}"
+                problem.hint = f"{first}, then resume with: {go_on(left)}"
             else:
-                what = "; what" if problem.hint and problem.hint[-1] not in ".?!" else " What"
-                problem.hint = f"{problem.hint}{what} is left, as it was planned: {go_on(left)}".lstrip()
+                what = "; finish" if problem.hint and problem.hint[-1] not in ".?!" else " Finish"
+                problem.hint = f"{problem.hint}{what} the rest as planned: {go_on(left)}".lstrip()
             raise problem from None
         finally:
             stay = interrupted or self.came_to_something
@@ -176,39 +179,39 @@ class Turns:
             names = ", ".join(among_others(job.project.root) for job, _ in self.failed)
             which = f"{len(self.failed)} of {count_of(len(self.asked), 'project')}"
             others = "; the others are done" if len(self.failed) < len(self.asked) else ""
-            more = f" Go on with: {go_on(self.left)}" if self.left else ""
+            more = f" Resume with: {go_on(self.left)}" if self.left else ""
             told = [error for _, error in self.failed]
-            raise Several(f"{which} came to an error: {names}.", told, hint=f"It is told above{others}.{more}")
+            raise Several(f"{which} failed: {names}.", told, hint=f"The errors are above{others}.{more}")
 
     @property
     def came_to_something(self) -> bool:
-        """Whether a picture is there, of this command or of a run that it goes on with."""
+        """Whether any picture exists, from this command or from a run that it resumes."""
         return any(job.run and (job.run.has_any or not job.run.made) for job in self.begun)
 
     @property
     def left(self) -> list[Job]:
-        """The jobs that can be gone on with."""
+        """The jobs that can be resumed."""
         there = (job for job in self.begun if job.run and job.run.planned)
         return [job for job in there if job.left or job.lacks_sheet]
 
     def tell_end(self, why: str) -> None:
-        """How far the job in hand has come, and the command that goes on with all that are left."""
+        """Print how far the current job has come, and the command that resumes all that are left."""
         job = self.now or next(iter(self.begun), None)
         if job is None or job.run is None:
             return
         there = f"{len(job.shots) - len(job.left)} of {len(job.shots)} pictures are in {short_path(job.run.folder)}"
         left = self.left
-        last_words(f"{why}: {there}.{f' Go on with: {go_on(left)}' if left else ''}")
+        last_words(f"{why}: {there}.{f' Resume with: {go_on(left)}' if left else ''}")
 
 
 def say_finished(job: Job) -> None:
-    """That nothing is left of a run."""
-    say(f"{short_path(job.run.folder) if job.run else job.project.root.name}: every picture of the run is there.")
+    """Print that a run has nothing left to render."""
+    say(f"{short_path(job.run.folder) if job.run else job.project.root.name}: the run is complete.")
 
 
 def go_on(jobs: Sequence[Job]) -> str:
-    """What finishes these runs, as short as it can be typed here: a command for all that are their project's last, and
-    one for each other."""
+    """The shortest commands that finish these runs: one for all that are their project's last, and one for each of the
+    others."""
     last, commands = [], []
     for job in jobs:
         assert job.run is not None
@@ -221,7 +224,7 @@ def go_on(jobs: Sequence[Job]) -> str:
 
 
 def resuming(jobs: Sequence[Job], number: int | None = None) -> str:
-    """The command for the last run of each, or for that of a number."""
+    """The command for the last run of each job's project, or for the run with this number."""
     here, roots = root_above(Path.cwd()), [job.project.root for job in jobs]
     words = ["k2 render --resume"]
     words += [] if number is None else [f"--run {number}"]
@@ -234,7 +237,7 @@ def resuming(jobs: Sequence[Job], number: int | None = None) -> str:
 
 
 def reaches_out(job: Job) -> bool:
-    """Whether a run is of files outside of its project."""
+    """Whether a run uses files outside its project."""
     root, specs = job.project.root.resolve(), [shot.spec for shot in job.shots]
     begun = (path for spec in specs for path in (spec.init_image, spec.mask))
     files = [Path(job.model.name), *(path for path in begun if isinstance(path, Path))]

@@ -1,4 +1,4 @@
-"""Contact sheets: a run at a glance, one labelled strip of pictures per prompt."""
+"""Contact sheets: a run at a glance, with one labelled strip of pictures per prompt."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from model.picture_file import SHEET_KEY
 
 PAPER, INK, FAINT, EDGE = "#faf8f4", "#262422", "#6c665f", "#e4dfd7"
 MARGIN, GAP, BETWEEN = 40, 12, 32  # px: around the sheet, between pictures of a strip, between strips
-TITLE, LABEL, CAPTION = 26, 16, 13  # px of type
-CELL = range(192, 321)  # px that the longer side of a picture is shown at
-ACROSS = 8  # pictures in a row of a strip; where strips are compared, a row each, they are as long as they are
-PER_SHEET = 48  # pictures; longer runs get several sheets, so that what a run holds does not grow with its length
-PER_GRID = 120  # where the columns are told: a sweep is one sheet
-MOST_CELLS = 1000  # of a sheet, blank ones included; at 320 pixels they are a third of a gigabyte
+TITLE, LABEL, CAPTION = 26, 16, 13  # px, type sizes
+CELL = range(192, 321)  # px, the longer side of a picture as shown
+ACROSS = 8  # pictures in a row of a strip; strips to be compared get one row each, whatever their length
+PER_SHEET = 48  # pictures; longer runs get several sheets, so that memory does not grow with their length
+PER_GRID = 120  # pictures, if the columns are given: a sweep is one sheet
+MOST_CELLS = 1000  # on a sheet, blank ones included; at 320 pixels they are a third of a gigabyte
 WIDER = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "segoeui.ttf"),
     *("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf"),  # Chinese, Japanese, Korean
     *("Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "msyh.ttc", "YuGothM.ttc", "malgun.ttf"),
 )
-NO_SIGN = "\U0010ffff"  # for which no typeface has one but that of what it lacks
+NO_SIGN = "\U0010ffff"  # for which every typeface shows its shape for missing characters
 SIGNS = str.maketrans(
     {"–": "-", "—": "-", "−": "-", "×": "x", "ß": "ss", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "œ": "oe", "æ": "ae"}
 )
 
-KNOWN = str.maketrans("", "", "·…‘’“”")  # what the plain typeface has beside ASCII
+KNOWN = str.maketrans("", "", "·…‘’“”")  # what the plain typeface has besides ASCII
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One picture on a sheet; neighbours of the same prompt and label share a strip."""
+    """One picture on a sheet; neighbours with the same prompt and label share a strip."""
 
     path: Path
     label: str
@@ -57,7 +57,7 @@ class Entry:
 def contact_sheets(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Iterator[bytes]:
-    """PNGs of all entries in their order, at most PER_SHEET pictures on each, or PER_GRID in told columns."""
+    """PNGs of all entries in order, at most PER_SHEET pictures on each, or PER_GRID if `columns` is given."""
     parts = list(parts_of(entries, columns))
     for number, part in enumerate(parts, 1):
         which = f"sheet {number} of {len(parts)} · " if len(parts) > 1 else ""
@@ -69,7 +69,7 @@ def contact_sheets(
 
 
 def parts_of(entries: Sequence[Entry], columns: int | None) -> Iterator[Sequence[Entry]]:
-    """What stands on each sheet: fewer where one long strip would leave most of a large sheet blank."""
+    """The entries of each sheet: fewer if one long strip would leave most of a large sheet blank."""
     most, start = PER_GRID if columns else PER_SHEET, 0
     while start < len(entries):
         part = entries[start : start + most]
@@ -80,14 +80,14 @@ def parts_of(entries: Sequence[Entry], columns: int | None) -> Iterator[Sequence
 
 
 def cells_of(entries: Sequence[Entry], columns: int | None) -> int:
-    """How many pictures a sheet of these has room for, blank places included."""
+    """The number of cells of a sheet with these entries, blank ones included."""
     strips = [len(list(strip)) for _, strip in groupby(entries, key=lambda entry: entry.strip)]
     across = min(columns or 1, len(strips))
     return math.prod(shape_of(max(strips), len(strips), columns)) * across * math.ceil(len(strips) / across)
 
 
 def shape_of(longest: int, strips: int, columns: int | None) -> tuple[int, int]:
-    """How many pictures of a strip stand side by side, and how many such rows the longest strip has."""
+    """How many pictures of a strip are side by side, and how many such rows the longest strip has."""
     rows = math.ceil(longest / ACROSS) if columns is None or strips == 1 else 1
     return math.ceil(longest / rows), rows
 
@@ -95,7 +95,7 @@ def shape_of(longest: int, strips: int, columns: int | None) -> tuple[int, int]:
 def contact_sheet(
     entries: Sequence[Entry], title: str, subtitle: str, *, columns: int | None = None, centred: bool = False
 ) -> Image.Image:
-    """One sheet; the strips stand in as many columns as told, or as look best: a landscape page, few empty places."""
+    """One sheet, its strips in `columns` columns, or in as many as look best: a landscape page, few empty places."""
     strips = [list(strip) for _, strip in groupby(entries, key=lambda entry: entry.strip)]
     with Image.open(entries[0].path) as first:
         scale = scale_to_cell(max(first.size))
@@ -108,7 +108,7 @@ def contact_sheet(
     label_height = lines * (LABEL + 5) + 8
 
     def rows_in(columns: int) -> list[tuple[list[list[Entry]], int]]:
-        """The strips that stand side by side, and how high the tallest picture in them is, with its caption."""
+        """The strips side by side in each row, and the height of the tallest picture in them, with its caption."""
         rows = [strips[start : start + columns] for start in range(0, len(strips), columns)]
         return [(row, max(sizes[entry][1] for strip in row for entry in strip) + CAPTION + 12) for row in rows]
 
@@ -129,7 +129,7 @@ def contact_sheet(
         )
 
     def ugliness(columns: int) -> float:
-        """How far it is from a landscape page, and the share of places that stay empty at its end."""
+        """Its deviation from a landscape page, plus the share of places left empty at its end."""
         (width, height), places = extent(columns), math.ceil(len(strips) / columns) * columns
         return abs(math.log(width / height / 1.4)) + 1.5 * (places - len(strips)) / places
 
@@ -157,7 +157,7 @@ def contact_sheet(
 
 
 def show(sheet: Image.Image, at: tuple[int, int], entry: Entry, size: tuple[int, int], width: int) -> None:
-    """A picture in its frame, and its caption below it, or longer, in as much room as told."""
+    """Draw a picture in its frame, with its caption below; a longer caption may extend to `width`."""
     (x, y), (shown, height), draw = at, size, ImageDraw.Draw(sheet)
     with Image.open(entry.path) as image:
         sheet.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), at)
@@ -166,7 +166,7 @@ def show(sheet: Image.Image, at: tuple[int, int], entry: Entry, size: tuple[int,
 
 
 def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, ink: str, own: int, width: int) -> None:
-    """A line of text over what is its own, or longer, cut where it is wider than there is room."""
+    """Draw a line of text as wide as its own item, or wider up to `width`, where it is cut."""
     text, face = typeset(said, size)
     line = fit(text, face, width)
     room = max(own, face.getlength(line))
@@ -174,7 +174,7 @@ def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, size: int, 
 
 
 def in_lines(facts: str, width: float) -> list[str]:
-    """A sheet's facts in as many lines as they take, none of them broken."""
+    """A sheet's facts in as many lines as they need, without breaking a fact."""
     lines = [""]
     for fact in facts.split(" · "):
         longer = " · ".join(filter(None, [lines[-1], fact]))
@@ -187,8 +187,8 @@ def in_lines(facts: str, width: float) -> list[str]:
 
 
 def write_label(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, own: int, width: int, lines: int) -> None:
-    """What a strip is of, at the foot of the lines that it may take: over its own pictures, or longer, over the width
-    that the longest strip has."""
+    """Draw a strip's label at the bottom of its lines: as wide as its own pictures, or wider up to the longest strip's
+    width."""
     text, face = typeset(said, LABEL)
     found = wrap(text, face, width, lines)
     room = max(own, *(face.getlength(line) for line in found))
@@ -197,15 +197,15 @@ def write_label(draw: ImageDraw.ImageDraw, at: tuple[int, int], said: str, own: 
 
 
 def start(line: str, face: Font, left: float, width: float, text: str) -> float:
-    """Where a line of a text begins in its room, from the left: at its end where the text is read from the right, which
-    the first letter that has a direction says (Unicode's bidirectional algorithm, P2)."""
+    """The x at which to draw a line of text: aligned right if the text reads from right to left, which its first letter
+    with a direction decides (Unicode's bidirectional algorithm, P2)."""
     ways = (unicodedata.bidirectional(sign) for sign in text)
     strong = next((way for way in ways if way in ("L", "R", "AL")), "L")
     return left if strong == "L" else left + width - face.getlength(line)
 
 
 def scale_to_cell(side: int) -> float:
-    """Small pictures grow by a whole factor, large ones shrink to the largest cell."""
+    """The scale for a picture: a whole factor for small ones, the largest cell for large ones."""
     return max(1, CELL[-1] // side) if side <= CELL[-1] else CELL[-1] / side
 
 
@@ -218,26 +218,26 @@ def shown_size(path: Path, scale: float) -> tuple[int, int]:
 
 @cache
 def font(size: int) -> Font:
-    """The typeface that comes with Pillow, the same on every machine; it knows little but ASCII."""
+    """The typeface that comes with Pillow, the same on every machine; it has little but ASCII."""
     return ImageFont.load_default(size)
 
 
 @cache
 def wider_font(name: str, size: int) -> Font | None:
-    """A typeface of the system's for other writing, if it is there."""
+    """A system typeface for other scripts, if installed."""
     with suppress(OSError):
         return ImageFont.truetype(name, size)
     return None
 
 
 def known_to(face: Font, text: str) -> int:
-    """For how many different signs of a text a typeface has a shape."""
+    """How many different characters of a text a typeface has a shape for."""
     lacking = bytes(face.getmask(NO_SIGN))
     return sum(bytes(face.getmask(sign)) != lacking for sign in set(text))
 
 
 def typeset(text: str, size: int) -> tuple[str, Font]:
-    """The text and the typeface that can show most of it; accents and signs fall away where there is none."""
+    """The text and the typeface that shows most of it; without one, the text is reduced to ASCII."""
     if text.translate(KNOWN).isascii():
         return text, font(size)
     if faces := [face for name in WIDER if (face := wider_font(name, size))]:
@@ -247,8 +247,8 @@ def typeset(text: str, size: int) -> tuple[str, Font]:
 
 
 def fit(text: str, face: Font, width: float, *, tail: float = 0) -> str:
-    """The text, cut with an ellipsis where it is wider than there is room: at its end, or before so great a share of
-    what is left."""
+    """The text, cut with an ellipsis if it is wider than `width`: at its end, or leaving the share `tail` of what
+    remains after the cut."""
     if face.getlength(text) <= width:
         return text
 
@@ -260,8 +260,8 @@ def fit(text: str, face: Font, width: float, *, tail: float = 0) -> str:
 
 
 def wrap(text: str, face: Font, width: float, lines: int) -> list[str]:
-    """The text in at most so many lines, set at the foot of their space; the last one is cut where it must be, before
-    its end, which is what readings of one prompt differ in."""
+    """The text in at most so many lines, aligned at the bottom; the last one is cut if necessary, but keeps its end, in
+    which readings of one prompt differ."""
     words, found = text.split(), [""]
     for index, word in enumerate(words):
         longer = f"{found[-1]} {word}".strip()

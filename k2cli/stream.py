@@ -1,4 +1,4 @@
-"""`k2 render --stream`: prompts rendered as they come, for a program at the other end of the pipe."""
+"""`k2 render --stream`: prompts rendered as they arrive, for a program at the other end of the pipe."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from k2cli.several import Several
 from k2cli.tables import Place, Toml, check_keys, check_numbers, check_value, describe
 from model.errors import K2Error
 
-OBJECT = re.compile(r'\{\s*"')  # how a line begins that is JSON, and no prompt with choices
-OTHERWISE = re.compile(  # and how one looks that means objects, but is none of JSON alone on its line
-    r"""[][{},\s]+$|\[\s*\{\s*["}]"""  # a list, or what is spread over lines
-    r"""|"[^"|]*"\s*:\s*(?:".*"|-?\d[\d.e+-]*|[\[{]|true|false|null)[]},\s]*$"""  # a line of that, spelt as it may be
-    r"""|\[?\s*\{\s*'[^'|]*'\s*:"""  # Python's; as a choice, {a: b|c: d} is a prompt's
+OBJECT = re.compile(r'\{\s*"')  # start of a line that is JSON, not a prompt with choices
+OTHERWISE = re.compile(  # a line that means objects, but is not one JSON object on its own line
+    r"""[][{},\s]+$|\[\s*\{\s*["}]"""  # a list, or an object spread over lines
+    r"""|"[^"|]*"\s*:\s*(?:".*"|-?\d[\d.e+-]*|[\[{]|true|false|null)[]},\s]*$"""  # a line of such an object
+    r"""|\[?\s*\{\s*'[^'|]*'\s*:"""  # Python's; but {a: b|c: d} is a prompt's choice
     r"""|\[?\s*\{\s*\w+\s*:(?:\s*(?:"[^"]*"|'[^']*')\s*[,}]|[^|]*\}\s*\]?,?$)"""  # JavaScript's
 )
-PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # how a line of what is spread begins
+PIECE = re.compile(r"""["'][^"'|]*["']\s*:""")  # start of a line of an object spread over lines
 LIKE = '{"prompt": "a red fox", "seed": 4}'
-KEYS = {"prompt": "text", "styles": "style"}  # what a line calls them, where it is not as [[prompt]] does
-OF_ALL = "It is the same for all lines: {} on the command line."
-ELSEWHERE = {  # hints for keys that are no line's
+KEYS = {"prompt": "text", "styles": "style"}  # a line's names for keys that differ from [[prompt]]'s
+OF_ALL = "It applies to all lines: set {} on the command line."
+ELSEWHERE = {  # hints for keys that a line cannot have
     **HOMES,
     **{key: OF_ALL.format(f"--{key.replace('_', '-')}") for key in (FIELDS.keys() & HOMES) - set(OF_PROMPT)},
     **dict.fromkeys(("variant", "turbo"), OF_ALL.format("--turbo")),
-    **dict.fromkeys(("mu", "leak_guard", "vision_tiles", "vision_rows"), HOMES["mu"]),  # which no option says
-    "seeds": "Say seed, and batch for more.",
+    **dict.fromkeys(("mu", "leak_guard", "vision_tiles", "vision_rows"), HOMES["mu"]),  # which have no option
+    "seeds": "Write seed, and batch for more.",
 }
 KNOWN = (*KEYS, *(key for key in (*WORDS, *OF_PROMPT) if key not in KEYS.values()))
 
 
 def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
-    """Render a prompt a line of standard input, each before the next is read -> how many lines went wrong.
+    """Render a prompt per line of standard input, each before the next is read -> how many lines failed.
 
-    What is wrong with a line is told, as an object too where results are objects: whoever waits for them hears of it.
+    A line's error is shown and, if results are objects, also printed as one, for the program that waits for them.
     """
     wrong = 0
     for said in lines():
-        line = said.decode(errors="replace").strip()  # as it is told where it is no text
+        line = said.decode(errors="replace").strip()  # for messages, if it is not text
         try:
             line = as_text(said).strip().removeprefix("\ufeff")
             render(asked_by(line))
@@ -70,34 +70,34 @@ def render_each(render: Callable[[Prompt], object], *, as_json: bool) -> int:
 
 
 def text_of(line: str) -> str:
-    """The prompt's text as a line says it; the line itself where none can be read in it."""
+    """The prompt's text in a line; the line itself if none can be read in it."""
     with suppress(ValueError, RecursionError):
         said = json.loads(line) if OBJECT.match(line) else {}
         text = said.get("prompt", said.get("text"))
         if isinstance(text, str):
-            text.encode()  # JSON may hold halves of characters
+            text.encode()  # JSON may hold lone surrogates
             return text
     return line
 
 
 def asked_by(line: str, called: str = "The line") -> Prompt:
-    """What a line asks for: a prompt, or a JSON object of what a [[prompt]] may say. Raises K2Error."""
+    """The prompt that a line gives, as text or as a JSON object with the keys of a [[prompt]]. Raises K2Error."""
     if not OBJECT.match(line):
         if means_objects(line):
-            hint = f'One object a line, as jq -c and json.dumps write it: {LIKE}. Those of a list: jq -c ".[]".'
-            raise K2Error(f"{called} is neither a prompt nor an object of JSON that holds one.", hint=hint)
+            hint = f'One object per line, as jq -c and json.dumps write it: {LIKE}. To split a list: jq -c ".[]".'
+            raise K2Error(f"{called} is neither a prompt nor a JSON object that holds one.", hint=hint)
         return typed(line)
     try:
         said = json.loads(line, object_pairs_hook=partial(read_object, called))
         check_numbers(said)
     except (ValueError, RecursionError) as error:
-        raise K2Error(f"{called} is no JSON: {error}.", hint=f"Like {LIKE}.") from None
+        raise K2Error(f"{called} is not JSON: {error}.", hint=f"Like {LIKE}.") from None
     for key, own in KEYS.items():
         if key in said and own in said:
-            raise K2Error(f'{called}: "{key}" and "{own}" are the same.', hint="Keep the one or the other.")
-    place = Place(Toml("", called))  # [[prompt]]'s own names are taken, too, and not advised
+            raise K2Error(f'{called}: "{key}" and "{own}" are the same.', hint="Keep one.")
+    place = Place(Toml("", called))  # [[prompt]]'s own names are accepted, too, but not suggested
     check_keys({key: value for key, value in said.items() if key not in KEYS.values()}, KNOWN, place, ELSEWHERE)
-    words, styles = (key if key in said else own for key, own in KEYS.items())  # as it says them
+    words, styles = (key if key in said else own for key, own in KEYS.items())  # as the line names them
     for key, value in said.items():
         if isinstance(value, dict) and key != styles:
             raise K2Error(f'{called}: "{key}" cannot be an object.', hint=f"Like {LIKE}.")
@@ -111,66 +111,66 @@ def asked_by(line: str, called: str = "The line") -> Prompt:
 
 
 def read_object(called: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, without what is null: so programs write what they leave out, k2 too. Raises K2Error where a
-    key comes twice, of which JSON would let the last win."""
+    """A JSON object without nulls, which programs, k2 included, write for omitted keys. Raises K2Error if a key occurs
+    twice, where JSON would let the last win."""
     table = dict(pairs)
     if len(table) < len(pairs):
         ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise K2Error(f'{called}: the key "{key}" is there more than once.', hint="Keep one.")
+        raise K2Error(f'{called}: the key "{key}" appears more than once.', hint="Keep one.")
     return {key: value for key, value in table.items() if value is not None}
 
 
 def means_objects(line: str) -> bool:
-    """Whether a line is JSON of another shape, a piece of some, or nearly JSON: a picture of its text is not meant."""
+    """Whether a line is JSON of another shape, part of some, or nearly JSON, so that it is not meant as a prompt."""
     if OTHERWISE.match(line):
         return True
     if PIECE.match(line):
-        cut = line.rstrip("]}, ")  # what it closes may be another line's
+        cut = line.rstrip("]}, ")  # its closing brackets may belong to an earlier line
         return any(readable("{" + said + "}") for said in (line.rstrip(", "), cut, cut + "}", cut + "]"))
     return line[:1] in ("{", "[") and readable(line)
 
 
 def readable(text: str) -> bool:
-    """Whether a text is an object or a list, of JSON or as Python writes them."""
+    """Whether a text is an object or a list, in JSON or Python syntax."""
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd backslashes
+            warnings.simplefilter("ignore")  # about odd backslashes
             return isinstance(read(text), dict | list)
     return False
 
 
 def lines() -> Iterator[bytes]:
-    """Lines of standard input as they come; whoever sent one waits for an answer, be it empty, or no text."""
+    """Lines of standard input as they arrive, even empty or undecodable ones: the sender waits for an answer."""
     if sys.stdin.isatty():
-        say("A prompt a line, rendered as it comes; Ctrl-D ends.")
+        say("One prompt per line, rendered as it arrives; Ctrl-D ends.")
     yield from sys.stdin.buffer
 
 
 def asked_for(texts: Sequence[str], *, stdin: bool) -> list[Prompt] | None:
-    """Prompts of the command line and of standard input; None where neither was used."""
+    """Prompts from the command line and standard input; None if neither was used."""
     prompts = [typed(text) for text in texts]
     if stdin:
         if sys.stdin.isatty():
-            say("Prompts, one a line; Ctrl-D ends:")
-        # the mark that some editors begin a text with comes again where such files are joined
+            say("Prompts, one per line; Ctrl-D ends:")
+        # the byte order mark that some editors write also appears inside, where such files are joined
         lines = (line.removeprefix("\ufeff").strip() for line in re.split(r"\r\n?|\n", read_input()))
         said = {number: asked_by(line, f"Line {number}") for number, line in enumerate(lines, 1) if line}
         if not (said or texts):
-            raise K2Error("Standard input holds no prompt.", hint="Give one a line, or leave the - out.")
+            raise K2Error("Standard input holds no prompt.", hint="Give one per line, or omit the -.")
         refuse_twins((f"Line {number}", prompt) for number, prompt in said.items())
         prompts += said.values()
     return prompts if texts or stdin else None
 
 
 def read_input() -> str:
-    """All of standard input. Raises K2Error where it is no text."""
+    """All of standard input. Raises K2Error if it is not text."""
     return as_text(sys.stdin.buffer.read())
 
 
 def as_text(said: bytes) -> str:
-    """What came on standard input: UTF-8, as programs write it, else in the encoding here. Raises K2Error."""
+    """Standard input decoded as UTF-8, which programs write, or else in the encoding here. Raises K2Error."""
     encoding = codecs.lookup(sys.stdin.encoding).name
     for each in ("utf-8", encoding):
         with suppress(UnicodeError):
             return said.decode(each)
-    raise K2Error(f"Standard input is no text in the encoding here, {encoding}.", hint="Save it as UTF-8.")
+    raise K2Error(f"Standard input is not text in the encoding here, {encoding}.", hint="Save it as UTF-8.")

@@ -1,4 +1,4 @@
-"""A project taken from pictures: the k2.toml that asks for them anew, and what stays behind."""
+"""A project made from pictures: the k2.toml that asks for them again, and what it cannot take over."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from model import library
 from model.errors import K2Error, count_of, listed
 from model.picture_file import passed_over
 
-MOST = 1000  # pictures of a folder, and of a batch
-OF_EACH = ("steps", "guidance", "creativity")  # that a [[prompt]] says itself, where its picture's are not the first's
+MOST = 1000  # pictures in a folder, and in a batch
+OF_EACH = ("steps", "guidance", "creativity")  # set per [[prompt]] if its picture's differ from the first's
 
 
 def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
-    """The origins of pictures and of those in folders; and which of the latter say nothing. Raises K2Error."""
+    """The origins of pictures and of those in folders; and which of the latter state no prompt. Raises K2Error."""
     found: dict[Path, Origin] = {}
     silent: list[Path] = []
     for path in paths:
@@ -42,7 +42,7 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
             hint = passed_over(path.iterdir()) or "Name pictures, or a folder of them."
             raise K2Error(f"{path} holds no picture.", hint=hint)
         if len(pictures) > MOST:
-            raise K2Error(f"{path} holds more than {MOST:,} pictures.", hint="Name those to take.")
+            raise K2Error(f"{path} holds more than {MOST:,} pictures.", hint="Name the ones to use.")
         for picture in pictures:
             try:
                 found[picture] = read(picture)
@@ -51,12 +51,12 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
             except K2Error:
                 silent.append(picture)
     if not found:
-        raise K2Error(f"No picture in {next(iter(paths))} says anything of its prompt.", hint=TELLING)
+        raise K2Error(f"No picture in {next(iter(paths))} states its prompt.", hint=TELLING)
     return found, silent
 
 
 def batches(origins: Sequence[Origin]) -> dict[Origin, int]:
-    """Pictures that differ in nothing but seeds which follow one another are a batch: the first of them -> how many."""
+    """Pictures that differ only in consecutive seeds form a batch: the first of them -> how many."""
     seeds: dict[Origin, set[int | None]] = defaultdict(set)
     for each in origins:
         seeds[replace(each, seed=None)].add(each.seed)
@@ -71,7 +71,7 @@ def batches(origins: Sequence[Origin]) -> dict[Origin, int]:
 
 
 def named(origins: Iterable[Origin]) -> dict[str, Origin]:
-    """A name for the prompt of each, its own or one of its words, numbered where two would be alike."""
+    """A name for the prompt of each, its own or one made from its words, numbered if two would be alike."""
     found: dict[str, Origin] = {}
     for each in origins:
         stem = slug(each.name or each.prompt)
@@ -81,7 +81,7 @@ def named(origins: Iterable[Origin]) -> dict[str, Origin]:
 
 
 def settings_of(origin: Origin) -> dict[str, Any]:
-    """What a picture says of [render], but for its model and shape."""
+    """The [render] settings that a picture states, except model and shape."""
     numbers = ("steps", "guidance", "guidance_until", "sampler")
     made = {key: value for key in numbers if (value := getattr(origin, key)) is not None}
     made |= {"mu": origin.mu} if is_chosen(origin) else {}
@@ -89,7 +89,7 @@ def settings_of(origin: Origin) -> dict[str, Any]:
 
 
 def is_chosen(origin: Origin) -> bool:
-    """Whether a picture's mu is another than its model takes for its size by itself, as far as that is known."""
+    """Whether a picture's mu differs from its model's default for its size, as far as that is known."""
     model, variant = model_of(origin), "turbo" if origin.turbo else "raw"
     if origin.mu is None or model != origin.model or not (origin.width and origin.height):
         return False
@@ -100,18 +100,18 @@ def is_chosen(origin: Origin) -> bool:
 
 
 def taken_over(origin: Origin) -> dict[str, Any]:
-    """The same of a picture of k2's own, as far as [render] allows it."""
+    """`settings_of` a k2 picture, as far as [render] allows."""
     return {key: value for key, value in settings_of(origin).items() if allowed(key, value)}
 
 
 def written(origin: Origin) -> dict[str, Any]:
-    """The same as k2.toml says it: without Turbo's own steps and guidance, with which raw would come to nothing."""
+    """`taken_over` as written to k2.toml: without Turbo's own steps and guidance, which would be useless for raw."""
     own = turbos_own(model_of(origin)) if origin.turbo else {}
     return {key: value for key, value in taken_over(origin).items() if own.get(key) != value}
 
 
 def turbos_own(model: str) -> Mapping[str, Any]:
-    """What a model's distilled checkpoint takes where nothing is said; of one that is not here, the open weights'."""
+    """The defaults of a model's distilled checkpoint; for one that is not here, the open weights'."""
     with suppress(K2Error):
         if library.find(model, "turbo"):
             return models.recommended(model, "turbo")
@@ -125,14 +125,14 @@ def allowed(key: str, value: Any) -> bool:
 
 
 def model_of(origin: Origin) -> str:
-    """The model that a project takes over: k2's own by its name; a path, or one of the hub, may be nowhere here."""
+    """The model for the project: a k2 picture's, if it is a plain name; paths and hub ids may not exist here."""
     own = origin.tool == "k2" and re.fullmatch(r"\w[\w.-]*", origin.model)
     return origin.model if own else "mini"
 
 
 def own_of(origin: Origin, first: Origin) -> dict[str, Any]:
-    """What a [[prompt]] says of OF_EACH for a picture of k2's, in a project that has its settings of the first picture:
-    nothing where another checkpoint had it."""
+    """The settings of OF_EACH in the [[prompt]] of a k2 picture, in a project with the first picture's settings: none
+    if it was made by another checkpoint."""
     if not origin.tool == first.tool == "k2" or (origin.model, origin.turbo) != (first.model, first.turbo):
         return {}
     kept, made = ({"creativity": "raw"} | taken_over(each) for each in (first, origin))
@@ -140,7 +140,7 @@ def own_of(origin: Origin, first: Origin) -> dict[str, Any]:
 
 
 def left_behind(origin: Origin, first: Origin) -> list[str]:
-    """What a project that has its settings of the first picture does not take over of this one."""
+    """What a project with the first picture's settings does not take over from this one."""
     lost = list(origin.left_out)
     if origin.tool == "k2":
         silent = {"creativity": "raw"}
@@ -156,32 +156,32 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
 
 
 def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[str]:
-    """What stays behind of which pictures, a sentence for each thing, and of how many everything."""
+    """What is not taken over from which pictures, a sentence for each thing, and which pictures were skipped."""
     first = next(iter(origins.values()))
     lost: dict[str, list[Path]] = defaultdict(list)
     for path, each in origins.items():
         for thing in dict.fromkeys(left_behind(each, first)):
             lost[thing].append(path)
-    told = [f"{listed([path.name for path in paths], 1)}: {thing} stayed behind." for thing, paths in lost.items()]
+    told = [f"Not imported from {listed([path.name for path in paths], 1)}: {thing}." for thing, paths in lost.items()]
     if silent:
-        say = "say" if len(silent) > 1 else "says"
-        told.append(f"{listed([path.name for path in silent], 1)} {say} nothing of a prompt, and stayed behind.")
+        say = "state" if len(silent) > 1 else "states"
+        told.append(f"Passed over: {listed([path.name for path in silent], 1)}, which {say} no prompt.")
     return told
 
 
 def wish(origin: Origin, first: Origin) -> Origin:
-    """What a [[prompt]] takes over of a picture, and what [render] has of the first: others may differ in nothing but
-    what stays behind."""
+    """What a [[prompt]] takes over from a picture, with [render] as in the first; pictures with the same wish differ
+    only in what is not taken over."""
     said = {key: getattr(first, key) for key in OF_EACH} | own_of(origin, first)
     kept = ("tool", "prompt", "avoid", "seed", "width", "height", "name")
     return Origin(**{key: getattr(origin, key) for key in kept}, **said)
 
 
 def project_text(name: str, origins: Sequence[Origin]) -> str:
-    """A k2.toml that asks for these pictures anew.
+    """A k2.toml that asks for these pictures again.
 
-    Seeds, shapes and words are taken over. Steps and guidance are another model's, so they are told and not set,
-    except for pictures of k2's own, where each prompt has what is not the first's.
+    Seeds, shapes and words are taken over. Steps and guidance belong to another model, so they are written as comments;
+    for k2's own pictures they are set, per prompt where they differ from the first's.
     """
 
     def text(value: str) -> str:
@@ -194,7 +194,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
     own = first.tool == "k2"
     model = model_of(first)
     lines = ["[project]", f"name = {text(name)}", "", "[render]"]
-    lines.append(f"model = {text(model)}" if model == first.model else 'model = "mini"        # the model in the box')
+    lines.append(f"model = {text(model)}" if model == first.model else 'model = "mini"        # bundled')
     lines += ['variant = "turbo"'] if own and first.turbo else []
     if size := size_of(first, model):
         shape = f'size = "{size}"' if own else f'aspect = "{aspect_of(first)}"'
@@ -203,7 +203,7 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
         line = said(key, value)
         lines.append(line if own else f"# {line}".ljust(22) + f"# with {first.model or first.tool}")
     for called, each in named(counts).items():
-        lines += ["", "[[prompt]]".ljust(22) + f"# from a picture of {each.tool}", f"name = {text(called)}"]
+        lines += ["", "[[prompt]]".ljust(22) + f"# from a picture by {each.tool}", f"name = {text(called)}"]
         lines.append(f"text = {text(escape(each.prompt))}")
         lines += [f"avoid = {text(each.avoid)}"] if each.avoid else []
         lines += [f"seed = {each.seed}"] if each.seed is not None else []
@@ -214,8 +214,8 @@ def project_text(name: str, origins: Sequence[Origin]) -> str:
         lines += [said(key, value) for key in OF_EACH if (value := getattr(each, key)) != getattr(first, key)]
     whole = "\n".join(lines) + "\n"
     if len(whole.encode()) > LIMIT:  # no command would read it
-        large = f"The prompts of {count_of(f'{len(origins):,}', 'picture')} come to more than {LIMIT >> 20} MB."
-        raise K2Error(large, hint="Take fewer of them, or make several projects.")
+        large = f"The prompts of {count_of(f'{len(origins):,}', 'picture')} add up to more than {LIMIT >> 20} MB."
+        raise K2Error(large, hint="Use fewer, or make several projects.")
     return whole
 
 
@@ -229,7 +229,7 @@ def aspect_of(origin: Origin) -> str:
 
 
 def size_of(origin: Origin, model: str) -> str:
-    """The size of a picture of k2's, and of another tool's what its shape comes to with this model; "" is none."""
+    """A k2 picture's size, or for another tool's picture the size of that shape with this model; "" if none."""
     if not origin.width or not origin.height:
         return ""
     with suppress(K2Error):

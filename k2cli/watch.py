@@ -1,4 +1,4 @@
-"""`k2 watch`: a project rendered again as its files change, only what the change made different."""
+"""`k2 watch`: re-render a project as its files change, but only the pictures that the change affects."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 EVERY = 0.4  # seconds between two looks at the files
 WEIGHTS = (".safetensors", ".gguf", ".json")  # and what says how a model is built
-LOOKED_BACK = 50  # runs in which pictures are found that need not be made
-GONE = (0, 0)  # the stamp of a file that was there
+LOOKED_BACK = 50  # runs searched for pictures that need not be made
+GONE = (0, 0)  # the stamp of a deleted file
 
 Stamps = Mapping[str, tuple[int, int]]
 
@@ -88,7 +88,7 @@ def watch(
     made = made_before(root, allow_outside)
     keys: dict[str, str] = {}
     before: Stamps = {}
-    drawn = draw()  # once: else a random seed would make every picture different by any change
+    drawn = draw()  # once: else a random seed would change every picture on any change
     try:
         while True:
             before = stamp(root, before)
@@ -99,8 +99,8 @@ def watch(
                     saved = partial(note, made, keys)
                     carry_out([job], embed=not no_embed, as_json=json, quiet=quiet, on_saved=saved)
                 elif not quiet:
-                    say("No picture is different.", "dim")
-            except Unwritable:  # no change of a file makes that right
+                    say("No picture changes.", "dim")
+            except Unwritable:  # no change of a file fixes that
                 raise
             except Exception as error:
                 problem = as_problem(error)
@@ -112,12 +112,12 @@ def watch(
             wait(root, before)
     except KeyboardInterrupt:
         if console.is_terminal:
-            last_words("")  # it shows ^C, and the shell goes on where the line ends
+            last_words("")  # the terminal shows ^C, and the shell continues on that line
         raise
 
 
 def check_options(settings: Mapping[str, Any]) -> None:
-    """Refuse options that no change of a file could make right. Raises K2Error."""
+    """Refuse options that no change of a file could fix. Raises K2Error."""
     from k2cli.settings import Settings
     from k2cli.sizes import STEP, parse_size
     from k2cli.tables import Option, said_by
@@ -133,20 +133,20 @@ def check_options(settings: Mapping[str, Any]) -> None:
 
 
 def made_before(root: Path, allow_outside: bool) -> dict[str, Path]:
-    """The pictures of the project's last runs that are there yet, by what they are known by."""
+    """The pictures of the project's last runs that still exist, by key."""
     from k2cli.outputs import Run
 
     try:
         project = find_project(root, allow_outside)
         runs = Run.planned_in(project.outputs)[-LOOKED_BACK:]
-    except K2Error:  # it is told when the project is rendered
+    except K2Error:  # it is reported when the project is rendered
         return {}
-    taken_by = cache(Taken.by)  # of runs that are much alike
+    taken_by = cache(Taken.by)  # many runs have the same weights
     return {key: path for run in runs for key, path in made_by(run, project, taken_by) if path.is_file()}
 
 
 def made_by(run: Run, project: Project, taken_by: Callable[[Held], Taken]) -> Iterator[tuple[str, Path]]:
-    """The pictures of a run's plan, and what they are known by; none where it cannot be read any more."""
+    """The pictures in a run's plan, with their keys; none if it is no longer readable."""
     from k2cli.runs import read_plan, weights_of
 
     with suppress(K2Error):
@@ -164,9 +164,9 @@ def look(
     asked: Mapping[str, str],
     drawn: int = 0,
 ) -> tuple[Job, dict[str, str], set[Path]]:
-    """The run of what is not made yet; what each picture of the project, by its stem, is known by: all that goes into
-    it, hashed; and the files that they are made of. `asked`: that table of the last look; what was made and is gone is
-    made again only if it is not there, for otherwise somebody threw it away. `drawn`: the seed where it is random."""
+    """The run of what is not made yet; the key of each picture of the project, by stem; and the files they are made
+    from. `asked`: the keys of the last look; a picture that was made and is gone is rendered again only if its key is
+    not among them, as otherwise somebody deleted it. `drawn`: the seed, if it is random."""
     from k2cli.asked import plan_job
     from model.hashes import files_of, identity
 
@@ -184,38 +184,38 @@ def look(
 
 
 def note(made: dict[str, Path], keys: Mapping[str, str], saved: Saved) -> None:
-    """That a picture is made, and where: an error in a later one does not make it again."""
+    """Note that a picture is made, and where, so that an error in a later one does not make it again."""
     made[keys[saved.stem]] = saved.path
 
 
 class Taken(NamedTuple):
-    """The weights that pictures are made with, as far as they are known, and what those take where nothing is said."""
+    """The weights that pictures are made with, as far as known, and their defaults."""
 
     weights: Mapping[str, Any]
     own: Mapping[str, Any]
 
     @classmethod
     def by(cls, held: Held) -> Taken:
-        """Their headers are read, which takes a moment. Raises K2Error."""
+        """Reads their headers, which takes a moment. Raises K2Error."""
         from k2cli.models import recommended
         from model.library import find
         from model.parts import pick_device
 
         found = find(held.name, held.variant)
         chosen = {"variant": found and found.variant, "device": str(pick_device(held.device))}
-        if found and found.source == "box":  # small, and held as it is where nothing is said
+        if found and found.source == "box":  # small, and held as is by default
             chosen |= {"precision": held.precision or "native", "offload": held.offload or "none"}
         return cls(vars(held) | chosen, recommended(held.name, held.variant))
 
 
 def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str]) -> str:
-    """What a picture is known by: all that goes into it, hashed, but for what would change nothing."""
+    """A picture's key: a hash of everything that goes into it, except what would change nothing."""
     from k2cli.console import to_json
     from k2cli.records import request
     from model.spec import OF_REFERENCES, Leader, denoise_of
 
     spec = shot.spec
-    if spec.leader == Leader(spec.prompt, spec.seed, spec.negative):  # what leads is the picture that it would be alone
+    if spec.leader == Leader(spec.prompt, spec.seed, spec.negative):  # the lead picture is what it would be alone
         shot = replace(shot, spec=replace(spec, cohesion=0.0, leader=None))
     asked = request(shot, root, hash_of)
     said = asked["settings"]
@@ -231,9 +231,9 @@ def key_of(taken: Taken, shot: Shot, root: Path, hash_of: Callable[[Path], str])
 
 
 def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
-    """When each file that a picture could be made of was changed, and its size; and of each that counted before.
+    """The time of change and size of each file that a picture could be made from, and of each that counted before.
 
-    No other: what `k2 watch` itself says may go to a file of the project, which would be a change for ever.
+    No others: the output of `k2 watch` itself may go to a file in the project, which would change forever.
     """
     from model.picture_file import MADE, is_named_so
 
@@ -241,15 +241,15 @@ def stamp(root: Path, before: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
     for folder, folders, names in os.walk(root):
         top = Path(folder) == root
         folders[:] = [name for name in folders if not name.startswith(".") and not (top and name in MADE)]
-        paths = (Path(folder, name) for name in names if not name.startswith("."))  # editors' own
+        paths = (Path(folder, name) for name in names if not name.startswith("."))  # hidden ones are editors' own
         found |= stamp_of(path for path in paths if is_named_so(path) or path.suffix in (".toml", *WEIGHTS))
     others = stamp_of(elsewhere(map(Path, before), found))
     return {**dict.fromkeys(before, GONE), **found, **others}
 
 
 def elsewhere(files: Iterable[Path], found: Container[str]) -> set[Path]:
-    """Of files those that were not found in the project, as what lies behind a link to a folder, and the pictures
-    beside them: a new one may be meant, too."""
+    """The files that were not found in the project, as behind a link to a folder, and the pictures beside them, as a
+    new one may count, too."""
     from model.picture_file import is_named_so
 
     others = {path for path in files if str(path) not in found}
@@ -260,7 +260,7 @@ def elsewhere(files: Iterable[Path], found: Container[str]) -> set[Path]:
 
 
 def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
-    """The stamps of these files; of those that are gone none."""
+    """The stamps of these files, without those that are gone."""
     found = {}
     for path in files:
         with suppress(OSError):
@@ -270,7 +270,7 @@ def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
 
 
 def wait(root: Path, before: Stamps) -> None:
-    """Until a file is not what it was, and then until whoever writes has come to an end."""
+    """Wait until a file changes, and then until the writing has stopped."""
     now = before
     while now == before:
         time.sleep(EVERY)

@@ -274,7 +274,7 @@ def test_a_project_may_ask_for_turbo_itself(moody, k2, fake):
     assert fake.loaded == [("mini", "turbo", None, None)]
     write_weights(moody / "lone.safetensors", {"kind": "dit", "variant": "raw"})
     refused = k2("render", "--model", "lone.safetensors", code=2).stderr
-    assert "lone.safetensors holds no turbo weights." in refused and "Take --raw, or name others." in refused
+    assert "lone.safetensors holds no turbo weights." in refused and "Use --raw, or name others." in refused
     (moody / "k2.toml").write_text(text.replace("[render]\n", '[render]\nvariant = "turbe"\n'))
     assert 'Did you mean "turbo"?' in k2("render", code=1).stderr
 
@@ -407,14 +407,14 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", ".", "../gone"], 1, "There is no project ../gone.", "Check the path."),
         (["render", ".", "../moody/my ideas"], 1, "There is no project", "Check the path."),
         (["render", "a 1/2 moon"], 1, "There is no project a 1/2 moon.", "k2 render -p 'a 1/2 moon'"),
-        (["render", "--matrix", "cfg=1,2"], 2, '"cfg" is no axis.', "called guidance, and is 1 less than a CFG scale"),
+        (["render", "--matrix", "cfg=1,2"], 2, '"cfg" is not an axis.', "called guidance, and is 1 less than a CFG"),
         (["render", "a red fox " * 99], 1, "There is no project a red fox", "k2 render -p 'a red fox a red fox"),
         (["render", "--size", "64x64", "--aspect", "1:1"], 2, "--size excludes --aspect", "Keep --size"),
         (["show", "x" * 5000], 1, "x" * 200, ""),  # too long, or not there: Pythons differ in what they find out
         (["show", "k2.toml/x.png"], 1, "There is no k2.toml/x.png", ""),
         (["log", "boards"], 1, "There is no folder boards.", "k2 new NAME"),
         (["style", "add", "x", "gone.png"], 1, "There is no gone.png.", "Name pictures, or a folder of them."),
-        (["show", "k2.toml"], 1, "k2.toml is no record of a picture.", "Name a picture that k2 made"),
+        (["show", "k2.toml"], 1, "k2.toml is not the record of a picture.", "Name a picture that k2 made"),
         (["show", "."], 1, ". is a folder.", "k2 log"),
         (["log", "--all", "-n", "1"], 2, "Invalid value for --all: it cannot be combined with --last", ""),
         (["render", "--resume", "--seed", "3"], 2, "no other setting can be given", ""),
@@ -460,7 +460,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
     """A file may be called as options are; and the same size is wrong in a file, too."""
     (picture,) = k2("render", "-p", "tea").stdout.splitlines()
 
-    assert "Error: --x.tif is no name for a picture." in k2("rerun", picture, "--output=--x.tif", code=1).stderr
+    assert "Error: --x.tif is not a name for a picture." in k2("rerun", picture, "--output=--x.tif", code=1).stderr
 
     (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", 'seed = 7\nsize = "100x100"'))
     assert "the sides of 100x100" in k2("render", code=1).stderr
@@ -470,11 +470,11 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
     ("arguments", "message", "hint"),
     [
         (["--size", "100x100"], "--size: the sides of 100x100 are not multiples of 16.", "The nearest size is 96x96."),
-        (["--size", "99999x16"], "--size: 99999x16 is no size for a picture.", "Sides are from 64 to 4096 pixels."),
+        (["--size", "99999x16"], "--size: 99999x16 is out of range.", "Sides are from 64 to 4096 pixels."),
         (["--size", "4096x2048"], "--size: 4096x2048 is more than 4,194,304 pixels.", "Choose a smaller size."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
-        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Available: "),
-        (["--turbo"], "The box holds no turbo checkpoint of mini.", "Take --raw."),
+        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Here: "),
+        (["--turbo"], "There is no bundled turbo checkpoint of mini.", "Use --raw."),
         (["--model", "minni"], '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
         (["--model", ""], '--model: There is no model "" here.', "Known: mini"),
         (["--model", "."], "--model: . holds no weights: no .safetensors or .gguf.", "Name a folder or a file"),
@@ -483,7 +483,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["--only", "fux"], '--only: moody has no prompt named "fux".', 'Did you mean "fox"?'),
         (["-p", "a\x1b[2Jb"], "A prompt contains a control character.", ""),
         (["-p", "a fox \uffff"], "A prompt contains a control character.", ""),
-        (["--resume"], "moody has no run to go on with.", "Start one with: k2 render"),
+        (["--resume"], "moody has no run to resume.", "Start one with: k2 render"),
         (["-"], "Standard input holds no prompt.", "Give one a line"),
         (["-p", ""], "A prompt is empty.", "Say what the picture should show."),
         (["-p", "tea", "-p", "   "], "A prompt is empty.", "Say what the picture should show."),
@@ -529,7 +529,7 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
     else:
         assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
         for said in (result.stderr, k2("render", "--resume", code=1).stderr):  # and still full
-            assert "Free some space, then go on with: k2 render --resume\n" in said
+            assert "Make room, then resume with: k2 render --resume\n" in said
         monkeypatch.setattr(os, "fsync", real)
         assert k2("render", "--resume").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
@@ -578,7 +578,7 @@ def test_an_interrupted_run_is_gone_on_with_by_the_line_that_is_printed(moody, k
         fake.stop = stop
         said = k2("render", "my mood", code=130).stderr
         fake.stop = staticmethod(lambda at: None)
-        return said.partition("Go on with: ")[2].strip()
+        return said.partition("Resume with: ")[2].strip()
 
     def begin_another(at: int) -> None:
         if at == 1:
@@ -621,7 +621,7 @@ def test_resume_finishes_what_was_planned(moody, k2, fake):
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
     for path in undisturbed.glob("*-[78].png"):
         assert Image.open(path).tobytes() == Image.open(folder / path.name).tobytes()
-    assert "every picture of the run is there" in k2("render", "--resume").stderr
+    assert "the run is complete" in k2("render", "--resume").stderr
     assert k2("render", "--resume", "--quiet").stderr == ""
 
 
@@ -631,7 +631,7 @@ def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, f
     said = interrupt(fake, k2, 0).stderr
 
     folder = "outputs/0002-fox-and-1-more"
-    assert said == f"Interrupted: 0 of 4 pictures are in {folder}. Go on with: k2 render --resume\n"
+    assert said == f"Interrupted: 0 of 4 pictures are in {folder}. Resume with: k2 render --resume\n"
     fake.stop = stop_at(1, KeyboardInterrupt())
     assert f"Interrupted: 1 of 4 pictures are in {folder}." in k2("render", "--resume", code=130).stderr
     fake.stop = stop_at(0, KeyboardInterrupt())
@@ -640,7 +640,7 @@ def test_a_run_interrupted_before_its_first_picture_is_gone_on_with(moody, k2, f
     rest = k2("render", "--resume")
     assert len(rest.stdout.splitlines()) == 3
     assert rest.stderr == f"3 more pictures and a contact sheet in {folder}\n"
-    assert k2("render", "--resume").stderr == f"{folder}: every picture of the run is there.\n"
+    assert k2("render", "--resume").stderr == f"{folder}: the run is complete.\n"
 
 
 def test_a_dry_run_of_a_finished_run_says_so(moody, k2):
@@ -649,14 +649,14 @@ def test_a_dry_run_of_a_finished_run_says_so(moody, k2):
     shown = k2("render", "--resume", "--dry-run")
 
     assert shown.stdout == ""
-    assert shown.stderr == "outputs/0001-fox-and-1-more: every picture of the run is there.\n"
+    assert shown.stderr == "outputs/0001-fox-and-1-more: the run is complete.\n"
     assert k2("render", "--resume", "--dry-run", "--quiet").stderr == ""
 
 
 def test_a_finished_run_of_one_picture_lacks_no_sheet(moody, k2):
     k2("render", "-p", "tea")
 
-    assert k2("render", "--resume").stderr == "outputs/0001-tea: every picture of the run is there.\n"
+    assert k2("render", "--resume").stderr == "outputs/0001-tea: the run is complete.\n"
 
 
 def test_ctrl_c_while_the_run_is_claimed_keeps_the_plan_and_says_so(moody, k2, monkeypatch):
@@ -691,7 +691,7 @@ def test_a_run_that_is_asked_to_end_says_how_to_go_on(moody, k2, fake, monkeypat
         signal.signal(number, outside)
 
     there = "0 of 2 pictures are in outputs/0001-fox-and-1-more"
-    assert result.stderr == f"Interrupted: {there}. Go on with: k2 render --resume\n"
+    assert result.stderr == f"Interrupted: {there}. Resume with: k2 render --resume\n"
     assert after == signal.SIG_DFL
 
 
@@ -702,7 +702,7 @@ def test_no_run_is_to_be_gone_on_with_of_which_nothing_is_left(moody, k2, monkey
     monkeypatch.setattr("k2cli.carry.result", leave)
 
     left = k2("render", "-p", "owl", code=1).stderr
-    assert left == "Nobody reads on: 1 of 1 pictures are in outputs/0001-owl.\n"
+    assert left == "The pipe was closed: 1 of 1 pictures are in outputs/0001-owl.\n"
 
 
 def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, monkeypatch):
@@ -716,7 +716,7 @@ def test_who_reads_no_further_leaves_a_run_that_can_be_gone_on_with(moody, k2, m
         left = k2("render", code=1).stderr
         assert k2("render", "--quiet", code=1).stderr == ""
     there = "outputs/0001-fox-and-1-more"
-    assert left == f"Nobody reads on: 1 of 2 pictures are in {there}. Go on with: k2 render --resume\n"
+    assert left == f"The pipe was closed: 1 of 2 pictures are in {there}. Resume with: k2 render --resume\n"
     assert k2("render", "--resume", "--run", "1").stdout == f"{there}/an-owl-at-night-7.png\n"
 
 
@@ -730,7 +730,7 @@ def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k
         patch.setattr("k2cli.carry.result", fill)
         left = k2("render", "--quiet", code=1).stderr
         assert k2("render", "-p", "owl", code=1).stderr.endswith("\nHint:  Send the results somewhere else.\n")
-    assert left.endswith("\nHint:  Send the results somewhere else, then go on with: k2 render --resume\n")
+    assert left.endswith("\nHint:  Send the results somewhere else, then resume with: k2 render --resume\n")
     made = k2("render", "--resume", "--run", "1").stdout
     assert made == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
@@ -738,10 +738,10 @@ def test_results_that_find_no_room_leave_a_run_that_can_be_gone_on_with(moody, k
 @pytest.mark.parametrize(
     ("hint", "told"),
     [
-        ("Mend it, and try again.", "Mend it, then go on with: k2 render --resume"),
-        ("Choose a smaller size.", "Choose a smaller size. What is left, as it was planned: k2 render --resume"),
-        ("Mend it: mend -a", "Mend it: mend -a; what is left, as it was planned: k2 render --resume"),
-        ("", "What is left, as it was planned: k2 render --resume"),
+        ("Mend it, and try again.", "Mend it, then resume with: k2 render --resume"),
+        ("Choose a smaller size.", "Choose a smaller size. Finish the rest as planned: k2 render --resume"),
+        ("Mend it: mend -a", "Mend it: mend -a; finish the rest as planned: k2 render --resume"),
+        ("", "Finish the rest as planned: k2 render --resume"),
     ],
 )
 def test_a_run_that_fails_after_a_picture_says_how_it_goes_on(moody, k2, fake, hint, told):
@@ -839,8 +839,8 @@ def test_a_sheet_says_what_its_pictures_have_in_common(moody, k2, monkeypatch):
         ("moody", ["run 10004", "mini raw", "28 steps of ab2", "guidance 2.5 until 0.5"]),
         ("moody", ["run 10005", "mini raw", "seed 7"]),
         ("moody", ["run 10006", "mini raw", "4 steps", "guidance 2.5", "cohesion 0.5"]),
-        ("moody", ["run 10007", *usual, "begun with dot.png", "mask 32x16+8+16"]),
-        ("moody", ["run 10008", *usual, "begun with dot.png", "mask dot.png"]),
+        ("moody", ["run 10007", *usual, "from dot.png", "mask 32x16+8+16"]),
+        ("moody", ["run 10008", *usual, "from dot.png", "mask dot.png"]),
         ("moody", ["run 10009", *usual]),
     ]
 
@@ -927,7 +927,7 @@ def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
         (
             '[render]\nmodel = "turbo"\n',
             'There is no model "turbo" here.',
-            'variant = "turbo" below [render], or --turbo',
+            'variant = "turbo" under [render], or --turbo',
         ),
         ('[render]\nmodel = "mini-raw"\n', 'There is no model "mini-raw" here.', 'variant = "raw" below [render]'),
         ('[render]\nmodel = "my-turbo"\n', 'There is no model "my-turbo" here.', "Did you mean"),
@@ -949,8 +949,8 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
 
     assert k2("render", "--resume", "--run", "1").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-8.png\n"
     none = k2("render", "--resume", "--run", "7", code=1).stderr
-    assert "has no run 0007 to go on with" in none and "Which there are: k2 log" in none
-    assert "needs --resume" in k2("render", "--run", "1", code=2).stderr
+    assert "has no run 0007 to go on with" in none and "To list the runs: k2 log" in none
+    assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
 
 
 def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
@@ -968,7 +968,7 @@ def test_resume_refuses_other_weights(moody, k2, fake):
     box = moody.parent / "box" / "mini-vae.safetensors"
     box.write_bytes(box.read_bytes() + b" ")
 
-    assert "mini-vae.safetensors is not what it was" in k2("render", "--resume", code=1).stderr
+    assert "mini-vae.safetensors has changed since" in k2("render", "--resume", code=1).stderr
 
 
 def test_resume_refuses_other_references_though_no_picture_is_there_yet(moody, k2, fake):
@@ -979,7 +979,7 @@ def test_resume_refuses_other_references_though_no_picture_is_there_yet(moody, k
     interrupt(fake, k2, 0)
     Image.new("RGB", (64, 64), "teal").save(moody / "a.png")
 
-    assert "a.png is not what it was" in k2("render", "--resume", code=1).stderr
+    assert "a.png has changed since" in k2("render", "--resume", code=1).stderr
 
 
 @pytest.mark.parametrize(("old", "new"), [("schema = 1\n", "schema = 2\n"), ("[picture", "[pictures")])
@@ -989,7 +989,7 @@ def test_what_is_no_plan_is_one_sentence(moody, k2, fake, old, new):
     plan.write_text(plan.read_text().replace(old, new))
 
     told = k2("render", "--resume", code=1).stderr
-    assert "run.toml is not a plan that this version of k2 can read." in told and "Start anew" in told
+    assert "run.toml is not a plan that this version of k2 can read." in told and "Start a new run" in told
 
 
 def test_a_bug_keeps_its_traceback(moody, k2, fake):
@@ -1067,7 +1067,7 @@ def test_signs_of_other_tools_are_told_once_of_prompts_and_of_what_they_avoid(mo
     assert said.count("Read as words: ") == 1
     assert (
         "(fox:1.4), ((red)), [snow] (words have no weights, styles do: --style NAME=0.6); "
-        "--ar 3:2 (--aspect goes behind the prompt); __animal__ (choices stand in braces: {red|green})."
+        "--ar 3:2 (--aspect goes after the prompt); __animal__ (choices go in braces: {red|green})."
     ) in said
     assert "Read as words" not in k2("render", "--dry-run", "-p", "a {red|green} (sleepy) fox").stderr
 
@@ -1181,7 +1181,7 @@ def test_a_model_of_many_sizes_is_taken_at_its_word(moody, k2):
 def test_weights_that_say_no_variant_are_told(moody, k2):
     file, silent = "dreamy_v12.safetensors", "does not say whether it is Raw or Turbo"
     write(moody / file, transformer())
-    told = f"{file} {silent}, and is taken as Raw; --turbo takes it as the other."
+    told = f"{file} {silent}; k2 assumes Raw, or Turbo with --turbo."
 
     for more in (["--dry-run"], []):
         run = k2("render", "--model", file, "--json", *more)

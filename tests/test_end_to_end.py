@@ -206,7 +206,7 @@ def test_a_lora_is_said_recorded_and_made_again(den, k2):
     assert "foreign.safetensors" in k2("render", "--style", "foreign=1", code=1).stderr
     assert tree(den) == before
     inks.write_bytes(b"changed")
-    assert "ink.safetensors is not what it was" in k2("rerun", inked.stdout.strip(), code=1).stderr
+    assert "ink.safetensors has changed since" in k2("rerun", inked.stdout.strip(), code=1).stderr
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_run_of_them_is_resumed_and_made_again(moody, k2, format, tmp_path):
     (folder / "sheet.png").unlink()
 
     assert k2("render", "--resume").stdout == f"{second}\n" and (folder / "sheet.png").exists()
-    assert "every picture of the run is there" in k2("render", "--resume").stderr
+    assert "the run is complete" in k2("render", "--resume").stderr
     again = k2("rerun", json.loads(first)["file"])
     assert "Identical" in again.stderr and again.stdout.strip().endswith(second[-4:])
     moved = tmp_path / f"moved{second[second.rindex('.') :]}"

@@ -43,10 +43,10 @@ def test_a_gallery_outlives_the_drive_that_its_pictures_lie_on(moody, k2, tmp_pa
 
     for command in (["gallery"], ["log"], ["render", "--resume"]):
         result = k2(*command, code=1)
-        assert f"leads to {drive}, which is not there." in " ".join(result.stderr.split())
+        assert f"links to {drive}, which does not exist." in " ".join(result.stderr.split())
         assert "No pictures yet" not in result.stderr
     here = k2().stdout
-    assert "fox, an-owl-at-night" in here and f"leads to {drive}, which is not there." in " ".join(here.split())
+    assert "fox, an-owl-at-night" in here and f"links to {drive}, which does not exist." in " ".join(here.split())
 
     assert tree(moody / "gallery") == before
 

@@ -316,7 +316,7 @@ def test_a_pull_that_broke_off_goes_on_in_the_next_one(hf: Hub, k2):
 
     result = k2("models", "pull", "krea-2-turbo", code=1)
 
-    assert "is in trouble (503)" in result.stderr and "What came so far is kept" in result.stderr
+    assert "reports an error (503)" in result.stderr and "What has arrived is kept" in result.stderr
     assert library.locate("krea-2-turbo") is None
     assert all(model.source == "box" for model in library.list_models())
     (partial,) = library.folder_of(REPO).glob("blobs/*.incomplete")
@@ -371,8 +371,8 @@ def test_small_files_are_checked_too(hf: Hub, k2):
 
 
 REFUSALS = {
-    "gated, nobody": ("/resolve/", 401, {"X-Error-Code": "GatedRepo"}, "does not know who asks", "set HF_TOKEN"),
-    "gated, stranger": ("/resolve/", 403, {"X-Error-Code": "GatedRepo"}, "not been let in (403)", "Accept its licence"),
+    "gated, nobody": ("/resolve/", 401, {"X-Error-Code": "GatedRepo"}, "does not know who you are", "set HF_TOKEN"),
+    "gated, stranger": ("/resolve/", 403, {"X-Error-Code": "GatedRepo"}, "no access (403)", "Accept its licence"),
     "bad token": (
         "/api/",
         401,
@@ -410,7 +410,7 @@ def test_refusals_are_said_in_one_sentence(hf: Hub, k2, case: str):
 def test_a_token_with_a_character_that_none_has_is_said_to_be_one(hf: Hub, k2, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_…")
 
-    assert "HF_TOKEN holds a character that no token has." in k2("models", "pull", "krea-2-turbo", code=1).stderr
+    assert "HF_TOKEN contains a character that no token has." in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
 
 def test_unknown_names_and_revisions(hf: Hub, k2):
@@ -531,7 +531,7 @@ def test_no_network(hf: Hub, k2, monkeypatch):
 def test_what_is_no_hub_is_recognised(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(Handler, "info", lambda self, *_: self.answer(200, b"<html>Welcome to this hotel</html>"))
 
-    assert "does not answer as a hub does" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+    assert "does not answer like a hub" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
 
 def test_pickles_are_never_pulled(hf: Hub, k2):
@@ -566,7 +566,7 @@ def test_of_several_models_one_is_chosen(hf: Hub, k2):
 def test_files_stay_in_the_cache(hf: Hub, k2, name: str):
     hf.repos["acme/evil"] = {MAIN: {"model.safetensors": weights(1), name: b"{}"}}
 
-    assert "no place in a repository" in k2("models", "pull", "acme/evil", code=1).stderr
+    assert "does not belong in a repository" in k2("models", "pull", "acme/evil", code=1).stderr
     assert hf.files == set()
 
 

@@ -237,7 +237,7 @@ def test_a_project_elsewhere_is_named(dusky, k2, tmp_path, monkeypatch):
     (tmp_path / "own.png").write_bytes(made.read_bytes())
     missing = k2("render", "--like", tmp_path / "own.png", code=2).stderr
 
-    assert f"tea-7.png is of another project; what is like it is made there: {dusky}" in told
+    assert f"tea-7.png belongs to another project; pictures like it go there: {dusky}" in told
     assert "another project" not in k2("render", "--like", made, "--dry-run", "--quiet").stderr
     assert "another project" not in k2("render", dusky, "--like", made, "--dry-run").stderr
     assert 'other has no style "dusk".' in missing
@@ -256,10 +256,10 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     begun = ("--init-image", "refs/a.png", "--mask", "mask.png")
     made = rendered(k2, "-p", "tea", "--style", "dusk=1", "--style", "lino=1", *begun)
     like = ("render", "--like", made, "--dry-run", "-p", "a cup", "--cohesion", "0.5")
-    assert "is not what it was" not in k2(*like, "--style", "dusk=0.5").stderr
+    assert "The look has changed" not in k2(*like, "--style", "dusk=0.5").stderr
 
     (dusky / "refs" / "a.png").rename(dusky / "refs" / "b.png")
-    assert "is not what it was" not in k2(*like, "--init-image", "none").stderr
+    assert "The look has changed" not in k2(*like, "--init-image", "none").stderr
     Image.new("RGB", (64, 64), "navy").save(dusky / "refs" / "a.png")
     (dusky / "styles" / "ink.toml").write_text('keywords = ["ink", "wash"]\navoids = ["gloss"]\n')
     lino.write_text(lino.read_text().replace("lno", "linocut").replace("0.5", "0.6"))
@@ -267,14 +267,14 @@ def test_a_look_that_is_another_by_now_is_told(dusky, k2):
     Image.new("RGB", (64, 64), "gray").save(dusky / "mask.png")
 
     told = k2(*like).stderr
-    was = "The look is not what it was when tea-7.png was made:"
-    styles = "ink has other keywords and avoids, lino has other pictures and triggers and weights"
-    pictures = "mask.png is another picture, a.png is another picture"
-    assert f"{was} dusk has other pictures, {styles}, {pictures}." in told
+    was = "The look has changed since tea-7.png was made:"
+    styles = "ink has different keywords and avoids, lino has different pictures and triggers and weights"
+    pictures = "mask.png is a different picture, a.png is a different picture"
+    assert f"{was} dusk has different pictures, {styles}, {pictures}." in told
     without = ("--style", "ink=0", "--style", "lino=0", "--init-image", "none")
-    assert f"{was} dusk has other pictures.\n" in k2(*like, *without).stderr
+    assert f"{was} dusk has different pictures.\n" in k2(*like, *without).stderr
     lines = k2("render", "--like", made, "--stream", "--dry-run", input="a cup\na pot\n").stderr
-    assert lines.count("is not what it was") == 1
+    assert lines.count("The look has changed") == 1
 
 
 def test_a_style_that_a_mix_brings_and_that_it_had_not_is_told(dusky, k2):
@@ -286,13 +286,13 @@ def test_a_style_that_a_mix_brings_and_that_it_had_not_is_told(dusky, k2):
     made = rendered(k2, "-p", "tea", "--style", "blend=1")
     like = ("render", "--like", made, "--dry-run")
     blend.write_text(blend.read_text().replace("0.5", "0.7"))  # which its weights make up for
-    assert "is not what it was" not in k2(*like, "--style", "riso=0.5").stderr
+    assert "The look has changed" not in k2(*like, "--style", "riso=0.5").stderr
 
     blend.write_text(blend.read_text() + "print = 1\n")
 
-    told = "The look is not what it was when tea-7.png was made: riso comes by a mix (it had none).\n"
+    told = "The look has changed since tea-7.png was made: riso is now mixed in.\n"
     assert told in k2(*like).stderr
-    assert "is not what it was" not in k2(*like, "--style", "blend=0").stderr
+    assert "The look has changed" not in k2(*like, "--style", "blend=0").stderr
     off = rendered(k2, "-p", "tea", "--style", "blend=1", "--style", "riso=-1")
     assert told in k2("render", "--like", off, "--dry-run").stderr
     assert "riso" not in k2("render", "--like", off, "--dry-run", "--style", "riso=-1").stderr
@@ -309,29 +309,29 @@ def test_pictures_that_are_read_in_another_way_are_told(dusky, k2):
     for before, now, told in (
         ("tokens", "auto", ""),
         ("tokens", "tokens", ""),
-        ("tokens", "splice", "night is read by splice."),
-        ("auto", "splice", "night is read by splice."),
-        ("splice", "auto", "night is read by tokens."),
+        ("tokens", "splice", "night is now read by splice."),
+        ("auto", "splice", "night is now read by splice."),
+        ("splice", "auto", "night is now read by tokens."),
     ):
         record = Path(made).with_suffix(".toml")
         record.write_text(re.sub('method = ".*"', f'method = "{before}"', record.read_text()))
         night.write_text(f'method = "{now}"\n{plain}')
         said = k2("render", "--like", record, "--dry-run").stderr
-        assert ("is not what it was" in said) == bool(told) and told in said
+        assert ("The look has changed" in said) == bool(told) and told in said
     night.write_text('keywords = ["night"]\n')
-    assert "night has other pictures and keywords.\n" in k2("render", "--like", record, "--dry-run").stderr
+    assert "night has different pictures and keywords.\n" in k2("render", "--like", record, "--dry-run").stderr
 
 
 def test_what_no_picture_can_be_like_is_refused(dusky, k2, tmp_path):
     made = rendered(k2, "-p", "tea", "--style", "dusk=1")
     Image.new("RGB", (8, 8)).save(dusky / "bare.png")
-    assert "carries no record" in k2("render", "--like", "bare.png", code=1).stderr
+    assert "has no record" in k2("render", "--like", "bare.png", code=1).stderr
     sheet = k2("render", "-p", "an owl", "--batch", "2").stdout.split()[0].replace("an-owl-7", "sheet")
     assert f"{sheet} is a contact sheet.\nHint:  Name one of" in k2("render", "--like", sheet, code=1).stderr
     assert "no none.png" in k2("render", "--like", "none.png", code=1).stderr
     (dusky / "styles" / "dusk.toml").unlink()
     gone = k2("render", "--like", made, code=2).stderr
-    assert 'moody has no style "dusk" any more' in gone and "leave it out: --style dusk=0" in gone
+    assert 'moody has no style "dusk" any more' in gone and "omit it: --style dusk=0" in gone
     (without,) = plan(k2, "--like", made, "--batch", "1", "--style", "dusk=0", "--style", "ink=0.5")
     assert [(style["name"], style["strength"]) for style in without["style"]] == [("ink", 0.5)]
     assert 'no style "dsk"' in k2("render", "--like", made, "--style", "dusk=0", "--style", "dsk=0", code=2).stderr
@@ -374,7 +374,7 @@ def test_a_moodboard_that_is_gone_may_be_left_out(dusky, k2, monkeypatch):
     gone = k2("render", "--like", made, code=2).stderr
     (without,) = plan(k2, "--like", made, "--batch", "1", "--moodboard", "0")
 
-    assert "moody has no moodboard any more" in gone and "leave it out: --moodboard 0" in gone
+    assert "moody has no moodboard any more" in gone and "omit it: --moodboard 0" in gone
     assert [style["name"] for style in without["style"]] == ["ink"]
     assert "moody has no moodboard." in k2("render", "--like", made, "--moodboard", "0.5", code=1).stderr
 

@@ -275,7 +275,7 @@ def test_a_matrix_of_the_command_line(dusky, k2):
         ("seed = 7", '"seed" must be a list of values', "Like seed = [1, 2]."),
         ("seed.low = [7]", '"seed" must be a list of values', "Like seed = [1, 2]."),
         ("seed = []", '"seed" must be a list of values', ""),
-        ("seed = [1, 1]", '"seed" names a value twice', ""),
+        ("seed = [1, 1]", '"seed" lists a value twice', ""),
         ("seed = [-1]", '"seed" must be between', ""),
         ("sede = [1]", 'unknown key "sede"', 'Did you mean "seed"?'),
         ('size = ["100x100"]', "not multiples of 16", ""),

@@ -411,7 +411,7 @@ def test_a_render_tells_of_pictures_that_its_board_does_not_read(den, k2):
     assert k2("render", "--dry-run").stderr.count(over) == 1
     for picture in (den / "refs" / "board").glob("*.png"):
         picture.unlink()
-    assert f"refs/board/* names no picture.\nHint:  {over}" in k2("render", code=1).stderr
+    assert f"refs/board/* matches no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
 def test_a_render_tells_of_broken_pictures_of_its_board(den, k2):
@@ -499,8 +499,8 @@ def test_a_model_that_speaks_tells_the_profile(den, k2, monkeypatch):
     assert len(shown) == min(4, sum(map(len, looks)))
     for said, note in (
         ("I'm sorry, but I can't.", ""),
-        (K2Error("It lacks a tensor."), "says nothing of the board: It lacks a tensor."),
-        (MemoryError(), "says nothing of the board: There is not enough memory for its language side."),
+        (K2Error("It lacks a tensor."), "did not describe the moodboard: It lacks a tensor."),
+        (MemoryError(), "did not describe the moodboard: There is not enough memory for its language side."),
     ):
         Speaking.said = said
         again = k2("moodboard", "analyze", "--json", "--force")
@@ -561,11 +561,11 @@ def test_a_board_is_looked_at_once(den, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('images = ["refs/none/*"]', "k2.toml, line 2: refs/none/* names no picture"),
-        ('images = ["refs/board/*", "refs/none/*"]', "k2.toml, line 2: refs/none/* names no picture"),
+        ('images = ["refs/none/*"]', "k2.toml, line 2: refs/none/* matches no picture"),
+        ('images = ["refs/board/*", "refs/none/*"]', "k2.toml, line 2: refs/none/* matches no picture"),
         ('images = ["refs/none.png"]', "k2.toml, line 2: there is no refs/none.png"),
         ('images = ["../*"]', "lies outside the project"),
-        ("images = []", "the board holds no picture"),
+        ("images = []", "the moodboard holds no picture"),
         ('image = ["refs/*/*"]', 'Did you mean "images"?'),
         ("strength = 1", '"images" is missing in [moodboard]'),
         ('images = ["refs/*/*"]\nstrength = 1.6', '"strength" must be between −0.5 and 1.5'),

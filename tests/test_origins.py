@@ -73,7 +73,7 @@ def test_a1111(tmp_path):
 
     assert found == origins.Origin(
         "A1111", "a red fox, film grain, second line", "blurry, text", 1234567890, 512, 768, 20, 6.0, "dreams_v8",
-        ("LoRA dusk_v2", "weights of words"),
+        ("LoRA dusk_v2", "prompt weights"),
     )  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
 @pytest.mark.parametrize(
     ("text", "left_out"),
     [
-        ("a (red:1.3) fox\nSteps: 9", ["weights of words"]),
-        ("a fox\nNegative prompt: [blur]\nSteps: 9", ["weights of words"]),
+        ("a (red:1.3) fox\nSteps: 9", ["prompt weights"]),
+        ("a fox\nNegative prompt: [blur]\nSteps: 9", ["prompt weights"]),
         (r"a fox \(film\)" + "\nSteps: 9", []),
         ("a fox, 18+\nSteps: 9", []),
         ("a fox\nSteps: 9, Denoising strength: 0.4", ["its initial picture", "denoising strength 0.4"]),
@@ -553,7 +553,7 @@ def test_invokeai(tmp_path):
     assert [*origins.of_invoke(led)][-1].left_out == ("ControlNet", "reference pictures")
     before = origins.read(png(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
     assert before == origins.Origin(
-        "InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5", ("weights of words",)
+        "InvokeAI", "an owl at night", "blur", 3, 64, 96, 50, 6.5, "stable-diffusion-1.5", ("prompt weights",)
     )
 
 
@@ -590,7 +590,7 @@ JOB = " Job ID: 758b8376-b799-4065-ac91-90d109ab15a8"
         ("https://s.mj.run/abc <https://s.mj.run/d.png> a fox --niji 6",
          ("a fox", "", None, ("its image prompt", "--niji 6"))),
         ("hot::2 dog::-1 a (cat):: in snow --no dogs --ar 2:3 --no rain",
-         ("hot, a (cat), in snow", "dog, dogs, rain", None, ("weights of words",))),
+         ("hot, a (cat), in snow", "dog, dogs, rain", None, ("prompt weights",))),
         ("space:: ship", ("space, ship", "", None, ())),
     ],
 )  # fmt: skip

@@ -133,7 +133,7 @@ def test_outputs_may_lie_on_a_drive_that_is_not_mounted(tmp_path):
     (tmp_path / "outputs").symlink_to(tmp_path / "drive" / "outputs")
 
     for ask in (lambda folder: Run.claim(folder, "fox"), Run.last, history.runs_of):
-        with pytest.raises(K2Error, match=r"outputs leads to .*/drive/outputs, which is not there\.") as caught:
+        with pytest.raises(K2Error, match=r"outputs links to .*/drive/outputs, which does not exist\.") as caught:
             ask(tmp_path / "outputs")
         assert caught.value.hint == "Is its drive mounted?"
 

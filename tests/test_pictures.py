@@ -125,8 +125,8 @@ def test_what_is_no_picture_is_told(tree, tmp_path):
     [
         (" ", "here: the path is empty."),
         ("**/d/**", "here: **/d/** has more than one **."),
-        ("x" * (LONGEST + 1), "here: a path of 1,001 characters."),
-        ("**/*.png", "here: **/*.png names more than 3 pictures."),
+        ("x" * (LONGEST + 1), "here: the path has 1,001 characters."),
+        ("**/*.png", "here: **/*.png matches more than 3 pictures."),
     ],
 )
 def test_what_names_nothing_or_too_much_is_refused(tree, pattern, message):

@@ -534,7 +534,7 @@ def test_a_size_is_told_by_the_steps_of_the_model_wherever_it_is_said(tmp_path, 
         ({"batch": 0}, "--batch must be between 1 and 1,000, not 0.", ""),
         ({"seed": 2**63 - 1, "batch": 2}, f"Seed {2**63 - 1} leaves no room for 2 pictures.", None),
         ({"model": "minni"}, '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
-        ({"model": "no/such.safetensors"}, None, "Name a folder or a file that is there"),
+        ({"model": "no/such.safetensors"}, None, "Name an existing folder or file"),
     ],
 )
 def test_options_are_checked_like_settings(moody, options, message, hint):

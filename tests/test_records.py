@@ -163,7 +163,7 @@ def test_a_record_in_a_picture_that_is_longer_than_any_is_not_read(tmp_path):
     path = tmp_path / "fox-7.png"
     path.write_bytes(embedded.encode(picture().image, record | {"more": "x" * LIMIT}))
 
-    with pytest.raises(K2Error, match="carries no record"):
+    with pytest.raises(K2Error, match="has no record"):
         records.read(path)
 
 
@@ -207,7 +207,7 @@ def test_a_private_picture_says_nothing(tmp_path):
 
     with Image.open(path) as image:
         assert image.text == {}
-    with pytest.raises(K2Error, match="carries no record"):
+    with pytest.raises(K2Error, match="has no record"):
         records.read(path)
     path.with_suffix(".toml").write_bytes(dump(record))
     assert records.read(path).table["prompt"]["text"] == "a red fox"
@@ -216,7 +216,7 @@ def test_a_private_picture_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("schema = 1", "schema = 2", "no record that this version"),
+        ("schema = 1", "schema = 2", "not a record that this version"),
         ("seed = 7", "seed = -7", r'line \d+: "seed" must be between'),
         ("seed = 7", 'seed = "7"', '"seed" must be a whole number'),
         ('precision = "int8"', 'precision = "int3"', r'line \d+: "precision" cannot be "int3"'),
@@ -243,7 +243,7 @@ def test_a_changed_record_is_refused(moody, old, new, message):
 def test_what_is_no_picture_is_one_sentence(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
 
-    with pytest.raises(K2Error, match="not a picture that can be read"):
+    with pytest.raises(K2Error, match="not a readable picture"):
         records.read(tmp_path / "x.png")
 
 
@@ -306,10 +306,10 @@ def test_what_is_no_record_is_not_shown(moody, k2, file):
     for command in ("show", "rerun"):
         told = k2(command, file, code=1).stderr
         if file == "k2.toml":
-            assert "k2.toml is no record of a picture.\nHint:  Name a picture that k2 made, or its record." in told
+            assert "k2.toml is not the record of a picture.\nHint:  Name a picture that k2 made, or its record." in told
         else:
             assert "run.toml is the plan of a run, not the record of a picture.\n" in told
-            assert "Hint:  Name a picture of the run, or its record; k2 render --resume goes on with a run.\n" in told
+            assert "Hint:  Name a picture of the run, or its record; k2 render --resume resumes a run.\n" in told
 
 
 class TestRerun:
@@ -360,8 +360,8 @@ class TestRerun:
 
         Image.new("RGB", (64, 64), "white").save(file)
         said = k2("rerun", file).stderr
-        assert "Identical, pixel for pixel." in said and f"{file} was changed since it" in said
-        assert f"{file} was changed since it" in k2("rerun", file.with_suffix(".toml")).stderr
+        assert "Identical, pixel for pixel." in said and f"{file} was changed after it" in said
+        assert f"{file} was changed after it" in k2("rerun", file.with_suffix(".toml")).stderr
 
     def test_a_jpeg_is_compared_with_what_a_jpeg_leaves_of_a_picture(self, moody, k2):
         """Its pixels are never the recorded ones: of another that carries its record, or of a smaller one, it is told
@@ -406,16 +406,16 @@ class TestRerun:
         k2("render", "--only", "fox", "--format", kind)
         file = Path(f"outputs/0001-fox/fox-7.{suffix}")
         record = file.with_suffix(".toml")
-        assert "says otherwise" not in k2("rerun", file).stderr
+        assert "differs from" not in k2("rerun", file).stderr
         record.write_text("# seen\n" + record.read_text())
-        assert "says otherwise" not in k2("rerun", file).stderr
+        assert "differs from" not in k2("rerun", file).stderr
 
         record.write_text(record.read_text().replace("seed = 7", "seed = 8"))
         told = k2("rerun", file).stderr
-        assert f"{record} says otherwise" in told and f"instead: k2 rerun {record}\n" in told
-        assert f"{record} says otherwise" in k2("rerun", file, "--check").stderr
+        assert f"{record} differs from" in told and f"instead: k2 rerun {record}\n" in told
+        assert f"{record} differs from" in k2("rerun", file, "--check").stderr
         assert "Identical, pixel for pixel." in told and fake.seen[-1].seed == 7
-        assert "says otherwise" not in k2("rerun", record, code=1).stderr and fake.seen[-1].seed == 8
+        assert "differs from" not in k2("rerun", record, code=1).stderr and fake.seen[-1].seed == 8
 
     def test_the_device_is_the_recorded_one_unless_another_is_named(self, made, k2, fake, monkeypatch):
         """And threads are as many as then where it is a processor, which alone rounds by them."""
@@ -498,14 +498,14 @@ class TestRerun:
         asked = file.parent if named == "folder" else file.with_suffix(f".{named}")
         result = k2("rerun", asked, "--check", code=1)
         assert str(file) in result.stdout.split() and "Identical" not in result.stderr
-        assert f"{file} was changed since it was made" in result.stderr
+        assert f"{file} was changed after it was made" in result.stderr
         assert named != "folder" or "1 of 2 are identical, pixel for pixel." in result.stderr
         first = json.loads(k2("rerun", asked, "--check", "--json", "--quiet", code=1).stdout.splitlines()[0])
         assert [first[key] for key in ("identical", "changed", "gone", "unreadable")] == [False, True, False, False]
 
     @pytest.mark.parametrize(
         ("by", "said"),
-        [("end", "is no picture that can be read any more"), ("text", "is no picture"), ("owner", "may not be read")],
+        [("end", "is no longer a readable picture"), ("text", "is no picture"), ("owner", "may not be read")],
     )
     def test_a_check_of_a_picture_that_cannot_be_read_says_so(self, moody, k2, monkeypatch, by, said):
         """Nobody knows whether its pixels are others."""
@@ -552,14 +552,14 @@ class TestRerun:
 
         said = k2("rerun", "outputs/0001-fox", "--check", code=1).stderr
         assert "outputs/0001-fox/fox-7.png is gone" in said and "1 of 2 are identical" in said
-        again = "A record that is named makes its picture again: k2 rerun outputs/0001-fox/fox-7.toml"
+        again = "To reproduce one, name its record: k2 rerun outputs/0001-fox/fox-7.toml"
         said = k2("rerun", "outputs/0001-fox").stderr
         assert said == f"1 left out, picture gone. {again}\nIdentical, pixel for pixel.\n"
         assert k2("rerun", "outputs/0001-fox", "--quiet").stderr == ""
         shutil.copytree("outputs/0001-fox", "empty")
         Path("empty/fox-8.png").unlink()
         said = k2("rerun", "empty", code=1).stderr
-        assert said.startswith("Error: All pictures in empty are gone.\nHint:  A record that is named")
+        assert said.startswith("Error: All pictures in empty are gone.\nHint:  To reproduce one")
 
         record = Path("outputs/0001-fox/fox-7.toml")
         record.write_text(record.read_text() + "[settings\n")
@@ -575,7 +575,7 @@ class TestRerun:
 
         assert k2("rerun", made.parent, "--check").stderr == "Identical, pixel for pixel.\n"
         for folder in (".", "styles"):
-            assert "There are no pictures of k2 in" in k2("rerun", folder, "--check", code=1).stderr
+            assert "There are no k2 pictures in" in k2("rerun", folder, "--check", code=1).stderr
 
     def test_of_a_runs_folder_no_picture_is_left_out(self, moody, k2):
         """The record beside one is gone, and that in it says the same; of another nothing is known, which is told."""
@@ -587,7 +587,7 @@ class TestRerun:
         k2("render", "--only", "fox", "--batch", "2", "--no-embed")
         Path("outputs/0003-fox/fox-7.toml").unlink()
         said = k2("rerun", "outputs/0003-fox", code=1).stderr
-        assert "fox-7.png carries no record" in said and "1 of 2 are identical" in said
+        assert "fox-7.png has no record" in said and "1 of 2 are identical" in said
 
     def test_each_is_made_again_in_its_own_project(self, moody, k2, tmp_path):
         (tmp_path / "other").mkdir()
@@ -612,7 +612,7 @@ class TestRerun:
         said = result.stderr.splitlines()
         assert said[0] == "outputs/0001-fox/fox-7.toml: The pixels differ from the recorded ones."
         assert "There is no gone.png." in said[1]
-        assert said[-1] == "1 of 3 are identical, pixel for pixel, and 1 could not be made again."
+        assert said[-1] == "1 of 3 are identical, pixel for pixel, and 1 could not be reproduced."
 
         quiet = k2("rerun", record, "gone.png", "outputs/0001-fox/fox-8.png", "--json", "--quiet", code=1)
         told = [json.loads(line) for line in quiet.stdout.splitlines()]
@@ -626,7 +626,7 @@ class TestRerun:
         both = ("outputs/0001-fox", "-o", "one.png")
         assert "one file cannot hold 2 pictures" in k2("rerun", *both, code=2).stderr and not Path("one.png").exists()
         Path("empty").mkdir()
-        assert "There are no pictures of k2 in empty." in k2("rerun", "empty", code=1).stderr
+        assert "There are no k2 pictures in empty." in k2("rerun", "empty", code=1).stderr
 
     @pytest.mark.parametrize("check", [[], ["--check"]])
     def test_whatever_is_wrong_with_one_of_several_a_script_is_told_of_each(self, made, k2, monkeypatch, check):
@@ -649,12 +649,12 @@ class TestRerun:
         assert [(each["file"], each["from"]) for each in wrong] == [(None, str(name)) for name in named[:3]]
         assert [each["error"].rpartition(": ")[2] for each in wrong] == [
             "File name too long.",
-            "There are no pictures of k2 in empty.",
+            "There are no k2 pictures in empty.",
             "Permission denied.",
         ]
         assert right["identical"] and all(each["hint"] for each in wrong)
         assert result.stderr.count("Error: ") == 3
-        assert result.stderr.endswith("1 of 4 are identical, pixel for pixel, and 3 could not be made again.\n")
+        assert result.stderr.endswith("1 of 4 are identical, pixel for pixel, and 3 could not be reproduced.\n")
 
         alone = k2("rerun", "empty", *check, "--json", code=1)
         assert json.loads(alone.stdout) == wrong[1] and alone.stderr.count("Error: ") == 1
@@ -671,7 +671,7 @@ class TestRerun:
         assert len(result.stdout.splitlines()) == 3
         first, hint, last = result.stderr.splitlines()
         assert first.endswith("outputs cannot be written: the file system is read-only.") and "another disk" in hint
-        assert last == "None of 3 could be made again."
+        assert last == "None of 3 could be reproduced."
 
     def test_the_project_may_have_moved_on(self, made, k2, moody):
         (moody / "k2.toml").write_text(PROJECT.replace("seed = 7", "seed = 99"))
@@ -698,7 +698,7 @@ class TestRerun:
 
         result = k2("rerun", made, code=1)
 
-        assert Path(victim).name in result.stderr and ("is gone" if gone else "is not what it was") in result.stderr
+        assert Path(victim).name in result.stderr and ("is gone" if gone else "has changed since") in result.stderr
         assert tree(moody) == before
 
     def test_other_pixels_are_told_and_exit_with_1(self, made, k2):
@@ -752,7 +752,7 @@ class TestRerun:
             assert json.loads(result.stdout)["identical"] and [spec.seed for spec in fake.seen[-2:]] == [9, 9]
             return
         result = k2("rerun", shutil.copy(made, tmp_path / "moved.png"), "--project", ".", code=1)
-        assert "by 1 of 255 levels at most. That is rounding" in result.stderr
+        assert "by at most 1 of 255 levels. That is rounding" in result.stderr
 
     def test_it_works_where_it_is_told_by_as_many_threads_as_before(self, made, k2, monkeypatch):
         used = []
@@ -797,7 +797,7 @@ def test_an_adapter_is_verified_with_the_settings_beside_it(tmp_path):
     records.verify({weights: alone})
     records.verify({weights: both})
     settings.write_text("32")
-    with pytest.raises(K2Error, match="is not what it was"):
+    with pytest.raises(K2Error, match="has changed since"):
         records.verify({weights: both})
     assert alone == sha256(weights) != both
 

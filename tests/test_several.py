@@ -88,10 +88,10 @@ def made_in(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("said", "whole"),
     [
-        ('Style "dusk": refs/a.png is not a picture that can be read.', False),  # which ends as the project's folder
+        ('Style "dusk": refs/a.png is not a readable picture.', False),  # which ends as the project's folder
         ("s/k2.toml, line 3: unknown key.", True),
         ('"s/k2.toml" is not valid TOML.', True),
-        ("s has no run to go on with.", True),
+        ("s has no run to resume.", True),
         ("its has no end.", False),
         ("{root}/outputs cannot be written.", True),
         ("{root}-models/x.safetensors cannot be read.", False),
@@ -181,7 +181,7 @@ def test_a_command_that_is_killed_is_finished_in_all_its_projects(three, k2, fak
     said = k2("render", *NAMES, "--only", "owl", "--batch", "2", code=130).stderr
 
     line = "k2 render --resume one two three"
-    assert said == f"Interrupted: 1 of 2 pictures are in one/outputs/0001-owl. Go on with: {line}\n"
+    assert said == f"Interrupted: 1 of 2 pictures are in one/outputs/0001-owl. Resume with: {line}\n"
     made = k2(*shlex.split(line)[1:], "-q").stdout.splitlines()
     assert len(made) == 5 and {str(Path(path).parent) for path in made} == {
         "one/outputs/0001-owl",
@@ -229,7 +229,7 @@ def test_very_many_are_locked_only_when_their_turn_comes(three, k2, fake, monkey
     taken.unlock()
 
     assert "two/outputs/0001-fox-and-1-more is being rendered by another process." in result.stderr
-    assert len(result.stdout.splitlines()) == 4 and "1 of 3 projects came to an error: two." in result.stderr
+    assert len(result.stdout.splitlines()) == 4 and "1 of 3 projects failed: two." in result.stderr
     assert len(k2("render", "--resume", "two").stdout.splitlines()) == 2
 
 
@@ -239,7 +239,7 @@ def test_of_those_that_are_finished_one_without_a_run_is_told(three, k2, fake):
 
     result = k2("render", "--resume", *NAMES, code=1)
 
-    assert "two has no run to go on with." in result.stderr
+    assert "two has no run to resume." in result.stderr
     assert len(result.stdout.splitlines()) == 4
     assert "run to go on with" in k2("render", "--resume", "two", code=1).stderr
 
@@ -270,7 +270,7 @@ def test_a_run_that_is_not_the_last_any_more_has_a_command_of_its_own(three, k2,
     stop_at(fake, 0, act)
     said = k2("render", *NAMES, code=130).stderr
 
-    told = said.partition("Go on with: ")[2]
+    told = said.partition("Resume with: ")[2]
     assert told == "k2 render --resume one three; k2 render --resume --run 1 --project two\n"
 
 
@@ -281,14 +281,14 @@ def test_what_is_wrong_with_one_leaves_the_others_their_turn(three, k2, fake, tu
     result = k2("render", *NAMES, "--json", code=1)
 
     assert "Error: two: The lamp is out.\nHint:  Light it.\n" in result.stderr
-    assert "Error: 1 of 3 projects came to an error: two.\n" in result.stderr
+    assert "Error: 1 of 3 projects failed: two.\n" in result.stderr
     whose = [(Path(each["file"]).parts[0], each["of"]) for each in map(json.loads, result.stdout.splitlines())]
     there = [("two", [3, 6])] * turn
     assert whose == [("one", [1, 6]), ("one", [2, 6]), *there, ("three", [5, 6]), ("three", [6, 6])]
     assert (three / "two" / "outputs").exists() == bool(turn)  # a run with a picture stays
     line = "k2 render --resume --project two"
-    more = f" Go on with: {line}" if turn else ""
-    assert f"Hint:  It is told above; the others are done.{more}\n" in result.stderr
+    more = f" Resume with: {line}" if turn else ""
+    assert f"Hint:  The errors are above; the others are done.{more}\n" in result.stderr
     if turn:
         assert len(k2(*shlex.split(line)[1:], "-q").stdout.splitlines()) == 1 and len(made_in(three)) == 6
 
@@ -299,7 +299,7 @@ def test_where_all_fail_no_others_are_said_to_be_done(three, k2):
 
     said = k2("render", *NAMES, code=1).stderr
 
-    assert "3 of 3 projects came to an error: one, two, three.\nHint:  It is told above.\n" in said
+    assert "3 of 3 projects failed: one, two, three.\nHint:  The errors are above.\n" in said
 
 
 def test_a_project_that_cannot_be_written_to_is_told_and_passed(three, k2):
@@ -320,9 +320,9 @@ def test_of_a_stream_each_project_has_its_turn_too(three, k2):
     made, wrong, *_ = lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert ["error" in each for each in lines] == [False, True] * 2 and made["file"].startswith("two/")
     cause, summary = wrong["error"].splitlines()
-    assert "one/outputs cannot be written: " in cause and summary == "1 of 2 projects came to an error: one."
+    assert "one/outputs cannot be written: " in cause and summary == "1 of 2 projects failed: one."
     hints = wrong["hint"].splitlines()
-    assert hints[-1] == "It is told above; the others are done." and all(each in result.stderr for each in hints)
+    assert hints[-1] == "The errors are above; the others are done." and all(each in result.stderr for each in hints)
 
 
 def test_of_a_line_that_no_project_can_plan_all_is_in_its_object(three, k2):
@@ -355,7 +355,7 @@ def test_a_full_disk_ends_all_and_they_are_gone_on_with(three, k2, monkeypatch, 
     if not whole:  # there is nothing to go on with
         assert tree(three) == before and "Free some space, and try again." in said
         return
-    line = said.partition("then go on with: ")[2].strip()
+    line = said.partition("then resume with: ")[2].strip()
     assert line == "k2 render --resume one two three"  # the first's sheet is missing
     k2(*shlex.split(line)[1:])
     assert len(made_in(three)) == 6
@@ -367,7 +367,7 @@ def test_where_nobody_reads_on_all_are_gone_on_with(three, k2, monkeypatch):
 
     monkeypatch.setattr("k2cli.carry.result", leave)
 
-    assert "Go on with: k2 render --resume one two three\n" in k2("render", *NAMES, code=1).stderr
+    assert "Resume with: k2 render --resume one two three\n" in k2("render", *NAMES, code=1).stderr
 
 
 def test_an_unforeseen_error_keeps_what_can_be_gone_on_with(three, k2, fake):

@@ -192,14 +192,14 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "cfg": 4}', 'The line: unknown key "cfg".', "It is called guidance, and is 1 less"),
         ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must be between', 'Or "random"'),
         ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
-        ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", 'The line is no JSON: "steps" has more than 64', "Like"),
+        ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", 'The line is not JSON: "steps" has more than 64', "Like"),
         ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
         ('{"prompt": "tea", "init_image": "none", "mask": "8x8+0+0"}', "The line: there is no init_image to", "Name"),
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
-        ('{"prompt": "tea", "seed": 1, "seed": 2}', 'The line: the key "seed" is there more than once.', "Keep one."),
-        ('{"prompt": "tea", "styles": {"dusk": 1, "dusk": 0}}', 'The line: the key "dusk" is there more', "Keep one."),
-        ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep the one"),
+        ('{"prompt": "tea", "seed": 1, "seed": 2}', 'The line: the key "seed" appears more than once.', "Keep one."),
+        ('{"prompt": "tea", "styles": {"dusk": 1, "dusk": 0}}', 'The line: the key "dusk" appears more', "Keep one."),
+        ('{"prompt": "tea", "text": "a fig"}', 'The line: "prompt" and "text" are the same.', "Keep one"),
         ('{"seed": 4}', "The line: the prompt is empty.", ""),
         ('{"prompt": 4}', 'The line: "prompt" must be a string in quotes, not 4.', ""),
         ('{"prompt": {"text": "tea"}}', 'The line: "prompt" cannot be an object.', 'Like {"prompt": "a red fox"'),
@@ -212,8 +212,8 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "turbo": true}', 'The line: unknown key "turbo".', ": --turbo on the command line."),
         ('{"prompt": "tea", "mu": 1}', 'The line: unknown key "mu".', "It belongs under [render]."),
         ('{"prompt": "\\ud83e"}', "The line: ", ""),
-        ('{"prompt": "tea"', "The line is no JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
-        ('{"a":' * 100_000, "The line is no JSON", "Like"),
+        ('{"prompt": "tea"', "The line is not JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
+        ('{"a":' * 100_000, "The line is not JSON", "Like"),
     ],
 )
 def test_what_is_wrong_with_an_object_is_told_as_of_a_project(moody, k2, asks, line, said, hint):
@@ -267,7 +267,7 @@ def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
     done = k2("render", "--stream", "--json", input=f"{line}\ntea\n", code=1)
 
     wrong, tea = map(json.loads, done.stdout.splitlines())
-    assert wrong["error"] == "The line is neither a prompt nor an object of JSON that holds one."
+    assert wrong["error"] == "The line is neither a prompt nor a JSON object that holds one."
     assert "One object a line" in wrong["hint"] and "jq -c" in wrong["hint"] and wrong["prompt"]["text"] == line
     assert tea["prompt"]["text"] == "tea"
     assert "Line 2 is neither a prompt" in k2("render", "-", input=f"tea\n{line}\n", code=1).stderr
@@ -351,7 +351,7 @@ def test_whoever_types_is_told_how_to_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"tea\n")))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     assert [*stream.lines()] == [b"tea\n"]
-    assert capsys.readouterr() == ("", "A prompt a line, rendered as it comes; Ctrl-D ends.\n")
+    assert capsys.readouterr() == ("", "One prompt per line, rendered as it arrives; Ctrl-D ends.\n")
 
 
 def test_lines_are_what_stands_between_breaks_and_an_empty_one_is_answered(moody, k2):
@@ -432,7 +432,7 @@ def test_a_line_that_is_no_text_is_told_and_the_next_is_read(moody, k2, spoilt):
     pear, wrong, plum = map(json.loads, done.stdout.splitlines())
     assert (pear["prompt"]["text"], plum["prompt"]["text"]) == ("a pear", "a plum")
     assert wrong["file"] is None and wrong["error"].startswith("Standard input is not text in the encoding here")
-    assert "\ufffd" in wrong["prompt"]["text"] and "Standard input is no text" in done.stderr
+    assert "\ufffd" in wrong["prompt"]["text"] and "Standard input is not text" in done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

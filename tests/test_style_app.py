@@ -207,12 +207,12 @@ def test_of_a_folder_pictures_that_cannot_be_read_are_left_out_and_told_of(moody
     for name in ("broken.png", "cut.jpg"):
         (more / name).write_bytes((more / "a.jpg").read_bytes()[:100])
     Image.new("RGB", (4, 4)).save(more / "dot.png")
-    told = "Left out, as they cannot be used: broken.png, cut.jpg, dot.png.\n"
+    told = "Left out as unusable: broken.png, cut.jpg, dot.png.\n"
 
     assert told in k2("style", "add", "dusk", more).stderr
     assert spec_of(moody, dusk=1).styles[0].references
     typed = k2("style", "add", "night", more, more / "cut.jpg", code=1).stderr
-    assert "cut.jpg is not a picture that can be read." in typed
+    assert "cut.jpg is not a readable picture." in typed
     for good in {*more.iterdir()} - {more / name for name in ("broken.png", "cut.jpg", "dot.png")}:
         good.unlink()
     none = k2("style", "add", "night", more, code=1).stderr
@@ -256,7 +256,7 @@ def test_a_render_tells_once_of_references_that_are_not_read(looks, photos, k2):
     assert "Passed over" not in k2("render", "--quiet").stderr
 
     (looks / "refs" / "board" / "a.png").unlink()
-    assert f"names no picture.\nHint:  {over}" in k2("render", code=1).stderr
+    assert f"matches no picture.\nHint:  {over}" in k2("render", code=1).stderr
 
 
 def test_copies_are_called_as_their_pictures_or_numbered(moody, photos, k2):
@@ -317,7 +317,7 @@ def test_a_lora_is_found_however_its_accents_are_written(moody, photos, k2):
 def test_a_lora_in_a_folder_or_of_another_format_is_told_of(moody, photos, k2):
     """Beside its preview, as collectors keep them, it is no picture of the style's."""
     lora = write_lora(photos / "more" / "ink.safetensors")
-    said = "Passed over: weights (ink.safetensors); for a LoRA name the file itself."
+    said = "Passed over: weights (ink.safetensors); to use a LoRA, name its file."
 
     assert said in k2("style", "add", "ink", photos / "more").stderr
     assert "Passed over" not in k2("style", "add", "both", photos / "more", lora).stderr
@@ -414,7 +414,7 @@ def test_settings_that_lie_beside_a_lora_come_along(moody, photos, k2):
     assert table(moody / "styles" / "ink.toml")["lora"] == "loras/ink/adapter_model.safetensors"
     assert (moody / "loras" / "ink" / "adapter_config.json").read_text() == '{"lora_alpha": 8}'
     (photos / "adapter_config.json").write_text('{"lora_alpha": 16}')
-    assert "loras/ink holds another LoRA." in k2("style", "add", "ink", lora, "--force", code=1).stderr
+    assert "loras/ink holds a different LoRA." in k2("style", "add", "ink", lora, "--force", code=1).stderr
 
 
 def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
@@ -432,8 +432,8 @@ def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
         (["none.safetensors"], "There is no"),
         (["ink.safetensors", "model.safetensors"], "would have 2 LoRAs"),
         (["ink.safetensors", "notes.txt"], "is not a picture"),
-        (["a.png", "--trigger", "inkk"], "none was named.\nHint:  Call them keywords"),
-        (["ink.safetensors", "--method", "splice"], "No picture was named"),
+        (["a.png", "--trigger", "inkk"], "none was named.\nHint:  Use keywords instead"),
+        (["ink.safetensors", "--method", "splice"], "--method needs pictures"),
     ):
         typed = [str(photos / each) if "." in each else each for each in files]
         assert said in k2("style", "add", "ink", *typed, code=1).stderr
@@ -447,11 +447,11 @@ def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
 @pytest.mark.parametrize(
     ("name", "pictures", "message"),
     [
-        ("dusk", ["notes.txt"], "is not a picture that can be read"),
-        ("dusk", ["moving.gif"], "is not a picture that can be read"),
+        ("dusk", ["notes.txt"], "is not a readable picture"),
+        ("dusk", ["moving.gif"], "is not a readable picture"),
         ("dusk", ["dot.png"], "has 1 x 1 pixels"),
-        ("dusk", ["a.png", "cut.png"], "cut.png is not a picture that can be read.\nHint:  The file is truncated"),
-        ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a picture that can be read.\nHint:  The file is truncated"),
+        ("dusk", ["a.png", "cut.png"], "cut.png is not a readable picture.\nHint:  The file is cut off"),
+        ("dusk", ["a.png", "cut.jpg"], "cut.jpg is not a readable picture.\nHint:  The file is cut off"),
         ("dusk", ["a.png", "missing.png"], "There is no "),
         ("../dusk", ["a.png"], "cannot be a file name"),
         ("AUX", ["a.png"], "cannot be a file name on Windows"),
@@ -703,8 +703,8 @@ def test_the_triangle_is_drawn(looks, k2):
         (["dusk=1", "--no-preview"], 2, "nothing left to do"),
         (["disk=1"], 1, 'Did you mean "dusk"?'),
         (["dusk=1", "--sweep", "4"], 1, "from one style to another"),
-        (["dusk=1", "riso=1", "--sweep", "1"], 1, "leads nowhere"),
-        (["dusk=1", "riso=1", "--sweep", "500"], 1, "500 pictures, and a sheet holds 120"),
+        (["dusk=1", "riso=1", "--sweep", "1"], 1, "needs at least 2 pictures"),
+        (["dusk=1", "riso=1", "--sweep", "500"], 1, "500 pictures; a sheet holds 120"),
         (["dusk=1", "--save-as", "riso"], 1, "The style riso already exists."),
         (["dusk=1", "--save-as", "dusk", "--force"], 1, "dusk is itself part of the mix."),
         (["dusk=1", "--save-as", "a/b"], 1, "cannot be a file name"),

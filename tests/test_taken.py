@@ -35,7 +35,7 @@ def test_a_new_project_from_pictures(moody, k2, tmp_path):
 
     result = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png", "--from", tmp_path / "b.png")
 
-    assert "a.png: LoRA dusk_v2 stayed behind." in result.stderr
+    assert "Not imported from a.png: LoRA dusk_v2." in result.stderr
     text = (tmp_path / "taken" / "k2.toml").read_text()
     assert "# guidance = 6        # with dreams_v8" in text and "# it was 512x768" in text
     project = Project.open(tmp_path / "taken")
@@ -54,7 +54,7 @@ def test_a_project_that_no_command_would_read_is_not_made(k2, tmp_path):
         png(tmp_path / "many" / f"{index}.png", parameters=f"a fox {index} " + "x" * 18_000 + "\nSteps: 4, Seed: 1")
     png(tmp_path / "long.png", parameters="a fox " + "x" * 20_000 + "\nSteps: 4, Seed: 1")
 
-    assert "come to more than 1 MB" in k2("new", tmp_path / "new", "--from", tmp_path / "many", code=1).stderr
+    assert "add up to more than 1 MB" in k2("new", tmp_path / "new", "--from", tmp_path / "many", code=1).stderr
     said = k2("new", tmp_path / "new", "--from", tmp_path / "long.png", code=1).stderr
     assert "long.png has a prompt of more than 20,000 characters." in said
     shutil.move(tmp_path / "long.png", tmp_path / "many")
@@ -75,13 +75,13 @@ def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
     said = k2("new", tmp_path / "again", "--from", tmp_path / "old").stderr
     project = Project.open(tmp_path / "again")
 
-    assert "bare.png and 1 more say nothing of a prompt, and stayed behind." in said
+    assert "Passed over: bare.png and 1 more, which state no prompt." in said
     assert len(project.prompts) == 2
     assert sorted(shot.spec.seed for shot in project.shots(project.settle())) == [7, 8, 9, 40]
 
-    assert "stayed behind" not in k2("new", tmp_path / "run", "--from", *moody.glob("outputs/0001-*")).stderr
+    assert "Not imported" not in k2("new", tmp_path / "run", "--from", *moody.glob("outputs/0001-*")).stderr
     said = k2("new", tmp_path / "all", "--from", *moody.glob("outputs/0001-*/*.png")).stderr  # as a shell finds them
-    assert "Passed over: 1 contact sheet." in said and "stayed behind" not in said
+    assert "Passed over: 1 contact sheet." in said and "Not imported" not in said
     for name in ("bare.png", "plain.png"):
         shutil.move(tmp_path / "old" / name, tmp_path)
     (tmp_path / "nothing").mkdir()
@@ -142,7 +142,7 @@ def test_a_picture_of_turbo_is_asked_for_of_turbo(moody, k2, tmp_path, keep, opt
     result = k2("new", tmp_path / "again", "--from", tmp_path / "moved.png")
     settings = Project.open(tmp_path / "again").settings
 
-    assert "&& k2 render\n" in result.stderr and "stayed behind" not in result.stderr
+    assert "&& k2 render\n" in result.stderr and "Not imported" not in result.stderr
     assert (settings.model, settings.variant, settings.steps, settings.guidance) == ("mini", "turbo", *kept)
 
 
@@ -173,7 +173,7 @@ def test_one_of_another_checkpoint_is_told_and_brings_no_settings(moody, k2, tmp
 
     said = k2("new", tmp_path / "again", "--from", turbo, raw, tmp_path / "nyx.png").stderr
 
-    assert "a-fox-7.png: variant raw stayed behind." in said and "nyx.png: model nyx stayed behind." in said
+    assert "Not imported from a-fox-7.png: variant raw." in said and "Not imported from nyx.png: model nyx." in said
     project = Project.open(tmp_path / "again")
     assert project.settings.variant == "turbo"
     assert [prompt.settings for prompt in project.prompts] == [{"seed": 7}]
@@ -195,7 +195,7 @@ def test_a_seed_that_has_no_place_here_is_told(k2, fake, tmp_path, seed, told):
 
     said = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png").stderr
 
-    assert (f"a.png: seed {seed} stayed behind." in said) == told
+    assert (f"Not imported from a.png: seed {seed}." in said) == told
     assert Project.open(tmp_path / "taken").prompts[0].settings.get("seed") == (None if told else seed)
 
 
@@ -218,7 +218,7 @@ def test_what_stays_behind_of_a_picture_of_k2_is_told(moody, k2, tmp_path):
 
     result = k2("new", tmp_path / "again", "--from", made)
 
-    assert f"{made.name}: style dusk stayed behind." in result.stderr and "&& k2 render\n" in result.stderr
+    assert f"Not imported from {made.name}: style dusk." in result.stderr and "&& k2 render\n" in result.stderr
 
 
 def test_what_a_style_avoids_stays_behind_with_it(moody, k2, tmp_path):
@@ -260,7 +260,7 @@ def test_a_mu_is_taken_over_where_it_was_chosen(moody, k2, tmp_path, turbo):
     mixed = k2("new", tmp_path / "mixed", "--from", plain, chosen).stderr
 
     opened = [Project.open(tmp_path / name).settings.mu for name in ("plain", "chosen", "mixed")]
-    assert opened == [None, 0.875, None] and "mu 0.875 stayed behind" in mixed
+    assert opened == [None, 0.875, None] and ": mu 0.875." in mixed
 
 
 def test_what_a_picture_left_to_the_model_is_told_where_the_first_did_not(moody, k2, tmp_path):
@@ -274,8 +274,8 @@ def test_what_a_picture_left_to_the_model_is_told_where_the_first_did_not(moody,
 
     assert Project.open(tmp_path / "again").settings.mu == chosen
     for each in ("the model's own mu", "the model's own sampler", "the model's own guidance_until"):
-        assert f"a-cat-7.png: {each} stayed behind." in said
-    assert said.count("stayed behind") == 3
+        assert f"Not imported from a-cat-7.png: {each}." in said
+    assert said.count("Not imported") == 3
     creative = [prompt.settings.get("creativity") for prompt in Project.open(tmp_path / "again").prompts]
     assert creative == [None, None, "raw"]
 
@@ -290,7 +290,7 @@ def test_a_model_that_stays_behind_is_told(moody, k2, tmp_path, model):
 
     result = k2("new", tmp_path / "again", "--from", moved, "--from", made)
 
-    assert result.stderr.count("stayed behind") == 1 and f"moved.png: model {model} stayed behind." in result.stderr
+    assert result.stderr.count("Not imported") == 1 and f"Not imported from moved.png: model {model}." in result.stderr
     assert Project.open(tmp_path / "again").settings.model == "mini"
 
 
@@ -317,8 +317,8 @@ def test_settings_that_no_project_may_have_stay_behind(k2, fake, tmp_path):
 
     result = k2("new", tmp_path / "taken", "--from", tmp_path / "a.png")
 
-    assert "a.png: steps 0 stayed behind." in result.stderr
-    assert "a.png: guidance 499.0 stayed behind." in result.stderr
+    assert "Not imported from a.png: steps 0." in result.stderr
+    assert "Not imported from a.png: guidance 499.0." in result.stderr
     assert len(k2("render", tmp_path / "taken").stdout.splitlines()) == 1
 
 
@@ -346,7 +346,7 @@ def test_pictures_that_differ_in_what_stays_behind_alone_are_asked_for_once(mood
 
     project = Project.open(tmp_path / "again")
     assert [shot.spec.seed for shot in project.shots(project.settle())] == [7, 8, 20]
-    assert "a-fox-07-7.png and 11 more: style dusk stayed behind.\n" in said and said.count("stayed behind") == 2
+    assert "Not imported from a-fox-07-7.png and 11 more: style dusk.\n" in said and said.count("Not imported") == 2
 
 
 @pytest.mark.parametrize(("shared", "told"), [("0.0", False), ("0.25", True)])

@@ -50,14 +50,14 @@ def test_only_what_is_different_is_made_again(moody, k2, changes, fake):
         "outputs/0001-fox-and-1-more/an-owl-at-night-7.png",
         "outputs/0002-fox/fox-7.png",
     ]
-    assert result.stderr.count("No picture is different.") == 2
+    assert result.stderr.count("No picture changes.") == 2
     assert len(fake.loaded) == 1
 
 
 def test_what_the_last_runs_made_is_not_made_again(moody, k2, changes):
     owl = k2("render").stdout.splitlines()[1]
 
-    assert "No picture is different." in k2("watch", code=130).stderr
+    assert "No picture changes." in k2("watch", code=130).stderr
     (moody / owl).unlink()
     (moody / "outputs/0001-fox-and-1-more/an-owl-at-night-7.toml").unlink()
     assert k2("watch", code=130).stdout.splitlines() == ["outputs/0002-an-owl-at-night/an-owl-at-night-7.png"]
@@ -197,7 +197,7 @@ def test_what_is_so_already_may_be_said_and_changes_nothing(moody, k2, changes, 
     result = k2("watch", "--only", "fox", code=130)
 
     assert result.stdout.splitlines() == ["outputs/0001-fox/fox-7.png"]
-    assert result.stderr.count("No picture is different.") == 1
+    assert result.stderr.count("No picture changes.") == 1
     assert not k2("watch", "--only", "fox", code=130).stdout  # of what lies on the disk
 
 
