@@ -202,7 +202,9 @@ class Project(Folder):
         if is_dark(path):
             raise K2Error(f"{where}: nothing in {said} is white.", hint="White is repainted, dark stays as is.")
         if not same_shape(sides, begun):
-            raise K2Error(f"{where}: {said} differs in shape from its init_image.", hint="Draw it on a copy of that.")
+            raise K2Error(
+                f"{where}: {said} does not have the shape of its init_image.", hint="Draw it on a copy of that."
+            )
         return path
 
     def choose(self, names: Sequence[str]) -> tuple[Prompt, ...]:

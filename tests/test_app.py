@@ -484,7 +484,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["-p", "a\x1b[2Jb"], "A prompt contains a control character.", ""),
         (["-p", "a fox \uffff"], "A prompt contains a control character.", ""),
         (["--resume"], "moody has no run to resume.", "Start one with: k2 render"),
-        (["-"], "Standard input holds no prompt.", "Give one a line"),
+        (["-"], "Standard input holds no prompt.", "Give one per line"),
         (["-p", ""], "A prompt is empty.", "Say what the picture should show."),
         (["-p", "tea", "-p", "   "], "A prompt is empty.", "Say what the picture should show."),
     ],
@@ -929,7 +929,7 @@ def test_resume_keeps_what_was_asked_of_files_and_sheet(moody, k2, fake):
             'There is no model "turbo" here.',
             'variant = "turbo" under [render], or --turbo',
         ),
-        ('[render]\nmodel = "mini-raw"\n', 'There is no model "mini-raw" here.', 'variant = "raw" below [render]'),
+        ('[render]\nmodel = "mini-raw"\n', 'There is no model "mini-raw" here.', 'variant = "raw" under [render]'),
         ('[render]\nmodel = "my-turbo"\n', 'There is no model "my-turbo" here.', "Did you mean"),
         ('[moodboard]\nimages = [""]\n', "the path is empty.", "Name a picture, a folder, or a glob of pictures."),
     ],
@@ -949,7 +949,7 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
 
     assert k2("render", "--resume", "--run", "1").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-8.png\n"
     none = k2("render", "--resume", "--run", "7", code=1).stderr
-    assert "has no run 0007 to go on with" in none and "To list the runs: k2 log" in none
+    assert "has no run 0007 to resume" in none and "To list the runs: k2 log" in none
     assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
 
 
@@ -1236,7 +1236,7 @@ def test_a_path_is_never_taken_for_an_option(moody, k2):
 
 
 def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
-    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  Give a prompt with -p: ")[2]
+    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  A prompt goes with -p: ")[2]
     assert hint == "k2 render -p '-5 degrees'"
 
     k2(*shlex.split(hint)[1:], "--batch", "1")

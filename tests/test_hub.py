@@ -389,7 +389,7 @@ REFUSALS = {
         "Check the name",
     ),
     "file gone": ("/resolve/", 404, {"X-Error-Code": "EntryNotFound"}, "file that it lists", "mirror"),
-    "server error": ("/api/", 500, {}, "in trouble (500)", "Try again later"),
+    "server error": ("/api/", 500, {}, "reports an error (500)", "Try again later"),
 }
 
 
@@ -525,7 +525,7 @@ def test_offline_finds_what_is_here_and_says_what_is_not(hf: Hub, k2, monkeypatc
 def test_no_network(hf: Hub, k2, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
-    assert "The connection to http://127.0.0.1:9 broke off" in k2("models", "pull", "krea-2-turbo", code=1).stderr
+    assert "The connection to http://127.0.0.1:9 failed" in k2("models", "pull", "krea-2-turbo", code=1).stderr
 
 
 def test_what_is_no_hub_is_recognised(hf: Hub, k2, monkeypatch):

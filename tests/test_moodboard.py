@@ -326,7 +326,7 @@ def test_analyze_writes_a_style_that_renders(den, k2):
     assert "exists already" in k2("moodboard", "analyze", code=1).stderr
     assert k2("moodboard", "analyze", "refs/board", "--force", "--quiet").stdout == "styles/board.toml\n"
     (den / "k2.toml").write_text(K2.partition("[moodboard]")[0])
-    assert "There is no board" in k2("moodboard", "analyze", "--force", code=1).stderr
+    assert "There is no moodboard" in k2("moodboard", "analyze", "--force", code=1).stderr
     (shot,) = Project.open(den).shots(Project.open(den).settle(), None, {"board": 0.35})
     assert shot.spec.styles[0].strength == 0.35 and shot.spec.styles[0].references
 

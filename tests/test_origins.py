@@ -616,7 +616,7 @@ def test_what_says_nothing_is_one_sentence(k2, tmp_path):
 
     for name, message in (
         ("bare.png", "does not state its prompt"),
-        ("text.png", "not a picture"),
+        ("text.png", "not a readable picture"),
         ("gone.png", "There is no"),
         ("outputs", "outputs holds no picture."),
     ):

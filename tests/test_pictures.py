@@ -147,7 +147,7 @@ def test_a_picture_is_told_by_what_is_in_it_and_one_cut_off_only_if_it_is_decode
 
     assert check_picture(tmp_path / "a.jpg", "here", "a", whole=True) == "jpg"
     assert check_picture(cut, "here", "cut") == "jpg"
-    with pytest.raises(K2Error, match="here: cut is not a picture"):
+    with pytest.raises(K2Error, match="here: cut is not a readable picture"):
         check_picture(cut, "here", "cut", whole=True)
 
 

@@ -226,7 +226,7 @@ def test_a_private_picture_says_nothing(tmp_path):
         (HASH, '"mini-raw.safetensors" = 3', "expected a table of file = sha256"),
         ('"mini-raw.safetensors"', '"../mini-raw.safetensors"', "names a file outside its model"),
         ('"mini-raw.safetensors"', f'"{"9" * 300}"', "no file can have a name that long"),
-        ('variant = "raw"', f'variant = "{"9" * 300}"', "holds no 9+ checkpoint"),
+        ('variant = "raw"', f'variant = "{"9" * 300}"', "no bundled 9+ checkpoint"),
         ('name = "fox"', 'name = "../fox"', "cannot be a file name"),
     ],
 )
@@ -505,7 +505,11 @@ class TestRerun:
 
     @pytest.mark.parametrize(
         ("by", "said"),
-        [("end", "is no longer a readable picture"), ("text", "is no picture"), ("owner", "may not be read")],
+        [
+            ("end", "is no longer a readable picture"),
+            ("text", "is no longer a readable picture"),
+            ("owner", "may not be read"),
+        ],
     )
     def test_a_check_of_a_picture_that_cannot_be_read_says_so(self, moody, k2, monkeypatch, by, said):
         """Nobody knows whether its pixels are others."""
@@ -783,7 +787,7 @@ class TestRerun:
 
         result = k2("rerun", bare, "--output", "x.png", code=1)
 
-        assert "refs/a.png of its project" in result.stderr and "--project" in result.stderr
+        assert "refs/a.png from its project" in result.stderr and "--project" in result.stderr
 
 
 def test_an_adapter_is_verified_with_the_settings_beside_it(tmp_path):

@@ -241,7 +241,7 @@ def test_of_those_that_are_finished_one_without_a_run_is_told(three, k2, fake):
 
     assert "two has no run to resume." in result.stderr
     assert len(result.stdout.splitlines()) == 4
-    assert "run to go on with" in k2("render", "--resume", "two", code=1).stderr
+    assert "run to resume" in k2("render", "--resume", "two", code=1).stderr
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])
@@ -448,8 +448,8 @@ def spoilt(three: Path) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("cut.png", "cut.png is not a picture"),
-        ("no.safetensors", "is not a LoRA: it holds"),
+        ("cut.png", "cut.png is not a readable picture"),
+        ("no.safetensors", "is no LoRA: it holds"),
         ("flux.safetensors", "is made for FLUX: it has layers like transformer.single_transformer_blocks.0.attn.to_q"),
     ],
 )

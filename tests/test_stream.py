@@ -154,9 +154,9 @@ def test_lines_of_a_run_may_be_objects_too(dusky, k2, fake):
     ("said", "error"),
     [
         ('tea\n\n{"prompt": "a pear", "sed": 1}', 'Line 3: unknown key "sed".'),
-        ('{"prompt": "a pear"', "Line 1 is no JSON"),
+        ('{"prompt": "a pear"', "Line 1 is not JSON"),
         ('{"prompt": "a pear", "name": "a"}\n{"prompt": "a fig", "name": "A"}', 'Line 2: another prompt is named "a".'),
-        ('{"prompt": "a pear", "size": "3x3"}', "Line 1: 3x3 is no size"),
+        ('{"prompt": "a pear", "size": "3x3"}', "Line 1: 3x3 is out of range"),
     ],
 )
 def test_a_line_of_a_run_that_is_wrong_is_named(moody, k2, fake, said, error):
@@ -193,7 +193,7 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"prompt": "tea", "seed": -4}', 'The line: "seed" must be between', 'Or "random"'),
         ('{"prompt": "tea", "seed": 1e999}', 'The line: "seed" must be a whole number', ""),
         ('{"prompt": "tea", "steps": ' + "9" * 500 + "}", 'The line is not JSON: "steps" has more than 64', "Like"),
-        ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is no size", ""),
+        ('{"prompt": "tea", "size": "3x3"}', "The line: 3x3 is out of range", ""),
         ('{"prompt": "tea", "init_image": "../a.png"}', "The line: ../a.png lies outside the project.", ""),
         ('{"prompt": "tea", "init_image": "none", "mask": "8x8+0+0"}', "The line: there is no init_image to", "Name"),
         ('{"prompt": "tea", "styles": {"dusky": 1}}', 'The line: there is no style "dusky"', ""),
@@ -208,8 +208,12 @@ def test_a_line_may_say_what_a_prompt_of_a_project_may(dusky, k2, asks, fake):
         ('{"text": 4}', 'The line: "text" must be a string in quotes, not 4.', ""),
         ('{"prompt": "tea", "styles": ["dusk"]}', 'The line: "styles" must be an object, not a list.', 'Like "styles"'),
         ('{"prompt": "tea", "style": 1}', 'The line: "style" must be an object, not 1.', 'Like "style": {"dusk": 0.6}'),
-        ('{"prompt": "tea", "cohesion": 1}', 'The line: unknown key "cohesion".', ": --cohesion on the command line."),
-        ('{"prompt": "tea", "turbo": true}', 'The line: unknown key "turbo".', ": --turbo on the command line."),
+        (
+            '{"prompt": "tea", "cohesion": 1}',
+            'The line: unknown key "cohesion".',
+            ": set --cohesion on the command line.",
+        ),
+        ('{"prompt": "tea", "turbo": true}', 'The line: unknown key "turbo".', ": set --turbo on the command line."),
         ('{"prompt": "tea", "mu": 1}', 'The line: unknown key "mu".', "It belongs under [render]."),
         ('{"prompt": "\\ud83e"}', "The line: ", ""),
         ('{"prompt": "tea"', "The line is not JSON: Expecting", 'Like {"prompt": "a red fox", "seed": 4}.'),
@@ -268,7 +272,7 @@ def test_what_means_objects_is_no_picture_of_its_text(moody, k2, fake, line):
 
     wrong, tea = map(json.loads, done.stdout.splitlines())
     assert wrong["error"] == "The line is neither a prompt nor a JSON object that holds one."
-    assert "One object a line" in wrong["hint"] and "jq -c" in wrong["hint"] and wrong["prompt"]["text"] == line
+    assert "One object per line" in wrong["hint"] and "jq -c" in wrong["hint"] and wrong["prompt"]["text"] == line
     assert tea["prompt"]["text"] == "tea"
     assert "Line 2 is neither a prompt" in k2("render", "-", input=f"tea\n{line}\n", code=1).stderr
     assert len(fake.seen) == 1
@@ -412,10 +416,10 @@ def test_each_line_is_led_by_the_picture_that_all_are_to_be_like(moody, k2, asks
     ("arguments", "code", "said"),
     [
         (("--style", "dusky=1"), 2, 'there is no style "dusky"'),
-        (("--size", "3x3"), 2, "3x3 is no size"),
-        (("-p", "tea"), 2, "no others can be given"),
-        (("--only", "fox"), 2, "no others can be given"),
-        (("--resume",), 2, "no other setting can be given"),
+        (("--size", "3x3"), 2, "3x3 is out of range"),
+        (("-p", "tea"), 2, "no other goes with it"),
+        (("--only", "fox"), 2, "no other goes with it"),
+        (("--resume",), 2, "no other setting goes with it"),
     ],
 )
 def test_what_no_line_could_make_right_is_refused_before_the_first(moody, k2, asks, arguments, code, said):

@@ -325,7 +325,7 @@ def test_a_lora_in_a_folder_or_of_another_format_is_told_of(moody, photos, k2):
     assert "Passed over" not in k2("style", "add", "spelt", photos / "more", spelt).stderr
     (photos / "peft").mkdir()
     renamed = lora.rename(photos / "peft" / "ink.sft")
-    assert "name the file itself" in k2("style", "add", "night", photos / "peft", code=1).stderr
+    assert "name its file" in k2("style", "add", "night", photos / "peft", code=1).stderr
     assert "a LoRA is a .safetensors file.\nHint:  Rename it." in k2("style", "add", "night", renamed, code=1).stderr
 
 
@@ -431,7 +431,7 @@ def test_what_is_no_lora_makes_no_style(moody, photos, k2, tmp_path):
         (["page.safetensors"], "is a web page."),
         (["none.safetensors"], "There is no"),
         (["ink.safetensors", "model.safetensors"], "would have 2 LoRAs"),
-        (["ink.safetensors", "notes.txt"], "is not a picture"),
+        (["ink.safetensors", "notes.txt"], "is not a readable picture"),
         (["a.png", "--trigger", "inkk"], "none was named.\nHint:  Use keywords instead"),
         (["ink.safetensors", "--method", "splice"], "--method needs pictures"),
     ):

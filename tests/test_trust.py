@@ -142,7 +142,7 @@ class TestLinks:
 
         result = k2("render", "--resume", code=0 if kind == "pipe" else 1)
 
-        assert "outside" in result.stderr or "not a picture" in result.stderr or kind == "pipe"
+        assert "outside" in result.stderr or "not a readable picture" in result.stderr or kind == "pipe"
         assert kind == "pipe" or not (folder / "sheet.png").exists()
 
 
@@ -515,8 +515,8 @@ class TestPictures:
             (bomb(100_000, 100_000), "far too large"),
             (bomb(12_000, 12_000), "has 12000 x 12000 pixels"),
             (bomb(2**31 - 1, 2**31 - 1), "far too large"),
-            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n", "not a picture"),
-            (b"\x89PNG\r\n\x1a\n", "not a picture"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n", "not a readable picture"),
+            (b"\x89PNG\r\n\x1a\n", "not a readable picture"),
         ],
         ids=["bomb", "large", "absurd", "postscript", "empty"],
     )
@@ -529,7 +529,7 @@ class TestPictures:
     def test_a_pipe_is_not_waited_for(self, moody, refused):
         os.mkfifo(moody / "a.png")
         style(moody, '[[reference]]\nimage = "a.png"\n')
-        assert "not a picture" in refused()
+        assert "not a readable picture" in refused()
 
         (moody / "k2.toml").write_text(PROJECT + '[moodboard]\nimages = ["a.png"]\n')
         assert "is no picture" in refused()
@@ -746,7 +746,7 @@ class TestControlCharacters:
         lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in table.items())
         (moody / "k2.toml").write_text("[[prompt]]\n" + lines)
 
-        assert "holds a control character" in refused()
+        assert "contains a control character" in refused()
 
     @pytest.mark.parametrize("place", ["key", "table", "style", "keyword", "reference"])
     def test_in_names(self, moody, refused, place):

@@ -114,7 +114,7 @@ def test_results_that_find_no_room_are_not_waited_out(moody, k2, changes, monkey
     monkeypatch.setattr("k2cli.carry.result", fill)
     changes += [lambda: pytest.fail("it was waited")]
 
-    assert "go on with: k2 render --resume" in k2("watch", code=1).stderr
+    assert "resume with: k2 render --resume" in k2("watch", code=1).stderr
 
 
 def test_what_was_made_before_an_error_is_not_made_again(moody, k2, changes, fake):
