@@ -532,7 +532,7 @@ class TestPictures:
         assert "not a readable picture" in refused()
 
         (moody / "k2.toml").write_text(PROJECT + '[moodboard]\nimages = ["a.png"]\n')
-        assert "is no picture" in refused()
+        assert "is not a picture" in refused()
 
     @pytest.mark.parametrize("kind", ["size", "chunks", "segments", "scans", "metadata", "xmp"])
     def test_what_would_keep_a_decoder_busy(self, moody, refused, kind):
