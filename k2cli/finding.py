@@ -37,7 +37,7 @@ def prompt_meant_by(word: str, words: Sequence[str], prompts: Sequence[str]) -> 
     with suppress(K2Error):
         if (here := Project.around(Path.cwd())) and here.choose([word]):
             return f"To render the prompt of that name: k2 render --only {quote(word)}"
-    return f"A prompt needs -p: k2 render -p {quote(word)}"
+    return f"Give a prompt with -p: k2 render -p {quote(word)}"
 
 
 def find_file(file: Path, project: Path | None) -> Path:

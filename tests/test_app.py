@@ -392,8 +392,8 @@ def test_a_run_goes_on_with_its_weights_held_as_before(moody, k2, fake):
         (["render", "--matrix", "size=64x64", "--aspect", "1:1"], 2, '"size" is already set by another option', ""),
         (["render", "--matrix", "style.x=1", "--style", "x=1"], 2, '"style.x" is already set by another option', ""),
         (["render", "--matrix", "steps=1", "--matrix", "steps=2"], 2, '"steps" is given twice', "steps=1,2"),
-        (["render", "--only", "fox", "-p", "tea"], 2, "it chooses of the project's prompts", ""),
-        (["render", "--only", "fox", "-"], 2, "it chooses of the project's prompts", ""),
+        (["render", "--only", "fox", "-p", "tea"], 2, "it selects project prompts", ""),
+        (["render", "--only", "fox", "-"], 2, "it selects project prompts", ""),
         (["render", "a red owl"], 1, "There is no project a red owl.", "k2 render -p 'a red owl'"),
         (["render", "-p", "a", "red", "fox"], 1, "There is no project red.", "in quotes: k2 render -p 'a red fox'"),
         (["render", ".", "-p", "a", "red", "fox"], 1, "There is no project red.", "k2 render . -p 'a red fox'"),
@@ -473,7 +473,7 @@ def test_no_words_of_an_error_make_it_one_of_usage(fake, moody, k2):
         (["--size", "99999x16"], "--size: 99999x16 is out of range.", "Sides are from 64 to 4096 pixels."),
         (["--size", "4096x2048"], "--size: 4096x2048 is more than 4,194,304 pixels.", "Choose a smaller size."),
         (["--device", "tpu"], '--device cannot be "tpu".', "Like cpu, cuda, cuda:1, mps."),
-        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Here: "),
+        (["--device", "cuda:99"], 'There is no device "cuda:99".', "Available: "),
         (["--turbo"], "There is no bundled turbo checkpoint of mini.", "Use --raw."),
         (["--model", "minni"], '--model: There is no model "minni" here.', 'Did you mean "mini"?'),
         (["--model", ""], '--model: There is no model "" here.', "Known: mini"),
@@ -529,7 +529,7 @@ def test_a_full_disk_leaves_whole_pictures_and_one_sentence(moody, k2, monkeypat
     else:
         assert sorted(path.name for path in moody.glob("outputs/*/*")) == ["fox-7.png", "fox-7.toml", "run.toml"]
         for said in (result.stderr, k2("render", "--resume", code=1).stderr):  # and still full
-            assert "Make room, then resume with: k2 render --resume\n" in said
+            assert "Free some space, then resume with: k2 render --resume\n" in said
         monkeypatch.setattr(os, "fsync", real)
         assert k2("render", "--resume").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-7.png\n"
 
@@ -950,7 +950,7 @@ def test_an_earlier_run_is_resumed_by_its_number(moody, k2, fake):
     assert k2("render", "--resume", "--run", "1").stdout == "outputs/0001-fox-and-1-more/an-owl-at-night-8.png\n"
     none = k2("render", "--resume", "--run", "7", code=1).stderr
     assert "has no run 0007 to resume" in none and "To list the runs: k2 log" in none
-    assert "goes with --resume" in k2("render", "--run", "1", code=2).stderr
+    assert "needs --resume" in k2("render", "--run", "1", code=2).stderr
 
 
 def test_what_the_model_chose_is_chosen_again(moody, k2, fake):
@@ -1236,7 +1236,7 @@ def test_a_path_is_never_taken_for_an_option(moody, k2):
 
 
 def test_a_prompt_is_never_taken_for_an_option(moody, k2, fake):
-    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  A prompt goes with -p: ")[2]
+    hint = k2("render", "--", "-5 degrees", code=1).stderr.strip().partition("Hint:  Give a prompt with -p: ")[2]
     assert hint == "k2 render -p '-5 degrees'"
 
     k2(*shlex.split(hint)[1:], "--batch", "1")

@@ -239,7 +239,7 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_painted(pipeline,
     side = pipeline.native
     wide = masked(tmp_path / "wide.png", (0, 0, side, side // 2), (2 * side, side))
     specs = [FOX, replace(FOX, init_image=noisy, mask=wide)]
-    with pytest.raises(K2Error, match=r"wide.png has not the shape of .*noisy"):
+    with pytest.raises(K2Error, match=r"wide.png does not have the shape of .*noisy"):
         next(pipeline.stream(specs))
     larger = masked(tmp_path / "larger.png", (0, 0, side, side), (2 * side, 2 * side))
     assert pipeline.render([replace(FOX, init_image=noisy, mask=larger)])
@@ -256,8 +256,8 @@ def test_where_a_mask_is_transparent_nothing_is_made_anew(tmp_path):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ("96x64", "is no region"),
-        ("8x8+0", "is no region"),
+        ("96x64", "is not a region"),
+        ("8x8+0", "is not a region"),
         ("0x8+0+0", "is empty"),
         ("8x9999+0+0", "extends beyond the picture"),
     ],
@@ -521,7 +521,7 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
     ("options", "message"),
     [
         (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to mask"),
-        (("--only", "fox", "--mask", "161x8+0+0"), "--mask: the region 161x8+0+0 leaves the picture, which is 160x112"),
+        (("--only", "fox", "--mask", "161x8+0+0"), "--mask: the region 161x8+0+0 extends beyond the picture, which is 160x112"),
         (("--only", "fox", "--mask", "8x0+0+0"), "--mask: the region 8x0+0+0 is empty"),
         (("--only", "fox", "--mask", "96x64"), '"96x64" is not a region'),
         (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),

@@ -449,7 +449,7 @@ def spoilt(three: Path) -> Callable[[str], None]:
     ("what", "said"),
     [
         ("cut.png", "cut.png is not a readable picture"),
-        ("no.safetensors", "is no LoRA: it holds"),
+        ("no.safetensors", "is not a LoRA: it holds"),
         ("flux.safetensors", "is made for FLUX: it has layers like transformer.single_transformer_blocks.0.attn.to_q"),
     ],
 )
