@@ -53,7 +53,7 @@ DEEPEST = 8  # nested brackets
 MOST_SAID = 1 << 20  # characters of a text; workflows can be long
 MOST_SAMPLERS = 50  # of a graph, in which a prompt is sought
 SIDE = ".metadata.json"
-BEGINNING = "its initial picture"
+BEGINNING = "its init image"
 CONTROL, REFERENCES = "ControlNet", "reference pictures"
 TELLING = "Pictures by A1111, ComfyUI, InvokeAI, Midjourney, mflux and k2 do, unless their metadata was stripped."
 

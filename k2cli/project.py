@@ -190,10 +190,10 @@ class Project(Folder):
         return path, sides_of(path)
 
     def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides) -> Path | str:
-        """The part of an initial picture to repaint: a region of the new picture, or a mask picture with the initial
+        """The part of an init image to repaint: a region of the new picture, or a mask picture with the initial
         picture's proportions. Raises K2Error."""
         if region := Region.read(said):
-            assert size[0] and size[1]  # the initial picture determines them
+            assert size[0] and size[1]  # the init image determines them
             region.check(size[0], size[1], f"{where}: ")
             return str(region)
         if ALMOST.fullmatch(said):

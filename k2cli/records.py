@@ -60,7 +60,7 @@ class MadeWith:
     sampler: str | None = as_asked("sampler")
     cohesion: float = as_asked("cohesion")
     guidance_until: float | None = as_asked("guidance_until")  # if there is guidance
-    denoise: float | None = as_asked("denoise")  # if there is an initial picture
+    denoise: float | None = as_asked("denoise")  # if there is an init image
     style_guidance: float | None = as_asked("style_guidance")  # this and the next three: if a style uses them
     leak_guard: str | None = as_asked("leak_guard")
     vision_tiles: int | None = as_asked("vision_tiles")
@@ -104,7 +104,7 @@ class ReferenceUsed(PictureUsed):
 
 @dataclass(frozen=True)
 class Masked:
-    """Which part of an initial picture was repainted: a region, or a mask picture as it was then."""
+    """Which part of an init image was repainted: a region, or a mask picture as it was then."""
 
     region: str | None = None
     image: str | None = field(default=None, metadata=PATH)

@@ -121,7 +121,7 @@ class Settings:
         self, where: Callable[[str], str], grid: models.Grid, begun: tuple[int, int] | None = None
     ) -> tuple[int | None, int | None]:
         """Width and height of a picture; (None, None) is the checkpoint's own. `where` locates a key for messages.
-        `begun` is the size of the initial picture: kept if the model knows such a size, else only its shape."""
+        `begun` is the size of the init image: kept if the model knows such a size, else only its shape."""
         if self.size is not None:
             with said_by(where("size")) as said:
                 return parse_size(self.size, said, grid.step)

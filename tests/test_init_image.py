@@ -673,14 +673,14 @@ def test_other_tools_are_told_of_it_and_tell_of_it(begun, k2, tmp_path):
     made = k2("render", "--only", "fox", "--batch", "1", "--denoise", "0.4").stdout.split()[0]
     with Image.open(made) as image:
         assert "Denoising strength: 0.4, " in image.text["parameters"]
-    assert origins.read(Path(made)).left_out[:1] == ("its initial picture refs/wide.png",)
-    assert ": its initial picture refs/wide.png" in k2("new", tmp_path / "anew", "--from", made).stderr
+    assert origins.read(Path(made)).left_out[:1] == ("its init image refs/wide.png",)
+    assert ": its init image refs/wide.png" in k2("new", tmp_path / "anew", "--from", made).stderr
     said = "a fox\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.6"
-    assert origins.of_a1111(said).left_out == ("its initial picture", "denoising strength 0.6")
+    assert origins.of_a1111(said).left_out == ("its init image", "denoising strength 0.6")
     second = origins.of_a1111(said + ", Hires upscale: 2")  # over a picture of its own
     assert second.left_out == ("hires upscale 2", "denoising strength 0.6")
     (mflux,) = origins.of_mflux({"prompt": "a fox", "image_path": "a.png", "mflux_version": "1"})
-    assert mflux.left_out == ("its initial picture",)
+    assert mflux.left_out == ("its init image",)
 
 
 def test_a_cluster_gets_the_picture_too(tmp_path):

@@ -107,7 +107,7 @@ def test_a1111_of_awkward_words(tmp_path, text, prompt, avoid, seed, model):
         ("a fox\nNegative prompt: [blur]\nSteps: 9", ["prompt weights"]),
         (r"a fox \(film\)" + "\nSteps: 9", []),
         ("a fox, 18+\nSteps: 9", []),
-        ("a fox\nSteps: 9, Denoising strength: 0.4", ["its initial picture", "denoising strength 0.4"]),
+        ("a fox\nSteps: 9, Denoising strength: 0.4", ["its init image", "denoising strength 0.4"]),
         ("a fox\nSteps: 9, Denoising strength: 0.4, Hires upscale: 2, Hires upscaler: Latent",
          ["hires upscale 2", "denoising strength 0.4"]),
         ('a fox\nSteps: 9, ControlNet 0: "Module: canny, Weight: 1"', ["ControlNet"]),
@@ -176,7 +176,7 @@ def test_comfyui_tells_what_a_picture_began_with():
     encode = {"class_type": "VAEEncode", "inputs": {"pixels": ["91", 0], "vae": ["4", 2]}}
     load = {"class_type": "LoadImage", "inputs": {"image": "sketch.png", "upload": "image"}}
     begun = {**GRAPH, sampler: {**GRAPH[sampler], "inputs": own}, "90": encode, "91": load}
-    assert next(origins.of_comfy(begun)).left_out == ("LoRAs", "its initial picture sketch.png")
+    assert next(origins.of_comfy(begun)).left_out == ("LoRAs", "its init image sketch.png")
     second = {**GRAPH[sampler], "inputs": {**own, "latent_image": [sampler, 0]}}
     assert next(origins.of_comfy({**begun, "99": second})).left_out == ("LoRAs",)
 
@@ -195,7 +195,7 @@ def test_comfyui_tells_what_a_picture_began_with_behind_a_mask():
 
     told = [each.left_out for each in origins.of_comfy(GRAPH | nodes | second)]
 
-    assert told == [(), ("its initial picture room.png",)]
+    assert told == [(), ("its init image room.png",)]
 
 
 @pytest.mark.parametrize(
