@@ -71,7 +71,7 @@ def plan_project(
     shots = project.shots(settings, prompts, styles, matrices)
     if not quiet and (names := project.uncompared(prompts, matrices)):
         they, name = ("it is", names[0]) if len(names) == 1 else ("they are", "NAME")
-        left = f"{they} not rendered unless {they} selected: --only {name}"
+        left = f"{they} rendered only by name: --only {name}"
         say(f"{called}: no [[matrix]] covers {listed(names)}: {left}", "yellow")
     job = plan_job(project, settings, shots, compared=bool(matrices))
     if not quiet:

@@ -277,8 +277,8 @@ def test_a_connection_that_is_lost_leaves_a_run_to_be_gone_on_with(painted, k2, 
     monkeypatch.setattr(ray, "shutdown", shutdown)
     told = k2("render", "--quiet", "--batch", "2", "--ray", "here", code=1).stderr
 
-    assert "The connection to the cluster is lost: System error: Broken pipe." in told
-    assert "See to it, then resume with: k2 render --resume" in told
+    assert "The connection to the cluster was lost: System error: Broken pipe." in told
+    assert "Check the cluster, then resume with: k2 render --resume" in told
     assert len(k2("render", "--resume", "--quiet").stdout.splitlines()) < 4
 
 

@@ -50,4 +50,4 @@ def test_a_module_that_is_called_wrongly_says_how_it_is_called(module, tmp_path,
 
 def test_encoding_without_data_says_how_to_get_some(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(called("encode", "256")).splitlines()[-1] == "Hint:  build it with: python -m model.train.data"
+    assert str(called("encode", "256")).splitlines()[-1] == "Hint:  Build it with: python -m model.train.data"

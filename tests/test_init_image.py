@@ -521,7 +521,10 @@ def test_a_record_whose_mask_is_none_or_two_is_refused(begun, k2, said):
     ("options", "message"),
     [
         (("--only", "an-owl-at-night", "--mask", "8x8+0+0"), "no init_image to mask"),
-        (("--only", "fox", "--mask", "161x8+0+0"), "--mask: the region 161x8+0+0 extends beyond the picture, which is 160x112"),
+        (
+            ("--only", "fox", "--mask", "161x8+0+0"),
+            "--mask: the region 161x8+0+0 extends beyond the picture, which is 160x112",
+        ),
         (("--only", "fox", "--mask", "8x0+0+0"), "--mask: the region 8x0+0+0 is empty"),
         (("--only", "fox", "--mask", "96x64"), '"96x64" is not a region'),
         (("--only", "fox", "--mask", "refs/none.png"), "there is no refs/none.png"),

@@ -126,7 +126,7 @@ def test_pictures_come_in_any_size_that_there_are_renders_of(tmp_path):
     np.save(folder / "renders-256.npy", small.renders.repeat(2, 1).repeat(2, 2))
     large = Catalog(folder, 256)
     np.save(folder / "renders-160.npy", np.zeros((3, 160, 160, 4), np.uint8))
-    with pytest.raises(K2Error, match="holds 3 renders, the data set 16"):
+    with pytest.raises(K2Error, match="holds 3 renders, but the data set has 16"):
         Catalog(folder, 160)
 
     item = next(each for each in small.items("train") if each.look.medium == "plain" and each.look.ground == "scene")

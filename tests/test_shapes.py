@@ -76,7 +76,7 @@ def test_one_picture_in_twelve_comes_in_a_shape_and_other_ones_in_another(tmp_pa
 
 @pytest.mark.parametrize("text", ["320", "320x", "wide", "320 x 192", "-320x192"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(K2Error, match="is no size"):
+    with pytest.raises(K2Error, match="is not a size"):
         Shape.of(text)
 
 

@@ -417,9 +417,9 @@ def test_each_line_is_led_by_the_picture_that_all_are_to_be_like(moody, k2, asks
     [
         (("--style", "dusky=1"), 2, 'there is no style "dusky"'),
         (("--size", "3x3"), 2, "3x3 is out of range"),
-        (("-p", "tea"), 2, "no other goes with it"),
-        (("--only", "fox"), 2, "no other goes with it"),
-        (("--resume",), 2, "no other setting goes with it"),
+        (("-p", "tea"), 2, "no others can be given"),
+        (("--only", "fox"), 2, "no others can be given"),
+        (("--resume",), 2, "no other setting can be given"),
     ],
 )
 def test_what_no_line_could_make_right_is_refused_before_the_first(moody, k2, asks, arguments, code, said):
