@@ -187,9 +187,9 @@ def new(
         from k2cli.pictures import without_sheets
 
         named, sheets = without_sheets([*pictures, *(more or [])])
-        read, silent = taken.gather(named)
+        read, skipped = taken.gather(named)
         compose = partial(taken.project_text, origins=list(read.values()))
-        notes = [*filter(None, [sheets]), *taken.notes(read, silent)]
+        notes = [*filter(None, [sheets]), *taken.notes(read, skipped)]
     made = Folder.create(Path(folder), compose)
     result(short_path(made))
     if not quiet:

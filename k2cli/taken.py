@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from k2cli import models
-from k2cli.matrix import escape
+from k2cli.matrix import MOST_WORDS, escape
 from k2cli.origins import TELLING, Origin, TooLong, read
 from k2cli.pictures import in_folder
 from k2cli.prompts import slug
@@ -29,10 +29,10 @@ MOST = 1000  # pictures in a folder, and in a batch
 OF_EACH = ("steps", "guidance", "creativity")  # set per [[prompt]] if its picture's differ from the first's
 
 
-def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
-    """The origins of pictures and of those in folders; and which of the latter state no prompt. Raises K2Error."""
+def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], dict[Path, K2Error]]:
+    """The origins of pictures and of those in folders; which of the latter were skipped, and why. Raises K2Error."""
     found: dict[Path, Origin] = {}
-    silent: list[Path] = []
+    skipped: dict[Path, K2Error] = {}
     for path in paths:
         if not path.is_dir():
             found[path] = read(path)
@@ -46,13 +46,14 @@ def gather(paths: Iterable[Path]) -> tuple[dict[Path, Origin], list[Path]]:
         for picture in pictures:
             try:
                 found[picture] = read(picture)
-            except TooLong:
-                raise
-            except K2Error:
-                silent.append(picture)
+            except K2Error as error:
+                skipped[picture] = error
     if not found:
+        for why in skipped.values():
+            if isinstance(why, TooLong):
+                raise why
         raise K2Error(f"No picture in {next(iter(paths))} states its prompt.", hint=TELLING)
-    return found, silent
+    return found, skipped
 
 
 def batches(origins: Sequence[Origin]) -> dict[Origin, int]:
@@ -155,7 +156,7 @@ def left_behind(origin: Origin, first: Origin) -> list[str]:
     return lost
 
 
-def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[str]:
+def notes(origins: Mapping[Path, Origin], skipped: Mapping[Path, K2Error]) -> list[str]:
     """What is not taken over from which pictures, a sentence for each thing, and which pictures were skipped."""
     first = next(iter(origins.values()))
     lost: dict[str, list[Path]] = defaultdict(list)
@@ -163,9 +164,12 @@ def notes(origins: Mapping[Path, Origin], silent: Sequence[Path] = ()) -> list[s
         for thing in dict.fromkeys(left_behind(each, first)):
             lost[thing].append(path)
     told = [f"Not imported from {listed([path.name for path in paths], 1)}: {thing}." for thing, paths in lost.items()]
+    long = [path.name for path, error in skipped.items() if isinstance(error, TooLong)]
+    if long:
+        told.append(f"Passed over: {listed(long, 1)}, whose prompts are longer than {MOST_WORDS:,} characters.")
+    silent = [path.name for path, error in skipped.items() if not isinstance(error, TooLong)]
     if silent:
-        say = "state" if len(silent) > 1 else "states"
-        told.append(f"Passed over: {listed([path.name for path in silent], 1)}, which {say} no prompt.")
+        told.append(f"Passed over: {listed(silent, 1)}, which {'state' if len(silent) > 1 else 'states'} no prompt.")
     return told
 
 

@@ -57,9 +57,20 @@ def test_a_project_that_no_command_would_read_is_not_made(k2, tmp_path):
     assert "add up to more than 1 MB" in k2("new", tmp_path / "new", "--from", tmp_path / "many", code=1).stderr
     said = k2("new", tmp_path / "new", "--from", tmp_path / "long.png", code=1).stderr
     assert "long.png has a prompt of more than 20,000 characters." in said
-    shutil.move(tmp_path / "long.png", tmp_path / "many")
-    assert "many/long.png has a prompt" in k2("new", tmp_path / "new", "--from", tmp_path / "many", code=1).stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_a_prompt_too_long_for_a_project_is_passed_over_in_a_folder(k2, tmp_path):
+    (tmp_path / "some").mkdir()
+    png(tmp_path / "some" / "long.png", parameters="a fox " + "x" * 20_000 + "\nSteps: 4, Seed: 1")
+    refused = k2("new", tmp_path / "new", "--from", tmp_path / "some", code=1).stderr
+    assert "some/long.png has a prompt of more than 20,000 characters." in refused
+
+    png(tmp_path / "some" / "short.png", parameters="an owl\nSteps: 4, Seed: 1")
+    said = k2("new", tmp_path / "new", "--from", tmp_path / "some").stderr
+
+    assert "Passed over: long.png, whose prompts are longer than 20,000 characters." in " ".join(said.split())
+    assert [prompt.text for prompt in Project.open(tmp_path / "new").prompts] == ["an owl"]
 
 
 def test_a_folder_of_pictures_is_taken_with_its_batches(moody, k2, tmp_path):
