@@ -257,3 +257,14 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert facts["count"] == 24 and facts["steps"] == 28 and facts["model"]["variant"] == "raw"
     with Image.open(tmp_path / "out" / "strength-tokens.png") as sheet:
         assert sheet.size == (9 * 134 + 6, 4 * 134 + 26)
+
+
+@pytest.mark.parametrize("option", ["--only", "--ways"])
+def test_a_figure_or_way_that_does_not_exist_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path, capsys, option):
+    monkeypatch.setattr(style_study.Pipeline, "load", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("sys.argv", ["style_study", "judge.safetensors", str(tmp_path / "out"), option, "splice"])
+
+    with pytest.raises(SystemExit):
+        style_study.main()
+
+    assert f'argument {option}: "splice" is not one of ' in capsys.readouterr().err

@@ -10,7 +10,7 @@ import argparse
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,21 @@ def parser_of(about: str | None, figures: Sequence[str]) -> argparse.ArgumentPar
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--steps", type=int, help="default: the checkpoint's own number")
     parser.add_argument("--count", type=int, default=200, help="pictures or trials per figure")
-    parser.add_argument("--only", default=",".join(figures), help=f"of {','.join(figures)}")
+    parser.add_argument("--only", type=some_of(figures), default=list(figures), help=f"of {','.join(figures)}")
     return parser
+
+
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Reads names separated by commas, each one of these."""
+
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f'"{name}" is not one of {",".join(known)}')
+        return chosen
+
+    return names
 
 
 def conduct(
@@ -228,7 +241,7 @@ def conduct(
     options.out.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline.load(options.model, options.variant, dtype=options.dtype, filters=())
     study = begin(pipeline, Judge.load(options.judge))
-    for name in options.only.split(","):
+    for name in options.only:
         print(name, flush=True)
         started = time.monotonic()
         found = figures[name](study, *more)

@@ -54,6 +54,7 @@ from model.train.study import (
     prototype,
     ratio,
     sheet,
+    some_of,
     spearman,
     stands_for_its_look,
 )
@@ -379,7 +380,8 @@ FIGURES = {"agreement": agreement, "strength": strength, "mixing": mixing, "exac
 
 def main() -> None:
     parser = parser_of(__doc__, list(FIGURES))
-    parser.add_argument("--ways", default="tokens,damping,shift", help=f"of {','.join(WAYS)}")
+    default = ["tokens", "damping", "shift"]
+    parser.add_argument("--ways", type=some_of(WAYS), default=default, help=f"of {','.join(WAYS)}")
     options = parser.parse_args()
 
     def begin(pipeline: Pipeline, judge: Judge) -> Study:
@@ -388,7 +390,7 @@ def main() -> None:
             pipeline, judge, catalog, options.out, steps=options.steps, count=options.count, judged_by=judged_by
         )
 
-    conduct(options, FIGURES, begin, options.ways.split(","))
+    conduct(options, FIGURES, begin, options.ways)
 
 
 if __name__ == "__main__":
