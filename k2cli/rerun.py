@@ -63,11 +63,22 @@ class Shelf(ExitStack):
 
     def room(self, home: Folder, name: str, stem: str) -> Run:
         """A run of this project, newly claimed or an earlier one here, without such a picture yet. Raises K2Error."""
+        self.drop_empty()
         for run in self.runs:
             if run.folder.parent == home.outputs and not run.has(stem):
                 return run
         self.runs.append(self.enter_context(Run.claim(home.outputs, name)))
         return self.runs[-1]
+
+    def drop_empty(self) -> None:
+        """Remove runs that were claimed for a picture that then failed."""
+        for run in [run for run in self.runs if not run.has_any]:
+            run.discard()
+            self.runs.remove(run)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        self.drop_empty()
+        return super().__exit__(*error)
 
 
 Named = tuple[Path, K2Error | OSError | None]  # a picture or a record; or a folder, and why none were found in it
@@ -145,6 +156,9 @@ def repeat(
     elif home is None and not check:
         raise K2Error(f"There is no project around {file} to write to.", hint="Name a file to write: --output FILE.png")
     kept = format_of((output or picture_of(file)).name) or "png"
+    run = None
+    if home is not None and output is None and not check:  # before it is rendered: if it cannot be kept, say so now
+        run = shelf.room(home, record.shot.name, record.shot.stem)
     pipeline = load(replace(record.model, name=model, device=device or record.model.device))
     picture, again = make_again(pipeline, record, file, home, on_step)
     if blocked := again["blocked"]:
@@ -153,16 +167,15 @@ def repeat(
     if check:
         return Again(Saved(picture_of(file), again, record.shot.stem), *compared, checked=True, other=other)
     encoded, text = embedded.encode(picture.image, again, embed=embed, format=kept), dump(again)
-    if output is not None:
+    if run is not None:
+        path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
+    else:
+        assert output is not None
         path = output
         try:
             write({output.with_suffix(".toml"): text, output: encoded}, new=True)
         except Exists as error:  # created since the check above
             raise taken(error.path) from None
-    else:
-        assert home is not None
-        run = shelf.room(home, record.shot.name, record.shot.stem)
-        path = run.save(record.shot.stem, encoded, text, SUFFIXES[kept])
     return Again(Saved(path, again, record.shot.stem), *compared, checked=False, other=other)
 
 

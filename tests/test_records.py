@@ -781,6 +781,36 @@ class TestRerun:
         refused = k2("rerun", record, "--check", code=1)
         assert f"The record of {record} has no seed." in refused.stderr and len(fake.seen) == 1
 
+    def test_where_nothing_can_be_written_nothing_is_rendered(self, made, k2, moody, fake):
+        picture = made.rename(moody / made.name)
+        shutil.rmtree(moody / "outputs")
+        (moody / "outputs").write_text("a file")
+
+        k2("rerun", picture, code=1)
+
+        assert len(fake.seen) == 1
+
+    def test_one_that_a_render_fails_of_leaves_no_run(self, moody, k2, fake, monkeypatch):
+        """Alone or beside others: the run is that of the first picture that is made."""
+        k2("render")
+        fox, owl = (
+            moody / "outputs" / "0001-fox-and-1-more" / f"{name}.png" for name in ("fox-7", "an-owl-at-night-7")
+        )
+        before = tree(moody)
+        stream = fake.stream
+
+        def fail(self, specs, on_step=None):
+            if "owl" in next(iter(specs)).prompt:
+                raise K2Error("No.")
+            yield from stream(self, specs, on_step=on_step)
+
+        monkeypatch.setattr(fake, "stream", fail)
+        k2("rerun", owl, code=1)
+        k2("rerun", owl, owl, code=1)
+        assert tree(moody) == before
+
+        assert k2("rerun", owl, fox, code=1).stdout == "outputs/0002-fox/fox-7.png\n"
+
     def test_references_need_their_project(self, made, k2, tmp_path, monkeypatch):
         bare = Path(shutil.copy(made, tmp_path / "moved.png"))
         monkeypatch.chdir(tmp_path)
