@@ -21,6 +21,7 @@ from model.plan import OFFLOADS, PRECISIONS
 from model.spec import Style, mu_at
 
 SCALES = 4  # of the open weights' autoencoder
+ESSENTIAL = {"config": (), "training": ("steps", "minutes", "torch")}  # keys of long tables that `card` shows
 
 
 @dataclass(frozen=True)
@@ -239,14 +240,17 @@ def megabytes(*paths: Path) -> float:
 
 
 def card(entry: Mapping[str, Any], indent: str = "") -> str:
-    """A file's entry for people: one key per line, tables below their names."""
+    """A file's entry for people: one key per line, tables below their names, and of the longest only the essentials."""
     lines = []
     for key, value in entry.items():
         if isinstance(value, dict):
+            value = {name: value[name] for name in ESSENTIAL.get(key, value) if name in value}
             lines += [f"{indent}{key}", card(value, indent + "  ")] if value else []
         else:
             if isinstance(value, tuple):  # mu, see `headers.shift_of`
                 value = "{:g} at 256 tokens, {:g} at 6400".format(*value)
+            if isinstance(value, list):
+                value = ", ".join(map(str, value))
             number = isinstance(value, int) and not isinstance(value, bool)
             text = f"{value:,}" if number else str(value).lower() if isinstance(value, bool) else str(value)
             lines.append(f"{indent}{key:<{max(12 - len(indent), 1)}} {masked(text)}")

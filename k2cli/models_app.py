@@ -42,7 +42,7 @@ def info(
 ) -> None:
     """Describe a model's files.
 
-    Layout, shapes, precision, recommended settings, training, licence, hashes.
+    Layout, shapes, precision, recommended settings, licence, hashes. --json adds all details of training and config.
     """
     from k2cli import licence, models
     from k2cli.console import result, say, to_json

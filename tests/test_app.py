@@ -1007,6 +1007,9 @@ def test_models_are_listed_and_described(moody, k2):
     assert "native       128" in k2("models", "info", "mini").stdout
     assert models.card({"native": 128, "mirror": False}).splitlines() == ["native       128", "mirror       false"]
     assert models.card({"mu": (0.3, 0.1 + 0.8)}) == "mu           0.3 at 256 tokens, 0.9 at 6400"
+    assert models.card({"sides": [256, 320]}) == "sides        256, 320"
+    trained = models.card({"config": {"width": 64}, "training": {"steps": 7, "recipe": {"lr": 1.0}}})
+    assert trained.splitlines() == ["training", "  steps      7"]
     (moody / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip")
     assert "PyTorch pickle" in k2("models", "info", "x.safetensors", code=1).stderr
 
