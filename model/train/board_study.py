@@ -325,7 +325,7 @@ def sheets(study: Study) -> dict[str, Any]:
     files = []
     for scope, batch in ladder.items():
         rows = [[each.picture for each in study.see(specs_of(study, batch, level))] for level in DIAL]
-        heads = ["leader" if i == 0 else f"seed +{i}" if scope == "prompt" else batch[i] for i in range(BATCH)]
+        heads = ["lead picture" if i == 0 else f"seed +{i}" if scope == "prompt" else batch[i] for i in range(BATCH)]
         files.append(sheet(study.folder / f"cohesion-{scope}.png", heads, rows, [f"{c:g}" for c in DIAL]))
     eye, subjects = Eye.load("mini"), ("fox", "house", "guitar")
     rows = []
@@ -335,7 +335,7 @@ def sheets(study: Study) -> dict[str, Any]:
         specs = [styled(study, name, 40 + i, way) for way in ways for i, name in enumerate(subjects)]
         shown = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(truth)[:3]]
         rows.append([*shown, *(each.picture for each in study.see(specs))])
-    heads = ["of the board", "", "", "without", "", "", "with the board", "", ""]
+    heads = ["on the board", "", "", "without", "", "", "with the board", "", ""]
     files.append(sheet(study.folder / "board.png", heads, rows))
     return {"files": [file.name for file in files]}
 
