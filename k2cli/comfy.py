@@ -145,9 +145,7 @@ class Search:
     def each_at(self, value: Any, direct: bool, above: frozenset[str]) -> list[Any]:
         """The same, but several values where JOINED joins texts."""
         left = deque([(value, direct)])
-        seen: dict[
-            str, bool
-        ] = {}  # node -> whether it was asked directly, which finds everything that an indirect search would
+        seen: dict[str, bool] = {}  # node -> whether it was asked directly, which finds all that asking indirectly does
         while left:
             value, direct = left.popleft()
             node = linked(value)

@@ -13,12 +13,7 @@ from k2cli.records import Record
 from k2cli.texts import masked
 from model.errors import count_of
 
-NAMED = {
-    "styles": "style",
-    "loras": "lora",
-    "files": "file",
-    "versions": "version",
-}  # facts with several values, and the name of one
+NAMED = {"styles": "style", "loras": "lora", "files": "file", "versions": "version"}  # facts of several values -> one
 OF_ITS_OWN = ("created", "seconds", "pixels")  # of each picture alone, however it was made
 USUAL = len("creativity")  # the longest name of a fact, except those that only references use
 

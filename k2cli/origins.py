@@ -141,9 +141,7 @@ def read_comment(exif: Image.Exif) -> str:
     if not isinstance(raw, bytes) or len(raw) > 2 * MOST_SAID:
         return ""
     if raw.startswith(b"UNICODE\0"):
-        little = raw[8:10] == b"\xff\xfe" or raw[9::2].count(0) > raw[8::2].count(
-            0
-        )  # where the zero bytes of ASCII are
+        little = raw[8:10] == b"\xff\xfe" or raw[9::2].count(0) > raw[8::2].count(0)  # ASCII's zero bytes tell
         return raw[8:].decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
     return raw.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace").strip("\0")
 

@@ -180,9 +180,7 @@ def is_dark(path: Path) -> bool:
         rgba = picture_file.in_eight_bits(image).convert("RGBA")
     opaque = Image.new("RGB", rgba.size)
     opaque.paste(rgba, mask=rgba)
-    lightest = opaque.convert("L", (1 / 3, 1 / 3, 1 / 3, 0)).getextrema()[
-        1
-    ]  # the plain mean; to the eye green is lighter
+    lightest = opaque.convert("L", (1 / 3, 1 / 3, 1 / 3, 0)).getextrema()[1]  # their mean; to the eye green is lighter
     return isinstance(lightest, int) and lightest < 128
 
 

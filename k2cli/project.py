@@ -165,9 +165,7 @@ class Project(Folder):
             )
         pictures, others = self.board_pictures(self.board)
         self.others.update(others)
-        self.others.difference_update(
-            path.parent for path in pictures
-        )  # a style's folder may hold the board's pictures
+        self.others.difference_update(path.parent for path in pictures)  # a style's folder may hold the board's
         look, unread = moodboard.as_style(self.board, pictures, settings.model)
         self.unread.update(unread)
         return (*resolved, *look)
@@ -190,8 +188,8 @@ class Project(Folder):
         return path, sides_of(path)
 
     def mask(self, said: str, where: str, size: tuple[int | None, int | None], begun: Sides) -> Path | str:
-        """The part of an init image to repaint: a region of the new picture, or a mask picture with the initial
-        picture's proportions. Raises K2Error."""
+        """The part of an init image to repaint: a region of the new picture, or a mask picture with the init image's
+        proportions. Raises K2Error."""
         if region := Region.read(said):
             assert size[0] and size[1]  # the init image determines them
             region.check(size[0], size[1], f"{where}: ")

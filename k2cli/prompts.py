@@ -31,9 +31,7 @@ class Prompt:
     style: Mapping[str, float] = field(default_factory=dict, metadata=NO_KEY)
     place: Place | None = field(default=None, metadata=NO_KEY)  # of its table
     base: str = field(default="", metadata=NO_KEY)  # the prompt it is a reading of, if another
-    freed: Mapping[str, Any] = field(
-        default_factory=dict, metadata=NO_KEY
-    )  # settings that go back to [render]'s, beside --like
+    freed: Mapping[str, Any] = field(default_factory=dict, metadata=NO_KEY)  # [render]'s again, despite --like
     last: bool = field(default=False, metadata=NO_KEY)  # it was given after the command line, and overrides that
 
     def where(self, *path: str) -> str:

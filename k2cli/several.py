@@ -80,10 +80,7 @@ def refuse(wrong: Sequence[K2Error]) -> None:
 def said_of(home: Folder, error: K2Error, among: Sequence[Folder]) -> K2Error:
     """The error with its project in front, unless it already names the project unambiguously."""
     root, said = home.root, str(error)
-    named = [
-        re.escape(f"{short_path(root)}/"),
-        rf"{re.escape(str(root))}(?![\w.-])",
-    ]  # but /s-models does not name one called s
+    named = [re.escape(f"{short_path(root)}/"), rf"{re.escape(str(root))}(?![\w.-])"]  # /s-models is not one called s
     if [each.root.name for each in among].count(root.name) == 1:
         named.append(re.escape(f"{root.name} has "))
     if re.search(rf"(?<![\w./-])(?:{'|'.join(named)})", said):  # but refs/a.png does not name one called s
